@@ -1,0 +1,1 @@
+"""Pure arithmetic and frozen values: standard library only, no clock, no disk."""

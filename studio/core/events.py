@@ -1,0 +1,196 @@
+"""What a job tells the world: one frozen value per line of `events.jsonl`.
+
+Kinds and fields that a reader does not know are kept, not errors: see `Unknown`.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+SCHEMA = 1
+"""Number at the start of every line; raised when a reader of today could misread a line of tomorrow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """Anything that happened in a run. `at` is unix seconds."""
+
+    kind: ClassVar[str] = "RunEvent"
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(RunEvent):
+    """A process took the run. `resumed_from` is the optimizer step that it continues after, 0 for a fresh start."""
+
+    kind: ClassVar[str] = "Started"
+    job: str
+    method: str | None = None
+    model: str | None = None
+    device: str | None = None
+    total_steps: int | None = None
+    resumed_from: int = 0
+    trainable_parameters: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase(RunEvent):
+    """What the job is busy with; `fraction` is 0 to 1 where progress is known."""
+
+    kind: ClassVar[str] = "Phase"
+    name: str
+    fraction: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone(RunEvent):
+    """One optimizer step. `tokens` counts real (not padding) input tokens, `loss_tokens` those with a label."""
+
+    kind: ClassVar[str] = "StepDone"
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    loss_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySeen(RunEvent):
+    """Memory in bytes; None is "not available". CUDA fills the first four, a CPU run the resident ones."""
+
+    kind: ClassVar[str] = "MemorySeen"
+    step: int
+    stage: str
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    peak_bytes: int | None = None
+    device_bytes: int | None = None
+    resident_bytes: int | None = None
+    resident_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated(RunEvent):
+    """Mean loss per labelled token on the held-out rows after `step` optimizer steps."""
+
+    kind: ClassVar[str] = "Evaluated"
+    step: int
+    loss: float
+    loss_tokens: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(RunEvent):
+    """A held-out prompt answered after `step` optimizer steps (greedy), beside the answer in the data."""
+
+    kind: ClassVar[str] = "Sampled"
+    step: int
+    index: int
+    prompt: str
+    answer: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(RunEvent):
+    """Something whole lies on disk. `what` is checkpoint, adapter, merged ...; a path inside the run is relative."""
+
+    kind: ClassVar[str] = "Saved"
+    what: str
+    path: str
+    step: int | None = None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned(RunEvent):
+    """Something the user should know that does not stop the job."""
+
+    kind: ClassVar[str] = "Warned"
+    message: str
+    topic: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paused(RunEvent):
+    """The job waits between two steps (`paused` true) or goes on (`paused` false)."""
+
+    kind: ClassVar[str] = "Paused"
+    step: int
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed(RunEvent):
+    """Terminal: the job ended without its result. `failure` is a short stable name, `advice` what to do next."""
+
+    kind: ClassVar[str] = "Failed"
+    failure: str
+    message: str
+    advice: str
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(RunEvent):
+    """Terminal: `outcome` is done, or stopped when the user asked for an early end (the adapter so far is saved)."""
+
+    kind: ClassVar[str] = "Finished"
+    outcome: str
+    step: int | None = None
+    seconds: float | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unknown(RunEvent):
+    """A line of a kind, or with fields, that this version does not know; `raw` keeps all of it."""
+
+    kind: ClassVar[str] = "Unknown"
+    raw: dict[str, Any]
+
+
+KINDS: dict[str, type[RunEvent]] = {
+    kind.kind: kind
+    for kind in (Started, Phase, StepDone, MemorySeen, Evaluated, Sampled, Saved, Warned, Paused, Failed, Finished)
+}
+
+
+def event_to_dict(event: RunEvent) -> dict[str, Any]:
+    """Return an event's JSON object, schema number first; a non-finite number is null beside `<field>_nonfinite`."""
+    if isinstance(event, Unknown):
+        return event.raw
+    table: dict[str, Any] = {"schema": SCHEMA, "kind": event.kind}
+    for item in fields(event):
+        value = getattr(event, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            table[item.name], table[f"{item.name}_nonfinite"] = None, str(value)
+        elif value is not None:
+            table[item.name] = value
+    return table
+
+
+def event_from_dict(table: dict[str, Any]) -> RunEvent:
+    """Return the event of a JSON object. Additional fields are dropped; an unreadable object becomes `Unknown`."""
+    kind = KINDS.get(str(table.get("kind")))
+    at = table.get("at")
+    number = float(at) if isinstance(at, (int, float)) else 0.0
+    if kind is None:
+        return Unknown(at=number, raw=table)
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        flag = table.get(f"{item.name}_nonfinite")
+        if flag in ("nan", "inf", "-inf"):
+            values[item.name] = float(flag)
+        elif item.name in table:
+            values[item.name] = table[item.name]
+    try:
+        return kind(**{**values, "at": number})
+    except TypeError:
+        return Unknown(at=number, raw=table)

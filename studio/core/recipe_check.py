@@ -1,0 +1,64 @@
+"""What makes a recipe sound: types, limits, choices, rules between fields. Collects all problems, stops at none."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from studio.core.knobs import KNOBS
+from studio.core.recipe import ALL_LINEAR, PATHS, Problem, Recipe, choices_of
+
+
+def check(recipe: Recipe) -> tuple[Problem, ...]:
+    """Return every problem of the recipe in the order of its fields, then those between fields."""
+    found = [problem for path in PATHS for problem in _field(path, recipe.get(path))]
+    wrong = {problem.path for problem in found}
+    return (*found, *(problem for problem in _between(recipe) if problem.path not in wrong))
+
+
+def _field(path: str, value: Any) -> Iterator[Problem]:
+    choices = choices_of(path)
+    knob = KNOBS.get(path)
+    if choices:
+        if value not in choices:
+            yield Problem(path, repr(value), " or ".join(choices))
+    elif path == "adapter.targets":
+        yield from _targets(value)
+    elif PATHS[path] is bool:
+        if not isinstance(value, bool):
+            yield Problem(path, repr(value), "true or false")
+    elif PATHS[path] is str:
+        if not isinstance(value, str):
+            yield Problem(path, repr(value), "text in quotes")
+        elif not value.strip() and path in ("name", "model.base", "data.path", "device.device"):
+            yield Problem(path, "nothing", "a name or path")
+        elif "\0" in value:
+            yield Problem(path, repr(value), "text without a NUL character")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        yield Problem(path, repr(value), knob.allowed if knob else "a number")
+    elif not math.isfinite(value) or (PATHS[path] is int and value != int(value)):
+        yield Problem(path, repr(value), knob.allowed if knob else "a whole number")
+    elif knob and not knob.low <= value <= knob.high:
+        yield Problem(path, repr(value), knob.allowed)
+
+
+def _targets(value: Any) -> Iterator[Problem]:
+    names = (value,) if isinstance(value, str) else value
+    sound = isinstance(names, tuple) and names and all(isinstance(name, str) and name.strip() for name in names)
+    if not sound or (ALL_LINEAR in names and len(names) > 1):
+        yield Problem(
+            "adapter.targets", repr(value), f'"{ALL_LINEAR}" or a list of module names such as ["q_proj", "v_proj"]'
+        )
+
+
+def _between(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    if train.steps == 0 and train.epochs == 0:
+        yield Problem("train.steps", "0 steps and 0 epochs", "at least one of train.steps and train.epochs above 0")
+    if recipe.eval.rows == 0 and recipe.eval.samples > 0 and not recipe.data.eval_path:
+        yield Problem(
+            "eval.samples", f"{recipe.eval.samples} with no held-out rows", "eval.rows above 0, or eval.samples 0"
+        )
+    device = recipe.device.device
+    known = device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and device[5:].isdecimal())
+    if not known:
+        yield Problem("device.device", repr(device), "auto, cpu, cuda or cuda:N")

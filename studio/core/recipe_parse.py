@@ -1,0 +1,112 @@
+"""From plain tables (parsed TOML or JSON) and `path=value` words to a recipe; unknown keys are refused."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.recipe import PATHS, Problem, Recipe, choices_of
+from studio.core.text import plain
+
+_SECTIONS = tuple(dict.fromkeys(path.split(".")[0] for path in PATHS if "." in path))
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from nested tables and check it.
+
+    Raises:
+        BadInput: Names every unknown key (with the nearest known one) and every value that is not allowed.
+    """
+    recipe, unknown = Recipe(), []
+    for path, value in _flat(table):
+        if path in PATHS:
+            recipe = recipe.with_(path, _shaped(path, value))
+        else:
+            unknown.append(Problem(path, "an unknown key", _nearest(path)))
+    refuse((*unknown, *recipe.problems()))
+    return recipe
+
+
+def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """Apply `path=value` words, as `--set` takes them, and check the result.
+
+    Raises:
+        BadInput: A word has no `=`, its path is unknown, or the resulting recipe has problems.
+    """
+    unknown = []
+    for word in settings:
+        path, equals, text = (part.strip() for part in word.partition("="))
+        if not equals:
+            unknown.append(Problem(word, "no '='", "path=value, such as train.learning_rate=2e-4"))
+        elif path not in PATHS:
+            unknown.append(Problem(path, "an unknown key", _nearest(path)))
+        else:
+            recipe = recipe.with_(path, value_from_text(path, text))
+    refuse((*unknown, *recipe.problems()))
+    return recipe
+
+
+def value_from_text(path: str, text: str) -> Any:
+    """Return a typed value for a field from what a person typed; text that fits no type is returned as it is."""
+    kind = PATHS[path]
+    if path == "adapter.targets":
+        names = tuple(name.strip().strip("\"'") for name in text.strip("[]").split(",") if name.strip())
+        return names[0] if len(names) == 1 and "," not in text and not text.startswith("[") else names
+    if choices_of(path) or kind is str:
+        return text
+    if kind is bool:
+        low = text.lower()
+        return True if low in _TRUE else False if low in _FALSE else text
+    return _number(kind, text)
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise one error that lists all problems, or return when there is none.
+
+    Raises:
+        BadInput: There is at least one problem.
+    """
+    lines = [plain(str(problem), one_line=True) for problem in problems]
+    if lines:
+        count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise BadInput(f"the recipe has {count}:\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and key in _SECTIONS:
+            yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
+        else:
+            yield key, value
+
+
+def _shaped(path: str, value: Any) -> Any:
+    """TOML has one list type and writes 1 where a float is meant: adapt these, leave wrong types for the checks."""
+    if isinstance(value, list) and path == "adapter.targets":
+        return tuple(value)
+    if PATHS[path] is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _number(kind: Any, text: str) -> Any:
+    try:
+        number = float(text.replace("_", ""))
+    except ValueError:
+        return text
+    return int(number) if kind is int and number.is_integer() else number
+
+
+def _nearest(path: str) -> str:
+    by_last = {known.rpartition(".")[2]: known for known in PATHS}
+    last = path.rpartition(".")[2]
+    close = difflib.get_close_matches(path, [*PATHS, *_SECTIONS], n=1)
+    close_last = difflib.get_close_matches(last, by_last, n=1)
+    if last in by_last:
+        return f"perhaps {by_last[last]}"
+    if close:
+        return f"perhaps {close[0]}"
+    if close_last:
+        return f"perhaps {by_last[close_last[0]]}"
+    return "one of the tables " + ", ".join(_SECTIONS)

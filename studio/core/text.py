@@ -1,0 +1,36 @@
+"""Foreign text made harmless: from data, models, logs and file names to something a terminal may show."""
+
+import unicodedata
+
+_KEPT = {"\n", "\t"}
+# Bidirectional overrides and isolates reorder what a person reads ("Trojan Source", CVE-2021-42574).
+_REORDERING = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+
+
+def plain(text: str, *, one_line: bool = False, limit: int | None = None) -> str:
+    r"""Return the text with every control, format-override and surrogate character made visible.
+
+    C0 and C1 controls (ESC, BEL, 8-bit CSI ...) become `\xNN`; bidirectional overrides and lone surrogates `\uNNNN`.
+    New lines and tabs stay unless `one_line`.
+
+    Args:
+        text: Anything, from anywhere.
+        one_line: Show new lines and tabs as visible escapes too.
+        limit: Longest result in characters; what is cut is marked with an ellipsis.
+    """
+    if limit is not None and len(text) > limit:
+        text = text[: max(0, limit - 1)] + "…"
+    if text.isprintable():
+        return text
+    return "".join(_visible(character, one_line) for character in text)
+
+
+def _visible(character: str, one_line: bool) -> str:
+    if character in _KEPT:
+        return repr(character)[1:-1] if one_line else character
+    code = ord(character)
+    if code in _REORDERING or unicodedata.category(character) in ("Cs", "Zl", "Zp"):
+        return f"\\u{code:04x}"
+    if unicodedata.category(character) == "Cc":
+        return f"\\x{code:02x}"
+    return character

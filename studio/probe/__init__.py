@@ -1,0 +1,1 @@
+"""What this machine has: cards, model folders, data files. Never torch."""
