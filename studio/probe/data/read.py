@@ -1,0 +1,170 @@
+"""Reads a data file: finds out what it is, normalises every row, and reports everything that is wrong with it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.data.findings import Findings
+from studio.probe.data.json_rows import BOM, Progress, document_rows, json_kind, line_rows
+from studio.probe.data.normalise import normalised
+from studio.probe.data.parquet_rows import MAGIC, parquet_rows
+from studio.probe.data.rows import DataSet, Row
+from studio.probe.data.shapes import FORMATS, Shape, recognise, wrong_columns
+from studio.probe.data.shipped import EMBEDDED, shipped_data
+
+_LISTED_COLUMNS = 50
+# Things that people point at instead of rows, by their first bytes.
+_FOREIGN = {
+    b"\x1f\x8b": "compressed with gzip; unpack it first: gunzip -k",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it or save the sheet as JSON Lines",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first: zstd -d",
+    b"ARROW1": "an Arrow file; save it as Parquet",
+    b"%PDF": "a PDF document",
+    b"\x89HDF": "an HDF5 file",
+}
+
+
+def read_data(path: Path, *, format: str = "auto", progress: Progress | None = None) -> DataSet:  # noqa: A002
+    """Return the usable rows of a data file, and what was found on the way.
+
+    Args:
+        path: A JSON Lines, JSON or Parquet file; `embedded` names the data set that ships with us.
+        format: `auto`, or the format that the file must have.
+        progress: Gets (done, total), in bytes of a JSON file or rows of a Parquet file.
+
+    Raises:
+        BadInput: The file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
+    """
+    data, findings = _inspected(path, format, progress)
+    findings.refuse(plain(data.path.name, one_line=True))
+    if not data.rows:
+        raise BadInput(f"{plain(data.path.name, one_line=True)}: no row can be used. {_summary(data)}")
+    return data
+
+
+def inspect_data(path: Path, *, format: str = "auto", progress: Progress | None = None) -> DataSet:  # noqa: A002
+    """Return the same as `read_data`, with fatal findings listed in the result instead of raised.
+
+    Raises:
+        BadInput: The file cannot be read at all.
+    """
+    return _inspected(path, format, progress)[0]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What is known so far of a file that is being read."""
+
+    wanted: str
+    findings: Findings
+    shape: Shape | None = None
+    rows: list[Row] = field(default_factory=list)
+    ignored: dict[str, None] = field(default_factory=dict)
+
+    def take(self, number: int, value: Any) -> None:
+        """Normalise one raw row."""
+        if not isinstance(value, dict):
+            self.findings.add("not_an_object", number, f"found {json_kind(value)}; wanted an object with columns")
+            return
+        if self.shape is None:
+            self.shape = recognise(value, self.wanted)
+        if self.shape is None or not value.keys() >= set(self.shape.needed):
+            self._misfit(number, value)
+            return
+        if len(value) > len(self.shape.needed) and len(self.ignored) < _LISTED_COLUMNS:
+            self.ignored |= dict.fromkeys(key for key in value if key not in self.shape.columns)
+        if row := normalised(value, self.shape, number, self.findings):
+            self.rows.append(row)
+
+    def _misfit(self, number: int, value: dict[str, Any]) -> None:
+        other = recognise(value)
+        if self.shape is None or other is None:
+            self.findings.add(
+                "wrong_columns", number, wrong_columns(value, self.shape.format if self.shape else self.wanted)
+            )
+            return
+        found = f"found {other}; the rows before are {self.shape}. One file holds one format"
+        self.findings.add("mixed_formats", number, found)
+
+
+def _inspected(path: Path, wanted: str, progress: Progress | None) -> tuple[DataSet, Findings]:
+    if wanted not in FORMATS:
+        raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(FORMATS)}.")
+    path = shipped_data() if str(path) == EMBEDDED else path
+    size_bytes = _size(path)
+    reading = _Reading(wanted, Findings())
+    try:
+        for number, value in _raw_rows(path, reading.findings, progress):
+            reading.take(number, value)
+    except OSError as error:
+        raise BadInput(f"{plain(str(path), one_line=True)} cannot be read: {error.strerror or error}.") from None
+    if not reading.rows and not reading.findings.counts:
+        raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
+    shape, findings = reading.shape, reading.findings
+    data = DataSet(
+        path=path,
+        format=shape.format if shape else "unknown",
+        columns=tuple(shape.needed) if shape else (),
+        ignored_columns=tuple(plain(name, one_line=True) for name in reading.ignored),
+        rows=tuple(reading.rows),
+        findings=findings.kept,
+        finding_counts=dict(findings.counts),
+        size_bytes=size_bytes,
+    )
+    return data, findings
+
+
+def _size(path: Path) -> int:
+    """Return the size in bytes of a file that can be opened.
+
+    Raises:
+        BadInput: There is no such file, it is a folder or a device, it is empty, or it may not be read.
+    """
+    shown = plain(str(path), one_line=True)
+    if not path.exists():
+        near = (
+            f" The folder {plain(str(path.parent), one_line=True)} does not exist either."
+            if not path.parent.exists()
+            else ""
+        )
+        raise BadInput(
+            f"The data file {shown} does not exist.{near} Give a .jsonl, .json or .parquet file, or 'embedded'."
+        )
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))[:5]
+        hint = f" It holds {', '.join(plain(name, one_line=True) for name in inside)}." if inside else ""
+        raise BadInput(f"{shown} is a folder; wanted a .jsonl, .json or .parquet file.{hint}")
+    if not path.is_file():
+        raise BadInput(f"{shown} is not a regular file; wanted a .jsonl, .json or .parquet file.")
+    if not os.access(path, os.R_OK):
+        raise BadInput(f"{shown} may not be read: permission denied.")
+    size_bytes = path.stat().st_size
+    if not size_bytes:
+        raise BadInput(f"The data file {shown} is empty. Wanted one JSON object a line.")
+    return size_bytes
+
+
+def _raw_rows(path: Path, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        head = file.read(4096)
+    name = plain(path.name, one_line=True)
+    if head.startswith(MAGIC) or path.suffix == ".parquet":
+        return parquet_rows(path, progress)
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            raise BadInput(f"{name} is {what}. Wanted JSON Lines, JSON or Parquet.")
+    first = head.removeprefix(BOM).lstrip()[:1]
+    if path.suffix in (".csv", ".tsv", ".txt", ".md", ".xlsx") and first not in (b"{", b"["):
+        raise BadInput(f"{name} is not JSON. Wanted JSON Lines (one object a line), JSON or Parquet; convert it first.")
+    if first == b"[" or path.suffix == ".json":
+        return document_rows(path, findings, progress)
+    findings.row_word = "line"
+    return line_rows(path, findings, progress)
+
+
+def _summary(data: DataSet) -> str:
+    return "Found: " + ", ".join(f"{count} x {kind}" for kind, count in data.finding_counts.items()) + "."

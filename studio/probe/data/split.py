@@ -1,0 +1,97 @@
+"""Holds rows back for evaluation so that none of them is known from training."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from studio.probe.data.rows import Row
+
+LARGEST_SHARE = 5  # at most one row in five is held out, whatever is asked for: the rest is what is learnt from
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows to train on and rows held out, both in the file's order; the notes say where less was done than asked."""
+
+    train: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
+    """Return a split in which no prompt and no answer stands on both sides.
+
+    Which rows are held out follows from their text and the seed, not from their order. Where answers repeat so much
+    that no such split exists (labels, yes and no), only prompts are kept apart, and a note says so.
+
+    Args:
+        rows: All rows.
+        held_out_rows: How many to hold out; fewer where the rows are too few or too alike.
+        seed: Another seed gives another choice.
+    """
+    allowed = len(rows) // LARGEST_SHARE or int(len(rows) > 1)
+    wanted = min(held_out_rows, allowed)
+    notes = (
+        [f"{held_out_rows} held-out rows were asked for; {wanted} of {len(rows)} are held out"]
+        if wanted < held_out_rows
+        else []
+    )
+    held: set[int] = set()
+    if wanted:
+        held = _choose(_groups(rows, (_prompt_key, _answer_key)), wanted, seed)
+        if len(held) < (wanted + 1) // 2:
+            by_prompt = _choose(_groups(rows, (_prompt_key,)), wanted, seed)
+            if len(by_prompt) > len(held):
+                held = by_prompt
+                notes.append("answers repeat too often to keep them apart: only prompts differ between the two sides")
+        if len(held) < wanted:
+            notes.append(f"{len(held)} rows are held out instead of {wanted}: the others repeat one another")
+    train = tuple(row for place, row in enumerate(rows) if place not in held)
+    return Split(train, tuple(rows[place] for place in sorted(held)), tuple(notes))
+
+
+def _prompt_key(row: Row) -> bytes:
+    return _digest("p", row.prompt) if row.prompt else b""
+
+
+def _answer_key(row: Row) -> bytes:
+    return _digest("a", row.answer)
+
+
+def _digest(kind: str, text: str) -> bytes:
+    """Return a short hash of the text, blind to letter case and white space: such copies are known too."""
+    return hashlib.blake2b(f"{kind}\0{' '.join(text.casefold().split())}".encode(), digest_size=12).digest()
+
+
+def _groups(rows: Sequence[Row], keys: Sequence[Callable[[Row], bytes]]) -> list[tuple[bytes, list[int]]]:
+    """Return (name, places) of the sets of rows that share a prompt or an answer, directly or through others."""
+    parent = list(range(len(rows)))
+
+    def root(place: int) -> int:
+        while parent[place] != place:
+            parent[place] = parent[parent[place]]
+            place = parent[place]
+        return place
+
+    first: dict[bytes, int] = {}
+    names: list[bytes] = []
+    for place, row in enumerate(rows):
+        digests = [key(row) for key in keys]
+        names.append(b"".join(digests))
+        for digest in filter(None, digests):
+            parent[root(place)] = root(first.setdefault(digest, place))
+    members: defaultdict[int, list[int]] = defaultdict(list)
+    for place in range(len(rows)):
+        members[root(place)].append(place)
+    return [(min(names[place] for place in places), places) for places in members.values()]
+
+
+def _choose(groups: list[tuple[bytes, list[int]]], wanted: int, seed: int) -> set[int]:
+    salt = str(seed).encode()
+    order = sorted(groups, key=lambda group: hashlib.blake2b(group[0], key=salt, digest_size=12).digest())
+    held: set[int] = set()
+    for _, places in order:
+        if len(held) + len(places) <= wanted:
+            held.update(places)
+    return held

@@ -1,0 +1,91 @@
+"""The split: deterministic, of the size asked for, and nothing on one side is known from the other."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from studio.probe.data import Conversation, Message, PlainText, read_data, split
+
+
+def ask(prompt: str, answer: str) -> Conversation:
+    return Conversation((Message("system", "S"), Message("user", prompt), Message("assistant", answer)))
+
+
+DISTINCT = [ask(f"question {n}", f"answer {n}") for n in range(100)]
+
+
+def test_same_seed_same_split_other_seed_other_split() -> None:
+    assert split(DISTINCT, 20, 17) == split(DISTINCT, 20, 17)
+    assert split(DISTINCT, 20, 17).held_out != split(DISTINCT, 20, 18).held_out
+
+
+def test_the_split_does_not_follow_the_order_of_the_file() -> None:
+    forwards, backwards = split(DISTINCT, 20, 17), split(DISTINCT[::-1], 20, 17)
+    assert set(forwards.held_out) == set(backwards.held_out)
+
+
+def test_sizes_and_order() -> None:
+    got = split(DISTINCT, 20, 1)
+    assert (len(got.train), len(got.held_out), got.notes) == (80, 20, ())
+    assert [DISTINCT.index(row) for row in got.held_out] == sorted(DISTINCT.index(row) for row in got.held_out)
+
+
+def test_at_most_a_fifth_is_held_out_and_it_is_said() -> None:
+    got = split(DISTINCT, 60, 1)
+    assert len(got.held_out) == 20
+    assert "60 held-out rows were asked for; 20 of 100" in got.notes[0]
+
+
+@pytest.mark.parametrize(("rows", "held"), [(0, 0), (1, 0), (2, 1), (4, 1), (10, 2)])
+def test_few_rows(rows: int, held: int) -> None:
+    assert len(split(DISTINCT[:rows], 50, 1).held_out) == held
+
+
+def test_none_asked_none_held() -> None:
+    assert split(DISTINCT, 0, 1).train == tuple(DISTINCT)
+
+
+def test_copies_in_other_case_or_spacing_stay_together() -> None:
+    rows = [ask("What is it?", "A thing."), ask("what  is it?", "Another."), ask("Who?", "a THING."), *DISTINCT]
+    for seed in range(30):
+        held = split(rows, 20, seed).held_out
+        assert len({row in held for row in rows[:3]}) == 1
+
+
+def test_labels_fall_back_to_prompts_and_say_so() -> None:
+    rows = [ask(f"Is {n} even?", "yes" if n % 2 else "no") for n in range(100)]
+    got = split(rows, 10, 3)
+    assert len(got.held_out) == 10
+    assert any("answers repeat too often" in note for note in got.notes)
+
+
+def test_all_rows_alike_hold_nothing_out() -> None:
+    got = split([ask("a", "b")] * 50, 5, 3)
+    assert got.held_out == ()
+    assert "repeat one another" in got.notes[-1]
+
+
+def test_the_shipped_data_set_gives_what_recipes_ask_for() -> None:
+    rows = read_data(Path("embedded")).rows
+    got = split(rows, 100, 17)
+    assert len(got.held_out) == 100
+    assert got.notes == ()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=60), st.integers(0, 30), st.integers(0, 5))
+def test_never_a_prompt_or_answer_on_both_sides(pairs: list[tuple[int, int]], wanted: int, seed: int) -> None:
+    rows = [ask(f"q{p}", f"a{a}") for p, a in pairs]
+    got = split(rows, wanted, seed)
+    assert sorted(map(repr, got.train + got.held_out)) == sorted(map(repr, rows))
+    assert len(got.held_out) <= wanted
+    assert not {row.prompt for row in got.train} & {row.prompt for row in got.held_out}
+    if not any("only prompts" in note for note in got.notes):
+        assert not {row.answer for row in got.train} & {row.answer for row in got.held_out}
+
+
+def test_plain_texts_are_told_apart_by_their_text() -> None:
+    got = split([PlainText(f"text {n}") for n in range(20)] * 2, 8, 3)
+    assert len(got.held_out) == 8
+    assert not {row.answer for row in got.train} & {row.answer for row in got.held_out}
