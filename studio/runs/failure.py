@@ -1,0 +1,40 @@
+"""What an exception of a job is called in the run's log, and what the user can do about it."""
+
+import traceback
+from collections.abc import Callable
+
+from studio.core.errors import BadInput, JobFailed
+
+Explain = Callable[[BaseException], JobFailed | None]
+"""Gives an exception of the job's libraries (out of memory on the card ...) our name and advice, or None."""
+
+
+def not_explained(error: BaseException) -> JobFailed | None:
+    """The `Explain` of a job whose libraries need none."""
+    del error
+    return None
+
+
+def failure_of(error: BaseException | None, explain: Explain) -> JobFailed:
+    """Return the failure that an exception means; None stands for a job that ended without a terminal event."""
+    match error:
+        case None:
+            failure = JobFailed("no_result", "the job ended without saying how", "Report this: it is a fault of ours.")
+        case JobFailed():
+            failure = error
+        case _:
+            failure = explain(error) or _by_type(error)
+    return failure
+
+
+def _by_type(error: BaseException) -> JobFailed:
+    match error:
+        case BadInput():
+            return JobFailed("bad_input", str(error), "Correct it and start a new run.")
+        case KeyboardInterrupt():
+            message = "interrupted before the job could stop in order"
+            return JobFailed("interrupted", message, "Continue with: lora-studio runs resume RUN")
+        case MemoryError():
+            return JobFailed("out_of_memory", "the computer's memory is full", "Lower micro-batch or sequence length.")
+    what = "".join(traceback.format_exception_only(error)).strip()
+    return JobFailed("error", what, "The traceback is at the end of output.log in the run's folder.")

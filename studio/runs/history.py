@@ -1,0 +1,143 @@
+"""A run's events folded into what screens and reports show. A live and a finished run are the same code path.
+
+Folding is incremental; a worker's restart replaces the steps that it does again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from studio.core.events import (
+    Evaluated,
+    Failed,
+    Finished,
+    MemorySeen,
+    Paused,
+    Phase,
+    RunEvent,
+    Sampled,
+    Saved,
+    Started,
+    StepDone,
+    Warned,
+)
+from studio.runs.series import MemorySeries, TrainSeries
+
+_RATE_STEPS = 20
+_MOST_WARNINGS = 1000
+
+
+@dataclass(slots=True)
+class History:
+    """Everything a run has told so far.
+
+    Attributes:
+        started: The last start.
+        phase: What the job is busy with.
+        train: The optimizer steps.
+        evals: Held-out evaluations, in order of steps.
+        memory: Memory readings.
+        samples: Held-out answers, in order of steps.
+        saved: What lies on disk, in the order of saving.
+        warnings: The first thousand of them.
+        paused: Whether the worker said that it waits.
+        failed: The terminal failure, unless a later start made it void.
+        finished: The terminal success, likewise.
+        unknown: How many lines this version could not read.
+    """
+
+    started: Started | None = None
+    phase: Phase | None = None
+    train: TrainSeries = field(default_factory=TrainSeries)
+    evals: list[Evaluated] = field(default_factory=list)
+    memory: MemorySeries = field(default_factory=MemorySeries)
+    samples: list[Sampled] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    warnings: list[Warned] = field(default_factory=list)
+    paused: bool = False
+    failed: Failed | None = None
+    finished: Finished | None = None
+    unknown: int = 0
+    last_at: float | None = None
+
+    def fold(self, events: Iterable[RunEvent]) -> None:
+        """Take in further events, in the order of the log."""
+        for event in events:
+            self._take(event)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run, once known."""
+        return self.started.total_steps if self.started else None
+
+    @property
+    def last_step(self) -> int:
+        """The last optimizer step done; after a resume at least the one it continues from."""
+        resumed = self.started.resumed_from if self.started else 0
+        return max(resumed, self.train.steps[-1] if self.train.steps else 0)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Real tokens per second of the last steps; None before the first."""
+        seconds = sum(self.train.seconds[-_RATE_STEPS:])
+        return sum(self.train.tokens[-_RATE_STEPS:]) / seconds if seconds > 0 else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean duration of the last steps; None before the first."""
+        window = self.train.seconds[-_RATE_STEPS:]
+        return sum(window) / len(window) if window else None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds that the remaining steps take at the recent pace, evaluations not counted; None when unknown."""
+        pace, total = self.seconds_per_step, self.total_steps
+        if self.finished is not None or self.failed is not None:
+            return 0.0
+        return None if pace is None or total is None else max(0, total - self.last_step) * pace
+
+    def _take(self, event: RunEvent) -> None:
+        self.last_at = event.at or self.last_at
+        match event:
+            case StepDone():
+                self.train.append(event)
+            case MemorySeen():
+                self.memory.append(event)
+            case Evaluated():
+                while self.evals and self.evals[-1].step >= event.step:
+                    self.evals.pop()
+                self.evals.append(event)
+            case Started():
+                self._start(event)
+            case Phase():
+                self.phase = event
+            case _:
+                self._take_rare(event)
+
+    def _take_rare(self, event: RunEvent) -> None:
+        match event:
+            case Sampled():
+                self.samples = [kept for kept in self.samples if (kept.step, kept.index) != (event.step, event.index)]
+                self.samples.append(event)
+            case Saved():
+                self.saved.append(event)
+            case Warned():
+                if len(self.warnings) < _MOST_WARNINGS:
+                    self.warnings.append(event)
+            case Paused():
+                self.paused = event.paused
+            case Failed():
+                self.failed = event
+            case Finished():
+                self.finished = event
+            case _:
+                self.unknown += 1
+
+    def _start(self, event: Started) -> None:
+        """A resumed worker does the steps after its checkpoint again: what was told of them is void."""
+        self.started, self.phase, self.paused, self.failed, self.finished = event, None, False, None, None
+        after = event.resumed_from + 1 if event.resumed_from else 0
+        self.train.cut_from(after)
+        self.memory.cut_from(after)
+        self.evals = [kept for kept in self.evals if kept.step < after]
+        self.samples = [kept for kept in self.samples if kept.step < after]
+        self.saved = [kept for kept in self.saved if kept.step is None or kept.step < after]

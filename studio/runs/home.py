@@ -1,0 +1,31 @@
+"""Where runs and converted models live on this machine. Asking creates nothing."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+HOME_VARIABLE = "LORA_STUDIO_HOME"
+_APP = "lora-studio"
+
+
+def studio_home() -> Path:
+    """Return the folder of everything we keep: `$LORA_STUDIO_HOME`, else the platform's user data folder."""
+    chosen = _chosen()
+    return chosen if chosen else platformdirs.user_data_path(_APP, appauthor=False)
+
+
+def runs_root() -> Path:
+    """Return the folder that holds one folder per run."""
+    return studio_home() / "runs"
+
+
+def cache_root() -> Path:
+    """Return the folder of what can be made again: `$LORA_STUDIO_HOME/cache`, else the platform's cache folder."""
+    chosen = _chosen()
+    return chosen / "cache" if chosen else platformdirs.user_cache_path(_APP, appauthor=False)
+
+
+def _chosen() -> Path | None:
+    word = os.environ.get(HOME_VARIABLE, "").strip()
+    return Path(word).expanduser().absolute() if word else None

@@ -1,0 +1,124 @@
+"""The run directory: which file lies where, and how a new one gets its name."""
+
+import re
+import time
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+
+_OWNER_ONLY = 0o700
+_LONGEST_SLUG = 48
+_MOST_TWINS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """The places inside one run directory. Nothing exists because it has a name here."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its folder."""
+        return self.root.name
+
+    @property
+    def recipe(self) -> Path:
+        """What the run was made from, as resolved; never edited."""
+        return self.root / "recipe.toml"
+
+    @property
+    def plan(self) -> Path:
+        """The memory estimate at launch."""
+        return self.root / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        """The append-only log of the worker."""
+        return self.root / "events.jsonl"
+
+    @property
+    def output(self) -> Path:
+        """What the worker's process printed."""
+        return self.root / "output.log"
+
+    @property
+    def process(self) -> Path:
+        """Which process is, or was, the worker; written by the worker."""
+        return self.root / "process.json"
+
+    @property
+    def launch(self) -> Path:
+        """Which process was started last, and how long the log was then; written by who started it."""
+        return self.root / "launch.json"
+
+    @property
+    def lock(self) -> Path:
+        """The lock that the worker holds while it lives."""
+        return self.root / "worker.lock"
+
+    @property
+    def control(self) -> Path:
+        """Requests to the worker: a file is a request."""
+        return self.root / "control"
+
+    @property
+    def checkpoints(self) -> Path:
+        """From what a stopped or crashed run goes on."""
+        return self.root / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result of training: a PEFT folder."""
+        return self.root / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The summary that a job leaves at its end."""
+        return self.root / "report.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is a run at all."""
+        return self.recipe.is_file() or self.events.is_file()
+
+
+def new_run(runs_root: Path, name: str, now: float) -> RunPaths:
+    """Make the folder of a new run, `<slug>-YYYYmmdd-HHMMSS`, readable by the owner only.
+
+    Args:
+        runs_root: Where runs live; made if missing.
+        name: Any text; only letters, digits, dots and dashes of it reach the folder's name.
+        now: Unix seconds, shown in local time.
+
+    Raises:
+        BadInput: The folder cannot be made there.
+    """
+    stem = f"{slug(name)}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+    try:
+        runs_root.mkdir(mode=_OWNER_ONLY, parents=True, exist_ok=True)
+        for twin in range(1, _MOST_TWINS):
+            paths = RunPaths(runs_root / (stem if twin == 1 else f"{stem}-{twin}"))
+            try:
+                paths.root.mkdir(mode=_OWNER_ONLY)
+            except FileExistsError:
+                continue
+            paths.control.mkdir(mode=_OWNER_ONLY)
+            return paths
+    except OSError as error:
+        raise BadInput(
+            f"no run folder can be made in {plain(str(runs_root), one_line=True)}: {error.strerror}. "
+            "Choose another place with --runs-dir or LORA_STUDIO_HOME."
+        ) from error
+    raise BadInput(f"{_MOST_TWINS} runs are named {stem} already: wait a second or choose another name.")
+
+
+def slug(name: str) -> str:
+    """Return a folder-name part made of `a-z0-9._-` from any text; never empty, hidden or longer than 48."""
+    ascii_text = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    dashed = re.sub(r"[^a-z0-9._]+", "-", ascii_text.lower())
+    flat = re.sub(r"[-.]{2,}", "-", dashed)
+    return flat[:_LONGEST_SLUG].strip("-._") or "run"

@@ -1,0 +1,183 @@
+"""`events.jsonl`: one writer that appends a line per event, and readers that follow it from a kept offset.
+
+The writer repairs what a killed predecessor left; a reader takes only whole lines, so a torn last line is "not yet".
+A line that is not one of our events is kept as `Unknown`, never an error.
+"""
+
+import errno
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import JobFailed
+from studio.core.events import Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
+from studio.runs.events_check import well_typed
+
+TERMINAL = (Failed, Finished)
+_DURABLE = (*TERMINAL, Saved)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_POLL_BYTES = 4 * 2**20
+_LONGEST_LINE_BYTES = 2**20
+_KEPT_OF_BAD_LINE = 2000
+
+
+class EventWriter:
+    """The one writer of a run's events; may be used from several threads of its process."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """Open the log for appending and end a torn last line, so that the next event starts a line of its own."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        self._size = os.fstat(self._descriptor).st_size
+        if self._size and not _ends_with_newline(self._descriptor, self._size):
+            self._append(b"\n")
+
+    def emit(self, kind: type[RunEvent], **fields: Any) -> RunEvent:
+        """Stamp an event with the clock, write it and return it; see `write`."""
+        event = kind(at=self._clock(), **fields)
+        self.write(event)
+        return event
+
+    def write(self, event: RunEvent) -> None:
+        """Append one event. Terminal events and `Saved` are on the disk when this returns.
+
+        Raises:
+            JobFailed: The disk is full (kind `disk_full`); no part of the line is left behind.
+            OSError: The log cannot be written for another reason.
+        """
+        line = json.dumps(_finite(event_to_dict(event)), ensure_ascii=False, allow_nan=False) + "\n"
+        with self._lock:
+            self._append(line.encode("utf-8", "backslashreplace"))
+            if isinstance(event, _DURABLE):
+                os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the log; closing twice is closing once."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def _append(self, data: bytes) -> None:
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+        except OSError as error:
+            if written:
+                os.ftruncate(self._descriptor, self._size)
+            if error.errno in _NO_SPACE:
+                raise JobFailed(
+                    "disk_full",
+                    f"the disk is full: the run's log could not be written ({error.strerror})",
+                    "Free some space, then continue with: lora-studio runs resume RUN",
+                ) from error
+            raise
+        self._size += len(data)
+
+
+class EventTail:
+    """A reader that follows a log from where it stopped.
+
+    Attributes:
+        restarts: How often the file was replaced or cut since the first read; what was folded before is then void.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.restarts = 0
+        self._offset = 0
+        self._inode: int | None = None
+        self._inside_long_line = False
+
+    def poll(self, limit: int = _POLL_BYTES) -> list[RunEvent]:
+        """Return the events of the whole lines that came since the last call, about `limit` bytes of them at most.
+
+        A missing file has no events. More may wait when `limit` was reached: `behind_bytes` tells. A line longer than
+        what is read at once (1 MiB or `limit`) is none of ours and becomes one `Unknown`.
+        """
+        limit = max(limit, _LONGEST_LINE_BYTES)
+        try:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                self._notice_replacement(status)
+                file.seek(self._offset)
+                chunk = file.read(limit)
+        except OSError:
+            return []
+        return [event for line in self._whole_lines(chunk, limit) if (event := event_from_line(line)) is not None]
+
+    @property
+    def behind_bytes(self) -> int:
+        """Bytes in the file that were not handed out yet (a torn last line counts)."""
+        try:
+            return max(0, self.path.stat().st_size - self._offset)
+        except OSError:
+            return 0
+
+    def _notice_replacement(self, status: os.stat_result) -> None:
+        replaced = self._inode is not None and status.st_ino != self._inode
+        if replaced or status.st_size < self._offset:
+            self.restarts += 1
+            self._offset, self._inside_long_line = 0, False
+        self._inode = status.st_ino
+
+    def _whole_lines(self, chunk: bytes, limit: int) -> list[bytes]:
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            self._offset += end
+            lines = chunk[:end].split(b"\n")[:-1]
+            skipped, self._inside_long_line = self._inside_long_line, False
+            return lines[1:] if skipped else lines
+        if len(chunk) < limit:
+            return []
+        self._offset += len(chunk)
+        first, self._inside_long_line = not self._inside_long_line, True
+        return [chunk[:_KEPT_OF_BAD_LINE]] if first else []
+
+
+def read_events(path: Path) -> list[RunEvent]:
+    """Return all events of a log, in order; a missing log has none."""
+    tail = EventTail(path)
+    events = tail.poll()
+    before = 0
+    while 0 < tail.behind_bytes != before:
+        before = tail.behind_bytes
+        events.extend(tail.poll())
+    return events
+
+
+def event_from_line(line: bytes) -> RunEvent | None:
+    """Return the event on a line, `Unknown` for anything that is not one of ours, None for an empty line."""
+    if not line.strip():
+        return None
+    try:
+        table = json.loads(line)
+        if isinstance(table, dict):
+            event = event_from_dict(table)
+            return event if well_typed(event) else Unknown(at=event.at, raw=table)
+    except (ValueError, OverflowError, RecursionError):
+        pass
+    return Unknown(at=0.0, raw={"text": line[:_KEPT_OF_BAD_LINE].decode("utf-8", "replace")})
+
+
+def _finite(value: Any) -> Any:
+    """Inside nested results a non-finite number has no flag beside it: it becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _ends_with_newline(descriptor: int, size: int) -> bool:
+    os.lseek(descriptor, size - 1, os.SEEK_SET)
+    return os.read(descriptor, 1) == b"\n"

@@ -1,0 +1,126 @@
+"""Recipes as files: read with all problems named, written so that a person can read and diff them."""
+
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import tomlkit
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.recipe_parse import apply_settings, recipe_from_dict
+from studio.core.text import plain
+
+_PATH_FIELDS = ("data.path", "data.eval_path", "model.base")
+_MOST_BYTES = 2**20
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `path=value` settings to it.
+
+    Relative data and model paths of the file are taken from the file's folder where they exist there, else from the
+    current folder; those of the settings from the current folder first.
+
+    Raises:
+        BadInput: The file is missing, no file, not UTF-8 or not TOML (the line is shown), or the recipe has problems.
+    """
+    shown = plain(str(path), one_line=True)
+    text = _text_of(path, shown)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{shown} is not valid TOML: {_toml_place(str(error), text)}") from error
+    except RecursionError as error:
+        raise BadInput(f"{shown} is nested too deeply to be a recipe.") from error
+    try:
+        settings = tuple(settings)
+        here, folder = Path.cwd(), path.absolute().parent
+        recipe = resolve_paths(recipe_from_dict(table), (folder, here))
+        return resolve_paths(apply_settings(recipe, settings), (here, folder)) if settings else recipe
+    except BadInput as error:
+        raise BadInput(f"{shown}: {error}") from error
+
+
+def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
+    """Make relative data and model paths absolute, by the first folder that has them; other words stay as they are."""
+    folders = tuple(folders)
+    for field in _PATH_FIELDS:
+        word = recipe.get(field)
+        if not word or word == EMBEDDED or "\0" in word:
+            continue
+        given = Path(word).expanduser() if word.startswith("~") else Path(word)
+        for folder in folders:
+            if _exists(folder / given):
+                recipe = recipe.with_(field, str((folder / given).resolve()))
+                break
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe as TOML, every field written out, tables in the order of the fields."""
+    return tomlkit.dumps(recipe.to_dict())
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the program, by name: packed beside the code, or the checkout's folder."""
+    packed = _PACKAGE / "_recipes"
+    folder = packed if packed.is_dir() else _PACKAGE.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(word: str) -> Path:
+    """Return the file that a word means: a path that exists, else the name of a shipped recipe.
+
+    Raises:
+        BadInput: It is neither.
+    """
+    path = Path(word).expanduser() if word.startswith("~") else Path(word)
+    shipped = shipped_recipes()
+    if word in shipped and not path.is_file():
+        return shipped[word]
+    if "\0" not in word and (_exists(path) or "/" in word or word.endswith(".toml")):
+        return path
+    raise BadInput(
+        f"there is no recipe {plain(word, one_line=True)!r}: neither a file here nor one of the shipped recipes "
+        f"({', '.join(shipped) or 'none found'})."
+    )
+
+
+def _text_of(path: Path, shown: str) -> str:
+    try:
+        if path.is_dir():
+            raise BadInput(f"{shown} is a folder; a recipe is one TOML file.")
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{shown} is not a regular file; a recipe is one TOML file.")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no recipe file {shown}; `lora-studio recipes` lists the shipped ones.") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadInput(f"the recipe {shown} cannot be read: {reason}.") from error
+    if len(content) > _MOST_BYTES:
+        raise BadInput(f"{shown} is larger than 1 MiB: that is no recipe. Data files are named in [data] path.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{shown} is not UTF-8 text: byte 0x{content[error.start]:02x} in line {line}.") from error
+
+
+def _toml_place(message: str, text: str) -> str:
+    """The parser's message with the line it speaks of."""
+    found = re.search(r"line (\d+)", message)
+    lines = text.splitlines()
+    number = int(found[1]) if found else len(lines)
+    shown = plain(lines[number - 1], one_line=True, limit=160) if 0 < number <= len(lines) else ""
+    return f"{plain(message, one_line=True)}\n  line {number}: {shown}"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

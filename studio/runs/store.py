@@ -1,0 +1,145 @@
+"""All runs of a folder: listed from the two ends of their logs, found by name, removed when nothing lives there."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from studio.core.errors import BadInput
+from studio.core.events import Evaluated, Finished, RunEvent, Started, StepDone
+from studio.core.text import plain
+from studio.runs.layout import RunPaths
+from studio.runs.lock import lock_held
+from studio.runs.log import event_from_line
+from studio.runs.status import Status, run_status, tail_events
+
+LAST = "last"
+_Kind = TypeVar("_Kind", bound=RunEvent)
+_HEAD_BYTES = 8 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """One line of the list of runs. What the ends of the log do not tell is None."""
+
+    paths: RunPaths
+    status: Status
+    name: str
+    job: str | None
+    method: str | None
+    model: str | None
+    last_step: int | None
+    total: int | None
+    last_loss: float | None
+    eval_loss: float | None
+    started_at: float | None
+    last_at: float | None
+
+
+def list_runs(root: Path) -> list[RunInfo]:
+    """Return the runs in a folder, newest first; folders that are no run are passed over."""
+    infos = [run_info(paths) for paths in _runs_in(root)]
+    return sorted(infos, key=lambda info: (_made_at(info), info.name), reverse=True)
+
+
+def run_info(paths: RunPaths) -> RunInfo:
+    """Return what a list shows of one run, from the two ends of its log."""
+    tail = tail_events(paths.events)
+    first = _head_start(paths.events)
+    start = _last(tail, Started) or first
+    began = first or start
+    step, evaluated, end = _last(tail, StepDone), _last(tail, Evaluated), _last(tail, Finished)
+    return RunInfo(
+        paths=paths,
+        status=run_status(paths),
+        name=paths.name,
+        job=start.job if start else None,
+        method=start.method if start else None,
+        model=start.model if start else None,
+        last_step=step.step if step else end.step if end else None,
+        total=start.total_steps if start else None,
+        last_loss=step.loss if step else None,
+        eval_loss=evaluated.loss if evaluated else None,
+        started_at=began.at if began else None,
+        last_at=tail[-1].at if tail else None,
+    )
+
+
+def find_run(root: Path, word: str) -> RunPaths:
+    """Return the run that a word means: its path, its name, the beginning of one name only, or `last`.
+
+    Raises:
+        BadInput: No run or several runs answer to the word.
+    """
+    shown = plain(word, one_line=True)
+    if word == LAST:
+        infos = list_runs(root)
+        if not infos:
+            raise BadInput(f"there are no runs in {plain(str(root), one_line=True)} yet.")
+        return infos[0].paths
+    runs = _runs_in(root)
+    exact = [paths for paths in runs if paths.name == word]
+    if exact:
+        return exact[0]
+    if ("/" in word or "\\" in word or word in (".", "..")) and "\0" not in word:
+        paths = RunPaths(Path(word).expanduser().absolute())
+        if paths.exists:
+            return paths
+        raise BadInput(f"{shown} is no run folder: it holds neither recipe.toml nor events.jsonl.")
+    begun = [paths for paths in runs if word and paths.name.startswith(word)]
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        names = ", ".join(sorted(plain(paths.name, one_line=True) for paths in begun)[:5])
+        raise BadInput(f"{len(begun)} runs begin with {shown!r} ({names}{' ...' if len(begun) > 5 else ''}): say more.")
+    raise BadInput(f"there is no run {shown!r} in {plain(str(root), one_line=True)}; see: lora-studio runs list")
+
+
+def remove_run(paths: RunPaths) -> None:
+    """Delete a run's folder with its checkpoints and adapter.
+
+    Raises:
+        BadInput: The run is live, no run folder at all, or cannot be deleted.
+    """
+    name = plain(paths.name, one_line=True)
+    if not paths.exists or paths.root.is_symlink():
+        raise BadInput(f"{name} is no run folder; nothing was removed.")
+    if run_status(paths).live or lock_held(paths.lock):
+        raise BadInput(f"the run {name} is live: stop it first (lora-studio runs stop {name}).")
+    doomed = paths.root.with_name(f".{paths.name}.removed")
+    try:
+        paths.root.replace(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise BadInput(f"the run {name} cannot be removed: {error.strerror}.") from error
+
+
+def _runs_in(root: Path) -> list[RunPaths]:
+    try:
+        folders = [entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_dir()]
+    except OSError:
+        return []
+    return [paths for folder in folders if (paths := RunPaths(folder)).exists]
+
+
+def _head_start(path: Path) -> Started | None:
+    try:
+        with path.open("rb") as file:
+            line = file.readline(_HEAD_BYTES)
+    except OSError:
+        return None
+    event = event_from_line(line) if line.endswith(b"\n") else None
+    return event if isinstance(event, Started) else None
+
+
+def _last(events: list[RunEvent], kind: type[_Kind]) -> _Kind | None:
+    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+
+def _made_at(info: RunInfo) -> float:
+    if info.started_at:
+        return info.started_at
+    try:
+        return info.paths.root.stat().st_mtime
+    except OSError:
+        return 0.0

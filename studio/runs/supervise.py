@@ -1,0 +1,204 @@
+"""Starting, stopping and continuing the process of a run. The process outlives whoever started it.
+
+Own session, stdin from the null device and output into a file: each of the three is needed for a child to survive a
+closed terminal and a killed parent (measured: a pipe or an inherited terminal kills it).
+"""
+
+import os
+import signal
+import site
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.text import plain
+from studio.runs.atomic import write_whole
+from studio.runs.control import request, withdraw_all
+from studio.runs.job import MODULES, kind_of, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.lock import lock_held
+from studio.runs.process import mark_of, mark_to_json, read_mark, send_signal
+from studio.runs.status import Status, events_bytes, run_status
+
+ENVIRONMENT = {
+    "WANDB_MODE": "disabled",  # its login prompt hangs a process without a terminal
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONUNBUFFERED": "1",  # output.log is read while the job lives
+    "PYTHONSAFEPATH": "1",  # a torch.py in the current folder must not become the library
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_POLL_SECONDS = 0.05
+_TERM_SECONDS = 10.0
+_KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """A launched run: its folder and the process as its parent sees it (needed to reap it)."""
+
+    paths: RunPaths
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def pid(self) -> int:
+        """The number of the started process."""
+        return self.process.pid
+
+
+def launch(
+    paths: RunPaths,
+    module: str,
+    *,
+    popen: Callable[..., "subprocess.Popen[bytes]"] = subprocess.Popen,
+    environment: Mapping[str, str] | None = None,
+    wait_seconds: float = 30.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Handle:
+    """Start `python -m module RUN` as the worker of a run; return when it holds the run, has ended, or time is up.
+
+    Args:
+        paths: The run; its folder exists.
+        module: The job's module.
+        popen: Starts the process.
+        environment: Additions to the child's environment, over ours.
+        wait_seconds: Longest wait for the worker's lock; the child is left alone after it.
+        clock: Seconds, for the wait.
+        sleep: Waits between two looks.
+
+    Raises:
+        StudioError: The run has a worker already, or the process cannot be started.
+    """
+    if lock_held(paths.lock):
+        raise StudioError(f"the run {plain(paths.name, one_line=True)} already has a worker; attach to it or stop it.")
+    before = events_bytes(paths.events)
+    command = [sys.executable, "-m", module, str(paths.root.absolute())]
+    descriptor = os.open(paths.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        process = popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            close_fds=True,
+            cwd=paths.root,
+            env=child_environment(environment or {}),
+            **_detached(),
+        )
+    except OSError as error:
+        raise StudioError(f"the worker cannot be started: {error}") from error
+    finally:
+        os.close(descriptor)
+    mark = mark_of(process.pid)
+    if mark is not None:
+        write_whole(paths.launch, mark_to_json(mark, events_bytes=before, module=module))
+    handle = Handle(paths, process)
+    _until(lambda: _taken_by(handle) or process.poll() is not None, wait_seconds, clock, sleep)
+    return handle
+
+
+def stop(
+    paths: RunPaths,
+    grace_seconds: float | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Status:
+    """Ask a worker to stop in order; with a grace period, end it by SIGTERM and SIGKILL when that has passed.
+
+    Signals go to exactly the process that took the run on this machine, never to another one with its number.
+
+    Args:
+        paths: The run.
+        grace_seconds: How long the worker may take (a step, and saving); None only asks and returns at once.
+        clock: Seconds, for the waits.
+        sleep: Waits between two looks.
+
+    Returns:
+        How the run stands afterwards.
+    """
+    if not run_status(paths).live:
+        return run_status(paths)
+    request(paths, "stop")
+    if grace_seconds is None:
+        return run_status(paths)
+
+    def gone() -> bool:
+        return not run_status(paths).live and not lock_held(paths.lock)
+
+    waits = ((grace_seconds, signal.SIGTERM), (_TERM_SECONDS, getattr(signal, "SIGKILL", signal.SIGTERM)))
+    for seconds, number in waits:
+        if _until(gone, seconds, clock, sleep):
+            return run_status(paths)
+        worker = read_mark(paths.process) or read_mark(paths.launch)
+        if worker is not None:
+            send_signal(worker[0], number)
+    _until(gone, _KILL_SECONDS, clock, sleep)
+    return run_status(paths)
+
+
+def resume(paths: RunPaths, *, module: str | None = None, **options: Any) -> Handle:
+    """Start a worker in the folder of a run that was stopped, failed or crashed; it continues after its checkpoint.
+
+    Args:
+        paths: The run.
+        module: The job's module; None takes that of the run's kind of job.
+        options: As for `launch`.
+
+    Raises:
+        BadInput: The run is live or finished, or its `recipe.toml` is unreadable.
+        StudioError: The process cannot be started.
+    """
+    status = run_status(paths)
+    name = plain(paths.name, one_line=True)
+    if status.live or lock_held(paths.lock):
+        raise BadInput(
+            f"the run {name} is {status}: it cannot be resumed while its worker lives. Attach to it instead."
+        )
+    if status is Status.finished:
+        raise BadInput(
+            f"the run {name} is finished: there is nothing left to do. Start a new run from its recipe.toml."
+        )
+    job_module = module or MODULES[kind_of(read_job(paths))]
+    withdraw_all(paths)
+    return launch(paths, job_module, **options)
+
+
+def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment with ours, the additions, and a path to this very package."""
+    environment = {**os.environ, **ENVIRONMENT, **additions}
+    parent = str(Path(__file__).resolve().parents[2])
+    if parent not in (*site.getsitepackages(), site.getusersitepackages()):
+        known = [str(Path(path).absolute()) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*known, parent]))
+    return environment
+
+
+def _detached() -> dict[str, Any]:
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS}
+    return {"start_new_session": True}
+
+
+def _taken_by(handle: Handle) -> bool:
+    """A Windows virtual environment starts Python through a second process, so any worker of this launch counts."""
+    if not lock_held(handle.paths.lock):
+        return False
+    worker = read_mark(handle.paths.process)
+    return worker is not None and (worker[0].pid == handle.pid or sys.platform == "win32")
+
+
+def _until(
+    done: Callable[[], bool], seconds: float, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> bool:
+    end = clock() + seconds
+    while not done():
+        if clock() >= end:
+            return False
+        sleep(_POLL_SECONDS)
+    return True

@@ -1,0 +1,83 @@
+"""A worker that costs nothing: it writes real events through the real `Worker`, and obeys like a real job.
+
+Run as `python -m tests.fakes.job RUN`; what it does is set by the environment (see `_number`).
+"""
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from studio.core.errors import JobFailed
+from studio.core.events import Evaluated, Finished, Paused, Phase, Sampled, Saved, Started, StepDone, Warned
+from studio.runs.atomic import publish_folder
+from studio.runs.worker import Worker, run_job
+
+
+def _number(name: str, otherwise: float) -> float:
+    """FAKE_STEPS, FAKE_SECONDS (per step), FAKE_FAIL_AT, FAKE_DEAF (ignores requests) ..."""
+    return float(os.environ.get(f"FAKE_{name}", otherwise))
+
+
+def main(worker: Worker) -> None:
+    total = int(_number("STEPS", 10))
+    done = _resumable(worker)
+    worker.emit(Started, job="train", method="qlora", model="embedded", total_steps=total, resumed_from=done)
+    worker.emit(Phase, name="load", detail="reading nothing")
+    worker.emit(Warned, message="this worker is a fake", topic="fake")
+    worker.emit(Evaluated, step=done, loss=4.0, loss_tokens=100, rows=10, seconds=0.1)
+    worker.emit(Sampled, step=done, index=0, prompt="what?", answer="no idea", expected="this")
+    for step in range(done + 1, total + 1):
+        if step == _number("FAIL_AT", -1):
+            raise JobFailed("nonfinite_loss", f"the loss is nan at step {step}", "Lower the learning rate.")
+        if step == _number("RAISE_AT", -1):
+            raise ZeroDivisionError("a fault of the fake")
+        if step == _number("DIE_AT", -1):
+            os._exit(9)
+        time.sleep(_number("SECONDS", 0.0))
+        worker.emit(
+            StepDone,
+            step=step,
+            loss=4.0 * math.exp(-step / 10),
+            learning_rate=1e-4,
+            grad_norm=1.0,
+            tokens=1000,
+            seconds=max(0.001, _number("SECONDS", 0.0)),
+        )
+        if _number("DEAF", 0):
+            continue
+        _wait_while_paused(worker, step)
+        if worker.requested("stop"):
+            return _end(worker, step, "stopped")
+    return _end(worker, total, "done")
+
+
+def _wait_while_paused(worker: Worker, step: int) -> None:
+    if not worker.requested("pause"):
+        return
+    worker.emit(Paused, step=step, paused=True)
+    while worker.requested("pause") and not worker.requested("stop"):
+        time.sleep(0.01)
+    worker.emit(Paused, step=step, paused=False)
+
+
+def _end(worker: Worker, step: int, outcome: str) -> None:
+    worker.emit(Evaluated, step=step, loss=2.0, loss_tokens=100, rows=10, seconds=0.1)
+    worker.emit(Sampled, step=step, index=0, prompt="what?", answer="this", expected="this")
+    aside = worker.paths.root / ".adapter.part"
+    aside.mkdir(exist_ok=True)
+    (aside / "adapter_config.json").write_text("{}")
+    publish_folder(aside, worker.paths.adapter)
+    (worker.paths.root / "step.txt").write_text(str(step))
+    worker.emit(Saved, what="adapter", path="adapter", step=step)
+    worker.emit(Finished, outcome=outcome, step=step, seconds=1.0)
+
+
+def _resumable(worker: Worker) -> int:
+    saved = worker.paths.root / "step.txt"
+    return int(saved.read_text()) if saved.is_file() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(Path(sys.argv[1]), main))
