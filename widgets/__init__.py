@@ -1,0 +1,1 @@
+"""Textual widgets that anyone could lift out: they take numbers and words, never our types."""

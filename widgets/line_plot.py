@@ -1,0 +1,195 @@
+"""A line plot that is fed point by point and repaints only the cells that changed."""
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from rich.cells import cell_len
+from rich.segment import Segment
+from rich.style import Style
+from textual.geometry import Region
+from textual.reactive import reactive
+from textual.strip import Strip
+from textual.widget import Widget
+
+from widgets.line_picture import REFERENCE_LOOK, Curve, LinePicture, Look, Reference
+from widgets.plot_canvas import FRAME, CellRow
+
+__all__ = ["Curve", "LinePlot", "Reference"]
+
+_SIGNS: dict[Look, str] = {"line": "━━", "faint": "──", "dots": "●"}
+_LEAST_FOR_LEGEND = 5
+
+
+class LinePlot(Widget):
+    """Several curves over one x range, a row of names above them."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        "line-plot--title",
+        "line-plot--frame",
+        "line-plot--reference",
+        *(f"line-plot--{look}-{hue}" for look in ("hue", "faint") for hue in range(1, 5)),
+    }
+
+    DEFAULT_CSS = """
+    LinePlot {
+        width: 1fr;
+        height: 1fr;
+        & > .line-plot--title { text-style: bold; }
+        & > .line-plot--frame { color: $text-muted; }
+        & > .line-plot--reference { color: $text-warning; }
+        & > .line-plot--hue-1 { color: $text-primary; }
+        & > .line-plot--hue-2 { color: $text-accent; }
+        & > .line-plot--hue-3 { color: $text-success; }
+        & > .line-plot--hue-4 { color: $text-error; }
+        & > .line-plot--faint-1 { color: $text-primary 45%; }
+        & > .line-plot--faint-2 { color: $text-accent 45%; }
+        & > .line-plot--faint-3 { color: $text-success 45%; }
+        & > .line-plot--faint-4 { color: $text-error 45%; }
+    }
+    """
+
+    x_total: reactive[float] = reactive(0.0, repaint=False)
+    """Last x of the axis; 0 lets the axis grow with the data."""
+    log_y: reactive[bool] = reactive(False, repaint=False)
+    """Whether the y axis is logarithmic."""
+    reference: reactive[Reference | None] = reactive[Reference | None](None, repaint=False)
+    """A dashed horizontal line, or none."""
+
+    def __init__(
+        self,
+        curves: Sequence[Curve],
+        *,
+        title: str = "",
+        x_label: str = "",
+        from_zero: bool = False,
+        id: str | None = None,  # noqa: A002  Textual's own name
+        classes: str | None = None,
+    ) -> None:
+        """Prepare an empty plot.
+
+        Args:
+            curves: What can be drawn; their keys are what `extend` and `replace` take.
+            title: First words of the row of names, such as the quantity and its unit.
+            x_label: Unit of x, written after the last tick.
+            from_zero: Keep zero on the y axis.
+            id: Widget id.
+            classes: CSS classes.
+        """
+        super().__init__(id=id, classes=classes)
+        self._curves = tuple(curves)
+        self._title = title
+        self._picture = LinePicture(curves, x_label=x_label, from_zero=from_zero)
+        self._looks: dict[int, Style] = {}
+        self._rows: list[CellRow] = []
+        self._strips: list[Strip] = []
+        self._due = False
+
+    def watch_x_total(self, total: float) -> None:
+        """Draw the new range."""
+        self._picture.x_total = total
+        self._draw_soon()
+
+    def watch_log_y(self, log_y: bool) -> None:
+        """Draw on the new scale."""
+        self._picture.log_y = log_y
+        self._draw_soon()
+
+    def watch_reference(self, reference: Reference | None) -> None:
+        """Show or hide the dashed line."""
+        self._picture.reference = reference
+        self._draw_soon()
+
+    def render_line(self, y: int) -> Strip:
+        """Return a row as it was last drawn."""
+        if y < len(self._strips):
+            return self._strips[y]
+        return Strip.blank(self.size.width, self.rich_style)
+
+    def notify_style_update(self) -> None:
+        """Take the colours of a new theme."""
+        super().notify_style_update()
+        self._forget_drawing()
+        self._draw_soon()
+
+    def on_resize(self) -> None:
+        """Draw for the new size at once: the old strips do not fit it."""
+        self._forget_drawing()
+        self._redraw()
+
+    def on_show(self) -> None:
+        """Catch up with what came while the plot was out of sight."""
+        self._draw_soon()
+
+    def extend(self, key: str, xs: Iterable[float], ys: Iterable[float]) -> None:
+        """Append points to a curve.
+
+        Raises:
+            KeyError: No curve has this key.
+            ValueError: `xs` and `ys` differ in length.
+        """
+        self._picture.extend(key, xs, ys)
+        self._draw_soon()
+
+    def replace(self, key: str, xs: Iterable[float], ys: Iterable[float]) -> None:
+        """Give a curve new points instead of its old ones.
+
+        Raises:
+            KeyError: No curve has this key.
+            ValueError: `xs` and `ys` differ in length.
+        """
+        self._picture.clear(key)
+        self.extend(key, xs, ys)
+
+    def _forget_drawing(self) -> None:
+        self._rows, self._strips, self._looks = [], [], {}
+
+    def _draw_soon(self) -> None:
+        """Draw once after the messages of this moment, however many points they bring."""
+        if not self._due and self.is_mounted:
+            self._due = True
+            self.call_later(self._redraw)
+
+    def _redraw(self) -> None:
+        """Draw and repaint the spans that differ from the last drawing; out of sight, draw nothing."""
+        self._due = False
+        width, height = self.size
+        if width < 1 or height < 1 or not self.is_attached:
+            return
+        legend = [self._legend(width)] if height >= _LEAST_FOR_LEGEND else []
+        before, self._rows = self._rows, self._picture.rows(width, height - len(legend))
+        if len(before) != len(self._rows):
+            self._strips = [*legend, *map(self._strip, self._rows)]
+            self.refresh()
+            return
+        changed = [Region(0, 0, width, 1)] if legend and legend[0] != self._strips[0] else []
+        self._strips[: len(legend)] = legend
+        for y, (old, new) in enumerate(zip(before, self._rows, strict=True), start=len(legend)):
+            span = new.changed_span(old)
+            if span is not None:
+                self._strips[y] = self._strip(new)
+                changed.append(Region(span[0], y, span[1] - span[0], 1))
+        if changed:
+            self.refresh(*changed)
+
+    def _strip(self, row: CellRow) -> Strip:
+        return Strip([Segment(text, self._style(look)) for text, look in row.runs()], len(row.text))
+
+    def _legend(self, width: int) -> Strip:
+        segments = [Segment(self._title, self.get_component_rich_style("line-plot--title"))]
+        for curve in self._curves:
+            segments += [Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look)), self._named(curve.label)]
+        if self.reference is not None:
+            segments += [Segment("  ╌╌ ", self._style(REFERENCE_LOOK)), self._named(self.reference.label)]
+        length = sum(cell_len(segment.text) for segment in segments)
+        return Strip(segments, length).adjust_cell_length(width, self.rich_style)
+
+    def _named(self, label: str) -> Segment:
+        return Segment(label, self.rich_style)
+
+    def _style(self, look: int) -> Style:
+        """Return the style of a look, never None: Textual's monochrome filter fails on a segment without a style."""
+        if look not in self._looks:
+            names = {FRAME: "frame", REFERENCE_LOOK: "reference"}
+            name = names.get(look) or (f"hue-{look}" if look <= 4 else f"faint-{look - 4}")
+            self._looks[look] = self.get_component_rich_style(f"line-plot--{name}")
+        return self._looks[look]

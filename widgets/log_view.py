@@ -1,0 +1,113 @@
+"""The end of a log, shown exactly: no markup, no escape sequences, no progress bars drawn over each other."""
+
+import re
+from collections import deque
+from collections.abc import Iterable
+from typing import ClassVar
+
+from rich.cells import cell_len
+from rich.segment import Segment
+from textual.binding import Binding, BindingType
+from textual.geometry import Size
+from textual.reactive import reactive
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def visible_lines(text: str) -> list[str]:
+    r"""Return the lines of a log as a terminal would leave them: after `\r` the last wins, controls become `·`."""
+    lines = []
+    for line in text.split("\n"):
+        last = line.rstrip("\r").rpartition("\r")[2]
+        lines.append(_CONTROL.sub("·", last.expandtabs(8)))
+    return lines
+
+
+class LogView(ScrollView, can_focus=True):
+    """The newest lines of a log. Follows the end until the user scrolls up, and again once the end is reached."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("end,G", "scroll_end", "Newest", show=False),
+        Binding("home,g", "scroll_home", "Oldest", show=False),
+    ]
+
+    DEFAULT_CSS = """
+    LogView {
+        width: 1fr;
+        height: 1fr;
+        overflow: auto scroll;
+        scrollbar-size-vertical: 1;
+        scrollbar-size-horizontal: 1;
+    }
+    """
+
+    wrap: reactive[bool] = reactive(True)
+    """Whether long lines continue on the next row."""
+
+    def __init__(self, *, keep: int = 2000, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
+        """Show at most the newest `keep` lines."""
+        super().__init__(id=id, classes=classes)
+        self._lines: deque[str] = deque(maxlen=keep)
+        self._rows: list[str] = []
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The lines kept, oldest first."""
+        return tuple(self._lines)
+
+    def watch_wrap(self) -> None:
+        """Lay the lines out again."""
+        self._lay_out()
+
+    def render_line(self, y: int) -> Strip:
+        """Return the row under the scroll position."""
+        column, row = self.scroll_offset.x, self.scroll_offset.y + y
+        text = self._rows[row] if row < len(self._rows) else ""
+        width = self.scrollable_content_region.width
+        return Strip([Segment(text, self.rich_style)]).crop_extend(column, column + width, self.rich_style)
+
+    def on_resize(self) -> None:
+        """Wrap for the new width."""
+        self._lay_out()
+
+    def extend(self, lines: Iterable[str]) -> None:
+        """Append lines that are already free of control characters, as `visible_lines` returns them."""
+        new = list(lines)
+        if new:
+            self._lines.extend(new)
+            self._lay_out()
+
+    def clear(self) -> None:
+        """Forget every line."""
+        self._lines.clear()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        follows = self.is_vertical_scroll_end
+        width = self.scrollable_content_region.width
+        if self.wrap and width > 0:
+            self._rows = [row for line in self._lines for row in _wrapped(line, width)]
+            widest = width
+        else:
+            self._rows = list(self._lines)
+            widest = max((cell_len(row) for row in self._rows), default=0)
+        self.virtual_size = Size(widest, len(self._rows))
+        self.refresh()
+        if follows:
+            self.scroll_end(animate=False, immediate=True)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Cut a line into rows of at most `width` cells."""
+    if cell_len(line) <= width:
+        return [line]
+    rows, row, used = [], "", 0
+    for character in line:
+        cells = cell_len(character)
+        if used + cells > width and row:
+            rows.append(row)
+            row, used = "", 0
+        row, used = row + character, used + cells
+    return [*rows, row]

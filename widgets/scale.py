@@ -1,0 +1,97 @@
+"""Where a slider can stand: stops between two ends. Knows no widget."""
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The stops of a slider in rising order, and the ends that a typed value may reach.
+
+    A value between two stops is allowed; the next turn goes to the neighbouring stop.
+
+    Attributes:
+        stops: Rising values, at least one.
+        low: Smallest value that may be typed.
+        high: Largest value that may be typed.
+    """
+
+    stops: tuple[float, ...]
+    low: float
+    high: float
+
+    def turned(self, value: float, stops: int) -> float:
+        """Return the value that many stops further up (or down, when negative), held at the ends."""
+        if stops > 0:
+            index = bisect.bisect_right(self.stops, value) + stops - 1
+        else:
+            index = bisect.bisect_left(self.stops, value) + stops
+        if index < 0 and value < self.stops[0]:
+            return value
+        if index >= len(self.stops) and value > self.stops[-1]:
+            return value
+        return self.stops[min(max(index, 0), len(self.stops) - 1)]
+
+    def fraction(self, value: float) -> float:
+        """Return where a value stands, 0 to 1, each gap between neighbouring stops taking the same room."""
+        if len(self.stops) == 1 or value <= self.stops[0]:
+            return 0.0
+        if value >= self.stops[-1]:
+            return 1.0
+        index = bisect.bisect_right(self.stops, value) - 1
+        below, above = self.stops[index], self.stops[index + 1]
+        return (index + (value - below) / (above - below)) / (len(self.stops) - 1)
+
+    def nearest(self, fraction: float) -> float:
+        """Return the stop nearest to a place from 0 to 1."""
+        index = round(min(max(fraction, 0.0), 1.0) * (len(self.stops) - 1))
+        return self.stops[index]
+
+    @property
+    def coarse(self) -> int:
+        """How many stops a coarse turn takes: a fifth of them."""
+        return max(2, len(self.stops) // 5)
+
+
+def stops_scale(stops: Iterable[float], low: float | None = None, high: float | None = None) -> Scale:
+    """Return a scale with exactly these stops; typing reaches from `low` to `high`, by default the outer stops.
+
+    Raises:
+        ValueError: No stops, or they do not rise, or lie outside the ends.
+    """
+    values = tuple(stops)
+    if not values or any(not a < b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"found stops {values}; wanted at least one, each above the one before")
+    bottom, top = values[0] if low is None else low, values[-1] if high is None else high
+    if bottom > values[0] or top < values[-1]:
+        raise ValueError(f"found ends {bottom} to {top}; wanted them to hold the stops {values[0]} to {values[-1]}")
+    return Scale(values, bottom, top)
+
+
+def linear_scale(low: float, high: float, step: float) -> Scale:
+    """Return a scale from `low` in equal steps; `high` is its last stop even when the step does not meet it.
+
+    Raises:
+        ValueError: The range or the step is not positive.
+    """
+    if not low < high or step <= 0:
+        raise ValueError(f"found {low} to {high} by {step}; wanted a rising range and a positive step")
+    count = math.floor((high - low) / step + 1e-9)
+    values = [low + index * step for index in range(count + 1)]
+    return stops_scale([*values, high] if high - values[-1] > step * 1e-6 else [*values[:-1], high])
+
+
+def log_scale(low: float, high: float, factors: Iterable[float] = (1, 2, 5)) -> Scale:
+    """Return a scale with the same `factors` in every power of ten between two positive ends.
+
+    Raises:
+        ValueError: The range does not rise from above zero.
+    """
+    if not 0 < low < high:
+        raise ValueError(f"found {low} to {high}; wanted a rising range above zero")
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    inside = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    return stops_scale(sorted({low, high, *(value for value in inside if low < value < high)}))

@@ -1,0 +1,240 @@
+"""A number in one row: label, track, value. Turned by keys, mouse and typing."""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.reactive import reactive
+from textual.strip import Strip
+from textual.widget import Widget
+
+from widgets.scale import Scale
+
+_TYPED = frozenset("0123456789.eE+-_")
+_LEAST_TRACK = 5
+
+
+class Slider(Widget, can_focus=True):
+    """A value on a scale. `Changed` is posted for the user's turns only, never for a value set by the program."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "turn(-1)", "Less", show=False),
+        Binding("right", "turn(1)", "More", show=False),
+        Binding("shift+left,pagedown", "turn_coarse(-1)", "Much less", show=False),
+        Binding("shift+right,pageup", "turn_coarse(1)", "Much more", show=False),
+        Binding("home", "turn_to_end(-1)", "Least", show=False),
+        Binding("end", "turn_to_end(1)", "Most", show=False),
+        Binding("enter", "type", "Type", show=False),
+    ]
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        "slider--label",
+        "slider--filled",
+        "slider--thumb",
+        "slider--empty",
+        "slider--value",
+        "slider--note",
+        "slider--refused",
+    }
+
+    DEFAULT_CSS = """
+    Slider {
+        width: 1fr;
+        height: 1;
+        & > .slider--filled { color: $primary; }
+        & > .slider--thumb { color: $primary; text-style: bold; }
+        & > .slider--empty { color: $foreground 25%; }
+        & > .slider--value { text-style: bold; }
+        & > .slider--note { color: $text-muted; }
+        & > .slider--refused { color: $text-error; text-style: bold; }
+        &:focus {
+            background: $boost;
+            & > .slider--label { text-style: bold; }
+            & > .slider--thumb { color: $accent; }
+            & > .slider--filled { color: $accent; }
+        }
+    }
+    """
+
+    value: reactive[float] = reactive(0.0)
+    """Where the slider stands."""
+    note: reactive[str] = reactive("")
+    """A few words after the value."""
+    typed: reactive[str | None] = reactive[str | None](None)
+    """What the user has typed so far, or None while not typing."""
+
+    class Changed(Message):
+        """The user turned the slider."""
+
+        def __init__(self, slider: "Slider", value: float) -> None:
+            """Carry the new value."""
+            super().__init__()
+            self.slider = slider
+            self.value = value
+
+        @property
+        def control(self) -> "Slider":
+            """The slider that was turned."""
+            return self.slider
+
+    def __init__(
+        self,
+        label: str,
+        scale: Scale,
+        value: float,
+        *,
+        whole: bool = False,
+        show: Callable[[float], str] = "{:g}".format,
+        label_width: int = 16,
+        value_width: int = 9,
+        id: str | None = None,  # noqa: A002  Textual's own name
+        classes: str | None = None,
+    ) -> None:
+        """Stand at `value`.
+
+        Args:
+            label: Name before the track.
+            scale: Stops and the ends for typing.
+            value: First value; may lie between two stops.
+            whole: Refuse a typed value with a fraction.
+            show: Turns a value into its text.
+            label_width: Cells for the label, so that sliders below each other line up.
+            value_width: Cells for the value.
+            id: Widget id.
+            classes: CSS classes.
+        """
+        super().__init__(id=id, classes=classes)
+        self.scale = scale
+        self._label, self._whole, self._show = label, whole, show
+        self._label_width, self._value_width = label_width, value_width
+        self._refused = False
+        self.set_reactive(Slider.value, value)
+
+    def render_line(self, y: int) -> Strip:
+        """Return the one row."""
+        if y:
+            return Strip.blank(self.size.width, self.rich_style)
+        style = self.get_component_rich_style
+        begin, length = self._track()
+        thumb = round(self.scale.fraction(self.value) * (length - 1)) if length else 0
+        segments = [Segment(self._label[:begin].ljust(begin), style("slider--label"))]
+        if length:
+            segments += [
+                Segment("━" * thumb, style("slider--filled")),
+                Segment("●", style("slider--thumb")),
+                Segment("─" * (length - thumb - 1), style("slider--empty")),
+                Segment(" ", self.rich_style),
+            ]
+        if self.typed is None:
+            value, name, note = self._show(self.value), "value", self.note
+        else:
+            value, name = f"{self.typed}▏", "refused" if self._refused else "value"
+            note = f"{self.scale.low:g} to {self.scale.high:g}"
+        segments.append(Segment(value.ljust(self._value_width), style(f"slider--{name}")))
+        segments.append(Segment(note, style("slider--note")))
+        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
+
+    def _track(self) -> tuple[int, int]:
+        """Return where the track begins and how many cells it has; none when the row is too narrow for one."""
+        note_width = max(0, min(24, self.size.width // 4))
+        length = self.size.width - self._label_width - self._value_width - note_width - 1
+        return self._label_width, length if length >= _LEAST_TRACK else 0
+
+    def on_key(self, event: events.Key) -> None:
+        """Take digits as the beginning of a typed value, and the keys of a value being typed."""
+        character = event.character or ""
+        if self.typed is None:
+            if character.isdecimal() or character == ".":
+                self.typed, self._refused = character, False
+                event.stop()
+            return
+        if event.key == "enter":
+            self._take_typed()
+        elif event.key == "escape":
+            self.typed = None
+        elif event.key == "backspace":
+            self.typed = self.typed[:-1]
+        elif character in _TYPED and character:
+            self.typed, self._refused = self.typed + character, False
+        elif event.key not in ("left", "right", "home", "end"):
+            return
+        event.stop()
+        event.prevent_default()
+
+    def on_blur(self) -> None:
+        """Give up a half-typed value."""
+        self.typed = None
+
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        """Jump to where the mouse is and follow it."""
+        self.capture_mouse()
+        self._turn_to_cell(event.x)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        """Follow a drag."""
+        if self.app.mouse_captured is self:
+            self._turn_to_cell(event.x)
+
+    def on_mouse_up(self) -> None:
+        """End a drag."""
+        self.release_mouse()
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Turn up while focused; otherwise the wheel scrolls what the slider lies in."""
+        if self.has_focus:
+            event.stop()
+            self.action_turn(1)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """Turn down while focused."""
+        if self.has_focus:
+            event.stop()
+            self.action_turn(-1)
+
+    def action_turn(self, stops: int) -> None:
+        """Turn by stops."""
+        self._turn(self.scale.turned(self.value, stops))
+
+    def action_turn_coarse(self, direction: int) -> None:
+        """Turn by a fifth of all stops."""
+        self.action_turn(direction * self.scale.coarse)
+
+    def action_turn_to_end(self, direction: int) -> None:
+        """Turn to the first or the last stop."""
+        self._turn(self.scale.stops[-1 if direction > 0 else 0])
+
+    def action_type(self) -> None:
+        """Begin to type a value."""
+        self.typed, self._refused = "", False
+
+    def _turn_to_cell(self, x: int) -> None:
+        begin, length = self._track()
+        if length > 1:
+            self._turn(self.scale.nearest((x - begin) / (length - 1)))
+
+    def _take_typed(self) -> None:
+        """Turn to the typed value, or keep it on show with the limits when it is none of the scale's."""
+        text = (self.typed or "").replace("_", "")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        sound = self.scale.low <= value <= self.scale.high and not (self._whole and value != int(value))
+        if not text:
+            self.typed = None
+        elif sound:
+            self.typed = None
+            self._turn(value)
+        else:
+            self._refused = True
+            self.refresh()
+            self.app.bell()
+
+    def _turn(self, value: float) -> None:
+        if value != self.value:
+            self.value = value
+            self.post_message(self.Changed(self, value))
