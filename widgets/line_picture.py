@@ -78,6 +78,14 @@ class LinePicture:
         """
         self._series[key].clear()
 
+    def has_points(self, key: str) -> bool:
+        """Return whether a curve has a finite point.
+
+        Raises:
+            KeyError: No curve has this key.
+        """
+        return self._series[key].highest is not None
+
     def rows(self, width: int, height: int) -> list[CellRow]:
         """Return the picture as `height` rows of `width` cells."""
         x_range = self._x_range()

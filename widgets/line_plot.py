@@ -21,7 +21,7 @@ _LEAST_FOR_LEGEND = 5
 
 
 class LinePlot(Widget):
-    """Several curves over one x range, a row of names above them."""
+    """Several curves over one x range; the names of those that have points stand in a row above."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "line-plot--title",
@@ -177,6 +177,8 @@ class LinePlot(Widget):
     def _legend(self, width: int) -> Strip:
         segments = [Segment(self._title, self.get_component_rich_style("line-plot--title"))]
         for curve in self._curves:
+            if not self._picture.has_points(curve.key):
+                continue
             segments += [Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look)), self._named(curve.label)]
         if self.reference is not None:
             segments += [Segment("  ╌╌ ", self._style(REFERENCE_LOOK)), self._named(self.reference.label)]

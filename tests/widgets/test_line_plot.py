@@ -53,6 +53,9 @@ def test_names_curves_and_axes_are_shown() -> None:
         plot.x_total = 100
         plot.extend("raw", range(50), [4 - x / 20 for x in range(50)])
         plot.extend("held", [0, 40], [4, 2])
+        await pilot.pause()
+        assert text_of(plot).startswith("loss  ── each step  ● held-out  "), "a curve without points is not named"
+        plot.extend("smooth", [0, 1], [4, 3.9])
         plot.reference = Reference(3.0, "predicted")
         await pilot.pause()
         shown = text_of(plot)

@@ -1,0 +1,128 @@
+"""One of a few words in one row: label, then the options, or the chosen one between arrows where space is short."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.segment import Segment
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.reactive import reactive
+from textual.strip import Strip
+from textual.widget import Widget
+
+
+class Choice(Widget, can_focus=True):
+    """A choice between options. `Changed` is posted for the user's turns only."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "turn(-1)", "Before", show=False),
+        Binding("right,space,enter", "turn(1)", "Next", show=False),
+        Binding("home", "turn_to(0)", "First", show=False),
+        Binding("end", "turn_to(-1)", "Last", show=False),
+    ]
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"choice--label", "choice--chosen", "choice--other", "choice--note"}
+
+    DEFAULT_CSS = """
+    Choice {
+        width: 1fr;
+        height: 1;
+        & > .choice--chosen { text-style: bold; }
+        & > .choice--other { color: $text-muted; }
+        & > .choice--note { color: $text-muted; }
+        &:focus {
+            background: $boost;
+            & > .choice--label { text-style: bold; }
+            & > .choice--chosen { color: $accent; text-style: bold; }
+        }
+    }
+    """
+
+    value: reactive[str] = reactive("")
+    """The chosen option's value."""
+    note: reactive[str] = reactive("")
+    """A few words after the options."""
+
+    class Changed(Message):
+        """The user chose another option."""
+
+        def __init__(self, choice: "Choice", value: str) -> None:
+            """Carry the new value."""
+            super().__init__()
+            self.choice = choice
+            self.value = value
+
+        @property
+        def control(self) -> "Choice":
+            """The choice that was turned."""
+            return self.choice
+
+    def __init__(
+        self,
+        label: str,
+        options: Sequence[tuple[str, str]],
+        value: str,
+        *,
+        label_width: int = 16,
+        id: str | None = None,  # noqa: A002  Textual's own name
+        classes: str | None = None,
+    ) -> None:
+        """Offer `options`, each a value and what is shown for it.
+
+        Raises:
+            ValueError: There are no options.
+        """
+        if not options:
+            raise ValueError("found no options; wanted at least one")
+        super().__init__(id=id, classes=classes)
+        self._label, self._label_width = label, label_width
+        self._options = tuple(options)
+        self.set_reactive(Choice.value, value)
+
+    def render_line(self, y: int) -> Strip:
+        """Return the one row."""
+        if y:
+            return Strip.blank(self.size.width, self.rich_style)
+        style = self.get_component_rich_style
+        width = self._label_width
+        segments = [Segment(self._label[:width].ljust(width), style("choice--label"))]
+        for text, value in self._pieces():
+            name = "chosen" if value == self.value else "other"
+            segments.append(Segment(text, style(f"choice--{name}")))
+        segments.append(Segment(f"  {self.note}" if self.note else "", style("choice--note")))
+        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
+
+    def _pieces(self) -> list[tuple[str, str]]:
+        """Return the texts of the row after the label, each with the value that a click on it chooses."""
+        whole = [(f"({'•' if value == self.value else ' '}) {shown}  ", value) for value, shown in self._options]
+        if sum(len(text) for text, _ in whole) <= self.size.width - self._label_width:
+            return whole
+        shown = dict(self._options).get(self.value, self.value)
+        return [("◂ ", ""), (shown, self.value), (" ▸", "")]
+
+    def on_click(self, event: events.Click) -> None:
+        """Choose what was clicked; on an arrow, or beside everything, the next."""
+        position = event.x - self._label_width
+        for text, value in self._pieces():
+            if 0 <= position < len(text) and value:
+                self._turn(value)
+                return
+            position -= len(text)
+        if event.x >= self._label_width:
+            self.action_turn(1)
+
+    def action_turn(self, direction: int) -> None:
+        """Choose the next or the one before, round and round."""
+        values = [value for value, _ in self._options]
+        index = values.index(self.value) + direction if self.value in values else 0
+        self._turn(values[index % len(values)])
+
+    def action_turn_to(self, index: int) -> None:
+        """Choose by place."""
+        self._turn(self._options[index][0])
+
+    def _turn(self, value: str) -> None:
+        if value != self.value:
+            self.value = value
+            self.post_message(self.Changed(self, value))
