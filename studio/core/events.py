@@ -21,17 +21,32 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(RunEvent):
-    """A process took the run. `resumed_from` is the optimizer step that it continues after, 0 for a fresh start."""
+    """A process took the run. `resumed_from` is the optimizer step that it continues after, 0 for a fresh start.
+
+    `total_steps` is known this early only where the recipe counts steps; `Planned` has it in any case.
+    """
 
     kind: ClassVar[str] = "Started"
     job: str
     method: str | None = None
     model: str | None = None
-    device: str | None = None
     total_steps: int | None = None
     resumed_from: int = 0
-    trainable_parameters: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned(RunEvent):
+    """What data and model turned out to be, once both are loaded. Rows are counted after dropping and splitting."""
+
+    kind: ClassVar[str] = "Planned"
+    total_steps: int
+    trainable_parameters: int
+    rows: int
+    held_out_rows: int
+    device: str
+    dtype: str
+    loss_path: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +173,20 @@ class Unknown(RunEvent):
 
 KINDS: dict[str, type[RunEvent]] = {
     kind.kind: kind
-    for kind in (Started, Phase, StepDone, MemorySeen, Evaluated, Sampled, Saved, Warned, Paused, Failed, Finished)
+    for kind in (
+        Started,
+        Planned,
+        Phase,
+        StepDone,
+        MemorySeen,
+        Evaluated,
+        Sampled,
+        Saved,
+        Warned,
+        Paused,
+        Failed,
+        Finished,
+    )
 }
 
 

@@ -1,11 +1,15 @@
 """What makes a recipe sound: types, limits, choices, rules between fields. Collects all problems, stops at none."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from studio.core.knobs import KNOBS
 from studio.core.recipe import ALL_LINEAR, PATHS, Problem, Recipe, choices_of
+
+_NEEDED = ("name", "model.base", "data.path", "device.device")
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
 def check(recipe: Recipe) -> tuple[Problem, ...]:
@@ -27,12 +31,7 @@ def _field(path: str, value: Any) -> Iterator[Problem]:
         if not isinstance(value, bool):
             yield Problem(path, repr(value), "true or false")
     elif PATHS[path] is str:
-        if not isinstance(value, str):
-            yield Problem(path, repr(value), "text in quotes")
-        elif not value.strip() and path in ("name", "model.base", "data.path", "device.device"):
-            yield Problem(path, "nothing", "a name or path")
-        elif "\0" in value:
-            yield Problem(path, repr(value), "text without a NUL character")
+        yield from _text(path, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         yield Problem(path, repr(value), knob.allowed if knob else "a number")
     elif not math.isfinite(value) or (PATHS[path] is int and value != int(value)):
@@ -50,6 +49,25 @@ def _targets(value: Any) -> Iterator[Problem]:
         )
 
 
+def _text(path: str, value: Any) -> Iterator[Problem]:
+    if not isinstance(value, str):
+        yield Problem(path, repr(value), "text in quotes")
+    elif not value.strip() and path in _NEEDED:
+        yield Problem(path, "nothing", "a name or path")
+    elif "\0" in value or not _encodable(value):
+        yield Problem(path, repr(value), "text without NUL characters and lone surrogates")
+    elif path == "device.device" and not _DEVICE.fullmatch(value):
+        yield Problem(path, repr(value), "auto, cpu, cuda or cuda:N")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _between(recipe: Recipe) -> Iterator[Problem]:
     train = recipe.train
     if train.steps == 0 and train.epochs == 0:
@@ -58,7 +76,3 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "eval.samples", f"{recipe.eval.samples} with no held-out rows", "eval.rows above 0, or eval.samples 0"
         )
-    device = recipe.device.device
-    known = device in ("auto", "cpu", "cuda") or (device.startswith("cuda:") and device[5:].isdecimal())
-    if not known:
-        yield Problem("device.device", repr(device), "auto, cpu, cuda or cuda:N")

@@ -1,0 +1,1 @@
+"""Training: base, adapter, loop, guards, checkpoints."""

@@ -1,0 +1,36 @@
+"""The training job: `python -m studio.jobs.train RUN_DIR`, started by `studio.runs.supervise`."""
+
+import os
+import sys
+from pathlib import Path
+
+from studio.core.errors import BadInput, JobFailed
+from studio.core.recipe import Recipe
+from studio.runs.job import read_job
+from studio.runs.worker import Worker, run_job
+
+
+def _body(worker: Worker) -> None:
+    recipe = read_job(worker.paths)
+    if not isinstance(recipe, Recipe):
+        raise BadInput("this run is not a training run")
+    if recipe.device.device.startswith("cuda:"):
+        # Before torch is imported: the job then sees one card, called cuda:0.
+        os.environ["CUDA_VISIBLE_DEVICES"] = recipe.device.device.removeprefix("cuda:")
+    elif recipe.device.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the card is chosen and the lock is held
+
+    train_run(worker, recipe)
+
+
+def _explain(error: BaseException) -> JobFailed | None:
+    from studio.jobs.train.failures import explain  # noqa: PLC0415  torch is loaded by then, or never was
+
+    return explain(error)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m studio.jobs.train RUN_DIR")
+    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain))

@@ -1,0 +1,157 @@
+"""Checkpoints that are whole or not there: adapter, optimizer and random state in safetensors, a marker written last.
+
+A checkpoint is `checkpoints/step-00000120/`. It counts only with `complete.json`, which lists every file's size and
+SHA-256; a folder without it, or whose files differ, is passed over. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from studio.runs.atomic import publish_folder, write_whole
+
+_MARKER = "complete.json"
+_ADAPTER, _OPTIMIZER, _RANDOM, _STATE = (
+    "adapter.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "state.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands besides its weights. `scaler` is the fp16 loss scaler's state, empty when it is idle."""
+
+    step: int
+    tokens: int
+    seconds: float
+    scaler: dict[str, float]
+
+
+def save_checkpoint(
+    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+) -> Path:
+    """Write a checkpoint for `progress.step`, delete all but the newest `keep`, and return its folder.
+
+    Raises:
+        OSError: The disk is full or not writable; nothing half-made is left.
+    """
+    final = folder / f"step-{progress.step:08d}"
+    aside = folder / f".writing-{final.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_file(_on_host(get_peft_model_state_dict(model)), aside / _ADAPTER)
+        tensors, numbers = _flatten(optimizer.state_dict()["state"])
+        save_file(_on_host(tensors), aside / _OPTIMIZER)
+        save_file(_random_state(), aside / _RANDOM)
+        write_whole(aside / _STATE, json.dumps({"progress": asdict(progress), "optimizer": numbers}))
+        files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
+        write_whole(aside / _MARKER, json.dumps({"step": progress.step, "files": files}))
+        publish_folder(aside, final)
+    except SafetensorError as error:
+        raise OSError(f"writing {final.name}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in complete_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders that carry a marker, oldest step first (their files are not verified)."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{_MARKER}"))
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose files are all as its marker says, or None."""
+    return next((path for path in reversed(complete_checkpoints(folder)) if _is_valid(path)), None)
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put adapter, optimizer and random state back and return the progress.
+
+    Raises:
+        ValueError: The adapter in the checkpoint does not have the tensors of this model's adapter.
+    """
+    weights = load_file(path / _ADAPTER)
+    expected = get_peft_model_state_dict(model)
+    if weights.keys() != expected.keys():
+        raise ValueError(f"checkpoint {path.name} holds other adapter tensors than this recipe makes")
+    set_peft_model_state_dict(model, weights)
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    tables = optimizer.state_dict()
+    optimizer.load_state_dict({**tables, "state": _unflatten(load_file(path / _OPTIMIZER), state["optimizer"])})
+    _restore_random(load_file(path / _RANDOM))
+    return Progress(**state["progress"])
+
+
+def _flatten(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split optimizer state `{parameter: {name: tensor or number}}` into tensors and numbers under `parameter/name`."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for parameter, entries in state.items():
+        for name, value in entries.items():
+            nested = value.items() if isinstance(value, dict) else [("", value)]
+            for inner, leaf in nested:
+                key = f"{parameter}/{name}/{inner}" if inner else f"{parameter}/{name}"
+                (tensors if isinstance(leaf, Tensor) else numbers)[key] = leaf
+    return tensors, numbers
+
+
+def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        parameter, name, *inner = key.split("/")
+        entries = state.setdefault(int(parameter), {})
+        if inner:
+            entries.setdefault(name, {})[inner[0]] = value
+        else:
+            entries[name] = value
+    return state
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _restore_random(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name != "cpu" and torch.cuda.is_available() and int(name[4:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name[4:]))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        files = json.loads((path / _MARKER).read_text(encoding="utf-8"))["files"]
+        return bool(files) and all(_fingerprint(path / name) == seen for name, seen in files.items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False

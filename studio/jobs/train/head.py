@@ -1,0 +1,60 @@
+"""A causal language model taken apart into backbone and head, and proof that the two give the model's own loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from studio.jobs.train.loss import HeadForm, chunked_loss_sum, shifted
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Relative difference allowed between the two losses: rounding of the logits in each dtype, not a different formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitModel:
+    """Hidden states from `backbone`, logits from `head` in the family's `form`."""
+
+    backbone: nn.Module
+    head: nn.Module
+    form: HeadForm
+
+    def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed loss of a padded batch; all arguments `[batch, seq]`, labels not yet shifted."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return chunked_loss_sum(hidden, self.head, shifted(labels), self.form)
+
+
+def full_loss_sum(causal: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed loss through the model's own forward and whole logits; arguments `[batch, seq]`."""
+    logits = causal(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
+
+
+def split(causal: nn.Module) -> SplitModel | None:
+    """Return backbone and head of a causal model, or None where it does not have these two parts."""
+    backbone = getattr(causal, "base_model", None)
+    head = cast(Any, causal).get_output_embeddings()
+    if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
+        return None
+    config = cast(Any, causal).config.get_text_config()
+    scale = (
+        1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0) * float(getattr(config, "logit_scale", 1.0) or 1.0)
+    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return SplitModel(backbone, head, HeadForm(float(softcap) if softcap else None, scale))
+
+
+def agrees(parts: SplitModel, causal: nn.Module, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:
+    """Return whether the split gives the model's own loss on a batch: seen, not assumed from the family's name."""
+    was_training = causal.training
+    causal.eval()
+    try:
+        with torch.no_grad(), autocast():
+            ours, theirs = float(parts.loss_sum(**batch)), float(full_loss_sum(causal, **batch))
+    finally:
+        causal.train(was_training)
+    dtype = next(parts.head.parameters()).dtype
+    return abs(ours - theirs) <= _TOLERANCE.get(dtype, 1e-4) * max(abs(theirs), 1e-6)

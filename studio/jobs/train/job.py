@@ -1,0 +1,236 @@
+"""One training run from its recipe to its adapter: load, prove, train, save. The order of events is the order here."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel
+
+from studio.core.errors import BadInput
+from studio.core.events import Finished, Phase, Planned, Saved, Started, Warned
+from studio.core.recipe import Recipe
+from studio.core.schedule import total_steps_of
+from studio.jobs.base.load import load_base, load_tokenizer
+from studio.jobs.base.resolve import resolve_base
+from studio.jobs.train.adapter import attach_adapter, save_adapter
+from studio.jobs.train.batches import StepBatches, collate
+from studio.jobs.train.between import Between
+from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
+from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.precision import Precision, choose_precision
+from studio.jobs.train.rows import Example, Prompt, encode_rows, sample_prompts
+from studio.jobs.train.step_model import StepModel
+from studio.probe.data import read_data, split
+from studio.probe.models import BaseFound, find_base
+from studio.runs.worker import Worker
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows, and the prompts to show answers for."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    prompts: Sequence[Prompt]
+
+
+def train_run(worker: Worker, recipe: Recipe) -> None:
+    """Train as the recipe says and leave `adapter/`; continues after the newest whole checkpoint if there is one.
+
+    Raises:
+        JobFailed: A guard fired, or something of the user's cannot be used.
+        BadInput: Model or data changed since they were checked.
+    """
+    checkpoint = newest_valid(worker.paths.checkpoints)
+    worker.emit(
+        Started,
+        job="train",
+        method=recipe.method,
+        model=recipe.model.base,
+        total_steps=recipe.train.steps or None,
+        resumed_from=step_of(checkpoint) if checkpoint else 0,
+        versions={name: version(name) for name in _LIBRARIES},
+    )
+    transformers.utils.logging.disable_progress_bar()
+    accelerator = accelerate.Accelerator(cpu=recipe.device.device == "cpu")
+    device = accelerator.device
+    if recipe.device.device.startswith("cuda") and device.type != "cuda":
+        raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
+    _limit_memory(recipe, device)
+    precision = choose_precision(recipe.model.dtype, device)
+    memory = MemoryWatch(worker.emit, device)
+
+    worker.emit(Phase, name="finding the base model")
+    base = resolve_base(
+        find_base(recipe.model.base, recipe.model.revision),
+        progress=lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction),
+    )
+    tokenizer = load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code)
+    worker.emit(Phase, name="reading the data")
+    rows = _read_rows(worker, recipe, tokenizer)
+
+    worker.emit(Phase, name="loading the base model", detail=recipe.method)
+    _seed(recipe.train.seed)
+    model = _load_model(recipe, base, device, precision)
+    memory.see("load", 0)
+    step_model = StepModel(model, recipe.train.loss, precision.autocast)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    proven = step_model.prove(collate(rows.train[:1], pad_id, device))
+    if recipe.train.loss == "chunked" and not proven:
+        worker.emit(
+            Warned,
+            topic="loss",
+            message="this model's loss is not its head applied to its backbone: the full logits are built instead "
+            "of the chunked loss, which takes more memory",
+        )
+    optimizer = build_optimizer(
+        model.parameters(),
+        kind=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+        device=device,
+        warn=lambda message: worker.emit(Warned, topic="optimizer", message=message),
+    )
+    scaler = precision.scaler()
+    start = Progress(step=0, tokens=0, seconds=0.0, scaler={})
+    if checkpoint:
+        start = load_checkpoint(checkpoint, model, optimizer)
+        scaler.load_state_dict(start.scaler)
+    total = total_steps_of(
+        steps=recipe.train.steps,
+        epochs=recipe.train.epochs,
+        rows=len(rows.train),
+        rows_per_step=recipe.rows_per_step,
+    )
+    worker.emit(
+        Planned,
+        total_steps=total,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        rows=len(rows.train),
+        held_out_rows=len(rows.held_out),
+        device=_device_name(device),
+        dtype=precision.name,
+        loss_path="chunked" if proven else "full",
+    )
+    between = Between(
+        worker=worker,
+        recipe=recipe,
+        step_model=step_model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        held_out=rows.held_out,
+        prompts=rows.prompts,
+        memory=memory,
+        device=device,
+        pad_id=pad_id,
+        total_steps=total,
+        autocast=precision.autocast,
+    )
+    if not checkpoint:
+        between.evaluate(0)
+        between.sample(0)
+    worker.emit(Phase, name="training")
+    parts = LoopParts(
+        step_model=step_model,
+        optimizer=optimizer,
+        scaler=scaler,
+        batches=StepBatches(
+            rows.train,
+            micro_batch=recipe.train.micro_batch,
+            accumulation=recipe.train.accumulation,
+            seed=recipe.train.seed,
+        ),
+        device=device,
+        pad_id=pad_id,
+        memory=memory,
+        emit=worker.emit,
+    )
+    end = train(parts, recipe.train, total, start, Hooks(between.after_step))
+    _finish(worker, between, end)
+
+
+def _finish(worker: Worker, between: Between, end: Progress) -> None:
+    """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
+    early = end.step < between.total_steps
+    if early:
+        between.checkpoint(end)
+    else:
+        between.evaluate(end.step)
+        between.sample(end.step)
+    worker.emit(Phase, name="saving the adapter")
+    size = save_adapter(between.step_model.model, between.tokenizer, worker.paths.adapter)
+    worker.emit(Saved, what="adapter", path="adapter", step=end.step, size_bytes=size)
+    between.memory.see("save", end.step)
+    worker.emit(
+        Finished,
+        outcome="stopped" if early else "done",
+        step=end.step,
+        seconds=end.seconds,
+        result={"adapter": "adapter", "eval_loss": between.last_eval, "tokens": end.tokens},
+    )
+
+
+def _read_rows(worker: Worker, recipe: Recipe, tokenizer: Any) -> Rows:
+    """Read, split and encode the rows, and say what was recognised and what was cut or dropped."""
+    from pathlib import Path
+
+    data = read_data(Path(recipe.data.path), format=recipe.data.format)
+    worker.emit(Phase, name="reading the data", detail=data.described())
+
+    def warn(message: str) -> None:
+        worker.emit(Warned, topic="data", message=message)
+
+    if recipe.data.eval_path:
+        held = list(read_data(Path(recipe.data.eval_path), format=recipe.data.format).rows)
+        train_rows = list(data.rows)
+        held = held[: recipe.eval.rows] if recipe.eval.rows else held
+    else:
+        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
+        train_rows, held = list(parts.train), list(parts.held_out)
+        for note in parts.notes:
+            warn(note)
+    options = {"seq_len": recipe.train.seq_len, "answers_only": recipe.data.answers_only, "warn": warn}
+    encoded = encode_rows(train_rows, tokenizer, **options)
+    held_out = encode_rows(held, tokenizer, **options) if held else []
+    return Rows(encoded, held_out, sample_prompts(held, tokenizer, recipe.eval.samples))
+
+
+def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision: Precision) -> PeftModel:
+    frozen = load_base(
+        base,
+        method=recipe.method,
+        dtype=precision.dtype,
+        quant_type=recipe.model.quant_type,
+        double_quant=recipe.model.double_quant,
+        attention=recipe.train.attention,
+        device=device,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    return attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from the global state
+    torch.manual_seed(seed)
+
+
+def _limit_memory(recipe: Recipe, device: torch.device) -> None:
+    """Hold the run to its budget: torch then raises out-of-memory instead of taking the desktop's share."""
+    if device.type == "cuda" and recipe.device.budget_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.device.budget_gib * 2**30 / total), device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

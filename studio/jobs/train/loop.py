@@ -1,0 +1,111 @@
+"""The training loop, as prose: every optimizer step from its rows to its event.
+
+Knows nothing of data formats, of model families or of where checkpoints lie.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from studio.core.events import StepDone
+from studio.core.recipe import TrainSection
+from studio.core.schedule import learning_rate_at
+from studio.jobs.train.batches import StepBatches, collate, loss_tokens
+from studio.jobs.train.checkpoint import Progress
+from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
+from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.optimizer import set_learning_rate
+
+
+@dataclass(slots=True)
+class LoopParts:
+    """What the loop works with. `step_model` returns the summed loss of a batch."""
+
+    step_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    batches: StepBatches
+    device: torch.device
+    pad_id: int
+    memory: MemoryWatch
+    emit: Callable[..., None]
+    backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())  # type: ignore[no-untyped-call]
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What happens between steps. `between` may evaluate, save or wait; it returns True to end the run early."""
+
+    between: Callable[[Progress], bool]
+
+
+def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Progress, hooks: Hooks) -> Progress:
+    """Take the steps after `start.step` up to `total_steps`, or until the hook ends it, and return where it stands.
+
+    Raises:
+        JobFailed: A guard fired: the run would have been wasted.
+    """
+    trainable = [p for p in parts.step_model.parameters() if p.requires_grad]
+    movement = MovementGuard(trainable)
+    step, tokens, trained_seconds, skipped = start.step, start.tokens, start.seconds, 0
+    progress = start
+    parts.step_model.train()
+    while step < total_steps:
+        step += 1
+        began = time.perf_counter()
+        micro_batches = parts.batches.of_step(step)
+        labelled = sum(loss_tokens(rows) for rows in micro_batches)
+        check_labels(labelled, step)
+        rate = learning_rate_at(
+            step,
+            total_steps=total_steps,
+            peak=section.learning_rate,
+            schedule=section.schedule,
+            warmup_fraction=section.warmup_fraction,
+        )
+        set_learning_rate(parts.optimizer, rate)
+
+        loss = torch.zeros((), device=parts.device)
+        for rows in micro_batches:
+            # The mean is over all labelled tokens of the step, not a mean of means: accumulation changes nothing.
+            part = parts.step_model(collate(rows, parts.pad_id, parts.device)) / labelled
+            parts.backward(parts.scaler.scale(part))
+            loss += part.detach()
+        loss_value = float(loss)
+        check_loss(loss_value, step)
+
+        parts.scaler.unscale_(parts.optimizer)
+        limit = section.max_grad_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+        check_gradient(grad_norm, step, skipped, parts.scaler.is_enabled())
+        if step == start.step + 1:
+            parts.memory.see("backward", step)
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        if not skipped:
+            movement.after_step(step)
+
+        seconds = time.perf_counter() - began
+        seen = sum(len(example.input_ids) for rows in micro_batches for example in rows)
+        tokens, trained_seconds = tokens + seen, trained_seconds + seconds
+        parts.emit(
+            StepDone,
+            step=step,
+            loss=loss_value,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            tokens=seen,
+            seconds=seconds,
+            loss_tokens=labelled,
+        )
+        parts.memory.see("step", step)
+        progress = Progress(step, tokens, trained_seconds, dict(parts.scaler.state_dict()))
+        if hooks.between(progress):
+            break
+    return progress

@@ -1,0 +1,77 @@
+"""What the process holds, as numbers or None: torch's counters and NVML on CUDA, the resident set elsewhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from studio.core.events import MemorySeen
+
+Emit = Callable[..., None]
+
+
+class MemoryWatch:
+    """Emits one `MemorySeen` per call. Peaks are since the previous call on CUDA, since the process began on a CPU."""
+
+    def __init__(self, emit: Emit, device: torch.device) -> None:
+        self._emit = emit
+        self._device = device
+        self._process = psutil.Process()
+        self._nvml = _nvml_handle(device) if device.type == "cuda" else None
+
+    def see(self, stage: str, step: int) -> None:
+        """Read all counters and emit them under a stage's name."""
+        self._emit(
+            MemorySeen, stage=stage, step=step, **(self._cuda() if self._device.type == "cuda" else self._host())
+        )
+
+    def _cuda(self) -> dict[str, int | None]:
+        readings: dict[str, int | None] = {
+            "allocated_bytes": torch.cuda.memory_allocated(self._device),
+            "reserved_bytes": torch.cuda.memory_reserved(self._device),
+            "peak_bytes": torch.cuda.max_memory_allocated(self._device),
+            "device_bytes": _device_used(self._nvml),
+            "resident_bytes": self._process.memory_info().rss,
+        }
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return readings
+
+    def _host(self) -> dict[str, int | None]:
+        info = self._process.memory_info()
+        return {"resident_bytes": info.rss, "resident_peak_bytes": _resident_peak(info)}
+
+
+def _resident_peak(info: Any) -> int | None:
+    """Highest resident set since the start: Windows gives it with the rest, Linux and macOS through getrusage."""
+    if hasattr(info, "peak_wset"):
+        return int(info.peak_wset)
+    try:
+        import resource  # noqa: PLC0415  absent on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak * 1024 if psutil.LINUX else peak)
+
+
+def _nvml_handle(device: torch.device) -> Any | None:
+    """Return NVML's handle of torch's `device`, found by UUID since the two number cards differently."""
+    try:
+        import pynvml  # noqa: PLC0415  only with a card
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    except Exception:  # noqa: BLE001  a missing driver, MIG or WSL all mean "not available"
+        return None
+
+
+def _device_used(handle: Any | None) -> int | None:
+    if handle is None:
+        return None
+    try:
+        import pynvml  # noqa: PLC0415
+
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+    except Exception:  # noqa: BLE001  a lost card has no reading
+        return None

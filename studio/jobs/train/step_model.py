@@ -1,0 +1,53 @@
+"""The model as the loop sees it: a batch in, the summed loss out. One module, which several devices can wrap."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor, nn
+
+from studio.core.recipe import Loss
+from studio.jobs.train.head import SplitModel, agrees, full_loss_sum, split
+
+_PROBE_TOKENS = 48
+
+
+class StepModel(nn.Module):
+    """Summed loss of a padded batch, through the chunked path where it is proven equal to the model's own.
+
+    peft casts every adapted layer's input to fp32 and autocast casts it back; under autocast both casts are left out.
+    """
+
+    def __init__(self, model: PeftModel, loss: Loss, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.model = model
+        self._autocast = autocast
+        self._parts: SplitModel | None = split(self.causal) if loss == "chunked" else None
+
+    @property
+    def causal(self) -> nn.Module:
+        """The causal language model inside the peft model, adapters included."""
+        return cast(nn.Module, self.model.get_base_model())
+
+    def prove(self, batch: dict[str, Tensor]) -> bool:
+        """Compare both loss paths on the first tokens of a batch; keep the model's own where they differ.
+
+        Returns:
+            Whether the chunked path is used.
+        """
+        if self._parts is None:
+            return False
+        short = {name: tensor[:1, :_PROBE_TOKENS] for name, tensor in batch.items()}
+        short["labels"] = short["input_ids"].clone()
+        if not agrees(self._parts, self.causal, short, self._autocast):
+            self._parts = None
+        return self._parts is not None
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the summed loss, fp32 scalar, of `input_ids`, `attention_mask` and `labels`, each `[batch, seq]`."""
+        with self._autocast(), disable_input_dtype_casting(self.model):
+            if self._parts is not None:
+                return self._parts.loss_sum(**batch)
+            return full_loss_sum(self.causal, **batch)

@@ -1,0 +1,144 @@
+"""The recipe: values in and out, all problems named, unknown keys refused with the nearest name."""
+
+import dataclasses
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from studio.core.errors import BadInput
+from studio.core.knobs import KNOBS
+from studio.core.recipe import PATHS, Recipe, choices_of
+from studio.core.recipe_parse import apply_settings, recipe_from_dict, value_from_text
+from studio.runs.recipe_file import dump_recipe
+
+
+def test_default_is_sound_and_survives_toml() -> None:
+    assert Recipe().problems() == ()
+    assert recipe_from_dict(tomllib.loads(dump_recipe(Recipe()))) == Recipe()
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().name = "other"  # type: ignore[misc]
+
+
+def test_with_replaces_one_value_and_shares_the_rest() -> None:
+    recipe = Recipe()
+    changed = recipe.with_("adapter.rank", 64)
+    assert (changed.adapter.rank, recipe.adapter.rank) == (64, 16)
+    assert changed.train is recipe.train
+    assert recipe.with_("adapter.rank", 16) == recipe
+    for path in ("adapter", "adapter.rnk", "nothing.rank", "adapter.rank.more", ""):
+        with pytest.raises(KeyError):
+            recipe.with_(path, 1)
+
+
+def test_every_problem_is_listed_with_field_found_and_allowed() -> None:
+    table = {
+        "metod": "lora",
+        "method": "dora",
+        "adapter": {"rank": 0, "alpha": float("nan"), "targets": []},
+        "train": {"lerning_rate": 1e-4, "micro_batch": 2.5, "optimizer": "sgd", "grad_checkpointing": 1},
+        "device": {"device": "gpu0"},
+    }
+    with pytest.raises(BadInput) as caught:
+        recipe_from_dict(table)
+    text = str(caught.value)
+    assert "9 problems" in text or "10 problems" in text
+    for word in (
+        "metod: found an unknown key; wanted perhaps method",
+        "method: found 'dora'; wanted lora or qlora",
+        "adapter.rank: found 0; wanted 1 to 1024",
+        "adapter.alpha: found nan",
+        "adapter.targets: found ()",
+        "perhaps train.learning_rate",
+        "train.micro_batch: found 2.5",
+        "train.optimizer: found 'sgd'; wanted adamw_torch or adamw_8bit",
+        "train.grad_checkpointing: found 1; wanted true or false",
+        "device.device: found 'gpu0'; wanted auto, cpu, cuda or cuda:N",
+    ):
+        assert word in text
+
+
+def test_a_table_where_a_value_belongs_and_a_value_where_a_table_belongs() -> None:
+    for table in ({"train": 3}, {"name": {"a": 1}}, {"adapter": [1]}, {"train": {"steps": {"x": 1}}}):
+        with pytest.raises(BadInput):
+            recipe_from_dict(table)
+
+
+def test_settings() -> None:
+    recipe = apply_settings(
+        Recipe(),
+        ["train.learning_rate=2e-4", "adapter.targets=q_proj,v_proj", "train.steps=1_000", "model.double_quant=false"],
+    )
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.adapter.targets == ("q_proj", "v_proj")
+    assert recipe.train.steps == 1000
+    assert recipe.model.double_quant is False
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("train.learning_rate", "no '='"),
+        ("train.learningrate=1", "perhaps train.learning_rate"),
+        ("rank=8", "perhaps adapter.rank"),
+        ("train.steps=many", "'many'"),
+        ("train.steps=1.5", "1.5"),
+        ("train.grad_checkpointing=perhaps", "true or false"),
+        ("train.learning_rate=inf", "inf"),
+        ("adapter=3", "unknown key"),
+    ],
+)
+def test_bad_settings_are_named(word: str, expected: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        apply_settings(Recipe(), [word])
+    assert expected in str(caught.value)
+
+
+def test_problems_between_fields() -> None:
+    assert [p.path for p in Recipe().with_("train.epochs", 0.0).problems()] == ["train.steps"]
+    assert [p.path for p in Recipe().with_("eval.rows", 0).problems()] == ["eval.samples"]
+
+
+def test_control_characters_of_a_recipe_do_not_reach_the_message() -> None:
+    with pytest.raises(BadInput) as caught:
+        recipe_from_dict({"\x1b[31mred": 1, "method": "\x1b]0;title\x07"})
+    assert "\x1b" not in str(caught.value)
+    assert "\x07" not in str(caught.value)
+
+
+def test_every_knob_is_a_number_of_the_recipe_within_its_own_limits() -> None:
+    for path, knob in KNOBS.items():
+        default = Recipe().get(path)
+        assert isinstance(default, (int, float))
+        assert knob.low <= default <= knob.high
+        assert all(knob.low <= stop <= knob.high for stop in knob.stops)
+        assert list(knob.stops) == sorted(set(knob.stops))
+        assert knob.help.endswith(".")
+        assert knob.cost.endswith(".")
+
+
+def test_every_number_of_the_recipe_has_a_knob() -> None:
+    numbers = [path for path, kind in PATHS.items() if kind in (int, float)]
+    assert set(numbers) == set(KNOBS)
+
+
+@given(st.sampled_from(sorted(PATHS)), st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans()))
+def test_any_value_gives_problems_or_a_recipe_that_survives_toml(path: str, value: object) -> None:
+    recipe = Recipe().with_(path, value)
+    if not recipe.problems():
+        assert recipe_from_dict(tomllib.loads(dump_recipe(recipe))) == recipe
+
+
+@given(st.text())
+def test_any_text_for_any_field_never_crashes(text: str) -> None:
+    for path in PATHS:
+        Recipe().with_(path, value_from_text(path, text)).problems()
+
+
+def test_choices_come_from_the_types() -> None:
+    assert choices_of("method") == ("lora", "qlora")
+    assert choices_of("train.steps") == ()
