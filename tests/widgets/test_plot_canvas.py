@@ -6,7 +6,7 @@ import plotext
 import pytest
 
 from widgets.plot_canvas import FRAME, CellRow, Frame, Trace, draw, level
-from widgets.plot_frame import framed, plain_plot
+from widgets.plot_frame import framed
 
 RISING = Trace(([(float(x), float(x)) for x in range(11)],), 1)
 
@@ -94,22 +94,3 @@ def test_changed_span_is_tight() -> None:
 def test_runs_join_equal_looks() -> None:
     assert list(CellRow("aabbc", bytes([1, 1, 2, 2, 0])).runs()) == [("aa", 1), ("bb", 2), ("c", 0)]
     assert list(CellRow("", b"").runs()) == []
-
-
-def test_plain_plot_is_text_without_escapes() -> None:
-    lines = plain_plot(
-        {"loss": (range(50), [3 * 0.9**x for x in range(50)], "line"), "held-out": ([0, 49], [3.1, 0.4], "dots")},
-        width=60,
-        height=14,
-        x_label="step",
-    )
-    assert lines[0] == "─ loss   ● held-out"
-    assert len(lines) == 14
-    assert max(map(len, lines)) <= 60
-    assert not any("\x1b" in line for line in lines)
-    assert sum(line.count("●") for line in lines[1:]) == 2
-
-
-@pytest.mark.parametrize("ys", [[], [math.nan, math.nan]])
-def test_plain_plot_of_nothing_is_nothing(ys: list[float]) -> None:
-    assert plain_plot({"loss": (range(len(ys)), ys, "line")}) == []
