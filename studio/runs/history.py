@@ -13,6 +13,7 @@ from studio.core.events import (
     MemorySeen,
     Paused,
     Phase,
+    Planned,
     RunEvent,
     Sampled,
     Saved,
@@ -32,6 +33,7 @@ class History:
 
     Attributes:
         started: The last start.
+        planned: What data and model turned out to be, once both are loaded.
         phase: What the job is busy with.
         train: The optimizer steps.
         evals: Held-out evaluations, in order of steps.
@@ -46,6 +48,7 @@ class History:
     """
 
     started: Started | None = None
+    planned: Planned | None = None
     phase: Phase | None = None
     train: TrainSeries = field(default_factory=TrainSeries)
     evals: list[Evaluated] = field(default_factory=list)
@@ -67,6 +70,8 @@ class History:
     @property
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run, once known."""
+        if self.planned:
+            return self.planned.total_steps
         return self.started.total_steps if self.started else None
 
     @property
@@ -118,6 +123,8 @@ class History:
             case Sampled():
                 self.samples = [kept for kept in self.samples if (kept.step, kept.index) != (event.step, event.index)]
                 self.samples.append(event)
+            case Planned():
+                self.planned = event
             case Saved():
                 self.saved.append(event)
             case Warned():
@@ -134,7 +141,8 @@ class History:
 
     def _start(self, event: Started) -> None:
         """A resumed worker does the steps after its checkpoint again: what was told of them is void."""
-        self.started, self.phase, self.paused, self.failed, self.finished = event, None, False, None, None
+        self.started, self.planned, self.phase, self.paused = event, None, None, False
+        self.failed = self.finished = None
         after = event.resumed_from + 1 if event.resumed_from else 0
         self.train.cut_from(after)
         self.memory.cut_from(after)

@@ -14,6 +14,7 @@ from studio.runs.log import event_from_line
 from studio.runs.process import ProcessMark, is_alive, is_here, read_mark
 
 _TAIL_BYTES = 64 * 1024
+_HEAD_BYTES = 8 * 1024
 _MOMENT_SECONDS = 30.0
 
 
@@ -71,6 +72,17 @@ def tail_events(path: Path, limit: int = _TAIL_BYTES) -> list[RunEvent]:
         return []
     if size > limit:
         chunk = chunk.partition(b"\n")[2]
+    lines = chunk[: chunk.rfind(b"\n") + 1].split(b"\n")
+    return [event for line in lines if (event := event_from_line(line)) is not None]
+
+
+def head_events(path: Path, limit: int = _HEAD_BYTES) -> list[RunEvent]:
+    """Return the events of the first whole lines of a log, `limit` bytes of them."""
+    try:
+        with path.open("rb") as file:
+            chunk = file.read(limit)
+    except OSError:
+        return []
     lines = chunk[: chunk.rfind(b"\n") + 1].split(b"\n")
     return [event for line in lines if (event := event_from_line(line)) is not None]
 

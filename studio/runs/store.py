@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from studio.core.errors import BadInput
-from studio.core.events import Evaluated, Finished, RunEvent, Started, StepDone
+from studio.core.events import Evaluated, Finished, Planned, RunEvent, Started, StepDone
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.log import event_from_line
-from studio.runs.status import Status, run_status, tail_events
+from studio.runs.status import Status, head_events, run_status, tail_events
 
 LAST = "last"
 _Kind = TypeVar("_Kind", bound=RunEvent)
-_HEAD_BYTES = 8 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +43,11 @@ def list_runs(root: Path) -> list[RunInfo]:
 def run_info(paths: RunPaths) -> RunInfo:
     """Return what a list shows of one run, from the two ends of its log."""
     tail = tail_events(paths.events)
-    first = _head_start(paths.events)
+    head = head_events(paths.events)
+    first = next((event for event in head if isinstance(event, Started)), None)
     start = _last(tail, Started) or first
     began = first or start
+    planned = _last(tail, Planned) or _last(head, Planned)
     step, evaluated, end = _last(tail, StepDone), _last(tail, Evaluated), _last(tail, Finished)
     return RunInfo(
         paths=paths,
@@ -57,7 +57,7 @@ def run_info(paths: RunPaths) -> RunInfo:
         method=start.method if start else None,
         model=start.model if start else None,
         last_step=step.step if step else end.step if end else None,
-        total=start.total_steps if start else None,
+        total=planned.total_steps if planned else start.total_steps if start else None,
         last_loss=step.loss if step else None,
         eval_loss=evaluated.loss if evaluated else None,
         started_at=began.at if began else None,
@@ -120,16 +120,6 @@ def _runs_in(root: Path) -> list[RunPaths]:
     except OSError:
         return []
     return [paths for folder in folders if (paths := RunPaths(folder)).exists]
-
-
-def _head_start(path: Path) -> Started | None:
-    try:
-        with path.open("rb") as file:
-            line = file.readline(_HEAD_BYTES)
-    except OSError:
-        return None
-    event = event_from_line(line) if line.endswith(b"\n") else None
-    return event if isinstance(event, Started) else None
 
 
 def _last(events: list[RunEvent], kind: type[_Kind]) -> _Kind | None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from studio.core.errors import JobFailed
-from studio.core.events import Evaluated, Finished, Paused, Phase, Sampled, Saved, Started, StepDone, Warned
+from studio.core.events import Evaluated, Finished, Paused, Phase, Planned, Sampled, Saved, Started, StepDone, Warned
 from studio.runs.atomic import publish_folder
 from studio.runs.worker import Worker, run_job
 
@@ -23,7 +23,17 @@ def _number(name: str, otherwise: float) -> float:
 def main(worker: Worker) -> None:
     total = int(_number("STEPS", 10))
     done = _resumable(worker)
-    worker.emit(Started, job="train", method="qlora", model="embedded", total_steps=total, resumed_from=done)
+    worker.emit(Started, job="train", method="qlora", model="embedded", resumed_from=done)
+    worker.emit(
+        Planned,
+        total_steps=total,
+        trainable_parameters=1000,
+        rows=100,
+        held_out_rows=10,
+        device="cpu",
+        dtype="bf16",
+        loss_path="chunked",
+    )
     worker.emit(Phase, name="load", detail="reading nothing")
     worker.emit(Warned, message="this worker is a fake", topic="fake")
     worker.emit(Evaluated, step=done, loss=4.0, loss_tokens=100, rows=10, seconds=0.1)

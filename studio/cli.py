@@ -1,0 +1,99 @@
+"""The command line: `lora-studio VERB`. Knows the verbs and how errors leave the program, nothing of what verbs do.
+
+Only the module of the verb that was asked for is imported, so that `--version` and `runs list` cost next to nothing.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from studio import __version__
+from studio.core.errors import BadInput, StudioError
+from studio.core.text import plain
+
+VERBS = {
+    "demo": "the embedded model and data, end to end",
+    "train": "train a recipe's adapter",
+    "plan": "how much memory a recipe takes, before it runs",
+    "runs": "list, follow, stop, continue and compare runs",
+    "data": "check a data file",
+    "merge": "merge an adapter into its base model",
+    "gpus": "the NVIDIA cards of this machine",
+    "models": "the base models that lie on this machine",
+    "recipes": "the recipes that come with the program",
+}
+_MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {"": "studio.commands.open_studio"}
+_DEBUG = "LORA_STUDIO_DEBUG"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with nothing of the arguments reaching the terminal as it came."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {plain(message, one_line=True)}; see: {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None, *, modules: Mapping[str, str] | None = None) -> int:
+    """Run one verb and return the exit code.
+
+    Args:
+        argv: The arguments; None takes those of the process.
+        modules: The module of each kind of job; None takes the real ones.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # An encoding without our characters shows them as escapes instead of ending the program.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _run(words, modules)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except BrokenPipeError:
+        # Who read our output has gone (`| head`): nothing to tell, and the interpreter must not try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except StudioError as error:
+        return _complain(str(error), 2 if isinstance(error, BadInput) else 1)
+    except Exception as error:  # noqa: BLE001  the last stop: a message instead of a traceback
+        return _complain(f"unexpected {type(error).__name__}: {error} (set {_DEBUG}=1 for the traceback)", 1)
+
+
+def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
+    chosen = next((word for word in words if word in VERBS), "")
+    args = _parser(chosen).parse_args(words)
+    from studio.runs.job import MODULES  # noqa: PLC0415  `--version` and help need none of it
+
+    args.modules = {**MODULES, **(modules or {})}
+    module = importlib.import_module(_MODULES[args.verb or ""])
+    return int(module.run(args))
+
+
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lora-studio",
+        description="Fine-tune a language model with LoRA or QLoRA. Without a verb, the studio opens.",
+    )
+    parser.add_argument("--version", action="version", version=f"lora-studio {__version__}")
+    parser.add_argument("--runs-dir", metavar="DIR", help="where runs live (default: $LORA_STUDIO_HOME/runs)")
+    parser.add_argument("--recipe", metavar="RECIPE", help="what the studio opens on (default: demo)")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for verb, help_text in VERBS.items():
+        if verb == chosen:
+            importlib.import_module(_MODULES[verb]).add_parser(subparsers)
+        else:
+            subparsers.add_parser(verb, help=help_text)
+    return parser
+
+
+def _complain(message: str, code: int) -> int:
+    if os.environ.get(_DEBUG):
+        traceback.print_exc()
+    print(f"lora-studio: {plain(message)}", file=sys.stderr, flush=True)
+    return code

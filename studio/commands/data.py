@@ -1,0 +1,152 @@
+"""`lora-studio data check`: what a data file is, what is wrong with it, how long its rows are."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from studio.commands.options import add_json
+from studio.commands.terminal import DONE, NO, say, write_json
+from studio.core.errors import BadInput
+from studio.core.recipe import choices_of
+from studio.core.text import plain
+from studio.probe.data import DataSet, Finding, PlainText, Row, inspect_data
+from studio.probe.models import find_base
+
+_LISTED_LONG_ROWS = 20
+_TOKENIZER = "tokenizer.json"
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    data = subparsers.add_parser("data", help="check a data file")
+    verbs = data.add_subparsers(dest="data_verb", metavar="check", required=True)
+    parser = verbs.add_parser(
+        "check",
+        help="check a data file",
+        description="Recognise a data file, list what is wrong with it, and measure its rows. Exit 0: it can be "
+        "trained on; 1: it must be corrected; 2: it cannot be read.",
+    )
+    parser.add_argument("file", metavar="FILE", help="JSON Lines, JSON or Parquet; or: embedded")
+    parser.add_argument("--format", default="auto", choices=choices_of("data.format"), help="what the file must be")
+    parser.add_argument("--model", help="measure tokens with the tokenizer of this model")
+    parser.add_argument("--seq", type=_positive, metavar="N", help="name the rows longer than N tokens (with --model)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check a file.
+
+    Raises:
+        BadInput: The file cannot be read at all, or the model has no tokenizer to measure with.
+    """
+    if args.seq and not args.model:
+        raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
+    data = inspect_data(Path(args.file), format=args.format)
+    tokens = token_lengths(data.rows, args.model) if args.model else None
+    long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
+    report = _report(data, tokens, long_rows)
+    if args.json:
+        write_json(report)
+    else:
+        _tell(data, report)
+    return DONE if report["ok"] else NO
+
+
+def token_lengths(rows: "tuple[Row, ...] | Any", model: str) -> list[int]:
+    """Return each row's length in tokens of its texts, without what the model's chat template adds.
+
+    Raises:
+        BadInput: The model is unknown or has no tokenizer.json on this machine.
+    """
+    folder = find_base(model).path
+    file = folder / _TOKENIZER if folder else None
+    if file is None or not file.is_file():
+        raise BadInput(
+            f"the model {plain(model, one_line=True)} has no {_TOKENIZER} on this machine to count tokens with"
+            f"{'' if folder else ' yet: it comes with its first use'}. Without --model, lengths are in characters."
+        )
+    from tokenizers import Tokenizer  # noqa: PLC0415  only counting needs it
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        raise BadInput(f"{plain(str(file), one_line=True)} is damaged: {plain(str(error), one_line=True)}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [
+        sum(len(encoded.ids) for encoded in tokenizer.encode_batch(_texts(row), add_special_tokens=False))
+        for row in rows
+    ]
+
+
+def _texts(row: Row) -> list[str]:
+    return [row.text] if isinstance(row, PlainText) else [message.content for message in row.messages]
+
+
+def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:
+    return [
+        Finding("longer_than_seq", row.number, "", f"{length} tokens; {seq} are kept, the rest is cut off", fatal=False)
+        for row, length in zip(rows, tokens, strict=True)
+        if length > seq
+    ]
+
+
+def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -> dict[str, Any]:
+    counts = dict(data.finding_counts) | ({"longer_than_seq": len(long_rows)} if long_rows else {})
+    return {
+        "file": str(data.path),
+        "ok": bool(data.rows) and not any(finding.fatal for finding in data.findings),
+        "format": data.format,
+        "columns": list(data.columns),
+        "ignored_columns": list(data.ignored_columns),
+        "rows": len(data.rows),
+        "size_bytes": data.size_bytes,
+        "findings": [asdict(finding) for finding in (*data.findings, *long_rows[:_LISTED_LONG_ROWS])],
+        "counts": counts,
+        "lengths": {
+            "characters": _spread([sum(map(len, _texts(row))) for row in data.rows]),
+            "tokens": _spread(tokens) if tokens is not None else None,
+        },
+    }
+
+
+def _spread(lengths: list[int]) -> dict[str, float] | None:
+    if not lengths:
+        return None
+    ordered = sorted(lengths)
+    # Nearest rank: the smallest length that at least 95 of 100 rows do not exceed.
+    p95 = ordered[-(-95 * len(ordered) // 100) - 1]
+    return {
+        "min": ordered[0],
+        "median": median(ordered),
+        "p95": p95,
+        "max": ordered[-1],
+        "total": sum(ordered),
+    }
+
+
+def _tell(data: DataSet, report: dict[str, Any]) -> None:
+    say(f"{plain(str(data.path), one_line=True)}: {data.described() if data.rows else 'no usable row'}")
+    if data.ignored_columns:
+        say(f"columns not used: {', '.join(plain(column, one_line=True) for column in data.ignored_columns)}")
+    for unit, spread in report["lengths"].items():
+        if spread:
+            parts = (f"{key} {value:,g}" for key, value in spread.items())
+            say(f"{unit} per row: {', '.join(parts)}".replace("total", "in all"))
+    for finding in report["findings"]:
+        place = f" {finding['field']}" if finding["field"] else ""
+        say(f"{'error' if finding['fatal'] else 'note'}: row {finding['row']}{place}: {finding['message']}")
+    shown = len(report["findings"])
+    found = sum(report["counts"].values())
+    if found > shown:
+        say(f"... {found - shown} more: " + ", ".join(f"{kind} {count}" for kind, count in report["counts"].items()))
+    say("it can be trained on" if report["ok"] else "it must be corrected before training")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}; wanted a whole number above 0")
+    return value

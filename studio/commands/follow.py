@@ -1,0 +1,135 @@
+"""Following a run to its end from the command line, and saying what came of it."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from studio.commands.loss_plot import loss_plot
+from studio.commands.progress import Progress
+from studio.commands.terminal import DONE, NO, complain, duration, is_rich, number, say, width_of_terminal, write_json
+from studio.core.text import plain
+from studio.runs.control import request
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.summary import summary_of
+from studio.runs.watch import RunWatch, last_output
+
+_POLL_SECONDS = 0.2
+_LINE_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How following ended: the run's status, and whether the user left while it lived."""
+
+    status: Status
+    left: bool
+
+
+def follow(
+    watch: RunWatch,
+    *,
+    to: TextIO,
+    stops_on_interrupt: bool,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> End:
+    """Tell a run's progress until it ends or the user leaves it.
+
+    Args:
+        watch: The run; what it has folded already is not told again.
+        to: Where lines go.
+        stops_on_interrupt: The first Ctrl-C asks the run to stop and the second leaves it; else the first one leaves.
+        sleep: Waits between two looks.
+        clock: Seconds, for the pace of lines.
+    """
+    progress = Progress(lambda line: say(line, to=to), clock=clock)
+    asked = not stops_on_interrupt
+    while True:
+        try:
+            events = watch.poll()
+            progress.tell(events, watch.history)
+            if not events:
+                status = run_status(watch.paths)
+                if not status.live:
+                    _drain(watch, progress)
+                    return End(run_status(watch.paths), left=False)
+                sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            if asked:
+                return End(run_status(watch.paths), left=True)
+            asked = True
+            request(watch.paths, "stop")
+            say("stopping after this step and saving; Ctrl-C again leaves it to stop alone", to=to)
+
+
+def conclude(watch: RunWatch, end: End, *, as_json: bool, more: dict[str, Any] | None = None) -> int:
+    """Say what came of a run, with the loss plot, or write the JSON summary; return the exit code."""
+    summary = summary_of(watch.paths, watch.history, end.status) | (more or {})
+    code = exit_code(summary, end)
+    to = sys.stderr if as_json else sys.stdout
+    if end.left:
+        say(f"the run lives on; look again with: lora-studio runs attach {watch.paths.name}", to=to)
+    elif end.status in (Status.failed, Status.crashed):
+        tell_failure(watch.paths, summary)
+    else:
+        tell_success(watch, summary, to)
+    if as_json:
+        write_json(summary)
+    return code
+
+
+def exit_code(summary: dict[str, Any], end: End) -> int:
+    """Return 0 for a finished run, for one stopped on request whose adapter lies there, and for one left alive."""
+    if end.left:
+        return DONE
+    if end.status is Status.stopped:
+        return DONE if summary["adapter"] else NO
+    return DONE if end.status is Status.finished else NO
+
+
+def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
+    """Say how a run went that ended in order."""
+    plot = loss_plot(watch.history, width=width_of_terminal(), rich=is_rich(to))
+    if plot:
+        # Made by our own code of finite numbers: the one text that carries escapes of its own.
+        print(plot, file=to, flush=True)
+    say(
+        f"{summary['status']} after {summary['steps']} steps in {duration(summary['seconds'])}{_losses(summary)}", to=to
+    )
+    if summary["adapter"]:
+        say(f"adapter: {plain(summary['adapter'], one_line=True)}", to=to)
+    elif summary["job"] == "train":
+        say("no adapter was saved", to=to)
+
+
+def tell_failure(paths: RunPaths, summary: dict[str, Any]) -> None:
+    """Say on stderr what went wrong, what to do, and what the process printed last."""
+    failure = summary["failure"] or {}
+    at = f" at step {failure['step']}" if failure.get("step") else ""
+    complain(f"{summary['status']}{at}: {failure.get('message', 'no reason is known')}")
+    if advice := failure.get("advice"):
+        complain(f"what to do: {advice.replace('runs resume RUN', f'runs resume {paths.name}')}")
+    lines = last_output(paths)
+    if lines:
+        complain(f"the last lines of {plain(str(paths.output), one_line=True)}:")
+        for line in lines:
+            complain(f"  {plain(line, one_line=True, limit=_LINE_CHARACTERS)}")
+
+
+def _losses(summary: dict[str, Any]) -> str:
+    words = {"train_loss": "training loss", "eval_loss": "held-out loss"}
+    told = [
+        f"{word} {number(ends['first'])} -> {number(ends['last'])}"
+        for key, word in words.items()
+        if (ends := summary[key])["last"] is not None
+    ]
+    return f": {', '.join(told)}" if told else ""
+
+
+def _drain(watch: RunWatch, progress: Progress) -> None:
+    while events := watch.poll():
+        progress.tell(events, watch.history)
+    progress.flush()

@@ -1,0 +1,37 @@
+"""`lora-studio gpus`: the NVIDIA cards of this machine and how full they are."""
+
+import argparse
+from dataclasses import asdict
+
+from studio.commands.options import add_json
+from studio.commands.terminal import DONE, say, size, table, write_json
+from studio.probe.gpus import Gpu, read_gpus
+
+_NONE = "no NVIDIA driver answers on this machine: jobs run on the CPU"
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser("gpus", help="the NVIDIA cards of this machine")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the cards; a machine without one is an answer too."""
+    cards = read_gpus()
+    if args.json:
+        write_json({"driver": cards is not None, "gpus": [asdict(card) for card in cards or []]})
+    elif not cards:
+        say(_NONE if cards is None else "the NVIDIA driver answers, but shows no card")
+    else:
+        head = ["gpu", "name", "memory", "used", "free", "compute", "busy", "temperature"]
+        say(table([head, *(_row(card) for card in cards)]))
+    return DONE
+
+
+def _row(card: Gpu) -> list[str]:
+    capability = ".".join(map(str, card.capability)) if card.capability else "?"
+    busy = "?" if card.busy_percent is None else f"{card.busy_percent} %"
+    heat = "?" if card.celsius is None else f"{card.celsius} °C"
+    sizes = [size(value) for value in (card.total_bytes, card.used_bytes, card.free_bytes)]
+    return [str(card.index), card.name, *sizes, capability, busy, heat]

@@ -1,0 +1,98 @@
+"""`lora-studio merge`: an adapter merged into its base model, in a process of its own."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from studio.commands.follow import conclude, follow
+from studio.commands.options import add_json, add_runs_dir, root_of
+from studio.commands.terminal import say
+from studio.core.errors import BadInput
+from studio.core.recipe import Recipe, choices_of
+from studio.core.text import plain
+from studio.probe.start import ADAPTER_CONFIG, start_merge
+from studio.runs.job import MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.store import find_run
+from studio.runs.watch import RunWatch
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="merge an adapter into its base model",
+        description="Write a model folder that holds base and adapter as one, in 16 or 32 bit.",
+    )
+    parser.add_argument("adapter", metavar="RUN|ADAPTER_DIR", help="a run that has an adapter, or a PEFT folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new model folder; must not hold anything yet")
+    parser.add_argument("--base", default="", help="the base model (default: the one that it was trained on)")
+    parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="of the merged weights")
+    add_json(parser)
+    add_runs_dir(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge, follow, conclude.
+
+    Raises:
+        BadInput: The adapter, the base or the output folder cannot be used; no run folder was made.
+        StudioError: The worker cannot be started.
+    """
+    to = sys.stderr if args.json else sys.stdout
+    request = merge_request(args.adapter, root_of(args), out=args.out, base=args.base, dtype=args.dtype)
+    paths = start_merge(request, root_of(args), module=args.modules["merge"])
+    say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
+    watch = RunWatch(paths)
+    end = follow(watch, to=to, stops_on_interrupt=True)
+    return conclude(watch, end, as_json=args.json, more={"out": request.out})
+
+
+def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str = "auto") -> MergeRequest:
+    """Return the merge of what a word names: a PEFT folder, else a run with an adapter.
+
+    Raises:
+        BadInput: It is neither, or the base is named nowhere.
+    """
+    target = str(Path(out).expanduser().absolute())
+    folder = Path(word).expanduser().absolute()
+    if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
+        return MergeRequest(str(folder), base or _base_of(folder), target, dtype=dtype)
+    paths = find_run(root, word)
+    if not paths.adapter.is_dir():
+        raise BadInput(
+            f"the run {plain(paths.name, one_line=True)} has no adapter: it must be trained or stopped first."
+        )
+    return request_for(paths, target, base=base, dtype=dtype)
+
+
+def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto") -> MergeRequest:
+    """Return the merge of a training run's adapter.
+
+    Raises:
+        BadInput: The run's `recipe.toml` is damaged or of another kind of job.
+    """
+    job = read_job(paths)
+    if not isinstance(job, Recipe):
+        raise BadInput(f"the run {plain(paths.name, one_line=True)} is no training run: it has no adapter to merge.")
+    own = not base
+    return MergeRequest(
+        adapter=str(paths.adapter.absolute()),
+        base=job.model.base if own else base,
+        revision=job.model.revision if own else "",
+        out=out,
+        dtype=dtype,
+        run=str(paths.root.absolute()),
+    )
+
+
+def _base_of(adapter: Path) -> str:
+    shown = plain(str(adapter / ADAPTER_CONFIG), one_line=True)
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{shown} cannot be read: {plain(str(error), one_line=True)}") from error
+    if not isinstance(base, str) or not base:
+        raise BadInput(f"{shown} does not say what it was trained on: name the base model with --base.")
+    return base

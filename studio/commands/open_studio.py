@@ -1,0 +1,50 @@
+"""`lora-studio` without a verb: the full-screen studio, where there is a terminal that can show it."""
+
+import argparse
+from pathlib import Path
+
+from studio.commands.options import root_of
+from studio.commands.terminal import BAD_INPUT, complain, why_no_studio
+from studio.core.recipe import Recipe
+from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import find_recipe, load_recipe, shipped_recipes
+
+FIRST = "demo"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Open the studio, or say why it cannot be and what works without a screen.
+
+    Raises:
+        BadInput: The recipe cannot be used.
+    """
+    reason = why_no_studio()
+    if reason:
+        complain(f"lora-studio: {reason}. Everything works without a screen too; see: lora-studio --help")
+        return BAD_INPUT
+    return open_studio(first_recipe(args.recipe), root_of(args))
+
+
+def open_studio(recipe: Recipe, root: Path, *, open_run: RunPaths | None = None, launch: bool = False) -> int:
+    """Open the studio on a recipe; the screens are imported here and nowhere else.
+
+    Args:
+        recipe: What it opens on.
+        root: Where runs live.
+        open_run: A run to look at first.
+        launch: Start the recipe at once.
+    """
+    from studio.tui.app import run_studio  # noqa: PLC0415  0.3 s that no other verb should pay
+
+    return run_studio(recipe, runs_root=root, open_run=open_run.root if open_run else None, launch=launch)
+
+
+def first_recipe(word: str | None) -> Recipe:
+    """Return the recipe that was asked for, else the shipped demo, else the defaults.
+
+    Raises:
+        BadInput: What was asked for cannot be used.
+    """
+    if word:
+        return load_recipe(find_recipe(word))
+    return load_recipe(shipped_recipes()[FIRST]) if FIRST in shipped_recipes() else Recipe()

@@ -1,0 +1,50 @@
+"""Options that several verbs share, and what they mean."""
+
+import argparse
+from pathlib import Path
+
+from studio.runs.home import runs_root
+from studio.runs.layout import RunPaths
+from studio.runs.store import find_run
+
+
+def add_runs_dir(parser: argparse.ArgumentParser) -> None:
+    """Add `--runs-dir`."""
+    parser.add_argument(
+        "--runs-dir",
+        metavar="DIR",
+        default=argparse.SUPPRESS,  # given before the verb, it must not be forgotten here
+        help="where runs live (default: $LORA_STUDIO_HOME/runs)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, everything else on stderr")
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, which may be repeated."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="change a field of the recipe; may be repeated"
+    )
+
+
+def add_run(parser: argparse.ArgumentParser, count: str | int | None = None) -> None:
+    """Add the argument that names a run."""
+    parser.add_argument("run", metavar="RUN", nargs=count, help="a run's name, its beginning, its folder, or: last")
+
+
+def root_of(args: argparse.Namespace) -> Path:
+    """Return the folder of runs that the arguments mean."""
+    chosen = getattr(args, "runs_dir", None)
+    return Path(chosen).expanduser().absolute() if chosen else runs_root()
+
+
+def run_of(args: argparse.Namespace) -> RunPaths:
+    """Return the run that the arguments mean.
+
+    Raises:
+        BadInput: There is none, or it is not clear which.
+    """
+    return find_run(root_of(args), args.run)

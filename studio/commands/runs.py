@@ -1,0 +1,46 @@
+"""`lora-studio runs`: the verbs on runs that exist."""
+
+import argparse
+from collections.abc import Callable
+
+from studio.commands import runs_control, runs_view
+from studio.commands.options import add_json, add_run, add_runs_dir
+
+_VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
+    "list": ("all runs, newest first", runs_view.list_all),
+    "show": ("one run: recipe, numbers, files", runs_view.show),
+    "attach": ("follow a live run; Ctrl-C leaves it alone", runs_control.attach),
+    "stop": ("ask a run to save and stop", runs_control.stop_run),
+    "pause": ("let a run wait after its current step", runs_control.pause),
+    "resume": ("continue a paused, stopped, failed or crashed run", runs_control.resume_run),
+    "rm": ("delete runs with their checkpoints and adapters", runs_control.remove),
+    "compare": ("what differs between runs, and what came of it", runs_view.compare),
+}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verbs."""
+    runs = subparsers.add_parser("runs", help="list, follow, stop, continue and compare runs")
+    verbs = runs.add_subparsers(dest="runs_verb", metavar="VERB", required=True)
+    for verb, (help_text, _) in _VERBS.items():
+        parser = verbs.add_parser(verb, help=help_text, description=help_text)
+        if verb in ("rm", "compare"):
+            add_run(parser, "+")
+        elif verb != "list":
+            add_run(parser)
+        if verb == "stop":
+            parser.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for it")
+            parser.add_argument("--force", action="store_true", help="end the process when the wait is over")
+        if verb == "resume":
+            parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
+        add_json(parser)
+        add_runs_dir(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked.
+
+    Raises:
+        StudioError: The run is not there, or not in a state for it.
+    """
+    return _VERBS[args.runs_verb][1](args)

@@ -1,0 +1,135 @@
+"""The verbs that do something to a run: attach, stop, pause, resume, rm."""
+
+import argparse
+import sys
+import time
+
+from studio.commands.follow import End, conclude, follow
+from studio.commands.options import root_of, run_of
+from studio.commands.progress import event_line
+from studio.commands.terminal import DONE, NO, duration, number, say, write_json
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.preflight import check_space
+from studio.runs.control import request, requested, withdraw
+from studio.runs.job import kind_of, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.store import find_run, remove_run
+from studio.runs.summary import summary_of
+from studio.runs.supervise import resume, stop
+from studio.runs.watch import RunWatch
+
+_POLL_SECONDS = 0.1
+
+
+def attach(args: argparse.Namespace) -> int:
+    """Follow a run from where it is; Ctrl-C leaves it alone.
+
+    Raises:
+        BadInput: There is no such run.
+    """
+    return _follow_on(run_of(args), as_json=args.json, stops_on_interrupt=False)
+
+
+def stop_run(args: argparse.Namespace) -> int:
+    """Ask a run to stop, and wait until it has; with `--force` its process is ended after the wait.
+
+    Raises:
+        BadInput: There is no such run.
+    """
+    paths = run_of(args)
+    if args.force:
+        status = stop(paths, grace_seconds=max(0.0, args.wait))
+    else:
+        stop(paths)
+        end = time.monotonic() + args.wait
+        while (status := run_status(paths)).live and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+    if status.live:
+        _answer(args, paths, status, "still at work: it stops after its current step. Wait, or end it with --force")
+        return NO
+    _answer(args, paths, status, str(status))
+    return DONE
+
+
+def pause(args: argparse.Namespace) -> int:
+    """Let a live run wait after its current step.
+
+    Raises:
+        BadInput: There is no such run, or it is not live.
+    """
+    paths = run_of(args)
+    status = run_status(paths)
+    if not status.live:
+        raise BadInput(f"the run {plain(paths.name, one_line=True)} is {status}: only a live run can be paused.")
+    request(paths, "pause")
+    _answer(args, paths, status, "pauses after its current step; continue it with: lora-studio runs resume")
+    return DONE
+
+
+def resume_run(args: argparse.Namespace) -> int:
+    """Continue a run: one that waits goes on, one whose worker has ended gets a new one.
+
+    Raises:
+        BadInput: There is no such run, or nothing to continue.
+        StudioError: The worker cannot be started.
+    """
+    paths = run_of(args)
+    if run_status(paths).live and requested(paths, "pause"):
+        withdraw(paths, "pause")
+        _answer(args, paths, run_status(paths), "goes on")
+        return DONE
+    check_space(paths.root)
+    watch = RunWatch(paths)
+    watch.catch_up()
+    resume(paths, module=args.modules[kind_of(read_job(paths))])
+    if args.detach:
+        _answer(args, paths, run_status(paths), "goes on; follow it with: lora-studio runs attach")
+        return DONE
+    end = follow(watch, to=sys.stderr if args.json else sys.stdout, stops_on_interrupt=True)
+    return conclude(watch, end, as_json=args.json)
+
+
+def remove(args: argparse.Namespace) -> int:
+    """Delete runs; all names are looked up before the first is deleted.
+
+    Raises:
+        BadInput: A run is not there or live.
+    """
+    doomed = [find_run(root_of(args), word) for word in args.run]
+    live = [paths.name for paths in doomed if run_status(paths).live]
+    if live:
+        raise BadInput(f"still live: {plain(', '.join(live), one_line=True)}; stop first what is to be removed.")
+    for paths in dict.fromkeys(doomed):
+        remove_run(paths)
+        if not args.json:
+            say(f"removed {paths.name}")
+    if args.json:
+        write_json({"removed": [paths.name for paths in doomed]})
+    return DONE
+
+
+def _follow_on(paths: RunPaths, *, as_json: bool, stops_on_interrupt: bool) -> int:
+    to = sys.stderr if as_json else sys.stdout
+    watch = RunWatch(paths)
+    history = watch.catch_up()
+    status = run_status(paths)
+    if not status.live:
+        watch.catch_up()
+        return conclude(watch, End(status, left=False), as_json=as_json)
+    if history.started is not None:
+        say(event_line(history.started), to=to)
+    train = summary_of(paths, history, status)["train_loss"]
+    of = f" of {history.total_steps}" if history.total_steps else ""
+    losses = f", loss {number(train['first'])} -> {number(train['last'])}" if train["last"] is not None else ""
+    say(f"{status} at step {history.last_step}{of}{losses}, about {duration(history.eta_seconds)} left", to=to)
+    end = follow(watch, to=to, stops_on_interrupt=stops_on_interrupt)
+    return conclude(watch, end, as_json=as_json)
+
+
+def _answer(args: argparse.Namespace, paths: RunPaths, status: Status, words: str) -> None:
+    if args.json:
+        write_json({"run": paths.name, "path": str(paths.root), "status": str(status), "message": words})
+    else:
+        say(f"{paths.name}: {words}")

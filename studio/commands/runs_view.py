@@ -1,0 +1,190 @@
+"""The verbs that only look at runs: list, show, compare."""
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+from studio.commands.follow import tell_failure
+from studio.commands.loss_plot import loss_plot
+from studio.commands.options import root_of, run_of
+from studio.commands.terminal import DONE, duration, is_rich, number, say, size, table, width_of_terminal, write_json
+from studio.core.errors import BadInput
+from studio.core.recipe import PATHS, Recipe
+from studio.core.text import plain
+from studio.runs.job import Job, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.store import RunInfo, find_run, list_runs
+from studio.runs.summary import folder_bytes, summary_of
+from studio.runs.watch import read_history
+
+
+def list_all(args: argparse.Namespace) -> int:
+    """List all runs, newest first."""
+    infos = list_runs(root_of(args))
+    if args.json:
+        write_json([_listed(info) for info in infos])
+    elif not infos:
+        say(f"no runs in {plain(str(root_of(args)), one_line=True)}")
+    else:
+        say(table([["run", "status", "method", "model", "step", "loss", "held-out", "started"], *map(_row, infos)]))
+    return DONE
+
+
+def show(args: argparse.Namespace) -> int:
+    """Show one run.
+
+    Raises:
+        BadInput: There is no such run.
+    """
+    paths = run_of(args)
+    history = read_history(paths)
+    summary = summary_of(paths, history, run_status(paths))
+    recipe = _recipe_table(paths)
+    if args.json:
+        evals = [{"step": event.step, "loss": _finite(event.loss)} for event in history.evals]
+        samples = [asdict(event) for event in history.samples]
+        write_json(summary | {"recipe": recipe, "evals": evals, "samples": samples, "files": _files(paths)})
+        return DONE
+    for key, text in _facts(summary).items():
+        say(f"{key:<10} {text}")
+    for name, size_bytes in _files(paths).items():
+        say(f"{'file':<10} {name} ({size(size_bytes)})")
+    for message in summary["warnings"]:
+        say(f"{'warning':<10} {plain(message, one_line=True, limit=300)}")
+    plot = loss_plot(history, width=width_of_terminal(), rich=is_rich(sys.stdout))
+    if plot:
+        print(plot, flush=True)
+    if summary["failure"]:
+        tell_failure(paths, summary)
+    return DONE
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Show where recipes differ and how the runs came out.
+
+    Raises:
+        BadInput: A run is not there, or fewer than two are named.
+    """
+    runs = [find_run(root_of(args), word) for word in args.run]
+    if len(set(runs)) < 2:
+        raise BadInput(f"found {len(set(runs))} run to compare; wanted two or more different ones.")
+    outcomes = [_outcome(paths) for paths in runs]
+    differences = recipe_differences([_job(paths) for paths in runs])
+    if args.json:
+        write_json({"runs": outcomes, "recipe_differences": differences})
+        return DONE
+    rows = [[path, *(str(value) for value in values)] for path, values in differences.items()]
+    say(table([["recipe", *(paths.name for paths in runs)], *(rows or [["no difference", *["" for _ in runs]]])]))
+    say()
+    say(table([["outcome", *(paths.name for paths in runs)], *_outcome_rows(outcomes)]))
+    return DONE
+
+
+def recipe_differences(jobs: list[Job | None]) -> dict[str, list[Any]]:
+    """Return the fields in which recipes differ with their values; what is no readable recipe has None everywhere."""
+    values = {
+        path: [job.get(path) if isinstance(job, Recipe) else None for job in jobs] for path in PATHS if path != "name"
+    }
+    return {path: found for path, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _outcome(paths: RunPaths) -> dict[str, Any]:
+    summary = summary_of(paths, read_history(paths), run_status(paths))
+    return summary | {"adapter_bytes": folder_bytes(paths.adapter) if paths.adapter.is_dir() else None}
+
+
+def _outcome_rows(outcomes: list[dict[str, Any]]) -> list[list[str]]:
+    def row(label: str, told: Any) -> list[str]:
+        return [label, *(told(outcome) for outcome in outcomes)]
+
+    return [
+        row("status", lambda found: found["status"]),
+        row("steps", lambda found: f"{found['steps']}/{found['total_steps'] or '?'}"),
+        row("training loss", lambda found: _ends(found["train_loss"])),
+        row("held-out loss", lambda found: _ends(found["eval_loss"])),
+        row("tokens/s", lambda found: number(found["tokens_per_second"], ",.0f")),
+        row("peak memory", lambda found: size(found["peak_bytes"])),
+        row("time", lambda found: duration(found["seconds"])),
+        row("adapter", lambda found: size(found["adapter_bytes"])),
+    ]
+
+
+def _ends(ends: dict[str, float | None]) -> str:
+    return f"{number(ends['first'])} -> {number(ends['last'])}"
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, str]:
+    facts = {
+        "run": summary["run"],
+        "folder": summary["path"],
+        "status": summary["status"],
+        "job": " ".join(str(summary[key]) for key in ("job", "method", "model", "device") if summary[key]),
+        "steps": f"{summary['steps']} of {summary['total_steps'] or '?'} in {duration(summary['seconds'])}",
+        "training": f"loss {_ends(summary['train_loss'])}",
+        "held out": f"loss {_ends(summary['eval_loss'])}",
+        "speed": f"{number(summary['tokens_per_second'], ',.0f')} tokens/s",
+        "memory": f"peak {size(summary['peak_bytes'])}",
+        "adapter": summary["adapter"] or "none",
+    }
+    return {key: plain(text, one_line=True, limit=400) for key, text in facts.items()}
+
+
+def _files(paths: RunPaths) -> dict[str, int]:
+    places = (paths.recipe, paths.events, paths.output, paths.plan, paths.report, paths.checkpoints, paths.adapter)
+    return {
+        place.name: folder_bytes(place) if place.is_dir() else place.stat().st_size
+        for place in places
+        if place.exists()
+    }
+
+
+def _job(paths: RunPaths) -> Job | None:
+    try:
+        return read_job(paths)
+    except BadInput:
+        return None
+
+
+def _recipe_table(paths: RunPaths) -> dict[str, Any] | None:
+    job = _job(paths)
+    return None if job is None else job.to_dict() if isinstance(job, Recipe) else asdict(job)
+
+
+def _listed(info: RunInfo) -> dict[str, Any]:
+    return {
+        "run": info.name,
+        "path": str(info.paths.root),
+        "status": str(info.status),
+        "job": info.job,
+        "method": info.method,
+        "model": info.model,
+        "step": info.last_step,
+        "total_steps": info.total,
+        "loss": _finite(info.last_loss),
+        "eval_loss": _finite(info.eval_loss),
+        "started_at": info.started_at,
+    }
+
+
+def _row(info: RunInfo) -> list[str]:
+    started = "" if info.started_at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_at))
+    done = f"{info.last_step or 0}/{info.total}" if info.total else str(info.last_step or "")
+    crashed = info.status is Status.crashed
+    return [
+        info.name,
+        f"{info.status}{' !' if crashed else ''}",
+        info.method or info.job or "",
+        plain(info.model or "", one_line=True, limit=40),
+        done,
+        number(info.last_loss),
+        number(info.eval_loss),
+        started,
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

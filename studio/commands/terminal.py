@@ -1,0 +1,109 @@
+"""What the command line writes, and what the terminal that it writes to can show."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from studio.core.text import plain
+
+DONE, NO, BAD_INPUT = 0, 1, 2
+"""Exit codes: done or fits; the answer is no; what the user gave cannot be used."""
+
+_GLYPHS = "━╺█⣿┌…"
+_ASCII = str.maketrans(dict.fromkeys("┌┐└┘├┤┬┴┼", "+") | {"─": "-", "│": "|"})
+
+
+def say(text: str = "", *, to: TextIO | None = None) -> None:
+    """Write a line that people read, foreign control characters made visible; seen at once even through a pipe."""
+    stream = to or sys.stdout
+    print(plain(text), file=stream, flush=True)
+
+
+def complain(text: str) -> None:
+    """Write a line to stderr."""
+    say(text, to=sys.stderr)
+
+
+def write_json(document: Any) -> None:
+    """Write the one JSON document of `--json`; ASCII only, so that no encoding can spoil it."""
+    print(json.dumps(document, indent=2, allow_nan=False, default=str), flush=True)
+
+
+def width_of_terminal() -> int:
+    """Return the columns to write for: those of the terminal or of `COLUMNS`, between 40 and 200."""
+    return min(200, max(40, shutil.get_terminal_size((80, 24)).columns))
+
+
+def is_rich(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether colours and block glyphs are welcome: a terminal, not dumb, without NO_COLOR, in UTF-8."""
+    dumb = environment.get("TERM", "") == "dumb" or bool(environment.get("NO_COLOR"))
+    return stream.isatty() and not dumb and can_encode(stream)
+
+
+def can_encode(stream: TextIO) -> bool:
+    """Return whether the stream's encoding carries the glyphs of gauges and plots."""
+    try:
+        _GLYPHS.encode(stream.encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
+def as_ascii(text: str) -> str:
+    """Return a plot with its frame in ASCII, for encodings that lack the box characters."""
+    return text.translate(_ASCII)
+
+
+def why_no_studio(environment: Mapping[str, str] = os.environ) -> str:
+    """Return why the full-screen studio cannot be shown here, or nothing when it can."""
+    if not sys.stdout.isatty() or not sys.stdin.isatty():
+        return "the studio needs a terminal, and this is none"
+    if sys.platform != "win32" and environment.get("TERM", "") in ("", "dumb"):
+        return f"the studio needs a terminal that can move its cursor, and TERM is {environment.get('TERM', '')!r}"
+    if not can_encode(sys.stdout):
+        return f"the studio's glyphs do not exist in the encoding {sys.stdout.encoding}; set PYTHONUTF8=1"
+    return ""
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as a person says them: `4.2 s`, `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds is None or not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(size_bytes: float | None) -> str:
+    """Return bytes as a person reads them, in binary units."""
+    if size_bytes is None:
+        return "?"
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit in ("B", "KiB") else f"{value:.1f} {unit}"
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """Return a number, or a dash where it is not known."""
+    return "-" if value is None else format(value, form)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows as aligned columns, the first row being the head."""
+    safe = [[plain(cell, one_line=True) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in safe) for column in range(len(safe[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in safe
+    )

@@ -1,0 +1,58 @@
+"""`lora-studio train`: a recipe to an adapter, followed in plain lines."""
+
+import argparse
+import sys
+
+from studio.commands.follow import conclude, follow
+from studio.commands.options import add_json, add_runs_dir, add_set, root_of
+from studio.commands.terminal import DONE, say, write_json
+from studio.core.text import plain
+from studio.probe.preflight import PreflightReport
+from studio.probe.start import start_training
+from studio.runs.recipe_file import find_recipe, load_recipe
+from studio.runs.status import run_status
+from studio.runs.summary import summary_of
+from studio.runs.watch import RunWatch
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a recipe's adapter",
+        description="Check a recipe, train it in a process of its own and follow it. Ctrl-C asks the run to stop and "
+        "save; a second one leaves it to do so alone. Exit 0: there is an adapter; 1: the run failed; 2: bad input.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
+    add_set(parser)
+    add_json(parser)
+    add_runs_dir(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, follow, conclude.
+
+    Raises:
+        BadInput: The recipe, the model or the data cannot be used; no run folder was made.
+        StudioError: The worker cannot be started.
+    """
+    to = sys.stderr if args.json else sys.stdout
+    recipe = load_recipe(find_recipe(args.recipe), args.set)
+    paths = start_training(recipe, root_of(args), module=args.modules["train"], on_checked=tell_checked)
+    say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
+    watch = RunWatch(paths)
+    if args.detach:
+        summary = summary_of(paths, watch.catch_up(), run_status(paths))
+        say(f"follow it with: lora-studio runs attach {paths.name}", to=to)
+        if args.json:
+            write_json(summary)
+        return DONE
+    end = follow(watch, to=to, stops_on_interrupt=True)
+    return conclude(watch, end, as_json=args.json)
+
+
+def tell_checked(report: PreflightReport) -> None:
+    """Say on stderr what was noticed before the start."""
+    for note in report.notes:
+        say(f"note: {note}", to=sys.stderr)

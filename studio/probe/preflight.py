@@ -1,0 +1,105 @@
+"""Everything about a training run that can be known to be wrong before a process starts or a folder is made."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.recipe_parse import refuse
+from studio.core.text import plain
+from studio.probe.data import DataSet, read_data, split
+from studio.probe.gpus import Gpu, read_gpus
+from studio.probe.models import BaseFound, find_base
+from studio.runs.recipe_file import resolve_paths
+
+_LEAST_FREE_BYTES = 200 * 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightReport:
+    """What a sound run starts from.
+
+    Attributes:
+        recipe: The recipe with absolute paths, as it is written into the run.
+        base: The base model.
+        data: The rows to train on and, without a file for it, to hold out.
+        eval_data: The rows of `data.eval_path`, None without one.
+        notes: What the user should know, though it stops nothing.
+    """
+
+    recipe: Recipe
+    base: BaseFound
+    data: DataSet
+    eval_data: DataSet | None
+    notes: tuple[str, ...]
+
+
+def check_training(recipe: Recipe, *, gpus: list[Gpu] | None = None) -> PreflightReport:
+    """Check a recipe against this machine: its fields, its card, the base model and every row of its data.
+
+    Args:
+        recipe: What is asked for; relative paths are taken from the current folder.
+        gpus: The cards; None asks the driver.
+
+    Raises:
+        BadInput: Something would keep the run from starting; says what, and what to do.
+    """
+    refuse(recipe.problems())
+    recipe = resolve_paths(recipe, (Path.cwd(),))
+    notes = _device_notes(recipe.device.device, gpus)
+    base = find_base(recipe.model.base, recipe.model.revision)
+    data = _read(recipe, "data.path")
+    eval_data = _read(recipe, "data.eval_path") if recipe.data.eval_path else None
+    if eval_data is None and recipe.eval.rows:
+        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
+        if not parts.train or not parts.held_out:
+            raise BadInput(
+                f"data.path: {len(data.rows)} usable row(s) are too few to train on some and hold out others: add rows, "
+                "name a file in data.eval_path, or set eval.rows and eval.samples to 0."
+            )
+        notes += parts.notes
+    return PreflightReport(recipe, base, data, eval_data, notes)
+
+
+def check_space(folder: Path) -> None:
+    """Make sure that a run can at least begin on this disk.
+
+    Raises:
+        BadInput: Less than 200 MB are free there.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return
+    if free < _LEAST_FREE_BYTES:
+        shown = plain(str(place), one_line=True)
+        raise BadInput(
+            f"only {free / 1e6:.0f} MB are free on the disk of {shown}; a run needs at least "
+            f"{_LEAST_FREE_BYTES / 1e6:.0f} MB. Free some space or choose another place with --runs-dir."
+        )
+
+
+def _read(recipe: Recipe, field: str) -> DataSet:
+    word = str(recipe.get(field))
+    path = Path(word) if word == EMBEDDED else Path(word).expanduser()
+    try:
+        return read_data(path, format=recipe.data.format)
+    except BadInput as error:
+        raise BadInput(f"{field}: {error}") from error
+
+
+def _device_notes(device: str, gpus: list[Gpu] | None) -> tuple[str, ...]:
+    if not device.startswith("cuda"):
+        return ()
+    found = read_gpus() if gpus is None else gpus
+    if found is None:
+        return (f"device.device is {device}, but no NVIDIA driver answers on this machine",)
+    number = int(device[5:] or 0)
+    if number >= len(found):
+        names = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in found) or "no card"
+        raise BadInput(f"device.device is {device}; this machine has {names}. Choose one of them, auto or cpu.")
+    return ()

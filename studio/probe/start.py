@@ -1,0 +1,128 @@
+"""From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.probe.models import find_base
+from studio.probe.preflight import PreflightReport, check_space, check_training
+from studio.runs.job import MODULES, Job, MergeRequest, write_job
+from studio.runs.layout import RunPaths, new_run
+from studio.runs.supervise import launch
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def prepare_run(job: Job, runs_root: Path, now: float) -> RunPaths:
+    """Make a run's folder and write what it is asked to do; nothing is left behind when that fails.
+
+    Args:
+        job: A recipe with absolute paths, or a merge.
+        runs_root: Where runs live.
+        now: Unix seconds; becomes part of the name.
+
+    Raises:
+        BadInput: The folder cannot be made or written.
+    """
+    name = job.name if isinstance(job, Recipe) else f"merge-{Path(job.run or job.adapter).name}"
+    paths = new_run(runs_root, name, now)
+    try:
+        write_job(paths, job)
+    except OSError as error:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        shown = plain(str(paths.root), one_line=True)
+        raise BadInput(f"the run folder {shown} cannot be written: {error.strerror}.") from error
+    return paths
+
+
+def start_training(
+    recipe: Recipe,
+    runs_root: Path,
+    *,
+    module: str = MODULES["train"],
+    now: Callable[[], float] = time.time,
+    on_checked: Callable[[PreflightReport], None] = lambda report: None,
+    **launching: Any,
+) -> RunPaths:
+    """Check a recipe, make its run and launch the worker; return when the worker holds the run.
+
+    Args:
+        recipe: What to train.
+        runs_root: Where runs live.
+        module: The job's module.
+        now: Unix seconds.
+        on_checked: Gets the report before anything is made.
+        launching: As for `launch`.
+
+    Raises:
+        BadInput: The recipe, the model or the data cannot be used; no folder was made.
+        StudioError: The worker cannot be started; no folder is left.
+    """
+    report = check_training(recipe)
+    check_space(runs_root)
+    on_checked(report)
+    return _start(report.recipe, runs_root, module, now(), launching)
+
+
+def start_merge(
+    request: MergeRequest,
+    runs_root: Path,
+    *,
+    module: str = MODULES["merge"],
+    now: Callable[[], float] = time.time,
+    **launching: Any,
+) -> RunPaths:
+    """Check a merge, make its run and launch the worker; return when the worker holds the run.
+
+    Args:
+        request: What to merge into what.
+        runs_root: Where runs live.
+        module: The job's module.
+        now: Unix seconds.
+        launching: As for `launch`.
+
+    Raises:
+        BadInput: The adapter, the base or the output folder cannot be used; no folder was made.
+        StudioError: The worker cannot be started; no folder is left.
+    """
+    check_merge(request)
+    check_space(runs_root)
+    return _start(request, runs_root, module, now(), launching)
+
+
+def check_merge(request: MergeRequest) -> None:
+    """Check what a merge starts from and where it goes.
+
+    Raises:
+        BadInput: No adapter, no base model, or an output folder that already holds something.
+    """
+    adapter, out = Path(request.adapter), Path(request.out)
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        shown = plain(str(adapter), one_line=True)
+        raise BadInput(
+            f"{shown} is no adapter folder: it has no {ADAPTER_CONFIG}. Name a finished run or a PEFT folder."
+        )
+    if request.base:
+        find_base(request.base, request.revision)
+    shown = plain(str(out), one_line=True)
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
+    except OSError as error:
+        raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
+
+
+def _start(job: Job, runs_root: Path, module: str, now: float, launching: dict[str, Any]) -> RunPaths:
+    paths = prepare_run(job, runs_root, now)
+    try:
+        launch(paths, module, **launching)
+    except BaseException:
+        if not paths.launch.exists():
+            shutil.rmtree(paths.root, ignore_errors=True)
+        raise
+    return paths

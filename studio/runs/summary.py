@@ -1,0 +1,82 @@
+"""A run in a few plain values, the same for the command line's `--json`, comparisons and the end of a run."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status
+
+
+def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
+    """Return what a run came to, ready for JSON: a number that is unknown or not finite is null."""
+    started, finished = history.started, history.finished
+    return {
+        "run": paths.name,
+        "path": str(paths.root),
+        "job": started.job if started else None,
+        "status": str(status),
+        "method": started.method if started else None,
+        "model": started.model if started else None,
+        "device": history.planned.device if history.planned else None,
+        "adapter": str(paths.adapter) if paths.adapter.is_dir() else None,
+        "steps": history.last_step,
+        "total_steps": history.total_steps,
+        "train_loss": _ends(list(history.train.losses[:1]) + list(history.train.losses[-1:])),
+        "eval_loss": _ends([event.loss for event in history.evals]),
+        "tokens": sum(history.train.tokens),
+        "tokens_per_second": _number(history.tokens_per_second),
+        "seconds": _seconds(history),
+        "peak_bytes": peak_bytes(history),
+        "warnings": [event.message for event in history.warnings],
+        "failure": _failure(history, status),
+        "result": finished.result if finished else {},
+    }
+
+
+def peak_bytes(history: History) -> int | None:
+    """Return the highest memory reading: the allocator's peak on CUDA, the resident peak on a CPU."""
+    for series in (history.memory.peak_bytes, history.memory.resident_peak_bytes):
+        known = [value for value in series if not math.isnan(value)]
+        if known:
+            return int(max(known))
+    return None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of a folder's files; what vanishes or cannot be read counts nothing."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return total
+
+
+def _ends(values: list[float]) -> dict[str, float | None]:
+    first, last = (values[0], values[-1]) if values else (None, None)
+    return {"first": _number(first), "last": _number(last)}
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _seconds(history: History) -> float | None:
+    if history.finished and history.finished.seconds is not None:
+        return _number(history.finished.seconds)
+    if history.started is None or history.last_at is None:
+        return None
+    return max(0.0, history.last_at - history.started.at)
+
+
+def _failure(history: History, status: Status) -> dict[str, Any] | None:
+    if history.failed is not None:
+        failed = history.failed
+        return {"kind": failed.failure, "message": failed.message, "advice": failed.advice, "step": failed.step}
+    if status is Status.crashed:
+        message = "the worker's process ended without saying why; the last lines it printed are in output.log"
+        return {"kind": "crashed", "message": message, "advice": "lora-studio runs resume", "step": history.last_step}
+    return None

@@ -1,0 +1,69 @@
+"""A run as someone sees who looks at it again and again: the log's tail folded into a history."""
+
+from dataclasses import dataclass, field
+
+from studio.core.events import RunEvent
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+from studio.runs.log import EventTail
+
+_LAST_LINES_BYTES = 16 * 1024
+
+
+@dataclass(slots=True)
+class RunWatch:
+    """Follows one run; `poll` as often as something is drawn.
+
+    Attributes:
+        paths: The run.
+        history: What was told so far; a new object when the log was replaced or cut.
+    """
+
+    paths: RunPaths
+    history: History = field(default_factory=History)
+    _tail: EventTail = field(init=False)
+    _restarts: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._tail = EventTail(self.paths.events)
+
+    def poll(self) -> list[RunEvent]:
+        """Fold what is new and return it; at most a few MiB at once, see `behind`."""
+        events = self._tail.poll()
+        if self._tail.restarts != self._restarts:
+            self._restarts = self._tail.restarts
+            self.history = History()
+        self.history.fold(events)
+        return events
+
+    @property
+    def behind(self) -> bool:
+        """Whether more than a torn line waits to be read."""
+        return self._tail.behind_bytes > 0
+
+    def catch_up(self) -> History:
+        """Read to the end of the log and return the history."""
+        before = -1
+        while self._tail.behind_bytes != before:
+            before = self._tail.behind_bytes
+            self.poll()
+        return self.history
+
+
+def read_history(paths: RunPaths) -> History:
+    """Return everything that a run has told so far."""
+    return RunWatch(paths).catch_up()
+
+
+def last_output(paths: RunPaths, lines: int = 12) -> list[str]:
+    """Return the last lines that the worker's process printed, as they are: foreign text, to be made plain."""
+    try:
+        with paths.output.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _LAST_LINES_BYTES))
+            text = file.read(_LAST_LINES_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return []
+    # A progress bar redraws its line after each carriage return: only its last state is worth a line.
+    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return [line for line in shown if line.strip()][-lines:] if lines > 0 else []
