@@ -1,0 +1,80 @@
+"""What became of the rows on their way to token ids: counts for the run, sentences for the user."""
+
+from dataclasses import dataclass
+
+from studio.core.errors import JobFailed
+from studio.core.text import plain
+from studio.jobs.train.template import Warn
+
+
+@dataclass(slots=True)
+class RowReport:
+    """Counts.
+
+    Attributes:
+        rows: Rows that were given.
+        examples: Examples that were made of them; more than the rows where a template rewrites history.
+        refused: Rows that the chat template refuses, or in whose rendering no answer is found.
+        cut: Examples longer than the limit, cut on the right.
+        dropped: Examples without a label, most often because the cut took the whole answer.
+        tokens: Tokens of the kept examples.
+        loss_tokens: Those with a label.
+        longest: Tokens of the longest example before cutting.
+        split: Rows whose answers became examples of their own.
+        moved: Rows whose answers do not begin where the generation prompt ends.
+        stop_added: Rows in which a stop token was added after an answer.
+        endless: Rows after whose answer no stop token could be added, because the tokenizer has none.
+        folded: Rows whose system prompt was put before the user's first words.
+        reason: What the first refused row was refused for, with its number.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    refused: int = 0
+    cut: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    longest: int = 0
+    split: int = 0
+    moved: int = 0
+    stop_added: int = 0
+    endless: int = 0
+    folded: int = 0
+    reason: str = ""
+
+    def say(self, seq_len: int, end_token: str, warn: Warn) -> None:
+        """Tell everything that the user should know, one sentence each."""
+        end = plain(end_token, one_line=True)
+        reason = plain(self.reason, one_line=True, limit=300)
+        said = {
+            f"The chat template knows no system prompt: in {self.folded} rows it was put before the user's first "
+            "words.": self.folded,
+            f"The chat template rewrites earlier turns: in {self.split} rows each answer became an example of its "
+            "own.": self.split,
+            f"In {self.moved} rows the chat template leaves out what its generation prompt opens with (reasoning, as a "
+            "rule).": self.moved,
+            f"The chat template ends answers without a stop token: {end} was added in {self.stop_added} rows, so that "
+            "the model learns to stop.": self.stop_added,
+            f"The tokenizer has no end token: {self.endless} rows do not teach the model to stop.": self.endless,
+            f"{self.refused} of {self.rows} rows are left out: {reason}.": self.refused,
+            f"{self.cut} rows are longer than train.seq_len = {seq_len} tokens and lose their end; the longest has "
+            f"{self.longest}.": self.cut,
+            f"{self.dropped} rows are left out: no token of an answer is left in them to learn from.": self.dropped,
+        }
+        for sentence, count in said.items():
+            if count:
+                warn(sentence)
+
+    def nothing_left(self, seq_len: int) -> JobFailed:
+        """Return the error for rows of which none can be trained."""
+        if self.refused == self.rows:
+            reason = plain(self.reason, one_line=True, limit=300)
+            message = f"The chat template refuses every row: {reason}."
+            return JobFailed("template_refused", message, "Correct the roles or the order of the turns in the data.")
+        return JobFailed(
+            "all_labels_masked",
+            f"No row has a token left to learn from: {self.cut} of {self.rows} are cut at train.seq_len = {seq_len}; "
+            f"the longest has {self.longest} tokens.",
+            f"Raise train.seq_len towards {self.longest}, or shorten the prompts.",
+        )

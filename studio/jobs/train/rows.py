@@ -1,0 +1,233 @@
+"""Rows of text made into token ids and labels.
+
+What is learnt: the answers, each with the stop token after it (always: also where pad and end token are the same, and
+where the template leaves it out), or with `answers_only` off every token. Padding is never made here. A rendered chat
+is tokenised without special tokens being added, since the template has written them: one start token, not two.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from studio.core.errors import JobFailed
+from studio.jobs.train.generation_mask import marks_answers, masked_rows
+from studio.jobs.train.loss import IGNORED
+from studio.jobs.train.row_report import RowReport
+from studio.jobs.train.spans import Located, Locator, Rendered, stop_tokens
+from studio.jobs.train.template import Warn, render, why_refused, with_system_folded
+from studio.probe.data import Conversation, PlainText, Row
+
+_CHUNK_ROWS = 256
+_UNFOUND = "its answer is not found in what the chat template writes"
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One row as the model sees it: token ids and labels, `[seq]` each; unlabelled places hold `IGNORED`."""
+
+    input_ids: Ids
+    labels: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row up to where its answer begins, and the answer that the data has."""
+
+    input_ids: tuple[int, ...]
+    text: str
+    expected: str
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    answers_only: bool = True,
+    warn: Warn,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[list[Example], RowReport]:
+    """Return the rows as examples of at most `seq_len` tokens, and what became of them.
+
+    The tokenizer must have a chat template where the rows are conversations (see `template.ensure_template`).
+
+    Args:
+        rows: Conversations that end with an answer, or plain texts.
+        tokenizer: A fast tokenizer.
+        seq_len: Longest example in tokens; what is longer loses its end.
+        answers_only: Label only the answers.
+        warn: Told, once each, the things that the user should know.
+        progress: Told the fraction done, 0 to 1.
+
+    Raises:
+        JobFailed: No row is left with anything to learn, or the tokenizer cannot say where its tokens stand.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise JobFailed(
+            "slow_tokenizer",
+            f"The tokenizer ({type(tokenizer).__name__}) cannot say where its tokens stand in the text.",
+            "Use a model folder that has a tokenizer.json.",
+        )
+    report = RowReport(rows=len(rows))
+    encoder = _Encoder(tokenizer, report)
+    examples: list[Example] = []
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        for ids, labelled in encoder.encode(rows[start : start + _CHUNK_ROWS]):
+            labels = np.where(labelled, ids, np.int32(IGNORED)) if answers_only else ids
+            if example := _kept(ids, labels, seq_len, report):
+                examples.append(example)
+        if progress:
+            progress(min(start + _CHUNK_ROWS, len(rows)) / len(rows))
+    report.say(seq_len, tokenizer.eos_token or "", warn)
+    if rows and not examples:
+        raise report.nothing_left(seq_len)
+    return examples, report
+
+
+def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: int) -> list[Prompt]:
+    """Return prompts for the first rows whose prompt is shorter than `seq_len` tokens, at most `count`.
+
+    A conversation is asked for its last answer; a plain text for its second half.
+    """
+    found: list[Prompt] = []
+    for row in rows:
+        if len(found) >= count:
+            break
+        asked = _half(row) if isinstance(row, PlainText) else _question(row, tokenizer)
+        if asked is None:
+            continue
+        text, shown, expected = asked
+        ids = tuple(tokenizer(text, add_special_tokens=isinstance(row, PlainText)).input_ids)
+        if 0 < len(ids) < seq_len:
+            found.append(Prompt(ids, shown, expected))
+    return found
+
+
+def _half(row: PlainText) -> tuple[str, str, str]:
+    middle = len(row.text) // 2
+    return row.text[:middle], row.text[:middle], row.text[middle:]
+
+
+def _question(row: Conversation, tokenizer: Any) -> tuple[str, str, str] | None:
+    before, answer = row.messages[:-1], row.messages[-1].content
+    if not before:
+        return None
+    for turns in (before, with_system_folded(before)):
+        if (text := render(tokenizer, [turns], ask=True)[0]) is not None:
+            return text, before[-1].content, answer
+    return None
+
+
+class _Encoder:
+    """Makes token ids of chunks of rows and counts in the report what templates do."""
+
+    def __init__(self, tokenizer: Any, report: RowReport) -> None:
+        self.tokenizer = tokenizer
+        self.report = report
+        self.locator = Locator(tokenizer)
+        self.masks = marks_answers(tokenizer)
+
+    def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Ids, Mask]]:
+        """Yield token ids and whether each is to be learnt, `[seq]` each."""
+        texts = [row.text for row in rows if isinstance(row, PlainText)]
+        chats = [row for row in rows if isinstance(row, Conversation)]
+        if texts:
+            yield from self._texts(texts)
+        if chats and self.masks:
+            yield from self._masked(chats)
+        elif chats:
+            yield from self._located(chats)
+
+    def _texts(self, texts: Sequence[str]) -> Iterator[tuple[Ids, Mask]]:
+        eos = self.tokenizer.eos_token_id
+        self.report.endless += len(texts) if eos is None else 0
+        for ids in self.tokenizer(list(texts)).input_ids:
+            whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+            yield np.array(whole, np.int32), np.ones(len(whole), np.bool_)
+
+    def _masked(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
+        usable = self._without_refused(rows, [text is not None for text in self._rendered(rows)])
+        return masked_rows([row.messages for row in usable], self.tokenizer, stop_tokens(self.tokenizer))
+
+    def _located(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
+        located = self._locate(rows)
+        usable = self._without_refused(rows, [bool(found.rendered) for found in located])
+        if list(usable) != list(rows):
+            located = self._locate(usable)
+        self.report.split += sum(found.split for found in located)
+        self.report.moved += sum(found.moved for found in located)
+        added = sum(found.stop_added for found in located)
+        if self.tokenizer.eos_token:
+            self.report.stop_added += added
+        else:
+            self.report.endless += added
+        return _labelled([one for found in located for one in found.rendered], self.tokenizer)
+
+    def _without_refused(self, rows: Sequence[Conversation], usable: Sequence[bool]) -> list[Conversation]:
+        """Return the usable rows, and of the others those that become usable without a system turn."""
+        if all(usable):
+            return list(rows)
+        folded = [
+            row if good else replace(row, messages=with_system_folded(row.messages))
+            for row, good in zip(rows, usable, strict=True)
+        ]
+        good_now = [bool(found.rendered) for found in self._locate(folded)]
+        self.report.folded += sum(now and not before for now, before in zip(good_now, usable, strict=True))
+        self.report.refused += good_now.count(False)
+        if not all(good_now) and not self.report.reason:
+            row = rows[good_now.index(False)]
+            self.report.reason = f"row {row.number}: {why_refused(self.tokenizer, row.messages) or _UNFOUND}"
+        return [row for row, good in zip(folded, good_now, strict=True) if good]
+
+    def _rendered(self, rows: Sequence[Conversation]) -> list[str | None]:
+        return render(self.tokenizer, [row.messages for row in rows])
+
+    def _locate(self, rows: Sequence[Conversation]) -> list[Located]:
+        return self.locator.locate([row.messages for row in rows])
+
+
+def _labelled(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[Ids, Mask]]:
+    """Tokenise rendered chats and mark the tokens that begin inside an answer."""
+    if not rendered:
+        return []
+    encoded = tokenizer([one.text for one in rendered], add_special_tokens=False)
+    made = []
+    for row, one in enumerate(rendered):
+        ids = np.array(encoded["input_ids"][row], np.int32)
+        labelled = np.zeros(len(ids), np.bool_)
+        for begin, stop in one.answers:
+            first, last = _token_from(encoded, row, begin, stop), _token_from(encoded, row, stop, len(one.text))
+            labelled[len(ids) if first is None else first : len(ids) if last is None else last] = True
+        made.append((ids, labelled))
+    return made
+
+
+def _token_from(encoded: Any, row: int, begin: int, stop: int) -> int | None:
+    """Return the first token that begins at or after a character; some tokenizers give no token to white space."""
+    for character in range(begin, stop):
+        token = encoded.char_to_token(row, character)
+        if token is not None and encoded.token_to_chars(row, token).start >= begin:
+            return int(token)
+    return None
+
+
+def _kept(ids: Ids, labels: Ids, seq_len: int, report: RowReport) -> Example | None:
+    """Return the example, cut, unless nothing can be learnt from it; counts it either way."""
+    report.longest = max(report.longest, len(ids))
+    report.cut += len(ids) > seq_len
+    # The first place is never predicted: a label there teaches nothing.
+    loss_tokens = int(np.count_nonzero(labels[1:seq_len] != IGNORED))
+    if not loss_tokens:
+        report.dropped += 1
+        return None
+    report.examples += 1
+    report.tokens += min(len(ids), seq_len)
+    report.loss_tokens += loss_tokens
+    # Copies: a slice would keep the whole long row in memory.
+    return Example(ids[:seq_len].copy(), labels[:seq_len].copy())

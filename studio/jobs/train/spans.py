@@ -1,0 +1,145 @@
+"""Where the answers stand in a rendered conversation, stop tokens included.
+
+A conversation is rendered once as a whole. An answer begins where the template, given the turns before it and asked for
+a generation prompt, ends; it ends where the template, given the turns up to it, ends. Both must be prefixes of the
+whole. A template that rewrites earlier turns (drops old reasoning, writes another end token after the last answer)
+breaks that; then each answer becomes a conversation of its own that ends with it, as the model will meet it in use.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from studio.jobs.train.template import Turns, render
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text, and its answers as character ranges that end with a stop token (where there is one)."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """What became of one conversation.
+
+    Attributes:
+        rendered: One text, or one per answer where the template rewrites history; empty where nothing can be learnt.
+        split: Whether the template rewrites history.
+        moved: Whether an answer does not begin where the generation prompt ends.
+        stop_added: Whether the template left a stop token out and it was added.
+    """
+
+    rendered: tuple[Rendered, ...]
+    split: bool = False
+    moved: bool = False
+    stop_added: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One answer: its place among the turns, and what the template writes up to its begin and up to its end."""
+
+    place: int
+    opened: str | None
+    closed: str | None
+
+
+_NOWHERE = Located(())
+
+
+class Locator:
+    """Finds answers with one tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.stops = stop_tokens(tokenizer)
+
+    def locate(self, conversations: Sequence[Turns]) -> list[Located]:
+        """Return where the answers of each conversation stand; each conversation ends with an assistant turn."""
+        places = [[i for i, turn in enumerate(turns) if turn.role == "assistant"] for turns in conversations]
+        found: list[Located] = []
+        for turns, answers, located in zip(conversations, places, self._attempt(conversations, places), strict=True):
+            if located is None:
+                own = self._attempt([turns[: i + 1] for i in answers], [[i] for i in answers])
+                found.append(_joined([part for part in own if part is not None]))
+            else:
+                found.append(located)
+        return found
+
+    def _attempt(self, conversations: Sequence[Turns], places: Sequence[Sequence[int]]) -> list[Located | None]:
+        """Locate the answers at the given places; None where the template rewrites history."""
+        pairs = [(row, i) for row, answers in enumerate(places) for i in answers]
+        inner = [(row, i) for row, i in pairs if i + 1 < len(conversations[row])]
+        whole = render(self.tokenizer, conversations)
+        opened = render(self.tokenizer, [conversations[row][:i] for row, i in pairs], ask=True)
+        closed = render(self.tokenizer, [conversations[row][: i + 1] for row, i in inner])
+        begins, ends = dict(zip(pairs, opened, strict=True)), dict(zip(inner, closed, strict=True))
+        found: list[Located | None] = []
+        for row, text in enumerate(whole):
+            parts = [_Part(i, begins[row, i], ends.get((row, i), text)) for i in places[row]]
+            if text is None:
+                found.append(_NOWHERE)
+            elif len(parts) > 1 and _rewritten(text, parts):
+                found.append(None)
+            else:
+                found.append(self._spans(conversations[row], text, parts))
+        return found
+
+    def _spans(self, turns: Turns, text: str, parts: Sequence[_Part]) -> Located:
+        made, at, answers, moved, added = "", 0, [], False, False
+        for part in parts:
+            opened, closed = part.opened or "", part.closed or text
+            begin = _beginning(turns, part.place, text, opened, closed)
+            stop = begin + len(text[begin : len(closed)].rstrip())
+            if begin == stop:
+                return _NOWHERE
+            made += text[at:begin]
+            first, at = len(made), stop
+            made += text[begin:stop]
+            if not text[begin:stop].endswith(self.stops):
+                made, added = made + (self.tokenizer.eos_token or ""), True
+            answers.append((first, len(made)))
+            moved |= part.place > 0 and begin != len(opened)
+        return Located((Rendered(made + text[at:], tuple(answers)),), moved=moved, stop_added=added)
+
+
+def stop_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the tokens that can end a turn: those marked special (`</think>` and the like are not)."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(filter(None, special | set(tokenizer.all_special_tokens))))
+
+
+def _beginning(turns: Turns, place: int, text: str, opened: str, closed: str) -> int:
+    """Return where an answer begins: where the generation prompt ends, if the text goes on from it.
+
+    Where it does not (the prompt opens reasoning that the template leaves out, or the answer comes first of all), the
+    answer's own words are looked for behind what both share. The end of the text stands for "not found".
+    """
+    if place and opened and text.startswith(opened):
+        return len(opened)
+    shared = next((n for n, (one, other) in enumerate(zip(opened, text, strict=False)) if one != other), len(opened))
+    asked = turns[place - 1].content.strip() if place else ""
+    if asked not in text[:shared]:
+        return len(text)
+    found = text.rfind(turns[place].content.strip(), shared, len(closed))
+    if found < 0 and asked:
+        return shared
+    return found if found >= 0 else len(text)
+
+
+def _rewritten(text: str, parts: Sequence[_Part]) -> bool:
+    """Return whether what the template writes for the first turns is not how the whole text begins."""
+    beginnings = [part.opened for part in parts if part.place] + [part.closed for part in parts]
+    return not all(beginning is not None and text.startswith(beginning) for beginning in beginnings)
+
+
+def _joined(parts: Sequence[Located]) -> Located:
+    return Located(
+        tuple(one for part in parts for one in part.rendered),
+        split=True,
+        moved=any(part.moved for part in parts),
+        stop_added=any(part.stop_added for part in parts),
+    )

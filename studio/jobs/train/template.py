@@ -1,0 +1,105 @@
+r"""Conversations as text: the model's own chat template, or a plain one where the model has none.
+
+The plain templates, one per data format, are also written into the tokenizer, so that whoever loads it with the adapter
+asks in the form that was trained. `{eos}` is the tokenizer's end token, written after each answer.
+
+    chat                ### System:\n{text}\n\n### User:\n{text}\n\n### Assistant:\n{text}{eos}\n\n
+    alpaca              {system}\n\n### Instruction:\n{text}\n\n### Response:\n{text}{eos}
+    prompt_completion   {prompt}\n{completion}{eos}      (no new line where the prompt ends in white space itself)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from studio.probe.data import Message
+
+Warn = Callable[[str], None]
+Turns = Sequence[Message]
+
+_LOOP = "{%- for message in messages %}{%- set text = message['content'] %}"
+_PLAIN = {
+    "chat": (
+        "{%- if message['role'] == 'assistant' %}{{ '### Assistant:\n' + text + (eos_token or '') + '\n\n' }}"
+        "{%- else %}{{ '### ' + message['role'].capitalize() + ':\n' + text + '\n\n' }}{% endif %}",
+        "{{ '### Assistant:\n' }}",
+    ),
+    "alpaca": (
+        "{%- if message['role'] == 'assistant' %}{{ '### Response:\n' + text + (eos_token or '') }}"
+        "{%- elif message['role'] == 'system' %}{{ text + '\n\n' }}"
+        "{%- else %}{{ '### Instruction:\n' + text + '\n\n' }}{% endif %}",
+        "{{ '### Response:\n' }}",
+    ),
+    "prompt_completion": (
+        "{%- if message['role'] == 'assistant' %}{{ text + (eos_token or '') }}"
+        "{%- elif message['role'] == 'system' %}{{ text + '\n\n' }}"
+        "{%- else %}{{ text }}{% if not text or not text[-1].isspace() %}{{ '\n' }}{% endif %}{% endif %}",
+        "",
+    ),
+}
+
+
+def ensure_template(tokenizer: Any, data_format: str, warn: Warn) -> None:
+    """Give the tokenizer a plain chat template for this data format if it has none, and say so."""
+    if tokenizer.chat_template or data_format not in _PLAIN:
+        return
+    turn, prompt = _PLAIN[data_format]
+    start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
+    ask = "{%- if add_generation_prompt %}" + prompt + "{%- endif %}" if prompt else ""
+    tokenizer.chat_template = f"{start}{_LOOP}{turn}{{%- endfor %}}{ask}"
+    warn(
+        "This model has no chat template (it is probably a base model). A plain one is used and saved with the "
+        f"tokenizer: {_example(tokenizer)!r}. Whoever uses the adapter must ask in this form."
+    )
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer puts its start token before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list[str | None]:
+    """Return each conversation as the template writes it, None where the template refuses it.
+
+    Args:
+        tokenizer: Has a chat template.
+        turns: Conversations.
+        ask: End with what opens the assistant's turn.
+    """
+    tables = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in turns]
+    if not tables:
+        return []
+    try:
+        texts: list[str | None] = tokenizer.apply_chat_template(tables, tokenize=False, add_generation_prompt=ask)
+    except (TemplateError, ValueError, TypeError, IndexError):
+        return [_render_one(tokenizer, table, ask) for table in tables]
+    return texts
+
+
+def with_system_folded(messages: Turns) -> tuple[Message, ...]:
+    """Return the turns with a leading system prompt put before the user's first words: some templates know none."""
+    if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
+        return (Message("user", f"{messages[0].content}\n\n{messages[1].content}"), *messages[2:])
+    return tuple(messages)
+
+
+def why_refused(tokenizer: Any, messages: Turns) -> str:
+    """Return what the template says when it refuses this conversation."""
+    table = [{"role": turn.role, "content": turn.content} for turn in messages]
+    try:
+        tokenizer.apply_chat_template(table, tokenize=False)
+    except (TemplateError, ValueError, TypeError, IndexError) as error:
+        return str(error)
+    return ""
+
+
+def _render_one(tokenizer: Any, table: list[dict[str, str]], ask: bool) -> str | None:
+    try:
+        return str(tokenizer.apply_chat_template(table, tokenize=False, add_generation_prompt=ask))
+    except (TemplateError, ValueError, TypeError, IndexError):
+        return None
+
+
+def _example(tokenizer: Any) -> str:
+    return render(tokenizer, [(Message("user", "QUESTION"), Message("assistant", "ANSWER"))])[0] or ""

@@ -1,0 +1,96 @@
+"""A model by its hub id: in the local Hugging Face cache, or, with a connection, what the hub says of it.
+
+Downloads at most `config.json`. huggingface_hub is imported only here, and only when a hub id is asked for.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.model_folder import CONFIG, check_folder, read_config, require_safetensors, require_tokenizer
+from studio.probe.safetensors_header import CorruptSafetensors
+
+_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_ASK_SECONDS = 15.0
+
+
+def is_hub_id(word: str) -> bool:
+    """Return whether the word could be a hub id: `name` or `owner/name`."""
+    return bool(_ID.fullmatch(word)) and ".." not in word and "--" not in word and len(word) <= 200
+
+
+def find_in_cache(repo: str, revision: str) -> tuple[Path, dict[str, Any], int] | str:
+    """Return (folder, config, bytes of the weights) of a cached model, or the reason why it cannot be used.
+
+    Raises:
+        BadInput: It is there and damaged.
+    """
+    from huggingface_hub import constants, snapshot_download  # noqa: PLC0415  0.24 s that only hub models pay
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        return folder, *check_folder(folder)
+    except CorruptSafetensors as error:
+        # A download would keep the damaged file, because one of its name and hash is there.
+        raise BadInput(f"{error} It lies in the cache: remove it with `hf cache rm model/{repo}`.") from None
+    except BadInput as error:
+        return str(error).rstrip(".")
+    except Exception:  # noqa: BLE001  not cached: each version of the library has its own error for it
+        return f"it is not in the cache {plain(constants.HF_HUB_CACHE, one_line=True)}"
+
+
+def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]:
+    """Return (config, bytes of the weights) from the hub itself, which must have what training needs.
+
+    Args:
+        repo: The hub id.
+        revision: Branch, tag or commit; empty for the newest.
+        cached: Why the cache could not serve, for the message.
+
+    Raises:
+        BadInput: No connection, no such model or revision, a gated model, or no safetensors or tokenizer in it.
+    """
+    from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415
+
+    try:
+        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True, timeout=_ASK_SECONDS)
+        names = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        _require_trainable(names, f"The hub's {repo}")
+        config = read_config(Path(hf_hub_download(repo, CONFIG, revision=info.sha or revision or None)))
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
+        raise BadInput(_refusal(repo, revision, cached, error)) from None
+    return config, sum(size for name, size in names.items() if name.endswith(".safetensors") and "/" not in name)
+
+
+def _require_trainable(names: Iterable[str], where: str) -> None:
+    if CONFIG not in names:
+        raise BadInput(f"{where} has no config.json; wanted a transformers model.")
+    require_safetensors(names, where)
+    require_tokenizer(names, where)
+
+
+def _refusal(repo: str, revision: str, cached: str, error: Exception) -> str:
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    name = f"The model {repo}" + (f" at revision {plain(revision, one_line=True, limit=80)}" if revision else "")
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated: accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
+        case errors.RevisionNotFoundError():
+            return f"{name} was not found: the hub has the model, not this revision. Empty means the newest."
+        case errors.RepositoryNotFoundError():
+            return f"{name} is not on the hub, or it is private. Check the name; for a private model run: hf auth login"
+        case errors.OfflineModeIsEnabled():
+            why = "offline mode is on (HF_HUB_OFFLINE)"
+        case _:
+            why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=160)}"
+    return (
+        f"{name} cannot be had: it is no folder here; {cached}; and the hub cannot be asked ({why}). "
+        f"On a machine with a connection run: hf download {repo} --local-dir FOLDER, and give the path of its copy. "
+        "Without any of it, the model 'embedded' is there."
+    )

@@ -1,0 +1,145 @@
+"""Looks through a model folder before anything heavy is loaded: config, weights (whole, safetensors), tokenizer."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.safetensors_header import CorruptSafetensors, read_header
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_MOST_JSON_BYTES = 50 * 2**20
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a model's `config.json`.
+
+    Raises:
+        BadInput: Missing, not JSON, or not an object that names a model type.
+    """
+    config = _json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise BadInput(f"{_shown(path)} names no model_type; wanted the config.json of a transformers model.")
+    return config
+
+
+def check_folder(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return the config and the size of the weights in bytes of a folder that can be loaded.
+
+    Raises:
+        BadInput: Says which file is missing, damaged or refused, and what to do.
+    """
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    if CONFIG not in names:
+        raise BadInput(_no_config(folder, names))
+    config = read_config(folder / CONFIG)
+    require_safetensors(names, _shown(folder))
+    size_bytes = _single(folder / WEIGHTS) if WEIGHTS in names else _sharded(folder)
+    require_tokenizer(names, _shown(folder))
+    return config, size_bytes
+
+
+def require_safetensors(names: Iterable[str], where: str) -> None:
+    """Check that among the file names are the weights that transformers loads.
+
+    Raises:
+        BadInput: There are none, or only in formats that we refuse.
+    """
+    there = set(names)
+    if WEIGHTS in there or INDEX in there:
+        return
+    if pickles := sorted(name for name in there if name.endswith(_PICKLES)):
+        raise BadInput(
+            f"{where} has its weights only as pickles ({_some(pickles)}), and loading a pickle can run any code in it. "
+            f"Wanted {WEIGHTS}: look for a safetensors version of the model, or convert it where you trust its source."
+        )
+    if gguf := sorted(name for name in there if name.endswith(".gguf")):
+        raise BadInput(f"{where} holds GGUF weights ({_some(gguf)}); training wants the original model as {WEIGHTS}.")
+    other = sorted(name for name in there if name.endswith(".safetensors"))
+    found = f"found {_some(other)}" if other else "found none"
+    raise BadInput(f"{where} has no weights that can be loaded: {found}; wanted {WEIGHTS} or {INDEX} with its shards.")
+
+
+def require_tokenizer(names: Iterable[str], where: str) -> None:
+    """Check that a tokenizer is among the file names.
+
+    Raises:
+        BadInput: There is none.
+    """
+    if not set(names) & set(_TOKENIZERS):
+        wanted = "tokenizer.json, or tokenizer.model, or vocab.json with merges.txt"
+        raise BadInput(
+            f"{where} has no tokenizer; wanted {wanted}. Copy the tokenizer files of the same model beside it."
+        )
+
+
+def _single(path: Path) -> int:
+    return read_header(path).buffer_bytes
+
+
+def _sharded(folder: Path) -> int:
+    """Return the bytes of all shards of the index, each of which is whole and holds the tensors the index says."""
+    index = _json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise BadInput(f"{_shown(folder / INDEX)} has no weight_map from tensors to files.")
+    total = 0
+    for shard in sorted(set(index.values())):
+        if Path(shard).name != shard or "\\" in shard:
+            raise BadInput(f"{_shown(folder / INDEX)} points outside its folder: {plain(shard, one_line=True)}.")
+        if not (folder / shard).is_file():
+            raise BadInput(
+                f"{_shown(folder)} lacks the shard {plain(shard, one_line=True)} that its index names. Copy it too."
+            )
+        header = read_header(folder / shard)
+        missing = [key for key, name in index.items() if name == shard and key not in header.tensors]
+        if missing:
+            found = f"it lacks {len(missing)} tensors that the index names, such as {plain(missing[0], one_line=True)}"
+            raise CorruptSafetensors(shard, "bad_entry", found)
+        total += header.buffer_bytes
+    return total
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise BadInput(f"{_shown(path)} is larger than 50 MiB and cannot be what its name says.")
+        table = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise BadInput(f"{_shown(path)} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{_shown(path)} is not JSON: {plain(str(error), one_line=True, limit=120)}.") from None
+    if not isinstance(table, dict):
+        raise BadInput(f"{_shown(path)} is not a JSON object.")
+    return table
+
+
+def _no_config(folder: Path, names: set[str]) -> str:
+    if "adapter_config.json" in names:
+        base = json_word(folder / "adapter_config.json", "base_model_name_or_path")
+        hint = f" Its base is {base}." if base else ""
+        return f"{_shown(folder)} is an adapter, not a base model (adapter_config.json and no config.json).{hint}"
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))[:3]
+    hint = f" Did you mean the folder {_some(inner)} in it?" if inner else ""
+    return f"{_shown(folder)} has no config.json; wanted the folder of a transformers model.{hint}"
+
+
+def json_word(path: Path, key: str) -> str:
+    """Return a text of a JSON file, made harmless, or nothing where it is not there."""
+    try:
+        value = _json(path).get(key)
+    except BadInput:
+        return ""
+    return plain(value, one_line=True, limit=200) if isinstance(value, str) else ""
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(plain(name, one_line=True) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _shown(path: Path) -> str:
+    return plain(str(path), one_line=True)

@@ -1,0 +1,109 @@
+"""Finds the base model that a word names, and checks it as far as that goes without loading a weight."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED
+from studio.core.text import plain
+from studio.probe.embedded_model import config_from_gguf, embedded_header, find_embedded
+from studio.probe.hub import ask_hub, find_in_cache, is_hub_id
+from studio.probe.model_folder import CONFIG, check_folder, json_word, read_config
+
+_BF16_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFound:
+    """A base model that can be loaded.
+
+    Attributes:
+        kind: Where it is: the embedded one, a local folder, or the hub (or its cache).
+        word: What the user called it.
+        path: The folder to load from; None while it must first be converted (embedded) or downloaded (hub).
+        config: Its `config.json`, where it can be known yet.
+        size_bytes: The weights: on disk, or as they will be in bf16 for the embedded model.
+        revision: Branch, tag or commit on the hub; empty for the newest.
+        gguf: The file that the embedded model is converted from.
+    """
+
+    kind: Literal["embedded", "folder", "hub"]
+    word: str
+    path: Path | None
+    config: dict[str, Any] | None
+    size_bytes: int
+    revision: str = ""
+    gguf: Path | None = None
+
+    @property
+    def quantization(self) -> str:
+        """How the weights on disk are quantised already: `gptq`, `bitsandbytes`, ...; empty where they are not."""
+        said = (self.config or {}).get("quantization_config")
+        return str(said.get("quant_method") or "unknown") if isinstance(said, dict) else ""
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether the folder brings Python code of its own (`auto_map`), which runs only under trust_remote_code."""
+        return "auto_map" in (self.config or {})
+
+
+def find_base(base: str, revision: str = "") -> BaseFound:
+    """Return the model that `embedded`, a folder's path or a hub id names.
+
+    A folder wins over a hub id of the same name. The hub is asked only when neither a folder nor the cache has it.
+
+    Raises:
+        BadInput: Nothing by that name can be loaded; says what was tried, what is wrong with it and what to do.
+    """
+    if base == EMBEDDED:
+        return _embedded()
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if revision:
+            found = f"model.revision is {plain(revision, one_line=True, limit=80)!r}, but {_shown(path)} is a folder"
+            raise BadInput(f"{found}. A revision belongs to a hub model: leave it empty.")
+        config, size_bytes = check_folder(path)
+        return BaseFound("folder", base, path.absolute(), config, size_bytes)
+    if path.exists():
+        raise BadInput(f"{_shown(path)} is a file; wanted the folder of a model{_hint_for_file(path)}.")
+    if _looks_like_path(base) or not is_hub_id(base):
+        raise BadInput(
+            f"There is no model folder {_shown(path)}, and it is no hub id either. "
+            "Wanted a folder with config.json, a hub id such as owner/name, or 'embedded'."
+        )
+    cached = find_in_cache(base, revision)
+    if not isinstance(cached, str):
+        return BaseFound("hub", base, *cached, revision=revision)
+    config, size_bytes = ask_hub(base, revision, cached)
+    return BaseFound("hub", base, None, config, size_bytes, revision=revision)
+
+
+def _embedded() -> BaseFound:
+    model = find_embedded()
+    if (model.folder / CONFIG).is_file():
+        config, size_bytes = check_folder(model.folder)
+        return BaseFound("embedded", EMBEDDED, model.folder, config, size_bytes, gguf=model.gguf)
+    header = embedded_header(model)
+    size_bytes = _BF16_BYTES * header.parameters
+    return BaseFound("embedded", EMBEDDED, None, config_from_gguf(header), size_bytes, gguf=model.gguf)
+
+
+def _looks_like_path(word: str) -> bool:
+    return word.startswith((".", "/", "~")) or "\\" in word or word.count("/") > 1
+
+
+def _hint_for_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return ": GGUF is a format to run models with, training wants the original safetensors"
+    if path.name == CONFIG:
+        kind = json_word(path, "model_type")
+        return f", the one that this config.json{f' ({kind})' if kind else ''} lies in: {_shown(path.parent)}"
+    return ", a hub id or 'embedded'"
+
+
+def _shown(path: Path) -> str:
+    return plain(str(path), one_line=True)
+
+
+__all__ = ["BaseFound", "find_base", "read_config"]
