@@ -1,0 +1,115 @@
+"""Makes the embedded model loadable: converts its GGUF file once into a bf16 safetensors folder in the cache.
+
+Two processes that need it at once convert it once; a process killed half-way leaves nothing that counts.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from studio.core.errors import BadInput, StudioError
+from studio.probe.embedded_model import EmbeddedModel, embedded_header, find_embedded
+from studio.probe.model_folder import CONFIG, check_folder
+from studio.runs.atomic import mend_folder, publish_folder
+
+Progress = Callable[[str, float], None]
+_NEEDED_BYTES = 400 * 10**6  # 273 MB of files, written aside before the rename
+
+
+def ensure_embedded(progress: Progress | None = None) -> Path:
+    """Return the folder of the embedded model, converting it first where that has not been done.
+
+    Args:
+        progress: Told what is being done, and the fraction done, 0 to 1.
+
+    Raises:
+        BadInput: The wheel that holds the model is not installed or is damaged.
+        StudioError: The conversion failed, or the disk has no room for it.
+    """
+    model = find_embedded()
+    tell = progress or (lambda stage, fraction: None)
+    if _is_whole(model.folder):
+        return model.folder
+    try:
+        model.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(model.folder.with_name(f".{model.folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tell("waiting for another process that converts the embedded model", 0.0)
+            lock.acquire()
+        try:
+            mend_folder(model.folder)
+            if not _is_whole(model.folder):
+                _convert_aside(model, tell)
+        finally:
+            lock.release()
+    except OSError as error:
+        where = model.folder.parent
+        raise StudioError(f"The embedded model could not be written to {where}: {error.strerror or error}.") from error
+    tell("embedded model ready", 1.0)
+    return model.folder
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        check_folder(folder)
+    except BadInput:
+        return False
+    return True
+
+
+def _convert_aside(model: EmbeddedModel, tell: Progress) -> None:
+    for leftover in model.folder.parent.glob(f".{model.folder.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    free = shutil.disk_usage(model.folder.parent).free
+    if free < _NEEDED_BYTES:
+        needed = f"{_NEEDED_BYTES / 1e6:.0f} MB are needed in {model.folder.parent}, {free / 1e6:.0f} MB are free"
+        raise StudioError(f"No room for the embedded model: {needed}. Free some, or set LORA_STUDIO_HOME elsewhere.")
+    context_length = embedded_header(model).metadata.get("llama.context_length")
+    aside = model.folder.with_name(f".{model.folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        aside.mkdir()
+        _convert(model.gguf, aside, context_length, tell)
+        check_folder(aside)
+        tell("writing the embedded model to disk", 0.95)
+        publish_folder(aside, model.folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> None:
+    """Write config, bf16 weights, tokenizer and chat template of a GGUF file into a folder.
+
+    Raises:
+        StudioError: transformers cannot read the file.
+    """
+    tell("loading the libraries", 0.0)
+    import torch  # noqa: PLC0415  two seconds that only the first run pays here
+    import transformers  # noqa: PLC0415
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # Newer transformers keep GGUF weights packed unless told; packed weights cannot be saved.
+    kept_packed = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": kept_packed(dequantize=True)} if kept_packed else {}
+    try:
+        tell("converting the embedded model: tokenizer", 0.2)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        if isinstance(context_length, int):
+            tokenizer.model_max_length = context_length
+        tokenizer.save_pretrained(folder)
+        tell("converting the embedded model: weights", 0.4)
+        weights = transformers.AutoModelForCausalLM.from_pretrained(**source, **unpack, dtype=torch.bfloat16)
+        tell("converting the embedded model: saving", 0.8)
+        weights.save_pretrained(folder)
+    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise StudioError(
+            f"The embedded model could not be converted ({type(error).__name__}: {error}). "
+            f"It needs transformers with GGUF support; installed is {transformers.__version__}."
+        ) from error

@@ -1,0 +1,212 @@
+"""Loads a base model and its tokenizer, frozen, in the form that the method asks for.
+
+LoRA: 16- or 32-bit weights. QLoRA: linear layers in 4 bits (bitsandbytes), everything else in the compute format.
+Nothing is cast up to fp32 afterwards (peft's `prepare_model_for_kbit_training` would: 3.4 GiB on an 8B model).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Attention, Method, QuantType
+from studio.core.text import plain
+from studio.jobs.base.embedded import ensure_embedded
+from studio.probe.model_folder import check_folder
+from studio.probe.models import BaseFound
+
+Progress = Callable[[str, float], None]
+# What training needs of a hub repository; pickles, GGUF files and the original checkpoints stay there.
+_WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+_UNWANTED_FILES = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True, slots=True)
+class FourBit:
+    """How QLoRA's base is quantised: the 4-bit code, and whether its scales are quantised again."""
+
+    quant_type: QuantType = "nf4"
+    double_quant: bool = True
+
+
+def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
+    """Return a local folder with the base model, converting or downloading it first where needed.
+
+    Raises:
+        BadInput: The model cannot be had, or the download is damaged.
+        StudioError: The embedded model cannot be converted.
+    """
+    if base.kind == "embedded":
+        return ensure_embedded(progress)
+    if base.path is not None:
+        return base.path
+    if progress:
+        progress(f"downloading {base.word} ({base.size_bytes / 1e9:.1f} GB)", 0.0)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  only hub models need it
+
+    try:
+        folder = snapshot_download(
+            base.word,
+            revision=base.revision or None,
+            allow_patterns=_WANTED_FILES,
+            ignore_patterns=_UNWANTED_FILES,
+        )
+    except Exception as error:  # the transport (requests, httpx, httpx2) differs between versions of the library
+        found = plain(str(error), one_line=True, limit=300)
+        why = f"{base.word} could not be downloaded ({type(error).__name__}: {found})"
+        raise BadInput(f"{why}. Try again: it goes on where it stopped.") from error
+    check_folder(Path(folder))
+    return Path(folder)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        BadInput: It cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise BadInput(f"The tokenizer of {_shown(folder)} cannot be loaded: {_advice(error)}") from error
+
+
+def load_base(
+    base: BaseFound,
+    *,
+    method: Method,
+    dtype: torch.dtype,
+    quant: FourBit,
+    attention: Attention,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Return the base model on the device, every parameter frozen.
+
+    Args:
+        base: What `find_base` found.
+        method: `qlora` quantises the linear layers to 4 bits, `lora` does not.
+        dtype: Format of the weights that stay unquantised, and of QLoRA's arithmetic.
+        quant: The 4-bit form, for QLoRA.
+        attention: Which attention implementation.
+        device: Where it goes, shard by shard, without a second copy in RAM.
+        trust_remote_code: Run Python code that the model folder brings. Off by default, and nothing but a default.
+        progress: Told what is being done, and the fraction done.
+
+    Raises:
+        BadInput: The model cannot be loaded as asked; says why and what to do. Running out of memory is passed on.
+    """
+    _refuse_quantised(base, method)
+    folder = base_folder(base, progress)
+    if progress:
+        progress("loading the base model", 0.0)
+    own = base.quantization == "bitsandbytes"
+    options: dict[str, Any] = {"quantization_config": _four_bit(quant, dtype)} if method == "qlora" and not own else {}
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the loading report
+    model: PreTrainedModel
+    try:
+        model, seen = from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        raise BadInput(f"The base model {_shown(folder)} cannot be loaded: {_advice(error)}") from error
+    if missing := sorted(seen["missing_keys"]):
+        lacking = f"{len(missing)} weights, such as {plain(missing[0], one_line=True)}"
+        raise BadInput(
+            f"The base model {_shown(folder)} lacks {lacking}: they would be random. Its files do not belong to its "
+            "config.json, or are not complete."
+        )
+    if method == "qlora":
+        _require_four_bit(model)
+        _keep_packing(model)
+    model.requires_grad_(False)
+    return model
+
+
+def four_bit_parameters(model: torch.nn.Module) -> int:
+    """Return how many weights are held in 4 bits."""
+    from bitsandbytes.nn import Params4bit  # noqa: PLC0415  only QLoRA needs it
+
+    return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
+
+
+def _four_bit(quant: FourBit, dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _refuse_quantised(base: BaseFound, method: Method) -> None:
+    """Refuse weights that are quantised already, except 4-bit bitsandbytes ones under QLoRA.
+
+    Raises:
+        BadInput: The weights are quantised in a way that the method cannot start from.
+    """
+    how = plain(base.quantization, one_line=True, limit=40)
+    if not how:
+        return
+    if how == "bitsandbytes" and method == "qlora":
+        return
+    wanted = "the original 16-bit weights" if method == "qlora" else "16-bit weights for LoRA, or method qlora"
+    if how != "bitsandbytes":
+        wanted = "the original 16-bit weights"
+    raise BadInput(f"The base model {plain(base.word, one_line=True)} is already quantised ({how}); wanted {wanted}.")
+
+
+def _require_four_bit(model: torch.nn.Module) -> None:
+    """Raise where QLoRA would train on weights that are not in 4 bits.
+
+    Raises:
+        BadInput: No layer was quantised.
+    """
+    if not four_bit_parameters(model):
+        why = "No layer of this model could be quantised to 4 bits: bitsandbytes converts torch.nn.Linear only"
+        raise BadInput(f"{why}. Use method lora.")
+
+
+def _keep_packing(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights on a CPU in the one layout that training and merging understand.
+
+    bitsandbytes 0.50 repacks them for AVX512-BF16 at the first forward in evaluation mode; from then on its matrix product
+    has no gradient (`matmul_4bit` goes to `gemv_4bit`), so that a held-out evaluation would silently end training.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _advice(error: Exception) -> str:
+    text = plain(str(error), one_line=True, limit=400)
+    if "trust_remote_code" in text:
+        return (
+            "it brings Python code of its own, run only where model.trust_remote_code is true. Set it only for "
+            "code that you have read: it can do anything that you can."
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        version = transformers.__version__
+        return f"transformers {version} does not know this architecture. Update it: pip install -U transformers"
+    if "Unrecognized configuration class" in text:
+        return "it is not a causal language model (a decoder that continues text), which is what is trained here."
+    return f"{type(error).__name__}: {text}"
+
+
+def _shown(folder: Path) -> str:
+    return plain(str(folder), one_line=True)
