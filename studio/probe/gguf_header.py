@@ -81,6 +81,8 @@ class _Cursor:
                 raise ValueError(f"a tensor with {dimensions} dimensions")
             shapes[name] = tuple(self.take("Q") for _ in range(dimensions))
             self.at += 4 + 8  # type and offset
+        if self.at > len(self.view):
+            raise ValueError("it ends inside its list of tensors")
         return GgufHeader(metadata, shapes)
 
     def take(self, code: str) -> Any:

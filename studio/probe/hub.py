@@ -1,6 +1,6 @@
 """A model by its hub id: in the local Hugging Face cache, or, with a connection, what the hub says of it.
 
-Downloads at most `config.json`. huggingface_hub is imported only here, and only when a hub id is asked for.
+Looking downloads at most `config.json`. huggingface_hub is imported only here, and only when a hub id is asked for.
 """
 
 import re
@@ -15,6 +15,11 @@ from studio.probe.safetensors_header import CorruptSafetensors
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _ASK_SECONDS = 15.0
+# What training needs of a repository; pickles, GGUF files and the makers' own checkpoints stay there.
+_PATTERNS: dict[str, Any] = {
+    "allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"],
+    "ignore_patterns": ["*/*", "consolidated*"],
+}
 
 
 def is_hub_id(word: str) -> bool:
@@ -31,7 +36,7 @@ def find_in_cache(repo: str, revision: str) -> tuple[Path, dict[str, Any], int] 
     from huggingface_hub import constants, snapshot_download  # noqa: PLC0415  0.24 s that only hub models pay
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
+        folder = Path(snapshot_download(repo, revision=revision or None, local_files_only=True, **_PATTERNS))
         return folder, *check_folder(folder)
     except CorruptSafetensors as error:
         # A download would keep the damaged file, because one of its name and hash is there.
@@ -65,6 +70,23 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
     except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
         raise BadInput(_refusal(repo, revision, cached, error)) from None
     return config, sum(size for name, size in names.items() if name.endswith(".safetensors") and "/" not in name)
+
+
+def download(repo: str, revision: str) -> Path:
+    """Download what training needs of a model into the cache, or what is missing of it, and return its folder.
+
+    Raises:
+        BadInput: The download failed, or what came is not whole.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, **_PATTERNS))
+    except Exception as error:
+        why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=300)}"
+        raise BadInput(f"{repo} could not be downloaded ({why}). Try again: it goes on where it stopped.") from error
+    check_folder(folder)
+    return folder
 
 
 def _require_trainable(names: Iterable[str], where: str) -> None:

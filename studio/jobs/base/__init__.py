@@ -1,0 +1,1 @@
+"""The base model: the embedded one made loadable, any one loaded and frozen."""

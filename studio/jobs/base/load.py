@@ -17,13 +17,10 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Attention, Method, QuantType
 from studio.core.text import plain
 from studio.jobs.base.embedded import ensure_embedded
-from studio.probe.model_folder import check_folder
+from studio.probe.hub import download
 from studio.probe.models import BaseFound
 
 Progress = Callable[[str, float], None]
-# What training needs of a hub repository; pickles, GGUF files and the original checkpoints stay there.
-_WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-_UNWANTED_FILES = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +44,7 @@ def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
         return base.path
     if progress:
         progress(f"downloading {base.word} ({base.size_bytes / 1e9:.1f} GB)", 0.0)
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  only hub models need it
-
-    try:
-        folder = snapshot_download(
-            base.word,
-            revision=base.revision or None,
-            allow_patterns=_WANTED_FILES,
-            ignore_patterns=_UNWANTED_FILES,
-        )
-    except Exception as error:  # the transport (requests, httpx, httpx2) differs between versions of the library
-        found = plain(str(error), one_line=True, limit=300)
-        why = f"{base.word} could not be downloaded ({type(error).__name__}: {found})"
-        raise BadInput(f"{why}. Try again: it goes on where it stopped.") from error
-    check_folder(Path(folder))
-    return Path(folder)
+    return download(base.word, base.revision)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -185,8 +168,8 @@ def _require_four_bit(model: torch.nn.Module) -> None:
 def _keep_packing(model: torch.nn.Module) -> None:
     """Keep 4-bit weights on a CPU in the one layout that training and merging understand.
 
-    bitsandbytes 0.50 repacks them for AVX512-BF16 at the first forward in evaluation mode; from then on its matrix product
-    has no gradient (`matmul_4bit` goes to `gemv_4bit`), so that a held-out evaluation would silently end training.
+    bitsandbytes 0.50 repacks them for AVX512-BF16 at the first forward in evaluation mode; from then on its matrix
+    product has no gradient (`matmul_4bit` goes to `gemv_4bit`): a held-out evaluation would silently end training.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
