@@ -153,7 +153,7 @@ class LinePlot(Widget):
         """Draw and repaint the spans that differ from the last drawing; out of sight, draw nothing."""
         self._due = False
         width, height = self.size
-        if width < 1 or height < 1 or not self.is_attached:
+        if width < 1 or height < 1 or not self.is_attached or not self.region:
             return
         legend = [self._legend(width)] if height >= _LEAST_FOR_LEGEND else []
         before, self._rows = self._rows, self._picture.rows(width, height - len(legend))

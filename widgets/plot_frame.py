@@ -28,7 +28,7 @@ def framed(
         x_label: Written after the last x tick.
         log_y: Show y on a logarithmic axis; the traces must then hold log10 of their values.
     """
-    rows = max(1, (height - 2) // _ROWS_PER_TICK)
+    rows = max(2, (height - 2) // _ROWS_PER_TICK)
     values = log_ticks(*y_range, rows) if log_y else nice_ticks(*y_range, rows)
     positions = [math.log10(value) for value in values] if log_y else values
     names = [tick_labels([value])[0] for value in values] if log_y else tick_labels(values)

@@ -1,0 +1,156 @@
+"""The studio: one app, a stack of screens. `lora-studio` without a verb opens it.
+
+Knows no job library and starts none in its own process: runs live on when it ends, however it ends.
+"""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import ClassVar
+
+from rich.text import Text
+from textual import work
+from textual.app import App
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.screen import Screen
+
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.runs.layout import RunPaths
+from studio.tui.asks import OpenRun
+from studio.tui.engine import Engine
+from studio.tui.screens.configure import ConfigureScreen
+
+_POLL_SECONDS = 0.5
+_POLL_SECONDS_OVER_SSH = 1.0
+
+
+class StudioApp(App[None]):
+    """Opens screens that other screens ask for, and leaves without ending what runs."""
+
+    TITLE = "lora-studio"
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("q,ctrl+q", "quit", "Quit", show=False)]
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  declared without ClassVar by Textual
+        (0, "-narrow"),
+        (100, "-wide"),
+    ]
+    VERTICAL_BREAKPOINTS = [  # noqa: RUF012  as above
+        (0, "-short"),
+        (32, "-tall"),
+    ]
+
+    class LiveFound(Message):
+        """Runs of an earlier visit are alive."""
+
+        def __init__(self, runs: list[RunPaths]) -> None:
+            """Carry them, the newest first."""
+            super().__init__()
+            self.runs = runs
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        runs_root: Path,
+        open_run: Path | None = None,
+        launch: bool = False,
+        engine: Engine | None = None,
+        poll_seconds: float = _POLL_SECONDS,
+    ) -> None:
+        """Open on a recipe.
+
+        Args:
+            recipe: What the configure screen shows.
+            runs_root: Where runs live.
+            open_run: A run to watch first.
+            launch: Start the recipe at once.
+            engine: What starts, resumes and ends runs.
+            poll_seconds: Pace at which runs are looked at and drawn.
+        """
+        super().__init__()
+        self._engine = engine or Engine()
+        self._runs_root, self._open_run, self._launch_at_once = runs_root, open_run, launch
+        self._poll_seconds = poll_seconds
+        self._configure = ConfigureScreen(recipe, runs_root=runs_root, engine=self._engine)
+        self._seen: dict[Path, RunPaths] = {}
+
+    def get_default_screen(self) -> Screen[None]:
+        """Return the configure screen: the first frame needs nothing else."""
+        return self._configure
+
+    def on_mount(self) -> None:
+        """Open what was asked for, else look for runs that an earlier visit left alive."""
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.exit)
+        if self._open_run is not None:
+            self._open(RunPaths(self._open_run))
+        elif self._launch_at_once:
+            self.call_after_refresh(self._configure.action_launch)
+        else:
+            self.call_after_refresh(self._find_live)
+
+    def on_open_run(self, message: OpenRun) -> None:
+        """Watch a run."""
+        self._open(message.paths)
+
+    def on_show_runs(self) -> None:
+        """List the runs."""
+        from studio.tui.screens.runs import RunsScreen  # noqa: PLC0415  the table is not needed for the first frame
+
+        self.push_screen(RunsScreen(self._runs_root, engine=self._engine, poll_seconds=self._poll_seconds))
+
+    def on_studio_app_live_found(self, message: LiveFound) -> None:
+        """Open the newest live run, unless the user has gone somewhere already."""
+        self._seen.update({paths.root: paths for paths in message.runs})
+        if self.screen is self._configure:
+            self._open(message.runs[0])
+            more = f" {len(message.runs)} runs are alive: o lists them." if len(message.runs) > 1 else ""
+            self.notify(f"This run is alive from before. Escape goes to the recipe.{more}", markup=False)
+
+    async def action_quit(self) -> None:
+        """Leave, and say which runs go on."""
+        from studio.runs.status import run_status  # noqa: PLC0415
+
+        live = [paths for paths in self._seen.values() if run_status(paths).live]
+        self.exit(message=_farewell([paths.name for paths in live]) if live else None)
+
+    @work(thread=True)
+    def _find_live(self) -> None:
+        from studio.runs.store import list_runs  # noqa: PLC0415
+
+        live = [info.paths for info in list_runs(self._runs_root) if info.status.live]
+        if live:
+            self.post_message(self.LiveFound(live))
+
+    def _open(self, paths: RunPaths) -> None:
+        from studio.tui.screens.run import RunScreen  # noqa: PLC0415  plots and log are not needed for the first frame
+
+        self._seen[paths.root] = paths
+        self.push_screen(RunScreen(paths, engine=self._engine, poll_seconds=self._poll_seconds))
+
+
+def run_studio(recipe: Recipe, *, runs_root: Path, open_run: Path | None = None, launch: bool = False) -> int:
+    """Show the studio until the user leaves it; return the exit code. The caller has made sure of a terminal.
+
+    Args:
+        recipe: What the configure screen shows.
+        runs_root: Where runs live.
+        open_run: A run to watch first.
+        launch: Start the recipe at once.
+    """
+    remote = "SSH_CONNECTION" in os.environ
+    pace = _POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS
+    app = StudioApp(recipe, runs_root=runs_root, open_run=open_run, launch=launch, poll_seconds=pace)
+    if remote:
+        app.animation_level = "none"
+    app.run()
+    return app.return_code or 0
+
+
+def _farewell(names: list[str]) -> Text:
+    """Return what is printed after the screen is gone. A Text, because a string would be read as markup."""
+    lines = [f"The run {plain(name, one_line=True)} goes on without the studio." for name in names]
+    again = f"lora-studio runs attach {plain(names[0], one_line=True)}"
+    return Text("\n".join([*lines, f"See it again with: lora-studio, or {again}"]))

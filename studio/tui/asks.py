@@ -1,0 +1,18 @@
+"""What screens ask of the app: messages, so that no screen reaches for another."""
+
+from textual.message import Message
+
+from studio.runs.layout import RunPaths
+
+
+class OpenRun(Message):
+    """The user wants to watch a run."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        """Carry the run."""
+        super().__init__()
+        self.paths = paths
+
+
+class ShowRuns(Message):
+    """The user wants the list of runs."""

@@ -1,0 +1,79 @@
+"""A run as a screen follows it: events, output and status, read at the pace at which it is drawn. Knows no widget."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.watch import RunWatch
+from studio.tui.output_tail import OutputTail
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What one look at a run found.
+
+    Attributes:
+        status: How it stands.
+        history: Everything told so far.
+        output: New lines of its output, harmless.
+        news: How many events are new.
+        behind: Whether more events wait to be read than one look takes.
+    """
+
+    status: Status
+    history: History
+    output: list[str]
+    news: int
+    behind: bool
+
+
+class RunFeed:
+    """Looks at one run again and again."""
+
+    def __init__(self, paths: RunPaths, *, status_of: Callable[[RunPaths], Status] = run_status) -> None:
+        """Follow a run; nothing is read yet."""
+        self.paths = paths
+        self._watch = RunWatch(paths)
+        self._output = OutputTail(paths.output)
+        self._status_of = status_of
+
+    def look(self) -> Glance:
+        """Return what is new. Cheap enough for the thread that draws: a few MiB of events at most."""
+        events = self._watch.poll()
+        behind = self._watch.behind and bool(events)
+        return Glance(self._status_of(self.paths), self._watch.history, self._output.poll(), len(events), behind)
+
+
+class Cursor:
+    """How far a growing series was handed on, and whether what was handed on still holds."""
+
+    def __init__(self) -> None:
+        self._sent = 0
+        self._last: int | None = None
+        self._source: object = None
+
+    def start(self, steps: Sequence[int], source: object) -> int:
+        """Return the index from which to hand on, 0 when everything must be handed on anew; counts all as handed on.
+
+        Args:
+            steps: The steps of the series now.
+            source: What the series came from; another object (a resumed worker) makes what was handed on void.
+        """
+        known = self._sent
+        holds = source is self._source and known <= len(steps) and (not known or steps[known - 1] == self._last)
+        self._sent, self._source = len(steps), source
+        self._last = steps[-1] if steps else None
+        return known if holds else 0
+
+
+def predicted_peak_bytes(paths: RunPaths) -> int | None:
+    """Return the peak that was estimated at launch, or None where `plan.json` does not tell."""
+    try:
+        plan = json.loads(paths.plan.read_bytes())
+        peak = plan["peak_bytes"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return peak if isinstance(peak, int) and not isinstance(peak, bool) and peak > 0 else None

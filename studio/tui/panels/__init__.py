@@ -1,0 +1,1 @@
+"""Parts of screens: each shows one thing and asks for what the user wants; none decides."""

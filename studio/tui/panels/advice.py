@@ -1,0 +1,68 @@
+"""Beside the form: what the field under the cursor is and costs, and what keeps the recipe from running."""
+
+from collections.abc import Sequence
+
+from textual.content import Content
+from textual.widgets import Static
+
+from studio.core.knobs import KNOBS
+from studio.core.text import plain
+from studio.tui.form_fields import words_of
+
+
+class Advice(Static):
+    """Words on the current field, below problems or what is going on."""
+
+    DEFAULT_CSS = """
+    Advice {
+        width: 1fr;
+        height: 1fr;
+        padding: 0 1;
+        overflow: hidden auto;
+    }
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        super().__init__(markup=False)
+        self._path = ""
+        self._problems: Sequence[str] = ()
+        self._busy = ""
+
+    def show_field(self, path: str) -> None:
+        """Explain a field."""
+        self._path = path
+        self._show()
+
+    def show_problems(self, problems: Sequence[str]) -> None:
+        """List what is wrong; nothing when it is sound."""
+        self._problems = problems
+        self._show()
+
+    def show_busy(self, words: str) -> None:
+        """Say what is going on; empty when nothing is."""
+        self._busy = words
+        self._show()
+
+    def _show(self) -> None:
+        self.update(advice_text(self._path, self._problems, self._busy))
+
+
+def advice_text(path: str, problems: Sequence[str], busy: str) -> Content:
+    """Return what stands beside the form; problems are foreign text and never read as markup."""
+    parts: list[str | tuple[str, str]] = []
+    if busy:
+        parts.append((f"{busy}\n\n", "$text-warning bold"))
+    if problems:
+        head = "This keeps the recipe from running:\n" if len(problems) > 1 else "The recipe cannot run:\n"
+        parts.append((head, "$text-error bold"))
+        parts += [f"{plain(problem)}\n" for problem in problems]
+        parts.append("\n")
+    if path:
+        words, knob = words_of(path), KNOBS.get(path)
+        parts += [(words.label, "bold"), (f"  {path}\n", "dim"), f"{words.help}\n"]
+        if words.cost:
+            parts.append(f"{words.cost}\n")
+        if knob is not None:
+            parts.append((f"{knob.allowed}. Type a number, or turn with the arrows.\n", "dim"))
+    return Content.assemble(*parts)

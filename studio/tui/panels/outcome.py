@@ -1,0 +1,90 @@
+"""How a run ended, why, and what to do next."""
+
+from textual.content import Content
+from textual.widgets import Static
+
+from studio.core.events import Failed, Finished
+from studio.core.text import plain
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status
+from studio.runs.watch import last_output
+from studio.tui.output_tail import harmless
+from studio.tui.readable import duration, number
+
+_LAST_LINES = 4
+
+
+class Outcome(Static):
+    """A box that appears when the run has ended. Its text comes from runs, so it is never read as markup."""
+
+    DEFAULT_CSS = """
+    Outcome {
+        height: auto;
+        max-height: 12;
+        padding: 0 1;
+        display: none;
+        border-left: thick $success;
+        &.-bad { border-left: thick $error; }
+        &.-early { border-left: thick $warning; }
+        &.-shown { display: block; }
+    }
+    """
+
+    def __init__(self) -> None:
+        """Start hidden."""
+        super().__init__(markup=False)
+        self._told: tuple[Status, object] | None = None
+
+    def show(self, paths: RunPaths, history: History, status: Status) -> None:
+        """Show the end of a run, or hide while it lives. Repaints only when the end changed."""
+        told = (status, history.finished or history.failed or history.started)
+        if told == self._told:
+            return
+        self._told = told
+        self.set_class(not status.live, "-shown")
+        self.set_class(status in (Status.failed, Status.crashed), "-bad")
+        self.set_class(status is Status.stopped, "-early")
+        if not status.live:
+            self.update(outcome_text(paths, history, status))
+
+
+def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:
+    """Return what there is to say about a run that has ended."""
+    if status is Status.crashed:
+        return _crashed(paths)
+    if history.failed is not None:
+        return _failed(history.failed, paths)
+    return _ended(paths, history, history.finished)
+
+
+def _crashed(paths: RunPaths) -> Content:
+    head = ("crashed: the process ended without saying why. ", "bold")
+    lines = [line for raw in last_output(paths, _LAST_LINES) for line in harmless(raw)]
+    said = "Its last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else "It printed nothing."
+    return Content.assemble(head, "R resumes from the last checkpoint. ", said)
+
+
+def _failed(failed: Failed, paths: RunPaths) -> Content:
+    at = f" at step {failed.step}" if failed.step else ""
+    advice = plain(failed.advice).replace("runs resume RUN", f"runs resume {plain(paths.name, one_line=True)}")
+    return Content.assemble(
+        (f"failed{at}: {plain(failed.failure, one_line=True)}", "bold"),
+        f"\n{plain(failed.message)}",
+        f"\nWhat to do: {advice}" if advice else "",
+    )
+
+
+def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Content:
+    early = finished is not None and finished.outcome == "stopped"
+    seconds = finished.seconds if finished else None
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    losses = [event.loss for event in history.evals]
+    held_out = f"  held-out loss {number(losses[0])} -> {number(losses[-1])}" if losses else ""
+    if paths.adapter.is_dir():
+        where = f"\nThe adapter lies in {plain(str(paths.adapter), one_line=True)}"
+    else:
+        where = "\nNo adapter was saved." if early else ""
+    again = "\nR continues where it stopped." if early else ""
+    head = f"{'stopped' if early else 'done'} after {history.last_step} steps{took}"
+    return Content.assemble((head, "bold"), held_out, where, again)

@@ -1,0 +1,161 @@
+"""All fields of a recipe, each in one row: sliders, choices, texts."""
+
+from typing import Any, ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.message import Message
+from textual.widget import Widget
+from textual.widgets import Static
+
+from studio.core.knobs import KNOBS, Knob
+from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe_parse import value_from_text
+from studio.core.text import plain
+from studio.tui.form_fields import ON, SECTIONS, options_of, words_of
+from studio.tui.readable import setting
+from widgets.choice import Choice
+from widgets.scale import Scale, stops_scale
+from widgets.slider import Slider
+from widgets.text_field import TextField
+
+_FOUR_BIT_ONLY = ("model.quant_type", "model.double_quant")
+_BETWEEN = "--"
+_LABEL_WIDTH = 18
+
+
+class RecipeForm(VerticalScroll):
+    """Shows a recipe and tells which field the user turned to what; keeps no recipe itself."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down", "app.focus_next", "Next field", show=False),
+        Binding("up", "app.focus_previous", "Field before", show=False),
+    ]
+
+    DEFAULT_CSS = """
+    RecipeForm {
+        padding: 0 1;
+        scrollbar-size-vertical: 1;
+        & > .heading { height: 1; color: $text-muted; text-style: italic; }
+    }
+    """
+
+    class Turned(Message):
+        """The user gave a field another value, of whatever type the text had."""
+
+        def __init__(self, path: str, value: Any) -> None:
+            """Carry the field's path and its new value."""
+            super().__init__()
+            self.path = path
+            self.value = value
+
+    class Reached(Message):
+        """The user came to a field."""
+
+        def __init__(self, path: str) -> None:
+            """Carry the field's path."""
+            super().__init__()
+            self.path = path
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Show `recipe` first."""
+        super().__init__(can_focus=False)
+        self._fields = {path: _field(path, recipe) for _, paths in SECTIONS for path in paths}
+
+    def compose(self) -> ComposeResult:
+        """Headings and fields."""
+        for heading, paths in SECTIONS:
+            if heading:
+                yield Static(heading, classes="heading", markup=False)
+            for path in paths:
+                yield self._fields[path]
+
+    def show(self, recipe: Recipe) -> None:
+        """Show a recipe: values, the notes that follow from several fields, and which fields matter."""
+        for path, field in self._fields.items():
+            _set(field, path, recipe.get(path))
+        for path, note in notes_of(recipe).items():
+            field = self._fields[path]
+            if isinstance(field, (Slider, Choice)):
+                field.note = note
+        for path in _FOUR_BIT_ONLY:
+            self._fields[path].display = recipe.method == "qlora"
+
+    def focus_field(self, path: str) -> None:
+        """Put the cursor on a field."""
+        field = self._fields[path]
+        (field.query_one("Input") if isinstance(field, TextField) else field).focus()
+
+    def on_slider_changed(self, message: Slider.Changed) -> None:
+        """A slider was turned."""
+        message.stop()
+        path = _path_of(message.slider)
+        value = int(message.value) if PATHS[path] is int else float(message.value)
+        self.post_message(self.Turned(path, value))
+
+    def on_choice_changed(self, message: Choice.Changed) -> None:
+        """A choice was turned."""
+        message.stop()
+        path = _path_of(message.choice)
+        self.post_message(self.Turned(path, message.value == ON if PATHS[path] is bool else message.value))
+
+    def on_text_field_changed(self, message: TextField.Changed) -> None:
+        """A text was finished."""
+        message.stop()
+        path = _path_of(message.field)
+        self.post_message(self.Turned(path, value_from_text(path, message.value.strip())))
+
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        """The user came to a field."""
+        field = next((node for node in event.widget.ancestors_with_self if node in self._fields.values()), None)
+        if isinstance(field, Widget):
+            self.post_message(self.Reached(_path_of(field)))
+
+
+def notes_of(recipe: Recipe) -> dict[str, str]:
+    """Return what follows from several fields together, for the rows of some of them."""
+    by_steps = recipe.train.steps > 0
+    return {
+        "adapter.alpha": f"alpha/rank {setting(recipe.adapter.alpha / recipe.adapter.rank)}",
+        "train.accumulation": f"{recipe.rows_per_step} rows a step",
+        "train.steps": "" if by_steps else "the epochs decide",
+        "train.epochs": "the steps decide" if by_steps else "",
+        "device.budget_gib": "" if recipe.device.budget_gib else "the whole card",
+    }
+
+
+def _field(path: str, recipe: Recipe) -> Slider | Choice | TextField:
+    words, key = words_of(path), path.replace(".", _BETWEEN)
+    knob, options = KNOBS.get(path), options_of(path)
+    if knob is not None and knob.stops:
+        value, whole = float(recipe.get(path)), PATHS[path] is int
+        return Slider(words.label, _scale(knob), value, whole=whole, show=setting, label_width=_LABEL_WIDTH, id=key)
+    if options:
+        return Choice(words.label, options, _text(recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
+    return TextField(words.label, _text(recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
+
+
+def _scale(knob: Knob) -> Scale:
+    return stops_scale(knob.stops, knob.low, knob.high)
+
+
+def _set(field: Slider | Choice | TextField, path: str, value: Any) -> None:
+    """Show a value; one of the wrong type, as a user may type it, stays visible in its text field."""
+    if not isinstance(field, Slider):
+        field.value = _text(value)
+    elif isinstance(value, (int, float)):
+        field.value = float(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return ON if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(plain(str(name), one_line=True) for name in value)
+    return plain(str(value), one_line=True)
+
+
+def _path_of(field: Widget) -> str:
+    return (field.id or "").replace(_BETWEEN, ".")

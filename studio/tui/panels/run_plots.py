@@ -1,0 +1,103 @@
+"""Loss and memory of a run over its steps."""
+
+from collections.abc import Sequence
+
+from textual import events
+from textual.app import ComposeResult
+from textual.containers import Container
+
+from studio.runs.history import History
+from studio.tui.feed import Cursor
+from studio.tui.readable import gib, to_gib
+from widgets.line_plot import Curve, LinePlot, Reference
+from widgets.smooth import Smoother
+
+_LOSS = (
+    Curve("train", "each step", "faint"),
+    Curve("mean", "smoothed"),
+    Curve("held_out", "held-out", "dots", 2),
+)
+_MEMORY = (
+    Curve("allocated_bytes", "allocated", hue=3),
+    Curve("reserved_bytes", "reserved"),
+    Curve("device_bytes", "whole card", "faint", 2),
+    Curve("resident_bytes", "resident"),
+    Curve("resident_peak_bytes", "peak", "faint", 3),
+)
+_ROOM_FOR_BOTH = 98
+
+
+class RunPlots(Container):
+    """The two plots, beside each other where there is room, else below each other."""
+
+    DEFAULT_CSS = """
+    RunPlots {
+        layout: vertical;
+        height: 1fr;
+        & #loss-plot { height: 3fr; }
+        & #memory-plot { height: 2fr; }
+        & LinePlot { padding: 0 1; }
+        &.-beside {
+            layout: horizontal;
+            & #loss-plot, & #memory-plot { height: 1fr; }
+            & #loss-plot { width: 3fr; }
+            & #memory-plot { width: 2fr; }
+        }
+    }
+    """
+
+    def __init__(self, id: str | None = None) -> None:  # noqa: A002  Textual's own name
+        """Start empty."""
+        super().__init__(id=id)
+        self._loss = LinePlot(_LOSS, title="loss", x_label="step", id="loss-plot")
+        self._memory = LinePlot(_MEMORY, title="memory GiB", x_label="step", from_zero=True, id="memory-plot")
+        self._train_cursor, self._held_out_cursor, self._memory_cursor = Cursor(), Cursor(), Cursor()
+        self._smoother = Smoother()
+
+    def compose(self) -> ComposeResult:
+        """Loss, memory."""
+        yield self._loss
+        yield self._memory
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Put the plots beside each other where there is room."""
+        self.set_class(event.size.width >= _ROOM_FOR_BOTH, "-beside")
+
+    def show(self, history: History) -> None:
+        """Hand on what is new in the history; what a resumed worker did again replaces what it did before."""
+        total = float(history.total_steps or 0)
+        self._loss.x_total = self._memory.x_total = total
+        self._show_losses(history)
+        readings = history.memory
+        begin = self._memory_cursor.start(readings.steps, history.started)
+        for curve in _MEMORY:
+            values = [to_gib(value) for value in getattr(readings, curve.key)[begin:]]
+            self._hand_on(self._memory, curve.key, begin, readings.steps[begin:], values)
+
+    def show_predicted(self, peak_bytes: int | None) -> None:
+        """Draw the peak that was estimated at launch, where there is one."""
+        if peak_bytes is not None:
+            self._memory.reference = Reference(to_gib(peak_bytes), f"predicted peak {gib(peak_bytes)}")
+
+    def toggle_log(self) -> None:
+        """Switch the loss between a linear and a logarithmic axis."""
+        self._loss.log_y = not self._loss.log_y
+
+    def _show_losses(self, history: History) -> None:
+        train = history.train
+        begin = self._train_cursor.start(train.steps, history.started)
+        if begin == 0:
+            self._smoother = Smoother()
+        losses = train.losses[begin:]
+        self._hand_on(self._loss, "train", begin, train.steps[begin:], losses)
+        self._hand_on(self._loss, "mean", begin, train.steps[begin:], self._smoother.feed(losses))
+        steps = [event.step for event in history.evals]
+        begin = self._held_out_cursor.start(steps, history.started)
+        self._hand_on(self._loss, "held_out", begin, steps[begin:], [event.loss for event in history.evals[begin:]])
+
+    @staticmethod
+    def _hand_on(plot: LinePlot, key: str, begin: int, steps: Sequence[int], values: Sequence[float]) -> None:
+        if begin == 0:
+            plot.replace(key, steps, values)
+        elif steps:
+            plot.extend(key, steps, values)

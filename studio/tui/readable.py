@@ -1,0 +1,59 @@
+"""Numbers as a person reads them in a header: short, with their unit, a dash where nothing is known."""
+
+import math
+
+UNKNOWN = "-"
+_GIB = 2**30
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as `42 s`, `3 min 05 s`, `2 h 07 min` or `3 d 4 h`."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def gib(size_bytes: float | None) -> str:
+    """Return bytes as GiB with one decimal, without the unit."""
+    return UNKNOWN if size_bytes is None or not math.isfinite(size_bytes) else f"{size_bytes / _GIB:.1f}"
+
+
+def to_gib(size_bytes: float) -> float:
+    """Return bytes in GiB; what is not a number stays so."""
+    return size_bytes / _GIB
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return a measured number with that many significant digits; what is not finite is said."""
+    if value is None:
+        return UNKNOWN
+    if not math.isfinite(value):
+        return str(value)
+    text = f"{value:.{digits}g}" if value and abs(value) < 1e-3 else f"{value:#.{digits}g}".rstrip(".")
+    return _short_exponent(text)
+
+
+def setting(value: float) -> str:
+    """Return a chosen number exactly as one would type it: 16, 0.03, 2e-4."""
+    if value and abs(value) < 1e-2 and value != round(value, 3):
+        return _short_exponent(f"{value:.6e}", strip=True)
+    return f"{value:.10g}"
+
+
+def count(value: float | None) -> str:
+    """Return a whole count with thin groups: 1 204."""
+    return UNKNOWN if value is None or not math.isfinite(value) else f"{round(value):,}".replace(",", " ")
+
+
+def _short_exponent(text: str, *, strip: bool = False) -> str:
+    mantissa, e, exponent = text.partition("e")
+    if not e:
+        return text
+    return f"{mantissa.rstrip('0').rstrip('.') if strip else mantissa}e{int(exponent)}"

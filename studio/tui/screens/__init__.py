@@ -1,0 +1,1 @@
+"""Whole screens: each decides what its panels ask for."""

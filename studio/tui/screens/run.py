@@ -1,0 +1,215 @@
+"""A run as it goes: figures, plots, samples, log, and the keys that act on it. Leaving it leaves it running."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.content import Content
+from textual.reactive import reactive
+from textual.screen import Screen
+from textual.widgets import Footer
+
+from studio.core.errors import StudioError
+from studio.core.text import plain
+from studio.runs.control import request, requested, withdraw
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status
+from studio.tui.engine import Engine
+from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes
+from studio.tui.panels.notes import Notes
+from studio.tui.panels.outcome import Outcome
+from studio.tui.panels.run_header import RunHeader
+from studio.tui.panels.run_plots import RunPlots
+from studio.tui.panels.samples import Samples
+from studio.tui.screens.confirm import Confirm
+from widgets.log_view import LogView
+from widgets.tab_row import TabRow
+
+_VIEWS = ("plots", "samples", "log", "notes")
+_CATCH_UP_SECONDS = 0.02
+
+
+class RunScreen(Screen[None]):
+    """Watches one run. Below 100 columns or 32 rows one view at a time, else plots above the chosen view."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("x", "stop", "Stop"),
+        Binding("p", "pause", "Pause/go on"),
+        Binding("c", "checkpoint", "Checkpoint"),
+        Binding("R", "resume", "Resume"),
+        Binding("escape", "leave", "Back"),
+        Binding("tab", "next_view(1)", "View", priority=True),
+        Binding("shift+tab", "next_view(-1)", "View before", show=False, priority=True),
+        *(Binding(str(number), f"view('{key}')", key, show=False) for number, key in enumerate(_VIEWS, start=1)),
+        Binding("l", "log_axis", "Log axis", show=False),
+    ]
+
+    DEFAULT_CSS = """
+    RunScreen {
+        & #views { height: 1fr; }
+        & #views > * { display: none; }
+        &.-view-plots #plots, &.-view-samples #samples, &.-view-log #log, &.-view-notes #notes { display: block; }
+        & LogView { padding: 0 1; }
+        & TabRow { padding: 0 1; }
+    }
+    RunScreen.-wide.-tall {
+        & #plots { display: block; height: 3fr; }
+        & #samples, & #log, & #notes { height: 2fr; border-top: solid $foreground 20%; }
+    }
+    """
+
+    view: reactive[str] = reactive("plots")
+    """Which view is chosen."""
+
+    def __init__(self, paths: RunPaths, *, engine: Engine, poll_seconds: float) -> None:
+        """Watch a run, looking at it every `poll_seconds`."""
+        super().__init__()
+        self.paths = paths
+        self._engine, self._poll_seconds = engine, poll_seconds
+        self._feed = RunFeed(paths)
+        self._glance: Glance | None = None
+        self._resuming = False
+
+    def compose(self) -> ComposeResult:
+        """Header, outcome, views, keys."""
+        yield RunHeader(self.paths.name)
+        yield Outcome()
+        yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(_VIEWS, start=1)], self.view)
+        with Container(id="views"):
+            yield RunPlots(id="plots")
+            yield Samples(id="samples")
+            yield LogView(id="log")
+            yield Notes(id="notes")
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Begin to look."""
+        self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
+        self._look()
+        self.set_interval(self._poll_seconds, self._look)
+
+    def watch_view(self, view: str) -> None:
+        """Show the chosen view."""
+        for key in _VIEWS:
+            self.set_class(key == view, f"-view-{key}")
+        if self.is_mounted:
+            self.query_one(TabRow).current = view
+            self.query_one(f"#{view}").focus()
+
+    def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
+        """A name was clicked."""
+        self.view = message.key
+
+    def action_view(self, key: str) -> None:
+        """Choose a view."""
+        self.view = key
+
+    def action_next_view(self, direction: int) -> None:
+        """Choose the next view or the one before."""
+        self.view = _VIEWS[(_VIEWS.index(self.view) + direction) % len(_VIEWS)]
+
+    def action_log_axis(self) -> None:
+        """Show the loss on the other kind of axis."""
+        self.query_one(RunPlots).toggle_log()
+
+    def action_leave(self) -> None:
+        """Go back; the run goes on."""
+        if self._status.live:
+            self.app.notify("The run goes on. Open it again from the list of runs (o).", markup=False)
+        self.dismiss()
+
+    def action_stop(self) -> None:
+        """Ask once, then ask the worker to stop; a worker that is stopping can be ended at once."""
+        if not self._status.live:
+            self._say("The run has ended already.")
+        elif self._status is Status.stopping:
+            question = "It is stopping: it ends after the current step and saves. End the process at once instead? "
+            self._confirm(question + "What came after the last checkpoint is lost.", "end it now", self._end_now)
+        else:
+            question = "Stop this run? It ends after the current step and saves the adapter as it is then."
+            self._confirm(question, "stop it", lambda: request(self.paths, "stop"))
+
+    def action_pause(self) -> None:
+        """Pause, or go on."""
+        if not self._status.live:
+            self._say("The run has ended already.")
+        elif requested(self.paths, "pause"):
+            withdraw(self.paths, "pause")
+        else:
+            request(self.paths, "pause")
+        self._look()
+
+    def action_checkpoint(self) -> None:
+        """Ask for a checkpoint now."""
+        if not self._status.live:
+            self._say("The run has ended already.")
+            return
+        request(self.paths, "checkpoint-now")
+        self._look()
+
+    def action_resume(self) -> None:
+        """Start a worker for a run that has ended early."""
+        if self._status.live or self._status is Status.finished or self._resuming:
+            self._say(f"The run is {self._status}: there is nothing to resume.")
+            return
+        self._resuming = True
+        self._resume()
+
+    @work(thread=True)
+    def _resume(self) -> None:
+        try:
+            self._engine.resume(self.paths)
+        except StudioError as error:
+            self.app.call_from_thread(self._say, str(error), bad=True)
+        finally:
+            self._resuming = False
+        self.app.call_from_thread(self._look)
+
+    @work(thread=True)
+    def _end_now(self) -> None:
+        self._engine.end_now(self.paths)
+
+    @property
+    def _status(self) -> Status:
+        return self._glance.status if self._glance else Status.starting
+
+    def _look(self) -> None:
+        """Look at the run and show what is new."""
+        if not self.is_mounted:
+            return
+        glance = self._feed.look()
+        before, self._glance = self._glance, glance
+        self.query_one(RunHeader).show(glance.history, glance.status, self._waits_for(glance.status))
+        self.query_one(Outcome).show(self.paths, glance.history, glance.status)
+        if glance.output:
+            self.query_one(LogView).extend(glance.output)
+        if glance.news or before is None:
+            self.query_one(RunPlots).show(glance.history)
+            self.query_one(Samples).show(glance.history)
+            self.query_one(Notes).show(glance.history)
+        if glance.behind:
+            self.set_timer(_CATCH_UP_SECONDS, self._look)
+
+    def _waits_for(self, status: Status) -> str:
+        """Return a request that the worker has not answered yet, in words."""
+        if status is Status.running and requested(self.paths, "pause"):
+            return "pause asked for: after this step"
+        if status is Status.paused:
+            return "p goes on" if requested(self.paths, "pause") else "going on"
+        if status.live and requested(self.paths, "checkpoint-now"):
+            return "checkpoint asked for: after this step"
+        return ""
+
+    def _confirm(self, question: str, yes: str, then: Callable[[], object]) -> None:
+        def decide(answer: bool | None) -> None:
+            if answer:
+                then()
+                self._look()
+
+        self.app.push_screen(Confirm(Content(question), yes), decide)
+
+    def _say(self, text: str, *, bad: bool = False) -> None:
+        self.app.notify(plain(text), severity="error" if bad else "information", markup=False)
