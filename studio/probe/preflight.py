@@ -55,8 +55,8 @@ def check_training(recipe: Recipe, *, gpus: list[Gpu] | None = None) -> Prefligh
         parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
         if not parts.train or not parts.held_out:
             raise BadInput(
-                f"data.path: {len(data.rows)} usable row(s) are too few to train on some and hold out others: add rows, "
-                "name a file in data.eval_path, or set eval.rows and eval.samples to 0."
+                f"data.path: {len(data.rows)} usable row(s) are too few to train on some and hold out others: add "
+                "rows, name a file in data.eval_path, or set eval.rows and eval.samples to 0."
             )
         notes += parts.notes
     return PreflightReport(recipe, base, data, eval_data, notes)

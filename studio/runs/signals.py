@@ -5,18 +5,17 @@ import threading
 from types import FrameType
 from typing import Any
 
-from studio.runs.control import request
+from studio.runs.control import request, requested
 from studio.runs.layout import RunPaths
 
 _NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
 
 
 class StopOnSignal:
-    """Turns the first SIGTERM or SIGINT into a stop request and the second one into `KeyboardInterrupt`."""
+    """Turns SIGTERM or SIGINT into a stop request, and into `KeyboardInterrupt` where one stands already."""
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
-        self._signalled = False
         self._before: dict[int, Any] = {}
 
     def catch(self) -> None:
@@ -36,7 +35,6 @@ class StopOnSignal:
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        if requested(self._paths, "stop"):
             raise KeyboardInterrupt
-        self._signalled = True
         request(self._paths, "stop")

@@ -14,6 +14,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,14 +49,27 @@ class Worker:
     """
 
     def __init__(
-        self, paths: RunPaths, *, clock: Callable[[], float] = time.time, explain: Explain = not_explained
+        self,
+        paths: RunPaths,
+        *,
+        clock: Callable[[], float] = time.time,
+        explain: Explain = not_explained,
+        wait_seconds: float = _LOCK_WAIT_SECONDS,
     ) -> None:
+        """Prepare to take a run; nothing is touched yet.
+
+        Args:
+            paths: The run; its folder exists.
+            clock: Unix seconds.
+            explain: Names the errors of the job's libraries.
+            wait_seconds: How long to wait for the lock: someone may just be looking whether it is held.
+        """
         self.paths = paths
         self.exit_code = 1
         self._clock = clock
         self._explain = explain
         # Not thread-local: an event may be written, and the lock be asked for, by any thread of the job.
-        self._lock = FileLock(paths.lock, timeout=_LOCK_WAIT_SECONDS, mode=0o600, thread_local=False)
+        self._lock = FileLock(paths.lock, timeout=wait_seconds, mode=0o600, thread_local=False)
         self._reserve = paths.root / ".reserve"
         self._step: int | None = None
         self._ended = False
@@ -110,12 +124,11 @@ class Worker:
     ) -> bool:
         """Record how the job ended and give the run free; no exception leaves the context."""
         try:
-            if error is not None:
-                traceback.print_exception(error)
             if not self._ended:
                 self._record(failure_of(error, self._explain))
-            elif error is not None:
+            if error is not None:
                 self.exit_code = 1
+                _print_traceback(error)
         finally:
             self._signals.restore()
             self._reserve.unlink(missing_ok=True)
@@ -130,12 +143,13 @@ class Worker:
         fields = {"failure": failure.kind, "message": str(failure), "advice": failure.advice, "step": self._step}
         try:
             self.emit(Failed, **fields)
-        except (OSError, StudioError):
-            traceback.print_exc()
+        except (OSError, StudioError) as error:
+            _print_traceback(error)
 
     def _keep_reserve(self) -> None:
-        """Random bytes, so that a compressing file system sets the room aside too."""
-        self._reserve.write_bytes(secrets.token_bytes(_RESERVE_BYTES))
+        """Random bytes, so that a compressing file system sets the room aside too; a full disk has none to set aside."""
+        with suppress(OSError):
+            self._reserve.write_bytes(secrets.token_bytes(_RESERVE_BYTES))
 
 
 def run_job(run: Path, body: Callable[[Worker], None], *, explain: Explain = not_explained) -> int:
@@ -144,7 +158,13 @@ def run_job(run: Path, body: Callable[[Worker], None], *, explain: Explain = not
     try:
         with worker:
             body(worker)
-    except (RunBusy, OSError):
-        traceback.print_exc()
+    except (RunBusy, OSError) as error:
+        _print_traceback(error)
         return 1
     return worker.exit_code
+
+
+def _print_traceback(error: BaseException) -> None:
+    """The output is on the same disk as the log: that it cannot be written either must not hide the error."""
+    with suppress(OSError):
+        traceback.print_exception(error)
