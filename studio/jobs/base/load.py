@@ -177,7 +177,7 @@ def _keep_packing(model: torch.nn.Module) -> None:
 
 
 def _advice(error: Exception) -> str:
-    text = plain(str(error), one_line=True, limit=400)
+    text = str(error)
     if "trust_remote_code" in text:
         return (
             "it brings Python code of its own, run only where model.trust_remote_code is true. Set it only for "
@@ -188,7 +188,7 @@ def _advice(error: Exception) -> str:
         return f"transformers {version} does not know this architecture. Update it: pip install -U transformers"
     if "Unrecognized configuration class" in text:
         return "it is not a causal language model (a decoder that continues text), which is what is trained here."
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {plain(text, one_line=True, limit=400)}"
 
 
 def _shown(folder: Path) -> str:

@@ -1,0 +1,79 @@
+"""Small tokenizers made on the spot, and what a test wants to know of rows encoded with them."""
+
+# ruff: noqa: S106 - tokens of text, not passwords
+
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from studio.jobs.train.loss import IGNORED
+from studio.jobs.train.rows import Example, RowReport, encode_rows
+from studio.probe.data import Conversation, Message
+
+SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|return|>")
+LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = LOOP + ASK
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + INSIDE }}{% endgeneration %}{{ AFTER }}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+) + ASK
+
+
+def byte_tokenizer(template: str | None = CHATML, *, adds_bos: bool = False, **tokens: str | None) -> Any:
+    """One token per byte, so that every boundary is a token boundary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    if adds_bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    named = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"} | tokens
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, **{k: v for k, v in named.items() if v is not None})
+    fast.chat_template = template
+    return fast
+
+
+def metaspace_tokenizer(template: str) -> Any:
+    """Words with the space before them in one token, as SentencePiece models have them."""
+    words = "▁ ▁Why ▁Because ▁[INST] ▁[/INST] Why Because ? . ▁Be ▁brief".split()  # noqa: SIM905
+    vocab = {word: index for index, word in enumerate(["<unk>", *words])}
+    vocab |= {chr(code): len(vocab) + place for place, code in enumerate(range(33, 127)) if chr(code) not in vocab}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace("\n", " ")
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation("isolated")])
+    made.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = template
+    return fast
+
+
+def chat(*turns: tuple[str, str], number: int = 1) -> Conversation:
+    return Conversation(tuple(Message(role, content) for role, content in turns), number)
+
+
+ONE = chat(("user", "Why?"), ("assistant", "Because."))
+TWO = chat(("system", "Be brief."), ("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "dd"))
+
+
+def encode(row: Any, tokenizer: Any, **options: Any) -> tuple[list[Example], RowReport, list[str]]:
+    said: list[str] = []
+    rows = row if isinstance(row, list) else [row]
+    examples, report = encode_rows(rows, tokenizer, **({"seq_len": 4096, "warn": said.append} | options))
+    return examples, report, said
+
+
+def learnt(example: Example, tokenizer: Any) -> list[str]:
+    """The labelled stretches as text."""
+    runs: list[list[int]] = []
+    inside = False
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if label != IGNORED:
+            assert label == token
+            runs = [*runs, []] if not inside else runs
+            runs[-1].append(int(label))
+        inside = label != IGNORED
+    return [tokenizer.decode(run) for run in runs]

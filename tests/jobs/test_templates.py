@@ -1,0 +1,180 @@
+"""Chat templates of every temper: that rewrite history, mark their answers, refuse rows, or are not there at all."""
+
+# ruff: noqa: S106 - tokens of text, not passwords
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from studio.core.errors import JobFailed
+from studio.jobs.train.rows import sample_prompts
+from studio.jobs.train.template import ensure_template
+from tests.fakes.tokenizers import ASK, CHATML, LOOP, MARKED, ONE, TWO, byte_tokenizer, chat, encode, learnt
+
+# Templates that rewrite what they wrote
+
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+) + ASK
+HARMONY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+) + ASK
+R1 = LOOP + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+
+
+def test_reasoning_that_history_drops_makes_an_example_of_each_answer() -> None:
+    tokenizer = byte_tokenizer(QWEN3)
+    examples, report, said = encode(TWO, tokenizer)
+    assert [learnt(example, tokenizer) for example in examples] == [
+        ["<think>\n\n</think>\n\nbb<|im_end|>"],
+        ["<think>\n\n</think>\n\ndd<|im_end|>"],
+    ]
+    assert "assistant\nbb<|im_end|>" in tokenizer.decode(examples[1].input_ids), "as history the answer stands bare"
+    assert (report.rows, report.examples, report.split) == (1, 2, 1)
+    assert "rewrites earlier turns: in 1 rows" in said[0]
+
+
+def test_a_last_answer_that_ends_differently_makes_an_example_of_each() -> None:
+    tokenizer = byte_tokenizer(HARMONY)
+    examples, _, _ = encode(TWO, tokenizer)
+    assert [learnt(example, tokenizer) for example in examples] == [["bb<|return|>"], ["dd<|return|>"]]
+
+
+def test_one_answer_never_needs_splitting() -> None:
+    for template in (QWEN3, HARMONY):
+        examples, report, said = encode(ONE, byte_tokenizer(template))
+        assert (len(examples), report.split, said) == (1, 0, [])
+
+
+def test_a_generation_prompt_that_opens_reasoning() -> None:
+    tokenizer = byte_tokenizer(R1)
+    (example,), report, said = encode(ONE, tokenizer)
+    assert learnt(example, tokenizer) == ["Because.<|im_end|>"]
+    assert report.moved == 1
+    assert "leaves out what its generation prompt opens with" in said[0]
+    (example,), report, _ = encode(chat(("user", "a"), ("assistant", "<think>\nx</think>b")), tokenizer)
+    assert learnt(example, tokenizer) == ["x</think>b<|im_end|>"], "what the prompt opens is not learnt"
+
+
+def test_an_answer_that_the_template_does_not_write_is_left_out() -> None:
+    template = LOOP.replace("m.content", "(m.content if m.role == 'user' else '')") + R1.removeprefix(LOOP)
+    with pytest.raises(JobFailed, match="its answer is not found") as caught:
+        encode(chat(("user", "Why?"), ("assistant", "Because.")), byte_tokenizer(template.replace("<|im_end|>", "")))
+    assert caught.value.kind == "template_refused"
+
+
+# Templates that mark their answers
+
+
+@pytest.mark.parametrize(
+    ("inside", "after", "stop"),
+    [("'<|im_end|>'", "'\n'", "<|im_end|>"), ("''", "'<|im_end|>\n'", "<|im_end|>"), ("''", "'\n'", "</s>")],
+)
+def test_generation_blocks_are_taken_with_the_stop_token(inside: str, after: str, stop: str) -> None:
+    template = MARKED.replace("INSIDE", inside).replace("AFTER", after)
+    tokenizer = byte_tokenizer(template, eos_token="</s>")
+    (example,), _, _ = encode(TWO, tokenizer)
+    assert learnt(example, tokenizer) == [f"bb{stop}", f"dd{stop}"]
+
+
+def test_a_generation_block_at_the_very_end_without_stop_token() -> None:
+    template = MARKED.replace("INSIDE", "''").replace("AFTER", "''")
+    tokenizer = byte_tokenizer(template, eos_token="</s>")
+    (example,), _, _ = encode(ONE, tokenizer)
+    assert learnt(example, tokenizer) == ["Because.</s>"]
+
+
+# Templates that refuse
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED.replace("INSIDE", "'<|im_end|>'").replace("AFTER", "'\n'")])
+def test_a_system_prompt_that_the_template_refuses_goes_to_the_user(template: str) -> None:
+    tokenizer = byte_tokenizer(STRICT + template)
+    examples, report, said = encode([ONE, TWO], tokenizer)
+    assert "user\nBe brief.\n\na<|im_end|>" in tokenizer.decode(examples[1].input_ids)
+    assert learnt(examples[1], tokenizer) == ["bb<|im_end|>", "dd<|im_end|>"]
+    assert (report.folded, report.refused) == (1, 0)
+    assert "knows no system prompt: in 1 rows" in said[0]
+    (prompt,) = sample_prompts([TWO], tokenizer, 1, seq_len=4096)
+    assert "Be brief." in tokenizer.decode(prompt.input_ids)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED.replace("INSIDE", "'<|im_end|>'").replace("AFTER", "'\n'")])
+def test_refused_rows_are_left_out_counted_and_explained(template: str) -> None:
+    tokenizer = byte_tokenizer(ALTERNATING + template)
+    bad = chat(("user", "a"), ("user", "b"), ("assistant", "c"), number=7)
+    examples, report, said = encode([ONE, bad, ONE], tokenizer)
+    assert len(examples) == 2
+    assert report.refused == 1
+    assert "1 of 3 rows are left out: row 7: " in said[0]
+    assert "Roles must alternate" in said[0]
+    assert sample_prompts([bad], tokenizer, 1, seq_len=4096) == []
+
+
+def test_when_every_row_is_refused_the_run_fails() -> None:
+    bad = chat(("user", "a"), ("user", "b\x1b[2J"), ("assistant", "c"))
+    with pytest.raises(JobFailed, match="refuses every row") as caught:
+        encode(bad, byte_tokenizer(ALTERNATING + CHATML))
+    assert caught.value.kind == "template_refused"
+
+
+# Models without a template
+
+
+@pytest.mark.parametrize(
+    ("data_format", "text"),
+    [
+        (
+            "chat",
+            "### System:\nBe brief.\n\n### User:\na\n\n### Assistant:\nbb</s>\n\n"
+            "### User:\nc\n\n### Assistant:\ndd</s>",
+        ),
+        (
+            "alpaca",
+            "Be brief.\n\n### Instruction:\na\n\n### Response:\nbb</s>### Instruction:\nc\n\n### Response:\ndd</s>",
+        ),
+        ("prompt_completion", "Be brief.\n\na\nbb</s>c\ndd</s>"),
+    ],
+)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_plain_templates(data_format: str, text: str, adds_bos: bool) -> None:
+    tokenizer = byte_tokenizer(None, eos_token="</s>", adds_bos=adds_bos)
+    said: list[str] = []
+    ensure_template(tokenizer, data_format, said.append)
+    (example,), _, warned = encode(TWO, tokenizer)
+    assert tokenizer.decode(example.input_ids).strip() == ("<s>" if adds_bos else "") + text
+    assert learnt(example, tokenizer) == ["bb</s>", "dd</s>"]
+    assert warned == []
+    assert "This model has no chat template" in said[0]
+    assert "QUESTION" in said[0]
+
+
+def test_a_prompt_that_ends_in_white_space_gets_no_second_one() -> None:
+    tokenizer = byte_tokenizer(None, eos_token="</s>")
+    ensure_template(tokenizer, "prompt_completion", lambda _: None)
+    (example,), _, _ = encode(chat(("user", "Q: a\nA: "), ("assistant", "b")), tokenizer)
+    assert tokenizer.decode(example.input_ids) == "Q: a\nA: b</s>"
+
+
+def test_a_plain_template_survives_saving(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(None, eos_token="</s>")
+    ensure_template(tokenizer, "alpaca", lambda _: None)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert list(encode(ONE, again)[0][0].input_ids) == list(encode(ONE, tokenizer)[0][0].input_ids)
+
+
+def test_an_existing_template_is_left_alone() -> None:
+    tokenizer = byte_tokenizer()
+    ensure_template(tokenizer, "alpaca", lambda _: pytest.fail("nothing to say"))
+    assert tokenizer.chat_template == CHATML
