@@ -97,11 +97,11 @@ def remove(args: argparse.Namespace) -> int:
     Raises:
         BadInput: A run is not there or live.
     """
-    doomed = [find_run(root_of(args), word) for word in args.run]
+    doomed = list(dict.fromkeys(find_run(root_of(args), word) for word in args.run))
     live = [paths.name for paths in doomed if run_status(paths).live]
     if live:
         raise BadInput(f"still live: {plain(', '.join(live), one_line=True)}; stop first what is to be removed.")
-    for paths in dict.fromkeys(doomed):
+    for paths in doomed:
         remove_run(paths)
         if not args.json:
             say(f"removed {paths.name}")

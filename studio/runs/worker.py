@@ -147,7 +147,7 @@ class Worker:
             _print_traceback(error)
 
     def _keep_reserve(self) -> None:
-        """Random bytes, so that a compressing file system sets the room aside too; a full disk has none to set aside."""
+        """Random bytes, so that a compressing file system sets the room aside too; a full disk has none."""
         with suppress(OSError):
             self._reserve.write_bytes(secrets.token_bytes(_RESERVE_BYTES))
 

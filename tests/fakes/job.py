@@ -35,7 +35,8 @@ def main(worker: Worker) -> None:
         loss_path="chunked",
     )
     worker.emit(Phase, name="load", detail="reading nothing")
-    worker.emit(Warned, message="this worker is a fake", topic="fake")
+    print(os.environ.get("FAKE_SAYS", ""), end="", flush=True)
+    worker.emit(Warned, message=os.environ.get("FAKE_NOTE", "this worker is a fake"), topic="fake")
     worker.emit(Evaluated, step=done, loss=4.0, loss_tokens=100, rows=10, seconds=0.1)
     worker.emit(Sampled, step=done, index=0, prompt="what?", answer="no idea", expected="this")
     for step in range(done + 1, total + 1):

@@ -1,0 +1,181 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from studio.core.events import Started, StepDone
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
+from studio.runs.status import Status, run_status
+from studio.runs.store import find_run
+from studio.runs.supervise import stop
+from tests.cli.conftest import Cli
+from tests.fakes.runs import launch_fake, make_run, wait_for, write_log
+
+
+@pytest.fixture
+def trained(cli: Cli, home: Path, recipe: Path) -> RunPaths:
+    """A finished run."""
+    return find_run(home / "runs", cli("train", str(recipe), "--json").document["run"])
+
+
+def _slow(home: Path) -> RunPaths:
+    paths = make_run(home)
+    launch_fake(paths, steps=2000, seconds=0.02)
+    wait_for(lambda: run_status(paths) is Status.running)
+    return paths
+
+
+def test_an_empty_list(cli: Cli, home: Path) -> None:
+    assert cli("runs", "list").out == f"no runs in {home / 'runs'}\n"
+    assert cli("runs", "list", "--json").document == []
+    assert not home.exists()
+
+
+def test_a_list_in_words_and_in_json(cli: Cli, trained: RunPaths) -> None:
+    head, line = cli("runs", "list").out.splitlines()
+    assert head.split() == ["run", "status", "method", "model", "step", "loss", "held-out", "started"]
+    assert line.split()[:7] == [trained.name, "finished", "qlora", "embedded", "5/5", "2.4261", "2.0000"]
+    (info,) = cli("runs", "list", "--json").document
+    assert (info["run"], info["status"], info["step"], info["eval_loss"]) == (trained.name, "finished", 5, 2.0)
+
+
+def test_runs_dir_works_before_and_after_the_verb(cli: Cli, trained: RunPaths, tmp_path: Path) -> None:
+    root = str(trained.root.parent)
+    elsewhere = str(tmp_path / "elsewhere")
+    assert len(cli("--runs-dir", root, "runs", "list", "--json").document) == 1
+    assert len(cli("runs", "list", "--json", "--runs-dir", elsewhere).document) == 0
+    assert len(cli("--runs-dir", elsewhere, "runs", "list", "--json").document) == 0
+
+
+def test_showing_a_run(cli: Cli, trained: RunPaths) -> None:
+    outcome = cli("runs", "show", "last")
+    assert outcome.code == 0
+    for word in ("status     finished", "steps      5 of 5", "adapter", "training loss", "recipe.toml"):
+        assert word in outcome.out
+    document = cli("runs", "show", "mine", "--json").document
+    assert document["recipe"]["name"] == "mine"
+    assert [event["step"] for event in document["evals"]] == [0, 5]
+    assert document["samples"][0]["prompt"] == "what?"
+    assert document["files"]["events.jsonl"] > 0
+
+
+def test_showing_a_damaged_run_is_no_error(cli: Cli, home: Path) -> None:
+    folder = home / "runs" / "broken\x1b[31m"
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text("= = =")
+    (folder / "events.jsonl").write_bytes(b"\xff\n" * 100)
+    for words in (["runs", "show", "broken"], ["runs", "list"]):
+        outcome = cli(*words)
+        assert outcome.code == 0
+        assert "\x1b" not in outcome.out + outcome.err
+    assert cli("runs", "show", "broken", "--json").document["recipe"] is None
+
+
+def test_attaching_to_a_run_that_has_ended_tells_how(cli: Cli, trained: RunPaths) -> None:
+    outcome = cli("runs", "attach", "last")
+    assert outcome.code == 0
+    assert "finished after 5 steps" in outcome.out
+    assert cli("runs", "attach", "last", "--json").document["status"] == "finished"
+
+
+def test_attaching_follows_and_an_interrupt_only_detaches(home: Path) -> None:
+    paths = _slow(home)
+    command = [sys.executable, "-m", "tests.fakes.cli", "runs", "attach", "try"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert lines[0] == "started: train qlora embedded\n"
+    assert lines[1].startswith("running at step ")
+    assert lines[3].startswith("step ")
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "the run lives on" in out
+    assert run_status(paths) is Status.running
+    stop(paths, 10)
+
+
+def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
+    paths = _slow(home)
+    assert cli("runs", "pause", "try").code == 0
+    wait_for(lambda: run_status(paths) is Status.paused)
+    assert cli("runs", "resume", "try", "--json").document["message"] == "goes on"
+    wait_for(lambda: run_status(paths) is Status.running)
+    outcome = cli("runs", "stop", "try", "--json")
+    assert (outcome.code, outcome.document["status"]) == (0, "stopped")
+    assert cli("runs", "stop", "try").code == 0
+    assert cli("runs", "pause", "try").code == 2
+
+
+def test_a_run_that_does_not_listen_is_told_and_ended_by_force(cli: Cli, home: Path) -> None:
+    paths = make_run(home)
+    launch_fake(paths, steps=2000, seconds=0.02, deaf=1)
+    outcome = cli("runs", "stop", "try", "--wait", "0.2")
+    assert outcome.code == 1
+    assert "--force" in outcome.out
+    assert run_status(paths) is Status.stopping
+    outcome = cli("runs", "stop", "try", "--wait", "0.2", "--force", "--json")
+    assert (outcome.code, outcome.document["status"]) == (0, "failed")
+
+
+def test_a_stopped_run_is_resumed_and_followed(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = _slow(home)
+    wait_for(lambda: len(read_events(paths.events)) > 8)
+    assert cli("runs", "stop", "try").code == 0
+    before = max(event.step for event in read_events(paths.events) if isinstance(event, StepDone))
+    monkeypatch.setenv("FAKE_STEPS", str(before + 2))
+    outcome = cli("runs", "resume", "try")
+    assert outcome.code == 0
+    assert f"continues after step {before}" in outcome.out
+    assert f"finished after {before + 2} steps" in outcome.out
+    assert "step 1/" not in outcome.out
+    refused = cli("runs", "resume", "try")
+    assert refused.code == 2
+    assert "finished" in refused.err
+
+
+def test_resuming_detached_returns_at_once(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = _slow(home)
+    stop(paths, 10)
+    monkeypatch.setenv("FAKE_SECONDS", "0.05")
+    monkeypatch.setenv("FAKE_STEPS", "5000")
+    outcome = cli("runs", "resume", "try", "--detach", "--json")
+    assert outcome.code == 0
+    assert run_status(paths).live
+    stop(paths, 10)
+
+
+def test_removing_runs(cli: Cli, home: Path) -> None:
+    live = _slow(home)
+    dead = make_run(home, "dead", now=1e9)
+    write_log(dead, Started(at=1e9, job="train"))
+    outcome = cli("runs", "rm", "dead", "try")
+    assert outcome.code == 2
+    assert "still live" in outcome.err
+    assert dead.root.exists()
+    stop(live, 10)
+    assert cli("runs", "rm", "dead", "try", "dead", "--json").code == 0
+    assert list((home / "runs").iterdir()) == []
+
+
+def test_comparing_two_runs(cli: Cli, trained: RunPaths, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEPS", "8")
+    other = cli("train", str(recipe), "--json", "--set", "adapter.rank=64", "--set", "method=lora").document["run"]
+    outcome = cli("runs", "compare", trained.name, other)
+    assert outcome.code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines() if line}
+    assert rows["adapter.rank"] == ["16", "64"]
+    assert rows["method"] == ["qlora", "lora"]
+    assert rows["steps"] == ["5/5", "8/8"]
+    document = cli("runs", "compare", trained.name, other, "--json").document
+    assert document["recipe_differences"] == {"method": ["qlora", "lora"], "adapter.rank": [16, 64]}
+    assert [run["steps"] for run in document["runs"]] == [5, 8]
+
+
+def test_comparing_needs_two_different_runs(cli: Cli, trained: RunPaths) -> None:
+    outcome = cli("runs", "compare", "last", trained.name)
+    assert outcome.code == 2
+    assert "two or more" in outcome.err

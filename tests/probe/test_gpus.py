@@ -1,0 +1,163 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from studio.probe.gpus import Gpu, GpuReader, read_gpus
+
+GIB = 2**30
+
+
+class _Refusal(Exception):
+    """As NVML's own errors: not supported, lost, unknown."""
+
+
+class _Nvml:
+    """Two cards; what a test puts into `broken` refuses to answer, for all cards or for one."""
+
+    nvmlMemory_v2 = 2  # noqa: N815
+    NVML_TEMPERATURE_GPU = 0
+
+    def __init__(self, *broken: str | tuple[str, int]) -> None:
+        self.broken = set(broken)
+        self.inits = 0
+        self.shutdowns = 0
+
+    def _answer(self, name: str, handle: int, value: Any) -> Any:
+        if name in self.broken or (name, handle) in self.broken:
+            raise _Refusal(name)
+        return value
+
+    def nvmlInit(self) -> None:  # noqa: N802  NVML's names
+        self.inits += 1
+        self._answer("init", -1, None)
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.shutdowns += 1
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return int(self._answer("count", -1, 2))
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return int(self._answer("handle", index, index))
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes | str:  # noqa: N802
+        return self._answer("name", handle, b"NVIDIA \x1b[31mCard" if handle else "NVIDIA GeForce RTX 4090")
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return str(self._answer("uuid", handle, f"GPU-{handle}"))
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int = 1) -> Any:  # noqa: N802
+        used = 3 * GIB if version == 2 else 4 * GIB
+        memory = SimpleNamespace(total=24 * GIB, used=used, free=20 * GIB)
+        return self._answer(f"memory{version}", handle, memory)
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:  # noqa: N802
+        return self._answer("capability", handle, (8, 9))
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:  # noqa: N802
+        return self._answer("rates", handle, SimpleNamespace(gpu=0))
+
+    def nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:  # noqa: N802
+        return int(self._answer("temperature", handle, 40))
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
+        return int(self._answer("power", handle, 25_500))
+
+
+def _read(*broken: str | tuple[str, int]) -> list[Gpu]:
+    found = GpuReader(nvml=_Nvml(*broken)).read()
+    assert found is not None
+    return found
+
+
+def test_all_readings_of_a_healthy_card() -> None:
+    assert _read()[0] == Gpu(
+        index=0,
+        name="NVIDIA GeForce RTX 4090",
+        uuid="GPU-0",
+        total_bytes=24 * GIB,
+        used_bytes=3 * GIB,
+        free_bytes=20 * GIB,
+        capability=(8, 9),
+        busy_percent=0,
+        celsius=40,
+        watts=25.5,
+    )
+
+
+def test_a_name_cannot_command_the_terminal() -> None:
+    assert _read()[1].name == r"NVIDIA \x1b[31mCard"
+
+
+@pytest.mark.parametrize(
+    ("broken", "fields"),
+    [
+        ("uuid", ["uuid"]),
+        ("capability", ["capability"]),
+        ("rates", ["busy_percent"]),
+        ("temperature", ["celsius"]),
+        ("power", ["watts"]),
+    ],
+)
+def test_a_reading_that_is_not_supported_is_none_and_the_others_stay(broken: str, fields: list[str]) -> None:
+    whole, card = _read()[0], _read(broken)[0]
+    for field in whole.__slots__:
+        wanted = None if field in fields else getattr(whole, field)
+        assert getattr(card, field) == wanted
+
+
+def test_an_old_driver_tells_memory_without_its_reserve() -> None:
+    assert _read("memory2")[0].used_bytes == 4 * GIB
+
+
+def test_unified_memory_has_no_sizes_and_no_zeros() -> None:
+    card = _read("memory1", "memory2")[0]
+    assert (card.total_bytes, card.used_bytes, card.free_bytes) == (None, None, None)
+
+
+def test_a_lost_card_does_not_hide_the_other() -> None:
+    cards = _read(("handle", 0))
+    assert cards[0] == Gpu(0, "NVIDIA GPU")
+    assert cards[1].total_bytes == 24 * GIB
+
+
+def test_without_a_driver_there_is_no_reading_and_ten_seconds_of_peace() -> None:
+    now, nvml = [0.0], _Nvml("init")
+    reader = GpuReader(nvml=nvml, clock=lambda: now[0])
+    assert reader.read() is None
+    now[0] = 9.0
+    assert reader.read() is None
+    assert nvml.inits == 1
+    nvml.broken.clear()
+    now[0] = 11.0
+    assert len(reader.read() or []) == 2
+    assert nvml.inits == 2
+
+
+def test_a_driver_that_goes_away_is_opened_anew() -> None:
+    now, nvml = [0.0], _Nvml()
+    reader = GpuReader(nvml=nvml, clock=lambda: now[0])
+    assert len(reader.read() or []) == 2
+    nvml.broken.add("count")
+    assert reader.read() is None
+    nvml.broken.clear()
+    now[0] = 60.0
+    assert len(reader.read() or []) == 2
+    assert nvml.inits == 2
+    reader.close()
+    reader.close()
+    assert nvml.shutdowns == 1
+
+
+def test_a_missing_or_foreign_module_is_no_driver() -> None:
+    def missing() -> Any:
+        raise ImportError
+
+    assert GpuReader(load=missing).read() is None
+    assert GpuReader(nvml=SimpleNamespace()).read() is None
+
+
+def test_on_this_machine_reading_raises_nothing() -> None:
+    cards = read_gpus()
+    assert cards is None or all(isinstance(card, Gpu) for card in cards)

@@ -1,0 +1,116 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.recipe import Recipe
+from studio.probe.gpus import Gpu
+from studio.probe.preflight import check_space, check_training
+from studio.probe.start import check_merge, prepare_run, start_training
+from studio.runs.job import MergeRequest, read_job
+from studio.runs.recipe_file import load_recipe, shipped_recipes
+from tests.fakes.runs import MODULE, fake_environment
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = ({"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(20))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_shipped_demo_passes_on_this_machine() -> None:
+    report = check_training(load_recipe(shipped_recipes()["demo"]))
+    assert report.base.kind == "embedded"
+    assert len(report.data.rows) > 500
+    assert report.eval_data is None
+
+
+def test_what_is_checked_is_what_is_written_with_absolute_paths(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = check_training(Recipe().with_("data.path", data.name))
+    assert report.recipe.data.path == str(data)
+    paths = prepare_run(report.recipe, tmp_path / "runs", 1e9)
+    assert read_job(paths) == report.recipe
+
+
+def test_all_problems_of_the_recipe_come_at_once() -> None:
+    broken = Recipe().with_("adapter.rank", 0).with_("train.micro_batch", -1)
+    with pytest.raises(BadInput, match=r"(?s)adapter\.rank.*train\.micro_batch"):
+        check_training(broken)
+
+
+def test_too_few_rows_to_hold_some_out_are_refused(data: Path) -> None:
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(BadInput, match="too few"):
+        check_training(Recipe().with_("data.path", str(data)))
+    alone = Recipe().with_("data.path", str(data)).with_("eval.rows", 0).with_("eval.samples", 0)
+    assert len(check_training(alone).data.rows) == 1
+
+
+def test_fewer_held_out_rows_than_asked_are_a_note(data: Path) -> None:
+    report = check_training(Recipe().with_("data.path", str(data)).with_("eval.rows", 100))
+    assert any("100" in note for note in report.notes)
+
+
+def test_the_file_of_held_out_rows_is_checked_too(data: Path) -> None:
+    recipe = Recipe().with_("data.path", str(data))
+    with pytest.raises(BadInput, match=r"data\.eval_path"):
+        check_training(recipe.with_("data.eval_path", str(data.with_name("missing.jsonl"))))
+    report = check_training(recipe.with_("data.eval_path", str(data)))
+    assert report.eval_data is not None
+
+
+def test_a_card_that_is_not_there_is_refused_and_a_silent_driver_noted(data: Path) -> None:
+    recipe = Recipe().with_("data.path", str(data)).with_("device.device", "cuda:1")
+    with pytest.raises(BadInput, match=r"cuda:0 \(Card\)"):
+        check_training(recipe, gpus=[Gpu(0, "Card")])
+    report = check_training(recipe, gpus=[Gpu(0, "Card"), Gpu(1, "Card")])
+    assert not any("driver" in note for note in report.notes)
+
+
+def test_a_nearly_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_space(tmp_path / "not" / "there" / "yet")
+    usage: Any = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(BadInput, match="1 MB are free"):
+        check_space(tmp_path)
+
+
+def test_starting_leaves_a_live_run_and_a_failure_to_start_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    recipe = Recipe(name="mine").with_("data.path", str(data))
+    root = tmp_path / "runs"
+
+    def popen(*_: Any, **__: Any) -> Any:
+        raise OSError("no processes left")
+
+    with pytest.raises(StudioError, match="no processes left"):
+        start_training(recipe, root, module=MODULE, popen=popen)
+    assert list(root.iterdir()) == []
+    seen = []
+    paths = start_training(recipe, root, module=MODULE, environment=fake_environment(steps=1), on_checked=seen.append)
+    assert paths.name.startswith("mine-")
+    assert len(seen) == 1
+
+
+def test_a_merge_needs_an_adapter_a_base_and_an_empty_place(tmp_path: Path) -> None:
+    adapter, out = tmp_path / "adapter", tmp_path / "out"
+    request = MergeRequest(adapter=str(adapter), base="embedded", out=str(out))
+    with pytest.raises(BadInput, match="no adapter folder"):
+        check_merge(request)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    check_merge(request)
+    out.mkdir()
+    check_merge(request)
+    (out / "something").write_text("")
+    with pytest.raises(BadInput, match="not empty"):
+        check_merge(request)
+    with pytest.raises(BadInput, match="nowhere"):
+        check_merge(MergeRequest(adapter=str(adapter), base="./nowhere", out=str(tmp_path / "new")))
