@@ -58,7 +58,18 @@ def find_base(base: str, revision: str = "") -> BaseFound:
     """
     if base == EMBEDDED:
         return _embedded()
-    path = Path(base).expanduser()
+    try:
+        return _on_disk(base, revision) or _on_hub(base, revision)
+    except OSError as error:
+        shown = plain(base, one_line=True, limit=200)
+        raise BadInput(f"The model {shown} cannot be looked at: {error.strerror or error}.") from None
+
+
+def _on_disk(base: str, revision: str) -> BaseFound | None:
+    try:
+        path = Path(base).expanduser()
+    except RuntimeError:
+        raise BadInput(f"There is no home folder for {plain(base, one_line=True, limit=200)}.") from None
     if path.is_dir():
         if revision:
             found = f"model.revision is {plain(revision, one_line=True, limit=80)!r}, but {_shown(path)} is a folder"
@@ -72,6 +83,10 @@ def find_base(base: str, revision: str = "") -> BaseFound:
             f"There is no model folder {_shown(path)}, and it is no hub id either. "
             "Wanted a folder with config.json, a hub id such as owner/name, or 'embedded'."
         )
+    return None
+
+
+def _on_hub(base: str, revision: str) -> BaseFound:
     cached = find_in_cache(base, revision)
     if not isinstance(cached, str):
         return BaseFound("hub", base, *cached, revision=revision)

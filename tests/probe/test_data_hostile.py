@@ -152,6 +152,11 @@ def test_a_pipe_is_refused_without_waiting(file: Path) -> None:
     assert "not a regular file" in refusal(file)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x/" * 3000])
+def test_names_that_no_file_system_takes(name: str) -> None:
+    assert refusal(Path(name))
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_give_rows_or_one_message(content: bytes) -> None:
     path = Path(os.environ.get("TMPDIR", "/tmp")) / f"studio-hostile-{os.getpid()}.jsonl"  # noqa: S108

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.probe.data import Conversation, Message, PlainText, read_data, split
+from studio.probe.data import Conversation, Message, PlainText, known_rows, read_data, split
 
 
 def ask(prompt: str, answer: str) -> Conversation:
@@ -89,3 +89,9 @@ def test_plain_texts_are_told_apart_by_their_text() -> None:
     got = split([PlainText(f"text {n}") for n in range(20)] * 2, 8, 3)
     assert len(got.held_out) == 8
     assert not {row.answer for row in got.train} & {row.answer for row in got.held_out}
+
+
+def test_rows_of_another_file_that_are_known_from_training_are_counted() -> None:
+    held = [ask("QUESTION 1", "new"), ask("new", "answer  2"), ask("new", "new"), PlainText("other")]
+    assert known_rows(DISTINCT, held) == 2
+    assert known_rows([PlainText("a"), PlainText("b")], [PlainText("c")]) == 0

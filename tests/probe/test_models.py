@@ -188,3 +188,8 @@ def test_a_package_without_its_weights_says_how_to_repair_it(monkeypatch: pytest
 
     monkeypatch.setattr(importlib.metadata, "distribution", lambda _: Bare())
     assert "--force-reinstall" in refusal("embedded")
+
+
+@pytest.mark.parametrize("word", ["x" * 300, "./" + "x" * 5000, "a\0b", "~no-such-user/x"])
+def test_words_that_no_file_system_takes(word: str) -> None:
+    assert refusal(word)

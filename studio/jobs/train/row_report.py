@@ -25,6 +25,8 @@ class RowReport:
         stop_added: Rows in which a stop token was added after an answer.
         endless: Rows after whose answer no stop token could be added, because the tokenizer has none.
         folded: Rows whose system prompt was put before the user's first words.
+        special: Conversations in whose words one of the tokenizer's special tokens stands.
+        special_token: One of those tokens.
         reason: What the first refused row was refused for, with its number.
     """
 
@@ -41,6 +43,8 @@ class RowReport:
     stop_added: int = 0
     endless: int = 0
     folded: int = 0
+    special: int = 0
+    special_token: str = ""
     reason: str = ""
 
     def say(self, seq_len: int, end_token: str, warn: Warn) -> None:
@@ -56,6 +60,8 @@ class RowReport:
             "rule).": self.moved,
             f"The chat template ends answers without a stop token: {end} was added in {self.stop_added} rows, so that "
             "the model learns to stop.": self.stop_added,
+            f"In {self.special} rows the text itself holds special tokens such as {plain(self.special_token)}. If the "
+            "data was rendered with a chat template already, give it as plain text.": self.special,
             f"The tokenizer has no end token: {self.endless} rows do not teach the model to stop.": self.endless,
             f"{self.refused} of {self.rows} rows are left out: {reason}.": self.refused,
             f"{self.cut} rows are longer than train.seq_len = {seq_len} tokens and lose their end; the longest has "

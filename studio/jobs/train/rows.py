@@ -5,6 +5,7 @@ where the template leaves it out), or with `answers_only` off every token. Paddi
 is tokenised without special tokens being added, since the template has written them: one start token, not two.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,11 +133,17 @@ class _Encoder:
         self.report = report
         self.locator = Locator(tokenizer)
         self.masks = marks_answers(tokenizer)
+        self.special = re.compile("|".join(map(re.escape, self.locator.stops)) or r"(?!)")
 
     def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Ids, Mask]]:
         """Yield token ids and whether each is to be learnt, `[seq]` each."""
         texts = [row.text for row in rows if isinstance(row, PlainText)]
         chats = [row for row in rows if isinstance(row, Conversation)]
+        for row in chats:
+            found = next(filter(None, (self.special.search(message.content) for message in row.messages)), None)
+            if found:
+                self.report.special += 1
+                self.report.special_token = found.group()
         if texts:
             yield from self._texts(texts)
         if chats and self.masks:

@@ -95,13 +95,14 @@ def _inspected(path: Path, wanted: str, progress: Progress | None) -> tuple[Data
     if wanted not in FORMATS:
         raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(FORMATS)}.")
     path = shipped_data() if str(path) == EMBEDDED else path
-    size_bytes = _size(path)
     reading = _Reading(wanted, Findings())
     try:
+        size_bytes = _size(path)
         for number, value in _raw_rows(path, reading.findings, progress):
             reading.take(number, value)
     except OSError as error:
-        raise BadInput(f"{plain(str(path), one_line=True)} cannot be read: {error.strerror or error}.") from None
+        shown = plain(str(path), one_line=True, limit=300)
+        raise BadInput(f"{shown} cannot be read: {error.strerror or error}.") from None
     if not reading.rows and not reading.findings.counts:
         raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
     shape, findings = reading.shape, reading.findings

@@ -51,6 +51,12 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
     return Split(train, tuple(rows[place] for place in sorted(held)), tuple(notes))
 
 
+def known_rows(train: Sequence[Row], held_out: Sequence[Row]) -> int:
+    """Return how many held-out rows have a prompt or an answer that is also trained on (a file of their own can)."""
+    seen = {key(row) for row in train for key in (_prompt_key, _answer_key)} - {b""}
+    return sum(not seen.isdisjoint((_prompt_key(row), _answer_key(row))) for row in held_out)
+
+
 def _prompt_key(row: Row) -> bytes:
     return _digest("p", row.prompt) if row.prompt else b""
 
