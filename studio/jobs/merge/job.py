@@ -1,6 +1,6 @@
 """Merges a LoRA or QLoRA adapter into its 16-bit base, in memory, and checks that the result behaves like the two.
 
-A QLoRA adapter is merged into the 16-bit base as well: adding it to 4-bit weights and rounding again would lose most of it.
+A QLoRA adapter is merged into the 16-bit base as well: adding it to 4-bit weights and rounding again loses most of it.
 """
 
 import json
@@ -14,12 +14,10 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
-from transformers import AutoTokenizer
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
-from studio.jobs.base.load import load_base
-from studio.jobs.base.resolve import resolve_base
+from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.probe.models import BaseFound, find_base
 from studio.runs.atomic import publish_folder, write_whole
 from studio.runs.job import MergeRequest
@@ -31,7 +29,7 @@ _PROBE = "The quick brown fox jumps over the lazy dog. def add(a, b):\n    retur
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """Merged model against base + adapter on one fixed text: mean KL in nats, share of equal top tokens, largest logit gap."""
+    """Merged model against base + adapter on one fixed text: KL in nats, share of equal top tokens, largest logit gap."""
 
     tokens: int
     mean_kl: float
@@ -48,17 +46,15 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
         OSError: The disk is full or not writable; nothing half-made is left.
     """
     worker.emit(Started, job="merge", model=request.base or None)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     adapter = Path(request.adapter)
     worker.emit(Phase, name="finding the base model")
     word = request.base or _base_of(adapter)
-    base = resolve_base(
-        find_base(word, request.revision),
-        progress=lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction),
-    )
+    base = find_base(word, request.revision)
+    folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
     worker.emit(Phase, name="loading the base model", detail="16 bit")
     model = PeftModel.from_pretrained(_load(base, request.dtype), str(adapter), autocast_adapter_dtype=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter if _has_tokenizer(adapter) else base.path))
+    tokenizer = load_tokenizer(adapter if _has_tokenizer(adapter) else folder)
     ids = tokenizer(_PROBE, return_tensors="pt").input_ids
     separate = _logits(model, ids)
     worker.emit(Phase, name="merging")
@@ -87,7 +83,7 @@ def _base_of(adapter: Path) -> str:
 def _load(base: BaseFound, dtype: str) -> Any:
     named = (base.config or {}).get("dtype") or (base.config or {}).get("torch_dtype")
     wanted = _DTYPES.get(dtype) or (torch.float32 if named == "float32" else _named_dtype(named))
-    return load_base(base, method="lora", dtype=wanted, device=torch.device("cpu"))
+    return load_base(base, method="lora", dtype=wanted, quant=FourBit(), attention="sdpa", device=torch.device("cpu"))
 
 
 def _named_dtype(name: object) -> torch.dtype:

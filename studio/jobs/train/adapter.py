@@ -25,14 +25,14 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     """
     config = LoraConfig(
         r=section.rank,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]  peft declares int and computes with any number
+        lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         use_dora=section.dora,
         target_modules=_targets(base, section.targets),
         task_type=TaskType.CAUSAL_LM,
     )
-    model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
     if grad_checkpointing:
         # Non-reentrant: reentrant checkpoints train nothing when no input requires a gradient.
         causal: Any = model.get_base_model()

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from studio.core.errors import StudioError
-from studio.core.events import Evaluated, Paused, Phase, Sampled, Saved, Warned
+from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
 from studio.jobs.train.evaluate import answer, held_out_loss
 from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.rows import Example, Prompt
 from studio.jobs.train.step_model import StepModel
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
-_PHASE_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -27,6 +27,7 @@ class Between:
     """The work between steps of one run."""
 
     worker: Worker
+    tell: PhaseTeller
     recipe: Recipe
     step_model: StepModel
     optimizer: torch.optim.Optimizer
@@ -39,9 +40,7 @@ class Between:
     total_steps: int
     autocast: Callable[[], Any]
     sleep: Callable[[float], None] = time.sleep
-    clock: Callable[[], float] = time.monotonic
     last_eval: float | None = None
-    _told: float = 0.0
 
     def after_step(self, progress: Progress) -> bool:
         """Evaluate and save where it is due, serve requests; return whether the run ends here."""
@@ -65,7 +64,7 @@ class Between:
             micro_batch=self.recipe.train.micro_batch,
             pad_id=self.pad_id,
             device=self.device,
-            progress=lambda fraction: self._phase("evaluating", fraction),
+            progress=lambda fraction: self.tell("evaluating", fraction),
         )
         self.last_eval = seen.loss
         self.worker.emit(
@@ -77,13 +76,13 @@ class Between:
             seconds=time.perf_counter() - began,
         )
         self.memory.see("eval", step)
-        self._phase("training")
+        self.tell("training")
 
     def sample(self, step: int) -> None:
         """Answer the sample prompts greedily and say the answers."""
         model: nn.Module = self.step_model.model
         for index, prompt in enumerate(self.prompts):
-            self._phase("answering", index / len(self.prompts))
+            self.tell("answering", index / len(self.prompts))
             text = answer(
                 model, self.tokenizer, prompt, new_tokens=self.recipe.eval.sample_tokens, autocast=self.autocast
             )
@@ -95,7 +94,7 @@ class Between:
         Returns:
             Whether it was saved.
         """
-        self._phase("saving a checkpoint")
+        self.tell("saving a checkpoint")
         folder = self.worker.paths.checkpoints
         try:
             path = save_checkpoint(
@@ -114,7 +113,7 @@ class Between:
             )
             return False
         finally:
-            self._phase("training")
+            self.tell("training")
         size = sum(file.stat().st_size for file in path.iterdir())
         relative = path.relative_to(self.worker.paths.root).as_posix()
         self.worker.emit(Saved, what="checkpoint", path=relative, step=progress.step, size_bytes=size)
@@ -131,9 +130,3 @@ class Between:
                 self.sleep(_PAUSE_POLL_SECONDS)
             self.worker.emit(Paused, step=progress.step, paused=False)
         return self.worker.requested("stop")
-
-    def _phase(self, name: str, fraction: float | None = None) -> None:
-        if fraction is not None and self.clock() - self._told < _PHASE_SECONDS:
-            return
-        self._told = self.clock()
-        self.worker.emit(Phase, name=name, fraction=fraction)

@@ -153,5 +153,5 @@ def _is_valid(path: Path) -> bool:
     try:
         files = json.loads((path / _MARKER).read_text(encoding="utf-8"))["files"]
         return bool(files) and all(_fingerprint(path / name) == seen for name, seen in files.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False

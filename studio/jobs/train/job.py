@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -13,11 +14,10 @@ import transformers
 from peft import PeftModel
 
 from studio.core.errors import BadInput
-from studio.core.events import Finished, Phase, Planned, Saved, Started, Warned
+from studio.core.events import Finished, Planned, Saved, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
-from studio.jobs.base.load import load_base, load_tokenizer
-from studio.jobs.base.resolve import resolve_base
+from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.train.adapter import attach_adapter, save_adapter
 from studio.jobs.train.batches import StepBatches, collate
 from studio.jobs.train.between import Between
@@ -25,10 +25,12 @@ from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.precision import Precision, choose_precision
 from studio.jobs.train.rows import Example, Prompt, encode_rows, sample_prompts
 from studio.jobs.train.step_model import StepModel
-from studio.probe.data import read_data, split
+from studio.jobs.train.template import ensure_template
+from studio.probe.data import Row, read_data, split
 from studio.probe.models import BaseFound, find_base
 from studio.runs.worker import Worker
 
@@ -61,7 +63,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         resumed_from=step_of(checkpoint) if checkpoint else 0,
         versions={name: version(name) for name in _LIBRARIES},
     )
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     accelerator = accelerate.Accelerator(cpu=recipe.device.device == "cpu")
     device = accelerator.device
     if recipe.device.device.startswith("cuda") and device.type != "cuda":
@@ -70,16 +72,13 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     precision = choose_precision(recipe.model.dtype, device)
     memory = MemoryWatch(worker.emit, device)
 
-    worker.emit(Phase, name="finding the base model")
-    base = resolve_base(
-        find_base(recipe.model.base, recipe.model.revision),
-        progress=lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction),
-    )
-    tokenizer = load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code)
-    worker.emit(Phase, name="reading the data")
-    rows = _read_rows(worker, recipe, tokenizer)
+    tell = PhaseTeller(worker.emit)
+    tell("finding the base model")
+    base = find_base(recipe.model.base, recipe.model.revision)
+    tokenizer = load_tokenizer(base_folder(base, tell), trust_remote_code=recipe.model.trust_remote_code)
+    rows = _read_rows(worker, tell, recipe, tokenizer)
 
-    worker.emit(Phase, name="loading the base model", detail=recipe.method)
+    tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)
     model = _load_model(recipe, base, device, precision)
     memory.see("load", 0)
@@ -124,6 +123,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     )
     between = Between(
         worker=worker,
+        tell=tell,
         recipe=recipe,
         step_model=step_model,
         optimizer=optimizer,
@@ -139,7 +139,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     if not checkpoint:
         between.evaluate(0)
         between.sample(0)
-    worker.emit(Phase, name="training")
+    tell("training")
     parts = LoopParts(
         step_model=step_model,
         optimizer=optimizer,
@@ -167,7 +167,7 @@ def _finish(worker: Worker, between: Between, end: Progress) -> None:
     else:
         between.evaluate(end.step)
         between.sample(end.step)
-    worker.emit(Phase, name="saving the adapter")
+    between.tell("saving the adapter")
     size = save_adapter(between.step_model.model, between.tokenizer, worker.paths.adapter)
     worker.emit(Saved, what="adapter", path="adapter", step=end.step, size_bytes=size)
     between.memory.see("save", end.step)
@@ -180,12 +180,11 @@ def _finish(worker: Worker, between: Between, end: Progress) -> None:
     )
 
 
-def _read_rows(worker: Worker, recipe: Recipe, tokenizer: Any) -> Rows:
+def _read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any) -> Rows:
     """Read, split and encode the rows, and say what was recognised and what was cut or dropped."""
-    from pathlib import Path
-
+    tell("reading the data")
     data = read_data(Path(recipe.data.path), format=recipe.data.format)
-    worker.emit(Phase, name="reading the data", detail=data.described())
+    tell("reading the data", detail=data.described())
 
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
@@ -199,10 +198,20 @@ def _read_rows(worker: Worker, recipe: Recipe, tokenizer: Any) -> Rows:
         train_rows, held = list(parts.train), list(parts.held_out)
         for note in parts.notes:
             warn(note)
-    options = {"seq_len": recipe.train.seq_len, "answers_only": recipe.data.answers_only, "warn": warn}
-    encoded = encode_rows(train_rows, tokenizer, **options)
-    held_out = encode_rows(held, tokenizer, **options) if held else []
-    return Rows(encoded, held_out, sample_prompts(held, tokenizer, recipe.eval.samples))
+    ensure_template(tokenizer, data.format, warn)
+
+    def encoded(rows: Sequence[Row]) -> list[Example]:
+        return encode_rows(
+            rows,
+            tokenizer,
+            seq_len=recipe.train.seq_len,
+            answers_only=recipe.data.answers_only,
+            warn=warn,
+            progress=lambda fraction: tell("reading the data", fraction),
+        )[0]
+
+    prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
+    return Rows(encoded(train_rows), encoded(held) if held else [], prompts)
 
 
 def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision: Precision) -> PeftModel:
@@ -210,8 +219,7 @@ def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision
         base,
         method=recipe.method,
         dtype=precision.dtype,
-        quant_type=recipe.model.quant_type,
-        double_quant=recipe.model.double_quant,
+        quant=FourBit(recipe.model.quant_type, recipe.model.double_quant),
         attention=recipe.train.attention,
         device=device,
         trust_remote_code=recipe.model.trust_remote_code,
@@ -221,7 +229,7 @@ def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from the global state
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

@@ -33,7 +33,7 @@ class LoopParts:
     pad_id: int
     memory: MemoryWatch
     emit: Callable[..., None]
-    backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())  # type: ignore[no-untyped-call]
+    backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())
 
 
 @dataclass(slots=True)
@@ -88,8 +88,6 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
         parts.scaler.step(parts.optimizer)
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
-        if not skipped:
-            movement.after_step(step)
 
         seconds = time.perf_counter() - began
         seen = sum(len(example.input_ids) for rows in micro_batches for example in rows)
@@ -104,6 +102,8 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
             seconds=seconds,
             loss_tokens=labelled,
         )
+        if not skipped:
+            movement.after_step(step)
         parts.memory.see("step", step)
         progress = Progress(step, tokens, trained_seconds, dict(parts.scaler.state_dict()))
         if hooks.between(progress):

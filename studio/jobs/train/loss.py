@@ -54,7 +54,7 @@ def chunked_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: Head
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
     if frozen:
         linear = cast(nn.Linear, head)
-        return cast(Tensor, _FrozenHeadLoss.apply(rows, linear.weight, linear.bias, targets, form, chunk))
+        return cast(Tensor, cast(Any, _FrozenHeadLoss).apply(rows, linear.weight, linear.bias, targets, form, chunk))
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, rows.shape[0], chunk):
         part, answers = rows[start : start + chunk], targets[start : start + chunk]

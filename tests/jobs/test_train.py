@@ -1,0 +1,187 @@
+"""The training job on a tiny model: pinned losses, both methods, and that settings which must not matter do not."""
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from studio.core.recipe import Recipe
+from studio.jobs.train import job
+from studio.jobs.train.batches import StepBatches, collate
+from studio.jobs.train.rows import encode_rows
+from studio.probe.data import read_data
+from tests.jobs.conftest import Train, history_of
+
+PINNED_LORA = [7.694089, 8.141161, 7.012138, 6.359423, 5.4225]
+PINNED_QLORA = [7.460441, 8.400279, 7.110764, 6.177641, 4.630331]
+
+
+def losses(train: Train, recipe: Recipe) -> list[float]:
+    history = history_of(train(recipe))
+    assert history.failed is None, history.failed
+    return list(history.train.losses)
+
+
+def test_pinned_losses_of_lora(train: Train, recipe: Recipe) -> None:
+    assert losses(train, recipe) == pytest.approx(PINNED_LORA, rel=2e-4)
+
+
+def test_pinned_losses_of_qlora(train: Train, recipe: Recipe) -> None:
+    assert losses(train, recipe.with_("method", "qlora")) == pytest.approx(PINNED_QLORA, rel=2e-3)
+
+
+def test_equals_a_plain_loop_of_peft_and_torch(train: Train, recipe: Recipe, tiny: Path) -> None:
+    """The same rows through transformers' own loss and a loop of ten lines, without any of our arithmetic."""
+    paths = train(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    data = read_data(Path(recipe.data.path))
+    examples, _ = encode_rows(data.rows, tokenizer, seq_len=recipe.train.seq_len, warn=print)
+    torch.manual_seed(recipe.train.seed)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.train.learning_rate, weight_decay=0.0)
+    seen = []
+    for step in range(1, 6):
+        (rows,) = StepBatches(examples, micro_batch=2, accumulation=1, seed=recipe.train.seed).of_step(step)
+        loss = model(**collate(rows, tokenizer.pad_token_id, torch.device("cpu"))).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    assert list(history_of(paths).train.losses) == pytest.approx(seen, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("train.loss", "full"),
+        ("train.grad_checkpointing", True),
+        ("train.attention", "eager"),
+    ],
+)
+def test_what_only_saves_memory_changes_no_loss(train: Train, recipe: Recipe, path: str, value: object) -> None:
+    assert losses(train, recipe.with_(path, value)) == pytest.approx(losses(train, recipe), rel=1e-4)
+
+
+def test_accumulation_changes_no_loss(train: Train, recipe: Recipe) -> None:
+    whole = recipe.with_("train.micro_batch", 4)
+    parts = recipe.with_("train.micro_batch", 1).with_("train.accumulation", 4)
+    assert losses(train, parts) == pytest.approx(losses(train, whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("variant", ["plain", "rslora", "dora"])
+def test_overfits_one_batch(train: Train, recipe: Recipe, method: str, variant: str) -> None:
+    recipe = recipe.with_("method", method).with_("train.micro_batch", 6).with_("train.steps", 60)
+    recipe = recipe.with_("train.learning_rate", 1e-2).with_("adapter.rank", 16)
+    if variant != "plain":
+        recipe = recipe.with_(f"adapter.{variant}", True)
+    seen = losses(train, recipe)
+    assert seen[-1] < 0.1 * seen[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_every_optimizer_trains_and_paging_falls_back_with_a_word(train: Train, recipe: Recipe, optimizer: str) -> None:
+    history = history_of(train(recipe.with_("train.optimizer", optimizer).with_("train.steps", 20)))
+    assert history.failed is None, history.failed
+    assert history.train.losses[-1] < history.train.losses[0]
+    said = [warning.message for warning in history.warnings if warning.topic == "optimizer"]
+    assert len(said) == (1 if optimizer.startswith("paged") else 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "bf16"), ("lora", "fp16"), ("qlora", "bf16"), ("qlora", "fp32")]
+)
+def test_weights_are_held_as_the_method_says(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
+) -> None:
+    seen: list[PeftModel] = []
+    attach = job.attach_adapter
+    monkeypatch.setattr(job, "attach_adapter", lambda *args, **named: seen.append(attach(*args, **named)) or seen[0])
+    history = history_of(train(recipe.with_("method", method).with_("model.dtype", dtype)))
+    assert history.failed is None, history.failed
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    model = seen[0].get_base_model()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, name
+        elif method == "qlora" and ".layers." in name and "_proj" in name:
+            assert isinstance(parameter, bnb.nn.Params4bit), name
+            assert parameter.quant_state.quant_type == "nf4"
+            assert parameter.quant_state.nested
+        else:
+            assert parameter.dtype == wanted, name
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_adapter_is_what_was_trained(
+    train: Train, recipe: Recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    ids = torch.arange(20).unsqueeze(0)
+    at_end: list[torch.Tensor] = []
+    save = job.save_adapter
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    def saving(model: PeftModel, *rest: object) -> int:
+        at_end.append(logits(model))
+        return save(model, *rest)
+
+    monkeypatch.setattr(job, "save_adapter", saving)
+    paths = train(recipe.with_("method", method))
+    assert history_of(paths).finished is not None
+    options = {}
+    if method == "qlora":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, **options)
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # else its evaluation rounds to bf16 on processors that have it
+    untrained = logits(base)
+    loaded = logits(PeftModel.from_pretrained(base, str(paths.adapter)))
+    torch.testing.assert_close(loaded, at_end[0], rtol=1e-4, atol=1e-4)
+    assert (loaded - untrained).abs().max() > 0.05
+    assert AutoTokenizer.from_pretrained(paths.adapter).chat_template
+
+
+def test_events_tell_the_whole_story(train: Train, recipe: Recipe) -> None:
+    recipe = recipe.with_("eval.rows", 1).with_("eval.samples", 1).with_("eval.every", 2).with_("eval.sample_tokens", 4)
+    paths = train(recipe.with_("train.checkpoint_every", 2))
+    history = history_of(paths)
+    assert history.planned is not None
+    assert (history.planned.total_steps, history.planned.rows, history.planned.held_out_rows) == (5, 5, 1)
+    assert (
+        history.planned.trainable_parameters
+        == 4 * sum(i + o for i, o in [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]) * 2
+    )
+    assert list(history.train.steps) == [1, 2, 3, 4, 5]
+    assert [event.step for event in history.evals] == [0, 2, 4, 5]
+    assert [event.step for event in history.samples] == [0, 5]
+    assert [(saved.what, saved.step) for saved in history.saved] == [
+        ("checkpoint", 2),
+        ("checkpoint", 4),
+        ("adapter", 5),
+    ]
+    assert max(history.memory.resident_bytes) > 50 * 2**20
+    assert history.finished is not None
+    assert history.finished.outcome == "done"
+
+
+def test_unknown_target_names_the_nearest(train: Train, recipe: Recipe) -> None:
+    failed = history_of(train(recipe.with_("adapter.targets", ("q_prj",)))).failed
+    assert failed is not None
+    assert failed.failure == "unknown_targets"
+    assert "q_proj" in failed.message
