@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from studio.core.events import MemorySeen, StepDone
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.watch import RunWatch
 from studio.tui.output_tail import OutputTail
+
+_LOOKS_PER_STATUS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,19 @@ class RunFeed:
         self._watch = RunWatch(paths)
         self._output = OutputTail(paths.output)
         self._status_of = status_of
+        self._status: Status | None = None
+        self._looks = 0
 
     def look(self) -> Glance:
         """Return what is new. Cheap enough for the thread that draws: a few MiB of events at most."""
         events = self._watch.poll()
         behind = self._watch.behind and bool(events)
-        return Glance(self._status_of(self.paths), self._watch.history, self._output.poll(), len(events), behind)
+        self._looks += 1
+        only_steps = all(isinstance(event, (StepDone, MemorySeen)) for event in events)
+        # The status reads the log's end again, some 10 ms: while steps flow, who writes them is known to live.
+        if self._status is None or not events or not only_steps or self._looks % _LOOKS_PER_STATUS == 0:
+            self._status = self._status_of(self.paths)
+        return Glance(self._status, self._watch.history, self._output.poll(), len(events), behind)
 
 
 class Cursor:

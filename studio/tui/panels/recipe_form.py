@@ -116,9 +116,9 @@ class RecipeForm(VerticalScroll):
 
 def notes_of(recipe: Recipe) -> dict[str, str]:
     """Return what follows from several fields together, for the rows of some of them."""
-    by_steps = recipe.train.steps > 0
+    by_steps, rank = recipe.train.steps > 0, recipe.adapter.rank
     return {
-        "adapter.alpha": f"alpha/rank {setting(recipe.adapter.alpha / recipe.adapter.rank)}",
+        "adapter.alpha": f"alpha/rank {setting(round(recipe.adapter.alpha / rank, 4))}" if rank else "",
         "train.accumulation": f"{recipe.rows_per_step} rows a step",
         "train.steps": "" if by_steps else "the epochs decide",
         "train.epochs": "the steps decide" if by_steps else "",

@@ -1,0 +1,168 @@
+"""What the tests of the screens share: a run by the real writers, and an app on it whose engine starts nothing."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from textual.pilot import Pilot
+from textual.widget import Widget
+
+from studio.core.errors import BadInput
+from studio.core.events import Evaluated, MemorySeen, Phase, Planned, Sampled, Started, StepDone
+from studio.core.recipe import Recipe
+from studio.runs.layout import RunPaths
+from studio.runs.worker import Worker
+from studio.tui.app import StudioApp
+from studio.tui.engine import Engine
+from studio.tui.screens.run import RunScreen
+from studio.tui.screens.runs import RunsScreen
+from tests.fakes.runs import make_run
+
+NARROW, WIDE = (80, 24), (120, 40)
+ESCAPES = "\x1b[31mred\x1b[2J\x1b]0;title\x07\x9b1;1H\u202e"
+MARKUP = "[bold red]not bold[/] [@click=app.quit]quit[/]"
+HOSTILE = f"{ESCAPES}{MARKUP}"
+SELDOM = 3600.0
+
+Story = Callable[[Pilot[None], StudioApp], Awaitable[None]]
+
+
+@dataclass
+class Asked:
+    """What the screens asked the engine for."""
+
+    started: list[Recipe] = field(default_factory=list)
+    resumed: list[RunPaths] = field(default_factory=list)
+    ended: list[RunPaths] = field(default_factory=list)
+
+
+def engine_that(
+    asked: Asked, *, refuses: str = "", makes: Callable[[], RunPaths] | None = None, card: str = "a card"
+) -> Engine:
+    """An engine that notes what it is asked; it refuses with a message, or hands out a run."""
+
+    def start(recipe: Recipe, runs_root: Path) -> RunPaths:
+        asked.started.append(recipe)
+        if refuses or makes is None:
+            raise BadInput(refuses)
+        return makes()
+
+    def resume(paths: RunPaths) -> None:
+        asked.resumed.append(paths)
+        if refuses:
+            raise BadInput(refuses)
+
+    return Engine(start=start, resume=resume, end_now=asked.ended.append, card=lambda: card)
+
+
+def play(
+    story: Story,
+    root: Path,
+    *,
+    size: tuple[int, int] = WIDE,
+    recipe: Recipe | None = None,
+    open_run: RunPaths | None = None,
+    engine: Engine | None = None,
+    launch: bool = False,
+) -> StudioApp:
+    """Play a story on the studio and return the app that it ended with."""
+    app = StudioApp(
+        recipe or Recipe(name="try"),
+        runs_root=root / "runs",
+        open_run=open_run.root if open_run else None,
+        engine=engine or engine_that(Asked()),
+        launch=launch,
+        poll_seconds=SELDOM,  # the stories say when to look: `settle`
+    )
+
+    async def run() -> None:
+        async with app.run_test(size=size, notifications=True) as pilot:
+            await settle(pilot)
+            await story(pilot, app)
+
+    asyncio.run(run())
+    return app
+
+
+async def settle(pilot: Pilot[None]) -> None:
+    """Let the screen look at its run again, as its timer would, and wait until it has drawn."""
+    await pilot.pause()
+    if isinstance(pilot.app.screen, RunScreen):
+        pilot.app.screen._look()
+    elif isinstance(pilot.app.screen, RunsScreen):
+        pilot.app.screen._read()
+    await pilot.app.workers.wait_for_complete()
+    await pilot.pause()
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until something is true; fails after the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        await settle(pilot)
+        if condition():
+            return
+    raise AssertionError("what was waited for did not come")
+
+
+def shown(app: StudioApp) -> str:
+    """What stands on the screen now, as the terminal would show it."""
+    return "\n".join("".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips())
+
+
+def assert_harmless(app: StudioApp) -> None:
+    """No control character or reordering reaches the terminal, and no markup of others became an action or a style."""
+    strips = app.screen._compositor.render_strips()
+    for segment in (segment for strip in strips for segment in strip):
+        assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in segment.text)
+        assert "\u202e" not in segment.text
+        actions = [value for key, value in (segment.style.meta if segment.style else {}).items() if "click" in str(key)]
+        assert not any("app.quit" in str(value) for value in actions)
+
+
+def text_of(widget: Widget) -> str:
+    """All rows of a widget, scrolled or not."""
+    return "\n".join(widget.render_line(y).text for y in range(max(widget.size.height, widget.virtual_size.height)))
+
+
+def train(worker: Worker, steps: range, *, total: int = 100, method: str = "qlora") -> None:
+    """Tell the story of a run up to its last step; begins with its start when the first step is 1."""
+    if steps.start == 1:
+        worker.emit(Started, job="train", method=method, model="embedded")
+        worker.emit(
+            Planned,
+            total_steps=total,
+            trainable_parameters=41_943_040,
+            rows=4812,
+            held_out_rows=100,
+            device="cuda:0",
+            dtype="bf16",
+            loss_path="chunked",
+        )
+        worker.emit(Phase, name="training")
+        worker.emit(Evaluated, step=0, loss=4.0, loss_tokens=1000, rows=100, seconds=1.0)
+        worker.emit(Sampled, step=0, index=0, prompt="what is it?", answer="no idea", expected="this")
+    for step in steps:
+        worker.emit(
+            StepDone,
+            step=step,
+            loss=3 * math.exp(-step / 20) + 1,
+            learning_rate=2e-4,
+            grad_norm=0.512,
+            tokens=1600,
+            seconds=2.0,
+        )
+        worker.emit(
+            MemorySeen,
+            step=step,
+            stage="step",
+            allocated_bytes=5 * 2**30,
+            reserved_bytes=7 * 2**30,
+            peak_bytes=6 * 2**30,
+        )
+
+
+__all__ = ["Asked", "engine_that", "make_run", "play", "settle", "shown", "text_of", "train", "until"]

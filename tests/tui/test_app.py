@@ -1,0 +1,141 @@
+"""The app as a whole: what it opens on, what it leaves alone, what it never imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from studio.core.events import Finished
+from studio.core.recipe import Recipe
+from studio.probe.start import start_training
+from studio.runs.control import requested
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.worker import Worker
+from studio.tui.app import StudioApp
+from studio.tui.engine import Engine
+from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.run import RunScreen
+from tests.fakes.runs import MODULE, fake_environment, wait_for
+from tests.tui.stories import Asked, engine_that, make_run, play, settle, shown, train, until
+
+NEVER = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+NOT_FOR_THE_FIRST_FRAME = ("plotext", "pynvml", "tomlkit", "numpy", "pyarrow", "huggingface_hub", "psutil", "filelock")
+
+
+def imported_by(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after running some code."""
+    script = f"{code}\nimport sys; print(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_the_screens_never_import_what_jobs_need() -> None:
+    every = "\n".join(
+        f"import {'.'.join(path.with_suffix('').parts)}"
+        for folder in (Path("studio/tui"), Path("widgets"))
+        for path in sorted(folder.rglob("*.py"))
+        if path.name != "__init__.py"
+    )
+    assert "studio.tui.screens.run" in every
+    loaded = imported_by(every + "\nimport studio.probe.start, studio.probe.gpus, studio.runs.supervise, plotext")
+    assert loaded.isdisjoint(NEVER)
+    assert "textual" in loaded
+
+
+def test_the_first_frame_waits_for_nothing_it_does_not_show() -> None:
+    loaded = imported_by("import studio.tui.app")
+    assert loaded.isdisjoint((*NEVER, *NOT_FOR_THE_FIRST_FRAME))
+
+
+def test_the_newest_live_run_is_opened(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path, "first", now=1_000_000), make_run(tmp_path, "second", now=2_000_000)
+    with Worker(first) as one, Worker(second) as two:
+        train(one, range(1, 3))
+        train(two, range(1, 5))
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            await until(pilot, lambda: isinstance(app.screen, RunScreen))
+            assert isinstance(app.screen, RunScreen)
+            assert app.screen.paths.name == second.name
+            assert "2 runs are alive" in " ".join(shown(app).split())
+            await pilot.press("escape")
+            await settle(pilot)
+            assert isinstance(app.screen, ConfigureScreen)
+            await pilot.press("q")
+
+        app = play(story, tmp_path)
+        told = "\n".join(str(part) for part in app._exit_renderables)
+        assert first.name in told
+        assert second.name in told
+        one.emit(Finished, outcome="done")
+        two.emit(Finished, outcome="done")
+
+
+def test_without_a_live_run_the_recipe_stays(tmp_path: Path) -> None:
+    with Worker(make_run(tmp_path)) as worker:
+        train(worker, range(1, 3))
+        worker.emit(Finished, outcome="done")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await settle(pilot)
+        assert isinstance(app.screen, ConfigureScreen)
+
+    play(story, tmp_path)
+
+
+def test_launch_at_once(tmp_path: Path) -> None:
+    asked = Asked()
+    engine = engine_that(asked, makes=lambda: make_run(tmp_path, "made"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert [recipe.name for recipe in asked.started] == ["at once"]
+
+    play(story, tmp_path, recipe=Recipe(name="at once"), engine=engine, launch=True)
+
+
+def test_the_command_palette_and_help_open_on_every_screen(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("ctrl+p")
+        await settle(pilot)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert isinstance(app.screen, ConfigureScreen)
+
+    play(story, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_path: Path) -> None:
+    """The main story, with the fake worker as the process."""
+    seen: list[RunPaths] = []
+
+    def start(recipe: Recipe, runs_root: Path) -> RunPaths:
+        environment = fake_environment(steps=2000, seconds=0.02)
+        seen.append(start_training(recipe, runs_root, module=MODULE, environment=environment))
+        return seen[-1]
+
+    engine = Engine(start=start, card=lambda: "a card")
+    recipe = Recipe(name="story")
+
+    async def first_visit(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen), seconds=60)
+        await until(pilot, lambda: "running" in shown(app) and "loss" in shown(app))
+        await pilot.press("q")
+
+    async def second_visit(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        await until(pilot, lambda: "running" in shown(app))
+        await pilot.press("x", "y")
+        await until(pilot, lambda: "stopped after" in shown(app), seconds=30)
+        assert "The adapter lies in" in shown(app)
+
+    play(first_visit, tmp_path, recipe=recipe, engine=engine)
+    assert run_status(seen[0]) is Status.running
+    assert not requested(seen[0], "stop")
+    play(second_visit, tmp_path, recipe=recipe, engine=engine)
+    assert wait_for(lambda: run_status(seen[0]) is Status.stopped)

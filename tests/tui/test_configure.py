@@ -1,0 +1,234 @@
+"""The recipe under the user's hands: every field, the checks, and the launch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from studio.core.knobs import KNOBS
+from studio.core.recipe import PATHS, Recipe
+from studio.tui.app import StudioApp
+from studio.tui.form_fields import SECTIONS, options_of, words_of
+from studio.tui.panels.recipe_form import notes_of
+from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.run import RunScreen
+from tests.tui.stories import (
+    HOSTILE,
+    NARROW,
+    WIDE,
+    Asked,
+    assert_harmless,
+    engine_that,
+    make_run,
+    play,
+    settle,
+    shown,
+    until,
+)
+from widgets.choice import Choice
+from widgets.slider import Slider
+from widgets.text_field import TextField
+
+
+def screen_of(app: StudioApp) -> ConfigureScreen:
+    assert isinstance(app.screen, ConfigureScreen)
+    return app.screen
+
+
+def test_every_field_of_a_recipe_is_on_the_form_once_and_explained() -> None:
+    paths = [path for _, section in SECTIONS for path in section]
+    assert sorted(paths) == sorted(PATHS)
+    for path in paths:
+        words = words_of(path)
+        assert words.label
+        assert len(words.label) < 18, "labels line up"
+        assert words.help.endswith(".")
+    assert {path for path in paths if words_of(path).cost} == set(KNOBS)
+
+
+def test_words_of_an_unknown_field_are_an_error() -> None:
+    with pytest.raises(KeyError):
+        words_of("train.speed")
+    assert options_of("train.steps") == ()
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+@pytest.mark.parametrize("no_color", [False, True])
+def test_the_first_screen(
+    tmp_path: Path, size: tuple[int, int], no_color: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "a card [b]x[/b]" in shown(app))
+        told = shown(app)
+        for part in ("lora-studio  Configure", "Base", "embedded", "(•) QLoRA 4-bit", "Rank", "alpha/rank 2", "r Run"):
+            assert part in told
+        assert "Width of the adapter's low-rank pair" in told, "the focused field is explained"
+
+    play(story, tmp_path, size=size, engine=engine_that(Asked(), card="a card [b]x[/b]"))
+
+
+def test_turning_changes_the_recipe_and_what_follows(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("right")
+        assert screen_of(app).recipe.adapter.rank == 32
+        assert "alpha/rank 1" in shown(app)
+        await pilot.press("4", "8", "enter")
+        assert screen_of(app).recipe.adapter.rank == 48
+        assert isinstance(screen_of(app).recipe.adapter.rank, int)
+        await pilot.press("down", "end")
+        assert screen_of(app).recipe.adapter.alpha == 512
+        await pilot.press("up", "home")
+        assert screen_of(app).recipe.adapter.rank == 1
+        screen_of(app)._form.focus_field("train.accumulation")
+        await pilot.press("right")
+        assert "12 rows a step" in shown(app)
+        assert screen_of(app).recipe.problems() == ()
+
+    play(story, tmp_path)
+
+
+def test_method_choices_and_switches(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+        double = screen.query_one("#model--double_quant", Choice)
+        assert double.display
+        await pilot.press("m")
+        assert screen.recipe.method == "lora"
+        assert screen.query_one("#method", Choice).value == "lora"
+        assert not double.display, "4-bit fields mean nothing to LoRA"
+        screen._form.focus_field("method")
+        await pilot.press("right")
+        assert screen.recipe.method == "qlora"
+        screen._form.focus_field("adapter.dora")
+        await pilot.press("space")
+        assert screen.recipe.adapter.dora is True
+        screen._form.focus_field("train.optimizer")
+        await pilot.press("right")
+        assert screen.recipe.train.optimizer == "adamw_8bit"
+
+    play(story, tmp_path)
+
+
+def test_texts_become_values(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+
+        async def write(path: str, text: str) -> None:
+            screen._form.focus_field(path)
+            await pilot.pause()
+            assert isinstance(app.focused, Input)
+            app.focused.value = text
+            await pilot.press("enter")
+            await pilot.pause()
+
+        await write("adapter.targets", "q_proj, v_proj")
+        assert screen.recipe.adapter.targets == ("q_proj", "v_proj")
+        await write("train.seed", "42")
+        assert screen.recipe.train.seed == 42
+        await write("model.base", "owner/name")
+        assert screen.recipe.model.base == "owner/name"
+        assert screen.recipe.problems() == ()
+        await write("train.seed", "many")
+        assert "train.seed: found 'many'" in shown(app)
+        assert screen.query_one("#train--seed", TextField).value == "many", "what was typed stays to be mended"
+
+    play(story, tmp_path)
+
+
+def test_letters_go_into_a_text_field_and_start_nothing(tmp_path: Path) -> None:
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen_of(app)._form.focus_field("name")
+        await pilot.press("end", "r", "m", "o", "q")
+        await settle(pilot)
+        assert asked.started == []
+        assert isinstance(app.focused, Input)
+        assert app.focused.value == "tryrmoq"
+
+    play(story, tmp_path, engine=engine_that(asked))
+
+
+def test_problems_are_listed_and_nothing_starts(tmp_path: Path) -> None:
+    asked, recipe = Asked(), Recipe(name="", train=replace(Recipe().train, epochs=0.0))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        told = " ".join(shown(app).split())
+        assert "This keeps the recipe from running" in told
+        assert "name: found nothing" in told
+        assert "train.steps: found 0 steps and 0 epochs" in told
+        await pilot.press("r")
+        await settle(pilot)
+        assert asked.started == []
+
+    play(story, tmp_path, size=(160, 40), recipe=recipe, engine=engine_that(asked))
+
+
+def test_run_starts_the_turned_recipe_and_watches_it(tmp_path: Path) -> None:
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("right", "r")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert isinstance(app.screen, RunScreen)
+        assert [recipe.adapter.rank for recipe in asked.started] == [32]
+        assert app.screen.paths.name.startswith("made-")
+        assert app.screen.paths.name in shown(app)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert screen_of(app).recipe.adapter.rank == 32
+
+    play(story, tmp_path, engine=engine_that(asked, makes=lambda: make_run(tmp_path, "made")))
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_what_the_checks_refuse_is_listed(tmp_path: Path, size: tuple[int, int]) -> None:
+    asked = Asked()
+    engine = engine_that(asked, refuses=f"data.path: line 3 is no JSON {HOSTILE}\nmodel.base: nothing there")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("r")
+        await until(pilot, lambda: "data.path: line 3" in shown(app))
+        assert "model.base: nothing there" in shown(app)
+        assert "Checking" not in shown(app)
+        assert_harmless(app)
+        await pilot.press("r")
+        await until(pilot, lambda: len(asked.started) == 2)
+
+    play(story, tmp_path, size=size, engine=engine)
+
+
+def test_hostile_recipe_values_are_shown_harmlessly(tmp_path: Path) -> None:
+    recipe = Recipe(name=HOSTILE, adapter=replace(Recipe().adapter, targets=(HOSTILE, "v_proj")))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        assert_harmless(app)
+        assert screen_of(app).recipe == recipe, "showing changes nothing"
+        await pilot.press("right")
+        assert screen_of(app).recipe.name == HOSTILE
+
+    play(story, tmp_path, recipe=recipe)
+
+
+def test_notes_follow_from_several_fields() -> None:
+    recipe = Recipe(train=replace(Recipe().train, micro_batch=3, accumulation=4, steps=10))
+    notes = notes_of(recipe)
+    assert notes["train.accumulation"] == "12 rows a step"
+    assert (notes["train.steps"], notes["train.epochs"]) == ("", "the steps decide")
+    assert notes_of(recipe.with_("adapter.rank", 0))["adapter.alpha"] == "", "a rank still to be mended divides nothing"
+
+
+def test_every_slider_shows_its_knob(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        sliders = {str(slider.id).replace("--", "."): slider for slider in app.screen.query(Slider)}
+        assert set(sliders) == {path for path, knob in KNOBS.items() if knob.stops}
+        for path, slider in sliders.items():
+            assert slider.value == screen_of(app).recipe.get(path)
+            assert (slider.scale.low, slider.scale.high) == (KNOBS[path].low, KNOBS[path].high)
+
+    play(story, tmp_path)

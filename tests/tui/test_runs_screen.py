@@ -1,0 +1,183 @@
+"""The list of runs: how they stand, opening, resuming."""
+
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import DataTable
+
+from studio.core.events import Evaluated, Finished, Started, StepDone
+from studio.runs.layout import RunPaths
+from studio.runs.worker import Worker
+from studio.tui.app import StudioApp
+from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.run import RunScreen
+from studio.tui.screens.runs import RunsScreen
+from tests.tui.stories import (
+    HOSTILE,
+    NARROW,
+    WIDE,
+    Asked,
+    assert_harmless,
+    engine_that,
+    make_run,
+    play,
+    settle,
+    shown,
+    train,
+    until,
+)
+
+
+def ended(root: Path, name: str, outcome: str, at: float) -> RunPaths:
+    paths = make_run(root, name, now=at)
+    with Worker(paths, clock=lambda: at) as worker:
+        train(worker, range(1, 5))
+        worker.emit(Finished, outcome=outcome, step=4)
+    return paths
+
+
+def rows(app: StudioApp) -> list[list[str]]:
+    table = app.screen.query_one(DataTable)
+    return [[str(cell) for cell in table.get_row_at(index)] for index in range(table.row_count)]
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+@pytest.mark.parametrize("no_color", [False, True])
+def test_runs_are_listed_newest_first(
+    tmp_path: Path, size: tuple[int, int], no_color: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    ended(tmp_path, "first", "done", 1_000_000)
+    ended(tmp_path, "second", "stopped", 2_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: "2 runs in" in shown(app))
+        assert [row[0] for row in rows(app)] == ["stopped", "finished"]
+        assert [row[1].partition("-")[0] for row in rows(app)] == ["second", "first"]
+        assert rows(app)[0][2:5] == ["4/100", "3.456", "4.000"]
+        assert "stopped" in shown(app)
+
+    play(story, tmp_path, size=size)
+
+
+def test_enter_opens_the_chosen_run_and_escape_comes_back(tmp_path: Path) -> None:
+    older = ended(tmp_path, "first", "done", 1_000_000)
+    ended(tmp_path, "second", "done", 2_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert isinstance(app.screen, RunScreen)
+        assert app.screen.paths == older
+        await pilot.press("escape")
+        await settle(pilot)
+        assert isinstance(app.screen, RunsScreen)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert isinstance(app.screen, ConfigureScreen)
+
+    play(story, tmp_path)
+
+
+def test_resume_from_the_list(tmp_path: Path) -> None:
+    stopped, asked = ended(tmp_path, "first", "stopped", 1_000_000), Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("R")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert asked.resumed == [stopped]
+
+    play(story, tmp_path, engine=engine_that(asked))
+
+
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    ended(tmp_path, "first", "done", 1_000_000)
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("R")
+        await settle(pilot)
+        assert asked.resumed == []
+        assert "there is nothing to resume" in shown(app)
+
+    play(story, tmp_path, engine=engine_that(asked))
+
+
+def test_a_refused_resume_is_told(tmp_path: Path) -> None:
+    ended(tmp_path, "first", "stopped", 1_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("R")
+        await until(pilot, lambda: "the data has gone" in shown(app))
+        assert isinstance(app.screen, RunsScreen)
+        assert_harmless(app)
+
+    play(story, tmp_path, engine=engine_that(Asked(), refuses=f"the data has gone {HOSTILE}"))
+
+
+def test_the_list_follows_and_keeps_the_cursor(tmp_path: Path) -> None:
+    ended(tmp_path, "first", "done", 1_000_000)
+    ended(tmp_path, "second", "done", 2_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("down")
+        live = make_run(tmp_path, "third", now=3_000_000)
+        with Worker(live, clock=lambda: 3_000_000) as worker:
+            train(worker, range(1, 3))
+            await until(pilot, lambda: len(rows(app)) == 3)
+            assert rows(app)[0][0] == "running"
+            screen = app.screen
+            assert isinstance(screen, RunsScreen)
+            assert screen._chosen is not None
+            assert screen._chosen.name.startswith("first")
+            worker.emit(StepDone, step=50, loss=1.25, learning_rate=1e-4, grad_norm=1, tokens=1, seconds=1.0)
+            worker.emit(Evaluated, step=50, loss=float("nan"), loss_tokens=1, rows=1, seconds=1.0)
+            await until(pilot, lambda: rows(app)[0][2:5] == ["50/100", "1.250", "nan"])
+            worker.emit(Finished, outcome="done")
+        await until(pilot, lambda: rows(app)[0][0] == "finished")
+
+    play(story, tmp_path)
+
+
+def test_no_runs_yet(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: "No runs yet" in shown(app))
+        await pilot.press("enter", "R")
+        await settle(pilot)
+        assert isinstance(app.screen, RunsScreen)
+
+    play(story, tmp_path)
+
+
+def test_hostile_names_and_models(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "evil [b]\x1b[31m[@click=app.quit]x[-]"
+    folder.mkdir(parents=True)
+    paths = RunPaths(folder)
+    with Worker(paths) as worker:
+        worker.emit(Started, job="train", model=HOSTILE, method=HOSTILE)
+        worker.emit(Finished, outcome="done")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        assert "[@click=app.quit]" in shown(app)
+        assert_harmless(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert_harmless(app)
+
+    play(story, tmp_path, size=(160, 40))
