@@ -189,6 +189,8 @@ KINDS: dict[str, type[RunEvent]] = {
     )
 }
 
+_NAMES = {name: tuple(item.name for item in fields(kind)) for name, kind in KINDS.items()}
+
 
 def event_to_dict(event: RunEvent) -> dict[str, Any]:
     """Return an event's JSON object, schema number first; a non-finite number is null beside `<field>_nonfinite`."""
@@ -212,13 +214,16 @@ def event_from_dict(table: dict[str, Any]) -> RunEvent:
     if kind is None:
         return Unknown(at=number, raw=table)
     values: dict[str, Any] = {}
-    for item in fields(kind):
-        flag = table.get(f"{item.name}_nonfinite")
-        if flag in ("nan", "inf", "-inf"):
-            values[item.name] = float(flag)
-        elif item.name in table:
-            values[item.name] = table[item.name]
+    for name in _NAMES[kind.kind]:
+        value = table.get(name)
+        if value is not None:
+            values[name] = value
+        elif (flag := table.get(f"{name}_nonfinite")) in ("nan", "inf", "-inf"):
+            values[name] = float(flag)
+        elif name in table:
+            values[name] = None
+    values["at"] = number
     try:
-        return kind(**{**values, "at": number})
+        return kind(**values)
     except TypeError:
         return Unknown(at=number, raw=table)

@@ -1,20 +1,17 @@
 """How a run stands. Nothing of it is stored: it follows from the log's end, the lock and the processes."""
 
-import os
 import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from studio.core.events import Failed, Finished, Paused, RunEvent, Started
+from studio.core.events import Failed, Finished, Paused, Started
 from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.log import event_from_line
+from studio.runs.log_ends import LogEnd, log_tail
 from studio.runs.process import ProcessMark, is_alive, is_here, read_mark
 
-_TAIL_BYTES = 64 * 1024
-_HEAD_BYTES = 8 * 1024
 _MOMENT_SECONDS = 30.0
 
 
@@ -36,18 +33,19 @@ class Status(StrEnum):
         return self in (Status.starting, Status.running, Status.paused, Status.stopping)
 
 
-def run_status(paths: RunPaths, *, now: float | None = None) -> Status:
+def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None = None) -> Status:
     """Return how the run stands.
 
     Args:
         paths: The run.
         now: Unix seconds, to tell a folder made a moment ago, whose process does not exist yet; None asks the clock.
+        tail: The end of the run's log, where it was read a moment ago; None reads it.
     """
     worker, launched = read_mark(paths.process), read_mark(paths.launch)
     if launched is not None and _nothing_since(launched, paths.events) and is_alive(launched[0]):
         return Status.starting
-    events = tail_events(paths.events)
-    end = last_end(events)
+    tail = tail or log_tail(paths.events)
+    end = tail.last(Failed, Finished, Started)
     if isinstance(end, Finished):
         return Status.stopped if end.outcome == "stopped" else Status.finished
     if isinstance(end, Failed):
@@ -55,55 +53,19 @@ def run_status(paths: RunPaths, *, now: float | None = None) -> Status:
     # A child of a killed worker may keep the lock open; who would write events is dead all the same.
     worker_dead = worker is not None and is_here(worker[0]) and not is_alive(worker[0])
     if lock_held(paths.lock) and not worker_dead:
-        return _live_status(paths, events)
-    never_launched = not events and worker is None and launched is None
+        return _live_status(paths, tail)
+    never_launched = not tail.data and worker is None and launched is None
     moment = time.time() if now is None else now
     return Status.starting if never_launched and moment - _made_at(paths) < _MOMENT_SECONDS else Status.crashed
 
 
-def tail_events(path: Path, limit: int = _TAIL_BYTES) -> list[RunEvent]:
-    """Return the events of the last whole lines of a log, `limit` bytes of them."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - limit))
-            chunk = file.read(limit)
-    except OSError:
-        return []
-    if size > limit:
-        chunk = chunk.partition(b"\n")[2]
-    lines = chunk[: chunk.rfind(b"\n") + 1].split(b"\n")
-    return [event for line in lines if (event := event_from_line(line)) is not None]
-
-
-def head_events(path: Path, limit: int = _HEAD_BYTES) -> list[RunEvent]:
-    """Return the events of the first whole lines of a log, `limit` bytes of them."""
-    try:
-        with path.open("rb") as file:
-            chunk = file.read(limit)
-    except OSError:
-        return []
-    lines = chunk[: chunk.rfind(b"\n") + 1].split(b"\n")
-    return [event for line in lines if (event := event_from_line(line)) is not None]
-
-
-def last_end(events: list[RunEvent]) -> RunEvent | None:
-    """Return the terminal event that no later start has made void, or None."""
-    for event in reversed(events):
-        if isinstance(event, (Failed, Finished)):
-            return event
-        if isinstance(event, Started):
-            return None
-    return None
-
-
-def _live_status(paths: RunPaths, events: list[RunEvent]) -> Status:
+def _live_status(paths: RunPaths, tail: LogEnd) -> Status:
     if requested(paths, "stop"):
         return Status.stopping
-    marks = [event for event in events if isinstance(event, (Paused, Started))]
-    if marks and isinstance(marks[-1], Paused) and marks[-1].paused:
+    mark = tail.last(Paused, Started)
+    if isinstance(mark, Paused) and mark.paused:
         return Status.paused
-    return Status.running if events else Status.starting
+    return Status.running if tail.data else Status.starting
 
 
 def _nothing_since(launched: tuple[ProcessMark, dict[str, Any]], events: Path) -> bool:

@@ -3,17 +3,16 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from studio.core.errors import BadInput
-from studio.core.events import Evaluated, Finished, Planned, RunEvent, Started, StepDone
+from studio.core.events import Evaluated, Finished, Planned, Started, StepDone
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.status import Status, head_events, run_status, tail_events
+from studio.runs.log_ends import log_head, log_tail
+from studio.runs.status import Status, run_status
 
 LAST = "last"
-_Kind = TypeVar("_Kind", bound=RunEvent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +41,14 @@ def list_runs(root: Path) -> list[RunInfo]:
 
 def run_info(paths: RunPaths) -> RunInfo:
     """Return what a list shows of one run, from the two ends of its log."""
-    tail = tail_events(paths.events)
-    head = head_events(paths.events)
-    first = next((event for event in head if isinstance(event, Started)), None)
-    start = _last(tail, Started) or first
+    head, tail = log_head(paths.events), log_tail(paths.events)
+    first = head.first(Started)
+    start, planned = tail.last(Started) or first, tail.last(Planned) or head.last(Planned)
+    step, evaluated, end = tail.last(StepDone), tail.last(Evaluated), tail.last(Finished)
     began = first or start
-    planned = _last(tail, Planned) or _last(head, Planned)
-    step, evaluated, end = _last(tail, StepDone), _last(tail, Evaluated), _last(tail, Finished)
     return RunInfo(
         paths=paths,
-        status=run_status(paths),
+        status=run_status(paths, tail=tail),
         name=paths.name,
         job=start.job if start else None,
         method=start.method if start else None,
@@ -61,7 +58,7 @@ def run_info(paths: RunPaths) -> RunInfo:
         last_loss=step.loss if step else None,
         eval_loss=evaluated.loss if evaluated else None,
         started_at=began.at if began else None,
-        last_at=tail[-1].at if tail else None,
+        last_at=tail.last_at,
     )
 
 
@@ -120,10 +117,6 @@ def _runs_in(root: Path) -> list[RunPaths]:
     except OSError:
         return []
     return [paths for folder in folders if (paths := RunPaths(folder)).exists]
-
-
-def _last(events: list[RunEvent], kind: type[_Kind]) -> _Kind | None:
-    return next((event for event in reversed(events) if isinstance(event, kind)), None)
 
 
 def _made_at(info: RunInfo) -> float:

@@ -1,0 +1,77 @@
+"""The two ends of a log, enough for a list of runs: whole logs of hundreds of runs are never read for it.
+
+Only lines in which the name of a wanted kind occurs are parsed, which is what makes looking cheap.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from studio.core.events import RunEvent
+from studio.runs.log import event_from_line
+
+_HEAD_BYTES = 8 * 1024
+_TAIL_BYTES = 64 * 1024
+
+_Kind = TypeVar("_Kind", bound=RunEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """Whole lines from one end of a log, as they lie in the file."""
+
+    data: bytes
+
+    def last(self, *kinds: type[_Kind]) -> _Kind | None:
+        """Return the last event of these kinds."""
+        names = [kind.kind.encode() for kind in kinds]
+        end = len(self.data)
+        while (place := max(self.data.rfind(name, 0, end) for name in names)) >= 0:
+            end = self.data.rfind(b"\n", 0, place) + 1
+            event = event_from_line(self.data[end : self.data.index(b"\n", place)])
+            if isinstance(event, kinds):
+                return event
+        return None
+
+    def first(self, kind: type[_Kind]) -> _Kind | None:
+        """Return the first event of a kind."""
+        name, end = kind.kind.encode(), 0
+        while (place := self.data.find(name, end)) >= 0:
+            begin = self.data.rfind(b"\n", 0, place) + 1
+            end = self.data.index(b"\n", place)
+            event = event_from_line(self.data[begin:end])
+            if isinstance(event, kind):
+                return event
+        return None
+
+    @property
+    def last_at(self) -> float | None:
+        """The time of the last line, unix seconds."""
+        event = event_from_line(self.data[self.data.rfind(b"\n", 0, -1) + 1 :])
+        return event.at if event else None
+
+
+def log_tail(path: Path, limit: int = _TAIL_BYTES) -> LogEnd:
+    """Return the last whole lines of a log, `limit` bytes of them; a missing log has none."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - limit))
+            chunk = file.read(limit)
+    except OSError:
+        return LogEnd(b"")
+    return _whole_lines(chunk.partition(b"\n")[2] if size > limit else chunk)
+
+
+def log_head(path: Path, limit: int = _HEAD_BYTES) -> LogEnd:
+    """Return the first whole lines of a log, `limit` bytes of them; a missing log has none."""
+    try:
+        with path.open("rb") as file:
+            return _whole_lines(file.read(limit))
+    except OSError:
+        return LogEnd(b"")
+
+
+def _whole_lines(chunk: bytes) -> LogEnd:
+    return LogEnd(chunk[: chunk.rfind(b"\n") + 1])
