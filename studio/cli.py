@@ -68,9 +68,7 @@ def main(argv: Sequence[str] | None = None, *, modules: Mapping[str, str] | None
 def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
     chosen = next((word for word in words if word in VERBS), "")
     args = _parser(chosen).parse_args(words)
-    from studio.runs.job import MODULES  # noqa: PLC0415  `--version` and help need none of it
-
-    args.modules = {**MODULES, **(modules or {})}
+    args.modules = dict(modules or {})
     module = importlib.import_module(_MODULES[args.verb or ""])
     return int(module.run(args))
 

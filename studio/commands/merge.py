@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from studio.commands.follow import conclude, follow
-from studio.commands.options import add_json, add_runs_dir, root_of
+from studio.commands.options import add_json, add_runs_dir, module_of, root_of
 from studio.commands.terminal import say
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     request = merge_request(args.adapter, root_of(args), out=args.out, base=args.base, dtype=args.dtype)
-    paths = start_merge(request, root_of(args), module=args.modules["merge"])
+    paths = start_merge(request, root_of(args), module=module_of(args, "merge"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)

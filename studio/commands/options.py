@@ -48,3 +48,10 @@ def run_of(args: argparse.Namespace) -> RunPaths:
         BadInput: There is none, or it is not clear which.
     """
     return find_run(root_of(args), args.run)
+
+
+def module_of(args: argparse.Namespace, kind: str) -> str:
+    """Return the module that does a kind of job: the one that `main` was given, else the real one."""
+    from studio.runs.job import MODULES  # noqa: PLC0415  20 ms that a list of runs should not pay
+
+    return str(args.modules.get(kind) or MODULES[kind])

@@ -1,20 +1,19 @@
 """`lora-studio runs`: the verbs on runs that exist."""
 
 import argparse
-from collections.abc import Callable
+import importlib
 
-from studio.commands import runs_control, runs_view
 from studio.commands.options import add_json, add_run, add_runs_dir
 
-_VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
-    "list": ("all runs, newest first", runs_view.list_all),
-    "show": ("one run: recipe, numbers, files", runs_view.show),
-    "attach": ("follow a live run; Ctrl-C leaves it alone", runs_control.attach),
-    "stop": ("ask a run to save and stop", runs_control.stop_run),
-    "pause": ("let a run wait after its current step", runs_control.pause),
-    "resume": ("continue a paused, stopped, failed or crashed run", runs_control.resume_run),
-    "rm": ("delete runs with their checkpoints and adapters", runs_control.remove),
-    "compare": ("what differs between runs, and what came of it", runs_view.compare),
+_VERBS = {
+    "list": ("all runs, newest first", "runs_list", "list_all"),
+    "show": ("one run: recipe, numbers, files", "runs_view", "show"),
+    "attach": ("follow a live run; Ctrl-C leaves it alone", "runs_control", "attach"),
+    "stop": ("ask a run to save and stop", "runs_control", "stop_run"),
+    "pause": ("let a run wait after its current step", "runs_control", "pause"),
+    "resume": ("continue a paused, stopped, failed or crashed run", "runs_control", "resume_run"),
+    "rm": ("delete runs with their checkpoints and adapters", "runs_control", "remove"),
+    "compare": ("what differs between runs, and what came of it", "runs_view", "compare"),
 }
 
 
@@ -22,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Declare the verbs."""
     runs = subparsers.add_parser("runs", help="list, follow, stop, continue and compare runs")
     verbs = runs.add_subparsers(dest="runs_verb", metavar="VERB", required=True)
-    for verb, (help_text, _) in _VERBS.items():
+    for verb, (help_text, _, _) in _VERBS.items():
         parser = verbs.add_parser(verb, help=help_text, description=help_text)
         if verb in ("rm", "compare"):
             add_run(parser, "+")
@@ -43,4 +42,5 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StudioError: The run is not there, or not in a state for it.
     """
-    return _VERBS[args.runs_verb][1](args)
+    _, module, function = _VERBS[args.runs_verb]
+    return int(getattr(importlib.import_module(f"studio.commands.{module}"), function)(args))

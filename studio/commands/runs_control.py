@@ -5,12 +5,12 @@ import sys
 import time
 
 from studio.commands.follow import End, conclude, follow
-from studio.commands.options import root_of, run_of
+from studio.commands.options import module_of, root_of, run_of
 from studio.commands.progress import event_line
 from studio.commands.terminal import DONE, NO, duration, number, say, write_json
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.preflight import check_space
+from studio.probe.space import check_space
 from studio.runs.control import request, requested, withdraw
 from studio.runs.job import kind_of, read_job
 from studio.runs.layout import RunPaths
@@ -83,7 +83,7 @@ def resume_run(args: argparse.Namespace) -> int:
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()
-    resume(paths, module=args.modules[kind_of(read_job(paths))])
+    resume(paths, module=module_of(args, kind_of(read_job(paths))))
     if args.detach:
         _answer(args, paths, run_status(paths), "goes on; follow it with: lora-studio runs attach")
         return DONE

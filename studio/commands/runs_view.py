@@ -1,9 +1,8 @@
-"""The verbs that only look at runs: list, show, compare."""
+"""The verbs that look into runs: show, compare."""
 
 import argparse
 import math
 import sys
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -16,22 +15,10 @@ from studio.core.recipe import PATHS, Recipe
 from studio.core.text import plain
 from studio.runs.job import Job, read_job
 from studio.runs.layout import RunPaths
-from studio.runs.status import Status, run_status
-from studio.runs.store import RunInfo, find_run, list_runs
+from studio.runs.status import run_status
+from studio.runs.store import find_run
 from studio.runs.summary import folder_bytes, summary_of
 from studio.runs.watch import read_history
-
-
-def list_all(args: argparse.Namespace) -> int:
-    """List all runs, newest first."""
-    infos = list_runs(root_of(args))
-    if args.json:
-        write_json([_listed(info) for info in infos])
-    elif not infos:
-        say(f"no runs in {plain(str(root_of(args)), one_line=True)}")
-    else:
-        say(table([["run", "status", "method", "model", "step", "loss", "held-out", "started"], *map(_row, infos)]))
-    return DONE
 
 
 def show(args: argparse.Namespace) -> int:
@@ -152,38 +139,6 @@ def _job(paths: RunPaths) -> Job | None:
 def _recipe_table(paths: RunPaths) -> dict[str, Any] | None:
     job = _job(paths)
     return None if job is None else job.to_dict() if isinstance(job, Recipe) else asdict(job)
-
-
-def _listed(info: RunInfo) -> dict[str, Any]:
-    return {
-        "run": info.name,
-        "path": str(info.paths.root),
-        "status": str(info.status),
-        "job": info.job,
-        "method": info.method,
-        "model": info.model,
-        "step": info.last_step,
-        "total_steps": info.total,
-        "loss": _finite(info.last_loss),
-        "eval_loss": _finite(info.eval_loss),
-        "started_at": info.started_at,
-    }
-
-
-def _row(info: RunInfo) -> list[str]:
-    started = "" if info.started_at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_at))
-    done = f"{info.last_step or 0}/{info.total}" if info.total else str(info.last_step or "")
-    crashed = info.status is Status.crashed
-    return [
-        info.name,
-        f"{info.status}{' !' if crashed else ''}",
-        info.method or info.job or "",
-        plain(info.model or "", one_line=True, limit=40),
-        done,
-        number(info.last_loss),
-        number(info.eval_loss),
-        started,
-    ]
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from studio.commands.follow import conclude, follow
-from studio.commands.options import add_json, add_runs_dir, add_set, root_of
+from studio.commands.options import add_json, add_runs_dir, add_set, module_of, root_of
 from studio.commands.terminal import DONE, say, write_json
 from studio.core.text import plain
 from studio.probe.preflight import PreflightReport
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     recipe = load_recipe(find_recipe(args.recipe), args.set)
-    paths = start_training(recipe, root_of(args), module=args.modules["train"], on_checked=tell_checked)
+    paths = start_training(recipe, root_of(args), module=module_of(args, "train"), on_checked=tell_checked)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     if args.detach:

@@ -1,19 +1,15 @@
 """Everything about a training run that can be known to be wrong before a process starts or a folder is made."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
-from studio.core.text import plain
 from studio.probe.data import DataSet, read_data, split
 from studio.probe.gpus import Gpu, read_gpus
 from studio.probe.models import BaseFound, find_base
 from studio.runs.recipe_file import resolve_paths
-
-_LEAST_FREE_BYTES = 200 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +56,6 @@ def check_training(recipe: Recipe, *, gpus: list[Gpu] | None = None) -> Prefligh
             )
         notes += parts.notes
     return PreflightReport(recipe, base, data, eval_data, notes)
-
-
-def check_space(folder: Path) -> None:
-    """Make sure that a run can at least begin on this disk.
-
-    Raises:
-        BadInput: Less than 200 MB are free there.
-    """
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        free = shutil.disk_usage(place).free
-    except OSError:
-        return
-    if free < _LEAST_FREE_BYTES:
-        shown = plain(str(place), one_line=True)
-        raise BadInput(
-            f"only {free / 1e6:.0f} MB are free on the disk of {shown}; a run needs at least "
-            f"{_LEAST_FREE_BYTES / 1e6:.0f} MB. Free some space or choose another place with --runs-dir."
-        )
 
 
 def _read(recipe: Recipe, field: str) -> DataSet:

@@ -10,7 +10,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.models import find_base
-from studio.probe.preflight import PreflightReport, check_space, check_training
+from studio.probe.preflight import PreflightReport, check_training
+from studio.probe.space import check_space
 from studio.runs.job import MODULES, Job, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.supervise import launch

@@ -8,7 +8,8 @@ import pytest
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.probe.gpus import Gpu
-from studio.probe.preflight import check_space, check_training
+from studio.probe.preflight import check_training
+from studio.probe.space import check_space
 from studio.probe.start import check_merge, prepare_run, start_training
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.recipe_file import load_recipe, shipped_recipes
