@@ -285,3 +285,10 @@ def test_special_tokens_in_what_people_write_move_no_boundary() -> None:
     assert learnt(example, tokenizer) == ["yes<|im_end|>"]
     assert report.special == 1
     assert "the text itself holds special tokens such as <|im_end|>" in said[0]
+
+
+def test_a_token_that_reaches_from_the_question_into_the_answer_is_not_learnt(smollm: Any) -> None:
+    """A model that is asked never starts inside that token, so it must not be taught to write it."""
+    (example,), _, _ = encode(chat(("user", "Why?"), ("assistant", "\nBecause.")), smollm)
+    assert "\n\n" in [smollm.decode([int(token)]) for token in example.input_ids]
+    assert learnt(example, smollm) == ["Because.<|im_end|>"]
