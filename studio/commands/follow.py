@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from studio.commands.interrupts import Interrupts
 from studio.commands.loss_plot import loss_plot
 from studio.commands.progress import Progress
 from studio.commands.terminal import DONE, NO, complain, duration, is_rich, number, say, width_of_terminal, write_json
@@ -46,23 +47,23 @@ def follow(
         clock: Seconds, for the pace of lines.
     """
     progress = Progress(lambda line: say(line, to=to), clock=clock)
-    asked = not stops_on_interrupt
-    while True:
-        try:
+    asked, patience = False, 1 if stops_on_interrupt else 0
+    with Interrupts() as interrupts:
+        while True:
             events = watch.poll()
             progress.tell(events, watch.history)
-            if not events:
-                status = run_status(watch.paths)
-                if not status.live:
-                    _drain(watch, progress)
-                    return End(run_status(watch.paths), left=False)
-                sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
-            if asked:
+            if not events and not run_status(watch.paths).live:
+                _drain(watch, progress)
+                return End(run_status(watch.paths), left=False)
+            if interrupts.count and stops_on_interrupt and not asked:
+                asked = True
+                request(watch.paths, "stop")
+                say("stopping after this step and saving; Ctrl-C again leaves it to stop alone", to=to)
+            if interrupts.count > patience:
+                progress.flush()
                 return End(run_status(watch.paths), left=True)
-            asked = True
-            request(watch.paths, "stop")
-            say("stopping after this step and saving; Ctrl-C again leaves it to stop alone", to=to)
+            if not events:
+                sleep(_POLL_SECONDS)
 
 
 def conclude(watch: RunWatch, end: End, *, as_json: bool, more: dict[str, Any] | None = None) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.models import find_base
 from studio.probe.preflight import PreflightReport, check_training
 from studio.probe.space import check_space
+from studio.runs.control import request
 from studio.runs.job import MODULES, Job, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.supervise import launch
@@ -122,8 +123,11 @@ def _start(job: Job, runs_root: Path, module: str, now: float, launching: dict[s
     paths = prepare_run(job, runs_root, now)
     try:
         launch(paths, module, **launching)
-    except BaseException:
-        if not paths.launch.exists():
-            shutil.rmtree(paths.root, ignore_errors=True)
+    except KeyboardInterrupt:
+        # The process may have been started a moment ago: who interrupts the start wants no run.
+        request(paths, "stop")
+        raise
+    except (StudioError, OSError):
+        shutil.rmtree(paths.root, ignore_errors=True)
         raise
     return paths

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,10 @@ def launch(
     finally:
         os.close(descriptor)
     mark = mark_of(process.pid)
-    if mark is not None:
-        write_whole(paths.launch, mark_to_json(mark, events_bytes=before, module=module))
+    # Without this file the start is only less well told; the worker itself says when the disk is full.
+    with suppress(OSError):
+        if mark is not None:
+            write_whole(paths.launch, mark_to_json(mark, events_bytes=before, module=module))
     handle = Handle(paths, process)
     _until(lambda: _taken_by(handle) or process.poll() is not None, wait_seconds, clock, sleep)
     return handle
