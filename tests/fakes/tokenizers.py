@@ -1,7 +1,5 @@
 """Small tokenizers made on the spot, and what a test wants to know of rows encoded with them."""
 
-# ruff: noqa: S106 - tokens of text, not passwords
-
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors

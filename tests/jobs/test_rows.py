@@ -1,7 +1,5 @@
 """Rows made into ids and labels: what is learnt is each answer and the stop token after it."""
 
-# ruff: noqa: S106 - tokens of text, not passwords
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +287,6 @@ def test_special_tokens_in_what_people_write_move_no_boundary() -> None:
 
 def test_a_token_that_reaches_from_the_question_into_the_answer_is_not_learnt(smollm: Any) -> None:
     """A model that is asked never starts inside that token, so it must not be taught to write it."""
-    (example,), _, _ = encode(chat(("user", "Why?"), ("assistant", "\nBecause.")), smollm)
-    assert "\n\n" in [smollm.decode([int(token)]) for token in example.input_ids]
-    assert learnt(example, smollm) == ["Because.<|im_end|>"]
+    (example,), _, _ = encode(chat(("user", "Why?"), ("assistant", "  Because.")), smollm)
+    assert "\n " in [smollm.decode([int(token)]) for token in example.input_ids]
+    assert learnt(example, smollm) == [" Because.<|im_end|>"]

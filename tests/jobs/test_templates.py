@@ -1,7 +1,5 @@
 """Chat templates of every temper: that rewrite history, mark their answers, refuse rows, or are not there at all."""
 
-# ruff: noqa: S106 - tokens of text, not passwords
-
 from pathlib import Path
 
 import pytest
