@@ -1,9 +1,9 @@
 """The data set that ships with the program: how it is made, and that the file keeps its promises."""
 
-import importlib.util
 import json
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,13 +11,9 @@ DATA = Path(__file__).parents[2] / "recipes" / "data"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_stdlib_qa", DATA / "make_stdlib_qa.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> SimpleNamespace:
+    # Not imported: that would leave compiled files in a folder that is packed into the wheel.
+    return SimpleNamespace(**runpy.run_path(str(DATA / "make_stdlib_qa.py")))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +43,11 @@ def shipped() -> list[tuple[str, str]]:
         (None, None),
     ],
 )
-def test_first_sentence(script: ModuleType, docstring: str | None, sentence: str | None) -> None:
+def test_first_sentence(script: SimpleNamespace, docstring: str | None, sentence: str | None) -> None:
     assert script.first_sentence(docstring) == sentence
 
 
-def test_extraction_of_known_names_is_real_text(script: ModuleType) -> None:
+def test_extraction_of_known_names_is_real_text(script: SimpleNamespace) -> None:
     # These docstrings are the same in every Python from 3.11 to 3.13.
     found = {
         name: (kind, answer)
@@ -65,7 +61,7 @@ def test_extraction_of_known_names_is_real_text(script: ModuleType) -> None:
     assert not any(part.startswith("_") for name in found for part in name.split("."))
 
 
-def test_rows_drop_repeated_and_nearly_repeated_answers(script: ModuleType) -> None:
+def test_rows_drop_repeated_and_nearly_repeated_answers(script: SimpleNamespace) -> None:
     rows = script.rows(["math", "cmath"])
     answers = [row["messages"][1]["content"] for row in rows]
     assert len(answers) > 8
@@ -74,7 +70,7 @@ def test_rows_drop_repeated_and_nearly_repeated_answers(script: ModuleType) -> N
     assert rows == script.rows(["math", "cmath"])
 
 
-def test_the_shipped_file_keeps_its_promises(script: ModuleType, shipped: list[tuple[str, str]]) -> None:
+def test_the_shipped_file_keeps_its_promises(script: SimpleNamespace, shipped: list[tuple[str, str]]) -> None:
     questions, answers = [q for q, _ in shipped], [a for _, a in shipped]
     assert 300 <= len(shipped) <= 600
     assert len(set(questions)) == len(questions)
@@ -84,7 +80,9 @@ def test_the_shipped_file_keeps_its_promises(script: ModuleType, shipped: list[t
     assert answers == sorted(answers, key=script._digest), "the order must be by hash, so that head and tail are mixed"
 
 
-def test_no_held_out_answer_is_nearly_a_training_answer(script: ModuleType, shipped: list[tuple[str, str]]) -> None:
+def test_no_held_out_answer_is_nearly_a_training_answer(
+    script: SimpleNamespace, shipped: list[tuple[str, str]]
+) -> None:
     answers = [answer for _, answer in shipped]
     held_out, kept = answers[-40:], answers[:-40]
     assert max(script.resemblance(one, other) for one in held_out for other in kept) <= script.RESEMBLANCE_ALLOWED
