@@ -80,9 +80,7 @@ def test_the_shipped_file_keeps_its_promises(script: SimpleNamespace, shipped: l
     assert answers == sorted(answers, key=script._digest), "the order must be by hash, so that head and tail are mixed"
 
 
-def test_no_held_out_answer_is_nearly_a_training_answer(
-    script: SimpleNamespace, shipped: list[tuple[str, str]]
-) -> None:
+def test_no_held_out_answer_is_nearly_a_trained_one(script: SimpleNamespace, shipped: list[tuple[str, str]]) -> None:
     answers = [answer for _, answer in shipped]
     held_out, kept = answers[-40:], answers[:-40]
     assert max(script.resemblance(one, other) for one in held_out for other in kept) <= script.RESEMBLANCE_ALLOWED
