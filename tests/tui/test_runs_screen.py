@@ -129,27 +129,28 @@ def test_a_refused_resume_is_told(tmp_path: Path) -> None:
 def test_the_list_follows_and_keeps_the_cursor(tmp_path: Path) -> None:
     ended(tmp_path, "first", "done", 1_000_000)
     ended(tmp_path, "second", "done", 2_000_000)
+    live = make_run(tmp_path / "elsewhere", "third", now=3_000_000)
+    with Worker(live, clock=lambda: 3_000_000) as worker:
+        train(worker, range(1, 3))
 
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await pilot.press("o")
-        await until(pilot, lambda: rows(app))
-        await pilot.press("down")
-        live = make_run(tmp_path, "third", now=3_000_000)
-        with Worker(live, clock=lambda: 3_000_000) as worker:
-            train(worker, range(1, 3))
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            await pilot.press("o")
+            await until(pilot, lambda: rows(app))
+            await pilot.press("down")
+            live.root.rename(tmp_path / "runs" / live.name)  # as if it were launched now
             await until(pilot, lambda: len(rows(app)) == 3)
             assert rows(app)[0][0] == "running"
             screen = app.screen
             assert isinstance(screen, RunsScreen)
             assert screen._chosen is not None
             assert screen._chosen.name.startswith("first")
-            worker.emit(StepDone, step=50, loss=1.25, learning_rate=1e-4, grad_norm=1, tokens=1, seconds=1.0)
+            worker.emit(StepDone, step=50, loss=1.25, learning_rate=1e-4, grad_norm=1.0, tokens=1, seconds=1.0)
             worker.emit(Evaluated, step=50, loss=float("nan"), loss_tokens=1, rows=1, seconds=1.0)
             await until(pilot, lambda: rows(app)[0][2:5] == ["50/100", "1.250", "nan"])
             worker.emit(Finished, outcome="done")
-        await until(pilot, lambda: rows(app)[0][0] == "finished")
+            await until(pilot, lambda: rows(app)[0][0] == "finished")
 
-    play(story, tmp_path)
+        play(story, tmp_path)
 
 
 def test_no_runs_yet(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """All fields of a recipe, each in one row: sliders, choices, texts."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from textual import events
@@ -24,6 +25,7 @@ from widgets.text_field import TextField
 _FOUR_BIT_ONLY = ("model.quant_type", "model.double_quant")
 _BETWEEN = "--"
 _LABEL_WIDTH = 18
+_FIRST_SECTIONS = 2
 
 
 class RecipeForm(VerticalScroll):
@@ -65,8 +67,15 @@ class RecipeForm(VerticalScroll):
         self._fields = {path: _field(path, recipe) for _, paths in SECTIONS for path in paths}
 
     def compose(self) -> ComposeResult:
-        """Headings and fields."""
-        for heading, paths in SECTIONS:
+        """Headings and fields of the first sections; the others come once these are drawn."""
+        yield from self._rows(SECTIONS[:_FIRST_SECTIONS])
+
+    def on_mount(self) -> None:
+        """Bring the other sections after the first frame: styling 40 fields takes longer than it may."""
+        self.call_after_refresh(lambda: self.mount_all(self._rows(SECTIONS[_FIRST_SECTIONS:])))
+
+    def _rows(self, sections: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[Widget]:
+        for heading, paths in sections:
             if heading:
                 yield Static(heading, classes="heading", markup=False)
             for path in paths:

@@ -86,7 +86,7 @@ class RunHeader(Container):
             status: What follows from its files.
             waits_for: A request that the worker has not answered yet, such as "pause asked for".
         """
-        phase = "" if not status.live else waits_for or _phase(history)
+        phase = "" if not status.live else waits_for or _phase(history, status)
         self.words = Content.assemble(
             (self._run_name, "bold"), "  ", (str(status), f"{_COLOURS.get(status, '')} bold".strip()), f"  {phase}"
         )
@@ -94,8 +94,10 @@ class RunHeader(Container):
             self._figures[key].value = text
 
 
-def _phase(history: History) -> str:
+def _phase(history: History, status: Status) -> str:
     """Return what the worker is busy with, where that is not plain training."""
+    if status is Status.starting:  # what the log says is of the worker before
+        return "waiting for the process"
     phase = history.phase
     if phase is None or (phase.name in _QUIET_PHASES and phase.fraction is None):
         return ""
@@ -108,7 +110,7 @@ def _figures(history: History, status: Status) -> dict[str, str]:
     train, total = history.train, history.total_steps
     return {
         "step": f"{history.last_step}/{total}" if total else str(history.last_step),
-        "eta": duration(history.eta_seconds) if status.live else UNKNOWN,
+        "eta": duration(history.eta_seconds) if status.live and status is not Status.starting else UNKNOWN,
         "speed": count(history.tokens_per_second),
         "loss": number(train.losses[-1]) if train.losses else UNKNOWN,
         "held_out": number(history.evals[-1].loss) if history.evals else UNKNOWN,

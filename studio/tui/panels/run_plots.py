@@ -87,7 +87,7 @@ class RunPlots(Container):
         train = history.train
         begin = self._train_cursor.start(train.steps, history.started)
         if begin == 0:
-            self._smoother = Smoother()
+            self._smoother = Smoother(_kept_share(history.total_steps))
         losses = train.losses[begin:]
         self._hand_on(self._loss, "train", begin, train.steps[begin:], losses)
         self._hand_on(self._loss, "mean", begin, train.steps[begin:], self._smoother.feed(losses))
@@ -101,3 +101,8 @@ class RunPlots(Container):
             plot.replace(key, steps, values)
         elif steps:
             plot.extend(key, steps, values)
+
+
+def _kept_share(total_steps: int | None) -> float:
+    """Return how much the smoothed loss keeps of its past: it looks back a 25th of the run, 3 to 100 steps."""
+    return 1 - 1 / min(100, max(3, (total_steps or 250) / 25))

@@ -1,7 +1,11 @@
 """Held-out prompts with the model's answers over the run, and the answer in the data."""
 
-from textual.containers import VerticalScroll
+from collections.abc import Iterator
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
+from textual.widget import Widget
 from textual.widgets import Static
 
 from studio.core.events import Sampled
@@ -11,46 +15,62 @@ from studio.runs.history import History
 _LONGEST = 4000
 
 
+class Answer(Horizontal):
+    """An answer beside a word on where it comes from. Foreign text, so it is never read as markup."""
+
+    DEFAULT_CSS = """
+    Answer {
+        height: auto;
+        & > Static { height: auto; width: 1fr; }
+        & > .when { width: 12; color: $text-muted; padding: 0 1; }
+    }
+    """
+
+    def __init__(self, when: str, text: str) -> None:
+        """Show `text`, said at `when`."""
+        super().__init__()
+        self._when, self._text = when, text
+
+    def compose(self) -> ComposeResult:
+        """When, text."""
+        yield Static(Content(self._when), classes="when", markup=False)
+        yield Static(Content(_foreign(self._text)), markup=False)
+
+
 class Samples(VerticalScroll):
     """All samples, each prompt once, its answers from the first to the last."""
 
     DEFAULT_CSS = """
     Samples {
         padding: 0 1;
-        & > Static { height: auto; }
+        scrollbar-size-vertical: 1;
+        & > .prompt { height: auto; text-style: bold; }
     }
     """
 
     def __init__(self, id: str | None = None) -> None:  # noqa: A002  Textual's own name
         """Start empty."""
-        self._text = Static("No samples yet.", markup=False)
-        super().__init__(self._text, id=id)
+        super().__init__(Static("No samples yet.", markup=False), id=id)
         self._shown: tuple[object, int] = (None, 0)
 
     def show(self, history: History) -> None:
-        """Show the samples; repaints only when there is another one."""
+        """Show the samples; does nothing unless there is another one."""
         now = (history.started, len(history.samples))
-        if now != self._shown:
+        if now != self._shown and history.samples:
             self._shown = now
-            self._text.update(samples_text(history.samples) if history.samples else "No samples yet.")
+            self.remove_children()
+            self.mount_all(rows_of(history.samples))
 
 
-def samples_text(samples: list[Sampled]) -> Content:
-    """Return the samples as text that is never read as markup."""
-    parts: list[str | tuple[str, str]] = []
+def rows_of(samples: list[Sampled]) -> Iterator[Widget]:
+    """Yield a prompt, the answers to it in the order of steps, what the data says; then the next prompt."""
     for index in sorted({sample.index for sample in samples}):
         answers = sorted((sample for sample in samples if sample.index == index), key=lambda sample: sample.step)
-        parts.append((f"{_foreign(answers[0].prompt)}\n", "bold"))
+        yield Static(Content(_foreign(answers[0].prompt)), classes="prompt", markup=False)
         for sample in answers:
-            when = "before" if sample.step == 0 else f"step {sample.step}"
-            parts += [(f"  {when:<9}", "dim"), f"{_indented(sample.answer)}\n"]
-        parts += [("  in data  ", "dim"), f"{_indented(answers[0].expected)}\n\n"]
-    return Content.assemble(*parts)
+            yield Answer("before" if sample.step == 0 else f"step {sample.step}", sample.answer)
+        yield Answer("in the data", answers[0].expected)
 
 
 def _foreign(text: str) -> str:
     return plain(text.strip(), limit=_LONGEST)
-
-
-def _indented(text: str) -> str:
-    return _foreign(text).replace("\n", "\n" + " " * 11)
