@@ -1,6 +1,7 @@
 """Our loop against HF Trainer + PEFT: step time and peak memory on the embedded model, engines interleaved in one run.
 
-Ratios compare within one run; the absolute numbers are this machine's. `python -m tests.bench.bench_train [STEPS] [ROUNDS]`
+Ratios compare within one run; the absolute numbers are this machine's.
+`python -m tests.bench.bench_train [STEPS] [ROUNDS]`
 """
 
 import json

@@ -1,7 +1,7 @@
-"""One engine, one process: trains a few steps on the embedded model and prints its step times and peak resident set as JSON.
+"""One engine, one process: trains a few steps on the embedded model, prints step times and peak resident set as JSON.
 
-`python -m tests.bench.engines studio|hf lora|qlora STEPS`. Both get the same rows in the same order, the same micro-batches,
-adapter, learning rate and arithmetic (bf16 where the processor has it). Run by bench_train.
+`python -m tests.bench.engines studio|hf lora|qlora STEPS`. Both get the same rows in the same order, the same
+micro-batches, adapter, learning rate and arithmetic (bf16 where the processor has it). Run by bench_train.
 """
 
 import json

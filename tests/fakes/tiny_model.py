@@ -26,7 +26,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(**changes: object) -> LlamaConfig:
-    """Return the shape: 2 layers, hidden 64; every linear layer has a multiple of 64 inputs, so that NF4 can hold it."""
+    """Return the shape: 2 layers, hidden 64; linear layers have multiples of 64 inputs, as NF4's blocks want."""
     values: dict[str, object] = {
         "hidden_size": 64,
         "intermediate_size": 128,

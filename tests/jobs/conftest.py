@@ -21,8 +21,8 @@ QUESTIONS = [("one", "uno"), ("two", "dos"), ("three", "tres"), ("four", "cuatro
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.train import between, checkpoint
 from studio.jobs.train.checkpoint import complete_checkpoints, newest_valid
 from studio.runs.control import request, requested, withdraw_all
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from tests.jobs.conftest import Train, history_of
@@ -26,6 +27,10 @@ def recipe(recipe: Recipe) -> Recipe:
         .with_("train.accumulation", 2)
         .with_("train.schedule", "cosine")
         .with_("adapter.dropout", 0.2)
+        .with_("eval.rows", 1)
+        .with_("eval.every", 3)
+        .with_("eval.samples", 1)
+        .with_("eval.sample_tokens", 3)
     )
 
 
@@ -139,6 +144,36 @@ def test_a_checkpoint_that_cannot_be_written_costs_itself_not_the_run(
     assert history.finished is not None
     assert [warning.topic for warning in history.warnings] == ["checkpoint"]
     assert [path.name for path in paths.checkpoints.iterdir()] == ["step-00000006"]
+
+
+def test_an_adapter_that_finds_no_room_waits_for_it(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, naps = between.save_adapter, []
+
+    def full_twice(*args: object) -> int:
+        if len(naps) < 2:
+            raise OSError(28, "No space left on device")
+        return save(*args)
+
+    monkeypatch.setattr(between, "save_adapter", full_twice)
+    at_step(monkeypatch, 1, lambda self: setattr(self, "sleep", naps.append))
+    paths = train(recipe)
+    history = history_of(paths)
+    assert len(naps) == 2
+    assert history.finished is not None
+    assert [warning.topic for warning in history.warnings] == ["disk"]
+    assert weights(paths)
+
+
+def test_stopped_before_the_first_step(train: Train, recipe: Recipe, tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "early")
+    paths.root.mkdir()
+    write_job(paths, recipe)
+    request(paths, "stop")
+    train(recipe, again=paths)
+    assert run_status(paths) is Status.stopped
+    assert not paths.adapter.exists()
 
 
 def test_pause_waits_and_goes_on(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
-from studio.jobs.train import job
+from studio.jobs.train import between, job
 from studio.jobs.train.batches import StepBatches, collate
 from studio.jobs.train.rows import encode_rows
 from studio.probe.data import read_data
@@ -123,7 +123,7 @@ def test_the_adapter_is_what_was_trained(
 ) -> None:
     ids = torch.arange(20).unsqueeze(0)
     at_end: list[torch.Tensor] = []
-    save = job.save_adapter
+    save = between.save_adapter
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_adapter_is_what_was_trained(
         at_end.append(logits(model))
         return save(model, *rest)
 
-    monkeypatch.setattr(job, "save_adapter", saving)
+    monkeypatch.setattr(between, "save_adapter", saving)
     paths = train(recipe.with_("method", method))
     assert history_of(paths).finished is not None
     options = {}

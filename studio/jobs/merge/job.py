@@ -29,7 +29,7 @@ _PROBE = "The quick brown fox jumps over the lazy dog. def add(a, b):\n    retur
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """Merged model against base + adapter on one fixed text: KL in nats, share of equal top tokens, largest logit gap."""
+    """Merged model against base + adapter on a fixed text: KL in nats, share of equal top tokens, largest logit gap."""
 
     tokens: int
     mean_kl: float

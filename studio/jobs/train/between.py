@@ -11,6 +11,7 @@ from torch import nn
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.recipe import Recipe
+from studio.jobs.train.adapter import save_adapter
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
 from studio.jobs.train.evaluate import answer, held_out_loss
 from studio.jobs.train.memory import MemoryWatch
@@ -20,6 +21,11 @@ from studio.jobs.train.step_model import StepModel
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
+_DISK_POLL_SECONDS = 5.0
+
+
+class _Stop(Exception):
+    """The user asked for the end in the middle of a measurement."""
 
 
 @dataclass(slots=True)
@@ -54,18 +60,21 @@ class Between:
         return self._requests(progress) or last
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss and say it; nothing happens without held-out rows."""
+        """Measure the held-out loss and say it; nothing happens without held-out rows or when a stop is asked for."""
         if not self.held_out:
             return
         began = time.perf_counter()
-        seen = held_out_loss(
-            self.step_model,
-            self.held_out,
-            micro_batch=self.recipe.train.micro_batch,
-            pad_id=self.pad_id,
-            device=self.device,
-            progress=lambda fraction: self.tell("evaluating", fraction),
-        )
+        try:
+            seen = held_out_loss(
+                self.step_model,
+                self.held_out,
+                micro_batch=self.recipe.train.micro_batch,
+                pad_id=self.pad_id,
+                device=self.device,
+                progress=self._evaluating,
+            )
+        except _Stop:
+            return
         self.last_eval = seen.loss
         self.worker.emit(
             Evaluated,
@@ -82,6 +91,8 @@ class Between:
         """Answer the sample prompts greedily and say the answers."""
         model: nn.Module = self.step_model.model
         for index, prompt in enumerate(self.prompts):
+            if self.stopping:
+                return
             self.tell("answering", index / len(self.prompts))
             text = answer(
                 model, self.tokenizer, prompt, new_tokens=self.recipe.eval.sample_tokens, autocast=self.autocast
@@ -120,13 +131,58 @@ class Between:
         self.memory.see("save", progress.step)
         return True
 
+    def save_adapter(self, step: int) -> None:
+        """Leave `adapter/`. On a full disk the run waits for room, weights in memory, until it has some or is stopped.
+
+        Raises:
+            JobFailed: The adapter is broken or does nothing.
+            OSError: The disk refuses and the user asked to stop.
+        """
+        folder = self.worker.paths.adapter
+        waiting = False
+        while True:
+            self.tell("saving the adapter")
+            try:
+                size = save_adapter(self.step_model.model, self.tokenizer, folder)
+                break
+            except OSError as error:
+                if self.stopping and waiting:
+                    raise
+                if not waiting:
+                    self._say_waiting(step, error)
+                waiting = True
+                self.sleep(_DISK_POLL_SECONDS)
+        if waiting:
+            self.worker.emit(Paused, step=step, paused=False)
+        self.worker.emit(Saved, what="adapter", path=folder.name, step=step, size_bytes=size)
+        self.memory.see("save", step)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the user asked for the end."""
+        return self.worker.requested("stop")
+
+    def _say_waiting(self, step: int, error: OSError) -> None:
+        self.worker.emit(
+            Warned,
+            topic="disk",
+            message=f"the adapter cannot be saved ({error}). It is kept in memory and tried again every "
+            f"{_DISK_POLL_SECONDS:.0f} s: free disk space; stopping the run gives it up",
+        )
+        self.worker.emit(Paused, step=step, paused=True)
+
+    def _evaluating(self, fraction: float) -> None:
+        self.tell("evaluating", fraction)
+        if self.stopping:
+            raise _Stop
+
     def _requests(self, progress: Progress) -> bool:
         if self.worker.requested("checkpoint-now"):
             self.checkpoint(progress)
             self.worker.served("checkpoint-now")
         if self.worker.requested("pause"):
             self.worker.emit(Paused, step=progress.step, paused=True)
-            while self.worker.requested("pause") and not self.worker.requested("stop"):
+            while self.worker.requested("pause") and not self.stopping:
                 self.sleep(_PAUSE_POLL_SECONDS)
             self.worker.emit(Paused, step=progress.step, paused=False)
         return self.worker.requested("stop")

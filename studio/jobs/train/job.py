@@ -13,12 +13,12 @@ import torch
 import transformers
 from peft import PeftModel
 
-from studio.core.errors import BadInput
-from studio.core.events import Finished, Planned, Saved, Started, Warned
+from studio.core.errors import BadInput, JobFailed
+from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
-from studio.jobs.train.adapter import attach_adapter, save_adapter
+from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import StepBatches, collate
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
@@ -82,6 +82,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     _seed(recipe.train.seed)
     model = _load_model(recipe, base, device, precision)
     memory.see("load", 0)
+    _check_fit(worker, model, rows)
     step_model = StepModel(model, recipe.train.loss, precision.autocast)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     proven = step_model.prove(collate(rows.train[:1], pad_id, device))
@@ -139,6 +140,9 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     if not checkpoint:
         between.evaluate(0)
         between.sample(0)
+    if between.stopping:
+        _finish(worker, between, start)
+        return
     tell("training")
     parts = LoopParts(
         step_model=step_model,
@@ -162,15 +166,15 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
 def _finish(worker: Worker, between: Between, end: Progress) -> None:
     """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
     early = end.step < between.total_steps
+    if end.step == 0:
+        worker.emit(Finished, outcome="stopped", step=0, seconds=0.0)
+        return
     if early:
         between.checkpoint(end)
     else:
         between.evaluate(end.step)
         between.sample(end.step)
-    between.tell("saving the adapter")
-    size = save_adapter(between.step_model.model, between.tokenizer, worker.paths.adapter)
-    worker.emit(Saved, what="adapter", path="adapter", step=end.step, size_bytes=size)
-    between.memory.see("save", end.step)
+    between.save_adapter(end.step)
     worker.emit(
         Finished,
         outcome="stopped" if early else "done",
@@ -225,6 +229,29 @@ def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision
         trust_remote_code=recipe.model.trust_remote_code,
     )
     return attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+
+
+def _check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
+    """Compare rows with the model: token ids that it has no embedding for, lengths that it was not made for.
+
+    Raises:
+        JobFailed: The tokenizer makes ids beyond the model's embeddings.
+    """
+    causal = model.get_base_model()
+    known = causal.get_input_embeddings().weight.shape[0]
+    everything = [*rows.train, *rows.held_out]
+    largest = max(int(example.input_ids.max()) for example in everything)
+    if largest >= known:
+        raise JobFailed(
+            "tokenizer_mismatch",
+            f"the tokenizer makes token {largest}, but the model has embeddings for {known} tokens only",
+            "use the tokenizer that belongs to this model",
+        )
+    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(example.input_ids) for example in everything)
+    if isinstance(limit, int) and longest > limit:
+        message = f"the longest row has {longest} tokens; the model was made for {limit} (max_position_embeddings)"
+        worker.emit(Warned, topic="data", message=message)
 
 
 def _seed(seed: int) -> None:
