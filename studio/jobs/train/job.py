@@ -1,11 +1,7 @@
 """One training run from its recipe to its adapter: load, prove, train, save. The order of events is the order here."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import accelerate
 import numpy as np
@@ -13,7 +9,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import BadInput
 from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
@@ -27,23 +23,12 @@ from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.precision import Precision, choose_precision
-from studio.jobs.train.rows import Example, Prompt, encode_rows, sample_prompts
+from studio.jobs.train.read_rows import check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
-from studio.jobs.train.template import ensure_template
-from studio.probe.data import Row, read_data, split
 from studio.probe.models import BaseFound, find_base
 from studio.runs.worker import Worker
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Encoded rows, and the prompts to show answers for."""
-
-    train: Sequence[Example]
-    held_out: Sequence[Example]
-    prompts: Sequence[Prompt]
 
 
 def train_run(worker: Worker, recipe: Recipe) -> None:
@@ -76,13 +61,13 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     tell("finding the base model")
     base = find_base(recipe.model.base, recipe.model.revision)
     tokenizer = load_tokenizer(base_folder(base, tell), trust_remote_code=recipe.model.trust_remote_code)
-    rows = _read_rows(worker, tell, recipe, tokenizer)
+    rows = read_rows(worker, tell, recipe, tokenizer)
 
     tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)
     model = _load_model(recipe, base, device, precision)
     memory.see("load", 0)
-    _check_fit(worker, model, rows)
+    check_fit(worker, model, rows)
     step_model = StepModel(model, recipe.train.loss, precision.autocast)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     proven = step_model.prove(collate(rows.train[:1], pad_id, device))
@@ -184,40 +169,6 @@ def _finish(worker: Worker, between: Between, end: Progress) -> None:
     )
 
 
-def _read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any) -> Rows:
-    """Read, split and encode the rows, and say what was recognised and what was cut or dropped."""
-    tell("reading the data")
-    data = read_data(Path(recipe.data.path), format=recipe.data.format)
-    tell("reading the data", detail=data.described())
-
-    def warn(message: str) -> None:
-        worker.emit(Warned, topic="data", message=message)
-
-    if recipe.data.eval_path:
-        held = list(read_data(Path(recipe.data.eval_path), format=recipe.data.format).rows)
-        train_rows = list(data.rows)
-        held = held[: recipe.eval.rows] if recipe.eval.rows else held
-    else:
-        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
-        train_rows, held = list(parts.train), list(parts.held_out)
-        for note in parts.notes:
-            warn(note)
-    ensure_template(tokenizer, data.format, warn)
-
-    def encoded(rows: Sequence[Row]) -> list[Example]:
-        return encode_rows(
-            rows,
-            tokenizer,
-            seq_len=recipe.train.seq_len,
-            answers_only=recipe.data.answers_only,
-            warn=warn,
-            progress=lambda fraction: tell("reading the data", fraction),
-        )[0]
-
-    prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
-    return Rows(encoded(train_rows), encoded(held) if held else [], prompts)
-
-
 def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision: Precision) -> PeftModel:
     frozen = load_base(
         base,
@@ -229,29 +180,6 @@ def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision
         trust_remote_code=recipe.model.trust_remote_code,
     )
     return attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
-
-
-def _check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
-    """Compare rows with the model: token ids that it has no embedding for, lengths that it was not made for.
-
-    Raises:
-        JobFailed: The tokenizer makes ids beyond the model's embeddings.
-    """
-    causal = model.get_base_model()
-    known = causal.get_input_embeddings().weight.shape[0]
-    everything = [*rows.train, *rows.held_out]
-    largest = max(int(example.input_ids.max()) for example in everything)
-    if largest >= known:
-        raise JobFailed(
-            "tokenizer_mismatch",
-            f"the tokenizer makes token {largest}, but the model has embeddings for {known} tokens only",
-            "use the tokenizer that belongs to this model",
-        )
-    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for example in everything)
-    if isinstance(limit, int) and longest > limit:
-        message = f"the longest row has {longest} tokens; the model was made for {limit} (max_position_embeddings)"
-        worker.emit(Warned, topic="data", message=message)
 
 
 def _seed(seed: int) -> None:

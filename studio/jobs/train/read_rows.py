@@ -1,0 +1,90 @@
+"""A recipe's data as examples: read, split, encoded, compared with the model; everything odd about it is said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from studio.core.errors import JobFailed
+from studio.core.events import Warned
+from studio.core.recipe import Recipe
+from studio.jobs.train.phase import PhaseTeller
+from studio.jobs.train.rows import Example, Prompt, encode_rows, sample_prompts
+from studio.jobs.train.template import ensure_template
+from studio.probe.data import Row, known_rows, read_data, split
+from studio.runs.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Encoded rows, and the prompts to show answers for."""
+
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    prompts: Sequence[Prompt]
+
+
+def read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any) -> Rows:
+    """Read, split and encode the rows, and say what was recognised and what was cut or dropped.
+
+    Raises:
+        BadInput: A file changed since it was checked and cannot be used any more.
+        JobFailed: No row is left with anything to learn.
+    """
+    tell("reading the data")
+    data = read_data(Path(recipe.data.path), format=recipe.data.format)
+    tell("reading the data", detail=data.described())
+
+    def warn(message: str) -> None:
+        worker.emit(Warned, topic="data", message=message)
+
+    if recipe.data.eval_path:
+        held = list(read_data(Path(recipe.data.eval_path), format=recipe.data.format).rows)
+        train_rows = list(data.rows)
+        held = held[: recipe.eval.rows] if recipe.eval.rows else held
+        if known := known_rows(train_rows, held):
+            warn(f"{known} of {len(held)} held-out rows have a prompt or an answer that is also trained on")
+    else:
+        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
+        train_rows, held = list(parts.train), list(parts.held_out)
+        for note in parts.notes:
+            warn(note)
+    ensure_template(tokenizer, data.format, warn)
+
+    def encoded(rows: Sequence[Row]) -> list[Example]:
+        return encode_rows(
+            rows,
+            tokenizer,
+            seq_len=recipe.train.seq_len,
+            answers_only=recipe.data.answers_only,
+            warn=warn,
+            progress=lambda fraction: tell("reading the data", fraction),
+        )[0]
+
+    prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
+    return Rows(encoded(train_rows), encoded(held) if held else [], prompts)
+
+
+def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
+    """Compare rows with the model: token ids that it has no embedding for, lengths that it was not made for.
+
+    Raises:
+        JobFailed: The tokenizer makes ids beyond the model's embeddings.
+    """
+    causal = model.get_base_model()
+    known = causal.get_input_embeddings().weight.shape[0]
+    everything = [*rows.train, *rows.held_out]
+    largest = max(int(example.input_ids.max()) for example in everything)
+    if largest >= known:
+        raise JobFailed(
+            "tokenizer_mismatch",
+            f"the tokenizer makes token {largest}, but the model has embeddings for {known} tokens only",
+            "use the tokenizer that belongs to this model",
+        )
+    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(example.input_ids) for example in everything)
+    if isinstance(limit, int) and longest > limit:
+        message = f"the longest row has {longest} tokens; the model was made for {limit} (max_position_embeddings)"
+        worker.emit(Warned, topic="data", message=message)
