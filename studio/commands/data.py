@@ -134,7 +134,8 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
     for unit, spread in report["lengths"].items():
         if spread:
             parts = (f"{key} {value:,g}" for key, value in spread.items())
-            say(f"{unit} per row: {', '.join(parts)}".replace("total", "in all"))
+            told = "tokens (the chat template's own not counted)" if unit == "tokens" else unit
+            say(f"{told} per row: {', '.join(parts)}".replace("total", "in all"))
     for finding in report["findings"]:
         place = f" {finding['field']}" if finding["field"] else ""
         say(f"{'error' if finding['fatal'] else 'note'}: row {finding['row']}{place}: {finding['message']}")

@@ -15,6 +15,7 @@ from studio.runs.control import request
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.summary import summary_of
+from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch, last_output
 
 _POLL_SECONDS = 0.2
@@ -66,9 +67,9 @@ def follow(
                 sleep(_POLL_SECONDS)
 
 
-def conclude(watch: RunWatch, end: End, *, as_json: bool, more: dict[str, Any] | None = None) -> int:
+def conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
     """Say what came of a run, with the loss plot, or write the JSON summary; return the exit code."""
-    summary = summary_of(watch.paths, watch.history, end.status) | (more or {})
+    summary = summary_of(watch.paths, watch.history, end.status)
     code = exit_code(summary, end)
     to = sys.stderr if as_json else sys.stdout
     if end.left:
@@ -97,10 +98,11 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
     if plot:
         # Made by our own code of finite numbers: the one text that carries escapes of its own.
         print(plot, file=to, flush=True)
-    say(
-        f"{summary['status']} after {summary['steps']} steps in {duration(summary['seconds'])}{_losses(summary)}", to=to
-    )
-    if summary["adapter"]:
+    steps = f" after {summary['steps']} steps" if summary["job"] != "merge" else ""
+    say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
+    if summary["out"]:
+        say(f"merged model: {plain(summary['out'], one_line=True)}", to=to)
+    elif summary["adapter"]:
         say(f"adapter: {plain(summary['adapter'], one_line=True)}", to=to)
     elif summary["job"] == "train":
         say("no adapter was saved", to=to)
@@ -111,6 +113,8 @@ def tell_failure(paths: RunPaths, summary: dict[str, Any]) -> None:
     failure = summary["failure"] or {}
     at = f" at step {failure['step']}" if failure.get("step") else ""
     complain(f"{summary['status']}{at}: {failure.get('message', 'no reason is known')}")
+    if summary["status"] == Status.crashed and (ended := how_it_ended(paths)):
+        complain(ended)
     if advice := failure.get("advice"):
         complain(f"what to do: {advice.replace('runs resume RUN', f'runs resume {paths.name}')}")
     lines = last_output(paths)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
-    return conclude(watch, end, as_json=args.json, more={"out": request.out})
+    return conclude(watch, end, as_json=args.json)
 
 
 def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str = "auto") -> MergeRequest:

@@ -1,5 +1,6 @@
 """From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from studio.runs.layout import RunPaths, new_run
 from studio.runs.supervise import launch
 
 ADAPTER_CONFIG = "adapter_config.json"
+_STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
 def prepare_run(job: Job, runs_root: Path, now: float) -> RunPaths:
@@ -31,7 +33,7 @@ def prepare_run(job: Job, runs_root: Path, now: float) -> RunPaths:
     Raises:
         BadInput: The folder cannot be made or written.
     """
-    name = job.name if isinstance(job, Recipe) else f"merge-{Path(job.run or job.adapter).name}"
+    name = job.name if isinstance(job, Recipe) else f"merge-{_STAMP.sub('', Path(job.run or job.adapter).name)}"
     paths = new_run(runs_root, name, now)
     try:
         write_job(paths, job)

@@ -21,6 +21,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "model": started.model if started else None,
         "device": history.planned.device if history.planned else None,
         "adapter": str(paths.adapter) if paths.adapter.is_dir() else None,
+        "out": _merged(history),
         "steps": history.last_step,
         "total_steps": history.total_steps,
         "train_loss": _ends(list(history.train.losses[:1]) + list(history.train.losses[-1:])),
@@ -33,6 +34,11 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "failure": _failure(history, status),
         "result": finished.result if finished else {},
     }
+
+
+def _merged(history: History) -> str | None:
+    """Where a merge left its model."""
+    return next((event.path for event in history.saved if event.what == "merged"), None)
 
 
 def peak_bytes(history: History) -> int | None:
@@ -78,5 +84,10 @@ def _failure(history: History, status: Status) -> dict[str, Any] | None:
         return {"kind": failed.failure, "message": failed.message, "advice": failed.advice, "step": failed.step}
     if status is Status.crashed:
         message = "the worker's process ended without saying why; the last lines it printed are in output.log"
-        return {"kind": "crashed", "message": message, "advice": "lora-studio runs resume", "step": history.last_step}
+        return {
+            "kind": "crashed",
+            "message": message,
+            "advice": "lora-studio runs resume RUN",
+            "step": history.last_step,
+        }
     return None

@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # a torch.py in the current folder must not become the library
     "TOKENIZERS_PARALLELISM": "false",
 }
+_CHILDREN: "dict[Path, subprocess.Popen[bytes]]" = {}
+"""The last process that was started here for each run, so that its exit status can be collected."""
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
 _KILL_SECONDS = 10.0
@@ -101,6 +103,7 @@ def launch(
         if mark is not None:
             write_whole(paths.launch, mark_to_json(mark, events_bytes=before, module=module))
     handle = Handle(paths, process)
+    _CHILDREN[paths.root.absolute()] = process
     _until(lambda: _taken_by(handle) or process.poll() is not None, wait_seconds, clock, sleep)
     return handle
 
@@ -170,6 +173,19 @@ def resume(paths: RunPaths, *, module: str | None = None, **options: Any) -> Han
     job_module = module or MODULES[kind_of(read_job(paths))]
     withdraw_all(paths)
     return launch(paths, job_module, **options)
+
+
+def how_it_ended(paths: RunPaths) -> str:
+    """Return how the run's process ended, in words; nothing for one that lives, ended in order or is no child."""
+    process = _CHILDREN.get(paths.root.absolute())
+    code = process.poll() if process else None
+    if not code:
+        return ""
+    if code > 0:
+        return f"its process ended with exit code {code}"
+    name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
+    reason = "; the system does that when its memory is full" if name == "SIGKILL" else ""
+    return f"its process was ended by {name}{reason}"
 
 
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:

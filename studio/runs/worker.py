@@ -9,6 +9,7 @@
 An exception in the body becomes a `Failed` event and exit code 1; its traceback goes to stderr, which is `output.log`.
 """
 
+import faulthandler
 import os
 import secrets
 import time
@@ -97,6 +98,9 @@ class Worker:
             self._lock.release()
             raise
         self._signals.catch()
+        with suppress(OSError, ValueError):
+            # A fault in native code ends a process without a word; this leaves a traceback in output.log.
+            faulthandler.enable()
         return self
 
     def emit(self, kind: type[RunEvent], **fields: Any) -> None:
@@ -149,6 +153,7 @@ class Worker:
     def _keep_reserve(self) -> None:
         """Random bytes, so that a compressing file system sets the room aside too; a full disk has none."""
         with suppress(OSError):
+            self._reserve.touch(mode=0o600)
             self._reserve.write_bytes(secrets.token_bytes(_RESERVE_BYTES))
 
 

@@ -127,7 +127,7 @@ def test_data_to_be_corrected_is_a_no_with_findings(cli: Cli, home: Path) -> Non
 
 def test_tokens_are_counted_by_the_models_own_tokenizer(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     words = {"question": 0, "answer": 1, "[UNK]": 2}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))  # noqa: S106
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.enable_truncation(1)
     folder = tmp_path / "model"
@@ -156,7 +156,9 @@ def test_merging_a_run_into_its_base(cli: Cli, recipe: Path, tmp_path: Path, mon
     assert (outcome.document["status"], outcome.document["job"]) == ("finished", "merge")
     assert outcome.document["out"] == str(out)
     assert (out / "config.json").is_file()
+    assert outcome.document["run"].startswith("merge-mine-20")
     assert cli("merge", run, "--out", str(out)).code == 2
+    assert f"merged model: {tmp_path / 'again'}" in cli("merge", run, "--out", str(tmp_path / "again")).out
     monkeypatch.setenv("FAKE_MERGE_FAILS", "1")
     failed = cli("merge", run, "--out", str(tmp_path / "other"))
     assert failed.code == 1

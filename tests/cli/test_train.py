@@ -82,7 +82,18 @@ def test_a_crash_says_so_and_shows_the_last_output(cli: Cli, recipe: Path, monke
     outcome = cli("train", str(recipe))
     assert outcome.code == 1
     assert "crashed" in outcome.err
-    assert "resume mine-" in outcome.err or "runs resume" in outcome.err
+    assert "its process ended with exit code 9" in outcome.err
+    assert "what to do: lora-studio runs resume mine-" in outcome.err
+    monkeypatch.setenv("FAKE_KILLED", "1")
+    assert "was ended by SIGKILL; the system does that when its memory is full" in cli("train", str(recipe)).err
+
+
+def test_a_fault_in_native_code_leaves_its_traceback(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_SEGFAULT", "1")
+    outcome = cli("train", str(recipe))
+    assert outcome.code == 1
+    assert "was ended by SIGSEGV" in outcome.err
+    assert "Fatal Python error: Segmentation fault" in outcome.err
 
 
 def test_the_output_of_a_job_cannot_command_the_terminal(

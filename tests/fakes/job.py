@@ -3,8 +3,10 @@
 Run as `python -m tests.fakes.job RUN`; what it does is set by the environment (see `_number`).
 """
 
+import ctypes
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,8 @@ def _number(name: str, otherwise: float) -> float:
 
 def main(worker: Worker) -> None:
     total = int(_number("STEPS", 10))
+    if _number("SEGFAULT", 0):
+        ctypes.string_at(0)
     done = _resumable(worker)
     worker.emit(Started, job="train", method="qlora", model="embedded", resumed_from=done)
     worker.emit(
@@ -45,7 +49,7 @@ def main(worker: Worker) -> None:
         if step == _number("RAISE_AT", -1):
             raise ZeroDivisionError("a fault of the fake")
         if step == _number("DIE_AT", -1):
-            os._exit(9)
+            _die()
         time.sleep(_number("SECONDS", 0.0))
         worker.emit(
             StepDone,
@@ -62,6 +66,12 @@ def main(worker: Worker) -> None:
         if worker.requested("stop"):
             return _end(worker, step, "stopped")
     return _end(worker, total, "done")
+
+
+def _die() -> None:
+    if _number("KILLED", 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(9)
 
 
 def _wait_while_paused(worker: Worker, step: int) -> None:
