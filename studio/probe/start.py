@@ -1,9 +1,10 @@
 """From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
 
+import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from studio.core.text import plain
 from studio.probe.models import find_base
 from studio.probe.preflight import PreflightReport, check_training
 from studio.probe.space import check_space
+from studio.runs.atomic import write_whole
 from studio.runs.control import request
 from studio.runs.job import MODULES, Job, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
@@ -22,13 +24,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
-def prepare_run(job: Job, runs_root: Path, now: float) -> RunPaths:
+def prepare_run(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] | None = None) -> RunPaths:
     """Make a run's folder and write what it is asked to do; nothing is left behind when that fails.
 
     Args:
         job: A recipe with absolute paths, or a merge.
         runs_root: Where runs live.
         now: Unix seconds; becomes part of the name.
+        plan: The memory estimate at launch, ready for JSON; None where there is none.
 
     Raises:
         BadInput: The folder cannot be made or written.
@@ -37,6 +40,8 @@ def prepare_run(job: Job, runs_root: Path, now: float) -> RunPaths:
     paths = new_run(runs_root, name, now)
     try:
         write_job(paths, job)
+        if plan is not None:
+            write_whole(paths.plan, json.dumps(plan, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         shutil.rmtree(paths.root, ignore_errors=True)
         shown = plain(str(paths.root), one_line=True)
@@ -50,6 +55,7 @@ def start_training(
     *,
     module: str = MODULES["train"],
     now: Callable[[], float] = time.time,
+    plan: Mapping[str, Any] | None = None,
     on_checked: Callable[[PreflightReport], None] = lambda report: None,
     **launching: Any,
 ) -> RunPaths:
@@ -60,6 +66,7 @@ def start_training(
         runs_root: Where runs live.
         module: The job's module.
         now: Unix seconds.
+        plan: The memory estimate, kept in the run.
         on_checked: Gets the report before anything is made.
         launching: As for `launch`.
 
@@ -70,7 +77,7 @@ def start_training(
     report = check_training(recipe)
     check_space(runs_root)
     on_checked(report)
-    return _start(report.recipe, runs_root, module, now(), launching)
+    return _launch(prepare_run(report.recipe, runs_root, now(), plan), module, launching)
 
 
 def start_merge(
@@ -96,7 +103,7 @@ def start_merge(
     """
     check_merge(request)
     check_space(runs_root)
-    return _start(request, runs_root, module, now(), launching)
+    return _launch(prepare_run(request, runs_root, now()), module, launching)
 
 
 def check_merge(request: MergeRequest) -> None:
@@ -121,8 +128,7 @@ def check_merge(request: MergeRequest) -> None:
         raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
 
 
-def _start(job: Job, runs_root: Path, module: str, now: float, launching: dict[str, Any]) -> RunPaths:
-    paths = prepare_run(job, runs_root, now)
+def _launch(paths: RunPaths, module: str, launching: dict[str, Any]) -> RunPaths:
     try:
         launch(paths, module, **launching)
     except KeyboardInterrupt:

@@ -11,7 +11,9 @@ from studio.probe.gpus import Gpu
 from studio.probe.preflight import check_training
 from studio.probe.space import check_space
 from studio.probe.start import check_merge, prepare_run, start_training
+from studio.runs.control import requested
 from studio.runs.job import MergeRequest, read_job
+from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import load_recipe, shipped_recipes
 from tests.fakes.runs import MODULE, fake_environment
 
@@ -98,6 +100,21 @@ def test_starting_leaves_a_live_run_and_a_failure_to_start_leaves_nothing(data: 
     paths = start_training(recipe, root, module=MODULE, environment=fake_environment(steps=1), on_checked=seen.append)
     assert paths.name.startswith("mine-")
     assert len(seen) == 1
+
+
+def test_who_interrupts_the_start_wants_no_run(data: Path, tmp_path: Path) -> None:
+    def popen(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start_training(Recipe().with_("data.path", str(data)), tmp_path / "runs", module=MODULE, popen=popen)
+    (paths,) = (RunPaths(folder) for folder in (tmp_path / "runs").iterdir())
+    assert requested(paths, "stop")
+
+
+def test_the_estimate_at_launch_is_kept(data: Path, tmp_path: Path) -> None:
+    paths = prepare_run(Recipe(), tmp_path / "runs", 1e9, {"peak_bytes": 7})
+    assert json.loads(paths.plan.read_text()) == {"peak_bytes": 7}
 
 
 def test_a_merge_needs_an_adapter_a_base_and_an_empty_place(tmp_path: Path) -> None:
