@@ -23,8 +23,16 @@ def failure_of(error: BaseException | None, explain: Explain) -> JobFailed:
         case JobFailed():
             failure = error
         case _:
-            failure = explain(error) or _by_type(error)
+            failure = _explained(error, explain) or _by_type(error)
     return failure
+
+
+def _explained(error: BaseException, explain: Explain) -> JobFailed | None:
+    """An explanation that fails itself (it imports the library that could not be imported) is none."""
+    try:
+        return explain(error)
+    except Exception:  # noqa: BLE001  whatever it is, the error to tell is the first one
+        return None
 
 
 def _by_type(error: BaseException) -> JobFailed:

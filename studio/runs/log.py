@@ -18,6 +18,9 @@ from studio.core.errors import JobFailed
 from studio.core.events import Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
 from studio.runs.events_check import well_typed
 
+DISK_FULL = "disk_full"
+"""The kind of failure that a full disk is."""
+
 TERMINAL = (Failed, Finished)
 _DURABLE = (*TERMINAL, Saved)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -74,7 +77,7 @@ class EventWriter:
                 os.ftruncate(self._descriptor, self._size)
             if error.errno in _NO_SPACE:
                 raise JobFailed(
-                    "disk_full",
+                    DISK_FULL,
                     f"the disk is full: the run's log could not be written ({error.strerror})",
                     "Free some space, then continue with: lora-studio runs resume RUN",
                 ) from error

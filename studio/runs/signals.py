@@ -28,6 +28,11 @@ class StopOnSignal:
         if hasattr(signal, "SIGHUP"):
             self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
+    def ignore(self) -> None:
+        """Let nothing interrupt the worker's last words."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
     def restore(self) -> None:
         """Give the handlers back."""
         for number, handler in self._before.items():

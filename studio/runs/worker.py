@@ -29,7 +29,7 @@ from studio.runs.atomic import mend_folder, write_whole
 from studio.runs.control import Request, requested, withdraw
 from studio.runs.failure import Explain, failure_of, not_explained
 from studio.runs.layout import RunPaths
-from studio.runs.log import EventWriter
+from studio.runs.log import DISK_FULL, EventWriter
 from studio.runs.process import mark_of, mark_to_json
 from studio.runs.signals import StopOnSignal
 
@@ -127,12 +127,14 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         """Record how the job ended and give the run free; no exception leaves the context."""
+        self._signals.ignore()
         try:
-            if not self._ended:
-                self._record(failure_of(error, self._explain))
             if error is not None:
                 self.exit_code = 1
+            if self._ended:
                 _print_traceback(error)
+            else:
+                self._fail(error)
         finally:
             self._signals.restore()
             self._reserve.unlink(missing_ok=True)
@@ -140,10 +142,19 @@ class Worker:
             self._lock.release()
         return True
 
-    def _record(self, failure: JobFailed) -> None:
-        """The reserve is given back first: on a full disk it is the room for the last line."""
-        self._reserve.unlink(missing_ok=True)
+    def _fail(self, error: BaseException | None) -> None:
+        """Who sees the failure finds the traceback; on a full disk the one line that must fit goes first."""
+        failure = failure_of(error, self._explain)
         self.exit_code = 1
+        self._reserve.unlink(missing_ok=True)
+        full = failure.kind == DISK_FULL
+        if not full:
+            _print_traceback(error)
+        self._record(failure)
+        if full:
+            _print_traceback(error)
+
+    def _record(self, failure: JobFailed) -> None:
         fields = {"failure": failure.kind, "message": str(failure), "advice": failure.advice, "step": self._step}
         try:
             self.emit(Failed, **fields)
@@ -169,7 +180,8 @@ def run_job(run: Path, body: Callable[[Worker], None], *, explain: Explain = not
     return worker.exit_code
 
 
-def _print_traceback(error: BaseException) -> None:
+def _print_traceback(error: BaseException | None) -> None:
     """The output is on the same disk as the log: that it cannot be written either must not hide the error."""
-    with suppress(OSError):
-        traceback.print_exception(error)
+    if error is not None:
+        with suppress(OSError):
+            traceback.print_exception(error)

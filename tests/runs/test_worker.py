@@ -11,7 +11,7 @@ from studio.core.events import Failed, Finished, Phase, RunEvent, Started, StepD
 from studio.runs.control import request, requested
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.log import read_events
+from studio.runs.log import EventWriter, read_events
 from studio.runs.process import is_alive, read_mark
 from studio.runs.status import Status, run_status
 from studio.runs.worker import RunBusy, Worker, run_job
@@ -114,6 +114,39 @@ def test_a_job_explains_the_errors_of_its_libraries(paths: RunPaths) -> None:
         return JobFailed("out_of_memory", "the card is full", "lower rank") if isinstance(error, RuntimeError) else None
 
     assert _fails(RuntimeError("CUDA out of memory"), paths, explain=explain).failure == "out_of_memory"
+
+
+def test_an_explanation_that_fails_does_not_hide_the_error(paths: RunPaths) -> None:
+    def explain(error: BaseException) -> JobFailed | None:
+        raise ImportError("no torch here")
+
+    event = _fails(RuntimeError("the error"), paths, explain=explain)
+    assert (event.failure, event.message) == ("error", "RuntimeError: the error")
+
+
+def test_who_sees_the_failure_finds_its_traceback(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed: list[str] = []
+    write = EventWriter.write
+
+    def looking(self: EventWriter, event: RunEvent) -> None:
+        if isinstance(event, Failed):
+            printed.append(capsys.readouterr().err)
+        write(self, event)
+
+    monkeypatch.setattr(EventWriter, "write", looking)
+    _fails(ZeroDivisionError("a fault"), paths)
+    assert "ZeroDivisionError: a fault" in printed[0]
+
+
+def test_signals_do_not_cut_the_last_words_short(paths: RunPaths) -> None:
+    def explain(error: BaseException) -> JobFailed | None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return None
+
+    assert _fails(RuntimeError("the error"), paths, explain=explain).failure == "error"
 
 
 def test_a_job_that_ends_without_saying_how_has_failed(paths: RunPaths) -> None:
