@@ -60,7 +60,8 @@ def as_ascii(text: str) -> str:
 
 def why_no_studio(environment: Mapping[str, str] = os.environ) -> str:
     """Return why the full-screen studio cannot be shown here, or nothing when it can."""
-    if not sys.stdout.isatty() or not sys.stdin.isatty():
+    # Textual reads keys from stdin and draws on stderr.
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         return "the studio needs a terminal, and this is none"
     if sys.platform != "win32" and environment.get("TERM", "") in ("", "dumb"):
         return f"the studio needs a terminal that can move its cursor, and TERM is {environment.get('TERM', '')!r}"

@@ -69,10 +69,14 @@ class _Terminal(io.StringIO):
 def test_the_studio_opens_only_where_it_can_be_seen(
     monkeypatch: pytest.MonkeyPatch, term: str, encoding: str, reason: str
 ) -> None:
-    for stream in ("stdin", "stdout"):
+    for stream in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, stream, _Terminal(encoding))
     found = terminal.why_no_studio({"TERM": term})
     assert reason in found if reason else found == ""
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.StringIO())
+        assert "needs a terminal" in terminal.why_no_studio({"TERM": "xterm"})
+        monkeypatch.setattr(sys, stream, _Terminal(encoding))
 
 
 def test_colours_only_where_they_are_welcome() -> None:
