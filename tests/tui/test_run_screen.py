@@ -417,6 +417,23 @@ def test_a_prediction_is_drawn(tmp_path: Path) -> None:
         play(story, tmp_path, size=(160, 50), open_run=paths)
 
 
+def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    with Worker(paths) as worker:
+        worker.emit(Started, job="merge", model="embedded")
+        paths.output.write_text("merging layer 3\n")
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            assert screen_of(app).view == "log"
+            assert "merging layer 3" in shown(app)
+            worker.emit(Saved, what="merged", path="/models/out")
+            worker.emit(Finished, outcome="done")
+            await until(pilot, lambda: "merged: /models/out" in shown(app))
+            assert "No adapter" not in shown(app)
+
+        play(story, tmp_path, open_run=paths)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20, 5), (40, 12), (300, 90)])
 def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
     paths: RunPaths = make_run(tmp_path)

@@ -12,6 +12,9 @@ from studio.runs.watch import last_output
 from studio.tui.output_tail import harmless
 from studio.tui.readable import duration, number
 
+TRAIN = "train"
+"""The job whose end is an adapter; others, such as merge, say what they saved."""
+
 _LAST_LINES = 4
 
 
@@ -55,6 +58,8 @@ def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:
         return _crashed(paths)
     if history.failed is not None:
         return _failed(history.failed, paths)
+    if history.started is not None and history.started.job != TRAIN:
+        return _other_job_ended(history)
     return _ended(paths, history, history.finished)
 
 
@@ -73,6 +78,11 @@ def _failed(failed: Failed, paths: RunPaths) -> Content:
         f"\n{plain(failed.message)}",
         f"\nWhat to do: {advice}" if advice else "",
     )
+
+
+def _other_job_ended(history: History) -> Content:
+    saved = [f"\n{plain(item.what, one_line=True)}: {plain(item.path, one_line=True)}" for item in history.saved]
+    return Content.assemble(("done", "bold"), *saved)
 
 
 def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Content:

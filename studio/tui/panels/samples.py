@@ -22,7 +22,7 @@ class Answer(Horizontal):
     Answer {
         height: auto;
         & > Static { height: auto; width: 1fr; }
-        & > .when { width: 12; color: $text-muted; padding: 0 1; }
+        & > .when { width: 14; color: $text-muted; padding: 0 1; }
     }
     """
 

@@ -20,7 +20,7 @@ from studio.runs.status import Status
 from studio.tui.engine import Engine
 from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes
 from studio.tui.panels.notes import Notes
-from studio.tui.panels.outcome import Outcome
+from studio.tui.panels.outcome import TRAIN, Outcome
 from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
@@ -190,6 +190,8 @@ class RunScreen(Screen[None]):
             self.query_one(RunPlots).show(glance.history)
             self.query_one(Samples).show(glance.history)
             self.query_one(Notes).show(glance.history)
+        if before is None and glance.history.started is not None and glance.history.started.job != TRAIN:
+            self.view = "log"  # without steps there is nothing to plot
         if glance.behind:
             self.set_timer(_CATCH_UP_SECONDS, self._look)
 
