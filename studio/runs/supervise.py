@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",  # output.log is read while the job lives
     "PYTHONSAFEPATH": "1",  # a torch.py in the current folder must not become the library
     "TOKENIZERS_PARALLELISM": "false",
+    # OpenMP's threads spin while they wait for each other: with one core busy elsewhere a CPU step took six times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 _CHILDREN: "dict[Path, subprocess.Popen[bytes]]" = {}
 """The last process that was started here for each run, so that its exit status can be collected."""
