@@ -1,0 +1,163 @@
+"""`lora-studio plan`: how much memory a recipe takes, before it runs."""
+
+import argparse
+from dataclasses import dataclass, replace
+
+from studio.commands.options import add_json, add_set
+from studio.commands.terminal import DONE, NO, say, size, table, write_json
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
+from studio.core.recipe import Recipe, choices_of
+from studio.core.recipe_parse import apply_settings, refuse, value_from_text
+from studio.core.shape import ModelShape
+from studio.core.trainable import check_rank, target_names
+from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.report import plan_to_dict
+from studio.core.vram.setup import Setup, setup_of, stock_setup
+from studio.probe.gpus import read_gpus
+from studio.probe.plan import budget_of, card_of, known_gpu
+from studio.probe.shape import find_shape
+from studio.runs.recipe_file import find_recipe, load_recipe
+
+_FLAGS = {
+    "method": "method",
+    "rank": "adapter.rank",
+    "targets": "adapter.targets",
+    "batch": "train.micro_batch",
+    "seq": "train.seq_len",
+    "optimizer": "train.optimizer",
+    "grad_checkpointing": "train.grad_checkpointing",
+    "attention": "train.attention",
+    "loss": "train.loss",
+    "dtype": "model.dtype",
+    "double_quant": "model.double_quant",
+}
+"""Flags and the recipe's fields that they set."""
+
+_MOST_GIB = 4096.0
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The card that a plan is for, where there is one, and what the run may use of it."""
+
+    gpu: Gpu | None
+    budget_bytes: int | None
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser("plan", help="how much memory a recipe takes, before it runs")
+    parser.add_argument(
+        "recipe_word", metavar="RECIPE", nargs="?", help="a recipe's path or name; none takes the defaults"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="a folder, a config.json, a .gguf, a hub id, or: embedded")
+    for flag in ("method", "optimizer", "attention", "loss"):
+        parser.add_argument(f"--{flag}", choices=choices_of(_FLAGS[flag]))
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="format of frozen weights and matrix products"
+    )
+    parser.add_argument("--rank", metavar="R")
+    parser.add_argument("--targets", metavar="NAMES", help="all-linear, or names joined by commas")
+    parser.add_argument("--batch", metavar="ROWS", help="rows at once")
+    parser.add_argument("--seq", metavar="TOKENS", help="tokens per row")
+    for flag in ("grad-checkpointing", "double-quant"):
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction)
+    add_set(parser)
+    parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="hf: the stock Trainer and peft")
+    for flag, text in (
+        ("kbit-prepare", "hf: peft's fp32 upcast of everything not quantised (default for qlora)"),
+        ("autocast", "hf: whether the forward runs under autocast (default: in bf16)"),
+        ("outputs-kept", "hf: whether the loop holds the logits through the backward (default)"),
+    ):
+        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    card = parser.add_mutually_exclusive_group()
+    card.add_argument("--gpu", metavar="NAME", help="a card by name, such as 4090 or a100-80gb")
+    card.add_argument("--vram-gib", metavar="X", help="a card of this size in GiB")
+    parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate, print, and return 0 when it fits or no card is known, 1 when it may not fit."""
+    recipe = _recipe(args)
+    shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
+    card = _card(args, recipe)
+    setup = _setup(args, recipe, card.gpu)
+    check_rank(shape, target_names(shape, setup.targets), setup.rank)
+    estimate = estimate_vram(shape, setup, card.gpu)
+    if args.json:
+        write_json(plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes))
+    else:
+        _print(estimate, shape, setup, card)
+    return DONE if card.budget_bytes is None or estimate.verdict(card.budget_bytes) == "fits" else NO
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    if args.recipe_word:
+        recipe = load_recipe(find_recipe(args.recipe_word), args.set)
+    else:
+        recipe = apply_settings(Recipe().with_("train.accumulation", 1), args.set)
+    for flag, path in _FLAGS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            recipe = recipe.with_(path, value_from_text(path, value) if isinstance(value, str) else value)
+    refuse(recipe.problems())
+    return recipe
+
+
+def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
+    setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
+    wishes = {name: getattr(args, name) for name in ("kbit_prepare", "autocast", "outputs_kept")}
+    given = {name: value for name, value in wishes.items() if value is not None}
+    if args.engine == "hf":
+        loss_said = args.loss is not None or any(word.strip().startswith("train.loss") for word in args.set)
+        setup = stock_setup(setup if loss_said else replace(setup, loss="full"), **given)
+    elif given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise BadInput(f"{flags} describes the stock loop; add --engine hf, or leave it out")
+    replicas = _number(args.gpus, "--gpus", 1, 1024)
+    return replace(setup, gpus=int(replicas))
+
+
+def _card(args: argparse.Namespace, recipe: Recipe) -> Card:
+    """Return the card that was named, else the one of this machine that the recipe would run on."""
+    if args.gpu or args.vram_gib:
+        gpu = find_gpu(args.gpu) if args.gpu else card_of_size(_number(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
+        budget = int(recipe.device.budget_gib * GIB) or gpu.total_bytes
+        return Card(gpu, min(budget, gpu.total_bytes))
+    reading = card_of(recipe.device.device, read_gpus())
+    return Card(known_gpu(reading) if reading else None, budget_of(recipe, reading))
+
+
+def _number(text: str, flag: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high or (flag == "--gpus" and value != int(value)):
+        raise BadInput(
+            f"{flag} is {text!r}; wanted {'a whole number, ' if flag == '--gpus' else ''}{low:g} to {high:g}"
+        )
+    return value
+
+
+def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) -> None:
+    engine = "this studio" if setup.engine == "studio" else "the stock Trainer with peft"
+    say(
+        f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {setup.method} rank {setup.rank}: "
+        f"{estimate.trainable_parameters / 1e6:.1f} M trained; {setup.micro_batch} x {setup.seq_len} tokens; {engine}"
+    )
+    parts = estimate.components
+    rows = [["part", "memory"], *([name, size(getattr(parts, name))] for name in parts.__slots__)]
+    say(table(rows))
+    say(table([["stage", "peak of tensors"], *([name, size(value)] for name, value in estimate.stages)]))
+    tensors, allocator = size(estimate.allocated.expected), size(estimate.reserved.expected)
+    say(f"peak in stage {estimate.stage}: tensors {tensors}, allocator {allocator}")
+    device = estimate.device
+    say(f"the card will show {size(device.expected)} (range {size(device.low)} to {size(device.high)})")
+    if card.budget_bytes is not None:
+        name = card.gpu.name if card.gpu and card.gpu.name else "the card"
+        say(f"{estimate.verdict(card.budget_bytes)}: {name} has {size(card.budget_bytes)} for it")
+    for note in estimate.notes:
+        say(f"note: {note}")

@@ -1,0 +1,190 @@
+"""What each family of architectures calls its parts and how it wires them, as one table.
+
+Sources: transformers 5.24 `models/*/configuration_*.py` (defaults) and `modeling_*.py` (modules, biases, norms); the
+table is checked against the modules that transformers builds (tests/core/test_shape_inventory.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from studio.core.shape import Norm, Wiring
+
+ALWAYS, NEVER = "always", "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a family is built; the defaults are Llama's.
+
+    Attributes:
+        wiring: Where the norms stand.
+        norm: Which norm.
+        norms: Norms over the hidden size in one layer.
+        norm_terms: Parameters of a norm per dimension: 1 weight, 2 with a bias, 0 without either.
+        query_key_norm: Norm of queries and keys: per head, or over all heads.
+        qkv: Names of the projections to queries, keys and values; one name where they are fused.
+        out: Name of the projection back.
+        mlp: Names of the MLP's projections.
+        gated: Whether one half of the MLP gates the other.
+        activation: The activation where the config does not say.
+        qkv_bias: Always, never, or the config key that decides it (`key=true` where it is true by default).
+        out_bias: The same for the projection back.
+        mlp_bias: The same for the MLP.
+        tied: Whether head and embedding are one where the config does not say.
+        head_bias: Whether the head has a bias.
+        rotary: Fraction of a head with rotary positions where the config does not say; 0 without them.
+        learnt_positions: Config key of the number of learnt positions.
+        embedding_norm: Whether the embedding is normed.
+        final_norm: Whether the last layer's output is.
+        scaled_residual: Granite's multiplier on each block's output.
+        logit_softcap: Soft cap of the logits where the config does not say.
+        attention_softcap: Soft cap of attention scores where the config does not say.
+        fused_attention: Whether transformers supports sdpa for it.
+        grouped: Whether key and value heads may be fewer than query heads.
+        expert_inner: Config key of the width inside a routed expert.
+        shared_inner: Config key of the width inside the expert that every token visits; empty without one.
+    """
+
+    wiring: Wiring = "pre"
+    norm: Norm = "rms"
+    norms: int = 2
+    norm_terms: int = 1
+    query_key_norm: Literal["", "head", "whole"] = ""
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    gated: bool = True
+    activation: str = "silu"
+    qkv_bias: str = "attention_bias"
+    out_bias: str = "attention_bias"
+    mlp_bias: str = "mlp_bias"
+    tied: bool = False
+    head_bias: bool = False
+    rotary: float = 1.0
+    learnt_positions: str = ""
+    embedding_norm: bool = False
+    scaled_residual: bool = False
+    logit_softcap: float = 0.0
+    attention_softcap: float = 0.0
+    fused_attention: bool = True
+    grouped: bool = True
+    expert_inner: str = "intermediate_size"
+    shared_inner: str = ""
+
+
+LLAMA = Family()
+_NO_BIAS = Family(qkv_bias=NEVER, out_bias=NEVER, mlp_bias=NEVER)
+_GEMMA = Family(norm="rms_wide", tied=True, activation="gelu_pytorch_tanh", mlp_bias=NEVER)
+_GEMMA_SANDWICH = replace(_GEMMA, wiring="sandwich", norms=4)
+_GPT = Family(
+    norm="layer",
+    norm_terms=2,
+    qkv=("query_key_value",),
+    out="dense",
+    mlp=("dense_h_to_4h", "dense_4h_to_h"),
+    gated=False,
+    activation="gelu",
+    qkv_bias=ALWAYS,
+    out_bias=ALWAYS,
+    mlp_bias=ALWAYS,
+)
+_GLM = Family(
+    mlp=("gate_up_proj", "down_proj"), qkv_bias="attention_bias=true", out_bias=NEVER, mlp_bias=NEVER, rotary=0.5
+)
+_RELU2 = Family(mlp=("up_proj", "down_proj"), gated=False, activation="relu2")
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": LLAMA,
+    "mistral": _NO_BIAS,
+    "ministral": _NO_BIAS,
+    "ministral3": _NO_BIAS,
+    "qwen2": replace(_NO_BIAS, qkv_bias=ALWAYS),
+    "qwen3": Family(query_key_norm="head", mlp_bias=NEVER),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA_SANDWICH, logit_softcap=30.0, attention_softcap=50.0),
+    "gemma3_text": replace(_GEMMA_SANDWICH, query_key_norm="head"),
+    "phi": replace(
+        _GPT,
+        wiring="parallel",
+        norms=1,
+        qkv=LLAMA.qkv,
+        mlp=("fc1", "fc2"),
+        activation="gelu_new",
+        rotary=0.5,
+        head_bias=True,
+    ),
+    "phi3": replace(_NO_BIAS, qkv=("qkv_proj",), mlp=("gate_up_proj", "down_proj")),
+    "falcon": replace(_GPT, wiring="parallel", norms=1, tied=True, qkv_bias="bias", out_bias="bias", mlp_bias="bias"),
+    "gpt_neox": replace(
+        _GPT,
+        wiring="parallel",
+        qkv_bias="attention_bias=true",
+        out_bias="attention_bias=true",
+        rotary=0.25,
+        grouped=False,
+    ),
+    "bloom": replace(_GPT, tied=True, rotary=0.0, embedding_norm=True, grouped=False, fused_attention=False),
+    "gpt_bigcode": replace(
+        _GPT,
+        qkv=("c_attn",),
+        out="c_proj",
+        mlp=("c_fc", "c_proj"),
+        activation="gelu_pytorch_tanh",
+        tied=True,
+        rotary=0.0,
+        learnt_positions="n_positions",
+    ),
+    "starcoder2": replace(
+        _GPT,
+        qkv=LLAMA.qkv,
+        out="o_proj",
+        mlp=("c_fc", "c_proj"),
+        activation="gelu_pytorch_tanh",
+        qkv_bias="use_bias=true",
+        out_bias="use_bias=true",
+        mlp_bias="use_bias=true",
+        tied=True,
+    ),
+    "granite": Family(scaled_residual=True),
+    "olmo": Family(norm="layer", norm_terms=0, mlp_bias=NEVER),
+    "olmo2": Family(wiring="post", norm="rms_wide", query_key_norm="whole", mlp_bias=NEVER),
+    "olmo3": Family(wiring="post", norm="rms_wide", query_key_norm="whole", mlp_bias=NEVER),
+    "exaone4": replace(_NO_BIAS, wiring="post", query_key_norm="head"),
+    "stablelm": Family(
+        norm="layer", norm_terms=2, qkv_bias="use_qkv_bias", out_bias=NEVER, mlp_bias=NEVER, rotary=0.25
+    ),
+    "smollm3": Family(tied=True),
+    "glm": _GLM,
+    "glm4": replace(_GLM, wiring="sandwich", norms=4),
+    "chatglm": replace(
+        _GLM,
+        qkv=_GPT.qkv,
+        out="dense",
+        mlp=_GPT.mlp,
+        qkv_bias="add_qkv_bias",
+        out_bias="add_bias_linear",
+        mlp_bias="add_bias_linear",
+    ),
+    "cohere": Family(wiring="parallel", norm="layer", norms=1, mlp_bias=NEVER, tied=True),
+    "cohere2": Family(wiring="parallel", norm="layer", norms=1, mlp_bias=NEVER, tied=True),
+    "nemotron": replace(_RELU2, norm="layer", norm_terms=2, rotary=0.5),
+    "arcee": _RELU2,
+    "seed_oss": Family(qkv_bias="attention_bias=true", out_bias="attention_out_bias"),
+    "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
+    "helium": Family(out_bias=NEVER),
+    "hunyuan_v1_dense": Family(query_key_norm="head", mlp_bias=NEVER),
+    # Mixtures of experts: what stands outside the experts.
+    "mixtral": _NO_BIAS,
+    "qwen2_moe": replace(
+        _NO_BIAS, qkv_bias=ALWAYS, expert_inner="moe_intermediate_size", shared_inner="shared_expert_intermediate_size"
+    ),
+    "qwen3_moe": Family(query_key_norm="head", mlp_bias=NEVER, expert_inner="moe_intermediate_size"),
+    "olmoe": Family(query_key_norm="whole", mlp_bias=NEVER),
+    "granitemoe": Family(scaled_residual=True),
+    "gpt_oss": Family(
+        qkv_bias="attention_bias=true", out_bias="attention_bias=true", mlp_bias=NEVER, fused_attention=False
+    ),
+    "llama4_text": Family(mlp_bias=NEVER, shared_inner="intermediate_size"),
+}
+"""Keyed by transformers' `model_type` (of the text model, where a config has several)."""

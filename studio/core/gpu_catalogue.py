@@ -1,0 +1,214 @@
+"""Cards by name: how much memory NVML reports in total, and what they can compute.
+
+A card's box says 24 GB; NVML reports less, since firmware and error correction take their part. The totals are those
+that nvidia-smi shows (in MiB) in many people's public listings with drivers of 2023 and later; bandwidths are the
+makers' data sheets.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, replace
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A card, or what is known of one.
+
+    Attributes:
+        name: What NVML calls it, without the maker; empty for a card of which only the size is known.
+        total_bytes: Total memory as NVML reports it.
+        compute_capability: Major and minor.
+        kind: consumer, laptop, workstation or data-centre.
+        bandwidth_gb_per_second: Memory bandwidth by data sheet, 0 where unknown.
+        context_bytes: What a CUDA context takes outside the allocator, 0 where it was not measured.
+    """
+
+    name: str
+    total_bytes: int
+    compute_capability: tuple[int, int] = (8, 0)
+    kind: str = ""
+    bandwidth_gb_per_second: float = 0.0
+    context_bytes: int = 0
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes in bf16 natively (Ampere and newer)."""
+        return self.compute_capability >= (8, 0)
+
+
+_T4_CONTEXT = 141 * MIB
+"""Process use minus reserved on a T4, in 25 measured runs of the fitcheck-llm archive."""
+
+_TABLE = """
+consumer     GTX 1080                 8192  6.1  320
+consumer     GTX 1080 Ti             11264  6.1  484
+consumer     GTX 1660 Ti              6144  7.5  288
+consumer     RTX 2060                 6144  7.5  336
+consumer     RTX 2070                 8192  7.5  448
+consumer     RTX 2080                 8192  7.5  448
+consumer     RTX 2080 Ti             11264  7.5  616
+consumer     TITAN RTX               24576  7.5  672
+consumer     RTX 3050                 8192  8.6  224
+consumer     RTX 3060                12288  8.6  360
+consumer     RTX 3060 Ti              8192  8.6  448
+consumer     RTX 3070                 8192  8.6  448
+consumer     RTX 3070 Ti              8192  8.6  608
+consumer     RTX 3080                10240  8.6  760
+consumer     RTX 3080 12GB           12288  8.6  912
+consumer     RTX 3080 Ti             12288  8.6  912
+consumer     RTX 3090                24576  8.6  936
+consumer     RTX 3090 Ti             24564  8.6 1008
+consumer     RTX 4060                 8188  8.9  272
+consumer     RTX 4060 Ti              8188  8.9  288
+consumer     RTX 4060 Ti 16GB        16380  8.9  288
+consumer     RTX 4070                12282  8.9  504
+consumer     RTX 4070 SUPER          12282  8.9  504
+consumer     RTX 4070 Ti             12282  8.9  504
+consumer     RTX 4070 Ti SUPER       16376  8.9  672
+consumer     RTX 4080                16376  8.9  717
+consumer     RTX 4080 SUPER          16376  8.9  736
+consumer     RTX 4090                24564  8.9 1008
+consumer     RTX 5060                 8151 12.0  448
+consumer     RTX 5060 Ti              8151 12.0  448
+consumer     RTX 5060 Ti 16GB        16311 12.0  448
+consumer     RTX 5070                12227 12.0  672
+consumer     RTX 5070 Ti             16303 12.0  896
+consumer     RTX 5080                16303 12.0  960
+consumer     RTX 5090                32607 12.0 1792
+laptop       RTX 3060 Laptop          6144  8.6  336
+laptop       RTX 3070 Laptop          8192  8.6  448
+laptop       RTX 3080 Laptop          8192  8.6  448
+laptop       RTX 3080 Ti Laptop      16384  8.6  512
+laptop       RTX 4060 Laptop          8188  8.9  256
+laptop       RTX 4070 Laptop          8188  8.9  256
+laptop       RTX 4080 Laptop         12282  8.9  432
+laptop       RTX 4090 Laptop         16376  8.9  576
+laptop       RTX 5070 Laptop          8151 12.0  384
+laptop       RTX 5070 Ti Laptop      12227 12.0  672
+laptop       RTX 5080 Laptop         16303 12.0  896
+laptop       RTX 5090 Laptop         24463 12.0  896
+workstation  Quadro RTX 6000         24576  7.5  672
+workstation  Quadro RTX 8000         49152  7.5  672
+workstation  RTX A2000 12GB          12282  8.6  288
+workstation  RTX A4000               16376  8.6  448
+workstation  RTX A5000               24564  8.6  768
+workstation  RTX A6000               49140  8.6  768
+workstation  RTX 4000 Ada            20475  8.9  360
+workstation  RTX 5000 Ada            32760  8.9  576
+workstation  RTX 6000 Ada            49140  8.9  960
+workstation  RTX PRO 6000 Blackwell  97887 12.0 1792
+data-centre  Tesla P40               24576  6.1  347
+data-centre  Tesla P100              16384  6.0  732
+data-centre  Tesla V100 16GB         16384  7.0  900
+data-centre  Tesla V100 32GB         32768  7.0  900
+data-centre  Tesla T4                15360  7.5  320
+data-centre  A2                      15356  8.6  200
+data-centre  A10                     23028  8.6  600
+data-centre  A10G                    23028  8.6  600
+data-centre  A30                     24576  8.0  933
+data-centre  A40                     46068  8.6  696
+data-centre  A100 40GB               40960  8.0 1555
+data-centre  A100 80GB               81920  8.0 2039
+data-centre  L4                      23034  8.9  300
+data-centre  L40                     46068  8.9  864
+data-centre  L40S                    46068  8.9  864
+data-centre  H100 80GB               81559  9.0 3350
+data-centre  H100 NVL                95830  9.0 3938
+data-centre  GH200 96GB              97871  9.0 4000
+data-centre  H200                   143771  9.0 4800
+data-centre  B200                   183359 10.0 8000
+"""
+
+
+def _read_table() -> dict[str, Gpu]:
+    cards = {}
+    for line in _TABLE.strip().splitlines():
+        kind, *words, mebibytes, capability, bandwidth = line.split()
+        name = " ".join(words)
+        major, _, minor = capability.partition(".")
+        context = _T4_CONTEXT if name == "Tesla T4" else 0
+        cards[name] = Gpu(name, int(mebibytes) * MIB, (int(major), int(minor)), kind, float(bandwidth), context)
+    return cards
+
+
+CATALOGUE: dict[str, Gpu] = _read_table()
+"""Every known card by name."""
+
+_NOISE = frozenset(
+    [
+        "nvidia",
+        "geforce",
+        "tesla",
+        "quadro",
+        "gpu",
+        "generation",
+        "sxm",
+        "sxm2",
+        "sxm4",
+        "sxm5",
+        "pcie",
+        "hbm2",
+        "hbm2e",
+        "hbm3",
+        "hbm3e",
+        "edition",
+        "server",
+        "workstation",
+        "max",
+        "q",
+        "design",
+    ]
+)
+_SIZE = re.compile(r"\d+gb")
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the card that a name means: as NVML writes it, or short (`4090`, `a100-80gb`, `t4`).
+
+    A name that fits several sizes of one card means the smallest: an estimate must not promise the larger one.
+
+    Raises:
+        BadInput: No card is called that; the message has the nearest names.
+    """
+    wanted = _words(name)
+    named = any(not _SIZE.fullmatch(word) for word in wanted)
+    fitting = [gpu for gpu in CATALOGUE.values() if named and wanted <= _words(gpu.name) | {_size(gpu)}]
+    if not fitting:
+        near = difflib.get_close_matches(name.lower(), [known.lower() for known in CATALOGUE], n=3, cutoff=0.5)
+        names = ", ".join(known for known in CATALOGUE if known.lower() in near) or "RTX 4090, A100 80GB, T4"
+        shown = plain(name, one_line=True, limit=60)
+        raise BadInput(
+            f"no card called {shown!r} is known; perhaps {names}. Any other: --vram-gib with its size in GiB"
+        )
+    return min(fitting, key=lambda gpu: (len(_words(gpu.name) - wanted - {_size(gpu)}), gpu.total_bytes))
+
+
+def card_of_size(gib: float) -> Gpu:
+    """Return a nameless card of a size in GiB, taken to be Ampere or newer."""
+    return Gpu("", int(gib * GIB))
+
+
+def with_total(gpu: Gpu, total_bytes: int) -> Gpu:
+    """Return a card with the total that its own driver reports."""
+    return replace(gpu, total_bytes=total_bytes)
+
+
+def _words(name: str) -> set[str]:
+    """Split a name into words; `rtx4090` is two, `80 GB`, `80GiB` and `80G` are all `80gb`."""
+    text = re.sub(r"(\d+)\s*g(i?b)?\b", r" \1gb ", name.lower())
+    text = re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", text)
+    return set(re.findall(r"[a-z0-9]+", text)) - _NOISE
+
+
+def _size(gpu: Gpu) -> str:
+    """Return the size on the box, such as `24gb`: what NVML reports, up to the next usual size."""
+    gibibytes = gpu.total_bytes / GIB
+    return f"{next(size for size in _BOX_SIZES if size >= gibibytes - 0.01)}gb"
+
+
+_BOX_SIZES = (6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80, 94, 96, 141, 180, 192)

@@ -1,0 +1,198 @@
+"""What a model is made of, as numbers: layers, linear maps, norms, vocabulary.
+
+Read from its config, never from its name. Knows no files and no formats; `studio.core.families` says how families
+differ, `studio.core.shape_from_config` makes shapes from configs, `studio.probe.shape` finds the configs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Wiring = Literal["pre", "post", "sandwich", "parallel"]
+Norm = Literal["rms", "rms_wide", "layer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear map of a layer. `copies` where a layer has several of the same (experts held as separate modules)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+    copies: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Weights without biases."""
+        return self.inputs * self.outputs * self.copies
+
+    @property
+    def biases(self) -> int:
+        """Bias terms."""
+        return self.outputs * self.copies if self.bias else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture-of-experts part of a layer.
+
+    Attributes:
+        count: Experts in the layer.
+        per_token: Experts that each token goes through.
+        inner: Width inside one expert.
+        shared_inner: Width of the expert that every token goes through, 0 without one.
+        biases: Bias terms of one expert.
+        shared_gate: Whether a learnt gate weighs the shared expert.
+    """
+
+    count: int
+    per_token: int
+    inner: int
+    shared_inner: int = 0
+    biases: int = 0
+    shared_gate: bool = False
+
+    def weights(self, hidden: int) -> int:
+        """Weights of all routed experts: gate, up and down each."""
+        return 3 * hidden * self.inner * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        wiring: Where the norms stand: before each block, after it, on both sides, or one (or two) before parallel
+            blocks.
+        norm: Which norm; `rms_wide` scales by its weight in fp32, before it casts back.
+        norm_parameters: Parameters of all norms of the layer.
+        input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.
+        query_key_norm: `head` per head, `whole` over all heads.
+        qkv: The projections to queries, keys and values: three, or one fused.
+        out: The projection back.
+        mlp: gate, up, down; or a fused gate_up, down; or up, down without a gate. Empty where experts stand instead.
+        gated: Whether the activation gates a second projection.
+        activation: Which activation (transformers' name).
+        rotary: Fraction of each head that carries rotary positions.
+        scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
+        residual_dropout: Whether block outputs are dropped in training.
+        window: Keys that a token attends to at most; 0 for all.
+        experts: The mixture of experts, where the layer has one.
+    """
+
+    wiring: Wiring
+    norm: Norm
+    norm_parameters: int
+    qkv: tuple[Linear, ...]
+    out: Linear
+    mlp: tuple[Linear, ...]
+    gated: bool
+    activation: str
+    input_norms: int = 1
+    query_key_norm: Literal["", "head", "whole"] = ""
+    rotary: float = 1.0
+    scaled_residual: bool = False
+    residual_dropout: bool = False
+    window: int = 0
+    experts: Experts | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All linear maps that are modules of their own (fused experts are not)."""
+        return (*self.qkv, self.out, *self.mlp)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers of one kind."""
+
+    count: int
+    layer: Layer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder-only language model.
+
+    Attributes:
+        family: transformers' `model_type`.
+        hidden: Width of the residual stream.
+        vocabulary: Rows of the embedding and of the head.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Width of one head.
+        groups: Its layers, kind by kind.
+        tied: Whether the head is the embedding.
+        head_bias: Whether the head has a bias.
+        other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
+        logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
+        fused_attention: Whether transformers runs it with fused attention; capped scores, sinks and ALiBi rule it out.
+        stored_itemsize: Bytes per weight in the checkpoint, as its config says.
+        doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
+    """
+
+    family: str
+    hidden: int
+    vocabulary: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    groups: tuple[LayerGroup, ...]
+    tied: bool
+    head_bias: bool = False
+    other_parameters: int = 0
+    logit_softcap: bool = False
+    fused_attention: bool = True
+    stored_itemsize: int = 2
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the input embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the head that are not the embedding's."""
+        bias = self.vocabulary if self.head_bias else 0
+        return bias if self.tied else self.vocabulary * self.hidden + bias
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        layers = sum(group.count * layer_parameters(group.layer, self.hidden) for group in self.groups)
+        return layers + self.embedding_parameters + self.head_parameters + self.other_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of routed experts, which transformers holds fused and bitsandbytes leaves as they are."""
+        return sum(
+            group.count
+            * (group.layer.experts.weights(self.hidden) + group.layer.experts.biases * group.layer.experts.count)
+            for group in self.groups
+            if group.layer.experts
+        )
+
+    def all_linears(self) -> Iterator[tuple[int, Linear]]:
+        """Yield every kind of linear map inside the layers with how many layers have it."""
+        for group in self.groups:
+            for linear in group.layer.linears:
+                yield group.count, linear
+
+
+def layer_parameters(layer: Layer, hidden: int) -> int:
+    """Return the parameters of one layer, router included."""
+    linears = sum(linear.weights + linear.biases for linear in layer.linears)
+    experts = layer.experts
+    routed = 0
+    if experts:
+        routed = (
+            experts.weights(hidden) + experts.biases * experts.count + hidden * (experts.count + experts.shared_gate)
+        )
+    return linears + routed + layer.norm_parameters

@@ -1,0 +1,226 @@
+"""From a config.json's table to a `ModelShape`, with every number checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from studio.core.config_values import ConfigValues
+from studio.core.errors import BadInput
+from studio.core.families import ALWAYS, FAMILIES, LLAMA, NEVER, Family
+from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
+from studio.core.text import plain
+
+_ITEMSIZES = {
+    "float32": 4,
+    "float": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "half": 2,
+    "float8_e4m3fn": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+_MOST_PARAMETERS = 50 * 10**12
+
+
+def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+    """Return the shape that a model's config describes.
+
+    A family that is not known is read as a Llama and carries a doubt; so does what a config has beside its text model.
+
+    Raises:
+        BadInput: A size is missing, no number, or absurd; the message names the key.
+    """
+    doubts: list[str] = []
+    text = _text_table(config, doubts)
+    values = ConfigValues(text)
+    name = values.word("model_type") or "unknown"
+    family = FAMILIES.get(name)
+    if family is None:
+        doubts.append(
+            f"the architecture {plain(name, one_line=True, limit=40)!r} is not known here: read as a Llama of its sizes"
+        )
+        family = LLAMA
+    shape = _shape(name, family, values, doubts)
+    if shape.parameters > _MOST_PARAMETERS:
+        raise BadInput(f"the model's config describes {shape.parameters:.3g} parameters; its sizes cannot be right")
+    return shape
+
+
+def _text_table(config: Mapping[str, Any], doubts: list[str]) -> Mapping[str, Any]:
+    """Return the language model's part of a config that may hold several models."""
+    for key in ("text_config", "llm_config", "language_config"):
+        inner = config.get(key)
+        if isinstance(inner, Mapping):
+            if any(other in config for other in ("vision_config", "audio_config")):
+                doubts.append("only the text model is counted, not the vision or audio part")
+            return {**{k: config[k] for k in ("torch_dtype", "dtype") if k in config}, **inner}
+    return config
+
+
+def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -> ModelShape:
+    hidden = values.whole("hidden_size", "n_embd", "d_model", high=1 << 20)
+    layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=10_000)
+    heads = values.whole("num_attention_heads", "n_head", "n_heads", high=1 << 16)
+    head_dim = values.whole("head_dim", "kv_channels", default=max(1, hidden // heads), high=1 << 16)
+    if "head_dim" not in values and "kv_channels" not in values and hidden % heads:
+        raise BadInput(f"the model's config has hidden_size {hidden}, which {heads} attention heads do not divide")
+    kv_heads = _kv_heads(name, values, heads) if family.grouped else heads
+    if heads % kv_heads:
+        raise BadInput(
+            f"the model's config has {heads} attention heads, which {kv_heads} key/value heads do not divide"
+        )
+    norm_width = hidden * family.norm_terms
+    other = norm_width * (2 if family.embedding_norm else 1)
+    if family.learnt_positions:
+        other += hidden * values.whole(family.learnt_positions, "max_position_embeddings", default=2048)
+    return ModelShape(
+        family=name,
+        hidden=hidden,
+        vocabulary=values.whole("padded_vocab_size", "vocab_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        groups=_groups(name, family, values, (hidden, layers, heads, kv_heads, head_dim)),
+        tied=values.flag("tie_word_embeddings", family.tied),
+        head_bias=family.head_bias,
+        other_parameters=other,
+        logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
+        fused_attention=family.fused_attention and values.real("attn_logit_softcapping", family.attention_softcap) == 0,
+        stored_itemsize=_ITEMSIZES.get(values.word("dtype", "torch_dtype").removeprefix("torch."), 2),
+        doubts=tuple(doubts),
+    )
+
+
+def _kv_heads(name: str, values: ConfigValues, heads: int) -> int:
+    if name in ("falcon", "gpt_bigcode"):
+        if name == "falcon" and values.flag("new_decoder_architecture", False):
+            return values.whole("num_kv_heads", "num_key_value_heads", default=heads, high=heads)
+        return 1 if values.flag("multi_query", True) else heads
+    return values.whole("num_key_value_heads", "num_kv_heads", "multi_query_group_num", default=heads, high=heads)
+
+
+def _groups(
+    name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, int, int, int]
+) -> tuple[LayerGroup, ...]:
+    layers = sizes[1]
+    routed = _experts(name, family, values, sizes[0])
+    if routed is None:
+        return (LayerGroup(layers, _layer(name, family, values, sizes, None)),)
+    sparse = sum(_is_sparse(name, values, index) for index in range(layers))
+    groups = [LayerGroup(sparse, _layer(name, family, values, sizes, routed))]
+    if sparse < layers:
+        groups.append(LayerGroup(layers - sparse, _layer(name, family, values, sizes, None)))
+    return tuple(group for group in groups if group.count)
+
+
+def _is_sparse(name: str, values: ConfigValues, index: int) -> bool:
+    """Which layers hold experts (Qwen2MoeDecoderLayer, Llama4TextConfig)."""
+    if name == "llama4_text":
+        step = values.whole("interleave_moe_layer_step", default=1)
+        return (index + 1) % step == 0
+    if name in ("qwen2_moe", "qwen3_moe"):
+        step = values.whole("decoder_sparse_step", default=1)
+        return index not in values.wholes("mlp_only_layers") and (index + 1) % step == 0
+    return True
+
+
+def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:
+    count = values.whole("num_local_experts", "num_experts", "n_routed_experts", default=0, low=0, high=1 << 16)
+    if count < 2:
+        return None
+    inner = values.whole(family.expert_inner, "moe_intermediate_size", "intermediate_size")
+    shared = values.whole(family.shared_inner, default=0, low=0) if family.shared_inner else 0
+    per_token = values.whole("num_experts_per_tok", "num_experts_per_token", default=2, high=count)
+    biases = 2 * inner + hidden if name == "gpt_oss" else 0
+    return Experts(count, per_token, inner, shared, biases, name == "qwen2_moe")
+
+
+def _layer(
+    name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, int, int, int], experts: Experts | None
+) -> Layer:
+    hidden, _, heads, kv_heads, head_dim = sizes
+    wiring, norms = _wiring(name, family, values)
+    norm_parameters = norms * hidden * family.norm_terms
+    if name == "gpt_oss" and experts:
+        norm_parameters += heads + experts.count  # attention sinks and the router's bias
+    per_head = {"head": 2 * head_dim, "whole": (heads + kv_heads) * head_dim, "": 0}
+    return Layer(
+        wiring=wiring,
+        norm=family.norm,
+        norm_parameters=norm_parameters + per_head[family.query_key_norm],
+        input_norms=2 if wiring == "parallel" and norms == 2 else 1,
+        query_key_norm=family.query_key_norm,
+        qkv=_qkv(family, values, hidden, (heads * head_dim, kv_heads * head_dim)),
+        out=Linear(family.out, heads * head_dim, hidden, _bias(values, family.out_bias)),
+        mlp=_mlp(name, family, values, hidden, experts),
+        gated=family.gated,
+        activation=values.word("hidden_activation", "hidden_act", "activation_function", default=family.activation),
+        rotary=_rotary(family, values),
+        scaled_residual=family.scaled_residual,
+        residual_dropout=any(
+            values.real(key, 0.0) > 0 for key in ("residual_dropout", "resid_pdrop", "hidden_dropout")
+        ),
+        window=_window(values),
+        experts=experts,
+    )
+
+
+def _window(values: ConfigValues) -> int:
+    """Sliding window, where the config has one and does not switch it off (Qwen 2 writes one that is not used)."""
+    if not values.flag("use_sliding_window", True):
+        return 0
+    return values.whole("sliding_window", default=0, low=0)
+
+
+def _wiring(name: str, family: Family, values: ConfigValues) -> tuple[Any, int]:
+    if name == "gpt_neox" and not values.flag("use_parallel_residual", True):
+        return "pre", 2
+    if name == "stablelm" and values.flag("use_parallel_residual", False):
+        return "parallel", 1
+    if name == "falcon":
+        if values.flag("new_decoder_architecture", False):
+            return "parallel", values.whole("num_ln_in_parallel_attn", default=2, high=2)
+        if not values.flag("parallel_attn", True):
+            return "pre", 2
+    return family.wiring, family.norms
+
+
+def _qkv(family: Family, values: ConfigValues, hidden: int, widths: tuple[int, int]) -> tuple[Linear, ...]:
+    bias = _bias(values, family.qkv_bias)
+    queries, keys = widths
+    if len(family.qkv) == 1:
+        return (Linear(family.qkv[0], hidden, queries + 2 * keys, bias),)
+    outputs = (queries, keys, keys)
+    return tuple(Linear(name, hidden, width, bias) for name, width in zip(family.qkv, outputs, strict=True))
+
+
+def _mlp(name: str, family: Family, values: ConfigValues, hidden: int, experts: Experts | None) -> tuple[Linear, ...]:
+    bias = _bias(values, family.mlp_bias)
+    if experts:
+        inner = experts.shared_inner
+        if not inner:
+            return ()
+    else:
+        keys = ("intermediate_size_mlp",) if name == "llama4_text" else ()
+        inner = values.whole(*keys, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=4 * hidden)
+    if not family.gated or len(family.mlp) == 2:
+        wide = 2 * inner if family.gated else inner
+        return (Linear(family.mlp[0], hidden, wide, bias), Linear(family.mlp[1], inner, hidden, bias))
+    gate, up, down = family.mlp
+    return Linear(gate, hidden, inner, bias), Linear(up, hidden, inner, bias), Linear(down, inner, hidden, bias)
+
+
+def _rotary(family: Family, values: ConfigValues) -> float:
+    nested = values.table("rope_parameters")
+    default = nested.real("partial_rotary_factor", family.rotary) if nested else family.rotary
+    if family.rotary == 0:
+        return 0.0
+    return min(1.0, max(0.0, values.real("partial_rotary_factor", values.real("rotary_pct", default))))
+
+
+def _bias(values: ConfigValues, rule: str) -> bool:
+    """Read a bias rule: always, never, or a config key with its default (`attention_bias=true`)."""
+    if rule in (ALWAYS, NEVER):
+        return rule == ALWAYS
+    key, _, default = rule.partition("=")
+    return values.flag(key, default == "true")

@@ -1,0 +1,96 @@
+"""The attention block of a decoder layer: projections, norms, rotary positions, and the three ways to attend.
+
+Sources: transformers/integrations/sdpa_attention.py and modeling_llama.py (`eager_attention_forward`), transformers
+5.24.
+"""
+
+from studio.core.shape import Layer
+from studio.core.vram import operators as op
+from studio.core.vram.form import Form
+from studio.core.vram.modules import Run, linear, rms_norm
+from studio.core.vram.tape import Tensor
+
+
+def attention(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the block's output `[batch, seq, hidden]` and, for eager attention, its weights."""
+    query, key, value = _projections(run, layer, x)
+    if layer.query_key_norm:
+        per_head, wide = layer.query_key_norm == "head", layer.norm == "rms_wide"
+        query = rms_norm(query, run.shape.heads if per_head else 1, weight_in_fp32=wide)
+        key = rms_norm(key, run.shape.kv_heads if per_head else 1, weight_in_fp32=wide)
+    query, key = _rotated(query, key, layer.rotary)
+    out, weights = _attend(run, query, key, value)
+    out = linear(run, layer.out, out)
+    return out, weights
+
+
+def _projections(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if len(layer.qkv) == 3:
+        query, key, value = (linear(run, projection, x) for projection in layer.qkv)
+        return query, key, value
+    joined = linear(run, layer.qkv[0], x)
+    queries, keys = run.shape.heads * run.shape.head_dim, run.shape.kv_heads * run.shape.head_dim
+    width = queries + 2 * keys
+    query, key, value = (op.slice_last(joined, part / width) for part in (queries, keys, keys))
+    return query, key, value
+
+
+def _rotated(query: Tensor, key: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Both unrotated tensors live until both are rotated: they are apply_rotary_pos_emb's own arguments."""
+    turned = _rotate(query, fraction)
+    return turned, _rotate(key, fraction)
+
+
+def _rotate(x: Tensor, fraction: float) -> Tensor:
+    if fraction == 0:
+        return x
+    if fraction == 1:
+        return _rotate_whole(x)
+    turned, kept = op.slice_last(x, fraction), op.slice_last(x, 1 - fraction)
+    turned = _rotate_whole(turned)
+    return op.join((turned, kept))
+
+
+def _rotate_whole(x: Tensor) -> Tensor:
+    """Return `x * cos + rotate_half(x) * sin`."""
+    straight = op.times_constant(x)
+    half = op.slice_last(x, 0.5)
+    turned = op.times_constant(op.join((op.scale(op.slice_last(x, 0.5)), half)))
+    del half
+    return op.add(straight, turned)
+
+
+def _attend(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the attention output and, for eager attention, its weights `[batch, heads, seq, seq]`."""
+    if run.form.kernel == "eager":
+        return _eager(run, query, key, value)
+    if run.form.arithmetic.autocast:
+        query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
+    if run.form.kernel == "efficient":
+        key, value = _widened(run, key), _widened(run, value)
+    return op.fused_attention(query, key, value, run.shape.heads, flash=run.form.kernel == "flash"), None
+
+
+def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow eager_attention_forward."""
+    arithmetic = run.form.arithmetic
+    key, value = _widened(run, key), _widened(run, value)
+    if arithmetic.autocast:
+        query, key = (op.cast(t, arithmetic.compute) for t in (query, key))
+    itemsize = query.itemsize
+    weights = op.scale(op.matmul(query, key, Form(per_square=run.shape.heads), copied=run.form.batched))
+    weights = op.add_number(weights)  # the causal mask
+    if not run.form.fused_upcast:
+        weights = op.cast(weights, 4)
+    weights = op.cast(op.softmax_in_fp32(weights), itemsize)
+    if arithmetic.autocast:
+        value = op.cast(value, arithmetic.compute)
+    out = op.matmul(weights, value, query.elements, copied=False)
+    out = op.clone(out)  # .transpose(1, 2).contiguous()
+    return out, weights
+
+
+def _widened(run: Run, x: Tensor) -> Tensor:
+    """Return keys or values repeated for every query head (repeat_kv): a copy, unless no heads share them."""
+    groups = run.shape.heads / run.shape.kv_heads
+    return x if groups == 1 else op.gather(x, groups)

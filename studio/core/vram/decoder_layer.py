@@ -1,0 +1,100 @@
+"""One decoder layer of any family: norms, attention and MLP in the order and with the names of the real forward."""
+
+from studio.core.shape import Layer
+from studio.core.vram import operators as op
+from studio.core.vram.attention import attention
+from studio.core.vram.form import Form
+from studio.core.vram.modules import Run, layer_norm, linear, rms_norm
+from studio.core.vram.tape import Tensor
+
+
+def decoder_layer(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    """Return the layer's output `[batch, seq, hidden]`."""
+    if layer.wiring == "parallel":
+        return _parallel(run, layer, x)
+    residual = x
+    if layer.wiring != "post":
+        x = norm(run, layer, x)
+    x, weights = attention(run, layer, x)
+    if layer.wiring in ("post", "sandwich"):
+        x = norm(run, layer, x)
+    x = op.add(residual, _scaled(layer, x))
+    residual = x
+    if layer.wiring != "post":
+        x = norm(run, layer, x)
+    x = feed_forward(run, layer, x)
+    if layer.wiring in ("post", "sandwich"):
+        x = norm(run, layer, x)
+    x = op.add(residual, _scaled(layer, x))
+    del weights  # transformers keeps the attention weights under the name `_` until the layer returns
+    return x
+
+
+def _parallel(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    """Attention and MLP side by side on one normed input, or on two."""
+    residual = x
+    normed = norm(run, layer, x)
+    attended, weights = attention(run, layer, normed)
+    if layer.input_norms == 2:
+        normed = norm(run, layer, residual)
+    x = op.add(feed_forward(run, layer, normed), attended)
+    x = op.add(x, residual)
+    del weights
+    return x
+
+
+def _scaled(layer: Layer, x: Tensor) -> Tensor:
+    if layer.residual_dropout:
+        x = op.dropout(x)
+    return op.scale(x) if layer.scaled_residual else x
+
+
+def norm(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    """Return the layer's kind of norm over the hidden size."""
+    if layer.norm == "layer":
+        return layer_norm(run, x)
+    return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
+
+
+def feed_forward(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    """Return the MLP's output."""
+    if layer.experts:
+        routed = _experts(run, layer, x)
+        return op.add(routed, _dense(run, layer, x)) if layer.mlp else routed
+    return _dense(run, layer, x)
+
+
+def _dense(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    if not layer.gated:
+        inner = activation(layer, linear(run, layer.mlp[0], x))
+        return linear(run, layer.mlp[1], inner)
+    if len(layer.mlp) == 3:
+        gate, up, down = layer.mlp
+        return linear(run, down, op.multiply(activation(layer, linear(run, gate, x)), linear(run, up, x)))
+    up_states = linear(run, layer.mlp[0], x)
+    gate_states, up_states = op.split_last(up_states, (0.5, 0.5))
+    up_states = op.multiply(up_states, activation(layer, gate_states))
+    return linear(run, layer.mlp[1], up_states)
+
+
+def activation(layer: Layer, x: Tensor) -> Tensor:
+    """Return the activation's output; those composed in Python save more (transformers/activations.py)."""
+    if layer.activation == "gelu_new":
+        half = op.scale(x)
+        return op.multiply(half, op.add_number(op.activate_saving_result(op.scale(op.add(x, op.scale(op.power(x)))))))
+    if layer.activation == "relu2":
+        return op.power(op.activate_saving_result(x))
+    return op.activate(x)
+
+
+def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    """Routed experts on grouped products: every token's input, gate, up and product once per expert that it visits."""
+    experts = layer.experts
+    assert experts is not None  # noqa: S101  the caller looked
+    rows = op.gather(x, experts.per_token)
+    both = op.frozen_linear(rows, Form(per_token=2 * experts.inner * experts.per_token))
+    gate, up = op.split_last(both, (0.5, 0.5))
+    product = op.multiply(op.activate(gate), up)
+    out = op.frozen_linear(product, Form(per_token=run.shape.hidden * experts.per_token))
+    weighted = op.times_constant(out)
+    return op.gather(weighted, 1 / experts.per_token)

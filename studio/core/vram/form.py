@@ -1,0 +1,69 @@
+"""Sizes that are known before the batch is: linear forms in tokens, in batch x length squared and in rank.
+
+Everything a training step holds is such a form, so a step is worked out once per model and set-up, and after that a
+slider only puts numbers in.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Form(NamedTuple):
+    """`per_token*T + per_square*B*S*S + per_token_rank*T*r + per_rank*r + fixed`, with T = B*S tokens.
+
+    A form counts elements or bytes; whoever holds it says which.
+    """
+
+    per_token: float = 0
+    per_square: float = 0
+    per_token_rank: float = 0
+    per_rank: float = 0
+    fixed: float = 0
+
+    def plus(self, other: "Form") -> "Form":
+        """Return the sum of two forms."""
+        a, b = self, other
+        return Form(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4])
+
+    def minus(self, other: "Form") -> "Form":
+        """Return the difference of two forms."""
+        a, b = self, other
+        return Form(a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4])
+
+    def times(self, factor: float) -> "Form":
+        """Return the form multiplied by a number."""
+        return Form(self[0] * factor, self[1] * factor, self[2] * factor, self[3] * factor, self[4] * factor)
+
+    def at(self, tokens: int, squares: int, rank: int) -> float:
+        """Return the value for a micro-batch of `tokens` tokens, `squares` = batch x length x length, and a rank."""
+        return self[0] * tokens + self[1] * squares + (self[2] * tokens + self[3]) * rank + self[4]
+
+    def covers(self, other: "Form") -> bool:
+        """Whether this form is at least the other for every batch, length and rank."""
+        a, b = self, other
+        return a[0] >= b[0] and a[1] >= b[1] and a[2] >= b[2] and a[3] >= b[3] and a[4] >= b[4]
+
+
+NOTHING = Form()
+
+
+def total(forms: Iterable[Form]) -> Form:
+    """Return the sum of forms."""
+    result = NOTHING
+    for form in forms:
+        result = result.plus(form)
+    return result
+
+
+def uncovered(forms: Iterable[Form]) -> tuple[Form, ...]:
+    """Return the forms that can be the largest for some batch, length and rank; the rest can never be the peak."""
+    kept: list[Form] = []
+    for form in sorted(set(forms), key=sum, reverse=True):
+        if not any(other.covers(form) for other in kept):
+            kept.append(form)
+    return tuple(kept)
+
+
+def largest(forms: Iterable[Form], tokens: int, squares: int, rank: int) -> float:
+    """Return the largest value of any of the forms, 0 when there is none."""
+    return max((form.at(tokens, squares, rank) for form in forms), default=0)

@@ -1,0 +1,97 @@
+"""The end of the model: final norm, head and loss, forward and backward.
+
+Sources: transformers/loss/loss_utils.py ForCausalLMLoss, studio/jobs/train/loss.py, liger_kernel
+fused_linear_cross_entropy.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from studio.core.vram import operators as op
+from studio.core.vram.decoder_layer import norm
+from studio.core.vram.form import NOTHING, Form
+from studio.core.vram.modules import Run
+from studio.core.vram.tape import Tensor, run_backward
+
+LossKind = Literal["model", "whole", "chunked"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossForm:
+    """How the loss is made.
+
+    Attributes:
+        kind: `model`: transformers' own, whole logits. `whole`: our loop's whole logits. `chunked`: a head that is
+            never whole.
+        outputs_kept: Whether the loop holds the model's outputs, and so the logits, while it runs the backward.
+    """
+
+    kind: LossKind
+    outputs_kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMarks:
+    """What is alive, in bytes, beside what the layers keep; the last layer's output is counted here."""
+
+    forward: tuple[Form, ...]
+    backward: tuple[Form, ...]
+
+
+def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
+    """Run final norm, head and loss over the last layer's output `[batch, seq, hidden]`."""
+    tape = run.tape
+    hidden = norm(run, run.shape.groups[-1].layer, x)
+    del x
+    if loss.kind == "chunked":
+        outputs, value = None, _chunked(hidden)
+        kept: list[Tensor] = []
+    else:
+        logits, kept = _logits(run, hidden)
+        value = _whole_loss(logits, drops_logits=loss.kind == "whole")
+        outputs = logits if loss.outputs_kept else None
+        del logits
+    del hidden
+    forward = tuple(tape.marks)
+    tape.marks = [tape.live]
+    node, value.node = value.node, None
+    assert node is not None  # noqa: S101  the input wants a gradient
+    run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
+    del outputs, kept
+    return HeadMarks(forward, tuple(tape.marks))
+
+
+def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return logits `[batch, seq, vocabulary]` and what the head keeps beside its weight."""
+    arithmetic, shape = run.form.arithmetic, run.shape
+    kept = []
+    if arithmetic.autocast and arithmetic.residual > arithmetic.compute:
+        # A head upcast to fp32 is cast back to 16 bits by autocast, and that copy is what the product saves.
+        kept.append(Tensor(run.tape, Form(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
+    logits = op.frozen_linear(
+        hidden, Form(per_token=shape.vocabulary), arithmetic.compute if arithmetic.autocast else None
+    )
+    if shape.logit_softcap:
+        logits = op.scale(op.activate_saving_result(op.scale(logits)))
+    return logits, kept
+
+
+def _whole_loss(logits: Tensor, *, drops_logits: bool) -> Tensor:
+    """Return the cross-entropy of fp32 logits: log-softmax saves its result, and so does the loss that reads it."""
+    wide = op.cast(logits, 4)
+    if drops_logits:
+        del logits
+    log_probabilities = op.activate_saving_result(wide)
+    return Tensor(
+        wide.tape,
+        NOTHING,
+        4,
+        op.node_of(wide.tape, (log_probabilities,), ((log_probabilities.elements, 4),), (log_probabilities,)),
+    )
+
+
+def _chunked(hidden: Tensor) -> Tensor:
+    """Return the loss of a head taken in chunks: labelled rows are picked, their gradient is made at once and saved."""
+    rows = op.gather(hidden, 1)
+    gradient = Tensor(rows.tape, rows.elements, rows.itemsize)
+    return Tensor(rows.tape, NOTHING, 4, op.node_of(rows.tape, (rows,), (None,), (gradient,)))

@@ -1,0 +1,161 @@
+"""The modules of a decoder layer, written with symbolic tensors in the order of the real code, so names live as long.
+
+Sources: transformers/models/*/modeling_*.py, peft/tuners/lora/layer.py, bnb.py and dora.py,
+bitsandbytes/autograd/_functions.py (transformers 5.24, peft 0.21, bitsandbytes 0.50).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from studio.core.shape import Linear, ModelShape
+from studio.core.vram import operators as op
+from studio.core.vram.form import Form
+from studio.core.vram.operators import Arithmetic
+from studio.core.vram.tape import Tape, Tensor
+
+Kernel = Literal["flash", "efficient", "eager"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """What stands beside the linear layers.
+
+    Attributes:
+        targets: Names of the adapted linear layers.
+        dropout: Whether its inputs are dropped.
+        dora: Whether it learns magnitudes.
+        casts_inputs: Whether peft casts each adapted layer's input to the adapter's fp32 (its default).
+    """
+
+    targets: frozenset[str] = frozenset()
+    dropout: bool = False
+    dora: bool = False
+    casts_inputs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerForm:
+    """How a layer is computed.
+
+    Attributes:
+        arithmetic: Number formats.
+        adapter: What stands beside the linear layers.
+        quantised: Whether its linear layers hold 4-bit weights.
+        kernel: Which attention runs.
+        batched: Whether the micro-batch has several rows.
+        fused_upcast: Whether softmax reads fp16 and writes fp32 in one kernel; in bf16 it makes an fp32 copy first
+            (aten/src/ATen/native/SoftMax.cpp: only for Half).
+    """
+
+    arithmetic: Arithmetic
+    adapter: AdapterForm
+    quantised: bool
+    kernel: Kernel
+    batched: bool
+    fused_upcast: bool = False
+
+
+@dataclass(slots=True)
+class Run:
+    """One symbolic pass: where bytes are counted, of what model, how it computes, and adapter gradients made so far."""
+
+    tape: Tape
+    shape: ModelShape
+    form: LayerForm
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+def linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
+    """Return a linear layer's output `[.., out]`, with its adapter where it is a target."""
+    if layer.name not in run.form.adapter.targets:
+        return _base_linear(run, layer, x)
+    return _adapted_quantised(run, layer, x) if run.form.quantised else _adapted(run, layer, x)
+
+
+def _base_linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
+    arithmetic = run.form.arithmetic
+    outputs = Form(per_token=layer.outputs)
+    if not run.form.quantised:
+        return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
+    # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
+    weight = Form(fixed=layer.inputs * layer.outputs * arithmetic.compute)
+    return op.cast(op.frozen_linear(x, outputs, arithmetic.compute, passing=weight), x.itemsize)
+
+
+def _adapted(run: Run, layer: Linear, x: Tensor) -> Tensor:
+    """peft.tuners.lora.layer.Linear.forward."""
+    result = _base_linear(run, layer, x)
+    itemsize = result.itemsize
+    if run.form.adapter.casts_inputs:
+        x = op.cast(x, 4)
+    if run.form.adapter.dora:
+        return op.cast(_dora(run, layer, x, result), itemsize)
+    result = op.add(result, op.scale(low_rank(run, layer, x)))
+    return op.cast(result, itemsize)
+
+
+def _adapted_quantised(run: Run, layer: Linear, x: Tensor) -> Tensor:
+    """peft.tuners.lora.bnb.Linear4bit.forward: clones the result, casts the input only without autocast."""
+    result = _base_linear(run, layer, x)
+    result = op.clone(result)
+    converts = not run.form.arithmetic.autocast
+    if converts and run.form.adapter.casts_inputs:
+        x = op.cast(x, 4)
+    if run.form.adapter.dora:
+        return op.cast(_dora(run, layer, x, result), result.itemsize)
+    update = op.scale(low_rank(run, layer, x))
+    if converts:
+        update = op.cast(update, result.itemsize)
+    return op.add(result, update)
+
+
+def low_rank(run: Run, layer: Linear, x: Tensor) -> Tensor:
+    """Return `lora_B(lora_A(dropout(x)))`."""
+    if run.form.adapter.dropout:
+        x = op.dropout(x)
+    arithmetic = run.form.arithmetic
+    narrow = op.trained_linear(x, Form(per_token_rank=1), Form(per_rank=layer.inputs), run.gradients, arithmetic)
+    del x
+    return op.trained_linear(
+        narrow, Form(per_token=layer.outputs), Form(per_rank=layer.outputs), run.gradients, arithmetic
+    )
+
+
+def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor) -> Tensor:
+    """peft.tuners.lora.dora.DoraLinearLayer.forward.
+
+    The norm of the adapted weight is made anew in every forward: the adapter's product, the base weight, the scaled
+    product and their sum, each a whole matrix in the input's format. The magnitude's gradient keeps the base result
+    and the update.
+    """
+    matrix = layer.inputs * layer.outputs * (x.itemsize if not run.form.arithmetic.autocast else max(2, x.itemsize))
+    run.tape.passing(Form(fixed=4 * matrix))
+    update = low_rank(run, layer, x)
+    ones = Tensor(run.tape, Form(fixed=layer.outputs), 4)
+    scaled = op.add(op.multiply_rows(result, ones), op.scale(op.multiply_rows(update, ones)))
+    return op.add(result, scaled)
+
+
+def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:
+    """Return an RMS norm computed in fp32.
+
+    Args:
+        x: What is normed.
+        groups: Norms per token: 1 over the hidden size, the number of heads over head_dim.
+        weight_in_fp32: Whether the weight is applied before the result is cast back (Gemma, OLMo 2).
+    """
+    itemsize = x.itemsize
+    x = op.cast(x, 4)
+    inverse = op.activate_saving_result(op.mean_last(op.power(x), Form(per_token=groups)))
+    x = op.multiply_rows(x, inverse)
+    del inverse
+    if weight_in_fp32:
+        return op.cast(op.times_constant(x), itemsize)
+    return op.times_constant(op.cast(x, itemsize))
+
+
+def layer_norm(run: Run, x: Tensor) -> Tensor:
+    """Return a layer norm: its input is saved. Under autocast CUDA computes and returns it in fp32."""
+    if run.form.arithmetic.autocast:
+        x = op.cast(x, 4)
+    return op.activate(x)

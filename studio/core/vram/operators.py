@@ -1,0 +1,245 @@
+"""The PyTorch operators of a decoder layer, as sizes: what each makes, saves for its backward, and needs on the way.
+
+Sources: torch/csrc/autograd derivatives.yaml (what is saved), aten/src/ATen/autocast_mode.h (what autocast casts).
+"""
+
+from dataclasses import dataclass
+
+from studio.core.vram.form import NOTHING, Form, total
+from studio.core.vram.tape import Node, Tape, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Number formats of a step, in bytes per element.
+
+    Attributes:
+        compute: Of matrix products (2 for bf16 and fp16, 4 for fp32).
+        residual: Of the residual stream and everything not quantised (4 after peft's
+            `prepare_model_for_kbit_training`).
+        autocast: Whether the forward runs under `torch.autocast`.
+    """
+
+    compute: int
+    residual: int
+    autocast: bool
+
+
+def node_of(
+    tape: Tape,
+    inputs: tuple[Tensor, ...],
+    gradients: tuple[tuple[Form, float] | None, ...],
+    saved: tuple[Tensor, ...] = (),
+    passing: Form = NOTHING,
+) -> Node | None:
+    """Return the backward node of an operator, or None when none of its inputs wants a gradient."""
+    edges = tuple(tensor.node for tensor in inputs)
+    if not (tape.records and any(edges)):
+        return None
+    if saved:
+        tape.saving()
+    return Node(tape.next_sequence(), edges, gradients, list(saved), passing, unpacks=bool(saved))
+
+
+def _gradient(tensor: Tensor) -> tuple[Form, float]:
+    return tensor.elements, tensor.itemsize
+
+
+def _saves_constant(tape: Tape, node: Node | None) -> None:
+    """Note that a node saves a number or a weight: nothing that counts, but a checkpoint is recomputed for it."""
+    if node is not None:
+        tape.saving()
+        node.unpacks = True
+
+
+def cast(x: Tensor, itemsize: float) -> Tensor:
+    """Return `x.to(dtype)`: x itself when nothing changes; a copy saves nothing and casts its gradient back."""
+    if x.itemsize == itemsize:
+        return x
+    return Tensor(x.tape, x.elements, itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x + y` of equal shapes; gradients pass through, cast where the formats differ."""
+    itemsize = max(x.itemsize, y.itemsize)
+    sizes = tuple(None if t.itemsize == itemsize else _gradient(t) for t in (x, y))
+    return Tensor(x.tape, x.elements, itemsize, node_of(x.tape, (x, y), sizes))
+
+
+def scale(x: Tensor) -> Tensor:
+    """Return `x * number` or `x / number`: only the number is saved."""
+    node = node_of(x.tape, (x,), (_gradient(x),))
+    _saves_constant(x.tape, node)
+    return Tensor(x.tape, x.elements, x.itemsize, node)
+
+
+def add_number(x: Tensor) -> Tensor:
+    """Return `x + number` or `x + mask`: a new tensor whose gradient passes through."""
+    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
+
+
+def gather(x: Tensor, times: float) -> Tensor:
+    """Return rows of x picked or summed by index, `times` as many as x has; the gradient is of x's size."""
+    return Tensor(x.tape, x.elements.times(times), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+
+
+def times_constant(x: Tensor, itemsize: float | None = None) -> Tensor:
+    """Return `x * weight` for a weight without a gradient, which lives anyway (norm weight, cos, sin)."""
+    node = node_of(x.tape, (x,), (_gradient(x),))
+    _saves_constant(x.tape, node)
+    return Tensor(x.tape, x.elements, itemsize or x.itemsize, node)
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x * y` of activations: both are saved."""
+    saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
+    sizes = (_gradient(x), _gradient(y))
+    return Tensor(x.tape, x.elements, max(x.itemsize, y.itemsize), node_of(x.tape, (x, y), sizes, saved))
+
+
+def activate(x: Tensor) -> Tensor:
+    """Return an activation that saves its input (silu, gelu)."""
+    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),), (x,)))
+
+
+def power(x: Tensor) -> Tensor:
+    """Return `x ** n`: its backward is `grad * (n * x ** (n - 1))`, two temporaries beside the result.
+
+    Source: torch/csrc/autograd/FunctionsManual.cpp pow_backward.
+    """
+    node = node_of(x.tape, (x,), (_gradient(x),), (x,), x.bytes.times(3))
+    return Tensor(x.tape, x.elements, x.itemsize, node)
+
+
+def multiply_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """Return `x * factor` with one factor per row: the factor's gradient is a product of x's size, then summed."""
+    node = node_of(x.tape, (x, factor), (_gradient(x), _gradient(factor)), (x, factor), x.bytes.times(2))
+    return Tensor(x.tape, x.elements, x.itemsize, node)
+
+
+def activate_saving_result(x: Tensor) -> Tensor:
+    """Return an activation that saves its own result (relu, tanh, exp)."""
+    node = node_of(x.tape, (x,), (_gradient(x),))
+    out = Tensor(x.tape, x.elements, x.itemsize, node)
+    if node is not None:
+        node.saved.append(out)
+        _saves_constant(x.tape, node)
+    return out
+
+
+def dropout(x: Tensor) -> Tensor:
+    """Return `dropout(x)` for a probability above 0: CUDA's fused kernel saves a mask of one byte per element."""
+    mask = Tensor(x.tape, x.elements, 1)
+    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),), (mask,)))
+
+
+def mean_last(x: Tensor, per_row: Form) -> Tensor:
+    """Return the mean over the last dimension, `per_row` elements; its gradient is spread and divided: of x's size."""
+    return Tensor(x.tape, per_row, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+
+
+def clone(x: Tensor) -> Tensor:
+    """Return a copy; the gradient passes through."""
+    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
+
+
+def slice_last(x: Tensor, share: float) -> Tensor:
+    """Return `x[..., a:b]`, a view of a share of x; its gradient is a zero-filled tensor of x's whole size."""
+    return Tensor(x.tape, x.elements.times(share), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
+
+
+def split_last(x: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Return the views of `x.chunk` or `x.split`; one backward node joins their gradients."""
+    node = node_of(x.tape, (x,), (_gradient(x),))
+    if node is not None:
+        node.apart = True
+    return tuple(Tensor(x.tape, x.elements.times(share), x.itemsize, node, base=x) for share in shares)
+
+
+def join(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return `torch.cat(parts)`; gradients are views of the joined one."""
+    elements = Form(*(sum(values) for values in zip(*(part.elements for part in parts), strict=True)))
+    tape = parts[0].tape
+    return Tensor(tape, elements, parts[0].itemsize, node_of(tape, parts, (None,) * len(parts)))
+
+
+def frozen_linear(x: Tensor, outputs: Form, compute: int | None = None, passing: Form = NOTHING) -> Tensor:
+    """Return `x @ W.T` for a frozen weight: only the weight is saved.
+
+    Args:
+        x: The input `[.., in]`.
+        outputs: Elements of the result.
+        compute: Bytes per element of the product where it is not the input's.
+        passing: Bytes of a dequantised weight, alive while the product runs, forward and backward.
+    """
+    x = cast(x, compute or x.itemsize)
+    node = node_of(x.tape, (x,), (_gradient(x),), (), passing.plus(x.bytes))
+    _saves_constant(x.tape, node)
+    x.tape.passing(passing.plus(outputs.times(x.itemsize)))
+    return Tensor(x.tape, outputs, x.itemsize, node)
+
+
+def trained_linear(x: Tensor, outputs: Form, weight: Form, gradients: list[Tensor], arithmetic: Arithmetic) -> Tensor:
+    """Return `x @ W.T` for a trained fp32 weight: the input is saved, and under autocast 16-bit copies of both.
+
+    Args:
+        x: The input `[.., in]`.
+        outputs: Elements of the result.
+        weight: Elements of the weight.
+        gradients: Where the fp32 gradient of the weight is kept.
+        arithmetic: Formats of the step.
+    """
+    tape = x.tape
+    itemsize = arithmetic.compute if arithmetic.autocast else 4
+    x = cast(x, itemsize)
+    copy = (Tensor(tape, weight, itemsize),) if arithmetic.autocast and itemsize != 4 else ()
+    if not tape.records:
+        return Tensor(tape, outputs, itemsize)
+    tape.saving()
+    node = Node(tape.next_sequence(), (x.node,), (_gradient(x),), [x, *copy], trained=(weight, gradients), unpacks=True)
+    return Tensor(tape, outputs, itemsize, node)
+
+
+def matmul(x: Tensor, y: Tensor, outputs: Form, *, copied: bool) -> Tensor:
+    """Return a batched product of activations; `copied` where the operands' layout makes `matmul` save copies."""
+    if copied:
+        x, y = clone(x), clone(y)
+    node = node_of(x.tape, (x, y), (_gradient(x), _gradient(y)), (x, y))
+    return Tensor(x.tape, outputs, x.itemsize, node)
+
+
+def softmax_in_fp32(x: Tensor) -> Tensor:
+    """Return `softmax(x, dtype=torch.float32)`, which saves its result.
+
+    Its backward makes `grad * output` in fp32 besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu).
+    """
+    result = x.elements.times(4)
+    node = node_of(x.tape, (x,), (_gradient(x),), (), result.plus(x.bytes))
+    out = Tensor(x.tape, x.elements, 4, node)
+    if node is not None:
+        node.saved.append(out)
+        _saves_constant(x.tape, node)
+    return out
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, flash: bool) -> Tensor:
+    """Return scaled_dot_product_attention by a kernel without S x S matrices.
+
+    It saves query, key, value, output and log-sum-exp. The backward's workspaces: flash accumulates the query gradient
+    in fp32, and makes key and value gradients for every query head before it sums the heads of a group; both kernels
+    keep one fp32 number per row and head (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp mha_bwd,
+    mem_eff_attention/kernel_backward.h).
+    """
+    tape = query.tape
+    statistics = Form(per_token=heads)
+    accumulator = query.elements.times(4 if query.itemsize < 4 else 0)
+    grouped = query.bytes.times(2) if flash and key.elements != query.elements else NOTHING
+    workspace = accumulator.plus(grouped).plus(statistics.times(4))
+    saved_sums = Tensor(tape, statistics, 4)
+    gradients = (_gradient(query), _gradient(key), _gradient(value))
+    passing = workspace.plus(total(t.bytes for t in (query, key, value)))
+    node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums), passing)
+    out = Tensor(tape, query.elements, query.itemsize, node)
+    if node is not None:
+        node.saved.append(out)
+    return out

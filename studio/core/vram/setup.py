@@ -1,0 +1,136 @@
+"""What besides the model decides how many bytes a step needs: the recipe's choices and the engine's habits."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from studio.core.recipe import ALL_LINEAR, Attention, Loss, Method, Optimizer, Recipe
+
+Engine = Literal["studio", "hf"]
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a model is trained.
+
+    Attributes:
+        engine: `studio` is this program's loop; `hf` the stock transformers, peft and bitsandbytes loop.
+        method: LoRA on 16- or 32-bit weights, or QLoRA on 4-bit ones.
+        rank: Adapter rank.
+        targets: Adapted linear maps.
+        dropout: Adapter dropout probability.
+        dora: Whether the adapter learns magnitudes.
+        micro_batch: Rows at once.
+        seq_len: Tokens per row; every row is taken to be full.
+        accumulation: Micro-batches per optimizer step; above 1 gradients are alive while the next one runs.
+        optimizer: Which AdamW.
+        grad_checkpointing: Whether layers are computed again in the backward.
+        attention: Fused kernels or S x S matrices.
+        loss: Whole logits or a head taken in chunks.
+        dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
+        double_quant: Whether the 4-bit scales are quantised again.
+        kbit_prepare: Whether peft's `prepare_model_for_kbit_training` upcasts everything not quantised to fp32 (`hf`).
+        autocast: Whether the forward runs under autocast.
+        outputs_kept: Whether the loop holds the model's outputs, logits among them, during the backward (`hf`).
+        gpus: Data-parallel replicas; each holds everything.
+    """
+
+    engine: Engine = "studio"
+    method: Method = "qlora"
+    rank: int = 16
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    dropout: float = 0.0
+    dora: bool = False
+    micro_batch: int = 1
+    seq_len: int = 1024
+    accumulation: int = 1
+    optimizer: Optimizer = "adamw_torch"
+    grad_checkpointing: bool = True
+    attention: Attention = "sdpa"
+    loss: Loss = "chunked"
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    double_quant: bool = True
+    kbit_prepare: bool = False
+    autocast: bool = True
+    outputs_kept: bool = False
+    gpus: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def squares(self) -> int:
+        """Entries of one head's attention matrices in a micro-batch."""
+        return self.micro_batch * self.seq_len * self.seq_len
+
+    @property
+    def quantised(self) -> bool:
+        """Whether linear maps hold 4-bit weights."""
+        return self.method == "qlora"
+
+    @property
+    def compute_itemsize(self) -> int:
+        """Bytes per element of matrix products."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def residual_itemsize(self) -> int:
+        """Bytes per element of everything not quantised."""
+        return 4 if self.quantised and self.kbit_prepare else self.compute_itemsize
+
+
+def setup_of(recipe: Recipe, *, bf16: bool = True) -> Setup:
+    """Return the set-up of this program's own engine for a recipe.
+
+    Args:
+        recipe: What is wanted.
+        bf16: Whether the device computes in bf16, for a dtype of `auto`.
+    """
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "bf16" if bf16 else "fp16"
+    train = recipe.train
+    return Setup(
+        engine="studio",
+        method=recipe.method,
+        rank=recipe.adapter.rank,
+        targets=recipe.adapter.targets,
+        dropout=recipe.adapter.dropout,
+        dora=recipe.adapter.dora,
+        micro_batch=train.micro_batch,
+        seq_len=train.seq_len,
+        accumulation=train.accumulation,
+        optimizer=train.optimizer,
+        grad_checkpointing=train.grad_checkpointing,
+        attention=train.attention,
+        loss=train.loss,
+        dtype=dtype,
+        double_quant=recipe.model.double_quant,
+        autocast=dtype != "fp32",
+    )
+
+
+def stock_setup(
+    setup: Setup, *, kbit_prepare: bool | None = None, autocast: bool | None = None, outputs_kept: bool | None = None
+) -> Setup:
+    """Return the same training in the stock loop: transformers' model and loss, peft, bitsandbytes.
+
+    Stock loops differ. What is not said is taken as most are, and where both are common as what holds more:
+
+    Args:
+        setup: What is trained, and how.
+        kbit_prepare: peft's upcast; QLoRA scripts call it by habit.
+        autocast: With bf16 the Trainer's `bf16=True`; in fp16 loops without it are as common and hold more.
+        outputs_kept: A plain loop and transformers 4.46 to 4.50 hold that much; the Trainer of transformers 5 lets go
+            sooner.
+    """
+    quantised = setup.method == "qlora"
+    return replace(
+        setup,
+        engine="hf",
+        kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
+        autocast=setup.dtype == "bf16" if autocast is None else autocast and setup.dtype != "fp32",
+        outputs_kept=True if outputs_kept is None else outputs_kept,
+    )

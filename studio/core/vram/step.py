@@ -1,0 +1,113 @@
+"""A training step as forms: worked out once for a model and a way to compute it, then only numbers are put in."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from studio.core.shape import ModelShape
+from studio.core.vram.decoder_layer import decoder_layer
+from studio.core.vram.form import NOTHING, Form, uncovered
+from studio.core.vram.head import LossForm, head_pass
+from studio.core.vram.modules import LayerForm, Run
+from studio.core.vram.tape import Node, Tape, Tensor, run_backward
+
+
+@dataclass(frozen=True, slots=True)
+class GroupForms:
+    """One kind of layer.
+
+    Attributes:
+        count: How many of them.
+        kept: Bytes that each keeps from its forward until its backward.
+        forward: High-water marks inside one layer's forward, beside what earlier layers keep.
+        backward: High-water marks inside one layer's backward (recomputation included), beside what earlier layers
+            keep.
+    """
+
+    count: int
+    kept: Form
+    forward: tuple[Form, ...]
+    backward: tuple[Form, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepForms:
+    """High-water marks of one micro-batch, beside the static part.
+
+    Attributes:
+        groups: The layers, kind by kind.
+        loss_forward: Marks around head and loss, forward.
+        loss_backward: The same, backward.
+        spared: What the first layer keeps less than its like.
+    """
+
+    groups: tuple[GroupForms, ...]
+    loss_forward: tuple[Form, ...]
+    loss_backward: tuple[Form, ...]
+    spared: Form
+
+
+@lru_cache(maxsize=256)
+def step_forms(shape: ModelShape, form: LayerForm, loss: LossForm, grad_checkpointing: bool) -> StepForms:
+    """Return the forms of a step; cached, since sliders of batch, length and rank do not change them."""
+    work = _checkpointed if grad_checkpointing else _kept_whole
+    groups = tuple(work(shape, form, index) for index in range(len(shape.groups)))
+    tape = Tape()
+    head = head_pass(Run(tape, shape, form), loss, _input(tape, shape, form))
+    # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
+    spared = NOTHING if grad_checkpointing else groups[0].kept.minus(_kept(shape, form, 0, wants_gradient=False)[0])
+    return StepForms(groups, uncovered(head.forward), uncovered(head.backward), spared)
+
+
+def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bool = True) -> Tensor:
+    node = Node(tape.next_sequence(), (), ()) if wants_gradient else None
+    return Tensor(tape, Form(per_token=shape.hidden), form.arithmetic.residual, node)
+
+
+def _checkpointed(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
+    """Only the layer's input stays; the layer is computed again while the gradient of its output waits."""
+    group = shape.groups[index]
+    tape = Tape(records=False)
+    x = _input(tape, shape, form)
+    decoder_layer(Run(tape, shape, form), group.layer, x)
+    return GroupForms(group.count, x.bytes, uncovered(tape.marks), _recomputed(shape, form, index))
+
+
+def _recomputed(shape: ModelShape, form: LayerForm, index: int) -> tuple[Form, ...]:
+    tape = Tape()
+    run = Run(tape, shape, form)
+    x = _input(tape, shape, form)
+    gradient = [Tensor(tape, x.elements, x.itemsize)]
+    out = decoder_layer(run, shape.groups[index].layer, x)
+    # torch.utils.checkpoint stops a recomputation as soon as everything is saved again (early_stop).
+    recomputing = tape.marks[: tape.marks_at_last_saving]
+    tape.marks.clear()
+    node, out.node = out.node, None
+    del out
+    assert node is not None  # noqa: S101  the input wants a gradient
+    in_flight = run_backward(tape, node, gradient)
+    return uncovered([*(mark.plus(in_flight) for mark in recomputing), *tape.marks])
+
+
+def _kept_whole(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
+    """Everything that a layer saved stays until its backward."""
+    kept, forward, backward = _kept(shape, form, index, wants_gradient=True)
+    return GroupForms(shape.groups[index].count, kept, forward, backward)
+
+
+def _kept(
+    shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool
+) -> tuple[Form, tuple[Form, ...], tuple[Form, ...]]:
+    tape = Tape()
+    run = Run(tape, shape, form)
+    x = _input(tape, shape, form, wants_gradient=wants_gradient)
+    out = decoder_layer(run, shape.groups[index].layer, x)
+    forward = uncovered(tape.marks)
+    del x
+    kept = tape.live.minus(out.bytes)
+    tape.marks.clear()
+    gradient = [Tensor(tape, out.elements, out.itemsize)]
+    node, out.node = out.node, None
+    del out
+    assert node is not None  # noqa: S101  adapters want gradients
+    run_backward(tape, node, gradient)
+    return kept, forward, uncovered(tape.marks)

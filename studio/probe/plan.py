@@ -1,0 +1,72 @@
+"""The plan of a run on this machine: the estimate for a recipe and the card it will use."""
+
+from typing import Any
+
+from studio.core.errors import StudioError
+from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import plan_to_dict
+from studio.core.vram.setup import setup_of
+from studio.probe.gpus import Gpu as Reading
+from studio.probe.gpus import read_gpus
+from studio.probe.models import BaseFound
+from studio.probe.shape import shape_of_base
+
+
+def plan_for(recipe: Recipe, base: BaseFound, *, cards: list[Reading] | None = None) -> dict[str, Any]:
+    """Return the plan of a recipe as `plan.json` holds it.
+
+    A model that cannot be sized gives `{"estimate": None, "why": ...}`; nothing is raised.
+
+    Args:
+        recipe: What will run.
+        base: Its base model.
+        cards: The cards of this machine; None asks the driver.
+    """
+    try:
+        shape = shape_of_base(base)
+        reading = card_of(recipe.device.device, read_gpus() if cards is None else cards)
+        gpu = known_gpu(reading) if reading else None
+        setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
+        estimate = estimate_vram(shape, setup, gpu)
+        return plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))
+    except StudioError as error:
+        return {"estimate": None, "why": plain(str(error))}
+    except Exception as error:  # noqa: BLE001  an odd model must never keep a run from starting
+        return {"estimate": None, "why": plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)}
+
+
+def card_of(device: str, cards: list[Reading] | None) -> Reading | None:
+    """Return the card that a recipe's device means, None on a CPU or where no driver answers."""
+    if not cards or device == "cpu":
+        return None
+    number = int(device[5:]) if device.startswith("cuda:") and device[5:].isdecimal() else 0
+    return cards[number] if number < len(cards) else None
+
+
+def known_gpu(reading: Reading) -> Gpu | None:
+    """Return what is known of a real card: its own total and capability, the rest from the catalogue."""
+    if reading.total_bytes is None:
+        return None
+    try:
+        listed = find_gpu(reading.name)
+    except StudioError:
+        listed = Gpu(reading.name, reading.total_bytes)
+    return Gpu(
+        name=reading.name,
+        total_bytes=reading.total_bytes,
+        compute_capability=reading.capability or listed.compute_capability,
+        kind=listed.kind,
+        bandwidth_gb_per_second=listed.bandwidth_gb_per_second,
+        context_bytes=listed.context_bytes,
+    )
+
+
+def budget_of(recipe: Recipe, reading: Reading | None) -> int | None:
+    """Return the bytes that a run may use: what is free on the card now, and no more than the recipe's budget."""
+    free = None if reading is None else reading.free_bytes if reading.free_bytes is not None else reading.total_bytes
+    wanted = int(recipe.device.budget_gib * GIB) or None
+    limits = [limit for limit in (free, wanted) if limit is not None]
+    return min(limits, default=None)

@@ -1,0 +1,145 @@
+"""Finds out what a model is made of: from a folder, a config.json, a GGUF file, or whatever else names a base model.
+
+Reads configs and headers, never weights.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED
+from studio.core.shape import ModelShape
+from studio.core.shape_from_config import shape_from_config
+from studio.core.text import plain
+from studio.probe.gguf_header import GgufHeader, read_gguf_header
+from studio.probe.model_folder import CONFIG, read_config
+from studio.probe.models import BaseFound, find_base
+from studio.probe.safetensors_header import read_header
+
+_GGUF_FAMILIES = {
+    "llama": "llama",
+    "gemma3": "gemma3_text",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+    "gptneox": "gpt_neox",
+}
+"""llama.cpp's architecture names that differ from transformers' `model_type` (gguf constants.MODEL_ARCH_NAMES)."""
+
+_SMALL_DIFFERENCE = 0.001
+
+
+def find_shape(word: str, revision: str = "") -> ModelShape:
+    """Return the shape of the model that a word names: a folder, config.json, .gguf, hub id, or `embedded`.
+
+    A folder needs no more than its config.json; where its safetensors are there too, their headers settle how many
+    parameters there really are.
+
+    Raises:
+        BadInput: There is no such model, or its config or headers are damaged.
+    """
+    path = Path(word).expanduser() if word != EMBEDDED and "\0" not in word else None
+    try:
+        if path is not None and path.is_dir():
+            return _of_folder(path)
+        if path is not None and path.is_file():
+            return _of_file(path)
+    except OSError as error:
+        raise BadInput(f"The model {_shown(word)} cannot be read: {error.strerror or error}.") from None
+    return shape_of_base(find_base(word, revision))
+
+
+def shape_of_base(base: BaseFound) -> ModelShape:
+    """Return the shape of a base model that was found.
+
+    Raises:
+        BadInput: Nothing is known of it yet, or what is known is damaged.
+    """
+    if base.path is not None and (base.path / CONFIG).is_file():
+        return _of_folder(base.path)
+    if base.config is None:
+        raise BadInput(
+            f"Nothing is known yet of the shape of {_shown(base.word)}: it has no config.json before it is downloaded."
+        )
+    return shape_from_config(base.config)
+
+
+def _of_file(path: Path) -> ModelShape:
+    if path.suffix == ".gguf":
+        return shape_from_config(config_of_gguf(read_gguf_header(path)))
+    if path.suffix == ".safetensors":
+        if (path.parent / CONFIG).is_file():
+            return _of_folder(path.parent)
+        raise BadInput(
+            f"{_shown(str(path))} holds weights without a config.json beside it: its heads cannot be told from that."
+        )
+    return shape_from_config(read_config(path))
+
+
+def _of_folder(folder: Path) -> ModelShape:
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"{_shown(str(folder))} has no config.json; wanted the folder of a transformers model.")
+    shape = shape_from_config(read_config(folder / CONFIG))
+    counted = _counted_parameters(folder, shape)
+    return shape if counted is None else settled(shape, counted)
+
+
+def settled(shape: ModelShape, counted: int) -> ModelShape:
+    """Return the shape with as many parameters as lie on disk, and a doubt where the config says otherwise."""
+    difference = counted - shape.parameters
+    if abs(difference) <= _SMALL_DIFFERENCE * shape.parameters:
+        return replace(shape, other_parameters=max(0, shape.other_parameters + difference))
+    doubt = f"the config describes {shape.parameters:,} parameters, the weights on disk are {counted:,}"
+    extra = shape.other_parameters + max(0, difference)
+    return replace(shape, other_parameters=extra, doubts=(*shape.doubts, doubt))
+
+
+def _counted_parameters(folder: Path, shape: ModelShape) -> int | None:
+    """Count the parameters in the folder's safetensors; None without any, or where they are packed below 16 bits."""
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    total = 0
+    for path in files:
+        for name, entry in read_header(path).tensors.items():
+            if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+                return None
+            if not (shape.tied and name.endswith("lm_head.weight")) and not name.endswith((".inv_freq", ".attn.bias")):
+                total += entry.parameters
+    return total or None
+
+
+def config_of_gguf(header: GgufHeader) -> dict[str, Any]:
+    """Return what a GGUF header says of its model's shape, in a config.json's words.
+
+    Raises:
+        BadInput: The header lacks a size.
+    """
+    architecture = str(header.metadata.get("general.architecture", ""))
+    said = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    names = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        "sliding_window": "attention.sliding_window",
+    }
+    config: dict[str, Any] = {key: said[name] for key, name in names.items() if name in said}
+    config["model_type"] = _GGUF_FAMILIES.get(architecture, architecture)
+    embedding = header.shapes.get("token_embd.weight")
+    if embedding:
+        config["vocab_size"] = max(embedding)
+        config["tie_word_embeddings"] = "output.weight" not in header.shapes
+    return config
+
+
+def _shown(word: str) -> str:
+    return plain(word, one_line=True, limit=200)
