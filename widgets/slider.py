@@ -14,7 +14,18 @@ from textual.widget import Widget
 
 from widgets.scale import Scale
 
-_TYPED = frozenset("0123456789.eE+-_")
+_CHARACTERS = (
+    *((digit, digit) for digit in "0123456789"),
+    ("full_stop", "."),
+    ("e", "e"),
+    ("E", "E"),
+    ("plus", "+"),
+    ("minus", "-"),
+    ("underscore", "_"),
+)
+"""Keys of which a number can be typed, by Textual's names. All are bindings: a key that a handler takes at once
+overtakes the bindings of the keys before it when a slow line delivers several together."""
+_BEGINS = frozenset("0123456789.")
 _LEAST_TRACK = 5
 
 
@@ -28,7 +39,10 @@ class Slider(Widget, can_focus=True):
         Binding("shift+right,pageup", "turn_coarse(1)", "Much more", show=False),
         Binding("home", "turn_to_end(-1)", "Least", show=False),
         Binding("end", "turn_to_end(1)", "Most", show=False),
-        Binding("enter", "type", "Type", show=False),
+        Binding("enter", "enter", "Type", show=False),
+        Binding("escape", "forget_typed", "Forget what was typed", show=False),
+        Binding("backspace", "untype", "Undo the last character", show=False),
+        *(Binding(key, f"type('{character}')", character, show=False) for key, character in _CHARACTERS),
     ]
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -144,27 +158,6 @@ class Slider(Widget, can_focus=True):
         length = self.size.width - self._label_width - self._value_width - note_width - 1
         return self._label_width, length if length >= _LEAST_TRACK else 0
 
-    def on_key(self, event: events.Key) -> None:
-        """Take digits as the beginning of a typed value, and the keys of a value being typed."""
-        character = event.character or ""
-        if self.typed is None:
-            if character.isdecimal() or character == ".":
-                self.typed, self._refused = character, False
-                event.stop()
-            return
-        if event.key == "enter":
-            self._take_typed()
-        elif event.key == "escape":
-            self.typed = None
-        elif event.key == "backspace":
-            self.typed = self.typed[:-1]
-        elif character in _TYPED and character:
-            self.typed, self._refused = self.typed + character, False
-        elif event.key not in ("left", "right", "home", "end"):
-            return
-        event.stop()
-        event.prevent_default()
-
     def on_blur(self) -> None:
         """Give up a half-typed value."""
         self.typed = None
@@ -195,8 +188,16 @@ class Slider(Widget, can_focus=True):
             event.stop()
             self.action_turn(-1)
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave keys to others that mean something only while a value is typed, and turn nothing meanwhile."""
+        if self.typed is None:
+            return action not in ("forget_typed", "untype") and (action != "type" or parameters[0] in _BEGINS)
+        return True
+
     def action_turn(self, stops: int) -> None:
-        """Turn by stops."""
+        """Turn by stops; not while a value is typed."""
+        if self.typed is not None:
+            return
         self._turn(self.scale.turned(self.value, stops))
 
     def action_turn_coarse(self, direction: int) -> None:
@@ -205,11 +206,27 @@ class Slider(Widget, can_focus=True):
 
     def action_turn_to_end(self, direction: int) -> None:
         """Turn to the first or the last stop."""
-        self._turn(self.scale.stops[-1 if direction > 0 else 0])
+        if self.typed is None:
+            self._turn(self.scale.stops[-1 if direction > 0 else 0])
 
-    def action_type(self) -> None:
-        """Begin to type a value."""
-        self.typed, self._refused = "", False
+    def action_enter(self) -> None:
+        """Begin to type a value, or take the typed one."""
+        if self.typed is None:
+            self.typed, self._refused = "", False
+        else:
+            self._take_typed()
+
+    def action_type(self, character: str) -> None:
+        """Type a character."""
+        self.typed, self._refused = (self.typed or "") + character, False
+
+    def action_untype(self) -> None:
+        """Take the last character back."""
+        self.typed, self._refused = (self.typed or "")[:-1], False
+
+    def action_forget_typed(self) -> None:
+        """Show the value again."""
+        self.typed = None
 
     def _turn_to_cell(self, x: int) -> None:
         begin, length = self._track()

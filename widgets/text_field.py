@@ -58,7 +58,7 @@ class TextField(Horizontal):
         label = Static(Content(self._label), markup=False)
         label.styles.width = self._label_width
         yield label
-        yield Input(self.value, compact=True, select_on_focus=False)
+        yield Input(self.value, compact=True)
 
     def watch_value(self, value: str) -> None:
         """Show a text that the program set."""

@@ -130,6 +130,37 @@ def test_the_wheel_turns_only_with_focus() -> None:
     play(story)
 
 
+def test_keys_of_a_burst_keep_their_order() -> None:
+    """As a slow line delivers them: all in one read, handled before the app has seen the first."""
+
+    async def story(pilot: Pilot[None], app: Host) -> None:
+        keys = ("right", "right", "2", "4", "enter", "left", "tab", "right", "3", "enter", "shift+tab", "home")
+        for key in keys:
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await pilot.pause()
+        await pilot.pause()
+        other = app.query_one("#other", Slider)
+        assert [turn for turn in app.turns if turn not in (2, 3)] == [32, 64, 24, 16, 1]
+        assert [turn for turn in app.turns if turn in (2, 3)] == [2, 3]
+        assert (app.slider.value, other.value) == (1, 3)
+
+    play(story)
+
+
+def test_letters_of_numbers_are_left_to_others_unless_typing() -> None:
+    async def story(pilot: Pilot[None], app: Host) -> None:
+        heard: list[str] = []
+        app.bind("e", "note")
+        app.action_note = lambda: heard.append("e")  # type: ignore[attr-defined]
+        await pilot.press("e")
+        assert heard == ["e"]
+        await pilot.press("2", "e", "1", "enter")
+        assert heard == ["e"]
+        assert app.turns == [20]
+
+    play(story)
+
+
 def test_leaving_drops_a_half_typed_value() -> None:
     async def story(pilot: Pilot[None], app: Host) -> None:
         await pilot.press("5", "tab")

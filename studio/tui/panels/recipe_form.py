@@ -82,15 +82,28 @@ class RecipeForm(VerticalScroll):
                 yield self._fields[path]
 
     def show(self, recipe: Recipe) -> None:
-        """Show a recipe: values, the notes that follow from several fields, and which fields matter."""
+        """Show a recipe: its values, and what follows from them."""
         for path, field in self._fields.items():
             _set(field, path, recipe.get(path))
+        self.show_what_follows(recipe)
+
+    def show_what_follows(self, recipe: Recipe) -> None:
+        """Show the notes and which fields matter, but touch no value.
+
+        A value that comes back to the field it came from would undo the turns that the user made in between.
+        """
         for path, note in notes_of(recipe).items():
             field = self._fields[path]
             if isinstance(field, (Slider, Choice)):
                 field.note = note
         for path in _FOUR_BIT_ONLY:
             self._fields[path].display = recipe.method == "qlora"
+
+    def turn_method(self) -> None:
+        """Turn the method as if the user had done it in its row."""
+        method = self._fields["method"]
+        if isinstance(method, Choice):
+            method.action_turn(1)
 
     def focus_field(self, path: str) -> None:
         """Put the cursor on a field."""

@@ -87,7 +87,7 @@ class ConfigureScreen(Screen[None]):
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
         """A field has another value: so has the recipe."""
         self.recipe = self.recipe.with_(message.path, message.value)
-        self._form.show(self.recipe)
+        self._form.show_what_follows(self.recipe)
         self._show_problems()
 
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
@@ -107,7 +107,7 @@ class ConfigureScreen(Screen[None]):
 
     def action_turn_method(self) -> None:
         """Switch between LoRA and QLoRA."""
-        self.on_recipe_form_turned(RecipeForm.Turned("method", "lora" if self.recipe.method == "qlora" else "qlora"))
+        self._form.turn_method()
 
     def action_show_runs(self) -> None:
         """Show the list of runs."""
