@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from studio.core.recipe import Loss
@@ -23,6 +23,11 @@ class StepModel(nn.Module):
     def __init__(self, model: PeftModel, loss: Loss, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
         self.model = model
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                # For good, not around the forward: a checkpointed layer is computed again in the backward, outside of
+                # it, and would be computed differently there (with dropout torch refuses such a recomputation).
+                module.cast_input_dtype_enabled = False
         self._autocast = autocast
         self._parts: SplitModel | None = split(self.causal) if loss == "chunked" else None
 
@@ -47,7 +52,7 @@ class StepModel(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the summed loss, fp32 scalar, of `input_ids`, `attention_mask` and `labels`, each `[batch, seq]`."""
-        with self._autocast(), disable_input_dtype_casting(self.model):
+        with self._autocast():
             if self._parts is not None:
                 return self._parts.loss_sum(**batch)
             return full_loss_sum(self.causal, **batch)
