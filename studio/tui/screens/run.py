@@ -200,7 +200,8 @@ class RunScreen(Screen[None]):
         if status is Status.running and requested(self.paths, "pause"):
             return "pause asked for: after this step"
         if status is Status.paused:
-            return "p goes on" if requested(self.paths, "pause") else "going on"
+            then = ", then saves a checkpoint" if requested(self.paths, "checkpoint-now") else ""
+            return f"p goes on{then}" if requested(self.paths, "pause") else "going on"
         if status.live and requested(self.paths, "checkpoint-now"):
             return "checkpoint asked for: after this step"
         return ""
