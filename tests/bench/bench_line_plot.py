@@ -5,10 +5,11 @@
 
 For each plotext: milliseconds to import, CPU milliseconds to draw one plot of 72 x 18 and of 118 x 30 cells, and KiB/s
 that an app with two plots writes to a pseudo-terminal of 120 x 40 at 2 redraws a second, with 10 new points a second.
+It also hands each a NaN: one exit code tells an exception (1) from an abort of the whole process (negative signal).
 Each measurement runs in its own process. The drawing for plotext 6 lives here, not in the widgets.
 """
 
-# ruff: noqa: PLC0415, S311, S606  imports are what is measured; the noise is no secret; a child on its own terminal
+# ruff: noqa: S311, S606  the noise is no secret; a child on its own terminal
 
 import argparse
 import fcntl
@@ -33,7 +34,7 @@ STEPS = 1200
 def measure(plotext_folder: str | None) -> dict[str, float]:
     """Return the figures of one installation of plotext, by running this file in fresh processes."""
     figures: dict[str, float] = {}
-    for job in ("cost", "whole", "spans"):
+    for job in ("cost", "whole", "spans", "nan"):
         runs = [_child(job, plotext_folder) for _ in range(5 if job == "cost" else 1)]
         for key in runs[0]:
             figures[key] = min(run[key] for run in runs)
@@ -44,6 +45,8 @@ def _child(job: str, plotext_folder: str | None) -> dict[str, float]:
     path = [folder for folder in (plotext_folder, str(HERE)) if folder]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TERM": "xterm-256color", "COLORTERM": "truecolor"}
     command = [sys.executable, __file__, "--job", job]
+    if job == "nan":
+        return {"exit after NaN": float(subprocess.run(command, env=env, check=False, capture_output=True).returncode)}
     if job == "cost":
         return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     return {f"{job} KiB/s": _bytes_per_second(command, env) / 1024}
@@ -130,6 +133,17 @@ def _app(spans: bool) -> None:
     TwoPlots().run()
 
 
+def _nan() -> None:
+    import plotext as plt
+
+    if plt.__version__.startswith("6"):
+        plt.figure.draw(plt.figure.signal([0, 1, 2], [1.0, math.nan, 2.0]).lines())
+        plt.figure.build()
+    else:
+        plt.plot([0, 1, 2], [1.0, math.nan, 2.0])
+        plt.build()
+
+
 def use_installed_plotext() -> None:
     """With plotext 6 on the path, draw through its figure object instead of the widgets' plotext 5 calls."""
     import plotext
@@ -161,21 +175,27 @@ def _draw_with_6(frame: Any, traces: Any) -> Any:
     return _rows(figure.build().string(), frame.width, frame.height)
 
 
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:8.2f}" if base > 0 else " " * 8
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", help="folders with another plotext, made by pip install --target")
-    parser.add_argument("--job", choices=("cost", "whole", "spans"), help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=("cost", "whole", "spans", "nan"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job == "cost":
         print(json.dumps(_cost()))
+    elif arguments.job == "nan":
+        _nan()
     elif arguments.job:
         _app(arguments.job == "spans")
     else:
         columns = [measure(None), *(measure(folder) for folder in arguments.folders)]
         print(f"{'':18}" + "".join(f"plotext {figures['version']:<6}{'ratio':>8}   " for figures in columns))
         for key in (key for key in columns[0] if key != "version"):
-            cells = [f"{figures[key]:14.2f}{figures[key] / columns[0][key]:8.2f}   " for figures in columns]
+            cells = [f"{figures[key]:14.2f}{_ratio(figures[key], columns[0][key])}   " for figures in columns]
             print(f"{key:18}" + "".join(cells))
         for figures in columns:
             share = figures["spans KiB/s"] / figures["whole KiB/s"]
