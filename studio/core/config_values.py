@@ -35,7 +35,7 @@ class ConfigValues:
             value = self._table.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
                 raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted a whole number")
             if not low <= value <= high:
                 raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted {low} to {high}")

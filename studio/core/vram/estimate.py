@@ -6,7 +6,7 @@ from typing import Literal
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
 from studio.core.vram.modules import Kernel
-from studio.core.vram.reserve import CONTEXT_BYTES, Range, device_range, reserved_range, unused_in_segments
+from studio.core.vram.reserve import CONTEXT_BYTES, MOST_CONTEXT_BYTES, Range, device_range, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 
@@ -88,7 +88,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     unused = unused_in_segments(
         shape, setup.quantised, setup.double_quant, setup.residual_itemsize, setup.compute_itemsize
     )
-    context = gpu.context_bytes if gpu and gpu.context_bytes else CONTEXT_BYTES
+    measured = gpu.context_bytes if gpu else 0
+    context, most_context = (measured, 2 * measured) if measured else (CONTEXT_BYTES, MOST_CONTEXT_BYTES)
     reserved = reserved_range(stages, low, high, unused, checkpointed=setup.grad_checkpointing)
     return VramEstimate(
         stage=stages.peak_stage,
@@ -96,7 +97,7 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         components=_components(stages, context),
         allocated=Range(low, stages.peak, high),
         reserved=reserved,
-        device=device_range(reserved, stages.paged, context),
+        device=device_range(reserved, stages.paged, context, most_context),
         trainable_parameters=stages.parameters,
         kernel=kernel,
         notes=notes,

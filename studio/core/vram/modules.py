@@ -131,9 +131,7 @@ def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor) -> Tensor:
     matrix = layer.inputs * layer.outputs * (x.itemsize if not run.form.arithmetic.autocast else max(2, x.itemsize))
     run.tape.passing(Form(fixed=4 * matrix))
     update = low_rank(run, layer, x)
-    ones = Tensor(run.tape, Form(fixed=layer.outputs), 4)
-    scaled = op.add(op.multiply_rows(result, ones), op.scale(op.multiply_rows(update, ones)))
-    return op.add(result, scaled)
+    return op.add(result, op.add(op.times_vector(result), op.scale(op.times_vector(update))))
 
 
 def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:

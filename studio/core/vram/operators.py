@@ -133,6 +133,15 @@ def dropout(x: Tensor) -> Tensor:
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),), (mask,)))
 
 
+def times_vector(x: Tensor) -> Tensor:
+    """Return `vector * x` in fp32, for a trained fp32 vector over the last dimension: x is saved.
+
+    Its backward makes both products in fp32, sums one into the vector's gradient and casts the other to x's format.
+    """
+    wide = x.elements.times(8)
+    return Tensor(x.tape, x.elements, 4, node_of(x.tape, (x,), (_gradient(x),), (x,), wide.plus(x.bytes)))
+
+
 def mean_last(x: Tensor, per_row: Form) -> Tensor:
     """Return the mean over the last dimension, `per_row` elements; its gradient is spread and divided: of x's size."""
     return Tensor(x.tape, per_row, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))

@@ -97,18 +97,17 @@ def reserved_range(stages: Stages, low: int, high: int, unused: int, *, checkpoi
     )
 
 
-def device_range(reserved: Range, paged: int, context: int) -> Range:
+def device_range(reserved: Range, paged: int, context: int, most_context: int) -> Range:
     """Return what nvidia-smi shows for this process alone. Paged state may be on the card or on the host.
 
     Args:
         reserved: What the allocator takes.
         paged: Bytes of optimizer state in unified memory.
-        context: Expected bytes of the CUDA context; 0 on a CPU.
+        context: Expected bytes of the CUDA context.
+        most_context: Most bytes of it.
     """
-    if context == 0:
-        return Range(reserved.low, reserved.expected + paged, reserved.high + paged)
     return Range(
-        reserved.low,
+        reserved.low + min(context, LEAST_CONTEXT_BYTES),
         reserved.expected + paged + context,
-        reserved.high + paged + max(context, MOST_CONTEXT_BYTES),
+        reserved.high + paged + most_context,
     )

@@ -55,9 +55,13 @@ class Between:
         if every and progress.step % every == 0 and not last:
             self.evaluate(progress.step)
         saves = self.recipe.train.checkpoint_every
-        if saves and progress.step % saves == 0 and not last:
+        asked = self.worker.requested("checkpoint-now")
+        if (saves and progress.step % saves == 0 and not last) or asked:
             self.checkpoint(progress)
-        return self._requests(progress) or last
+        if asked:
+            self.worker.served("checkpoint-now")
+        self._pause(progress)
+        return self.stopping or last
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss and say it; nothing happens without held-out rows or when a stop is asked for."""
@@ -176,13 +180,9 @@ class Between:
         if self.stopping:
             raise _Stop
 
-    def _requests(self, progress: Progress) -> bool:
-        if self.worker.requested("checkpoint-now"):
-            self.checkpoint(progress)
-            self.worker.served("checkpoint-now")
-        if self.worker.requested("pause"):
+    def _pause(self, progress: Progress) -> None:
+        if self.worker.requested("pause") and not self.stopping:
             self.worker.emit(Paused, step=progress.step, paused=True)
             while self.worker.requested("pause") and not self.stopping:
                 self.sleep(_PAUSE_POLL_SECONDS)
             self.worker.emit(Paused, step=progress.step, paused=False)
-        return self.worker.requested("stop")

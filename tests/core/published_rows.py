@@ -1,0 +1,156 @@
+"""Published measurements beside our estimates, like with like: each row's own loop, as far as its source says.
+
+The rows (tests/data/published_vram.jsonl) were taken from public benchmark archives; `source` names each. Rows of engines that
+neither of ours describes are kept in the table and in no statistic.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from studio.core.gpu_catalogue import Gpu, find_gpu
+from studio.core.shape import ModelShape
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.setup import Setup
+
+DATA = Path(__file__).parents[1] / "data"
+GIB = 2**30
+PEFT_LONGEST_BATCH = 757
+"""Tokens of the longest batch of the peft rows, inferred from their LoRA-FA run (LoRA minus LoRA-FA, per token)."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row with our estimate; `unlike` says why the row describes another engine, empty where it does not."""
+
+    row: dict[str, Any]
+    setup: Setup
+    estimate: VramEstimate
+    unlike: str
+
+    def error(self, metric: str) -> float | None:
+        """Return predicted / measured - 1 for `allocated`, `reserved` or `device`; None where it was not measured."""
+        measured = measured_bytes(self.row, metric)
+        return None if measured is None else getattr(self.estimate, metric).expected / measured - 1
+
+
+def measured_bytes(row: dict[str, Any], metric: str) -> float | None:
+    """Return a row's measurement of one metric in bytes."""
+    if metric == "allocated":
+        gib = row["measured_gib"] if "max_memory_allocated" in row["metric"] else None
+    elif metric == "reserved":
+        gib = row["measured_gib"] if "max_memory_reserved" in row["metric"] else row.get("reserved_gib")
+    else:
+        gib = row.get("device_gib")
+    return None if gib is None else gib * GIB
+
+
+@lru_cache
+def shapes() -> dict[str, ModelShape]:
+    """Return the models of the rows, from their config.json."""
+    configs = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
+    return {name: shape_from_config(config) for name, config in configs.items()}
+
+
+def published() -> list[dict[str, Any]]:
+    """Return all rows."""
+    lines = (DATA / "published_vram.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@lru_cache
+def compared() -> tuple[Compared, ...]:
+    """Return every row with the estimate for its own loop."""
+    return tuple(_compare(row) for row in published() if row["model"] in shapes())
+
+
+def stock_default(row: dict[str, Any]) -> Setup:
+    """Return what somebody gets who knows of a row only its flags: `plan --engine hf` and its defaults."""
+    from studio.core.vram.setup import stock_setup  # noqa: PLC0415
+
+    kbit = row["method"] == "qlora" and bool(row.get("kbit_prepare"))
+    return stock_setup(replace(_setup(row), loss="full"), kbit_prepare=kbit)
+
+
+def _compare(row: dict[str, Any]) -> Compared:
+    setup, shape = _setup(row), shapes()[row["model"]]
+    return Compared(row, setup, estimate_vram(shape, setup, card(row)), _unlike(row))
+
+
+def card(row: dict[str, Any]) -> Gpu | None:
+    """Return the row's card."""
+    name = row["gpu"]
+    gpu = None if name == "unspecified" else find_gpu(name)
+    if gpu and gpu.compute_capability >= (8, 0) and row["kernel"] == "sdpa" and not row["packed"] and row["micro_batch"] > 1:
+        # Padded rows bring a mask, with which there is no flash: the kernel of an older card.
+        return replace(gpu, compute_capability=(7, 5))
+    return gpu
+
+
+def _setup(row: dict[str, Any]) -> Setup:
+    quantised = row["method"] == "qlora"
+    chunked = "axolotl" in row["framework"] or "litgpt" in row["framework"] or "lit-gpt" in row["framework"]
+    chunked = chunked or "liger" in row.get("framework_config", "")
+    padded = row["id"].startswith("peft")
+    return Setup(
+        engine="hf",
+        method=row["method"],
+        rank=row["rank"],
+        targets=_targets(row),
+        dropout=row.get("dropout", 0.0),
+        dora="dora" in (row.get("variant") or []),
+        micro_batch=row["micro_batch"],
+        seq_len=PEFT_LONGEST_BATCH if padded else row["seq_len"],
+        optimizer=_optimizer(row["optimizer"]),
+        grad_checkpointing=row["grad_checkpointing"],
+        attention=row["attention"],
+        loss="chunked" if chunked else "full",
+        dtype=row["dtype"],
+        double_quant=bool(row["double_quant"]),
+        kbit_prepare=quantised and row.get("kbit_prepare", False),
+        autocast="autocast" in str(row.get("amp", "")) and not str(row.get("amp")).startswith("none"),
+        outputs_kept=_outputs_kept(row),
+    )
+
+
+def _outputs_kept(row: dict[str, Any]) -> bool:
+    """A plain loop holds `outputs` through the backward; transformers 4.46 to 4.50 hold as much at the loss."""
+    version = row.get("transformers") or ""
+    return row["id"].startswith("fitcheck") or version.startswith(("4.46", "4.47", "4.48", "4.49", "4.50"))
+
+
+def _optimizer(word: str) -> Any:
+    if "32bit" in word:
+        return "paged_adamw_32bit"
+    return "adamw_8bit" if "8bit" in word or "paged" in word else "adamw_torch"
+
+
+def _targets(row: dict[str, Any]) -> Any:
+    if isinstance(row["targets"], str):
+        return "all-linear"
+    known = {linear.name for _, linear in shapes()[row["model"]].all_linears()}
+    names = tuple(name for name in row["targets"] if name in known)
+    return names if len(names) == len(row["targets"]) else ("query_key_value",) if "query_key_value" in known else "all-linear"
+
+
+def _unlike(row: dict[str, Any]) -> str:
+    if "litgpt" in row["framework"] or "lit-gpt" in row["framework"]:
+        return "another engine: litgpt"
+    if row["quant"] == "gptq-int4":
+        return "another quantisation: GPTQ"
+    if "Qwen" in row["framework"]:
+        return "the metric is not said, and Qwen's own model code"
+    if "axolotl" in row["framework"]:
+        return "rounded, allocated or reserved is not said, cut cross-entropy"
+    if "Mixtral" in row["model"]:
+        return "experts were separate quantised modules in that transformers"
+    if row.get("kbit_prepare") and row["dtype"] == "bf16" and row["id"].startswith("fms"):
+        return "TRL of that time cast embedding and head back to bf16 after peft's upcast"
+    if "foak" in row.get("framework_config", ""):
+        return "fused LoRA, norm and loss kernels"
+    if "lora-fa" in row["optimizer"] or row.get("variant") not in (None, ["rslora"], ["dora"]):
+        return "another adapter"
+    return ""
