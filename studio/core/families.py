@@ -44,6 +44,8 @@ class Family:
         grouped: Whether key and value heads may be fewer than query heads.
         expert_inner: Config key of the width inside a routed expert.
         shared_inner: Config key of the width inside the expert that every token visits; empty without one.
+        chooser: Name of the router or shared gate that peft's all-linear adapts; empty where it adapts none.
+        experts_adapted_by_all: Whether peft's all-linear adapts the fused experts too.
     """
 
     wiring: Wiring = "pre"
@@ -71,6 +73,8 @@ class Family:
     grouped: bool = True
     expert_inner: str = "intermediate_size"
     shared_inner: str = ""
+    chooser: str = ""
+    experts_adapted_by_all: bool = False
 
 
 LLAMA = Family()
@@ -175,16 +179,26 @@ FAMILIES: Mapping[str, Family] = {
     "helium": Family(out_bias=NEVER),
     "hunyuan_v1_dense": Family(query_key_norm="head", mlp_bias=NEVER),
     # Mixtures of experts: what stands outside the experts.
-    "mixtral": _NO_BIAS,
+    "mixtral": replace(_NO_BIAS, chooser="gate", experts_adapted_by_all=True),
     "qwen2_moe": replace(
-        _NO_BIAS, qkv_bias=ALWAYS, expert_inner="moe_intermediate_size", shared_inner="shared_expert_intermediate_size"
+        _NO_BIAS,
+        qkv_bias=ALWAYS,
+        expert_inner="moe_intermediate_size",
+        shared_inner="shared_expert_intermediate_size",
+        chooser="shared_expert_gate",
     ),
-    "qwen3_moe": Family(query_key_norm="head", mlp_bias=NEVER, expert_inner="moe_intermediate_size"),
-    "olmoe": Family(query_key_norm="whole", mlp_bias=NEVER),
+    "qwen3_moe": Family(
+        query_key_norm="head",
+        mlp_bias=NEVER,
+        expert_inner="moe_intermediate_size",
+        chooser="gate",
+        experts_adapted_by_all=True,
+    ),
+    "olmoe": Family(query_key_norm="whole", mlp_bias=NEVER, chooser="gate", experts_adapted_by_all=True),
     "granitemoe": Family(scaled_residual=True),
     "gpt_oss": Family(
         qkv_bias="attention_bias=true", out_bias="attention_bias=true", mlp_bias=NEVER, fused_attention=False
     ),
-    "llama4_text": Family(mlp_bias=NEVER, shared_inner="intermediate_size"),
+    "llama4_text": Family(mlp_bias=NEVER, shared_inner="intermediate_size", chooser="router"),
 }
 """Keyed by transformers' `model_type` (of the text model, where a config has several)."""

@@ -44,6 +44,9 @@ class Experts:
         shared_inner: Width of the expert that every token goes through, 0 without one.
         biases: Bias terms of one expert.
         shared_gate: Whether a learnt gate weighs the shared expert.
+        chooser: The linear map among them that peft's all-linear adapts: router or shared gate, where it is a module
+            or peft treats it as one.
+        adapted_by_all: Whether peft's all-linear adapts the fused experts themselves (peft 0.21: it does for some).
     """
 
     count: int
@@ -52,6 +55,8 @@ class Experts:
     shared_inner: int = 0
     biases: int = 0
     shared_gate: bool = False
+    chooser: Linear | None = None
+    adapted_by_all: bool = False
 
     def weights(self, hidden: int) -> int:
         """Weights of all routed experts: gate, up and down each."""

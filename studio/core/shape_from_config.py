@@ -132,7 +132,9 @@ def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Ex
     shared = values.whole(family.shared_inner, default=0, low=0) if family.shared_inner else 0
     per_token = values.whole("num_experts_per_tok", "num_experts_per_token", default=2, high=count)
     biases = 2 * inner + hidden if name == "gpt_oss" else 0
-    return Experts(count, per_token, inner, shared, biases, name == "qwen2_moe")
+    gated = name == "qwen2_moe"
+    chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None
+    return Experts(count, per_token, inner, shared, biases, gated, chooser, family.experts_adapted_by_all)
 
 
 def _layer(

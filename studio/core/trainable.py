@@ -5,10 +5,12 @@ from collections.abc import Iterable
 
 from studio.core.errors import BadInput
 from studio.core.recipe import ALL_LINEAR
-from studio.core.shape import Linear, ModelShape
+from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.text import plain
 
 HEAD = "lm_head"
+EXPERTS = "experts"
+"""Stands for what peft's all-linear adapts of a mixture of experts beside its plain linear maps."""
 
 
 def target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset[str]:
@@ -21,7 +23,7 @@ def target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset
     """
     known = tuple(dict.fromkeys(linear.name for _, linear in shape.all_linears()))
     if targets in (ALL_LINEAR, (ALL_LINEAR,)):
-        return frozenset(known)
+        return frozenset((*known, EXPERTS)) if shape.expert_parameters else frozenset(known)
     names = (targets,) if isinstance(targets, str) else targets
     chosen = {name.rpartition(".")[2] for name in names}
     for name in sorted(chosen - set(known) - {HEAD}):
@@ -44,9 +46,25 @@ def _unknown(name: str, shape: ModelShape, known: Iterable[str]) -> str:
 def adapted(shape: ModelShape, names: frozenset[str]) -> list[tuple[int, Linear]]:
     """Return each adapted linear map with how many there are in the model."""
     chosen = [(count, linear) for count, linear in shape.all_linears() if linear.name in names]
+    if EXPERTS in names:
+        chosen.extend(
+            (group.count, linear) for group in shape.groups for linear in _of_experts(group.layer, shape.hidden)
+        )
     if HEAD in names:
         chosen.append((1, Linear(HEAD, shape.hidden, shape.vocabulary)))
     return chosen
+
+
+def _of_experts(layer: Layer, hidden: int) -> list[Linear]:
+    """Return the maps that peft 0.21 adapts among a layer's experts; a fused gate and up gets twice the rank."""
+    experts = layer.experts
+    if experts is None:
+        return []
+    maps = [experts.chooser] if experts.chooser else []
+    if experts.adapted_by_all:
+        maps.append(Linear(EXPERTS, hidden, 2 * experts.inner, copies=2 * experts.count))
+        maps.append(Linear(EXPERTS, experts.inner, hidden, copies=experts.count))
+    return maps
 
 
 def check_rank(shape: ModelShape, names: frozenset[str], rank: int) -> None:

@@ -1,7 +1,7 @@
 """Published measurements beside our estimates, like with like: each row's own loop, as far as its source says.
 
-The rows (tests/data/published_vram.jsonl) were taken from public benchmark archives; `source` names each. Rows of engines that
-neither of ours describes are kept in the table and in no statistic.
+The rows (tests/data/published_vram.jsonl) were taken from public benchmark archives; `source` names each. Rows of
+engines that neither of ours describes are kept in the table and in no statistic.
 """
 
 import json
@@ -14,7 +14,7 @@ from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.setup import Setup
+from studio.core.vram.setup import Setup, stock_setup
 
 DATA = Path(__file__).parents[1] / "data"
 GIB = 2**30
@@ -69,8 +69,6 @@ def compared() -> tuple[Compared, ...]:
 
 def stock_default(row: dict[str, Any]) -> Setup:
     """Return what somebody gets who knows of a row only its flags: `plan --engine hf` and its defaults."""
-    from studio.core.vram.setup import stock_setup  # noqa: PLC0415
-
     kbit = row["method"] == "qlora" and bool(row.get("kbit_prepare"))
     return stock_setup(replace(_setup(row), loss="full"), kbit_prepare=kbit)
 
@@ -84,7 +82,13 @@ def card(row: dict[str, Any]) -> Gpu | None:
     """Return the row's card."""
     name = row["gpu"]
     gpu = None if name == "unspecified" else find_gpu(name)
-    if gpu and gpu.compute_capability >= (8, 0) and row["kernel"] == "sdpa" and not row["packed"] and row["micro_batch"] > 1:
+    if (
+        gpu
+        and gpu.compute_capability >= (8, 0)
+        and row["kernel"] == "sdpa"
+        and not row["packed"]
+        and row["micro_batch"] > 1
+    ):
         # Padded rows bring a mask, with which there is no flash: the kernel of an older card.
         return replace(gpu, compute_capability=(7, 5))
     return gpu
@@ -133,7 +137,13 @@ def _targets(row: dict[str, Any]) -> Any:
         return "all-linear"
     known = {linear.name for _, linear in shapes()[row["model"]].all_linears()}
     names = tuple(name for name in row["targets"] if name in known)
-    return names if len(names) == len(row["targets"]) else ("query_key_value",) if "query_key_value" in known else "all-linear"
+    return (
+        names
+        if len(names) == len(row["targets"])
+        else ("query_key_value",)
+        if "query_key_value" in known
+        else "all-linear"
+    )
 
 
 def _unlike(row: dict[str, Any]) -> str:

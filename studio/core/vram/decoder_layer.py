@@ -1,6 +1,7 @@
 """One decoder layer of any family: norms, attention and MLP in the order and with the names of the real forward."""
 
 from studio.core.shape import Layer
+from studio.core.trainable import EXPERTS
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
 from studio.core.vram.form import Form
@@ -91,10 +92,18 @@ def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
     """Routed experts on grouped products: every token's input, gate, up and product once per expert that it visits."""
     experts = layer.experts
     assert experts is not None  # noqa: S101  the caller looked
+    merged = None
+    if EXPERTS in run.form.adapter.targets and experts.adapted_by_all:
+        # peft adds the adapter's whole product to the fused weight before it is used, and the product saves the sum.
+        weights = Form(fixed=experts.weights(run.shape.hidden))
+        run.tape.passing(weights.times(8))
+        merged = Tensor(run.tape, weights, run.form.arithmetic.compute)
     rows = op.gather(x, experts.per_token)
     both = op.frozen_linear(rows, Form(per_token=2 * experts.inner * experts.per_token))
     gate, up = op.split_last(both, (0.5, 0.5))
     product = op.multiply(op.activate(gate), up)
     out = op.frozen_linear(product, Form(per_token=run.shape.hidden * experts.per_token))
-    weighted = op.times_constant(out)
-    return op.gather(weighted, 1 / experts.per_token)
+    out = op.gather(op.times_constant(out), 1 / experts.per_token)
+    if merged is not None and out.node is not None:
+        out.node.saved.append(merged)
+    return out

@@ -5,8 +5,16 @@ from typing import Literal
 
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
+from studio.core.trainable import EXPERTS, target_names
 from studio.core.vram.modules import Kernel
-from studio.core.vram.reserve import CONTEXT_BYTES, MOST_CONTEXT_BYTES, Range, device_range, reserved_range, unused_in_segments
+from studio.core.vram.reserve import (
+    CONTEXT_BYTES,
+    MOST_CONTEXT_BYTES,
+    Range,
+    device_range,
+    reserved_range,
+    unused_in_segments,
+)
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 
@@ -159,14 +167,15 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
 
 
 def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
+    notes = ["activations of mixtures of experts depend on the routing"]
+    adapted_by_all = any(group.layer.experts and group.layer.experts.adapted_by_all for group in shape.groups)
+    if adapted_by_all and EXPERTS in target_names(shape, setup.targets):
+        notes.append("peft's all-linear adapts every expert and the router: name the attention's projections instead")
     if not setup.quantised:
-        return ["activations of mixtures of experts depend on the routing"]
+        return notes
     share = shape.expert_parameters / shape.parameters
     held = "fp32 after peft's upcast" if setup.residual_itemsize == 4 else "16-bit"
-    return [
-        f"bitsandbytes quantises no fused expert: {share:.0%} of this model's weights stay {held}",
-        "activations of mixtures of experts depend on the routing",
-    ]
+    return [f"bitsandbytes quantises no fused expert: {share:.0%} of this model's weights stay {held}", *notes]
 
 
 def _components(stages: Stages, context: int) -> Components:

@@ -1,0 +1,215 @@
+"""`lora-studio plan`: the contract's flags, fields and exit codes, and what it makes of bad input."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.commands import plan as verb
+from studio.core.gpu_catalogue import GIB, MIB
+from studio.probe.gpus import Gpu
+from tests.cli.conftest import Cli
+from tests.core.published_rows import DATA
+
+CONFIGS: dict[str, dict[str, Any]] = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
+FIELDS = {
+    *("peak_bytes", "reserved_bytes", "device_bytes", "low_bytes", "high_bytes", "fits", "budget_bytes", "stage"),
+    *("components", "trainable_parameters", "engine"),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "read_gpus", lambda: None)
+
+
+@pytest.fixture
+def llama(home: Path) -> str:
+    path = Path("config.json")
+    path.write_text(json.dumps(CONFIGS["Llama-3.1-8B"]))
+    return str(path)
+
+
+def peak(cli: Cli, *words: str) -> int:
+    outcome = cli("plan", *words, "--json")
+    assert outcome.code in (0, 1), outcome
+    return int(outcome.document["peak_bytes"])
+
+
+def test_a_config_alone_is_enough(cli: Cli, llama: str) -> None:
+    outcome = cli("plan", "--model", llama, "--method", "qlora", "--seq", "2048", "--gpu", "4090", "--json")
+    document = outcome.document
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert set(document) >= FIELDS
+    assert document["model"]["parameters"] == 8_030_261_248
+    assert document["trainable_parameters"] == 41_943_040
+    assert document["budget_bytes"] == 24564 * MIB
+    assert (document["fits"], document["verdict"], document["engine"]) == (True, "fits", "studio")
+    assert document["device_bytes"] < 9 * GIB
+
+
+def test_exit_codes(cli: Cli, llama: str) -> None:
+    words = ("plan", "--model", llama, "--method", "lora")
+    assert cli(*words).code == 0, "no card: nothing to fit"
+    assert cli(*words, "--vram-gib", "80").code == 0
+    assert cli(*words, "--vram-gib", "8").code == 1
+    document = cli(*words, "--vram-gib", "8", "--json").document
+    assert (document["fits"], document["verdict"]) == (False, "does not fit")
+    assert document["headroom_bytes"] < 0
+    expected = cli(*words, "--json").document["device_bytes"]
+    tight = cli(*words, "--vram-gib", str(expected / GIB + 0.01), "--json")
+    assert (tight.code, tight.document["verdict"], tight.document["fits"]) == (1, "tight", False)
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ("--rank 8", "--rank 64"),
+        ("--batch 1", "--batch 4"),
+        ("--seq 512", "--seq 4096"),
+        ("--targets q_proj,v_proj", "--targets all-linear"),
+        ("--optimizer adamw_8bit", "--optimizer adamw_torch"),
+        ("--grad-checkpointing", "--no-grad-checkpointing"),
+        ("--attention sdpa --seq 4096", "--attention eager --seq 4096"),
+        ("--loss chunked", "--loss full"),
+        ("--dtype bf16", "--dtype fp32"),
+        ("--double-quant", "--no-double-quant"),
+        ("--method qlora", "--method lora"),
+        ("--engine studio", "--engine hf"),
+        ("--engine hf --no-kbit-prepare", "--engine hf --kbit-prepare"),
+        ("--engine hf --no-outputs-kept", "--engine hf --outputs-kept"),
+        ("--gpus 1", "--gpus 2"),
+        ("--set train.accumulation=1", "--set train.accumulation=8"),
+    ],
+)
+def test_every_flag_counts(cli: Cli, llama: str, less: str, more: str) -> None:
+    assert peak(cli, "--model", llama, *less.split()) < peak(cli, "--model", llama, *more.split())
+
+
+def test_flags_win_over_the_recipe_and_settings_over_its_file(cli: Cli, llama: str) -> None:
+    path = Path("mine.toml")
+    path.write_text("method = 'lora'\n[adapter]\nrank = 4\n[train]\naccumulation = 8\n")
+    document = cli("plan", str(path), "--model", llama, "--set", "adapter.rank=8", "--json").document
+    assert (document["setup"]["rank"], document["setup"]["method"], document["setup"]["accumulation"]) == (8, "lora", 8)
+    assert cli("plan", str(path), "--model", llama, "--rank", "2", "--json").document["setup"]["rank"] == 2
+
+
+def test_the_embedded_model_and_a_shipped_recipe_need_nothing_else(cli: Cli) -> None:
+    document = cli("plan", "demo", "--json").document
+    assert document["model"]["parameters"] == 134_515_008
+    assert cli("plan", "--model", "embedded", "--json").document["model"] == document["model"]
+
+
+def test_the_stock_loop_is_the_heavier_one(cli: Cli, llama: str) -> None:
+    words = ("--model", llama, "--method", "qlora", "--seq", "2048", "--engine", "hf")
+    document = cli("plan", *words, "--json").document
+    assert document["engine"] == "hf"
+    assert document["setup"]["kbit_prepare"] is True
+    assert document["setup"]["loss"] == "full"
+    assert cli("plan", *words, "--loss", "chunked", "--json").document["setup"]["loss"] == "chunked"
+
+
+def test_people_get_the_same_numbers_in_words(cli: Cli, llama: str) -> None:
+    outcome = cli("plan", "--model", llama, "--method", "lora", "--gpu", "T4")
+    assert outcome.code == 1
+    for word in ("base", "activations", "backward", "the card will show", "range", "does not fit", "Tesla T4", "note:"):
+        assert word in outcome.out
+
+
+def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Gpu(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 4564 * MIB, 20000 * MIB, (8, 9))
+    monkeypatch.setattr(verb, "read_gpus", lambda: [reading])
+    document = cli("plan", "--model", llama, "--json").document
+    assert document["budget_bytes"] == 20000 * MIB
+    assert document["gpu"] == {"name": "NVIDIA GeForce RTX 4090", "total_bytes": 24564 * MIB}
+    limited = cli("plan", "--model", llama, "--set", "device.budget_gib=12", "--json").document
+    assert limited["budget_bytes"] == 12 * GIB
+    assert cli("plan", "--model", llama, "--set", "device.device=cpu", "--json").document["budget_bytes"] is None
+
+
+def test_dtype_follows_the_card(cli: Cli, llama: str) -> None:
+    assert cli("plan", "--model", llama, "--gpu", "T4", "--json").document["setup"]["dtype"] == "fp16"
+    assert cli("plan", "--model", llama, "--gpu", "L4", "--json").document["setup"]["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("--model nowhere/at/all", "nowhere"),
+        ("--model ./config.json --rank 0", "adapter.rank"),
+        ("--model ./config.json --rank 5000", "adapter.rank"),
+        ("--model ./config.json --rank x", "adapter.rank"),
+        ("--model ./config.json --batch -1", "micro_batch"),
+        ("--model ./config.json --seq 99999999999999999999", "seq_len"),
+        ("--model ./config.json --targets q_porj", "q_proj"),
+        ("--model ./config.json --gpu 9999x", "9999x"),
+        ("--model ./config.json --vram-gib nan", "--vram-gib"),
+        ("--model ./config.json --vram-gib -3", "--vram-gib"),
+        ("--model ./config.json --gpus 0", "--gpus"),
+        ("--model ./config.json --gpus 1.5", "--gpus"),
+        ("--model ./config.json --gpu T4 --vram-gib 16", "--gpu"),
+        ("--model ./config.json --method qloar", "qloar"),
+        ("--model ./config.json --kbit-prepare", "--engine hf"),
+        ("--model ./config.json --set train.lerning_rate=1", "learning_rate"),
+        ("nowhere.toml", "nowhere"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(cli: Cli, llama: str, words: str, found: str) -> None:
+    outcome = cli("plan", *words.split(), "--json")
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert found in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "config"),
+        (b"{", "config"),
+        (b"[]", "config"),
+        (b"\xff\xfe", "config"),
+        (b'{"model_type": "llama"}', "hidden_size"),
+        (b'{"model_type": "llama", "hidden_size": -1}', "hidden_size"),
+        (b'{"model_type": "llama", "hidden_size": 1e400}', "hidden_size"),
+        (b"[" * 100_000, "config"),
+    ],
+)
+def test_a_damaged_config(cli: Cli, content: bytes, found: str) -> None:
+    Path("config.json").write_bytes(content)
+    outcome = cli("plan", "--model", "config.json", "--json")
+    assert outcome.code == 2
+    assert found in outcome.err
+
+
+def test_a_huge_config_is_not_read(cli: Cli) -> None:
+    with Path("config.json").open("wb") as file:
+        file.truncate(100 * MIB)
+    assert cli("plan", "--model", "config.json").code == 2
+
+
+@pytest.mark.parametrize("length", [0, 8, 2**63, 100_000_001])
+def test_a_hostile_safetensors_header_beside_the_config(cli: Cli, length: int) -> None:
+    folder = Path("model")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIGS["SmolLM2-135M"]))
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
+    outcome = cli("plan", "--model", "model")
+    assert outcome.code == 2
+    assert "model.safetensors" in outcome.err
+
+
+def test_nothing_heavy_is_imported(home: Path, llama: str) -> None:
+    script = (
+        "import sys\nfrom studio.cli import main\n"
+        f"code = main(['plan', '--model', {llama!r}, '--gpu', '4090', '--json'])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'textual', 'huggingface_hub'} & set(sys.modules)\n"
+        "print(code, sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "0 []"

@@ -1,0 +1,244 @@
+"""The estimate's invariants, and its agreement with traces of the real libraries."""
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import GIB, find_gpu
+from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import attention_kernel, estimate_vram
+from studio.core.vram.report import plan_to_dict
+from studio.core.vram.setup import Setup, setup_of, stock_setup
+from studio.core.vram.stages import stages_of
+from studio.core.vram.static import base_bytes, optimizer_bytes, quantised_bytes
+from tests.core.published_rows import shapes
+
+LLAMA = shapes()["Llama-3.1-8B"]
+SMALL = shape_from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    }
+)
+
+setups = st.builds(
+    Setup,
+    engine=st.sampled_from(["studio", "hf"]),
+    method=st.sampled_from(["lora", "qlora"]),
+    rank=st.integers(1, 128),
+    targets=st.sampled_from(["all-linear", ("q_proj", "v_proj"), ("down_proj",)]),
+    dropout=st.sampled_from([0.0, 0.1]),
+    dora=st.booleans(),
+    micro_batch=st.integers(1, 16),
+    seq_len=st.integers(8, 4096),
+    accumulation=st.sampled_from([1, 8]),
+    optimizer=st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]),
+    grad_checkpointing=st.booleans(),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    loss=st.sampled_from(["chunked", "full"]),
+    dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
+    double_quant=st.booleans(),
+    kbit_prepare=st.booleans(),
+    autocast=st.booleans(),
+    outputs_kept=st.booleans(),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "upcast", "gib"),
+    [
+        ("Llama-3.1-8B", "lora", False, 18.91),
+        ("Llama-3.1-8B", "qlora", True, 12.70),
+        ("Llama-3.1-8B", "qlora", False, 9.26),
+        ("Llama-2-7b-hf", "lora", False, 14.28),
+        ("Llama-2-7b-hf", "qlora", True, 6.56),
+        ("Llama-2-13b-hf", "lora", False, 26.53),
+        ("Llama-2-13b-hf", "qlora", True, 10.71),
+        ("Qwen2.5-0.5B", "lora", False, 4.60),
+        ("Qwen2.5-0.5B", "qlora", True, 4.70),
+    ],
+)
+def test_traces_of_transformers_and_peft_at_full_depth(model: str, method: str, upcast: bool, gib: float):
+    """Traced under fake tensors: transformers 5.23, peft 0.21, bitsandbytes 0.50; rank 16, 1 x 2048, flash."""
+    setup = Setup(engine="hf", method=method, seq_len=2048, loss="full", kbit_prepare=upcast)
+    assert round(stages_of(shapes()[model], setup, "flash").peak / GIB, 2) == gib
+
+
+@settings(max_examples=150, deadline=None)
+@given(setups)
+def test_components_and_stages_add_up(setup: Setup):
+    estimate = estimate_vram(SMALL, setup)
+    parts = estimate.components
+    total = sum(getattr(parts, f.name) for f in fields(parts) if f.name != "context")
+    assert total == estimate.allocated.expected == max(dict(estimate.stages).values())
+    assert dict(estimate.stages)[estimate.stage] == estimate.allocated.expected
+    assert all(getattr(parts, f.name) >= 0 for f in fields(parts))
+    for bounds in (estimate.allocated, estimate.reserved, estimate.device):
+        assert 0 < bounds.low <= bounds.expected <= bounds.high
+    assert estimate.allocated.expected <= estimate.reserved.expected < estimate.device.expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(setups, st.sampled_from(["rank", "micro_batch", "seq_len", "accumulation"]), st.integers(1, 64))
+def test_more_never_takes_less(setup: Setup, field: str, more: int):
+    larger = replace(setup, **{field: getattr(setup, field) + more})
+    before, after = estimate_vram(SMALL, setup), estimate_vram(SMALL, larger)
+    assert after.allocated.expected >= before.allocated.expected
+    assert after.device.high >= before.device.high
+
+
+@settings(max_examples=60, deadline=None)
+@given(setups)
+def test_more_targets_never_take_less(setup: Setup):
+    few = estimate_vram(SMALL, replace(setup, targets=("q_proj",)))
+    more = estimate_vram(SMALL, replace(setup, targets=("q_proj", "down_proj")))
+    assert more.allocated.expected >= few.allocated.expected
+    assert more.trainable_parameters > few.trainable_parameters
+
+
+@settings(max_examples=60, deadline=None)
+@given(setups)
+def test_full_rows_of_one_length_or_another_hold_the_same_tokens(setup: Setup):
+    flat = replace(setup, attention="sdpa", micro_batch=2, seq_len=2048)
+    cut = replace(flat, micro_batch=8, seq_len=512)
+    one, four = stages_of(LLAMA, flat, "flash").peak, stages_of(LLAMA, cut, "flash").peak
+    assert abs(one / four - 1) < 1e-3, "only cos and sin follow the length alone"
+
+
+def test_checkpointing_chunks_and_four_bits_save():
+    whole = estimate_vram(LLAMA, Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full"))
+    peaks = [whole.allocated.expected]
+    for change in ({"grad_checkpointing": True}, {"loss": "chunked"}, {"method": "qlora"}):
+        setup = Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full")
+        peaks.append(estimate_vram(LLAMA, replace(setup, **change)).allocated.expected)
+    assert all(peak < peaks[0] for peak in peaks[1:])
+
+
+def test_a_tied_head_is_counted_once():
+    config = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "vocab_size": 1000,
+    }
+    tied, free = (shape_from_config({**config, "tie_word_embeddings": value}) for value in (True, False))
+    assert free.parameters - tied.parameters == 256 * 1000
+    sizes = [base_bytes(shape, False, False, 2, 2) for shape in (free, tied)]
+    assert sizes[0] - sizes[1] == 2 * 256 * 1000
+
+
+def test_bytes_per_four_bit_weight():
+    linear = LLAMA.groups[0].layer.mlp[0]
+    assert quantised_bytes(linear, True) / linear.weights == pytest.approx(0.515869, rel=1e-4)
+    assert quantised_bytes(linear, False) / linear.weights == pytest.approx(0.5625, rel=1e-4)
+
+
+def test_optimizer_state_by_kind():
+    full = optimizer_bytes(LLAMA, "all-linear", 16, False, "adamw_torch")
+    eight = optimizer_bytes(LLAMA, "all-linear", 16, False, "adamw_8bit")
+    paged = optimizer_bytes(LLAMA, "all-linear", 16, False, "paged_adamw_32bit")
+    assert full.resident == 8 * 41_943_040
+    assert full.paged == eight.paged == 0
+    assert eight.resident / full.resident == pytest.approx((2 + 8 / 256) / 8, rel=0.01)
+    assert paged.resident + paged.paged == full.resident
+    assert 0 < paged.paged < full.resident, "state tensors below 100 000 elements are not paged"
+
+
+def test_rank_costs_memory_linearly():
+    counts = [estimate_vram(LLAMA, Setup(rank=rank)).trainable_parameters for rank in (16, 64)]
+    assert counts == [41_943_040, 4 * 41_943_040]
+
+
+def test_verdicts():
+    estimate = estimate_vram(LLAMA, Setup(seq_len=2048))
+    assert estimate.verdict(estimate.device.high) == "fits"
+    assert estimate.verdict(estimate.device.high - 1) == "tight"
+    assert estimate.verdict(estimate.device.expected) == "tight"
+    assert estimate.verdict(estimate.device.expected - 1) == "does not fit"
+    assert estimate.headroom_bytes(estimate.device.expected + 7) == 7
+
+
+def test_the_card_decides_the_kernel():
+    sdpa, ada, turing = Setup(), find_gpu("4090"), find_gpu("T4")
+    assert attention_kernel(LLAMA, sdpa, ada) == attention_kernel(LLAMA, sdpa, None) == "flash"
+    assert attention_kernel(LLAMA, sdpa, turing) == "efficient"
+    assert attention_kernel(LLAMA, replace(sdpa, attention="eager"), ada) == "eager"
+    assert attention_kernel(LLAMA, replace(sdpa, dtype="fp32"), ada) == "efficient"
+    gemma2 = shapes()["gemma-2-9b"]
+    estimate = estimate_vram(gemma2, sdpa, ada)
+    assert estimate.kernel == "eager"
+    assert any("eager" in note for note in estimate.notes)
+
+
+def test_a_window_shorter_than_the_rows_makes_a_mask_and_rules_flash_out():
+    mistral = shapes()["Mistral-7B-v0.1"]
+    assert mistral.groups[0].layer.window == 4096
+    assert attention_kernel(mistral, Setup(seq_len=2048), None) == "flash"
+    assert attention_kernel(mistral, Setup(seq_len=4096), None) == "efficient"
+
+
+def test_grouped_heads_without_flash_widen_the_range():
+    setup = Setup(seq_len=4096, dtype="fp16")
+    old, new = (estimate_vram(LLAMA, setup, find_gpu(name)) for name in ("T4", "A100"))
+    assert old.allocated.high > 1.2 * new.allocated.high
+    assert any("48633" in note for note in old.notes)
+
+
+def test_experts_stay_unquantised_and_are_named():
+    mixtral = shapes()["Mixtral-8x7B"]
+    lora, qlora = (estimate_vram(mixtral, Setup(method=method)) for method in ("lora", "qlora"))
+    assert qlora.components.base > 0.9 * lora.components.base
+    assert any("quantises no fused expert" in note for note in qlora.notes)
+    assert qlora.allocated.high > 1.02 * qlora.allocated.expected
+
+
+def test_an_unknown_architecture_gets_a_wide_range_and_says_why():
+    config = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 1000}
+    known, odd = (shape_from_config({**config, "model_type": word}) for word in ("llama", "brand_new"))
+    a, b = estimate_vram(known, Setup()), estimate_vram(odd, Setup())
+    assert b.allocated.high > 1.2 * a.allocated.high
+    assert b.allocated.low < 0.8 * a.allocated.low
+    assert any("brand_new" in note for note in b.notes)
+
+
+def test_a_target_that_the_model_lacks_is_refused_with_the_nearest():
+    with pytest.raises(BadInput, match=r"q_porj.*llama.*q_proj"):
+        estimate_vram(LLAMA, Setup(targets=("q_porj",)))
+
+
+def test_a_recipe_becomes_a_set_up():
+    recipe = Recipe().with_("adapter.rank", 8).with_("train.optimizer", "paged_adamw_8bit")
+    setup = setup_of(recipe)
+    assert (setup.engine, setup.rank, setup.optimizer, setup.dtype) == ("studio", 8, "paged_adamw_8bit", "bf16")
+    assert (setup.kbit_prepare, setup.outputs_kept, setup.autocast) == (False, False, True)
+    assert setup_of(recipe, bf16=False).dtype == "fp16"
+    stock = stock_setup(setup)
+    assert (stock.engine, stock.kbit_prepare, stock.autocast, stock.outputs_kept) == ("hf", True, True, True)
+    assert not stock_setup(replace(setup, method="lora")).kbit_prepare
+    assert not stock_setup(replace(setup, dtype="fp16")).autocast
+
+
+def test_the_document_has_the_contract_s_fields():
+    setup = Setup(seq_len=2048)
+    gpu = find_gpu("4090")
+    plan = plan_to_dict(estimate_vram(LLAMA, setup, gpu), LLAMA, setup, gpu=gpu, budget_bytes=gpu.total_bytes)
+    promised = "peak_bytes reserved_bytes device_bytes low_bytes high_bytes fits budget_bytes stage components engine"
+    assert set(promised.split()) | {"trainable_parameters"} <= set(plan)
+    parts = "base adapter gradients optimizer activations logits workspace context"
+    assert list(plan["components"]) == parts.split()
+    assert plan["low_bytes"] < plan["peak_bytes"] < plan["reserved_bytes"] < plan["device_bytes"] < plan["high_bytes"]
+    assert plan["fits"] is True
+    assert plan["verdict"] == "fits"
+    unknown = plan_to_dict(estimate_vram(LLAMA, setup), LLAMA, setup)
+    assert unknown["fits"] is unknown["budget_bytes"] is unknown["verdict"] is None

@@ -1,0 +1,95 @@
+"""The estimate against published measurements: allocated, reserved and device apart, each like with like."""
+
+import statistics
+
+import pytest
+
+from studio.core.vram.estimate import estimate_vram
+from tests.core.published_rows import Compared, card, compared, measured_bytes, shapes, stock_default
+
+LIKE = [item for item in compared() if not item.unlike]
+
+
+def errors(metric: str, items: list[Compared] = LIKE) -> list[float]:
+    return [error for item in items if (error := item.error(metric)) is not None]
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(abs(value) for value in values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def test_most_rows_of_the_stock_loop_are_compared():
+    assert len(LIKE) >= 38
+    assert {item.row["gpu"] for item in LIKE} >= {"Tesla T4 16GB", "A100-SXM4-80GB", "NVIDIA L40S"}
+
+
+def test_allocated():
+    found = errors("allocated")
+    assert len(found) >= 33
+    assert statistics.median(map(abs, found)) <= 0.004
+    assert percentile(found, 0.9) <= 0.012
+    assert max(map(abs, found)) <= 0.015
+
+
+def test_reserved():
+    found = errors("reserved")
+    assert len(found) >= 30
+    assert statistics.median(map(abs, found)) <= 0.03
+    assert percentile(found, 0.9) <= 0.08
+
+
+def test_device():
+    found = errors("device")
+    assert len(found) >= 33
+    assert statistics.median(map(abs, found)) <= 0.03
+    assert percentile(found, 0.9) <= 0.08
+
+
+def test_what_each_stage_holds_on_a_t4():
+    """The archive has the forward's own peak: between the estimate's layers and its loss, which goes backward too."""
+    for item in LIKE:
+        if "forward_gib" in item.row:
+            stages = dict(item.estimate.stages)
+            assert stages["forward"] <= item.row["forward_gib"] * 2**30 * 1.001
+            assert stages["loss"] >= item.row["forward_gib"] * 2**30 * 0.98
+
+
+@pytest.mark.parametrize("metric", ["allocated", "reserved", "device"])
+def test_the_range_holds_the_measurement_and_is_no_wider_than_it_must(metric: str):
+    held, widths = 0, []
+    measured = [(item, bytes_) for item in LIKE if (bytes_ := measured_bytes(item.row, metric)) is not None]
+    for item, bytes_ in measured:
+        bounds = getattr(item.estimate, metric)
+        held += bounds.low <= bytes_ <= bounds.high
+        widths.append((bounds.high - bounds.low) / bytes_)
+    assert held >= 0.95 * len(measured)
+    assert statistics.median(widths) <= 0.45
+
+
+def test_no_row_that_used_more_than_a_budget_fits_it():
+    for item in LIKE:
+        used = measured_bytes(item.row, "device") or measured_bytes(item.row, "reserved")
+        if used is not None:
+            assert item.estimate.verdict(int(used) - 1) != "fits", item.row["id"]
+
+
+def test_flags_alone_never_promise_too_little():
+    """Whoever knows only a row's flags gets the stock defaults: too much at times, never too little."""
+    found = []
+    for item in LIKE:
+        measured = measured_bytes(item.row, "allocated")
+        if measured is not None and item.row["completeness"] == "A":
+            estimate = estimate_vram(shapes()[item.row["model"]], stock_default(item.row), card(item.row))
+            found.append(estimate.allocated.expected / measured - 1)
+    assert min(found) >= -0.05
+    assert statistics.median(map(abs, found)) <= 0.01
+    assert percentile(found, 0.9) <= 0.10
+
+
+def test_chunked_loss_and_no_upcast_are_within_a_tenth():
+    """Rows with a fused loss: Liger kernels on top of the same layers."""
+    items = [item for item in compared() if "liger" in item.row.get("framework_config", "")]
+    found = errors("allocated", items)
+    assert len(found) >= 6
+    assert max(map(abs, found)) <= 0.10

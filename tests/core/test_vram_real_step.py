@@ -1,0 +1,151 @@
+"""The estimate against real training steps of our own engine on a CPU: every storage's birth and death is tracked.
+
+What a CPU does differently is outside these cases: its unfused dropout mask, and temporaries inside one operator, which
+no dispatch sees (logsumexp's in the chunked loss).
+"""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from studio.core.recipe import AdapterSection
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.setup import Setup
+from studio.core.vram.stages import stages_of
+from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.train.step_model import StepModel
+
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+RANK = 8
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def track(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._known and self._known[key]() is storage:
+            return
+
+        def died(_: Any) -> None:
+            if self._known.pop(key, None) is not None:
+                self.live -= size
+
+        self._known[key] = weakref.ref(storage, died)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.track, out)
+        return out
+
+
+def four_bit(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every linear layer but the head by a real NF4 one with double quantisation."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name:
+            parent, _, last = name.rpartition(".")
+            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=dtype)
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
+            setattr(model.get_submodule(parent), last, layer.to("cpu"))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def frozen_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+def one_step(setup: Setup, dtype: torch.dtype, vocabulary: int) -> int:
+    """Return the peak of tracked bytes of a real step, optimizer state left out."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, vocab_size=vocabulary, max_position_embeddings=2048)
+    base = LlamaForCausalLM(config).to(dtype)
+    if setup.quantised:
+        four_bit(base, dtype)
+    section = AdapterSection(rank=setup.rank, dropout=setup.dropout, dora=setup.dora)
+    model = attach_adapter(base, section, grad_checkpointing=setup.grad_checkpointing)
+    step = StepModel(model, setup.loss, lambda: torch.autocast("cpu", dtype=dtype, enabled=setup.autocast)).train()
+    ids = torch.randint(0, vocabulary, (setup.micro_batch, setup.seq_len))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    gc.collect()
+    with Storages() as storages:
+        for tensor in frozen_tensors(model):
+            storages.track(tensor)
+        step(batch).backward()
+    return storages.peak
+
+
+def predicted(setup: Setup, vocabulary: int) -> int:
+    shape = shape_from_config({"model_type": "llama", **SHAPE, "vocab_size": vocabulary})
+    stages = stages_of(shape, setup, "flash", workspace=0)
+    return max(stages.forward, stages.loss, stages.backward) - stages.optimizer
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("grad_checkpointing", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("vocabulary", "loss"), [(4096, "full"), (512, "full"), (512, "chunked")])
+def test_a_real_step(method: Any, grad_checkpointing: bool, dtype: Any, vocabulary: int, loss: Any):
+    if loss == "chunked" and not grad_checkpointing:
+        pytest.skip("peaks in the loss, whose hidden temporary a CPU trace does not see")
+    setup = Setup(
+        method=method,
+        rank=RANK,
+        micro_batch=2,
+        seq_len=384,
+        grad_checkpointing=grad_checkpointing,
+        loss=loss,
+        dtype=dtype,
+        autocast=dtype != "fp32",
+    )
+    measured = one_step(setup, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], vocabulary)
+    assert predicted(setup, vocabulary) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("grad_checkpointing", [True, False])
+def test_dora_is_roughly_known(grad_checkpointing: bool):
+    setup = Setup(
+        method="lora",
+        rank=RANK,
+        dora=True,
+        micro_batch=2,
+        seq_len=384,
+        loss="full",
+        grad_checkpointing=grad_checkpointing,
+    )
+    measured = one_step(setup, torch.bfloat16, 512)
+    assert predicted(setup, 512) == pytest.approx(measured, rel=0.06)
+
+
+def test_dropout_and_recomputed_layers_go_together():
+    """Input casts that were left out of the forward alone made torch refuse the recomputation."""
+    setup = Setup(method="lora", rank=RANK, dropout=0.1, micro_batch=1, seq_len=64, loss="full")
+    assert one_step(setup, torch.bfloat16, 512) > 0
