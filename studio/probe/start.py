@@ -13,6 +13,7 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
 from studio.probe.models import BaseFound, find_base
+from studio.probe.plan import plan_for
 from studio.probe.preflight import PreflightReport, check_training
 from studio.probe.space import check_space
 from studio.runs.atomic import write_whole

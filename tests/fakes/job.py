@@ -88,11 +88,18 @@ def _end(worker: Worker, step: int, outcome: str) -> None:
     worker.emit(Sampled, step=step, index=0, prompt="what?", answer="this", expected="this")
     aside = worker.paths.root / ".adapter.part"
     aside.mkdir(exist_ok=True)
-    (aside / "adapter_config.json").write_text("{}")
+    (aside / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (aside / "adapter_model.safetensors").write_bytes(_weights())
     publish_folder(aside, worker.paths.adapter)
     (worker.paths.root / "step.txt").write_text(str(step))
     worker.emit(Saved, what="adapter", path="adapter", step=step)
     worker.emit(Finished, outcome=outcome, step=step, seconds=1.0)
+
+
+def _weights() -> bytes:
+    """One number in safetensors."""
+    header = b'{"lora_B.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(4)
 
 
 def _resumable(worker: Worker) -> int:
