@@ -1,0 +1,1 @@
+"""The main story as a user lives it: real processes, a real model, a real terminal. Slow."""
