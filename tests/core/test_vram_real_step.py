@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from studio.core.recipe import AdapterSection
 from studio.core.shape_from_config import shape_from_config
@@ -92,6 +92,11 @@ def one_step(setup: Setup, dtype: torch.dtype, vocabulary: int) -> int:
         four_bit(base, dtype)
     section = AdapterSection(rank=setup.rank, dropout=setup.dropout, dora=setup.dora)
     model = attach_adapter(base, section, grad_checkpointing=setup.grad_checkpointing)
+    return tracked_peak(model, setup, dtype, vocabulary)
+
+
+def tracked_peak(model: Any, setup: Setup, dtype: torch.dtype, vocabulary: int) -> int:
+    """Return the peak of tracked bytes of one forward and backward."""
     step = StepModel(model, setup.loss, lambda: torch.autocast("cpu", dtype=dtype, enabled=setup.autocast)).train()
     ids = torch.randint(0, vocabulary, (setup.micro_batch, setup.seq_len))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
@@ -149,3 +154,34 @@ def test_dropout_and_recomputed_layers_go_together():
     """Input casts that were left out of the forward alone made torch refuse the recomputation."""
     setup = Setup(method="lora", rank=RANK, dropout=0.1, micro_batch=1, seq_len=64, loss="full")
     assert one_step(setup, torch.bfloat16, 512) > 0
+
+
+@pytest.mark.parametrize("grad_checkpointing", [True, False])
+def test_a_mixture_of_experts_with_adapted_attention(grad_checkpointing: bool):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=256,
+        moe_intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        vocab_size=512,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    setup = Setup(
+        method="lora",
+        rank=RANK,
+        targets=("q_proj", "v_proj"),
+        micro_batch=2,
+        seq_len=384,
+        loss="full",
+        grad_checkpointing=grad_checkpointing,
+    )
+    base = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    section = AdapterSection(rank=RANK, targets=("q_proj", "v_proj"))
+    model = attach_adapter(base, section, grad_checkpointing=grad_checkpointing)
+    stages = stages_of(shape_from_config(config.to_dict()), setup, "flash", workspace=0)
+    expected = max(stages.forward, stages.loss, stages.backward) - stages.optimizer
+    assert expected == pytest.approx(tracked_peak(model, setup, torch.bfloat16, 512), rel=0.02)
