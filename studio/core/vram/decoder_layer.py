@@ -94,8 +94,8 @@ def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
     assert experts is not None  # noqa: S101  the caller looked
     merged = None
     if EXPERTS in run.form.adapter.targets and experts.adapted_by_all:
-        # peft adds the adapter's whole product to the fused weights before they are used, and the sum is saved; that the
-        # products on the way amount to one and a half times the weights was seen on a small Qwen3-MoE.
+        # peft adds the adapter's whole product to the fused weights before they are used, and the sum is saved; that
+        # the products on the way amount to one and a half times the weights was seen on a small Qwen3-MoE.
         weights = Form(fixed=experts.weights(run.shape.hidden))
         run.tape.passing(weights.times(3 * run.form.arithmetic.compute))
         merged = Tensor(run.tape, weights, run.form.arithmetic.compute)

@@ -98,7 +98,7 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     )
     measured = gpu.context_bytes if gpu else 0
     context, most_context = (measured, 2 * measured) if measured else (CONTEXT_BYTES, MOST_CONTEXT_BYTES)
-    reserved = reserved_range(stages, low, high, unused, checkpointed=setup.grad_checkpointing)
+    reserved = reserved_range(stages, low, high, unused)
     return VramEstimate(
         stage=stages.peak_stage,
         stages=tuple(stages.by_name.items()),
@@ -137,11 +137,10 @@ def _allocated_bounds(
         peak = stages_of(shape, other, attention_kernel(shape, other, gpu), workspace=workspace).peak
         low, high = min(low, peak), max(high, peak)
     doubt = _UNCERTAIN if shape.doubts else _CERTAIN
-    moving = max(0, stages.peak - stages.save)
     low, high = low * (1 - doubt), high * (1 + doubt)
     if shape.expert_parameters:
         notes.extend(_expert_notes(shape, setup))
-        low, high = low - _UNCERTAIN * moving, high + _UNCERTAIN * moving
+        low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover
     if setup.attention == "sdpa" and shape.heads != shape.kv_heads and gpu and gpu.compute_capability < (8, 0):
         notes.append(
             "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "
@@ -181,13 +180,12 @@ def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
 def _components(stages: Stages, context: int) -> Components:
     logits = stages.logits if stages.peak_stage == "loss" else stages.held
     gradients = max(stages.lasting_gradients, stages.gradients if stages.peak_stage == "optimizer" else 0)
-    standing = stages.base + stages.adapter + stages.optimizer + stages.workspace
     return Components(
         base=stages.base,
         adapter=stages.adapter,
         gradients=gradients,
         optimizer=stages.optimizer,
-        activations=max(0, stages.peak - standing - gradients - logits),
+        activations=max(0, stages.peak - stages.fixed - gradients - logits),
         logits=logits,
         workspace=stages.workspace,
         context=context,

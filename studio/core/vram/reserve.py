@@ -16,7 +16,7 @@ _SMALL, _SEGMENT, _WHOLE, _ROUND = MIB, 20 * MIB, 10 * MIB, 2 * MIB
 """c10/cuda/CUDACachingAllocator.cpp: kSmallSize, kLargeBuffer, kMinLargeAlloc, kRoundLarge."""
 
 FRAGMENTATION = 0.10
-"""Share of the activations at the peak that lies in blocks too small for what comes next.
+"""Share of what is allocated and freed within a step that lies in blocks too small for what comes next.
 
 One number for all rows of three sources (T4 with stages, A100 through nvidia-smi, L40S): with it reserved is right to
 1.4 % in the median and 6.8 % at the 90th percentile (tests/core/test_vram_published.py).
@@ -74,26 +74,23 @@ def _weight_sizes(shape: ModelShape, quantised: bool, double_quant: bool, itemsi
     return sizes
 
 
-def reserved_range(stages: Stages, low: int, high: int, unused: int, *, checkpointed: bool) -> Range:
+def reserved_range(stages: Stages, low: int, high: int, unused: int) -> Range:
     """Return what the allocator takes from the driver.
 
-    Beside the live tensors these are the blocks that layers used on their way forward, which are too small for the
-    logits, the rest of the weights' segments, and fragments of activations. What is kept from forward to backward
-    without checkpointing is allocated once and fragments nothing.
+    Beside the live tensors these are the blocks that layers used on their way forward, too small for the logits, the
+    rest of the weights' segments, and fragments of what is allocated and freed again.
 
     Args:
         stages: Allocated bytes.
         low: Lowest peak of allocated bytes.
         high: Highest peak of allocated bytes.
         unused: Free remainder of the weights' segments.
-        checkpointed: Whether layers are computed again in the backward.
     """
-    moving = max(0, stages.peak - stages.save - (0 if checkpointed else stages.kept))
     beside = unused + stages.layer_forward
     return Range(
         low,
-        int(stages.peak + beside + FRAGMENTATION * moving),
-        int(high + beside + MOST_FRAGMENTATION * moving),
+        int(stages.peak + beside + FRAGMENTATION * stages.turnover),
+        int(high + beside + MOST_FRAGMENTATION * stages.turnover),
     )
 
 

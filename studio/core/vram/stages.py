@@ -46,9 +46,9 @@ class Stages:
         step: Peak of the optimizer's step.
         evaluation: Peak of a held-out batch of the same size.
         save: While the adapter is written.
-        kept: Activations kept from forward to backward.
-        layer_forward: What one layer's forward needs beside the kept activations.
-        layer_backward: What one layer's backward needs beside them.
+        layer_forward: What one layer's forward needs beside the activations kept from forward to backward.
+        turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
+            activations kept whole without checkpointing, which are allocated once and fragment nothing.
         parameters: Trained parameters.
     """
 
@@ -68,9 +68,8 @@ class Stages:
     step: int
     evaluation: int
     save: int
-    kept: int
     layer_forward: int
-    layer_backward: int
+    turnover: int
     parameters: int
 
     @property
@@ -85,6 +84,11 @@ class Stages:
             "eval": self.evaluation,
             "save": self.save,
         }
+
+    @property
+    def fixed(self) -> int:
+        """What is there from the first step to the last; gradients and activations come on top."""
+        return self.base + self.adapter + self.optimizer + self.workspace
 
     @property
     def peak(self) -> int:
@@ -113,6 +117,38 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
     return step_forms(shape, form, LossForm(kind, setup.outputs_kept and kind == "model"), setup.grad_checkpointing)
 
 
+@dataclass(frozen=True, slots=True)
+class _Activations:
+    """Bytes beside weights and states: kept for the backward, in a layer, at the loss, added by autocast or a loop."""
+
+    kept: float
+    layer_forward: float
+    layer_backward: float
+    first_layer_backward: float
+    loss_forward: float
+    loss: float
+    copies: int
+    held: int
+
+
+def _activations(shape: ModelShape, setup: Setup, kernel: Kernel, parameters: int) -> _Activations:
+    forms = forms_of(shape, setup, kernel)
+    numbers = (setup.tokens, setup.squares, setup.rank)
+    kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
+    copies = _autocast_copies(setup, parameters)
+    loss_forward = largest(forms.loss_forward, *numbers) + _chunk_bytes(shape, setup)
+    return _Activations(
+        kept=kept + _shared(shape, setup, kernel),
+        layer_forward=max(largest(group.forward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
+        layer_backward=max(largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
+        first_layer_backward=max(largest(group.backward, *numbers) for group in forms.groups),
+        loss_forward=loss_forward,
+        loss=max(copies + loss_forward, largest(forms.loss_backward, *numbers)),
+        copies=copies,
+        held=_held_logits(shape, setup),
+    )
+
+
 def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int = CUBLAS_WORKSPACE_BYTES) -> Stages:
     """Return the allocated bytes of every stage.
 
@@ -122,25 +158,20 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         kernel: Which attention runs.
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
-    forms = forms_of(shape, setup, kernel)
-    numbers = (setup.tokens, setup.squares, setup.rank)
     parameters = adapter_parameters(shape, setup.targets, setup.rank, setup.dora)
     base = base_bytes(shape, setup.quantised, setup.double_quant, setup.residual_itemsize, setup.compute_itemsize)
     state = optimizer_bytes(shape, setup.targets, setup.rank, setup.dora, setup.optimizer)
     adapter = gradients = 4 * parameters
     # Gradients stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
     lasting = gradients * ((setup.accumulation > 1) + (setup.gpus > 1))
+    fresh = gradients if setup.accumulation == 1 else 0
     standing = base + adapter + state.resident + workspace + lasting
-
-    kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
-    kept += _shared(shape, setup, kernel)
-    layer_forward = max(largest(g.forward, *numbers) - g.kept.at(*numbers) for g in forms.groups)
-    layer_backward = max(largest(g.backward, *numbers) - g.kept.at(*numbers) for g in forms.groups)
-    copies = _autocast_copies(setup, parameters)
-    chunk = _chunk_bytes(shape, setup)
-    loss_forward = largest(forms.loss_forward, *numbers) + chunk
-    held = _held_logits(shape, setup)
-    loss = max(copies + loss_forward, largest(forms.loss_backward, *numbers))
+    work = _activations(shape, setup, kernel, parameters)
+    # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
+    backward = work.held + max(work.kept + work.layer_backward, work.first_layer_backward + fresh)
+    step = work.held + fresh + _step_temporary(setup, gradients)
+    within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
+    turnover = max(within + (work.kept if setup.grad_checkpointing else 0), fresh, step)
     return Stages(
         base=base,
         adapter=adapter,
@@ -149,18 +180,17 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         paged=state.paged,
         workspace=workspace,
         lasting_gradients=lasting,
-        logits=int(loss),
-        held=held,
+        logits=int(work.loss),
+        held=work.held,
         load=base + _load_extra(shape, setup),
-        forward=int(standing + kept + copies + layer_forward),
-        loss=int(standing + kept + loss),
-        backward=int(standing + held + _backward(forms, setup, kept, gradients, numbers)),
-        step=standing + held + (gradients if setup.accumulation == 1 else 0) + _step_temporary(setup, gradients),
-        evaluation=int(standing + max(layer_forward, loss_forward) + copies),
+        forward=int(standing + work.kept + work.copies + work.layer_forward),
+        loss=int(standing + work.kept + work.loss),
+        backward=int(standing + backward),
+        step=standing + step,
+        evaluation=int(standing + max(work.layer_forward, work.loss_forward) + work.copies),
         save=standing,
-        kept=int(kept),
-        layer_forward=int(layer_forward),
-        layer_backward=int(layer_backward),
+        layer_forward=int(work.layer_forward),
+        turnover=int(turnover + lasting),
         parameters=parameters,
     )
 
@@ -202,14 +232,6 @@ def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
     # liger_kernel/ops/fused_linear_cross_entropy.py: gradients overwrite the chunk's logits.
     share = -(-setup.tokens // -(-shape.vocabulary // shape.hidden))
     return (1 << max(0, share - 1).bit_length()) * shape.vocabulary * setup.compute_itemsize
-
-
-def _backward(forms: StepForms, setup: Setup, kept: float, gradients: int, numbers: tuple[int, int, int]) -> float:
-    """The last layer goes first, with everything kept; the first layer goes last, beside nearly all gradients."""
-    tops = [largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups]
-    first = kept + max(tops)
-    lasting = gradients if setup.accumulation == 1 else 0
-    return max(first, max(largest(group.backward, *numbers) for group in forms.groups) + lasting)
 
 
 def _step_temporary(setup: Setup, gradients: int) -> int:
