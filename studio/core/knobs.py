@@ -82,6 +82,17 @@ _TABLE = (
         "dropout",
     ),
     Knob(
+        "adapter.lora_plus_ratio",
+        "LoRA+ ratio",
+        "",
+        1,
+        256,
+        "stops",
+        "Learning rate of the B matrices over that of the A matrices; 1 is plain LoRA, LoRA+ proposes 16.",
+        "Costs nothing. With a high ratio lower the learning rate: B then moves faster than the rate says.",
+        (1, 2, 4, 8, 16, 32),
+    ),
+    Knob(
         "train.micro_batch",
         "Micro-batch",
         "rows",

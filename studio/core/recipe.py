@@ -14,6 +14,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Attention = Literal["sdpa", "eager"]
 Loss = Literal["chunked", "full"]
+AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 ALL_LINEAR = "all-linear"
 EMBEDDED = "embedded"
@@ -33,7 +34,11 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSection:
-    """The trainable part: low-rank pairs beside the chosen linear layers."""
+    """The trainable part: low-rank pairs beside the chosen linear layers.
+
+    `lora_plus_ratio` is B's learning rate over A's (LoRA+). The patterns and `layers` are texts, read by
+    `studio.core.adapter_text`.
+    """
 
     rank: int = 16
     alpha: float = 32.0
@@ -41,6 +46,11 @@ class AdapterSection:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    init: AdapterInit = "default"
+    lora_plus_ratio: float = 1.0
+    rank_pattern: str = ""
+    alpha_pattern: str = ""
+    layers: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from studio.core.adapter_text import LAYERS_FORM, PATTERN_FORM, layers_of, pattern_of
 from studio.core.knobs import KNOBS
 from studio.core.recipe import ALL_LINEAR, PATHS, Problem, Recipe, choices_of
 
 _NEEDED = ("name", "model.base", "data.path", "device.device")
+_PATTERNS = {"adapter.rank_pattern": "adapter.rank", "adapter.alpha_pattern": "adapter.alpha"}
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
@@ -58,6 +60,26 @@ def _text(path: str, value: Any) -> Iterator[Problem]:
         yield Problem(path, repr(value), "text without NUL characters and lone surrogates")
     elif path == "device.device" and not _DEVICE.fullmatch(value):
         yield Problem(path, repr(value), "auto, cpu, cuda or cuda:N")
+    elif path == "adapter.layers":
+        try:
+            layers_of(value)
+        except ValueError as error:
+            yield Problem(path, repr(str(error)), LAYERS_FORM)
+    elif path in _PATTERNS:
+        yield from _pattern(path, value)
+
+
+def _pattern(path: str, text: str) -> Iterator[Problem]:
+    try:
+        numbers = pattern_of(text)
+    except ValueError as error:
+        yield Problem(path, repr(str(error)), PATTERN_FORM)
+        return
+    knob = KNOBS[_PATTERNS[path]]
+    for name, number in numbers.items():
+        whole = PATHS[_PATTERNS[path]] is not int or number.is_integer()
+        if not (knob.low <= number <= knob.high and whole):
+            yield Problem(path, f"{name}={number:g}", knob.allowed)
 
 
 def _encodable(text: str) -> bool:
@@ -76,3 +98,16 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "eval.samples", f"{recipe.eval.samples} with no held-out rows", "eval.rows above 0, or eval.samples 0"
         )
+    yield from _between_adapter(recipe)
+
+
+def _between_adapter(recipe: Recipe) -> Iterator[Problem]:
+    init = recipe.adapter.init
+    if init == "loftq" and recipe.method != "qlora":
+        yield Problem("adapter.init", "loftq with method lora", "method qlora: loftq repairs the loss of 4-bit weights")
+    if init == "pissa" and recipe.method == "qlora":
+        yield Problem(
+            "adapter.init", "pissa with method qlora", "loftq, which is made for 4-bit weights, or method lora"
+        )
+    if init in ("loftq", "pissa") and recipe.adapter.dora:
+        yield Problem("adapter.init", f"{init} with dora", "adapter.dora false, or init default or gaussian")

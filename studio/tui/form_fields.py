@@ -11,7 +11,19 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("name", "model.base", "data.path", "method")),
     (
         "Adapter",
-        ("adapter.rank", "adapter.alpha", "adapter.targets", "adapter.dropout", "adapter.rslora", "adapter.dora"),
+        (
+            "adapter.rank",
+            "adapter.alpha",
+            "adapter.targets",
+            "adapter.dropout",
+            "adapter.rslora",
+            "adapter.dora",
+            "adapter.init",
+            "adapter.lora_plus_ratio",
+            "adapter.rank_pattern",
+            "adapter.alpha_pattern",
+            "adapter.layers",
+        ),
     ),
     (
         "Training",
@@ -68,6 +80,13 @@ _WORDS: dict[str, tuple[str, str]] = {
     "adapter.targets": ("Targets", "all-linear, or module names with commas between: q_proj, v_proj."),
     "adapter.rslora": ("rsLoRA", "Scales by alpha / sqrt(rank), so that a high rank still learns."),
     "adapter.dora": ("DoRA", "Learns magnitude and direction apart; slower, more memory."),
+    "adapter.init": (
+        "Init",
+        "pissa starts from the base's main directions (LoRA only); loftq from what 4 bits lost (QLoRA only).",
+    ),
+    "adapter.rank_pattern": ("Rank by module", "Other ranks for some modules: down_proj=32, v_proj=8."),
+    "adapter.alpha_pattern": ("Alpha by module", "Other alphas for some modules: down_proj=64."),
+    "adapter.layers": ("Layers", "Only these layers are trained: 0-7, 12; empty trains all."),
     "data.path": ("Data", "A JSONL, JSON or Parquet file of rows, or embedded."),
     "data.format": ("Format", "How rows are read; auto recognises it and says so."),
     "data.eval_path": ("Held-out file", "Rows to measure on; empty takes them from the data."),
@@ -80,7 +99,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     "device.device": ("Device", "auto takes the first CUDA card, else the CPU; or cpu, cuda, cuda:1."),
 }
 
-_SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
+SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
+"""What is shown for a choice whose word says too little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,4 +134,4 @@ def options_of(path: str) -> tuple[tuple[str, str], ...]:
     """Return the values and words that a field is chosen from; empty where it is no choice."""
     if PATHS[path] is bool:
         return (OFF, OFF), (ON, ON)
-    return tuple((value, _SHOWN.get(value, value)) for value in choices_of(path))
+    return tuple((value, SHOWN.get(value, value)) for value in choices_of(path))

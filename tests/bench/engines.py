@@ -62,7 +62,7 @@ def run_studio(method: str, steps: int) -> tuple[list[float], list[float]]:
         micro_batch=MICRO_BATCH, accumulation=1, learning_rate=2e-4, schedule="constant", warmup_fraction=0
     )
     optimizer = build_optimizer(
-        model.parameters(), kind="adamw_torch", learning_rate=2e-4, weight_decay=0.0, device=CPU, warn=print
+        model.named_parameters(), kind="adamw_torch", learning_rate=2e-4, weight_decay=0.0, device=CPU, warn=print
     )
     precision = choose_precision("auto", CPU)
     step_model = StepModel(model, "chunked", precision.autocast)

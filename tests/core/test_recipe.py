@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studio.core.adapter_text import layers_of, pattern_of
 from studio.core.errors import BadInput
 from studio.core.knobs import KNOBS
 from studio.core.recipe import PATHS, Recipe, choices_of
@@ -101,6 +102,40 @@ def test_bad_settings_are_named(word: str, expected: str) -> None:
 def test_problems_between_fields() -> None:
     assert [p.path for p in Recipe().with_("train.epochs", 0.0).problems()] == ["train.steps"]
     assert [p.path for p in Recipe().with_("eval.rows", 0).problems()] == ["eval.samples"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "words"),
+    [
+        ({"adapter.init": "loftq"}, "adapter.init", "loftq repairs the loss of 4-bit"),
+        ({"adapter.init": "pissa", "method": "qlora"}, "adapter.init", "or method lora"),
+        ({"adapter.init": "pissa", "adapter.dora": True}, "adapter.init", "adapter.dora false"),
+        ({"adapter.rank_pattern": "down_proj"}, "adapter.rank_pattern", "such as down_proj=32"),
+        ({"adapter.rank_pattern": "down_proj=2.5"}, "adapter.rank_pattern", "1 to 1024"),
+        ({"adapter.rank_pattern": "a=1, a=2"}, "adapter.rank_pattern", "such as down_proj=32"),
+        ({"adapter.rank_pattern": "*=2"}, "adapter.rank_pattern", "such as down_proj=32"),
+        ({"adapter.alpha_pattern": "v_proj=nan"}, "adapter.alpha_pattern", "0.1 to 4096"),
+        ({"adapter.layers": "7-3"}, "adapter.layers", "such as 0-7, 12"),
+        ({"adapter.layers": "0-99999"}, "adapter.layers", "such as 0-7, 12"),
+        ({"adapter.layers": "first"}, "adapter.layers", "such as 0-7, 12"),
+    ],
+)
+def test_problems_of_the_adapter(changes: dict[str, object], path: str, words: str) -> None:
+    recipe = Recipe(method="lora")
+    for name, value in changes.items():
+        recipe = recipe.with_(name, value)
+    (problem,) = recipe.problems()
+    assert problem.path == path
+    assert words in problem.allowed
+
+
+def test_texts_of_the_adapter_are_read() -> None:
+    assert layers_of("12, 0-2,2") == (0, 1, 2, 12)
+    assert pattern_of(" down_proj = 32, layers.0.q=0.5 ") == {"down_proj": 32.0, "layers.0.q": 0.5}
+    assert layers_of(" ") == ()
+    assert pattern_of("") == {}
+    sound = Recipe().with_("adapter.rank_pattern", "down_proj=32").with_("adapter.layers", "0-7, 12")
+    assert sound.with_("adapter.alpha_pattern", "v_proj=0.5").with_("adapter.init", "loftq").problems() == ()
 
 
 def test_control_characters_of_a_recipe_do_not_reach_the_message() -> None:

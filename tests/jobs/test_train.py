@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
-from studio.jobs.train import between, job
+from studio.jobs.train import between, trainable_model
 from studio.jobs.train.batches import StepBatches, collate
 from studio.jobs.train.rows import encode_rows
 from studio.probe.data import read_data
@@ -100,8 +100,9 @@ def test_weights_are_held_as_the_method_says(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, dtype: str
 ) -> None:
     seen: list[PeftModel] = []
-    attach = job.attach_adapter
-    monkeypatch.setattr(job, "attach_adapter", lambda *args, **named: seen.append(attach(*args, **named)) or seen[0])
+    attach = trainable_model.attach_adapter
+    attached = lambda *args, **named: seen.append(attach(*args, **named)) or seen[0]  # noqa: E731
+    monkeypatch.setattr(trainable_model, "attach_adapter", attached)
     history = history_of(train(recipe.with_("method", method).with_("model.dtype", dtype)))
     assert history.failed is None, history.failed
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

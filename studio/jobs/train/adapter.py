@@ -1,38 +1,49 @@
 """The peft adapter: attached to a loaded base, and saved as the standard PEFT folder that anyone can load."""
 
-import difflib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
-from studio.core.errors import JobFailed
-from studio.core.recipe import ALL_LINEAR, AdapterSection
+from studio.core.adapter_text import pattern_of
+from studio.core.recipe import AdapterSection
 from studio.jobs.train.guards import check_adapter
+from studio.jobs.train.start import Pair, adapter_weights, difference, doubled_config
+from studio.jobs.train.targets import adapted_layers, check_patterns, target_modules
 from studio.runs.atomic import publish_folder
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointing: bool) -> PeftModel:
     """Return the base with trainable low-rank pairs; adapter weights are fp32 whatever the base is held in.
 
     Nothing else is touched: embeddings, head and norms keep the base's format (peft's `prepare_model_for_kbit_training`
-    would make them fp32).
+    would make them fp32). Starts that need the base's weights are `studio.jobs.train.start`'s business.
 
     Raises:
-        JobFailed: `unknown_targets` when a named target module does not exist in the model.
+        JobFailed: `unknown_targets` when a named target module or layer does not exist in the model.
     """
+    layers = adapted_layers(base, section.layers)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         use_dora=section.dora,
-        target_modules=_targets(base, section.targets),
+        init_lora_weights="gaussian" if section.init == "gaussian" else True,
+        target_modules=target_modules(base, section.targets, by_name=layers is not None),
+        layers_to_transform=layers,
+        rank_pattern={name: int(rank) for name, rank in pattern_of(section.rank_pattern).items()},
+        alpha_pattern=pattern_of(section.alpha_pattern),
         task_type=TaskType.CAUSAL_LM,
     )
     model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
+    check_patterns(model.get_base_model(), section)
     if grad_checkpointing:
         # Non-reentrant: reentrant checkpoints train nothing when no input requires a gradient.
         causal: Any = model.get_base_model()
@@ -41,26 +52,14 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     return model
 
 
-def _targets(base: nn.Module, wanted: str | tuple[str, ...]) -> str | list[str]:
-    if wanted == ALL_LINEAR:
-        return ALL_LINEAR
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    found = {name for name, _ in base.named_modules()}
-    linear = sorted({n.rpartition(".")[2] for n, module in base.named_modules() if isinstance(module, nn.Linear)})
-    for name in names:
-        if not any(full == name or full.endswith(f".{name}") for full in found):
-            near = difflib.get_close_matches(name, linear, n=1)
-            raise JobFailed(
-                "unknown_targets",
-                f"adapter.targets names {name!r}, which this model does not have"
-                + (f"; perhaps {near[0]}" if near else ""),
-                f'use "{ALL_LINEAR}" or some of: {", ".join(linear)}',
-            )
-    return names
-
-
-def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> int:
+def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | None = None) -> int:
     """Write the PEFT folder with the tokenizer and its chat template; it appears whole or not at all.
+
+    Args:
+        model: The trained model.
+        tokenizer: Saved beside the adapter.
+        folder: Where it appears.
+        start: What PiSSA took out of the base; what is saved is then the difference to it, for the ordinary base.
 
     Returns:
         Bytes on disk.
@@ -69,14 +68,24 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path) -> int:
         JobFailed: The adapter is broken or dead (see `check_adapter`); nothing is written then.
         OSError: The disk is full or not writable.
     """
-    check_adapter(get_peft_model_state_dict(model))
+    check_adapter(adapter_weights(model))
     aside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        # peft's "auto" would ask the hub whether the base's vocabulary was resized; ours never is.
+        # Not "auto": see adapter_weights.
         model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
+        if start:
+            _rewrite_as_difference(model, aside, start)
         tokenizer.save_pretrained(str(aside))
         publish_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _rewrite_as_difference(model: PeftModel, folder: Path, start: Pair) -> None:
+    weights = {name: tensor.detach().cpu() for name, tensor in adapter_weights(model).items()}
+    save_file(difference(weights, start), folder / _WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    config.update(doubled_config(model.active_peft_config))
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from studio.jobs.train.evaluate import answer, held_out_loss
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.rows import Example, Prompt
+from studio.jobs.train.start import Pair
 from studio.jobs.train.step_model import StepModel
 from studio.runs.worker import Worker
 
@@ -47,6 +48,7 @@ class Between:
     autocast: Callable[[], Any]
     sleep: Callable[[float], None] = time.sleep
     last_eval: float | None = None
+    start: Pair = field(default_factory=dict)
 
     def after_step(self, progress: Progress) -> bool:
         """Evaluate and save where it is due, serve requests; return whether the run ends here."""
@@ -118,6 +120,7 @@ class Between:
                 self.optimizer,
                 progress,
                 keep=self.recipe.train.keep_checkpoints,
+                start=self.start,
             )
         except (OSError, StudioError) as error:
             self.worker.emit(
@@ -147,7 +150,7 @@ class Between:
         while True:
             self.tell("saving the adapter")
             try:
-                size = save_adapter(self.step_model.model, self.tokenizer, folder)
+                size = save_adapter(self.step_model.model, self.tokenizer, folder, self.start)
                 break
             except OSError as error:
                 if self.stopping and waiting:

@@ -7,21 +7,24 @@ SHA-256; a folder without it, or whose files differ, is passed over. Nothing is 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studio.jobs.train.start import adapter_weights
 from studio.runs.atomic import publish_folder, write_whole
 
 _MARKER = "complete.json"
-_ADAPTER, _OPTIMIZER, _RANDOM, _STATE = (
+_ADAPTER, _START, _OPTIMIZER, _RANDOM, _STATE = (
     "adapter.safetensors",
+    "start.safetensors",
     "optimizer.safetensors",
     "random.safetensors",
     "state.json",
@@ -39,9 +42,23 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep: int,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint for `progress.step`, delete all but the newest `keep`, and return its folder.
+
+    Args:
+        folder: Holds the run's checkpoints.
+        model: Its adapter is saved.
+        optimizer: Its state is saved.
+        progress: Where the run stands.
+        keep: How many checkpoints stay.
+        start: Adapter tensors that the base was changed by, where it was (PiSSA).
 
     Raises:
         OSError: The disk is full or not writable; nothing half-made is left.
@@ -51,7 +68,9 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_file(_on_host(get_peft_model_state_dict(model)), aside / _ADAPTER)
+        save_file(_on_host(adapter_weights(model)), aside / _ADAPTER)
+        if start:
+            save_file(dict(start), aside / _START)
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
         save_file(_on_host(tensors), aside / _OPTIMIZER)
         save_file(_random_state(), aside / _RANDOM)
@@ -83,6 +102,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def load_start(path: Path) -> dict[str, Tensor]:
+    """Return the adapter tensors that the base was changed by before the first step; empty where it was not."""
+    return load_file(path / _START) if (path / _START).is_file() else {}
+
+
 def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> Progress:
     """Put adapter, optimizer and random state back and return the progress.
 
@@ -90,7 +114,7 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
         ValueError: The adapter in the checkpoint does not have the tensors of this model's adapter.
     """
     weights = load_file(path / _ADAPTER)
-    expected = get_peft_model_state_dict(model)
+    expected = adapter_weights(model)
     if weights.keys() != expected.keys():
         raise ValueError(f"checkpoint {path.name} holds other adapter tensors than this recipe makes")
     set_peft_model_state_dict(model, weights)

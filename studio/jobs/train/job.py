@@ -7,14 +7,12 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel
 
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
-from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
-from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.train.batches import StepBatches, collate
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
@@ -22,10 +20,11 @@ from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.precision import Precision, choose_precision
+from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.read_rows import check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
-from studio.probe.models import BaseFound, find_base
+from studio.jobs.train.trainable_model import trainable_model
+from studio.probe.models import find_base
 from studio.runs.worker import Worker
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -65,7 +64,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
 
     tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)
-    model = _load_model(recipe, base, device, precision)
+    model, moved = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint)
     memory.see("load", 0)
     check_fit(worker, model, rows)
     step_model = StepModel(model, recipe.train.loss, precision.autocast)
@@ -79,10 +78,11 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
             "of the chunked loss, which takes more memory",
         )
     optimizer = build_optimizer(
-        model.parameters(),
+        model.named_parameters(),
         kind=recipe.train.optimizer,
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
+        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
         device=device,
         warn=lambda message: worker.emit(Warned, topic="optimizer", message=message),
     )
@@ -121,6 +121,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         pad_id=pad_id,
         total_steps=total,
         autocast=precision.autocast,
+        start=moved,
     )
     if not checkpoint:
         between.evaluate(0)
@@ -167,19 +168,6 @@ def _finish(worker: Worker, between: Between, end: Progress) -> None:
         seconds=end.seconds,
         result={"adapter": "adapter", "eval_loss": between.last_eval, "tokens": end.tokens},
     )
-
-
-def _load_model(recipe: Recipe, base: BaseFound, device: torch.device, precision: Precision) -> PeftModel:
-    frozen = load_base(
-        base,
-        method=recipe.method,
-        dtype=precision.dtype,
-        quant=FourBit(recipe.model.quant_type, recipe.model.double_quant),
-        attention=recipe.train.attention,
-        device=device,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    return attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
 
 
 def _seed(seed: int) -> None:

@@ -1,0 +1,83 @@
+"""Which modules are trained: layers, ranks and alphas by module, the rate of B; names that mean nothing are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from studio.core.errors import JobFailed
+from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.train.optimizer import build_optimizer, set_learning_rate
+from tests.jobs.conftest import Train, history_of
+
+
+def adapted(tiny: Path, **section: object) -> dict[str, tuple[int, float]]:
+    """Rank and scaling of every adapted module."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    model = attach_adapter(base, AdapterSection(rank=4, alpha=8.0, **section), grad_checkpointing=False)  # type: ignore[arg-type]
+    layers = [(name, module) for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    return {name: (module.lora_A["default"].out_features, module.scaling["default"]) for name, module in layers}
+
+
+def test_only_the_chosen_layers(tiny: Path) -> None:
+    every, second = adapted(tiny), adapted(tiny, layers="1")
+    assert len(every) == 14
+    assert set(second) == {name for name in every if ".layers.1." in name}
+    assert set(adapted(tiny, layers="0", targets=("q_proj",))) == {"model.layers.0.self_attn.q_proj"}
+    assert set(adapted(tiny, layers="0-1")) == set(every)
+
+
+def test_ranks_and_alphas_by_module(tiny: Path) -> None:
+    seen = adapted(tiny, rank_pattern="down_proj=2, layers.1.self_attn.q_proj=16", alpha_pattern="v_proj=32")
+    assert seen["model.layers.0.mlp.down_proj"] == (2, 4.0)
+    assert seen["model.layers.0.self_attn.q_proj"] == (4, 2.0)
+    assert seen["model.layers.1.self_attn.q_proj"] == (16, 0.5)
+    assert seen["model.layers.1.self_attn.v_proj"] == (4, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"layers": "0-2"}, "layer 2; this model has 2"),
+        ({"rank_pattern": "dwn_proj=2"}, "adapter.rank_pattern names 'dwn_proj'"),
+        ({"alpha_pattern": "q_proj=2", "targets": ("v_proj",)}, "adapter.alpha_pattern names 'q_proj'"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(tiny: Path, section: dict[str, object], words: str) -> None:
+    with pytest.raises(JobFailed) as caught:
+        adapted(tiny, **section)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["adamw_torch", "adamw_8bit"])
+def test_lora_plus_moves_b_faster(kind: str) -> None:
+    """AdamW's first step has the size of the rate, whatever the gradient."""
+    first, second = (nn.Parameter(torch.zeros(64, 64)) for _ in "AB")
+    named = [("x.lora_A.default.weight", first), ("x.lora_B.default.weight", second)]
+    optimizer = build_optimizer(
+        named,
+        kind=kind,  # type: ignore[arg-type]
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        lora_plus_ratio=16.0,
+        device=torch.device("cpu"),
+        warn=print,
+    )
+    set_learning_rate(optimizer, 2e-3)
+    (3 * first.sum() + 5 * second.sum()).backward()
+    optimizer.step()
+    assert first.abs().mean().item() == pytest.approx(2e-3, rel=0.02)
+    assert second.abs().mean().item() == pytest.approx(3.2e-2, rel=0.02)
+
+
+def test_lora_plus_overfits_sooner_than_plain(train: Train, recipe: Recipe) -> None:
+    recipe = recipe.with_("train.micro_batch", 6).with_("train.steps", 20).with_("train.learning_rate", 1e-3)
+    last = {}
+    for ratio in (1.0, 16.0):
+        history = history_of(train(recipe.with_("adapter.lora_plus_ratio", ratio)))
+        assert history.failed is None, history.failed
+        last[ratio] = history.train.losses[-1] / history.train.losses[0]
+    assert last[16.0] < 0.5 * last[1.0]
