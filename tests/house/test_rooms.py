@@ -143,8 +143,8 @@ _LIGHT = {
         (["recipes"], _LIGHT),
         (["gpus"], _LIGHT - {"pynvml"}),
         (["data", "check", "embedded"], _LIGHT),
-        (["train", "demo", "--json"], _LIGHT - {"plotext"}),
-        (["demo", "--no-tui"], _LIGHT - {"plotext"}),
+        (["train", "demo", "--json"], _LIGHT - {"plotext", "pynvml"}),  # the plan at launch asks which card there is
+        (["demo", "--no-tui"], _LIGHT - {"plotext", "pynvml"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

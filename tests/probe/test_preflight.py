@@ -3,7 +3,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
@@ -123,7 +125,8 @@ def test_a_merge_needs_an_adapter_a_base_and_an_empty_place(tmp_path: Path) -> N
     with pytest.raises(BadInput, match="no adapter folder"):
         check_merge(request)
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.x.lora_A.weight": np.ones((1, 1), np.float32)}, adapter / "adapter_model.safetensors")
     check_merge(request)
     out.mkdir()
     check_merge(request)
