@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/lora-studio demo
 
 test: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
 	$(PYTEST) -m slow
