@@ -71,18 +71,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("outputs-kept", "hf: whether the loop holds the logits through the backward (default)"),
     ):
         parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    add_card(parser)
+    parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
+    add_json(parser)
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """Add `--gpu` and `--vram-gib`."""
     card = parser.add_mutually_exclusive_group()
     card.add_argument("--gpu", metavar="NAME", help="a card by name, such as 4090 or a100-80gb")
     card.add_argument("--vram-gib", metavar="X", help="a card of this size in GiB")
-    parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Estimate, print, and return 0 when it fits or no card is known, 1 when it may not fit."""
     recipe = _recipe(args)
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
-    card = _card(args, recipe)
+    card = card_for(args, recipe)
     setup = _setup(args, recipe, card.gpu)
     check_rank(shape, target_names(shape, setup.targets), setup.rank)
     estimate = estimate_vram(shape, setup, card.gpu)
@@ -120,8 +125,12 @@ def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
     return replace(setup, gpus=int(replicas))
 
 
-def _card(args: argparse.Namespace, recipe: Recipe) -> Card:
-    """Return the card that was named, else the one of this machine that the recipe would run on."""
+def card_for(args: argparse.Namespace, recipe: Recipe) -> Card:
+    """Return the card that was named, else the one of this machine that the recipe would run on.
+
+    Raises:
+        BadInput: No card is called that, or the size is no size.
+    """
     if args.gpu or args.vram_gib:
         gpu = find_gpu(args.gpu) if args.gpu else card_of_size(_number(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
         budget = int(recipe.device.budget_gib * GIB) or gpu.total_bytes

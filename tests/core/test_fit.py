@@ -1,0 +1,102 @@
+"""What is changed so that a recipe fits, in which order, and what is left alone."""
+
+import pytest
+
+from studio.core.fit import fit
+from studio.core.gpu_catalogue import CATALOGUE, GIB, find_gpu
+from studio.core.recipe import Recipe
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
+from tests.core.published_rows import shapes
+
+LLAMA = shapes()["Llama-3.1-8B"]
+
+
+def recipe(**changes: object) -> Recipe:
+    result = Recipe().with_("method", "lora").with_("train.micro_batch", 4).with_("train.seq_len", 4096)
+    result = result.with_("train.grad_checkpointing", False).with_("train.loss", "full")
+    for path, value in changes.items():
+        result = result.with_(path.replace("__", "."), value)
+    return result
+
+
+def test_what_fits_is_left_alone():
+    gpu = find_gpu("H200")
+    found = fit(recipe(train__micro_batch=1, train__seq_len=512), LLAMA, gpu, gpu.total_bytes)
+    assert found.fits
+    assert found.changes == ()
+
+
+@pytest.mark.parametrize("card", ["4090", "4070", "4060", "T4", "A100 40GB"])
+def test_the_result_fits_at_the_high_end_and_every_change_is_needed(card: str):
+    gpu = find_gpu(card)
+    wanted = recipe()
+    found = fit(wanted, LLAMA, gpu, gpu.total_bytes)
+    assert found.fits
+    assert found.estimate.device.high <= gpu.total_bytes
+    assert found.recipe.rows_per_step == wanted.rows_per_step, "the effective batch is kept by accumulation"
+    assert not found.recipe.problems()
+    for change in found.changes:
+        assert change.saves_bytes > 0
+        without = found.recipe
+        for path, _ in change.settings:
+            without = without.with_(path, wanted.get(path))
+        assert estimate_vram(LLAMA, setup_of(without, bf16=gpu.bf16), gpu).device.high > gpu.total_bytes
+
+
+def test_time_is_spent_before_quality_and_quality_before_data():
+    gpu = find_gpu("4090")
+    roomy = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    assert roomy.recipe.method == "lora", "24 GiB hold 16-bit LoRA"
+    small = find_gpu("4070")
+    found = fit(recipe(), LLAMA, small, small.total_bytes)
+    assert found.recipe.method == "qlora"
+    assert (found.recipe.train.seq_len, found.recipe.adapter.rank) == (4096, 16), "12 GiB cost neither rows nor rank"
+
+
+def test_the_micro_batch_stays_as_large_as_the_other_changes_allow():
+    gpu = find_gpu("4090")
+    found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    assert found.recipe.train.micro_batch == 2
+    assert found.largest["train.micro_batch"] == 2
+
+
+def test_the_largest_values_fit_and_one_more_does_not():
+    gpu = find_gpu("4090")
+    found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    for path, value in found.largest.items():
+        assert value is not None
+        for candidate, fits in ((value, True), (value + 1, False)):
+            changed = found.recipe.with_(path, candidate)
+            assert (estimate_vram(LLAMA, setup_of(changed), gpu).device.high <= gpu.total_bytes) is fits
+
+
+def test_where_nothing_fits_there_is_a_card_that_would():
+    gpu = find_gpu("GTX 1660 Ti")
+    found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    assert not found.fits
+    assert set(found.largest.values()) == {None}
+    assert found.cards
+    sizes = [card.total_bytes for card in found.cards]
+    assert sizes == sorted(set(sizes))
+    assert min(sizes) > gpu.total_bytes
+    needed = estimate_vram(LLAMA, setup_of(found.recipe, bf16=found.cards[0].bf16), found.cards[0]).device.high
+    assert needed <= found.cards[0].total_bytes
+
+
+def test_no_card_at_all():
+    found = fit(recipe(), shapes()["Mixtral-8x7B"], find_gpu("T4"), 1 * GIB)
+    assert not found.fits
+    assert all(card.total_bytes > 80 * GIB for card in found.cards)
+
+
+def test_fused_projections_are_named_as_they_are():
+    gpu = find_gpu("GTX 1660 Ti")
+    found = fit(recipe(), shapes()["falcon-7b"], gpu, 4 * GIB)
+    assert found.recipe.adapter.targets == ("query_key_value",)
+
+
+def test_every_card_gets_an_answer():
+    for gpu in CATALOGUE.values():
+        found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+        assert found.fits == (found.estimate.device.high <= gpu.total_bytes)
