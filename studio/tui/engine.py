@@ -3,20 +3,33 @@
 The real ones import what they need when they are called: none of it is needed for the first frame.
 """
 
+import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from studio.core.errors import StudioError
 from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
+
+if TYPE_CHECKING:
+    from studio.tui.forecast import Forecaster
 
 _NO_GRACE = 0.0
 
 
 def _start(recipe: Recipe, runs_root: Path) -> RunPaths:
-    from studio.probe.start import start_training  # noqa: PLC0415  0.15 s
+    from studio.probe.models import find_base  # noqa: PLC0415  0.15 s with the next two
+    from studio.probe.plan import plan_for  # noqa: PLC0415
+    from studio.probe.start import start_training  # noqa: PLC0415
 
-    return start_training(recipe, runs_root)
+    try:
+        plan = plan_for(recipe, find_base(recipe.model.base, recipe.model.revision))
+    except StudioError:
+        plan = None  # the checks of the start say why, with everything else that is wrong
+    return start_training(recipe, runs_root, plan=plan)
 
 
 def _resume(paths: RunPaths) -> None:
@@ -45,6 +58,41 @@ def _card() -> str:
     return f"{gpu.name}{total}{more}{used}{heat}"
 
 
+def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
+    from studio.core.gpu_catalogue import find_gpu  # noqa: PLC0415  0.15 s with the rest
+    from studio.probe.gpus import read_gpus  # noqa: PLC0415
+    from studio.probe.plan import card_of, known_gpu  # noqa: PLC0415
+    from studio.probe.shape import find_shape  # noqa: PLC0415
+    from studio.tui.forecast import Card, Forecaster  # noqa: PLC0415
+
+    shape = find_shape(recipe.model.base, recipe.model.revision)
+    if planned:
+        gpu = find_gpu(planned)
+        return Forecaster(shape, Card(gpu, gpu.total_bytes, planned=True))
+    reading = card_of(recipe.device.device, read_gpus())
+    known = known_gpu(reading) if reading else None
+    if reading is None or known is None:
+        return Forecaster(shape, Card())
+    free = known.total_bytes if reading.free_bytes is None else reading.free_bytes
+    return Forecaster(shape, Card(known, free, reading.used_bytes or 0))
+
+
+def _spills() -> bool:
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def _recall_planned() -> str:
+    from studio.tui.planned_card import recall_planned_card  # noqa: PLC0415
+
+    return recall_planned_card()
+
+
+def _keep_planned(name: str) -> None:
+    from studio.tui.planned_card import keep_planned_card  # noqa: PLC0415
+
+    keep_planned_card(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """Starting, continuing and ending runs, and a look at the card. All may take seconds: call them from a thread.
@@ -54,9 +102,17 @@ class Engine:
         resume: Launches the worker of a stopped or crashed run again; raises StudioError.
         end_now: Ends a worker that does not stop when asked.
         card: Says in a few words what the run will run on.
+        forecaster: Finds model and card (a name of the catalogue, or empty for this machine's); raises StudioError.
+        spills: Whether the driver moves what does not fit into main memory instead of refusing it (Windows, WSL).
+        recall_planned: Returns the card of the catalogue that was planned for last, or nothing.
+        keep_planned: Keeps it for the next visit; raises OSError.
     """
 
     start: Callable[[Recipe, Path], RunPaths] = _start
     resume: Callable[[RunPaths], None] = _resume
     end_now: Callable[[RunPaths], None] = _end_now
     card: Callable[[], str] = _card
+    forecaster: "Callable[[Recipe, str], Forecaster]" = _forecaster
+    spills: Callable[[], bool] = _spills
+    recall_planned: Callable[[], str] = _recall_planned
+    keep_planned: Callable[[str], None] = _keep_planned

@@ -12,11 +12,14 @@ from textual.widget import Widget
 
 from studio.core.errors import BadInput
 from studio.core.events import Evaluated, MemorySeen, Phase, Planned, Sampled, Started, StepDone
+from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.engine import Engine
+from studio.tui.forecast import Card, Forecaster
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import make_run
@@ -30,6 +33,30 @@ SELDOM = 3600.0
 Story = Callable[[Pilot[None], StudioApp], Awaitable[None]]
 
 
+EIGHT_B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+"""The config.json of Llama-3.1-8B, as far as its size goes."""
+
+
+def card_of(name: str = "RTX 4090", *, planned: bool = False, used_gib: float = 0.0) -> Card:
+    gpu, used = find_gpu(name), int(used_gib * GIB)
+    return Card(gpu, gpu.total_bytes - used, used, planned)
+
+
+def forecaster_on(card: Card) -> Callable[[Recipe, str], Forecaster]:
+    """An eight-billion model on a card, or on the one that is planned for."""
+    shape = shape_from_config(EIGHT_B)
+    return lambda recipe, planned: Forecaster(shape, card_of(planned, planned=True) if planned else card)
+
+
 @dataclass
 class Asked:
     """What the screens asked the engine for."""
@@ -37,10 +64,18 @@ class Asked:
     started: list[Recipe] = field(default_factory=list)
     resumed: list[RunPaths] = field(default_factory=list)
     ended: list[RunPaths] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
 
 
 def engine_that(
-    asked: Asked, *, refuses: str = "", makes: Callable[[], RunPaths] | None = None, card: str = "a card"
+    asked: Asked,
+    *,
+    refuses: str = "",
+    makes: Callable[[], RunPaths] | None = None,
+    card: str = "a card",
+    forecaster: Callable[[Recipe, str], Forecaster] | None = None,
+    planned: str = "",
+    spills: bool = False,
 ) -> Engine:
     """An engine that notes what it is asked; it refuses with a message, or hands out a run."""
 
@@ -55,7 +90,16 @@ def engine_that(
         if refuses:
             raise BadInput(refuses)
 
-    return Engine(start=start, resume=resume, end_now=asked.ended.append, card=lambda: card)
+    return Engine(
+        start=start,
+        resume=resume,
+        end_now=asked.ended.append,
+        card=lambda: card,
+        forecaster=forecaster or forecaster_on(card_of()),
+        spills=lambda: spills,
+        recall_planned=lambda: planned,
+        keep_planned=asked.planned.append,
+    )
 
 
 def play(

@@ -1,12 +1,13 @@
 """The recipe under the user's hands, and its launch."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
+from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer
@@ -17,8 +18,14 @@ from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun, ShowRuns
 from studio.tui.engine import Engine
 from studio.tui.panels.advice import Advice
+from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
+from studio.tui.screens.confirm import Confirm
+from widgets.gauge import Gauge
+
+if TYPE_CHECKING:
+    from studio.tui.fixes import Changes
 
 _FIRST_FIELD = "adapter.rank"
 _CHECKING = "Checking recipe, model and data, then starting ..."
@@ -30,20 +37,31 @@ class ConfigureScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "launch", "Run"),
         Binding("m", "turn_method", "LoRA/QLoRA"),
+        Binding("f", "make_fit", "Make it fit"),
+        Binding("u", "undo_fit", "Undo"),
+        Binding("g", "choose_card", "Card"),
+        Binding("v", "turn_view", "Memory"),
         Binding("o", "show_runs", "Runs"),
         Binding("q", "app.quit", "Quit"),
     ]
 
     DEFAULT_CSS = """
     ConfigureScreen {
+        & #gauge-row { height: 1; padding: 0 1; }
         & #work { height: 1fr; layout: vertical; }
         & RecipeForm { height: 2fr; }
-        & Advice { border-top: solid $foreground 20%; }
+        & #side { height: 1fr; layout: vertical; border-top: solid $foreground 20%; }
+        & Forecast { display: none; }
+        &.-memory RecipeForm, &.-memory Advice { display: none; }
+        &.-memory Forecast { display: block; }
     }
     ConfigureScreen.-wide {
+        & #gauge-row { display: none; }
         & #work { layout: horizontal; }
-        & RecipeForm { width: 3fr; height: 1fr; }
-        & Advice { width: 2fr; border-top: none; border-left: solid $foreground 20%; }
+        & RecipeForm { width: 1fr; height: 1fr; display: block; }
+        & #side { width: 1fr; border-top: none; border-left: solid $foreground 20%; }
+        & Forecast { display: block; height: auto; max-height: 75%; }
+        & Advice { display: block; border-top: solid $foreground 20%; }
     }
     """
 
@@ -63,19 +81,32 @@ class ConfigureScreen(Screen[None]):
             super().__init__()
             self.paths = paths
 
+    class OverBudget(Message):
+        """The recipe does not fit this machine's card."""
+
+        def __init__(self, recipe: Recipe, question: Content) -> None:
+            """Carry the recipe and the question to ask."""
+            super().__init__()
+            self.recipe = recipe
+            self.question = question
+
     def __init__(self, recipe: Recipe, *, runs_root: Path, engine: Engine) -> None:
         """Open on a recipe."""
         super().__init__()
         self.recipe = recipe
         self._runs_root, self._engine = runs_root, engine
         self._launching = False
+        self._undo: Changes = ()
 
     def compose(self) -> ComposeResult:
-        """Bar, form, advice, keys."""
+        """Bar, gauge, form, forecast, advice, keys."""
         yield TopBar("Configure", card=self._engine.card)
+        yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
         with Container(id="work"):
             yield RecipeForm(self.recipe)
-            yield Advice()
+            with Container(id="side"):
+                yield Forecast(self.recipe, engine=self._engine)
+                yield Advice()
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
@@ -83,12 +114,28 @@ class ConfigureScreen(Screen[None]):
         self._form.show(self.recipe)
         self._form.focus_field(_FIRST_FIELD)
         self._show_problems()
+        self.call_after_refresh(self._begin_forecast)
+
+    def on_resize(self) -> None:
+        """Offer the keys that make sense at this size."""
+        self.refresh_bindings()
+
+    def on_screen_resume(self) -> None:
+        """Look at the card again: runs may have come and gone."""
+        if self._form.is_mounted and self._forecast.forecaster is not None:
+            self._forecast.look()
 
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
         """A field has another value: so has the recipe."""
         self.recipe = self.recipe.with_(message.path, message.value)
         self._form.show_what_follows(self.recipe)
+        self._forecast.follow(self.recipe)
         self._show_problems()
+
+    def on_forecast_told(self, message: Forecast.Told) -> None:
+        """Keep the row in sight up to date with the gauge, and the keys with what they can do."""
+        self.query_one("#gauge-row", Gauge).reading = message.reading
+        self.refresh_bindings()
 
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
@@ -105,6 +152,24 @@ class ConfigureScreen(Screen[None]):
         self._show_problems()
         self.post_message(OpenRun(message.paths))
 
+    def on_configure_screen_over_budget(self, message: OverBudget) -> None:
+        """Ask once more."""
+        self._end_launch()
+
+        def decide(answer: bool | None) -> None:
+            if answer and message.recipe is self.recipe:
+                self._begin_launch(sure=True)
+
+        self.app.push_screen(Confirm(message.question, "launch it"), decide)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer keys only where they do something."""
+        if action == "make_fit":
+            return self.query_one("#gauge", Gauge).reading.level in ("doubtful", "bad") if self.is_mounted else False
+        if action == "turn_view":
+            return not self.has_class("-wide")
+        return bool(self._undo) if action == "undo_fit" else True
+
     def action_turn_method(self) -> None:
         """Switch between LoRA and QLoRA."""
         self._form.turn_method()
@@ -113,22 +178,101 @@ class ConfigureScreen(Screen[None]):
         """Show the list of runs."""
         self.post_message(ShowRuns())
 
+    def action_make_fit(self) -> None:
+        """Make the recipe fit the card of the forecast and say what was changed."""
+        forecaster = self._forecast.forecaster
+        if forecaster is None or self.recipe.problems():
+            return
+        from studio.tui.fixes import applied, fix_that_fits  # noqa: PLC0415  with the estimator
+        from studio.tui.panels.forecast_text import applied_text  # noqa: PLC0415
+
+        fix = fix_that_fits(self.recipe, forecaster)
+        if fix is None:
+            self.app.notify("Nothing here makes it fit: take a smaller model or a larger card.", markup=False)
+            return
+        self._undo = tuple((path, self.recipe.get(path)) for path, _ in fix.changes)
+        self._take(applied(self.recipe, fix.changes))
+        self.app.notify(applied_text(fix), markup=False)
+
+    def action_undo_fit(self) -> None:
+        """Give the fields that `f` changed their values of before."""
+        if self._undo:
+            recipe = self.recipe
+            for path, value in self._undo:
+                recipe = recipe.with_(path, value)
+            self._undo = ()
+            self._take(recipe)
+            self.app.notify("Undone.", markup=False)
+
+    def action_choose_card(self) -> None:
+        """Choose the card to plan for."""
+        from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame
+
+        def take(name: str | None) -> None:
+            if name is not None:
+                self._plan_for(name)
+
+        self.app.push_screen(CardScreen(self._forecast.planned), take)
+
+    def action_turn_view(self) -> None:
+        """Where there is room for one: the memory in place of the recipe, or back."""
+        memory = not self.has_class("-memory")
+        self.set_class(memory, "-memory")
+        self._forecast.can_focus = memory
+        if memory:
+            self._forecast.focus()
+        else:
+            self._form.focus_field(_FIRST_FIELD)
+
     def action_launch(self) -> None:
         """Check everything and start the run; with problems, list them and start nothing."""
-        if self._launching or self._show_problems():
-            return
+        if not self._launching and not self._show_problems():
+            self._begin_launch(sure=False)
+
+    def _begin_launch(self, *, sure: bool) -> None:
         self._launching = True
         self.query_one(Advice).show_busy(_CHECKING)
-        self._launch(self.recipe)
+        self._launch(self.recipe, sure)
 
     @work(thread=True)
-    def _launch(self, recipe: Recipe) -> None:
+    def _launch(self, recipe: Recipe, sure: bool) -> None:
+        from studio.tui.launch_check import question_before_launch  # noqa: PLC0415  with the estimator
+
         try:
+            question = None if sure else question_before_launch(recipe, self._engine)
+            if question is not None:
+                self.post_message(self.OverBudget(recipe, question))
+                return
             paths = self._engine.start(recipe, self._runs_root)
         except StudioError as error:
             self.post_message(self.Refused(str(error)))
         else:
             self.post_message(self.Launched(paths))
+
+    def _take(self, recipe: Recipe) -> None:
+        """Show another recipe in every part of the screen."""
+        self.recipe = recipe
+        self._form.show(recipe)
+        self._forecast.follow(recipe)
+        self._show_problems()
+        self.refresh_bindings()
+
+    @work(thread=True)
+    def _begin_forecast(self) -> None:
+        planned = self._engine.recall_planned()
+        self.app.call_from_thread(self._forecast.look, planned)
+
+    @work(thread=True)
+    def _keep_planned(self, name: str) -> None:
+        try:
+            self._engine.keep_planned(name)
+        except OSError as error:
+            told = f"The card is planned for now, but not kept: {error.strerror or error}."
+            self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
+
+    def _plan_for(self, name: str) -> None:
+        self._forecast.look(name)
+        self._keep_planned(name)
 
     def _end_launch(self) -> None:
         self._launching = False
@@ -143,3 +287,7 @@ class ConfigureScreen(Screen[None]):
     @property
     def _form(self) -> RecipeForm:
         return self.query_one(RecipeForm)
+
+    @property
+    def _forecast(self) -> Forecast:
+        return self.query_one(Forecast)

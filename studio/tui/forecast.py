@@ -1,0 +1,114 @@
+"""What a recipe needs on a card, quickly enough to follow a slider. No driver, no disk, no screen."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.recipe import Recipe
+from studio.core.shape import ModelShape
+from studio.core.trainable import check_rank, target_names
+from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
+from studio.core.vram.setup import Setup, setup_of
+
+ADAPTER_BYTES_PER_PARAMETER = 4
+"""Adapters are trained and saved in fp32 (peft's autocast_adapter_dtype)."""
+
+_MOST_ROWS = 4096
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the forecast is for.
+
+    Attributes:
+        gpu: The card; None where there is none.
+        free_bytes: What a run can get of it now; None where there is none.
+        others_bytes: What other processes hold of it.
+        planned: Whether it was chosen from the catalogue and is not in this machine.
+    """
+
+    gpu: Gpu | None = None
+    free_bytes: int | None = None
+    others_bytes: int = 0
+    planned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """An estimate and the bytes that it may take; None without a card."""
+
+    estimate: VramEstimate
+    budget_bytes: int | None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether it fits; None without a card."""
+        return None if self.budget_bytes is None else self.estimate.verdict(self.budget_bytes)
+
+    @property
+    def over_bytes(self) -> int:
+        """What the expected peak has beyond the budget, 0 where it has nothing."""
+        return 0 if self.budget_bytes is None else max(0, -self.estimate.headroom_bytes(self.budget_bytes))
+
+
+class Forecaster:
+    """Estimates recipes for one model and one card and remembers what it has worked out."""
+
+    def __init__(self, shape: ModelShape, card: Card) -> None:
+        """Estimate for a model on a card."""
+        self.shape, self.card = shape, card
+        self._bf16 = card.gpu is None or card.gpu.bf16
+        self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
+        self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
+
+    def outlook(self, recipe: Recipe) -> Outlook:
+        """Return what a sound recipe needs and may take.
+
+        Raises:
+            BadInput: Its targets or its rank do not suit the model.
+        """
+        return Outlook(self._estimate(setup_of(recipe, bf16=self._bf16)), self.budget_bytes(recipe))
+
+    def budget_bytes(self, recipe: Recipe) -> int | None:
+        """Return what is free on the card, and no more than the recipe's own budget; None without either."""
+        wanted = int(recipe.device.budget_gib * GIB) or None
+        return min((limit for limit in (self.card.free_bytes, wanted) if limit is not None), default=None)
+
+    def largest_batch(self, recipe: Recipe) -> int | None:
+        """Return the largest micro-batch that fits at the high end of its range; 0 for none, None without a budget.
+
+        Raises:
+            BadInput: Targets or rank do not suit the model.
+        """
+        budget = self.budget_bytes(recipe)
+        setup = replace(setup_of(recipe, bf16=self._bf16), micro_batch=1)
+        return None if budget is None else self._largest(setup, budget)
+
+    def _worked_out(self, setup: Setup) -> VramEstimate:
+        check_rank(self.shape, target_names(self.shape, setup.targets), setup.rank)
+        return estimate_vram(self.shape, setup, self.card.gpu)
+
+    def _searched(self, setup: Setup, budget: int) -> int:
+        """Double until it is too much, then halve the gap."""
+        fitting, too_much = 0, 1
+        while too_much <= _MOST_ROWS and self._fits(setup, too_much, budget):
+            fitting, too_much = too_much, 2 * too_much
+        while too_much - fitting > 1 and fitting < _MOST_ROWS:
+            middle = (fitting + too_much) // 2
+            fitting, too_much = (middle, too_much) if self._fits(setup, middle, budget) else (fitting, middle)
+        return fitting
+
+    def _fits(self, setup: Setup, rows: int, budget: int) -> bool:
+        return self._estimate(replace(setup, micro_batch=rows)).device.high <= budget
+
+
+def outlook_or_reason(forecaster: Forecaster, recipe: Recipe) -> Outlook | str:
+    """Return the outlook of a recipe, or why there is none."""
+    if recipe.problems():
+        return "no estimate: the recipe has problems"
+    try:
+        return forecaster.outlook(recipe)
+    except BadInput as error:
+        return str(error)

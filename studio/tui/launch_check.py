@@ -1,0 +1,28 @@
+"""Whether a recipe fits what this machine's card has free at the moment of its launch. Takes up to a second."""
+
+from textual.content import Content
+
+from studio.core.errors import StudioError
+from studio.core.recipe import Recipe
+from studio.tui.engine import Engine
+from studio.tui.fixes import fix_that_fits
+from studio.tui.panels.forecast_text import over_budget_text
+
+
+def question_before_launch(recipe: Recipe, engine: Engine) -> Content | None:
+    """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
+
+    The card is this machine's, whatever is planned for. A model that cannot be sized yet asks nothing: the start says
+    what is wrong with it.
+
+    Raises:
+        BadInput: The recipe's targets or rank do not suit the model.
+    """
+    try:
+        forecaster = engine.forecaster(recipe, "")
+    except StudioError:
+        return None
+    outlook = forecaster.outlook(recipe)
+    if forecaster.card.gpu is None or outlook.verdict != "does not fit":
+        return None
+    return over_budget_text(outlook, forecaster.card, fix_that_fits(recipe, forecaster), spills=engine.spills())

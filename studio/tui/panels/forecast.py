@@ -1,0 +1,202 @@
+"""Memory as it will be: gauge, the trade between LoRA and QLoRA, and what would make the recipe fit."""
+
+from typing import TYPE_CHECKING
+
+from textual import work
+from textual.app import ComposeResult
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.message import Message
+from textual.timer import Timer
+from textual.widgets import Static
+
+from studio.core.errors import StudioError
+from studio.core.recipe import Method, Recipe
+from studio.core.text import plain
+from studio.tui.engine import Engine
+from widgets.gauge import Gauge, Reading
+
+if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
+    from studio.tui.fixes import Fix
+    from studio.tui.forecast import Forecaster
+    from studio.tui.trade import Side
+
+_PRICE_AFTER_SECONDS = 0.15
+_READING = "reading the model ..."
+
+
+class Forecast(VerticalScroll):
+    """Follows a recipe: the gauge at once, what takes longer when the recipe has stood still for a moment."""
+
+    DEFAULT_CSS = """
+    Forecast {
+        height: 1fr;
+        padding: 0 1;
+        scrollbar-size-vertical: 1;
+        & > Static { height: auto; }
+        & > #fixes { display: none; }
+        & > #fixes.-shown { display: block; }
+    }
+    """
+
+    class Told(Message):
+        """The gauge shows something else."""
+
+        def __init__(self, reading: Reading) -> None:
+            """Carry what it shows."""
+            super().__init__()
+            self.reading = reading
+
+    class Ready(Message):
+        """A model and a card are known, or why not."""
+
+        def __init__(self, ground: "Forecaster | str") -> None:
+            """Carry what can estimate, or the reason why nothing can."""
+            super().__init__()
+            self.ground = ground
+
+    class Priced(Message):
+        """What takes longer was worked out for a recipe."""
+
+        def __init__(
+            self, recipe: Recipe, sides: "dict[Method, Side]", fixes: "list[Fix]", first: "Fix | None"
+        ) -> None:
+            """Carry the table, the fixes and what `f` would do."""
+            super().__init__()
+            self.recipe, self.sides, self.fixes, self.first = recipe, sides, fixes, first
+
+    def __init__(self, recipe: Recipe, *, engine: Engine) -> None:
+        """Follow a recipe, at first without a model."""
+        super().__init__(can_focus=False)
+        self._recipe, self._engine = recipe, engine
+        self.planned = ""
+        self._price_timer: Timer | None = None
+        self.forecaster: Forecaster | None = None
+        self._reason = _READING
+
+    def compose(self) -> ComposeResult:
+        """Gauge, words, fixes, table."""
+        yield Gauge(unit="GiB", id="gauge")
+        yield Static("", id="peak", markup=False)
+        yield Static("", id="fixes", markup=False)
+        yield Static("", id="trade", markup=False)
+
+    def look(self, planned: str | None = None) -> None:
+        """Find the model and the card anew, in a thread.
+
+        Args:
+            planned: A card of the catalogue to plan for, empty for this machine's; None keeps what was chosen.
+        """
+        self.planned = self.planned if planned is None else planned
+        self._find(self._recipe, self.planned)
+
+    def follow(self, recipe: Recipe) -> None:
+        """Show what a recipe needs. Costs microseconds where it was worked out before, else about a millisecond."""
+        moved = (recipe.model.base, recipe.model.revision, recipe.device.device) != (
+            self._recipe.model.base,
+            self._recipe.model.revision,
+            self._recipe.device.device,
+        )
+        self._recipe = recipe
+        if moved:
+            self.forecaster, self._reason = None, _READING
+            self.look()
+        self._show()
+
+    def on_forecast_ready(self, message: Ready) -> None:
+        """Estimate with what was found."""
+        message.stop()
+        if isinstance(message.ground, str):
+            self.forecaster, self._reason = None, message.ground
+        else:
+            self.forecaster = message.ground
+        self._show()
+
+    def on_forecast_priced(self, message: Priced) -> None:
+        """Show what was worked out, unless the recipe has moved on."""
+        message.stop()
+        if message.recipe is self._recipe:
+            self._show_table(message.sides, waiting=False)
+            self._show_fixes(message.fixes, message.first)
+
+    @work(thread=True, exclusive=True, group="find")
+    def _find(self, recipe: Recipe, planned: str) -> None:
+        try:
+            ground: Forecaster | str = self._engine.forecaster(recipe, planned)
+        except StudioError as error:
+            ground = str(error)
+        self.post_message(self.Ready(ground))
+
+    @work(thread=True, exclusive=True, group="price")
+    def _price(self, recipe: Recipe, forecaster: "Forecaster") -> None:
+        from studio.tui.fixes import fix_that_fits, single_fixes  # noqa: PLC0415  with the estimator
+        from studio.tui.trade import sides_of  # noqa: PLC0415
+
+        try:
+            sides = sides_of(recipe, forecaster, batches=True)
+            short = forecaster.outlook(recipe).verdict in ("tight", "does not fit")
+            fixes = single_fixes(recipe, forecaster) if short else []
+            first = fix_that_fits(recipe, forecaster) if short else None
+        except StudioError:
+            return
+        self.post_message(self.Priced(recipe, sides, fixes, first))
+
+    def _show(self) -> None:
+        """Show gauge, words and the quick rows of the table; begin to price the rest."""
+        if self.forecaster is None:
+            self._show_reason(self._reason)
+            return
+        from studio.tui.forecast import outlook_or_reason  # noqa: PLC0415  a thread has imported it by now
+        from studio.tui.reading import peak_words, reading_of  # noqa: PLC0415
+        from studio.tui.trade import sides_of  # noqa: PLC0415
+
+        outlook = outlook_or_reason(self.forecaster, self._recipe)
+        if isinstance(outlook, str):
+            self._show_reason(outlook)
+            return
+        self._show_reading(reading_of(outlook))
+        self._update("#peak", Content("\n".join(peak_words(outlook, self.forecaster.card))))
+        if outlook.verdict in (None, "fits"):
+            self._show_fixes([], None)
+        self._show_table(sides_of(self._recipe, self.forecaster, batches=False), waiting=True)
+        self._price_soon()
+
+    def _show_reason(self, reason: str) -> None:
+        self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))
+        self._update("#peak", Content(plain(reason) if reason != _READING else ""))
+        self._update("#trade", Content(""))
+        self._show_fixes([], None)
+
+    def _show_reading(self, reading: Reading) -> None:
+        gauge = self.query_one(Gauge)
+        if reading != gauge.reading:
+            gauge.reading = reading
+            self.post_message(self.Told(reading))
+
+    def _price_soon(self) -> None:
+        if self._price_timer is not None:
+            self._price_timer.stop()
+        self._price_timer = self.set_timer(_PRICE_AFTER_SECONDS, self._price_now)
+
+    def _price_now(self) -> None:
+        if self.forecaster is not None:
+            self._price(self._recipe, self.forecaster)
+
+    def _show_table(self, sides: "dict[Method, Side]", *, waiting: bool) -> None:
+        from studio.tui.panels.forecast_text import table_text  # noqa: PLC0415  with the estimator
+
+        self._update("#trade", table_text(sides, self._recipe.method, waiting=waiting))
+
+    def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None") -> None:
+        widget = self.query_one("#fixes", Static)
+        widget.set_class(bool(fixes), "-shown")
+        if fixes:
+            from studio.tui.panels.forecast_text import fixes_text  # noqa: PLC0415  with the estimator
+
+            self._update("#fixes", fixes_text(fixes, first))
+
+    def _update(self, name: str, text: Content) -> None:
+        """Repaint a text only when it changed."""
+        widget = self.query_one(name, Static)
+        if widget.content != text:
+            widget.update(text)

@@ -1,0 +1,91 @@
+"""The texts beside the gauge: the trade, the fixes, the question before a launch that does not fit."""
+
+from collections.abc import Sequence
+
+from textual.content import Content
+
+from studio.core.recipe import Method
+from studio.core.text import plain
+from studio.tui.fixes import Fix
+from studio.tui.forecast import Card, Outlook
+from studio.tui.form_fields import SHOWN
+from studio.tui.readable import gib
+from studio.tui.reading import STAGES
+from studio.tui.trade import MERGE, METHODS, QUALITY, Side, rows_of
+
+_LABEL, _COLUMN = 15, 16
+_STYLES = {"fits": "$text-success", "tight": "$text-warning", "does not fit": "$text-error"}
+
+_Parts = list[str | tuple[str, str]]
+
+
+def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> Content:
+    """Return the trade as rows; the method in use is marked.
+
+    Args:
+        sides: Both methods.
+        method: The one in use.
+        waiting: Whether the largest batches are still being worked out.
+    """
+    heads = "".join(f"{'•' if key == method else ' '}{SHOWN[key]:{_COLUMN - 1}}" for key in METHODS)
+    parts: _Parts = [(f"{'':{_LABEL}}{heads.rstrip()}\n", "bold")]
+    for label, *values in rows_of(sides, waiting=waiting):
+        parts.append((f"{label:{_LABEL}}", "dim"))
+        parts += [(f" {value:{_COLUMN - 1}}", _STYLES.get(value, "")) for value in values]
+        parts.append("\n")
+    parts.append((f"{MERGE} {QUALITY}", "dim"))
+    return Content.assemble(*parts)
+
+
+def fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
+    """Return the fixes with their prices; the one that `f` applies comes first."""
+    parts: _Parts = [_first_line(first)]
+    if first is not None:
+        parts.append(f"{first.words}: {_saving(first)}; {first.price}\n")
+    for fix in fixes:
+        if first is None or fix.options != first.options:
+            parts.append((f"  {fix.words}: {_saving(fix)}; {fix.price}\n", "dim"))
+    return Content.assemble(*parts)
+
+
+def applied_text(fix: Fix) -> str:
+    """Return what `f` has changed, in one line."""
+    after = fix.outlook.estimate.device.expected
+    return f"{fix.words}: now {gib(after)} GiB, {fix.outlook.verdict}. u undoes it."
+
+
+def over_budget_text(outlook: Outlook, card: Card, first: Fix | None, *, spills: bool) -> Content:
+    """Return the question before a launch that does not fit.
+
+    Args:
+        outlook: What the recipe needs on this machine's card.
+        card: That card.
+        first: What `f` would do, where anything helps.
+        spills: Whether the driver moves what does not fit into main memory.
+    """
+    stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
+    name = plain(card.gpu.name, one_line=True, limit=60) if card.gpu else "the card"
+    held = f" Other processes hold {gib(card.others_bytes)} GiB of it." if card.others_bytes else ""
+    device = outlook.estimate.device
+    parts: _Parts = [
+        ("This does not fit.\n", "$text-error bold"),
+        f"Estimated peak {gib(device.expected)} GiB ({gib(device.low)}-{gib(device.high)}) {stage}; this run can get "
+        f"{gib(outlook.budget_bytes)} GiB of {name}: {gib(outlook.over_bytes)} GiB too much.{held}\n",
+        "It would probably run slowly in main memory instead of failing: the driver here spills.\n"
+        if spills
+        else "It would probably end with out of memory.\n",
+        f"n, then f: {first.words} ({_saving(first)}).\n" if first else "",
+        "\nLaunch it all the same?",
+    ]
+    return Content.assemble(*parts)
+
+
+def _first_line(first: Fix | None) -> tuple[str, str]:
+    if first is None:
+        return "Nothing here makes it fit: take a smaller model or a larger card.\n", "$text-error bold"
+    return ("f makes it fit: " if first.outlook.verdict == "fits" else "f comes close: "), "$text-success bold"
+
+
+def _saving(fix: Fix) -> str:
+    then = "" if fix.outlook.verdict == "fits" else f", then {fix.outlook.verdict}"
+    return f"-{gib(fix.saved_bytes)} GiB{then}"

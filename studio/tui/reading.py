@@ -1,0 +1,68 @@
+"""An outlook in the words and parts that the screen shows."""
+
+from studio.core.text import plain
+from studio.tui.forecast import Card, Outlook
+from studio.tui.readable import gib, to_gib
+from widgets.gauge_picture import Level, Part, Reading
+
+STAGES = {
+    "load": "while loading",
+    "forward": "in the forward pass",
+    "loss": "at the loss",
+    "backward": "in the backward pass",
+    "optimizer": "in the optimizer's step",
+    "eval": "in the evaluation",
+    "save": "while saving",
+}
+
+_LEVELS: dict[str | None, Level] = {"fits": "good", "tight": "doubtful", "does not fit": "bad"}
+_MOST_NOTES = 2
+
+
+def reading_of(outlook: Outlook | str) -> Reading:
+    """Return what the gauge shows: the peak by component, in GiB; without an outlook the reason."""
+    if isinstance(outlook, str):
+        return Reading(verdict=plain(outlook, one_line=True, limit=200))
+    estimate = outlook.estimate
+    parts, device = estimate.components, estimate.device
+    paged = max(0, device.expected - estimate.reserved.expected - parts.context)
+    named = (
+        ("base", parts.base),
+        ("adapter", parts.adapter),
+        ("gradients", parts.gradients),
+        ("optimizer", parts.optimizer + paged),
+        ("activations", parts.activations),
+        ("logits", parts.logits),
+    )
+    other = device.expected - sum(size for _, size in named)
+    return Reading(
+        parts=tuple(Part(label, to_gib(size)) for label, size in (*named, ("other", max(0, other)))),
+        capacity=None if outlook.budget_bytes is None else to_gib(outlook.budget_bytes),
+        low=to_gib(device.low),
+        high=to_gib(device.high),
+        verdict=outlook.verdict or "estimate",
+        level=_LEVELS.get(outlook.verdict, ""),
+    )
+
+
+def peak_words(outlook: Outlook, card: Card) -> list[str]:
+    """Return the lines below the gauge: where the peak is, what is left, which card is meant, any doubts."""
+    stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
+    room = ""
+    if outlook.budget_bytes is not None:
+        left = outlook.estimate.headroom_bytes(outlook.budget_bytes)
+        room = f", {gib(left)} GiB free" if left >= 0 else f", {gib(-left)} GiB over"
+    notes = [plain(note, one_line=True) for note in outlook.estimate.notes[:_MOST_NOTES]]
+    return [f"Estimated peak {stage}{room}; rows taken as full.", card_words(card), *notes]
+
+
+def card_words(card: Card) -> str:
+    """Return which card the estimate is for."""
+    if card.gpu is None:
+        return "No NVIDIA card here: g plans for one."
+    name = plain(card.gpu.name, one_line=True, limit=60)
+    total = f"{gib(card.gpu.total_bytes)} GiB"
+    if card.planned:
+        return f"Planned for {name}, {total}, with nothing else on it; g changes it."
+    others = f", {gib(card.others_bytes)} used by other processes" if card.others_bytes else ""
+    return f"On this {name}, {total}{others}; g plans for another."

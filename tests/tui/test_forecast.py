@@ -1,0 +1,182 @@
+"""The forecast without a screen: estimates, budgets, largest batches, fixes, and the words they become."""
+
+import itertools
+import time
+from pathlib import Path
+
+import pytest
+
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import GIB
+from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.tui import planned_card
+from studio.tui.fixes import applied, fix_that_fits, single_fixes
+from studio.tui.forecast import Card, Forecaster, outlook_or_reason
+from studio.tui.panels.forecast_text import applied_text, fixes_text, over_budget_text, table_text
+from studio.tui.reading import peak_words, reading_of
+from studio.tui.trade import rows_of, sides_of
+from tests.tui.stories import EIGHT_B, card_of
+
+SMALL = Recipe(method="qlora").with_("train.micro_batch", 2)
+LARGE = Recipe(method="lora").with_("train.micro_batch", 12).with_("train.accumulation", 2)
+
+
+def on(card: Card) -> Forecaster:
+    return Forecaster(shape_from_config(EIGHT_B), card)
+
+
+def on_4090() -> Forecaster:
+    return on(card_of())
+
+
+def test_the_reading_adds_up_to_what_the_card_will_show() -> None:
+    outlook = on_4090().outlook(SMALL)
+    reading = reading_of(outlook)
+    assert reading.total == pytest.approx(outlook.estimate.device.expected / GIB)
+    assert reading.capacity == pytest.approx(24564 / 1024)
+    assert [part.label for part in reading.parts][:2] == ["base", "adapter"]
+    assert reading.low is not None
+    assert reading.high is not None
+    assert reading.low < reading.total < reading.high
+    assert (reading.verdict, reading.level) == ("fits", "good")
+    paged = reading_of(on_4090().outlook(SMALL.with_("train.optimizer", "paged_adamw_32bit")))
+    states = {part.label: part.value for part in paged.parts}
+    assert states["optimizer"] == pytest.approx({p.label: p.value for p in reading.parts}["optimizer"], rel=0.02)
+
+
+def test_a_turn_costs_microseconds_once_it_was_worked_out() -> None:
+    forecaster = on_4090()
+    recipes = [SMALL.with_("adapter.rank", rank) for rank in (4, 8, 16, 32)]
+    first = [forecaster.outlook(recipe) for recipe in recipes]
+    begin = time.perf_counter()
+    for _ in range(250):
+        again = [forecaster.outlook(recipe) for recipe in recipes]
+    assert (time.perf_counter() - begin) / 1000 < 0.0005, "a cached estimate takes some 10 microseconds"
+    assert all(a.estimate is b.estimate for a, b in zip(first, again, strict=True)), "nothing was worked out twice"
+    assert len({outlook.estimate.device.expected for outlook in first}) == 4
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    forecaster = on_4090()
+    for recipe in (SMALL, LARGE):
+        largest = forecaster.largest_batch(recipe)
+        assert largest
+        assert forecaster.outlook(recipe.with_("train.micro_batch", largest)).verdict == "fits"
+        assert forecaster.outlook(recipe.with_("train.micro_batch", largest + 1)).verdict != "fits"
+    assert on(card_of("GTX 1660 Ti")).largest_batch(LARGE) == 0
+    assert on(Card()).largest_batch(SMALL) is None
+
+
+def test_a_budget_is_the_less_of_what_is_free_and_what_the_recipe_allows() -> None:
+    busy = on(card_of(used_gib=4))
+    assert busy.budget_bytes(SMALL) == busy.card.free_bytes
+    assert busy.budget_bytes(SMALL.with_("device.budget_gib", 8.0)) == 8 * GIB
+    assert on(Card()).budget_bytes(SMALL) is None
+    assert on(Card()).outlook(SMALL).verdict is None
+
+
+def test_what_cannot_be_estimated_says_why() -> None:
+    forecaster = on_4090()
+    assert "problems" in str(outlook_or_reason(forecaster, SMALL.with_("adapter.rank", 0)))
+    assert "q_prj" in str(outlook_or_reason(forecaster, SMALL.with_("adapter.targets", ("q_prj",))))
+    with pytest.raises(BadInput):
+        forecaster.outlook(SMALL.with_("adapter.targets", ("q_prj",)))
+    assert "\x1b" not in reading_of("no \x1b[2Jmodel").verdict
+
+
+def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
+    forecaster = on_4090()
+    before = forecaster.outlook(LARGE)
+    assert before.verdict == "does not fit"
+    fixes = single_fixes(LARGE, forecaster)
+    assert "micro-batch 12 -> " in fixes[0].words, "the same rows a step come first"
+    for fix in fixes:
+        after = forecaster.outlook(applied(LARGE, fix.changes))
+        assert before.estimate.device.expected - after.estimate.device.expected == fix.saved_bytes > 0
+    first = fix_that_fits(LARGE, forecaster)
+    assert first is not None
+    assert first.words == fixes[0].words
+    fitted = applied(LARGE, first.changes)
+    assert forecaster.outlook(fitted).verdict == "fits"
+    assert fitted.rows_per_step == LARGE.rows_per_step == 24
+    larger = [rows for rows in (6, 4, 3, 2, 1) if rows > fitted.train.micro_batch]
+    for rows in larger:
+        assert forecaster.outlook(LARGE.with_("train.micro_batch", rows)).verdict != "fits", "no smaller than needed"
+
+
+def test_several_fixes_together_where_none_is_enough() -> None:
+    forecaster = on(card_of("RTX 4070"))
+    recipe = LARGE.with_("train.grad_checkpointing", False).with_("train.seq_len", 4096)
+    assert all(fix.outlook.verdict != "fits" for fix in single_fixes(recipe, forecaster))
+    first = fix_that_fits(recipe, forecaster)
+    assert first is not None
+    assert len(first.options) > 1
+    assert forecaster.outlook(applied(recipe, first.changes)).verdict == "fits"
+    assert applied(recipe, first.changes).problems() == ()
+    for count in range(1, len(first.options)):
+        for fewer in itertools.combinations(first.options, count):
+            changes = tuple(change for option in fewer for change in option.changes)
+            assert count < len(first.options) - 1 or forecaster.outlook(applied(recipe, changes)).verdict != "fits"
+
+
+def test_where_nothing_helps_it_says_so() -> None:
+    forecaster = on(Card(card_of().gpu, 2 * GIB))
+    assert fix_that_fits(LARGE, forecaster) is None
+    told = fixes_text(single_fixes(LARGE, forecaster), None).plain
+    assert "Nothing here makes it fit" in told
+    assert "then does not fit" in told
+
+
+def test_the_table_has_both_methods_and_no_invented_rows() -> None:
+    forecaster = on_4090()
+    sides = sides_of(SMALL, forecaster, batches=True)
+    assert sides["qlora"].outlook == forecaster.outlook(SMALL)
+    rows = {label: (lora, qlora) for label, lora, qlora in rows_of(sides, waiting=False)}
+    assert rows["trained"] == ("41.9 M", "41.9 M")
+    assert rows["adapter file"] == ("160 MiB", "160 MiB")
+    assert rows["largest batch"] == (str(sides["lora"].largest), str(sides["qlora"].largest))
+    assert rows["quality"] == ("the reference", "not measured")
+    told = table_text(sides, "qlora", waiting=False).plain
+    assert "•QLoRA 4-bit" in told
+    assert " LoRA 16-bit" in told
+    assert "LitGPT" in told
+    waiting = {row[0]: row[1:] for row in rows_of(sides_of(SMALL, forecaster, batches=False), waiting=True)}
+    assert waiting["largest batch"] == ("...", "...")
+    bare = [row[0] for row in rows_of(sides_of(SMALL, on(Card()), batches=True), waiting=False)]
+    assert "on this card" not in bare
+    assert "largest batch" not in bare
+
+
+def test_the_words_name_stage_room_card_and_others() -> None:
+    forecaster = on(card_of(used_gib=3))
+    words = "\n".join(peak_words(forecaster.outlook(SMALL), forecaster.card))
+    assert "Estimated peak in the backward pass, " in words
+    assert "GiB free" in words
+    assert "3.0 used by other processes" in words
+    planned = peak_words(on_4090().outlook(LARGE), card_of("RTX 4090", planned=True))
+    assert "GiB over" in planned[0]
+    assert "Planned for RTX 4090" in planned[1]
+    assert "No NVIDIA card" in peak_words(on(Card()).outlook(SMALL), Card())[1]
+
+
+@pytest.mark.parametrize(("spills", "fate"), [(False, "out of memory"), (True, "main memory")])
+def test_the_question_before_a_launch(spills: bool, fate: str) -> None:
+    forecaster = on(card_of(used_gib=3))
+    outlook = forecaster.outlook(LARGE)
+    first = fix_that_fits(LARGE, forecaster)
+    assert first is not None
+    told = over_budget_text(outlook, forecaster.card, first, spills=spills).plain
+    for part in ("does not fit", "GiB too much", "Other processes hold 3.0 GiB", fate, first.words):
+        assert part in told
+    assert "u undoes it" in applied_text(first)
+
+
+def test_the_planned_card_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+    assert planned_card.recall_planned_card() == ""
+    planned_card.keep_planned_card("RTX 4090")
+    assert planned_card.recall_planned_card() == "RTX 4090"
+    for damage in ("{", "[]", '{"card": 3}', ""):
+        (tmp_path / "home" / "planned_card.json").write_text(damage)
+        assert planned_card.recall_planned_card() == ""

@@ -1,0 +1,218 @@
+"""The forecast on the configure screen: gauge, table, warning, fix and undo, the card that is planned for."""
+
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
+from studio.tui.app import StudioApp
+from studio.tui.forecast import Card, Forecaster
+from studio.tui.screens.cards import CardScreen
+from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.run import RunScreen
+from tests.tui.stories import (
+    HOSTILE,
+    NARROW,
+    WIDE,
+    Asked,
+    assert_harmless,
+    card_of,
+    engine_that,
+    forecaster_on,
+    make_run,
+    play,
+    settle,
+    shown,
+    until,
+)
+from widgets.gauge import Gauge
+
+LARGE = Recipe(name="big", method="lora").with_("train.micro_batch", 12)
+
+
+def screen_of(app: StudioApp) -> ConfigureScreen:
+    assert isinstance(app.screen, ConfigureScreen)
+    return app.screen
+
+
+def gauge_of(app: StudioApp) -> Gauge:
+    return screen_of(app).query_one("#gauge", Gauge)
+
+
+async def forecast(pilot: Pilot[None], app: StudioApp) -> None:
+    await until(pilot, lambda: gauge_of(app).reading.parts)
+
+
+def test_every_turn_moves_gauge_and_table(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        told = shown(app)
+        for part in (
+            "of 24.0 GiB",
+            "fits",
+            "█ base",
+            "Estimated peak in the backward pass",
+            "largest batch",
+            "trained",
+        ):
+            assert part in told
+        before = gauge_of(app).reading.total
+        await pilot.press("right")
+        assert gauge_of(app).reading.total > before, "a larger rank takes more, at once"
+        assert "83.9 M" in shown(app)
+        before = gauge_of(app).reading.total
+        await pilot.press("m")
+        assert gauge_of(app).reading.total > before, "so does LoRA"
+        assert "•LoRA 16-bit" in shown(app)
+        await until(pilot, lambda: "..." not in shown(app).split("largest batch")[1][:30])
+
+    play(story, tmp_path)
+
+
+def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        row = shown(app).splitlines()[1]
+        assert row.startswith(" VRAM █")
+        assert "of 24.0 GiB" in row
+        assert "fits" in row
+        assert "largest batch" not in shown(app)
+        await pilot.press("v")
+        assert "largest batch" in shown(app)
+        assert "█ base" in shown(app)
+        assert "Rank" not in shown(app)
+        assert shown(app).splitlines()[1] == row
+        await pilot.press("v", "right")
+        await pilot.pause()
+        assert shown(app).splitlines()[1] != row, "the row follows"
+        await pilot.resize_terminal(*WIDE)
+        await settle(pilot)
+        assert not screen_of(app).query_one("#gauge-row").display
+        assert "largest batch" in shown(app)
+
+    play(story, tmp_path, size=NARROW)
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_f_makes_it_fit_and_u_takes_back_only_that(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        assert gauge_of(app).reading.verdict == "does not fit"
+        assert "f Make it fit" in shown(app)
+        assert "u Undo" not in shown(app)
+        if size == WIDE:
+            await until(pilot, lambda: "f makes it fit: micro-batch 12 ->" in shown(app))
+            assert "QLoRA 4-bit: -" in shown(app)
+        await pilot.press("f")
+        await settle(pilot)
+        fitted = screen_of(app).recipe
+        assert gauge_of(app).reading.verdict == "fits"
+        assert fitted.rows_per_step == LARGE.rows_per_step
+        assert "undoes" in shown(app), "it says what was changed"
+        assert "f Make it fit" not in shown(app)
+        await pilot.press("right", "u")
+        await settle(pilot)
+        assert screen_of(app).recipe == LARGE.with_("adapter.rank", 32), "later turns stay"
+        assert gauge_of(app).reading.verdict == "does not fit"
+        await pilot.press("u")
+        assert screen_of(app).recipe.train == LARGE.train
+
+    play(story, tmp_path, recipe=LARGE, size=size)
+
+
+def test_launching_what_does_not_fit_takes_a_second_yes(tmp_path: Path) -> None:
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        told = shown(app)
+        assert "This does not fit" in told
+        assert "too much" in told
+        await pilot.press("n")
+        await settle(pilot)
+        assert asked.started == []
+        await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await pilot.press("y")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert asked.started == [LARGE]
+
+    play(story, tmp_path, recipe=LARGE, engine=engine_that(asked, makes=lambda: make_run(tmp_path)))
+
+
+def test_what_is_planned_for_does_not_keep_this_machine_from_running(tmp_path: Path) -> None:
+    """The card of the plan is not the card of the launch."""
+    asked = Asked()
+    engine = engine_that(asked, makes=lambda: make_run(tmp_path), forecaster=forecaster_on(Card()), planned="RTX 3060")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        assert "Planned for RTX 3060" in shown(app)
+        await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert asked.started == [LARGE]
+
+    play(story, tmp_path, recipe=LARGE, engine=engine)
+
+
+def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        assert "No NVIDIA card here: g plans for one" in shown(app)
+        assert gauge_of(app).reading.capacity is None
+        await pilot.press("g")
+        await settle(pilot)
+        assert isinstance(app.screen, CardScreen)
+        await pilot.press(*"a100", "down", "enter")
+        await settle(pilot)
+        await until(pilot, lambda: "Planned for A100 80GB" in shown(app))
+        assert asked.planned == ["A100 80GB"]
+        assert gauge_of(app).reading.capacity == pytest.approx(80.0)
+        await pilot.press("g")
+        await settle(pilot)
+        await pilot.press("home", "escape")
+        await settle(pilot)
+        assert asked.planned == ["A100 80GB"], "escape changes nothing"
+        await pilot.press("g")
+        await settle(pilot)
+        await pilot.press(*"no such card", "enter")
+        assert isinstance(app.screen, CardScreen), "nothing to choose"
+        await pilot.press("escape")
+
+    play(story, tmp_path, engine=engine_that(asked, forecaster=forecaster_on(Card())))
+
+
+def test_a_model_that_cannot_be_sized_says_why_and_another_is_looked_at(tmp_path: Path) -> None:
+    sized = forecaster_on(card_of())
+
+    def find(recipe: Recipe, planned: str) -> Forecaster:
+        if recipe.model.base != "embedded":
+            raise BadInput(f"There is no model {recipe.model.base}.")
+        return sized(recipe, planned)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "There is no model" in shown(app))
+        assert not gauge_of(app).reading.parts
+        assert_harmless(app)
+        screen = screen_of(app)
+        screen._form.focus_field("model.base")
+        await pilot.press("ctrl+u", *"embedded", "enter")
+        await forecast(pilot, app)
+
+    odd = Recipe().with_("model.base", HOSTILE)
+    play(story, tmp_path, recipe=odd, engine=engine_that(Asked(), forecaster=find))
+
+
+def test_a_recipe_with_problems_has_no_estimate_and_no_fix(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "no estimate" in shown(app))
+        await pilot.press("f")
+        assert screen_of(app).recipe.adapter.rank == 0
+
+    play(story, tmp_path, recipe=Recipe().with_("adapter.rank", 0))
