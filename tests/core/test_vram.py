@@ -87,11 +87,11 @@ def test_components_and_stages_add_up(setup: Setup):
     assert estimate.allocated.expected <= estimate.reserved.expected < estimate.device.expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(setups, st.sampled_from(["rank", "micro_batch", "seq_len", "accumulation"]), st.integers(1, 64))
 def test_more_never_takes_less(setup: Setup, field: str, more: int):
-    """But for 8-bit states, which bitsandbytes keeps in 32 bits until a tensor has 4096 elements."""
-    if "8bit" in setup.optimizer:
+    """But for bitsandbytes' states, which are in 32 bits below 4096 elements and are paged from 100 000 on."""
+    if field == "rank":
         setup = replace(setup, optimizer="adamw_torch")
     larger = replace(setup, **{field: getattr(setup, field) + more})
     before, after = estimate_vram(SMALL, setup), estimate_vram(SMALL, larger)
