@@ -1,7 +1,9 @@
 """Which linear maps an adapter sits on and how many parameters it trains."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from studio.core.errors import BadInput
 from studio.core.recipe import ALL_LINEAR
@@ -81,9 +83,76 @@ def check_rank(shape: ModelShape, names: frozenset[str], rank: int) -> None:
         )
 
 
-def trainable_parameters(shape: ModelShape, names: frozenset[str], rank: int, *, dora: bool = False) -> int:
-    """Return how many parameters the adapter trains: `rank * (in + out)` per map; with DoRA a magnitude per output."""
-    return sum(
-        count * linear.copies * (rank * (linear.inputs + linear.outputs) + (linear.outputs if dora else 0))
-        for count, linear in adapted(shape, names)
-    )
+@dataclass(frozen=True, slots=True)
+class AdaptedPart:
+    """What a recipe trains of a model.
+
+    Attributes:
+        targets: Names of the adapted linear maps.
+        rank: Rank where no pattern says otherwise.
+        rank_pattern: Other ranks, by the end of a module's path or a regular expression for it (peft's `rank_pattern`).
+        layers: Numbers of the adapted layers, empty for all.
+        dora: Whether magnitudes are trained too.
+    """
+
+    targets: str | tuple[str, ...]
+    rank: int
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    layers: tuple[int, ...] = ()
+    dora: bool = False
+
+
+def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]:
+    """Return the trained tensors as (how many, elements of each): A and B of every adapted map, and its magnitudes.
+
+    Raises:
+        BadInput: A target is no linear map of this model.
+    """
+    names = target_names(shape, part.targets)
+    if part.rank_pattern or part.layers:
+        maps = list(_layer_by_layer(shape, names, part))
+    else:
+        maps = [(count, linear, part.rank) for count, linear in adapted(shape, names)]
+    tensors = []
+    for count, linear, rank in maps:
+        number = count * linear.copies
+        tensors += [(number, rank * linear.inputs), (number, rank * linear.outputs)]
+        if part.dora:
+            tensors.append((number, linear.outputs))
+    return tensors
+
+
+def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart) -> Iterator[tuple[int, Linear, int]]:
+    """Yield every adapted map of every layer with its own rank; layers of one kind are taken to follow each other."""
+    index = 0
+    for group in shape.groups:
+        experts = _of_experts(group.layer, shape.hidden) if EXPERTS in names else []
+        chosen = [linear for linear in group.layer.linears if linear.name in names]
+        for _ in range(group.count):
+            if not part.layers or index in part.layers:
+                for linear in (*chosen, *experts):
+                    yield 1, linear, _rank_of(linear.name, index, part)
+            index += 1
+    if HEAD in names and not part.layers:
+        yield 1, Linear(HEAD, shape.hidden, shape.vocabulary), _rank_of(HEAD, None, part)
+
+
+def _rank_of(name: str, layer: int | None, part: AdaptedPart) -> int:
+    paths = [f"model.layers.{layer}.{block}.{name}" for block in _BLOCKS] if layer is not None else [name]
+    for pattern, rank in part.rank_pattern:
+        if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            return rank
+    return part.rank
+
+
+_BLOCKS = ("self_attn", "mlp")
+"""Between layer and map in the path of a module, as most families call them."""
+
+
+def trainable_parameters(shape: ModelShape, part: AdaptedPart) -> int:
+    """Return how many parameters a recipe trains: `rank * (in + out)` per map; with DoRA a magnitude per output.
+
+    Raises:
+        BadInput: A target is no linear map of this model.
+    """
+    return sum(count * elements for count, elements in trained_tensors(shape, part))

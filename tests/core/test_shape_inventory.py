@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from studio.core.families import FAMILIES
 from studio.core.shape_from_config import shape_from_config
-from studio.core.trainable import target_names, trainable_parameters
+from studio.core.trainable import AdaptedPart, trainable_parameters
 
 SIZES = {
     "hidden_size": 64,
@@ -111,5 +111,5 @@ def test_all_linear_trains_what_peft_trains(family: str):
         model = AutoModelForCausalLM.from_config(config)
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     shape = shape_from_config(config.to_dict())
-    trained = trainable_parameters(shape, target_names(shape, "all-linear"), 4)
+    trained = trainable_parameters(shape, AdaptedPart("all-linear", 4))
     assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

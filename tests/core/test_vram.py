@@ -10,6 +10,7 @@ from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.core.trainable import AdaptedPart
 from studio.core.vram.estimate import attention_kernel, estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of, stock_setup
@@ -18,6 +19,7 @@ from studio.core.vram.static import base_bytes, optimizer_bytes, quantised_bytes
 from tests.core.published_rows import shapes
 
 LLAMA = shapes()["Llama-3.1-8B"]
+ALL = AdaptedPart("all-linear", 16)
 SMALL = shape_from_config(
     {
         "model_type": "llama",
@@ -148,9 +150,9 @@ def test_bytes_per_four_bit_weight():
 
 
 def test_optimizer_state_by_kind():
-    full = optimizer_bytes(LLAMA, "all-linear", 16, False, "adamw_torch")
-    eight = optimizer_bytes(LLAMA, "all-linear", 16, False, "adamw_8bit")
-    paged = optimizer_bytes(LLAMA, "all-linear", 16, False, "paged_adamw_32bit")
+    full = optimizer_bytes(LLAMA, ALL, "adamw_torch")
+    eight = optimizer_bytes(LLAMA, ALL, "adamw_8bit")
+    paged = optimizer_bytes(LLAMA, ALL, "paged_adamw_32bit")
     assert full.resident == 8 * 41_943_040
     assert full.paged == eight.paged == 0
     assert eight.resident / full.resident == pytest.approx((2 + 8 / 256) / 8, rel=0.01)
@@ -161,6 +163,22 @@ def test_optimizer_state_by_kind():
 def test_rank_costs_memory_linearly():
     counts = [estimate_vram(LLAMA, Setup(rank=rank)).trainable_parameters for rank in (16, 64)]
     assert counts == [41_943_040, 4 * 41_943_040]
+
+
+def test_ranks_and_layers_by_pattern():
+    plain = Setup(rank=8)
+    wide = replace(plain, rank_pattern=(("down_proj", 64),))
+    few = replace(plain, layers=(0, 1, 2, 3))
+    counts = [estimate_vram(LLAMA, setup).trainable_parameters for setup in (plain, wide, few)]
+    assert counts[0] == 20_971_520
+    assert counts[1] == counts[0] + 32 * (64 - 8) * (14336 + 4096)
+    assert counts[2] == counts[0] // 8
+    one = replace(plain, rank_pattern=((r"layers.0.self_attn.q_proj", 16),))
+    assert estimate_vram(LLAMA, one).trainable_parameters == counts[0] + 8 * (4096 + 4096)
+    assert estimate_vram(LLAMA, few).allocated.expected < estimate_vram(LLAMA, plain).allocated.expected
+    recipe = Recipe().with_("adapter.rank_pattern", "down_proj=64").with_("adapter.layers", "0-2, 5")
+    setup = setup_of(recipe)
+    assert (setup.rank_pattern, setup.layers) == ((("down_proj", 64),), (0, 1, 2, 5))
 
 
 def test_verdicts():

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from studio.core.adapter_text import layers_of, pattern_of
 from studio.core.recipe import ALL_LINEAR, Attention, Loss, Method, Optimizer, Recipe
+from studio.core.trainable import AdaptedPart
 
 Engine = Literal["studio", "hf"]
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -18,6 +20,8 @@ class Setup:
         method: LoRA on 16- or 32-bit weights, or QLoRA on 4-bit ones.
         rank: Adapter rank.
         targets: Adapted linear maps.
+        rank_pattern: Other ranks by module name (peft's `rank_pattern`).
+        layers: Numbers of the adapted layers, empty for all.
         dropout: Adapter dropout probability.
         dora: Whether the adapter learns magnitudes.
         micro_batch: Rows at once.
@@ -39,6 +43,8 @@ class Setup:
     method: Method = "qlora"
     rank: int = 16
     targets: str | tuple[str, ...] = ALL_LINEAR
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    layers: tuple[int, ...] = ()
     dropout: float = 0.0
     dora: bool = False
     micro_batch: int = 1
@@ -54,6 +60,11 @@ class Setup:
     autocast: bool = True
     outputs_kept: bool = False
     gpus: int = 1
+
+    @property
+    def adapted(self) -> AdaptedPart:
+        """What is trained."""
+        return AdaptedPart(self.targets, self.rank, self.rank_pattern, self.layers, self.dora)
 
     @property
     def tokens(self) -> int:
@@ -97,6 +108,8 @@ def setup_of(recipe: Recipe, *, bf16: bool = True) -> Setup:
         method=recipe.method,
         rank=recipe.adapter.rank,
         targets=recipe.adapter.targets,
+        rank_pattern=tuple((name, int(rank)) for name, rank in pattern_of(recipe.adapter.rank_pattern).items()),
+        layers=layers_of(recipe.adapter.layers),
         dropout=recipe.adapter.dropout,
         dora=recipe.adapter.dora,
         micro_batch=train.micro_batch,

@@ -133,7 +133,9 @@ class _Activations:
 
 def _activations(shape: ModelShape, setup: Setup, kernel: Kernel, parameters: int) -> _Activations:
     forms = forms_of(shape, setup, kernel)
-    numbers = (setup.tokens, setup.squares, setup.rank)
+    # With patterns every map is taken to have the largest rank: activations grow little with it.
+    rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
+    numbers = (setup.tokens, setup.squares, rank)
     kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
     copies = _autocast_copies(setup, parameters)
     loss_forward = largest(forms.loss_forward, *numbers) + _chunk_bytes(shape, setup)
@@ -158,9 +160,9 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         kernel: Which attention runs.
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
-    parameters = adapter_parameters(shape, setup.targets, setup.rank, setup.dora)
+    parameters = adapter_parameters(shape, setup.adapted)
     base = base_bytes(shape, setup.quantised, setup.double_quant, setup.residual_itemsize, setup.compute_itemsize)
-    state = optimizer_bytes(shape, setup.targets, setup.rank, setup.dora, setup.optimizer)
+    state = optimizer_bytes(shape, setup.adapted, setup.optimizer)
     adapter = gradients = 4 * parameters
     # Gradients stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
     lasting = gradients * ((setup.accumulation > 1) + (setup.gpus > 1))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.shape import Linear, ModelShape
-from studio.core.trainable import adapted, target_names, trainable_parameters
+from studio.core.trainable import AdaptedPart, trainable_parameters, trained_tensors
 
 ALIGNMENT = 512
 """The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
@@ -71,25 +71,21 @@ def base_bytes(shape: ModelShape, quantised: bool, double_quant: bool, itemsize:
 
 
 @lru_cache(maxsize=1024)
-def adapter_parameters(shape: ModelShape, targets: str | tuple[str, ...], rank: int, dora: bool) -> int:
+def adapter_parameters(shape: ModelShape, part: AdaptedPart) -> int:
     """Return the number of trained parameters."""
-    return trainable_parameters(shape, target_names(shape, targets), rank, dora=dora)
+    return trainable_parameters(shape, part)
 
 
 @lru_cache(maxsize=1024)
-def optimizer_bytes(
-    shape: ModelShape, targets: str | tuple[str, ...], rank: int, dora: bool, optimizer: str
-) -> OptimizerBytes:
+def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str) -> OptimizerBytes:
     """Return the bytes of AdamW's two moments, tensor by tensor as bitsandbytes decides."""
     resident = paged = 0
-    for count, linear in adapted(shape, target_names(shape, targets)):
-        sizes = [rank * linear.inputs, rank * linear.outputs, *([linear.outputs] if dora else [])]
-        for size in sizes:
-            state = _moments(size, optimizer) * count * linear.copies
-            if optimizer.startswith("paged") and size >= _PAGED_FROM:
-                paged += state
-            else:
-                resident += state
+    for count, elements in trained_tensors(shape, part):
+        state = _moments(elements, optimizer) * count
+        if optimizer.startswith("paged") and elements >= _PAGED_FROM:
+            paged += state
+        else:
+            resident += state
     return OptimizerBytes(resident, paged)
 
 
