@@ -14,6 +14,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Attention = Literal["sdpa", "eager"]
 Loss = Literal["chunked", "full"]
+Packing = Literal["auto", "on", "off"]
 AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 ALL_LINEAR = "all-linear"
@@ -81,6 +82,7 @@ class TrainSection:
     grad_checkpointing: bool = True
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
+    packing: Packing = "auto"
     seed: int = 17
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

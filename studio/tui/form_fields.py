@@ -39,6 +39,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "train.optimizer",
             "train.grad_checkpointing",
             "train.loss",
+            "train.packing",
             "train.attention",
             "train.weight_decay",
             "train.max_grad_norm",
@@ -96,6 +97,10 @@ _WORDS: dict[str, tuple[str, str]] = {
     "train.grad_checkpointing": ("Checkpointing", "Recomputes activations: far less memory, about a third slower."),
     "train.attention": ("Attention", "sdpa is fast and frugal; eager is for models that need it."),
     "train.loss": ("Loss", "chunked never builds the whole logits: gigabytes less with large vocabularies."),
+    "train.packing": (
+        "Packing",
+        "Rows of a step one behind the other instead of padded, isolated; auto measures which is faster.",
+    ),
     "device.device": ("Device", "auto takes the first CUDA card, else the CPU; or cpu, cuda, cuda:1."),
 }
 

@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from studio.core.recipe import AdapterSection, TrainSection
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.train.adapter import attach_adapter
-from studio.jobs.train.batches import StepBatches
+from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import Progress
+from studio.jobs.train.choose_batching import can_pack
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
@@ -56,7 +58,7 @@ def parts(method: str, rows: int) -> tuple[PeftModel, Any, list[Example]]:
     return model, tokenizer, list(encoded)
 
 
-def run_studio(method: str, steps: int) -> tuple[list[float], list[float]]:
+def run_studio(method: str, steps: int, *, packed: bool = True) -> tuple[list[float], list[float]]:
     model, tokenizer, rows = parts(method, steps * MICRO_BATCH)
     section = TrainSection(
         micro_batch=MICRO_BATCH, accumulation=1, learning_rate=2e-4, schedule="constant", warmup_fraction=0
@@ -66,6 +68,9 @@ def run_studio(method: str, steps: int) -> tuple[list[float], list[float]]:
     )
     precision = choose_precision("auto", CPU)
     step_model = StepModel(model, "chunked", precision.autocast)
+    batcher = Batcher(MICRO_BATCH, tokenizer.pad_token_id, CPU)
+    if packed and can_pack(step_model, rows, CPU):
+        batcher = replace(batcher, packed_tokens=MICRO_BATCH * max(len(row.input_ids) for row in rows))
     losses: list[float] = []
     seconds: list[float] = []
 
@@ -74,8 +79,8 @@ def run_studio(method: str, steps: int) -> tuple[list[float], list[float]]:
             losses.append(fields["loss"])
 
     class InOrder(StepBatches):
-        def of_step(self, step: int) -> list[list[Example]]:
-            return [rows[(step - 1) * MICRO_BATCH : step * MICRO_BATCH]]
+        def rows_of(self, step: int) -> list[Example]:
+            return rows[(step - 1) * MICRO_BATCH : step * MICRO_BATCH]
 
     began = [time.perf_counter()]
 
@@ -88,9 +93,8 @@ def run_studio(method: str, steps: int) -> tuple[list[float], list[float]]:
         step_model=step_model,
         optimizer=optimizer,
         scaler=precision.scaler(),
-        batches=InOrder(rows, micro_batch=MICRO_BATCH, accumulation=1, seed=0),
+        batches=InOrder(rows, batcher, rows_per_step=MICRO_BATCH, seed=0),
         device=CPU,
-        pad_id=tokenizer.pad_token_id,
         memory=MemoryWatch(emit, CPU),
         emit=emit,
     )

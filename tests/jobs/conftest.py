@@ -9,13 +9,14 @@ import torch
 
 from studio.core.recipe import Recipe
 from studio.runs.history import History
-from studio.runs.job import write_job
+from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.worker import run_job
 from tests.fakes.tiny_model import make_tiny_model
 
 Train = Callable[..., RunPaths]
+Merge = Callable[..., RunPaths]
 
 QUESTIONS = [("one", "uno"), ("two", "dos"), ("three", "tres"), ("four", "cuatro"), ("five", "cinco"), ("six", "seis")]
 
@@ -61,6 +62,7 @@ def recipe(tiny: Path, data: Path) -> Recipe:
         "train.warmup_fraction": 0.0,
         "train.checkpoint_every": 0,
         "train.grad_checkpointing": False,
+        "train.packing": "off",
         "eval.rows": 0,
         "eval.samples": 0,
         "eval.every": 0,
@@ -84,6 +86,21 @@ def train(tmp_path: Path) -> Train:
             paths.root.mkdir()
             write_job(paths, recipe)
         run_job(paths.root, _body, explain=_explain)
+        return paths
+
+    return run
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> Merge:
+    """Run the merge job in this process, in a new run folder; returns its paths."""
+    from studio.jobs.merge.__main__ import _body
+
+    def run(adapter: Path, base: Path | str, out: Path, **more: str) -> RunPaths:
+        paths = RunPaths(tmp_path / f"merge-{len(list(tmp_path.glob('merge-*')))}")
+        paths.root.mkdir()
+        write_job(paths, MergeRequest(str(adapter), str(base), str(out), **more))
+        run_job(paths.root, _body)
         return paths
 
     return run

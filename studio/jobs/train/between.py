@@ -12,6 +12,7 @@ from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.train.adapter import save_adapter
+from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
 from studio.jobs.train.evaluate import answer, held_out_loss
 from studio.jobs.train.memory import MemoryWatch
@@ -42,8 +43,7 @@ class Between:
     held_out: Sequence[Example]
     prompts: Sequence[Prompt]
     memory: MemoryWatch
-    device: torch.device
-    pad_id: int
+    batcher: Batcher
     total_steps: int
     autocast: Callable[[], Any]
     sleep: Callable[[float], None] = time.sleep
@@ -74,9 +74,7 @@ class Between:
             seen = held_out_loss(
                 self.step_model,
                 self.held_out,
-                micro_batch=self.recipe.train.micro_batch,
-                pad_id=self.pad_id,
-                device=self.device,
+                batcher=self.batcher,
                 progress=self._evaluating,
             )
         except _Stop:

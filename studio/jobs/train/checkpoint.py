@@ -33,12 +33,16 @@ _ADAPTER, _START, _OPTIMIZER, _RANDOM, _STATE = (
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands besides its weights. `scaler` is the fp16 loss scaler's state, empty when it is idle."""
+    """Where a run stands besides its weights.
+
+    `scaler` is the fp16 loss scaler's state, empty when it is idle; `packed` is whether rows are packed.
+    """
 
     step: int
     tokens: int
     seconds: float
     scaler: dict[str, float]
+    packed: bool = False
 
 
 def save_checkpoint(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.jobs.train.batches import collate, evaluation_batches, loss_tokens
+from studio.jobs.train.batches import Batcher, loss_tokens
 from studio.jobs.train.rows import Example, Prompt
 
 
@@ -37,9 +37,7 @@ def held_out_loss(
     step_model: nn.Module,
     examples: Sequence[Example],
     *,
-    micro_batch: int,
-    pad_id: int,
-    device: torch.device,
+    batcher: Batcher,
     progress: Callable[[float], None],
 ) -> HeldOutLoss:
     """Return the loss over all held-out rows.
@@ -47,15 +45,13 @@ def held_out_loss(
     Args:
         step_model: Called with a batch, returns the summed loss.
         examples: Held-out rows.
-        micro_batch: Rows at once; training's, so that evaluation never needs more memory than training.
-        pad_id: Token that fills short rows.
-        device: Where the batches go.
+        batcher: Training's, so that evaluation never needs more memory than training.
         progress: Told the fraction done.
     """
     total, tokens, done = 0.0, 0, 0
     with evaluating(step_model):
-        for rows in evaluation_batches(examples, micro_batch):
-            total += float(step_model(collate(rows, pad_id, device)))
+        for rows in batcher.groups(examples):
+            total += float(step_model(batcher.batch(rows)))
             tokens += loss_tokens(rows)
             done += len(rows)
             progress(done / len(examples))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from studio.jobs.train.loss import HeadForm, chunked_loss_sum, shifted
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Relative difference allowed between the two losses: rounding of the logits in each dtype, not a different formula."""
 
 
@@ -21,15 +21,15 @@ class SplitModel:
     head: nn.Module
     form: HeadForm
 
-    def loss_sum(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed loss of a padded batch; all arguments `[batch, seq]`, labels not yet shifted."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the summed loss of a batch: labels `[batch, seq]`, not yet shifted, and what the backbone takes."""
+        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         return chunked_loss_sum(hidden, self.head, shifted(labels), self.form)
 
 
-def full_loss_sum(causal: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed loss through the model's own forward and whole logits; arguments `[batch, seq]`."""
-    logits = causal(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
+def full_loss_sum(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
+    """Return the summed loss through the model's own forward and whole logits; labels `[batch, seq]`."""
+    logits = causal(**inputs, use_cache=False).logits.float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
 
 
@@ -57,4 +57,4 @@ def agrees(parts: SplitModel, causal: nn.Module, batch: dict[str, Tensor], autoc
     finally:
         causal.train(was_training)
     dtype = next(parts.head.parameters()).dtype
-    return abs(ours - theirs) <= _TOLERANCE.get(dtype, 1e-4) * max(abs(theirs), 1e-6)
+    return abs(ours - theirs) <= TOLERANCE.get(dtype, 1e-4) * max(abs(theirs), 1e-6)

@@ -7,26 +7,31 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
 
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.jobs.train.batches import StepBatches, collate
+from studio.jobs.train.batches import Batcher, StepBatches, collate
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
+from studio.jobs.train.choose_batching import batcher_for
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.precision import choose_precision
-from studio.jobs.train.read_rows import check_fit, read_rows
+from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.models import find_base
 from studio.runs.worker import Worker
 
+_CANNOT_PACK = (
+    "rows are padded, not packed: with this model or attention they would see each other, or there is but one row"
+)
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -48,11 +53,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         versions={name: version(name) for name in _LIBRARIES},
     )
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    accelerator = accelerate.Accelerator(cpu=recipe.device.device == "cpu")
-    device = accelerator.device
-    if recipe.device.device.startswith("cuda") and device.type != "cuda":
-        raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
-    _limit_memory(recipe, device)
+    device = _device(recipe)
     precision = choose_precision(recipe.model.dtype, device)
     memory = MemoryWatch(worker.emit, device)
 
@@ -77,20 +78,27 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
             message="this model's loss is not its head applied to its backbone: the full logits are built instead "
             "of the chunked loss, which takes more memory",
         )
-    optimizer = build_optimizer(
-        model.named_parameters(),
-        kind=recipe.train.optimizer,
-        learning_rate=recipe.train.learning_rate,
-        weight_decay=recipe.train.weight_decay,
-        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
-        device=device,
-        warn=lambda message: worker.emit(Warned, topic="optimizer", message=message),
-    )
+    optimizer = _optimizer(worker, recipe, model, device)
     scaler = precision.scaler()
-    start = Progress(step=0, tokens=0, seconds=0.0, scaler={})
+    start = None
     if checkpoint:
         start = load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(start.scaler)
+    padded = Batcher(recipe.train.micro_batch, pad_id, device)
+    batches = _batches(recipe, rows, padded)
+    batcher = batcher_for(
+        recipe.train.packing,
+        step_model,
+        batches.rows_of(1),
+        padded,
+        longest=max(len(example.input_ids) for example in rows.train),
+        before=start.packed if start else None,
+        tell=tell,
+    )
+    if recipe.train.packing == "on" and not batcher.packed_tokens:
+        worker.emit(Warned, topic="packing", message=_CANNOT_PACK)
+    batches = _batches(recipe, rows, batcher)
+    start = start or Progress(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
     total = total_steps_of(
         steps=recipe.train.steps,
         epochs=recipe.train.epochs,
@@ -117,8 +125,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         held_out=rows.held_out,
         prompts=rows.prompts,
         memory=memory,
-        device=device,
-        pad_id=pad_id,
+        batcher=batcher,
         total_steps=total,
         autocast=precision.autocast,
         start=moved,
@@ -134,19 +141,29 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         step_model=step_model,
         optimizer=optimizer,
         scaler=scaler,
-        batches=StepBatches(
-            rows.train,
-            micro_batch=recipe.train.micro_batch,
-            accumulation=recipe.train.accumulation,
-            seed=recipe.train.seed,
-        ),
+        batches=batches,
         device=device,
-        pad_id=pad_id,
         memory=memory,
         emit=worker.emit,
     )
     end = train(parts, recipe.train, total, start, Hooks(between.after_step))
     _finish(worker, between, end)
+
+
+def _optimizer(worker: Worker, recipe: Recipe, model: PeftModel, device: torch.device) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model.named_parameters(),
+        kind=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
+        device=device,
+        warn=lambda message: worker.emit(Warned, topic="optimizer", message=message),
+    )
+
+
+def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
+    return StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
 
 
 def _finish(worker: Worker, between: Between, end: Progress) -> None:
@@ -174,6 +191,14 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    device: torch.device = accelerate.Accelerator(cpu=recipe.device.device == "cpu").device
+    if recipe.device.device.startswith("cuda") and device.type != "cuda":
+        raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
+    _limit_memory(recipe, device)
+    return device
 
 
 def _limit_memory(recipe: Recipe, device: torch.device) -> None:

@@ -6,7 +6,7 @@ Knows nothing of data formats, of model families or of where checkpoints lie.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from studio.core.events import StepDone
 from studio.core.recipe import TrainSection
 from studio.core.schedule import learning_rate_at
-from studio.jobs.train.batches import StepBatches, collate, loss_tokens
+from studio.jobs.train.batches import StepBatches, loss_tokens
 from studio.jobs.train.checkpoint import Progress
 from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
 from studio.jobs.train.memory import MemoryWatch
@@ -30,7 +30,6 @@ class LoopParts:
     scaler: torch.amp.GradScaler
     batches: StepBatches
     device: torch.device
-    pad_id: int
     memory: MemoryWatch
     emit: Callable[..., None]
     backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())
@@ -72,7 +71,7 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
         loss = torch.zeros((), device=parts.device)
         for rows in micro_batches:
             # The mean is over all labelled tokens of the step, not a mean of means: accumulation changes nothing.
-            part = parts.step_model(collate(rows, parts.pad_id, parts.device)) / labelled
+            part = parts.step_model(parts.batches.batch(rows)) / labelled
             parts.backward(parts.scaler.scale(part))
             loss += part.detach()
         loss_value = float(loss)
@@ -105,7 +104,9 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
         if not skipped:
             movement.after_step(step)
         parts.memory.see("step", step)
-        progress = Progress(step, tokens, trained_seconds, dict(parts.scaler.state_dict()))
+        progress = replace(
+            start, step=step, tokens=tokens, seconds=trained_seconds, scaler=dict(parts.scaler.state_dict())
+        )
         if hooks.between(progress):
             break
     return progress

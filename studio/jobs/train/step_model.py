@@ -15,7 +15,7 @@ _PROBE_TOKENS = 48
 
 
 class StepModel(nn.Module):
-    """Summed loss of a padded batch, through the chunked path where it is proven equal to the model's own.
+    """Summed loss of a batch, through the chunked path where it is proven equal to the model's own.
 
     peft casts every adapted layer's input to fp32 and autocast casts it back; under autocast both casts are left out.
     """
@@ -50,8 +50,8 @@ class StepModel(nn.Module):
             self._parts = None
         return self._parts is not None
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the summed loss, fp32 scalar, of `input_ids`, `attention_mask` and `labels`, each `[batch, seq]`."""
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Return the summed loss, fp32 scalar, of a batch: `labels` `[batch, seq]` and what the model takes."""
         with self._autocast():
             if self._parts is not None:
                 return self._parts.loss_sum(**batch)

@@ -1,0 +1,128 @@
+"""Whether rows are packed: only where it is seen that no row sees another, and by default only where it is faster."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from studio.core.recipe import Packing
+from studio.jobs.train.batches import Batcher, collate
+from studio.jobs.train.evaluate import evaluating
+from studio.jobs.train.head import TOLERANCE
+from studio.jobs.train.loss import IGNORED
+from studio.jobs.train.packing import packed
+from studio.jobs.train.phase import PhaseTeller
+from studio.jobs.train.row_attention import ROW_ATTENTION
+from studio.jobs.train.rows import Example
+from studio.jobs.train.step_model import StepModel
+
+_PROBE_TOKENS = 48
+_ROUNDS = 2
+_WORTH_IT = 0.95
+"""Packing is taken when a step takes at most this share of the padded one's time: less is within the noise."""
+
+
+def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.device) -> bool:
+    """Switch the model to `row_attention` and prove on two rows that they do not see each other; else switch back.
+
+    Proven is: two packed rows have the loss that they have apart, and another first row leaves the second one's loss
+    as it was. Layers that mix tokens outside of attention (convolutions, recurrences) fail it.
+    """
+    causal: Any = step_model.causal
+    before = causal.config._attn_implementation
+    if len(rows) < 2 or before != "sdpa":
+        return False
+    try:
+        causal.set_attn_implementation(ROW_ATTENTION)
+        if causal.config._attn_implementation == ROW_ATTENTION and _isolated(step_model, rows[0], rows[1], device):
+            return True
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
+        pass  # this model's forward does not take packed rows
+    causal.set_attn_implementation(before)
+    return False
+
+
+def choose(
+    step_model: StepModel, rows: Sequence[Example], padded: Batcher, tight: Batcher, tell: PhaseTeller
+) -> Batcher:
+    """Time both ways on the rows of one step, forward and backward, and return the faster; random state is kept."""
+    tell("choosing packed or padded rows")
+    some = rows[: max(8, 2 * padded.micro_batch)]
+    cuda = [padded.device] if padded.device.type == "cuda" else []
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    was_training = step_model.training
+    step_model.train()
+    with torch.random.fork_rng(devices=cuda):
+        for _ in range(1 + _ROUNDS):
+            for batcher in (padded, tight):
+                seconds[batcher is tight].append(_step_seconds(step_model, some, batcher))
+    step_model.train(was_training)
+    # The first round warms up: kernels are chosen and memory is taken in it.
+    loose, close = (min(seconds[way][1:]) for way in (False, True))
+    better = tight if close <= _WORTH_IT * loose else padded
+    word = "packed" if better is tight else "padded"
+    tell("choosing packed or padded rows", 1.0, detail=f"packed {close:.3g} s, padded {loose:.3g} s: {word}")
+    return better
+
+
+def batcher_for(
+    wanted: Packing,
+    step_model: StepModel,
+    rows: Sequence[Example],
+    padded: Batcher,
+    *,
+    longest: int,
+    before: bool | None,
+    tell: PhaseTeller,
+) -> Batcher:
+    """Return how rows become batches.
+
+    Args:
+        wanted: The recipe's word.
+        step_model: The model as the loop calls it; its attention is switched where rows are packed.
+        rows: The rows of the first step.
+        padded: The way without packing.
+        longest: Tokens of the longest training row; a packed batch takes as many as a padded one of that length.
+        before: What a resumed run did; None at a first start.
+        tell: Told what is being done.
+    """
+    if wanted == "off" or before is False or not can_pack(step_model, rows, padded.device):
+        return padded
+    tight = replace(padded, packed_tokens=padded.micro_batch * longest)
+    if wanted == "auto" and before is None:
+        return choose(step_model, rows, padded, tight, tell)
+    return tight
+
+
+def _step_seconds(step_model: StepModel, rows: Sequence[Example], batcher: Batcher) -> float:
+    device = batcher.device
+    began = time.perf_counter()
+    for group in batcher.groups(rows):
+        step_model(batcher.batch(group)).backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    step_model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _isolated(step_model: StepModel, one: Example, other: Example, device: torch.device) -> bool:
+    first, second = (_short(row) for row in (one, other))
+    silent = Example(first.input_ids, np.full_like(first.labels, IGNORED))
+    changed = Example(first.input_ids[::-1].copy(), silent.labels)
+    with evaluating(step_model):
+        apart = sum(float(step_model(collate([row], 0, device))) for row in (first, second))
+        together, with_one, with_changed = (
+            float(step_model(packed(rows, device))) for rows in ([first, second], [silent, second], [changed, second])
+        )
+    dtype = next(step_model.causal.parameters()).dtype
+    allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(abs(apart), 1e-6)
+    return abs(together - apart) <= allowed and abs(with_changed - with_one) <= allowed
+
+
+def _short(row: Example) -> Example:
+    ids = cast(Any, row.input_ids[:_PROBE_TOKENS])
+    return Example(ids, ids)

@@ -1,0 +1,266 @@
+"""Packed rows: none sees another, whatever the family; the loss and gradients are those of padded rows."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.train import choose_batching
+from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.train.batches import Batcher, StepBatches
+from studio.jobs.train.choose_batching import batcher_for, can_pack
+from studio.jobs.train.loss import IGNORED
+from studio.jobs.train.packing import best_fit, packed
+from studio.jobs.train.row_attention import ROW_ATTENTION
+from studio.jobs.train.rows import Example
+from studio.jobs.train.step_model import StepModel
+from studio.runs.control import request, withdraw_all
+from tests.jobs.conftest import Train, history_of
+from tests.jobs.test_families import FAMILIES, model_of
+from tests.jobs.test_resume import at_step, weights
+
+CPU = torch.device("cpu")
+PADDED = Batcher(3, 0, CPU)
+TIGHT = Batcher(3, 0, CPU, packed_tokens=60)
+
+
+def rows(*lengths: int, seed: int = 4) -> list[Example]:
+    made = []
+    random = np.random.default_rng(seed)
+    for length in lengths:
+        ids = random.integers(3, 120, length).astype(np.int32)
+        labels = np.where(np.arange(length) < length // 3, IGNORED, ids).astype(np.int32)
+        made.append(Example(ids, labels))
+    return made
+
+
+def step_model_of(family: str, loss: Any = "chunked", **changes: Any) -> StepModel:
+    if not changes:
+        return StepModel(model_of(family), loss, nullcontext)
+    before = FAMILIES[family]
+    FAMILIES[family] = {**before, **changes}
+    try:
+        return StepModel(model_of(family), loss, nullcontext)
+    finally:
+        FAMILIES[family] = before
+
+
+def loss_and_gradients(step_model: StepModel, batcher: Batcher) -> tuple[float, dict[str, torch.Tensor]]:
+    step_model.eval()  # OPT and GPT-2 have dropout of their own
+    step_model.zero_grad()
+    total = 0.0
+    for group in batcher.groups(rows(17, 9, 20, 4)):
+        value = step_model(batcher.batch(group))
+        value.backward()
+        total += value.item()
+    return total, {n: p.grad.clone() for n, p in step_model.named_parameters() if p.grad is not None}
+
+
+def stir(step_model: StepModel) -> None:
+    """Give B values: with zeros no gradient would reach A."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in step_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+
+
+NOT_PACKED = {"gemma2", "falcon", "stablelm"}
+"""Gemma 2 is eager, Falcon's attention cannot be switched, StableLM's never gets `row_lengths`: all are found out."""
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("mistral", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize("loss", ["chunked", "full"])
+def test_no_row_sees_another(family: str, changes: dict[str, Any], loss: str) -> None:
+    step_model = step_model_of(family, loss, **changes)
+    stir(step_model)
+    apart, wanted = loss_and_gradients(step_model, PADDED)
+    if not can_pack(step_model, rows(12, 15), CPU):
+        assert family in NOT_PACKED
+        return
+    assert family not in NOT_PACKED
+    together, got = loss_and_gradients(step_model, TIGHT)
+    assert together == pytest.approx(apart, rel=1e-5)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-8)
+
+    (first, second), (other,) = rows(12, 15), rows(12, seed=8)
+    silent, changed = (Example(row.input_ids, np.full_like(row.labels, IGNORED)) for row in (first, other))
+    with torch.no_grad():
+        for place in (0, 1):
+            pairs = [[one, second] if place == 0 else [second, one] for one in (silent, changed)]
+            before, after = (float(step_model(packed(pair, CPU))) for pair in pairs)
+            assert before == after, "what the other row says is seen"
+
+
+def test_a_model_that_mixes_tokens_is_found_out() -> None:
+    step_model = step_model_of("llama")
+    layer = step_model.causal.model.layers[0].mlp
+    forward = layer.forward
+
+    def mixing(hidden: torch.Tensor) -> torch.Tensor:
+        return forward(hidden + 0.5 * hidden.cumsum(1))
+
+    layer.forward = mixing
+    assert not can_pack(step_model, rows(12, 15), CPU)
+    assert step_model.causal.config._attn_implementation == "sdpa"
+
+
+def test_lengths_that_are_ignored_are_found_out() -> None:
+    """Rows that attend to each other: what a forward does that drops `row_lengths`."""
+    step_model = step_model_of("llama")
+    forward = step_model.causal.model.forward
+
+    def dropping(row_lengths: object = None, **named: Any) -> Any:
+        return forward(**named)
+
+    step_model.causal.model.forward = dropping
+    assert not can_pack(step_model, rows(12, 15), CPU)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 60))
+def test_best_fit_keeps_every_row_once_and_within_the_room(lengths: list[int], room: int) -> None:
+    given_rows = sorted((Example(np.zeros(n, np.int32), np.zeros(n, np.int32)) for n in lengths), key=_length)[::-1]
+    groups = best_fit(given_rows, room)
+    assert sorted(id(row) for group in groups for row in group) == sorted(map(id, given_rows))
+    assert all(len(group) == 1 or sum(map(_length, group)) <= room for group in groups)
+    # Two groups that both fit into one would have been one.
+    sizes = sorted(sum(map(_length, group)) for group in groups)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > room
+
+
+def _length(row: Example) -> int:
+    return len(row.input_ids)
+
+
+def test_packed_rows_restart_positions_and_predict_no_first_token() -> None:
+    one, two = rows(4, 3)
+    batch = packed([one, two], CPU)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch["row_lengths"] == (4, 3)
+    assert batch["labels"][0, 0] == batch["labels"][0, 4] == IGNORED
+    assert batch["labels"][0, 5:].tolist() == two.labels[1:].tolist()
+
+
+def test_every_epoch_has_every_row_and_the_longest_comes_first() -> None:
+    some = rows(5, 30, 7, 9, 11, 3, 8)
+    batches = StepBatches(some, PADDED, rows_per_step=3, seed=2)
+    seen = [row for step in range(1, 8) for row in batches.rows_of(step)]
+    assert batches.rows_of(1)[0] is some[1]
+    for epoch in range(3):
+        assert {id(row) for row in seen[7 * epoch : 7 * epoch + 7]} == {id(row) for row in some}
+    assert len(batches.of_step(1)[0][0].input_ids) == 30
+    assert [id(row) for row in seen] == [
+        id(row) for step in range(1, 8) for row in StepBatches(some, TIGHT, rows_per_step=3, seed=2).rows_of(step)
+    ]
+
+
+@pytest.mark.parametrize(("close", "packs"), [(0.5, True), (0.99, False), (2.0, False)])
+def test_auto_takes_the_faster_way_and_draws_no_random_number(
+    monkeypatch: pytest.MonkeyPatch, close: float, packs: bool
+) -> None:
+    step_model = step_model_of("llama")
+    calls = []
+
+    def seconds(model: StepModel, some: Any, batcher: Batcher) -> float:
+        calls.append(batcher.packed_tokens)
+        torch.rand(3)
+        return close if batcher.packed_tokens else 1.0
+
+    monkeypatch.setattr(choose_batching, "_step_seconds", seconds)
+    told: list[str] = []
+    before = torch.get_rng_state()
+    found = batcher_for(
+        "auto",
+        step_model,
+        rows(12, 15),
+        PADDED,
+        longest=15,
+        before=None,
+        tell=lambda name, fraction=None, detail="": told.append(detail),  # type: ignore[arg-type]
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.packed_tokens == (45 if packs else 0)
+    assert calls == [0, 45] * 3
+    assert told[-1].endswith("packed" if packs else "padded")
+
+
+def test_measuring_leaves_no_gradient() -> None:
+    step_model = step_model_of("llama")
+    stir(step_model)
+    assert choose_batching._step_seconds(step_model, rows(12, 15), PADDED) > 0
+    assert all(parameter.grad is None for parameter in step_model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_packed_training_has_the_losses_of_padded_training(train: Train, recipe: Recipe, method: str) -> None:
+    recipe = recipe.with_("method", method).with_("train.micro_batch", 3).with_("train.accumulation", 2)
+    recipe = recipe.with_("eval.rows", 1).with_("train.grad_checkpointing", True)
+    padded, tight = (history_of(train(recipe.with_("train.packing", word))) for word in ("off", "on"))
+    assert tight.failed is None, tight.failed
+    assert not tight.warnings
+    assert list(tight.train.losses) == pytest.approx(list(padded.train.losses), rel=1e-4)
+    assert [event.loss for event in tight.evals] == pytest.approx([event.loss for event in padded.evals], rel=1e-4)
+
+
+def test_eager_attention_is_padded_with_a_word(train: Train, recipe: Recipe) -> None:
+    history = history_of(train(recipe.with_("train.packing", "on").with_("train.attention", "eager")))
+    assert history.failed is None
+    assert [warning.topic for warning in history.warnings] == ["packing"]
+
+
+@pytest.mark.parametrize("faster", ["packed", "padded"])
+def test_a_resumed_run_goes_on_as_it_began(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, faster: str
+) -> None:
+    """Whatever was measured at the start; measuring again could find otherwise."""
+    recipe = recipe.with_("train.packing", "auto").with_("adapter.dropout", 0.2)
+    seen: list[bool] = []
+    forward = StepModel.forward
+
+    def watching(self: StepModel, batch: dict[str, Any]) -> torch.Tensor:
+        if self.training:
+            seen.append("row_lengths" in batch)
+        return forward(self, batch)
+
+    monkeypatch.setattr(StepModel, "forward", watching)
+    times = {True: 0.1 if faster == "packed" else 9.0, False: 1.0}
+    monkeypatch.setattr(choose_batching, "_step_seconds", lambda model, some, way: times[way.packed_tokens > 0])
+    whole = train(recipe)
+    at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
+    parts = train(recipe)
+    withdraw_all(parts)
+    monkeypatch.setattr(choose_batching, "_step_seconds", lambda *rest: pytest.fail("measured again"))
+    train(recipe, again=parts)
+    assert set(seen) == {faster == "packed"}
+    assert list(history_of(parts).train.losses) == list(history_of(whole).train.losses)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weights(parts)[name], weight), name
+
+
+def test_generation_and_padded_batches_are_untouched_by_the_switch(tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = attach_adapter(base, AdapterSection(rank=4), grad_checkpointing=False).eval()
+    ids = torch.arange(20).reshape(2, 10)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 258}
+    before = model.generate(**asked)
+    assert can_pack(StepModel(model, "chunked", nullcontext), rows(12, 15), CPU)
+    assert base.config._attn_implementation == ROW_ATTENTION
+    assert torch.equal(model.generate(**asked), before)
