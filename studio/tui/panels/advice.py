@@ -45,7 +45,9 @@ class Advice(Static):
         self._show()
 
     def _show(self) -> None:
-        self.update(advice_text(self._path, self._problems, self._busy))
+        text = advice_text(self._path, self._problems, self._busy)
+        if text != self.content:  # every turn comes by here, and an update lays the whole screen out anew
+            self.update(text)
 
 
 def advice_text(path: str, problems: Sequence[str], busy: str) -> Content:

@@ -196,7 +196,10 @@ class Forecast(VerticalScroll):
             self._update("#fixes", fixes_text(fixes, first))
 
     def _update(self, name: str, text: Content) -> None:
-        """Repaint a text only when it changed."""
+        """Repaint a text only when it changed, and lay the screen out anew only when its height did."""
         widget = self.query_one(name, Static)
-        if widget.content != text:
-            widget.update(text)
+        before, width = widget.content, widget.content_size.width
+        if before == text:
+            return
+        same = isinstance(before, Content) and width > 0 and before.get_height({}, width) == text.get_height({}, width)
+        widget.update(text, layout=not same)

@@ -134,8 +134,10 @@ class ConfigureScreen(Screen[None]):
 
     def on_forecast_told(self, message: Forecast.Told) -> None:
         """Keep the row in sight up to date with the gauge, and the keys with what they can do."""
-        self.query_one("#gauge-row", Gauge).reading = message.reading
-        self.refresh_bindings()
+        row = self.query_one("#gauge-row", Gauge)
+        before, row.reading = row.reading.level, message.reading
+        if before != message.reading.level:
+            self.refresh_bindings()
 
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
