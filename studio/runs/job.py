@@ -27,6 +27,8 @@ class MergeRequest:
         revision: Of a hub model; empty means the newest.
         out: Absolute path of the folder that the merged model gets.
         dtype: Of the merged weights; `auto` keeps that of the base.
+        onto: `original`, the base's own weights; `dequantized`, those after quantising to 4 bits and back, which a
+            QLoRA adapter was trained against.
         run: Absolute path of the training run that the adapter comes from; empty when there is none.
     """
 
@@ -35,6 +37,7 @@ class MergeRequest:
     out: str
     revision: str = ""
     dtype: str = "auto"
+    onto: str = "original"
     run: str = ""
 
 

@@ -14,29 +14,12 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.probe.start import check_merge
 from studio.runs.history import History
-from studio.runs.job import MergeRequest, write_job
+from studio.runs.job import MergeRequest
 from studio.runs.layout import RunPaths
-from studio.runs.worker import run_job
 from tests.fakes.tiny_model import make_tiny_model
-from tests.jobs.conftest import Train, history_of
+from tests.jobs.conftest import Merge, Train, history_of
 
-Merge = Callable[..., RunPaths]
 IDS = torch.tensor([[256, 117, 110, 111, 257, 256, 100, 111, 115]])
-
-
-@pytest.fixture
-def merge(tmp_path: Path) -> Merge:
-    """Run the merge job in this process; returns its run."""
-    from studio.jobs.merge.__main__ import _body
-
-    def run(adapter: Path, base: Path | str, out: Path, **more: str) -> RunPaths:
-        paths = RunPaths(tmp_path / f"merge-{len(list(tmp_path.glob('merge-*')))}")
-        paths.root.mkdir()
-        write_job(paths, MergeRequest(str(adapter), str(base), str(out), **more))
-        run_job(paths.root, _body)
-        return paths
-
-    return run
 
 
 @torch.no_grad()

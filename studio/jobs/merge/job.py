@@ -1,121 +1,248 @@
-"""Merges a LoRA or QLoRA adapter into its 16-bit base, in memory, and checks that the result behaves like the two.
+"""Merges a LoRA or QLoRA adapter into its 16-bit base, tensor by tensor, and proves that the result behaves like both.
 
 A QLoRA adapter is merged into the 16-bit base as well: adding it to 4-bit weights and rounding again loses most of it.
 """
 
+import errno
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
-from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from filelock import FileLock, Timeout
 
-from studio.core.errors import BadInput, JobFailed
-from studio.core.events import Finished, Phase, Saved, Started
-from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
-from studio.probe.adapter_folder import find_adapter
+from studio.core.errors import BadInput, JobFailed, StudioError
+from studio.core.events import Finished, Phase, Sampled, Saved, Started, Warned
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.jobs.base.load import FourBit, base_folder, load_tokenizer
+from studio.jobs.merge.dequantized import quantised_parameters, through_four_bits
+from studio.jobs.merge.folder_files import write_folder_files
+from studio.jobs.merge.shards import SHARD_BYTES
+from studio.jobs.merge.skeleton import Skeleton, build_skeleton
+from studio.jobs.merge.steps import MergeSteps
+from studio.jobs.merge.tensor_files import TensorFiles
+from studio.jobs.merge.verify import compare_logits, encode, recompute_sample
+from studio.jobs.merge.write_steps import Stopped, write_steps
+from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound, find_adapter
 from studio.probe.models import BaseFound, find_base
-from studio.probe.start import check_merge
+from studio.probe.start import check_merge, refuse_quantised
 from studio.runs.atomic import publish_folder, write_whole
-from studio.runs.job import MergeRequest
+from studio.runs.job import MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.log import DISK_FULL, read_events
 from studio.runs.worker import Worker
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_PROBE = "The quick brown fox jumps over the lazy dog. def add(a, b):\n    return a + b\n"
+_TEXTS = (
+    "The quick brown fox jumps over the lazy dog. A merged model must answer as base and adapter do together.",
+    "def add(a, b):\n    return a + b\n\n\nassert add(2, 3) == 5\n",
+    "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
+)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_MOST_TEXTS = 6
+_FAR_KL = 0.05
+"""Nats per token. Rounding a merged 135M model to bf16 gave .0013."""
 
 
 @dataclass(frozen=True, slots=True)
-class Closeness:
-    """Merged model against base + adapter on a fixed text: KL in nats, share of equal top tokens, largest logit gap."""
+class _Parts:
+    """What a merge is made of."""
 
-    tokens: int
-    mean_kl: float
-    same_top_token: float
-    largest_logit_difference: float
+    base: BaseFound
+    folder: Path
+    adapter: AdapterFound
+    trained: Recipe | None
 
 
 def merge_run(worker: Worker, request: MergeRequest) -> None:
     """Merge as asked and leave the whole model folder at `request.out`.
 
     Raises:
-        BadInput: The adapter or the base cannot be used.
-        JobFailed: The merged weights are not finite.
+        BadInput: The adapter, the base or the output folder cannot be used, or the disk has no room.
+        JobFailed: The merged weights are not finite, or the files are not what was made.
         OSError: The disk is full or not writable; nothing half-made is left.
     """
     worker.emit(Started, job="merge", model=request.base or None)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    adapter = Path(request.adapter)
+    parts = _find(worker, request)
+    out = Path(request.out)
+    aside = out.with_name(f".merging-{out.name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".merging-{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"another merge is writing {out.name} already: wait for it, or choose another --out") from None
+    try:
+        _merge(worker, request, parts, aside)
+    except Stopped:
+        worker.emit(Finished, outcome="stopped")
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise JobFailed(
+            DISK_FULL,
+            f"the disk of {plain(str(out.parent), one_line=True)} is full: nothing of the merged model was kept",
+            "free some space, or choose another --out, and merge again",
+        ) from error
+    finally:
+        # Only a kill leaves the folder: the next merge of the same parts takes up its whole shards.
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+
+
+def _find(worker: Worker, request: MergeRequest) -> _Parts:
     worker.emit(Phase, name="finding the base model")
-    word = request.base or find_adapter(adapter).base
+    adapter = find_adapter(Path(request.adapter))
+    word = request.base or adapter.base
     if not word:
-        raise BadInput(f"{adapter.name} names no base model; say which one with --base")
+        raise BadInput(f"{Path(request.adapter).name} names no base model; say which one with --base")
     check_merge(request)
     base = find_base(word, request.revision)
+    refuse_quantised(base)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
-    worker.emit(Phase, name="loading the base model", detail="16 bit")
-    model = PeftModel.from_pretrained(_load(base, request.dtype), str(adapter), autocast_adapter_dtype=True).eval()
-    tokenizer = load_tokenizer(adapter if _has_tokenizer(adapter) else folder)
-    ids = tokenizer(_PROBE, return_tensors="pt").input_ids
-    separate = _logits(model, ids)
-    worker.emit(Phase, name="merging")
-    merged = model.merge_and_unload(safe_merge=True)
-    closeness = _compare(_logits(merged, ids), separate)
-    if not all(bool(torch.isfinite(p).all()) for p in merged.parameters()):
-        raise JobFailed("merged_nonfinite", "the merged weights hold NaN or infinity", "merge in fp32: --dtype fp32")
-    out = Path(request.out)
+    return _Parts(base, folder, adapter, _recipe_of(request.run))
+
+
+def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) -> None:
+    worker.emit(Phase, name="reading the adapter")
+    skeleton = build_skeleton(parts.folder, parts.adapter)
+    dtype = _DTYPES.get(request.dtype)
+    steps = MergeSteps(skeleton, TensorFiles(parts.folder), dtype=dtype, **_onto(request, parts, skeleton))
+
+    def stopping() -> bool:
+        return worker.requested("stop")
+
+    writer = write_steps(
+        steps,
+        aside,
+        _plan(request, parts),
+        limit_bytes=SHARD_BYTES,
+        tell=_teller(worker),
+        stopping=stopping,
+    )
+    worker.emit(Phase, name="writing config and tokenizer")
+    write_folder_files(
+        aside,
+        parts.folder,
+        parts.adapter.folder,
+        dtype=str(dtype).removeprefix("torch.") if dtype else None,
+        untied=steps.untied,
+        vocabulary=skeleton.vocabulary,
+    )
+    writer.finish()
+    verified = _verify(worker, steps, parts, request, aside)
+    if stopping():
+        raise Stopped("stopped before the merged model was published")
     worker.emit(Phase, name="saving")
-    size = _save(merged, tokenizer, out)
+    out = Path(request.out)
+    publish_folder(aside, out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     worker.emit(Saved, what="merged", path=str(out), size_bytes=size)
-    report = {"merged": str(out), "adapter": str(adapter), "base": word, "closeness": asdict(closeness)}
+    report = {
+        "merged": str(out),
+        "adapter": request.adapter,
+        "base": parts.base.word,
+        "onto": request.onto,
+        "dtype": request.dtype,
+        "untied": steps.untied,
+        "kept_shards": sorted(writer.done),
+        **verified,
+    }
     write_whole(worker.paths.report, json.dumps(report, indent=2))
     worker.emit(Finished, outcome="done", result=report)
 
 
-def _load(base: BaseFound, dtype: str) -> Any:
-    named = (base.config or {}).get("dtype") or (base.config or {}).get("torch_dtype")
-    wanted = _DTYPES.get(dtype) or (torch.float32 if named == "float32" else _named_dtype(named))
-    return load_base(base, method="lora", dtype=wanted, quant=FourBit(), attention="sdpa", device=torch.device("cpu"))
-
-
-def _named_dtype(name: object) -> torch.dtype:
-    return torch.float16 if name == "float16" else torch.bfloat16
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer_config.json").is_file()
-
-
-@torch.no_grad()
-def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Return fp32 logits `[seq, vocabulary]` of one row."""
-    logits: Tensor = model(input_ids=ids).logits[0].float()
-    return logits
-
-
-def _compare(merged: Tensor, separate: Tensor) -> Closeness:
-    ours, theirs = log_softmax(merged, -1), log_softmax(separate, -1)
-    return Closeness(
-        tokens=merged.shape[0],
-        mean_kl=float(kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()),
-        same_top_token=float((merged.argmax(-1) == separate.argmax(-1)).float().mean()),
-        largest_logit_difference=float((merged - separate).abs().max()),
+def _verify(worker: Worker, steps: MergeSteps, parts: _Parts, request: MergeRequest, aside: Path) -> dict[str, Any]:
+    worker.emit(Phase, name="checking", detail="tensors")
+    again = recompute_sample(steps, aside)
+    texts = _texts(request.run)
+    parameters = sum(torch.Size(output.shape).numel() for step in steps.steps for output in step.outputs)
+    ids, mask = encode(texts or _TEXTS, load_tokenizer(aside), parameters)
+    closeness = compare_logits(
+        steps, aside, ids, mask, lambda detail: worker.emit(Phase, name="checking", detail=detail)
     )
+    if closeness.mean_kl > _FAR_KL:
+        worker.emit(
+            Warned,
+            topic="merge",
+            message=f"the merged model differs from base and adapter by {closeness.mean_kl:.3f} nats a token: rounding "
+            "to the base's format took a part of the adapter. Compare with --dtype fp32.",
+        )
+    return {
+        "closeness": asdict(closeness),
+        "recomputed_tensors": again,
+        "tensors": sum(len(step.outputs) for step in steps.steps),
+        "prompts": "from the run" if texts else "built in",
+    }
 
 
-def _save(model: Any, tokenizer: Any, out: Path) -> int:
-    """Write the folder aside, then give it its name; returns bytes on disk."""
-    aside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+def _onto(request: MergeRequest, parts: _Parts, skeleton: Skeleton) -> dict[str, Any]:
+    """What is done to the base before the adapter is added."""
+    if request.onto == "original":
+        return {}
+    model = parts.trained.model if parts.trained else None
+    quant = FourBit(model.quant_type, model.double_quant) if model else FourBit()
+    named = _DTYPES.get(model.dtype) if model else None
+    return {
+        "change": through_four_bits(quant, named or torch.bfloat16),
+        "changed": quantised_parameters(skeleton.clean),
+    }
+
+
+def _teller(worker: Worker) -> Callable[[float, str], None]:
+    """Tell progress in hundredths: a large model has thousands of tensors."""
+    last = -1
+
+    def tell(fraction: float, shard: str) -> None:
+        nonlocal last
+        if int(100 * fraction) > last:
+            last = int(100 * fraction)
+            worker.emit(Phase, name="merging", fraction=min(1.0, fraction), detail=shard)
+
+    return tell
+
+
+def _plan(request: MergeRequest, parts: _Parts) -> str:
+    """Everything that the merged bytes depend on: shards of another plan are not taken up again."""
+    files = sorted(path for path in parts.folder.iterdir() if path.suffix in {".safetensors", ".json"})
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    sums = [_sum(parts.adapter.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    recipe = parts.trained.model if parts.trained and request.onto != "original" else None
+    return json.dumps([str(parts.folder), seen, sums, request.dtype, request.onto, str(recipe), torch.__version__])
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recipe_of(run: str) -> Recipe | None:
+    """Return the recipe of the run that the adapter comes from, where it can still be read."""
+    if not run:
+        return None
     try:
-        model.save_pretrained(str(aside))
-        tokenizer.save_pretrained(str(aside))
-        publish_folder(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        job = read_job(RunPaths(Path(run)))
+    except (StudioError, OSError):
+        return None
+    return job if isinstance(job, Recipe) else None
+
+
+def _texts(run: str) -> list[str]:
+    """Return prompts with their answers, as the training run showed them."""
+    if not run or not RunPaths(Path(run)).events.is_file():
+        return []
+    seen: dict[int, str] = {}
+    for event in read_events(RunPaths(Path(run)).events):
+        if isinstance(event, Sampled):
+            seen[event.index] = f"{event.prompt}\n{event.expected}"
+    return [text for text in seen.values() if text.strip()][:_MOST_TEXTS]

@@ -1,0 +1,91 @@
+"""Everything in a merged folder besides the weights: config, tokenizer, chat template, licence, own code."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.model_folder import CONFIG
+
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite", ".index.json",
+)  # fmt: skip
+_TOKENIZER = {
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+}  # fmt: skip
+_TEMPLATES = "additional_chat_templates"
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
+_LEFT_OUT = {"readme.md", "adapter_config.json"}
+_MOST_BYTES = 200 * 10**6
+
+
+def write_folder_files(
+    out: Path, base: Path, adapter: Path, *, dtype: str | None, untied: bool, vocabulary: int | None
+) -> None:
+    """Write config and tokenizer of the merged model, and what else of the base's files it needs.
+
+    Args:
+        out: The folder that holds the merged weights.
+        base: Of the base model.
+        adapter: Its tokenizer wins where it has a whole one.
+        dtype: New format of the weights; None where each kept its own.
+        untied: The head is no longer the embedding.
+        vocabulary: Number of tokens, where it became another.
+
+    Raises:
+        OSError: The disk refuses.
+        BadInput: The base's config cannot be read.
+    """
+    own = _has_tokenizer(adapter)
+    for path in sorted(base.iterdir()):
+        name = path.name
+        if name.startswith(".") or name == CONFIG or name.lower() in _LEFT_OUT or name.endswith(_WEIGHTS):
+            continue
+        if own and (name in _TOKENIZER or name == _TEMPLATES):
+            continue
+        _copy(path, out)
+    if own:
+        for name in sorted(_TOKENIZER | {_TEMPLATES}):
+            _copy(adapter / name, out)
+    table = _config(base / CONFIG)
+    _change(table, dtype=dtype, untied=untied, vocabulary=vocabulary)
+    (out / CONFIG).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file() and any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def _copy(path: Path, out: Path) -> None:
+    if path.is_file() and path.stat().st_size <= _MOST_BYTES:
+        shutil.copyfile(path, out / path.name)
+    elif path.name == _TEMPLATES and path.is_dir():
+        (out / path.name).mkdir()
+        for template in path.glob("*.jinja"):
+            shutil.copyfile(template, out / path.name / template.name)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise BadInput(f"{plain(str(path), one_line=True)} is not JSON: {plain(str(error), one_line=True)}.") from None
+    if not isinstance(table, dict):
+        raise BadInput(f"{plain(str(path), one_line=True)} is not a JSON object.")
+    return table
+
+
+def _change(table: dict[str, Any], *, dtype: str | None, untied: bool, vocabulary: int | None) -> None:
+    """Change a config and the text config inside it, which holds the same fields in models of several modes."""
+    inner = table.get("text_config")
+    for part in [table] + ([inner] if isinstance(inner, dict) else []):
+        if dtype is not None:
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
+        if untied:
+            part["tie_word_embeddings"] = False
+        if vocabulary is not None and (part is not table or "vocab_size" in part):
+            part["vocab_size"] = vocabulary

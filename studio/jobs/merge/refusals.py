@@ -1,0 +1,48 @@
+"""What an adapter may ask for that a merge cannot give, refused by name before anything is read."""
+
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+
+_UNDERSTOOD = {
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "trainable_token_indices", "use_dora", "lora_bias", "target_parameters", "ensure_weight_tying", "runtime_config",
+    # Only read where init_lora_weights names them, which is refused below where it changes the base.
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core",
+}  # fmt: skip
+_WHY = {
+    "layer_replication": "its layers share weights of the base that would have to differ after the merge",
+    "alora_invocation_tokens": "it acts only after its invocation tokens, which no weight can express",
+    "arrow_config": "it routes between adapters for every token, which no weight can express",
+}
+_CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Initialisations that subtract their start from the base (peft `LoraConfig.init_lora_weights`)."""
+
+
+def refuse_what_cannot_merge(table: dict[str, Any]) -> None:
+    """Refuse an `adapter_config.json` that asks for more than one set of weights can hold, or that we do not know.
+
+    Raises:
+        BadInput: Names the setting, says why, and what to do.
+    """
+    defaults = LoraConfig()
+    known = {item.name for item in fields(LoraConfig)}
+    for name, value in table.items():
+        if name in _UNDERSTOOD or not value or (name in known and value == getattr(defaults, name)):
+            continue
+        shown = plain(name, one_line=True, limit=60)
+        why = _WHY.get(name, "merging with it is not known to give the model that was trained")
+        raise BadInput(f"the adapter uses {shown}: {why}. Serve it unmerged, with peft.")
+    start = table.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise BadInput(
+            f"the adapter was started with init_lora_weights={plain(start, one_line=True, limit=40)!r}, which changed "
+            "the base that it belongs to. Save it again with path_initial_model_for_weight_conversion (peft), which "
+            "makes a plain LoRA adapter of it, and merge that."
+        )

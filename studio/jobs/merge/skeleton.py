@@ -1,0 +1,174 @@
+"""The structure of base and adapter without the base's weights: who is adapted, and how, is peft's own word.
+
+The base's parameters stay on the meta device, the adapter's are loaded in fp32. One layer at a time is then given
+real weights, merged by peft itself and emptied again (`units.py`), so that the sum is peft's for every kind of layer.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.jobs.merge.refusals import refuse_what_cannot_merge
+from studio.probe.adapter_folder import ADAPTER_WEIGHTS, AdapterFound
+
+ADAPTER = "default"
+_WRAPPING = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """Base and adapter as structure.
+
+    Attributes:
+        clean: The base alone; every parameter is on the meta device.
+        adapted: Another such base with the adapter attached; the adapter's tensors are real and fp32.
+        replaced: Parameters of the base that the adapter brings whole (trained biases, embeddings), by name.
+        tied: Parameters that are the same as another one: name to name.
+        vocabulary: Number of tokens, where the adapter brings an embedding of its own.
+    """
+
+    clean: PreTrainedModel
+    adapted: PeftModel
+    replaced: dict[str, Tensor]
+    tied: dict[str, str]
+    vocabulary: int | None
+
+
+def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
+    """Return the model of a folder without its weights; buffers are real.
+
+    Args:
+        folder: Holds `config.json`.
+        vocabulary: Number of tokens, where it differs from what the config says.
+
+    Raises:
+        BadInput: transformers cannot build this model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if vocabulary is not None:
+            config.get_text_config().vocab_size = vocabulary
+        with init_empty_weights(include_buffers=False):
+            from_config: Any = AutoModelForCausalLM.from_config
+            model: PreTrainedModel = from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
+        said = plain(str(error), one_line=True, limit=300)
+        raise BadInput(f"the model {plain(str(folder), one_line=True)} cannot be built: {said}") from error
+    model.tie_weights()
+    model.train(False)
+    return model
+
+
+def build_skeleton(folder: Path, adapter: AdapterFound) -> Skeleton:
+    """Return the structure of a base folder with an adapter.
+
+    Raises:
+        BadInput: The adapter does not fit the base, or needs something that a merge cannot give.
+    """
+    refuse_what_cannot_merge(adapter.config)
+    adapted = _attach(build_clean(folder, _vocabulary(adapter)), adapter)
+    clean = build_clean(folder, _vocabulary(adapter))
+    replaced = {name: p.detach() for name, p in base_parameters(adapted).items() if not p.is_meta}
+    if missing := clean.state_dict().keys() - base_parameters(adapted).keys() - dict(clean.named_buffers()).keys():
+        raise BadInput(f"the adapter hides {sorted(missing)[0]} of the base in a way that is not understood.")
+    tied = {name: of for name, of in (getattr(clean, "all_tied_weights_keys", None) or {}).items() if name != of}
+    return Skeleton(clean, adapted, replaced, tied, _vocabulary(adapter))
+
+
+def base_parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return the base's parameters inside an adapted model, by their names in the base alone."""
+    found = {}
+    for name, parameter in adapted.base_model.model.named_parameters(remove_duplicate=False):
+        if not _ADDED.search(f".{name}"):
+            found[clean_name(name)] = parameter
+    return found
+
+
+def clean_name(name: str) -> str:
+    """Return the name in the base alone of something inside an adapted model."""
+    return _WRAPPING.sub("", f".{name}.")[1:-1]
+
+
+def _attach(base: PreTrainedModel, adapter: AdapterFound) -> PeftModel:
+    with _stays_where_it_is():
+        try:
+            config = PeftConfig.from_pretrained(str(adapter.folder))
+            config.inference_mode, config.init_lora_weights = True, True
+            model = PeftModel(base, config, ADAPTER, low_cpu_mem_usage=True)
+            seen = model.load_adapter(str(adapter.folder), ADAPTER, torch_device="cpu", low_cpu_mem_usage=True)
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+            said = plain(str(error), one_line=True, limit=400)
+            raise BadInput(f"the adapter {_shown(adapter)} does not fit this base model: {said}") from error
+    if left := _left_over_keys(adapter, seen.unexpected_keys):
+        raise BadInput(_left_over(adapter, left, "belong to no layer of this base model"))
+    if seen.missing_keys:
+        raise BadInput(_left_over(adapter, sorted(seen.missing_keys), "are asked for by its config and not there"))
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+@contextmanager
+def _stays_where_it_is() -> Iterator[None]:
+    """Keep peft from moving the adapter to its base layer's device, which is meta here: its weights would be gone."""
+    name = "_move_adapter_to_device_of_base_layer"
+    with ExitStack() as patches:
+        for kind in [BaseTunerLayer, *_below(BaseTunerLayer)]:
+            if name in vars(kind):
+                patches.enter_context(patch.object(kind, name, lambda self, adapter_name, device=None: None))
+        yield
+
+
+def _below(kind: type[Any]) -> Iterator[type[Any]]:
+    for direct in kind.__subclasses__():
+        yield direct
+        yield from _below(direct)
+
+
+def _vocabulary(adapter: AdapterFound) -> int | None:
+    """Return the number of tokens of the embedding that the adapter brings whole; None where it brings none."""
+    for key, entry in adapter.header.tensors.items():
+        if re.search(r"(embed_tokens|wte|embed_in)(\.base_layer|\.modules_to_save)?\.weight$", key):
+            return entry.shape[0]
+    return None
+
+
+def _left_over_keys(adapter: AdapterFound, unexpected: list[str]) -> list[str]:
+    """Return the tensors that went nowhere, except those that only repeat another one.
+
+    peft 0.21 writes a module saved whole twice where the vocabulary was resized: as `X.weight`, which it reads again,
+    and as `X.modules_to_save.weight`.
+    """
+    left = []
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as file:
+        for key in sorted(unexpected):
+            once = key.replace(".modules_to_save.", ".")
+            repeats = once != key and once in adapter.header.tensors
+            if not repeats or not torch.equal(file.get_tensor(key), file.get_tensor(once)):
+                left.append(key)
+    return left
+
+
+def _left_over(adapter: AdapterFound, names: list[str], what: str) -> str:
+    first = plain(names[0], one_line=True, limit=120)
+    return f"{len(names)} tensors of the adapter {_shown(adapter)} {what}, the first is {first}. Is it the right base?"
+
+
+def _shown(adapter: AdapterFound) -> str:
+    return plain(adapter.folder.name, one_line=True)

@@ -1,0 +1,243 @@
+"""What a merge has to do, decided before it begins: which tensors are copied, which are made anew, and their names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from studio.core.errors import BadInput, JobFailed
+from studio.core.text import plain
+from studio.jobs.merge.checkpoint_names import CheckpointNames, Group
+from studio.jobs.merge.skeleton import Skeleton
+from studio.jobs.merge.tensor_files import TORCH_DTYPES, TensorFiles
+from studio.jobs.merge.units import Unit, find_units, merge_unit
+
+Change = Callable[[str, Tensor], Tensor]
+"""Changes a parameter of the base, by its name in memory, before the adapter is added."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor of the merged files."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One piece of work that gives one or more tensors.
+
+    Attributes:
+        outputs: What it gives, in order.
+        copies: The base's tensor that is copied under the name of the one output; None where something is computed.
+        groups: The groups of the base's tensors that are read, and written again.
+        units: The adapted parts among them.
+        alone: Parameters that have no tensor of their own in the base's files, by name in memory, with the new key.
+    """
+
+    outputs: tuple[Output, ...]
+    copies: str | None = None
+    groups: tuple[Group, ...] = ()
+    units: tuple[Unit, ...] = ()
+    alone: tuple[tuple[str, str], ...] = ()
+
+
+class MergeSteps:
+    """All steps of a merge, in the order of the base's files."""
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        files: TensorFiles,
+        *,
+        dtype: torch.dtype | None = None,
+        change: Change | None = None,
+        changed: frozenset[str] = frozenset(),
+    ) -> None:
+        """Decide.
+
+        Args:
+            skeleton: Base and adapter as structure.
+            files: The base's tensors.
+            dtype: Of all floating-point tensors; None keeps each tensor's own.
+            change: Applied to the base's parameters named in `changed`.
+            changed: Names in memory.
+
+        Raises:
+            BadInput: The adapter changes something that the base's files do not hold, or that cannot be written back.
+        """
+        self.skeleton, self.files = skeleton, files
+        self.names = CheckpointNames(skeleton.clean, files)
+        self._dtype, self._change, self._changed = dtype, change, changed
+        self._shapes = {name: tuple(value.shape) for name, value in skeleton.clean.state_dict().items()}
+        self._groups = {name: group for group in self.names.groups for name in group.names}
+        self._tied, self._dropped = self._really_tied()
+        self._units = {name: unit for unit in find_units(skeleton.adapted) for name in unit.parameters}
+        self.untied = self._untied()
+        self._touched = self._units.keys() | skeleton.replaced.keys() | changed
+        self.steps = self._steps() + self._without_source()
+
+    def compute(self, step: Step) -> dict[str, Tensor]:
+        """Return the tensors of a step that is no copy, in the formats of its outputs.
+
+        Raises:
+            JobFailed: A number is not finite.
+            OSError: A file cannot be read.
+        """
+        parameters: dict[str, Tensor] = {}
+        for unit in step.units:
+            parameters |= merge_unit(unit, self.parameter)
+        for name in [name for group in step.groups for name in group.names] + [name for name, _ in step.alone]:
+            if name not in parameters:
+                parameters[name] = self.parameter(name)
+        stored = self.names.store(parameters, step.groups) | {key: parameters[name] for name, key in step.alone}
+        made = {}
+        for output in step.outputs:
+            tensor = stored.pop(output.key).to(output.dtype).contiguous()
+            if tensor.shape != output.shape:
+                raise BadInput(f"{plain(output.key, one_line=True)} would get another shape: {tuple(tensor.shape)}.")
+            if not bool(torch.isfinite(tensor).all()):
+                raise JobFailed(
+                    "merged_nonfinite",
+                    f"the merged tensor {plain(output.key, one_line=True)} holds NaN or infinity in {output.dtype}",
+                    "look at the adapter's last losses; if they are sound, merge with --dtype bf16 or --dtype fp32",
+                )
+            made[output.key] = tensor
+        return made
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter of the base (or the one that the adapter brings in its place) by name in memory.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        if name in self.skeleton.replaced:
+            return self.skeleton.replaced[name]
+        source = self._tied.get(name, name)
+        group = self._groups.get(source)
+        if group is None:
+            raise BadInput(f"the base's files do not hold {plain(name, one_line=True)}, which the adapter changes.")
+        value = self.names.load(group, {key: self.files.read(key) for key in group.keys})[source]
+        self._check_shape(name, tuple(value.shape))
+        return self._change(name, value) if self._change and name in self._changed else value
+
+    def _really_tied(self) -> tuple[dict[str, str], set[str]]:
+        """Which parameters are one with another one, and the tensors in the files that only repeat it.
+
+        Where the files hold two that differ, transformers loads two, whatever the config says.
+        """
+        tied: dict[str, str] = {}
+        repeated: set[str] = set()
+        for name, of in self.skeleton.tied.items():
+            group, other = self._groups.get(name), self._groups.get(of)
+            if group and other:
+                if not torch.equal(self.files.read(group.keys[0]), self.files.read(other.keys[0])):
+                    continue
+                repeated.update(group.keys)
+                del self._groups[name]
+            tied[name] = of
+        return tied, repeated
+
+    def _untied(self) -> bool:
+        """Whether parameters that are one in the base become two.
+
+        What is trained through one name only is not seen through the other one; peft's own merge would change both.
+        """
+        for name, of in self._tied.items():
+            made = [self._value_if_touched(one) for one in (name, of)]
+            if (made[0] is None) != (made[1] is None):
+                return True
+            if made[0] is not None and made[1] is not None and not torch.equal(made[0], made[1]):
+                return True
+        return False
+
+    def _value_if_touched(self, name: str) -> Tensor | None:
+        if unit := self._units.get(name):
+            return merge_unit(unit, self.parameter)[name]
+        return self.skeleton.replaced.get(name)
+
+    def _steps(self) -> list[Step]:
+        done: set[str] = set(self._dropped)
+        steps: list[Step] = []
+        for group in self.names.groups:
+            if group.keys[0] in done:
+                continue
+            if not self._touched & set(group.names):
+                if group.converter is None and group.names:
+                    self._check_shape(group.names[0], self.files.tensors[group.keys[0]].entry.shape)
+                steps += [self._copy(key, key) for key in group.keys]
+                done.update(group.keys)
+                continue
+            step = self._around(group)
+            done.update(key for member in step.groups for key in member.keys)
+            steps.append(step)
+        return steps
+
+    def _around(self, group: Group) -> Step:
+        """Everything that must be known at once to write a group: units reach over groups, groups over units."""
+        groups, units, names = [group], list[Unit](), list(group.names)
+        seen: set[str] = set()
+        while names:
+            name = names.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            unit = self._units.get(name)
+            if unit and unit not in units:
+                units.append(unit)
+                names += unit.parameters
+            member = self._groups.get(name)
+            if member and member not in groups:
+                groups.append(member)
+                names += member.names
+        outputs = [self._output(key, key, self._shape_of(member)) for member in groups for key in member.keys]
+        return Step(tuple(outputs), groups=tuple(groups), units=tuple(units))
+
+    def _shape_of(self, group: Group) -> tuple[int, ...] | None:
+        """The model's own shape where a tensor keeps its form: it differs from the file's where tokens were added."""
+        return self._shapes[group.names[0]] if group.converter is None else None
+
+    def _without_source(self) -> list[Step]:
+        """Steps for parameters that get a tensor of their own although the base's files have none."""
+        wanted = set(self._tied) if self.untied else self._touched - self._groups.keys() - self._tied.keys()
+        steps = []
+        for name in sorted(wanted):
+            source, key = self._source_of(name), self.names.key_of(name)
+            if name not in self._touched:
+                self._check_shape(name, self.files.tensors[source].entry.shape)
+                steps.append(self._copy(source, key))
+                continue
+            units = (self._units[name],) if name in self._units else ()
+            steps.append(Step((self._output(source, key, self._shapes[name]),), units=units, alone=((name, key),)))
+        return steps
+
+    def _source_of(self, name: str) -> str:
+        group = self._groups.get(self._tied.get(name, name))
+        if group is None:
+            raise BadInput(f"the base's files do not hold {plain(name, one_line=True)}, which the adapter changes.")
+        return group.keys[0]
+
+    def _check_shape(self, name: str, found: tuple[int, ...]) -> None:
+        if found != self._shapes[name]:
+            raise BadInput(
+                f"the base's {plain(name, one_line=True)} has the shape {list(found)}; base and adapter together want "
+                f"{list(self._shapes[name])}. Where tokens were added, the adapter must hold embeddings and head whole."
+            )
+
+    def _copy(self, source: str, key: str) -> Step:
+        return Step((self._output(source, key),), copies=source)
+
+    def _output(self, source: str, key: str, shape: tuple[int, ...] | None = None) -> Output:
+        entry = self.files.tensors[source].entry
+        dtype = TORCH_DTYPES[entry.dtype]
+        if self._dtype is not None and dtype.is_floating_point:
+            dtype = self._dtype
+        return Output(key, dtype, entry.shape if shape is None else shape)

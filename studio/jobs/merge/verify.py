@@ -1,0 +1,145 @@
+"""Proves that the files on disk behave like base + adapter: tensors made again and compared, logits side by side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from studio.core.errors import JobFailed
+from studio.core.text import plain
+from studio.jobs.merge.checkpoint_names import CheckpointNames
+from studio.jobs.merge.skeleton import build_clean
+from studio.jobs.merge.steps import MergeSteps, Step
+from studio.jobs.merge.streamed import streamed_logits
+from studio.jobs.merge.tensor_files import TensorFiles
+
+_SAMPLE = 4
+_WORK = 5e11
+"""Parameters times tokens of one pass: some ten seconds on two cores."""
+_FEWEST_TOKENS, _MOST_TOKENS = 48, 384
+_ADVICE = "the disk or the memory may be faulty; look at the system's log, then merge again"
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """Merged model against base + adapter on the same tokens: KL in nats, share of equal top tokens, logit gap."""
+
+    tokens: int
+    mean_kl: float
+    largest_kl: float
+    same_top_token: float
+    largest_logit_difference: float
+
+
+def recompute_sample(steps: MergeSteps, folder: Path) -> int:
+    """Make some tensors again and compare them bit by bit with the files; return how many.
+
+    Raises:
+        JobFailed: A tensor in the files is missing, of another shape, or differs.
+        OSError: A file cannot be read.
+    """
+    files = TensorFiles(folder)
+    wanted = {output.key: output for step in steps.steps for output in step.outputs}
+    if files.tensors.keys() != wanted.keys():
+        raise JobFailed("merged_incomplete", "the merged files do not hold the tensors that were written", _ADVICE)
+    for key, output in wanted.items():
+        if files.tensors[key].entry.shape != output.shape:
+            raise JobFailed("merged_incomplete", f"{plain(key, one_line=True)} has another shape on disk", _ADVICE)
+    made = [step for step in steps.steps if step.copies is None]
+    copied = [step for step in steps.steps if step.copies is not None]
+    count = 0
+    for step in _some(made) + _some(copied):
+        for key, tensor in _again(steps, step).items():
+            count += 1
+            if not torch.equal(files.read(key), tensor):
+                raise JobFailed("merged_differs", f"{plain(key, one_line=True)} on disk is not what was made", _ADVICE)
+    return count
+
+
+def compare_logits(
+    steps: MergeSteps, folder: Path, ids: Tensor, mask: Tensor, tell: Callable[[str], None]
+) -> Closeness:
+    """Run base + adapter and the merged files on the same tokens, layer by layer, in fp32.
+
+    Args:
+        steps: Base and adapter.
+        folder: The merged model.
+        ids: `[batch, seq]`.
+        mask: `[batch, seq]`, 0 for padding.
+        tell: Gets a word on what is done.
+
+    Raises:
+        JobFailed: The merged files lack a parameter of the model, or a logit is not finite.
+        OSError: A file cannot be read.
+    """
+    tell("base and adapter")
+    separate = streamed_logits(steps.skeleton.adapted, steps.parameter, ids, mask, "base_model.model.")
+    tell("merged")
+    clean = build_clean(folder)
+    merged = streamed_logits(clean, _reader(clean, TensorFiles(folder)), ids, mask)
+    real = mask.bool()
+    closeness = compare(merged[real], separate[real])
+    if not all(bool(torch.isfinite(logits[real]).all()) for logits in (merged, separate)):
+        raise JobFailed(
+            "merged_nonfinite", "the merged model's logits hold NaN or infinity", "look at the adapter's last losses"
+        )
+    return closeness
+
+
+def compare(merged: Tensor, separate: Tensor) -> Closeness:
+    """Return how close logits `[tokens, vocabulary]` are to those that are meant."""
+    ours, theirs = log_softmax(merged, -1), log_softmax(separate, -1)
+    kl = kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    return Closeness(
+        tokens=merged.shape[0],
+        mean_kl=max(0.0, float(kl.mean())),
+        largest_kl=max(0.0, float(kl.max())),
+        same_top_token=float((merged.argmax(-1) == separate.argmax(-1)).float().mean()),
+        largest_logit_difference=float((merged - separate).abs().max()),
+    )
+
+
+def encode(texts: Sequence[str], tokenizer: Any, parameters: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask `[batch, seq]` of some texts, as many tokens as a model of this size can do in seconds."""
+    budget = int(min(_MOST_TOKENS, max(_FEWEST_TOKENS, _WORK / max(1, parameters))))
+    each = max(8, budget // len(texts))
+    rows = [tokenizer(text, add_special_tokens=False).input_ids[:each] or [0] for text in texts]
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def _reader(clean: Any, files: TensorFiles) -> Callable[[str], Tensor]:
+    names = CheckpointNames(clean, files)
+    groups = {name: group for group in names.groups for name in group.names}
+    tied = getattr(clean, "all_tied_weights_keys", None) or {}
+
+    def read(name: str) -> Tensor:
+        source = name if name in groups else tied.get(name, name)
+        group = groups.get(source)
+        if group is None:
+            raise JobFailed(
+                "merged_incomplete",
+                f"the merged files do not hold {plain(name, one_line=True)}",
+                "merge again; if it stays so, report the model's name",
+            )
+        return names.load(group, {key: files.read(key) for key in group.keys})[source]
+
+    return read
+
+
+def _some(steps: list[Step]) -> list[Step]:
+    apart = max(1, len(steps) // _SAMPLE)
+    return steps[::apart][:_SAMPLE]
+
+
+def _again(steps: MergeSteps, step: Step) -> dict[str, Tensor]:
+    if step.copies is None:
+        return steps.compute(step)
+    (output,) = step.outputs
+    return {output.key: steps.files.read(step.copies).to(output.dtype)}
