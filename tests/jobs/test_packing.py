@@ -188,7 +188,7 @@ def test_auto_takes_the_faster_way_and_draws_no_random_number(
         step_model,
         rows(12, 15),
         PADDED,
-        longest=15,
+        seq_len=15,
         before=None,
         tell=lambda name, fraction=None, detail="": told.append(detail),  # type: ignore[arg-type]
     )
@@ -196,6 +196,17 @@ def test_auto_takes_the_faster_way_and_draws_no_random_number(
     assert found.packed_tokens == (45 if packs else 0)
     assert calls == [0, 45] * 3
     assert told[-1].endswith("packed" if packs else "padded")
+
+
+def test_no_room_to_pack_means_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(model: StepModel, some: Any, batcher: Batcher) -> float:
+        if batcher.packed_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 1.0
+
+    monkeypatch.setattr(choose_batching, "_step_seconds", seconds)
+    ways = {"seq_len": 15, "before": None, "tell": lambda *_, **__: None}
+    assert batcher_for("auto", step_model_of("llama"), rows(12, 15), PADDED, **ways) is PADDED  # type: ignore[arg-type]
 
 
 def test_measuring_leaves_no_gradient() -> None:

@@ -55,11 +55,17 @@ def choose(
     seconds: dict[bool, list[float]] = {False: [], True: []}
     was_training = step_model.training
     step_model.train()
-    with torch.random.fork_rng(devices=cuda):
-        for _ in range(1 + _ROUNDS):
-            for batcher in (padded, tight):
-                seconds[batcher is tight].append(_step_seconds(step_model, some, batcher))
-    step_model.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            for _ in range(1 + _ROUNDS):
+                for batcher in (padded, tight):
+                    seconds[batcher is tight].append(_step_seconds(step_model, some, batcher))
+    except torch.OutOfMemoryError:
+        # Padded batches of short rows are smaller; where they are too large as well, step 1 says so.
+        step_model.zero_grad(set_to_none=True)
+        return padded
+    finally:
+        step_model.train(was_training)
     # The first round warms up: kernels are chosen and memory is taken in it.
     loose, close = (min(seconds[way][1:]) for way in (False, True))
     better = tight if close <= _WORTH_IT * loose else padded
@@ -74,7 +80,7 @@ def batcher_for(
     rows: Sequence[Example],
     padded: Batcher,
     *,
-    longest: int,
+    seq_len: int,
     before: bool | None,
     tell: PhaseTeller,
 ) -> Batcher:
@@ -85,13 +91,13 @@ def batcher_for(
         step_model: The model as the loop calls it; its attention is switched where rows are packed.
         rows: The rows of the first step.
         padded: The way without packing.
-        longest: Tokens of the longest training row; a packed batch takes as many as a padded one of that length.
+        seq_len: The recipe's; a packed batch holds at most `micro_batch * seq_len` tokens, as the estimate counts.
         before: What a resumed run did; None at a first start.
         tell: Told what is being done.
     """
     if wanted == "off" or before is False or not can_pack(step_model, rows, padded.device):
         return padded
-    tight = replace(padded, packed_tokens=padded.micro_batch * longest)
+    tight = replace(padded, packed_tokens=padded.micro_batch * seq_len)
     if wanted == "auto" and before is None:
         return choose(step_model, rows, padded, tight, tell)
     return tight

@@ -91,7 +91,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         step_model,
         batches.rows_of(1),
         padded,
-        longest=max(len(example.input_ids) for example in rows.train),
+        seq_len=recipe.train.seq_len,
         before=start.packed if start else None,
         tell=tell,
     )
