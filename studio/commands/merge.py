@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from studio.commands.follow import conclude, follow
@@ -13,10 +14,12 @@ from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG
 from studio.probe.start import start_merge
-from studio.runs.job import MergeRequest, read_job
+from studio.runs.job import ONTO, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
+
+_FOUR_BITS = {"4bit", "4-bit", "nf4", "fp4", "int4", "quantized", "quantised"}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,6 +32,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("adapter", metavar="RUN|ADAPTER_DIR", help="a run that has an adapter, or a PEFT folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new model folder; must not hold anything yet")
     parser.add_argument("--base", default="", help="the base model (default: the one that it was trained on)")
+    parser.add_argument(
+        "--onto",
+        default="original",
+        metavar="WHAT",
+        help="original (default): the 16-bit base, best for use and for quantising later. dequantized: the base as 4 "
+        "bits made it in a QLoRA run; closest to the model of that run (KL .0006 against .377 on one adapter), but "
+        "with a higher task loss there, and lost if quantised again",
+    )
     parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="of the merged weights")
     add_json(parser)
     add_runs_dir(parser)
@@ -43,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     request = merge_request(args.adapter, root_of(args), out=args.out, base=args.base, dtype=args.dtype)
+    request = replace(request, onto=_onto(args.onto))
     paths = start_merge(request, root_of(args), module=module_of(args, "merge"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
@@ -59,7 +71,8 @@ def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str
     target = str(Path(out).expanduser().absolute())
     folder = Path(word).expanduser().absolute()
     if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
-        return MergeRequest(str(folder), base or _base_of(folder), target, dtype=dtype)
+        run = str(folder.parent) if (folder.parent / "recipe.toml").is_file() else ""
+        return MergeRequest(str(folder), base or _base_of(folder), target, dtype=dtype, run=run)
     paths = find_run(root, word)
     if not paths.adapter.is_dir():
         raise BadInput(
@@ -86,6 +99,23 @@ def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto
         dtype=dtype,
         run=str(paths.root.absolute()),
     )
+
+
+def _onto(word: str) -> str:
+    """Return what to merge into.
+
+    Raises:
+        BadInput: It is none of the choices; for 4 bits the message has the reason and the right way.
+    """
+    if word in ONTO:
+        return word
+    if word.lower() in _FOUR_BITS:
+        raise BadInput(
+            "merging into 4-bit weights is not done: rounding to 4 bits again would erase most of what was trained "
+            "(measured: KL 1.99 to the trained model, 2.05 without any adapter). Merge onto original, then quantise "
+            "the merged model."
+        )
+    raise BadInput(f"--onto {plain(word, one_line=True, limit=40)}: wanted one of {', '.join(ONTO)}.")
 
 
 def _base_of(adapter: Path) -> str:

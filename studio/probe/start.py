@@ -12,13 +12,14 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.fingerprint import difference, fingerprint, recorded_fingerprint
 from studio.probe.models import BaseFound, find_base
 from studio.probe.plan import plan_for
 from studio.probe.preflight import PreflightReport, check_training
 from studio.probe.space import check_space
 from studio.runs.atomic import write_whole
 from studio.runs.control import request
-from studio.runs.job import MODULES, Job, MergeRequest, write_job
+from studio.runs.job import MODULES, ONTO, Job, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.supervise import launch
 
@@ -120,8 +121,13 @@ def check_merge(request: MergeRequest) -> None:
         raise BadInput(
             f"{shown} is no adapter folder: it has no {ADAPTER_CONFIG}. Name a finished run or a PEFT folder."
         )
+    if request.onto not in ONTO:
+        raise BadInput(f"merge onto {plain(request.onto, one_line=True, limit=40)}? Wanted one of: {', '.join(ONTO)}.")
     if request.base:
-        refuse_quantised(find_base(request.base, request.revision))
+        base = find_base(request.base, request.revision)
+        refuse_quantised(base)
+        if base.path is not None:
+            refuse_another_base(request.run, base.path)
     shown = plain(str(out), one_line=True)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -143,6 +149,26 @@ def refuse_quantised(base: BaseFound) -> None:
             f"the base model {plain(base.word, one_line=True)} is quantised ({how}). Rounding after the merge would "
             "erase most of what was trained. Name the original 16-bit model with --base, merge, then quantise the "
             "merged model."
+        )
+
+
+def refuse_another_base(run: str, folder: Path) -> None:
+    """Refuse a base other than the one that a run trained on, also where the shapes are equal.
+
+    Args:
+        run: The training run's folder; empty where it is not known: then nothing can be compared.
+        folder: The base.
+
+    Raises:
+        BadInput: The weights differ.
+    """
+    trained = recorded_fingerprint(run)
+    if trained is None or trained.get("quantized"):
+        return
+    if differs := difference(trained, fingerprint(folder)):
+        raise BadInput(
+            f"{plain(str(folder), one_line=True)} is not the base that this adapter was trained on: {differs}. "
+            "The merged model would not be the one that was trained. Name the right one with --base."
         )
 
 

@@ -16,6 +16,9 @@ from studio.runs.recipe_file import dump_recipe
 MODULES = {"train": "studio.jobs.train", "merge": "studio.jobs.merge"}
 """The module that does each kind of job, started as `python -m MODULE RUN`."""
 
+ONTO = ("original", "dequantized")
+"""What an adapter can be merged into: the base's weights, or those after quantising to 4 bits and back."""
+
 
 @dataclass(frozen=True, slots=True)
 class MergeRequest:

@@ -31,8 +31,9 @@ from studio.jobs.merge.tensor_files import TensorFiles
 from studio.jobs.merge.verify import compare_logits, encode, recompute_sample
 from studio.jobs.merge.write_steps import Stopped, write_steps
 from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound, find_adapter
+from studio.probe.fingerprint import fingerprint, recorded_fingerprint
 from studio.probe.models import BaseFound, find_base
-from studio.probe.start import check_merge, refuse_quantised
+from studio.probe.start import check_merge, refuse_another_base, refuse_quantised
 from studio.runs.atomic import publish_folder, write_whole
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
@@ -110,6 +111,15 @@ def _find(worker: Worker, request: MergeRequest) -> _Parts:
     base = find_base(word, request.revision)
     refuse_quantised(base)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
+    refuse_another_base(request.run, folder)
+    trained_on = recorded_fingerprint(request.run)
+    if trained_on and not trained_on.get("quantized") and trained_on.get("config") != fingerprint(folder)["config"]:
+        worker.emit(
+            Warned,
+            topic="base",
+            message="the base's weights are those that were trained on, but its config.json is not: the merged model "
+            "gets the one that is there now.",
+        )
     return _Parts(base, folder, adapter, _recipe_of(request.run))
 
 

@@ -2,6 +2,7 @@
 
 import random
 from importlib.metadata import version
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -26,6 +27,7 @@ from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
+from studio.probe.fingerprint import FINGERPRINT, fingerprint
 from studio.probe.models import find_base
 from studio.runs.worker import Worker
 
@@ -60,7 +62,9 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     tell = PhaseTeller(worker.emit)
     tell("finding the base model")
     base = find_base(recipe.model.base, recipe.model.revision)
-    tokenizer = load_tokenizer(base_folder(base, tell), trust_remote_code=recipe.model.trust_remote_code)
+    folder = base_folder(base, tell)
+    trained_on = fingerprint(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     rows = read_rows(worker, tell, recipe, tokenizer)
 
     tell("loading the base model", detail=recipe.method)
@@ -134,7 +138,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         between.evaluate(0)
         between.sample(0)
     if between.stopping:
-        _finish(worker, between, start)
+        _finish(worker, between, start, trained_on)
         return
     tell("training")
     parts = LoopParts(
@@ -147,7 +151,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         emit=worker.emit,
     )
     end = train(parts, recipe.train, total, start, Hooks(between.after_step))
-    _finish(worker, between, end)
+    _finish(worker, between, end, trained_on)
 
 
 def _optimizer(worker: Worker, recipe: Recipe, model: PeftModel, device: torch.device) -> torch.optim.Optimizer:
@@ -166,7 +170,7 @@ def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
     return StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
 
 
-def _finish(worker: Worker, between: Between, end: Progress) -> None:
+def _finish(worker: Worker, between: Between, end: Progress, trained_on: dict[str, Any]) -> None:
     """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
     early = end.step < between.total_steps
     if end.step == 0:
@@ -183,7 +187,12 @@ def _finish(worker: Worker, between: Between, end: Progress) -> None:
         outcome="stopped" if early else "done",
         step=end.step,
         seconds=end.seconds,
-        result={"adapter": "adapter", "eval_loss": between.last_eval, "tokens": end.tokens},
+        result={
+            "adapter": "adapter",
+            "eval_loss": between.last_eval,
+            "tokens": end.tokens,
+            FINGERPRINT: trained_on,
+        },
     )
 
 

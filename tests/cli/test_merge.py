@@ -1,0 +1,50 @@
+"""`lora-studio merge`: what it asks the job for, and what it refuses before there is a job."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from studio.runs.job import MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from tests.cli.conftest import Cli
+
+
+def _asked(document: dict[str, str]) -> MergeRequest:
+    request = read_job(RunPaths(Path(document["path"])))
+    assert isinstance(request, MergeRequest)
+    return request
+
+
+@pytest.mark.parametrize(("words", "onto"), [((), "original"), (("--onto", "dequantized"), "dequantized")])
+def test_what_it_is_merged_onto(cli: Cli, recipe: Path, tmp_path: Path, words: tuple[str, ...], onto: str) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    outcome = cli("merge", run, "--out", str(tmp_path / "out"), *words, "--json")
+    assert outcome.code == 0, outcome.err
+    assert _asked(outcome.document).onto == onto
+
+
+@pytest.mark.parametrize("word", ["4bit", "nf4", "NF4", "quantized"])
+def test_four_bits_are_refused_with_the_reason_and_the_way(cli: Cli, recipe: Path, tmp_path: Path, word: str) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    outcome = cli("merge", run, "--out", str(tmp_path / "out"), "--onto", word)
+    assert outcome.code == 2
+    assert "would erase most of what was trained" in outcome.err
+    assert "then quantise the merged model" in " ".join(outcome.err.split())
+
+
+def test_an_unknown_word(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    outcome = cli("merge", run, "--out", str(tmp_path / "out"), "--onto", "sideways")
+    assert outcome.code == 2
+    assert "original, dequantized" in outcome.err
+
+
+def test_an_adapter_folder_inside_its_run_knows_the_run(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    path = Path(cli("train", str(recipe), "--json").document["path"])
+    words = ("--base", "embedded", "--json")
+    inside = cli("merge", str(path / "adapter"), "--out", str(tmp_path / "out"), *words).document
+    assert _asked(inside).run == str(path)
+    shutil.copytree(path / "adapter", tmp_path / "copied")
+    outside = cli("merge", str(tmp_path / "copied"), "--out", str(tmp_path / "out-2"), *words).document
+    assert _asked(outside).run == ""
