@@ -18,7 +18,7 @@ from widgets.gauge import Gauge, Reading
 
 if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
     from studio.tui.fixes import Fix
-    from studio.tui.forecast import Forecaster
+    from studio.tui.forecast import Forecaster, Outlook
     from studio.tui.trade import Side
 
 _PRICE_AFTER_SECONDS = 0.15
@@ -147,19 +147,26 @@ class Forecast(VerticalScroll):
             self._show_reason(self._reason)
             return
         from studio.tui.forecast import outlook_or_reason  # noqa: PLC0415  a thread has imported it by now
-        from studio.tui.reading import peak_words, reading_of  # noqa: PLC0415
-        from studio.tui.trade import sides_of  # noqa: PLC0415
+        from studio.tui.reading import reading_of  # noqa: PLC0415
 
         outlook = outlook_or_reason(self.forecaster, self._recipe)
         if isinstance(outlook, str):
             self._show_reason(outlook)
             return
         self._show_reading(reading_of(outlook))
-        self._update("#peak", Content("\n".join(peak_words(outlook, self.forecaster.card))))
+        self.call_after_refresh(self._show_words, self._recipe, outlook, self.forecaster)  # the gauge is drawn first
+        self._price_soon()
+
+    def _show_words(self, recipe: Recipe, outlook: "Outlook", forecaster: "Forecaster") -> None:
+        if recipe is not self._recipe or forecaster is not self.forecaster:
+            return
+        from studio.tui.reading import peak_words  # noqa: PLC0415  with the estimator
+        from studio.tui.trade import sides_of  # noqa: PLC0415
+
+        self._update("#peak", Content("\n".join(peak_words(outlook, forecaster.card))))
         if outlook.verdict in (None, "fits"):
             self._show_fixes([], None)
-        self._show_table(sides_of(self._recipe, self.forecaster, batches=False), waiting=True)
-        self._price_soon()
+        self._show_table(sides_of(recipe, forecaster, batches=False), waiting=True)
 
     def _show_reason(self, reason: str) -> None:
         self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))
