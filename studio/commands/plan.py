@@ -4,11 +4,12 @@ import argparse
 from dataclasses import dataclass, replace
 
 from studio.commands.options import add_json, add_set
+from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
-from studio.core.recipe import Recipe, choices_of
-from studio.core.recipe_parse import apply_settings, refuse, value_from_text
+from studio.core.recipe import Recipe
+from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_rank, target_names
 from studio.core.vram.estimate import VramEstimate, estimate_vram
@@ -18,21 +19,6 @@ from studio.probe.gpus import read_gpus
 from studio.probe.plan import budget_of, card_of, known_gpu
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
-
-_FLAGS = {
-    "method": "method",
-    "rank": "adapter.rank",
-    "targets": "adapter.targets",
-    "batch": "train.micro_batch",
-    "seq": "train.seq_len",
-    "optimizer": "train.optimizer",
-    "grad_checkpointing": "train.grad_checkpointing",
-    "attention": "train.attention",
-    "loss": "train.loss",
-    "dtype": "model.dtype",
-    "double_quant": "model.double_quant",
-}
-"""Flags and the recipe's fields that they set."""
 
 _MOST_GIB = 4096.0
 
@@ -52,17 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "recipe_word", metavar="RECIPE", nargs="?", help="a recipe's path or name; none takes the defaults"
     )
     parser.add_argument("--model", metavar="MODEL", help="a folder, a config.json, a .gguf, a hub id, or: embedded")
-    for flag in ("method", "optimizer", "attention", "loss"):
-        parser.add_argument(f"--{flag}", choices=choices_of(_FLAGS[flag]))
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="format of frozen weights and matrix products"
-    )
-    parser.add_argument("--rank", metavar="R")
-    parser.add_argument("--targets", metavar="NAMES", help="all-linear, or names joined by commas")
-    parser.add_argument("--batch", metavar="ROWS", help="rows at once")
-    parser.add_argument("--seq", metavar="TOKENS", help="tokens per row")
-    for flag in ("grad-checkpointing", "double-quant"):
-        parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction)
+    add_recipe_flags(parser)
     add_set(parser)
     parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="hf: the stock Trainer and peft")
     for flag, text in (
@@ -99,16 +75,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
+    settings = settings_of(args, without=("model",))
     if args.recipe_word:
-        recipe = load_recipe(find_recipe(args.recipe_word), args.set)
-    else:
-        recipe = apply_settings(Recipe().with_("train.accumulation", 1), args.set)
-    for flag, path in _FLAGS.items():
-        value = getattr(args, flag)
-        if value is not None:
-            recipe = recipe.with_(path, value_from_text(path, value) if isinstance(value, str) else value)
-    refuse(recipe.problems())
-    return recipe
+        return load_recipe(find_recipe(args.recipe_word), settings)
+    return apply_settings(Recipe().with_("train.accumulation", 1), settings)
 
 
 def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:

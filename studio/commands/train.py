@@ -5,6 +5,7 @@ import sys
 
 from studio.commands.follow import conclude, follow
 from studio.commands.options import add_json, add_runs_dir, add_set, module_of, root_of
+from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, say, write_json
 from studio.core.text import plain
 from studio.probe.preflight import PreflightReport
@@ -24,6 +25,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "save; a second one leaves it to do so alone. Exit 0: there is an adapter; 1: the run failed; 2: bad input.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")
+    parser.add_argument("--data", metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
+    add_recipe_flags(parser)
     parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
     add_set(parser)
     add_json(parser)
@@ -38,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         StudioError: The worker cannot be started.
     """
     to = sys.stderr if args.json else sys.stdout
-    recipe = load_recipe(find_recipe(args.recipe), args.set)
+    recipe = load_recipe(find_recipe(args.recipe), settings_of(args))
     paths = start_training(recipe, root_of(args), module=module_of(args, "train"), on_checked=tell_checked)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
