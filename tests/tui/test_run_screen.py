@@ -1,14 +1,16 @@
 """A run on the screen: what it shows while it lives and after it ended, and what the keys ask for."""
 
+import json
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
-from studio.core.events import Failed, Finished, Paused, Phase, Sampled, Saved, Started, StepDone, Warned
+from studio.core.events import Failed, Finished, Paused, Phase, Planned, Sampled, Saved, Started, StepDone, Warned
 from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
+from studio.tui.against_plan import planned_reading
 from studio.tui.app import StudioApp
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.screens.configure import ConfigureScreen
@@ -29,6 +31,7 @@ from tests.tui.stories import (
     train,
     until,
 )
+from widgets.gauge_picture import figure
 from widgets.line_plot import LinePlot
 from widgets.log_view import LogView
 
@@ -419,6 +422,66 @@ def test_a_prediction_is_drawn(tmp_path: Path) -> None:
             worker.emit(Finished, outcome="done")
 
         play(story, tmp_path, size=(160, 50), open_run=paths)
+
+
+PLAN = {
+    "peak_bytes": 6 * 2**30,
+    "components": {"base": 5 * 2**30, "activations": 2**30, "context": 2**29},
+    "ranges": {"allocated": {"low": 5 * 2**30, "expected": 6 * 2**30, "high": 7 * 2**30}},
+}
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1, "in the range"), (0.5, "100% over"), (2, "50% under")])
+def test_the_measured_peak_stands_beside_the_predicted_one(tmp_path: Path, factor: float, verdict: str) -> None:
+    paths = make_run(tmp_path)
+    plan = json.loads(json.dumps(PLAN), parse_int=lambda number: int(int(number) * factor))
+    paths.plan.write_text(json.dumps(plan))
+    with Worker(paths) as worker:
+        train(worker, range(1, 4))
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            row = next(line for line in shown(app).splitlines() if line.startswith(" peak "))
+            assert "█" in row
+            assert f"{figure(6 * factor)} GiB" in row
+            assert "measured 6.00" in row
+            assert verdict in row
+            worker.emit(Finished, outcome="done")
+
+        play(story, tmp_path, open_run=paths)
+
+
+def test_a_run_on_the_cpu_is_not_measured_against_a_card(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    paths.plan.write_text(json.dumps(PLAN))
+    with Worker(paths) as worker:
+        worker.emit(Started, job="train", method="lora", model="embedded")
+        worker.emit(
+            Planned,
+            total_steps=9,
+            trainable_parameters=1,
+            rows=9,
+            held_out_rows=1,
+            device="cpu",
+            dtype="fp32",
+            loss_path="full",
+        )
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            assert not app.screen.query_one("#against-plan").display
+            assert "predicted" not in shown(app)
+            worker.emit(Finished, outcome="done")
+
+        play(story, tmp_path, open_run=paths)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "{}", '{"components": {"base": "x"}}', '{"components": {"base": 1}, "ranges": {"allocated": []}}'],
+)
+def test_a_damaged_plan_shows_no_gauge(tmp_path: Path, damage: str) -> None:
+    paths = make_run(tmp_path)
+    paths.plan.write_text(damage)
+    assert planned_reading(paths) is None
 
 
 def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from textual.widgets import Footer
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.control import request, requested, withdraw
+from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
+from studio.tui.against_plan import planned_reading, with_measured
 from studio.tui.engine import Engine
 from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes
 from studio.tui.panels.notes import Notes
@@ -25,6 +27,7 @@ from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.confirm import Confirm
+from widgets.gauge import Gauge, Reading
 from widgets.log_view import LogView
 from widgets.tab_row import TabRow
 
@@ -54,6 +57,8 @@ class RunScreen(Screen[None]):
         &.-view-plots #plots, &.-view-samples #samples, &.-view-log #log, &.-view-notes #notes { display: block; }
         & LogView { padding: 0 1; }
         & TabRow { padding: 0 1; }
+        & #against-plan { height: 1; padding: 0 1; display: none; }
+        & #against-plan.-shown { display: block; }
     }
     RunScreen.-wide.-tall {
         & #plots { display: block; height: 3fr; }
@@ -72,11 +77,13 @@ class RunScreen(Screen[None]):
         self._feed = RunFeed(paths)
         self._glance: Glance | None = None
         self._resuming = False
+        self._planned: Reading | None = None
 
     def compose(self) -> ComposeResult:
         """Header, outcome, views, keys."""
         yield RunHeader(self.paths.name)
         yield Outcome()
+        yield Gauge(unit="GiB", label="peak", id="against-plan")
         yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(_VIEWS, start=1)], self.view)
         with Container(id="views"):
             yield RunPlots(id="plots")
@@ -87,7 +94,6 @@ class RunScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """Begin to look."""
-        self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
         self._look()
         self.set_interval(self._poll_seconds, self._look)
 
@@ -187,6 +193,7 @@ class RunScreen(Screen[None]):
         if glance.output:
             self.query_one(LogView).extend(glance.output)
         if glance.news or before is None:
+            self._show_against_plan(glance.history)
             self.query_one(RunPlots).show(glance.history)
             self.query_one(Samples).show(glance.history)
             self.query_one(Notes).show(glance.history)
@@ -194,6 +201,18 @@ class RunScreen(Screen[None]):
             self.view = "log"  # without steps there is nothing to plot
         if glance.behind:
             self.set_timer(_CATCH_UP_SECONDS, self._look)
+
+    def _show_against_plan(self, history: History) -> None:
+        """Show the estimate of the launch beside what was measured; it is one of a card, so a CPU run has none."""
+        if history.planned is None or not history.planned.device.startswith("cuda"):
+            return
+        if self._planned is None:
+            self._planned = planned_reading(self.paths) or Reading()
+            self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
+        if self._planned.parts:
+            gauge = self.query_one("#against-plan", Gauge)
+            gauge.reading = with_measured(self._planned, history.memory.peak_bytes)
+            gauge.set_class(True, "-shown")
 
     def _waits_for(self, status: Status) -> str:
         """Return a request that the worker has not answered yet, in words."""
