@@ -1,6 +1,8 @@
-"""Our loop against HF Trainer + PEFT: step time and peak memory on the embedded model, engines interleaved in one run.
+"""Our loop against HF Trainer + PEFT and TRL's SFTTrainer on the embedded model: time per step and peak tensor memory.
 
-Ratios compare within one run; the absolute numbers are this machine's.
+Engines take turns within one run and medians of the steps are compared: ratios count, absolute numbers are this
+machine's. Padding is not useful. Processor seconds are shown beside the wall clock's: a busy neighbour changes them
+less. TRL is no dependency of this project: where it is not installed its rows say so.
 `python -m tests.bench.bench_train [STEPS] [ROUNDS]`
 """
 
@@ -10,33 +12,72 @@ import subprocess
 import sys
 from typing import Any
 
+ENGINES = ("studio", "hf", "trl")
+SHAPES = ((8, 1), (1, 8))
+WARM_UP_STEPS = 2
+MEMORY_STEPS = 2
 
-def measure(engine: str, method: str, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.bench.engines", engine, method, str(steps)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+
+def measure(engine: str, **work: Any) -> dict[str, Any]:
+    """Run one engine in a process of its own."""
+    command = [sys.executable, "-m", "tests.bench.engines", engine, json.dumps(work)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise RuntimeError(f"{engine} broke:\n{done.stderr[-2000:]}")
     report: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
     return report
 
 
-def main(steps: int = 14, rounds: int = 3) -> None:
-    print(f"{steps} steps of 8 rows, rank 16 on all linear layers; median of {rounds} interleaved rounds")
-    print(f"{'method':8}{'engine':10}{'s/step':>9}{'peak RSS GB':>13}{'first loss':>12}{'last loss':>11}")
-    for method in ("lora", "qlora"):
-        seen: dict[str, list[dict[str, Any]]] = {"studio": [], "hf": []}
-        for _ in range(rounds):
-            for engine, reports in seen.items():
-                reports.append(measure(engine, method, steps))
-        figures = {}
+def speed(method: str, micro_batch: int, accumulation: int, steps: int, rounds: int) -> None:
+    """Print seconds per step of each engine, and how many times as long as ours they take."""
+    print(f"\n{method}, micro-batch {micro_batch} x {accumulation}: seconds a step (the same rows: tokens/s inversely)")
+    print(f"{'engine':10}{'wall':>8}{'x ours':>8}{'processor':>11}{'x ours':>8}{'first loss':>12}{'last loss':>11}")
+    seen: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    for _ in range(rounds):
         for engine, reports in seen.items():
-            seconds = statistics.median(report["seconds_per_step"] for report in reports)
-            peak = statistics.median(report["peak_resident_bytes"] for report in reports)
-            losses = reports[0]["losses"]
-            figures[engine] = (seconds, peak)
-            print(f"{method:8}{engine:10}{seconds:9.3f}{peak / 1e9:13.2f}{losses[0]:12.4f}{losses[-1]:11.4f}")
-        time_ratio = figures["studio"][0] / figures["hf"][0]
-        memory_ratio = figures["studio"][1] / figures["hf"][1]
-        print(f"{method:8}{'ratio':10}{time_ratio:9.2f}{memory_ratio:13.2f}")
+            reports.append(
+                measure(engine, method=method, steps=steps, micro_batch=micro_batch, accumulation=accumulation)
+            )
+    ours: dict[str, float] = {}
+    for engine, reports in seen.items():
+        if missing := reports[0].get("missing"):
+            print(f"{engine:10}not measured: {missing}")
+            continue
+        cells = []
+        for kind in ("wall_seconds", "processor_seconds"):
+            median = statistics.median(second for report in reports for second in report[kind][WARM_UP_STEPS:])
+            cells.append(f"{median:8.3f}{median / ours.setdefault(kind, median):8.2f}")
+        losses = reports[0]["losses"]
+        print(f"{engine:10}{'   '.join(cells)}{losses[0]:12.4f}{losses[-1]:11.4f}")
+
+
+def memory(method: str) -> None:
+    """Print the peak of tensor bytes above weights and adapter, at batch 4 x 256."""
+    print(f"\n{method}, batch 4 x 256: peak bytes of tensors above the loaded model; resident set of the process")
+    print(f"{'engine':10}{'tensors MB':>12}{'ours/its':>10}{'resident MB':>13}{'ours/its':>10}")
+    ours: list[float] = []
+    for engine in ENGINES:
+        counted = measure(
+            engine, method=method, steps=MEMORY_STEPS, micro_batch=4, accumulation=1, joined=True, memory=True
+        )
+        if missing := counted.get("missing"):
+            print(f"{engine:10}not measured: {missing}")
+            continue
+        plain = measure(engine, method=method, steps=MEMORY_STEPS, micro_batch=4, accumulation=1, joined=True)
+        both = [counted["peak_tensor_bytes"], plain["peak_resident_bytes"]]
+        ours = ours or both
+        cells = [f"{value / 1e6:12.0f}{own / value:10.2f}" for own, value in zip(ours, both, strict=True)]
+        print(f"{engine:10}{' '.join(cells)}")
+
+
+def main(steps: int = 10, rounds: int = 3) -> None:
+    """Print the tables."""
+    print(f"{steps} steps of 8 rows, rank 16 on all linear layers; medians over {rounds} interleaved rounds")
+    for method in ("lora", "qlora"):
+        memory(method)
+        for micro_batch, accumulation in SHAPES:
+            speed(method, micro_batch, accumulation, steps, rounds)
 
 
 if __name__ == "__main__":

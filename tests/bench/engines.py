@@ -1,19 +1,20 @@
-"""One engine, one process: trains a few steps on the embedded model, prints step times and peak resident set as JSON.
+"""One engine, one process: trains a few steps on the embedded model and prints what it saw as JSON. Run by bench_train.
 
-`python -m tests.bench.engines studio|hf lora|qlora STEPS`. Both get the same rows in the same order, the same
-micro-batches, adapter, learning rate and arithmetic (bf16 where the processor has it). Run by bench_train.
+Every engine gets the same rows in the same order, the same micro-batches, adapter, learning rate and arithmetic (bf16
+where the processor has it), without gradient checkpointing. `studio` may pack rows: it is part of the engine.
 """
 
 import json
 import resource
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -33,46 +34,113 @@ from studio.jobs.train.rows import Example, encode_rows
 from studio.jobs.train.step_model import StepModel
 from studio.probe.data import read_data
 from studio.probe.models import find_base
+from tests.core.test_vram_real_step import Storages, frozen_tensors
 
-MICRO_BATCH = 8
 CPU = torch.device("cpu")
-WARM_UP_STEPS = 2
+LONGEST = 256
 
 
-def parts(method: str, rows: int) -> tuple[PeftModel, Any, list[Example]]:
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is trained.
+
+    Attributes:
+        method: lora or qlora.
+        steps: Optimizer steps.
+        micro_batch: Rows at once.
+        accumulation: Micro-batches of a step.
+        joined: Rows are joined until they have 256 tokens each, instead of being taken as they are.
+        memory: Count the bytes of all tensors that are made; the times then mean nothing.
+    """
+
+    method: str
+    steps: int
+    micro_batch: int
+    accumulation: int
+    joined: bool = False
+    memory: bool = False
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch * self.accumulation
+
+
+class Clock:
+    """Wall and processor seconds of every step, and the peak of tensor bytes made since the model stood."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.processor: list[float] = []
+        self._began = (0.0, 0.0)
+
+    def start(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.wall.append(time.perf_counter() - self._began[0])
+        self.processor.append(time.process_time() - self._began[1])
+
+
+def model_and_rows(work: Work) -> tuple[PeftModel, Any, list[Example]]:
     base = find_base("embedded")
     tokenizer = load_tokenizer(base_folder(base))
     precision = choose_precision("auto", CPU)
     torch.manual_seed(17)
     frozen = load_base(
         base,
-        method=method,  # type: ignore[arg-type]
+        method=work.method,  # type: ignore[arg-type]
         dtype=precision.dtype,
         quant=FourBit(),
         attention="sdpa",
         device=CPU,
     )
     model = attach_adapter(frozen, AdapterSection(rank=16, alpha=32.0), grad_checkpointing=False)
-    data = read_data(Path("embedded"))
-    encoded, _ = encode_rows(list(data.rows)[:rows], tokenizer, seq_len=256, answers_only=True, warn=lambda text: None)
-    return model, tokenizer, list(encoded)
+    wanted = work.steps * work.rows_per_step
+    data = list(read_data(Path("embedded")).rows)
+    encoded, _ = encode_rows(data, tokenizer, seq_len=LONGEST, answers_only=True, warn=lambda text: None)
+    rows = _joined(encoded) if work.joined else list(encoded)
+    return model, tokenizer, [rows[index % len(rows)] for index in range(wanted)]
 
 
-def run_studio(method: str, steps: int, *, packed: bool = True) -> tuple[list[float], list[float]]:
-    model, tokenizer, rows = parts(method, steps * MICRO_BATCH)
-    section = TrainSection(
-        micro_batch=MICRO_BATCH, accumulation=1, learning_rate=2e-4, schedule="constant", warmup_fraction=0
-    )
+def _joined(rows: list[Example]) -> list[Example]:
+    ids, labels = (np.concatenate([getattr(row, name) for row in rows]) for name in ("input_ids", "labels"))
+    return [
+        Example(ids[start : start + LONGEST], labels[start : start + LONGEST])
+        for start in range(0, len(ids) - LONGEST, LONGEST)
+    ]
+
+
+class TensorBytes:
+    """The peak of bytes of tensors made above a loaded model; as a context, counts what is made within it."""
+
+    def __init__(self) -> None:
+        self._storages = Storages()
+        self._loaded = 0
+
+    def above(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """Take the model's weights as the ground: an operator that returns a view of one has made nothing."""
+        for tensor in (*frozen_tensors(model), *model.buffers()):
+            self._storages.track(tensor)
+        self._loaded = self._storages.peak = self._storages.live
+        return self._storages
+
+    @property
+    def peak(self) -> int:
+        return self._storages.peak - self._loaded
+
+
+def run_studio(work: Work, clock: Clock, counted: TensorBytes | None) -> list[float]:
+    model, tokenizer, rows = model_and_rows(work)
+    section = TrainSection(learning_rate=2e-4, schedule="constant", warmup_fraction=0)
     optimizer = build_optimizer(
         model.named_parameters(), kind="adamw_torch", learning_rate=2e-4, weight_decay=0.0, device=CPU, warn=print
     )
     precision = choose_precision("auto", CPU)
     step_model = StepModel(model, "chunked", precision.autocast)
-    batcher = Batcher(MICRO_BATCH, tokenizer.pad_token_id, CPU)
-    if packed and can_pack(step_model, rows, CPU):
-        batcher = replace(batcher, packed_tokens=MICRO_BATCH * max(len(row.input_ids) for row in rows))
+    batcher = Batcher(work.micro_batch, tokenizer.pad_token_id, CPU)
+    if can_pack(step_model, rows, CPU):
+        batcher = replace(batcher, packed_tokens=work.micro_batch * LONGEST)
     losses: list[float] = []
-    seconds: list[float] = []
 
     def emit(kind: type, **fields: Any) -> None:
         if kind.__name__ == "StepDone":
@@ -80,82 +148,98 @@ def run_studio(method: str, steps: int, *, packed: bool = True) -> tuple[list[fl
 
     class InOrder(StepBatches):
         def rows_of(self, step: int) -> list[Example]:
-            return rows[(step - 1) * MICRO_BATCH : step * MICRO_BATCH]
-
-    began = [time.perf_counter()]
+            clock.start()
+            return rows[(step - 1) * work.rows_per_step : step * work.rows_per_step]
 
     def after(progress: Progress) -> bool:
-        seconds.append(time.perf_counter() - began[0])
-        began[0] = time.perf_counter()
+        clock.stop()
         return False
 
     loop = LoopParts(
         step_model=step_model,
         optimizer=optimizer,
         scaler=precision.scaler(),
-        batches=InOrder(rows, batcher, rows_per_step=MICRO_BATCH, seed=0),
+        batches=InOrder(rows, batcher, rows_per_step=work.rows_per_step, seed=0),
         device=CPU,
         memory=MemoryWatch(emit, CPU),
         emit=emit,
     )
-    train(loop, section, steps, Progress(step=0, tokens=0, seconds=0.0, scaler={}), Hooks(after))
-    return losses, seconds
+    with counted.above(model) if counted else nullcontext():
+        train(loop, section, work.steps, Progress(step=0, tokens=0, seconds=0.0, scaler={}), Hooks(after))
+    return losses
 
 
-def run_hf(method: str, steps: int) -> tuple[list[float], list[float]]:
-    model, tokenizer, rows = parts(method, steps * MICRO_BATCH)
+def run_trainer(work: Work, clock: Clock, counted: TensorBytes | None, *, trl: bool) -> list[float]:
+    """Train with HF Trainer, or with TRL's SFTTrainer.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    kind: Any = Trainer
+    arguments: Any = TrainingArguments
+    if trl:
+        from trl import SFTConfig, SFTTrainer
+
+        kind, arguments = SFTTrainer, SFTConfig
+    model, tokenizer, rows = model_and_rows(work)
     table = Dataset.from_list([{"input_ids": list(r.input_ids), "labels": list(r.labels)} for r in rows])
-    precision = choose_precision("auto", CPU)
-    seconds: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        began = 0.0
-
+    class Timer(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter()
+            clock.start()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seconds.append(time.perf_counter() - self.began)
+            clock.stop()
 
-    class InOrder(Trainer):  # type: ignore[misc]
+    class InOrder(kind):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(table)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = InOrder(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=MICRO_BATCH,
-                max_steps=steps,
-                learning_rate=2e-4,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                bf16=precision.name == "bf16",
-                use_cpu=True,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                optim="adamw_torch",
-            ),
-            train_dataset=table,
-            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-            callbacks=[Clock()],
+        settings = arguments(
+            output_dir=folder,
+            per_device_train_batch_size=work.micro_batch,
+            gradient_accumulation_steps=work.accumulation,
+            gradient_checkpointing=False,
+            max_steps=work.steps,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=choose_precision("auto", CPU).name == "bf16",
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            optim="adamw_torch",
+            **({"max_length": LONGEST} if trl else {}),
         )
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, seconds
+        extra = {"processing_class": tokenizer} if trl else {}
+        extra |= {} if trl else {"data_collator": DataCollatorForSeq2Seq(tokenizer, padding=True)}
+        trainer = InOrder(model=model, args=settings, train_dataset=table, callbacks=[Timer()], **extra)
+        with counted.above(model) if counted else nullcontext():
+            trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main() -> None:
-    engine, method, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    losses, seconds = (run_studio if engine == "studio" else run_hf)(method, steps)
+def main(engine: str, words: str) -> None:
+    work, clock = Work(**json.loads(words)), Clock()
+    counted = TensorBytes() if work.memory else None
+    try:
+        if engine == "studio":
+            losses = run_studio(work, clock, counted)
+        else:
+            losses = run_trainer(work, clock, counted, trl=engine == "trl")
+    except ImportError as error:
+        print("RESULT " + json.dumps({"engine": engine, "missing": str(error)}))
+        return
     report = {
         "engine": engine,
-        "method": method,
-        "seconds_per_step": statistics.median(seconds[WARM_UP_STEPS:]),
+        **asdict(work),
+        "wall_seconds": clock.wall,
+        "processor_seconds": clock.processor,
+        "peak_tensor_bytes": counted.peak if counted else None,
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "losses": losses,
     }
@@ -163,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:3])
