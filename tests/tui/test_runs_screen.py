@@ -7,6 +7,7 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable
 
 from studio.core.events import Evaluated, Finished, Started, StepDone
+from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
@@ -27,6 +28,7 @@ from tests.tui.stories import (
     train,
     until,
 )
+from widgets.line_plot import LinePlot
 
 
 def ended(root: Path, name: str, outcome: str, at: float) -> RunPaths:
@@ -153,11 +155,113 @@ def test_the_list_follows_and_keeps_the_cursor(tmp_path: Path) -> None:
         play(story, tmp_path)
 
 
+def test_the_filter_narrows_and_escape_takes_it_away(tmp_path: Path) -> None:
+    ended(tmp_path, "first", "done", 1_000_000)
+    ended(tmp_path, "second", "stopped", 2_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: len(rows(app)) == 2)
+        await pilot.press("slash", *"finished fir")
+        await settle(pilot)
+        assert [row[1].partition("-")[0] for row in rows(app)] == ["first"]
+        assert "1 of 2 runs" in shown(app)
+        await pilot.press("enter", "enter")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert isinstance(app.screen, RunScreen)
+        assert app.screen.paths.name.startswith("first")
+        await pilot.press("escape", "escape")
+        await settle(pilot)
+        assert len(rows(app)) == 2
+        await pilot.press("escape")
+        await settle(pilot)
+        assert isinstance(app.screen, ConfigureScreen)
+
+    play(story, tmp_path)
+
+
+def test_a_run_is_deleted_after_a_question(tmp_path: Path) -> None:
+    kept = ended(tmp_path, "first", "done", 1_000_000)
+    doomed = ended(tmp_path, "second", "done", 2_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: len(rows(app)) == 2)
+        await pilot.press("d", "n")
+        await settle(pilot)
+        assert doomed.root.is_dir()
+        await pilot.press("d")
+        await settle(pilot)
+        assert "cannot be undone" in shown(app)
+        await pilot.press("y")
+        await until(pilot, lambda: len(rows(app)) == 1)
+        assert not doomed.root.exists()
+        assert kept.root.is_dir()
+
+    play(story, tmp_path)
+
+
+def test_a_live_run_is_not_deleted(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    with Worker(paths) as worker:
+        train(worker, range(1, 3))
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            await until(pilot, lambda: isinstance(app.screen, RunScreen))
+            await pilot.press("escape", "o")
+            await until(pilot, lambda: rows(app))
+            await pilot.press("d")
+            await settle(pilot)
+            assert isinstance(app.screen, RunsScreen)
+            assert "stop it first" in shown(app)
+            worker.emit(Finished, outcome="done")
+
+        play(story, tmp_path)
+    assert paths.root.is_dir()
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_marked_runs_are_compared(tmp_path: Path, size: tuple[int, int]) -> None:
+    for number, rank in enumerate((8, 64)):
+        recipe = Recipe(name=f"r{rank}").with_("adapter.rank", rank)
+        paths = make_run(tmp_path, f"r{rank}", recipe, now=1_000_000 * (number + 1))
+        with Worker(paths) as worker:
+            train(worker, range(1, 41))
+            worker.emit(Finished, outcome="done", step=40)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: len(rows(app)) == 2)
+        await pilot.press("space", "c")
+        await settle(pilot)
+        assert "mark 2 to 4" in shown(app)
+        await pilot.press("down", "space")
+        await settle(pilot)
+        assert [row[1][:2] for row in rows(app)] == ["* ", "* "]
+        await pilot.press("c")
+        await until(pilot, lambda: "2 runs; 1 field" in shown(app))
+        cells = {row[0]: row[1:] for row in rows(app)}
+        assert cells["adapter.rank"] == ["64", "8"]
+        assert cells["steps"] == ["40/100", "40/100"]
+        assert cells["held-out loss"] == ["4.000", "4.000"]
+        assert "Training loss, smoothed" in shown(app)
+        plot = app.screen.query_one(LinePlot)
+        assert all(plot._picture.has_points(key) for key in "12")
+        await pilot.press("e")
+        await settle(pilot)
+        assert "Held-out loss" in shown(app)
+        await pilot.press("l", "escape")
+        await settle(pilot)
+        assert isinstance(app.screen, RunsScreen)
+
+    play(story, tmp_path, size=size)
+
+
 def test_no_runs_yet(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("o")
         await until(pilot, lambda: "No runs yet" in shown(app))
-        await pilot.press("enter", "R")
+        await pilot.press("enter", "R", "d", "space", "c")
         await settle(pilot)
         assert isinstance(app.screen, RunsScreen)
 

@@ -10,17 +10,19 @@ from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import DataTable, Footer, Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.status import Status
-from studio.runs.store import RunInfo, list_runs
+from studio.runs.store import RunInfo, list_runs, remove_run
 from studio.tui.asks import OpenRun
 from studio.tui.engine import Engine
 from studio.tui.readable import UNKNOWN, number
+from studio.tui.screens.confirm import Confirm
 
 _COLUMNS = ("status", "name", "step", "loss", "held-out", "started", "method", "model")
 _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green", Status.starting: "green"}
@@ -33,6 +35,11 @@ class RunsScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Open", priority=True),
         Binding("R", "resume", "Resume"),
+        Binding("space", "mark", "Mark"),
+        Binding("c", "compare", "Compare"),
+        Binding("d", "remove", "Delete"),
+        Binding("slash", "filter", "Filter"),
+        Binding("down", "to_table", "To the list", show=False),
         Binding("escape", "leave", "Back"),
     ]
 
@@ -40,6 +47,8 @@ class RunsScreen(Screen[None]):
     RunsScreen {
         & #runs-head { height: 1; padding: 0 1; text-style: bold; }
         & DataTable { height: 1fr; }
+        & #runs-filter { display: none; }
+        & #runs-filter.-shown { display: block; }
     }
     """
 
@@ -64,10 +73,13 @@ class RunsScreen(Screen[None]):
         self._runs_root, self._engine, self._lister = runs_root, engine, lister
         self._every_seconds = 4 * poll_seconds
         self._infos: dict[str, RunInfo] = {}
+        self._rows: dict[str, list[Text]] = {}
+        self._marked: set[str] = set()
 
     def compose(self) -> ComposeResult:
-        """Head, table, keys."""
+        """Head, filter, table, keys."""
         yield Static("Runs", id="runs-head", markup=False)
+        yield Input(placeholder="a part of status, name, method or model", compact=True, id="runs-filter")
         yield DataTable[Text](cursor_type="row", zebra_stripes=True)
         yield Footer(show_command_palette=False)
 
@@ -76,37 +88,56 @@ class RunsScreen(Screen[None]):
         table = self._table
         for column in _COLUMNS:
             table.add_column(column, key=column)
+        table.focus()
         self._read()
         self.set_interval(self._every_seconds, self._read)
 
     def on_runs_screen_listed(self, message: Listed) -> None:
-        """Show what was read; only cells that changed are repainted."""
-        infos = {info.name: info for info in message.infos}
-        table = self._table
-        if list(infos) != list(self._infos):
-            chosen = self._chosen
+        """Show what was read."""
+        self._infos = {info.name: info for info in message.infos}
+        self._marked &= set(self._infos)
+        self._show_rows()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Narrow the list."""
+        event.stop()
+        self._show_rows()
+
+    def _show_rows(self) -> None:
+        """Show the runs that the filter lets through; only cells that changed are repainted."""
+        words, table = self._filter.value.lower().split(), self._table
+        rows = {
+            name: cells
+            for name, info in self._infos.items()
+            if (cells := _cells(info, name in self._marked)) and all(word in _searched(info) for word in words)
+        }
+        before, chosen = self._rows, self._chosen
+        self._rows = rows
+        if list(rows) != list(before):
             table.clear()
-            for info in message.infos:
-                table.add_row(*_cells(info), key=info.name)
-            if chosen is not None and chosen.name in infos:
+            for name, cells in rows.items():
+                table.add_row(*cells, key=name)
+            if chosen is not None and chosen.name in rows:
                 table.move_cursor(row=table.get_row_index(chosen.name))
         else:
-            for name, info in infos.items():
-                for column, cell, old in zip(_COLUMNS, _cells(info), _cells(self._infos[name]), strict=True):
+            for name, cells in rows.items():
+                for column, cell, old in zip(_COLUMNS, cells, before[name], strict=True):
                     if cell.plain != old.plain:
                         table.update_cell(name, column, cell)
-        self._infos = infos
-        root = plain(str(self._runs_root), one_line=True)
-        head = (
-            f"{len(infos)} run{'s' * (len(infos) != 1)} in {root}"
-            if infos
-            else f"No runs yet in {root}. Escape goes back, r starts one."
-        )
-        self.query_one("#runs-head", Static).update(head)
+        self.query_one("#runs-head", Static).update(self._head())
+
+    def _head(self) -> str:
+        root, count = plain(str(self._runs_root), one_line=True), len(self._infos)
+        if not count:
+            return f"No runs yet in {root}. Escape goes back, r starts one."
+        fewer = f"{len(self._rows)} of " if len(self._rows) != count else ""
+        return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
 
     def action_open(self) -> None:
-        """Watch the chosen run."""
-        if self._chosen is not None:
+        """Watch the chosen run; in the filter, go to the list."""
+        if self._filter.has_focus:
+            self._table.focus()
+        elif self._chosen is not None:
             self.post_message(OpenRun(self._chosen.paths))
 
     def action_resume(self) -> None:
@@ -119,9 +150,57 @@ class RunsScreen(Screen[None]):
             return
         self._resume(info)
 
+    def action_filter(self) -> None:
+        """Type what the list is narrowed to."""
+        self._filter.set_class(True, "-shown")
+        self._filter.focus()
+
+    def action_to_table(self) -> None:
+        """From the filter to the list."""
+        self._table.focus()
+
+    def action_mark(self) -> None:
+        """Mark the chosen run for a comparison, or take the mark back."""
+        if self._chosen is not None:
+            self._marked ^= {self._chosen.name}
+            self._show_rows()
+
+    def action_compare(self) -> None:
+        """Put the marked runs beside each other."""
+        from studio.tui.comparison import MOST  # noqa: PLC0415  needed only for this
+        from studio.tui.screens.compare import CompareScreen  # noqa: PLC0415
+
+        marked = [info.paths for name, info in self._infos.items() if name in self._marked]
+        if 2 <= len(marked) <= MOST:
+            self.app.push_screen(CompareScreen(marked))
+        else:
+            self.app.notify(f"{len(marked)} marked: mark 2 to {MOST} runs with space.", markup=False)
+
+    def action_remove(self) -> None:
+        """Ask, then delete the chosen run with its checkpoints and adapter."""
+        info = self._chosen
+        if info is None:
+            return
+        if info.status.live:
+            self.app.notify("The run is alive: stop it first.", markup=False)
+            return
+        name = plain(info.name, one_line=True, limit=_LONGEST)
+        question = Content(f"Delete {name} with its log, checkpoints and adapter? This cannot be undone.")
+
+        def decide(answer: bool | None) -> None:
+            if answer:
+                self._remove(info)
+
+        self.app.push_screen(Confirm(question, "delete it"), decide)
+
     def action_leave(self) -> None:
-        """Go back."""
-        self.dismiss()
+        """Take the filter away; without one go back."""
+        if self._filter.has_class("-shown"):
+            self._filter.value = ""
+            self._filter.set_class(False, "-shown")
+            self._table.focus()
+        else:
+            self.dismiss()
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """A click on the chosen row opens it."""
@@ -137,6 +216,14 @@ class RunsScreen(Screen[None]):
             return
         self.post_message(OpenRun(info.paths))
 
+    @work(thread=True, group="remove")
+    def _remove(self, info: RunInfo) -> None:
+        try:
+            remove_run(info.paths)
+        except StudioError as error:
+            self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
+        self.app.call_from_thread(self._read)
+
     @work(thread=True, exclusive=True, group="list")
     def _read(self) -> None:
         self.post_message(self.Listed(self._lister(self._runs_root)))
@@ -146,12 +233,20 @@ class RunsScreen(Screen[None]):
         return self.query_one(DataTable)
 
     @property
+    def _filter(self) -> Input:
+        return self.query_one("#runs-filter", Input)
+
+    @property
     def _chosen(self) -> RunInfo | None:
-        names, row = list(self._infos), self._table.cursor_row
+        names, row = [name for name in self._rows if name in self._infos], self._table.cursor_row
         return self._infos[names[row]] if 0 <= row < len(names) else None
 
 
-def _cells(info: RunInfo) -> list[Text]:
+def _searched(info: RunInfo) -> str:
+    return " ".join(str(word) for word in (info.status, info.name, info.method, info.model)).lower()
+
+
+def _cells(info: RunInfo, marked: bool) -> list[Text]:
     """Return a row. Text objects, because a table reads strings as markup."""
     step = (
         UNKNOWN if info.last_step is None else f"{info.last_step}/{info.total}" if info.total else str(info.last_step)
@@ -160,7 +255,8 @@ def _cells(info: RunInfo) -> list[Text]:
     words = [plain(word or UNKNOWN, one_line=True, limit=_LONGEST) for word in (info.name, info.method, info.model)]
     numbers = [_loss(info.last_loss), _loss(info.eval_loss)]
     status = Text(str(info.status), style=_STYLES.get(info.status, ""))
-    return [status, *(Text(text) for text in (words[0], step, *numbers, began, *words[1:]))]
+    name = f"{'* ' if marked else ''}{words[0]}"
+    return [status, *(Text(text) for text in (name, step, *numbers, began, *words[1:]))]
 
 
 def _loss(value: float | None) -> str:

@@ -1,0 +1,126 @@
+"""Up to four runs beside each other: curves over each other, recipe differences and outcomes below."""
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+from rich.text import Text
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import DataTable, Footer, Static
+
+from studio.runs.layout import RunPaths
+from studio.tui.comparison import MOST, Compared, difference_rows, outcome_rows, read_compared
+from widgets.line_picture import Hue
+from widgets.line_plot import Curve, LinePlot
+from widgets.smooth import Smoother
+
+_STEPS_PER_LOOK_BACK = 25
+
+
+class CompareScreen(Screen[None]):
+    """Reads the runs once. `e` switches between the smoothed training loss and the held-out loss."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("e", "turn_loss", "Held-out/training"),
+        Binding("l", "log_axis", "Log axis"),
+        Binding("escape", "leave", "Back"),
+    ]
+
+    DEFAULT_CSS = """
+    CompareScreen {
+        & #compare-head { height: 1; padding: 0 1; text-style: bold; }
+        & LinePlot { height: 3fr; padding: 0 1; }
+        & DataTable { height: 2fr; }
+    }
+    """
+
+    class Read(Message):
+        """The runs were read."""
+
+        def __init__(self, runs: list[Compared]) -> None:
+            """Carry them."""
+            super().__init__()
+            self.runs = runs
+
+    def __init__(self, paths: Sequence[RunPaths]) -> None:
+        """Compare two to four runs."""
+        super().__init__()
+        self._paths = tuple(paths)[:MOST]
+        self._runs: list[Compared] = []
+        self._held_out = False
+
+    def compose(self) -> ComposeResult:
+        """Head, plot, table, keys."""
+        curves = [
+            Curve(str(index), _short(paths.name, len(self._paths)), hue=cast(Hue, index))
+            for index, paths in enumerate(self._paths, start=1)
+        ]
+        yield Static("Reading the runs ...", id="compare-head", markup=False)
+        yield LinePlot(curves, title="", x_label="step")
+        yield DataTable[Text](cursor_type="row", zebra_stripes=True)
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Read."""
+        self._read()
+
+    def on_compare_screen_read(self, message: Read) -> None:
+        """Show what was read."""
+        self._runs = message.runs
+        table = cast("DataTable[Text]", self.query_one(DataTable))
+        table.add_columns("", *(Text(_short(run.name, len(self._runs))) for run in self._runs))
+        differences = difference_rows(self._runs)
+        for row in [*outcome_rows(self._runs), *differences]:
+            table.add_row(*(Text(cell) for cell in row))
+        self._show_curves()
+
+    def action_turn_loss(self) -> None:
+        """Show the other loss."""
+        self._held_out = not self._held_out
+        self._show_curves()
+
+    def action_log_axis(self) -> None:
+        """Show the loss on the other kind of axis."""
+        plot = self.query_one(LinePlot)
+        plot.log_y = not plot.log_y
+
+    def action_leave(self) -> None:
+        """Go back."""
+        self.dismiss()
+
+    def _show_curves(self) -> None:
+        plot = self.query_one(LinePlot)
+        plot.x_total = float(max((run.history.total_steps or 0 for run in self._runs), default=0))
+        for index, run in enumerate(self._runs, start=1):
+            plot.replace(str(index), *_held_out(run) if self._held_out else _smoothed(run))
+        what = "Held-out loss" if self._held_out else "Training loss, smoothed"
+        count = len(difference_rows(self._runs))
+        differ = (
+            f"{count} field{'s' * (count != 1)} of the recipes differ{'s' * (count == 1)}"
+            if count
+            else "the recipes are alike"
+        )
+        self.query_one("#compare-head", Static).update(f"{what} of {len(self._runs)} runs; {differ}")
+
+    @work(thread=True)
+    def _read(self) -> None:
+        self.post_message(self.Read([read_compared(paths) for paths in self._paths]))
+
+
+def _held_out(run: Compared) -> tuple[list[int], list[float]]:
+    return [event.step for event in run.history.evals], [event.loss for event in run.history.evals]
+
+
+def _smoothed(run: Compared) -> tuple[list[int], list[float]]:
+    train = run.history.train
+    window = min(100, max(3, len(train.steps) / _STEPS_PER_LOOK_BACK))
+    return list(train.steps), Smoother(1 - 1 / window).feed(train.losses)
+
+
+def _short(name: str, runs: int) -> str:
+    """Return the end of a name: what tells runs of one recipe apart is the time."""
+    room = 60 // max(1, runs)
+    return name if len(name) <= room else f"...{name[3 - room :]}"
