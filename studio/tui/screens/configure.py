@@ -13,7 +13,7 @@ from textual.screen import Screen
 from textual.widgets import Footer
 
 from studio.core.errors import StudioError
-from studio.core.recipe import Recipe
+from studio.core.recipe import PATHS, Recipe
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun, ShowRuns
 from studio.tui.engine import Engine
@@ -42,6 +42,8 @@ class ConfigureScreen(Screen[None]):
         Binding("g", "choose_card", "Card"),
         Binding("v", "turn_view", "Memory"),
         Binding("o", "show_runs", "Runs"),
+        Binding("s", "save", "Save"),
+        Binding("O", "open", "Open"),
         Binding("q", "app.quit", "Quit"),
     ]
 
@@ -215,6 +217,22 @@ class ConfigureScreen(Screen[None]):
                 self._plan_for(name)
 
         self.app.push_screen(CardScreen(self._forecast.planned), take)
+
+    def action_save(self) -> None:
+        """Save the recipe."""
+        from studio.tui.screens.recipe_dialogs import ask_to_save  # noqa: PLC0415  not needed for the first frame
+
+        ask_to_save(self.app, self.recipe)
+
+    def action_open(self) -> None:
+        """Show another recipe; u brings the one of before back."""
+        from studio.tui.screens.recipe_dialogs import ask_to_open  # noqa: PLC0415  not needed for the first frame
+
+        ask_to_open(self.app, self._open)
+
+    def _open(self, recipe: Recipe) -> None:
+        self._undo = tuple((path, self.recipe.get(path)) for path in PATHS)
+        self._take(recipe)
 
     def action_turn_view(self) -> None:
         """Where there is room for one: the memory in place of the recipe, or back."""
