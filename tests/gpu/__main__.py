@@ -75,14 +75,29 @@ def checks(bench: Bench) -> Iterator[tuple[str, Callable[[], str]]]:
     for optimizer in OPTIMIZERS:
         recipe = bench.recipe.with_("train.optimizer", optimizer).with_("train.steps", 30)
 
-        def falls(recipe: Recipe = recipe) -> str:
-            losses = bench.run(recipe).train.losses
-            assert losses[-1] < 0.5 * losses[0], list(losses)
-            return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
-
-        yield f"{optimizer}: the loss halves in 30 steps", falls
+        yield f"{optimizer}: the loss halves in 30 steps", lambda recipe=recipe: halves(bench, recipe)
+    for method in ("lora", "qlora"):
+        yield f"{method}: packed rows have the losses of padded rows", lambda method=method: packed(bench, method)
+    for method, init in (("lora", "pissa"), ("qlora", "loftq"), ("qlora", "gaussian")):
+        recipe = bench.recipe.with_("method", method).with_("adapter.init", init).with_("train.steps", 30)
+        yield f"{method} {init}: the loss halves in 30 steps", lambda recipe=recipe: halves(bench, recipe)
     for method in ("lora", "qlora"):
         yield f"{method} on the embedded model", lambda method=method: embedded(bench, method)
+
+
+def halves(bench: Bench, recipe: Recipe) -> str:
+    """Train and return how the loss fell."""
+    losses = bench.run(recipe).train.losses
+    assert losses[-1] < 0.5 * losses[0], list(losses)
+    return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+
+
+def packed(bench: Bench, method: str) -> str:
+    """Train the same rows padded and packed; returns how far the losses are apart."""
+    recipe = bench.recipe.with_("method", method).with_("model.dtype", "fp32")
+    padded, tight = (bench.run(recipe.with_("train.packing", word)) for word in ("off", "on"))
+    assert not [warning for warning in tight.warnings if warning.topic == "packing"], "rows were not packed"
+    return close(list(tight.train.losses), list(padded.train.losses), 5e-3)
 
 
 def embedded(bench: Bench, method: str) -> str:

@@ -21,6 +21,7 @@ from studio.jobs.train.step_model import StepModel
 
 _PROBE_TOKENS = 48
 _ROUNDS = 2
+_LONG_SECONDS = 5.0
 _WORTH_IT = 0.95
 """Packing is taken when a step takes at most this share of the padded one's time: less is within the noise."""
 
@@ -57,17 +58,19 @@ def choose(
     step_model.train()
     try:
         with torch.random.fork_rng(devices=cuda):
-            for _ in range(1 + _ROUNDS):
+            _step_seconds(step_model, some, padded)  # a warm-up: kernels are chosen and memory is taken in it
+            for _ in range(_ROUNDS):
                 for batcher in (padded, tight):
                     seconds[batcher is tight].append(_step_seconds(step_model, some, batcher))
+                if seconds[False][-1] + seconds[True][-1] > _LONG_SECONDS:
+                    break  # long measurements need no second one
     except torch.OutOfMemoryError:
         # Padded batches of short rows are smaller; where they are too large as well, step 1 says so.
         step_model.zero_grad(set_to_none=True)
         return padded
     finally:
         step_model.train(was_training)
-    # The first round warms up: kernels are chosen and memory is taken in it.
-    loose, close = (min(seconds[way][1:]) for way in (False, True))
+    loose, close = (min(seconds[way]) for way in (False, True))
     better = tight if close <= _WORTH_IT * loose else padded
     word = "packed" if better is tight else "padded"
     tell("choosing packed or padded rows", 1.0, detail=f"packed {close:.3g} s, padded {loose:.3g} s: {word}")
