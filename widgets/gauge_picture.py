@@ -12,6 +12,9 @@ FREE, LINE, OVER, NOTE, STRONG = "free", "line", "over", "note", "strong"
 _BEYOND = 1.04
 """How far the axis reaches past a value that lies over the capacity."""
 
+_NOTHING = 0.005
+"""What would be written as 0.00 is not named."""
+
 Level = Literal["", "good", "doubtful", "bad"]
 Run = tuple[str, str]
 """Text and its look: `part-1` and so on, or one of the names above, or a level."""
@@ -99,10 +102,12 @@ def whisker(reading: Reading, width: int) -> list[Run]:
 
 
 def legend(reading: Reading, width: int) -> list[list[Run]]:
-    """Return rows that name every part with its pattern and value; each row holds as many as fit."""
+    """Return rows that name every part that is something, with pattern and value; a row holds as many as fit."""
     rows: list[list[Run]] = [[]]
     used = 0
     for index, part in enumerate(reading.parts):
+        if part.value < _NOTHING:
+            continue
         number = index % len(PATTERNS)
         text = f" {part.label} {figure(part.value)}"
         if used and used + 3 + len(text) > width:

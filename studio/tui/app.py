@@ -14,7 +14,7 @@ from textual import work
 from textual.app import App
 from textual.binding import Binding, BindingType
 from textual.message import Message
-from textual.screen import Screen
+from textual.screen import ModalScreen, Screen
 
 from studio.core.recipe import Recipe
 from studio.core.text import plain
@@ -31,7 +31,10 @@ class StudioApp(App[None]):
     """Opens screens that other screens ask for, and leaves without ending what runs."""
 
     TITLE = "lora-studio"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("q,ctrl+q", "quit", "Quit", show=False)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q,ctrl+q", "quit", "Quit", show=False),
+        Binding("question_mark", "help", "Help", show=False),
+    ]
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  declared without ClassVar by Textual
         (0, "-narrow"),
         (100, "-wide"),
@@ -115,6 +118,22 @@ class StudioApp(App[None]):
 
         live = [paths for paths in self._seen.values() if run_status(paths).live]
         self.exit(message=_farewell([paths.name for paths in live]) if live else None)
+
+    def action_help(self) -> None:
+        """Explain the keys of the screen and, where a recipe is turned, its fields."""
+        from studio.tui.screens.help import HelpScreen  # noqa: PLC0415  not needed for the first frame
+
+        screen = self.screen
+        if isinstance(screen, ModalScreen):
+            return
+        keys = [
+            (active.binding.key, active.binding.description)
+            for active in screen.active_bindings.values()
+            if active.enabled
+            and active.node in (screen, self)
+            and not active.binding.key.startswith(("ctrl+", "super+"))
+        ]
+        self.push_screen(HelpScreen(keys, fields=screen is self._configure))
 
     @work(thread=True)
     def _find_live(self) -> None:

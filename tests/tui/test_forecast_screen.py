@@ -101,7 +101,7 @@ def test_f_makes_it_fit_and_u_takes_back_only_that(tmp_path: Path, size: tuple[i
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)
         assert gauge_of(app).reading.verdict == "does not fit"
-        assert "f Make it fit" in shown(app)
+        assert "f Fit" in shown(app)
         assert "u Undo" not in shown(app)
         if size == WIDE:
             await until(pilot, lambda: "f makes it fit: micro-batch 12 ->" in shown(app))
@@ -112,7 +112,7 @@ def test_f_makes_it_fit_and_u_takes_back_only_that(tmp_path: Path, size: tuple[i
         assert gauge_of(app).reading.verdict == "fits"
         assert fitted.rows_per_step == LARGE.rows_per_step
         assert "undoes" in shown(app), "it says what was changed"
-        assert "f Make it fit" not in shown(app)
+        assert "f Fit" not in shown(app)
         await pilot.press("right", "u")
         await settle(pilot)
         assert screen_of(app).recipe == LARGE.with_("adapter.rank", 32), "later turns stay"

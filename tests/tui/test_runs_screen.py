@@ -244,7 +244,7 @@ def test_marked_runs_are_compared(tmp_path: Path, size: tuple[int, int]) -> None
         assert cells["adapter.rank"] == ["64", "8"]
         assert cells["steps"] == ["40/100", "40/100"]
         assert cells["held-out loss"] == ["4.000", "4.000"]
-        assert "Training loss, smoothed" in shown(app)
+        assert "Training loss (smoothed)" in shown(app)
         plot = app.screen.query_one(LinePlot)
         assert all(plot._picture.has_points(key) for key in "12")
         await pilot.press("e")

@@ -65,6 +65,8 @@ def test_a_legend_wraps_and_carries_every_pattern_and_number() -> None:
     assert rows == ["█ base 5.31  ▓ adapter 0.16", "▒ optim 0.31  ░ activ 2.20"]
     assert all(len(row) <= 30 for row in rows)
     assert len(legend(FITS, 80)) == 1
+    without = Reading((Part("base", 5.0), Part("logits", 0.004), Part("other", 0.5)))
+    assert [text(row) for row in legend(without, 80)] == ["█ base 5.00  ▒ other 0.50"], "each keeps its pattern"
 
 
 @pytest.mark.parametrize(

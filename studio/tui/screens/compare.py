@@ -26,6 +26,7 @@ class CompareScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e", "turn_loss", "Held-out/training"),
         Binding("l", "log_axis", "Log axis"),
+        Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
     ]
 
@@ -96,7 +97,7 @@ class CompareScreen(Screen[None]):
         plot.x_total = float(max((run.history.total_steps or 0 for run in self._runs), default=0))
         for index, run in enumerate(self._runs, start=1):
             plot.replace(str(index), *_held_out(run) if self._held_out else _smoothed(run))
-        what = "Held-out loss" if self._held_out else "Training loss, smoothed"
+        what = "Held-out loss" if self._held_out else "Training loss (smoothed)"
         count = len(difference_rows(self._runs))
         differ = (
             f"{count} field{'s' * (count != 1)} of the recipes differ{'s' * (count == 1)}"

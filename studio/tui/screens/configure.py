@@ -37,13 +37,14 @@ class ConfigureScreen(Screen[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "launch", "Run"),
         Binding("m", "turn_method", "LoRA/QLoRA"),
-        Binding("f", "make_fit", "Make it fit"),
+        Binding("f", "make_fit", "Fit"),
         Binding("u", "undo_fit", "Undo"),
         Binding("g", "choose_card", "Card"),
         Binding("v", "turn_view", "Memory"),
         Binding("o", "show_runs", "Runs"),
-        Binding("s", "save", "Save"),
-        Binding("O", "open", "Open"),
+        Binding("s", "save", "Save", show=False),
+        Binding("O", "open", "Open", show=False),
+        Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("q", "app.quit", "Quit"),
     ]
 
@@ -62,7 +63,7 @@ class ConfigureScreen(Screen[None]):
         & #work { layout: horizontal; }
         & RecipeForm { width: 1fr; height: 1fr; display: block; }
         & #side { width: 1fr; border-top: none; border-left: solid $foreground 20%; }
-        & Forecast { display: block; height: auto; max-height: 75%; }
+        & Forecast { display: block; height: auto; max-height: 80%; }
         & Advice { display: block; border-top: solid $foreground 20%; }
     }
     """

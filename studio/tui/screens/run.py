@@ -43,6 +43,7 @@ class RunScreen(Screen[None]):
         Binding("p", "pause", "Pause/go on"),
         Binding("c", "checkpoint", "Checkpoint"),
         Binding("R", "resume", "Resume"),
+        Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
         Binding("tab", "next_view(1)", "View", priority=True),
         Binding("shift+tab", "next_view(-1)", "View before", show=False, priority=True),

@@ -40,6 +40,7 @@ class RunsScreen(Screen[None]):
         Binding("d", "remove", "Delete"),
         Binding("slash", "filter", "Filter"),
         Binding("down", "to_table", "To the list", show=False),
+        Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
     ]
 

@@ -1,0 +1,102 @@
+"""Keys of a screen and, on the configure screen, every field: made from the bindings and the knobs themselves."""
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from studio.core.knobs import KNOBS
+from studio.tui.form_fields import SECTIONS, words_of
+
+_KEY_WIDTH = 14
+_NAMES = {
+    "left": "←",
+    "right": "→",
+    "up": "↑",
+    "down": "↓",
+    "question_mark": "?",
+    "slash": "/",
+    "escape": "esc",
+    "shift+tab": "⇧tab",
+}
+
+_SLIDER_KEYS = (
+    ("← →", "one stop less, more"),
+    ("PgDn PgUp", "several stops"),
+    ("home end", "first, last stop"),
+    ("0-9", "type a value, enter takes it"),
+    ("mouse", "drag, click or wheel"),
+    ("↑ ↓", "field before, next field"),
+)
+
+
+class HelpScreen(ModalScreen[None]):
+    """Scrolls; any of its keys closes it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "leave", "Back")]
+
+    DEFAULT_CSS = """
+    HelpScreen {
+        align: center middle;
+        & > VerticalScroll {
+            width: 84;
+            max-width: 95%;
+            height: 90%;
+            padding: 0 1;
+            border: round $primary;
+            background: $surface;
+        }
+        & Static { height: auto; }
+    }
+    """
+
+    def __init__(self, keys: Iterable[tuple[str, str]], *, fields: bool) -> None:
+        """Show keys with what they do.
+
+        Args:
+            keys: Key and description.
+            fields: Whether to explain every field of a recipe, too.
+        """
+        super().__init__()
+        self._text = help_text(tuple(keys), fields=fields)
+
+    def compose(self) -> ComposeResult:
+        """The text."""
+        with VerticalScroll() as box:
+            box.border_title = "Help"
+            box.border_subtitle = "esc closes"
+            yield Static(self._text, markup=False)
+
+    def action_leave(self) -> None:
+        """Close."""
+        self.dismiss()
+
+
+def help_text(keys: tuple[tuple[str, str], ...], *, fields: bool) -> Content:
+    """Return the keys and, where asked for, the fields by section."""
+    parts: list[str | tuple[str, str]] = [("Keys\n", "bold")]
+    parts += [f"  {_shown(key):{_KEY_WIDTH}}{words}\n" for key, words in keys]
+    if fields:
+        parts.append(("\nOn a slider\n", "bold"))
+        parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _SLIDER_KEYS]
+        for heading, paths in SECTIONS:
+            parts.append((f"\n{heading or 'The run'}\n", "bold"))
+            for path in paths:
+                parts += _field(path)
+    return Content.assemble(*parts)
+
+
+def _field(path: str) -> list[str | tuple[str, str]]:
+    words, knob = words_of(path), KNOBS.get(path)
+    limits = f", {knob.allowed}" if knob else ""
+    cost = f" {words.cost}" if words.cost else ""
+    return [(f"  {words.label}", "underline"), (f"  {path}{limits}\n", "dim"), f"    {words.help}{cost}\n"]
+
+
+def _shown(key: str) -> str:
+    return _NAMES.get(key, key)

@@ -1,0 +1,49 @@
+"""Help: the keys of the screen that it was asked on, and every field of a recipe on the configure screen."""
+
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from studio.core.recipe import PATHS
+from studio.tui.app import StudioApp
+from studio.tui.form_fields import words_of
+from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.help import HelpScreen, help_text
+from studio.tui.screens.runs import RunsScreen
+from tests.tui.stories import NARROW, WIDE, play, settle, shown
+
+
+def test_every_field_is_explained_with_its_limits() -> None:
+    told = help_text((("r", "Run"),), fields=True).plain
+    assert "r             Run" in told
+    for path in PATHS:
+        assert f"{path}" in told
+        assert words_of(path).help in told
+    assert "1 to 1024" in told
+    assert "On a slider" not in help_text((), fields=False).plain
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_help_is_of_the_screen_it_was_asked_on(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("question_mark")
+        await settle(pilot)
+        assert isinstance(app.screen, HelpScreen)
+        assert "LoRA/QLoRA" in shown(app)
+        assert "On a slider" in shown(app)
+        await pilot.press("question_mark")
+        await settle(pilot)
+        assert isinstance(app.screen, ConfigureScreen)
+        await pilot.press("o")
+        await settle(pilot)
+        await pilot.press("question_mark")
+        await settle(pilot)
+        assert isinstance(app.screen, HelpScreen)
+        assert "Compare" in shown(app)
+        assert "On a slider" not in shown(app)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert isinstance(app.screen, RunsScreen)
+
+    play(story, tmp_path, size=size)
