@@ -18,8 +18,8 @@ from studio.jobs.merge.streamed import streamed_logits
 from studio.jobs.merge.tensor_files import TensorFiles
 
 _SAMPLE = 4
-_WORK = 5e11
-"""Parameters times tokens of one pass: some ten seconds on two cores."""
+_WORK = 2e11
+"""Parameters times tokens of one pass: a few seconds on two cores."""
 _FEWEST_TOKENS, _MOST_TOKENS = 48, 384
 _ADVICE = "the disk or the memory may be faulty; look at the system's log, then merge again"
 
