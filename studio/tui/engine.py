@@ -7,14 +7,17 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from studio.core.errors import StudioError
-from studio.core.recipe import Recipe
+from studio.core.errors import BadInput, StudioError
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.text import plain
 from studio.runs.layout import RunPaths
 
 if TYPE_CHECKING:
+    from studio.core.shape import ModelShape
     from studio.tui.forecast import Forecaster
 
 _NO_GRACE = 0.0
@@ -58,14 +61,31 @@ def _card() -> str:
     return f"{gpu.name}{total}{more}{used}{heat}"
 
 
+def _shape(base: str, revision: str) -> "ModelShape":
+    from studio.probe.shape import find_shape  # noqa: PLC0415  0.1 s
+
+    try:
+        here = base == EMBEDDED or Path(base).expanduser().exists()
+        return find_shape(base, revision) if here else _hub_shape(base, revision)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such home, a NUL
+        raise BadInput(f"The model {plain(base, one_line=True, limit=80)} cannot be looked at: {error}.") from None
+
+
+@lru_cache(maxsize=32)
+def _hub_shape(base: str, revision: str) -> "ModelShape":
+    """A model of the hub is asked for once: each look at the card would ask again."""
+    from studio.probe.shape import find_shape  # noqa: PLC0415
+
+    return find_shape(base, revision)
+
+
 def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     from studio.core.gpu_catalogue import find_gpu  # noqa: PLC0415  0.15 s with the rest
     from studio.probe.gpus import read_gpus  # noqa: PLC0415
     from studio.probe.plan import card_of, known_gpu  # noqa: PLC0415
-    from studio.probe.shape import find_shape  # noqa: PLC0415
     from studio.tui.forecast import Card, Forecaster  # noqa: PLC0415
 
-    shape = find_shape(recipe.model.base, recipe.model.revision)
+    shape = _shape(recipe.model.base, recipe.model.revision)
     if planned:
         gpu = find_gpu(planned)
         return Forecaster(shape, Card(gpu, gpu.total_bytes, planned=True))

@@ -1,5 +1,8 @@
 """The forecast on the configure screen: gauge, table, warning, fix and undo, the card that is planned for."""
 
+import asyncio
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,12 +11,14 @@ from textual.pilot import Pilot
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.tui.app import StudioApp
+from studio.tui.engine import Engine
 from studio.tui.forecast import Card, Forecaster
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.run import RunScreen
 from tests.tui.stories import (
+    EIGHT_B,
     HOSTILE,
     NARROW,
     WIDE,
@@ -216,3 +221,67 @@ def test_a_recipe_with_problems_has_no_estimate_and_no_fix(tmp_path: Path) -> No
         assert screen_of(app).recipe.adapter.rank == 0
 
     play(story, tmp_path, recipe=Recipe().with_("adapter.rank", 0))
+
+
+def test_a_late_answer_about_another_model_is_passed_over(tmp_path: Path) -> None:
+    """A hub may take its time, and the user may have named another model meanwhile."""
+    sized, gate = forecaster_on(card_of()), threading.Event()
+
+    def find(recipe: Recipe, planned: str) -> Forecaster:
+        if recipe.model.base == "slow/model":
+            gate.wait(10)
+            return forecaster_on(card_of("Tesla T4"))(recipe, planned)
+        return sized(recipe, planned)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+        screen._form.focus_field("model.base")
+        await pilot.press("ctrl+u", *"embedded", "enter")
+        while not gauge_of(app).reading.parts:
+            await pilot.pause(0.02)
+        gate.set()
+        await settle(pilot)
+        assert gauge_of(app).reading.capacity == pytest.approx(24564 / 1024)
+
+    app = StudioApp(
+        Recipe().with_("model.base", "slow/model"),
+        runs_root=tmp_path / "runs",
+        engine=engine_that(Asked(), forecaster=find),
+    )
+
+    async def run() -> None:
+        async with app.run_test(size=WIDE) as pilot:
+            await pilot.pause()
+            await story(pilot, app)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 5), (40, 12), (300, 90)])
+def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        await pilot.press("v", "v", "right", "f", "u")
+        await pilot.resize_terminal(*NARROW)
+        await until(pilot, lambda: "does not fit" in shown(app).splitlines()[1])
+
+    play(story, tmp_path, size=size, recipe=LARGE)
+
+
+def test_the_real_engine_sizes_a_folder_and_keeps_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(EIGHT_B))
+    engine, recipe = Engine(), Recipe().with_("model.base", str(folder))
+    found = engine.forecaster(recipe, "RTX 4090")
+    assert found.shape.parameters == pytest.approx(8.03e9, rel=0.01)
+    assert found.card.planned
+    assert found.outlook(recipe).verdict == "fits"
+    here = engine.forecaster(recipe.with_("device.device", "cpu"), "")
+    assert here.card == Card()
+    for word in (str(tmp_path / "none"), "~nobody-of-that-name/x", "a" * 5000, "a\0b"):
+        with pytest.raises(BadInput):
+            engine.forecaster(recipe.with_("model.base", word), "")
+    engine.keep_planned("RTX 4090")
+    assert engine.recall_planned() == "RTX 4090"

@@ -50,20 +50,26 @@ class Forecast(VerticalScroll):
     class Ready(Message):
         """A model and a card are known, or why not."""
 
-        def __init__(self, ground: "Forecaster | str") -> None:
-            """Carry what can estimate, or the reason why nothing can."""
+        def __init__(self, sought: Recipe, planned: str, ground: "Forecaster | str") -> None:
+            """Carry what was sought, and what can estimate it or the reason why nothing can."""
             super().__init__()
-            self.ground = ground
+            self.sought, self.planned, self.ground = sought, planned, ground
 
     class Priced(Message):
         """What takes longer was worked out for a recipe."""
 
         def __init__(
-            self, recipe: Recipe, sides: "dict[Method, Side]", fixes: "list[Fix]", first: "Fix | None"
+            self,
+            recipe: Recipe,
+            forecaster: "Forecaster",
+            sides: "dict[Method, Side]",
+            fixes: "list[Fix]",
+            first: "Fix | None",
         ) -> None:
-            """Carry the table, the fixes and what `f` would do."""
+            """Carry what it is for, the table, the fixes and what `f` would do."""
             super().__init__()
-            self.recipe, self.sides, self.fixes, self.first = recipe, sides, fixes, first
+            self.recipe, self.forecaster = recipe, forecaster
+            self.sides, self.fixes, self.first = sides, fixes, first
 
     def __init__(self, recipe: Recipe, *, engine: Engine) -> None:
         """Follow a recipe, at first without a model."""
@@ -92,11 +98,7 @@ class Forecast(VerticalScroll):
 
     def follow(self, recipe: Recipe) -> None:
         """Show what a recipe needs. Costs microseconds where it was worked out before, else about a millisecond."""
-        moved = (recipe.model.base, recipe.model.revision, recipe.device.device) != (
-            self._recipe.model.base,
-            self._recipe.model.revision,
-            self._recipe.device.device,
-        )
+        moved = _ground_of(recipe) != _ground_of(self._recipe)
         self._recipe = recipe
         if moved:
             self.forecaster, self._reason = None, _READING
@@ -104,8 +106,10 @@ class Forecast(VerticalScroll):
         self._show()
 
     def on_forecast_ready(self, message: Ready) -> None:
-        """Estimate with what was found."""
+        """Estimate with what was found, unless something else is wanted by now: a hub may answer late."""
         message.stop()
+        if _ground_of(message.sought) != _ground_of(self._recipe) or message.planned != self.planned:
+            return
         if isinstance(message.ground, str):
             self.forecaster, self._reason = None, message.ground
         else:
@@ -115,7 +119,7 @@ class Forecast(VerticalScroll):
     def on_forecast_priced(self, message: Priced) -> None:
         """Show what was worked out, unless the recipe has moved on."""
         message.stop()
-        if message.recipe is self._recipe:
+        if message.recipe is self._recipe and message.forecaster is self.forecaster:
             self._show_table(message.sides, waiting=False)
             self._show_fixes(message.fixes, message.first)
 
@@ -125,7 +129,7 @@ class Forecast(VerticalScroll):
             ground: Forecaster | str = self._engine.forecaster(recipe, planned)
         except StudioError as error:
             ground = str(error)
-        self.post_message(self.Ready(ground))
+        self.post_message(self.Ready(recipe, planned, ground))
 
     @work(thread=True, exclusive=True, group="price")
     def _price(self, recipe: Recipe, forecaster: "Forecaster") -> None:
@@ -139,7 +143,7 @@ class Forecast(VerticalScroll):
             first = fix_that_fits(recipe, forecaster) if short else None
         except StudioError:
             return
-        self.post_message(self.Priced(recipe, sides, fixes, first))
+        self.post_message(self.Priced(recipe, forecaster, sides, fixes, first))
 
     def _show(self) -> None:
         """Show gauge, words and the quick rows of the table; begin to price the rest."""
@@ -210,3 +214,8 @@ class Forecast(VerticalScroll):
             return
         same = isinstance(before, Content) and width > 0 and before.get_height({}, width) == text.get_height({}, width)
         widget.update(text, layout=not same)
+
+
+def _ground_of(recipe: Recipe) -> tuple[str, str, str]:
+    """Return what decides which model and which card are meant."""
+    return recipe.model.base, recipe.model.revision, recipe.device.device
