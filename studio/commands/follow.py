@@ -98,10 +98,13 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
     if plot:
         # Made by our own code of finite numbers: the one text that carries escapes of its own.
         print(plot, file=to, flush=True)
-    steps = f" after {summary['steps']} steps" if summary["job"] != "merge" else ""
+    steps = f" after {summary['steps']} steps" if summary["job"] not in ("merge", "export") else ""
     say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
     if summary["out"]:
-        say(f"merged model: {plain(summary['out'], one_line=True)}", to=to)
+        say(
+            f"{'exported' if summary['job'] == 'export' else 'merged'} model: {plain(summary['out'], one_line=True)}",
+            to=to,
+        )
     elif summary["adapter"]:
         say(f"adapter: {plain(summary['adapter'], one_line=True)}", to=to)
     elif summary["job"] == "train":

@@ -9,11 +9,15 @@ from studio.core.text import plain
 _LEAST_FREE_BYTES = 200 * 10**6
 
 
-def check_space(folder: Path) -> None:
+def check_space(folder: Path, needed_bytes: int = _LEAST_FREE_BYTES) -> None:
     """Make sure that a run can at least begin on this disk.
 
+    Args:
+        folder: On the disk; need not exist yet.
+        needed_bytes: At least 200 MB are wanted in any case.
+
     Raises:
-        BadInput: Less than 200 MB are free there.
+        BadInput: Less is free there.
     """
     place = folder.absolute()
     while not place.exists() and place != place.parent:
@@ -22,9 +26,11 @@ def check_space(folder: Path) -> None:
         free = shutil.disk_usage(place).free
     except OSError:
         return
-    if free < _LEAST_FREE_BYTES:
+    needed = max(needed_bytes, _LEAST_FREE_BYTES)
+    if free < needed:
         shown = plain(str(place), one_line=True)
         raise BadInput(
             f"only {free / 1e6:.0f} MB are free on the disk of {shown}; a run needs at least "
-            f"{_LEAST_FREE_BYTES / 1e6:.0f} MB. Free some space or choose another place with --runs-dir."
+            f"{needed / 1e6:.0f} MB. Free some space or choose another place with "
+            f"{'--runs-dir' if needed == _LEAST_FREE_BYTES else '--out'}."
         )

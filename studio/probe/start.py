@@ -30,7 +30,7 @@ def prepare_run(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] |
     """Make a run's folder and write what it is asked to do; nothing is left behind when that fails.
 
     Args:
-        job: A recipe with absolute paths, or a merge.
+        job: A recipe with absolute paths, a merge or an export.
         runs_root: Where runs live.
         now: Unix seconds; becomes part of the name.
         plan: The memory estimate at launch, ready for JSON; None where there is none.
@@ -38,8 +38,7 @@ def prepare_run(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] |
     Raises:
         BadInput: The folder cannot be made or written.
     """
-    name = job.name if isinstance(job, Recipe) else f"merge-{_STAMP.sub('', Path(job.run or job.adapter).name)}"
-    paths = new_run(runs_root, name, now)
+    paths = new_run(runs_root, _name_of(job), now)
     try:
         write_job(paths, job)
         if plan is not None:
@@ -80,7 +79,7 @@ def start_training(
     check_space(runs_root)
     on_checked(report)
     plan = plan_for(report.recipe, report.base) if plan is None else plan
-    return _launch(prepare_run(report.recipe, runs_root, now(), plan), module, launching)
+    return launch_prepared(prepare_run(report.recipe, runs_root, now(), plan), module, launching)
 
 
 def start_merge(
@@ -106,7 +105,29 @@ def start_merge(
     """
     check_merge(request)
     check_space(runs_root)
-    return _launch(prepare_run(request, runs_root, now()), module, launching)
+    return launch_prepared(prepare_run(request, runs_root, now()), module, launching)
+
+
+def check_out(out: Path) -> None:
+    """Check that nothing lies where a model is to be written.
+
+    Raises:
+        BadInput: Something does.
+    """
+    shown = plain(str(out), one_line=True)
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
+    except OSError as error:
+        raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
+
+
+def _name_of(job: Job) -> str:
+    if isinstance(job, Recipe):
+        return job.name
+    if isinstance(job, MergeRequest):
+        return f"merge-{_STAMP.sub('', Path(job.run or job.adapter).name)}"
+    return f"export-{job.format}-{_STAMP.sub('', Path(job.source).name)}"
 
 
 def check_merge(request: MergeRequest) -> None:
@@ -128,12 +149,7 @@ def check_merge(request: MergeRequest) -> None:
         refuse_quantised(base)
         if base.path is not None:
             refuse_another_base(request.run, base.path)
-    shown = plain(str(out), one_line=True)
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
-    except OSError as error:
-        raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
+    check_out(out)
     find_adapter(adapter)
 
 
@@ -172,7 +188,12 @@ def refuse_another_base(run: str, folder: Path) -> None:
         )
 
 
-def _launch(paths: RunPaths, module: str, launching: dict[str, Any]) -> RunPaths:
+def launch_prepared(paths: RunPaths, module: str, launching: dict[str, Any]) -> RunPaths:
+    """Launch the worker of a prepared run; where that fails, no folder is left.
+
+    Raises:
+        StudioError: The process cannot be started.
+    """
     try:
         launch(paths, module, **launching)
     except KeyboardInterrupt:

@@ -1,7 +1,8 @@
 """What a run was asked to do. `recipe.toml` of a training run is the recipe; other jobs name themselves in it."""
 
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TypeVar
 
 import tomlkit
 
@@ -13,7 +14,7 @@ from studio.runs.atomic import write_whole
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe
 
-MODULES = {"train": "studio.jobs.train", "merge": "studio.jobs.merge"}
+MODULES = {"train": "studio.jobs.train", "merge": "studio.jobs.merge", "export": "studio.jobs.export"}
 """The module that does each kind of job, started as `python -m MODULE RUN`."""
 
 ONTO = ("original", "dequantized")
@@ -44,12 +45,33 @@ class MergeRequest:
     run: str = ""
 
 
-Job = Recipe | MergeRequest
+@dataclass(frozen=True, slots=True)
+class ExportRequest:
+    """A merged model in fewer bits.
+
+    Attributes:
+        source: Absolute path of the merged model's folder.
+        out: Absolute path of the folder that the quantised model gets.
+        format: One of `EXPORT_FORMATS`.
+    """
+
+    source: str
+    out: str
+    format: str
+
+
+EXPORT_FORMATS = ("nf4", "int8")
+"""bitsandbytes' 4-bit NormalFloat with double quantisation, and its 8-bit integers with outliers kept apart."""
+
+Job = Recipe | MergeRequest | ExportRequest
+_Request = TypeVar("_Request", MergeRequest, ExportRequest)
 
 
 def kind_of(job: Job) -> str:
     """Return the short name of a job's kind, a key of `MODULES`."""
-    return "merge" if isinstance(job, MergeRequest) else "train"
+    if isinstance(job, Recipe):
+        return "train"
+    return "merge" if isinstance(job, MergeRequest) else "export"
 
 
 def write_job(paths: RunPaths, job: Job) -> None:
@@ -58,7 +80,8 @@ def write_job(paths: RunPaths, job: Job) -> None:
     Raises:
         OSError: The folder cannot be written.
     """
-    text = dump_recipe(job) if isinstance(job, Recipe) else tomlkit.dumps({"job": "merge", "merge": asdict(job)})
+    kind = kind_of(job)
+    text = dump_recipe(job) if isinstance(job, Recipe) else tomlkit.dumps({"job": kind, kind: asdict(job)})
     write_whole(paths.recipe, text)
 
 
@@ -78,14 +101,20 @@ def read_job(paths: RunPaths) -> Job:
     kind = table.get("job", "train")
     if kind == "train":
         return recipe_from_dict(table)
+    if kind == "export":
+        return _request(ExportRequest, name, table.get("export"))
     if kind != "merge":
         raise BadInput(f"the run {name} is a job of the kind {kind!r}, which this version does not know: update it.")
-    return _merge_request(name, table.get("merge"))
+    return _request(MergeRequest, name, table.get("merge"))
 
 
-def _merge_request(name: str, table: object) -> MergeRequest:
-    known = [item.name for item in fields(MergeRequest)]
+def _request(kind: type[_Request], name: str, table: object) -> _Request:
     values = {key: value for key, value in table.items() if isinstance(value, str)} if isinstance(table, dict) else {}
-    if not {"adapter", "base", "out"} <= values.keys() <= set(known):
-        raise BadInput(f"the table [merge] of the run {name} is damaged: wanted texts named {', '.join(known)}.")
-    return MergeRequest(**values)
+    known = {item.name for item in fields(kind)}
+    needed = {item.name for item in fields(kind) if item.default is MISSING}
+    if not needed <= values.keys() <= known:
+        wanted = ", ".join(sorted(known))
+        raise BadInput(
+            f"the table of the job in recipe.toml of the run {name} is damaged: wanted texts named {wanted}."
+        )
+    return kind(**values)

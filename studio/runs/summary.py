@@ -37,8 +37,8 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
 
 
 def _merged(history: History) -> str | None:
-    """Where a merge left its model."""
-    return next((event.path for event in history.saved if event.what == "merged"), None)
+    """Where a merge or an export left its model."""
+    return next((event.path for event in history.saved if event.what in ("merged", "exported")), None)
 
 
 def peak_bytes(history: History) -> int | None:

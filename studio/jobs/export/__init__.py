@@ -1,0 +1,1 @@
+"""Writing a merged model in fewer bits."""

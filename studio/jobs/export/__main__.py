@@ -1,0 +1,26 @@
+"""The export job: `python -m studio.jobs.export RUN_DIR`, started by `studio.runs.supervise`."""
+
+import os
+import sys
+from pathlib import Path
+
+from studio.core.errors import BadInput
+from studio.runs.job import ExportRequest, read_job
+from studio.runs.worker import Worker, run_job
+
+
+def _body(worker: Worker) -> None:
+    request = read_job(worker.paths)
+    if not isinstance(request, ExportRequest):
+        raise BadInput("this run is not an export")
+    # The card, if there is one, may be busy with a training run; rounding weights needs none.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from studio.jobs.export.job import export_run  # noqa: PLC0415  torch, after the lock is held
+
+    export_run(worker, request)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m studio.jobs.export RUN_DIR")
+    sys.exit(run_job(Path(sys.argv[1]), _body))

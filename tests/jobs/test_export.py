@@ -1,0 +1,99 @@
+"""Exports as their users load them: quantised for real, as close to the merged model as said, with its tokenizer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from studio.jobs.export import job
+from studio.runs.control import request
+from studio.runs.job import ExportRequest, write_job
+from studio.runs.layout import RunPaths
+from studio.runs.worker import run_job
+from tests.fakes.tiny_model import CHAT_TEMPLATE, make_tiny_model
+from tests.jobs.conftest import history_of
+
+Export = Callable[[Path, Path, str], RunPaths]
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Export:
+    """Run the export job in this process; returns its run."""
+    from studio.jobs.export.__main__ import _body
+
+    def run(source: Path, out: Path, form: str) -> RunPaths:
+        paths = RunPaths(tmp_path / f"export-{len(list(tmp_path.glob('export-*')))}")
+        paths.root.mkdir()
+        write_job(paths, ExportRequest(str(source), str(out), form))
+        run_job(paths.root, _body)
+        return paths
+
+    return run
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    return make_tiny_model(tmp_path / "merged", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("form", "kind", "bits"), [("nf4", "Linear4bit", 4), ("int8", "Linear8bitLt", 8)])
+def test_the_folder_loads_quantised_and_answers_alike(
+    merged: Path, export: Export, tmp_path: Path, form: str, kind: str, bits: int
+) -> None:
+    paths = export(merged, tmp_path / "out", form)
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
+    layers = [module for module in model.modules() if type(module).__name__ == kind]
+    assert len(layers) == 14
+    assert {layer.weight.dtype.itemsize for layer in layers} == {1}
+    stored = sum(layer.weight.numel() for layer in layers) * 8 / bits
+    assert stored == sum(p.numel() for n, p in _plain(merged).named_parameters() if n.endswith("proj.weight"))
+    report = json.loads(paths.report.read_text())
+    assert report["loss"]["tokens"] > 100
+    assert 0 < report["loss"]["mean_kl"] < {"nf4": 2.0, "int8": 0.2}[form]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def _plain(folder: Path) -> torch.nn.Module:
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    return model
+
+
+def test_a_stopped_export_leaves_nothing(
+    merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = job._keep_files
+
+    def stopping(source: Path, aside: Path) -> None:
+        keep(source, aside)
+        request(RunPaths(tmp_path / "export-0"), "stop")
+
+    monkeypatch.setattr(job, "_keep_files", stopping)
+    finished = history_of(export(merged, tmp_path / "out", "nf4")).finished
+    assert finished is not None
+    assert finished.outcome == "stopped"
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_full_disk_leaves_nothing(
+    merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, aside: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job, "_keep_files", full)
+    assert history_of(export(merged, tmp_path / "out", "nf4")).failed is not None
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_is_quantised_already_is_refused(merged: Path, export: Export, tmp_path: Path) -> None:
+    export(merged, tmp_path / "once", "nf4")
+    failed = history_of(export(tmp_path / "once", tmp_path / "twice", "int8")).failed
+    assert failed is not None
+    assert "quantised already" in failed.message
+    assert not (tmp_path / "twice").exists()
