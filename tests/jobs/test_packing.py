@@ -106,17 +106,18 @@ def test_no_row_sees_another(family: str, changes: dict[str, Any], loss: str) ->
             assert before == after, "what the other row says is seen"
 
 
-def test_a_model_that_mixes_tokens_is_found_out() -> None:
-    step_model = step_model_of("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.5, 0.02])
+def test_a_model_that_mixes_tokens_is_found_out(dtype: torch.dtype, share: float) -> None:
+    """A little of the token before, as a short convolution has it: at the border that is another row's."""
+    step_model = step_model_of("llama").to(dtype)
     layer = step_model.causal.model.layers[0].mlp
     forward = layer.forward
-
-    def mixing(hidden: torch.Tensor) -> torch.Tensor:
-        return forward(hidden + 0.5 * hidden.cumsum(1))
-
-    layer.forward = mixing
+    layer.forward = lambda hidden: forward(hidden + share * hidden.roll(1, dims=1))
     assert not can_pack(step_model, rows(12, 15), CPU)
     assert step_model.causal.config._attn_implementation == "sdpa"
+    layer.forward = forward
+    assert can_pack(step_model, rows(12, 15), CPU)
 
 
 def test_lengths_that_are_ignored_are_found_out() -> None:
