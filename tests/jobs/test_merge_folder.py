@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from studio.jobs.merge import job, shards, write_steps
+from studio.jobs.merge import job, memory, shards, write_steps
 from studio.runs.control import request
 from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
@@ -301,3 +301,64 @@ def test_the_tokenizer_of_the_base_serves_where_the_adapter_has_none(
     assert not (adapter / "tokenizer.json").exists()
     merge(adapter, base, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
+
+
+def test_a_memory_without_room_is_seen_before_anything_is_written(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory_type = namedtuple("memory_type", "available")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: memory_type(1000))
+    assert "of memory" in _failure(merge(adapter, base, tmp_path / "out"))
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("qwen2", {"target_modules": "all-linear", "use_dora": True}),
+        ("gemma2", {"target_modules": "all-linear"}),
+        ("mixtral", {"target_modules": ATTENTION, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+        ("qwen3_moe", {"target_modules": ATTENTION, "target_parameters": ["experts.gate_up_proj"]}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    ],
+)
+def test_the_whole_job_on_every_family(
+    tmp_path: Path, merge: Merge, family: str, config: dict[str, Any], small_shards: None
+) -> None:
+    base = make_base(tmp_path / "base", family, torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", base, **config)
+    paths = merge(adapter, base, tmp_path / "out")
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    assert (_merged_logits(tmp_path / "out") - _meant_logits(base, adapter)).abs().max() < 2e-4
+    closeness = json.loads(paths.report.read_text())["closeness"]
+    assert closeness["same_top_token"] == 1.0
+    assert closeness["largest_logit_difference"] < 2e-4
+
+
+def test_a_model_that_cannot_be_run_in_pieces_is_merged_and_said(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*called: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(job, "compare_logits", broken)
+    paths = merge(adapter, base, tmp_path / "out")
+    assert json.loads(paths.report.read_text())["closeness"] is None
+    assert ["no such luck" in event.message for event in history_of(paths).warnings] == [True]
+    assert _merged_logits(tmp_path / "out").isfinite().all()
+
+
+def test_a_file_that_is_not_what_was_made_is_not_published(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = job.write_folder_files
+
+    def flipping(out: Path, *called: Any, **more: Any) -> None:
+        write(out, *called, **more)
+        data = bytearray((out / "model.safetensors").read_bytes())
+        data[-20_000:] = bytes(20_000)
+        (out / "model.safetensors").write_bytes(data)
+
+    monkeypatch.setattr(job, "write_folder_files", flipping)
+    assert "is not what was made" in _failure(merge(adapter, base, tmp_path / "out"))
+    assert not list(tmp_path.glob("*out*"))

@@ -55,6 +55,11 @@ def write_folder_files(
     (out / CONFIG).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def tokenizer_folder(adapter: Path, base: Path) -> Path:
+    """Return the folder whose tokenizer the merged model gets."""
+    return adapter if _has_tokenizer(adapter) else base
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file() and any((folder / name).is_file() for name in _VOCABULARIES)
 

@@ -103,8 +103,9 @@ def compare(merged: Tensor, separate: Tensor) -> Closeness:
     )
 
 
-def encode(texts: Sequence[str], tokenizer: Any, parameters: int) -> tuple[Tensor, Tensor]:
+def encode(texts: Sequence[str], tokenizer: Any, steps: MergeSteps) -> tuple[Tensor, Tensor]:
     """Return ids and mask `[batch, seq]` of some texts, as many tokens as a model of this size can do in seconds."""
+    parameters = sum(torch.Size(output.shape).numel() for step in steps.steps for output in step.outputs)
     budget = int(min(_MOST_TOKENS, max(_FEWEST_TOKENS, _WORK / max(1, parameters))))
     each = max(8, budget // len(texts))
     rows = [tokenizer(text, add_special_tokens=False).input_ids[:each] or [0] for text in texts]
