@@ -59,7 +59,7 @@ def peak_words(outlook: Outlook, card: Card) -> list[str]:
 def card_words(card: Card) -> str:
     """Return which card the estimate is for."""
     if card.gpu is None:
-        return "No NVIDIA card here: g plans for one."
+        return "This run has no NVIDIA card: g plans for one."
     name = plain(card.gpu.name, one_line=True, limit=60)
     total = f"{gib(card.gpu.total_bytes)} GiB"
     if card.planned:

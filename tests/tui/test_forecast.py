@@ -157,7 +157,7 @@ def test_the_words_name_stage_room_card_and_others() -> None:
     planned = peak_words(on_4090().outlook(LARGE), card_of("RTX 4090", planned=True))
     assert "GiB over" in planned[0]
     assert "Planned for RTX 4090" in planned[1]
-    assert "No NVIDIA card" in peak_words(on(Card()).outlook(SMALL), Card())[1]
+    assert "no NVIDIA card" in peak_words(on(Card()).outlook(SMALL), Card())[1]
 
 
 @pytest.mark.parametrize(("spills", "fate"), [(False, "out of memory"), (True, "main memory")])

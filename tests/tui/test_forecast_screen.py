@@ -169,7 +169,7 @@ def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)
-        assert "No NVIDIA card here: g plans for one" in shown(app)
+        assert "This run has no NVIDIA card: g plans for one" in shown(app)
         assert gauge_of(app).reading.capacity is None
         await pilot.press("g")
         await settle(pilot)

@@ -276,12 +276,18 @@ def test_hostile_names_and_models(tmp_path: Path) -> None:
         worker.emit(Started, job="train", model=HOSTILE, method=HOSTILE)
         worker.emit(Finished, outcome="done")
 
+    ended(tmp_path, "other", "done", 1_000_000)
+
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("o")
         await until(pilot, lambda: rows(app))
         assert "[@click=app.quit]" in shown(app)
         assert_harmless(app)
-        await pilot.press("enter")
+        await pilot.press("space", "down", "space", "c")
+        await until(pilot, lambda: "of 2 runs" in shown(app))
+        assert "[@click=app.quit]" in shown(app)
+        assert_harmless(app)
+        await pilot.press("escape", "enter")
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert_harmless(app)
 

@@ -11,6 +11,7 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
+from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.tui.comparison import MOST, Compared, difference_rows, outcome_rows, read_compared
 from widgets.line_picture import Hue
@@ -122,6 +123,6 @@ def _smoothed(run: Compared) -> tuple[list[int], list[float]]:
 
 
 def _short(name: str, runs: int) -> str:
-    """Return the end of a name: what tells runs of one recipe apart is the time."""
-    room = 60 // max(1, runs)
+    """Return the end of a name, harmless: what tells runs of one recipe apart is the time."""
+    name, room = plain(name, one_line=True), 60 // max(1, runs)
     return name if len(name) <= room else f"...{name[3 - room :]}"
