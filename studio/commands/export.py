@@ -1,10 +1,11 @@
-"""`lora-studio export`: a merged model in fewer bits, in a process of its own."""
+"""`lora-studio export`: a merged model in fewer bits, or an adapter with its card, in a process of its own."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from studio.commands.follow import conclude, follow
+from studio.commands.merge import merge_request
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
 from studio.commands.terminal import say
 from studio.core.errors import BadInput
@@ -19,13 +20,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Declare the verb."""
     parser = subparsers.add_parser(
         "export",
-        help="write a merged model in 4 or 8 bits",
-        description="Quantise a merged 16-bit model into a folder that transformers loads, and measure the loss.",
+        help="write an adapter with its card, or a merged model in 4 or 8 bits",
+        description="Write an adapter with a card, or quantise a merged 16-bit model and measure what that costs.",
     )
     parser.add_argument(
-        "model", metavar="MERGE_RUN|MERGED_DIR", help="a merge that is done, or a merged model's folder"
+        "model", metavar="MERGE_RUN|MERGED_DIR", help="a finished merge or a merged model; for peft a run or an adapter"
     )
-    parser.add_argument("--format", required=True, choices=EXPORT_FORMATS, help="4 or 8 bits, through bitsandbytes")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=EXPORT_FORMATS,
+        help="peft: the adapter with a card; nf4, int8: 4 or 8 bits, through bitsandbytes",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="the new model folder; must not hold anything yet")
     add_json(parser)
     add_runs_dir(parser)
@@ -39,13 +45,25 @@ def run(args: argparse.Namespace) -> int:
         StudioError: The worker cannot be started.
     """
     to = sys.stderr if args.json else sys.stdout
-    source = merged_folder(args.model, root_of(args))
-    request = ExportRequest(str(source), str(Path(args.out).expanduser().absolute()), args.format)
+    request = export_request(args.model, root_of(args), out=args.out, form=args.format)
     paths = start_export(request, root_of(args), module=module_of(args, "export"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
     return conclude(watch, end, as_json=args.json)
+
+
+def export_request(word: str, root: Path, *, out: str, form: str) -> ExportRequest:
+    """Return the export of what a word names.
+
+    Raises:
+        BadInput: It names nothing that can be exported so.
+    """
+    target = str(Path(out).expanduser().absolute())
+    if form != "peft":
+        return ExportRequest(str(merged_folder(word, root)), target, form)
+    adapter = merge_request(word, root, out=out)
+    return ExportRequest(adapter.adapter, target, form, adapter.run)
 
 
 def merged_folder(word: str, root: Path) -> Path:

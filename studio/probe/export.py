@@ -7,6 +7,7 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.model_folder import check_folder
 from studio.probe.space import check_space
 from studio.probe.start import check_out, launch_prepared, prepare_run
@@ -44,12 +45,16 @@ def check_export(request: ExportRequest) -> None:
     """Check what an export starts from and where it goes.
 
     Raises:
-        BadInput: An unknown format, no whole 16- or 32-bit model, an output folder that already holds something, or a
-            disk without room.
+        BadInput: An unknown format, no whole adapter or model (16 or 32 bit), an output folder that already holds
+            something, or a disk without room.
     """
     if request.format not in EXPORT_FORMATS:
         found = plain(request.format, one_line=True, limit=40)
         raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
+    if request.format == "peft":
+        check_out(Path(request.out))
+        check_space(Path(request.out).parent, find_adapter(Path(request.source)).header.buffer_bytes)
+        return
     config, size_bytes = _check_merged(Path(request.source))
     if isinstance(config.get("quantization_config"), dict):
         raise BadInput(

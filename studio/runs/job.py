@@ -47,21 +47,23 @@ class MergeRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """A merged model in fewer bits.
+    """A merged model in fewer bits, or an adapter with its card.
 
     Attributes:
-        source: Absolute path of the merged model's folder.
-        out: Absolute path of the folder that the quantised model gets.
+        source: Absolute path of the merged model's folder; for `peft` of the adapter's.
+        out: Absolute path of the folder that it gets.
         format: One of `EXPORT_FORMATS`.
+        run: Absolute path of the training run of an adapter; empty when there is none.
     """
 
     source: str
     out: str
     format: str
+    run: str = ""
 
 
-EXPORT_FORMATS = ("nf4", "int8")
-"""bitsandbytes' 4-bit NormalFloat with double quantisation, and its 8-bit integers with outliers kept apart."""
+EXPORT_FORMATS = ("peft", "nf4", "int8")
+"""The adapter alone; bitsandbytes' 4-bit NormalFloat with double quantisation; its 8-bit integers, outliers apart."""
 
 Job = Recipe | MergeRequest | ExportRequest
 _Request = TypeVar("_Request", MergeRequest, ExportRequest)

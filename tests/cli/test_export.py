@@ -62,3 +62,13 @@ def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path) -> 
     assert broken.code == 2
     assert list(home.glob("runs/*")) == runs
     assert not Path(out).exists()
+
+
+def test_a_run_names_its_adapter(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    run = cli("train", str(recipe), "--json").document
+    outcome = cli("export", run["run"], "--format", "peft", "--out", str(tmp_path / "out"), "--json")
+    assert outcome.code == 0, outcome.err
+    adapter = str(Path(run["path"]) / "adapter")
+    asked = read_job(RunPaths(Path(outcome.document["path"])))
+    assert asked == ExportRequest(adapter, str(tmp_path / "out"), "peft", run["path"])
+    assert cli("export", str(tmp_path), "--format", "peft", "--out", str(tmp_path / "out-2")).code == 2

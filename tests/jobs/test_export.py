@@ -1,22 +1,29 @@
 """Exports as their users load them: quantised for real, as close to the merged model as said, with its tokenizer."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from studio.core.recipe import Recipe
+from studio.core.recipe_parse import recipe_from_dict
 from studio.jobs.export import job
+from studio.jobs.export.peft_folder import card
+from studio.probe.adapter_folder import AdapterFound
+from studio.probe.safetensors_header import SafetensorsHeader
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import run_job
 from tests.fakes.tiny_model import CHAT_TEMPLATE, make_tiny_model
-from tests.jobs.conftest import history_of
+from tests.jobs.conftest import Train, history_of
 
-Export = Callable[[Path, Path, str], RunPaths]
+Export = Callable[..., RunPaths]
 
 
 @pytest.fixture
@@ -24,10 +31,10 @@ def export(tmp_path: Path) -> Export:
     """Run the export job in this process; returns its run."""
     from studio.jobs.export.__main__ import _body
 
-    def run(source: Path, out: Path, form: str) -> RunPaths:
+    def run(source: Path, out: Path, form: str, trained: str = "") -> RunPaths:
         paths = RunPaths(tmp_path / f"export-{len(list(tmp_path.glob('export-*')))}")
         paths.root.mkdir()
-        write_job(paths, ExportRequest(str(source), str(out), form))
+        write_job(paths, ExportRequest(str(source), str(out), form, trained))
         run_job(paths.root, _body)
         return paths
 
@@ -97,3 +104,47 @@ def test_what_is_quantised_already_is_refused(merged: Path, export: Export, tmp_
     assert failed is not None
     assert "quantised already" in failed.message
     assert not (tmp_path / "twice").exists()
+
+
+def test_an_adapter_goes_out_with_a_card_that_works(
+    recipe: Recipe, train: Train, export: Export, tiny: Path, tmp_path: Path
+) -> None:
+    run = train(recipe)
+    paths = export(run.adapter, tmp_path / "tuned", "peft", str(run.root))
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    out = tmp_path / "tuned"
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (run.adapter / name).read_bytes()
+    text = (out / "README.md").read_text()
+    losses = history_of(run).train.losses
+    for word in ("Rank 4, alpha 8", "optimizer steps: 5", f"{losses[0]:.3f}", f"{losses[-1]:.3f}", "--max-lora-rank 4"):
+        assert word in text
+    assert "base_model:" not in text, "a folder of this computer is no model's name"
+    kept = tomllib.loads(text.split("```toml")[1].split("```")[0])
+    assert recipe_from_dict(kept).train == recipe.train
+    assert str(tmp_path) not in text.split("## Recipe")[1]
+    code = text.split("```python")[1].split("```")[0].replace('"tuned"', repr(str(out)))
+    made: dict[str, Any] = {}
+    exec(code, made)  # noqa: S102  the lines that the card tells its reader to run
+    assert type(made["model"]).__name__ == "PeftModelForCausalLM"
+    assert made["tokenizer"].eos_token == "<|im_end|>"
+
+
+def test_an_adapter_without_its_run_has_a_card_too(
+    recipe: Recipe, train: Train, export: Export, tmp_path: Path
+) -> None:
+    export(train(recipe).adapter, tmp_path / "tuned", "peft")
+    text = (tmp_path / "tuned" / "README.md").read_text()
+    assert "## Use" in text
+    assert "## Training" not in text
+    assert "## Recipe" not in text
+
+
+def test_rslora_is_said_and_the_widest_rank_counts() -> None:
+    config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"v_proj": 32}, "target_modules": ["b", "a"],
+              "base_model_name_or_path": "owner/name"}  # fmt: skip
+    text = card(AdapterFound(Path("x"), config, SafetensorsHeader({}, {}, 0)), "tuned", None, None)
+    assert "base_model: owner/name" in text
+    assert "on a, b." in text
+    assert "vllm serve owner/name --enable-lora --lora-modules tuned=./tuned --max-lora-rank 32" in text
+    assert "sqrt(rank)" in text

@@ -1,4 +1,4 @@
-"""Quantises a merged 16-bit model with bitsandbytes into a folder that `from_pretrained` loads, and compares the two.
+"""Quantises a merged 16-bit model with bitsandbytes and compares the two; or writes an adapter with its card.
 
 Always from 16 bits: quantising what went through 4 bits before loses the adapter again (measured: KL 1.99).
 """
@@ -15,12 +15,18 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.events import Finished, Phase, Saved, Started
+from studio.core.recipe import Recipe
 from studio.jobs.base.load import load_tokenizer
+from studio.jobs.export.peft_folder import write_peft_folder
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.export import check_export
 from studio.runs.atomic import publish_folder, write_whole
-from studio.runs.job import ExportRequest
+from studio.runs.history import History
+from studio.runs.job import ExportRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
 from studio.runs.worker import Worker
 
 _TEXTS = (
@@ -54,6 +60,9 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     check_export(request)
     source, out = Path(request.source), Path(request.out)
+    if request.format == "peft":
+        _export_adapter(worker, request)
+        return
     tokenizer = load_tokenizer(source)
     worker.emit(Phase, name="loading the merged model")
     wanted = _answers(_load(source), tokenizer)
@@ -81,6 +90,38 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     report = {"exported": str(out), "source": request.source, "format": request.format, "loss": asdict(loss)}
     write_whole(worker.paths.report, json.dumps(report, indent=2))
     worker.emit(Finished, outcome="done", result=report)
+
+
+def _export_adapter(worker: Worker, request: ExportRequest) -> None:
+    out = Path(request.out)
+    aside = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    worker.emit(Phase, name="saving")
+    recipe, history = _of_run(request.run)
+    try:
+        write_peft_folder(find_adapter(Path(request.source)), aside, out.name, recipe, history)
+        publish_folder(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    worker.emit(Saved, what="exported", path=str(out), size_bytes=size)
+    report = {"exported": str(out), "source": request.source, "format": request.format}
+    write_whole(worker.paths.report, json.dumps(report, indent=2))
+    worker.emit(Finished, outcome="done", result=report)
+
+
+def _of_run(run: str) -> tuple[Recipe | None, History | None]:
+    """Return recipe and history of a training run, where it can still be read."""
+    if not run:
+        return None, None
+    paths, history = RunPaths(Path(run)), History()
+    try:
+        job = read_job(paths)
+        history.fold(read_events(paths.events))
+    except (StudioError, OSError):
+        return None, None
+    return (job if isinstance(job, Recipe) else None), history
 
 
 def _bits(form: str) -> BitsAndBytesConfig:
