@@ -23,7 +23,7 @@ VERBS = {
     "runs": "list, follow, stop, continue and compare runs",
     "data": "check a data file",
     "merge": "merge an adapter into its base model",
-    "export": "write an adapter with its card, or a merged model in 4 or 8 bits",
+    "export": "write an adapter, or a merged model in fewer bits",
     "gpus": "the NVIDIA cards of this machine",
     "models": "the base models that lie on this machine",
     "recipes": "the recipes that come with the program",

@@ -44,10 +44,10 @@ def card(adapter: AdapterFound, name: str, recipe: Recipe | None, history: Histo
     most = max([rank, *(int(value) for value in (config.get("rank_pattern") or {}).values())])
     lines = ["---", "library_name: peft"]
     # A path of this computer would be no model's name to anyone else.
-    if base and not base.startswith((".", "/", "~")) and "\\" not in base:
+    if base and not _is_place(base):
         lines.append(f"base_model: {plain(base, one_line=True)}")
     kind = "DoRA" if config.get("use_dora") else "LoRA"
-    shown = plain(base, one_line=True) or "(not named)"
+    shown = plain(Path(base).name if _is_place(base) else base, one_line=True) or "BASE_MODEL"
     lines += [
         "---",
         "",
@@ -118,6 +118,10 @@ def _without_places(recipe: Recipe) -> Recipe:
     for path in ("data.path", "data.eval_path", "model.base"):
         section, _, name = path.partition(".")
         value = str(getattr(getattr(recipe, section), name))
-        if value.startswith(("/", "~", ".")) or "\\" in value:
+        if _is_place(value):
             recipe = recipe.with_(path, Path(value).name)
     return recipe
+
+
+def _is_place(word: str) -> bool:
+    return word.startswith((".", "/", "~")) or "\\" in word
