@@ -96,6 +96,17 @@ class Forecast(VerticalScroll):
         self.planned = self.planned if planned is None else planned
         self._find(self._recipe, self.planned)
 
+    @work(thread=True)
+    def begin(self) -> None:
+        """Look for the first time, for the card that was planned for on the last visit."""
+        planned = self._engine.recall_planned()
+        self.app.call_from_thread(self.look, planned)
+
+    def plan_for(self, name: str) -> None:
+        """Plan for a card of the catalogue, or with an empty name for this machine's; keep it for the next visit."""
+        self.look(name)
+        self._keep_planned(name)
+
     def follow(self, recipe: Recipe) -> None:
         """Show what a recipe needs. Costs microseconds where it was worked out before, else about a millisecond."""
         moved = _ground_of(recipe) != _ground_of(self._recipe)
@@ -122,6 +133,14 @@ class Forecast(VerticalScroll):
         if message.recipe is self._recipe and message.forecaster is self.forecaster:
             self._show_table(message.sides, waiting=False)
             self._show_fixes(message.fixes, message.first)
+
+    @work(thread=True)
+    def _keep_planned(self, name: str) -> None:
+        try:
+            self._engine.keep_planned(name)
+        except OSError as error:
+            told = f"The card is planned for now, but not kept: {error.strerror or error}."
+            self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
 
     @work(thread=True, exclusive=True, group="find")
     def _find(self, recipe: Recipe, planned: str) -> None:

@@ -117,7 +117,7 @@ class ConfigureScreen(Screen[None]):
         self._form.show(self.recipe)
         self._form.focus_field(_FIRST_FIELD)
         self._show_problems()
-        self.call_after_refresh(self._begin_forecast)
+        self.call_after_refresh(self._forecast.begin)
 
     def on_resize(self) -> None:
         """Offer the keys that make sense at this size."""
@@ -215,7 +215,7 @@ class ConfigureScreen(Screen[None]):
 
         def take(name: str | None) -> None:
             if name is not None:
-                self._plan_for(name)
+                self._forecast.plan_for(name)
 
         self.app.push_screen(CardScreen(self._forecast.planned), take)
 
@@ -277,23 +277,6 @@ class ConfigureScreen(Screen[None]):
         self._forecast.follow(recipe)
         self._show_problems()
         self.refresh_bindings()
-
-    @work(thread=True)
-    def _begin_forecast(self) -> None:
-        planned = self._engine.recall_planned()
-        self.app.call_from_thread(self._forecast.look, planned)
-
-    @work(thread=True)
-    def _keep_planned(self, name: str) -> None:
-        try:
-            self._engine.keep_planned(name)
-        except OSError as error:
-            told = f"The card is planned for now, but not kept: {error.strerror or error}."
-            self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
-
-    def _plan_for(self, name: str) -> None:
-        self._forecast.look(name)
-        self._keep_planned(name)
 
     def _end_launch(self) -> None:
         self._launching = False
