@@ -205,7 +205,7 @@ class RunScreen(Screen[None]):
 
     def _show_against_plan(self, history: History) -> None:
         """Show the estimate of the launch beside what was measured; it is one of a card, so a CPU run has none."""
-        if history.planned is None or not history.planned.device.startswith("cuda"):
+        if history.planned is None or history.planned.device == "cpu":
             return
         if self._planned is None:
             self._planned = planned_reading(self.paths) or Reading()
