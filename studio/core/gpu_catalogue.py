@@ -7,7 +7,7 @@ makers' data sheets.
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -191,11 +191,6 @@ def find_gpu(name: str) -> Gpu:
 def card_of_size(gib: float) -> Gpu:
     """Return a nameless card of a size in GiB, taken to be Ampere or newer."""
     return Gpu("", int(gib * GIB))
-
-
-def with_total(gpu: Gpu, total_bytes: int) -> Gpu:
-    """Return a card with the total that its own driver reports."""
-    return replace(gpu, total_bytes=total_bytes)
 
 
 def _words(name: str) -> set[str]:

@@ -83,11 +83,5 @@ def check_patterns(model: nn.Module, section: AdapterSection) -> None:
                 )
 
 
-def _head_names(base: nn.Module) -> set[str]:
-    """Return the last part of the head's name: `all-linear` leaves it out."""
-    head = cast(Any, base).get_output_embeddings()
-    return {name.rpartition(".")[2] for name, module in base.named_modules() if head is not None and module is head}
-
-
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
