@@ -7,10 +7,11 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from studio.core.field_words import SECTIONS, words_of
 from studio.core.knobs import KNOBS
 from studio.core.recipe import PATHS, Recipe
 from studio.tui.app import StudioApp
-from studio.tui.form_fields import SECTIONS, options_of, words_of
+from studio.tui.form_fields import options_of
 from studio.tui.panels.recipe_form import notes_of
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
+from studio.core.field_words import words_of
 from studio.core.recipe import PATHS
 from studio.tui.app import StudioApp
-from studio.tui.form_fields import words_of
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen, help_text
 from studio.tui.screens.runs import RunsScreen

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from textual.content import Content
 from textual.widgets import Static
 
+from studio.core.field_words import words_of
 from studio.core.knobs import KNOBS
 from studio.core.text import plain
-from studio.tui.form_fields import words_of
 
 
 class Advice(Static):

@@ -11,11 +11,12 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
+from studio.core.field_words import SECTIONS, words_of
 from studio.core.knobs import KNOBS, Knob
 from studio.core.recipe import PATHS, Recipe
 from studio.core.recipe_parse import value_from_text
 from studio.core.text import plain
-from studio.tui.form_fields import ON, SECTIONS, options_of, words_of
+from studio.tui.form_fields import ON, options_of
 from studio.tui.readable import setting
 from widgets.choice import Choice
 from widgets.scale import Scale, stops_scale

@@ -10,8 +10,8 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from studio.core.field_words import SECTIONS, words_of
 from studio.core.knobs import KNOBS
-from studio.tui.form_fields import SECTIONS, words_of
 
 _KEY_WIDTH = 14
 _NAMES = {
