@@ -18,6 +18,11 @@ _WORDS = {"targets": "adapter.targets", "model": "model.base", "data": "data.pat
 _FLAGS = {**_CHOICES, **_SWITCHES, **_NUMBERS, **_WORDS}
 
 
+def flag_of(path: str) -> str:
+    """Return the short flag of a field as it is typed, without the leading dashes; empty where it has none."""
+    return next((flag.replace("_", "-") for flag, field in _FLAGS.items() if field == path), "")
+
+
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add every short flag but `--model` and `--data`, which not every verb has."""
     for flag, path in _CHOICES.items():

@@ -37,7 +37,12 @@ class Knob:
     @property
     def allowed(self) -> str:
         """The limits in words."""
-        return f"{self.low:g} to {self.high:g} {self.unit}".rstrip()
+        return f"{_spoken(self.low)} to {_spoken(self.high)} {self.unit}".rstrip()
+
+
+def _spoken(number: float) -> str:
+    """A large whole number with its thousands apart: a reader should not meet 1e+06 where 1,000,000 is meant."""
+    return f"{number:,.0f}" if number >= 10_000 else f"{number:g}"
 
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
