@@ -4,12 +4,14 @@ Looking downloads at most `config.json`. huggingface_hub is imported only here, 
 """
 
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.download_bar import byte_counter
 from studio.probe.model_folder import CONFIG, check_folder, read_config, require_safetensors, require_tokenizer
 from studio.probe.safetensors_header import CorruptSafetensors
 
@@ -72,21 +74,45 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
     return config, sum(size for name, size in names.items() if name.endswith(".safetensors") and "/" not in name)
 
 
-def download(repo: str, revision: str) -> Path:
+def download(repo: str, revision: str, size_bytes: int = 0, told: Callable[[int], None] | None = None) -> Path:
     """Download what training needs of a model into the cache, or what is missing of it, and return its folder.
 
+    Args:
+        repo: The hub id.
+        revision: Branch, tag or commit; empty for the newest.
+        size_bytes: What has to fit on the disk; 0 where that is not known.
+        told: Told the bytes that are there, again and again, from several threads.
+
     Raises:
-        BadInput: The download failed, or what came is not whole.
+        BadInput: The disk has no room for it, the download failed, or what came is not whole.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
+    _require_room(repo, size_bytes)
+    bars: dict[str, Any] = {"tqdm_class": byte_counter(told)} if told else {}
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, **_PATTERNS))
+        folder = Path(snapshot_download(repo, revision=revision or None, **_PATTERNS, **bars))
     except Exception as error:
         why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=300)}"
         raise BadInput(f"{repo} could not be downloaded ({why}). Try again: it goes on where it stopped.") from error
     check_folder(folder)
     return folder
+
+
+def _require_room(repo: str, size_bytes: int) -> None:
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    cache = Path(constants.HF_HUB_CACHE)
+    try:
+        there = sum(file.stat().st_size for file in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*"))
+        free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    except OSError:
+        return
+    if (missing := size_bytes - there) > free:
+        raise BadInput(
+            f"{repo} needs {missing / 1e9:.1f} GB more on the disk of {plain(str(cache), one_line=True)}, which has "
+            f"{free / 1e9:.1f} GB free. Free some space, or set HF_HOME to a folder on a larger disk."
+        )
 
 
 def _require_trainable(names: Iterable[str], where: str) -> None:

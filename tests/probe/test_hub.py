@@ -19,10 +19,12 @@ from studio.core.errors import BadInput
 from studio.probe.hub import download
 from studio.probe.models import find_base
 try:
+    told = []
     if "download" in sys.argv:
-        download("owner/tiny", "")
+        download("owner/tiny", "", int(sys.argv[3]), told.append)
     base = find_base("owner/tiny", sys.argv[1])
-    print(json.dumps({"kind": base.kind, "path": str(base.path), "size": base.size_bytes, "config": base.config}))
+    found = {"kind": base.kind, "path": str(base.path), "size": base.size_bytes, "config": base.config}
+    print(json.dumps(found | {"told": told}))
 except BadInput as error:
     print(json.dumps({"error": str(error)}))
 """
@@ -57,15 +59,28 @@ def test_looking_downloads_the_config_alone(tmp_path: Path, repository: Path) ->
 
 def test_a_downloaded_model_is_found_offline_and_pickles_stay_on_the_hub(tmp_path: Path, repository: Path) -> None:
     with hub("owner/tiny", repository) as (endpoint, asked):
-        found = ask(tmp_path, "", "download", endpoint=endpoint)
+        found = ask(tmp_path, "", "download", "0", endpoint=endpoint)
     assert Path(found["path"]).name == COMMIT
     assert not any(".bin" in request and "/resolve/" in request for request in asked)
-    assert ask(tmp_path, offline=True) == found
+    told = found.pop("told")
+    assert told == sorted(set(told))
+    assert told[-1] >= found["size"] > 0
+    again = ask(tmp_path, offline=True)
+    assert again.pop("told") == []
+    assert again == found
+
+
+def test_a_model_larger_than_the_disk_is_not_begun(tmp_path: Path, repository: Path) -> None:
+    with hub("owner/tiny", repository) as (endpoint, asked):
+        message = ask(tmp_path, "", "download", str(10**17), endpoint=endpoint)["error"]
+    assert "100000000.0 GB more on the disk" in message
+    assert "HF_HOME" in message
+    assert not any("/resolve/" in request for request in asked)
 
 
 def test_a_damaged_cache_is_said_not_downloaded_over(tmp_path: Path, repository: Path) -> None:
     with hub("owner/tiny", repository) as (endpoint, asked):
-        found = ask(tmp_path, "", "download", endpoint=endpoint)
+        found = ask(tmp_path, "", "download", "0", endpoint=endpoint)
         weights = Path(found["path"]) / "model.safetensors"
         weights.resolve().write_bytes(weights.read_bytes()[:-5])
         asked.clear()

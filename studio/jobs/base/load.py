@@ -42,9 +42,12 @@ def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
         return ensure_embedded(progress)
     if base.path is not None:
         return base.path
-    if progress:
-        progress(f"downloading {base.word} ({base.size_bytes / 1e9:.1f} GB)", 0.0)
-    return download(base.word, base.revision)
+    if progress is None:
+        return download(base.word, base.revision, base.size_bytes)
+    tell, whole = progress, max(base.size_bytes, 1)
+    name = f"downloading {plain(base.word, one_line=True)} ({whole / 1e9:.1f} GB)"
+    tell(name, 0.0)
+    return download(base.word, base.revision, base.size_bytes, lambda there: tell(name, min(1.0, there / whole)))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
