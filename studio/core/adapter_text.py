@@ -1,4 +1,4 @@
-"""What a person writes into the adapter's text fields: ranks and alphas per module, and the layers to train."""
+"""What a person writes into the adapter's text fields: ranks and alphas per module, layers, whole modules."""
 
 import re
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ MOST_LAYERS = 10_000
 """A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
 
 PATTERN_FORM = "name=number with commas between, such as down_proj=32, layers.0.self_attn.q_proj=8"
+MODULES_FORM = "module names with commas between, such as lm_head, embed_tokens; empty for none"
 LAYERS_FORM = "numbers and ranges from 0, such as 0-7, 12; empty for all"
 
+_NAME = re.compile(r"\w+(\.\w+)*")
 _RANGE = re.compile(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?")
 
 
@@ -50,6 +52,20 @@ def layers_of(text: str) -> tuple[int, ...]:
             raise ValueError(part)
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
+
+
+def modules_of(text: str) -> tuple[str, ...]:
+    """Return the module names of a text such as `lm_head, embed_tokens`; empty for an empty text, which means none.
+
+    Raises:
+        ValueError: A part is no dotted name, or comes twice; says which.
+    """
+    names: list[str] = []
+    for part in _parts(text):
+        if not _NAME.fullmatch(part) or part in names:
+            raise ValueError(part)
+        names.append(part)
+    return tuple(names)
 
 
 def _parts(text: str) -> Iterator[str]:

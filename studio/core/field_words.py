@@ -20,6 +20,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "adapter.rank_pattern",
             "adapter.alpha_pattern",
             "adapter.layers",
+            "adapter.modules_to_save",
         ),
     ),
     (
@@ -35,9 +36,12 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "train.warmup_fraction",
             "train.optimizer",
             "train.grad_checkpointing",
+            "train.offload_checkpoints",
             "train.loss",
             "train.packing",
+            "train.group_by_length",
             "train.attention",
+            "train.compile",
             "train.weight_decay",
             "train.max_grad_norm",
             "train.seed",
@@ -85,6 +89,10 @@ _WORDS: dict[str, tuple[str, str]] = {
     "adapter.rank_pattern": ("Rank by module", "Other ranks for some modules: down_proj=32, v_proj=8."),
     "adapter.alpha_pattern": ("Alpha by module", "Other alphas for some modules: down_proj=64."),
     "adapter.layers": ("Layers", "Only these layers are trained: 0-7, 12; empty trains all."),
+    "adapter.modules_to_save": (
+        "Whole modules",
+        "Modules trained whole beside the adapter, such as lm_head; empty for none. 16 bytes a weight.",
+    ),
     "data.path": ("Data", "A JSONL, JSON or Parquet file of rows, or embedded."),
     "data.format": ("Format", "How rows are read; auto recognises it and says so."),
     "data.eval_path": ("Held-out file", "Rows to measure on; empty takes them from the data."),
@@ -92,12 +100,27 @@ _WORDS: dict[str, tuple[str, str]] = {
     "train.schedule": ("Schedule", "How the learning rate falls after the warm-up."),
     "train.optimizer": ("Optimizer", "8-bit states take a quarter of the memory; paged ones may move to main memory."),
     "train.grad_checkpointing": ("Checkpointing", "Recomputes activations: far less memory, about a third slower."),
-    "train.attention": ("Attention", "sdpa is fast and frugal; eager is for models that need it."),
-    "train.loss": ("Loss", "chunked never builds the whole logits: gigabytes less with large vocabularies."),
+    "train.offload_checkpoints": (
+        "Offload",
+        "Checkpointed inputs wait in main memory instead of on the card: long rows in less memory, for copying.",
+    ),
+    "train.attention": (
+        "Attention",
+        "sdpa is fast and frugal; flash_attention_2 needs its package; eager is for models that need it.",
+    ),
+    "train.loss": (
+        "Loss",
+        "chunked never builds the whole logits: gigabytes less with large vocabularies; liger needs its package.",
+    ),
     "train.packing": (
         "Packing",
         "Rows of a step one behind the other instead of padded, isolated; auto measures which is faster.",
     ),
+    "train.group_by_length": (
+        "Group by length",
+        "Rows of similar length go through the model together where rows are padded: less padding.",
+    ),
+    "train.compile": ("Compile", "torch.compile of every layer; the run says what that cost at the start."),
     "device.device": ("Device", "auto takes the first CUDA card, else the CPU; or cpu, cuda, cuda:1."),
 }
 

@@ -12,8 +12,8 @@ QuantType = Literal["nf4", "fp4"]
 DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "text"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
-Attention = Literal["sdpa", "eager"]
-Loss = Literal["chunked", "full"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Loss = Literal["chunked", "full", "liger"]
 Packing = Literal["auto", "on", "off"]
 AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 
@@ -37,8 +37,8 @@ class ModelSection:
 class AdapterSection:
     """The trainable part: low-rank pairs beside the chosen linear layers.
 
-    `lora_plus_ratio` is B's learning rate over A's (LoRA+). The patterns and `layers` are texts, read by
-    `studio.core.adapter_text`.
+    `lora_plus_ratio` is B's learning rate over A's (LoRA+). The patterns, `layers` and `modules_to_save` (modules that
+    are trained whole) are texts, read by `studio.core.adapter_text`.
     """
 
     rank: int = 16
@@ -52,6 +52,7 @@ class AdapterSection:
     rank_pattern: str = ""
     alpha_pattern: str = ""
     layers: str = ""
+    modules_to_save: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,12 @@ class TrainSection:
     max_grad_norm: float = 1.0
     optimizer: Optimizer = "adamw_torch"
     grad_checkpointing: bool = True
+    offload_checkpoints: bool = False
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
     packing: Packing = "auto"
+    group_by_length: bool = True
+    compile: bool = False
     seed: int = 17
     checkpoint_every: int = 100
     keep_checkpoints: int = 2

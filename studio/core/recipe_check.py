@@ -2,15 +2,19 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from studio.core.adapter_text import LAYERS_FORM, PATTERN_FORM, layers_of, pattern_of
+from studio.core.adapter_text import LAYERS_FORM, MODULES_FORM, PATTERN_FORM, layers_of, modules_of, pattern_of
 from studio.core.knobs import KNOBS
 from studio.core.recipe import ALL_LINEAR, PATHS, Problem, Recipe, choices_of
 
 _NEEDED = ("name", "model.base", "data.path", "device.device")
 _PATTERNS = {"adapter.rank_pattern": "adapter.rank", "adapter.alpha_pattern": "adapter.alpha"}
+_LISTS: dict[str, tuple[Callable[[str], object], str]] = {
+    "adapter.layers": (layers_of, LAYERS_FORM),
+    "adapter.modules_to_save": (modules_of, MODULES_FORM),
+}
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 
 
@@ -60,11 +64,12 @@ def _text(path: str, value: Any) -> Iterator[Problem]:
         yield Problem(path, repr(value), "text without NUL characters and lone surrogates")
     elif path == "device.device" and not _DEVICE.fullmatch(value):
         yield Problem(path, repr(value), "auto, cpu, cuda or cuda:N")
-    elif path == "adapter.layers":
+    elif path in _LISTS:
+        read, form = _LISTS[path]
         try:
-            layers_of(value)
+            read(value)
         except ValueError as error:
-            yield Problem(path, repr(str(error)), LAYERS_FORM)
+            yield Problem(path, repr(str(error)), form)
     elif path in _PATTERNS:
         yield from _pattern(path, value)
 
@@ -98,6 +103,8 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "eval.samples", f"{recipe.eval.samples} with no held-out rows", "eval.rows above 0, or eval.samples 0"
         )
+    if train.offload_checkpoints and not train.grad_checkpointing:
+        yield Problem("train.offload_checkpoints", "true without checkpoints", "train.grad_checkpointing true")
     yield from _between_adapter(recipe)
 
 

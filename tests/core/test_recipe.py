@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.core.adapter_text import layers_of, pattern_of
+from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.errors import BadInput
 from studio.core.knobs import KNOBS
 from studio.core.recipe import PATHS, Recipe, choices_of
@@ -172,6 +172,22 @@ def test_any_value_gives_problems_or_a_recipe_that_survives_toml(path: str, valu
 def test_any_text_for_any_field_never_crashes(text: str) -> None:
     for path in PATHS:
         Recipe().with_(path, value_from_text(path, text)).problems()
+
+
+def test_modules_trained_whole_are_read_from_a_text() -> None:
+    assert modules_of("lm_head, model.embed_tokens,") == ("lm_head", "model.embed_tokens")
+    assert modules_of("") == ()
+    for wrong in ("lm head", "a,a", ".x", "*"):
+        with pytest.raises(ValueError):
+            modules_of(wrong)
+        assert Recipe().with_("adapter.modules_to_save", wrong).problems()
+
+
+def test_there_is_nothing_to_offload_without_checkpoints() -> None:
+    recipe = Recipe().with_("train.offload_checkpoints", True)
+    assert recipe.problems() == ()
+    (problem,) = recipe.with_("train.grad_checkpointing", False).problems()
+    assert problem.path == "train.offload_checkpoints"
 
 
 def test_choices_come_from_the_types() -> None:
