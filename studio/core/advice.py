@@ -1,0 +1,277 @@
+"""What a recipe should be for a goal, a model, data and a card: every choice with its reason and its source.
+
+Rules of thumb from papers and measurements, named as such; none of them knows the user's data better than a trial does.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from studio.core.goals import GOALS, Goal
+from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.knobs import KNOBS
+from studio.core.recipe import Method, Recipe
+from studio.core.shape import ModelShape
+from studio.core.trainable import check_rank, target_names
+from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
+from studio.core.vram.setup import setup_of
+
+ROWS_PER_STEP = 16
+"""Rows of a step: below the 32 above which LoRA loses more than full fine-tuning does (Schulman et al. 2025)."""
+
+REGRET = "Schulman et al. 2025, LoRA Without Regret"
+QLORA = "Dettmers et al. 2023, QLoRA"
+RASCHKA = "Raschka 2023, Practical Tips for LoRA: one 7B model"
+LITGPT = "LitGPT's fine-tuning tables: 12 models on one A10G"
+HABIT = "a habit of the field: try half and twice of it"
+ESTIMATE = "this program's memory estimate"
+YOUR_DATA = "your data"
+
+_SMALL_PARAMETERS, _LARGE_PARAMETERS = 1e9, 30e9
+_SHORT_RUN_STEPS = 100
+_LONGEST_ADVISED = 2048
+_TOKENS_PER_PARAMETER = 2
+"""Trained tokens that one adapter parameter holds: 2 bits a parameter, 1 bit a token at most (Schulman et al.)."""
+_WORTHWHILE_SHARE = 0.9
+_MICRO_BATCHES = (16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What a data file is, as far as advice depends on it.
+
+    Attributes:
+        path: The file, or `embedded`.
+        rows: Usable rows.
+        tokens: Tokens of all rows.
+        longest_tokens: Tokens of the longest row.
+        counted: Whether the model's own tokenizer counted them; otherwise they follow from the characters.
+    """
+
+    path: str
+    rows: int
+    tokens: int
+    longest_tokens: int
+    counted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Advised:
+    """One choice: the fields it sets, what is shown for it, why, and on whose word."""
+
+    settings: tuple[tuple[str, Any], ...]
+    label: str
+    shown: str
+    why: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A whole recipe with its reasons.
+
+    Attributes:
+        recipe: The recipe.
+        choices: Why it is so, in the order in which people read it.
+        instead: What might do without any training; empty where nothing would.
+        estimate: What the recipe needs on a card; on a CPU it tells nothing of the budget.
+        verdict: Whether it fits the card; None on a CPU.
+        budget_bytes: What the card has for it; None on a CPU.
+    """
+
+    recipe: Recipe
+    choices: tuple[Advised, ...]
+    instead: str
+    estimate: VramEstimate
+    verdict: Verdict | None
+    budget_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    shape: ModelShape
+    gpu: Gpu | None
+    budget_bytes: int | None
+
+    def estimate(self, recipe: Recipe) -> VramEstimate:
+        setup = setup_of(recipe, bf16=self.gpu is None or self.gpu.bf16)
+        check_rank(self.shape, target_names(self.shape, setup.targets), setup.rank)
+        return estimate_vram(self.shape, setup, self.gpu)
+
+    def fits(self, recipe: Recipe) -> bool:
+        return self.budget_bytes is not None and self.estimate(recipe).device.high <= self.budget_bytes
+
+
+@dataclass(slots=True)
+class _Draft:
+    recipe: Recipe
+    choices: list[Advised] = field(default_factory=list)
+
+    def choose(self, settings: dict[str, Any], label: str, shown: str, why: str, source: str) -> None:
+        for path, value in settings.items():
+            self.recipe = self.recipe.with_(path, value)
+        self.choices.append(Advised(tuple(settings.items()), label, shown, why, source))
+
+
+def advise(
+    goal: Goal,
+    base: str,
+    shape: ModelShape,
+    data: DataFacts,
+    *,
+    gpu: Gpu | None = None,
+    budget_bytes: int | None = None,
+) -> Advice:
+    """Return a recipe for a goal and the reasons for it.
+
+    Args:
+        goal: What the user wants.
+        base: The model, as a recipe names it.
+        shape: What it is made of.
+        data: The rows to learn from.
+        gpu: The card; None trains on the CPU.
+        budget_bytes: What is free on the card; None takes all of it.
+
+    Raises:
+        BadInput: The model cannot be adapted as advised.
+    """
+    budget = None if gpu is None else gpu.total_bytes if budget_bytes is None else budget_bytes
+    ground = _Ground(shape, gpu, budget)
+    draft = _Draft(Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path))
+    _length(draft, data)
+    _epochs(draft, data)
+    _rank(draft, goal, ground, data)
+    _learning_rate(draft, shape, data)
+    _method(draft, ground)
+    _batch(draft, ground)
+    _held_out(draft, data)
+    draft.choices.sort(key=lambda choice: _ORDER.index(choice.label))
+    estimate = ground.estimate(draft.recipe)
+    verdict = None if budget is None else estimate.verdict(budget)
+    return Advice(draft.recipe, tuple(draft.choices), GOALS[goal].instead, estimate, verdict, budget)
+
+
+_ORDER = ("Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows a step", "Epochs", "Held out")
+
+
+def _length(draft: _Draft, data: DataFacts) -> None:
+    stops = KNOBS["train.seq_len"].stops
+    fitting = next((int(stop) for stop in stops if stop >= data.longest_tokens), int(stops[-1]))
+    length = min(fitting, _LONGEST_ADVISED)
+    about = "" if data.counted else "about "
+    longest = f"the longest row has {about}{data.longest_tokens} tokens"
+    if data.longest_tokens > length:
+        longest += "; what is longer is cut there"
+    draft.choose({"train.seq_len": length}, "Length", f"{length} tokens", longest, YOUR_DATA)
+
+
+def _epochs(draft: _Draft, data: DataFacts) -> None:
+    epochs = 3.0 if data.rows < 2000 else 2.0 if data.rows < 10_000 else 1.0
+    why = f"{data.rows} rows; more passes memorise them: stop where the held-out loss turns up"
+    draft.choose({"train.epochs": epochs}, "Epochs", f"{epochs:g}", why, RASCHKA)
+
+
+def _rank(draft: _Draft, goal: Goal, ground: _Ground, data: DataFacts) -> None:
+    ranks = [int(stop) for stop in KNOBS["adapter.rank"].stops if stop >= GOALS[goal].rank]
+    wanted = data.tokens * draft.recipe.train.epochs / _TOKENS_PER_PARAMETER
+    rank, why, source = ranks[0], GOALS[goal].rank_reason, HABIT
+    trained = ground.estimate(draft.recipe.with_("adapter.rank", rank)).trainable_parameters
+    for higher in ranks[1:]:
+        if trained >= wanted or higher > _most_rank(ground.shape):
+            break
+        rank = higher
+        trained = ground.estimate(draft.recipe.with_("adapter.rank", rank)).trainable_parameters
+    if rank > ranks[0]:
+        seen = data.tokens * draft.recipe.train.epochs
+        why = f"{seen / 1e6:.1f} M trained tokens want up to {wanted / 1e6:.1f} M parameters"
+        source = REGRET
+    draft.choose({"adapter.rank": rank}, "Rank", f"{rank} ({trained / 1e6:.1f} M trained)", why, source)
+    draft.choose(
+        {"adapter.alpha": 32.0},
+        "Alpha",
+        "32",
+        "32 at every rank was not beaten; alpha = 2 x rank is a habit, not a law",
+        REGRET,
+    )
+    draft.choose(
+        {"adapter.targets": "all-linear"},
+        "Targets",
+        "all linear",
+        "attention alone learns less than the MLPs alone, at equal size",
+        f"{REGRET}; {QLORA}",
+    )
+
+
+def _most_rank(shape: ModelShape) -> int:
+    return min(min(linear.inputs, linear.outputs) for _, linear in shape.all_linears())
+
+
+def _learning_rate(draft: _Draft, shape: ModelShape, data: DataFacts) -> None:
+    steps = math.ceil(data.rows * draft.recipe.train.epochs / ROWS_PER_STEP)
+    if shape.parameters >= _LARGE_PARAMETERS:
+        rate, why, source = 1e-4, "half the usual for models of 30 B and more", QLORA
+    elif steps < _SHORT_RUN_STEPS:
+        rate, why, source = 3e-4, f"a short run ({steps} steps) bears 1.5 times the usual 2e-4", REGRET
+    else:
+        rate, why, source = 2e-4, "ten times what full fine-tuning takes; the rank hardly matters for it", REGRET
+    draft.choose({"train.learning_rate": rate}, "Learning rate", f"{rate:.0e}".replace("e-0", "e-"), why, source)
+
+
+def _method(draft: _Draft, ground: _Ground) -> None:
+    if ground.budget_bytes is None:
+        why = "no card whose memory 4 bits would save; on a CPU they only take time"
+        draft.choose({"method": "lora"}, "Method", "LoRA 16-bit", why, "bitsandbytes unpacks NF4 in every product")
+        return
+    lora, qlora = (_leanest(draft.recipe.with_("method", method)) for method in ("lora", "qlora"))
+    peaks = {recipe.method: ground.estimate(recipe).device.expected for recipe in (lora, qlora)}
+    free = f"{ground.budget_bytes / GIB:.1f} GiB free"
+    room = f"{peaks['lora'] / GIB:.1f} GiB, in 4 bit {peaks['qlora'] / GIB:.1f}; {free}"
+    if ground.fits(lora):
+        why = f"it fits ({room}); 4 bit cost 0.009 to 0.10 of loss and 16 to 105 % of time"
+        method: Method = "lora"
+    elif peaks["qlora"] > _WORTHWHILE_SHARE * peaks["lora"]:
+        why, method = f"4 bit would save less than a tenth here ({room})", "lora"
+    else:
+        why, method = f"16 bit does not fit ({room}); a merge goes back through the 16-bit base", "qlora"
+    shown = "LoRA 16-bit" if method == "lora" else "QLoRA 4-bit"
+    draft.choose({"method": method}, "Method", shown, why, f"{ESTIMATE}; {LITGPT}")
+
+
+def _leanest(recipe: Recipe) -> Recipe:
+    return recipe.with_("train.micro_batch", 1).with_("train.grad_checkpointing", True)
+
+
+def _batch(draft: _Draft, ground: _Ground) -> None:
+    if ground.budget_bytes is None:
+        checkpointing, micro_batch = ground.shape.parameters > _SMALL_PARAMETERS, 4
+        why, source = "below 32 rows; small micro-batches, since a CPU gains little from large ones", REGRET
+    else:
+        checkpointing, micro_batch = next(_fitting(draft.recipe, ground), (True, 1))
+        kept = "activations computed again" if checkpointing else "activations kept, which is faster"
+        why, source = f"below 32 rows; {micro_batch} at once fit, {kept}", f"{REGRET}; {ESTIMATE}"
+    accumulation = ROWS_PER_STEP // micro_batch
+    settings = {
+        "train.micro_batch": micro_batch,
+        "train.accumulation": accumulation,
+        "train.grad_checkpointing": checkpointing,
+    }
+    draft.choose(settings, "Rows a step", f"{ROWS_PER_STEP} ({micro_batch} x {accumulation})", why, source)
+
+
+def _fitting(recipe: Recipe, ground: _Ground) -> Iterator[tuple[bool, int]]:
+    """Yield checkpointing and micro-batch that fit, the quickest first: without checkpointing down to two rows."""
+    for checkpointing, sizes in ((False, _MICRO_BATCHES[:-1]), (True, _MICRO_BATCHES)):
+        for size in sizes:
+            tried = recipe.with_("train.grad_checkpointing", checkpointing).with_("train.micro_batch", size)
+            if ground.fits(tried):
+                yield checkpointing, size
+
+
+def _held_out(draft: _Draft, data: DataFacts) -> None:
+    steps = math.ceil(data.rows * draft.recipe.train.epochs / ROWS_PER_STEP)
+    rows = min(100, max(1, data.rows // 10)) if data.rows > 1 else 0
+    every = max(5, steps // 8)
+    settings = {"eval.rows": rows, "eval.every": every, "eval.samples": min(3, rows), "train.checkpoint_every": every}
+    why = f"a tenth of the rows, 100 at most; looked at every {every} of about {steps} steps"
+    draft.choose(settings, "Held out", f"{rows} rows", why, YOUR_DATA)
