@@ -30,8 +30,8 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
+    from studio.jobs.base.skeleton import build_clean
     from studio.jobs.merge.shards import OpenShard, lay_out
-    from studio.jobs.merge.skeleton import build_clean
     from studio.jobs.merge.steps import Output
     from tests.fakes.tiny_model import tiny_tokenizer
 
@@ -81,10 +81,10 @@ def ours(base: Path, adapter: Path, out: Path) -> None:
 
 def merging(base: Path, adapter: Path, out: Path) -> None:
     """Our merge alone."""
+    from studio.jobs.base.skeleton import build_skeleton
+    from studio.jobs.base.tensor_files import TensorFiles
     from studio.jobs.merge.shards import SHARD_BYTES
-    from studio.jobs.merge.skeleton import build_skeleton
     from studio.jobs.merge.steps import MergeSteps
-    from studio.jobs.merge.tensor_files import TensorFiles
     from studio.jobs.merge.write_steps import write_steps
     from studio.probe.adapter_folder import find_adapter
 

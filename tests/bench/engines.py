@@ -22,6 +22,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from studio.core.recipe import AdapterSection, TrainSection
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.rows import Example, encode_rows
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import Progress
@@ -30,7 +31,6 @@ from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.precision import choose_precision
-from studio.jobs.train.rows import Example, encode_rows
 from studio.jobs.train.step_model import StepModel
 from studio.probe.data import read_data
 from studio.probe.models import find_base

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.rows import Example
 from studio.jobs.train import choose_batching
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.choose_batching import batcher_for, can_pack
-from studio.jobs.train.loss import IGNORED
 from studio.jobs.train.packing import best_fit, packed
 from studio.jobs.train.row_attention import ROW_ATTENTION
-from studio.jobs.train.rows import Example
 from studio.jobs.train.step_model import StepModel
 from studio.runs.control import request, withdraw_all
 from tests.jobs.conftest import Train, history_of

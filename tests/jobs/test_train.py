@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
+from studio.jobs.base.rows import encode_rows
 from studio.jobs.train import between, trainable_model
 from studio.jobs.train.batches import Batcher, StepBatches, collate
-from studio.jobs.train.rows import encode_rows
 from studio.probe.data import read_data
 from tests.jobs.conftest import Train, history_of
 

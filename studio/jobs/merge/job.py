@@ -23,14 +23,14 @@ from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.events import Finished, Phase, Sampled, Saved, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
+from studio.jobs.base.dequantized import quantised_parameters, through_four_bits
 from studio.jobs.base.load import FourBit, base_folder, load_tokenizer
-from studio.jobs.merge.dequantized import quantised_parameters, through_four_bits
+from studio.jobs.base.skeleton import Skeleton, build_skeleton
+from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
 from studio.jobs.merge.memory import check_memory
 from studio.jobs.merge.shards import SHARD_BYTES
-from studio.jobs.merge.skeleton import Skeleton, build_skeleton
 from studio.jobs.merge.steps import MergeSteps
-from studio.jobs.merge.tensor_files import TensorFiles
 from studio.jobs.merge.verify import compare_logits, encode, recompute_sample
 from studio.jobs.merge.write_steps import Stopped, write_steps
 from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound, find_adapter

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.jobs.base.tensor_files import DTYPE_NAMES
 from studio.jobs.merge.steps import Output
-from studio.jobs.merge.tensor_files import DTYPE_NAMES
 from studio.probe.model_folder import INDEX, WEIGHTS
 from studio.probe.safetensors_header import CorruptSafetensors, read_header
 from studio.runs.atomic import sync_folder, write_whole

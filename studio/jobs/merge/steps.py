@@ -1,6 +1,5 @@
 """What a merge has to do, decided before it begins: which tensors are copied, which are made anew, and their names."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +7,11 @@ from torch import Tensor
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
-from studio.jobs.merge.checkpoint_names import CheckpointNames, Group
-from studio.jobs.merge.skeleton import Skeleton
-from studio.jobs.merge.tensor_files import TORCH_DTYPES, TensorFiles
-from studio.jobs.merge.units import Unit, find_units, merge_unit
-
-Change = Callable[[str, Tensor], Tensor]
-"""Changes a parameter of the base, by its name in memory, before the adapter is added."""
+from studio.jobs.base.checkpoint_names import CheckpointNames, Group
+from studio.jobs.base.dequantized import Change
+from studio.jobs.base.skeleton import Skeleton
+from studio.jobs.base.tensor_files import TORCH_DTYPES, TensorFiles
+from studio.jobs.base.units import Unit, find_units, merge_unit
 
 
 @dataclass(frozen=True, slots=True)

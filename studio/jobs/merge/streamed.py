@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from studio.jobs.merge.skeleton import clean_name
-from studio.jobs.merge.units import Read, put
+from studio.jobs.base.skeleton import clean_name
+from studio.jobs.base.units import Read, put
 
 
 @torch.no_grad()

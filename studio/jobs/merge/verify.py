@@ -11,11 +11,11 @@ from torch.nn.functional import kl_div, log_softmax
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
-from studio.jobs.merge.checkpoint_names import CheckpointNames
-from studio.jobs.merge.skeleton import build_clean
+from studio.jobs.base.checkpoint_names import CheckpointNames
+from studio.jobs.base.skeleton import build_clean
+from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.steps import MergeSteps, Step
 from studio.jobs.merge.streamed import streamed_logits
-from studio.jobs.merge.tensor_files import TensorFiles
 
 _SAMPLE = 4
 _WORK = 2e11

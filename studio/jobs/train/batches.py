@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from studio.jobs.train.loss import IGNORED
+from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.rows import Example
 from studio.jobs.train.packing import best_fit, packed
-from studio.jobs.train.rows import Example
 
 Batch = dict[str, Any]
 """What the model is called with: tensors `[batch, seq]` and, of packed rows, their lengths."""

@@ -11,13 +11,13 @@ from torch import nn
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.recipe import Recipe
+from studio.jobs.base.rows import Example, Prompt
 from studio.jobs.train.adapter import save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
 from studio.jobs.train.evaluate import answer, held_out_loss
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.rows import Example, Prompt
 from studio.jobs.train.start import Pair
 from studio.jobs.train.step_model import StepModel
 from studio.runs.worker import Worker

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from studio.core.recipe import Packing
+from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.rows import Example
 from studio.jobs.train.batches import Batcher, collate
 from studio.jobs.train.evaluate import evaluating
 from studio.jobs.train.head import TOLERANCE
-from studio.jobs.train.loss import IGNORED
 from studio.jobs.train.packing import packed
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.row_attention import ROW_ATTENTION
-from studio.jobs.train.rows import Example
 from studio.jobs.train.step_model import StepModel
 
 _PROBE_TOKENS = 48

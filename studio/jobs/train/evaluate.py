@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from studio.jobs.base.rows import Example, Prompt
 from studio.jobs.train.batches import Batcher, loss_tokens
-from studio.jobs.train.rows import Example, Prompt
 
 
 @dataclass(frozen=True, slots=True)

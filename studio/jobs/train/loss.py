@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from studio.core.loss_chunk import loss_chunk_tokens
-
-IGNORED = -100
-"""Label of a token that is not trained (transformers' and torch's convention)."""
+from studio.jobs.base.labels import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

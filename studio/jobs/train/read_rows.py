@@ -10,9 +10,9 @@ from peft import PeftModel
 from studio.core.errors import JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
+from studio.jobs.base.rows import Example, Prompt, encode_rows, sample_prompts
+from studio.jobs.base.template import ensure_template
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.rows import Example, Prompt, encode_rows, sample_prompts
-from studio.jobs.train.template import ensure_template
 from studio.probe.data import Row, known_rows, read_data, split
 from studio.runs.worker import Worker
 

@@ -4,6 +4,8 @@ Measured on one adapter: merged into this, the result is closest to the model of
 .377 for the 16-bit original), and has the higher task loss of the two. It must not be quantised again (KL 1.99).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,7 +13,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from studio.jobs.base.load import FourBit
-from studio.jobs.merge.steps import Change
+
+Change = Callable[[str, Tensor], Tensor]
+"""Changes a parameter of the base, by its name in memory, before the adapter is added."""
 
 
 def quantised_parameters(clean: PreTrainedModel) -> frozenset[str]:

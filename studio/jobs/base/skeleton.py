@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.merge.refusals import refuse_what_cannot_merge
+from studio.jobs.base.refusals import refuse_what_cannot_merge
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, AdapterFound
 
 ADAPTER = "default"
