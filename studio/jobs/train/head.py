@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from studio.jobs.train.loss import HeadForm, chunked_loss_sum, shifted
+from studio.jobs.base.head_form import HeadForm, head_form_of
+from studio.jobs.train.loss import chunked_loss_sum, shifted
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Relative difference allowed between the two losses: rounding of the logits in each dtype, not a different formula."""
@@ -39,12 +40,7 @@ def split(causal: nn.Module) -> SplitModel | None:
     head = cast(Any, causal).get_output_embeddings()
     if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
         return None
-    config = cast(Any, causal).config.get_text_config()
-    scale = (
-        1.0 / float(getattr(config, "logits_scaling", 1.0) or 1.0) * float(getattr(config, "logit_scale", 1.0) or 1.0)
-    )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return SplitModel(backbone, head, HeadForm(float(softcap) if softcap else None, scale))
+    return SplitModel(backbone, head, head_form_of(cast(Any, causal).config))
 
 
 def agrees(parts: SplitModel, causal: nn.Module, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:

@@ -5,7 +5,6 @@ made in the same pass, so nothing but that gradient outlives a chunk. With a tra
 head itself) each chunk is recomputed in the backward pass, which costs time and is right for anything.
 """
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,18 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from studio.core.loss_chunk import loss_chunk_tokens
+from studio.jobs.base.head_form import HeadForm
 from studio.jobs.base.labels import IGNORED
-
-
-@dataclass(frozen=True, slots=True)
-class HeadForm:
-    """How a family turns the head's output x into logits: `softcap * tanh(scale * x / softcap)`, or `scale * x`.
-
-    Sources: Gemma 2 `final_logit_softcapping`, Granite `logits_scaling` (divides), Cohere `logit_scale` (multiplies).
-    """
-
-    softcap: float | None = None
-    scale: float = 1.0
 
 
 def shifted(labels: Tensor) -> Tensor:

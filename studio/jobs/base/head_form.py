@@ -1,0 +1,23 @@
+"""How a family turns its head's output into logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class HeadForm:
+    """How a family turns the head's output x into logits: `softcap * tanh(scale * x / softcap)`, or `scale * x`.
+
+    Sources: Gemma 2 `final_logit_softcapping`, Granite `logits_scaling` (divides), Cohere `logit_scale` (multiplies).
+    """
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+def head_form_of(config: Any) -> HeadForm:
+    """Return the form that a model's config asks for; whether that is all of it is for the caller to check."""
+    text = config.get_text_config()
+    divided, multiplied = (float(getattr(text, name, 1.0) or 1.0) for name in ("logits_scaling", "logit_scale"))
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return HeadForm(float(softcap) if softcap else None, 1.0 / divided * multiplied)
