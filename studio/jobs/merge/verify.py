@@ -11,11 +11,9 @@ from torch.nn.functional import kl_div, log_softmax
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
-from studio.jobs.base.checkpoint_names import CheckpointNames
-from studio.jobs.base.skeleton import build_clean
+from studio.jobs.base.streamed import folder_logits, streamed_logits
 from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.steps import MergeSteps, Step
-from studio.jobs.merge.streamed import streamed_logits
 
 _SAMPLE = 4
 _WORK = 2e11
@@ -79,8 +77,7 @@ def compare_logits(
     tell("base and adapter")
     separate = streamed_logits(steps.skeleton.adapted, steps.parameter, ids, mask, "base_model.model.")
     tell("merged")
-    clean = build_clean(folder)
-    merged = streamed_logits(clean, _reader(clean, TensorFiles(folder)), ids, mask)
+    merged = folder_logits(folder, ids, mask)
     real = mask.bool()
     closeness = compare(merged[real], separate[real])
     if not all(bool(torch.isfinite(logits[real]).all()) for logits in (merged, separate)):
@@ -113,25 +110,6 @@ def encode(texts: Sequence[str], tokenizer: Any, steps: MergeSteps) -> tuple[Ten
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return ids, mask
-
-
-def _reader(clean: Any, files: TensorFiles) -> Callable[[str], Tensor]:
-    names = CheckpointNames(clean, files)
-    groups = {name: group for group in names.groups for name in group.names}
-    tied = getattr(clean, "all_tied_weights_keys", None) or {}
-
-    def read(name: str) -> Tensor:
-        source = name if name in groups else tied.get(name, name)
-        group = groups.get(source)
-        if group is None:
-            raise JobFailed(
-                "merged_incomplete",
-                f"the merged files do not hold {plain(name, one_line=True)}",
-                "merge again; if it stays so, report the model's name",
-            )
-        return names.load(group, {key: files.read(key) for key in group.keys})[source]
-
-    return read
 
 
 def _some(steps: list[Step]) -> list[Step]:

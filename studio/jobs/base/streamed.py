@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from studio.jobs.base.skeleton import clean_name
+from studio.core.errors import JobFailed
+from studio.core.text import plain
+from studio.jobs.base.checkpoint_names import CheckpointNames
+from studio.jobs.base.skeleton import build_clean, clean_name
+from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.base.units import Read, put
 
 
@@ -27,6 +32,23 @@ def streamed_logits(model: nn.Module, read: Read, ids: Tensor, mask: Tensor, pre
     with _lending(model, read, prefix):
         logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits.float()
+
+
+def folder_logits(folder: Path, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the fp32 logits `[batch, seq, vocabulary]` of a model folder, one decoder layer in memory at a time.
+
+    Args:
+        folder: Holds config and safetensors in 16 or 32 bit.
+        ids: `[batch, seq]`.
+        mask: `[batch, seq]`, 0 for padding.
+
+    Raises:
+        BadInput: transformers cannot build this model, or a file of it is damaged.
+        JobFailed: The files lack a parameter of the model.
+        OSError: A file cannot be read.
+    """
+    clean = build_clean(folder)
+    return streamed_logits(clean, _reader(clean, TensorFiles(folder)), ids, mask)
 
 
 @contextmanager
@@ -74,3 +96,22 @@ def _lender(
             put(module, local, parameter)
 
     return lend, take_back
+
+
+def _reader(clean: Any, files: TensorFiles) -> Read:
+    names = CheckpointNames(clean, files)
+    groups = {name: group for group in names.groups for name in group.names}
+    tied = getattr(clean, "all_tied_weights_keys", None) or {}
+
+    def read(name: str) -> Tensor:
+        source = name if name in groups else tied.get(name, name)
+        group = groups.get(source)
+        if group is None:
+            raise JobFailed(
+                "merged_incomplete",
+                f"the model's files do not hold {plain(name, one_line=True)}",
+                "merge again; if it stays so, report the model's name",
+            )
+        return names.load(group, {key: files.read(key) for key in group.keys})[source]
+
+    return read
