@@ -14,7 +14,8 @@ from studio.core.shape import ModelShape
 from studio.core.trainable import check_rank, target_names
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.report import plan_to_dict
-from studio.core.vram.setup import Setup, setup_of, stock_setup
+from studio.core.vram.setup import Setup, setup_of
+from studio.core.vram.stock import stock_setup
 from studio.probe.gpus import read_gpus
 from studio.probe.plan import budget_of, card_of, known_gpu
 from studio.probe.shape import find_shape
@@ -43,10 +44,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="hf: the stock Trainer and peft")
     for flag, text in (
         ("kbit-prepare", "hf: peft's fp32 upcast of everything not quantised (default for qlora)"),
-        ("autocast", "hf: whether the forward runs under autocast (default: in bf16)"),
-        ("outputs-kept", "hf: whether the loop holds the logits through the backward (default)"),
+        ("autocast", "hf: whether the forward runs under autocast (default: 4-bit weights, but fp16 without bf16)"),
+        ("outputs-kept", "hf: whether the loop holds the logits through the backward (default: fp16 without bf16)"),
     ):
         parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    parser.add_argument("--transformers", metavar="VERSION", help="hf: its version, such as 4.48.1: losses differ")
     add_card(parser)
     parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
     add_json(parser)
@@ -83,11 +85,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
     setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
-    wishes = {name: getattr(args, name) for name in ("kbit_prepare", "autocast", "outputs_kept")}
+    wishes = {name: getattr(args, name) for name in ("kbit_prepare", "autocast", "outputs_kept", "transformers")}
     given = {name: value for name, value in wishes.items() if value is not None}
     if args.engine == "hf":
         loss_said = args.loss is not None or any(word.strip().startswith("train.loss") for word in args.set)
-        setup = stock_setup(setup if loss_said else replace(setup, loss="full"), **given)
+        setup = stock_setup(setup if loss_said else replace(setup, loss="full"), gpu=gpu, **given)
     elif given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadInput(f"{flags} describes the stock loop; add --engine hf, or leave it out")

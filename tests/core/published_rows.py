@@ -14,7 +14,8 @@ from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.setup import Setup, stock_setup
+from studio.core.vram.setup import Setup
+from studio.core.vram.stock import stock_setup
 
 DATA = Path(__file__).parents[1] / "data"
 GIB = 2**30
@@ -70,7 +71,7 @@ def compared() -> tuple[Compared, ...]:
 def stock_default(row: dict[str, Any]) -> Setup:
     """Return what somebody gets who knows of a row only its flags: `plan --engine hf` and its defaults."""
     kbit = row["method"] == "qlora" and bool(row.get("kbit_prepare"))
-    return stock_setup(replace(_setup(row), loss="full"), kbit_prepare=kbit)
+    return stock_setup(replace(_setup(row), dropout=0.0), kbit_prepare=kbit, gpu=card(row))
 
 
 def _compare(row: dict[str, Any]) -> Compared:
@@ -116,14 +117,9 @@ def _setup(row: dict[str, Any]) -> Setup:
         double_quant=bool(row["double_quant"]),
         kbit_prepare=quantised and row.get("kbit_prepare", False),
         autocast="autocast" in str(row.get("amp", "")) and not str(row.get("amp")).startswith("none"),
-        outputs_kept=_outputs_kept(row),
+        outputs_kept=row["id"].startswith("fitcheck"),  # a plain loop holds `outputs` through the backward
+        transformers=row.get("transformers") or "",
     )
-
-
-def _outputs_kept(row: dict[str, Any]) -> bool:
-    """A plain loop holds `outputs` through the backward; transformers 4.46 to 4.50 hold as much at the loss."""
-    version = row.get("transformers") or ""
-    return row["id"].startswith("fitcheck") or version.startswith(("4.46", "4.47", "4.48", "4.49", "4.50"))
 
 
 def _optimizer(word: str) -> Any:

@@ -17,6 +17,7 @@ from studio.core.vram.reserve import (
 )
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
+from studio.core.vram.stock import COPIES_LOGITS, NEWEST
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -155,13 +156,15 @@ def _allocated_bounds(
 
 
 def _variants(setup: Setup) -> tuple[Setup, ...]:
-    """Stock loops differ in whether they hold the outputs and use autocast; ours does not differ from itself."""
+    """Stock loops differ in version, autocast and whether they hold the outputs; ours does not differ from itself."""
     if setup.engine == "studio":
         return ()
+    unsaid = not setup.transformers and setup.micro_batch > 1
     return tuple(
-        replace(setup, outputs_kept=kept, autocast=autocast)
+        replace(setup, outputs_kept=kept, autocast=autocast, transformers=version)
         for kept in (False, True)
         for autocast in ((False, True) if setup.compute_itemsize == 2 else (setup.autocast,))
+        for version in ((NEWEST, COPIES_LOGITS) if unsaid else (setup.transformers,))
     )
 
 

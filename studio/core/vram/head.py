@@ -24,10 +24,15 @@ class LossForm:
         kind: `model`: transformers' own, whole logits. `whole`: our loop's whole logits. `chunked`: a head that is
             never whole.
         outputs_kept: Whether the loop holds the model's outputs, and so the logits, while it runs the backward.
+        upcast_outputs: Whether those logits are fp32 already (transformers up to 4.45: `logits = logits.float()`).
+        shift_copied: Whether the fp32 logits are copied to drop the last token of several rows (transformers up to
+            4.48: `logits[..., :-1, :].contiguous()`; later the labels are shifted instead).
     """
 
     kind: LossKind
     outputs_kept: bool = False
+    upcast_outputs: bool = False
+    shift_copied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,9 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
         kept: list[Tensor] = []
     else:
         logits, kept = _logits(run, hidden)
-        value = _whole_loss(logits, drops_logits=loss.kind == "whole")
+        if loss.upcast_outputs:
+            logits = op.cast(logits, 4)
+        value = _whole_loss(logits, drops_logits=loss.kind == "whole", shift_copied=loss.shift_copied)
         outputs = logits if loss.outputs_kept else None
         del logits
     del hidden
@@ -76,12 +83,13 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     return logits, kept
 
 
-def _whole_loss(logits: Tensor, *, drops_logits: bool) -> Tensor:
+def _whole_loss(logits: Tensor, *, drops_logits: bool, shift_copied: bool) -> Tensor:
     """Return the cross-entropy of fp32 logits: log-softmax saves its result, and so does the loss that reads it."""
     wide = op.cast(logits, 4)
     if drops_logits:
         del logits
-    log_probabilities = op.activate_saving_result(wide)
+    shifted = op.clone(op.slice_last(wide, 1.0)) if shift_copied else wide
+    log_probabilities = op.activate_saving_result(shifted)
     return Tensor(
         wide.tape,
         NOTHING,

@@ -1,6 +1,6 @@
 """What besides the model decides how many bytes a step needs: the recipe's choices and the engine's habits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from studio.core.adapter_text import layers_of, pattern_of
@@ -36,6 +36,7 @@ class Setup:
         kbit_prepare: Whether peft's `prepare_model_for_kbit_training` upcasts everything not quantised to fp32 (`hf`).
         autocast: Whether the forward runs under autocast.
         outputs_kept: Whether the loop holds the model's outputs, logits among them, during the backward (`hf`).
+        transformers: Version of transformers whose loss runs (`hf`), such as `4.48.1`; empty where it is not known.
         gpus: Data-parallel replicas; each holds everything.
     """
 
@@ -59,6 +60,7 @@ class Setup:
     kbit_prepare: bool = False
     autocast: bool = True
     outputs_kept: bool = False
+    transformers: str = ""
     gpus: int = 1
 
     @property
@@ -122,28 +124,4 @@ def setup_of(recipe: Recipe, *, bf16: bool = True) -> Setup:
         dtype=dtype,
         double_quant=recipe.model.double_quant,
         autocast=dtype != "fp32",
-    )
-
-
-def stock_setup(
-    setup: Setup, *, kbit_prepare: bool | None = None, autocast: bool | None = None, outputs_kept: bool | None = None
-) -> Setup:
-    """Return the same training in the stock loop: transformers' model and loss, peft, bitsandbytes.
-
-    Stock loops differ. What is not said is taken as most are, and where both are common as what holds more:
-
-    Args:
-        setup: What is trained, and how.
-        kbit_prepare: peft's upcast; QLoRA scripts call it by habit.
-        autocast: With bf16 the Trainer's `bf16=True`; in fp16 loops without it are as common and hold more.
-        outputs_kept: A plain loop and transformers 4.46 to 4.50 hold that much; the Trainer of transformers 5 lets go
-            sooner.
-    """
-    quantised = setup.method == "qlora"
-    return replace(
-        setup,
-        engine="hf",
-        kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
-        autocast=setup.dtype == "bf16" if autocast is None else autocast and setup.dtype != "fp32",
-        outputs_kept=True if outputs_kept is None else outputs_kept,
     )

@@ -1,0 +1,150 @@
+"""What a micro-batch holds beside weights and states, in bytes: kept activations, a layer at work, head and loss."""
+
+from dataclasses import dataclass, replace
+
+from studio.core.loss_chunk import loss_chunk_tokens
+from studio.core.shape import ModelShape
+from studio.core.trainable import target_names
+from studio.core.vram.form import largest
+from studio.core.vram.head import LossForm
+from studio.core.vram.modules import AdapterForm, Kernel, LayerForm
+from studio.core.vram.operators import Arithmetic
+from studio.core.vram.setup import Setup
+from studio.core.vram.step import StepForms, step_forms
+from studio.core.vram.stock import COPIES_LOGITS, NEWEST, SHIFT_COPIED_BELOW, UPCAST_BELOW, version_of
+
+_SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
+"""Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope."""
+
+
+def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
+    """Return the forms of a step for a model, a set-up and an attention kernel."""
+    arithmetic = Arithmetic(setup.compute_itemsize, setup.residual_itemsize, setup.autocast)
+    ours = setup.engine == "studio"
+    adapter = AdapterForm(
+        targets=target_names(shape, setup.targets),
+        dropout=setup.dropout > 0,
+        dora=setup.dora,
+        casts_inputs=not (ours and setup.autocast),
+    )
+    fused_upcast = setup.dtype == "fp16"
+    form = LayerForm(arithmetic, adapter, setup.quantised, kernel, setup.micro_batch > 1, fused_upcast)
+    return step_forms(shape, form, loss_form(setup), setup.grad_checkpointing)
+
+
+def loss_form(setup: Setup) -> LossForm:
+    """Return how a set-up makes its loss; a version of transformers that is not said counts as the newest."""
+    if setup.loss == "chunked":
+        return LossForm("chunked")
+    if setup.engine == "studio":
+        return LossForm("whole")
+    version = version_of(setup.transformers or NEWEST)
+    return LossForm(
+        "model",
+        setup.outputs_kept,
+        upcast_outputs=version < UPCAST_BELOW,
+        shift_copied=version < SHIFT_COPIED_BELOW and setup.micro_batch > 1,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes beside weights and states.
+
+    Attributes:
+        kept: From the forward until the backward, logits left out.
+        layer_forward: What one layer's forward needs beside that.
+        layer_backward: The same for its backward, recomputation included.
+        first_layer_backward: The same for the layer that goes backward last.
+        loss_forward: What head and loss need on their way forward.
+        loss: What they need at their highest.
+        copies: 16-bit adapter copies that autocast caches.
+        held: Logits that the loop itself holds.
+    """
+
+    kept: float
+    layer_forward: float
+    layer_backward: float
+    first_layer_backward: float
+    loss_forward: float
+    loss: float
+    copies: int
+    held: int
+
+
+def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, parameters: int) -> Activations:
+    """Return what a micro-batch holds beside weights and states."""
+    forms = forms_of(shape, setup, kernel)
+    # With patterns every map is taken to have the largest rank: activations grow little with it.
+    rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
+    numbers = (setup.tokens, setup.squares, rank)
+    kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
+    copies = _autocast_copies(setup, parameters)
+    loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
+    return Activations(
+        kept=kept + _shared(shape, setup, kernel),
+        layer_forward=max(largest(group.forward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
+        layer_backward=max(largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
+        first_layer_backward=max(largest(group.backward, *numbers) for group in forms.groups),
+        loss_forward=loss_forward,
+        loss=loss,
+        copies=copies,
+        held=_held_logits(shape, setup),
+    )
+
+
+def _loss_bytes(
+    shape: ModelShape, setup: Setup, kernel: Kernel, numbers: tuple[int, int, int], copies: int
+) -> tuple[float, float]:
+    """Return the bytes around head and loss: forward alone, and at their highest.
+
+    Where the version of transformers is not known: the mean of the newest and of those that copy the logits.
+    """
+    forms = forms_of(shape, setup, kernel)
+    forward = largest(forms.loss_forward, *numbers) + _chunk_bytes(shape, setup)
+    highest = max(copies + forward, largest(forms.loss_backward, *numbers))
+    if setup.engine == "studio" or setup.loss == "chunked" or setup.transformers or setup.micro_batch == 1:
+        return forward, highest
+    other = _loss_bytes(shape, replace(setup, transformers=COPIES_LOGITS), kernel, numbers, copies)
+    return (forward + other[0]) / 2, (highest + other[1]) / 2
+
+
+def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
+    """Return what all layers share: ids, labels and mask (int64), cos and sin, and an S x S mask where one is made."""
+    inputs = 3 * 8 * setup.tokens
+    rotary = 2 * setup.seq_len * shape.head_dim * setup.residual_itemsize
+    masked = kernel == "eager" or _windowed(shape, setup)
+    return inputs + rotary + (setup.squares * setup.residual_itemsize if masked else 0)
+
+
+def _windowed(shape: ModelShape, setup: Setup) -> bool:
+    """Whether a window shorter than the rows makes transformers build a mask (_ignore_causal_mask_sdpa)."""
+    return any(0 < group.layer.window <= setup.seq_len for group in shape.groups)
+
+
+def _autocast_copies(setup: Setup, parameters: int) -> int:
+    """Return 16-bit adapter copies that autocast caches until the forward ends; a kept graph holds them anyway."""
+    if not setup.autocast or setup.compute_itemsize == 4 or not setup.grad_checkpointing:
+        return 0
+    return setup.compute_itemsize * parameters
+
+
+def _held_logits(shape: ModelShape, setup: Setup) -> int:
+    """Logits that a loop's own `outputs` keeps alive through backward and optimizer step."""
+    if not setup.outputs_kept or setup.loss == "chunked":
+        return 0
+    itemsize = setup.compute_itemsize if setup.autocast else setup.residual_itemsize
+    if loss_form(setup).upcast_outputs:
+        itemsize = 4
+    return setup.tokens * shape.vocabulary * itemsize
+
+
+def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
+    if setup.loss != "chunked":
+        return 0
+    if setup.engine == "studio":
+        per_logit = _SOFTCAP_BYTES if shape.logit_softcap else _CHUNK_BYTES
+        return loss_chunk_tokens(shape.vocabulary, setup.tokens) * shape.vocabulary * per_logit
+    # liger_kernel/ops/fused_linear_cross_entropy.py: gradients overwrite the chunk's logits.
+    share = -(-setup.tokens // -(-shape.vocabulary // shape.hidden))
+    return (1 << max(0, share - 1).bit_length()) * shape.vocabulary * setup.compute_itemsize

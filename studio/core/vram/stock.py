@@ -1,0 +1,75 @@
+"""The stock loops that people have: transformers' model and loss, peft, bitsandbytes; they and versions differ."""
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import Gpu
+from studio.core.text import plain
+from studio.core.vram.setup import Setup
+
+UPCAST_BELOW, SHIFT_COPIED_BELOW, FUSED_EXPERTS_FROM = (4, 46), (4, 49), (5, 0)
+"""Versions of transformers. Below the first the model itself casts its logits to fp32; below the second the loss copies
+them to drop the last token; from the last on, the experts of a layer are one tensor, before that modules of their own
+(read in the sources of 4.43.3, 4.45.2, 4.48.1, 4.49.0, 4.50.3 and 5.24: loss/loss_utils.py, modeling_mistral.py,
+modeling_mixtral.py)."""
+
+COPIES_LOGITS, NEWEST = "4.48", "5.24"
+"""Where the version is not said, the loss is taken to be of one of these."""
+
+
+def stock_setup(
+    setup: Setup,
+    *,
+    kbit_prepare: bool | None = None,
+    autocast: bool | None = None,
+    outputs_kept: bool | None = None,
+    transformers: str = "",
+    gpu: Gpu | None = None,
+) -> Setup:
+    """Return the same training in the stock loop.
+
+    What is not said is taken as those loops are whose measurements were published: in fp16, on a card that has no bf16,
+    a plain loop without autocast that holds the model's outputs through the backward (25 rows of a T4); else the
+    Trainer, with autocast on 4-bit weights and without it on 16-bit ones (9 rows of an A100, 8 of an L40S). The
+    estimate's range covers the other loops.
+
+    Args:
+        setup: What is trained, and how.
+        kbit_prepare: peft's upcast; QLoRA scripts call it by habit.
+        autocast: The Trainer's `bf16=True` or `fp16=True`.
+        outputs_kept: Whether the loop holds the logits while it runs the backward.
+        transformers: Version of transformers; where it is not said, the loss counts as the mean of both kinds.
+        gpu: The card, where known.
+
+    Raises:
+        BadInput: The version is none.
+    """
+    quantised = setup.method == "qlora"
+    plain_loop = setup.dtype == "fp16" and (gpu is None or not gpu.bf16)
+    wanted_autocast = quantised and not plain_loop if autocast is None else autocast
+    if transformers:
+        version_of(transformers)
+    return replace(
+        setup,
+        engine="hf",
+        kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
+        autocast=wanted_autocast and setup.dtype != "fp32",
+        outputs_kept=plain_loop if outputs_kept is None else outputs_kept,
+        transformers=transformers,
+    )
+
+
+@lru_cache(maxsize=64)
+def version_of(text: str) -> tuple[int, int]:
+    """Return major and minor of a version.
+
+    Raises:
+        BadInput: It is no version.
+    """
+    found = re.match(r"(\d{1,4})\.(\d{1,4})(\.|$)", text, re.ASCII)
+    if found is None:
+        shown = plain(text, one_line=True, limit=40)
+        raise BadInput(f"the version of transformers is {shown!r}; wanted one such as 4.48.1 or 5.24")
+    return int(found[1]), int(found[2])
