@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from studio.commands.options import add_json
@@ -11,11 +10,10 @@ from studio.commands.terminal import DONE, NO, say, write_json
 from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
-from studio.probe.data import DataSet, Finding, PlainText, Row, inspect_data
-from studio.probe.models import find_base
+from studio.probe.data import DataSet, Finding, inspect_data
+from studio.probe.data.lengths import spread_of, texts_of, token_lengths
 
 _LISTED_LONG_ROWS = 20
-_TOKENIZER = "tokenizer.json"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,37 +52,6 @@ def run(args: argparse.Namespace) -> int:
     return DONE if report["ok"] else NO
 
 
-def token_lengths(rows: "tuple[Row, ...] | Any", model: str) -> list[int]:
-    """Return each row's length in tokens of its texts, without what the model's chat template adds.
-
-    Raises:
-        BadInput: The model is unknown or has no tokenizer.json on this machine.
-    """
-    folder = find_base(model).path
-    file = folder / _TOKENIZER if folder else None
-    if file is None or not file.is_file():
-        raise BadInput(
-            f"the model {plain(model, one_line=True)} has no {_TOKENIZER} on this machine to count tokens with"
-            f"{'' if folder else ' yet: it comes with its first use'}. Without --model, lengths are in characters."
-        )
-    from tokenizers import Tokenizer  # noqa: PLC0415  only counting needs it
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for a damaged file
-        raise BadInput(f"{plain(str(file), one_line=True)} is damaged: {plain(str(error), one_line=True)}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return [
-        sum(len(encoded.ids) for encoded in tokenizer.encode_batch(_texts(row), add_special_tokens=False))
-        for row in rows
-    ]
-
-
-def _texts(row: Row) -> list[str]:
-    return [row.text] if isinstance(row, PlainText) else [message.content for message in row.messages]
-
-
 def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:
     return [
         Finding("longer_than_seq", row.number, "", f"{length} tokens; {seq} are kept, the rest is cut off", fatal=False)
@@ -106,24 +73,9 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "findings": [asdict(finding) for finding in (*data.findings, *long_rows[:_LISTED_LONG_ROWS])],
         "counts": counts,
         "lengths": {
-            "characters": _spread([sum(map(len, _texts(row))) for row in data.rows]),
-            "tokens": _spread(tokens) if tokens is not None else None,
+            "characters": spread_of([sum(map(len, texts_of(row))) for row in data.rows]),
+            "tokens": spread_of(tokens) if tokens is not None else None,
         },
-    }
-
-
-def _spread(lengths: list[int]) -> dict[str, float] | None:
-    if not lengths:
-        return None
-    ordered = sorted(lengths)
-    # Nearest rank: the smallest length that at least 95 of 100 rows do not exceed.
-    p95 = ordered[-(-95 * len(ordered) // 100) - 1]
-    return {
-        "min": ordered[0],
-        "median": median(ordered),
-        "p95": p95,
-        "max": ordered[-1],
-        "total": sum(ordered),
     }
 
 

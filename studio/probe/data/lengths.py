@@ -1,0 +1,59 @@
+"""How long the rows of a data file are, in characters and in a model's tokens."""
+
+from collections.abc import Sequence
+from statistics import median
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.data.rows import PlainText, Row
+from studio.probe.models import find_base
+
+_TOKENIZER = "tokenizer.json"
+
+
+def token_lengths(rows: Sequence[Row], model: str) -> list[int]:
+    """Return each row's length in tokens of its texts, without what the model's chat template adds.
+
+    Raises:
+        BadInput: The model is unknown or has no tokenizer.json on this machine.
+    """
+    folder = find_base(model).path
+    file = folder / _TOKENIZER if folder else None
+    if file is None or not file.is_file():
+        raise BadInput(
+            f"the model {plain(model, one_line=True)} has no {_TOKENIZER} on this machine to count tokens with"
+            f"{'' if folder else ' yet: it comes with its first use'}. Without --model, lengths are in characters."
+        )
+    from tokenizers import Tokenizer  # noqa: PLC0415  only counting needs it
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a damaged file
+        raise BadInput(f"{plain(str(file), one_line=True)} is damaged: {plain(str(error), one_line=True)}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return [
+        sum(len(encoded.ids) for encoded in tokenizer.encode_batch(texts_of(row), add_special_tokens=False))
+        for row in rows
+    ]
+
+
+def texts_of(row: Row) -> list[str]:
+    """Return the texts of a row."""
+    return [row.text] if isinstance(row, PlainText) else [message.content for message in row.messages]
+
+
+def spread_of(lengths: list[int]) -> dict[str, float] | None:
+    """Return least, median, 95th percentile, most and sum; None without rows."""
+    if not lengths:
+        return None
+    ordered = sorted(lengths)
+    # Nearest rank: the smallest length that at least 95 of 100 rows do not exceed.
+    p95 = ordered[-(-95 * len(ordered) // 100) - 1]
+    return {
+        "min": ordered[0],
+        "median": median(ordered),
+        "p95": p95,
+        "max": ordered[-1],
+        "total": sum(ordered),
+    }

@@ -1,0 +1,99 @@
+"""This machine as a fine-tune sees it: cards, driver, memory, disk. Nothing here raises; what is unknown is None."""
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.probe.gpus import Gpu, read_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One look at the machine.
+
+    Attributes:
+        cards: NVIDIA cards; None where no driver answers.
+        driver: The NVIDIA driver's version.
+        ram_bytes: Main memory in all.
+        free_ram_bytes: Main memory that can be had without swapping.
+        disk_bytes: Free on the disk that runs are kept on.
+        cores: Cores that this process may use.
+        system: Operating system in words.
+        spills: Whether a full card moves into main memory instead of failing (Windows and WSL drivers do).
+    """
+
+    cards: list[Gpu] | None
+    driver: str | None
+    ram_bytes: int | None
+    free_ram_bytes: int | None
+    disk_bytes: int | None
+    cores: int | None
+    system: str
+    spills: bool
+
+
+def read_machine(folder: Path) -> Machine:
+    """Look at the machine.
+
+    Args:
+        folder: Where runs are kept; need not exist yet.
+    """
+    cards = read_gpus()
+    ram, free_ram = _ram()
+    return Machine(
+        cards=cards,
+        driver=_driver() if cards is not None else None,
+        ram_bytes=ram,
+        free_ram_bytes=free_ram,
+        disk_bytes=free_disk_bytes(folder),
+        cores=_cores(),
+        system=f"{platform.system()} {platform.release()}",
+        spills=spills_to_ram(),
+    )
+
+
+def spills_to_ram() -> bool:
+    """Return whether the driver here moves what does not fit into main memory instead of refusing it."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def free_disk_bytes(folder: Path) -> int | None:
+    """Return what is free on the disk of a folder, or of its nearest parent that exists."""
+    place = folder.absolute()
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def _ram() -> tuple[int | None, int | None]:
+    try:
+        import psutil  # noqa: PLC0415  20 ms that only this look pays
+
+        memory = psutil.virtual_memory()
+    except Exception:  # noqa: BLE001  /proc may be missing or hidden
+        return None, None
+    return int(memory.total), int(memory.available)
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml  # noqa: PLC0415  60 ms, and only where a driver answered
+
+        pynvml.nvmlInit()
+        try:
+            version = pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001  a driver that has gone meanwhile has no version
+        return None
+    return version.decode("utf-8", "replace") if isinstance(version, bytes) else str(version)
