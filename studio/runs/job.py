@@ -47,23 +47,36 @@ class MergeRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExportRequest:
-    """A merged model in fewer bits, or an adapter with its card.
+    """A model in another format, or an adapter with its card.
 
     Attributes:
-        source: Absolute path of the merged model's folder; for `peft` of the adapter's.
-        out: Absolute path of the folder that it gets.
+        source: Absolute path of a merged model's folder, or of an adapter's, which is merged first where the format
+            wants a whole model.
+        out: Absolute path of the folder that it gets, or of the file where it ends in `.gguf`.
         format: One of `EXPORT_FORMATS`.
         run: Absolute path of the training run of an adapter; empty when there is none.
+        base: Of an adapter: a model folder, a hub id or `embedded`; empty means the one that it names.
+        revision: Of a hub model; empty means the newest.
+        onto: What an adapter is merged into, one of `ONTO`.
+        push: Hub repository that the result is uploaded to as well; empty for none.
     """
 
     source: str
     out: str
     format: str
     run: str = ""
+    base: str = ""
+    revision: str = ""
+    onto: str = "original"
+    push: str = ""
 
 
-EXPORT_FORMATS = ("peft", "nf4", "int8")
-"""The adapter alone; bitsandbytes' 4-bit NormalFloat with double quantisation; its 8-bit integers, outliers apart."""
+GGUF_FORMATS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+"""llama.cpp's file types for whole models, by size."""
+ADAPTER_FORMATS = ("peft", "lora-gguf")
+"""Formats of an adapter alone: transformers' and llama.cpp's."""
+EXPORT_FORMATS = (*ADAPTER_FORMATS, "nf4", "int8", *GGUF_FORMATS)
+"""Besides those, bitsandbytes' 4-bit NormalFloat with double quantisation, and its 8-bit integers, outliers apart."""
 
 Job = Recipe | MergeRequest | ExportRequest
 _Request = TypeVar("_Request", MergeRequest, ExportRequest)
