@@ -88,12 +88,14 @@ def load_base(
     Raises:
         BadInput: The model cannot be loaded as asked; says why and what to do. Running out of memory is passed on.
     """
-    _refuse_quantised(base, method)
+    refuse_quantised(base, method)
     folder = base_folder(base, progress)
     if progress:
         progress("loading the base model", 0.0)
     own = base.quantization == "bitsandbytes"
-    options: dict[str, Any] = {"quantization_config": _four_bit(quant, dtype)} if method == "qlora" and not own else {}
+    options: dict[str, Any] = (
+        {"quantization_config": four_bit_config(quant, dtype)} if method == "qlora" and not own else {}
+    )
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the loading report
     model: PreTrainedModel
     try:
@@ -131,7 +133,8 @@ def four_bit_parameters(model: torch.nn.Module) -> int:
     return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
 
 
-def _four_bit(quant: FourBit, dtype: torch.dtype) -> BitsAndBytesConfig:
+def four_bit_config(quant: FourBit, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return what transformers needs to quantise linear layers to 4 bits."""
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.quant_type,
@@ -140,7 +143,7 @@ def _four_bit(quant: FourBit, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _refuse_quantised(base: BaseFound, method: Method) -> None:
+def refuse_quantised(base: BaseFound, method: Method) -> None:
     """Refuse weights that are quantised already, except 4-bit bitsandbytes ones under QLoRA.
 
     Raises:
