@@ -45,11 +45,18 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
     check_patterns(model.get_base_model(), section)
     if grad_checkpointing:
-        # Non-reentrant: reentrant checkpoints train nothing when no input requires a gradient.
-        causal: Any = model.get_base_model()
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        causal.config.use_cache = False
+        _checkpoint_layers(model.get_base_model())
     return model
+
+
+def _checkpoint_layers(causal: Any) -> None:
+    # Non-reentrant: reentrant checkpoints train nothing when no input requires a gradient.
+    enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # transformers lets the embeddings' output require a gradient, for the reentrant ones' sake: that gradient is as
+    # large as a checkpoint, the first layer works for it, and nobody reads it.
+    causal.disable_input_require_grads()
+    causal.config.use_cache = False
 
 
 def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | None = None) -> int:

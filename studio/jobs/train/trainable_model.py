@@ -11,6 +11,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.load import FourBit, base_folder, load_base
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.checkpoint import load_start
+from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.precision import Precision
 from studio.jobs.train.start import Pair, start_loftq, start_pissa, take_out
@@ -52,6 +53,8 @@ def trainable_model(
         trust_remote_code=recipe.model.trust_remote_code,
     )
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+    if recipe.train.offload_checkpoints:
+        _offload(model, device, worker)
     if recipe.adapter.init == "pissa":
         tell("starting the adapter", detail="pissa")
         return model, _pissa(model, checkpoint)
@@ -61,6 +64,16 @@ def trainable_model(
             tell("starting the adapter", detail="loftq")
             _loftq(model, base)
     return model, {}
+
+
+def _offload(model: PeftModel, device: torch.device, worker: Worker) -> None:
+    if device.type != "cuda":
+        why = f"on a {device.type} they are in main memory anyway"
+    elif offload_checkpoints(model, PinnedCopies(device)) == 0:
+        why = "this model has a way of its own to checkpoint its layers"
+    else:
+        return
+    worker.emit(Warned, topic="offload", message=f"train.offload_checkpoints moves no checkpoint: {why}")
 
 
 def _pissa(model: PeftModel, checkpoint: Path | None) -> Pair:
