@@ -1,5 +1,6 @@
 """The plan of a run on this machine: the estimate for a recipe and the card it will use."""
 
+from dataclasses import replace
 from typing import Any
 
 from studio.core.errors import StudioError
@@ -54,13 +55,11 @@ def known_gpu(reading: Reading) -> Gpu | None:
         listed = find_gpu(reading.name)
     except StudioError:
         listed = Gpu(reading.name, reading.total_bytes)
-    return Gpu(
+    return replace(
+        listed,
         name=reading.name,
         total_bytes=reading.total_bytes,
         compute_capability=reading.capability or listed.compute_capability,
-        kind=listed.kind,
-        bandwidth_gb_per_second=listed.bandwidth_gb_per_second,
-        context_bytes=listed.context_bytes,
     )
 
 

@@ -55,6 +55,11 @@ def test_the_table_is_plausible():
         assert 4 * GIB < gpu.total_bytes < 200 * GIB
         assert 100 < gpu.bandwidth_gb_per_second < 10_000
         assert gpu.bf16 == (gpu.compute_capability[0] >= 8)
+        assert 4 < gpu.single_tflops <= gpu.half_tflops < 3000
+        if gpu.kind in ("consumer", "laptop") and gpu.bf16:
+            assert gpu.half_tflops == pytest.approx(2 * gpu.single_tflops, rel=0.02), "fp32 sums run at half rate"
+        elif gpu.kind == "workstation" and gpu.bf16:
+            assert gpu.half_tflops == pytest.approx(4 * gpu.single_tflops, rel=0.02)
 
 
 def test_a_card_of_a_size():

@@ -1,0 +1,159 @@
+"""What one micro-batch asks of a device: operations, bytes moved, kernels launched. Counting, no clock and no card.
+
+A LoRA step goes through the frozen weights once forward and once backward for the gradient of what flows through them,
+never for the weights themselves: 2 + 2 operations per weight and token, and 2 more where checkpointing computes the
+layer again. Adapters are small and are trained, so they cost a third pass.
+"""
+
+from dataclasses import dataclass
+
+from studio.core.shape import LayerGroup, ModelShape
+from studio.core.trainable import adapted, target_names, trainable_parameters
+from studio.core.vram.setup import Setup
+
+_NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
+"""Passes over a 16-bit element by what transformers' unfused layers do once: two of a norm's steps run in fp32, a sum
+reads two and writes one, a gate reads and writes five times, rotary positions ten (models/llama/modeling_llama.py)."""
+
+_ADAPTER_IN, _ADAPTER_OUT = 5, 7
+"""The same for peft's linear layer: its own copy of the input, and scaling and adding what it puts out."""
+
+_LOGIT_BYTES = {"full": 36, "chunked": 16, "liger": 8}
+"""Bytes moved per logit: fp32 copy, softmax, its gradient and the copy back; chunked ones stay in the cache longer."""
+
+_SQUARE_BYTES = 10
+"""Bytes moved per entry of an eager attention matrix in one pass: scale, mask, softmax in fp32, copy back."""
+
+_DEQUANTISED_BYTES = 2.5
+"""Bytes moved per 4-bit weight that is written out in 16 bit: half a byte read, two written."""
+
+_DORA_BYTES = 14
+"""Bytes moved per weight of a DoRA layer: its update is built as a whole matrix to take the norm of (peft dora.py)."""
+
+_EAGER_BACKWARD, _FUSED_BACKWARD = 2.0, 2.5
+"""Backward over forward of attention: two products for each one, and fused kernels compute the scores again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """The work of one micro-batch, forward and backward.
+
+    Attributes:
+        tokens: Tokens in it.
+        half: Operations of 16-bit matrix products.
+        single: Operations of fp32 matrix products.
+        half_attention: Operations of attention's products in 16 bit.
+        single_attention: The same in fp32.
+        weight_bytes: Bytes of weights read by the matrix products, however few tokens there are.
+        moved_bytes: Bytes moved between the products.
+        dequantised_bytes: Bytes moved to bring 4-bit weights to 16 bit.
+        layer_passes: Layers times passes through them: what a host has to launch, however few tokens there are.
+    """
+
+    tokens: int
+    half: float
+    single: float
+    half_attention: float
+    single_attention: float
+    weight_bytes: float
+    moved_bytes: float
+    dequantised_bytes: float
+    layer_passes: int
+
+    @property
+    def operations_per_token(self) -> float:
+        """All floating-point operations of a token."""
+        return (self.half + self.single + self.half_attention + self.single_attention) / self.tokens
+
+
+def step_work(shape: ModelShape, setup: Setup) -> StepWork:
+    """Return what one micro-batch of full rows costs.
+
+    Args:
+        shape: The model.
+        setup: How it is trained; every one of its rows has `seq_len` tokens.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    tokens, again = setup.tokens, int(setup.grad_checkpointing)
+    passes = 2 + again
+    names = target_names(shape, setup.targets)
+    weights = sum(group.count * _active(group, shape.hidden) for group in shape.groups)
+    head = 4.0 * tokens * shape.embedding_parameters
+    frozen = 2.0 * tokens * weights * passes
+    trained = 2.0 * tokens * trainable_parameters(shape, setup.adapted) * (3 + again)
+    scores = _attention(shape, setup, again)
+    half, single, half_scores, single_scores = frozen + head + trained, 0.0, scores, 0.0
+    if setup.dtype == "fp32":
+        half, single, half_scores, single_scores = 0.0, half, 0.0, scores
+    elif not setup.autocast:
+        # Without autocast fp32 adapters compute in fp32, and what peft's upcast left in fp32 does so too.
+        half, single = frozen + head, trained
+        if setup.residual_itemsize == 4:
+            half, single, half_scores, single_scores = frozen, trained + head, 0.0, scores
+    stored = sum(group.count * _stored(group, shape.hidden) for group in shape.groups)
+    adapted_weights = sum(count * linear.weights for count, linear in adapted(shape, names))
+    moved = tokens * (passes + 1) * _moved_per_token(shape, setup, names)
+    moved += tokens * shape.vocabulary * _LOGIT_BYTES[setup.loss]
+    moved += setup.dora * _DORA_BYTES * adapted_weights * (1 + again)
+    if setup.attention == "eager":
+        moved += _SQUARE_BYTES * setup.squares * shape.heads * shape.layers * (passes + 1)
+    return StepWork(
+        tokens=tokens,
+        half=half,
+        single=single,
+        half_attention=half_scores,
+        single_attention=single_scores,
+        weight_bytes=float(setup.compute_itemsize) * (stored * passes + 2 * shape.embedding_parameters),
+        moved_bytes=moved,
+        dequantised_bytes=_DEQUANTISED_BYTES * stored * passes if setup.quantised else 0.0,
+        layer_passes=shape.layers * passes,
+    )
+
+
+def _active(group: LayerGroup, hidden: int) -> float:
+    """Return the weights of a layer that one token goes through."""
+    plain = sum(linear.weights for linear in group.layer.linears)
+    experts = group.layer.experts
+    return plain + (3 * hidden * experts.inner * experts.per_token if experts else 0)
+
+
+def _stored(group: LayerGroup, hidden: int) -> float:
+    """Return the weights of a layer that a batch of many tokens goes through: every expert."""
+    experts = group.layer.experts
+    return sum(linear.weights for linear in group.layer.linears) + (experts.weights(hidden) if experts else 0)
+
+
+def _attention(shape: ModelShape, setup: Setup, again: int) -> float:
+    """Return the operations of attention's two products; fused kernels skip what lies above the diagonal."""
+    eager = setup.attention == "eager" or not shape.fused_attention
+    forward = 4.0 * setup.squares * shape.heads * shape.head_dim
+    if not eager:
+        forward /= 2
+    windows = sum(
+        group.count * (min(1.0, 2 * group.layer.window / setup.seq_len) if group.layer.window and not eager else 1.0)
+        for group in shape.groups
+    )
+    return forward * windows * (1 + again + (_EAGER_BACKWARD if eager else _FUSED_BACKWARD))
+
+
+def _moved_per_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float:
+    """Return the bytes that one pass through all layers moves per token between matrix products."""
+    heads = (shape.heads + shape.kv_heads) * shape.head_dim
+    inner = sum(group.count * _inner(group) for group in shape.groups)
+    elements = shape.layers * ((2 * _NORM + 2 * _RESIDUAL) * shape.hidden + _ROTARY * heads) + _ACTIVATION * inner
+    adapters = sum(
+        count * linear.copies * (_ADAPTER_IN * linear.inputs + _ADAPTER_OUT * linear.outputs)
+        for count, linear in adapted(shape, names)
+        if linear.copies == 1
+    )
+    return setup.residual_itemsize * elements + setup.compute_itemsize * adapters
+
+
+def _inner(group: LayerGroup) -> float:
+    """Return the width of the block between its two products, of all experts that a token goes through."""
+    experts = group.layer.experts
+    if experts:
+        return experts.inner * experts.per_token + experts.shared_inner
+    return group.layer.mlp[-1].inputs if group.layer.mlp else 0

@@ -1,0 +1,145 @@
+"""Tokens a second and hours from a roofline: the work of a micro-batch over what a card sustains.
+
+Compared with 112 published speeds of a T4, an A100 and two of an L40S (tests/core/test_throughput.py prints all): the
+constants below were chosen on them, so that says how well one set of constants describes very different steps, not how
+well it does on another card. A card without published rows gets a wide range.
+"""
+
+from dataclasses import dataclass, replace
+
+from studio.core.gpu_catalogue import Gpu
+from studio.core.shape import ModelShape
+from studio.core.step_work import StepWork, step_work
+from studio.core.vram.setup import Setup
+
+_TERA, _GIGA = 1e12, 1e9
+_SECONDS_PER_HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sustained:
+    """What training reaches of a card's data sheet.
+
+    Attributes:
+        products: Share of the peak of matrix products.
+        attention: The same for attention's products.
+        bandwidth: Share of the memory bandwidth in everything between the products.
+        dequantising: Share of it while 4-bit weights are brought to 16 bit.
+        spread: Factor, both ways, within which the seconds of a step lie.
+        basis: Where these come from, for a user.
+    """
+
+    products: float
+    attention: float
+    bandwidth: float
+    dequantising: float
+    spread: float
+    basis: str
+
+
+_SERVER = Sustained(0.90, 0.50, 0.65, 0.30, 1.5, "a roofline fitted to 51 published speeds of an A100 and an L40S")
+_LOW_POWER = Sustained(0.55, 0.16, 0.42, 0.30, 1.5, "a roofline fitted to 61 published speeds of a T4")
+_OTHER = Sustained(
+    0.70, 0.30, 0.55, 0.30, 1.8, "a roofline between what a T4 and an A100 sustain: none of these is known"
+)
+
+_LOW_POWER_BANDWIDTH, _SERVER_BANDWIDTH = 320.0, 800.0
+"""GB/s: data-centre cards below the first are those of 60 to 75 W (T4, L4, A2), which cannot hold their peak; those
+above the second are built and cooled like the A100 and the L40S. The rest (A10, A40 ...) lies between."""
+
+_SINGLE, _SINGLE_ATTENTION = 0.7, 0.5
+"""Share of the fp32 peak that products reach, and that attention reaches (the T4 rows without autocast)."""
+
+_LAUNCH_SECONDS = 0.002
+"""Host seconds to launch one pass through one layer of transformers with peft: 1.2 to 3 ms in the rows of small steps
+(Qwen's README at 256 tokens, T4 rows of SmolLM2-135M). A step cannot be faster than that, on any card."""
+
+_DEQUANTISING = (0.15, 0.60)
+"""Least and most share of the bandwidth while dequantising: the spread of single fits to the published rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens a second, as lowest, expected and highest, and what says so."""
+
+    low: float
+    expected: float
+    high: float
+    basis: str
+
+    def times(self, factor: float) -> "Speed":
+        """Return the same speed, so many times as fast."""
+        return replace(self, low=self.low * factor, expected=self.expected * factor, high=self.high * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """Hours of training, as shortest, expected and longest; evaluations, samples and loading are not in it."""
+
+    low: float
+    expected: float
+    high: float
+
+
+def speed_of(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Speed | None:
+    """Return how fast full rows train on one card; None for a card of which only the size is known, or for none.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    if gpu is None or not (gpu.half_tflops and gpu.single_tflops and gpu.bandwidth_gb_per_second):
+        return None
+    sustained = _sustained(gpu)
+    work = step_work(shape, setup)
+    expected = work.tokens / _seconds(work, gpu, sustained)
+    return Speed(expected / sustained.spread, expected, expected * sustained.spread, sustained.basis)
+
+
+def duration_of(speed: Speed, tokens: float) -> Duration:
+    """Return how long so many tokens take."""
+    seconds = (tokens / rate for rate in (speed.high, speed.expected, speed.low))
+    return Duration(*(value / _SECONDS_PER_HOUR for value in seconds))
+
+
+def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[float, float, float] | None:
+    """Return how many times as long a QLoRA step takes as the same LoRA step: least, expected, most.
+
+    Only the work of dequantising differs; how fast a card does it is the uncertain part. None as for `speed_of`.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    if gpu is None or not (gpu.half_tflops and gpu.single_tflops and gpu.bandwidth_gb_per_second):
+        return None
+    sustained = _sustained(gpu)
+    plain, quantised = (step_work(shape, replace(setup, method=method)) for method in ("lora", "qlora"))
+    before = _seconds(plain, gpu, sustained)
+    least, most = _DEQUANTISING
+    shares = (most, sustained.dequantising, least)
+    low, expected, high = (
+        _seconds(quantised, gpu, replace(sustained, dequantising=share)) / before for share in shares
+    )
+    return low, expected, high
+
+
+def _sustained(gpu: Gpu) -> Sustained:
+    if gpu.kind == "data-centre" and gpu.compute_capability >= (7, 5):
+        if gpu.bandwidth_gb_per_second <= _LOW_POWER_BANDWIDTH:
+            return _LOW_POWER
+        if gpu.bandwidth_gb_per_second >= _SERVER_BANDWIDTH:
+            return _SERVER
+    return _OTHER
+
+
+def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained) -> float:
+    """Return the seconds of a micro-batch: products, attention and traffic in turn, or those to launch it all."""
+    half, single = gpu.half_tflops * _TERA, gpu.single_tflops * _TERA
+    bandwidth = gpu.bandwidth_gb_per_second * _GIGA
+    products = work.half / (half * sustained.products) + work.single / (single * _SINGLE)
+    products = max(products, work.weight_bytes / (bandwidth * sustained.bandwidth))
+    attention = work.half_attention / (half * sustained.attention) + work.single_attention / (
+        single * _SINGLE_ATTENTION
+    )
+    moved = work.moved_bytes / (bandwidth * sustained.bandwidth)
+    dequantised = work.dequantised_bytes / (bandwidth * sustained.dequantising)
+    return max(products + attention + moved + dequantised, _LAUNCH_SECONDS * work.layer_passes)

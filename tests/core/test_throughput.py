@@ -1,0 +1,128 @@
+"""Tokens a second: against published steps, and what must move which way."""
+
+from collections import defaultdict
+from dataclasses import replace
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from studio.core.gpu_catalogue import CATALOGUE, card_of_size, find_gpu
+from studio.core.step_work import step_work
+from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of
+from studio.core.vram.setup import Setup
+from tests.core.published_speed import compared_speeds, model
+
+LLAMA = model("Llama-3.1-8B")
+SETUP = Setup(method="lora", micro_batch=1, seq_len=2048)
+
+
+def expected(setup: Setup, card: str = "A100 80GB") -> float:
+    speed = speed_of(LLAMA, setup, find_gpu(card))
+    assert speed is not None
+    return speed.expected
+
+
+def test_published_speeds_lie_in_the_range():
+    rows = compared_speeds()
+    assert len(rows) == 112
+    outside = [item for item in rows if not item.inside]
+    assert len(outside) <= 1, [(item.row["model"], item.row["gpu"], round(item.ratio, 2)) for item in outside]
+    by_card = defaultdict(list)
+    for item in rows:
+        by_card[item.row["gpu"]].append(item.ratio)
+    for card, ratios in by_card.items():
+        assert 0.88 < median(ratios) < 1.12, card
+        assert median(abs(ratio - 1) for ratio in ratios) < 0.11, card
+
+
+def test_published_pairs_say_what_4_bit_costs():
+    """The same step in 16 and in 4 bit without peft's upcast: FMS's Mistral rows, 4 and 8 x 4096 on an A100."""
+    speeds = {
+        (item.row["method"], item.row["loop"], item.row["dtype"]): item.row["tokens_per_second"]
+        for item in compared_speeds()
+        if item.row["model"] == "Mistral-7B-v0.1" and item.row["micro_batch"] == 8
+    }
+    measured = speeds["lora", "HF Trainer + peft", "fp16"] / speeds["qlora", "HF Trainer + peft", "fp16"]
+    low, usual, high = qlora_slowdown(
+        model("Mistral-7B-v0.1"), replace(SETUP, micro_batch=8, seq_len=4096), find_gpu("A100 80GB")
+    ) or (0, 0, 0)
+    assert 1.0 < low < usual < high < 1.1, "long steps hide dequantising"
+    assert 1.1 < measured < 1.2, "what is left of the measured 16 % is the stock loop's upcast, which we do not do"
+
+
+def test_short_steps_show_what_4_bit_costs():
+    """LitGPT on an A10G measured 1.39 and 1.44 for two rows of 7 B models, 1.16 to 2.05 over its table."""
+    slow = qlora_slowdown(model("Llama-2-7b-hf"), Setup(micro_batch=2, seq_len=256), find_gpu("A10G"))
+    assert slow is not None
+    low, usual, high = slow
+    assert low < 1.39 < high
+    assert 1.1 < usual < 2.05
+
+
+def test_operations_are_those_of_the_literature():
+    """6 per weight and token with checkpointing, 4 without (2 N^2 multiply-adds in LoRA Without Regret)."""
+    layers = LLAMA.parameters - LLAMA.embedding_parameters - LLAMA.head_parameters
+    short = replace(SETUP, rank=1, seq_len=1, micro_batch=1)
+    head = 4 * LLAMA.embedding_parameters
+    for checkpointing, per_weight in ((True, 6), (False, 4)):
+        work = step_work(LLAMA, replace(short, grad_checkpointing=checkpointing))
+        assert work.operations_per_token == pytest.approx(per_weight * layers + head, rel=0.01)
+
+
+def test_what_costs_time():
+    base = expected(SETUP)
+    assert expected(replace(SETUP, grad_checkpointing=False)) > base * 1.2
+    assert expected(replace(SETUP, dtype="fp32", autocast=False)) < base / 5
+    assert expected(replace(SETUP, seq_len=16384)) < base * 0.8, "attention is quadratic"
+    assert expected(replace(SETUP, attention="eager")) < base
+    assert expected(replace(SETUP, method="qlora")) < base
+    assert expected(replace(SETUP, dora=True)) < base
+    assert expected(replace(SETUP, rank=256)) < base
+    assert expected(SETUP, "4090") < base
+
+
+def test_a_small_step_is_launch_bound():
+    tiny = replace(SETUP, seq_len=64)
+    assert expected(tiny) == pytest.approx(expected(tiny, "H200"))
+    assert expected(replace(tiny, seq_len=128)) == pytest.approx(2 * expected(tiny))
+
+
+def test_nobody_knows_the_speed_of_a_size():
+    assert speed_of(LLAMA, SETUP, None) is None
+    assert speed_of(LLAMA, SETUP, card_of_size(24)) is None
+    assert qlora_slowdown(LLAMA, SETUP, card_of_size(24)) is None
+
+
+def test_every_card_of_the_catalogue_has_a_speed():
+    for gpu in CATALOGUE.values():
+        speed = speed_of(LLAMA, replace(SETUP, dtype="bf16" if gpu.bf16 else "fp16"), gpu)
+        assert speed is not None
+        assert 0 < speed.low < speed.expected < speed.high
+        assert speed.high / speed.low <= 1.8**2 + 1e-9
+        assert speed.basis
+
+
+def test_experts_cost_what_a_token_goes_through():
+    mixtral, mistral = model("Mixtral-8x7B"), model("Mistral-7B-v0.1")
+    setup = replace(SETUP, targets=("q_proj", "v_proj"))
+    per_token = [step_work(shape, setup).operations_per_token for shape in (mixtral, mistral)]
+    assert 1.5 < per_token[0] / per_token[1] < 2.2, "two experts of eight"
+
+
+def test_hours():
+    duration = duration_of(Speed(500, 1000, 2000, ""), 3_600_000)
+    assert (duration.low, duration.expected, duration.high) == (0.5, 1.0, 2.0)
+
+
+@given(
+    st.integers(1, 64),
+    st.sampled_from([64, 500, 2048, 8192]),
+    st.sampled_from(["lora", "qlora"]),
+    st.booleans(),
+    st.sampled_from(sorted(CATALOGUE)),
+)
+def test_more_rows_are_never_slower_per_token(batch: int, length: int, method: str, again: bool, card: str):
+    setup = Setup(method=method, micro_batch=batch, seq_len=length, grad_checkpointing=again)  # type: ignore[arg-type]
+    assert expected(replace(setup, micro_batch=batch + 1), card) >= expected(setup, card) * (1 - 1e-9)
