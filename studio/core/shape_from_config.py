@@ -204,7 +204,9 @@ def _mlp(name: str, family: Family, values: ConfigValues, hidden: int, experts: 
             return ()
     else:
         keys = ("intermediate_size_mlp",) if name == "llama4_text" else ()
-        inner = values.whole(*keys, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=4 * hidden)
+        # Only the families without a gate have a width of their own accord: four times the hidden size.
+        usual = None if family.gated else 4 * hidden
+        inner = values.whole(*keys, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=usual)
     if not family.gated or len(family.mlp) == 2:
         wide = 2 * inner if family.gated else inner
         return (Linear(family.mlp[0], hidden, wide, bias), Linear(family.mlp[1], inner, hidden, bias))

@@ -3,6 +3,7 @@
 Reads configs and headers, never weights.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
+from studio.probe.hub_headers import hub_headers
 from studio.probe.model_folder import CONFIG, read_config
 from studio.probe.models import BaseFound, find_base
-from studio.probe.safetensors_header import read_header
+from studio.probe.safetensors_header import SafetensorsHeader, read_header
 
 _GGUF_FAMILIES = {
     "llama": "llama",
@@ -32,21 +34,27 @@ _SMALL_DIFFERENCE = 0.001
 def find_shape(word: str, revision: str = "") -> ModelShape:
     """Return the shape of the model that a word names: a folder, config.json, .gguf, hub id, or `embedded`.
 
-    A folder needs no more than its config.json; where its safetensors are there too, their headers settle how many
-    parameters there really are.
+    A folder or a hub repository needs no more than its config.json; where its safetensors are there too, their headers
+    settle how many parameters there really are (from the hub by range requests: no weight is downloaded).
 
     Raises:
         BadInput: There is no such model, or its config or headers are damaged.
     """
-    path = Path(word).expanduser() if word != EMBEDDED and "\0" not in word else None
     try:
+        path = Path(word).expanduser() if word != EMBEDDED and "\0" not in word else None
         if path is not None and path.is_dir():
             return _of_folder(path)
         if path is not None and path.is_file():
             return _of_file(path)
     except OSError as error:
         raise BadInput(f"The model {_shown(word)} cannot be read: {error.strerror or error}.") from None
-    return shape_of_base(find_base(word, revision))
+    except RuntimeError:
+        raise BadInput(f"There is no home folder for {_shown(word)}; give the whole path.") from None
+    base = find_base(word, revision)
+    shape = shape_of_base(base)
+    if base.kind == "hub" and base.path is None:
+        return _settled_by(shape, hub_headers(word, revision) or [])
+    return shape
 
 
 def shape_of_base(base: BaseFound) -> ModelShape:
@@ -80,7 +88,12 @@ def _of_folder(folder: Path) -> ModelShape:
     if not (folder / CONFIG).is_file():
         raise BadInput(f"{_shown(str(folder))} has no config.json; wanted the folder of a transformers model.")
     shape = shape_from_config(read_config(folder / CONFIG))
-    counted = _counted_parameters(folder, shape)
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    return _settled_by(shape, [read_header(path) for path in files])
+
+
+def _settled_by(shape: ModelShape, headers: Iterable[SafetensorsHeader]) -> ModelShape:
+    counted = _counted_parameters(headers, shape)
     return shape if counted is None else settled(shape, counted)
 
 
@@ -89,17 +102,16 @@ def settled(shape: ModelShape, counted: int) -> ModelShape:
     difference = counted - shape.parameters
     if abs(difference) <= _SMALL_DIFFERENCE * shape.parameters:
         return replace(shape, other_parameters=max(0, shape.other_parameters + difference))
-    doubt = f"the config describes {shape.parameters:,} parameters, the weights on disk are {counted:,}"
+    doubt = f"the config describes {shape.parameters:,} parameters, its weights are {counted:,}"
     extra = shape.other_parameters + max(0, difference)
     return replace(shape, other_parameters=extra, doubts=(*shape.doubts, doubt))
 
 
-def _counted_parameters(folder: Path, shape: ModelShape) -> int | None:
-    """Count the parameters in the folder's safetensors; None without any, or where they are packed below 16 bits."""
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+def _counted_parameters(headers: Iterable[SafetensorsHeader], shape: ModelShape) -> int | None:
+    """Count the parameters that the headers describe; None without any, or where they are packed below 16 bits."""
     total = 0
-    for path in files:
-        for name, entry in read_header(path).tensors.items():
+    for header in headers:
+        for name, entry in header.tensors.items():
             if entry.dtype not in ("F64", "F32", "F16", "BF16"):
                 return None
             if not (shape.tied and name.endswith("lm_head.weight")) and not name.endswith((".inv_freq", ".attn.bias")):

@@ -21,17 +21,16 @@ from tests.core.published_rows import shapes
 
 LLAMA = shapes()["Llama-3.1-8B"]
 ALL = AdaptedPart("all-linear", 16)
-SMALL = shape_from_config(
-    {
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 688,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 4096,
-    }
-)
+SMALL_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+SMALL = shape_from_config(SMALL_CONFIG)
 
 setups = st.builds(
     Setup,
@@ -226,7 +225,7 @@ def test_experts_stay_unquantised_and_are_named():
 
 
 def test_an_unknown_architecture_gets_a_wide_range_and_says_why():
-    config = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 1000}
+    config = {key: value for key, value in SMALL_CONFIG.items() if key != "model_type"}
     known, odd = (shape_from_config({**config, "model_type": word}) for word in ("llama", "brand_new"))
     a, b = estimate_vram(known, Setup()), estimate_vram(odd, Setup())
     assert b.allocated.high > 1.2 * a.allocated.high

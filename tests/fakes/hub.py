@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ def hub(repo: str, folder: Path, *, status: int = 200, error_code: str = "") -> 
             self._serve(body=True)
 
         def _serve(self, *, body: bool) -> None:
-            asked.append(f"{self.command} {self.path}")
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            asked.append(f"{self.command} {self.path}{f' {wanted[0]}' if wanted else ''}")
             path = self.path.split("?")[0]
             if status != 200:
                 return self._send(status, b"{}", {"X-Error-Code": error_code}, body)
@@ -49,6 +51,8 @@ def hub(repo: str, folder: Path, *, status: int = 200, error_code: str = "") -> 
             if path.startswith(marker) and file.is_file():
                 content = file.read_bytes()
                 etag = hashlib.sha256(content).hexdigest()
+                if wanted:
+                    return self._send(206, content[int(wanted[1]) : int(wanted[2]) + 1], {}, body)
                 return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
 
