@@ -32,7 +32,6 @@ KEYS = [
     "mlp_only_layers",
     "decoder_sparse_step",
     "shared_expert_intermediate_size",
-    "text_config",
     "dtype",
     "partial_rotary_factor",
 ]
