@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from studio.jobs.merge import row_sums, steps
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base, our_merge, our_steps, pefts_merge
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,6 +48,46 @@ def test_fused_experts_go_back_to_one_tensor_each(tmp_path: Path, family: str, m
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
     adapter = make_adapter(tmp_path / "adapter", base, **EXPERTS, **{"target_modules": ATTENTION, **more})
     _same(our_merge(our_steps(base, adapter)), pefts_merge(base, adapter, tmp_path / "peft"))
+
+
+LARGER = {"hidden_size": 256, "intermediate_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, kind) for family in ("llama", "qwen2", "gemma2") for kind in ("plain", "rslora", "patterns")]
+    + [("qwen2", "biases"), ("mixtral", "plain"), ("qwen3_moe", "plain")],
+)
+def test_rows_summed_in_blocks_have_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
+) -> None:
+    monkeypatch.setattr(steps, "SMALLEST_ROW_SUM_BYTES", 0)
+    monkeypatch.setattr(row_sums, "_BLOCK_ELEMENTS", 4096)
+    base = make_base(tmp_path / "base", family, tie_word_embeddings=False, **LARGER)
+    adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
+    made = our_steps(base, adapter)
+    summed = [step for step in made.steps if step.row_sum]
+    assert len(summed) >= 4
+    most = 0
+    for step in summed:
+        assert step.row_sum is not None
+        blocks = [block.clone() for block in made.blocks(step.row_sum, step.outputs[0])]
+        most = max(most, len(blocks))
+        assert torch.equal(torch.cat(blocks), made.compute(step)[step.outputs[0].key])
+    assert most > 1
+    _same(our_merge(made), pefts_merge(base, adapter, tmp_path / "peft"))
+
+
+def test_a_product_whose_blocks_have_other_bits_is_left_to_peft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "SMALLEST_ROW_SUM_BYTES", 0)
+    monkeypatch.setattr(row_sums.RowSums, "_is_exact", lambda self, b, a: False)
+    base = make_base(tmp_path / "base", "llama", tie_word_embeddings=False)
+    adapter = make_adapter(tmp_path / "adapter", base, **KINDS["plain"])
+    made = our_steps(base, adapter)
+    assert not [step for step in made.steps if step.row_sum]
+    _same(our_merge(made), pefts_merge(base, adapter, tmp_path / "peft"))
 
 
 def test_conv1d_weights_lie_the_other_way_round(tmp_path: Path) -> None:

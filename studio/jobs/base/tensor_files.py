@@ -6,6 +6,7 @@ A memory map would do less work, but every page that it ever touched counts as r
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -22,7 +23,6 @@ TORCH_DTYPES = {
 }  # fmt: skip
 """Formats of a checkpoint that is not quantised, by their name in safetensors."""
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-_COPY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +73,34 @@ class TensorFiles:
         buffer = torch.empty(stored.entry.size_bytes, dtype=torch.uint8)
         with stored.path.open("rb", buffering=0) as file:
             file.seek(stored.offset)
-            view, done = buffer.numpy().data, 0
-            while done < len(view):
-                got = file.readinto(view[done:])
-                if not got:
-                    raise BadInput(f"{plain(stored.path.name, one_line=True)} became shorter while it was read.")
-                done += got
+            _fill(buffer.numpy().data, file, stored.path)
         return buffer.view(stored.dtype).reshape(shape)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
-        """Yield the bytes of one tensor, 16 MiB at a time.
+    def row_blocks(self, key: str, rows: int) -> Iterator[Tensor]:
+        """Yield one matrix as blocks of rows, as it is stored; a block is only good until the next one.
 
         Raises:
             OSError: The file cannot be read.
             BadInput: It has become shorter since its header was read.
         """
         stored = self.tensors[key]
-        left = stored.entry.size_bytes
+        count, width = stored.entry.shape
+        buffer = torch.empty(rows, width, dtype=stored.dtype)
         with stored.path.open("rb", buffering=0) as file:
             file.seek(stored.offset)
-            while left:
-                chunk = file.read(min(left, _COPY_BYTES))
-                if not chunk:
-                    raise BadInput(f"{plain(stored.path.name, one_line=True)} became shorter while it was read.")
-                left -= len(chunk)
-                yield chunk
+            for first in range(0, count, rows):
+                block = buffer[: min(rows, count - first)]
+                _fill(block.reshape(-1).view(torch.uint8).numpy().data, file, stored.path)
+                yield block
+
+
+def _fill(view: memoryview, file: RawIOBase, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise BadInput(f"{plain(path.name, one_line=True)} became shorter while it was read.")
+        done += got
 
 
 def _shards(folder: Path) -> list[Path]:

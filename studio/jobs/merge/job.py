@@ -29,7 +29,7 @@ from studio.jobs.base.skeleton import Skeleton, build_skeleton
 from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
 from studio.jobs.merge.memory import check_memory
-from studio.jobs.merge.shards import SHARD_BYTES
+from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
 from studio.jobs.merge.steps import MergeSteps
 from studio.jobs.merge.verify import compare_logits, encode, recompute_sample
 from studio.jobs.merge.write_steps import Stopped, write_steps
@@ -140,14 +140,9 @@ def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) ->
     def stopping() -> bool:
         return worker.requested("stop")
 
-    writer = write_steps(
-        steps,
-        aside,
-        _plan(request, parts),
-        limit_bytes=SHARD_BYTES,
-        tell=_teller(worker),
-        stopping=stopping,
-    )
+    shards = lay_out((output for step in steps.steps for output in step.outputs), SHARD_BYTES)
+    writer = ShardWriter(aside, shards, _plan(request, parts))
+    write_steps(steps, writer, tell=_teller(worker), stopping=stopping)
     worker.emit(Phase, name="writing config and tokenizer")
     write_folder_files(
         aside,

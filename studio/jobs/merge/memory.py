@@ -29,6 +29,6 @@ def check_memory(steps: MergeSteps) -> None:
 
 def _elements(steps: MergeSteps, place: int) -> int:
     step = steps.steps[place]
-    if step.copies is not None:
+    if step.copies is not None or step.row_sum is not None:
         return 0
     return sum(torch.Size(output.shape).numel() for output in step.outputs)

@@ -1,6 +1,7 @@
 """What a merge has to do, decided before it begins: which tensors are copied, which are made anew, and their names."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from studio.jobs.base.dequantized import Change
 from studio.jobs.base.skeleton import Skeleton
 from studio.jobs.base.tensor_files import TORCH_DTYPES, TensorFiles
 from studio.jobs.base.units import Unit, find_units, merge_unit
+from studio.jobs.merge.row_sums import RowSum, RowSums, is_plain, parts_of
+
+SMALLEST_ROW_SUM_BYTES = 2**20
+"""Below, the whole layer fits the processor's caches anyway, and short products are summed in other orders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Step:
         groups: The groups of the base's tensors that are read, and written again.
         units: The adapted parts among them.
         alone: Parameters that have no tensor of their own in the base's files, by name in memory, with the new key.
+        row_sum: How to make the one output a few rows at a time, where that gives the same bits.
     """
 
     outputs: tuple[Output, ...]
@@ -45,6 +51,7 @@ class Step:
     groups: tuple[Group, ...] = ()
     units: tuple[Unit, ...] = ()
     alone: tuple[tuple[str, str], ...] = ()
+    row_sum: RowSum | None = None
 
 
 class MergeSteps:
@@ -77,7 +84,8 @@ class MergeSteps:
         self._shapes = {name: tuple(value.shape) for name, value in skeleton.clean.state_dict().items()}
         self._groups = {name: group for group in self.names.groups for name in group.names}
         self._tied, self._dropped = self._really_tied()
-        self._units = {name: unit for unit in find_units(skeleton.adapted) for name in unit.parameters}
+        self.row_sums = RowSums(files)
+        self._units = {name: unit for unit in find_units(skeleton.adapted) for name in _merged_names(unit)}
         self.untied = self._untied()
         self._touched = self._units.keys() | skeleton.replaced.keys() | changed
         self.steps = self._steps() + self._without_source()
@@ -101,14 +109,17 @@ class MergeSteps:
             tensor = stored.pop(output.key).to(output.dtype).contiguous()
             if tensor.shape != output.shape:
                 raise BadInput(f"{plain(output.key, one_line=True)} would get another shape: {tuple(tensor.shape)}.")
-            if not _is_finite(tensor):
-                raise JobFailed(
-                    "merged_nonfinite",
-                    f"the merged tensor {plain(output.key, one_line=True)} holds NaN or infinity in {output.dtype}",
-                    "look at the adapter's last losses; if they are sound, merge with --dtype bf16 or --dtype fp32",
-                )
-            made[output.key] = tensor
+            made[output.key] = _finite(tensor, output)
         return made
+
+    def blocks(self, row_sum: RowSum, output: Output) -> Iterator[Tensor]:
+        """Yield the one tensor of a step that has a row sum as blocks of rows; a block is good until the next one.
+
+        Raises:
+            JobFailed: A number is not finite.
+            OSError: A file cannot be read.
+        """
+        return (_finite(block, output) for block in self.row_sums.blocks(row_sum))
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base (or the one that the adapter brings in its place) by name in memory.
@@ -190,13 +201,24 @@ class MergeSteps:
             unit = self._units.get(name)
             if unit and unit not in units:
                 units.append(unit)
-                names += unit.parameters
+                names += _merged_names(unit)
             member = self._groups.get(name)
             if member and member not in groups:
                 groups.append(member)
                 names += member.names
         outputs = [self._output(key, key, self._shape_of(member)) for member in groups for key in member.keys]
-        return Step(tuple(outputs), groups=tuple(groups), units=tuple(units))
+        step = Step(tuple(outputs), groups=tuple(groups), units=tuple(units))
+        return replace(step, row_sum=self._row_sum(step))
+
+    def _row_sum(self, step: Step) -> RowSum | None:
+        if len(step.outputs) != 1 or len(step.units) != 1 or step.groups[0].converter or not is_plain(step.units[0]):
+            return None
+        (output,), (name,) = step.outputs, step.groups[0].names
+        small = output.size_bytes < SMALLEST_ROW_SUM_BYTES
+        if small or name in self._changed or output.shape != self.files.tensors[output.key].entry.shape:
+            return None
+        row_sum = RowSum(output.key, output.dtype, parts_of(step.units[0]))
+        return row_sum if self.row_sums.can(row_sum) else None
 
     def _shape_of(self, group: Group) -> tuple[int, ...] | None:
         """The model's own shape where a tensor keeps its form: it differs from the file's where tokens were added."""
@@ -238,6 +260,21 @@ class MergeSteps:
         if self._dtype is not None and dtype.is_floating_point:
             dtype = self._dtype
         return Output(key, dtype, entry.shape if shape is None else shape)
+
+
+def _merged_names(unit: Unit) -> tuple[str, ...]:
+    """Return which parameters of a unit become others: the bias of a plain linear layer stays what it is."""
+    return (f"{unit.name}.weight",) if is_plain(unit) else unit.parameters
+
+
+def _finite(tensor: Tensor, output: Output) -> Tensor:
+    if not _is_finite(tensor):
+        raise JobFailed(
+            "merged_nonfinite",
+            f"the merged tensor {plain(output.key, one_line=True)} holds NaN or infinity in {output.dtype}",
+            "look at the adapter's last losses; if they are sound, merge with --dtype bf16 or --dtype fp32",
+        )
+    return tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:
