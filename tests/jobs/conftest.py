@@ -63,6 +63,7 @@ def recipe(tiny: Path, data: Path) -> Recipe:
         "train.checkpoint_every": 0,
         "train.grad_checkpointing": False,
         "train.packing": "off",
+        "train.group_by_length": False,
         "eval.rows": 0,
         "eval.samples": 0,
         "eval.every": 0,

@@ -10,7 +10,10 @@ import torch
 
 from studio.jobs.base.labels import IGNORED
 from studio.jobs.base.rows import Example
+from studio.jobs.train.length_groups import group_by_length, padding_share
 from studio.jobs.train.packing import best_fit, packed
+
+_EARLY_STEPS = 20
 
 Batch = dict[str, Any]
 """What the model is called with: tensors `[batch, seq]` and, of packed rows, their lengths."""
@@ -32,6 +35,11 @@ class Batcher:
     device: torch.device
     packed_tokens: int = 0
 
+    @property
+    def groups_rows(self) -> bool:
+        """Whether rows share micro-batches in which the short ones are filled up."""
+        return self.micro_batch > 1 and not self.packed_tokens
+
     def groups(self, rows: Sequence[Example]) -> list[list[Example]]:
         """Return the rows in micro-batches, longest first: least padding, and the one that needs most memory first."""
         ordered = sorted(rows, key=lambda example: -len(example.input_ids))
@@ -48,20 +56,39 @@ class StepBatches:
     """The rows of every step: each epoch a new permutation from the seed, epochs joined without a seam.
 
     Every step gets exactly `rows_per_step` rows (or all, where there are fewer), so steps weigh the same. The longest
-    row changes places with the first of the first epoch: a run that is too large for the memory shows it in step 1.
+    row comes first: a run that is too large for the memory shows it in step 1.
     """
 
-    def __init__(self, examples: Sequence[Example], batcher: Batcher, *, rows_per_step: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batcher: Batcher,
+        *,
+        rows_per_step: int,
+        seed: int,
+        by_length: bool = False,
+    ) -> None:
+        """Fix the order.
+
+        Args:
+            examples: The training rows.
+            batcher: How rows become batches.
+            rows_per_step: Rows of an optimizer step.
+            seed: The order follows from it.
+            by_length: Whether the rows of a micro-batch have similar lengths.
+        """
         self._examples = examples
+        self._lengths = np.array([len(example.input_ids) for example in examples])
         self._batcher = batcher
         self._per_step = min(rows_per_step, len(examples))
         self._seed = seed
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._by_length = by_length
+        self._order = lru_cache(maxsize=2)(self._order_of)
 
     def rows_of(self, step: int) -> list[Example]:
         """Return the rows of optimizer step `step` (1 is the first)."""
         first = (step - 1) * self._per_step
-        return [self._at(position) for position in range(first, first + self._per_step)]
+        return [self._examples[self._at(position)] for position in range(first, first + self._per_step)]
 
     def of_step(self, step: int) -> list[list[Example]]:
         """Return the micro-batches of a step; how they are cut changes nothing in the summed gradient."""
@@ -71,15 +98,39 @@ class StepBatches:
         """Return the model's arguments for the rows of one micro-batch."""
         return self._batcher.batch(rows)
 
-    def _at(self, position: int) -> Example:
-        epoch, offset = divmod(position, len(self._examples))
-        return self._examples[self._order(epoch)[offset]]
+    def typical_rows(self) -> list[Example]:
+        """Return the rows of the early step whose number of tokens is nearest to the mean of early steps."""
+        steps = range(1, 1 + min(_EARLY_STEPS, len(self._examples) // self._per_step))
+        tokens = {step: sum(len(example.input_ids) for example in self.rows_of(step)) for step in steps}
+        mean = sum(tokens.values()) / len(tokens)
+        return self.rows_of(min(tokens, key=lambda step: abs(tokens[step] - mean)))
 
-    def _permutation(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._examples)).tolist()
+    def padding_share(self) -> float:
+        """Return which share of the first epoch's tokens is padding, 0 to 1; none of packed rows is."""
+        if self._batcher.packed_tokens:
+            return 0.0
+        lengths = self._lengths[self._order(0)]
+        return padding_share(lengths, micro_batch=self._batcher.micro_batch, rows_per_step=self._per_step)
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self._examples))
+        return self._order(epoch)[offset]
+
+    def _order_of(self, epoch: int) -> list[int]:
+        """Return the row numbers of an epoch."""
+        random = np.random.default_rng((self._seed, epoch))
+        order: list[int] = random.permutation(len(self._examples)).tolist()
+        longest = int(np.argmax(self._lengths[order]))
         if epoch == 0:
-            longest = max(range(len(order)), key=lambda place: len(self._examples[order[place]].input_ids))
             order[0], order[longest] = order[longest], order[0]
+        if not self._by_length:
+            return order
+        size = self._batcher.micro_batch
+        lead = -epoch * len(order) % size
+        order = group_by_length(order, self._lengths, micro_batch=size, lead=min(lead, len(order)), random=random)
+        if epoch == 0:
+            place = int(np.argmax(self._lengths[order])) // size * size
+            order = order[place : place + size] + order[:place] + order[place + size :]
         return order
 
 

@@ -1,7 +1,7 @@
 """Whether rows are packed: only where it is seen that no row sees another, and by default only where it is faster."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -46,22 +46,24 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
     return False
 
 
-def choose(
-    step_model: StepModel, rows: Sequence[Example], padded: Batcher, tight: Batcher, tell: PhaseTeller
-) -> Batcher:
+RowsOf = Callable[[Batcher], Sequence[Example]]
+"""The rows of a typical step where rows become batches in this way."""
+
+
+def choose(step_model: StepModel, rows_of: RowsOf, padded: Batcher, tight: Batcher, tell: PhaseTeller) -> Batcher:
     """Time both ways on the rows of one step, forward and backward, and return the faster; random state is kept."""
     tell("choosing packed or padded rows")
-    some = rows[: max(8, 2 * padded.micro_batch)]
+    some = {batcher: rows_of(batcher)[: max(8, 2 * padded.micro_batch)] for batcher in (padded, tight)}
     cuda = [padded.device] if padded.device.type == "cuda" else []
     seconds: dict[bool, list[float]] = {False: [], True: []}
     was_training = step_model.training
     step_model.train()
     try:
         with torch.random.fork_rng(devices=cuda):
-            _step_seconds(step_model, some, padded)  # a warm-up: kernels are chosen and memory is taken in it
+            _step_seconds(step_model, some[padded], padded)  # a warm-up: kernels are chosen, memory is taken
             for _ in range(_ROUNDS):
-                for batcher in (padded, tight):
-                    seconds[batcher is tight].append(_step_seconds(step_model, some, batcher))
+                for batcher, rows in some.items():
+                    seconds[batcher is tight].append(_step_seconds(step_model, rows, batcher))
                 if seconds[False][-1] + seconds[True][-1] > _LONG_SECONDS:
                     break  # long measurements need no second one
     except torch.OutOfMemoryError:
@@ -70,17 +72,19 @@ def choose(
         return padded
     finally:
         step_model.train(was_training)
-    loose, close = (min(seconds[way]) for way in (False, True))
+    tokens = {batcher: sum(len(row.input_ids) for row in rows) for batcher, rows in some.items()}
+    loose, close = min(seconds[False]) / tokens[padded], min(seconds[True]) / tokens[tight]
     better = tight if close <= _WORTH_IT * loose else padded
     word = "packed" if better is tight else "padded"
-    tell("choosing packed or padded rows", 1.0, detail=f"packed {close:.3g} s, padded {loose:.3g} s: {word}")
+    speeds = f"packed {1 / close:.3g} tokens/s, padded {1 / loose:.3g}: {word}"
+    tell("choosing packed or padded rows", 1.0, detail=speeds)
     return better
 
 
 def batcher_for(
     wanted: Packing,
     step_model: StepModel,
-    rows: Sequence[Example],
+    rows_of: RowsOf,
     padded: Batcher,
     *,
     seq_len: int,
@@ -92,17 +96,17 @@ def batcher_for(
     Args:
         wanted: The recipe's word.
         step_model: The model as the loop calls it; its attention is switched where rows are packed.
-        rows: The rows of the first step.
+        rows_of: The rows to measure with; the two ways may have different ones.
         padded: The way without packing.
         seq_len: The recipe's; a packed batch holds at most `micro_batch * seq_len` tokens, as the estimate counts.
         before: What a resumed run did; None at a first start.
         tell: Told what is being done.
     """
-    if wanted == "off" or before is False or not can_pack(step_model, rows, padded.device):
+    if wanted == "off" or before is False or not can_pack(step_model, rows_of(padded), padded.device):
         return padded
     tight = replace(padded, packed_tokens=padded.micro_batch * seq_len)
     if wanted == "auto" and before is None:
-        return choose(step_model, rows, padded, tight, tell)
+        return choose(step_model, rows_of, padded, tight, tell)
     return tight
 
 

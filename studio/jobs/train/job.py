@@ -89,11 +89,10 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         start = load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(start.scaler)
     padded = Batcher(recipe.train.micro_batch, pad_id, device)
-    batches = _batches(recipe, rows, padded)
     batcher = batcher_for(
         recipe.train.packing,
         step_model,
-        batches.rows_of(1),
+        lambda way: _batches(recipe, rows, way).typical_rows(),
         padded,
         seq_len=recipe.train.seq_len,
         before=start.packed if start else None,
@@ -102,6 +101,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     if recipe.train.packing == "on" and not batcher.packed_tokens:
         worker.emit(Warned, topic="packing", message=_CANNOT_PACK)
     batches = _batches(recipe, rows, batcher)
+    _say_padding(tell, recipe, rows, batches, batcher)
     start = start or Progress(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
     total = total_steps_of(
         steps=recipe.train.steps,
@@ -167,7 +167,20 @@ def _optimizer(worker: Worker, recipe: Recipe, model: PeftModel, device: torch.d
 
 
 def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
-    return StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
+    return StepBatches(
+        rows.train,
+        batcher,
+        rows_per_step=recipe.rows_per_step,
+        seed=recipe.train.seed,
+        by_length=recipe.train.group_by_length and batcher.groups_rows,
+    )
+
+
+def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBatches, batcher: Batcher) -> None:
+    if recipe.train.group_by_length and batcher.groups_rows:
+        plain = StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
+        detail = f"{batches.padding_share():.1%} of the tokens are padding, {plain.padding_share():.1%} without"
+        tell("grouping rows by length", detail=detail)
 
 
 def _finish(worker: Worker, between: Between, end: Progress, trained_on: dict[str, Any]) -> None:
