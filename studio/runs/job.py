@@ -2,7 +2,6 @@
 
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TypeVar
 
 import tomlkit
 
@@ -11,10 +10,11 @@ from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
+from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe
 
-MODULES = {"train": "studio.jobs.train", "merge": "studio.jobs.merge", "export": "studio.jobs.export"}
+MODULES = {kind: f"studio.jobs.{kind}" for kind in ("train", "merge", "export", "audit")}
 """The module that does each kind of job, started as `python -m MODULE RUN`."""
 
 ONTO = ("original", "dequantized")
@@ -78,15 +78,16 @@ ADAPTER_FORMATS = ("peft", "lora-gguf")
 EXPORT_FORMATS = (*ADAPTER_FORMATS, "nf4", "int8", *GGUF_FORMATS)
 """Besides those, bitsandbytes' 4-bit NormalFloat with double quantisation, and its 8-bit integers, outliers apart."""
 
-Job = Recipe | MergeRequest | ExportRequest
-_Request = TypeVar("_Request", MergeRequest, ExportRequest)
+Request = MergeRequest | ExportRequest | AuditRequest
+Job = Recipe | Request
+_REQUESTS: dict[str, type[Request]] = {"merge": MergeRequest, "export": ExportRequest, "audit": AuditRequest}
 
 
 def kind_of(job: Job) -> str:
     """Return the short name of a job's kind, a key of `MODULES`."""
     if isinstance(job, Recipe):
         return "train"
-    return "merge" if isinstance(job, MergeRequest) else "export"
+    return next(kind for kind, request in _REQUESTS.items() if isinstance(job, request))
 
 
 def write_job(paths: RunPaths, job: Job) -> None:
@@ -116,14 +117,12 @@ def read_job(paths: RunPaths) -> Job:
     kind = table.get("job", "train")
     if kind == "train":
         return recipe_from_dict(table)
-    if kind == "export":
-        return _request(ExportRequest, name, table.get("export"))
-    if kind != "merge":
+    if not isinstance(kind, str) or kind not in _REQUESTS:
         raise BadInput(f"the run {name} is a job of the kind {kind!r}, which this version does not know: update it.")
-    return _request(MergeRequest, name, table.get("merge"))
+    return _request(_REQUESTS[kind], name, table.get(kind))
 
 
-def _request(kind: type[_Request], name: str, table: object) -> _Request:
+def _request(kind: type[Request], name: str, table: object) -> Request:
     values = {key: value for key, value in table.items() if isinstance(value, str)} if isinstance(table, dict) else {}
     known = {item.name for item in fields(kind)}
     needed = {item.name for item in fields(kind) if item.default is MISSING}

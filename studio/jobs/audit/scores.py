@@ -1,0 +1,153 @@
+"""From final hidden states to figures per token, without ever holding the head or the logits as a whole.
+
+The vocabulary is walked block by block. Per token and variant a running maximum, a sum of exponentials and a weighted
+sum of logit differences are kept; from them follow log-likelihood, KL divergence and top token, exactly.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from studio.jobs.base.head_form import HeadForm
+
+HeadRows = Callable[[int, int], tuple[Tensor, Tensor | None]]
+"""Gives weight rows `[rows, hidden]` and bias `[rows]` of a head, fp32, from a first row to before a last one."""
+
+_LOGITS_AT_ONCE = 2**23
+"""Of each of two models: 32 MiB in fp32."""
+_HEAD_NUMBERS = 2**23
+"""Weights of the head that are read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Figures of one variant, one number per token: `[tokens]` each.
+
+    Attributes:
+        loss: Negative log-likelihood of the token that follows, nats.
+        kl: KL divergence from the reference's distribution to this one, nats; 0 for the reference.
+        same: Whether the most likely token is the reference's.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    same: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a variant: its rows, how many there are, and whose rows they are (variants of one key share them)."""
+
+    rows: HeadRows
+    vocabulary: int
+    key: str = ""
+
+
+class _Sums:
+    """What is kept of one variant while the vocabulary is walked: `[tokens]` each."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.highest = torch.full((tokens,), -torch.inf, device=device)
+        self.top = torch.zeros(tokens, dtype=torch.long, device=device)
+        self.total = torch.zeros(tokens, dtype=torch.float64, device=device)
+        self.apart = torch.zeros(tokens, dtype=torch.float64, device=device)
+        self.target = torch.zeros(tokens, device=device)
+
+    def take(self, part: slice, logits: Tensor, first: int, targets: Tensor) -> None:
+        """Take in logits `[some, block]` of some tokens; the block begins at token `first` of the vocabulary."""
+        highest, place = logits.max(-1)
+        before = self.highest[part]
+        better = highest > before
+        self.top[part] = torch.where(better, place + first, self.top[part])
+        now = torch.maximum(before, highest)
+        self.total[part] = self.total[part] * (before - now).double().exp() + _summed(logits, now)
+        self.highest[part] = now
+        inside = (targets >= first) & (targets < first + logits.shape[-1])
+        index = (targets - first).clamp(0, logits.shape[-1] - 1)
+        chosen = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        self.target[part] = torch.where(inside, chosen, self.target[part])
+
+    @property
+    def normaliser(self) -> Tensor:
+        """Logarithm of the summed exponentials, fp64."""
+        return self.highest.double() + self.total.log()
+
+
+@torch.no_grad()
+def score(
+    finals: Mapping[str, Tensor],
+    targets: Tensor,
+    heads: Mapping[str, Head],
+    form: HeadForm,
+    *,
+    reference: str,
+    tell: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, TokenScores]:
+    """Return the figures of every variant.
+
+    Args:
+        finals: Final hidden states `[tokens, hidden]` of each variant, the reference among them.
+        targets: The token that follows each, `[tokens]`.
+        heads: The head of each variant.
+        form: How the head's output becomes logits.
+        reference: Name of the variant that the others are compared with.
+        tell: Gets the fraction done.
+    """
+    tokens, device = targets.shape[0], targets.device
+    sums = {name: _Sums(tokens, device) for name in finals}
+    vocabulary = heads[reference].vocabulary
+    block = max(1, min(vocabulary, _HEAD_NUMBERS // finals[reference].shape[-1]))
+    chunk = max(1, _LOGITS_AT_ONCE // block)
+    for first in range(0, vocabulary, block):
+        made: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+        def logits_of(
+            name: str, part: slice, first: int = first, made: dict[str, tuple[Tensor, Tensor | None]] = made
+        ) -> Tensor:
+            head = heads[name]
+            if head.key not in made:
+                weight, bias = head.rows(first, min(first + block, vocabulary))
+                made[head.key] = weight.to(device), None if bias is None else bias.to(device)
+            return formed(linear(finals[name][part].float(), *made[head.key]), form)
+
+        for start in range(0, tokens, chunk):
+            part = slice(start, min(start + chunk, tokens))
+            wanted = logits_of(reference, part)
+            before = sums[reference].highest[part].clone()
+            sums[reference].take(part, wanted, first, targets[part])
+            shift = (before - sums[reference].highest[part]).double().exp()
+            weights = (wanted - sums[reference].highest[part].unsqueeze(-1)).exp_()
+            for name in finals:
+                if name == reference:
+                    continue
+                logits = logits_of(name, part)
+                sums[name].take(part, logits, first, targets[part])
+                apart = (logits.neg_().add_(wanted).mul_(weights)).sum(-1, dtype=torch.float64)
+                sums[name].apart[part] = sums[name].apart[part] * shift + apart
+        tell(min(first + block, vocabulary) / vocabulary)
+    return {name: _scores(sums[name], sums[reference]) for name in finals}
+
+
+def _scores(own: _Sums, reference: _Sums) -> TokenScores:
+    loss = own.normaliser - own.target.double()
+    if own is reference:
+        return TokenScores(loss, torch.zeros_like(loss), torch.ones_like(loss, dtype=torch.bool))
+    # sum p (log p - log q) = sum p (x - y) - (log sum exp x - log sum exp y)
+    kl = own.apart / reference.total - (reference.normaliser - own.normaliser)
+    return TokenScores(loss, kl.clamp(min=0.0), own.top == reference.top)
+
+
+def formed(logits: Tensor, form: HeadForm) -> Tensor:
+    """Return a head's output as logits; it is changed in place."""
+    if form.scale != 1.0:
+        logits *= form.scale
+    if form.softcap:
+        logits = torch.tanh_(logits.div_(form.softcap)).mul_(form.softcap)
+    return logits
+
+
+def _summed(logits: Tensor, highest: Tensor) -> Tensor:
+    return (logits - highest.unsqueeze(-1)).exp_().sum(-1, dtype=torch.float64)

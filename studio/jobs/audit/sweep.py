@@ -1,0 +1,240 @@
+"""Several variants of one model in one walk through its blocks: one in memory, all hidden states carried along."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from studio.core.errors import JobFailed
+from studio.jobs.audit.batches import Batch, batches_of
+from studio.jobs.audit.blocks import Parts, Rounding, filled, settled
+from studio.jobs.audit.calls import Call, behind_the_blocks, first_of, noted_calls, renumbered
+from studio.jobs.audit.forms import STORED, Form
+from studio.jobs.audit.scores import Head, TokenScores, score
+from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.rows import Example
+from studio.jobs.base.units import Read
+
+Picked = Callable[[Sequence[int]], Tensor]
+"""Gives the rows `[tokens, hidden]` of an embedding for some tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A model to be measured: the weights of each parameter, and the form in which each linear layer holds them.
+
+    Attributes:
+        name: In reports.
+        read: Gives a parameter by its name.
+        embed: Gives rows of its embedding.
+        head: Its head.
+        form_of: Gives the form of a linear layer by its name.
+        by_row: Whether it must see one row at a time.
+    """
+
+    name: str
+    read: Read
+    embed: Picked
+    head: Head
+    form_of: Callable[[str], Form] = lambda name: STORED
+    by_row: bool = False
+
+
+@dataclass(slots=True)
+class BlockSeen:
+    """What rounding did at one block.
+
+    Attributes:
+        name: Of the block.
+        roundings: Of its linear layers, by variant.
+        drift: How far each variant's hidden state is from the reference's after the block: root mean square over tokens
+            of the relative difference.
+        own: The same where the variant gets the reference's hidden state as input: what this block alone does.
+    """
+
+    name: str
+    roundings: dict[str, dict[str, Rounding]] = field(default_factory=dict)
+    drift: dict[str, float] = field(default_factory=dict)
+    own: float | None = None
+
+
+@dataclass(slots=True)
+class Carried:
+    """Where a walk stands: hidden states `[rows, seq, hidden]` of every variant's batches, and the blocks behind it."""
+
+    hidden: dict[str, list[Tensor]] = field(default_factory=dict)
+    seen: list[BlockSeen] = field(default_factory=list)
+
+
+class Sweep:
+    """A walk of some variants over some rows."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        variants: Sequence[Variant],
+        examples: Sequence[Example],
+        *,
+        device: torch.device,
+        alone: str = "",
+        carried: Carried | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            parts: The model.
+            variants: The first one is the reference.
+            examples: Rows with labels.
+            device: Where blocks are run; hidden states stay in main memory.
+            alone: The variant whose blocks are also run on the reference's hidden states, one at a time.
+            carried: From where to go on.
+        """
+        self.parts, self.variants, self.device, self.alone = parts, tuple(variants), device, alone
+        self.carried = carried or Carried()
+        self._examples = examples
+        self._batches = {by_row: batches_of(examples, by_row=by_row) for by_row in {v.by_row for v in variants}}
+        used = sorted({int(token) for example in examples for token in example.input_ids})
+        self._used = used
+        self._calls: dict[tuple[bool, int], list[Call]] = {}
+
+    @property
+    def reference(self) -> Variant:
+        """The variant that the others are compared with."""
+        return self.variants[0]
+
+    @torch.no_grad()
+    def run(self, tell: Callable[[float, str], None], stopping: Callable[[Carried], bool]) -> bool:
+        """Carry all variants through all blocks; return whether the end was reached.
+
+        Args:
+            tell: Gets the fraction done and what is being done.
+            stopping: Asked after each block, with what would be needed to go on; true ends the walk.
+
+        Raises:
+            JobFailed: A hidden state is not finite.
+        """
+        self._enter()
+        blocks = self.parts.blocks
+        for place in range(len(self.carried.seen), len(blocks)):
+            tell(place / len(blocks), blocks[place][0])
+            self.carried.seen.append(self._through(place))
+            if place + 1 < len(blocks) and stopping(self.carried):
+                return False
+        return True
+
+    @torch.no_grad()
+    def finals(self) -> dict[str, Tensor]:
+        """Return the final hidden states `[tokens, hidden]` of every variant where a label follows, row by row."""
+        made = {}
+        for variant in self.variants:
+            of_row: dict[int, Tensor] = {}
+            with self._settled(variant):
+                for index, batch in enumerate(self._batches[variant.by_row]):
+                    whole = self._after(variant, index, batch)
+                    states = whole[batch.wanted.to(whole.device)].cpu()
+                    of_row |= dict(zip(batch.rows, torch.split(states, list(batch.tokens_of_rows)), strict=True))
+            made[variant.name] = torch.cat([of_row[row] for row in range(len(self._examples))])
+        return made
+
+    def targets(self) -> Tensor:
+        """Return the tokens that follow the final hidden states, `[tokens]`, row by row."""
+        return torch.cat([_following(example) for example in self._examples])
+
+    def scores(self, tell: Callable[[float], None] = lambda fraction: None) -> dict[str, TokenScores]:
+        """Return the figures of every variant, tokens row by row."""
+        finals = {name: states.to(self.device) for name, states in self.finals().items()}
+        heads = {variant.name: variant.head for variant in self.variants}
+        targets = self.targets().to(self.device)
+        return score(finals, targets, heads, self.parts.form, reference=self.reference.name, tell=tell)
+
+    def _settled(self, variant: Variant) -> AbstractContextManager[None]:
+        return settled(self.parts, variant.read, variant.embed(self._used), self.device)
+
+    def _enter(self) -> None:
+        """Note what the model calls its blocks with, and begin the hidden states unless there are some already."""
+        for variant in self.variants:
+            begun = self.carried.hidden.setdefault(variant.name, [])
+            fresh = not begun
+            with self._settled(variant):
+                for index, batch in enumerate(self._batches[variant.by_row]):
+                    calls, hidden = noted_calls(self.parts, self._renumbered(batch))
+                    self._calls[variant.by_row, index] = calls
+                    if fresh:
+                        begun.append(hidden.cpu())
+
+    def _after(self, variant: Variant, index: int, batch: Batch) -> Tensor:
+        """Return what the model makes of the hidden states behind its last block, `[rows, seq, hidden]`."""
+        states = self.carried.hidden[variant.name][index].to(self.device)
+        return behind_the_blocks(self.parts, self._renumbered(batch), states)
+
+    def _renumbered(self, batch: Batch) -> Tensor:
+        return renumbered(batch.ids, self._used).to(self.device)
+
+    def _through(self, place: int) -> BlockSeen:
+        name, block = self.parts.blocks[place]
+        seen, own = BlockSeen(name), list[Tensor]()
+        # The one whose blocks are also looked at alone goes first: it needs the reference's states before the block.
+        ordered = sorted(self.variants, key=lambda variant: (variant.name != self.alone, variant is not self.reference))
+        for variant in ordered:
+            with filled(name, block, variant.read, variant.form_of, self.device) as roundings:
+                if variant.name == self.alone:
+                    own = self._carry(self.reference, block, place)
+                self.carried.hidden[variant.name] = self._carry(variant, block, place)
+            seen.roundings[variant.name] = roundings
+            if variant is self.reference and own:
+                seen.own = self._distance(own, self.carried.hidden[variant.name], batches=self._batches[False])
+                own = []
+        for variant in self.variants[1:]:
+            seen.drift[variant.name] = self._drift(variant)
+        return seen
+
+    def _carry(self, variant: Variant, block: nn.Module, place: int) -> list[Tensor]:
+        made = []
+        for index, hidden in enumerate(self.carried.hidden[variant.name]):
+            args, kwargs = self._calls[variant.by_row, index][place]
+            out = first_of(block(hidden.to(self.device), *args, **kwargs)).cpu()
+            if not bool(torch.isfinite(out).all()):
+                raise JobFailed(
+                    "nonfinite_hidden",
+                    f"{variant.name}: the hidden states after {self.parts.blocks[place][0]} hold NaN or infinity",
+                    "look at the model's weights; an adapter may be broken",
+                )
+            made.append(out)
+        return made
+
+    def _drift(self, variant: Variant) -> float:
+        """Return how far a variant is from the reference, whatever batches it goes in."""
+        of_row = dict(self._rows(self.reference))
+        total, tokens = 0.0, 0
+        for row, states in self._rows(variant):
+            apart, count = _apart(states, of_row[row])
+            total, tokens = total + apart, tokens + count
+        return math.sqrt(total / tokens)
+
+    def _rows(self, variant: Variant) -> Iterator[tuple[int, Tensor]]:
+        """Yield place and hidden states `[seq, hidden]` of each row, without padding."""
+        for batch, hidden in zip(self._batches[variant.by_row], self.carried.hidden[variant.name], strict=True):
+            for row, states, real in zip(batch.rows, hidden, batch.real, strict=True):
+                yield row, states[real]
+
+    @staticmethod
+    def _distance(found: Sequence[Tensor], wanted: Sequence[Tensor], batches: Sequence[Batch]) -> float:
+        total, tokens = 0.0, 0
+        for one, other, batch in zip(found, wanted, batches, strict=True):
+            apart, count = _apart(one[batch.real], other[batch.real])
+            total, tokens = total + apart, tokens + count
+        return math.sqrt(total / tokens)
+
+
+def _apart(found: Tensor, wanted: Tensor) -> tuple[float, int]:
+    """Return the summed squared relative difference of hidden states `[tokens, hidden]`, and the number of tokens."""
+    changed, whole = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+    return float((changed / whole.clamp(min=1e-30)).double().sum()), found.shape[0]
+
+
+def _following(example: Example) -> Tensor:
+    labels = torch.from_numpy(example.labels[1:]).long()
+    return labels[labels != IGNORED]

@@ -1,0 +1,43 @@
+"""What an audit was asked to measure."""
+
+from dataclasses import dataclass
+
+WHAT = ("base", "run", "race")
+"""A base in several roundings; one adapter on everything it can be put on; two trainings of one recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRequest:
+    """A measurement of what 4 bits cost. All fields are texts, as every job's in `recipe.toml`.
+
+    Attributes:
+        what: One of `WHAT`.
+        model: A model folder, a hub id or `embedded`; for a run empty means the one that it was trained on.
+        revision: Of a hub model; empty means the newest.
+        data: Absolute path of the data file; for a run empty means the one that it was trained on.
+        format: How the data are read, one of the recipe's.
+        run: Absolute path of the training run; empty where none is audited.
+        recipe: TOML text of the recipe whose methods race; empty where none do.
+        text: Absolute path of the neutral text; empty means the built-in one.
+        rows: Most held-out rows.
+        seq_len: Longest row, tokens.
+        seed: Fixes which rows are held out; that of the training run, so that none was trained on.
+        forms: Roundings of a base, joined by commas.
+        kept: How many of the worst blocks each mixed plan keeps in 16 bit, joined by commas; empty measures none.
+        lanes: Methods that race, joined by commas.
+    """
+
+    what: str
+    model: str = ""
+    revision: str = ""
+    data: str = ""
+    format: str = "auto"
+    run: str = ""
+    recipe: str = ""
+    text: str = ""
+    rows: str = "100"
+    seq_len: str = "1024"
+    seed: str = "17"
+    forms: str = "nf4,nf4+dq,fp4,int8"
+    kept: str = "1,2,4"
+    lanes: str = "lora,qlora"

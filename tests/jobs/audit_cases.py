@@ -1,0 +1,83 @@
+"""What the tests of the audit share: rows, variants of a model folder, and the same figures by the plainest way."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from studio.jobs.audit.base_variants import folder_variants
+from studio.jobs.audit.blocks import Parts, parts_of
+from studio.jobs.audit.sweep import Variant
+from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.rows import Example
+
+CPU = torch.device("cpu")
+Change = Callable[[str, Tensor], Tensor]
+
+
+def examples(*lengths: int, seed: int = 0, vocabulary: int = 256) -> list[Example]:
+    """Random rows; the second half of each has labels."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for length in lengths:
+        ids = draw.integers(0, vocabulary, length).astype(np.int32)
+        labels = ids.copy()
+        labels[: length // 2] = IGNORED
+        made.append(Example(ids, labels))
+    return made
+
+
+def variants_of(folder: Path, names: Sequence[str], **more: Any) -> tuple[Parts, list[Variant]]:
+    weights = FolderWeights(folder)
+    return parts_of(weights.clean), folder_variants(weights, names, **more)
+
+
+def whole_model(folder: Path, change: Change | None = None) -> nn.Module:
+    """All of a model in fp32, every weight of a linear layer but the head changed."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if change is not None and type(module) is nn.Linear and module is not head:
+            module.weight.data = change(name, module.weight.data)
+    return model
+
+
+def rounded(name: str) -> Change:
+    """bitsandbytes' own rounding there and back, of a whole weight."""
+    code, _, nested = name.partition("+")
+
+    def change(_: str, weight: Tensor) -> Tensor:
+        packed, state = quantize_4bit(weight, quant_type=code, compress_statistics=bool(nested))
+        back: Tensor = dequantize_4bit(packed, state)
+        return back
+
+    return change
+
+
+def plain_model(folder: Path, name: str) -> nn.Module:
+    """The variant of this name, whole."""
+    if name == "int8":
+        bits = BitsAndBytesConfig(load_in_8bit=True)
+        options: dict[str, Any] = {"quantization_config": bits, "device_map": {"": "cpu"}}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return whole_model(folder, None if name == "16-bit" else rounded(name))
+
+
+@torch.no_grad()
+def plain_figures(model: nn.Module, reference: nn.Module, rows: Sequence[Example]) -> tuple[float, float, float]:
+    """Mean loss, mean KL from the reference, share of equal top tokens: full logits, row by row."""
+    losses, kls, same = [], [], []
+    for row in rows:
+        ids, labels = torch.from_numpy(row.input_ids).long()[None], torch.from_numpy(row.labels[1:]).long()
+        keep = labels != IGNORED
+        found, meant = (m(input_ids=ids).logits[0, :-1][keep].float().log_softmax(-1) for m in (model, reference))
+        losses.append(-found.gather(1, labels[keep][:, None])[:, 0])
+        kls.append((meant.exp() * (meant - found)).sum(-1))
+        same.append((found.argmax(-1) == meant.argmax(-1)).float())
+    return tuple(float(torch.cat(part).double().mean()) for part in (losses, kls, same))  # type: ignore[return-value]
