@@ -37,7 +37,10 @@ class Started(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(RunEvent):
-    """What data and model turned out to be, once both are loaded. Rows are counted after dropping and splitting."""
+    """What data and model turned out to be, once both are loaded. Rows are counted after dropping and splitting.
+
+    `batch_tokens` are those of the largest micro-batch of the first step, padding included: the longest row is in it.
+    """
 
     kind: ClassVar[str] = "Planned"
     total_steps: int
@@ -47,6 +50,7 @@ class Planned(RunEvent):
     device: str
     dtype: str
     loss_path: str
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished runs are remembered here and not in the home of whoever runs the tests."""
+    monkeypatch.setattr("studio.runs.calibration.studio_home", lambda: tmp_path / "home")
+    return tmp_path / "home" / "calibration.json"
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama in a folder."""

@@ -1,6 +1,7 @@
 """One training run from its recipe to its adapter: load, prove, train, save. The order of events is the order here."""
 
 import random
+import time
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +28,7 @@ from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
+from studio.probe.calibrate import remember_run
 from studio.probe.fingerprint import FINGERPRINT, fingerprint
 from studio.probe.models import find_base
 from studio.runs.worker import Worker
@@ -118,6 +120,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         device=_device_name(device),
         dtype=precision.name,
         loss_path="chunked" if proven else "full",
+        batch_tokens=max(batches.batch(group)["input_ids"].numel() for group in batches.of_step(1)),
     )
     between = Between(
         worker=worker,
@@ -195,6 +198,8 @@ def _finish(worker: Worker, between: Between, end: Progress, trained_on: dict[st
         between.evaluate(end.step)
         between.sample(end.step)
     between.save_adapter(end.step)
+    if why_not := remember_run(worker.paths, between.recipe, time.time()):
+        worker.emit(Warned, topic="calibration", message=f"not kept for later estimates: {why_not}")
     worker.emit(
         Finished,
         outcome="stopped" if early else "done",
