@@ -11,6 +11,9 @@ from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.text import plain
 
 HEAD = "lm_head"
+HEADS = frozenset((HEAD, "embed_out", "output_layer"))
+EMBEDDINGS = frozenset(("embed_tokens", "embed_in", "wte", "word_embeddings"))
+_FINAL_NORMS = frozenset(("norm", "final_layernorm", "final_layer_norm"))
 EXPERTS = "experts"
 """Stands for what peft's all-linear adapts of a mixture of experts beside its plain linear maps."""
 
@@ -93,6 +96,7 @@ class AdaptedPart:
         rank_pattern: Other ranks, by the end of a module's path or a regular expression for it (peft's `rank_pattern`).
         layers: Numbers of the adapted layers, empty for all.
         dora: Whether magnitudes are trained too.
+        modules_to_save: Modules trained whole (peft's `modules_to_save`), by the last part of their name.
     """
 
     targets: str | tuple[str, ...]
@@ -100,6 +104,17 @@ class AdaptedPart:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     layers: tuple[int, ...] = ()
     dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is trained whole."""
+        return any(name.rpartition(".")[2] in HEADS for name in self.modules_to_save)
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the input embedding is trained whole."""
+        return any(name.rpartition(".")[2] in EMBEDDINGS for name in self.modules_to_save)
 
 
 def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]:
@@ -119,6 +134,32 @@ def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int
         tensors += [(number, rank * linear.inputs), (number, rank * linear.outputs)]
         if part.dora:
             tensors.append((number, linear.outputs))
+    return tensors
+
+
+def whole_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]:
+    """Return the tensors of modules that are trained whole, as (how many, elements of each); biases count with them.
+
+    Raises:
+        BadInput: A name is neither head, embedding, norm nor linear map of this model.
+    """
+    tensors: list[tuple[int, int]] = []
+    for module in part.modules_to_save:
+        name = module.rpartition(".")[2]
+        linears = [(count * linear.copies, linear) for count, linear in shape.all_linears() if linear.name == name]
+        if name in HEADS or name in EMBEDDINGS:
+            tensors.append((1, shape.embedding_parameters))
+        elif name.endswith("norm"):
+            tensors.append((1 if name in _FINAL_NORMS else shape.layers, shape.hidden))
+        elif linears:
+            tensors += [(count, linear.inputs * linear.outputs) for count, linear in linears]
+        else:
+            known = ", ".join(dict.fromkeys(linear.name for _, linear in shape.all_linears()))
+            shown = plain(module, one_line=True, limit=60)
+            raise BadInput(
+                f"adapter.modules_to_save names {shown!r}, which this model does not have. "
+                f"Wanted lm_head, embed_tokens, a norm, or some of: {known}"
+            )
     return tensors
 
 
@@ -152,7 +193,9 @@ _BLOCKS = ("self_attn", "mlp")
 def trainable_parameters(shape: ModelShape, part: AdaptedPart) -> int:
     """Return how many parameters a recipe trains: `rank * (in + out)` per map; with DoRA a magnitude per output.
 
+    Modules trained whole count with all they have.
+
     Raises:
         BadInput: A target is no linear map of this model.
     """
-    return sum(count * elements for count, elements in trained_tensors(shape, part))
+    return sum(count * elements for count, elements in (*trained_tensors(shape, part), *whole_tensors(shape, part)))

@@ -15,7 +15,7 @@ from studio.core.vram.estimate import VramEstimate, attention_kernel, estimate_v
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stages import stages_of
-from studio.core.vram.static import base_bytes, optimizer_bytes, quantised_bytes
+from studio.core.vram.static import FrozenForm, base_bytes, optimizer_bytes, quantised_parts
 from studio.core.vram.stock import stock_setup
 from tests.core.published_rows import shapes
 
@@ -45,8 +45,13 @@ setups = st.builds(
     accumulation=st.sampled_from([1, 8]),
     optimizer=st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]),
     grad_checkpointing=st.booleans(),
-    attention=st.sampled_from(["sdpa", "eager"]),
-    loss=st.sampled_from(["chunked", "full"]),
+    attention=st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
+    loss=st.sampled_from(["chunked", "full", "liger"]),
+    offload_checkpoints=st.booleans(),
+    modules_to_save=st.sampled_from([(), ("lm_head",), ("embed_tokens", "norm")]),
+    quant_type=st.sampled_from(["nf4", "int8"]),
+    device=st.sampled_from(["cuda", "cpu"]),
+    transformers=st.sampled_from(["", "4.43.3", "4.48.1", "5.24.0"]),
     dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
     double_quant=st.booleans(),
     kbit_prepare=st.booleans(),
@@ -86,7 +91,8 @@ def test_components_and_stages_add_up(setup: Setup):
     assert all(getattr(parts, f.name) >= 0 for f in fields(parts))
     for bounds in (estimate.allocated, estimate.reserved, estimate.device):
         assert 0 < bounds.low <= bounds.expected <= bounds.high
-    assert estimate.allocated.expected <= estimate.reserved.expected < estimate.device.expected
+    assert estimate.allocated.expected <= estimate.reserved.expected <= estimate.device.expected
+    assert (estimate.allocated.expected < estimate.device.expected) == (setup.device == "cuda")
 
 
 @settings(max_examples=300, deadline=None)
@@ -113,7 +119,7 @@ def test_more_targets_never_take_less(setup: Setup):
 @settings(max_examples=60, deadline=None)
 @given(setups)
 def test_full_rows_of_one_length_or_another_hold_the_same_tokens(setup: Setup):
-    flat = replace(setup, attention="sdpa", micro_batch=2, seq_len=2048)
+    flat = replace(setup, attention="sdpa", device="cuda", micro_batch=2, seq_len=2048)
     cut = replace(flat, micro_batch=8, seq_len=512)
     one, four = stages_of(LLAMA, flat, "flash").peak, stages_of(LLAMA, cut, "flash").peak
     assert abs(one / four - 1) < 1e-3, "only cos and sin follow the length alone"
@@ -139,14 +145,20 @@ def test_a_tied_head_is_counted_once():
     }
     tied, free = (shape_from_config({**config, "tie_word_embeddings": value}) for value in (True, False))
     assert free.parameters - tied.parameters == 256 * 1000
-    sizes = [base_bytes(shape, False, False, 2, 2) for shape in (free, tied)]
+    sizes = [base_bytes(shape, FrozenForm("", False, 2, 2)) for shape in (free, tied)]
     assert sizes[0] - sizes[1] == 2 * 256 * 1000
 
 
-def test_bytes_per_four_bit_weight():
+def test_bytes_per_quantised_weight():
     linear = LLAMA.groups[0].layer.mlp[0]
-    assert quantised_bytes(linear, True) / linear.weights == pytest.approx(0.515869, rel=1e-4)
-    assert quantised_bytes(linear, False) / linear.weights == pytest.approx(0.5625, rel=1e-4)
+
+    def bytes_per_weight(quant_type: str, *, double_quant: bool = False) -> float:
+        return sum(quantised_parts(linear, FrozenForm(quant_type, double_quant, 2, 2))) / linear.weights
+
+    assert bytes_per_weight("nf4", double_quant=True) == pytest.approx(0.515869, rel=1e-4)
+    assert bytes_per_weight("nf4") == pytest.approx(0.5625, rel=1e-4)
+    assert bytes_per_weight("fp4") == bytes_per_weight("nf4"), "another table of 16 numbers"
+    assert bytes_per_weight("int8") == pytest.approx(1 + 4 / linear.inputs, rel=1e-4)
 
 
 def test_optimizer_state_by_kind():

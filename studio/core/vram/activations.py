@@ -10,31 +10,36 @@ from studio.core.vram.head import LossForm
 from studio.core.vram.modules import AdapterForm, Kernel, LayerForm
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.setup import Setup
+from studio.core.vram.static import TrainedBytes
 from studio.core.vram.step import StepForms, step_forms
 from studio.core.vram.stock import COPIES_LOGITS, NEWEST, SHIFT_COPIED_BELOW, UPCAST_BELOW, version_of
 
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
-"""Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope."""
+"""Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope. A
+chunk of a trained head goes backward as autograd does it: log-probabilities, their gradient, the logits' gradient."""
 
 
 def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
     """Return the forms of a step for a model, a set-up and an attention kernel."""
-    arithmetic = Arithmetic(setup.compute_itemsize, setup.residual_itemsize, setup.autocast)
     ours = setup.engine == "studio"
+    # Our loop trains whole modules in fp32: the residual stream then begins with an embedding's fp32.
+    wide = ours and setup.adapted.trains_embedding
+    arithmetic = Arithmetic(setup.compute_itemsize, 4 if wide else setup.residual_itemsize, setup.autocast)
     adapter = AdapterForm(
         targets=target_names(shape, setup.targets),
         dropout=setup.dropout > 0,
         dora=setup.dora,
         casts_inputs=not (ours and setup.autocast),
     )
-    fused_upcast = setup.dtype == "fp16"
-    form = LayerForm(arithmetic, adapter, setup.quantised, kernel, setup.micro_batch > 1, fused_upcast)
+    quantised = setup.quant_type if setup.quantised else ""
+    fused_upcast, cpu = setup.dtype == "fp16", setup.device == "cpu"
+    form = LayerForm(arithmetic, adapter, quantised, kernel, setup.micro_batch > 1, fused_upcast, cpu)
     return step_forms(shape, form, loss_form(setup), setup.grad_checkpointing)
 
 
 def loss_form(setup: Setup) -> LossForm:
     """Return how a set-up makes its loss; a version of transformers that is not said counts as the newest."""
-    if setup.loss == "chunked":
+    if setup.loss != "full":
         return LossForm("chunked")
     if setup.engine == "studio":
         return LossForm("whole")
@@ -52,7 +57,9 @@ class Activations:
     """Bytes beside weights and states.
 
     Attributes:
-        kept: From the forward until the backward, logits left out.
+        kept: From the forward until the loss, logits left out.
+        kept_backward: The same while the backward runs; more where the next checkpoint comes back from the host early.
+        host: What waits in host memory meanwhile.
         layer_forward: What one layer's forward needs beside that.
         layer_backward: The same for its backward, recomputation included.
         first_layer_backward: The same for the layer that goes backward last.
@@ -63,6 +70,8 @@ class Activations:
     """
 
     kept: float
+    kept_backward: float
+    host: int
     layer_forward: float
     layer_backward: float
     first_layer_backward: float
@@ -72,22 +81,26 @@ class Activations:
     held: int
 
 
-def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, parameters: int) -> Activations:
+def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: TrainedBytes) -> Activations:
     """Return what a micro-batch holds beside weights and states."""
     forms = forms_of(shape, setup, kernel)
     # With patterns every map is taken to have the largest rank: activations grow little with it.
     rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
     numbers = (setup.tokens, setup.squares, rank)
     kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
-    copies = _autocast_copies(setup, parameters)
+    copies = _autocast_copies(setup, trained.parameters)
     loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
+    shared, checkpoint = _shared(shape, setup, kernel), forms.groups[0].kept.at(*numbers)
+    offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
     return Activations(
-        kept=kept + _shared(shape, setup, kernel),
+        kept=shared + (checkpoint if offloads else kept),
+        kept_backward=shared + (min(kept, 2 * checkpoint) if offloads else kept),
+        host=int(max(0.0, kept - checkpoint)) if offloads else 0,
         layer_forward=max(largest(group.forward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
         layer_backward=max(largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
         first_layer_backward=max(largest(group.backward, *numbers) for group in forms.groups),
         loss_forward=loss_forward,
-        loss=loss,
+        loss=loss + _trained_head(shape, setup, trained),
         copies=copies,
         held=_held_logits(shape, setup),
     )
@@ -103,7 +116,7 @@ def _loss_bytes(
     forms = forms_of(shape, setup, kernel)
     forward = largest(forms.loss_forward, *numbers) + _chunk_bytes(shape, setup)
     highest = max(copies + forward, largest(forms.loss_backward, *numbers))
-    if setup.engine == "studio" or setup.loss == "chunked" or setup.transformers or setup.micro_batch == 1:
+    if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
         return forward, highest
     other = _loss_bytes(shape, replace(setup, transformers=COPIES_LOGITS), kernel, numbers, copies)
     return (forward + other[0]) / 2, (highest + other[1]) / 2
@@ -131,7 +144,7 @@ def _autocast_copies(setup: Setup, parameters: int) -> int:
 
 def _held_logits(shape: ModelShape, setup: Setup) -> int:
     """Logits that a loop's own `outputs` keeps alive through backward and optimizer step."""
-    if not setup.outputs_kept or setup.loss == "chunked":
+    if not setup.outputs_kept or setup.loss != "full":
         return 0
     itemsize = setup.compute_itemsize if setup.autocast else setup.residual_itemsize
     if loss_form(setup).upcast_outputs:
@@ -139,11 +152,20 @@ def _held_logits(shape: ModelShape, setup: Setup) -> int:
     return setup.tokens * shape.vocabulary * itemsize
 
 
-def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
-    if setup.loss != "chunked":
+def _trained_head(shape: ModelShape, setup: Setup, trained: TrainedBytes) -> int:
+    """Return what a head that is trained whole adds: its gradient, a chunk's part of it, 16-bit copies of both."""
+    if not trained.head:
         return 0
-    if setup.engine == "studio":
-        per_logit = _SOFTCAP_BYTES if shape.logit_softcap else _CHUNK_BYTES
+    chunks = -(-setup.tokens // loss_chunk_tokens(shape.vocabulary, setup.tokens)) if setup.loss != "full" else 1
+    narrow = 2 * setup.compute_itemsize * shape.embedding_parameters if setup.autocast else 0
+    return trained.head * min(2, chunks) + narrow
+
+
+def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
+    if setup.loss == "full":
+        return 0
+    if setup.engine == "studio" and (setup.loss == "chunked" or setup.adapted.trains_head):
+        per_logit = _SOFTCAP_BYTES if shape.logit_softcap or setup.adapted.trains_head else _CHUNK_BYTES
         return loss_chunk_tokens(shape.vocabulary, setup.tokens) * shape.vocabulary * per_logit
     # liger_kernel/ops/fused_linear_cross_entropy.py: gradients overwrite the chunk's logits.
     share = -(-setup.tokens // -(-shape.vocabulary // shape.hidden))

@@ -68,7 +68,9 @@ def _attend(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
         query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
     if run.form.kernel == "efficient":
         key, value = _widened(run, key), _widened(run, value)
-    return op.fused_attention(query, key, value, run.shape.heads, flash=run.form.kernel == "flash"), None
+    kernel = run.form.kernel
+    out = op.fused_attention(query, key, value, run.shape.heads, flash=kernel == "flash", workspaces=kernel != "cpu")
+    return out, None
 
 
 def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

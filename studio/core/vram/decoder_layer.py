@@ -19,14 +19,14 @@ def decoder_layer(run: Run, layer: Layer, x: Tensor) -> Tensor:
     x, weights = attention(run, layer, x)
     if layer.wiring in ("post", "sandwich"):
         x = norm(run, layer, x)
-    x = op.add(residual, _scaled(layer, x))
+    x = op.add(residual, _scaled(run, layer, x))
     residual = x
     if layer.wiring != "post":
         x = norm(run, layer, x)
     x = feed_forward(run, layer, x)
     if layer.wiring in ("post", "sandwich"):
         x = norm(run, layer, x)
-    x = op.add(residual, _scaled(layer, x))
+    x = op.add(residual, _scaled(run, layer, x))
     del weights  # transformers keeps the attention weights under the name `_` until the layer returns
     return x
 
@@ -44,9 +44,9 @@ def _parallel(run: Run, layer: Layer, x: Tensor) -> Tensor:
     return x
 
 
-def _scaled(layer: Layer, x: Tensor) -> Tensor:
+def _scaled(run: Run, layer: Layer, x: Tensor) -> Tensor:
     if layer.residual_dropout:
-        x = op.dropout(x)
+        x = op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
     return op.scale(x) if layer.scaled_residual else x
 
 

@@ -17,6 +17,7 @@ from studio.core.vram.reserve import (
 )
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
+from studio.core.vram.static import frozen_form
 from studio.core.vram.stock import COPIES_LOGITS, NEWEST
 
 Verdict = Literal["fits", "tight", "does not fit"]
@@ -55,6 +56,7 @@ class VramEstimate:
         device: What nvidia-smi shows for this process.
         trainable_parameters: Trained parameters.
         kernel: Which attention was assumed.
+        host: Bytes of checkpoints that wait in the computer's own memory.
         notes: What makes the range wide, and what the user should know.
     """
 
@@ -66,6 +68,7 @@ class VramEstimate:
     device: Range
     trainable_parameters: int
     kernel: Kernel
+    host: int = 0
     notes: tuple[str, ...] = ()
 
     def verdict(self, budget_bytes: int) -> Verdict:
@@ -92,11 +95,11 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     """
     kernel = attention_kernel(shape, setup, gpu)
     workspace = HOPPER_CUBLAS_WORKSPACE_BYTES if gpu and gpu.compute_capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
+    if setup.device == "cpu":
+        return _on_cpu(shape, setup, kernel)
     stages = stages_of(shape, setup, kernel, workspace=workspace)
     low, high, notes = _allocated_bounds(shape, setup, gpu, stages, workspace)
-    unused = unused_in_segments(
-        shape, setup.quantised, setup.double_quant, setup.residual_itemsize, setup.compute_itemsize
-    )
+    unused = unused_in_segments(shape, frozen_form(setup))
     measured = gpu.context_bytes if gpu else 0
     context, most_context = (measured, 2 * measured) if measured else (CONTEXT_BYTES, MOST_CONTEXT_BYTES)
     reserved = reserved_range(stages, low, high, unused)
@@ -109,7 +112,26 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         device=device_range(reserved, stages.paged, context, most_context),
         trainable_parameters=stages.parameters,
         kernel=kernel,
+        host=stages.host,
         notes=notes,
+    )
+
+
+def _on_cpu(shape: ModelShape, setup: Setup, kernel: Kernel) -> VramEstimate:
+    """Return the bytes of tensors of a run on a CPU: it has no segments and no context, and nothing is paged."""
+    stages = stages_of(shape, setup, kernel, workspace=0)
+    low, high, notes = _allocated_bounds(shape, setup, None, stages, 0)
+    bounds = Range(low, stages.peak, high)
+    return VramEstimate(
+        stage=stages.peak_stage,
+        stages=tuple(stages.by_name.items()),
+        components=_components(stages, 0),
+        allocated=bounds,
+        reserved=bounds,
+        device=bounds,
+        trainable_parameters=stages.parameters,
+        kernel=kernel,
+        notes=(*notes, "on a CPU: bytes of tensors; Python and its libraries take 0.5 to 1 GiB beside them"),
     )
 
 
@@ -118,14 +140,17 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Kernel
 
     Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0. Without it the memory-efficient
     kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or ALiBi run eagerly
-    whatever is asked for: transformers refuses sdpa for them.
+    whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows and capped scores.
     """
     if setup.attention == "eager" or not shape.fused_attention:
         return "eager"
+    if setup.device == "cpu":
+        return "cpu"
     half = setup.compute_itemsize == 2 and (setup.autocast or setup.residual_itemsize == 2)
     windowed = any(0 < group.layer.window <= setup.seq_len for group in shape.groups)
     able = gpu is None or gpu.compute_capability >= (8, 0)
-    return "flash" if half and able and not windowed and shape.head_dim <= 256 else "efficient"
+    masked = windowed and setup.attention != "flash_attention_2"
+    return "flash" if half and able and not masked and shape.head_dim <= 256 else "efficient"
 
 
 def _allocated_bounds(

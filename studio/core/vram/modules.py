@@ -13,7 +13,7 @@ from studio.core.vram.form import Form
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.tape import Tape, Tensor
 
-Kernel = Literal["flash", "efficient", "eager"]
+Kernel = Literal["flash", "efficient", "eager", "cpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +40,21 @@ class LayerForm:
     Attributes:
         arithmetic: Number formats.
         adapter: What stands beside the linear layers.
-        quantised: Whether its linear layers hold 4-bit weights.
+        quantised: How its linear layers hold their weights: nf4, fp4 or int8; empty where they are not quantised.
         kernel: Which attention runs.
         batched: Whether the micro-batch has several rows.
         fused_upcast: Whether softmax reads fp16 and writes fp32 in one kernel; in bf16 it makes an fp32 copy first
             (aten/src/ATen/native/SoftMax.cpp: only for Half).
+        cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
     """
 
     arithmetic: Arithmetic
     adapter: AdapterForm
-    quantised: bool
+    quantised: str
     kernel: Kernel
     batched: bool
     fused_upcast: bool = False
+    cpu: bool = False
 
 
 @dataclass(slots=True)
@@ -77,9 +79,22 @@ def _base_linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
     outputs = Form(per_token=layer.outputs)
     if not run.form.quantised:
         return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
+    if run.form.quantised == "int8":
+        return _int8_linear(run, layer, x)
     # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
     weight = Form(fixed=layer.inputs * layer.outputs * arithmetic.compute)
     return op.cast(op.frozen_linear(x, outputs, arithmetic.compute, passing=weight), x.itemsize)
+
+
+def _int8_linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
+    """Return bitsandbytes' 8-bit product (autograd/_functions.py MatMul8bitLt).
+
+    It saves its input, quantises an fp16 copy of it, and sums in int32; its backward dequantises the whole weight.
+    """
+    copy = 0 if x.itemsize == 2 else 2
+    run.tape.passing(x.elements.times(1 + copy).plus(Form(per_token=4 * layer.outputs)))
+    weight = Form(fixed=layer.inputs * layer.outputs * x.itemsize)
+    return op.frozen_linear(x, Form(per_token=layer.outputs), passing=weight, keeps_input=True)
 
 
 def _adapted(run: Run, layer: Linear, x: Tensor) -> Tensor:
@@ -95,9 +110,10 @@ def _adapted(run: Run, layer: Linear, x: Tensor) -> Tensor:
 
 
 def _adapted_quantised(run: Run, layer: Linear, x: Tensor) -> Tensor:
-    """peft.tuners.lora.bnb.Linear4bit.forward: clones the result, casts the input only without autocast."""
+    """peft.tuners.lora.bnb: clones the 4-bit result, casts the input only without autocast."""
     result = _base_linear(run, layer, x)
-    result = op.clone(result)
+    if run.form.quantised != "int8":
+        result = op.clone(result)
     converts = not run.form.arithmetic.autocast
     if converts and run.form.adapter.casts_inputs:
         x = op.cast(x, 4)
@@ -112,7 +128,7 @@ def _adapted_quantised(run: Run, layer: Linear, x: Tensor) -> Tensor:
 def low_rank(run: Run, layer: Linear, x: Tensor) -> Tensor:
     """Return `lora_B(lora_A(dropout(x)))`."""
     if run.form.adapter.dropout:
-        x = op.dropout(x)
+        x = op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
     arithmetic = run.form.arithmetic
     narrow = op.trained_linear(x, Form(per_token_rank=1), Form(per_rank=layer.inputs), run.gradients, arithmetic)
     del x
@@ -154,6 +170,6 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
 
 def layer_norm(run: Run, x: Tensor) -> Tensor:
     """Return a layer norm: its input is saved. Under autocast CUDA computes and returns it in fp32."""
-    if run.form.arithmetic.autocast:
+    if run.form.arithmetic.autocast and not run.form.cpu:
         x = op.cast(x, 4)
     return op.activate(x)

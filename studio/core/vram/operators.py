@@ -127,9 +127,15 @@ def activate_saving_result(x: Tensor) -> Tensor:
     return out
 
 
-def dropout(x: Tensor) -> Tensor:
-    """Return `dropout(x)` for a probability above 0: CUDA's fused kernel saves a mask of one byte per element."""
-    mask = Tensor(x.tape, x.elements, 1)
+def dropout(x: Tensor, *, mask_itemsize: float = 1) -> Tensor:
+    """Return `dropout(x)` for a probability above 0.
+
+    Args:
+        x: What is dropped.
+        mask_itemsize: Bytes per element of the saved mask: one for CUDA's fused kernel, x's own for the CPU's noise
+            (aten/src/ATen/native/Dropout.cpp).
+    """
+    mask = Tensor(x.tape, x.elements, mask_itemsize)
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),), (mask,)))
 
 
@@ -172,7 +178,9 @@ def join(parts: tuple[Tensor, ...]) -> Tensor:
     return Tensor(tape, elements, parts[0].itemsize, node_of(tape, parts, (None,) * len(parts)))
 
 
-def frozen_linear(x: Tensor, outputs: Form, compute: int | None = None, passing: Form = NOTHING) -> Tensor:
+def frozen_linear(
+    x: Tensor, outputs: Form, compute: int | None = None, passing: Form = NOTHING, *, keeps_input: bool = False
+) -> Tensor:
     """Return `x @ W.T` for a frozen weight: only the weight is saved.
 
     Args:
@@ -180,9 +188,10 @@ def frozen_linear(x: Tensor, outputs: Form, compute: int | None = None, passing:
         outputs: Elements of the result.
         compute: Bytes per element of the product where it is not the input's.
         passing: Bytes of a dequantised weight, alive while the product runs, forward and backward.
+        keeps_input: Whether the input is saved all the same.
     """
     x = cast(x, compute or x.itemsize)
-    node = node_of(x.tape, (x,), (_gradient(x),), (), passing.plus(x.bytes))
+    node = node_of(x.tape, (x,), (_gradient(x),), (x,) if keeps_input else (), passing.plus(x.bytes))
     _saves_constant(x.tape, node)
     x.tape.passing(passing.plus(outputs.times(x.itemsize)))
     return Tensor(x.tape, outputs, x.itemsize, node)
@@ -231,19 +240,21 @@ def softmax_in_fp32(x: Tensor) -> Tensor:
     return out
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, *, flash: bool) -> Tensor:
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, *, flash: bool, workspaces: bool = True
+) -> Tensor:
     """Return scaled_dot_product_attention by a kernel without S x S matrices.
 
     It saves query, key, value, output and log-sum-exp. The backward's workspaces: flash accumulates the query gradient
     in fp32, and makes key and value gradients for every query head before it sums the heads of a group; both kernels
     keep one fp32 number per row and head (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp mha_bwd,
-    mem_eff_attention/kernel_backward.h).
+    mem_eff_attention/kernel_backward.h). What the CPU's kernel takes inside is not counted (`workspaces`).
     """
     tape = query.tape
     statistics = Form(per_token=heads)
     accumulator = query.elements.times(4 if query.itemsize < 4 else 0)
     grouped = query.bytes.times(2) if flash and key.elements != query.elements else NOTHING
-    workspace = accumulator.plus(grouped).plus(statistics.times(4))
+    workspace = accumulator.plus(grouped).plus(statistics.times(4)) if workspaces else NOTHING
     saved_sums = Tensor(tape, statistics, 4)
     gradients = (_gradient(query), _gradient(key), _gradient(value))
     passing = workspace.plus(total(t.bytes for t in (query, key, value)))

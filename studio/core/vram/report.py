@@ -46,6 +46,7 @@ def plan_to_dict(
         "components": asdict(estimate.components),
         "trainable_parameters": estimate.trainable_parameters,
         "attention_kernel": estimate.kernel,
+        "host_bytes": estimate.host,
         "model": {
             "family": shape.family,
             "parameters": shape.parameters,

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from studio.core.shape import ModelShape
 from studio.core.vram.stages import MIB, Stages
-from studio.core.vram.static import ALIGNMENT
+from studio.core.vram.static import FrozenForm, quantised_parts
 
 _SMALL, _SEGMENT, _WHOLE, _ROUND = MIB, 20 * MIB, 10 * MIB, 2 * MIB
 """c10/cuda/CUDACachingAllocator.cpp: kSmallSize, kLargeBuffer, kMinLargeAlloc, kRoundLarge."""
@@ -42,7 +42,7 @@ class Range:
 
 
 @lru_cache(maxsize=256)
-def unused_in_segments(shape: ModelShape, quantised: bool, double_quant: bool, itemsize: int, compute: int) -> int:
+def unused_in_segments(shape: ModelShape, form: FrozenForm) -> int:
     """Return the bytes of segments that the frozen weights leave free, in blocks that activations seldom fit.
 
     Weights of 1 to 10 MiB share segments of 20 MiB; larger ones get their own, rounded up to 2 MiB. Loaded layer by
@@ -50,7 +50,7 @@ def unused_in_segments(shape: ModelShape, quantised: bool, double_quant: bool, i
     """
     free: list[int] = []
     unused = 0
-    for size in _weight_sizes(shape, quantised, double_quant, itemsize, compute):
+    for size in _weight_sizes(shape, form):
         if size >= _WHOLE:
             unused += -size % _ROUND
         elif size > _SMALL:
@@ -60,17 +60,13 @@ def unused_in_segments(shape: ModelShape, quantised: bool, double_quant: bool, i
     return unused + sum(free)
 
 
-def _weight_sizes(shape: ModelShape, quantised: bool, double_quant: bool, itemsize: int, compute: int) -> list[int]:
-    embedding = shape.embedding_parameters * itemsize
+def _weight_sizes(shape: ModelShape, form: FrozenForm) -> list[int]:
+    embedding = shape.embedding_parameters * form.itemsize
     sizes = [embedding] if shape.tied else [embedding, embedding]
     for group in shape.groups:
         for linear in group.layer.linears:
-            if quantised:
-                weights = linear.inputs * linear.outputs
-                parts = [weights // 2, weights // 64 if double_quant else weights // 16]
-            else:
-                parts = [linear.weights * compute]
-            sizes += [-(-part // ALIGNMENT) * ALIGNMENT for part in parts] * group.count * linear.copies
+            parts = quantised_parts(linear, form) if form.quant_type else (linear.weights * form.itemsize,)
+            sizes += [*parts] * group.count * linear.copies
     return sizes
 
 

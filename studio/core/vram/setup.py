@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from studio.core.adapter_text import layers_of, pattern_of
+from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.recipe import ALL_LINEAR, Attention, Loss, Method, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
 
@@ -30,7 +30,11 @@ class Setup:
         optimizer: Which AdamW.
         grad_checkpointing: Whether layers are computed again in the backward.
         attention: Fused kernels or S x S matrices.
-        loss: Whole logits or a head taken in chunks.
+        loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
+        offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
+        modules_to_save: Modules trained whole, beside the adapter (peft's `modules_to_save`).
+        quant_type: How quantised weights are held; int8 is LLM.int8 (`hf` alone).
+        device: `cpu` counts the tensors of a run on a CPU: no workspaces, no context, no segments.
         dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
         double_quant: Whether the 4-bit scales are quantised again.
         kbit_prepare: Whether peft's `prepare_model_for_kbit_training` upcasts everything not quantised to fp32 (`hf`).
@@ -55,6 +59,10 @@ class Setup:
     grad_checkpointing: bool = True
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
+    offload_checkpoints: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    device: Literal["cuda", "cpu"] = "cuda"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     double_quant: bool = True
     kbit_prepare: bool = False
@@ -66,7 +74,7 @@ class Setup:
     @property
     def adapted(self) -> AdaptedPart:
         """What is trained."""
-        return AdaptedPart(self.targets, self.rank, self.rank_pattern, self.layers, self.dora)
+        return AdaptedPart(self.targets, self.rank, self.rank_pattern, self.layers, self.dora, self.modules_to_save)
 
     @property
     def tokens(self) -> int:
@@ -80,7 +88,7 @@ class Setup:
 
     @property
     def quantised(self) -> bool:
-        """Whether linear maps hold 4-bit weights."""
+        """Whether linear maps hold 4- or 8-bit weights."""
         return self.method == "qlora"
 
     @property
@@ -122,6 +130,10 @@ def setup_of(recipe: Recipe, *, bf16: bool = True) -> Setup:
         attention=train.attention,
         loss=train.loss,
         dtype=dtype,
+        offload_checkpoints=train.offload_checkpoints,
+        modules_to_save=modules_of(recipe.adapter.modules_to_save),
+        quant_type=recipe.model.quant_type,
+        device="cpu" if recipe.device.device == "cpu" else "cuda",
         double_quant=recipe.model.double_quant,
         autocast=dtype != "fp32",
     )

@@ -6,7 +6,7 @@ from studio.core.shape import ModelShape
 from studio.core.vram.activations import activations_of
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import adapter_parameters, base_bytes, optimizer_bytes
+from studio.core.vram.static import base_bytes, frozen_form, optimizer_bytes, trained_bytes
 
 MIB = 2**20
 
@@ -41,6 +41,7 @@ class Stages:
         layer_forward: What one layer's forward needs beside the activations kept from forward to backward.
         turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
             activations kept whole without checkpointing, which are allocated once and fragment nothing.
+        host: Bytes of checkpoints that wait in host memory.
         parameters: Trained parameters.
     """
 
@@ -62,6 +63,7 @@ class Stages:
     save: int
     layer_forward: int
     turnover: int
+    host: int
     parameters: int
 
     @property
@@ -102,20 +104,22 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         kernel: Which attention runs.
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
-    parameters = adapter_parameters(shape, setup.adapted)
-    base = base_bytes(shape, setup.quantised, setup.double_quant, setup.residual_itemsize, setup.compute_itemsize)
+    # Our loop trains whole modules in fp32; stock peft leaves them in the base's format.
+    trained = trained_bytes(shape, setup.adapted, 4 if setup.engine == "studio" else setup.residual_itemsize)
+    base = base_bytes(shape, frozen_form(setup))
     state = optimizer_bytes(shape, setup.adapted, setup.optimizer)
-    adapter = gradients = 4 * parameters
+    adapter = gradients = trained.weights
     # Gradients stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
     lasting = gradients * ((setup.accumulation > 1) + (setup.gpus > 1))
     fresh = gradients if setup.accumulation == 1 else 0
     standing = base + adapter + state.resident + workspace + lasting
-    work = activations_of(shape, setup, kernel, parameters)
+    work = activations_of(shape, setup, kernel, trained)
     # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
-    backward = work.held + max(work.kept + work.layer_backward, work.first_layer_backward + fresh)
+    head = min(fresh, trained.head)
+    backward = work.held + max(work.kept_backward + work.layer_backward + head, work.first_layer_backward + fresh)
     step = work.held + fresh + _step_temporary(setup, gradients)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
-    turnover = max(within + (work.kept if setup.grad_checkpointing else 0), fresh, step)
+    turnover = max(within + (work.kept_backward if setup.grad_checkpointing else 0), fresh, step)
     return Stages(
         base=base,
         adapter=adapter,
@@ -135,7 +139,8 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         save=standing,
         layer_forward=int(work.layer_forward),
         turnover=int(turnover + lasting),
-        parameters=parameters,
+        host=work.host,
+        parameters=trained.parameters,
     )
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.shape import Linear, ModelShape
-from studio.core.trainable import AdaptedPart, trainable_parameters, trained_tensors
+from studio.core.trainable import AdaptedPart, trained_tensors, whole_tensors
+from studio.core.vram.setup import Setup
 
 ALIGNMENT = 512
 """The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
@@ -15,8 +16,8 @@ _BLOCK = 64
 _SCALE_BLOCK = 256
 """Scales that share one scale of scales with double quantisation (bitsandbytes functional.quantize_4bit)."""
 
-_CODE_BYTES = {True: 512 + 1024 + 512, False: 512}
-"""Per weight: the 16-entry table; with double quantisation also the 256-entry table and the offset."""
+_CODE_BYTES = {False: (64,), True: (64, 1024, 4)}
+"""Per 4-bit weight: the 16-entry table; with double quantisation also the 256-entry table and the offset."""
 
 _PAGED_FROM = 100_000
 """Elements from which bitsandbytes pages a state tensor (optim/optimizer.py get_state_buffer)."""
@@ -33,54 +34,107 @@ class OptimizerBytes:
     paged: int
 
 
-def _aligned(size: float) -> int:
-    return -(-int(size) // ALIGNMENT) * ALIGNMENT
+@dataclass(frozen=True, slots=True)
+class FrozenForm:
+    """How the frozen weights are held.
 
-
-def quantised_bytes(linear: Linear, double_quant: bool) -> int:
-    """Return the bytes of one 4-bit weight with its scales and tables.
-
-    0.515869 bytes per weight with double quantisation, 0.5625 without (QLoRA paper: 0.127 bits per parameter against
-    0.5).
+    Attributes:
+        quant_type: nf4, fp4 or int8; empty where linear maps are not quantised.
+        double_quant: Whether 4-bit scales are quantised again.
+        itemsize: Bytes of a weight that is not quantised.
+        compute: Bytes of a quantised layer's bias, which bitsandbytes casts to the compute type.
+        alignment: What an allocation is rounded up to, in bytes; 1 on a CPU.
     """
-    scales = -(-linear.inputs * linear.outputs // _BLOCK)
-    packed = _aligned(-(-linear.inputs * linear.outputs // 2))
-    if not double_quant:
-        return packed + _aligned(4 * scales) + _CODE_BYTES[False]
-    return packed + _aligned(scales) + _aligned(4 * -(-scales // _SCALE_BLOCK)) + _CODE_BYTES[True]
+
+    quant_type: str
+    double_quant: bool
+    itemsize: int
+    compute: int
+    alignment: int = ALIGNMENT
+
+
+def frozen_form(setup: Setup) -> FrozenForm:
+    """Return how a set-up holds the frozen weights."""
+    return FrozenForm(
+        setup.quant_type if setup.quantised else "",
+        setup.double_quant,
+        setup.residual_itemsize,
+        setup.compute_itemsize,
+        1 if setup.device == "cpu" else ALIGNMENT,
+    )
+
+
+def _aligned(size: float, alignment: int = ALIGNMENT) -> int:
+    return -(-int(size) // alignment) * alignment
+
+
+def quantised_parts(linear: Linear, form: FrozenForm) -> tuple[int, ...]:
+    """Return the bytes of the tensors that one quantised weight becomes: packed weights, scales, tables.
+
+    In 4 bits 0.515869 bytes per weight with double quantisation, 0.5625 without (QLoRA paper: 0.127 bits per parameter
+    against 0.5); in 8 bits a byte and one fp32 scale per output (bitsandbytes functional.int8_vectorwise_quant).
+    """
+    weights = linear.inputs * linear.outputs
+    if form.quant_type == "int8":
+        sizes: tuple[int, ...] = (weights, 4 * linear.outputs)
+    else:
+        scales = -(-weights // _BLOCK)
+        blocks = -(-scales // _SCALE_BLOCK)
+        held = (scales, 4 * blocks) if form.double_quant else (4 * scales,)
+        sizes = (-(-weights // 2), *held, *_CODE_BYTES[form.double_quant])
+    return tuple(_aligned(size, form.alignment) for size in sizes)
 
 
 @lru_cache(maxsize=256)
-def base_bytes(shape: ModelShape, quantised: bool, double_quant: bool, itemsize: int, compute: int) -> int:
+def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
     """Return the bytes of the frozen weights.
 
-    Args:
-        shape: The model.
-        quantised: Whether linear maps are 4-bit. Fused experts never are: bitsandbytes converts `nn.Linear` only.
-        double_quant: Whether scales are quantised again.
-        itemsize: Bytes of a weight that is not quantised.
-        compute: Bytes of a quantised layer's bias, which bitsandbytes casts to the compute type.
+    Fused experts are never quantised: bitsandbytes converts `nn.Linear` only.
     """
-    if not quantised:
-        return shape.parameters * itemsize
+    if not form.quant_type:
+        return shape.parameters * form.itemsize
     linears = list(shape.all_linears())
-    packed = sum(count * linear.copies * quantised_bytes(linear, double_quant) for count, linear in linears)
+    packed = sum(count * linear.copies * sum(quantised_parts(linear, form)) for count, linear in linears)
     biases = sum(count * linear.biases for count, linear in linears)
     weights = sum(count * linear.weights for count, linear in linears)
-    return packed + biases * compute + (shape.parameters - weights - biases) * itemsize
+    return packed + biases * form.compute + (shape.parameters - weights - biases) * form.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedBytes:
+    """What is trained.
+
+    Attributes:
+        parameters: All of them.
+        weights: Their bytes; gradients take as many.
+        head: Bytes of a head that is trained whole, else 0.
+    """
+
+    parameters: int
+    weights: int
+    head: int
 
 
 @lru_cache(maxsize=1024)
-def adapter_parameters(shape: ModelShape, part: AdaptedPart) -> int:
-    """Return the number of trained parameters."""
-    return trainable_parameters(shape, part)
+def trained_bytes(shape: ModelShape, part: AdaptedPart, whole_itemsize: int) -> TrainedBytes:
+    """Return the size of adapter and whole modules.
+
+    Args:
+        shape: The model.
+        part: What is trained of it.
+        whole_itemsize: Bytes per weight of a module trained whole; the adapter is fp32.
+    """
+    adapter = sum(count * elements for count, elements in trained_tensors(shape, part))
+    whole = sum(count * elements for count, elements in whole_tensors(shape, part))
+    head = shape.embedding_parameters if part.trains_head else 0
+    return TrainedBytes(adapter + whole, 4 * adapter + whole_itemsize * whole, whole_itemsize * head)
 
 
 @lru_cache(maxsize=1024)
 def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str) -> OptimizerBytes:
     """Return the bytes of AdamW's two moments, tensor by tensor as bitsandbytes decides."""
     resident = paged = 0
-    for count, elements in trained_tensors(shape, part):
+    for count, elements in (*trained_tensors(shape, part), *whole_tensors(shape, part)):
         state = _moments(elements, optimizer) * count
         if optimizer.startswith("paged") and elements >= _PAGED_FROM:
             paged += state

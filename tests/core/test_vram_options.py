@@ -1,0 +1,80 @@
+"""What the rarer choices cost: offload, whole modules, 8-bit weights, other losses and kernels, a CPU."""
+
+from dataclasses import replace
+
+import pytest
+
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import find_gpu
+from studio.core.vram.estimate import attention_kernel, estimate_vram
+from studio.core.vram.report import plan_to_dict
+from studio.core.vram.setup import Setup
+from studio.core.vram.stock import stock_setup
+from tests.core.published_rows import shapes
+from tests.core.test_vram import SMALL
+
+LLAMA = shapes()["Llama-3.1-8B"]
+
+
+def test_offloaded_checkpoints_wait_on_the_host():
+    setup = Setup(seq_len=4096)
+    near, far = (estimate_vram(LLAMA, replace(setup, offload_checkpoints=value)) for value in (False, True))
+    checkpoint = 4096 * LLAMA.hidden * 2
+    assert far.host == (LLAMA.layers - 1) * checkpoint
+    assert near.host == 0
+    saved = {stage: bytes_ - dict(far.stages)[stage] for stage, bytes_ in near.stages}
+    assert saved["forward"] == saved["loss"] == (LLAMA.layers - 1) * checkpoint
+    assert 0.8 * saved["forward"] < saved["backward"] < saved["forward"], "the next one comes back early"
+    plan = plan_to_dict(far, LLAMA, replace(setup, offload_checkpoints=True))
+    assert plan["host_bytes"] == far.host
+
+
+def test_modules_trained_whole():
+    setup = Setup(seq_len=2048)
+    plain, head, both = (
+        estimate_vram(LLAMA, replace(setup, modules_to_save=names))
+        for names in ((), ("lm_head",), ("model.embed_tokens", "lm_head"))
+    )
+    entries = LLAMA.vocabulary * LLAMA.hidden
+    assert head.trainable_parameters == plain.trainable_parameters + entries
+    assert both.trainable_parameters == plain.trainable_parameters + 2 * entries
+    assert head.components.adapter - plain.components.adapter == 4 * entries, "a trained copy in fp32"
+    assert head.components.optimizer - plain.components.optimizer == 8 * entries
+    assert head.allocated.expected - plain.allocated.expected >= 16 * entries, "weight, gradient and two moments"
+    checkpoints = LLAMA.layers * 2048 * LLAMA.hidden
+    assert dict(both.stages)["forward"] - dict(head.stages)["forward"] > 12 * entries + 2 * checkpoints, "fp32 residual"
+    with pytest.raises(BadInput, match=r"modules_to_save names 'lm_haed'.*q_proj"):
+        estimate_vram(LLAMA, replace(setup, modules_to_save=("lm_haed",)))
+
+
+def test_eight_bit_weights_of_the_stock_loop():
+    four, eight = (
+        estimate_vram(LLAMA, stock_setup(Setup(seq_len=2048, quant_type=quant_type, loss="full"), kbit_prepare=False))
+        for quant_type in ("nf4", "int8")
+    )
+    linears = sum(count * linear.weights for count, linear in LLAMA.all_linears())
+    assert eight.components.base - four.components.base == pytest.approx(0.4845 * linears, rel=0.01)
+    assert dict(eight.stages)["backward"] > dict(four.stages)["backward"], "its products save their input"
+
+
+def test_liger_s_kernel_and_the_flash_attn_package():
+    full, chunked, liger = (
+        estimate_vram(LLAMA, Setup(seq_len=8192, loss=loss)).allocated.expected for loss in ("full", "chunked", "liger")
+    )
+    assert liger < full
+    assert chunked < full
+    mistral, long = shapes()["Mistral-7B-v0.1"], Setup(seq_len=8192)
+    assert attention_kernel(mistral, long, None) == "efficient"
+    assert attention_kernel(mistral, replace(long, attention="flash_attention_2"), None) == "flash"
+    assert attention_kernel(LLAMA, replace(long, attention="flash_attention_2"), find_gpu("T4")) == "efficient"
+
+
+def test_a_cpu_has_tensors_and_nothing_else():
+    card, cpu = (estimate_vram(LLAMA, Setup(device=device)) for device in ("cuda", "cpu"))
+    assert cpu.device == cpu.reserved == cpu.allocated
+    assert cpu.components.workspace == cpu.components.context == 0
+    assert cpu.allocated.expected < card.allocated.expected
+    assert any("Python" in note for note in cpu.notes)
+    dropped = estimate_vram(SMALL, Setup(method="lora", device="cpu", dropout=0.1, grad_checkpointing=False))
+    fused = estimate_vram(SMALL, Setup(method="lora", dropout=0.1, grad_checkpointing=False))
+    assert dropped.components.activations > fused.components.activations, "its dropout keeps noise of the input's size"
