@@ -151,7 +151,9 @@ def test_packed_rows_restart_positions_and_predict_no_first_token() -> None:
     one, two = rows(4, 3)
     batch = packed([one, two], CPU)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
-    assert batch["row_lengths"] == (4, 3)
+    assert batch["row_lengths"].tolist() == [4, 3]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 7]
+    assert batch["max_length_q"] == 4
     assert batch["labels"][0, 0] == batch["labels"][0, 4] == IGNORED
     assert batch["labels"][0, 5:].tolist() == two.labels[1:].tolist()
 

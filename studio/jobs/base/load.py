@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from studio.core.errors import BadInput
 from studio.core.recipe import Attention, Method, QuantType
 from studio.core.text import plain
+from studio.jobs.base.attention import attention_for
 from studio.jobs.base.embedded import ensure_embedded
 from studio.probe.hub import download
 from studio.probe.models import BaseFound
@@ -80,7 +81,7 @@ def load_base(
         method: `qlora` quantises the linear layers to 4 bits, `lora` does not.
         dtype: Format of the weights that stay unquantised, and of QLoRA's arithmetic.
         quant: The 4-bit form, for QLoRA.
-        attention: Which attention implementation.
+        attention: Which attention implementation; where the model has none but eager it gets that, see its config.
         device: Where it goes, shard by shard, without a second copy in RAM.
         trust_remote_code: Run Python code that the model folder brings. Off by default, and nothing but a default.
         progress: Told what is being done, and the fraction done.
@@ -103,13 +104,15 @@ def load_base(
             folder,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attention,
+            attn_implementation=attention_for(
+                folder, attention, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            ),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
         )
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, BadInput):
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise BadInput(f"The base model {_shown(folder)} cannot be loaded: {_advice(error)}") from error

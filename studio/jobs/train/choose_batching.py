@@ -16,7 +16,7 @@ from studio.jobs.train.evaluate import evaluating
 from studio.jobs.train.head import TOLERANCE
 from studio.jobs.train.packing import packed
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.row_attention import ROW_ATTENTION
+from studio.jobs.train.row_attention import packed_attentions
 from studio.jobs.train.step_model import StepModel
 
 _PROBE_TOKENS = 48
@@ -27,22 +27,23 @@ _WORTH_IT = 0.95
 
 
 def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.device) -> bool:
-    """Switch the model to `row_attention` and prove on two rows that they do not see each other; else switch back.
+    """Switch the model to an attention that keeps packed rows apart, proven on two rows; leave it where there is none.
 
     Proven is: two packed rows have the loss that they have apart, and another first row leaves the second one's loss
     as it was to the bit. Layers that mix tokens outside of attention (convolutions, recurrences) fail it.
     """
     causal: Any = step_model.causal
     before = causal.config._attn_implementation
-    if len(rows) < 2 or before != "sdpa":
+    if len(rows) < 2:
         return False
-    try:
-        causal.set_attn_implementation(ROW_ATTENTION)
-        if causal.config._attn_implementation == ROW_ATTENTION and _isolated(step_model, rows[0], rows[1], device):
-            return True
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
-        pass  # this model's forward does not take packed rows
-    causal.set_attn_implementation(before)
+    for name in packed_attentions(before, device):
+        try:
+            causal.set_attn_implementation(name)
+            if causal.config._attn_implementation == name and _isolated(step_model, rows[0], rows[1], device):
+                return True
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError):
+            pass  # this model's forward does not take packed rows, or this torch has no such kernel
+        causal.set_attn_implementation(before)
     return False
 
 

@@ -35,16 +35,25 @@ def best_fit(rows: Sequence[Example], most_tokens: int) -> list[list[Example]]:
 def packed(rows: Sequence[Example], device: torch.device) -> dict[str, Any]:
     """Return the model's arguments for rows in one sequence `[1, tokens]`.
 
-    Positions start anew with every row, and `row_lengths` tells the attention where (see `row_attention`). The first
-    token of a row is not predicted: what stands before it is another row's end.
+    Positions start anew with every row, and `row_lengths` (on the host) tells the attention where, see
+    `row_attention`; flash kernels read the same from transformers' own names for it. The first token of a row is not
+    predicted: what stands before it is another row's end.
     """
-    lengths = tuple(len(row.input_ids) for row in rows)
+    lengths = [len(row.input_ids) for row in rows]
+    starts = np.cumsum((0, *lengths))
     labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    labels[np.cumsum((0, *lengths[:-1]))] = IGNORED
+    labels[starts[:-1]] = IGNORED
     arrays = {
         "input_ids": np.concatenate([row.input_ids for row in rows]).astype(np.int64),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
         "labels": labels,
     }
     tensors: dict[str, Any] = {name: torch.from_numpy(array)[None].to(device) for name, array in arrays.items()}
-    return {**tensors, "attention_mask": None, "row_lengths": lengths}
+    borders = torch.from_numpy(starts.astype(np.int32)).to(device)
+    return {
+        **tensors,
+        "attention_mask": None,
+        "row_lengths": torch.tensor(lengths),
+        **{f"cu_seq_lens_{side}": borders for side in "qk"},
+        **{f"max_length_{side}": max(lengths) for side in "qk"},
+    }

@@ -22,6 +22,10 @@ _LOFTQ_NOTE = (
     "the adapter also carries a repair of the base's 4-bit rounding: use it on the 4-bit base; "
     "on the 16-bit base it would repair what is not broken"
 )
+_EAGER_NOTE = (
+    "this model's attention scores cannot be made by torch's fused attention: it runs eagerly, with matrices of "
+    "length x length per head. flash_attention_2, where it is installed, needs none"
+)
 
 
 def trainable_model(
@@ -52,6 +56,8 @@ def trainable_model(
         device=device,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    if frozen.config._attn_implementation != recipe.train.attention:
+        worker.emit(Warned, topic="attention", message=_EAGER_NOTE)
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)

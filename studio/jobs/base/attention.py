@@ -1,0 +1,60 @@
+"""Which attention implementation a model is loaded with: what was asked for, where model and device can."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Attention
+
+_FLASH_CAPABILITY = (8, 0)
+"""Compute capability that flash-attn 2 needs (its README: Ampere, Ada or Hopper)."""
+
+
+def attention_for(
+    folder: Any, wanted: Attention, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+) -> Attention:
+    """Return the attention to load a model with.
+
+    Models whose scores torch's fused attention cannot make (Gemma 2 caps them, gpt-oss has sinks) are refused by
+    transformers with `sdpa`: they get `eager`.
+
+    Args:
+        folder: The model's folder.
+        wanted: What the recipe says.
+        device: Where it will run.
+        dtype: Format of its matrix products.
+        trust_remote_code: As for loading.
+
+    Raises:
+        BadInput: flash_attention_2 cannot be used, with the reason.
+        OSError, ValueError, KeyError: The folder's config cannot be read.
+    """
+    if wanted == "flash_attention_2":
+        _require_flash(device, dtype)
+    if wanted != "sdpa":
+        return wanted
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        return wanted  # code of the model's own: transformers will say
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
+def _require_flash(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cuda":
+        why = f"it runs on CUDA cards only, and this run is on {device.type}"
+    elif torch.cuda.get_device_capability(device) < _FLASH_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        why = f"it needs compute capability 8.0, and this card has {major}.{minor}"
+    elif dtype == torch.float32:
+        why = "it computes in 16 bits, and model.dtype is fp32"
+    elif not is_flash_attn_2_available():
+        why = "the package flash-attn is not installed (pip install flash-attn)"
+    else:
+        return
+    raise BadInput(f"train.attention is flash_attention_2: {why}. With sdpa torch brings a flash kernel of its own.")
