@@ -6,6 +6,7 @@ from pathlib import Path
 from studio.commands.options import root_of
 from studio.commands.terminal import BAD_INPUT, complain, why_no_studio
 from studio.core.recipe import Recipe
+from studio.runs.home import is_first_visit
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import find_recipe, load_recipe, shipped_recipes
 
@@ -22,10 +23,13 @@ def run(args: argparse.Namespace) -> int:
     if reason:
         complain(f"lora-studio: {reason}. Everything works without a screen too; see: lora-studio --help")
         return BAD_INPUT
-    return open_studio(first_recipe(args.recipe), root_of(args))
+    root = root_of(args)
+    return open_studio(first_recipe(args.recipe), root, setup=not args.recipe and is_first_visit(root))
 
 
-def open_studio(recipe: Recipe, root: Path, *, open_run: RunPaths | None = None, launch: bool = False) -> int:
+def open_studio(
+    recipe: Recipe, root: Path, *, open_run: RunPaths | None = None, launch: bool = False, setup: bool = False
+) -> int:
     """Open the studio on a recipe; the screens are imported here and nowhere else.
 
     Args:
@@ -33,10 +37,12 @@ def open_studio(recipe: Recipe, root: Path, *, open_run: RunPaths | None = None,
         root: Where runs live.
         open_run: A run to look at first.
         launch: Start the recipe at once.
+        setup: Begin with the guided set-up.
     """
     from studio.tui.app import run_studio  # noqa: PLC0415  0.3 s that no other verb should pay
 
-    return run_studio(recipe, runs_root=root, open_run=open_run.root if open_run else None, launch=launch)
+    watched = open_run.root if open_run else None
+    return run_studio(recipe, runs_root=root, open_run=watched, launch=launch, setup=setup)
 
 
 def first_recipe(word: str | None) -> Recipe:

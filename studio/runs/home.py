@@ -6,6 +6,9 @@ from pathlib import Path
 import platformdirs
 
 HOME_VARIABLE = "LORA_STUDIO_HOME"
+SETUP_FILE = "setup.json"
+"""What the guided set-up was told; in the home folder."""
+
 _APP = "lora-studio"
 
 
@@ -24,6 +27,14 @@ def cache_root() -> Path:
     """Return the folder of what can be made again: `$LORA_STUDIO_HOME/cache`, else the platform's cache folder."""
     chosen = _chosen()
     return chosen / "cache" if chosen else platformdirs.user_cache_path(_APP, appauthor=False)
+
+
+def is_first_visit(runs_root: Path, home: Path | None = None) -> bool:
+    """Return whether nothing was ever set up or run here."""
+    try:
+        return not ((home or studio_home()) / SETUP_FILE).exists() and not any(runs_root.iterdir())
+    except OSError:
+        return True
 
 
 def _chosen() -> Path | None:

@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
 from textual import work
@@ -22,6 +22,10 @@ from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun
 from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.setup_finder import Finder
+
+if TYPE_CHECKING:
+    from studio.tui.screens.setup import SetupDone
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
@@ -59,7 +63,9 @@ class StudioApp(App[None]):
         runs_root: Path,
         open_run: Path | None = None,
         launch: bool = False,
+        setup: bool = False,
         engine: Engine | None = None,
+        finder: Finder | None = None,
         poll_seconds: float = _POLL_SECONDS,
     ) -> None:
         """Open on a recipe.
@@ -69,12 +75,15 @@ class StudioApp(App[None]):
             runs_root: Where runs live.
             open_run: A run to watch first.
             launch: Start the recipe at once.
+            setup: Begin with the guided set-up.
             engine: What starts, resumes and ends runs.
+            finder: What the set-up looks things up with.
             poll_seconds: Pace at which runs are looked at and drawn.
         """
         super().__init__()
-        self._engine = engine or Engine()
+        self._engine, self._finder = engine or Engine(), finder or Finder()
         self._runs_root, self._open_run, self._launch_at_once = runs_root, open_run, launch
+        self._set_up_first = setup
         self._poll_seconds = poll_seconds
         self._configure = ConfigureScreen(recipe, runs_root=runs_root, engine=self._engine)
         self._seen: dict[Path, RunPaths] = {}
@@ -91,6 +100,8 @@ class StudioApp(App[None]):
             self._open(RunPaths(self._open_run))
         elif self._launch_at_once:
             self.call_after_refresh(self._configure.action_launch)
+        elif self._set_up_first:
+            self.on_show_setup()
         else:
             self.call_after_refresh(self._find_live)
 
@@ -103,6 +114,23 @@ class StudioApp(App[None]):
         from studio.tui.screens.runs import RunsScreen  # noqa: PLC0415  the table is not needed for the first frame
 
         self.push_screen(RunsScreen(self._runs_root, engine=self._engine, poll_seconds=self._poll_seconds))
+
+    def on_show_setup(self) -> None:
+        """Ask the questions of the guided set-up."""
+        from studio.tui.screens.setup import SetupScreen  # noqa: PLC0415  brings the estimator: 0.1 s
+
+        self.push_screen(SetupScreen(finder=self._finder, runs_root=self._runs_root), self._after_setup)
+
+    def _after_setup(self, done: "SetupDone | None") -> None:
+        """Show what the set-up recommends and do with it what was asked for."""
+        if done is None:
+            self.notify("The answers are kept: S, or lora-studio setup, goes on with them.", markup=False)
+            return
+        self._configure.take_setup(done.recipe, done.card)
+        if done.then == "launch":
+            self._configure.action_launch()
+        elif done.then == "save":
+            self._configure.action_save()
 
     def on_studio_app_live_found(self, message: LiveFound) -> None:
         """Open the newest live run, unless the user has gone somewhere already."""
@@ -150,7 +178,9 @@ class StudioApp(App[None]):
         self.push_screen(RunScreen(paths, engine=self._engine, poll_seconds=self._poll_seconds))
 
 
-def run_studio(recipe: Recipe, *, runs_root: Path, open_run: Path | None = None, launch: bool = False) -> int:
+def run_studio(
+    recipe: Recipe, *, runs_root: Path, open_run: Path | None = None, launch: bool = False, setup: bool = False
+) -> int:
     """Show the studio until the user leaves it; return the exit code. The caller has made sure of a terminal.
 
     Args:
@@ -158,10 +188,11 @@ def run_studio(recipe: Recipe, *, runs_root: Path, open_run: Path | None = None,
         runs_root: Where runs live.
         open_run: A run to watch first.
         launch: Start the recipe at once.
+        setup: Begin with the guided set-up.
     """
     remote = "SSH_CONNECTION" in os.environ
     pace = _POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS
-    app = StudioApp(recipe, runs_root=runs_root, open_run=open_run, launch=launch, poll_seconds=pace)
+    app = StudioApp(recipe, runs_root=runs_root, open_run=open_run, launch=launch, setup=setup, poll_seconds=pace)
     if remote:
         app.animation_level = "none"
     app.run()

@@ -16,3 +16,7 @@ class OpenRun(Message):
 
 class ShowRuns(Message):
     """The user wants the list of runs."""
+
+
+class ShowSetup(Message):
+    """The user wants the guided set-up."""

@@ -15,7 +15,7 @@ from textual.widgets import Footer
 from studio.core.errors import StudioError
 from studio.core.recipe import PATHS, Recipe
 from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenRun, ShowRuns
+from studio.tui.asks import OpenRun, ShowRuns, ShowSetup
 from studio.tui.engine import Engine
 from studio.tui.panels.advice import Advice
 from studio.tui.panels.forecast import Forecast
@@ -44,6 +44,7 @@ class ConfigureScreen(Screen[None]):
         Binding("o", "show_runs", "Runs"),
         Binding("s", "save", "Save", show=False),
         Binding("O", "open", "Open", show=False),
+        Binding("S", "setup", "Guided set-up", show=False),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("q", "app.quit", "Quit"),
     ]
@@ -182,6 +183,16 @@ class ConfigureScreen(Screen[None]):
     def action_show_runs(self) -> None:
         """Show the list of runs."""
         self.post_message(ShowRuns())
+
+    def action_setup(self) -> None:
+        """Go through the guided set-up."""
+        self.post_message(ShowSetup())
+
+    def take_setup(self, recipe: Recipe, card: str) -> None:
+        """Show what the set-up recommends, for the card that it planned for; u brings the recipe of before back."""
+        if card != self._forecast.planned:
+            self._forecast.plan_for(card)
+        self._open(recipe)
 
     def action_make_fit(self) -> None:
         """Make the recipe fit the card of the forecast and say what was changed."""

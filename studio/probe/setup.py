@@ -1,0 +1,175 @@
+"""The guided set-up without its screens: the answers, what follows from them here, and where they are kept."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from studio.core.advice import Advice, DataFacts, advise
+from studio.core.errors import BadInput
+from studio.core.goals import GOALS, Goal
+from studio.core.gpu_catalogue import Gpu, find_gpu
+from studio.core.recipe import EMBEDDED
+from studio.core.shape import ModelShape
+from studio.core.text import plain
+from studio.probe.data import DataSet, inspect_data
+from studio.probe.data.lengths import texts_of, token_lengths
+from studio.probe.gpus import read_gpus
+from studio.probe.plan import card_of, known_gpu
+from studio.runs.atomic import write_whole
+from studio.runs.home import SETUP_FILE, studio_home
+
+_MOST_BYTES = 64 * 1024
+_COUNTED_ROWS = 2000
+_LONGEST_COUNTED = 50
+_CHARACTERS_PER_TOKEN = 3.0
+"""Low on purpose (English has about four, code about three): a length that is too long cuts no row."""
+_TEMPLATE_TOKENS = 32
+"""What a chat template adds to a row: the roles of a few turns and a system line, generously."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the user has said so far.
+
+    Attributes:
+        base: The model: embedded, a folder or a hub id.
+        data: The file, or embedded.
+        goal: What it is for.
+        card: A card of the catalogue to plan for; empty for this machine's.
+        step: The step that the set-up was left at.
+        done: Whether it was gone through once.
+    """
+
+    base: str = EMBEDDED
+    data: str = EMBEDDED
+    goal: Goal = "task"
+    card: str = ""
+    step: str = ""
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DataChecked:
+    """A data file that was read.
+
+    Attributes:
+        data: What it became.
+        facts: What advice needs of it.
+    """
+
+    data: DataSet
+    facts: DataFacts
+
+    @property
+    def sound(self) -> bool:
+        """Whether it can be trained on as it is."""
+        return bool(self.data.rows) and not any(finding.fatal for finding in self.data.findings)
+
+
+def recall_answers(home: Path | None = None) -> Answers:
+    """Return the answers of the last visit; what is missing or damaged is as at the first."""
+    try:
+        with ((home or studio_home()) / SETUP_FILE).open("rb") as file:
+            table = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return Answers()
+    return _sound_answers(table) if isinstance(table, dict) else Answers()
+
+
+def keep_answers(answers: Answers, home: Path | None = None) -> None:
+    """Keep the answers for the next visit.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    folder = home or studio_home()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SETUP_FILE, json.dumps(asdict(answers), indent=1) + "\n")
+
+
+def data_files(folder: Path, most: int = 20) -> list[Path]:
+    """Return the data files in a folder and in its `data`, by name."""
+    found: list[Path] = []
+    for place in (folder, folder / "data"):
+        try:
+            entries = sorted(place.iterdir())
+        except OSError:
+            continue
+        found += [path for path in entries if path.suffix in (".jsonl", ".parquet") and path.is_file()]
+    return found[:most]
+
+
+def check_data(word: str, base: str) -> DataChecked:
+    """Read a data file whole and measure it, in the model's tokens where they can be counted here.
+
+    Raises:
+        BadInput: It cannot be read at all.
+    """
+    path = Path(word)
+    if word != EMBEDDED:
+        try:
+            path = path.expanduser()
+        except RuntimeError:
+            raise BadInput(f"There is no home folder for {plain(word, one_line=True, limit=200)}.") from None
+    data = inspect_data(path)
+    return DataChecked(data, _facts(word if word == EMBEDDED else str(path.absolute()), data, base))
+
+
+def card_for_advice(name: str) -> tuple[Gpu | None, int | None]:
+    """Return the card that advice is for and what is free on it; None and None on a CPU.
+
+    Args:
+        name: A card of the catalogue; empty for this machine's first.
+
+    Raises:
+        BadInput: The catalogue has no such card.
+    """
+    if name:
+        gpu = find_gpu(name)
+        return gpu, gpu.total_bytes
+    reading = card_of("auto", read_gpus())
+    known = known_gpu(reading) if reading else None
+    if reading is None or known is None:
+        return None, None
+    return known, known.total_bytes if reading.free_bytes is None else reading.free_bytes
+
+
+def advice_for(answers: Answers, shape: ModelShape, data: DataFacts) -> Advice:
+    """Return the recommendation for the answers, on the card that they mean.
+
+    Raises:
+        BadInput: There is no such card, or the model cannot be adapted.
+    """
+    gpu, free = card_for_advice(answers.card)
+    return advise(answers.goal, answers.base, shape, data, gpu=gpu, budget_bytes=free)
+
+
+def _facts(path: str, data: DataSet, base: str) -> DataFacts:
+    """Count the tokens of some rows and of the longest, and take the others by their characters."""
+    characters = [sum(map(len, texts_of(row))) for row in data.rows]
+    if not characters:
+        return DataFacts(path, 0, 0, 0)
+    every = max(1, len(characters) // _COUNTED_ROWS)
+    longest = sorted(range(len(characters)), key=characters.__getitem__)[-_LONGEST_COUNTED:]
+    chosen = list(range(0, len(characters), every))
+    try:
+        counted = token_lengths([data.rows[place] for place in (*chosen, *longest)], base)
+    except BadInput:
+        most = int(max(characters) / _CHARACTERS_PER_TOKEN) + _TEMPLATE_TOKENS
+        total = int(sum(characters) / _CHARACTERS_PER_TOKEN)
+        return DataFacts(path, len(characters), total, most, counted=False)
+    share = sum(counted[: len(chosen)]) / max(1, sum(characters[place] for place in chosen))
+    most = max(counted) + _TEMPLATE_TOKENS
+    return DataFacts(path, len(characters), int(share * sum(characters)), most)
+
+
+def _sound_answers(table: Mapping[str, Any]) -> Answers:
+    kinds = {item.name: type(getattr(Answers(), item.name)) for item in fields(Answers)}
+    given = {name: table[name] for name, kind in kinds.items() if type(table.get(name)) is kind}
+    if given.get("goal") not in GOALS:
+        given.pop("goal", None)
+    if any(isinstance(value, str) and "\0" in value for value in given.values()):
+        return Answers()
+    return Answers(**given)

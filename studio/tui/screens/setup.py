@@ -1,0 +1,366 @@
+"""The guided set-up: machine, model, data, goal, recipe. Every step goes back, and no answer is lost on the way."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container
+from textual.content import Content
+from textual.message import Message
+from textual.screen import Screen
+from textual.timer import Timer
+from textual.widgets import Footer, Static
+
+from studio.core.errors import StudioError
+from studio.core.goals import GOALS, Goal
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.text import plain
+from studio.probe.hub import is_hub_id
+from studio.probe.setup import Answers
+from studio.tui.panels.setup_step import SetupStep
+from studio.tui.setup_finder import Finder
+from studio.tui.setup_lookup import Lookup, Seen
+from studio.tui.setup_texts import (
+    advice_text,
+    goal_line,
+    goal_text,
+    machine_text,
+    model_line,
+    refused_text,
+    verdict_text,
+)
+from widgets.tab_row import TabRow
+
+if TYPE_CHECKING:
+    from studio.core.advice import Advice
+    from studio.probe.local_models import Listed
+
+STEPS = ("machine", "model", "data", "goal", "recipe")
+_HERE, _OTHER = "here", "other"
+_BUSY = "Working ..."
+_LOOK_AFTER_SECONDS = 0.15
+
+Then = Literal["launch", "configure", "save"]
+
+
+@dataclass(frozen=True, slots=True)
+class SetupDone:
+    """How the set-up ended.
+
+    Attributes:
+        recipe: The recommended recipe.
+        then: Start it, look at it on the configure screen, or save it to a file.
+        card: The card that was planned for; empty for this machine's.
+    """
+
+    recipe: Recipe
+    then: Then
+    card: str
+
+
+class SetupScreen(Screen[SetupDone | None]):
+    """Asks five questions. Closes with a recipe, or with None when it is left; the answers are kept either way."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "take", "Next", priority=True),
+        Binding("escape", "back", "Back"),
+        Binding("tab", "app.focus_next", "List/line", show=True),
+        Binding("ctrl+l", "leave", "Leave the set-up"),
+        Binding("question_mark", "app.help", "Help", key_display="?"),
+        Binding("q", "app.quit", "Quit"),
+    ]
+
+    DEFAULT_CSS = """
+    SetupScreen {
+        & #setup-head { height: 1; padding: 0 1; background: $panel; layout: horizontal; }
+        & #setup-head > Static { width: auto; text-style: bold; padding: 0 2 0 0; }
+        & #steps { height: 1fr; padding: 1 0 0 0; }
+        & #steps > * { display: none; }
+        & #steps > .-shown { display: block; }
+    }
+    """
+
+    class Looked(Message):
+        """A thread has looked at a model or a file."""
+
+        def __init__(self, step: str, value: str, seen: Seen, *, onward: bool) -> None:
+            """Carry what was looked at, what was seen, and whether the user wants to go on with it."""
+            super().__init__()
+            self.step, self.value, self.seen, self.onward = step, value, seen, onward
+
+    class Models(Message):
+        """Models were found."""
+
+        def __init__(self, models: "list[Listed]", words: Content | None = None) -> None:
+            """Carry them, and what is to be said of the search."""
+            super().__init__()
+            self.models, self.words = models, words
+
+    class Recommended(Message):
+        """The recommendation is there."""
+
+        def __init__(self, answers: Answers, advice: "Advice") -> None:
+            """Carry it with the answers that it is for."""
+            super().__init__()
+            self.answers, self.advice = answers, advice
+
+    def __init__(self, *, finder: Finder, runs_root: Path) -> None:
+        """Ask from the first step, with the answers of the last visit."""
+        super().__init__()
+        self._finder, self._runs_root = finder, runs_root
+        self.answers = Answers()
+        self.step = STEPS[0]
+        self._reached = 0
+        self._models: list[Listed] = []
+        self._advice: Advice | None = None
+        self._lookup = Lookup(finder)
+        self._look_timer: Timer | None = None
+
+    def compose(self) -> ComposeResult:
+        """Head with the steps, the steps, keys."""
+        with Container(id="setup-head"):
+            yield Static("lora-studio  Set-up", markup=False)
+            yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(STEPS, start=1)], STEPS[0])
+        with Container(id="steps"):
+            yield SetupStep("machine", "What will it train on?")
+            yield SetupStep(
+                "model",
+                "Which model is to learn?",
+                placeholder="or type: a folder, a hub id, or words to search the hub",
+            )
+            yield SetupStep("data", "What is it to learn from?", placeholder="or type the path of a data file")
+            yield SetupStep("goal", "What is it for?")
+            yield SetupStep("recipe", "This is what we would do, and why")
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Recall the answers, look around, ask the first question."""
+        self.answers = self._finder.recall()
+        self._offer_cards()
+        self._step("goal").offer([(goal, goal_line(goal)) for goal in GOALS], self.answers.goal)
+        self._look_at_machine()
+        self._look_for_models()
+        self._look_for_files()
+        at = self.answers.step if self.answers.step in STEPS and not self.answers.done else STEPS[0]
+        self._reached = STEPS.index(at)
+        self.show_step(at)
+
+    def show_step(self, key: str) -> None:
+        """Show a step and put the cursor into its options."""
+        self.step = key
+        self._reached = max(self._reached, STEPS.index(key))
+        for other in STEPS:
+            self._step(other).set_class(other == key, "-shown")
+        self.query_one(TabRow).current = key
+        self._step(key).focus_options()
+        self._keep(replace(self.answers, step=key))
+        if key == "recipe":
+            self._advice = None
+            self._step("recipe").tell(Content(_BUSY))
+            self._recommend(self.answers)
+        elif key in ("model", "data"):
+            self._look_soon(key, self._step(key).lit)
+
+    def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
+        """A step's name was clicked: go there if it was reached before."""
+        if STEPS.index(message.key) <= self._reached:
+            self.show_step(message.key)
+
+    def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
+        """Say what there is to say of the option under the cursor."""
+        if message.step == "goal":
+            self._step("goal").tell(goal_text(_goal(message.value)))
+        elif message.step in ("model", "data") and self.step == message.step:
+            self._look_soon(message.step, message.value)
+
+    def on_setup_step_chosen(self, message: SetupStep.Chosen) -> None:
+        """Take an option."""
+        match message.step:
+            case "machine" if message.value == _OTHER:
+                self._choose_card()
+            case "machine":
+                self._go_on(replace(self.answers, card="" if message.value == _HERE else message.value))
+            case "goal":
+                self._go_on(replace(self.answers, goal=_goal(message.value)))
+            case "recipe":
+                self._finish(_then(message.value))
+            case _:
+                self._look(message.step, message.value, self._answers_with(message.step, message.value), onward=True)
+
+    def on_setup_step_typed(self, message: SetupStep.Typed) -> None:
+        """Take a line: a model, words to search the hub for, or a file."""
+        if message.step == "model" and not _is_model(message.text):
+            self._step("model").tell(Content("Asking the hub ..."))
+            self._ask_hub(message.text)
+            return
+        self._step(message.step).offer_first(message.text)
+
+    def on_setup_screen_looked(self, message: Looked) -> None:
+        """Show what was seen, unless the cursor has moved on; go on where it can be used and the user wants to."""
+        step = self._step(message.step)
+        if step.lit != message.value or self.step != message.step:
+            return
+        step.tell(message.seen.words)
+        if message.onward and message.seen.answers is not None:
+            self._go_on(message.seen.answers)
+
+    def on_setup_screen_models(self, message: Models) -> None:
+        """Offer the models that were found."""
+        known = {model.word for model in self._models}
+        new = [model for model in message.models if model.word not in known]
+        self._models = [*new, *self._models] if message.words is not None else [*self._models, *new]
+        wanted = new[0].word if new and message.words is not None else self.answers.base
+        step = self._step("model")
+        step.offer([(model.word, model_line(model)) for model in self._models], wanted)
+        if message.words is not None:
+            step.tell(message.words)
+            step.focus_options()
+
+    def on_setup_screen_recommended(self, message: Recommended) -> None:
+        """Show the recommendation, unless an answer has changed meanwhile."""
+        if message.answers != self.answers:
+            return
+        self._advice = message.advice
+        step = self._step("recipe")
+        step.tell_found(verdict_text(message.advice, self.answers.card))
+        step.offer(
+            [
+                ("launch", Content("Start training now")),
+                ("configure", Content("Look at every knob first")),
+                ("save", Content("Save the recipe to a file")),
+            ],
+            "launch" if message.advice.verdict in (None, "fits") and not self.answers.card else "configure",
+        )
+        step.tell(Content.assemble(goal_text(self.answers.goal), "\n\n", advice_text(message.advice, step.room)))
+
+    def action_take(self) -> None:
+        """Take the line or the option under the cursor."""
+        self._step(self.step).enter()
+
+    def action_back(self) -> None:
+        """Go one step back, from the first to the configure screen; nothing is forgotten."""
+        place = STEPS.index(self.step)
+        if place:
+            self.show_step(STEPS[place - 1])
+        else:
+            self.action_leave()
+
+    def action_leave(self) -> None:
+        """Leave the set-up; the answers are kept."""
+        self._keep(replace(self.answers, step=self.step))
+        self.dismiss(None)
+
+    def _go_on(self, answers: Answers) -> None:
+        self.answers = answers
+        self.show_step(STEPS[STEPS.index(self.step) + 1])
+
+    def _answers_with(self, step: str, value: str) -> Answers:
+        return replace(self.answers, base=value) if step == "model" else replace(self.answers, data=value)
+
+    def _look_soon(self, step: str, value: str) -> None:
+        """Look once the cursor has stood still for a moment."""
+        if self._look_timer is not None:
+            self._look_timer.stop()
+        self._step(step).tell(Content(_BUSY))
+        look = partial(self._look, step, value, self._answers_with(step, value), onward=False)
+        self._look_timer = self.set_timer(_LOOK_AFTER_SECONDS, look)
+
+    def _finish(self, then: Then) -> None:
+        if self._advice is not None:
+            self._keep(replace(self.answers, done=True, step=""))
+            self.dismiss(SetupDone(self._advice.recipe, then, self.answers.card))
+
+    def _choose_card(self) -> None:
+        from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame
+
+        def take(name: str | None) -> None:
+            if name is not None:
+                self.answers = replace(self.answers, card=name)
+                self._offer_cards()
+                self._go_on(self.answers)
+
+        self.app.push_screen(CardScreen(self.answers.card), take)
+
+    def _offer_cards(self) -> None:
+        options = [(_HERE, Content("This machine, as it is")), (_OTHER, Content("Plan for another card ..."))]
+        if self.answers.card:
+            options.insert(1, (self.answers.card, Content(f"Plan for {plain(self.answers.card, one_line=True)}")))
+        self._step("machine").offer(options, self.answers.card or _HERE)
+
+    @work(thread=True, group="machine")
+    def _look_at_machine(self) -> None:
+        words = machine_text(self._finder.machine(self._runs_root), self._runs_root)
+        self.app.call_from_thread(self._step("machine").tell, words)
+
+    @work(thread=True, group="models")
+    def _look_for_models(self) -> None:
+        self.post_message(self.Models(self._finder.models()))
+
+    @work(thread=True, group="files")
+    def _look_for_files(self) -> None:
+        files = [str(path) for path in self._finder.files()]
+        options = [(EMBEDDED, Content("embedded: questions about Python's standard library"))]
+        options += [(file, Content(plain(file, one_line=True, limit=100))) for file in files]
+        if self.answers.data not in (EMBEDDED, *files):
+            options.insert(0, (self.answers.data, Content(plain(self.answers.data, one_line=True, limit=100))))
+        self.app.call_from_thread(self._step("data").offer, options, self.answers.data)
+
+    @work(thread=True, exclusive=True, group="hub")
+    def _ask_hub(self, words: str) -> None:
+        from studio.probe.local_models import Listed  # noqa: PLC0415  with the thread
+
+        try:
+            found = [Listed(word, "hub") for word in self._finder.search(words)]
+        except StudioError as error:
+            self.app.call_from_thread(self._step("model").tell, refused_text(str(error)))
+            return
+        told = f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
+        self.post_message(self.Models(found, Content(told)))
+
+    @work(thread=True, exclusive=True, group="look")
+    def _look(self, step: str, value: str, answers: Answers, *, onward: bool) -> None:
+        seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
+        self.post_message(self.Looked(step, value, seen, onward=onward))
+
+    @work(thread=True, exclusive=True, group="advice")
+    def _recommend(self, answers: Answers) -> None:
+        try:
+            self.post_message(self.Recommended(answers, self._lookup.advice(answers)))
+        except StudioError as error:
+            words = refused_text(f"{error}\nescape goes back to the question.")
+            self.app.call_from_thread(self._step("recipe").tell, words)
+
+    def _keep(self, answers: Answers) -> None:
+        self.answers = answers
+        try:
+            self._finder.keep(answers)
+        except OSError as error:
+            told = f"The answers cannot be kept: {error.strerror or error}."
+            self.app.notify(told, severity="warning", markup=False)
+
+    def _step(self, key: str) -> SetupStep:
+        return self.query_one(f"#step-{key}", SetupStep)
+
+
+def _goal(word: str) -> Goal:
+    return next(goal for goal in GOALS if goal == word)
+
+
+def _then(word: str) -> Then:
+    return "launch" if word == "launch" else "save" if word == "save" else "configure"
+
+
+def _is_model(word: str) -> bool:
+    """Return whether a line names a model rather than words to search for."""
+    if word == EMBEDDED or word.startswith((".", "~")) or "\0" in word:
+        return True
+    try:
+        if Path(word).is_dir():
+            return True
+    except OSError:
+        return False
+    return "/" in word and (is_hub_id(word) or word.startswith("/"))

@@ -1,0 +1,101 @@
+"""What the guided set-up looks up, as plain callables, so that tests look nowhere. All may take seconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+
+if TYPE_CHECKING:  # together 0.2 s to import: threads bring them
+    from studio.core.advice import Advice, DataFacts
+    from studio.core.shape import ModelShape
+    from studio.probe.local_models import Listed
+    from studio.probe.machine import Machine
+    from studio.probe.setup import Answers, DataChecked
+
+
+def _machine(runs_root: Path) -> "Machine":
+    from studio.probe.machine import read_machine  # noqa: PLC0415
+
+    return read_machine(runs_root)
+
+
+def _models() -> "list[Listed]":
+    from studio.probe.local_models import likely_places, local_models  # noqa: PLC0415
+
+    return local_models(likely_places())
+
+
+def _search(words: str) -> list[str]:
+    from studio.probe.local_models import search_hub  # noqa: PLC0415
+
+    return search_hub(words)
+
+
+def _shape(base: str) -> "ModelShape":
+    from studio.probe.models import find_base  # noqa: PLC0415
+    from studio.probe.shape import shape_of_base  # noqa: PLC0415
+
+    try:
+        return shape_of_base(find_base(base))
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such home, a NUL
+        raise BadInput(f"The model {plain(base, one_line=True, limit=80)} cannot be looked at: {error}.") from None
+
+
+def _files() -> list[Path]:
+    from studio.probe.setup import data_files  # noqa: PLC0415
+
+    return data_files(Path.cwd())
+
+
+def _check(word: str, base: str) -> "DataChecked":
+    from studio.probe.setup import check_data  # noqa: PLC0415
+
+    return check_data(word, base)
+
+
+def _advise(answers: "Answers", shape: "ModelShape", data: "DataFacts") -> "Advice":
+    from studio.probe.setup import advice_for  # noqa: PLC0415
+
+    return advice_for(answers, shape, data)
+
+
+def _recall() -> "Answers":
+    from studio.probe.setup import recall_answers  # noqa: PLC0415
+
+    return recall_answers()
+
+
+def _keep(answers: "Answers") -> None:
+    from studio.probe.setup import keep_answers  # noqa: PLC0415
+
+    keep_answers(answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """Looks things up for the set-up; call from a thread.
+
+    Attributes:
+        machine: Reads the machine.
+        models: Lists the models here.
+        search: Asks the hub; raises BadInput.
+        shape: Looks at a model; raises BadInput.
+        files: Lists data files nearby.
+        check: Reads and measures a data file; raises BadInput.
+        advise: Recommends a recipe; raises BadInput.
+        recall: Returns the answers of the last visit.
+        keep: Keeps the answers; raises OSError.
+    """
+
+    machine: "Callable[[Path], Machine]" = _machine
+    models: "Callable[[], list[Listed]]" = _models
+    search: Callable[[str], list[str]] = _search
+    shape: "Callable[[str], ModelShape]" = _shape
+    files: Callable[[], list[Path]] = _files
+    check: "Callable[[str, str], DataChecked]" = _check
+    advise: "Callable[[Answers, ModelShape, DataFacts], Advice]" = _advise
+    recall: "Callable[[], Answers]" = _recall
+    keep: "Callable[[Answers], None]" = _keep

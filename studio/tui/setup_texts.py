@@ -1,0 +1,167 @@
+"""The words of the guided set-up: what was found, and what follows from it. Foreign text is never read as markup."""
+
+import textwrap
+from pathlib import Path
+
+from textual.content import Content
+
+from studio.core.advice import Advice
+from studio.core.goals import GOALS, Goal
+from studio.core.gpu_catalogue import GIB
+from studio.core.recipe import EMBEDDED
+from studio.core.shape import ModelShape
+from studio.core.text import plain
+from studio.probe.data import Conversation
+from studio.probe.local_models import Listed
+from studio.probe.machine import Machine
+from studio.probe.setup import DataChecked
+from studio.tui.readable import UNKNOWN, count, gib
+from studio.tui.reading import STAGES
+
+_LABEL = 10
+_WORD = 15
+_MOST_FINDINGS = 8
+_EXAMPLE = 160
+_TWO_COLUMNS = 60
+_LEVELS = {"fits": "$text-success bold", "tight": "$text-warning bold", "does not fit": "$text-error bold"}
+
+Parts = list[str | tuple[str, str]]
+
+
+def machine_text(machine: Machine, runs_root: Path) -> Content:
+    """Return the machine as it was found."""
+    parts: Parts = []
+    for number, gpu in enumerate(machine.cards or ()):
+        total = f"{gib(gpu.total_bytes)} GiB" if gpu.total_bytes else "size not available"
+        free = f", {gib(gpu.free_bytes)} free now" if gpu.free_bytes is not None else ""
+        level = f", compute capability {'.'.join(map(str, gpu.capability))}" if gpu.capability else ""
+        parts += _row("Card" if not number else "", f"{gpu.name}, {total}{free}{level}")
+    if machine.cards is None:
+        parts += _row("Card", "no NVIDIA driver answers: training runs on the CPU")
+    elif not machine.cards:
+        parts += _row("Card", "the driver answers, but shows no card")
+    parts += _row("Driver", machine.driver or UNKNOWN)
+    ram = f"{gib(machine.ram_bytes)} GiB, {gib(machine.free_ram_bytes)} free" if machine.ram_bytes else UNKNOWN
+    parts += _row("Memory", ram)
+    where = plain(str(runs_root), one_line=True)
+    parts += _row("Disk", f"{gib(machine.disk_bytes)} GiB free for runs in {where}" if machine.disk_bytes else UNKNOWN)
+    parts += _row("Cores", str(machine.cores or UNKNOWN))
+    parts += _row("System", plain(machine.system, one_line=True, limit=80))
+    if machine.spills:
+        parts.append(
+            "\nOn Windows and WSL the driver moves what does not fit into main memory instead of failing: a run that "
+            "is too large becomes many times slower. Leave some room, and watch the gauge.\n"
+        )
+    return Content.assemble(*parts)
+
+
+def model_line(model: Listed) -> Content:
+    """Return one model of the list."""
+    word = plain(model.word, one_line=True, limit=60)
+    if model.word == EMBEDDED:
+        word = "embedded: SmolLM2-135M-Instruct, comes with the program"
+    size = f"  {model.size_bytes / GIB:.1f} GiB" if model.size_bytes else ""
+    note = "  cannot be used" if model.problem else ""
+    where = {"hub": "  in the cache" if model.path else "  on the hub", "folder": "", "embedded": ""}[model.kind]
+    return Content.assemble(word, (f"{size}{where}{note}", "$text-muted"))
+
+
+def model_text(base: str, shape: ModelShape) -> Content:
+    """Return what is known of a model that was looked at."""
+    return Content.assemble(
+        (plain(base, one_line=True, limit=100), "bold"),
+        f"\n{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers of width {shape.hidden}, "
+        f"{count(shape.vocabulary)} words of vocabulary\n",
+        f"16-bit weights {2 * shape.parameters / GIB:.1f} GiB",
+    )
+
+
+def data_text(checked: DataChecked) -> Content:
+    """Return what a data file is, what is wrong with it, and one row."""
+    data, facts = checked.data, checked.facts
+    parts: Parts = [(plain(data.path.name, one_line=True, limit=100), "bold")]
+    parts.append(f"\n{plain(data.described(), one_line=True) if data.rows else 'no row can be used'}\n")
+    if facts.rows:
+        about = "" if facts.counted else "about "
+        how = "" if facts.counted else " (from the characters: this model's tokenizer is not here yet)"
+        parts.append(
+            f"{about}{count(facts.tokens)} tokens, the longest row {about}{count(facts.longest_tokens)}{how}\n"
+        )
+    for finding in data.findings[:_MOST_FINDINGS]:
+        word, style = ("error", "$text-error bold") if finding.fatal else ("note", "$text-warning")
+        parts += [(f"{word}  ", style), f"row {finding.row}: {plain(finding.message, one_line=True, limit=200)}\n"]
+    more = sum(data.finding_counts.values()) - len(data.findings[:_MOST_FINDINGS])
+    if more > 0:
+        parts.append(f"... and {more} more; all of them: lora-studio data check FILE\n")
+    if not checked.sound:
+        parts.append(("Correct the file before training, or choose another.\n", "$text-error"))
+    elif data.rows:
+        row = data.rows[0]
+        if isinstance(row, Conversation):
+            parts += [("\nasked   ", "dim"), _example(row.prompt), ("\nanswer  ", "dim"), _example(row.answer)]
+        else:
+            parts += [("\ntext    ", "dim"), _example(row.text)]
+    return Content.assemble(*parts)
+
+
+def goal_line(goal: Goal) -> Content:
+    """Return one goal of the list."""
+    words = GOALS[goal]
+    return Content.assemble((f"{words.label:24}", "bold"), (words.example, "$text-muted"))
+
+
+def goal_text(goal: Goal) -> Content:
+    """Return whether something else would do instead."""
+    words = GOALS[goal]
+    head = "Before you train" if words.fits else "Fine-tuning is not the first tool for this"
+    return Content.assemble((f"{head}\n", "$text-warning bold" if not words.fits else "bold"), words.instead)
+
+
+def advice_text(advice: Advice, width: int) -> Content:
+    """Return every choice with its reason and source, for a text of `width` columns."""
+    parts: Parts = []
+    for choice in advice.choices:
+        parts += [(f"{choice.label:{_WORD}}", "bold"), f"{choice.shown}\n"]
+        for words, style in ((_sentence(choice.why), "$text-muted"), (choice.source, "$text-muted italic")):
+            lines = textwrap.wrap(plain(words, one_line=True), max(20, width - _WORD)) if width > _TWO_COLUMNS else []
+            lines = lines or textwrap.wrap(plain(words, one_line=True), max(20, width - 2))
+            indent = " " * (_WORD if width > _TWO_COLUMNS else 2)
+            parts += [(f"{indent}{line}\n", style) for line in lines]
+    return Content.assemble(*parts)
+
+
+def verdict_text(advice: Advice, card: str) -> Content:
+    """Return whether the recommendation fits, in one or two lines.
+
+    Args:
+        advice: The recommendation.
+        card: The card that is planned for; empty for this machine's.
+    """
+    if advice.verdict is None or advice.budget_bytes is None:
+        return Content("It runs on this machine's CPU: slow, and sure to fit only for small models.")
+    device = advice.estimate.device
+    where = f"planned for {plain(card, one_line=True)}" if card else "on this machine's card"
+    stage = STAGES.get(advice.estimate.stage, advice.estimate.stage)
+    return Content.assemble(
+        (advice.verdict, _LEVELS[advice.verdict]),
+        f": {gib(device.expected)} GiB expected ({gib(device.low)}-{gib(device.high)}) of {gib(advice.budget_bytes)}, "
+        f"highest {stage}; {where}.",
+        "" if advice.verdict == "fits" else " On the next screen f looks for what fits.",
+    )
+
+
+def refused_text(reason: str) -> Content:
+    """Return why something cannot be used."""
+    return Content.styled(plain(reason, limit=1500), "$text-error")
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
+
+
+def _row(label: str, words: str) -> Parts:
+    return [(f"{label:{_LABEL}}", "dim"), f"{words}\n"]
+
+
+def _example(text: str) -> str:
+    return plain(text, one_line=True, limit=_EXAMPLE)

@@ -1,0 +1,105 @@
+"""The set-up's answers: kept and recalled whatever lies in the file, and what follows from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED
+from studio.probe import setup as module
+from studio.probe.data.lengths import texts_of, token_lengths
+from studio.probe.setup import (
+    Answers,
+    advice_for,
+    card_for_advice,
+    check_data,
+    data_files,
+    keep_answers,
+    recall_answers,
+)
+from studio.probe.shape import find_shape
+from studio.runs.home import is_first_visit
+
+
+def rows_file(path: Path, rows: int = 40) -> Path:
+    lines = [{"prompt": f"what is {n}?", "completion": f"{n} " * (n + 1)} for n in range(rows)]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_answers_are_kept_and_end_the_first_visit(tmp_path: Path) -> None:
+    home, runs = tmp_path / "home", tmp_path / "home" / "runs"
+    assert is_first_visit(runs, home)
+    answers = Answers(base="owner/name", data="/rows.jsonl", goal="facts", card="RTX 4090", step="goal")
+    keep_answers(answers, home)
+    assert recall_answers(home) == answers
+    assert not is_first_visit(runs, home)
+
+
+def test_a_run_ends_the_first_visit_too(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert not is_first_visit(tmp_path / "runs", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b'{"goal": "world domination", "base": 7, "done": "yes", "data": null}',
+        b'{"base": "a\\u0000b"}',
+        b"[" * 5000,
+    ],
+)
+def test_damaged_answers_are_as_at_the_first_visit(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "setup.json").write_bytes(content)
+    assert recall_answers(tmp_path) == Answers()
+
+
+def test_the_whole_file_is_read_and_measured(tmp_path: Path) -> None:
+    checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), "no/such-model")
+    assert checked.sound
+    assert checked.facts.rows == 40
+    assert not checked.facts.counted
+    characters = [sum(map(len, texts_of(row))) for row in checked.data.rows]
+    assert checked.facts.tokens == int(sum(characters) / 3)
+    assert checked.facts.longest_tokens > max(characters) / 3
+
+
+def test_tokens_are_counted_where_the_tokenizer_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "token_lengths", lambda rows, base: [10] * len(rows))
+    checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), "base")
+    assert checked.facts.counted
+    assert checked.facts.tokens == 400
+    with pytest.raises(BadInput):
+        token_lengths(checked.data.rows, str(tmp_path))
+
+
+def test_a_file_with_bad_rows_is_read_but_not_sound(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
+    assert not check_data(str(tmp_path / "bad.jsonl"), EMBEDDED).sound
+    with pytest.raises(BadInput):
+        check_data(str(tmp_path / "missing.jsonl"), EMBEDDED)
+
+
+def test_data_files_nearby_are_offered(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    near, below = rows_file(tmp_path / "b.jsonl"), rows_file(tmp_path / "data" / "a.parquet")
+    (tmp_path / "notes.txt").write_text("no")
+    assert data_files(tmp_path) == [near, below]
+    assert data_files(tmp_path / "missing") == []
+
+
+def test_advice_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "read_gpus", lambda: None)
+    checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), EMBEDDED)
+    shape = find_shape(EMBEDDED)
+    here = advice_for(Answers(data=checked.facts.path), shape, checked.facts)
+    there = advice_for(Answers(data=checked.facts.path, card="RTX 4090"), shape, checked.facts)
+    assert here.verdict is None
+    assert there.verdict == "fits"
+    assert there.recipe.data.path == str(tmp_path / "rows.jsonl")
+    with pytest.raises(BadInput):
+        card_for_advice("no such card")

@@ -1,0 +1,309 @@
+"""The guided set-up, key by key: answers, the way back, what is refused, and what comes out."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from studio.core.advice import DataFacts, advise
+from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import find_gpu
+from studio.core.recipe import EMBEDDED
+from studio.core.shape import ModelShape
+from studio.core.shape_from_config import shape_from_config
+from studio.probe.gpus import Gpu
+from studio.probe.local_models import Listed
+from studio.probe.machine import Machine
+from studio.probe.setup import Answers, DataChecked, check_data
+from studio.tui.app import StudioApp
+from studio.tui.engine import Engine
+from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.run import RunScreen
+from studio.tui.screens.setup import SetupScreen
+from studio.tui.setup_finder import Finder
+from tests.tui.stories import (
+    EIGHT_B,
+    HOSTILE,
+    NARROW,
+    WIDE,
+    Asked,
+    Story,
+    assert_harmless,
+    engine_that,
+    make_run,
+    settle,
+    shown,
+    until,
+)
+
+GIB = 2**30
+CARD = Gpu(0, "NVIDIA GeForce RTX 3060", total_bytes=12 * GIB, free_bytes=11 * GIB, capability=(8, 6))
+
+
+@dataclass
+class Told:
+    """What the set-up kept and asked."""
+
+    kept: list[Answers] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
+
+
+def finder_that(
+    told: Told,
+    *,
+    recalled: Answers | None = None,
+    cards: list[Gpu] | None = None,
+    files: tuple[Path, ...] = (),
+    hub: tuple[str, ...] | str = (),
+) -> Finder:
+    """A finder that looks at data files for real and at nothing else."""
+
+    def shape(base: str) -> ModelShape:
+        if "missing" in base:
+            raise BadInput(f"There is no model {base}.")
+        return shape_from_config(EIGHT_B)
+
+    def search(words: str) -> list[str]:
+        told.searched.append(words)
+        if isinstance(hub, str):
+            raise BadInput(hub)
+        return list(hub)
+
+    def check(word: str, base: str) -> DataChecked:
+        return check_data(word, "no tokenizer here")
+
+    def recommend(answers: Answers, model: ModelShape, data: DataFacts) -> object:
+        gpu = find_gpu(answers.card) if answers.card else None
+        return advise(answers.goal, answers.base, model, data, gpu=gpu)
+
+    return Finder(
+        machine=lambda root: Machine(cards, "555.1", 32 * GIB, 20 * GIB, 100 * GIB, 8, "Linux", spills=False),
+        models=lambda: [Listed(EMBEDDED, "embedded", GIB), Listed("owner/missing", "hub", problem="it is damaged")],
+        search=search,
+        shape=shape,
+        files=lambda: list(files),
+        check=check,
+        advise=recommend,  # type: ignore[arg-type]
+        recall=lambda: told.kept[-1] if told.kept else recalled or Answers(),
+        keep=told.kept.append,
+    )
+
+
+def play_setup(
+    story: Story, root: Path, finder: Finder, *, size: tuple[int, int] = WIDE, engine: Engine | None = None
+) -> StudioApp:
+    """Play a story on a studio that begins with the set-up."""
+    import asyncio
+
+    from studio.core.recipe import Recipe
+
+    app = StudioApp(
+        Recipe(name="before"),
+        runs_root=root / "runs",
+        setup=True,
+        engine=engine or engine_that(Asked()),
+        finder=finder,
+        poll_seconds=3600,
+    )
+
+    async def run() -> None:
+        async with app.run_test(size=size, notifications=True) as pilot:
+            await until(pilot, lambda: isinstance(app.screen, SetupScreen) and "20.0 free" in shown(app))
+            await story(pilot, app)
+
+    asyncio.run(run())
+    return app
+
+
+def step_of(app: StudioApp) -> str:
+    assert isinstance(app.screen, SetupScreen)
+    return app.screen.step
+
+
+async def through(pilot: Pilot[None], app: StudioApp, *steps: str) -> None:
+    """Take the option under the cursor until each step has come."""
+    for step in steps:
+        await pilot.press("enter")
+        await until(pilot, lambda step=step: step_of(app) == step)
+    await settle(pilot)
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, size: tuple[int, int]) -> None:
+    asked, told = Asked(), Told()
+    engine = engine_that(asked, makes=lambda: make_run(tmp_path, "made"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        assert "RTX 3060" in shown(app)
+        assert "555.1" in shown(app)
+        await through(pilot, app, "model")
+        await until(pilot, lambda: "8.03 B parameters" in shown(app))
+        await through(pilot, app, "data")
+        await until(pilot, lambda: "591 rows" in shown(app))
+        await through(pilot, app, "goal")
+        assert "baseline that a fine-tune has to" in " ".join(shown(app).split())
+        await through(pilot, app, "recipe")
+        await until(pilot, lambda: "Start training now" in shown(app))
+        assert "Method" in shown(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+        assert [recipe.name for recipe in asked.started] == ["task"]
+        assert told.kept[-1].done
+
+    play_setup(story, tmp_path, finder_that(told, cards=[CARD]), size=size, engine=engine)
+
+
+def test_every_step_goes_back_and_no_answer_is_lost(tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 30)
+    told = Told()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data")
+        await pilot.press("down")
+        await until(pilot, lambda: "30 rows" in shown(app))
+        await through(pilot, app, "goal")
+        await pilot.press("down", "down")
+        await settle(pilot)
+        assert "Retrieval fits facts better" in shown(app)
+        await through(pilot, app, "recipe")
+        for step in ("goal", "data", "model", "machine"):
+            await pilot.press("escape")
+            await until(pilot, lambda step=step: step_of(app) == step)
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(app.screen, ConfigureScreen))
+        assert (told.kept[-1].data, told.kept[-1].goal) == (str(data), "facts")
+        await pilot.press("S")
+        await until(pilot, lambda: isinstance(app.screen, SetupScreen))
+        await through(pilot, app, "model", "data")
+        await until(pilot, lambda: "30 rows" in shown(app))
+        await through(pilot, app, "goal")
+        assert "Retrieval fits facts better" in shown(app)
+
+    play_setup(story, tmp_path, finder_that(told, files=(data,)))
+
+
+def test_an_interrupted_set_up_goes_on_where_it_was(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        assert step_of(app) == "goal"
+
+    recalled = Answers(goal="facts", step="goal")
+    told = Told()
+
+    import asyncio
+
+    from studio.core.recipe import Recipe
+
+    app = StudioApp(Recipe(), runs_root=tmp_path, setup=True, engine=engine_that(Asked()), poll_seconds=3600)
+    app._finder = finder_that(told, recalled=recalled)
+
+    async def run() -> None:
+        async with app.run_test(size=WIDE) as pilot:
+            await until(pilot, lambda: isinstance(app.screen, SetupScreen))
+            await story(pilot, app)
+
+    asyncio.run(run())
+
+
+def test_another_card_is_planned_for_and_taken_to_the_configure_screen(tmp_path: Path) -> None:
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("down", "enter")
+        await settle(pilot)
+        await pilot.press(*"4090", "enter")
+        await until(pilot, lambda: step_of(app) == "model")
+        await through(pilot, app, "data", "goal", "recipe")
+        await until(pilot, lambda: "planned for RTX 4090" in " ".join(shown(app).split()))
+        assert "fits" in shown(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, ConfigureScreen))
+        assert isinstance(app.screen, ConfigureScreen)
+        assert app.screen.recipe.method == "lora"
+        assert asked.planned == ["RTX 4090"]
+        await pilot.press("u")
+        await settle(pilot)
+        assert app.screen.recipe.name == "before"
+
+    play_setup(story, tmp_path, finder_that(Told()), engine=engine_that(asked))
+
+
+def test_a_model_that_cannot_be_used_holds_the_step(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: "There is no model owner/missing" in shown(app))
+        assert step_of(app) == "model"
+
+    play_setup(story, tmp_path, finder_that(Told()))
+
+
+def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> None:
+    told = Told()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        await pilot.press("tab", *"small qwen", "enter")
+        await until(pilot, lambda: "2 found on the hub" in shown(app) or "Qwen/small" in shown(app))
+        await pilot.press("enter")
+        await until(pilot, lambda: step_of(app) == "data")
+        assert told.searched == ["small qwen"]
+        assert told.kept[-1].base == "Qwen/small"
+
+    play_setup(story, tmp_path, finder_that(told, hub=("Qwen/small", HOSTILE)))
+
+
+def test_without_a_line_the_search_says_so_and_stays(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        await pilot.press("tab", *"llama", "enter")
+        await until(pilot, lambda: "cannot be asked" in shown(app))
+        assert step_of(app) == "model"
+        await pilot.press("escape")
+        await until(pilot, lambda: step_of(app) == "machine")
+        await through(pilot, app, "model")
+        assert "llama" in shown(app), "what was typed stays in its line"
+
+    play_setup(story, tmp_path, finder_that(Told(), hub="The hub cannot be asked (no line)."))
+
+
+def test_bad_rows_are_named_and_hold_the_step(tmp_path: Path) -> None:
+    bad = tmp_path / f"bad{MARK}.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n' + json.dumps({"prompt": HOSTILE}) + "\nno json \x1b[31m\n")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data")
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: "Correct the file" in shown(app))
+        assert step_of(app) == "data"
+        assert_harmless(app)
+
+    play_setup(story, tmp_path, finder_that(Told(), files=(bad,)))
+
+
+MARK = "[b]x[@click=app.quit]"
+
+
+def test_hostile_answers_of_an_earlier_visit_stay_harmless(tmp_path: Path) -> None:
+    recalled = replace(Answers(), base=HOSTILE, data=f"{HOSTILE}.jsonl", card="")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data")
+        await settle(pilot)
+        await until(pilot, lambda: "does not exist" in shown(app))
+        assert_harmless(app)
+
+    play_setup(story, tmp_path, finder_that(Told(), recalled=recalled))
+
+
+def test_a_home_that_cannot_be_written_is_told_and_goes_on(tmp_path: Path) -> None:
+    def refuse(answers: Answers) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        assert "cannot be kept" in shown(app)
+
+    play_setup(story, tmp_path, replace(finder_that(Told()), keep=refuse))
