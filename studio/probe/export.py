@@ -1,18 +1,24 @@
-"""From a wish for a smaller model to a running export: check, make the run's folder, launch."""
+"""From a wish for another format to a running export: check, make the run's folder, launch."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.adapter_folder import find_adapter
+from studio.probe.adapter_folder import ADAPTER_CONFIG, AdapterFound, find_adapter
 from studio.probe.model_folder import check_folder
+from studio.probe.models import find_base
 from studio.probe.space import check_space
-from studio.probe.start import check_out, launch_prepared, prepare_run
-from studio.runs.job import EXPORT_FORMATS, MODULES, ExportRequest
+from studio.probe.start import check_merge, check_out, launch_prepared, prepare_run
+from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, MODULES, ExportRequest, MergeRequest
 from studio.runs.layout import RunPaths
+
+_GGUF = ".gguf"
+QUANTISED_GGUF = ("q6_k", "q5_k_m", "q4_k_m")
+"""Formats that are made of a 16-bit GGUF file."""
 
 
 def start_export(
@@ -45,25 +51,88 @@ def check_export(request: ExportRequest) -> None:
     """Check what an export starts from and where it goes.
 
     Raises:
-        BadInput: An unknown format, no whole adapter or model (16 or 32 bit), an output folder that already holds
-            something, or a disk without room.
+        BadInput: An unknown format, no whole adapter or model (16 or 32 bit), an output that already holds something,
+            or a disk without room.
     """
-    if request.format not in EXPORT_FORMATS:
-        found = plain(request.format, one_line=True, limit=40)
+    form, source, out = request.format, Path(request.source), Path(request.out)
+    if form not in EXPORT_FORMATS:
+        found = plain(form, one_line=True, limit=40)
         raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
-    if request.format == "peft":
-        check_out(Path(request.out))
-        check_space(Path(request.out).parent, find_adapter(Path(request.source)).header.buffer_bytes)
+    if out.suffix == _GGUF and form not in (*GGUF_FORMATS, "lora-gguf"):
+        raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
+    if form in ADAPTER_FORMATS or (source / ADAPTER_CONFIG).is_file():
+        adapter = find_adapter(source)
+        check_out(out)
+        needed = adapter.header.buffer_bytes
+        if form not in ADAPTER_FORMATS:
+            size_bytes = _check_base(request, adapter)
+            needed = export_estimate(form, size_bytes, merges=True).disk_bytes
+        check_space(out.parent, needed)
         return
-    config, size_bytes = _check_merged(Path(request.source))
+    config, size_bytes = _check_merged(source)
     if isinstance(config.get("quantization_config"), dict):
         raise BadInput(
             f"{plain(request.source, one_line=True)} is quantised already: rounding it again would lose more. "
             "Export from the merged 16-bit model."
         )
-    check_out(Path(request.out))
-    # The largest case: embeddings that stay in 16 bits and linear layers in 8.
-    check_space(Path(request.out).parent, size_bytes)
+    check_out(out)
+    check_space(out.parent, export_estimate(form, size_bytes).disk_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportEstimate:
+    """What an export takes, in bytes, from the size of the 16-bit model: estimates, right to about a tenth.
+
+    Attributes:
+        out_bytes: Of what it leaves.
+        disk_bytes: At the most, meanwhile.
+        memory_bytes: Of the job's process, its libraries included.
+    """
+
+    out_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+_BITS = {"f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.5633, "q5_k_m": 5.7036, "q4_k_m": 4.8944, "int8": 8.6}
+"""Bits a weight: llama.cpp's own figures for an 8B model (tools/quantize/README.md). NF4's depend on the embeddings."""
+_BITS_NF4 = 5.7
+"""4.127 in linear layers, 16 in embeddings and head: an 8B model with a vocabulary of 128k."""
+_LIBRARIES_BYTES = 700 * 10**6
+_SHARE_AT_ONCE = 0.15
+"""Of the weights, at the most in memory while layers or tensors are worked on one at a time."""
+
+
+def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> ExportEstimate:
+    """Return what an export of a model takes.
+
+    Args:
+        form: One of the formats of whole models.
+        size_bytes: Of the model in 16 bit.
+        merges: Whether an adapter is merged first.
+    """
+    out = int(size_bytes * _BITS.get(form, _BITS_NF4) / 16)
+    merged = size_bytes if merges else 0
+    if form not in GGUF_FORMATS:
+        return ExportEstimate(out, merged + out, size_bytes + _LIBRARIES_BYTES)
+    between = size_bytes if form in QUANTISED_GGUF else 0
+    # The merged model is deleted once it is converted.
+    most = max(merged + (between or out), between + out)
+    return ExportEstimate(out, most, int(size_bytes * _SHARE_AT_ONCE) + _LIBRARIES_BYTES)
+
+
+def _check_base(request: ExportRequest, adapter: AdapterFound) -> int:
+    """Return the size of the base that an adapter is merged into first.
+
+    Raises:
+        BadInput: It cannot be merged into.
+    """
+    word = request.base or adapter.base
+    if not word:
+        raise BadInput(f"{plain(adapter.folder.name, one_line=True)} names no base model; say which one with --base.")
+    merge = MergeRequest(request.source, word, request.out, request.revision, onto=request.onto, run=request.run)
+    check_merge(merge)
+    return find_base(word, request.revision).size_bytes
 
 
 def _check_merged(source: Path) -> tuple[dict[str, Any], int]:

@@ -42,9 +42,6 @@ def test_a_merge_run_names_its_model(cli: Cli, recipe: Path, merged: Path, tmp_p
     outcome = cli("export", merge, "--format", "nf4", "--out", str(tmp_path / "out"))
     assert outcome.code == 0, outcome.err
     assert f"exported model: {tmp_path / 'out'}" in outcome.out
-    refused = cli("export", run, "--format", "nf4", "--out", str(tmp_path / "out-2"))
-    assert refused.code == 2
-    assert f"lora-studio merge {run} --out DIR" in " ".join(refused.err.split())
 
 
 def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path) -> None:
@@ -64,11 +61,33 @@ def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path) -> 
     assert not Path(out).exists()
 
 
-def test_a_run_names_its_adapter(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["peft", "lora-gguf", "nf4", "q4_k_m"])
+def test_a_run_names_its_adapter_for_every_format(
+    cli: Cli, recipe: Path, merged: Path, tmp_path: Path, form: str
+) -> None:
     run = cli("train", str(recipe), "--json").document
-    outcome = cli("export", run["run"], "--format", "peft", "--out", str(tmp_path / "out"), "--json")
+    words = ("--out", str(tmp_path / "out"), "--base", str(merged), "--onto", "dequantized", "--json")
+    outcome = cli("export", run["run"], "--format", form, *words)
     assert outcome.code == 0, outcome.err
     adapter = str(Path(run["path"]) / "adapter")
     asked = read_job(RunPaths(Path(outcome.document["path"])))
-    assert asked == ExportRequest(adapter, str(tmp_path / "out"), "peft", run["path"])
-    assert cli("export", str(tmp_path), "--format", "peft", "--out", str(tmp_path / "out-2")).code == 2
+    wanted = ExportRequest(adapter, str(tmp_path / "out"), form, run["path"], str(merged), onto="dequantized")
+    assert asked == wanted
+
+
+def test_an_adapter_is_wanted_where_only_an_adapter_will_do(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    for form in ("peft", "lora-gguf"):
+        assert cli("export", str(merged), "--format", form, "--out", str(tmp_path / "out")).code == 2
+
+
+def test_one_file_is_for_gguf_formats(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    refused = cli("export", str(merged), "--format", "nf4", "--out", str(tmp_path / "one.gguf"))
+    assert (refused.code, "is a folder" in refused.err) == (2, True)
+    assert cli("export", str(merged), "--format", "Q8_0", "--out", str(tmp_path / "one.gguf")).code == 0
+
+
+def test_a_repository_to_push_to(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    words = ("--format", "q8_0", "--out", str(tmp_path / "out"), "--push", "me/tuned", "--json")
+    asked = read_job(RunPaths(Path(cli("export", str(merged), *words).document["path"])))
+    assert isinstance(asked, ExportRequest)
+    assert asked.push == "me/tuned"

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
-from studio.jobs.export import job
-from studio.jobs.export.peft_folder import card
+from studio.jobs.export import quantised
+from studio.jobs.export.model_card import Training, adapter_card
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.safetensors_header import SafetensorsHeader
 from studio.runs.control import request
@@ -74,13 +74,13 @@ def _plain(folder: Path) -> torch.nn.Module:
 def test_a_stopped_export_leaves_nothing(
     merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = job._keep_files
+    keep = quantised.keep_files
 
     def stopping(source: Path, aside: Path) -> None:
         keep(source, aside)
         request(RunPaths(tmp_path / "export-0"), "stop")
 
-    monkeypatch.setattr(job, "_keep_files", stopping)
+    monkeypatch.setattr(quantised, "keep_files", stopping)
     finished = history_of(export(merged, tmp_path / "out", "nf4")).finished
     assert finished is not None
     assert finished.outcome == "stopped"
@@ -93,8 +93,10 @@ def test_a_full_disk_leaves_nothing(
     def full(source: Path, aside: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(job, "_keep_files", full)
-    assert history_of(export(merged, tmp_path / "out", "nf4")).failed is not None
+    monkeypatch.setattr(quantised, "keep_files", full)
+    failed = history_of(export(merged, tmp_path / "out", "nf4")).failed
+    assert failed is not None
+    assert failed.failure == "disk_full"
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -144,7 +146,7 @@ def test_an_adapter_without_its_run_has_a_card_too(
 def test_rslora_is_said_and_the_widest_rank_counts() -> None:
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"v_proj": 32}, "target_modules": ["b", "a"],
               "base_model_name_or_path": "owner/name"}  # fmt: skip
-    text = card(AdapterFound(Path("x"), config, SafetensorsHeader({}, {}, 0)), "tuned", None, None)
+    text = adapter_card(AdapterFound(Path("x"), config, SafetensorsHeader({}, {}, 0)), "tuned", Training())
     assert "base_model: owner/name" in text
     assert "on a, b." in text
     assert "vllm serve owner/name --enable-lora --lora-modules tuned=./tuned --max-lora-rank 32" in text

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.jobs.base.checkpoint_names import CheckpointNames
-from studio.jobs.base.skeleton import build_clean, clean_name
+from studio.jobs.base.skeleton import Skeleton, build_clean, clean_name
 from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.base.units import Read, put
 
@@ -49,6 +49,24 @@ def folder_logits(folder: Path, ids: Tensor, mask: Tensor) -> Tensor:
     """
     clean = build_clean(folder)
     return streamed_logits(clean, _reader(clean, TensorFiles(folder)), ids, mask)
+
+
+def adapted_logits(skeleton: Skeleton, folder: Path, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the fp32 logits `[batch, seq, vocabulary]` of base + adapter, one decoder layer in memory at a time.
+
+    Args:
+        skeleton: Base and adapter as structure.
+        folder: The base.
+        ids: `[batch, seq]`.
+        mask: `[batch, seq]`, 0 for padding.
+
+    Raises:
+        BadInput: A file of the base is damaged.
+        JobFailed: The files lack a parameter of the model.
+        OSError: A file cannot be read.
+    """
+    read = _reader(skeleton.clean, TensorFiles(folder))
+    return streamed_logits(skeleton.adapted, read, ids, mask, "base_model.model.")
 
 
 @contextmanager

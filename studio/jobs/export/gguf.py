@@ -1,0 +1,205 @@
+"""GGUF files for llama.cpp, Ollama and LM Studio: converted, quantised, loaded again and compared before they count.
+
+The order matters: whether llama.cpp knows the architecture and reads the tokenizer as we do is found out first, from
+config and tokenizer alone, before minutes of merging.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from studio.core.errors import JobFailed
+from studio.jobs.base.load import base_folder, load_tokenizer
+from studio.jobs.base.streamed import folder_logits
+from studio.jobs.export.answers import TEXTS, Loss, compare, padded, rows_of
+from studio.jobs.export.gguf_view import make_view
+from studio.jobs.export.golden import Golden, check_golden, golden_texts
+from studio.jobs.export.llama_answers import llama_logits
+from studio.jobs.export.tool_process import LlamaTool
+from studio.jobs.export.whole_model import is_adapter, merge_first
+from studio.jobs.export.work import Work
+from studio.probe.adapter_folder import find_adapter
+from studio.probe.model_folder import check_folder
+from studio.probe.models import find_base
+from studio.runs.job import ExportRequest
+
+_FILE_TYPES = {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
+"""`enum llama_ftype` in llama.h, of those that only llama.cpp's own quantiser writes."""
+FAR = {"f16": 1e-3, "bf16": 1e-2, "q8_0": 1e-2, "q6_k": 2e-2, "q5_k_m": 5e-2, "q4_k_m": 0.15}
+"""KL in nats a token above which a file is said to be far from its model; for the measured values see the tests."""
+_BROKEN_KL = 0.5
+"""Sixteen bits cannot cost this much: then the conversion is wrong, whatever the reason."""
+_GENERATION = "generation_config.json"
+_FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
+_CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufMade:
+    """A GGUF file that was checked.
+
+    Attributes:
+        path: Where it lies.
+        golden: What the golden conversations showed.
+        loss: Against the merged model; None where that one cannot be run layer by layer.
+        tokenizer: Of the merged model.
+        config: Its `config.json`.
+        generation: Its `generation_config.json`; empty where it has none.
+    """
+
+    path: Path
+    golden: Golden
+    loss: Loss | None
+    tokenizer: Any
+    config: dict[str, Any]
+    generation: dict[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """For the run's report."""
+        return {"golden": asdict(self.golden), "loss": asdict(self.loss) if self.loss else None}
+
+
+def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
+    """Write a whole model as one GGUF file.
+
+    Args:
+        work: The export.
+        request: What to write.
+        out: The file.
+
+    Raises:
+        BadInput: The model cannot be used.
+        JobFailed: llama.cpp does not know the model, reads its tokenizer otherwise, or the file does not answer alike.
+        OSError: The disk is full or not writable.
+    """
+    tool, source = work.llama(), Path(request.source)
+    work.say("asking llama.cpp whether it knows this model")
+    folders = [base_of(work, request), source] if is_adapter(source) else [source]
+    trained = load_tokenizer(source if (source / "tokenizer_config.json").is_file() else folders[0])
+    vocabulary = work.folder / "vocabulary.gguf"
+    tool.run("vocab", make_view(work.folder / "asked", folders, weights=False), vocabulary)
+    check_golden(tool, vocabulary, [trained])
+    merged = merge_first(work, request, merged_aside(request)) if is_adapter(source) else source
+    config, size_bytes = check_folder(merged)
+    generation, saved = generation_of(merged), load_tokenizer(merged)
+    rows = rows_of([*golden_texts(saved), *TEXTS], saved, size_bytes / 2)
+    wanted = _wanted(work, merged, rows)
+    _convert(work, tool, request, merged, out)
+    work.say("checking", detail="tokens in llama.cpp")
+    golden = check_golden(tool, out, [trained, saved])
+    loss = None
+    if wanted is not None:
+        work.say("checking", detail="answers in llama.cpp")
+        loss = compare(llama_logits(tool, out, rows, work.folder), wanted)
+        _judge(work, request.format, loss)
+    _warn(work, golden)
+    return GgufMade(out, golden, loss, saved, config, generation)
+
+
+def merged_aside(request: ExportRequest) -> Path:
+    """Return where the merged model lies until the export is done."""
+    out = Path(request.out)
+    return out.with_name(f".merged-for-{out.name}")
+
+
+def generation_of(folder: Path) -> dict[str, Any]:
+    """Return a model's `generation_config.json`, or nothing where there is none that can be read."""
+    try:
+        table = json.loads((folder / _GENERATION).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def base_of(work: Work, request: ExportRequest) -> Path:
+    """Return the folder of the base that an adapter is exported with, fetched or converted first where needed.
+
+    Raises:
+        BadInput: It cannot be had.
+    """
+    base = find_base(request.base or find_adapter(Path(request.source)).base, request.revision)
+    return base_folder(base, work.say)
+
+
+def _wanted(work: Work, merged: Path, rows: list[list[int]]) -> Tensor | None:
+    """Return the merged model's fp32 logits `[tokens, vocabulary]`; None, said aloud, where it cannot be run so."""
+    work.say("checking", detail="answers of the merged model")
+    ids, mask = padded(rows)
+    try:
+        return folder_logits(merged, ids, mask)[mask.bool()]
+    except _CANNOT_RUN as error:
+        work.warn(f"the answers could not be compared: this model cannot be run layer by layer ({error})")
+        return None
+
+
+def _convert(work: Work, tool: LlamaTool, request: ExportRequest, merged: Path, out: Path) -> None:
+    form, kind = request.format, _FILE_TYPES.get(request.format)
+    config, size_bytes = check_folder(merged)
+    # 16 bits in between lose nothing: bf16 weights stay bf16, all others fit fp16.
+    between = "bf16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "f16"
+    first = work.folder / "between.gguf" if kind else out
+    view = make_view(work.folder / "view", [merged], weights=True)
+    expected = size_bytes * 8.5 / 16 if form == "q8_0" else size_bytes
+    tell = _seldom(lambda fraction: work.say("converting", fraction))
+    words = (view, first, between if kind else form, Path(request.out).stem)
+    tool.run("convert", *words, out=first, expected_bytes=int(expected), tell=tell)
+    if merged == merged_aside(request):
+        shutil.rmtree(merged, ignore_errors=True)
+    if not kind:
+        return
+    work.say("quantising", detail=form)
+    tool.run("quantize", first, out, str(kind))
+    first.unlink()
+    if said := _FALLBACK.findall(tool.log.read_text("utf-8", "replace")):
+        few, all_of_them = said[-1]
+        work.warn(
+            f"{few} of {all_of_them} tensors were kept in more bits than {form}: their rows are no multiple of 256"
+        )
+
+
+def _seldom(tell: Callable[[float], None]) -> Callable[[float], None]:
+    """Tell a fraction only when its hundredths have changed."""
+    last = -1
+
+    def maybe(fraction: float) -> None:
+        nonlocal last
+        if int(100 * fraction) > last:
+            last = int(100 * fraction)
+            tell(fraction)
+
+    return maybe
+
+
+def _judge(work: Work, form: str, loss: Loss) -> None:
+    if form in ("f16", "bf16") and loss.mean_kl > _BROKEN_KL:
+        raise JobFailed(
+            "gguf_differs",
+            f"the GGUF file answers otherwise than the merged model (KL {loss.mean_kl:.3f} nats a token): the "
+            "conversion of this model is not right",
+            "use the merged model with transformers or vLLM",
+        )
+    if loss.mean_kl > FAR[form]:
+        work.warn(
+            f"{form} is {loss.mean_kl:.3f} nats a token from the merged model, more than is usual ({FAR[form]:g}): "
+            "try a larger format"
+        )
+
+
+def _warn(work: Work, golden: Golden) -> None:
+    if not golden.ends_with_stop:
+        work.warn(
+            "llama.cpp does not take the token that ends an answer for a stop token: name it as a stop word where the "
+            "model is served (the Modelfile does)"
+        )
+    if golden.bos_doubled:
+        work.warn(
+            "the chat template writes the start token and the file asks for one, too: a program that renders the "
+            "template itself must not add another (llama.cpp and the Modelfile do not)"
+        )

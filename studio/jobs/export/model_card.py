@@ -1,0 +1,174 @@
+"""Model cards: what an artefact is, what it was trained on, how well, what was checked, and the lines to use it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.jobs.export.answers import Loss
+from studio.probe.adapter_folder import AdapterFound
+from studio.runs.history import History
+from studio.runs.recipe_file import dump_recipe
+
+_LONGEST_AUDIT = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The training run of an artefact, as far as it can still be read."""
+
+    recipe: Recipe | None = None
+    history: History | None = None
+    audit: dict[str, Any] | None = None
+
+
+def adapter_card(adapter: AdapterFound, name: str, training: Training) -> str:
+    """Return the card of an adapter in transformers' format, as Markdown."""
+    base, recipe = _base_of(adapter, training), training.recipe
+    config, shown = adapter.config, _shown(base)
+    quantised = ", trained on a 4-bit base (QLoRA)" if recipe and recipe.method == "qlora" else ""
+    kind = "DoRA" if config.get("use_dora") else "LoRA"
+    head = f"Rank {_rank(config)}, alpha {config.get('lora_alpha')}, on {_targets(config)}{quantised}."
+    lines = [*_front(base, "peft"), f"# {kind} adapter for {shown}", "", head, ""]
+    return _text([*lines, *_figures(training), *_use_adapter(shown, name, config), *_recipe(recipe)])
+
+
+def model_card(
+    adapter: AdapterFound | None, title: str, training: Training, *, checked: list[str], use: list[str], tag: str
+) -> str:
+    """Return the card of a whole model, or of an adapter in another format, as Markdown.
+
+    Args:
+        adapter: What was merged or converted; None where that is not known.
+        title: First line.
+        training: The run behind it.
+        checked: What the export found out, a line each.
+        use: Lines of Markdown.
+        tag: The library that loads it.
+    """
+    base = _base_of(adapter, training)
+    lines = [*_front(base, tag), f"# {title}", ""]
+    if base:
+        lines += [f"Fine-tuned from {_shown(base)} with lora-studio.", ""]
+    if checked:
+        lines += ["## Checked at the export", "", *(f"- {line}" for line in checked), ""]
+    return _text([*lines, *_figures(training), "## Use", "", *use, *_recipe(training.recipe)])
+
+
+def loss_line(loss: Loss | None, against: str) -> str:
+    """Return how close an export is to what it was made from, in words."""
+    if loss is None:
+        return "its answers could not be compared"
+    return (
+        f"KL to {against}: {loss.mean_kl:.2g} nats a token; same most likely token at {loss.same_top_token:.1%} of "
+        f"{loss.tokens} tokens"
+    )
+
+
+def _front(base: str, tag: str) -> list[str]:
+    lines = ["---", f"library_name: {tag}"]
+    # A path of this computer would be no model's name to anyone else.
+    if base and not _is_place(base):
+        lines.append(f"base_model: {plain(base, one_line=True)}")
+    return [*lines, "---", ""]
+
+
+def _base_of(adapter: AdapterFound | None, training: Training) -> str:
+    named = adapter.base if adapter else ""
+    return named or (training.recipe.model.base if training.recipe else "")
+
+
+def _shown(base: str) -> str:
+    return plain(Path(base).name if _is_place(base) else base, one_line=True) or "BASE_MODEL"
+
+
+def _rank(config: dict[str, Any]) -> int:
+    return int(config.get("r") or 0)
+
+
+def _targets(config: dict[str, Any]) -> str:
+    targets = config.get("target_modules")
+    words = sorted(targets) if isinstance(targets, list) else [str(targets)]
+    return plain(", ".join(str(word) for word in words), one_line=True)
+
+
+def _figures(training: Training) -> list[str]:
+    history, recipe = training.history, training.recipe
+    if history is None or not history.last_step:
+        return []
+    rows = [f"- optimizer steps: {history.last_step}"]
+    if recipe:
+        rows.append(f"- data: {plain(Path(recipe.data.path).name, one_line=True)}")
+    if history.planned:
+        rows.append(f"- rows: {history.planned.rows} trained on, {history.planned.held_out_rows} held out")
+    if tokens := sum(history.train.tokens):
+        rows.append(f"- tokens seen: {tokens:,}")
+    if len(history.train.losses):
+        first, last = history.train.losses[0], history.train.losses[-1]
+        rows.append(f"- training loss: {first:.3f} at the first step, {last:.3f} at the last")
+    if history.evals:
+        rows.append(f"- held-out loss: {history.evals[0].loss:.3f} first, {history.evals[-1].loss:.3f} last")
+    return ["## Training", "", *rows, "", *_audit(training.audit)]
+
+
+def _audit(audit: dict[str, Any] | None) -> list[str]:
+    """Quote what an audit of the run found, from its `audit.json`."""
+    advice = (audit or {}).get("recommendation")
+    sentence = advice.get("sentence") if isinstance(advice, dict) else None
+    words = [word for word in (sentence, (audit or {}).get("markdown")) if isinstance(word, str) and word]
+    return (
+        ["## Audit", "", *(line for word in words for line in (plain(word, limit=_LONGEST_AUDIT), ""))] if words else []
+    )
+
+
+def _use_adapter(base: str, name: str, config: dict[str, Any]) -> list[str]:
+    most = max([_rank(config), *(int(value) for value in (config.get("rank_pattern") or {}).values())])
+    lines = [
+        "## Use",
+        "",
+        "With transformers and peft:",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+        "With vLLM:",
+        "",
+        "```sh",
+        f"vllm serve {base} --enable-lora --lora-modules tuned=./{name} --max-lora-rank {most}",
+        "```",
+    ]
+    if config.get("use_rslora"):
+        # predibase/lorax 700, vllm 10798: alpha / r instead of alpha / sqrt(r) looks like no fine-tune at all.
+        lines += [
+            "",
+            "The adapter is scaled by alpha / sqrt(rank) (rsLoRA). A server that does not know this weakens it.",
+        ]
+    return lines
+
+
+def _recipe(recipe: Recipe | None) -> list[str]:
+    return ["", "## Recipe", "", "```toml", dump_recipe(_without_places(recipe)).rstrip(), "```"] if recipe else []
+
+
+def _without_places(recipe: Recipe) -> Recipe:
+    """Leave the folders of this computer out: only the last part of a path is anyone's business."""
+    for path in ("data.path", "data.eval_path", "model.base"):
+        section, _, name = path.partition(".")
+        value = str(getattr(getattr(recipe, section), name))
+        if _is_place(value):
+            recipe = recipe.with_(path, Path(value).name)
+    return recipe
+
+
+def _is_place(word: str) -> bool:
+    return word.startswith((".", "/", "~")) or "\\" in word
+
+
+def _text(lines: list[str]) -> str:
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,75 @@
+"""Ollama's Modelfile for an exported file: the template, stop tokens and parameters that match the training."""
+
+import json
+from typing import Any
+
+from studio.jobs.export.chat_form import ChatForm
+
+_QUOTES = '"""'
+_LEAST_CONTEXT, _MOST_CONTEXT = 2048, 32768
+_SAMPLING = {
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}  # fmt: skip
+"""Names in `generation_config.json` and in a Modelfile."""
+
+
+def modelfile(
+    source: str,
+    form: ChatForm | None,
+    *,
+    stops: list[str],
+    context: int,
+    generation: dict[str, Any],
+    adds_bos: bool,
+    adapter: str = "",
+) -> str:
+    """Return the text of a Modelfile.
+
+    Args:
+        source: What stands after FROM: a file beside it, or a model that Ollama has.
+        form: The chat template's parts; None leaves the template to what Ollama finds in the file.
+        stops: Texts at which an answer ends.
+        context: Tokens that the model can read.
+        generation: The model's `generation_config.json`.
+        adds_bos: Whether the start token is added when a text is read, so that the template must not write it.
+        adapter: File of a LoRA adapter beside it; empty for none.
+    """
+    lines = [f"FROM {source}"]
+    if adapter:
+        lines.append(f"ADAPTER {adapter}")
+    template = _template(form, adds_bos) if form else ""
+    if template and _QUOTES not in template:
+        lines += ["", f"TEMPLATE {_QUOTES}{template}{_QUOTES}"]
+        if form and form.default_system and _QUOTES not in form.default_system:
+            lines += ["", f"SYSTEM {_QUOTES}{form.default_system}{_QUOTES}"]
+    else:
+        lines += ["", "# The chat template cannot be written in Ollama's language: the one in the file is used."]
+    lines.append("")
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines.append(f"PARAMETER num_ctx {min(_MOST_CONTEXT, max(_LEAST_CONTEXT, context))}")
+    if generation.get("do_sample"):
+        lines += [
+            f"PARAMETER {theirs} {generation[ours]}"
+            for ours, theirs in _SAMPLING.items()
+            if isinstance(generation.get(ours), int | float) and not isinstance(generation.get(ours), bool)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _template(form: ChatForm, adds_bos: bool) -> str:
+    """Return the conversation in Go's template language. Nothing may be trimmed: white space is part of the form."""
+    system, user, answer = ((_go(a), _go(b)) for a, b in (form.system or ("", ""), form.user, form.answer))
+    start = "" if adds_bos else _go(form.start)
+    return (
+        f"{start}{{{{ range $i, $_ := .Messages }}}}{{{{ $last := eq (len (slice $.Messages $i)) 1 }}}}"
+        f'{{{{ if eq .Role "system" }}}}{system[0]}{{{{ .Content }}}}{system[1]}'
+        f'{{{{ else if eq .Role "user" }}}}{user[0]}{{{{ .Content }}}}{user[1]}'
+        f'{{{{ else if eq .Role "assistant" }}}}{answer[0]}{{{{ .Content }}}}'
+        f"{{{{ if not $last }}}}{answer[1]}{{{{ end }}}}{{{{ end }}}}"
+        f'{{{{ if and $last (ne .Role "assistant") }}}}{_go(form.ask)}{{{{ end }}}}{{{{ end }}}}'
+    )
+
+
+def _go(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')

@@ -1,0 +1,118 @@
+"""A merged 16-bit model in 4 or 8 bits through bitsandbytes, loaded again and compared before it counts.
+
+Always from 16 bits: quantising what went through 4 bits before loses the adapter again (measured: KL 1.99).
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from studio.core.errors import BadInput, JobFailed
+from studio.jobs.base.load import load_tokenizer
+from studio.jobs.export.answers import TEXTS, Loss, compare, rows_of
+from studio.jobs.export.work import Work
+from studio.probe.model_folder import check_folder
+
+_KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md", ".py")
+_WRITTEN_ANEW = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss:
+    """Write a model folder that `from_pretrained` loads quantised; return what that cost.
+
+    Args:
+        work: The export.
+        merged: The 16-bit model.
+        form: `nf4` or `int8`.
+        folder: A new folder.
+
+    Raises:
+        BadInput: The model cannot be loaded, or the memory has no room for it.
+        JobFailed: The quantised model's answers are not finite, or no layer could be quantised.
+        OSError: The disk is full or not writable.
+    """
+    check_memory(check_folder(merged)[1])
+    tokenizer = load_tokenizer(merged)
+    work.say("loading the merged model")
+    rows = rows_of(TEXTS, tokenizer, check_folder(merged)[1] / 2)
+    wanted = _answers(_load(merged), rows)
+    work.heed()
+    work.say("quantising", detail=form)
+    model = _load(merged, _bits(form))
+    _require_quantised(model, form)
+    work.say("saving")
+    model.save_pretrained(str(folder))
+    del model
+    keep_files(merged, folder)
+    work.heed()
+    work.say("checking", detail="loading it again")
+    return compare(_answers(_load(folder), rows), wanted)
+
+
+def check_memory(size_bytes: int) -> None:
+    """Make sure that the whole model has room: bitsandbytes quantises what is loaded.
+
+    Raises:
+        BadInput: It needs more than is free.
+    """
+    free = psutil.virtual_memory().available
+    if size_bytes > free:
+        raise BadInput(
+            f"quantising with bitsandbytes loads the whole model: about {size_bytes / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free. Close other programs, export a GGUF format (a tensor at a time), or load "
+            "the merged model with load_in_4bit where it is used."
+        )
+
+
+def keep_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and what else lies beside the weights, byte by byte."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _KEPT_SUFFIXES and path.name not in _WRITTEN_ANEW:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _bits(form: str) -> BitsAndBytesConfig:
+    if form == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _load(folder: Path, bits: BitsAndBytesConfig | None = None) -> Any:
+    """Return the model on the CPU; a folder that is quantised already says so itself."""
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    options = {"quantization_config": bits} if bits else {}
+    try:
+        return from_pretrained(folder, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, **options).eval()
+    except (ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        raise BadInput(f"the model cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _require_quantised(model: Any, form: str) -> None:
+    """Raise where bitsandbytes found nothing to quantise.
+
+    Raises:
+        JobFailed: No layer was.
+    """
+    kind = "Linear8bitLt" if form == "int8" else "Linear4bit"
+    if not any(type(module).__name__ == kind for module in model.modules()):
+        raise JobFailed(
+            "nothing_quantised",
+            "no layer of this model could be quantised: bitsandbytes converts torch.nn.Linear only",
+            "use the merged 16-bit model as it is",
+        )
+
+
+@torch.no_grad()
+def _answers(model: Any, rows: list[list[int]]) -> Tensor:
+    """Return fp32 logits `[tokens, vocabulary]`."""
+    return torch.cat([model(input_ids=torch.tensor([row])).logits[0].float() for row in rows])

@@ -1,0 +1,96 @@
+"""Runs `llama_tool.py` in its own process: progress by the size of what it writes, an early end, its own words."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.core.errors import JobFailed
+from studio.core.text import plain
+
+_SCRIPT = Path(__file__).with_name("llama_tool.py")
+_POLL_SECONDS = 0.2
+_TAIL_BYTES = 8000
+_KEPT_VARIABLES = (
+    "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS",
+)  # fmt: skip
+"""No tokens of hubs, no Python settings: the converter needs neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaTool:
+    """The tool with its surroundings.
+
+    Attributes:
+        tools: The folder that `ensure_tools` returned.
+        log: What the tool prints goes there, too.
+        heed: Raises where the user asked for an early end.
+    """
+
+    tools: Path
+    log: Path
+    heed: Callable[[], None]
+
+    def run(
+        self,
+        verb: str,
+        *words: str | Path,
+        out: Path | None = None,
+        expected_bytes: int = 0,
+        tell: Callable[[float], None] = lambda fraction: None,
+    ) -> None:
+        """Run one verb of the tool to its end.
+
+        Args:
+            verb: See `llama_tool.py`.
+            words: Its arguments.
+            out: A file that grows meanwhile.
+            expected_bytes: Its size in the end.
+            tell: Gets the fraction done.
+
+        Raises:
+            JobFailed: The tool failed; the message has its own last words.
+        """
+        began = self.log.stat().st_size if self.log.exists() else 0
+        # -I: nothing of this process's Python settings, and no current folder, gets onto the tool's import path.
+        command = [sys.executable, "-I", str(_SCRIPT), str(self.tools), verb, *map(str, words)]
+        with self.log.open("ab") as file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=_environment()
+            )
+            try:
+                while process.poll() is None:
+                    self.heed()
+                    if out is not None and expected_bytes and out.exists():
+                        tell(min(1.0, out.stat().st_size / expected_bytes))
+                    time.sleep(_POLL_SECONDS)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+        if process.returncode:
+            raise JobFailed("gguf_converter", f"llama.cpp's {verb} failed: {self._words(began)}", _ADVICE)
+
+    def _words(self, began: int) -> str:
+        """Return what the tool said last: an error of a script's own, else the last line of the traceback."""
+        with self.log.open("rb") as file:
+            file.seek(max(began, self.log.stat().st_size - _TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        errors = [line.partition(":")[2] for line in lines if line.startswith("ERROR:")]
+        last = lines[-1] if lines else "it said nothing"
+        return plain(errors[-1] if errors and "Error" not in last else last, one_line=True, limit=400)
+
+
+_ADVICE = (
+    "its whole output is in tool.log in the run's folder. A model that llama.cpp does not know can still be merged and "
+    "used with transformers or vLLM"
+)
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    # The converter would run code that a model brings; offline and without the model's .py files there is none to run.
+    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "NO_COLOR": "1"}

@@ -1,0 +1,72 @@
+"""The merged 16-bit model that an export starts from: the folder that was named, or one merged for it now.
+
+Merging is a job of its own, so it is done as one: a run inside this run's folder, followed to its end.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+from studio.core.errors import JobFailed
+from studio.core.events import Phase, Warned
+from studio.core.text import plain
+from studio.jobs.export.work import Work
+from studio.probe.adapter_folder import ADAPTER_CONFIG
+from studio.runs.control import request
+from studio.runs.job import MODULES, ExportRequest, MergeRequest, write_job
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.supervise import launch, resume
+from studio.runs.watch import RunWatch
+
+_POLL_SECONDS = 0.2
+
+
+def is_adapter(source: Path) -> bool:
+    """Return whether a folder holds an adapter, not a whole model."""
+    return (source / ADAPTER_CONFIG).is_file()
+
+
+def merge_first(work: Work, asked: ExportRequest, out: Path) -> Path:
+    """Merge the adapter into `out` and return it.
+
+    Args:
+        work: The export, which tells the merge's progress as its own.
+        asked: Names the adapter and what it is merged into.
+        out: A new folder.
+
+    Raises:
+        JobFailed: The merge failed; the reason is its own.
+    """
+    paths = RunPaths(work.worker.paths.root / "merge")
+    if run_status(paths) is Status.finished and out.is_dir():
+        return out
+    if not paths.recipe.is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        paths.root.mkdir(mode=0o700, exist_ok=True)
+        merge = MergeRequest(asked.source, asked.base, str(out), asked.revision, onto=asked.onto, run=asked.run)
+        write_job(paths, merge)
+        launch(paths, MODULES["merge"])
+    elif not run_status(paths).live:
+        resume(paths, module=MODULES["merge"])  # of an export that was killed: whole shards are taken up again
+    watch = RunWatch(paths)
+    try:
+        while (events := watch.poll()) or run_status(paths).live:
+            for event in events:
+                if isinstance(event, Phase):
+                    work.say(f"merge: {event.name}", event.fraction, event.detail)
+                elif isinstance(event, Warned):
+                    work.warn(event.message)
+            work.heed()
+            if not events:
+                time.sleep(_POLL_SECONDS)
+    except BaseException:
+        request(paths, "stop")
+        raise
+    watch.catch_up()
+    if failed := watch.history.failed:
+        raise JobFailed(failed.failure, f"the merge before the export failed: {failed.message}", failed.advice)
+    if watch.history.finished is None or not out.is_dir():
+        where = plain(str(paths.output), one_line=True)
+        raise JobFailed("merge_crashed", "the merge before the export ended early", f"look at the end of {where}")
+    return out

@@ -1,0 +1,54 @@
+"""What every format's export needs at hand: the run that it tells, a folder for what lies about, the user's word."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.core.errors import StudioError
+from studio.core.events import Phase, Warned
+from studio.core.text import plain
+from studio.jobs.export.gguf_tools import ensure_tools
+from studio.jobs.export.tool_process import LlamaTool
+from studio.runs.worker import Worker
+
+
+class Stopped(StudioError):
+    """The user asked for an early end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An export at work.
+
+    Attributes:
+        worker: Of the export's run.
+        folder: For what lies about meanwhile; gone at the end.
+    """
+
+    worker: Worker
+    folder: Path
+
+    def say(self, name: str, fraction: float | None = None, detail: str = "") -> None:
+        """Tell what is being done."""
+        self.worker.emit(Phase, name=name, fraction=fraction, detail=detail)
+
+    def warn(self, message: str) -> None:
+        """Tell something that the user should know."""
+        self.worker.emit(Warned, topic="export", message=plain(message, one_line=True, limit=400))
+
+    def heed(self) -> None:
+        """Do nothing, unless the user asked for an early end.
+
+        Raises:
+            Stopped: So it is.
+        """
+        if self.worker.requested("stop"):
+            raise Stopped("stopped before the export was published")
+
+    def llama(self) -> LlamaTool:
+        """Return llama.cpp's tools, fetched first where that has not been done.
+
+        Raises:
+            BadInput: A folder was named that does not hold them.
+            JobFailed: They could not be fetched.
+        """
+        return LlamaTool(ensure_tools(self.say, self.heed), self.worker.paths.root / "tool.log", self.heed)
