@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from studio.core.recipe import Loss
 from studio.jobs.base.head_form import HeadForm, head_form_of
+from studio.jobs.train.liger import liger_loss_sum, takes
 from studio.jobs.train.loss import chunked_loss_sum, shifted
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
@@ -16,16 +18,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 @dataclass(frozen=True, slots=True)
 class SplitModel:
-    """Hidden states from `backbone`, logits from `head` in the family's `form`."""
+    """Hidden states from `backbone`, logits from `head` in the family's `form`, their loss from one of two paths."""
 
     backbone: nn.Module
     head: nn.Module
     form: HeadForm
+    path: Literal["chunked", "liger"] = "chunked"
 
     def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of a batch: labels `[batch, seq]`, not yet shifted, and what the backbone takes."""
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
-        return chunked_loss_sum(hidden, self.head, shifted(labels), self.form)
+        loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
+        return loss_sum(hidden, self.head, shifted(labels), self.form)
 
 
 def full_loss_sum(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
@@ -34,13 +38,19 @@ def full_loss_sum(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
 
 
-def split(causal: nn.Module) -> SplitModel | None:
-    """Return backbone and head of a causal model, or None where it does not have these two parts."""
+def split(causal: nn.Module, loss: Loss) -> SplitModel | None:
+    """Return backbone and head of a causal model, or None where it does not have these two parts.
+
+    Args:
+        causal: The model, adapters included.
+        loss: What is wanted; `liger` becomes `chunked` for heads that liger's loss is not made for.
+    """
     backbone = getattr(causal, "base_model", None)
     head = cast(Any, causal).get_output_embeddings()
     if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
         return None
-    return SplitModel(backbone, head, head_form_of(cast(Any, causal).config))
+    form = head_form_of(cast(Any, causal).config)
+    return SplitModel(backbone, head, form, "liger" if loss == "liger" and takes(head, form) else "chunked")
 
 
 def agrees(parts: SplitModel, causal: nn.Module, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:

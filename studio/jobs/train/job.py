@@ -16,15 +16,16 @@ from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.jobs.train.batches import Batcher, StepBatches, collate
+from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
 from studio.jobs.train.choose_batching import batcher_for
+from studio.jobs.train.liger import require_liger
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.precision import choose_precision
+from studio.jobs.train.precision import Precision, choose_precision
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
@@ -36,6 +37,11 @@ from studio.runs.worker import Worker
 _CANNOT_PACK = (
     "rows are padded, not packed: with this model or attention they would see each other, or there is but one row"
 )
+_OTHER_LOSS = {
+    "full": "this model's loss is not its head applied to its backbone: the full logits are built, which takes more "
+    "memory",
+    "chunked": "liger's loss is made for frozen plain heads whose logits are not multiplied: chunked is used instead",
+}
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -74,23 +80,14 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     model, moved = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint)
     memory.see("load", 0)
     check_fit(worker, model, rows)
-    step_model = StepModel(model, recipe.train.loss, precision.autocast)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    proven = step_model.prove(collate(rows.train[:1], pad_id, device))
-    if recipe.train.loss == "chunked" and not proven:
-        worker.emit(
-            Warned,
-            topic="loss",
-            message="this model's loss is not its head applied to its backbone: the full logits are built instead "
-            "of the chunked loss, which takes more memory",
-        )
+    padded = Batcher(recipe.train.micro_batch, tokenizer.pad_token_id or 0, device)
+    step_model = _step_model(worker, recipe, model, padded.batch(rows.train[:1]), precision)
     optimizer = _optimizer(worker, recipe, model, device)
     scaler = precision.scaler()
     start = None
     if checkpoint:
         start = load_checkpoint(checkpoint, model, optimizer)
         scaler.load_state_dict(start.scaler)
-    padded = Batcher(recipe.train.micro_batch, pad_id, device)
     batcher = batcher_for(
         recipe.train.packing,
         step_model,
@@ -119,7 +116,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         held_out_rows=len(rows.held_out),
         device=_device_name(device),
         dtype=precision.name,
-        loss_path="chunked" if proven else "full",
+        loss_path=step_model.loss_path,
         batch_tokens=max(batches.batch(group)["input_ids"].numel() for group in batches.of_step(1)),
     )
     between = Between(
@@ -155,6 +152,14 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     )
     end = train(parts, recipe.train, total, start, Hooks(between.after_step))
     _finish(worker, between, end, trained_on)
+
+
+def _step_model(worker: Worker, recipe: Recipe, model: PeftModel, batch: Batch, precision: Precision) -> StepModel:
+    step_model = StepModel(model, recipe.train.loss, precision.autocast)
+    step_model.prove(batch)
+    if step_model.loss_path != recipe.train.loss:
+        worker.emit(Warned, topic="loss", message=_OTHER_LOSS[step_model.loss_path])
+    return step_model
 
 
 def _optimizer(worker: Worker, recipe: Recipe, model: PeftModel, device: torch.device) -> torch.optim.Optimizer:
@@ -224,6 +229,8 @@ def _device(recipe: Recipe) -> torch.device:
     device: torch.device = accelerate.Accelerator(cpu=recipe.device.device == "cpu").device
     if recipe.device.device.startswith("cuda") and device.type != "cuda":
         raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
+    if recipe.train.loss == "liger":
+        require_liger(device)
     _limit_memory(recipe, device)
     return device
 

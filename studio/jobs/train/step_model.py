@@ -15,7 +15,7 @@ _PROBE_TOKENS = 48
 
 
 class StepModel(nn.Module):
-    """Summed loss of a batch, through the chunked path where it is proven equal to the model's own.
+    """Summed loss of a batch, without whole logits where that is proven equal to the model's own.
 
     peft casts every adapted layer's input to fp32 and autocast casts it back; under autocast both casts are left out.
     """
@@ -29,18 +29,23 @@ class StepModel(nn.Module):
                 # it, and would be computed differently there (with dropout torch refuses such a recomputation).
                 module.cast_input_dtype_enabled = False
         self._autocast = autocast
-        self._parts: SplitModel | None = split(self.causal) if loss == "chunked" else None
+        self._parts: SplitModel | None = split(self.causal, loss) if loss != "full" else None
 
     @property
     def causal(self) -> nn.Module:
         """The causal language model inside the peft model, adapters included."""
         return cast(nn.Module, self.model.get_base_model())
 
+    @property
+    def loss_path(self) -> Loss:
+        """Which loss is used: the one that was asked for, where model and head allow it."""
+        return self._parts.path if self._parts else "full"
+
     def prove(self, batch: dict[str, Tensor]) -> bool:
         """Compare both loss paths on the first tokens of a batch; keep the model's own where they differ.
 
         Returns:
-            Whether the chunked path is used.
+            Whether whole logits are avoided.
         """
         if self._parts is None:
             return False
