@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -13,7 +15,7 @@ from studio.core.adapter_text import pattern_of
 from studio.core.recipe import AdapterSection
 from studio.jobs.train.guards import check_adapter
 from studio.jobs.train.start import Pair, adapter_weights, difference, doubled_config
-from studio.jobs.train.targets import adapted_layers, check_patterns, target_modules
+from studio.jobs.train.targets import adapted_layers, check_patterns, target_modules, whole_modules
 from studio.runs.atomic import publish_folder
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,13 +42,28 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         layers_to_transform=layers,
         rank_pattern={name: int(rank) for name, rank in pattern_of(section.rank_pattern).items()},
         alpha_pattern=pattern_of(section.alpha_pattern),
+        modules_to_save=whole_modules(base, section.modules_to_save),
         task_type=TaskType.CAUSAL_LM,
     )
     model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
     check_patterns(model.get_base_model(), section)
+    _widen_whole_modules(model)
     if grad_checkpointing:
         _checkpoint_layers(model.get_base_model())
     return model
+
+
+def _widen_whole_modules(model: PeftModel) -> None:
+    """Hold modules that are trained whole in fp32, as the adapter is; what they return keeps the base's format.
+
+    In 16 bits most steps of the optimizer would be rounded away. peft casts only its own layers.
+    """
+    for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        for trained in wrapper.modules_to_save.values():
+            dtype = next(trained.parameters()).dtype
+            trained.float()
+            if dtype != torch.float32:
+                trained.register_forward_hook(lambda module, given, made, dtype=dtype: made.to(dtype))
 
 
 def _checkpoint_layers(causal: Any) -> None:

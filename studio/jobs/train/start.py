@@ -66,6 +66,9 @@ def difference(weights: Mapping[str, Tensor], start: Pair) -> Pair:
     """Return the adapter minus its start as one adapter of twice the rank: `[A; A0]` and `[B, -B0]`."""
     doubled: Pair = {}
     for name, weight in weights.items():
+        if "lora_" not in name:
+            doubled[name] = weight  # a module trained whole: nothing was taken out of the base for it
+            continue
         first = start[name].to(weight.device, weight.dtype)
         is_second = "lora_B" in name or "lora_embedding_B" in name
         doubled[name] = torch.cat([weight, -first], dim=1) if is_second else torch.cat([weight, first], dim=0)

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from studio.core.adapter_text import layers_of, pattern_of
+from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.errors import JobFailed
 from studio.core.recipe import ALL_LINEAR, AdapterSection
 from studio.core.text import plain
@@ -44,6 +44,28 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
                 f'use "{ALL_LINEAR}" or some of: {", ".join(linear)}',
             )
     return names
+
+
+def whole_modules(base: nn.Module, text: str) -> list[str] | None:
+    """Return the names of the modules that are trained whole, or None for none.
+
+    Raises:
+        JobFailed: `unknown_targets` when a name is no module of the model, or one whose weights are in 4 bits.
+    """
+    names = modules_of(text)
+    modules = dict(base.named_modules())
+    for name in names:
+        found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
+        weights = [parameter for module in found for parameter in module.parameters()]
+        if weights and all(parameter.is_floating_point() for parameter in weights):
+            continue
+        held = "whose weights are held in 4 bits" if weights else "which this model does not have"
+        raise JobFailed(
+            "unknown_targets",
+            f"adapter.modules_to_save names {name!r}, {held}",
+            "use the last part of a module's name, such as lm_head or embed_tokens, or method lora for any layer",
+        )
+    return list(names) or None
 
 
 def adapted_layers(base: nn.Module, text: str) -> list[int] | None:
