@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 
 from studio.commands.options import add_json, add_set
+from studio.commands.pace_text import pace_lines
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
@@ -17,11 +18,13 @@ from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stock import stock_setup
 from studio.probe.gpus import read_gpus
+from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import budget_of, card_of, known_gpu
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
 _MOST_GIB = 4096.0
+_MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces the real model and knows better"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,19 @@ def run(args: argparse.Namespace) -> int:
     card = card_for(args, recipe)
     setup = _setup(args, recipe, card.gpu)
     check_rank(shape, target_names(shape, setup.targets), setup.rank)
-    estimate = estimate_vram(shape, setup, card.gpu)
+    estimate = calibrated(estimate_vram(shape, setup, card.gpu), setup, card.gpu)
+    if shape.doubts:
+        estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
+    pace = pace_of(recipe, shape, setup, card.gpu)
     if args.json:
-        write_json(plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes))
+        plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
+        write_json({**plan, **pace_to_dict(pace)})
     else:
         _print(estimate, shape, setup, card)
+        for line in pace_lines(pace, setup):
+            say(line)
+        for note in estimate.notes:
+            say(f"note: {note}")
     return DONE if card.budget_bytes is None or estimate.verdict(card.budget_bytes) == "fits" else NO
 
 
@@ -85,6 +96,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
     setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
+    if gpu is not None:
+        setup = replace(setup, device="cuda")
     wishes = {name: getattr(args, name) for name in ("kbit_prepare", "autocast", "outputs_kept", "transformers")}
     given = {name: value for name, value in wishes.items() if value is not None}
     if args.engine == "hf":
@@ -136,9 +149,12 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) 
     tensors, allocator = size(estimate.allocated.expected), size(estimate.reserved.expected)
     say(f"peak in stage {estimate.stage}: tensors {tensors}, allocator {allocator}")
     device = estimate.device
-    say(f"the card will show {size(device.expected)} (range {size(device.low)} to {size(device.high)})")
+    if setup.device == "cpu":
+        process = process_of(estimate, setup)
+        if process:
+            say(f"the process will take {size(process.expected)} (range {size(process.low)} to {size(process.high)})")
+    else:
+        say(f"the card will show {size(device.expected)} (range {size(device.low)} to {size(device.high)})")
     if card.budget_bytes is not None:
         name = card.gpu.name if card.gpu and card.gpu.name else "the card"
         say(f"{estimate.verdict(card.budget_bytes)}: {name} has {size(card.budget_bytes)} for it")
-    for note in estimate.notes:
-        say(f"note: {note}")

@@ -20,6 +20,9 @@ _MOST_FACTOR = 5.0
 _CPU_SPREAD = 1.5
 """Factor both ways around one CPU run: padding, batch size and what else the machine does are not in the model."""
 
+_PROCESS_DOUBT = 0.25
+"""Relative doubt of what one CPU run's process held beside its tensors: one run's allocator is not another's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -154,7 +157,10 @@ def cpu_speed(operations_per_token: float, observations: Sequence[Observation]) 
 def process_range(observations: Sequence[Observation]) -> Range | None:
     """Return what a CPU run's process holds beyond its tensors, as seen here; None where it was never seen."""
     seen = _known(item.process_bytes for item in observations)
-    return Range(int(min(seen)), int(median(seen)), int(max(seen))) if seen else None
+    if not seen:
+        return None
+    usual = median(seen)
+    return _whole(*_blend(seen, (usual * (1 - _PROCESS_DOUBT), usual, usual * (1 + _PROCESS_DOUBT))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Sustained:
 _SERVER = Sustained(0.90, 0.50, 0.65, 0.30, 1.5, "a roofline fitted to 51 published speeds of an A100 and an L40S")
 _LOW_POWER = Sustained(0.55, 0.16, 0.42, 0.30, 1.5, "a roofline fitted to 61 published speeds of a T4")
 _OTHER = Sustained(
-    0.70, 0.30, 0.55, 0.30, 1.8, "a roofline between what a T4 and an A100 sustain: none of these is known"
+    0.70, 0.30, 0.55, 0.30, 1.8, "a roofline between what a T4 and an A100 sustain; nobody compared it on such a card"
 )
 
 _LOW_POWER_BANDWIDTH, _SERVER_BANDWIDTH = 320.0, 800.0
@@ -54,8 +54,12 @@ _LAUNCH_SECONDS = 0.002
 """Host seconds to launch one pass through one layer of transformers with peft: 1.2 to 3 ms in the rows of small steps
 (Qwen's README at 256 tokens, T4 rows of SmolLM2-135M). A step cannot be faster than that, on any card."""
 
-_DEQUANTISING = (0.15, 0.60)
-"""Least and most share of the bandwidth while dequantising: the spread of single fits to the published rows."""
+_DEQUANTISING = (0.60, 0.30, 0.15)
+"""Share of the bandwidth while dequantising, best, usual, worst: the spread of single fits to the published rows."""
+
+_LAUNCH_4BIT = (1.1, 1.3, 1.5)
+"""Times as long to launch a layer that is dequantised first, best, usual, worst: 1.33 and 1.49 in the T4 rows of
+SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens, GPTQ kernels)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +118,11 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
     sustained = _sustained(gpu)
     plain, quantised = (step_work(shape, replace(setup, method=method)) for method in ("lora", "qlora"))
     before = _seconds(plain, gpu, sustained)
-    least, most = _DEQUANTISING
-    shares = (most, sustained.dequantising, least)
-    low, expected, high = (
-        _seconds(quantised, gpu, replace(sustained, dequantising=share)) / before for share in shares
+    low, usual, high = (
+        _seconds(quantised, gpu, replace(sustained, dequantising=share), launch_4bit=launch) / before
+        for share, launch in zip(_DEQUANTISING, _LAUNCH_4BIT, strict=True)
     )
-    return low, expected, high
+    return low, usual, high
 
 
 def _sustained(gpu: Gpu) -> Sustained:
@@ -131,7 +134,7 @@ def _sustained(gpu: Gpu) -> Sustained:
     return _OTHER
 
 
-def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained) -> float:
+def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:
     """Return the seconds of a micro-batch: products, attention and traffic in turn, or those to launch it all."""
     half, single = gpu.half_tflops * _TERA, gpu.single_tflops * _TERA
     bandwidth = gpu.bandwidth_gb_per_second * _GIGA
@@ -142,4 +145,5 @@ def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained) -> float:
     )
     moved = work.moved_bytes / (bandwidth * sustained.bandwidth)
     dequantised = work.dequantised_bytes / (bandwidth * sustained.dequantising)
-    return max(products + attention + moved + dequantised, _LAUNCH_SECONDS * work.layer_passes)
+    launch = _LAUNCH_SECONDS * work.layer_passes * (launch_4bit if work.dequantised_bytes else 1.0)
+    return max(products + attention + moved + dequantised, launch)

@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,16 +45,24 @@ def setting_of(device: str, method: str, versions: Mapping[str, str] | None = No
     """Return what an observation on a device holds for.
 
     Args:
-        device: A card's name, or `cpu`.
+        device: A card's name as CUDA, NVML or the catalogue has it, or `cpu`.
         method: lora or qlora.
         versions: Library versions by name; None takes the installed ones.
     """
-    named = device if device != CPU else f"cpu: {processor_name()}"
+    named = f"cpu: {processor_name()}" if device == CPU else _catalogued(device)
     known = installed_versions() if versions is None else versions
     kept = tuple(sorted((name, known[name]) for name in LIBRARIES if name in known))
     return Setting(plain(named, one_line=True, limit=120), f"studio {__version__}", method, kept)
 
 
+def _catalogued(name: str) -> str:
+    try:
+        return find_gpu(name).name
+    except StudioError:
+        return name
+
+
+@lru_cache(maxsize=1)
 def installed_versions() -> dict[str, str]:
     """Return the installed versions of the job's libraries, read without importing them."""
     found = {}
@@ -65,6 +74,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+@lru_cache(maxsize=1)
 def processor_name() -> str:
     """Return what the processor calls itself, else what it is."""
     try:
@@ -114,7 +124,8 @@ def observe(
     if len(history.train.steps) < _WARM_UP_STEPS + _LEAST_STEPS:
         return None
     gpu = None if planned.device == CPU else _card(planned.device)
-    setup = setup_of(recipe, bf16=planned.dtype == "bf16")
+    setup = setup_of(recipe.with_("model.dtype", planned.dtype))
+    setup = replace(setup, device="cpu" if planned.device == CPU else "cuda")
     largest = _as_it_ran(setup, planned.batch_tokens)
     estimate = estimate_vram(shape, largest, gpu)
     memory = history.memory

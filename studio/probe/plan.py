@@ -10,9 +10,11 @@ from studio.core.text import plain
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import setup_of
+from studio.probe.calibrate import CARD_USED
 from studio.probe.gpus import Gpu as Reading
 from studio.probe.gpus import read_gpus
 from studio.probe.models import BaseFound
+from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.shape import shape_of_base
 
 
@@ -30,13 +32,18 @@ def plan_for(recipe: Recipe, base: BaseFound, *, cards: list[Reading] | None = N
         shape = shape_of_base(base)
         reading = card_of(recipe.device.device, read_gpus() if cards is None else cards)
         gpu = known_gpu(reading) if reading else None
-        setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
-        estimate = estimate_vram(shape, setup, gpu)
-        return plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))
+        setup = replace(setup_of(recipe, bf16=gpu is None or gpu.bf16), device="cuda" if reading else "cpu")
+        estimate = calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
+        plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))
+        return {**plan, **pace_to_dict(pace_of(recipe, shape, setup, gpu)), CARD_USED: _used(reading)}
     except StudioError as error:
         return {"estimate": None, "why": plain(str(error))}
     except Exception as error:  # noqa: BLE001  an odd model must never keep a run from starting
         return {"estimate": None, "why": plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)}
+
+
+def _used(reading: Reading | None) -> int | None:
+    return reading.used_bytes if reading else None
 
 
 def card_of(device: str, cards: list[Reading] | None) -> Reading | None:

@@ -213,3 +213,47 @@ def test_nothing_heavy_is_imported(home: Path, llama: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "0 []"
+
+
+def test_speed_and_time_are_told_as_ranges(cli: Cli, llama: str) -> None:
+    document = cli("plan", "--model", llama, "--method", "qlora", "--seq", "2048", "--gpu", "4090", "--json").document
+    speed = document["tokens_per_second"]
+    assert 100 < speed["low"] < speed["expected"] < speed["high"] < 10_000
+    assert speed["basis"]
+    assert document["hours"]["low"] <= document["hours"]["expected"] <= document["hours"]["high"]
+    assert 1.0 < document["qlora_slowdown"]["low"] < document["qlora_slowdown"]["high"] < 2.0
+    words = cli("plan", "--model", llama, "--method", "qlora", "--gpu", "4090").out
+    assert "tokens/s" in words
+    assert "4 bit: a step takes" in words
+
+
+def test_a_speed_that_nobody_can_know_is_not_invented(cli: Cli, llama: str) -> None:
+    for words in (("--vram-gib", "24"), ()):
+        outcome = cli("plan", "--model", llama, *words, "--json")
+        assert (outcome.document["tokens_per_second"], outcome.document["hours"]) == (None, None)
+        assert outcome.document["tokens_per_second_unknown"]
+    assert "speed: not known" in cli("plan", "--model", llama).out
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x00\xffgarbage", b'{"schema": 1, "observations": [{"at": 1e999}]}', b"[" * 99_999]
+)
+def test_a_broken_calibration_never_breaks_a_plan(cli: Cli, llama: str, home: Path, content: bytes) -> None:
+    words = ("plan", "--model", llama, "--gpu", "4090", "--json")
+    before = cli(*words).document
+    home.mkdir(exist_ok=True)
+    (home / "calibration.json").write_bytes(content)
+    outcome = cli(*words)
+    assert (outcome.code, outcome.err, outcome.document) == (0, "", before)
+
+
+def test_an_unknown_architecture_has_a_wide_range_and_a_way_to_know(cli: Cli, llama: str) -> None:
+    config = CONFIGS["Llama-3.1-8B"] | {"model_type": "brand_new", "architectures": ["BrandNewForCausalLM"]}
+    Path("new.json").write_text(json.dumps(config))
+    known = cli("plan", "--model", llama, "--json").document
+    guessed = cli("plan", "--model", "new.json", "--json").document
+    spread = [plan["ranges"]["allocated"]["high"] / plan["peak_bytes"] for plan in (known, guessed)]
+    assert spread[1] > 1.2 > spread[0]
+    assert any("brand_new" in note for note in guessed["notes"])
+    assert any("lora-studio measure" in note for note in guessed["notes"])
+    assert not any("measure" in note for note in known["notes"])

@@ -130,6 +130,9 @@ def test_the_process_around_the_tensors_of_a_cpu_run():
     found = process_range([*runs, seen(resident_bytes=5)])
     assert found is not None
     assert (found.low, found.expected, found.high) == (500 * MIB, 700 * MIB, 900 * MIB)
+    alone = process_range([seen(resident_bytes=PREDICTED[0] + 800 * MIB)])
+    assert alone is not None
+    assert alone.low < alone.expected == 800 * MIB < alone.high
 
 
 def test_the_error_so_far_is_told_per_setting_newest_first():

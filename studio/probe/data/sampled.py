@@ -1,0 +1,89 @@
+"""How many rows a JSON Lines file has and how much text is in them, from its first half megabyte; no tokenizer."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.probe.data.shipped import EMBEDDED, shipped_data
+
+_LOOK_BYTES = 2**19
+_ROLE = "role"
+
+BYTES_PER_TOKEN = (4.8, 4.0, 2.5)
+"""UTF-8 bytes of text per token, for least, usual and most tokens. Measured: 4.2 on the embedded rows with SmolLM2's
+tokenizer. Code, numbers and many scripts have fewer; the ends are a choice, wide on purpose."""
+
+TEMPLATE_TOKENS = (5, 15, 40)
+"""Tokens that a chat template adds to a row, least, usual and most; SmolLM2's: 11 without its system turn, 32 with."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsGuess:
+    """What a look at the beginning of a file says.
+
+    Attributes:
+        rows: Rows in the file: counted where all of it was read, else estimated from the length of lines.
+        text_bytes: UTF-8 bytes of text in each row that was read.
+    """
+
+    rows: int
+    text_bytes: tuple[int, ...]
+
+    def tokens_per_row(self, longest: int) -> tuple[float, float, float]:
+        """Return the mean tokens of a row that is cut at `longest`: least, usual and most."""
+        pairs = zip(BYTES_PER_TOKEN, TEMPLATE_TOKENS, strict=True)
+        least, usual, most = (self._mean(longest, ratio, more) for ratio, more in pairs)
+        return least, usual, most
+
+    def _mean(self, longest: int, bytes_per_token: float, more: int) -> float:
+        cut = (min(longest, size / bytes_per_token + more) for size in self.text_bytes)
+        return sum(cut) / len(self.text_bytes)
+
+
+def guess_rows(word: str) -> RowsGuess | None:
+    """Return what the beginning of a data file tells; None for another format, and for what cannot be read.
+
+    Args:
+        word: A path, or `embedded`.
+    """
+    try:
+        path = shipped_data() if word == EMBEDDED else Path(word).expanduser()
+        status = path.stat()
+        return _guess(path, status.st_size, status.st_mtime_ns) if path.is_file() else None
+    except (OSError, RuntimeError, ValueError, BadInput):
+        return None
+
+
+@lru_cache(maxsize=16)
+def _guess(path: Path, size: int, _changed: int) -> RowsGuess | None:
+    with path.open("rb") as file:
+        start = file.read(_LOOK_BYTES)
+    if size > len(start):
+        start = start[: start.rfind(b"\n") + 1]
+    texts = []
+    for line in start.splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(row, dict):
+            return None
+        texts.append(_text_bytes(row))
+    if not texts:
+        return None
+    rows = len(texts) if size <= len(start) else round(size * len(texts) / len(start))
+    return RowsGuess(rows, tuple(texts))
+
+
+def _text_bytes(value: Any, key: str = "") -> int:
+    """Return the bytes of all texts inside a JSON value; who speaks is no text."""
+    if isinstance(value, str):
+        return 0 if key == _ROLE else len(value.encode("utf-8", "replace"))
+    if isinstance(value, dict):
+        return sum(_text_bytes(inner, name) for name, inner in value.items())
+    return sum(_text_bytes(inner) for inner in value) if isinstance(value, list) else 0

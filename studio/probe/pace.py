@@ -1,0 +1,152 @@
+"""How fast a recipe trains and how long that takes: the roofline, this machine's own runs, and a look at the data."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from studio.core.calibration import (
+    Observation,
+    correct_estimate,
+    correct_speed,
+    cpu_speed,
+    matching,
+    process_range,
+)
+from studio.core.gpu_catalogue import Gpu
+from studio.core.recipe import Recipe
+from studio.core.schedule import total_steps_of
+from studio.core.shape import ModelShape
+from studio.core.step_work import step_work
+from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown, speed_of
+from studio.core.vram.estimate import VramEstimate
+from studio.core.vram.reserve import Range
+from studio.core.vram.setup import Setup
+from studio.probe.calibrate import CPU, setting_of
+from studio.probe.data.sampled import RowsGuess, guess_rows
+from studio.runs.calibration import calibration_path, read_observations
+
+_UNKNOWN_CARD = "only the size of the card is known: name it with --gpu"
+_UNKNOWN_CPU = "nothing has been trained on this processor with these libraries yet: the first run will tell"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Speed and time of a run.
+
+    Attributes:
+        speed: Tokens a second; None where nobody can know them.
+        why_not: Why there is none.
+        slowdown: How many times as long a step takes in 4 bit as in 16: least, usual, most; None as for the speed.
+        steps: Optimizer steps of the run; None without a look at the data.
+        tokens: Real tokens of the run: least, usual, most.
+        duration: Hours of its steps.
+        runs: How many runs of this setting the speed comes from.
+    """
+
+    speed: Speed | None
+    why_not: str = ""
+    slowdown: tuple[float, float, float] | None = None
+    steps: int | None = None
+    tokens: tuple[float, float, float] | None = None
+    duration: Duration | None = None
+    runs: int = 0
+
+
+def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Pace:
+    """Return speed and time of a recipe on a card, or without one on this processor.
+
+    Args:
+        recipe: What is wanted; says how many steps, and where the data is.
+        shape: Its base model.
+        setup: How it is trained, which may be the stock loop.
+        gpu: The card; None means this processor.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    seen = observations_for(gpu, setup)
+    speed = _speed(shape, setup, gpu, seen)
+    why_not = "" if speed else _UNKNOWN_CPU if gpu is None else _UNKNOWN_CARD
+    slowdown = qlora_slowdown(shape, setup, gpu)
+    guess = guess_rows(recipe.data.path)
+    if guess is None:
+        return Pace(speed, why_not, slowdown, runs=len(seen))
+    steps, tokens = _run_tokens(recipe, guess)
+    duration = None
+    if speed is not None:
+        # Rows that are padded, not packed, make small batches: the slow end counts on them.
+        row = max(1, round(tokens[1] / (steps * recipe.rows_per_step)))
+        slowest = _speed(shape, replace(setup, seq_len=row), gpu, seen) or speed
+        fast, slow = duration_of(speed, tokens[0]).low, duration_of(slowest, tokens[2]).high
+        usual = duration_of(speed if recipe.train.packing == "on" else slowest, tokens[1]).expected
+        duration = Duration(fast, min(max(usual, fast), slow), slow)
+    return Pace(speed, why_not, slowdown, steps, tokens, duration, len(seen))
+
+
+def calibrated(estimate: VramEstimate, setup: Setup, gpu: Gpu | None) -> VramEstimate:
+    """Return an estimate corrected by this machine's own runs on the card; the same without any."""
+    return estimate if gpu is None else correct_estimate(estimate, observations_for(gpu, setup))
+
+
+def process_of(estimate: VramEstimate, setup: Setup) -> Range | None:
+    """Return what a CPU run's process will hold, tensors and the rest; None where no run here has shown the rest."""
+    rest = process_range(observations_for(None, setup)) if setup.device == CPU else None
+    tensors = estimate.allocated
+    if rest is None:
+        return None
+    return Range(tensors.low + rest.low, tensors.expected + rest.expected, tensors.high + rest.high)
+
+
+def observations_for(gpu: Gpu | None, setup: Setup) -> tuple[Observation, ...]:
+    """Return the runs of this machine that hold for a device and a set-up; none for the stock loop."""
+    if setup.engine != "studio" or (gpu is not None and not gpu.name):
+        return ()
+    found = _observations()
+    return matching(found, setting_of(gpu.name if gpu else CPU, setup.method)) if found else ()
+
+
+def pace_to_dict(pace: Pace) -> dict[str, Any]:
+    """Return the fields that `plan --json` has for speed and time; null is "not known"."""
+    names = ("low", "expected", "high")
+    return {
+        "tokens_per_second": asdict(pace.speed) if pace.speed else None,
+        "tokens_per_second_unknown": pace.why_not or None,
+        "hours": asdict(pace.duration) if pace.duration else None,
+        "steps": pace.steps,
+        "tokens": dict(zip(names, map(round, pace.tokens), strict=True)) if pace.tokens else None,
+        "qlora_slowdown": dict(zip(names, pace.slowdown, strict=True)) if pace.slowdown else None,
+        "calibration_runs": pace.runs,
+    }
+
+
+def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Observation]) -> Speed | None:
+    if gpu is None:
+        return cpu_speed(step_work(shape, setup).operations_per_token, seen)
+    speed = speed_of(shape, setup, gpu)
+    return correct_speed(speed, seen) if speed else None
+
+
+def _run_tokens(recipe: Recipe, guess: RowsGuess) -> tuple[int, tuple[float, float, float]]:
+    """Return the steps of a run and its tokens, a row being as long as those at the beginning of the file."""
+    rows = max(1, guess.rows - (0 if recipe.data.eval_path else recipe.eval.rows))
+    train = recipe.train
+    steps = total_steps_of(
+        steps=train.steps, epochs=train.epochs, rows=rows, rows_per_step=min(recipe.rows_per_step, rows)
+    )
+    seen_rows = steps * min(recipe.rows_per_step, rows)
+    least, usual, most = guess.tokens_per_row(train.seq_len)
+    return steps, (seen_rows * least, seen_rows * usual, seen_rows * most)
+
+
+def _observations() -> tuple[Observation, ...]:
+    try:
+        status = calibration_path().stat()
+    except OSError:
+        return ()
+    return _read(str(calibration_path()), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read(_path: str, _changed: int, _size: int) -> tuple[Observation, ...]:
+    return read_observations()

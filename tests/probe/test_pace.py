@@ -1,0 +1,159 @@
+"""Speed and hours of a recipe: from a card, from this machine's own runs, or honestly not at all."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from studio.core.calibration import Observation
+from studio.core.gpu_catalogue import GIB, MIB, card_of_size, find_gpu
+from studio.core.recipe import Recipe
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import Setup, setup_of
+from studio.probe.calibrate import setting_of
+from studio.probe.data.sampled import guess_rows
+from studio.probe.gpus import Gpu as Reading
+from studio.probe.models import find_base
+from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
+from studio.probe.plan import plan_for
+from studio.runs.calibration import remember
+from tests.core.published_speed import model
+
+LLAMA = model("Llama-3.1-8B")
+RECIPE = Recipe().with_("train.seq_len", 2048).with_("eval.rows", 0)
+CARD = find_gpu("4090")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps(
+        {"messages": [{"role": "user", "content": "q" * 190}, {"role": "assistant", "content": "a" * 190}]}
+    )
+    path.write_text(f"{row}\n" * 800)
+    return path
+
+
+def seen(device: str = "NVIDIA GeForce RTX 4090", method: str = "qlora", **more: object) -> Observation:
+    fields: dict[str, object] = {"run": "a", "at": 1.0, "setting": setting_of(device, method)}
+    return Observation(**(fields | {"predicted": (10 * GIB, 11 * GIB, 12 * GIB)} | more))  # type: ignore[arg-type]
+
+
+def test_rows_are_counted_and_their_text_is_weighed(rows: Path) -> None:
+    guess = guess_rows(str(rows))
+    assert guess is not None
+    assert guess.rows == 800
+    assert set(guess.text_bytes) == {380}, "the names of roles are no text"
+    least, usual, most = guess.tokens_per_row(2048)
+    assert least < usual < most
+    assert usual == 380 / 4 + 15
+    assert guess.tokens_per_row(64) == (64, 64, 64), "longer rows are cut"
+
+
+def test_a_large_file_is_guessed_from_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    path.write_text('{"text": "' + "x" * 1000 + '"}\n' * 1 + ('{"text": "' + "x" * 1000 + '"}\n') * 4999)
+    guess = guess_rows(str(path))
+    assert guess is not None
+    assert guess.rows == pytest.approx(5000, rel=0.01)
+    assert len(guess.text_bytes) < 600
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]\n", "not json\n", '"text"\n', "\x00\xff", "[" * 100_000])
+def test_what_is_no_json_lines_is_not_guessed(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text(content)
+    assert guess_rows(str(path)) is None
+
+
+@pytest.mark.parametrize("word", ["", "/no/such/file", "~nobody-here/x", "a\0b", "x" * 5000])
+def test_a_file_that_is_not_there_is_not_guessed(word: str) -> None:
+    assert guess_rows(word) is None
+
+
+def test_hours_follow_from_the_data(rows: Path) -> None:
+    recipe = RECIPE.with_("data.path", str(rows)).with_("train.epochs", 2.0)
+    pace = pace_of(recipe, LLAMA, setup_of(recipe), CARD)
+    assert pace.steps == 200
+    assert pace.tokens is not None
+    assert pace.duration is not None
+    assert pace.speed is not None
+    assert pace.tokens[1] == 1600 * 110
+    assert pace.duration.low < pace.duration.expected < pace.duration.high
+    assert pace.duration.low == pytest.approx(pace.tokens[0] / pace.speed.high / 3600)
+    longer = pace_of(recipe.with_("train.steps", 400), LLAMA, setup_of(recipe), CARD)
+    assert longer.duration is not None
+    assert longer.duration.high == pytest.approx(2 * pace.duration.high)
+
+
+def test_without_readable_data_there_are_no_hours() -> None:
+    pace = pace_of(RECIPE.with_("data.path", "/no/such"), LLAMA, setup_of(RECIPE), CARD)
+    assert pace.speed is not None
+    assert (pace.duration, pace.tokens, pace.steps) == (None, None, None)
+
+
+def test_nobody_invents_a_speed() -> None:
+    for gpu, words in ((None, "processor"), (card_of_size(24), "--gpu")):
+        pace = pace_of(RECIPE, LLAMA, setup_of(RECIPE), gpu)
+        assert pace.speed is None
+        assert words in pace.why_not
+        document = pace_to_dict(pace)
+        assert document["tokens_per_second"] is None
+        assert document["hours"] is None
+
+
+def test_runs_on_this_card_correct_speed_and_memory() -> None:
+    setup = setup_of(RECIPE)
+    before = pace_of(RECIPE, LLAMA, setup, CARD)
+    estimate = estimate_vram(LLAMA, setup, CARD)
+    assert calibrated(estimate, setup, CARD) is estimate
+    sizes = {"allocated_bytes": 10 * GIB, "reserved_bytes": 10 * GIB + 512 * MIB, "device_bytes": 11 * GIB}
+    remember(seen(speed_factor=1.3, **sizes))
+    after = pace_of(RECIPE, LLAMA, setup, CARD)
+    assert before.speed is not None
+    assert after.speed is not None
+    assert after.speed.expected == pytest.approx(1.3 * before.speed.expected)
+    assert after.runs == 1
+    corrected = calibrated(estimate, setup, CARD)
+    assert corrected.device.high - corrected.device.low < estimate.device.high - estimate.device.low
+
+
+def test_runs_of_another_kind_change_nothing() -> None:
+    setup = setup_of(RECIPE)
+    remember(seen("NVIDIA A100-SXM4-80GB", speed_factor=3.0))
+    remember(seen(method="lora", run="b", speed_factor=3.0))
+    assert pace_of(RECIPE, LLAMA, setup, CARD).runs == 0
+    stock = Setup(engine="hf", method="lora")
+    assert pace_of(RECIPE, LLAMA, stock, CARD).runs == 0, "the stock loop was never measured here"
+
+
+def test_this_processor_is_known_after_its_first_run() -> None:
+    setup = replace(setup_of(RECIPE), device="cpu")
+    estimate = estimate_vram(LLAMA, setup)
+    assert process_of(estimate, setup) is None
+    remember(seen("cpu", operations_per_second=2e11, resident_bytes=11 * GIB))
+    pace = pace_of(RECIPE, LLAMA, setup, None)
+    assert pace.speed is not None
+    assert 1 < pace.speed.expected < 10, "an 8 B model on two cores"
+    process = process_of(estimate, setup)
+    assert process is not None
+    assert process.expected == estimate.allocated.expected + 1 * GIB
+
+
+def test_a_run_keeps_its_speed_and_what_others_held(rows: Path) -> None:
+    recipe = Recipe().with_("data.path", str(rows))
+    card = Reading(0, "NVIDIA GeForce RTX 4090", "GPU-1", 24 * GIB, 2 * GIB, 22 * GIB, (8, 9))
+    plan = plan_for(recipe, find_base("embedded"), cards=[card])
+    assert plan["tokens_per_second"]["low"] < plan["tokens_per_second"]["high"]
+    assert plan["hours"]["low"] < plan["hours"]["high"]
+    assert plan["card_used_bytes"] == 2 * GIB
+    assert json.loads(json.dumps(plan, allow_nan=False)) == plan
+    here = plan_for(recipe, find_base("embedded"), cards=[])
+    assert (here["tokens_per_second"], here["card_used_bytes"], here["setup"]["device"]) == (None, None, "cpu")
