@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from studio.commands.options import root_of
-from studio.commands.terminal import BAD_INPUT, complain, why_no_studio
+from studio.commands.terminal import complain, why_no_studio
 from studio.core.recipe import Recipe
 from studio.runs.home import is_first_visit
 from studio.runs.layout import RunPaths
@@ -14,16 +14,17 @@ FIRST = "demo"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Open the studio, or say why it cannot be and what works without a screen.
+    """Open the studio; where it cannot be shown say why, and list the runs as plain text.
 
     Raises:
         BadInput: The recipe cannot be used.
     """
-    reason = why_no_studio()
-    if reason:
-        complain(f"lora-studio: {reason}. Everything works without a screen too; see: lora-studio --help")
-        return BAD_INPUT
     root = root_of(args)
+    if reason := why_no_studio():
+        from studio.commands.runs_list import list_all  # noqa: PLC0415  not for the screen
+
+        complain(f"lora-studio: {reason}: here are the runs. Everything works without a screen: lora-studio --help")
+        return list_all(argparse.Namespace(runs_dir=root, json=False))
     return open_studio(first_recipe(args.recipe), root, setup=not args.recipe and is_first_visit(root))
 
 

@@ -13,6 +13,7 @@ from studio.core.text import plain
 DONE, NO, BAD_INPUT = 0, 1, 2
 """Exit codes: done or fits; the answer is no; what the user gave cannot be used."""
 
+_DRIVER_VARIABLE = "TEXTUAL_DRIVER"
 _GLYPHS = "━╺█⣿┌…"
 _ASCII = str.maketrans(dict.fromkeys("┌┐└┘├┤┬┴┼", "+") | {"─": "-", "│": "|"})
 
@@ -60,13 +61,13 @@ def as_ascii(text: str) -> str:
 
 def why_no_studio(environment: Mapping[str, str] = os.environ) -> str:
     """Return why the full-screen studio cannot be shown here, or nothing when it can."""
+    if environment.get(_DRIVER_VARIABLE):  # textual-serve: a browser is the terminal
+        return ""
     # Textual reads keys from stdin and draws on stderr.
     if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         return "the studio needs a terminal, and this is none"
     if sys.platform != "win32" and environment.get("TERM", "") in ("", "dumb"):
         return f"the studio needs a terminal that can move its cursor, and TERM is {environment.get('TERM', '')!r}"
-    if not can_encode(sys.stdout):
-        return f"the studio's glyphs do not exist in the encoding {sys.stdout.encoding}; set PYTHONUTF8=1"
     return ""
 
 

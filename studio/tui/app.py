@@ -4,15 +4,19 @@ Knows no job library and starts none in its own process: runs live on when it en
 """
 
 import asyncio
+import contextlib
 import os
 import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.text import Text
 from textual import work
-from textual.app import App
+from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.filter import LineFilter
 from textual.message import Message
 from textual.screen import ModalScreen, Screen
 
@@ -23,12 +27,15 @@ from studio.tui.asks import OpenRun
 from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.setup_finder import Finder
+from studio.tui.themes import OURS
+from widgets.output_filter import SafeOutput, drawable
 
 if TYPE_CHECKING:
     from studio.tui.screens.setup import SetupDone
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
+_ASCII_VARIABLE = "LORA_STUDIO_ASCII"
 
 
 class StudioApp(App[None]):
@@ -38,6 +45,7 @@ class StudioApp(App[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+q", "quit", "Quit", show=False),
         Binding("question_mark", "help", "Help", show=False),
+        Binding("T", "change_theme", "Theme", show=False),
     ]
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  declared without ClassVar by Textual
         (0, "-narrow"),
@@ -67,6 +75,8 @@ class StudioApp(App[None]):
         engine: Engine | None = None,
         finder: Finder | None = None,
         poll_seconds: float = _POLL_SECONDS,
+        theme: str = "",
+        can_draw: Callable[[str], bool] | None = None,
     ) -> None:
         """Open on a recipe.
 
@@ -79,8 +89,14 @@ class StudioApp(App[None]):
             engine: What starts, resumes and ends runs.
             finder: What the set-up looks things up with.
             poll_seconds: Pace at which runs are looked at and drawn.
+            theme: The theme to begin with; Textual's own where it is empty or unknown.
+            can_draw: Whether the terminal can draw a character; None where it draws all.
         """
         super().__init__()
+        self._output_filter = SafeOutput(can_draw)
+        for ours in OURS:
+            self.register_theme(ours)
+        self.theme = theme if theme in self.available_themes else self.theme
         self._engine, self._finder = engine or Engine(), finder or Finder()
         self._runs_root, self._open_run, self._launch_at_once = runs_root, open_run, launch
         self._set_up_first = setup
@@ -91,6 +107,26 @@ class StudioApp(App[None]):
     def get_default_screen(self) -> Screen[None]:
         """Return the configure screen: the first frame needs nothing else."""
         return self._configure
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Return what every row goes through before it is written."""
+        return [*super().get_line_filters(), self._output_filter]
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Offer our own commands in the palette beside Textual's."""
+        yield from super().get_system_commands(screen)
+        yield SystemCommand("Guided set-up", "Machine, model, data, goal, recipe", self.on_show_setup)
+        yield SystemCommand("Runs", "All runs, newest first", self.on_show_runs)
+
+    def watch_theme(self, theme: str) -> None:
+        """Keep a theme that the user chose."""
+        if self.is_running:
+            self._keep_theme(theme)
+
+    @work(thread=True, group="theme")
+    def _keep_theme(self, theme: str) -> None:
+        with contextlib.suppress(OSError):  # it is only for the next visit
+            self._engine.keep_theme(theme)
 
     def on_mount(self) -> None:
         """Open what was asked for, else look for runs that an earlier visit left alive."""
@@ -190,13 +226,32 @@ def run_studio(
         launch: Start the recipe at once.
         setup: Begin with the guided set-up.
     """
+    from studio.tui.kept import recall_theme  # noqa: PLC0415  platformdirs, which tests of the screens do without
+
     remote = "SSH_CONNECTION" in os.environ
-    pace = _POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS
-    app = StudioApp(recipe, runs_root=runs_root, open_run=open_run, launch=launch, setup=setup, poll_seconds=pace)
+    app = StudioApp(
+        recipe,
+        runs_root=runs_root,
+        open_run=open_run,
+        launch=launch,
+        setup=setup,
+        poll_seconds=_POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS,
+        theme=recall_theme(),
+        can_draw=_can_draw(),
+    )
     if remote:
         app.animation_level = "none"
     app.run()
     return app.return_code or 0
+
+
+def _can_draw() -> Callable[[str], bool] | None:
+    """Return what the terminal can draw: by its encoding, all of it in a browser, no braille on the Linux console."""
+    if os.environ.get(_ASCII_VARIABLE):
+        return drawable("ascii")
+    if os.environ.get("TEXTUAL_DRIVER"):
+        return None
+    return drawable(getattr(sys.__stderr__, "encoding", None), braille=os.environ.get("TERM") != "linux")
 
 
 def _farewell(names: list[str]) -> Text:

@@ -3,8 +3,6 @@
 The real ones import what they need when they are called: none of it is needed for the first frame.
 """
 
-import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -98,19 +96,27 @@ def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
 
 
 def _spills() -> bool:
-    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+    from studio.probe.machine import spills_to_ram  # noqa: PLC0415
+
+    return spills_to_ram()
 
 
 def _recall_planned() -> str:
-    from studio.tui.planned_card import recall_planned_card  # noqa: PLC0415
+    from studio.tui.kept import recall_planned_card  # noqa: PLC0415
 
     return recall_planned_card()
 
 
 def _keep_planned(name: str) -> None:
-    from studio.tui.planned_card import keep_planned_card  # noqa: PLC0415
+    from studio.tui.kept import keep_planned_card  # noqa: PLC0415
 
     keep_planned_card(name)
+
+
+def _keep_theme(name: str) -> None:
+    from studio.tui.kept import keep_theme  # noqa: PLC0415
+
+    keep_theme(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ class Engine:
         spills: Whether the driver moves what does not fit into main memory instead of refusing it (Windows, WSL).
         recall_planned: Returns the card of the catalogue that was planned for last, or nothing.
         keep_planned: Keeps it for the next visit; raises OSError.
+        keep_theme: Keeps a theme's name for the next visit; raises OSError.
     """
 
     start: Callable[[Recipe, Path], RunPaths] = _start
@@ -136,3 +143,4 @@ class Engine:
     spills: Callable[[], bool] = _spills
     recall_planned: Callable[[], str] = _recall_planned
     keep_planned: Callable[[str], None] = _keep_planned
+    keep_theme: Callable[[str], None] = _keep_theme

@@ -36,9 +36,10 @@ def test_every_verb_has_help(cli: Cli, verb: str) -> None:
     assert f"usage: lora-studio {verb}" in outcome.out
 
 
-def test_without_a_terminal_the_studio_says_why_and_what_else_there_is(cli: Cli) -> None:
+def test_without_a_terminal_the_runs_are_plain_text_and_it_says_why(cli: Cli) -> None:
     outcome = cli()
-    assert outcome.code == 2
+    assert outcome.code == 0
+    assert "no runs in" in outcome.out
     assert "needs a terminal" in outcome.err
     assert "--help" in outcome.err
 
@@ -62,8 +63,7 @@ class _Terminal(io.StringIO):
         ("xterm-256color", "utf-8", ""),
         ("dumb", "utf-8", "TERM is 'dumb'"),
         ("", "utf-8", "TERM is ''"),
-        ("xterm", "ascii", "encoding ascii"),
-        ("xterm", "latin-1", "encoding latin-1"),
+        ("xterm", "ascii", ""),
     ],
 )
 def test_the_studio_opens_only_where_it_can_be_seen(

@@ -66,7 +66,7 @@ def test_the_first_screen(
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await until(pilot, lambda: "a card [b]x[/b]" in shown(app))
         told = shown(app)
-        for part in ("lora-studio  Configure", "Base", "embedded", "(•) QLoRA 4-bit", "Rank", "alpha/rank 2", "r Run"):
+        for part in ("lora-studio  Configure", "Base", "embedded", "(•) QLoRA 4-bit", "Rank", "2 x rank", "r Run"):
             assert part in told
         assert "Width of the adapter's low-rank pair" in told, "the focused field is explained"
 
@@ -77,7 +77,7 @@ def test_turning_changes_the_recipe_and_what_follows(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("right")
         assert screen_of(app).recipe.adapter.rank == 32
-        assert "alpha/rank 1" in shown(app)
+        assert "1 x rank" in shown(app)
         await pilot.press("4", "8", "enter")
         assert screen_of(app).recipe.adapter.rank == 48
         assert isinstance(screen_of(app).recipe.adapter.rank, int)
@@ -87,7 +87,7 @@ def test_turning_changes_the_recipe_and_what_follows(tmp_path: Path) -> None:
         assert screen_of(app).recipe.adapter.rank == 1
         screen_of(app)._form.focus_field("train.accumulation")
         await pilot.press("right")
-        assert "12 rows a step" in shown(app)
+        assert "12 per step" in shown(app)
         assert screen_of(app).recipe.problems() == ()
 
     play(story, tmp_path)
@@ -219,8 +219,8 @@ def test_hostile_recipe_values_are_shown_harmlessly(tmp_path: Path) -> None:
 def test_notes_follow_from_several_fields() -> None:
     recipe = Recipe(train=replace(Recipe().train, micro_batch=3, accumulation=4, steps=10))
     notes = notes_of(recipe)
-    assert notes["train.accumulation"] == "12 rows a step"
-    assert (notes["train.steps"], notes["train.epochs"]) == ("", "the steps decide")
+    assert notes["train.accumulation"] == "12 per step"
+    assert (notes["train.steps"], notes["train.epochs"]) == ("", "by steps")
     assert notes_of(recipe.with_("adapter.rank", 0))["adapter.alpha"] == "", "a rank still to be mended divides nothing"
 
 

@@ -10,7 +10,7 @@ from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
-from studio.tui import planned_card
+from studio.tui import kept
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Card, Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import applied_text, fixes_text, over_budget_text, table_text
@@ -174,9 +174,9 @@ def test_the_question_before_a_launch(spills: bool, fate: str) -> None:
 
 def test_the_planned_card_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
-    assert planned_card.recall_planned_card() == ""
-    planned_card.keep_planned_card("RTX 4090")
-    assert planned_card.recall_planned_card() == "RTX 4090"
+    assert kept.recall_planned_card() == ""
+    kept.keep_planned_card("RTX 4090")
+    assert kept.recall_planned_card() == "RTX 4090"
     for damage in ("{", "[]", '{"card": 3}', ""):
         (tmp_path / "home" / "planned_card.json").write_text(damage)
-        assert planned_card.recall_planned_card() == ""
+        assert kept.recall_planned_card() == ""

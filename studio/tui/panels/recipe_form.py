@@ -141,11 +141,11 @@ def notes_of(recipe: Recipe) -> dict[str, str]:
     """Return what follows from several fields together, for the rows of some of them."""
     by_steps, rank = recipe.train.steps > 0, recipe.adapter.rank
     return {
-        "adapter.alpha": f"alpha/rank {setting(round(recipe.adapter.alpha / rank, 4))}" if rank else "",
-        "train.accumulation": f"{recipe.rows_per_step} rows a step",
-        "train.steps": "" if by_steps else "the epochs decide",
-        "train.epochs": "the steps decide" if by_steps else "",
-        "device.budget_gib": "" if recipe.device.budget_gib else "the whole card",
+        "adapter.alpha": f"{setting(round(recipe.adapter.alpha / rank, 4))} x rank" if rank else "",
+        "train.accumulation": f"{recipe.rows_per_step} per step",
+        "train.steps": "" if by_steps else "by epochs",
+        "train.epochs": "by steps" if by_steps else "",
+        "device.budget_gib": "" if recipe.device.budget_gib else "whole card",
     }
 
 

@@ -125,7 +125,9 @@ class RunsScreen(Screen[None]):
                 for column, cell, old in zip(_COLUMNS, cells, before[name], strict=True):
                     if cell.plain != old.plain:
                         table.update_cell(name, column, cell)
-        self.query_one("#runs-head", Static).update(self._head())
+        head, words = self.query_one("#runs-head", Static), self._head()
+        if words != head.content:  # an update repaints, whatever it brings
+            head.update(words)
 
     def _head(self) -> str:
         root, count = plain(str(self._runs_root), one_line=True), len(self._infos)

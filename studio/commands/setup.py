@@ -1,0 +1,143 @@
+"""`lora-studio setup`: the guided set-up on a screen, or what it finds and recommends as plain lines or JSON."""
+
+import argparse
+import textwrap
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from studio.commands.options import add_json, add_runs_dir, root_of
+from studio.commands.terminal import DONE, NO, say, size, table, why_no_studio, width_of_terminal, write_json
+from studio.core.advice import Advice
+from studio.core.errors import BadInput
+from studio.core.goals import GOALS
+from studio.core.gpu_catalogue import find_gpu
+from studio.core.text import plain
+from studio.probe.machine import Machine, read_machine
+from studio.probe.models import find_base
+from studio.probe.setup import Answers, advice_for, check_data, recall_answers
+from studio.probe.shape import shape_of_base
+from studio.runs.atomic import write_whole
+from studio.runs.recipe_file import dump_recipe
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "setup",
+        help="the guided set-up: machine, model, data, goal, and the recipe that follows",
+        description="In a terminal, five questions on a screen. With a flag or without a terminal, the machine as it "
+        "is found and the recipe that follows from the flags, with reason and source of each choice. Exit 1: it does "
+        "not fit the card.",
+    )
+    parser.add_argument("--goal", choices=tuple(GOALS), help="what it is for")
+    parser.add_argument("--model", metavar="MODEL", help="a folder, a hub id, or: embedded")
+    parser.add_argument("--data", metavar="FILE", help="the rows to learn from, or: embedded")
+    parser.add_argument("--gpu", metavar="NAME", help="plan for this card instead of this machine's")
+    parser.add_argument("--out", metavar="FILE", help="write the recipe there")
+    add_json(parser)
+    add_runs_dir(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Open the set-up, or tell what it would recommend.
+
+    Raises:
+        BadInput: Model, data or card cannot be used, or the recipe cannot be written.
+    """
+    told = any((args.goal, args.model, args.data, args.gpu, args.out, args.json))
+    if not told and not why_no_studio():
+        from studio.commands.open_studio import first_recipe, open_studio  # noqa: PLC0415  0.3 s of screens
+
+        return open_studio(first_recipe(None), root_of(args), setup=True)
+    answers = _answers(args)
+    machine = read_machine(root_of(args))
+    checked = check_data(answers.data, answers.base)
+    if not checked.sound:
+        raise BadInput(
+            f"{plain(str(checked.data.path), one_line=True)} must be corrected before training: lora-studio data check "
+            "names the rows."
+        )
+    advice = advice_for(answers, shape_of_base(find_base(answers.base)), checked.facts)
+    if args.out:
+        _write(Path(args.out), advice)
+    if args.json:
+        write_json(_document(answers, machine, advice, args.out))
+    else:
+        _tell(answers, machine, advice, args.out)
+    return NO if advice.verdict == "does not fit" else DONE
+
+
+def _answers(args: argparse.Namespace) -> Answers:
+    """Return what the flags say, and where they say nothing what was answered on the screen."""
+    given = {"goal": args.goal, "base": args.model, "data": args.data}
+    card = find_gpu(args.gpu).name if args.gpu else None
+    said = {name: value for name, value in (*given.items(), ("card", card)) if value is not None}
+    return replace(recall_answers(), **said)
+
+
+def _write(path: Path, advice: Advice) -> None:
+    if path.exists():
+        raise BadInput(f"{plain(str(path), one_line=True)} is there already: choose another --out or remove it.")
+    try:
+        write_whole(path, dump_recipe(advice.recipe))
+    except OSError as error:
+        raise BadInput(f"{plain(str(path), one_line=True)} cannot be written: {error.strerror or error}.") from error
+
+
+def _document(answers: Answers, machine: Machine, advice: Advice, saved: str | None) -> dict[str, Any]:
+    device = advice.estimate.device
+    return {
+        "machine": asdict(machine),
+        "answers": {"model": answers.base, "data": answers.data, "goal": answers.goal, "card": answers.card or None},
+        "instead": advice.instead,
+        "fits": None if advice.verdict is None else advice.verdict == "fits",
+        "verdict": advice.verdict,
+        "budget_bytes": advice.budget_bytes,
+        "device_bytes": device.expected if advice.verdict else None,
+        "low_bytes": device.low if advice.verdict else None,
+        "high_bytes": device.high if advice.verdict else None,
+        "choices": [
+            {"label": choice.label, "settings": dict(choice.settings), "why": choice.why, "source": choice.source}
+            for choice in advice.choices
+        ],
+        "recipe": advice.recipe.to_dict(),
+        "saved": saved,
+    }
+
+
+def _tell(answers: Answers, machine: Machine, advice: Advice, saved: str | None) -> None:
+    cards = machine.cards or []
+    for card in cards:
+        say(f"card:    {card.name}, {size(card.total_bytes)}, {size(card.free_bytes)} free")
+    if not cards:
+        say("card:    no NVIDIA driver answers: training runs on the CPU")
+    say(f"driver:  {machine.driver or '-'}")
+    say(f"memory:  {size(machine.ram_bytes)}, {size(machine.free_ram_bytes)} free; {machine.cores or '?'} cores")
+    say(f"disk:    {size(machine.disk_bytes)} free")
+    say(f"model:   {answers.base}")
+    say(f"data:    {answers.data}")
+    say(f"goal:    {GOALS[answers.goal].label}")
+    say()
+    _say_wrapped(advice.instead)
+    say()
+    rows = [[choice.label, choice.shown, choice.why, choice.source] for choice in advice.choices]
+    say(table([["choice", "", "why", "source"], *rows]))
+    say()
+    if advice.verdict is None or advice.budget_bytes is None:
+        say("It runs on this machine's CPU: slow, and sure to fit only for small models. --gpu NAME plans for a card.")
+    else:
+        device = advice.estimate.device
+        say(
+            f"{advice.verdict}: {size(device.expected)} expected ({size(device.low)} to {size(device.high)}) of "
+            f"{size(advice.budget_bytes)} on {answers.card or 'this card'}"
+        )
+    if saved:
+        say(f"saved as {saved}; start it with: lora-studio train {saved}")
+    else:
+        say("--out FILE saves this recipe; lora-studio train FILE starts it")
+
+
+def _say_wrapped(text: str) -> None:
+    for line in textwrap.wrap(plain(text), width_of_terminal()):
+        say(line)

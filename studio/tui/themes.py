@@ -1,0 +1,53 @@
+"""Our own themes beside Textual's: high contrast, dark and light, and one for eyes that do not tell red from green."""
+
+from textual.theme import Theme
+
+HIGH_CONTRAST = Theme(
+    name="high-contrast",
+    primary="#5cd6ff",
+    secondary="#ffffff",
+    accent="#ffff00",
+    success="#4dff4d",
+    warning="#ffd700",
+    error="#ff6e6e",
+    foreground="#ffffff",
+    background="#000000",
+    surface="#000000",
+    panel="#1a1a1a",
+    boost="#333333",
+    dark=True,
+    variables={"text-muted": "#e0e0e0", "foreground-muted": "#e0e0e0"},
+)
+HIGH_CONTRAST_LIGHT = Theme(
+    name="high-contrast-light",
+    primary="#003a9e",
+    secondary="#000000",
+    accent="#7a0055",
+    success="#005a00",
+    warning="#7a3e00",
+    error="#a30000",
+    foreground="#000000",
+    background="#ffffff",
+    surface="#ffffff",
+    panel="#e4e4e4",
+    boost="#d0d0d0",
+    dark=False,
+    variables={"text-muted": "#2b2b2b", "foreground-muted": "#2b2b2b"},
+)
+COLOUR_BLIND = Theme(
+    name="colour-blind-safe",
+    primary="#56b4e9",
+    secondary="#cc79a7",
+    accent="#e69f00",
+    success="#009e73",
+    warning="#f0e442",
+    error="#d55e00",
+    foreground="#e6e6e6",
+    background="#121212",
+    surface="#1c1c1c",
+    panel="#26292e",
+    dark=True,
+)
+"""The palette of Okabe and Ito (2008), which all common kinds of colour blindness keep apart."""
+
+OURS = (HIGH_CONTRAST, HIGH_CONTRAST_LIGHT, COLOUR_BLIND)

@@ -1,0 +1,170 @@
+"""A good citizen of terminals: without colour, without glyphs, in other themes, over SSH, and quiet when idle."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+
+from studio.core.recipe import Recipe
+from studio.runs.worker import Worker
+from studio.tui import app as app_module
+from studio.tui.app import StudioApp, run_studio
+from studio.tui.themes import OURS
+from tests.tui.stories import NARROW, Asked, engine_that, make_run, play, settle, train, until
+from widgets.output_filter import drawable
+
+
+def rows_written(app: StudioApp) -> list[str]:
+    """The screen as it leaves for the terminal, filters applied."""
+    return ["".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips()]
+
+
+async def tour(pilot: Pilot[None], app: StudioApp) -> list[str]:
+    """Look at every screen; returns all that was written."""
+    seen: list[str] = []
+    for keys in (("?",), ("escape", "v"), ("v", "g"), ("escape", "o"), ("enter",), ("2",), ("3",), ("4",), ("escape",)):
+        await pilot.press(*keys)
+        await settle(pilot)
+        seen += rows_written(app)
+    return seen
+
+
+def studio(root: Path, **options: object) -> StudioApp:
+    return StudioApp(
+        Recipe(name="try é"),
+        runs_root=root / "runs",
+        engine=engine_that(Asked()),
+        poll_seconds=3600,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def toured(app: StudioApp, size: tuple[int, int] = (120, 40)) -> list[str]:
+    seen: list[str] = []
+
+    async def run() -> None:
+        async with app.run_test(size=size) as pilot:
+            await settle(pilot)
+            seen.extend(await tour(pilot, app))
+
+    asyncio.run(run())
+    return seen
+
+
+@pytest.fixture
+def with_a_run(tmp_path: Path) -> Path:
+    paths = make_run(tmp_path)
+    with Worker(paths) as worker:
+        train(worker, range(1, 30))
+    return tmp_path
+
+
+def test_an_ascii_terminal_gets_ascii_on_every_screen(with_a_run: Path) -> None:
+    seen = toured(studio(with_a_run, can_draw=drawable("ascii")), NARROW)
+    assert all(row.isascii() for row in seen)
+    assert all(len(row) == NARROW[0] for row in seen)
+    assert any("loss" in row for row in seen)
+
+
+def test_no_color_shows_every_screen_without_a_colour(with_a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    app = studio(with_a_run)
+    grey = True
+
+    async def run() -> None:
+        nonlocal grey
+        async with app.run_test(size=(120, 40)) as pilot:
+            await settle(pilot)
+            await tour(pilot, app)
+            for strip in app.screen._compositor.render_strips():
+                for segment in strip:
+                    for colour in (segment.style.color, segment.style.bgcolor) if segment.style else ():
+                        triplet = colour.triplet if colour is not None else None
+                        grey &= triplet is None or triplet.red == triplet.green == triplet.blue
+
+    asyncio.run(run())
+    assert app.no_color
+    assert grey
+
+
+@pytest.mark.parametrize("theme", [*(ours.name for ours in OURS), "textual-light"])
+def test_a_theme_is_worn_from_the_start(tmp_path: Path, theme: str) -> None:
+    app = studio(tmp_path, theme=theme)
+
+    async def run() -> None:
+        async with app.run_test(size=NARROW):
+            assert app.theme == theme
+
+    asyncio.run(run())
+
+
+def test_an_unknown_theme_of_an_earlier_version_does_no_harm(tmp_path: Path) -> None:
+    assert studio(tmp_path, theme="no such theme").theme == "textual-dark"
+
+
+def test_a_theme_is_chosen_by_key_and_kept(tmp_path: Path) -> None:
+    kept: list[str] = []
+    engine = replace(engine_that(Asked()), keep_theme=kept.append)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("T", *"high-contrast-l")
+        await settle(pilot)
+        await pilot.pause(0.3)
+        await pilot.press("enter")
+        await until(pilot, lambda: kept == ["high-contrast-light"])
+        assert app.theme == "high-contrast-light"
+
+    play(story, tmp_path, engine=engine)
+
+
+def test_the_palette_offers_the_set_up(tmp_path: Path) -> None:
+    app = studio(tmp_path)
+
+    async def run() -> None:
+        async with app.run_test(size=NARROW) as pilot:
+            titles = [command.title for command in app.get_system_commands(app.screen)]
+            await pilot.pause()
+            assert {"Guided set-up", "Runs", "Theme"} <= set(titles)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("connection", "level", "pace"), [("1.2.3.4 5 6.7.8.9 22", "none", 1.0), ("", "full", 0.5)])
+def test_over_ssh_nothing_moves_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, connection: str, level: str, pace: float
+) -> None:
+    seen: list[StudioApp] = []
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path))
+
+    def run(app: StudioApp) -> None:
+        seen.append(app)
+
+    monkeypatch.setattr(app_module.StudioApp, "run", run)
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    if connection:
+        monkeypatch.setenv("SSH_CONNECTION", connection)
+    run_studio(Recipe(), runs_root=tmp_path / "runs")
+    assert seen[0].animation_level == level
+    assert seen[0]._poll_seconds == pace
+
+
+def test_an_idle_screen_writes_nothing(with_a_run: Path) -> None:
+    app = studio(with_a_run)
+    drawn: list[object] = []
+
+    async def run() -> None:
+        async with app.run_test(size=(120, 40)) as pilot:
+            for keys in ((), ("o",), ("enter",)):
+                await pilot.press(*keys)
+                await settle(pilot)
+                await pilot.pause(0.5)
+                app._display, before = lambda *shown: drawn.append(shown), app._display  # type: ignore[method-assign]
+                drawn.clear()
+                await settle(pilot)
+                await pilot.pause(0.3)
+                assert drawn == [], f"{app.screen} repaints although nothing has changed"
+                app._display = before  # type: ignore[method-assign]
+
+    asyncio.run(run())
