@@ -27,6 +27,8 @@ VERBS = {
     "gpus": "the NVIDIA cards of this machine",
     "models": "the base models that lie on this machine",
     "recipes": "the recipes that come with the program",
+    "setup": "the guided set-up: machine, model, data, goal, recipe",
+    "serve": "the studio in a browser of this machine",
 }
 _MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {"": "studio.commands.open_studio"}
 _DEBUG = "LORA_STUDIO_DEBUG"
