@@ -1,16 +1,20 @@
 """`lora-studio fit`: what to change so that a recipe fits a card, and why."""
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from studio.commands.options import add_json, add_set
+from studio.commands.pace_text import pace_lines
 from studio.commands.plan import add_card, card_for
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
-from studio.core.fit import Change, Fit, fit
+from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import Gpu
+from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.report import plan_to_dict
-from studio.core.vram.setup import setup_of
+from studio.core.vram.setup import Setup, setup_of
+from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
@@ -36,13 +40,21 @@ def run(args: argparse.Namespace) -> int:
     card = card_for(args, recipe)
     if card.gpu is None or card.budget_bytes is None:
         raise BadInput("no NVIDIA card answers on this machine: name one with --gpu NAME or --vram-gib X")
-    found = fit(recipe, shape, card.gpu, card.budget_bytes)
+    gpu = card.gpu
+
+    def known(setup: Setup) -> VramEstimate:
+        return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
+
+    found = fit(recipe, shape, gpu, card.budget_bytes, known)
+    setup = replace(setup_of(found.recipe, bf16=gpu.bf16), device="cuda")
+    pace = pace_of(found.recipe, shape, setup, gpu)
     if args.json:
-        setup = setup_of(found.recipe, bf16=card.gpu.bf16)
-        plan = plan_to_dict(found.estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
-        write_json({"fits": found.fits, **_document(found), "plan": plan})
+        plan = plan_to_dict(found.estimate, shape, setup, gpu=gpu, budget_bytes=card.budget_bytes)
+        write_json({"fits": found.fits, **_document(found), "plan": {**plan, **pace_to_dict(pace)}})
     else:
-        _print(found, card.gpu, card.budget_bytes)
+        _print(found, gpu, card.budget_bytes)
+        for line in pace_lines(pace, setup) if found.fits else ():
+            say(line)
     return DONE if found.fits else NO
 
 
@@ -52,31 +64,46 @@ def _document(found: Fit) -> dict[str, Any]:
         "changes": [
             {
                 "settings": {
-                    path: list(value) if isinstance(value, tuple) else value for path, value in change.settings
+                    path: list(value) if isinstance(value, tuple) else value for path, value in _settings(item)
                 },
-                "saves_bytes": change.saves_bytes,
-                "time_factor": list(change.time),
-                "why": change.why,
+                "words": item.change.words,
+                "saves_bytes": item.saves_bytes,
+                "time_factor": list(item.time),
+                "why": item.change.price,
             }
-            for change in found.changes
+            for item in found.changes
         ],
         "largest": found.largest,
         "cards": [{"name": gpu.name, "total_bytes": gpu.total_bytes} for gpu in found.cards],
+        "most_parameters": found.most_parameters,
     }
 
 
 def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
     name = gpu.name or "the card"
     if found.changes:
-        head = ["change", "saves", "time", "why"]
-        say(table([head, *([_settings(c), size(c.saves_bytes), _factor(c), c.why] for c in found.changes)]))
+        head = ["change", "saves", "time of a step", "what it costs"]
+        say(
+            table(
+                [
+                    head,
+                    *(
+                        [item.change.words, size(item.saves_bytes), _factor(item), item.change.price]
+                        for item in found.changes
+                    ),
+                ]
+            )
+        )
     device = found.estimate.device
     range_ = f"{size(device.expected)} ({size(device.low)} to {size(device.high)})"
     if not found.fits:
         say(f"nothing fits: the least is {range_}, and {name} has {size(budget_bytes)} for it")
     elif found.changes:
         say(f"with these changes it takes {range_} of {size(budget_bytes)} on {name}")
-        say("try: " + " ".join(f"--set {path}={_word(value)}" for c in found.changes for path, value in c.settings))
+        say(
+            "try: "
+            + " ".join(f"--set {path}={_word(value)}" for item in found.changes for path, value in _settings(item))
+        )
     else:
         say(f"it fits as it is: {range_} of {size(budget_bytes)} on {name}")
     if found.fits:
@@ -84,12 +111,14 @@ def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
             "largest that still fit, each alone: "
             + ", ".join(f"{path} {value}" for path, value in found.largest.items())
         )
+    if found.most_parameters:
+        say(f"a model of up to about {found.most_parameters / 1e9:.1f} B parameters would fit this way")
     if found.cards:
         say("smallest cards for it: " + ", ".join(f"{card.name} ({size(card.total_bytes)})" for card in found.cards))
 
 
-def _settings(change: Change) -> str:
-    return " ".join(f"{path}={_word(value)}" for path, value in change.settings)
+def _settings(item: Priced) -> tuple[tuple[str, Any], ...]:
+    return item.change.settings
 
 
 def _word(value: Any) -> str:
@@ -98,6 +127,6 @@ def _word(value: Any) -> str:
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _factor(change: Change) -> str:
-    low, high = change.time
-    return f"x{low:g} to x{high:g}"
+def _factor(item: Priced) -> str:
+    low, high = (f"{value:.2f}".rstrip("0").rstrip(".") for value in item.time)
+    return f"x{low}" if low == high else f"x{low} to x{high}"

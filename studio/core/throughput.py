@@ -125,6 +125,29 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
     return low, usual, high
 
 
+def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None) -> tuple[float, float] | None:
+    """Return how many times as long an optimizer step takes after a change: least and most.
+
+    The range is that of cards which are limited by different things, since a data sheet does not say which limit a
+    card meets first. None as for `speed_of`.
+
+    Raises:
+        BadInput: A target does not exist in this model.
+    """
+    if gpu is None or not (gpu.half_tflops and gpu.single_tflops and gpu.bandwidth_gb_per_second):
+        return None
+    old, new = step_work(shape, before), step_work(shape, after)
+    ends = (0, 1, 2) if before.quantised != after.quantised else (1,)
+    factors = [
+        after.accumulation
+        * _seconds(new, gpu, replace(kind, dequantising=_DEQUANTISING[end]), launch_4bit=_LAUNCH_4BIT[end])
+        / (before.accumulation * _seconds(old, gpu, kind))
+        for kind in (_SERVER, _LOW_POWER, _OTHER)
+        for end in ends
+    ]
+    return min(factors), max(factors)
+
+
 def _sustained(gpu: Gpu) -> Sustained:
     if gpu.kind == "data-centre" and gpu.compute_capability >= (7, 5):
         if gpu.bandwidth_gb_per_second <= _LOW_POWER_BANDWIDTH:

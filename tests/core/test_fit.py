@@ -1,12 +1,15 @@
 """What is changed so that a recipe fits, in which order, and what is left alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from studio.core.fit import fit
-from studio.core.gpu_catalogue import CATALOGUE, GIB, find_gpu
+from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
+from studio.core.knobs import KNOBS
 from studio.core.recipe import Recipe
-from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.setup import setup_of
+from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.setup import Setup, setup_of
 from tests.core.published_rows import shapes
 
 LLAMA = shapes()["Llama-3.1-8B"]
@@ -39,7 +42,7 @@ def test_the_result_fits_at_the_high_end_and_every_change_is_needed(card: str):
     for change in found.changes:
         assert change.saves_bytes > 0
         without = found.recipe
-        for path, _ in change.settings:
+        for path, _ in change.change.settings:
             without = without.with_(path, wanted.get(path))
         assert estimate_vram(LLAMA, setup_of(without, bf16=gpu.bf16), gpu).device.high > gpu.total_bytes
 
@@ -82,6 +85,65 @@ def test_where_nothing_fits_there_is_a_card_that_would():
     assert min(sizes) > gpu.total_bytes
     needed = estimate_vram(LLAMA, setup_of(found.recipe, bf16=found.cards[0].bf16), found.cards[0]).device.high
     assert needed <= found.cards[0].total_bytes
+    assert found.most_parameters is not None
+    assert found.most_parameters < LLAMA.parameters
+
+
+def test_a_model_of_the_size_that_would_fit_does_fit():
+    gpu = find_gpu("GTX 1660 Ti")
+    most = fit(recipe(), LLAMA, gpu, gpu.total_bytes).most_parameters
+    assert most is not None
+    small = shapes()["Llama-3.2-1B"]
+    assert small.parameters < most
+    assert fit(recipe(), small, gpu, gpu.total_bytes).fits
+
+
+def test_every_change_is_priced_in_bytes_and_time():
+    gpu = find_gpu("4070")
+    found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    prices = {priced.change.settings[0][0]: priced for priced in found.changes}
+    assert prices["train.loss"].time[1] < 1.2
+    low, high = prices["train.grad_checkpointing"].time
+    assert 1.1 < low < high < 1.5, "one more forward of three"
+    low, high = prices["method"].time
+    assert 1.0 <= low < high < 2.5
+    total = sum(priced.saves_bytes for priced in found.changes)
+    before = estimate_vram(LLAMA, setup_of(recipe()), gpu).device.expected
+    assert before - total == found.estimate.device.expected
+
+
+def test_where_the_speed_of_a_card_is_unknown_a_change_has_its_usual_price():
+    gpu = card_of_size(12)
+    found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    assert all(priced.time == priced.change.time for priced in found.changes)
+
+
+def test_what_is_known_better_decides():
+    """An estimate that was corrected by runs of this machine replaces the one from the shape alone."""
+    gpu = find_gpu("4090")
+
+    def wary(setup: Setup) -> VramEstimate:
+        estimate = estimate_vram(LLAMA, setup, gpu)
+        device = replace(estimate.device, high=estimate.device.high + 4 * GIB)
+        return replace(estimate, device=device)
+
+    usual = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
+    careful = fit(recipe(), LLAMA, gpu, gpu.total_bytes, wary)
+    assert careful.recipe.train.micro_batch < usual.recipe.train.micro_batch
+    assert careful.estimate.device.high <= gpu.total_bytes
+
+
+def test_rows_are_kept_while_anything_gentler_helps():
+    gpu = find_gpu("RTX 4060")
+    found = fit(recipe(train__seq_len=8192), LLAMA, gpu, gpu.total_bytes)
+    order = [priced.change.settings[0][0] for priced in found.changes]
+    assert "method" in order
+    if "train.seq_len" in order:
+        assert order.index("method") < order.index("train.seq_len")
+        longer = [stop for stop in KNOBS["train.seq_len"].stops if found.recipe.train.seq_len < stop <= 8192]
+        for stop in longer:
+            candidate = found.recipe.with_("train.seq_len", int(stop))
+            assert estimate_vram(LLAMA, setup_of(candidate), gpu).device.high > gpu.total_bytes
 
 
 def test_no_card_at_all():
