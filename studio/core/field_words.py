@@ -57,6 +57,7 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "model.quant_type",
             "model.double_quant",
             "model.revision",
+            "model.skip_modules",
             "model.trust_remote_code",
             "data.format",
             "data.answers_only",
@@ -78,6 +79,10 @@ _WORDS: dict[str, tuple[str, str]] = {
     "model.dtype": ("Weights", "Type of the frozen 16-bit weights; auto takes what card and model can."),
     "model.quant_type": ("4-bit type", "NF4 fits normally distributed weights; QLoRA only."),
     "model.double_quant": ("Double quant", "Quantises the quantisation constants too: 0.4 bits a weight less."),
+    "model.skip_modules": (
+        "Kept in 16 bit",
+        "Modules that QLoRA does not quantise, such as model.layers.0; `audit base` finds those worth it.",
+    ),
     "model.trust_remote_code": ("Remote code", "Runs Python that comes with the model. Only for authors you trust."),
     "adapter.targets": ("Targets", "all-linear, or module names with commas between: q_proj, v_proj."),
     "adapter.rslora": ("rsLoRA", "Scales by alpha / sqrt(rank), so that a high rank still learns."),

@@ -23,13 +23,17 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    """The base model: which one, and how its frozen weights are held."""
+    """The base model: which one, and how its frozen weights are held.
+
+    `skip_modules` are modules that stay in 16 bit under QLoRA, a text read by `studio.core.adapter_text`.
+    """
 
     base: str = EMBEDDED
     revision: str = ""
     dtype: Dtype = "auto"
     quant_type: QuantType = "nf4"
     double_quant: bool = True
+    skip_modules: str = ""
     trust_remote_code: bool = False
 
 

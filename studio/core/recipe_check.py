@@ -14,6 +14,7 @@ _PATTERNS = {"adapter.rank_pattern": "adapter.rank", "adapter.alpha_pattern": "a
 _LISTS: dict[str, tuple[Callable[[str], object], str]] = {
     "adapter.layers": (layers_of, LAYERS_FORM),
     "adapter.modules_to_save": (modules_of, MODULES_FORM),
+    "model.skip_modules": (modules_of, MODULES_FORM),
 }
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from studio.core.errors import BadInput
 from studio.jobs.base import load as module
+from studio.jobs.base.dequantized import quantised_parameters
 from studio.jobs.base.load import FourBit, base_folder, four_bit_parameters, load_base, load_tokenizer
+from studio.jobs.base.skeleton import build_clean
 from studio.probe.models import find_base
 from tests.fakes.hub import hub
 
@@ -157,6 +159,7 @@ def test_running_out_of_memory_is_passed_on(tiny: Path, monkeypatch: pytest.Monk
 HUB_CHILD = """
 import torch
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.skeleton import build_clean
 from studio.probe.models import find_base
 for turn in range(2):
     base, told = find_base("owner/tiny"), []
@@ -186,3 +189,15 @@ def test_a_hub_id_is_downloaded_once_and_loads_from_the_cache_afterwards(tiny: P
 
 def test_a_folder_needs_no_progress_and_no_network(tiny: Path) -> None:
     assert base_folder(find_base(str(tiny))) == tiny
+
+
+def test_modules_that_the_recipe_skips_stay_in_16_bit(tiny: Path) -> None:
+    whole, model = (load(tiny, "qlora", skip=skip) for skip in ((), ("model.layers.1", "layers.0.mlp.up_proj")))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["model.layers.1.self_attn.q_proj"] == "Linear"
+    assert kinds["model.layers.0.mlp.up_proj"] == "Linear"
+    assert kinds["model.layers.0.mlp.down_proj"] == "Linear4bit"
+    assert kinds["lm_head"] == "Linear"
+    skipped = {f"{name}.weight" for name, kind in kinds.items() if kind == "Linear4bit"}
+    assert quantised_parameters(build_clean(tiny), ("model.layers.1", "layers.0.mlp.up_proj")) == skipped
+    assert four_bit_parameters(model) < four_bit_parameters(whole)

@@ -4,7 +4,7 @@ Measured on one adapter: merged into this, the result is closest to the model of
 .377 for the 16-bit original), and has the higher task loss of the two. It must not be quantised again (KL 1.99).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ Change = Callable[[str, Tensor], Tensor]
 """Changes a parameter of the base, by its name in memory, before the adapter is added."""
 
 
-def quantised_parameters(clean: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the weights that `from_pretrained` would put into 4 bits: linear layers but the head."""
-    left_alone = get_keys_to_not_convert(clean)
+def quantised_parameters(clean: PreTrainedModel, skip: Collection[str] = ()) -> frozenset[str]:
+    """Return the names of the weights that `from_pretrained` would put into 4 bits: linear layers but the head.
+
+    Args:
+        clean: The model's structure.
+        skip: Modules that stay in 16 bit (`FourBit.skip`).
+    """
+    left_alone = [*get_keys_to_not_convert(clean), *skip]
     return frozenset(
         f"{name}.weight"
         for name, module in clean.named_modules()

@@ -4,7 +4,7 @@ LoRA: 16- or 32-bit weights. QLoRA: linear layers in 4 bits (bitsandbytes), ever
 Nothing is cast up to fp32 afterwards (peft's `prepare_model_for_kbit_training` would: 3.4 GiB on an 8B model).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
 
+from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
-from studio.core.recipe import Attention, Method, QuantType
+from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for
 from studio.jobs.base.embedded import ensure_embedded
@@ -26,10 +28,19 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class FourBit:
-    """How QLoRA's base is quantised: the 4-bit code, and whether its scales are quantised again."""
+    """How QLoRA's base is quantised: the 4-bit code, whether its scales are too, and what stays in 16 bit.
+
+    `skip` are modules by name, such as `model.layers.0`, or by the end of it; all that lies inside one is skipped.
+    """
 
     quant_type: QuantType = "nf4"
     double_quant: bool = True
+    skip: tuple[str, ...] = ()
+
+
+def four_bit_of(section: ModelSection) -> FourBit:
+    """Return the 4-bit form that a recipe asks for."""
+    return FourBit(section.quant_type, section.double_quant, modules_of(section.skip_modules))
 
 
 def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
@@ -95,7 +106,9 @@ def load_base(
         progress("loading the base model", 0.0)
     own = base.quantization == "bitsandbytes"
     options: dict[str, Any] = (
-        {"quantization_config": four_bit_config(quant, dtype)} if method == "qlora" and not own else {}
+        {"quantization_config": four_bit_config(quant, dtype, _left_alone(folder, quant))}
+        if method == "qlora" and not own
+        else {}
     )
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the loading report
     model: PreTrainedModel
@@ -136,14 +149,30 @@ def four_bit_parameters(model: torch.nn.Module) -> int:
     return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
 
 
-def four_bit_config(quant: FourBit, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return what transformers needs to quantise linear layers to 4 bits."""
+def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str] | None = None) -> BitsAndBytesConfig:
+    """Return what transformers needs to quantise linear layers to 4 bits.
+
+    Args:
+        quant: The 4-bit form.
+        dtype: Of the arithmetic.
+        left_alone: Every module that is not quantised; None for transformers' own choice, the head.
+    """
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=None if left_alone is None else list(left_alone),
     )
+
+
+def _left_alone(folder: Path, quant: FourBit) -> list[str] | None:
+    """Return the modules that are not quantised where the recipe names some: transformers then adds none itself."""
+    if not quant.skip:
+        return None
+    from studio.jobs.base.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
+
+    return [*get_keys_to_not_convert(build_clean(folder)), *quant.skip]
 
 
 def refuse_quantised(base: BaseFound, method: Method) -> None:

@@ -24,7 +24,7 @@ from studio.core.events import Finished, Phase, Sampled, Saved, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.dequantized import quantised_parameters, through_four_bits
-from studio.jobs.base.load import FourBit, base_folder, load_tokenizer
+from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.skeleton import Skeleton, build_skeleton
 from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
@@ -207,11 +207,11 @@ def _onto(request: MergeRequest, parts: _Parts, skeleton: Skeleton) -> dict[str,
     if request.onto == "original":
         return {}
     model = parts.trained.model if parts.trained else None
-    quant = FourBit(model.quant_type, model.double_quant) if model else FourBit()
+    quant = four_bit_of(model) if model else FourBit()
     named = _DTYPES.get(model.dtype) if model else None
     return {
         "change": through_four_bits(quant, named or torch.bfloat16),
-        "changed": quantised_parameters(skeleton.clean),
+        "changed": quantised_parameters(skeleton.clean, quant.skip),
     }
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from studio.core.errors import JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
-from studio.jobs.base.load import FourBit, base_folder, load_base
+from studio.jobs.base.load import base_folder, four_bit_of, load_base
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.checkpoint import load_start
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
@@ -51,7 +51,7 @@ def trainable_model(
         base,
         method=recipe.method,
         dtype=precision.dtype,
-        quant=FourBit(recipe.model.quant_type, recipe.model.double_quant),
+        quant=four_bit_of(recipe.model),
         attention=recipe.train.attention,
         device=device,
         trust_remote_code=recipe.model.trust_remote_code,
