@@ -47,6 +47,7 @@ class StepWork:
         weight_bytes: Bytes of weights read by the matrix products, however few tokens there are.
         moved_bytes: Bytes moved between the products.
         dequantised_bytes: Bytes moved to bring 4-bit weights to 16 bit.
+        host_bytes: Bytes of checkpoints that go to main memory and back.
         layer_passes: Layers times passes through them: what a host has to launch, however few tokens there are.
     """
 
@@ -58,6 +59,7 @@ class StepWork:
     weight_bytes: float
     moved_bytes: float
     dequantised_bytes: float
+    host_bytes: float
     layer_passes: int
 
     @property
@@ -99,6 +101,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     moved += setup.dora * _DORA_BYTES * adapted_weights * (1 + again)
     if setup.attention == "eager":
         moved += _SQUARE_BYTES * setup.squares * shape.heads * shape.layers * (passes + 1)
+    offloads = setup.grad_checkpointing and setup.offload_checkpoints
     return StepWork(
         tokens=tokens,
         half=half,
@@ -108,6 +111,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         weight_bytes=float(setup.compute_itemsize) * (stored * passes + 2 * shape.embedding_parameters),
         moved_bytes=moved,
         dequantised_bytes=_DEQUANTISED_BYTES * stored * passes if setup.quantised else 0.0,
+        host_bytes=float(2 * shape.layers * tokens * shape.hidden * setup.residual_itemsize if offloads else 0),
         layer_passes=shape.layers * passes,
     )
 

@@ -62,6 +62,11 @@ _LAUNCH_4BIT = (1.1, 1.3, 1.5)
 SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens, GPTQ kernels)."""
 
 
+_HOST_BYTES_PER_SECOND = 12e9
+"""What a PCIe 3.0 x16 slot moves, 16 GB/s by its specification, less its protocol. Copies run beside the computation
+(jobs/train/offload.py), so that they cost between nothing and all of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Tokens a second, as lowest, expected and highest, and what says so."""
@@ -138,13 +143,14 @@ def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None)
         return None
     old, new = step_work(shape, before), step_work(shape, after)
     ends = (0, 1, 2) if before.quantised != after.quantised else (1,)
-    factors = [
-        after.accumulation
-        * _seconds(new, gpu, replace(kind, dequantising=_DEQUANTISING[end]), launch_4bit=_LAUNCH_4BIT[end])
-        / (before.accumulation * _seconds(old, gpu, kind))
-        for kind in (_SERVER, _LOW_POWER, _OTHER)
-        for end in ends
-    ]
+    factors = []
+    for kind in (_SERVER, _LOW_POWER, _OTHER):
+        unchanged = before.accumulation * _seconds(old, gpu, kind)
+        for end in ends:
+            ended = replace(kind, dequantising=_DEQUANTISING[end])
+            changed = _seconds(new, gpu, ended, launch_4bit=_LAUNCH_4BIT[end])
+            copies = max(0.0, new.host_bytes - old.host_bytes) / _HOST_BYTES_PER_SECOND
+            factors += [after.accumulation * seconds / unchanged for seconds in (changed, changed + copies)]
     return min(factors), max(factors)
 
 

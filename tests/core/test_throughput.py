@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from studio.core.gpu_catalogue import CATALOGUE, card_of_size, find_gpu
 from studio.core.step_work import step_work
-from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of
+from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of, time_factor
 from studio.core.vram.setup import Setup
 from tests.core.published_speed import compared_speeds, model
 
@@ -109,6 +109,23 @@ def test_experts_cost_what_a_token_goes_through():
     setup = replace(SETUP, targets=("q_proj", "v_proj"))
     per_token = [step_work(shape, setup).operations_per_token for shape in (mixtral, mistral)]
     assert 1.5 < per_token[0] / per_token[1] < 2.2, "two experts of eight"
+
+
+def test_the_price_of_a_change_in_time():
+    gpu = find_gpu("4090")
+    plain = replace(SETUP, micro_batch=4, seq_len=1024, grad_checkpointing=False)
+    low, high = time_factor(LLAMA, plain, replace(plain, grad_checkpointing=True), gpu) or (0, 0)
+    assert 1.1 < low <= high < 1.5
+    low, high = time_factor(LLAMA, plain, replace(plain, method="qlora"), gpu) or (0, 0)
+    assert 1.0 <= low < high < 1.6
+    split = replace(plain, micro_batch=1, accumulation=4)
+    low, high = time_factor(LLAMA, plain, split, gpu) or (0, 0)
+    assert 1.0 <= low <= high < 1.2, "the same rows a step"
+    again = replace(plain, grad_checkpointing=True)
+    low, high = time_factor(LLAMA, again, replace(again, offload_checkpoints=True), gpu) or (0, 0)
+    assert low == 1.0
+    assert 1.01 < high < 1.3, "copies beside the computation cost between nothing and all of it"
+    assert time_factor(LLAMA, plain, again, card_of_size(24)) is None
 
 
 def test_hours():
