@@ -80,19 +80,20 @@ def _hub_shape(base: str, revision: str) -> "ModelShape":
 def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     from studio.core.gpu_catalogue import find_gpu  # noqa: PLC0415  0.15 s with the rest
     from studio.probe.gpus import read_gpus  # noqa: PLC0415
+    from studio.probe.pace import calibrated  # noqa: PLC0415
     from studio.probe.plan import card_of, known_gpu  # noqa: PLC0415
     from studio.tui.forecast import Card, Forecaster  # noqa: PLC0415
 
     shape = _shape(recipe.model.base, recipe.model.revision)
     if planned:
         gpu = find_gpu(planned)
-        return Forecaster(shape, Card(gpu, gpu.total_bytes, planned=True))
+        return Forecaster(shape, Card(gpu, gpu.total_bytes, planned=True), calibrated)
     reading = card_of(recipe.device.device, read_gpus())
     known = known_gpu(reading) if reading else None
     if reading is None or known is None:
         return Forecaster(shape, Card())
     free = known.total_bytes if reading.free_bytes is None else reading.free_bytes
-    return Forecaster(shape, Card(known, free, reading.used_bytes or 0))
+    return Forecaster(shape, Card(known, free, reading.used_bytes or 0), calibrated)
 
 
 def _spills() -> bool:

@@ -1,5 +1,6 @@
 """What a recipe needs on a card, quickly enough to follow a slider. No driver, no disk, no screen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,6 +14,8 @@ from studio.core.vram.setup import Setup, setup_of
 
 ADAPTER_BYTES_PER_PARAMETER = 4
 """Adapters are trained and saved in fp32 (peft's autocast_adapter_dtype)."""
+
+Correction = Callable[[VramEstimate, Setup, Gpu | None], VramEstimate]
 
 _MOST_ROWS = 4096
 _REMEMBERED = 4096
@@ -56,9 +59,15 @@ class Outlook:
 class Forecaster:
     """Estimates recipes for one model and one card and remembers what it has worked out."""
 
-    def __init__(self, shape: ModelShape, card: Card) -> None:
-        """Estimate for a model on a card."""
-        self.shape, self.card = shape, card
+    def __init__(self, shape: ModelShape, card: Card, correct: Correction | None = None) -> None:
+        """Estimate for a model on a card.
+
+        Args:
+            shape: The model.
+            card: The card.
+            correct: What this machine's own runs make of an estimate.
+        """
+        self.shape, self.card, self._correct = shape, card, correct
         self._bf16 = card.gpu is None or card.gpu.bf16
         self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
         self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
@@ -88,7 +97,8 @@ class Forecaster:
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
         check_rank(self.shape, target_names(self.shape, setup.targets), setup.rank)
-        return estimate_vram(self.shape, setup, self.card.gpu)
+        estimate = estimate_vram(self.shape, setup, self.card.gpu)
+        return self._correct(estimate, setup, self.card.gpu) if self._correct else estimate
 
     def _searched(self, setup: Setup, budget: int) -> int:
         """Double until it is too much, then halve the gap."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from studio.core.recipe import Method, Recipe
+from studio.core.vram.setup import setup_of
+from studio.probe.pace import Pace, pace_of
 from studio.tui.forecast import ADAPTER_BYTES_PER_PARAMETER, Forecaster, Outlook
 from studio.tui.readable import UNKNOWN, gib
 
@@ -10,8 +12,8 @@ METHODS: tuple[Method, ...] = ("lora", "qlora")
 WAITING = "..."
 
 QUALITY = (
-    "Quality and time are not measured here. Published: QLoRA +0.009 to +0.10 validation loss and +16 to +105 % time "
-    "against LoRA (LitGPT's table: 12 models of 1 to 8 B on one A10G; one seed, 100 rows)."
+    "Quality is not measured here. Published: QLoRA +0.009 to +0.10 validation loss against LoRA (LitGPT's table: 12 "
+    "models of 1 to 8 B on one A10G; one seed, 100 rows)."
 )
 """Extremes of LitGPT's finetuning tables; its +0.10 row also differs in rank, so its users read it as a ceiling."""
 
@@ -28,10 +30,12 @@ class Side:
     Attributes:
         outlook: What it needs.
         largest: Largest micro-batch that fits; None without a card or while it is worked out.
+        pace: Speed and time; None while they are worked out.
     """
 
     outlook: Outlook
     largest: int | None = None
+    pace: Pace | None = None
 
 
 def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[Method, Side]:
@@ -44,8 +48,13 @@ def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[M
     for method in METHODS:
         turned = recipe.with_("method", method)
         largest = forecaster.largest_batch(turned) if batches else None
-        sides[method] = Side(forecaster.outlook(turned), largest)
+        sides[method] = Side(forecaster.outlook(turned), largest, _pace(turned, forecaster) if batches else None)
     return sides
+
+
+def _pace(recipe: Recipe, forecaster: Forecaster) -> Pace:
+    gpu = forecaster.card.gpu
+    return pace_of(recipe, forecaster.shape, setup_of(recipe, bf16=gpu is None or gpu.bf16), gpu)
 
 
 def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str, str]]:
@@ -65,6 +74,7 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
     if any(side.outlook.verdict for side in pair):
         rows.append(("on this card", *(side.outlook.verdict or UNKNOWN for side in pair)))
         rows.append(("largest batch", *(_batch(side.largest, waiting) for side in pair)))
+    rows += _pace_rows(pair, waiting)
     rows += [
         ("trained", *(f"{count / 1e6:.1f} M" for count in trained)),
         ("adapter file", *(_size(count * ADAPTER_BYTES_PER_PARAMETER) for count in trained)),
@@ -72,6 +82,43 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
         ("quality", "the reference", "not measured"),
     ]
     return [(row[0], row[1], row[2]) for row in rows]
+
+
+def footnote(sides: dict[Method, Side]) -> str:
+    """Return what no cell of the table can say: how the methods merge, what quality costs, whence the speed."""
+    pace = sides["lora"].pace
+    speed = "" if pace is None else f" Speed: {pace.speed.basis}." if pace.speed else f" Speed: {pace.why_not}."
+    return f"{MERGE} {QUALITY}{speed}"
+
+
+def _pace_rows(pair: list[Side], waiting: bool) -> list[tuple[str, str, str]]:
+    """Return the rows on speed and time; hours only where the data can be looked at."""
+    paces = [side.pace for side in pair]
+    if None in paces:
+        return [("speed, tok/s", WAITING, WAITING)] if waiting else []
+    rows = [("speed, tok/s", *(_rates(pace) for pace in paces if pace))]
+    slowdown = paces[1].slowdown if paces[1] else None
+    if slowdown:
+        rows.append(("a step takes", "1", f"x{slowdown[0]:.2f}-{slowdown[2]:.2f}"))
+    if any(pace.duration for pace in paces if pace):
+        rows.append(("time", *(_hours(pace) for pace in paces if pace)))
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def _rates(pace: Pace) -> str:
+    if pace.speed is None:
+        return "not known"
+    low, high = pace.speed.low, pace.speed.high
+    return f"{low / 1000:.1f}-{high / 1000:.1f} k" if high >= 1000 else f"{low:.0f}-{high:.0f}"
+
+
+def _hours(pace: Pace) -> str:
+    if pace.duration is None:
+        return UNKNOWN
+    low, high = pace.duration.low, pace.duration.high
+    if high < 2:
+        return f"{low * 60:.0f}-{high * 60:.0f} min"
+    return f"{low:.1f}-{high:.1f} h" if high < 100 else f"{low:.0f}-{high:.0f} h"
 
 
 def _batch(largest: int | None, waiting: bool) -> str:

@@ -94,6 +94,9 @@ def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
     for fix in fixes:
         after = forecaster.outlook(applied(LARGE, fix.changes))
         assert before.estimate.device.expected - after.estimate.device.expected == fix.saved_bytes > 0
+    checkpointing = single_fixes(LARGE.with_("train.grad_checkpointing", False), forecaster)
+    slower = next(fix for fix in checkpointing if fix.words == "checkpointing on")
+    assert slower.price.startswith("step x1.")
     first = fix_that_fits(LARGE, forecaster)
     assert first is not None
     assert first.words == fixes[0].words
@@ -143,7 +146,17 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     assert "LitGPT" in told
     waiting = {row[0]: row[1:] for row in rows_of(sides_of(SMALL, forecaster, batches=False), waiting=True)}
     assert waiting["largest batch"] == ("...", "...")
-    bare = [row[0] for row in rows_of(sides_of(SMALL, on(Card()), batches=True), waiting=False)]
+    for side in ("lora", "qlora"):
+        assert sides[side].pace is not None
+    lora, qlora = rows["speed, tok/s"]
+    assert lora != qlora
+    assert rows["a step takes"][1].startswith("x1.")
+    assert rows["time"][0].endswith("min")
+    assert "Speed: a roofline" in told
+    assert waiting["speed, tok/s"] == ("...", "...")
+    unknown = sides_of(SMALL, on(Card()), batches=True)
+    assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["speed, tok/s"] == ("not known", "not known")
+    bare = [row[0] for row in rows_of(unknown, waiting=False)]
     assert "on this card" not in bare
     assert "largest batch" not in bare
 

@@ -11,7 +11,7 @@ from studio.tui.forecast import Card, Outlook
 from studio.tui.form_fields import SHOWN
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES
-from studio.tui.trade import MERGE, METHODS, QUALITY, Side, rows_of
+from studio.tui.trade import METHODS, Side, footnote, rows_of
 
 _LABEL, _COLUMN = 15, 16
 _STYLES = {"fits": "$text-success", "tight": "$text-warning", "does not fit": "$text-error"}
@@ -33,7 +33,7 @@ def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> C
         parts.append((f"{label:{_LABEL}}", "dim"))
         parts += [(f" {value:{_COLUMN - 1}}", _STYLES.get(value, "")) for value in values]
         parts.append("\n")
-    parts.append((f"{MERGE} {QUALITY}", "dim"))
+    parts.append((footnote(sides), "dim"))
     return Content.assemble(*parts)
 
 
