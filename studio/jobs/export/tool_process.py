@@ -12,7 +12,7 @@ from studio.core.errors import JobFailed
 from studio.core.text import plain
 
 _SCRIPT = Path(__file__).with_name("llama_tool.py")
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
 _TAIL_BYTES = 8000
 _KEPT_VARIABLES = (
     "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS",

