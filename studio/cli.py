@@ -24,6 +24,8 @@ VERBS = {
     "data": "check a data file",
     "merge": "merge an adapter into its base model",
     "export": "write an adapter, or a merged model in fewer bits",
+    "chat": "ask the tuned model and its base, side by side",
+    "audit": "measure what 4 bits cost a model, an adapter or a training",
     "gpus": "the NVIDIA cards of this machine",
     "models": "the base models that lie on this machine",
     "recipes": "the recipes that come with the program",

@@ -1,11 +1,11 @@
 """What a merge costs: our job, its merge without the checks, peft in bf16 and `cp`, on a synthetic Llama in bf16.
 
-    python -m tests.bench.bench_merge [FOLDER] [GB] [--without-peft]
+    python -m tests.bench.bench_merge [FOLDER] [GB] [--without-peft] [--rounds N]
 
 Makes a checkpoint of about GB (2) in shards and a rank-16 adapter on all linear layers in FOLDER (a temporary one),
-then runs each way in its own process. The page cache is warm for all. Wall seconds include the imports; resident is the
-process's own peak, libraries included. A computed tensor takes seven times its size in bf16: read, made fp32, its delta
-twice.
+then runs each way in its own process, files flushed to the disk in all of them; a first `cp` that is not counted warms
+the page cache. "start" is the imports, "check" our verification; "work" is what lies between. Resident is the process's
+own peak, libraries included.
 """
 
 import argparse
@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from studio.core.events import Phase
 
 _SHARD_BYTES = 10**9
 
@@ -46,10 +49,12 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
     clean = build_clean(base)
     outputs = [Output(name, torch.bfloat16, tuple(p.shape)) for name, p in clean.named_parameters()]
     shards = lay_out(outputs, _SHARD_BYTES)
+    noise = torch.randn(2**22).mul_(0.02).to(torch.bfloat16)
     for shard in shards:
         file = OpenShard(base, shard)
         for output in shard.outputs:
-            file.write_tensor(torch.randn(output.shape).mul_(0.02).to(torch.bfloat16))
+            size = torch.Size(output.shape).numel()
+            file.write_blocks(output.key, [noise.roll(size).repeat(size // len(noise) + 1)[:size]])
         file.close()
     places = {output.key: shard.name for shard in shards for output in shard.outputs}
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
@@ -65,67 +70,87 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
     return base, adapter
 
 
-def ours(base: Path, adapter: Path, out: Path) -> None:
+def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
     """The whole job, with its checks."""
     from studio.jobs.merge.job import merge_run
     from studio.runs.job import MergeRequest
     from studio.runs.layout import RunPaths
+    from studio.runs.log import read_events
     from studio.runs.worker import Worker
 
+    yield "start"
     run = RunPaths(out.with_name("run"))
     run.root.mkdir()
     with Worker(run) as worker:
         merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
     assert out.is_dir()
+    phases = [event for event in read_events(run.events) if isinstance(event, Phase)]
+    checking = [event.at for event in phases if event.name == "checking"]
+    (saving,) = [event.at for event in phases if event.name == "saving"]
+    yield f"check {saving - checking[0]}"
 
 
-def merging(base: Path, adapter: Path, out: Path) -> None:
-    """Our merge alone."""
-    from studio.jobs.base.skeleton import build_skeleton
-    from studio.jobs.base.tensor_files import TensorFiles
-    from studio.jobs.merge.shards import SHARD_BYTES
-    from studio.jobs.merge.steps import MergeSteps
-    from studio.jobs.merge.write_steps import write_steps
-    from studio.probe.adapter_folder import find_adapter
-
-    steps = MergeSteps(build_skeleton(base, find_adapter(adapter)), TensorFiles(base))
-    write_steps(steps, out, "", limit_bytes=SHARD_BYTES, tell=lambda done, name: None, stopping=lambda: False)
-
-
-def peft(base: Path, adapter: Path, out: Path) -> None:
+def peft(base: Path, adapter: Path, out: Path) -> Iterator[str]:
     """Load all in bf16, merge, save; not the fp32 sum, which takes twice this memory."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    yield "start"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True).save_pretrained(out)
+    _flush(out)
 
 
-def copying(base: Path, adapter: Path, out: Path) -> None:
-    """`cp`, flushed to the disk as ours is."""
+def copying(base: Path, adapter: Path, out: Path) -> Iterator[str]:
+    """`cp`."""
     del adapter
-    shutil.copytree(base, out)
-    for path in out.iterdir():
+    yield "start"
+    subprocess.run(["cp", "-r", str(base), str(out)], check=True)
+    _flush(out)
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
-WAYS: dict[str, Callable[[Path, Path, Path], None]] = {
-    "cp": copying, "ours, merge": merging, "ours, whole job": ours, "peft, bf16": peft,
-}  # fmt: skip
+WAYS: dict[str, Callable[[Path, Path, Path], Iterator[str]]] = {"cp": copying, "ours": ours, "peft, bf16": peft}
 
 
-def measure(way: str, folder: Path) -> tuple[float, float]:
-    """Return wall seconds and peak resident bytes of one way in its own process."""
+@dataclass(frozen=True)
+class Cost:
+    """Wall seconds of the parts, and the peak of resident bytes."""
+
+    start: float
+    work: float
+    check: float
+    resident: float
+
+
+def measure(way: str, folder: Path) -> Cost:
+    """Return what one way costs, in its own process."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    began = time.monotonic()
     words = [sys.executable, "-W", "ignore", "-m", "tests.bench.bench_merge", str(folder), "--way", way]
+    began = time.monotonic()
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     seconds = time.monotonic() - began
     shutil.rmtree(out, ignore_errors=True)
-    return seconds, float(done.stdout.split()[-1])
+    start, check, resident = (float(word) for word in done.stdout.split()[-3:])
+    return Cost(start, seconds - start - check, check, resident)
+
+
+def _once(way: str, folder: Path) -> None:
+    """Run one way here; print seconds of start and check, and peak resident bytes."""
+    began, start, check = time.monotonic(), 0.0, 0.0
+    for said in WAYS[way](folder / "base", folder / "adapter", folder / "out"):
+        if said == "start":
+            start = time.monotonic() - began
+        else:
+            check = float(said.split()[1])
+    print(start, check, _peak_resident_bytes())
 
 
 def _peak_resident_bytes() -> int:
@@ -140,11 +165,11 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("gb", nargs="?", type=float, default=2.0)
     parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--way", choices=WAYS)
     args = parser.parse_args()
     if args.way:
-        WAYS[args.way](args.folder / "base", args.folder / "adapter", args.folder / "out")
-        print(_peak_resident_bytes())
+        _once(args.way, args.folder)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         folder = Path(place)
@@ -152,14 +177,17 @@ def main() -> None:
         size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         largest = 2048 * 8192 * 2
         print(f"{size / 1e9:.2f} GB; largest computed tensor {largest / 1e6:.0f} MB")
-        print(f"{'':18}{'seconds':>9}{'x cp':>7}{'resident MB':>13}")
-        copied = 0.0
-        for way in WAYS:
-            if way == "peft, bf16" and args.without_peft:
-                continue
-            seconds, resident = measure(way, folder)
-            copied = copied or seconds
-            print(f"{way:18}{seconds:9.1f}{seconds / copied:7.2f}{resident / 1e6:13.0f}", flush=True)
+        print(f"{'':12}{'start':>7}{'work':>8}{'x cp':>7}{'check':>8}{'resident MB':>13}")
+        measure("cp", folder)
+        for _ in range(args.rounds):
+            copied = 0.0
+            for way in WAYS:
+                if way == "peft, bf16" and args.without_peft:
+                    continue
+                cost = measure(way, folder)
+                copied = copied or cost.work
+                figures = f"{cost.start:7.1f}{cost.work:8.1f}{cost.work / copied:7.2f}{cost.check:8.1f}"
+                print(f"{way:12}{figures}{cost.resident / 1e6:13.0f}", flush=True)
 
 
 if __name__ == "__main__":

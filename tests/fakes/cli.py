@@ -4,7 +4,12 @@ import sys
 
 from studio.cli import main
 
-FAKES = {"train": "tests.fakes.job", "merge": "tests.fakes.merge_job", "export": "tests.fakes.export_job"}
+FAKES = {
+    "train": "tests.fakes.job",
+    "merge": "tests.fakes.merge_job",
+    "export": "tests.fakes.export_job",
+    "chat": "tests.fakes.chat_job",
+}
 
 if __name__ == "__main__":
     sys.exit(main(modules=FAKES))

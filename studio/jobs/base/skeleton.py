@@ -81,13 +81,13 @@ def build_skeleton(folder: Path, adapter: AdapterFound) -> Skeleton:
         BadInput: The adapter does not fit the base, or needs something that a merge cannot give.
     """
     refuse_what_cannot_merge(adapter.config)
-    adapted = _attach(build_clean(folder, _vocabulary(adapter)), adapter)
-    clean = build_clean(folder, _vocabulary(adapter))
+    adapted = _attach(build_clean(folder, adapter_vocabulary(adapter)), adapter)
+    clean = build_clean(folder, adapter_vocabulary(adapter))
     replaced = {name: p.detach() for name, p in base_parameters(adapted).items() if not p.is_meta}
     if missing := clean.state_dict().keys() - base_parameters(adapted).keys() - dict(clean.named_buffers()).keys():
         raise BadInput(f"the adapter hides {sorted(missing)[0]} of the base in a way that is not understood.")
     tied = {name: of for name, of in (getattr(clean, "all_tied_weights_keys", None) or {}).items() if name != of}
-    return Skeleton(clean, adapted, replaced, tied, _vocabulary(adapter))
+    return Skeleton(clean, adapted, replaced, tied, adapter_vocabulary(adapter))
 
 
 def base_parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
@@ -141,7 +141,7 @@ def _below(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _below(direct)
 
 
-def _vocabulary(adapter: AdapterFound) -> int | None:
+def adapter_vocabulary(adapter: AdapterFound) -> int | None:
     """Return the number of tokens of the embedding that the adapter brings whole; None where it brings none."""
     for key, entry in adapter.header.tensors.items():
         if re.search(r"(embed_tokens|wte|embed_in)(\.base_layer|\.modules_to_save)?\.weight$", key):

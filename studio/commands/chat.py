@@ -1,0 +1,204 @@
+"""`lora-studio chat`: questions to a tuned model and, beside it, to its base."""
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import Any, TextIO
+
+from studio.commands.chat_prompt import Command, read_command
+from studio.commands.interrupts import Interrupts
+from studio.commands.options import add_json, add_runs_dir, root_of
+from studio.commands.terminal import BAD_INPUT, DONE, NO, complain, say, write_json
+from studio.core.text import plain
+from studio.probe.chat import chat_request
+from studio.runs.chat import (
+    MODULE,
+    Answered,
+    ChatFailed,
+    ChatProcess,
+    Conversation,
+    Loading,
+    Piece,
+    Ready,
+    Sampling,
+    TurnDone,
+    check_sampling,
+)
+
+_ENDS = {"length": "cut at --max-tokens", "cancelled": "stopped", "context": "cut: the model's context is full"}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="ask the tuned model and its base, side by side",
+        description="Ask a tuned model questions and see what its base would have said. Without --prompt it is a "
+        "conversation: Ctrl-C stops an answer, /help lists the commands. By default the likeliest token is taken, so "
+        "that a difference comes from the tuning.",
+    )
+    parser.add_argument(
+        "model", metavar="RUN|DIR", help="a run, a PEFT folder, a model folder (merged or not), or: embedded"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this and leave; - reads it from stdin")
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system prompt")
+    parser.add_argument("--base", default="", help="the base model (default: the one that it was trained on)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--base-only", action="store_true", help="ask the base alone")
+    only.add_argument("--tuned-only", action="store_true", help="ask the tuned model alone: half the time")
+    defaults = Sampling()
+    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 (default) is greedy")
+    parser.add_argument("--top-p", type=float, default=defaults.top_p)
+    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 (default): no limit")
+    parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty)
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_new_tokens, help="of an answer")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="the same for both sides")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_json(parser)
+    add_runs_dir(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, ask, answer.
+
+    Raises:
+        BadInput: Nothing that can answer is named, or a knob is out of its range.
+        StudioError: The process cannot be started.
+    """
+    sampling = check_sampling(
+        Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.max_tokens, args.seed)
+    )
+    request = chat_request(args.model, root_of(args), base=args.base, base_only=args.base_only, device=args.device)
+    to = sys.stderr if args.json else sys.stdout
+    prompt = sys.stdin.read().strip() if args.prompt == "-" or _is_piped(args) else args.prompt
+    with ChatProcess(request, module=args.modules.get("chat", MODULE)) as process:
+        chat = Talk(process, Conversation(args.system), sampling, to)
+        failed = chat.load()
+        if failed is None:
+            chat.sides = ("tuned",) if args.tuned_only else chat.sides
+            if prompt is None:
+                return _converse(chat)
+            failed = chat.ask(prompt)
+        if failed is not None:
+            complain(f"{plain(failed.message)}{f': {plain(failed.advice)}' if failed.advice else ''}")
+            return BAD_INPUT if failed.bad_input else NO
+        if args.json:
+            write_json({"model": args.model, "prompt": prompt, "device": chat.device, "answers": chat.answers})
+    return DONE
+
+
+class Talk:
+    """A conversation as a plain terminal shows it.
+
+    Attributes:
+        sides: Which answer, in order.
+        device: Where they compute.
+        answers: The last answers by side: text, tokens, seconds, reason.
+    """
+
+    def __init__(self, process: ChatProcess, said: Conversation, sampling: Sampling, to: TextIO) -> None:
+        """Talk through a process.
+
+        Args:
+            process: Loads already.
+            said: What was said so far, and the system prompt.
+            sampling: How to choose tokens.
+            to: Where answers are written as they come.
+        """
+        self.process, self.said, self.sampling = process, said, sampling
+        self.sides: tuple[str, ...] = ()
+        self.device = ""
+        self.answers: dict[str, dict[str, Any]] = {}
+        self._to = to
+
+    def load(self) -> ChatFailed | None:
+        """Wait until the model is loaded; Ctrl-C gives up."""
+        last = ""
+        for event in self.process.events(until=Ready):
+            if isinstance(event, Loading) and event.detail != last:
+                last = event.detail
+                say(f"{plain(event.detail, one_line=True)} ...", to=sys.stderr)
+            elif isinstance(event, ChatFailed):
+                return event
+            elif isinstance(event, Ready):
+                self.sides, self.device = event.sides, event.device
+                for note in event.notes:
+                    say(f"note: {plain(note)}", to=sys.stderr)
+        return None
+
+    def ask(self, question: str) -> ChatFailed | None:
+        """Ask all sides and write their answers as they come; Ctrl-C stops them."""
+        self.answers, failed = {}, None
+        self.process.ask({side: self.said.messages(side, question) for side in self.sides}, self.sampling)
+        with Interrupts() as interrupts:
+
+            def heed() -> None:
+                if interrupts.count:
+                    self.process.cancel()
+
+            for event in self.process.events(until=TurnDone, poll=heed):
+                if isinstance(event, Piece):
+                    self._show(event)
+                elif isinstance(event, Answered):
+                    self._conclude(question, event)
+                elif isinstance(event, ChatFailed):
+                    failed = event
+        return failed
+
+    def _show(self, event: Piece) -> None:
+        if event.side not in self.answers:
+            self.answers[event.side] = {"text": ""}
+            if len(self.sides) > 1:
+                say(f"{event.side}:", to=self._to)
+        self.answers[event.side]["text"] += event.text
+        print(plain(event.text), end="", file=self._to, flush=True)
+
+    def _conclude(self, question: str, event: Answered) -> None:
+        answer = self.answers.setdefault(event.side, {"text": ""})
+        answer["text"] = answer["text"].strip()
+        answer |= {"tokens": event.tokens, "seconds": round(event.seconds, 3), "reason": event.reason}
+        self.said.add(event.side, question, answer["text"])
+        pace = f"{event.tokens} tokens, {event.tokens / max(event.seconds, 1e-6):.1f} a second"
+        how = _ENDS.get(event.reason)
+        dropped = f"the oldest {event.dropped_turns} turns no longer fit" if event.dropped_turns else ""
+        say(f"\n  [{'; '.join(word for word in (pace, how, dropped) if word)}]", to=self._to)
+
+
+def _converse(chat: Talk) -> int:
+    say("Ask something. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves.", to=sys.stderr)
+    while True:
+        try:
+            line = input("you: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            say()
+            return DONE
+        command = read_command(line)
+        if not line:
+            continue
+        if command is None:
+            failed = chat.ask(line)
+            if failed is not None:
+                complain(plain(f"{failed.message} {failed.advice}"))
+                if failed.fatal:
+                    return NO
+        elif command.name == "quit":
+            return DONE
+        else:
+            say(_do(chat, command))
+
+
+def _do(chat: Talk, command: Command) -> str:
+    if command.name == "reset":
+        chat.said.clear()
+        return "a new conversation"
+    if command.name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed"):
+        changed = replace(chat.sampling, **{command.name: command.value})
+        if problems := changed.problems():
+            return " ".join(problems)
+        chat.sampling = changed
+        return f"{command.name} is {command.value:g}"
+    return command.text
+
+
+def _is_piped(args: argparse.Namespace) -> bool:
+    return args.prompt is None and (args.json or not sys.stdin.isatty())

@@ -1,0 +1,85 @@
+"""The chat's process: `python -m studio.jobs.chat`, started by `studio.runs.chat`; JSON lines in and out."""
+
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from typing import Any, TextIO
+
+from studio.core.errors import StudioError
+from studio.runs.chat import ChatEvent, ChatFailed, ChatRequest, Loading, Ready, Sampling, TurnDone, event_line
+
+
+class _Line:
+    """Both ends of the pipe. What libraries print must not get between the events: it goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+        self.asked: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.cancelled = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def tell(self, event: ChatEvent) -> None:
+        try:
+            self._out.write(event_line(event) + "\n")
+            self._out.flush()
+        except OSError:
+            os._exit(0)
+
+    def _listen(self) -> None:
+        for line in sys.stdin:
+            table = json.loads(line)
+            if table.get("cancel"):
+                self.cancelled.set()
+            else:
+                # Here, in the order of the lines: a question may be cancelled before it is taken up.
+                self.cancelled.clear()
+                self.asked.put(table)
+        # Whoever asked has ended; there is nothing to save, and a model that is being loaded cannot be interrupted.
+        os._exit(0)
+
+
+def main() -> None:
+    """Load, then answer until the other end is closed."""
+    line = _Line()
+    request = ChatRequest(**line.asked.get()["load"])
+    line.tell(Loading("starting"))
+    try:
+        from studio.jobs.chat.session import Session  # noqa: PLC0415  torch: seconds, after the first sign of life
+
+        session = Session(request, lambda detail, fraction: line.tell(Loading(detail, fraction)))
+    except BaseException as error:
+        line.tell(_failure(error, fatal=True))
+        raise
+    line.tell(Ready(session.sides, session.device_name, session.dtype_name, tuple(session.notes)))
+    while True:
+        asked = line.asked.get()
+        try:
+            sampling = Sampling(**asked["sampling"])
+            for side, messages in asked["ask"].items():
+                if not line.cancelled.is_set():
+                    session.answer(side, messages, sampling, line.tell, line.cancelled.is_set)
+            line.tell(TurnDone())
+        except Exception as error:  # noqa: BLE001  one question that fails must not lose the loaded model
+            traceback.print_exception(error)
+            line.tell(_failure(error, fatal=False))
+            line.tell(TurnDone())
+
+
+def _failure(error: BaseException, *, fatal: bool) -> ChatFailed:
+    if isinstance(error, StudioError):
+        return ChatFailed(str(error), fatal=fatal, bad_input=True)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ChatFailed(
+            "there is not enough memory for this model and this conversation",
+            "close other programs, begin a new conversation, or use --device cpu or a smaller model",
+            fatal,
+        )
+    return ChatFailed(f"unexpected {type(error).__name__}: {error}", "report it, with what you asked", fatal)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A loaded model that answers: once with its adapter and once without, from one copy of the base."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from studio.core.adapter_text import modules_of
+from studio.core.errors import BadInput
+from studio.core.recipe import QuantType
+from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.skeleton import adapter_vocabulary
+from studio.jobs.base.template import ensure_template
+from studio.jobs.chat.answering import Streamer, Watch, stop_ids, token_ids
+from studio.probe.adapter_folder import find_adapter
+from studio.probe.models import BaseFound, find_base
+from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NF4_SHARE = 0.4
+"""Of the 16-bit size: 4.5 bits a weight, embeddings and head in 16 bits, and one layer in both forms while loading."""
+_WORK_BYTES = 5e8
+"""Libraries, keys and values, activations of a short conversation."""
+
+
+class Session:
+    """A model ready to answer.
+
+    Attributes:
+        sides: `tuned` and `base`; a merged model has only `tuned`, a base alone only `base`.
+        device_name: Where it computes.
+        dtype_name: In which format.
+        notes: What the user should know.
+    """
+
+    def __init__(self, request: ChatRequest, tell: Callable[[str, float | None], None]) -> None:
+        """Load base, adapter and tokenizer.
+
+        Raises:
+            BadInput: One of them cannot be loaded, or memory is short.
+        """
+        self.notes: list[str] = []
+        base = find_base(request.base, request.revision)
+        device = _device(request.device)
+        dtype = _dtype(request, base, device)
+        if device.type == "cpu":
+            check_memory(base, request.method, dtype)
+        loaded: Any = load_base(
+            base,
+            method="qlora" if request.method == "qlora" else "lora",
+            dtype=dtype,
+            quant=_quant(request),
+            attention=request.attention if device.type == "cuda" else "sdpa",  # type: ignore[arg-type]
+            device=device,
+            trust_remote_code=request.trust_remote_code,
+            progress=tell,
+        )
+        folder = base_folder(base)
+        self._adapted: PeftModel | None = None
+        if request.adapter:
+            tell("loading the adapter", None)
+            folder, self._adapted = self._attach(loaded, Path(request.adapter), folder)
+        self._model: Any = self._adapted or loaded
+        self._model.eval()
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+        ensure_template(self.tokenizer, request.data_format, self.notes.append)
+        self._stops = stop_ids(self.tokenizer, getattr(loaded, "generation_config", None))
+        self._context = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+        self.sides: tuple[str, ...] = ("tuned", "base") if self._adapted else ("tuned",)
+        self.device_name, self.dtype_name = str(device), str(dtype).removeprefix("torch.")
+
+    def answer(
+        self,
+        side: Side,
+        messages: Sequence[dict[str, str]],
+        sampling: Sampling,
+        tell: Callable[[ChatEvent], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Answer the last of some messages, piece by piece.
+
+        Raises:
+            BadInput: The template refuses the messages, or the question alone is longer than the model's context.
+        """
+        began = time.monotonic()
+        ids, dropped = self._fitting(list(messages), sampling.max_new_tokens)
+        room = min(sampling.max_new_tokens, self._context - len(ids))
+        new = self._generate(
+            side,
+            ids,
+            **_knobs(sampling),
+            max_new_tokens=room,
+            streamer=Streamer(self.tokenizer, lambda text: tell(Piece(side, text))),
+            stopping_criteria=[Watch(cancelled)],
+        )
+        reason = "stop" if new and new[-1] in self._stops else "cancelled" if cancelled() else "length"
+        if reason == "length" and room < sampling.max_new_tokens:
+            reason = "context"
+        tell(Answered(side, len(new) - (reason == "stop"), time.monotonic() - began, reason, dropped))
+
+    @torch.no_grad()
+    def _generate(self, side: Side, ids: list[int], **options: Any) -> list[int]:
+        torch.manual_seed(options.pop("seed"))
+        prompt = torch.tensor([ids], device=self._model.device)
+        pad = self.tokenizer.pad_token_id
+        with self._as(side):
+            made: Tensor = self._model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                eos_token_id=self._stops or None,
+                pad_token_id=0 if pad is None else pad,
+                use_cache=True,
+                **options,
+            )
+        return [int(token) for token in made[0, len(ids) :]]
+
+    def _as(self, side: Side) -> Any:
+        return self._adapted.disable_adapter() if self._adapted and side == "base" else nullcontext()
+
+    def _fitting(self, messages: list[dict[str, str]], new_tokens: int) -> tuple[list[int], int]:
+        """Drop the oldest turns until question and answer fit the model's context."""
+        dropped = 0
+        first = 1 if messages[0]["role"] == "system" else 0
+        while True:
+            ids = token_ids(self.tokenizer, messages)
+            if len(ids) + min(new_tokens, self._context // 4) <= self._context:
+                return ids, dropped
+            if len(messages) - first < 3:
+                raise BadInput(
+                    f"the question has {len(ids)} tokens; the model's context is {self._context}, a quarter of it kept "
+                    "for the answer. Ask something shorter."
+                )
+            del messages[first : first + 2]
+            dropped += 1
+
+    def _attach(self, loaded: Any, adapter: Path, base: Path) -> tuple[Path, PeftModel]:
+        """Put the adapter on the base; return the folder of the tokenizer, and both as one."""
+        found = find_adapter(adapter)
+        vocabulary = adapter_vocabulary(found)
+        if vocabulary and vocabulary != loaded.get_input_embeddings().weight.shape[0]:
+            loaded.resize_token_embeddings(vocabulary)
+        try:
+            adapted = PeftModel.from_pretrained(loaded, str(adapter))
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            raise BadInput(f"the adapter {adapter.name} does not fit this base model: {error}") from error
+        own = (adapter / "tokenizer_config.json").is_file()
+        return adapter if own else base, adapted
+
+
+def _knobs(sampling: Sampling) -> dict[str, Any]:
+    """Return the library's names; None takes out what a model's own generation config sets."""
+    knobs: dict[str, Any] = {"seed": sampling.seed, "repetition_penalty": sampling.repetition_penalty}
+    if sampling.temperature == 0:
+        return knobs | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    warm = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return knobs | warm | {"do_sample": True}
+
+
+def check_memory(base: BaseFound, method: str, dtype: torch.dtype) -> None:
+    """Make sure that a model has room in the computer's memory; its size there is an estimate.
+
+    Raises:
+        BadInput: It needs more than is free.
+    """
+    share = _NF4_SHARE if method == "qlora" else dtype.itemsize / 2
+    needed, free = base.size_bytes * share + _WORK_BYTES, psutil.virtual_memory().available
+    if needed > free:
+        raise BadInput(
+            f"the model needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other "
+            "programs, or chat with a smaller model or, on a computer with a card, with --device cuda."
+        )
+
+
+def _device(wanted: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise BadInput("--device cuda: torch sees no CUDA device here. Use --device cpu.")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def _quant(request: ChatRequest) -> FourBit:
+    code: QuantType = "fp4" if request.quant_type == "fp4" else "nf4"
+    return FourBit(code, request.double_quant, modules_of(request.skip_modules))
+
+
+def _dtype(request: ChatRequest, base: BaseFound, device: torch.device) -> torch.dtype:
+    if request.dtype != "auto":
+        return _DTYPES[request.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16

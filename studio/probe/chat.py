@@ -1,0 +1,106 @@
+"""What a chat is with: a run, an adapter or a model, as a request for the chat's process."""
+
+from pathlib import Path
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.model_folder import CONFIG
+from studio.probe.models import find_base
+from studio.runs.chat import ChatRequest
+from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.store import find_run
+
+
+def chat_request(
+    word: str, root: Path, *, base: str = "", base_only: bool = False, device: str = "auto"
+) -> ChatRequest:
+    """Return the chat that a word means: a PEFT folder, a model folder, `embedded`, a hub id, else a run.
+
+    Args:
+        word: What the user named.
+        root: Where runs live.
+        base: The base model, where it is not the one that the adapter names.
+        base_only: Without the adapter.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        BadInput: It means nothing that can answer.
+    """
+    folder = Path(word).expanduser().absolute() if "\0" not in word else Path()
+    if (folder / ADAPTER_CONFIG).is_file():
+        run = RunPaths(folder.parent)
+        recipe = _recipe(run) if run.recipe.is_file() else None
+        return _with_adapter(folder, recipe, base, base_only, device)
+    if (folder / CONFIG).is_file() or word == "embedded":
+        return _alone(word, device)
+    try:
+        paths = find_run(root, word)
+    except BadInput:
+        if "/" in word and not word.startswith((".", "/", "~")):
+            return _alone(word, device)
+        raise
+    return request_of_run(paths, base=base, base_only=base_only, device=device)
+
+
+def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, device: str = "auto") -> ChatRequest:
+    """Return the chat with what a run made.
+
+    Raises:
+        BadInput: It made nothing that can answer.
+    """
+    name = plain(paths.name, one_line=True)
+    job = read_job(paths)
+    if isinstance(job, MergeRequest | ExportRequest):
+        if not (Path(job.out) / CONFIG).is_file():
+            raise BadInput(f"the run {name} has left no model in {plain(job.out, one_line=True)}.")
+        return _alone(job.out, device)
+    if not isinstance(job, Recipe):
+        raise BadInput(f"the run {name} made no model to chat with.")
+    if not (paths.adapter / ADAPTER_CONFIG).is_file() and not base_only:
+        raise BadInput(
+            f"the run {name} has no adapter yet: it must be trained or stopped first. --base-only asks its base alone."
+        )
+    return _with_adapter(paths.adapter, job, base, base_only, device)
+
+
+def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: bool, device: str) -> ChatRequest:
+    found = None if base_only else find_adapter(folder)
+    word = base or (recipe.model.base if recipe else found.base if found else "")
+    if not word:
+        raise BadInput(f"{plain(folder.name, one_line=True)} names no base model; say which one with --base.")
+    find_base(word, recipe.model.revision if recipe and not base else "")
+    adapter = "" if base_only else str(folder.absolute())
+    if recipe is None:
+        return ChatRequest(base=word, adapter=adapter, device=device)
+    model = recipe.model
+    return ChatRequest(
+        base=word,
+        adapter=adapter,
+        revision="" if base else model.revision,
+        method=recipe.method,
+        dtype=model.dtype,
+        quant_type=model.quant_type,
+        double_quant=model.double_quant,
+        skip_modules=model.skip_modules,
+        attention=recipe.train.attention,
+        device=device,
+        data_format=recipe.data.format if recipe.data.format != "auto" else "chat",
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _alone(word: str, device: str) -> ChatRequest:
+    base = find_base(word)
+    # A model that was exported in 4 or 8 bits says so itself, and is loaded as it is.
+    return ChatRequest(base=word, device=device, method="qlora" if base.quantization == "bitsandbytes" else "lora")
+
+
+def _recipe(run: RunPaths) -> Recipe | None:
+    try:
+        job = read_job(run)
+    except BadInput:
+        return None
+    return job if isinstance(job, Recipe) else None
