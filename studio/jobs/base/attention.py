@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -37,11 +37,15 @@ def attention_for(
         _require_flash(device, dtype)
     if wanted != "sdpa":
         return wanted
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return attention_of(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
+def attention_of(config: PretrainedConfig) -> Attention:
+    """Return `sdpa`, or `eager` for an architecture that torch's fused attention cannot serve."""
     try:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
-        return wanted  # code of the model's own: transformers will say
+        return "sdpa"  # code of the model's own: transformers will say
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
