@@ -26,7 +26,25 @@ def run(args: argparse.Namespace) -> int:
     else:
         head = ["gpu", "name", "memory", "used", "free", "compute", "busy", "temperature"]
         say(table([head, *(_row(card) for card in cards)]))
+        for card in cards:
+            for line in notes_on(card):
+                say(f"gpu {card.index}: {line}")
     return DONE
+
+
+def notes_on(card: Gpu) -> list[str]:
+    """Return what else is worth knowing of a card: how it is cut or shared, and who uses it."""
+    notes = []
+    if card.mig:
+        notes.append("MIG is on: a run gets one instance, whose memory is shown")
+    if card.unified:
+        notes.append("its memory is the machine's main memory")
+    if card.processes:
+        users = (f"{item.name or 'unnamed'} (pid {item.pid}, {size(item.used_bytes)})" for item in card.processes)
+        notes.append(f"used by {', '.join(users)}")
+    elif card.processes is None:
+        notes.append("who uses it is not available from this driver")
+    return notes
 
 
 def _row(card: Gpu) -> list[str]:

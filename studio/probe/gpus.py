@@ -3,15 +3,31 @@
 Nothing here raises without a driver, and nothing here changes a card.
 """
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from studio.core.text import plain
 
 _RETRY_SECONDS = 10.0
 _UNNAMED = "NVIDIA GPU"
+
+
+_UNIFIED_PARTS = ("GB10", "Orin", "Thor", "Tegra", "Xavier")
+"""Chips whose memory is the machine's own and of which NVML therefore tells none (nvtop 411, nvitop 195). A card that
+does not answer for another reason must not be taken for one of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """Somebody who uses a card; None is "not available" (Windows and WSL do not say how much)."""
+
+    pid: int
+    name: str | None = None
+    used_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +45,9 @@ class Gpu:
         busy_percent: Share of the last moment in which a kernel ran.
         celsius: Temperature.
         watts: Power drawn now.
+        processes: Who uses it, largest first; None where the driver does not tell.
+        mig: Whether it is cut into instances; memory is then that of the first, which is what a process gets.
+        unified: Whether its memory is the machine's main memory.
     """
 
     index: int
@@ -41,6 +60,13 @@ class Gpu:
     busy_percent: int | None = None
     celsius: int | None = None
     watts: float | None = None
+    processes: tuple[GpuProcess, ...] | None = None
+    mig: bool | None = None
+    unified: bool = False
+
+    def others(self, own: Container[int] = ()) -> tuple[GpuProcess, ...]:
+        """Return the processes on it that are not one's own; none where the driver does not tell."""
+        return tuple(item for item in self.processes or () if item.pid not in own)
 
 
 class GpuReader:
@@ -90,14 +116,19 @@ class GpuReader:
         handle = self._value("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
             return Gpu(index, _UNNAMED)
-        memory = self._memory(handle)
         name, uuid = self._value("nvmlDeviceGetName", handle), self._value("nvmlDeviceGetUUID", handle)
+        name = _text(name) or _UNNAMED
+        mode = self._value("nvmlDeviceGetMigMode", handle)
+        mig = None if mode is None else bool(mode[0])
+        memory = self._memory(self._instance(handle) if mig else handle)
+        unified = memory is None and any(part in name for part in _UNIFIED_PARTS)
+        memory = main_memory() if unified else memory
         capability = self._value("nvmlDeviceGetCudaComputeCapability", handle)
         rates = self._value("nvmlDeviceGetUtilizationRates", handle)
         milliwatts = self._value("nvmlDeviceGetPowerUsage", handle)
         return Gpu(
             index=index,
-            name=_text(name) or _UNNAMED,
+            name=name,
             uuid=_text(uuid),
             total_bytes=_positive(getattr(memory, "total", None)),
             used_bytes=getattr(memory, "used", None),
@@ -106,10 +137,44 @@ class GpuReader:
             busy_percent=getattr(rates, "gpu", None),
             celsius=self._value("nvmlDeviceGetTemperature", handle, getattr(self._nvml, "NVML_TEMPERATURE_GPU", 0)),
             watts=None if milliwatts is None else milliwatts / 1000,
+            processes=self._processes(handle),
+            mig=mig,
+            unified=unified,
         )
 
+    def _instance(self, handle: Any) -> Any:
+        """Return the first instance of a card that is cut into some; None where there is none yet."""
+        for index in range(self._value("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+            instance = self._value("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+            if instance is not None:
+                return instance
+        return None
+
+    def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
+        """Return who computes or draws on a card; a process that does both is listed once."""
+        lists = [self._value(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "Graphics")]
+        if all(found is None for found in lists):
+            return None
+        sizes: dict[int, int | None] = {}
+        for process in (item for found in lists for item in found or ()):
+            used = _positive(getattr(process, "usedGpuMemory", None))
+            sizes[process.pid] = max(filter(None, (used, sizes.get(process.pid))), default=None)
+        found = (GpuProcess(pid, self._process_name(pid), used) for pid, used in sizes.items())
+        return tuple(sorted(found, key=lambda item: (-(item.used_bytes or 0), item.pid)))
+
+    def _process_name(self, pid: int) -> str | None:
+        """Return the last part of a program's path; other users' programs may have no name here."""
+        path = _decoded(self._value("nvmlSystemGetProcessName", pid)) or ""
+        program = path.split(" ")[0] if path.startswith("/") else path
+        return _text(re.split(r"[/\\]", program)[-1]) or None
+
     def _memory(self, handle: Any) -> Any:
-        """Version 2 of the call counts the driver's reserve apart, as nvidia-smi does; old drivers lack it."""
+        """Return total, used and free of a card, None where it tells none.
+
+        Version 2 of the call counts the driver's reserve apart, as nvidia-smi does; old drivers lack it.
+        """
+        if handle is None:
+            return None
         version = getattr(self._nvml, "nvmlMemory_v2", None)
         memory = None if version is None else self._value("nvmlDeviceGetMemoryInfo", handle, version)
         memory = memory or self._value("nvmlDeviceGetMemoryInfo", handle)
@@ -120,6 +185,19 @@ class GpuReader:
             return getattr(self._nvml, name)(*arguments)
         except Exception:  # noqa: BLE001  each reading may fail alone: not supported, lost card, missing function
             return None
+
+
+def main_memory() -> Any:
+    """Return total, used and free bytes of main memory, None where the system does not tell."""
+    try:
+        import psutil  # noqa: PLC0415  20 ms that only unified memory pays
+
+        memory = psutil.virtual_memory()
+    except Exception:  # noqa: BLE001  /proc may be missing or hidden
+        return None
+    return SimpleNamespace(
+        total=int(memory.total), used=int(memory.total - memory.available), free=int(memory.available)
+    )
 
 
 def read_gpus(reader: GpuReader | None = None) -> list[Gpu] | None:
@@ -140,9 +218,14 @@ def _pynvml() -> Any:
 
 
 def _text(value: Any) -> str | None:
+    text = _decoded(value)
+    return None if text is None else plain(text, one_line=True)
+
+
+def _decoded(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    return plain(value, one_line=True) if isinstance(value, str) else None
+    return value if isinstance(value, str) else None
 
 
 def _positive(value: Any) -> int | None:

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from studio.probe.gpus import Gpu, GpuReader, read_gpus
+from studio.probe import gpus as module
+from studio.probe.gpus import Gpu, GpuProcess, GpuReader, read_gpus
 
 GIB = 2**30
 
@@ -40,6 +41,21 @@ class _Nvml:
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return int(self._answer("handle", index, index))
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:  # noqa: N802
+        return self._answer("mig", handle, [0, 0])
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:  # noqa: N802
+        found = [SimpleNamespace(pid=70, usedGpuMemory=2 * GIB), SimpleNamespace(pid=71, usedGpuMemory=None)]
+        return self._answer("compute", handle, found)
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: int) -> list[Any]:  # noqa: N802
+        found = [SimpleNamespace(pid=70, usedGpuMemory=1 * GIB), SimpleNamespace(pid=72, usedGpuMemory=3 * GIB)]
+        return self._answer("graphics", handle, found)
+
+    def nvmlSystemGetProcessName(self, pid: int) -> bytes:  # noqa: N802
+        names = {70: b"/usr/bin/python3 train.py /data/x", 71: b"C:\\Program Files\\a game.exe", 72: b"Xorg\x1b[2J"}
+        return self._answer("process", pid, names[pid])
 
     def nvmlDeviceGetName(self, handle: int) -> bytes | str:  # noqa: N802
         return self._answer("name", handle, b"NVIDIA \x1b[31mCard" if handle else "NVIDIA GeForce RTX 4090")
@@ -83,6 +99,64 @@ def test_all_readings_of_a_healthy_card() -> None:
         busy_percent=0,
         celsius=40,
         watts=25.5,
+        processes=(
+            GpuProcess(72, r"Xorg\x1b[2J", 3 * GIB),
+            GpuProcess(70, "python3", 2 * GIB),
+            GpuProcess(71, "a game.exe", None),
+        ),
+        mig=False,
+    )
+
+
+def test_others_are_those_who_are_not_oneself() -> None:
+    card = _read()[0]
+    assert [item.pid for item in card.others({70})] == [72, 71]
+    assert Gpu(0, "x").others() == ()
+
+
+def test_a_driver_that_tells_one_list_of_processes_is_believed() -> None:
+    assert [item.pid for item in _read("graphics")[0].processes or ()] == [70, 71]
+    assert [item.name for item in _read("process")[0].processes or ()] == [None, None, None]
+
+
+class _CutNvml(_Nvml):
+    """A card with MIG on; its second place holds an instance of 20 GiB."""
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:  # noqa: N802
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:  # noqa: N802
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, index: int) -> int:  # noqa: N802
+        if index != 1 or "instances" in self.broken:
+            raise _Refusal
+        return 99
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int = 1) -> Any:  # noqa: N802
+        if handle != 99:
+            return SimpleNamespace(total=80 * GIB, used=0, free=80 * GIB)
+        return SimpleNamespace(total=20 * GIB, used=1 * GIB, free=19 * GIB)
+
+
+def test_a_process_gets_one_instance_of_a_card_that_is_cut() -> None:
+    card = (GpuReader(nvml=_CutNvml()).read() or [])[0]
+    assert (card.mig, card.total_bytes, card.free_bytes) == (True, 20 * GIB, 19 * GIB)
+    without = (GpuReader(nvml=_CutNvml("instances")).read() or [])[0]
+    assert (without.mig, without.total_bytes) == (True, None), "80 GiB that nobody can have are not promised"
+
+
+def test_unified_memory_is_main_memory_and_only_on_chips_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = SimpleNamespace(total=119 * GIB, used=20 * GIB, free=99 * GIB)
+    monkeypatch.setattr(module, "main_memory", lambda: main)
+    monkeypatch.setattr(_Nvml, "nvmlDeviceGetName", lambda self, handle: "NVIDIA GB10" if handle else "NVIDIA A10G")
+    lost, spark = _read("memory1", "memory2")
+    assert (lost.unified, lost.total_bytes) == (False, None)
+    assert (spark.unified, spark.total_bytes, spark.used_bytes, spark.free_bytes) == (
+        True,
+        119 * GIB,
+        20 * GIB,
+        99 * GIB,
     )
 
 
@@ -98,6 +172,7 @@ def test_a_name_cannot_command_the_terminal() -> None:
         ("rates", ["busy_percent"]),
         ("temperature", ["celsius"]),
         ("power", ["watts"]),
+        ("mig", ["mig"]),
     ],
 )
 def test_a_reading_that_is_not_supported_is_none_and_the_others_stay(broken: str, fields: list[str]) -> None:
@@ -111,7 +186,7 @@ def test_an_old_driver_tells_memory_without_its_reserve() -> None:
     assert _read("memory2")[0].used_bytes == 4 * GIB
 
 
-def test_unified_memory_has_no_sizes_and_no_zeros() -> None:
+def test_a_card_that_tells_no_memory_has_no_sizes_and_no_zeros() -> None:
     card = _read("memory1", "memory2")[0]
     assert (card.total_bytes, card.used_bytes, card.free_bytes) == (None, None, None)
 
