@@ -22,7 +22,7 @@ from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid
 from studio.jobs.train.choose_batching import batcher_for
 from studio.jobs.train.liger import require_liger
 from studio.jobs.train.loop import Hooks, LoopParts, train
-from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.precision import Precision, choose_precision
@@ -231,15 +231,8 @@ def _device(recipe: Recipe) -> torch.device:
         raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
     if recipe.train.loss == "liger":
         require_liger(device)
-    _limit_memory(recipe, device)
+    limit_memory(recipe.device.budget_gib, device)
     return device
-
-
-def _limit_memory(recipe: Recipe, device: torch.device) -> None:
-    """Hold the run to its budget: torch then raises out-of-memory instead of taking the desktop's share."""
-    if device.type == "cuda" and recipe.device.budget_gib:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, recipe.device.budget_gib * 2**30 / total), device)
 
 
 def _device_name(device: torch.device) -> str:

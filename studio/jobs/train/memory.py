@@ -1,5 +1,6 @@
 """What the process holds, as numbers or None: torch's counters and NVML on CUDA, the resident set elsewhere."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,28 @@ import psutil
 import torch
 
 from studio.core.events import MemorySeen
+from studio.core.vram.reserve import CONTEXT_BYTES
 
 Emit = Callable[..., None]
+
+
+def limit_memory(budget_gib: float, device: torch.device) -> None:
+    """Hold the process to its budget: torch then raises out-of-memory instead of taking the desktop's share.
+
+    torch limits its allocator alone; the CUDA context comes on top and is taken off the budget first.
+
+    Args:
+        budget_gib: Most that the card may show for this process; 0 sets no limit.
+        device: Where it runs; nothing is limited on a CPU.
+    """
+    if device.type != "cuda" or not budget_gib:
+        return
+    torch.zeros(1, device=device)  # makes the context, so that it can be seen
+    context = _own_device_bytes(_nvml_handle(device))
+    context = CONTEXT_BYTES if context is None else max(0, context - torch.cuda.memory_reserved(device))
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (budget_gib * 2**30 - context) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
 
 
 class MemoryWatch:
@@ -72,6 +93,24 @@ def _device_used(handle: Any | None) -> int | None:
     try:
         import pynvml  # noqa: PLC0415
 
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+        # Version 2 leaves out the driver's own reserve, as studio.probe.gpus does; old drivers lack it.
+        version = getattr(pynvml, "nvmlMemory_v2", None)
+        try:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version).used)
+        except pynvml.NVMLError:
+            return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     except Exception:  # noqa: BLE001  a lost card has no reading
+        return None
+
+
+def _own_device_bytes(handle: Any | None) -> int | None:
+    """Return what the driver counts for this process; None in a container or under WSL, where it does not know it."""
+    if handle is None:
+        return None
+    try:
+        import pynvml  # noqa: PLC0415
+
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next((item.usedGpuMemory or None for item in processes if item.pid == os.getpid()), None)
+    except Exception:  # noqa: BLE001  a reading that is not supported is none
         return None
