@@ -1,0 +1,147 @@
+"""Runs the training job's own loop over full rows, and says which stage it is in: on fake tensors, a CPU or a card."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from studio.core.recipe import Recipe
+from studio.jobs.base.rows import Example
+from studio.jobs.train.batches import Batch, Batcher, StepBatches
+from studio.jobs.train.checkpoint import Progress
+from studio.jobs.train.evaluate import held_out_loss
+from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.step_model import StepModel
+
+STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval")
+"""In the order in which they come; `loss` is head and loss, forward and backward."""
+
+
+class Meter(Protocol):
+    """Is told which stage begins, and what belongs to what."""
+
+    def stage(self, name: str) -> None:
+        """Say that a stage begins."""
+
+    def claim(self, tensors: Any, component: str) -> None:
+        """Say what tensors belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBatcher(Batcher):
+    """A batcher whose batches are made by way of `place`, such as into the world of fake tensors."""
+
+    place: Callable[[Callable[[], Batch]], Batch] = lambda make: make()
+
+    def batch(self, rows: Sequence[Example]) -> Batch:
+        """Return the model's arguments for the rows of one micro-batch."""
+        return self.place(lambda: Batcher.batch(self, rows))
+
+
+def longest_row(seq_len: int, vocabulary: int) -> Example:
+    """Return a row of full length whose every token is learnt: none needs more memory."""
+    ids = (np.arange(seq_len) % max(1, vocabulary)).astype(np.int32)
+    return Example(ids, ids.copy())
+
+
+def run_steps(
+    step_model: StepModel,
+    recipe: Recipe,
+    meter: Meter,
+    *,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batcher: PlacedBatcher,
+    steps: int,
+    emit: Callable[..., None],
+) -> None:
+    """Take optimizer steps on the longest rows, then one held-out batch, and tell the meter every stage.
+
+    More than two micro-batches per step change nothing in memory, so no more are taken.
+
+    Args:
+        step_model: The model and its loss.
+        recipe: Batch, length and learning rate.
+        meter: What measures.
+        optimizer: Of the adapter.
+        scaler: For fp16.
+        batcher: Makes the batches.
+        steps: Optimizer steps; from the second on the optimizer's state is there from the start.
+        emit: Gets the events of the loop.
+
+    Raises:
+        JobFailed: A guard of the loop fired.
+    """
+    causal: Any = step_model.causal
+    row = longest_row(recipe.train.seq_len, causal.get_input_embeddings().weight.shape[0])
+    per_step = recipe.train.micro_batch * min(2, recipe.train.accumulation)
+    trainable = [p for p in step_model.parameters() if p.requires_grad]
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        meter.stage("optimizer")
+
+    def between(_: Progress) -> bool:
+        meter.claim(_state_of(optimizer), "optimizer")
+        return False
+
+    parts = LoopParts(
+        step_model=step_model,
+        optimizer=optimizer,
+        scaler=scaler,
+        batches=StepBatches([row] * per_step, batcher, rows_per_step=per_step, seed=recipe.train.seed),
+        device=batcher.device,
+        memory=MemoryWatch(emit, batcher.device),
+        emit=emit,
+        backward=backward,
+    )
+    with _staged(step_model, meter), _claimed_gradients(trainable, meter):
+        train(parts, recipe.train, steps, Progress(0, 0, 0.0, {}), Hooks(between))
+    meter.stage("eval")
+    held_out_loss(step_model, [row] * recipe.train.micro_batch, batcher=batcher, progress=lambda fraction: None)
+
+
+@contextmanager
+def _staged(step_model: StepModel, meter: Meter) -> Iterator[None]:
+    """Tell the meter when the backbone begins and ends, and when the gradient of its output arrives."""
+    backbone = cast(nn.Module, getattr(step_model.causal, "base_model", step_model.causal))
+
+    def begins(*_: Any) -> None:
+        meter.stage("forward")
+
+    def ends(module: nn.Module, inputs: Any, output: Any) -> None:
+        meter.stage("loss")
+        hidden = getattr(output, "last_hidden_state", None)
+        node = None if hidden is None else hidden.grad_fn
+        if node is not None:
+            node.register_prehook(lambda _: meter.stage("backward"))
+
+    handles = [backbone.register_forward_pre_hook(begins), backbone.register_forward_hook(ends)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _claimed_gradients(trainable: Sequence[nn.Parameter], meter: Meter) -> Iterator[None]:
+    def claim(parameter: Tensor) -> None:
+        meter.claim([parameter.grad], "gradients")
+
+    handles = [cast(Any, parameter).register_post_accumulate_grad_hook(claim) for parameter in trainable]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))

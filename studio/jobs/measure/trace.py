@@ -1,0 +1,109 @@
+"""A training step without weights and without a card: the job's own code on fake tensors, every storage counted.
+
+The model is built from its config, adapted, and trained for two steps by `studio.jobs.train`'s loop. Sizes are exact
+for what operators allocate; `studio.jobs.measure.card` says what of a card is put back and what is not known.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from studio.core.gpu_catalogue import Gpu
+from studio.core.recipe import Recipe
+from studio.core.vram.setup import ITEMSIZES
+from studio.jobs.measure.card import TracedCopies, card_habits
+from studio.jobs.measure.fake import Numbers, fake_world
+from studio.jobs.measure.step import PlacedBatcher, run_steps
+from studio.jobs.measure.storages import Storages
+from studio.jobs.measure.weightless import config_of, weightless_base
+from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.train.offload import offload_checkpoints
+from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.precision import Precision
+from studio.jobs.train.step_model import StepModel
+
+_CUDA_BLOCK_BYTES = 512
+"""The caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
+
+_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a step is traced for.
+
+    Attributes:
+        device_type: `cuda`, or `cpu` for the tensors of a CPU run.
+        dtype: bf16, fp16 or fp32.
+        gpu: The card, where one is meant.
+    """
+
+    device_type: str
+    dtype: str
+    gpu: Gpu | None = None
+
+
+def trace(recipe: Recipe, values: dict[str, Any], target: Target) -> Storages:
+    """Return what a recipe's training allocates and frees, in order.
+
+    Args:
+        recipe: How it is trained.
+        values: The base model's config.json.
+        target: For what device.
+
+    Raises:
+        BadInput: The model cannot be built.
+        JobFailed: The recipe does not fit the model, or what it allocates depends on the weights' values.
+    """
+    config = config_of(values)
+    storages = Storages(block_bytes=_CUDA_BLOCK_BYTES if target.device_type == "cuda" else 1)
+    with fake_world() as numbers, torch.random.fork_rng(devices=[]):
+        run_engine(config, recipe, target, storages, numbers)
+    return storages
+
+
+def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, numbers: Numbers | None = None) -> None:
+    """Build the model, adapt it and train it for two steps and one held-out batch while storages are counted.
+
+    Args:
+        config: transformers' config of the base.
+        recipe: How it is trained.
+        target: For what device.
+        storages: Where births and deaths are logged.
+        numbers: Makes fake batches; None runs for real on this CPU, with random weights.
+    """
+    assert target.dtype in ITEMSIZES, target.dtype  # noqa: S101  never "auto": who asks knows the device
+    precision = Precision(target.dtype, "cpu")
+    storages.stage("load")
+    base = weightless_base(config, recipe, precision.dtype, storages)
+    with ExitStack() as stack:
+        stack.enter_context(storages)
+        if target.device_type == "cuda":
+            stack.enter_context(card_habits(storages, target.gpu))
+        with storages.newborn("adapter"):
+            model = attach_adapter(base, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+            if recipe.train.offload_checkpoints and target.device_type == "cuda":
+                offload_checkpoints(model, TracedCopies(storages))
+        storages.claim((p for p in model.parameters() if p.requires_grad), "adapter")
+        optimizer = build_optimizer(
+            model.named_parameters(),
+            kind=recipe.train.optimizer,
+            learning_rate=recipe.train.learning_rate,
+            weight_decay=recipe.train.weight_decay,
+            lora_plus_ratio=recipe.adapter.lora_plus_ratio,
+            device=torch.device(target.device_type),
+            warn=lambda message: None,
+        )
+        batcher = PlacedBatcher(recipe.train.micro_batch, 0, torch.device("cpu"))
+        run_steps(
+            StepModel(model, recipe.train.loss, precision.autocast),
+            recipe,
+            storages,
+            optimizer=optimizer,
+            scaler=precision.scaler(),
+            batcher=replace(batcher, place=numbers.batch) if numbers else batcher,
+            steps=_STEPS,
+            emit=lambda *args, **fields: None,
+        )

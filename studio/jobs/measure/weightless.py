@@ -1,0 +1,155 @@
+"""A base model without its weights: built from its config, in the form that loading would have given it.
+
+Must be called where every new tensor is fake, or on a model small enough to be made for real.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, quantize_4bit
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.jobs.base.attention import attention_of
+from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of
+from studio.jobs.measure.fake import is_fake
+from studio.jobs.measure.storages import Storages
+
+
+def config_of(values: dict[str, Any]) -> PretrainedConfig:
+    """Return transformers' config of a config.json.
+
+    Raises:
+        BadInput: transformers does not know this architecture, or the values do not belong together.
+    """
+    kind = str(values.get("model_type"))
+    try:
+        rest = {name: value for name, value in values.items() if name not in ("model_type", "quantization_config")}
+        config: PretrainedConfig = AutoConfig.for_model(kind, **rest)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
+        raise BadInput(
+            f"transformers cannot make a model of the type {plain(kind, one_line=True, limit=60)}: {said}. "
+            "Update transformers, or use `lora-studio plan`."
+        ) from error
+    return config
+
+
+def weightless_base(
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, storages: Storages
+) -> PreTrainedModel:
+    """Return the frozen base model of a recipe; its parameters are born as `base`, one after another.
+
+    Args:
+        config: What it is made of.
+        recipe: Method, attention and 4-bit form.
+        dtype: Format of what is not quantised.
+        storages: Where births are counted.
+
+    Raises:
+        BadInput: The model cannot be built, or none of its layers can be quantised.
+    """
+    from_config: Any = AutoModelForCausalLM.from_config
+    # Two kernels of one kind: flash-attn's own and the one that torch brings hold the same tensors.
+    attention = "eager" if recipe.train.attention == "eager" else attention_of(config)
+    try:
+        model: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
+        raise BadInput(f"this model cannot be built from its config: {said}") from error
+    if recipe.method == "qlora":
+        _quantise(model, recipe, dtype, storages)
+    model.requires_grad_(False)
+    with storages:
+        storages.claim(frozen_tensors(model), "base")
+    return model
+
+
+def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield everything that a base model holds: parameters, buffers, and the scales and tables of 4-bit weights."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if isinstance(state, QuantState):
+            yield from _tensors_of(state)
+
+
+def _tensors_of(state: QuantState) -> Iterator[Tensor]:
+    for tensor in (state.absmax, state.code, state.offset):
+        if tensor is not None:
+            yield tensor
+    if state.state2 is not None:
+        yield from _tensors_of(state.state2)
+
+
+def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storages: Storages) -> None:
+    """Replace linear layers as transformers does when it loads for bitsandbytes.
+
+    Raises:
+        BadInput: There is no layer that bitsandbytes converts.
+    """
+    before = dict(model.named_modules())
+    quant = four_bit_of(recipe.model)
+    kept = [*get_keys_to_not_convert(model), *quant.skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    with unset_fake_temporarily():
+        # Its layers are made on meta, as their own class, which cannot wrap a fake tensor.
+        replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=four_bit_config(quant, dtype))
+    replaced = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    if not replaced:
+        raise BadInput(
+            "No layer of this model could be quantised to 4 bits: bitsandbytes converts torch.nn.Linear only. "
+            "Use method lora."
+        )
+    for name, layer in replaced:
+        _fill(layer, cast(nn.Linear, before.pop(name)), quant, storages)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> None:
+    """Give a 4-bit layer the weights of the layer that it replaces."""
+    weight = linear.weight.data.T if layer.source_cls is Conv1D else linear.weight.data
+    with storages, storages.newborn("workspace"):
+        packed, state = quantize_4bit(weight, compress_statistics=quant.double_quant, quant_type=quant.quant_type)
+        # On a card the 16-bit weight lies beside its packed form until that is done.
+        storages.passing(weight.nbytes)
+        storages.claim([packed, *_tensors_of(state)], "base")
+    layer.weight = _packed_parameter(packed, state, quant)
+    layer.bias = linear.bias
+    layer.quant_state = state
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _packed_parameter(packed: Tensor, state: QuantState, quant: FourBit) -> nn.Parameter:
+    """Return what bitsandbytes and peft read of a 4-bit weight; its own class cannot wrap a fake tensor."""
+    kind, double = quant.quant_type, quant.double_quant
+    if not is_fake(packed):
+        made = bnb.nn.Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            compress_statistics=double,
+            quant_type=kind,
+            bnb_quantized=True,
+        )
+        return cast(nn.Parameter, made)
+    parameter = nn.Parameter(packed, requires_grad=False)
+    for name, value in {
+        "quant_state": state,
+        "blocksize": state.blocksize,
+        "compress_statistics": double,
+        "quant_type": kind,
+        "quant_storage": torch.uint8,
+        "bnb_quantized": True,
+    }.items():
+        setattr(parameter, name, value)
+    return parameter
