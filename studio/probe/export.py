@@ -1,5 +1,6 @@
 """From a wish for another format to a running export: check, make the run's folder, launch."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ def check_export(request: ExportRequest) -> None:
         raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
     if out.suffix == _GGUF and form not in (*GGUF_FORMATS, "lora-gguf"):
         raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
+    if request.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", request.push, re.ASCII):
+        shown = plain(request.push, one_line=True, limit=80)
+        raise BadInput(f"{shown} is no name of a hub repository: wanted OWNER/NAME.")
     if form in ADAPTER_FORMATS or (source / ADAPTER_CONFIG).is_file():
         adapter = find_adapter(source)
         check_out(out)

@@ -91,3 +91,5 @@ def test_a_repository_to_push_to(cli: Cli, merged: Path, tmp_path: Path) -> None
     asked = read_job(RunPaths(Path(cli("export", str(merged), *words).document["path"])))
     assert isinstance(asked, ExportRequest)
     assert asked.push == "me/tuned"
+    refused = cli("export", str(merged), "--format", "q8_0", "--out", str(tmp_path / "out-2"), "--push", "tuned")
+    assert (refused.code, "OWNER/NAME" in refused.err) == (2, True)
