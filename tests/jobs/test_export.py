@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ def export(tmp_path: Path) -> Export:
     """Run the export job in this process; returns its run."""
     from studio.jobs.export.__main__ import _body
 
-    def run(source: Path, out: Path, form: str, trained: str = "") -> RunPaths:
+    def run(source: Path, out: Path, form: str, trained: str = "", **more: str) -> RunPaths:
         paths = RunPaths(tmp_path / f"export-{len(list(tmp_path.glob('export-*')))}")
         paths.root.mkdir()
-        write_job(paths, ExportRequest(str(source), str(out), form, trained))
+        write_job(paths, ExportRequest(str(source), str(out), form, trained, **more))
         run_job(paths.root, _body)
         return paths
 
@@ -98,6 +99,47 @@ def test_a_full_disk_leaves_nothing(
     assert failed is not None
     assert failed.failure == "disk_full"
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_memory_without_room_is_seen_before_the_model_is_loaded(
+    merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(quantised.psutil, "virtual_memory", lambda: memory(1000))
+    failed = history_of(export(merged, tmp_path / "out", "nf4")).failed
+    assert failed is not None
+    assert "of memory" in failed.message
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_an_adapter_is_merged_before_it_is_quantised(
+    recipe: Recipe, train: Train, export: Export, tiny: Path, tmp_path: Path
+) -> None:
+    run = train(recipe)
+    paths = export(run.adapter, tmp_path / "out", "nf4", str(run.root), base=str(tiny))
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    merge = history_of(RunPaths(paths.root / "merge")).finished
+    assert merge is not None
+    assert merge.result["base"] == str(tiny)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for word in (
+        "nf4 through bitsandbytes",
+        "KL to that model",
+        "optimizer steps: 5",
+        "data: data.jsonl",
+        "tokens seen",
+    ):
+        assert word in text
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_a_card_quotes_the_audit_of_its_run(recipe: Recipe, train: Train, export: Export, tmp_path: Path) -> None:
+    run = train(recipe)
+    audit = {"schema": 1, "recommendation": {"sentence": "Merge onto the original."}, "markdown": "| a | b |"}
+    (run.root / "audit.json").write_text(json.dumps(audit))
+    export(run.adapter, tmp_path / "tuned", "peft", str(run.root))
+    text = (tmp_path / "tuned" / "README.md").read_text()
+    assert "## Audit\n\nMerge onto the original.\n\n| a | b |\n" in text
 
 
 def test_what_is_quantised_already_is_refused(merged: Path, export: Export, tmp_path: Path) -> None:

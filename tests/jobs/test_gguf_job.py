@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +25,7 @@ from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import run_job
 from tests.fakes import fake_llama_tool
+from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.conftest import history_of
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
@@ -251,3 +255,43 @@ def test_a_disk_without_room_is_seen_before_anything_is_done(
     monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage(10**12, 10**12, 1000))
     assert "free on the disk" in _failure(export(merged, tmp_path / "out", "f16")).message
     assert not (tools / "vocab").exists()
+
+
+WITH_STAND_IN = """
+import sys
+from pathlib import Path
+from studio.jobs.export import tool_process
+from studio.jobs.export.__main__ import _body
+from studio.runs.worker import run_job
+tool_process._SCRIPT = Path(sys.argv[2])
+run_job(Path(sys.argv[1]), _body)
+"""
+
+
+@pytest.mark.slow
+def test_an_export_that_was_killed_goes_on_with_the_merged_model(
+    base: Path, adapter: Path, tools: Path, tmp_path: Path
+) -> None:
+    from studio.jobs.export.__main__ import _body
+
+    paths = RunPaths(tmp_path / "export-0")
+    paths.root.mkdir()
+    write_job(paths, ExportRequest(str(adapter), str(tmp_path / "out"), "q8_0", base=str(base)))
+    (tools / "behaviour").write_text("convert hangs")
+    words = [sys.executable, "-c", WITH_STAND_IN, str(paths.root), fake_llama_tool.__file__]
+    process = subprocess.Popen(words, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tools / "hanging").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    merge = (paths.root / "merge" / "events.jsonl").read_bytes()
+    (tools / "behaviour").write_text("")
+    run_job(paths.root, _body)
+    history = history_of(paths)
+    assert history.finished is not None, history.failed
+    assert (paths.root / "merge" / "events.jsonl").read_bytes() == merge, "merged once"
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]

@@ -1,6 +1,7 @@
 """Runs `llama_tool.py` in its own process: progress by the size of what it writes, an early end, its own words."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,12 @@ class LlamaTool:
                 process.kill()
                 process.wait()
                 raise
+        if process.returncode < 0:
+            name = next((one.name for one in signal.Signals if one == -process.returncode), "a signal")
+            why = {"SIGILL": "this processor lacks what the prebuilt library needs", "SIGKILL": "the memory was full"}
+            raise JobFailed(
+                "gguf_converter", f"llama.cpp's {verb} was ended by {name}: {why.get(name, 'a fault in it')}", _ADVICE
+            )
         if process.returncode:
             raise JobFailed("gguf_converter", f"llama.cpp's {verb} failed: {self._words(began)}", _ADVICE)
 
