@@ -4,6 +4,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from studio.commands.follow import conclude, follow
 from studio.commands.merge import merge_request
@@ -69,7 +70,28 @@ def run(args: argparse.Namespace) -> int:
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
-    return conclude(watch, end, as_json=args.json)
+    code = conclude(watch, end, as_json=args.json)
+    finished = watch.history.finished
+    for line in checks(finished.result) if finished and not args.json else []:
+        say(line)
+    return code
+
+
+def checks(result: dict[str, Any]) -> list[str]:
+    """Return what an export found out about its result, in lines."""
+    golden, loss = result.get("golden"), result.get("loss")
+    lines = []
+    if isinstance(golden, dict):
+        lines.append(
+            f"tokens: {golden['conversations']} conversations read the same in training, in the saved tokenizer and in "
+            f"llama.cpp; each ends with a stop token: {'yes' if golden['ends_with_stop'] else 'no'}"
+        )
+    if isinstance(loss, dict):
+        lines.append(
+            f"answers: KL {loss['mean_kl']:.2g} nats a token to what it was made from, same most likely token at "
+            f"{loss['same_top_token']:.1%} of {loss['tokens']} tokens"
+        )
+    return lines
 
 
 def export_request(word: str, root: Path, *, out: str, form: str, base: str = "") -> ExportRequest:

@@ -61,6 +61,12 @@ def check_export(request: ExportRequest) -> None:
         raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
     if out.suffix == _GGUF and form not in (*GGUF_FORMATS, "lora-gguf"):
         raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
+    if request.onto == "dequantized" and form == "nf4":
+        raise BadInput(
+            "a model merged onto dequantized weights lies on the 4-bit grid but for what was learnt: rounding it to "
+            "4 bits again erases that (measured: KL 1.99 to the trained model, 2.05 without any adapter). Export nf4 "
+            "from a merge onto original."
+        )
     if request.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", request.push, re.ASCII):
         shown = plain(request.push, one_line=True, limit=80)
         raise BadInput(f"{shown} is no name of a hub repository: wanted OWNER/NAME.")

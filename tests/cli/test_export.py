@@ -61,7 +61,7 @@ def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path) -> 
     assert not Path(out).exists()
 
 
-@pytest.mark.parametrize("form", ["peft", "lora-gguf", "nf4", "q4_k_m"])
+@pytest.mark.parametrize("form", ["peft", "lora-gguf", "int8", "q4_k_m"])
 def test_a_run_names_its_adapter_for_every_format(
     cli: Cli, recipe: Path, merged: Path, tmp_path: Path, form: str
 ) -> None:
@@ -75,6 +75,13 @@ def test_a_run_names_its_adapter_for_every_format(
     assert asked == wanted
 
 
+def test_four_bits_twice_are_refused_with_the_reason(cli: Cli, recipe: Path, merged: Path, tmp_path: Path) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    words = ("--out", str(tmp_path / "out"), "--base", str(merged), "--onto", "dequantized")
+    refused = cli("export", run, "--format", "nf4", *words)
+    assert (refused.code, "KL 1.99" in refused.err) == (2, True)
+
+
 def test_an_adapter_is_wanted_where_only_an_adapter_will_do(cli: Cli, merged: Path, tmp_path: Path) -> None:
     for form in ("peft", "lora-gguf"):
         assert cli("export", str(merged), "--format", form, "--out", str(tmp_path / "out")).code == 2
@@ -84,6 +91,15 @@ def test_one_file_is_for_gguf_formats(cli: Cli, merged: Path, tmp_path: Path) ->
     refused = cli("export", str(merged), "--format", "nf4", "--out", str(tmp_path / "one.gguf"))
     assert (refused.code, "is a folder" in refused.err) == (2, True)
     assert cli("export", str(merged), "--format", "Q8_0", "--out", str(tmp_path / "one.gguf")).code == 0
+
+
+def test_what_was_checked_is_said_at_the_end(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    outcome = cli("export", str(merged), "--format", "q8_0", "--out", str(tmp_path / "out"))
+    assert "tokens: 5 conversations read the same in training" in outcome.out
+    assert "KL 0.0069 nats a token" in outcome.out
+    assert "97.5% of 282 tokens" in outcome.out
+    quiet = cli("export", str(merged), "--format", "q8_0", "--out", str(tmp_path / "two"), "--json")
+    assert quiet.document["result"]["golden"]["conversations"] == 5
 
 
 def test_a_repository_to_push_to(cli: Cli, merged: Path, tmp_path: Path) -> None:

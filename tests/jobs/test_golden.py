@@ -85,11 +85,21 @@ def trained(home: Path) -> RunPaths:
     return _run(home, "trained", recipe, "train")
 
 
+def _merge(home: Path, trained: RunPaths, onto: str) -> Path:
+    out = home / f"merged-{onto}"
+    request = MergeRequest(str(trained.adapter), "embedded", str(out), onto=onto, run=str(trained.root))
+    _run(home, f"merge-{onto}", request, "merge")
+    return out
+
+
 @pytest.fixture(scope="module")
 def merged(home: Path, trained: RunPaths) -> Path:
-    out = home / "merged"
-    _run(home, "merge", MergeRequest(str(trained.adapter), "embedded", str(out), run=str(trained.root)), "merge")
-    return out
+    return _merge(home, trained, "original")
+
+
+@pytest.fixture(scope="module")
+def merged_dequantized(home: Path, trained: RunPaths) -> Path:
+    return _merge(home, trained, "dequantized")
 
 
 def _export(home: Path, source: Path, form: str, **more: str) -> tuple[Path, dict[str, Any]]:
@@ -115,9 +125,10 @@ def _rows(tokenizer: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_gguf_file_reads_and_answers_as_the_merged_model(
-    home: Path, tool: LlamaTool, trained: RunPaths, merged: Path, form: str
+    home: Path, tool: LlamaTool, trained: RunPaths, merged: Path, merged_dequantized: Path, form: str
 ) -> None:
-    # The quantised one goes the whole way from the run, which merges by itself.
+    # One of them is what a QLoRA run saw; the quantised one goes the whole way from the run, which merges by itself.
+    merged = merged_dequantized if form == "q8_0" else merged
     more = {"base": "embedded", "run": str(trained.root)} if form == "q4_k_m" else {}
     out, report = _export(home, trained.adapter if more else merged, form, **more)
     file = next(out.glob("*.gguf"))
