@@ -18,9 +18,11 @@ from studio.probe.plan import plan_for
 from studio.probe.preflight import PreflightReport, check_training
 from studio.probe.space import check_space
 from studio.runs.atomic import write_whole
+from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request
 from studio.runs.job import MODULES, ONTO, Job, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
+from studio.runs.measure_request import MeasureRequest
 from studio.runs.supervise import launch
 
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
@@ -127,6 +129,10 @@ def _name_of(job: Job) -> str:
         return job.name
     if isinstance(job, MergeRequest):
         return f"merge-{_STAMP.sub('', Path(job.run or job.adapter).name)}"
+    if isinstance(job, MeasureRequest):
+        return "measure"
+    if isinstance(job, AuditRequest):
+        return f"audit-{job.what}-{_STAMP.sub('', Path(job.run or job.model).name)}"
     return f"export-{job.format}-{_STAMP.sub('', Path(job.source).name)}"
 
 

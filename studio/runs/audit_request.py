@@ -18,6 +18,7 @@ class AuditRequest:
         format: How the data are read, one of the recipe's.
         run: Absolute path of the training run; empty where none is audited.
         recipe: TOML text of the recipe whose methods race; empty where none do.
+        merged: Absolute paths of merged model folders that are measured beside a run's other forms, a line each.
         text: Absolute path of the neutral text; empty means the built-in one.
         rows: Most held-out rows.
         seq_len: Longest row, tokens.
@@ -34,6 +35,7 @@ class AuditRequest:
     format: str = "auto"
     run: str = ""
     recipe: str = ""
+    merged: str = ""
     text: str = ""
     rows: str = "100"
     seq_len: str = "1024"

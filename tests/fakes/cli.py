@@ -9,6 +9,7 @@ FAKES = {
     "merge": "tests.fakes.merge_job",
     "export": "tests.fakes.export_job",
     "chat": "tests.fakes.chat_job",
+    "audit": "tests.fakes.audit_job",
 }
 
 if __name__ == "__main__":

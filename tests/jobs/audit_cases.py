@@ -10,12 +10,18 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from studio.jobs.audit.__main__ import _body
 from studio.jobs.audit.base_variants import folder_variants
 from studio.jobs.audit.blocks import Parts, parts_of
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.labels import IGNORED
 from studio.jobs.base.rows import Example
+from studio.probe.audit import read_report
+from studio.runs.audit_request import AuditRequest
+from studio.runs.job import write_job
+from studio.runs.layout import RunPaths
+from studio.runs.worker import run_job
 
 CPU = torch.device("cpu")
 Change = Callable[[str, Tensor], Tensor]
@@ -81,3 +87,14 @@ def plain_figures(model: nn.Module, reference: nn.Module, rows: Sequence[Example
         kls.append((meant.exp() * (meant - found)).sum(-1))
         same.append((found.argmax(-1) == meant.argmax(-1)).float())
     return tuple(float(torch.cat(part).double().mean()) for part in (losses, kls, same))  # type: ignore[return-value]
+
+
+def audit(root: Path, request: AuditRequest) -> tuple[RunPaths, dict[str, Any]]:
+    """Run the audit job in this process, in a new folder or again in an old one; its report is empty where none is."""
+    paths = RunPaths(root)
+    if not paths.recipe.is_file():
+        root.mkdir()
+        paths.control.mkdir()
+        write_job(paths, request)
+    run_job(root, _body)
+    return paths, read_report(paths) or {}

@@ -22,13 +22,17 @@ class FolderWeights:
         files: The tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vocabulary: int | None = None) -> None:
         """Build the structure and read the headers.
+
+        Args:
+            folder: Holds config and safetensors.
+            vocabulary: Number of tokens, where an adapter brings an embedding of another size.
 
         Raises:
             BadInput: transformers cannot build this model, or a file of it is damaged.
         """
-        self.clean: PreTrainedModel = build_clean(folder)
+        self.clean: PreTrainedModel = build_clean(folder, vocabulary)
         self.files = TensorFiles(folder)
         self._names = CheckpointNames(self.clean, self.files)
         self._groups = {name: group for group in self._names.groups for name in group.names}

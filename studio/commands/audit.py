@@ -1,0 +1,157 @@
+"""`lora-studio audit`: what 4 bits cost, of a base, of an adapter, of two trainings; in a process of its own."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from studio.commands.follow import End, exit_code, follow, tell_failure
+from studio.commands.options import add_json, add_run, add_runs_dir, add_set, module_of, root_of, run_of
+from studio.commands.recipe_flags import add_recipe_flags, settings_of
+from studio.commands.terminal import duration, say, table, write_json
+from studio.core.audit_text import advice_lines, tables_of, title_of
+from studio.core.recipe import choices_of
+from studio.core.text import plain
+from studio.probe.audit import audit_of_run, data_path, read_report, start_audit
+from studio.runs.audit_request import AuditRequest
+from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe
+from studio.runs.status import Status
+from studio.runs.summary import summary_of
+from studio.runs.watch import RunWatch
+
+_DEFAULT = AuditRequest("base")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the verb."""
+    parser = subparsers.add_parser(
+        "audit",
+        help="measure what 4 bits cost your model, adapter or training",
+        description="Measure, on held-out rows of your own data, what 4 bits cost. Every figure has a 95 % interval. "
+        "The model is walked block by block, so it need not fit anywhere as a whole.",
+    )
+    kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    base = kinds.add_parser("base", help="a base in 16 bit against its roundings, before any training")
+    base.add_argument("--model", required=True, metavar="MODEL", help="a hub id, a folder, or: embedded")
+    base.add_argument("--data", required=True, metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
+    base.add_argument("--forms", default=_DEFAULT.forms, metavar="NAMES", help=f"roundings (default: {_DEFAULT.forms})")
+    base.add_argument(
+        "--keep", default=_DEFAULT.kept, metavar="N,N", help="measure plans with the N worst blocks in 16 bit; 0: none"
+    )
+    base.add_argument("--format", default="auto", choices=choices_of("data.format"), help="how the data are read")
+    base.add_argument("--seed", default=_DEFAULT.seed, metavar="N", help="of the split; a training run's own holds out")
+    run = kinds.add_parser("run", help="an adapter on every base that it can be put on or merged into")
+    add_run(run)
+    run.add_argument("--base", metavar="MODEL", help="the 16-bit base (default: the one that it was trained on)")
+    run.add_argument("--data", metavar="FILE", help="other rows than those that the run held out")
+    run.add_argument(
+        "--merged",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a merged model to measure as well; may be repeated",
+    )
+    for kind in (base, run):
+        kind.add_argument("--rows", metavar="N", help="most held-out rows")
+        kind.add_argument("--seq", metavar="N", help="longest row, tokens")
+        kind.add_argument("--text", metavar="FILE", help="a neutral text (default: a built-in one)")
+    race = kinds.add_parser("race", help="LoRA and QLoRA trained from one recipe, seed and data")
+    race.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    race.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")
+    race.add_argument("--data", metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
+    race.add_argument("--lanes", default=_DEFAULT.lanes, metavar="NAMES", help="of lora, qlora, qlora+loftq")
+    add_recipe_flags(race)
+    add_set(race)
+    for kind in (base, run, race):
+        add_json(kind)
+        add_runs_dir(kind)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, follow, show the report.
+
+    Raises:
+        BadInput: Something that is named cannot be used; no run folder was made.
+        StudioError: The worker cannot be started.
+    """
+    to = sys.stderr if args.json else sys.stdout
+    makers = {"base": _base, "run": _run, "race": _race}
+    paths = start_audit(makers[args.what](args), root_of(args), module=module_of(args, "audit"))
+    say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
+    watch = RunWatch(paths)
+    return _conclude(watch, follow(watch, to=to, stops_on_interrupt=True), as_json=args.json)
+
+
+def tell_report(report: Mapping[str, Any], to: TextIO) -> None:
+    """Show a report's tables and what it advises."""
+    say(f"\n{title_of(report)}", to=to)
+    for heading, cells in tables_of(report):
+        say(f"\n{heading}", to=to)
+        say(table(cells), to=to)
+    say(to=to)
+    for line in advice_lines(report):
+        say(line, to=to)
+
+
+def _base(args: argparse.Namespace) -> AuditRequest:
+    request = AuditRequest(
+        "base",
+        model=args.model,
+        data=data_path(args.data),
+        format=args.format,
+        forms=args.forms,
+        kept="" if args.keep.strip() == "0" else args.keep,
+        seed=args.seed,
+    )
+    return replace(request, **_limits(args))
+
+
+def _run(args: argparse.Namespace) -> AuditRequest:
+    changes = _limits(args)
+    if args.base:
+        changes |= {"model": args.base, "revision": ""}
+    if args.data:
+        changes |= {"data": data_path(args.data), "format": "auto"}
+    changes["merged"] = "\n".join(str(Path(word).expanduser().absolute()) for word in args.merged)
+    return audit_of_run(run_of(args), **changes)
+
+
+def _race(args: argparse.Namespace) -> AuditRequest:
+    recipe = load_recipe(find_recipe(args.recipe), settings_of(args))
+    return AuditRequest(
+        "race",
+        model=recipe.model.base,
+        revision=recipe.model.revision,
+        recipe=dump_recipe(recipe),
+        lanes=args.lanes,
+    )
+
+
+def _limits(args: argparse.Namespace) -> dict[str, str]:
+    given = {"rows": args.rows, "seq_len": args.seq}
+    found = {name: str(value) for name, value in given.items() if value is not None}
+    return found | ({"text": str(Path(args.text).expanduser().absolute())} if args.text else {})
+
+
+def _conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
+    paths: RunPaths = watch.paths
+    summary = summary_of(paths, watch.history, end.status)
+    report = read_report(paths) if end.status is Status.finished else None
+    to = sys.stderr if as_json else sys.stdout
+    if end.left:
+        say(f"the run lives on; look again with: lora-studio runs attach {paths.name}", to=to)
+    elif end.status in (Status.failed, Status.crashed):
+        tell_failure(paths, summary)
+    elif report is None:
+        say(f"{summary['status']}; go on with: lora-studio runs resume {paths.name}", to=to)
+    else:
+        tell_report(report, to)
+        say(f"\n{summary['status']} in {duration(summary['seconds'])}", to=to)
+        say(f"report: {plain(str(paths.root / 'report.md'), one_line=True)}", to=to)
+    if as_json:
+        keys = ("run", "path", "status", "seconds", "warnings", "failure")
+        write_json({**{key: summary[key] for key in keys}, "report": report})
+    return exit_code(summary, end)

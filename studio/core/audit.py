@@ -1,0 +1,205 @@
+"""What an audit's figures mean: losses and divergences with intervals, and the words that follow from them.
+
+Per-token figures come in; everything that goes out says on how many rows and tokens it rests.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from studio.core.intervals import Interval, quantile_interval, ratio_interval
+
+NOTHING_NATS = 1e-6
+"""KL per token up to which two models are one: fp32 rounding of our own arithmetic gives up to 1e-7."""
+_TAIL = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class RowFigures:
+    """A variant on some rows, a number per token of each row.
+
+    Attributes:
+        loss: Negative log-likelihood of the token that follows, nats.
+        kl: KL divergence from the reference, nats.
+        same: 1 where the most likely token is the reference's, else 0.
+    """
+
+    loss: Sequence[Sequence[float]]
+    kl: Sequence[Sequence[float]]
+    same: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A variant on some rows; every interval is a 95 % one by bootstrap over rows.
+
+    Attributes:
+        rows: How many rows they rest on.
+        tokens: How many tokens.
+        loss: Mean negative log-likelihood per token, nats.
+        perplexity: Its exponential.
+        more: Loss above the reference's, paired row by row.
+        kl: Mean KL divergence from the reference, nats per token.
+        kl_tail: Its 99th percentile over tokens.
+        same_top: Share of tokens whose most likely one is the reference's.
+    """
+
+    rows: int
+    tokens: int
+    loss: Interval
+    perplexity: float
+    more: Interval
+    kl: Interval
+    kl_tail: Interval
+    same_top: Interval
+
+
+def figures_of(found: RowFigures, reference: RowFigures) -> Figures:
+    """Return the figures of a variant beside those of the reference on the same rows.
+
+    Raises:
+        ValueError: There is no token, or the rows are not the same.
+    """
+    counts = [len(row) for row in found.loss]
+    if counts != [len(row) for row in reference.loss]:
+        raise ValueError("found rows of other lengths than the reference's; wanted the same rows")
+    sums, meant = ([math.fsum(row) for row in one.loss] for one in (found, reference))
+    loss = ratio_interval(sums, counts)
+    return Figures(
+        rows=len(counts),
+        tokens=sum(counts),
+        loss=loss,
+        perplexity=math.exp(min(loss.value, 700.0)),
+        more=ratio_interval([one - other for one, other in zip(sums, meant, strict=True)], counts),
+        kl=ratio_interval([math.fsum(row) for row in found.kl], counts),
+        kl_tail=quantile_interval(found.kl, _TAIL),
+        same_top=ratio_interval([math.fsum(row) for row in found.same], counts),
+    )
+
+
+def difference_in_words(more: Interval) -> str:
+    """Return what an interval of a difference in loss says: that it is none that could be seen, or how large."""
+    if more.low is None or more.high is None:
+        return f"{more.value:+.4f}, of one row only: no interval"
+    ends = f"{more.low:+.4f} to {more.high:+.4f}"
+    if not more.sign:
+        return f"no difference seen ({ends})"
+    return f"{'higher' if more.sign > 0 else 'lower'} by {abs(more.value):.4f} ({ends})"
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What follows from the figures.
+
+    Attributes:
+        best: Name of the variant that is advised; empty where there is nothing to choose.
+        sentence: What to do.
+        reason: Why.
+        certainty: How sure that is, and on what it rests.
+    """
+
+    best: str
+    sentence: str
+    reason: str
+    certainty: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Blocks that stay in 16 bit.
+
+    Attributes:
+        kept: Their names.
+        extra_bytes: More memory than with none kept.
+        figures: On the user's rows.
+        won: KL that keeping them saves, nats per token; negative where it costs.
+    """
+
+    kept: tuple[str, ...]
+    extra_bytes: int
+    figures: Figures
+    won: Interval
+
+
+def advise_base(rounded: Mapping[str, Figures], asked: str, plans: Sequence[Plan]) -> Advice:
+    """Return what the rounding of a base means for the choice of a method.
+
+    Args:
+        rounded: Figures on the user's rows by form.
+        asked: The form that a recipe would use.
+        plans: Measured mixed plans of that form.
+    """
+    seen = rounded[asked]
+    rests = f"{seen.tokens:,} tokens of {seen.rows} held-out rows; other data may differ"
+    moved = f"KL {seen.kl.value:.4f} nats a token, {1 - seen.same_top.value:.1%} of the most likely tokens change"
+    plan = best_plan(plans)
+    keep = ""
+    if plan:
+        names = ", ".join(plan.kept)
+        keep = f" Keeping {names} in 16 bit wins {plan.won.value:.4f} of the KL for {plan.extra_bytes / 2**30:.2f} GiB."
+    loss = difference_in_words(seen.more)
+    if seen.more.sign > 0:
+        sentence = (
+            f"{asked} costs this model something on your data before training; race both methods to see the rest."
+        )
+    elif seen.more.sign < 0:
+        sentence = f"{asked} does not harm this model's loss on your data; choose by memory and speed."
+    else:
+        sentence = f"No cost of {asked} can be seen in the loss on your data; choose by memory and speed."
+    return Advice(asked, sentence + keep, f"Loss against 16 bit: {loss}. {moved}.", rests)
+
+
+def best_plan(plans: Sequence[Plan]) -> Plan | None:
+    """Return the plan that wins most KL per byte among those whose win is more than noise; None where none does."""
+    real = [plan for plan in plans if plan.won.sign > 0 and plan.extra_bytes > 0]
+    return max(real, key=lambda plan: plan.won.value / plan.extra_bytes, default=None)
+
+
+def advise_run(measured: Mapping[str, Figures], *, trained: str, without: str, choices: Sequence[str]) -> Advice:
+    """Return which form of a trained model to use.
+
+    The lowest task loss wins; among those that do not differ from it the first of `choices` does. Closeness to the
+    trained model is told, but is not the judge: on one adapter the 16-bit merge was further away and better.
+
+    Args:
+        measured: Figures on the held-out rows, compared with the trained model.
+        trained: The adapter on the base that it was trained on.
+        without: That base alone.
+        choices: Forms that can be used, the handiest first.
+    """
+    alone = measured[without]
+    rests = f"{alone.tokens:,} tokens of {alone.rows} held-out rows"
+    if alone.kl.value <= NOTHING_NATS:
+        return Advice(
+            "",
+            "The adapter has no effect: with and without it the model is the same.",
+            f"KL {alone.kl.value:.1e} nats a token between the two.",
+            rests,
+        )
+    if alone.more.sign < 0:
+        return Advice(
+            "",
+            "Do not use this adapter: the base alone has the lower loss on the held-out rows.",
+            f"Loss of the base against the trained model: {difference_in_words(alone.more)}.",
+            rests,
+        )
+    known = [name for name in choices if name in measured]
+    lowest = min(known, key=lambda name: measured[name].loss.value)
+    # Paired with the trained model, not with each other: two that overlap are called alike, which errs to "alike".
+    alike = [name for name in known if not apart(measured[name].more, measured[lowest].more)]
+    best = alike[0]
+    others = [name for name in alike if name != best]
+    certainty = f"{rests}; 95 % intervals"
+    if alone.more.sign == 0:
+        certainty += "; whether the adapter helps at all on these rows is not certain"
+    same = f" {', '.join(others)} cannot be told from it." if others else ""
+    reason = f"Loss against the trained model ({trained}): {difference_in_words(measured[best].more)}.{same}"
+    return Advice(best, f"Use {best}.", reason, certainty)
+
+
+def apart(one: Interval, other: Interval) -> bool:
+    """Return whether two intervals do not touch."""
+    ends = (one.low, one.high, other.low, other.high)
+    if any(end is None for end in ends):
+        return False
+    return bool(one.high < other.low or other.high < one.low)  # type: ignore[operator]

@@ -1,0 +1,185 @@
+"""One adapter on everything that it can be put on: each result is a model with weights of its own.
+
+Base and adapter become one weight as peft itself merges them, in fp32. An adapter that is not merged and one that is
+merged without rounding are the same function; only rounding afterwards makes the difference between the two.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor
+
+from studio.jobs.audit.base_variants import Remembered, in_form, stored_variant
+from studio.jobs.audit.forms import Form, form_of_quant, packed
+from studio.jobs.audit.scores import Head
+from studio.jobs.audit.sweep import Variant
+from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.dequantized import quantised_parameters
+from studio.jobs.base.load import FourBit
+from studio.jobs.base.skeleton import Skeleton
+from studio.jobs.base.units import Read, find_units, merge_unit
+
+TRAINED, ALONE = "trained", "base alone"
+"""The adapter on the base that it was trained on, and that base without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A variant with what a person reads of it.
+
+    Attributes:
+        variant: What is measured; its name is short.
+        title: What it is.
+        form: In which the rounded layers are held when it is served.
+        has_adapter: Whether the adapter stays a file of its own.
+        usable: Whether it is one of the forms that can be advised.
+    """
+
+    variant: Variant
+    title: str
+    form: str
+    has_adapter: bool = False
+    usable: bool = True
+
+
+class AdapterForms:
+    """Makes the variants of one adapter."""
+
+    def __init__(
+        self, weights: FolderWeights, skeleton: Skeleton, quant: FourBit, *, kept: Collection[str] = ()
+    ) -> None:
+        """Find what the adapter changes.
+
+        Args:
+            weights: The base in 16 bit.
+            skeleton: Base and adapter as structure.
+            quant: The 4-bit form that is meant by "4 bit".
+            kept: Modules whose linear layers stay in 16 bit under it.
+        """
+        self._weights, self._skeleton, self._quant = weights, skeleton, quant
+        self.form = form_of_quant(quant)
+        names = quantised_parameters(weights.clean, kept)
+        self._rounded = {name.removesuffix(".weight") for name in names}
+        self._units = {name: unit for unit in find_units(skeleton.adapted) for name in unit.parameters}
+        self.stored: Read = Remembered(weights.read)
+        self.dequantized: Read = _through(self.stored, quant, names)
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the parameters that the adapter changes or brings."""
+        return set(self._units) | set(self._skeleton.replaced)
+
+    @property
+    def rounded_weights(self) -> int:
+        """How many weights are rounded in the 4-bit form."""
+        shapes = self._weights.clean.state_dict()
+        return sum(shapes[f"{name}.weight"].numel() for name in self._rounded)
+
+    def both(self, prefix: str) -> list[str]:
+        """Return the weights under a prefix that are rounded in the 4-bit form and changed by the adapter."""
+        rounded = {f"{name}.weight" for name in self._rounded}
+        return [name for name in rounded & self.touched if name.startswith(prefix)]
+
+    def all(self, *, trained_in_4_bits: bool) -> list[Named]:
+        """Return every form; the trained one is first.
+
+        Args:
+            trained_in_4_bits: Whether the adapter was trained on the 4-bit base.
+        """
+        four, form = self.form.name, self.form
+        on_four, on_16 = self.merged(self.dequantized), self.merged(self.stored)
+        trained, other = (on_four, on_16) if trained_in_4_bits else (on_16, on_four)
+        own, else_ = (four, "16-bit") if trained_in_4_bits else ("16-bit", four)
+        into_16 = self.merged(self.stored, cast=True)
+        made = [
+            Named(self._variant(TRAINED, trained), f"adapter on its {own} base, as trained", own, has_adapter=True),
+            Named(self._base(ALONE, trained_in_4_bits), f"the {own} base without the adapter", own, usable=False),
+            Named(self._variant(f"on {else_}", other), f"adapter on a {else_} base", else_, has_adapter=True),
+            Named(self._variant("merged 16-bit", into_16), "merged into the 16-bit base", "16-bit"),
+            Named(self._in_form(f"merged 16-bit, {four}", into_16, form), f"that, rounded to {four} afterwards", four),
+        ]
+        if trained_in_4_bits:
+            into_four = self.merged(self.dequantized, cast=True)
+            made += [
+                Named(self._variant("merged dequantized", into_four), f"merged into the base after {four}", "16-bit"),
+                Named(
+                    self._in_form(f"merged dequantized, {four}", into_four, form),
+                    f"that, rounded to {four} again",
+                    four,
+                    usable=False,
+                ),
+            ]
+        lesson = self._in_form("merged 4-bit", on_four, form)
+        return [*made, Named(lesson, "merged into the 4-bit weights themselves (do not)", four, usable=False)]
+
+    def merged(self, base: Read, *, cast: bool = False) -> Read:
+        """Return base and adapter as one, in fp32 or cast to the format of the base's files."""
+        made: dict[str, dict[str, Tensor]] = {}
+
+        def read(name: str) -> Tensor:
+            value = self._changed(name, base, made)
+            if value is None:
+                return base(name)
+            return value.to(self.stored(name).dtype) if cast and name not in self._skeleton.replaced else value
+
+        return read
+
+    def _changed(self, name: str, base: Read, made: dict[str, dict[str, Tensor]]) -> Tensor | None:
+        if name in self._skeleton.replaced:
+            return self._skeleton.replaced[name]
+        unit = self._units.get(name)
+        if unit is None:
+            return None
+        if unit.name not in made:
+            made.clear()
+            made[unit.name] = merge_unit(unit, base)
+        return made[unit.name][name]
+
+    def _variant(self, name: str, read: Read) -> Variant:
+        variant = stored_variant(self._weights, read)
+        embedding, head = (_weight_of(self._weights, getter) for getter in ("input", "output"))
+        if embedding in self.touched:
+            variant = replace(variant, embed=lambda tokens: read(embedding)[torch.tensor(tokens)])
+        if head in self.touched:
+            variant = replace(variant, head=_whole_head(read, head, variant.head, key=name))
+        return replace(variant, name=name)
+
+    def _in_form(self, name: str, read: Read, form: Form) -> Variant:
+        return in_form(self._variant(name, read), form, self._rounded, name=name)
+
+    def _base(self, name: str, in_4_bits: bool) -> Variant:
+        plain = replace(stored_variant(self._weights, self.stored), name=name)
+        return in_form(plain, self.form, self._rounded, name=name) if in_4_bits else plain
+
+
+def _through(read: Read, quant: FourBit, names: Collection[str]) -> Read:
+    """Return the weights after rounding to 4 bits and back, fp32."""
+
+    def back(name: str) -> Tensor:
+        if name not in names:
+            return read(name)
+        codes, state = packed(read(name), quant)
+        weight: Tensor = dequantize_4bit(codes, state)
+        return weight
+
+    return back
+
+
+def _whole_head(read: Read, name: str, head: Head, *, key: str) -> Head:
+    """Return a head that the adapter changes: kept whole, since it is not in the files as it is."""
+    held: list[Tensor] = []
+
+    def rows(first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        if not held:
+            held.append(read(name).float())
+        return held[0][first:stop], head.rows(first, stop)[1]
+
+    return Head(rows, head.vocabulary, key)
+
+
+def _weight_of(weights: FolderWeights, which: str) -> str:
+    getter: Callable[[], torch.nn.Module] = getattr(weights.clean, f"get_{which}_embeddings")
+    module = getter()
+    return next(f"{name}.weight" for name, candidate in weights.clean.named_modules() if candidate is module)

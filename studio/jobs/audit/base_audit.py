@@ -1,0 +1,225 @@
+"""A base model in 16 bit against its roundings, on the user's rows: before any training."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from studio.core.audit import Plan, advise_base
+from studio.core.errors import BadInput
+from studio.core.events import Phase, Warned
+from studio.core.intervals import ratio_interval
+from studio.core.text import plain
+from studio.jobs.audit.base_variants import folder_variants, is_kept
+from studio.jobs.audit.blocks import parts_of
+from studio.jobs.audit.cost import Cost, check_room, cost_of
+from studio.jobs.audit.forms import FORMS, STORED
+from studio.jobs.audit.rows import check_ids, read_audit_rows
+from studio.jobs.audit.sweep import BlockSeen, Variant
+from studio.jobs.audit.walk import Ground, Measured, measure, prove
+from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.dequantized import quantised_parameters
+from studio.jobs.base.load import base_folder, load_tokenizer
+from studio.probe.fingerprint import fingerprint
+from studio.probe.models import find_base
+from studio.runs.audit_request import AuditRequest
+from studio.runs.worker import Worker
+
+PREFERRED = "nf4+dq"
+"""What a recipe asks for unless told otherwise."""
+
+
+def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
+    """Measure and return the report.
+
+    Raises:
+        BadInput: Model or data cannot be used, or there is no memory for it.
+        JobFailed: The model cannot be run block by block, or a number is not finite.
+        Stopped: The user asked for it.
+    """
+    began = time.perf_counter()
+    worker.emit(Phase, name="finding the base model")
+    base = find_base(request.model, request.revision)
+    if base.quantization:
+        how = plain(base.quantization, one_line=True, limit=40)
+        raise BadInput(f"{plain(base.word, one_line=True)} is quantised already ({how}): name the 16-bit original.")
+    folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
+    worker.emit(Phase, name="reading the data")
+    rows = read_audit_rows(
+        request, load_tokenizer(folder), lambda text: worker.emit(Warned, topic="data", message=text)
+    )
+    weights = FolderWeights(folder)
+    ground = Ground(worker, weights, parts_of(weights.clean), rows, _about(request, folder))
+    check_ids(rows, known_tokens(weights))
+    names = forms_of(request.forms)
+    asked = PREFERRED if PREFERRED in names else names[0]
+    variants = folder_variants(weights, [STORED.name, *names])
+    cost = check_cost(ground, variants, alone=True)
+    gap = prove(ground, variants[0])
+    sizes = [int(size) for size in request.kept.split(",") if size.strip()]
+    middle = 0.75 if sizes else 1.0
+    found = measure(ground, variants, kept_as="roundings", alone=asked, share=(0.0, middle))
+    ranked = sorted(found.seen, key=lambda block: -(block.own or 0.0))
+    plans: list[Plan] = []
+    if sizes:
+        plans = _mixed_plans(ground, found, ranked, sizes, asked=asked, share=(middle, 1.0))
+    quantised, stored_bytes = _quantised_sizes(weights), stored_bytes_of(weights)
+    advice = advise_base({name: found.task[name] for name in names}, asked, plans)
+    return {
+        "schema": 1,
+        "what": "base",
+        "model": base.word,
+        "data": request.data,
+        "reference": STORED.name,
+        "asked": asked,
+        "rows": {"task": len(rows.task), "neutral": len(rows.neutral)},
+        "variants": [
+            {
+                "name": name,
+                "bits": FORMS[name].bits or 8.0 * stored_bytes,
+                "base_bytes": _base_bytes(weights, quantised, FORMS[name].bits, stored_bytes),
+                "task": asdict(found.task[name]),
+                "neutral": asdict(found.neutral[name]),
+            }
+            for name in (STORED.name, *names)
+        ],
+        "blocks": [_block_row(block, names, asked, quantised, stored_bytes) for block in ranked],
+        "plans": [asdict(plan) for plan in plans],
+        "recommendation": asdict(advice),
+        "proof_gap": gap,
+        "cost": {**asdict(cost), "seconds": time.perf_counter() - began, "resident_bytes": _peak()},
+    }
+
+
+def forms_of(text: str) -> list[str]:
+    """Return the names of roundings.
+
+    Raises:
+        BadInput: One is not known.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip() and name.strip() != STORED.name]
+    unknown = [name for name in names if name not in FORMS]
+    if unknown or not names:
+        known = ", ".join(name for name in FORMS if name != STORED.name)
+        found = plain(unknown[0], one_line=True, limit=40) if unknown else "none"
+        raise BadInput(f"roundings: found {found}; wanted some of {known}.")
+    return names
+
+
+def check_cost(ground: Ground, variants: Sequence[Variant], *, alone: bool) -> Cost:
+    """Say what a walk is expected to take, and make sure that there is memory for it.
+
+    Raises:
+        BadInput: There is not.
+    """
+    stored_bytes = stored_bytes_of(ground.weights)
+    cost = cost_of(ground.parts, variants, ground.rows.all, alone=alone, stored_bytes=stored_bytes)
+    detail = (
+        f"about {cost.memory_bytes / 2**30:.1f} GiB of memory, of which hidden states "
+        f"{cost.hidden_bytes / 2**30:.2f} GiB; {cost.low_seconds:.0f} to {cost.high_seconds:.0f} s (estimates)"
+    )
+    ground.worker.emit(Phase, name="estimated", detail=detail)
+    check_room(cost)
+    return cost
+
+
+def known_tokens(weights: FolderWeights) -> int:
+    """Return how many tokens the model has embeddings for."""
+    embedding: Any = weights.clean.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def stored_bytes_of(weights: FolderWeights) -> int:
+    """Return the bytes of a weight in the files."""
+    return max(stored.dtype.itemsize for stored in weights.files.tensors.values())
+
+
+def _about(request: AuditRequest, folder: Path) -> str:
+    return json.dumps([asdict(request), fingerprint(folder)], sort_keys=True)
+
+
+def _mixed_plans(
+    ground: Ground,
+    found: Measured,
+    ranked: Sequence[BlockSeen],
+    sizes: Sequence[int],
+    *,
+    asked: str,
+    share: tuple[float, float],
+) -> list[Plan]:
+    """Measure what keeping the worst blocks in 16 bit wins."""
+    weights = ground.weights
+    sizes = sorted({min(size, len(ranked)) for size in sizes if size > 0})
+    kept = [tuple(block.name for block in ranked[:size]) for size in sizes]
+    (stored,) = folder_variants(weights, [STORED.name])
+    mixed = [
+        replace(folder_variants(weights, [asked], kept=names)[0], name=f"{asked}, {len(names)} kept") for names in kept
+    ]
+    seen = measure(ground, [stored, *mixed], kept_as="plans", share=share)
+    before = [sum(row) for row in found.task_rows[asked].kl]
+    counts = [len(row) for row in found.task_rows[asked].kl]
+    plans = []
+    for names, variant in zip(kept, mixed, strict=True):
+        after = [sum(row) for row in seen.task_rows[variant.name].kl]
+        won = ratio_interval([one - other for one, other in zip(before, after, strict=True)], counts)
+        extra = sum(
+            weight * (_stored_bits(weights) - FORMS[asked].bits) / 8
+            for name, weight in _quantised_sizes(weights).items()
+            if is_kept(name, names)
+        )
+        plans.append(Plan(names, int(extra), seen.task[variant.name], won))
+    return plans
+
+
+def _stored_bits(weights: FolderWeights) -> float:
+    return 8.0 * min(2, stored_bytes_of(weights))
+
+
+def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
+    """Return the number of weights of each linear layer that is rounded."""
+    shapes = weights.clean.state_dict()
+    names = quantised_parameters(weights.clean)
+    if not names:
+        raise BadInput("no layer of this model would be quantised: bitsandbytes converts torch.nn.Linear only.")
+    return {name.removesuffix(".weight"): shapes[name].numel() for name in names}
+
+
+def _base_bytes(weights: FolderWeights, quantised: dict[str, int], bits: float, stored_bytes: int) -> int:
+    """Return what the base takes in a form, rounded layers in that form and the rest in 16 bit."""
+    whole = sum(parameter.numel() for parameter in weights.clean.parameters())
+    inside = sum(quantised.values())
+    kept_bytes = min(2, stored_bytes)
+    return int((whole - inside) * kept_bytes + inside * (bits / 8 or kept_bytes))
+
+
+def _block_row(
+    block: BlockSeen, names: Sequence[str], asked: str, quantised: dict[str, int], stored_bytes: int
+) -> dict[str, Any]:
+    errors = {name: _relative(list(block.roundings[name].values())) for name in names}
+    inside = sum(size for name, size in quantised.items() if is_kept(name, (block.name,)))
+    extra = inside * (8.0 * min(2, stored_bytes) - FORMS[asked].bits) / 8
+    linears = sorted(
+        ((name, _relative([one])) for name, one in block.roundings[asked].items()), key=lambda pair: -pair[1]
+    )
+    return {
+        "name": block.name,
+        "own_effect": block.own,
+        "drift": block.drift,
+        "weight_error": errors,
+        "kept_extra_bytes": int(extra),
+        "linears": [{"name": name, "weight_error": error} for name, error in linears],
+    }
+
+
+def _relative(roundings: Sequence[Any]) -> float:
+    """Return the relative Frobenius norm of the rounding error over some linear layers."""
+    whole = sum(one.whole for one in roundings)
+    return float((sum(one.changed for one in roundings) / whole) ** 0.5) if whole else 0.0
+
+
+def _peak() -> int:
+    return int(psutil.Process().memory_info().rss)

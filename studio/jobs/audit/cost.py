@@ -1,0 +1,106 @@
+"""What an audit will take, before it begins: memory from sizes, time from a matrix product on this very machine."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from studio.core.errors import BadInput
+from studio.jobs.audit.batches import TOKENS_AT_ONCE, batches_of
+from studio.jobs.audit.blocks import Parts
+from studio.jobs.audit.sweep import Variant
+from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.rows import Example
+
+_FP32_BYTES = 4
+_BLOCK_COPIES = 1.3
+"""A block as stored, and its 4-bit twin with scales."""
+_WEIGHT_COPIES = 3
+"""Of the largest linear layer in fp32: exact, rounded, and their difference while the error is measured."""
+_TOKEN_NUMBERS = 12
+"""Per token and feature of the widest layer while a block runs, fp32: inputs, gates, products, attention; generous."""
+_HEAD_BYTES = 6 * 2**25
+"""Head rows and logits of two models (`scores`)."""
+_PROBE_TOKENS, _PROBE_WIDTH, _PROBE_ROUNDS = 512, 1024, 4
+_SLOWER = (1.0, 2.0)
+"""Walk over bare products, a choice: casting, rounding, attention and reading come on top."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """An estimate.
+
+    Attributes:
+        memory_bytes: Resident at the peak, what the process takes already included.
+        hidden_bytes: Of it, hidden states.
+        low_seconds: If products were all.
+        high_seconds: With what comes on top.
+    """
+
+    memory_bytes: int
+    hidden_bytes: int
+    low_seconds: float
+    high_seconds: float
+
+
+def cost_of(
+    parts: Parts, variants: Sequence[Variant], examples: Sequence[Example], *, alone: bool, stored_bytes: int
+) -> Cost:
+    """Return what a walk takes.
+
+    Args:
+        parts: The model.
+        variants: All of them.
+        examples: All rows.
+        alone: Whether one variant's blocks are also run on the reference's hidden states.
+        stored_bytes: Of a weight in the files.
+    """
+    sizes = [parameter.numel() for _, block in parts.blocks for parameter in block.parameters()]
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for _, block in parts.blocks]
+    widest = max(max(p.shape) for _, block in parts.blocks for p in block.parameters())
+    hidden = parts.causal.get_submodule(parts.head).weight.shape[1]  # type: ignore[index]
+    padded = {by_row: sum(b.ids.numel() for b in batches_of(examples, by_row=by_row)) for by_row in (False, True)}
+    tokens = sum(padded[variant.by_row] for variant in variants) + (padded[False] if alone else 0)
+    hidden_bytes = int(tokens) * int(hidden) * _FP32_BYTES
+    wanted = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+    hidden_bytes += wanted * int(hidden) * _FP32_BYTES * len(variants)
+    longest = max(TOKENS_AT_ONCE, *(len(example.input_ids) for example in examples))
+    memory = (
+        psutil.Process().memory_info().rss
+        + int(max(blocks) * stored_bytes * _BLOCK_COPIES)
+        + max(sizes) * _FP32_BYTES * _WEIGHT_COPIES
+        + longest * widest * _FP32_BYTES * _TOKEN_NUMBERS
+        + _HEAD_BYTES
+        + hidden_bytes
+    )
+    products = 2 * tokens * sum(blocks)
+    seconds = products / _products_per_second()
+    return Cost(memory, hidden_bytes, seconds * _SLOWER[0], seconds * _SLOWER[1])
+
+
+def check_room(cost: Cost) -> None:
+    """Make sure that there is memory for it.
+
+    Raises:
+        BadInput: There is not; says what would take less.
+    """
+    free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if cost.memory_bytes > free:
+        raise BadInput(
+            f"the audit would take about {cost.memory_bytes / 1e9:.1f} GB of memory, of which hidden states "
+            f"{cost.hidden_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free. Fewer --rows, a shorter --seq or fewer "
+            "--forms need less."
+        )
+
+
+def _products_per_second() -> float:
+    """Return multiply-adds, counted as two, per second of an fp32 product on this machine, now."""
+    one, other = torch.randn(_PROBE_TOKENS, _PROBE_WIDTH), torch.randn(_PROBE_WIDTH, _PROBE_WIDTH)
+    torch.mm(one, other)
+    began = time.perf_counter()
+    for _ in range(_PROBE_ROUNDS):
+        torch.mm(one, other)
+    took = max(time.perf_counter() - began, 1e-9)
+    return 2 * _PROBE_TOKENS * _PROBE_WIDTH**2 * _PROBE_ROUNDS / took

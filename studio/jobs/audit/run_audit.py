@@ -1,0 +1,159 @@
+"""One trained adapter, through the same held-out rows on every base that it can be put on or merged into."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from studio.core.audit import advise_run
+from studio.core.errors import BadInput
+from studio.core.events import Phase, Warned
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.jobs.audit.adapter_variants import ALONE, TRAINED, AdapterForms, Named
+from studio.jobs.audit.base_audit import check_cost, known_tokens, stored_bytes_of
+from studio.jobs.audit.base_variants import stored_variant
+from studio.jobs.audit.blocks import parts_of
+from studio.jobs.audit.delta import block_deltas
+from studio.jobs.audit.forms import FORMS
+from studio.jobs.audit.rows import check_ids, read_audit_rows
+from studio.jobs.audit.serving import serving
+from studio.jobs.audit.walk import Ground, measure, prove
+from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
+from studio.jobs.base.skeleton import build_skeleton
+from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
+from studio.probe.fingerprint import fingerprint
+from studio.probe.models import find_base
+from studio.probe.start import refuse_another_base
+from studio.runs.audit_request import AuditRequest
+from studio.runs.job import read_job
+from studio.runs.layout import RunPaths
+from studio.runs.worker import Worker
+
+_MERGED_OTHER = "given: "
+
+
+def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
+    """Measure and return the report; the training run gets it as `audit.json`.
+
+    Raises:
+        BadInput: The run, its base or its data cannot be used, or there is no memory for it.
+        JobFailed: The model cannot be run block by block, or a number is not finite.
+        Stopped: The user asked for it.
+    """
+    began = time.perf_counter()
+    trained = RunPaths(Path(request.run))
+    recipe = recipe_of(trained)
+    worker.emit(Phase, name="finding the base model")
+    base = find_base(request.model or recipe.model.base, request.revision or recipe.model.revision)
+    if base.quantization:
+        how = plain(base.quantization, one_line=True, limit=40)
+        raise BadInput(
+            f"{plain(base.word, one_line=True)} is quantised already ({how}): name the 16-bit original with --base."
+        )
+    folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
+    refuse_another_base(request.run, folder)
+    adapter = find_adapter(trained.adapter)
+    worker.emit(Phase, name="reading the data")
+    rows = read_audit_rows(
+        request,
+        load_tokenizer(trained.adapter),
+        lambda text: worker.emit(Warned, topic="data", message=text),
+        eval_path="" if request.data != recipe.data.path else recipe.data.eval_path,
+        answers_only=recipe.data.answers_only,
+    )
+    skeleton = build_skeleton(folder, adapter)
+    weights = FolderWeights(folder, skeleton.vocabulary)
+    about = json.dumps([asdict(request), fingerprint(folder), _stamp(trained)], sort_keys=True)
+    ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
+    check_ids(rows, known_tokens(weights))
+    quant = four_bit_of(recipe.model)
+    forms = AdapterForms(weights, skeleton, quant, kept=quant.skip)
+    named = [*forms.all(trained_in_4_bits=recipe.method == "qlora"), *_given(request.merged)]
+    variants = [one.variant for one in named]
+    cost = check_cost(ground, variants, alone=False)
+    gap = prove(ground, stored_variant(weights, forms.stored))
+    found = measure(ground, variants, kept_as="forms", share=(0.0, 0.95))
+    worker.emit(Phase, name="comparing adapter and rounding", fraction=0.95)
+    blocks = block_deltas(ground.parts, forms, worker)
+    usable = sorted((one for one in named if one.usable), key=lambda one: _bytes(weights, forms, one, adapter.folder))
+    advice = advise_run(found.task, trained=TRAINED, without=ALONE, choices=[one.variant.name for one in usable])
+    return {
+        "schema": 1,
+        "what": "run",
+        "run": trained.name,
+        "run_path": str(trained.root.absolute()),
+        "model": base.word,
+        "data": request.data,
+        "method": recipe.method,
+        "reference": TRAINED,
+        "rows": {"task": len(rows.task), "neutral": len(rows.neutral)},
+        "variants": [
+            {
+                "name": one.variant.name,
+                "title": one.title,
+                "usable": one.usable,
+                "task": asdict(found.task[one.variant.name]),
+                "neutral": asdict(found.neutral[one.variant.name]),
+                "disk_bytes": _bytes(weights, forms, one, adapter.folder),
+                "serving": asdict(serving(weights.clean.config, _bytes(weights, forms, one, adapter.folder))),
+            }
+            for one in named
+        ],
+        "blocks": blocks,
+        "recommendation": asdict(advice),
+        "proof_gap": gap,
+        "cost": {
+            **asdict(cost),
+            "seconds": time.perf_counter() - began,
+            "resident_bytes": int(psutil.Process().memory_info().rss),
+        },
+    }
+
+
+def recipe_of(paths: RunPaths) -> Recipe:
+    """Return the recipe of a training run that has an adapter.
+
+    Raises:
+        BadInput: It is none, or has none.
+    """
+    job = read_job(paths)
+    name = plain(paths.name, one_line=True)
+    if not isinstance(job, Recipe):
+        raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
+    if not paths.adapter.is_dir():
+        raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
+    return job
+
+
+def _given(text: str) -> list[Named]:
+    """Return merged model folders that the user wants to see beside the other forms."""
+    made = []
+    for line in filter(None, text.split("\n")):
+        folder = Path(line)
+        base = find_base(str(folder))
+        if base.quantization:
+            raise BadInput(f"{plain(folder.name, one_line=True)} is quantised: only 16-bit folders are measured here.")
+        variant = replace(stored_variant(FolderWeights(folder)), name=f"{_MERGED_OTHER}{folder.name}")
+        variant = replace(variant, head=replace(variant.head, key=variant.name))
+        made.append(Named(variant, f"the model in {plain(str(folder), one_line=True)}", "16-bit", usable=False))
+    return made
+
+
+def _bytes(weights: FolderWeights, forms: AdapterForms, one: Named, adapter: Path) -> int:
+    """Return the bytes of a form on disk, and so about of its weights when it is served."""
+    kept_bytes = min(2, stored_bytes_of(weights))
+    whole = sum(parameter.numel() for parameter in weights.clean.parameters())
+    inside = 0 if one.form == "16-bit" else forms.rounded_weights
+    base = (whole - inside) * kept_bytes + inside * FORMS[forms.form.name].bits / 8
+    return int(base + ((adapter / ADAPTER_WEIGHTS).stat().st_size if one.has_adapter else 0))
+
+
+def _stamp(trained: RunPaths) -> Sequence[int]:
+    seen = (trained.adapter / ADAPTER_WEIGHTS).stat()
+    return [seen.st_size, seen.st_mtime_ns]

@@ -1,0 +1,92 @@
+"""A walk's state on disk, so that an audit that was stopped or killed goes on after its last kept block."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from studio.jobs.audit.blocks import Rounding
+from studio.jobs.audit.sweep import BlockSeen, Carried
+from studio.runs.atomic import mend_folder, publish_folder
+
+_EVERY_SECONDS = 60.0
+_STATES, _WALK = "states.safetensors", "walk.json"
+
+
+class KeptWalk:
+    """The kept state of one walk.
+
+    Attributes:
+        folder: Where it lies; it appears whole.
+    """
+
+    def __init__(self, folder: Path, about: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Look for the state of an earlier process.
+
+        Args:
+            folder: Where it lies.
+            about: Says what is measured; a state of something else is thrown away.
+            clock: Seconds.
+        """
+        self.folder, self._about, self._clock = folder, about, clock
+        self._kept_at = clock()
+        mend_folder(folder)
+
+    def load(self) -> Carried | None:
+        """Return the state; None where there is none that can be used."""
+        try:
+            table = json.loads((self.folder / _WALK).read_text("utf-8"))
+            if table["about"] == self._about:
+                tensors = load_file(self.folder / _STATES)
+                return Carried(_by_variant(tensors), [_seen(entry) for entry in table["seen"]])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+            pass  # as good as none: the walk begins again
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return None
+
+    def keep(self, carried: Carried, *, now: bool = False) -> None:
+        """Keep the state once a minute, or now.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
+            return
+        aside = self.folder.with_name(f".{self.folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        tensors = {
+            f"{name}|{place:06d}": states.contiguous()
+            for name, batches in carried.hidden.items()
+            for place, states in enumerate(batches)
+        }
+        save_file(tensors, aside / _STATES)
+        (aside / _WALK).write_text(json.dumps({"about": self._about, "seen": [asdict(one) for one in carried.seen]}))
+        publish_folder(aside, self.folder)
+        self._kept_at = self._clock()
+
+    def forget(self) -> None:
+        """Take the state away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _by_variant(tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    hidden: dict[str, list[Tensor]] = {}
+    for key in sorted(tensors):
+        hidden.setdefault(key.rpartition("|")[0], []).append(tensors[key])
+    return hidden
+
+
+def _seen(entry: dict[str, object]) -> BlockSeen:
+    roundings: dict[str, dict[str, dict[str, float]]] = entry.pop("roundings")  # type: ignore[assignment]
+    made = {
+        variant: {name: Rounding(**values) for name, values in linears.items()}  # type: ignore[arg-type]
+        for variant, linears in roundings.items()
+    }
+    return BlockSeen(roundings=made, **entry)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""From a wish to measure to a running audit: check, make the run's folder, launch."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED, Recipe, choices_of
+from studio.core.text import plain
+from studio.probe.adapter_folder import find_adapter
+from studio.probe.data import inspect_data, shipped_data
+from studio.probe.models import find_base
+from studio.probe.space import check_space
+from studio.probe.start import launch_prepared, prepare_run, refuse_another_base
+from studio.runs.audit_request import WHAT, AuditRequest
+from studio.runs.job import MODULES, read_job
+from studio.runs.layout import RunPaths
+
+_MOST_REPORT_BYTES = 50 * 2**20
+_DEFAULT_ROWS = 100
+
+
+def start_audit(
+    request: AuditRequest,
+    runs_root: Path,
+    *,
+    module: str = MODULES["audit"],
+    now: Callable[[], float] = time.time,
+    **launching: Any,
+) -> RunPaths:
+    """Check an audit, make its run and launch the worker; return when the worker holds the run.
+
+    Args:
+        request: What to measure.
+        runs_root: Where runs live.
+        module: The job's module.
+        now: Unix seconds.
+        launching: As for `launch`.
+
+    Raises:
+        BadInput: Model, data or run cannot be used; no folder was made.
+        StudioError: The worker cannot be started; no folder is left.
+    """
+    check_audit(request)
+    check_space(runs_root)
+    return launch_prepared(prepare_run(request, runs_root, now()), module, launching)
+
+
+def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
+    """Return the audit of a training run's adapter: its base, its data, the rows that it held out.
+
+    Args:
+        paths: The run.
+        changes: Fields of the request that are asked for otherwise.
+
+    Raises:
+        BadInput: It is no training run, or has no adapter.
+    """
+    job = read_job(paths)
+    name = plain(paths.name, one_line=True)
+    if not isinstance(job, Recipe):
+        raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
+    if not paths.adapter.is_dir():
+        raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
+    fields = {
+        "model": job.model.base,
+        "revision": job.model.revision,
+        "data": job.data.path,
+        "format": job.data.format,
+        "rows": str(job.eval.rows or _DEFAULT_ROWS),
+        "seq_len": str(job.train.seq_len),
+        "seed": str(job.train.seed),
+    }
+    return AuditRequest("run", run=str(paths.root.absolute()), **{**fields, **changes})
+
+
+def data_path(word: str) -> str:
+    """Return the absolute path that a word for data means.
+
+    Raises:
+        BadInput: The shipped data are missing from this installation.
+    """
+    return str(shipped_data() if word == EMBEDDED else Path(word).expanduser().absolute())
+
+
+def check_audit(request: AuditRequest) -> None:
+    """Check what an audit rests on.
+
+    Raises:
+        BadInput: An unknown kind, no whole model, data that cannot be read, numbers that make no sense.
+    """
+    if request.what not in WHAT:
+        raise BadInput(f"audit {plain(request.what, one_line=True, limit=40)}? Wanted one of {', '.join(WHAT)}.")
+    for name, least in (("rows", 2), ("seq_len", 2), ("seed", 0)):
+        text = getattr(request, name)
+        if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= 10**9:
+            found = plain(text, one_line=True, limit=40) or "nothing"
+            raise BadInput(f"{name.replace('_len', '')}: found {found}; wanted a whole number, {least} or more.")
+    if any(not part.strip().isdigit() for part in request.kept.split(",") if part.strip()):
+        raise BadInput(f"keep: found {plain(request.kept, one_line=True, limit=40)}; wanted numbers such as 1,2,4.")
+    if request.format not in choices_of("data.format"):
+        raise BadInput(f"format: wanted one of {', '.join(choices_of('data.format'))}.")
+    if request.what == "race":
+        return  # the recipe's own checks come when its runs are started
+    base = find_base(request.model, request.revision)
+    if how := plain(base.quantization, one_line=True, limit=40):
+        word = plain(base.word, one_line=True)
+        raise BadInput(f"{word} is quantised already ({how}): there is nothing to compare with. Name the original.")
+    if request.run:
+        find_adapter(Path(request.run) / "adapter")
+        if base.path is not None:
+            refuse_another_base(request.run, base.path)
+    inspect_data(Path(request.data), format=request.format)
+
+
+def read_report(paths: RunPaths) -> dict[str, Any] | None:
+    """Return the report of a finished audit; None where there is none that can be read."""
+    try:
+        if paths.report.stat().st_size > _MOST_REPORT_BYTES:
+            return None
+        report = json.loads(paths.report.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) and report.get("what") in WHAT else None

@@ -1,0 +1,97 @@
+"""`lora-studio audit`: what it asks the job for, what it shows of a report, what it refuses before there is a job."""
+
+from pathlib import Path
+
+import pytest
+
+from studio.runs.audit_request import AuditRequest
+from studio.runs.job import read_job
+from studio.runs.layout import RunPaths
+from tests.cli.conftest import Cli
+from tests.fakes.model import model_folder
+
+
+def asked(document: dict[str, str]) -> AuditRequest:
+    request = read_job(RunPaths(Path(document["path"])))
+    assert isinstance(request, AuditRequest)
+    return request
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(model_folder(tmp_path / "model"))
+
+
+def test_a_base_is_measured_on_rows_that_training_would_hold_out(cli: Cli, recipe: Path, model: str) -> None:
+    outcome = cli("audit", "base", "--model", model, "--data", "rows.jsonl", "--rows", "7", "--json")
+    assert outcome.code == 0, outcome.err
+    request = asked(outcome.document)
+    assert (request.what, request.model, request.rows, request.seed) == ("base", model, "7", "17")
+    assert request.data == str(Path("rows.jsonl").absolute())
+    assert outcome.document["report"]["what"] == "base"
+    assert outcome.document["status"] == "finished"
+
+
+def test_tables_and_advice_are_shown_with_their_intervals(cli: Cli, recipe: Path, model: str) -> None:
+    outcome = cli("audit", "base", "--model", model, "--data", "rows.jsonl")
+    assert outcome.code == 0, outcome.err
+    for wanted in ("2.1000 (2.0000-2.2000)", "+0.1000 (+0.0500 to +0.1500)", "KL", "model.layers.1", "Why: "):
+        assert wanted in outcome.out
+    assert "40 tokens of 4 held-out rows" in outcome.out
+
+
+def test_a_run_brings_its_own_base_data_and_split(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    outcome = cli("audit", "run", run, "--json")
+    assert outcome.code == 0, outcome.err
+    request = asked(outcome.document)
+    assert (request.what, request.model, request.rows) == ("run", "embedded", "4")
+    assert Path(request.run).name == run
+    assert request.data == str(Path("rows.jsonl").absolute())
+
+
+def test_a_race_carries_its_recipe(cli: Cli, recipe: Path) -> None:
+    outcome = cli("audit", "race", str(recipe), "--steps", "3", "--json")
+    assert outcome.code == 0, outcome.err
+    request = asked(outcome.document)
+    assert request.what == "race"
+    assert "steps = 3" in request.recipe
+    assert request.lanes == "lora,qlora"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("base", "--model", "MODEL", "--data", "nothing.jsonl"), "does not exist"),
+        (("base", "--model", "/no/model", "--data", "rows.jsonl"), "no model folder"),
+        (("base", "--model", "MODEL", "--data", "rows.jsonl", "--rows", "many"), "rows: found many"),
+        (("base", "--model", "MODEL", "--data", "rows.jsonl", "--rows", "1"), "wanted a whole number, 2 or more"),
+        (("base", "--model", "MODEL", "--data", "rows.jsonl", "--keep", "worst"), "keep: found worst"),
+        (("run", "nothing"), "there is no run 'nothing'"),
+        (("race", "nothing"), "nothing"),
+        ((), "WHAT"),
+    ],
+)
+def test_bad_input_is_refused_before_there_is_a_run(
+    cli: Cli, recipe: Path, model: str, home: Path, words: tuple[str, ...], wanted: str
+) -> None:
+    outcome = cli("audit", *(model if word == "MODEL" else word for word in words))
+    assert outcome.code == 2
+    assert wanted in " ".join(outcome.err.split())
+    assert not list(home.glob("runs/audit*"))
+
+
+def test_a_quantised_base_has_nothing_to_be_compared_with(cli: Cli, recipe: Path, model: str) -> None:
+    config = Path(model) / "config.json"
+    config.write_text(config.read_text()[:-1] + ', "quantization_config": {"quant_method": "gptq"}}')
+    outcome = cli("audit", "base", "--model", model, "--data", "rows.jsonl")
+    assert outcome.code == 2
+    assert "quantised already (gptq)" in outcome.err
+
+
+def test_an_audit_that_failed_says_why(cli: Cli, recipe: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_AUDIT_FAILS", "1")
+    outcome = cli("audit", "base", "--model", model, "--data", "rows.jsonl", "--json")
+    assert outcome.code == 1
+    assert outcome.document["report"] is None
+    assert outcome.document["failure"]["kind"] == "not_block_by_block"

@@ -1,0 +1,182 @@
+"""The audit of a base as a job: what it leaves, that it finds a planted fault, that it can be stopped and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from studio.core.audit_text import tables_of
+from studio.jobs.audit.rows import NEUTRAL
+from studio.probe.model_folder import WEIGHTS
+from studio.runs.audit_request import AuditRequest
+from studio.runs.control import request as ask
+from studio.runs.control import withdraw
+from studio.runs.job import write_job
+from tests.fakes.tiny_model import make_tiny_model
+from tests.jobs.audit_cases import audit, plain_figures, plain_model
+from tests.jobs.conftest import QUESTIONS, history_of
+
+FORMS = "nf4,nf4+dq,fp4,int8"
+RUINED = 2
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Forty short chats."""
+    path = tmp_path / "rows.jsonl"
+    turns = [(f"{question} {n}", f"{reply} {n}") for n in range(7) for question, reply in QUESTIONS]
+    table = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
+    path.write_text("\n".join(json.dumps(row) for row in table))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four blocks; in one of them a weight of every 64 is so large that 4 bits leave nothing of the rest."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("ruined") / "tiny", num_hidden_layers=4)
+    tensors = load_file(folder / WEIGHTS)
+    for name, tensor in tensors.items():
+        if name.startswith(f"model.layers.{RUINED}.mlp") and tensor.dim() == 2:
+            tensor[:, ::64] = 8.0 * tensor.abs().max()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def asked(model: Path, data: Path, **more: str) -> AuditRequest:
+    fields = {"rows": "8", "forms": FORMS, "kept": "1,2", **more}
+    return AuditRequest("base", model=str(model), data=str(data), **fields)
+
+
+def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    paths, report = audit(tmp_path / "audit", asked(tiny, rows))
+    assert [one["name"] for one in report["variants"]] == ["16-bit", *FORMS.split(",")]
+    assert report["rows"]["task"] == 8
+    assert report["proof_gap"] < 1e-5
+    first, *others = report["variants"]
+    assert first["task"]["kl"]["value"] == 0.0
+    for one in others:
+        assert one["task"]["tokens"] == first["task"]["tokens"] > 8
+        assert 0 < one["task"]["kl"]["low"] <= one["task"]["kl"]["value"] <= one["task"]["kl"]["high"]
+        assert one["base_bytes"] < first["base_bytes"]
+    assert {block["name"] for block in report["blocks"]} == {"model.layers.0", "model.layers.1"}
+    # Both blocks kept: nothing is rounded any more, all of the KL is won.
+    everything = report["plans"][-1]
+    assert everything["won"]["value"] == pytest.approx(others[1]["task"]["kl"]["value"], rel=1e-6)
+    assert everything["figures"]["kl"]["value"] == 0.0
+    page = (paths.root / "report.md").read_text()
+    assert all(heading in page for heading, _ in tables_of(report))
+    assert f"{first['task']['tokens']:,} tokens" in page
+    for picture in ("losses.svg", "blocks.svg"):
+        assert (paths.root / picture).read_text().startswith("<svg")
+        assert f"({picture})" in page
+    assert not (paths.root / "audit").exists(), "the state of a finished walk"
+    finished = history_of(paths).finished
+    assert finished is not None and finished.outcome == "done"
+
+
+def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, rows: Path, tmp_path: Path) -> None:
+    _, report = audit(tmp_path / "audit", asked(ruined, rows, forms="nf4+dq", kept="1"))
+    name = f"model.layers.{RUINED}"
+    assert report["blocks"][0]["name"] == name
+    assert report["blocks"][0]["own_effect"] > 1.5 * report["blocks"][1]["own_effect"]
+    assert report["plans"][0]["kept"] == [name]
+    assert f"Keeping {name} in 16 bit wins" in report["recommendation"]["sentence"]
+
+
+def test_stopped_and_resumed_it_comes_to_the_same_report(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    request = asked(tiny, rows)
+    _, whole = audit(tmp_path / "whole", request)
+    paths = audit(tmp_path / "stopped", request)[0]
+    shutil.rmtree(paths.root)
+    paths.root.mkdir()
+    paths.control.mkdir()
+    ask(paths, "stop")
+    write_job(paths, request)
+    _, nothing = audit(paths.root, request)
+    assert not nothing
+    assert history_of(paths).finished.outcome == "stopped"  # type: ignore[union-attr]
+    assert (paths.root / "audit" / "roundings").is_dir()
+    withdraw(paths, "stop")
+    _, report = audit(paths.root, request)
+    assert {**report, "cost": 0} == {**whole, "cost": 0}
+
+
+def test_a_kept_state_of_other_rows_is_not_taken_up(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    paths, _ = audit(tmp_path / "one", asked(tiny, rows))
+    ask(paths, "stop")
+    audit(paths.root, asked(tiny, rows))
+    withdraw(paths, "stop")
+    kept = json.loads((paths.root / "audit" / "roundings" / "walk.json").read_text())
+    (paths.root / "audit" / "roundings" / "walk.json").write_text(json.dumps({**kept, "about": "something else"}))
+    _, report = audit(paths.root, asked(tiny, rows))
+    assert report["rows"]["task"] == 8
+
+
+def test_a_neutral_text_of_the_users(tiny: Path, rows: Path, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("One passage.\n\nAnother one.\n")
+    _, report = audit(tmp_path / "audit", asked(tiny, rows, text=str(text), kept=""))
+    assert report["rows"]["neutral"] == 2
+    assert report["variants"][0]["neutral"]["tokens"] == len("One passage.") + len("Another one.") - 2
+    assert NEUTRAL.read_text().count("\n\n") > 10
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"forms": "nf5"}, "found nf5; wanted some of nf4"),
+        ({"forms": ""}, "found none"),
+        ({"text": "/no/such/text"}, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_words(
+    tiny: Path, rows: Path, tmp_path: Path, more: dict[str, str], wanted: str
+) -> None:
+    paths, report = audit(tmp_path / "audit", asked(tiny, rows, **more))
+    assert not report
+    failed = history_of(paths).failed
+    assert failed is not None and wanted in failed.message
+
+
+def test_too_little_memory_is_said_before_anything_is_read(
+    tiny: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        available = 0
+
+    monkeypatch.setattr("studio.jobs.audit.cost.psutil.virtual_memory", Full)
+    monkeypatch.setattr("studio.jobs.audit.cost.psutil.Process.memory_info", lambda self: type("M", (), {"rss": 1})())
+    paths, _ = audit(tmp_path / "audit", asked(tiny, rows))
+    assert "Fewer --rows" in history_of(paths).failed.message  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_the_embedded_model_has_the_figures_of_the_whole_model(tmp_path: Path) -> None:
+    from studio.jobs.audit.rows import read_audit_rows
+    from studio.jobs.base.embedded import ensure_embedded
+    from studio.jobs.base.load import load_tokenizer
+    from studio.probe.data import shipped_data
+
+    folder = ensure_embedded()
+    request = asked(folder, shipped_data(), rows="6", kept="")
+    _, report = audit(tmp_path / "audit", request)
+    task = read_audit_rows(request, load_tokenizer(folder), lambda text: None).task
+    reference = plain_model(folder, "16-bit")
+    for one in report["variants"]:
+        loss, kl, same = plain_figures(plain_model(folder, one["name"]), reference, task)
+        assert one["task"]["loss"]["value"] == pytest.approx(loss, rel=1e-4), one["name"]
+        assert one["task"]["kl"]["value"] == pytest.approx(kl, rel=1e-4, abs=1e-7), one["name"]
+        assert one["task"]["same_top"]["value"] == pytest.approx(same, abs=1e-6), one["name"]
+
+
+def test_no_threads_of_bitsandbytes_repack_anything(tiny: Path) -> None:
+    """Its 4-bit product repacks weights in evaluation mode on some CPUs; ours never calls it."""
+    from studio.jobs.audit.forms import FORMS as KNOWN
+
+    layer = KNOWN["nf4"].make(torch.randn(64, 64), None).eval()
+    before = layer.packed.clone()  # type: ignore[union-attr]
+    layer(torch.randn(3, 64))
+    assert torch.equal(layer.packed, before)  # type: ignore[union-attr, arg-type]
