@@ -6,7 +6,7 @@ narrow a range with the number of runs and never leave a measured value outside 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -170,7 +170,8 @@ class Errors:
     Attributes:
         setting: Which runs.
         runs: How many.
-        errors: Median and worst by metric: tensors, allocator, card, speed.
+        errors: Median and worst by metric: tensors, allocator, card, process, speed. What only earlier runs could
+            predict (a CPU's speed, what its process holds) is compared with these.
     """
 
     setting: Setting
@@ -195,12 +196,29 @@ _METRICS: dict[str, Callable[[Observation], float | None]] = {
 
 
 def _errors(observations: Sequence[Observation]) -> dict[str, tuple[float, float]]:
-    found = {}
-    for name, metric in _METRICS.items():
-        errors = [1 / factor - 1 for factor in _known(metric(item) for item in observations)]
-        if errors:
-            found[name] = (median(errors), max(errors, key=abs))
-    return found
+    factors = {name: _known(metric(item) for item in observations) for name, metric in _METRICS.items()}
+    earlier = sorted(observations, key=lambda item: item.at)
+    factors["process"] = _known(
+        _factor(now.resident_bytes, now.predicted[0] + rest)
+        for now, rest in _with_earlier(earlier, lambda item: item.process_bytes)
+    )
+    factors["speed"] += _known(
+        _factor(now.operations_per_second, rate)
+        for now, rate in _with_earlier(earlier, lambda item: item.operations_per_second)
+        if now.speed_factor is None
+    )
+    errors = {name: [1 / factor - 1 for factor in values] for name, values in factors.items() if values}
+    return {name: (median(values), max(values, key=abs)) for name, values in errors.items()}
+
+
+def _with_earlier(
+    observations: Sequence[Observation], value: Callable[[Observation], float | None]
+) -> Iterator[tuple[Observation, float]]:
+    """Yield each observation, in order of time, with the median of a value over those before it."""
+    for place, item in enumerate(observations):
+        before = _known(value(other) for other in observations[:place])
+        if before:
+            yield item, median(before)
 
 
 def _factor(measured: float | None, predicted: float) -> float | None:

@@ -144,3 +144,17 @@ def test_the_error_so_far_is_told_per_setting_newest_first():
     median, worst = second.errors["tensors"]
     assert worst == pytest.approx(-0.2)
     assert median == pytest.approx(-0.1)
+
+
+def test_what_only_earlier_runs_could_predict_is_compared_with_them():
+    setting = replace(CARD, device="cpu: x")
+    sizes = {"allocated_bytes": None, "reserved_bytes": None, "device_bytes": None}
+    runs = [
+        seen(setting=setting, at=float(at), operations_per_second=rate, resident_bytes=PREDICTED[0] + GIB, **sizes)
+        for at, rate in enumerate((1e11, 2e11, 1.5e11))
+    ]
+    assert "speed" not in errors_by_setting(runs[:1])[0].errors
+    (found,) = errors_by_setting(runs)
+    assert found.errors["speed"] == (pytest.approx(-0.25), pytest.approx(-0.5)), "half as fast expected, then right"
+    assert found.errors["process"] == (pytest.approx(0.0), pytest.approx(0.0))
+    assert "tensors" not in found.errors

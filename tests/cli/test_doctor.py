@@ -1,0 +1,167 @@
+"""`lora-studio doctor`: it looks, changes nothing, and says in its exit code whether a run could start."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.commands import doctor
+from studio.core.calibration import Observation
+from studio.probe import checkup
+from studio.probe.calibrate import setting_of
+from studio.probe.gpus import Gpu, GpuProcess
+from studio.probe.machine import Machine
+from studio.runs.calibration import remember
+from tests.cli.conftest import Cli
+
+GIB = 2**30
+CARD = Gpu(
+    0,
+    "NVIDIA GeForce RTX 4090",
+    "GPU-0",
+    24 * GIB,
+    2 * GIB,
+    22 * GIB,
+    (8, 9),
+    processes=(GpuProcess(1, "Xorg", GIB),),
+)
+BARE = Machine(None, None, 16 * GIB, 8 * GIB, 10**11, 8, "Linux 6", False)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the machine is said to have; a test changes it."""
+    told: dict[str, Any] = {"machine": BARE, "torch": "2.13.0"}
+    monkeypatch.setattr(doctor, "read_machine", lambda root: told["machine"])
+    real = checkup.version
+
+    def version(name: str) -> str:
+        if name not in told:
+            return real(name)
+        if told[name] is None:
+            raise checkup.PackageNotFoundError(name)
+        return str(told[name])
+
+    monkeypatch.setattr(checkup, "version", version)
+    return told
+
+
+def test_a_sound_machine_without_a_card(cli: Cli, machine: dict[str, Any], home: Path) -> None:
+    outcome = cli("doctor")
+    assert outcome.code == 0, outcome.out
+    assert "not available: no NVIDIA driver" in outcome.out
+    assert "no finished run on this machine yet" in outcome.out
+    assert "16.0 GiB, 8.0 free; 8 cores" in outcome.out
+    assert not home.exists(), "looking makes no folder"
+
+
+def test_the_document(cli: Cli, machine: dict[str, Any]) -> None:
+    machine["machine"] = replace(BARE, cards=[CARD], driver="560.35")
+    document = cli("doctor", "--json").document
+    assert document["ok"] is True
+    names = [check["name"] for check in document["checks"]]
+    for name in ("python", "torch", "peft", "bitsandbytes", "plotext", "card 0", "disk", "runs", "embedded model"):
+        assert name in names
+    card = next(check for check in document["checks"] if check["name"] == "card 0")
+    assert card["found"] == "NVIDIA GeForce RTX 4090, 24.0 GiB, 22.0 free; 1 process(es) on it"
+    assert document["machine"]["cards"][0]["processes"][0]["name"] == "Xorg"
+    assert document["calibration"]["settings"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"torch": "2.9.1"}, "older than 2.10"),
+        ({"peft": None}, "not installed"),
+        ({"torch": "2.13.0+cpu", "machine": replace(BARE, cards=[CARD])}, "built for CPUs"),
+        ({"machine": replace(BARE, cards=[])}, "shows no card"),
+        ({"machine": replace(BARE, disk_bytes=10**8)}, "a run needs 200 MB"),
+    ],
+)
+def test_what_keeps_a_run_from_starting_is_exit_1(
+    cli: Cli, machine: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    machine |= change
+    outcome = cli("doctor")
+    assert outcome.code == 1
+    assert words in outcome.out
+    assert "problem" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cards": [replace(CARD, total_bytes=None, free_bytes=None)]}, "memory not available"),
+        ({"cards": [replace(CARD, mig=True)]}, "MIG is on"),
+        ({"cards": [replace(CARD, unified=True)]}, "main memory"),
+        ({"cards": [replace(CARD, capability=(6, 1))]}, "compute capability 6.1"),
+        ({"cards": [CARD], "spills": True}, "spills into main memory"),
+        ({"ram_bytes": None, "free_ram_bytes": None}, "not available"),
+        ({"disk_bytes": None}, "free room not available"),
+        ({"disk_bytes": 5 * 10**9}, "merged 7 B"),
+    ],
+)
+def test_what_is_odd_is_said_and_stops_nothing(
+    cli: Cli, machine: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    machine["machine"] = replace(BARE, **change)
+    outcome = cli("doctor")
+    assert outcome.code == 0, outcome.out
+    assert words in outcome.out
+
+
+def test_a_place_that_cannot_be_written_is_a_problem(cli: Cli, machine: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    outcome = cli("doctor", "--runs-dir", str(file / "runs"))
+    assert outcome.code == 1
+    assert "cannot be written" in outcome.out
+
+
+def test_the_error_of_the_estimate_so_far(cli: Cli, machine: dict[str, Any]) -> None:
+    setting = setting_of("NVIDIA GeForce RTX 4090", "qlora")
+    remember(Observation("a", 1.0, setting, (10 * GIB, 11 * GIB, 12 * GIB), 8 * GIB, 11 * GIB, 12 * GIB))
+    outcome = cli("doctor")
+    assert "RTX 4090" in outcome.out
+    assert "+25.0%" in outcome.out
+    (found,) = cli("doctor", "--json").document["calibration"]["settings"]
+    assert found["errors"]["tensors"] == {"median": 0.25, "worst": 0.25}
+    assert found["runs"] == 1
+
+
+def test_a_broken_calibration_is_no_problem(cli: Cli, machine: dict[str, Any], home: Path) -> None:
+    home.mkdir()
+    (home / "calibration.json").write_bytes(b"\xff\x00")
+    assert cli("doctor").code == 0
+
+
+def test_imports_happen_in_a_process_of_their_own(
+    cli: Cli, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {
+        0: json.dumps({"torch": "2.13", "cuda": "12.8", "cards": ["RTX 4090"], "bf16": True}),
+        1: "",
+    }
+    for code, stdout in answers.items():
+        done = subprocess.CompletedProcess([], code, f"noise\n{stdout}", "Traceback\nImportError: libcudart \x1b[2J")
+        monkeypatch.setattr(checkup.subprocess, "run", lambda *words, **how: done)  # noqa: B023  used at once
+        outcome = cli("doctor", "--imports", "--json")
+        assert outcome.code == code
+        check = outcome.document["checks"][-1]
+        assert check["name"] == "imports"
+        assert "1 card(s)" in check["found"] if code == 0 else "ImportError" in check["found"]
+        assert "\x1b" not in check["found"]
+
+
+def test_it_imports_nothing_heavy_itself(home: Path) -> None:
+    script = (
+        "import sys; from studio.cli import main; main(['doctor', '--json']); "
+        "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "[]"
+    assert json.loads(done.stdout)["checks"]
