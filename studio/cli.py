@@ -26,7 +26,7 @@ VERBS = {
     "export": "write an adapter, or a merged model in fewer bits",
     "chat": "ask the tuned model and its base, side by side",
     "audit": "measure what 4 bits cost a model, an adapter or a training",
-    "doctor": "what this machine has and lacks, and how right the estimate was here",
+    "doctor": "what this machine has, and how right estimates were",
     "gpus": "the NVIDIA cards of this machine",
     "models": "the base models that lie on this machine",
     "recipes": "the recipes that come with the program",
