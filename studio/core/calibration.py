@@ -17,8 +17,8 @@ from studio.core.vram.reserve import Range
 _MOST_FACTOR = 5.0
 """A measurement more than this many times off describes something else (a shared card, a broken reading)."""
 
-_CPU_SPREAD = 1.5
-"""Factor both ways around one CPU run: padding, batch size and what else the machine does are not in the model."""
+_RUN_SPREAD = 1.5
+"""Factor both ways around one run: padding, batch size and what else the machine does are not counted."""
 
 _PROCESS_DOUBT = 0.25
 """Relative doubt of what one CPU run's process held beside its tensors: one run's allocator is not another's."""
@@ -138,20 +138,20 @@ def correct_speed(speed: Speed, observations: Sequence[Observation]) -> Speed:
     return Speed(speed.expected * low, speed.expected * middle, speed.expected * high, basis)
 
 
-def cpu_speed(operations_per_token: float, observations: Sequence[Observation]) -> Speed | None:
-    """Return a CPU's speed from its own runs of the same setting; None without any: nobody else can know it.
+def measured_speed(operations_per_token: float, observations: Sequence[Observation]) -> Speed | None:
+    """Return the speed of a device without a data sheet, such as a CPU, from its own runs; None without any.
 
     Args:
         operations_per_token: Floating-point operations of the planned step, per token.
-        observations: Of the same processor, libraries and method.
+        observations: Of the same device, libraries and method.
     """
     rates = _known(item.operations_per_second for item in observations)
     if not rates or operations_per_token <= 0:
         return None
     middle = median(rates)
-    low, _, high = _blend([rate / middle for rate in rates], (1 / _CPU_SPREAD, 1.0, _CPU_SPREAD))
+    low, _, high = _blend([rate / middle for rate in rates], (1 / _RUN_SPREAD, 1.0, _RUN_SPREAD))
     usual = middle / operations_per_token
-    return Speed(usual * low, usual, usual * high, f"{len(rates)} finished run(s) on this processor")
+    return Speed(usual * low, usual, usual * high, f"{len(rates)} finished run(s) on this device")
 
 
 def process_range(observations: Sequence[Observation]) -> Range | None:

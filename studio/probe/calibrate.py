@@ -143,7 +143,7 @@ def observe(
         allocated_bytes=peak,
         reserved_bytes=reserved,
         device_bytes=None if device is None or others_bytes is None else max(0, device - others_bytes),
-        resident_bytes=_highest(memory.resident_peak_bytes) if gpu is None else None,
+        resident_bytes=_highest(memory.resident_peak_bytes) if planned.device == CPU else None,
         operations_per_second=None if rate is None else rate * step_work(shape, typical).operations_per_token,
         speed_factor=None if rate is None or expected is None else rate / expected.expected,
         stages=_stages(estimate, history),

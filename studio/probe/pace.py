@@ -9,7 +9,7 @@ from studio.core.calibration import (
     Observation,
     correct_estimate,
     correct_speed,
-    cpu_speed,
+    measured_speed,
     matching,
     process_range,
 )
@@ -121,10 +121,10 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
 
 
 def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Observation]) -> Speed | None:
-    if gpu is None:
-        return cpu_speed(step_work(shape, setup).operations_per_token, seen)
     speed = speed_of(shape, setup, gpu)
-    return correct_speed(speed, seen) if speed else None
+    if speed is not None:
+        return correct_speed(speed, seen)
+    return measured_speed(step_work(shape, setup).operations_per_token, seen)
 
 
 def _run_tokens(recipe: Recipe, guess: RowsGuess) -> tuple[int, tuple[float, float, float]]:

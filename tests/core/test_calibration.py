@@ -11,7 +11,7 @@ from studio.core.calibration import (
     Setting,
     correct_estimate,
     correct_speed,
-    cpu_speed,
+    measured_speed,
     errors_by_setting,
     matching,
     process_range,
@@ -115,9 +115,9 @@ def test_speed_follows_what_was_measured():
 
 
 def test_a_cpu_is_known_only_by_its_own_runs():
-    assert cpu_speed(1e9, []) is None
-    assert cpu_speed(1e9, [seen()]) is None, "a run whose speed nobody measured"
-    found = cpu_speed(2e9, [seen(operations_per_second=4e10), seen(operations_per_second=6e10)])
+    assert measured_speed(1e9, []) is None
+    assert measured_speed(1e9, [seen()]) is None, "a run whose speed nobody measured"
+    found = measured_speed(2e9, [seen(operations_per_second=4e10), seen(operations_per_second=6e10)])
     assert found is not None
     assert found.expected == pytest.approx(25)
     assert found.low <= 20

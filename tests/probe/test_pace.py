@@ -147,6 +147,16 @@ def test_this_processor_is_known_after_its_first_run() -> None:
     assert process.expected == estimate.allocated.expected + 1 * GIB
 
 
+def test_a_card_that_no_table_lists_is_known_after_its_first_run() -> None:
+    card = replace(card_of_size(24), name="NVIDIA Something New")
+    setup = setup_of(RECIPE)
+    assert pace_of(RECIPE, LLAMA, setup, card).speed is None
+    remember(seen("NVIDIA Something New", operations_per_second=1e14))
+    speed = pace_of(RECIPE, LLAMA, setup, card).speed
+    assert speed is not None
+    assert 1000 < speed.expected < 4000
+
+
 def test_a_run_keeps_its_speed_and_what_others_held(rows: Path) -> None:
     recipe = Recipe().with_("data.path", str(rows))
     card = Reading(0, "NVIDIA GeForce RTX 4090", "GPU-1", 24 * GIB, 2 * GIB, 22 * GIB, (8, 9))
