@@ -9,8 +9,8 @@ from studio.core.calibration import (
     Observation,
     correct_estimate,
     correct_speed,
-    measured_speed,
     matching,
+    measured_speed,
     process_range,
 )
 from studio.core.gpu_catalogue import Gpu

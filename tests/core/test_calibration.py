@@ -11,9 +11,9 @@ from studio.core.calibration import (
     Setting,
     correct_estimate,
     correct_speed,
-    measured_speed,
     errors_by_setting,
     matching,
+    measured_speed,
     process_range,
 )
 from studio.core.gpu_catalogue import GIB, MIB, find_gpu
