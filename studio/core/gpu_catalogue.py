@@ -47,6 +47,11 @@ class Gpu:
         """Whether it computes in bf16 natively (Ampere and newer)."""
         return self.compute_capability >= (8, 0)
 
+    @property
+    def rated(self) -> bool:
+        """Whether its peaks and its bandwidth are known."""
+        return min(self.half_tflops, self.single_tflops, self.bandwidth_gb_per_second) > 0
+
 
 _T4_CONTEXT = 141 * MIB
 """Process use minus reserved on a T4, in 25 measured runs of the fitcheck-llm archive."""

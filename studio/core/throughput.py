@@ -96,7 +96,7 @@ def speed_of(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Speed | None:
     Raises:
         BadInput: A target does not exist in this model.
     """
-    if gpu is None or not (gpu.half_tflops and gpu.single_tflops and gpu.bandwidth_gb_per_second):
+    if gpu is None or not gpu.rated:
         return None
     sustained = _sustained(gpu)
     work = step_work(shape, setup)
@@ -118,7 +118,7 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
     Raises:
         BadInput: A target does not exist in this model.
     """
-    if gpu is None or not (gpu.half_tflops and gpu.single_tflops and gpu.bandwidth_gb_per_second):
+    if gpu is None or not gpu.rated:
         return None
     sustained = _sustained(gpu)
     plain, quantised = (step_work(shape, replace(setup, method=method)) for method in ("lora", "qlora"))
@@ -139,7 +139,7 @@ def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None)
     Raises:
         BadInput: A target does not exist in this model.
     """
-    if gpu is None or not (gpu.half_tflops and gpu.single_tflops and gpu.bandwidth_gb_per_second):
+    if gpu is None or not gpu.rated:
         return None
     old, new = step_work(shape, before), step_work(shape, after)
     ends = (0, 1, 2) if before.quantised != after.quantised else (1,)
