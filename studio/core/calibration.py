@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from studio.core.throughput import Speed
-from studio.core.vram.estimate import VramEstimate
+from studio.core.vram.estimate import Components, VramEstimate
 from studio.core.vram.reserve import Range
 
 _MOST_FACTOR = 5.0
@@ -124,7 +124,22 @@ def correct_estimate(estimate: VramEstimate, observations: Sequence[Observation]
     context = _around(context, outside) if outside else context
     note = f"corrected by {len(observations)} finished run(s) on this device with these libraries"
     return replace(
-        estimate, allocated=allocated, reserved=reserved, device=_sum(reserved, context), notes=(*estimate.notes, note)
+        estimate,
+        components=_parts(estimate, allocated, context),
+        allocated=allocated,
+        reserved=reserved,
+        device=_sum(reserved, context),
+        notes=(*estimate.notes, note),
+    )
+
+
+def _parts(estimate: VramEstimate, allocated: Range, outside: Range) -> Components:
+    """Return components that add up to the corrected peak: what was off goes to activations and to the context."""
+    parts = estimate.components
+    paged = estimate.device.expected - estimate.reserved.expected - parts.context
+    more = allocated.expected - estimate.allocated.expected
+    return replace(
+        parts, activations=max(0, parts.activations + more), context=max(0, outside.expected - max(0, paged))
     )
 
 

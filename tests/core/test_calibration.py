@@ -66,6 +66,17 @@ def test_a_run_moves_the_uncertain_terms_and_narrows_the_range():
     assert width(many, "device") < width(one, "device")
 
 
+def test_components_add_up_to_the_corrected_peak():
+    for optimizer in ("adamw_torch", "paged_adamw_32bit"):
+        estimate = estimate_vram(model("Llama-3.1-8B"), Setup(seq_len=2048, optimizer=optimizer), find_gpu("4090"))
+        found = correct_estimate(estimate, [seen(tensors=1.05, outside=900 * MIB)])
+        before, after = estimate.components, found.components
+        tensors = sum(getattr(after, name) for name in after.__slots__ if name != "context")
+        assert tensors == pytest.approx(found.allocated.expected, abs=8)
+        paged = estimate.device.expected - estimate.reserved.expected - before.context
+        assert after.context == pytest.approx(900 * MIB - paged, abs=8)
+
+
 def test_tensors_that_were_underestimated_are_never_called_safe_again():
     worse = correct_estimate(ESTIMATE, [seen(tensors=1.10), seen(tensors=1.0), seen(tensors=1.0)])
     assert worse.allocated.high >= int(PREDICTED[0] * 1.10)
