@@ -33,6 +33,8 @@ class LogView(ScrollView, can_focus=True):
         Binding("home,g", "scroll_home", "Oldest", show=False),
     ]
 
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"log-view--found"}
+
     DEFAULT_CSS = """
     LogView {
         width: 1fr;
@@ -40,22 +42,32 @@ class LogView(ScrollView, can_focus=True):
         overflow: auto scroll;
         scrollbar-size-vertical: 1;
         scrollbar-size-horizontal: 1;
+        & > .log-view--found { text-style: reverse; color: $text-warning; }
     }
     """
 
     wrap: reactive[bool] = reactive(True)
     """Whether long lines continue on the next row."""
+    sought: reactive[str] = reactive("")
+    """What is marked wherever it stands, in whatever case; empty marks nothing."""
 
     def __init__(self, *, keep: int = 2000, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
         """Show at most the newest `keep` lines."""
         super().__init__(id=id, classes=classes)
         self._lines: deque[str] = deque(maxlen=keep)
         self._rows: list[str] = []
+        self._match: int | None = None
 
     @property
     def lines(self) -> tuple[str, ...]:
         """The lines kept, oldest first."""
         return tuple(self._lines)
+
+    @property
+    def matches(self) -> list[int]:
+        """The rows that hold what is sought, from the top."""
+        wanted = self.sought.casefold()
+        return [place for place, row in enumerate(self._rows) if wanted in row.casefold()] if wanted else []
 
     def watch_wrap(self) -> None:
         """Lay the lines out again."""
@@ -66,7 +78,7 @@ class LogView(ScrollView, can_focus=True):
         column, row = self.scroll_offset.x, self.scroll_offset.y + y
         text = self._rows[row] if row < len(self._rows) else ""
         width = self.scrollable_content_region.width
-        return Strip([Segment(text, self.rich_style)]).crop_extend(column, column + width, self.rich_style)
+        return Strip(self._marked(text)).crop_extend(column, column + width, self.rich_style)
 
     def on_resize(self) -> None:
         """Wrap for the new width."""
@@ -83,6 +95,31 @@ class LogView(ScrollView, can_focus=True):
         """Forget every line."""
         self._lines.clear()
         self._lay_out()
+
+    def show_match(self, direction: int = -1, *, newest: bool = False) -> None:
+        """Scroll to the match before or after the last one shown, round and round; or to the newest."""
+        found = self.matches
+        if not found:
+            self._match = None
+            return
+        if newest or self._match is None:
+            self._match = found[-1]
+        elif direction < 0:
+            self._match = max((row for row in found if row < self._match), default=found[-1])
+        else:
+            self._match = min((row for row in found if row > self._match), default=found[0])
+        self.scroll_to(y=max(0, self._match - self.size.height // 2), animate=False)
+
+    def _marked(self, text: str) -> list[Segment]:
+        """Return a row with what is sought marked in it."""
+        wanted, folded = self.sought.casefold(), text.casefold()
+        if not wanted or len(folded) != len(text):  # where folding changes lengths, places no longer match
+            return [Segment(text, self.rich_style)]
+        style, segments, begin = self.get_component_rich_style("log-view--found"), [], 0
+        while (place := folded.find(wanted, begin)) >= 0:
+            segments += [Segment(text[begin:place], self.rich_style), Segment(text[place : place + len(wanted)], style)]
+            begin = place + len(wanted)
+        return [*segments, Segment(text[begin:], self.rich_style)]
 
     def _lay_out(self) -> None:
         follows = self.is_vertical_scroll_end

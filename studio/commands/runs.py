@@ -13,6 +13,7 @@ _VERBS = {
     "pause": ("let a run wait after its current step", "runs_control", "pause"),
     "resume": ("continue a paused, stopped, failed or crashed run", "runs_control", "resume_run"),
     "rm": ("delete runs with their checkpoints and adapters", "runs_control", "remove"),
+    "note": ("write a few words on a run, or show them", "runs_control", "note"),
     "compare": ("what differs between runs, and what came of it", "runs_view", "compare"),
 }
 
@@ -32,6 +33,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             parser.add_argument("--force", action="store_true", help="end the process when the wait is over")
         if verb == "resume":
             parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
+        if verb == "note":
+            parser.add_argument("text", nargs="?", help='the words; "" takes the note away; none shows it')
         add_json(parser)
         add_runs_dir(parser)
 

@@ -14,6 +14,7 @@ from studio.probe.space import check_space
 from studio.runs.control import request, requested, withdraw
 from studio.runs.job import kind_of, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.note import read_note, write_note
 from studio.runs.status import Status, run_status
 from studio.runs.store import find_run, remove_run
 from studio.runs.summary import summary_of
@@ -107,6 +108,23 @@ def remove(args: argparse.Namespace) -> int:
             say(f"removed {paths.name}")
     if args.json:
         write_json({"removed": [paths.name for paths in doomed]})
+    return DONE
+
+
+def note(args: argparse.Namespace) -> int:
+    """Show the note on a run, or write another one.
+
+    Raises:
+        BadInput: There is no such run, or the note is too long.
+    """
+    paths = run_of(args)
+    if args.text is not None:
+        write_note(paths, args.text)
+    text = read_note(paths)
+    if args.json:
+        write_json({"run": paths.name, "note": text})
+    else:
+        say(text or f"no note on {plain(paths.name, one_line=True)}")
     return DONE
 
 

@@ -20,7 +20,11 @@ def list_all(args: argparse.Namespace) -> int:
     elif not infos:
         say(f"no runs in {plain(str(root_of(args)), one_line=True)}")
     else:
-        say(table([["run", "status", "method", "model", "step", "loss", "held-out", "started"], *map(_row, infos)]))
+        say(
+            table(
+                [["run", "status", "method", "model", "step", "loss", "held-out", "started", "note"], *map(_row, infos)]
+            )
+        )
     return DONE
 
 
@@ -37,6 +41,7 @@ def _listed(info: RunInfo) -> dict[str, Any]:
         "loss": _finite(info.last_loss),
         "eval_loss": _finite(info.eval_loss),
         "started_at": info.started_at,
+        "note": info.note,
     }
 
 
@@ -53,6 +58,7 @@ def _row(info: RunInfo) -> list[str]:
         number(info.last_loss),
         number(info.eval_loss),
         started,
+        plain(info.note, one_line=True, limit=40),
     ]
 
 

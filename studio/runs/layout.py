@@ -81,6 +81,11 @@ class RunPaths:
         return self.root / "report.json"
 
     @property
+    def note(self) -> Path:
+        """What the user wrote on the run."""
+        return self.root / "note.txt"
+
+    @property
     def exists(self) -> bool:
         """Whether the folder is a run at all."""
         return self.recipe.is_file() or self.events.is_file()

@@ -10,6 +10,7 @@ from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.log_ends import log_head, log_tail
+from studio.runs.note import read_note
 from studio.runs.status import Status, run_status
 
 LAST = "last"
@@ -31,6 +32,7 @@ class RunInfo:
     eval_loss: float | None
     started_at: float | None
     last_at: float | None
+    note: str = ""
 
 
 def list_runs(root: Path) -> list[RunInfo]:
@@ -59,6 +61,7 @@ def run_info(paths: RunPaths) -> RunInfo:
         eval_loss=evaluated.loss if evaluated else None,
         started_at=began.at if began else None,
         last_at=tail.last_at,
+        note=read_note(paths),
     )
 
 

@@ -1,8 +1,6 @@
 """The peak that was estimated at launch beside the one that was measured, as a gauge shows them. Knows no widget."""
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +25,8 @@ def planned_reading(paths: RunPaths) -> Reading | None:
     return Reading(parts, low=to_gib(low), high=to_gib(high), verdict="predicted") if parts else None
 
 
-def with_measured(planned: Reading, peaks_bytes: Sequence[float]) -> Reading:
-    """Return the reading with the highest measured peak of live tensors and how it compares with the range."""
-    peak = max((peak for peak in peaks_bytes if math.isfinite(peak)), default=None)
+def with_measured(planned: Reading, peak: float | None) -> Reading:
+    """Return the reading with the highest measured peak of live tensors, bytes, and how the range did."""
     if peak is None or planned.low is None or planned.high is None:
         return planned
     measured = to_gib(peak)

@@ -36,7 +36,7 @@ def test_an_empty_list(cli: Cli, home: Path) -> None:
 
 def test_a_list_in_words_and_in_json(cli: Cli, trained: RunPaths) -> None:
     head, line = cli("runs", "list").out.splitlines()
-    assert head.split() == ["run", "status", "method", "model", "step", "loss", "held-out", "started"]
+    assert head.split() == ["run", "status", "method", "model", "step", "loss", "held-out", "started", "note"]
     assert line.split()[:7] == [trained.name, "finished", "qlora", "embedded", "5/5", "2.4261", "2.0000"]
     (info,) = cli("runs", "list", "--json").document
     assert (info["run"], info["status"], info["step"], info["eval_loss"]) == (trained.name, "finished", 5, 2.0)
@@ -179,3 +179,15 @@ def test_comparing_needs_two_different_runs(cli: Cli, trained: RunPaths) -> None
     outcome = cli("runs", "compare", "last", trained.name)
     assert outcome.code == 2
     assert "two or more" in outcome.err
+
+
+def test_a_note_is_written_and_listed(cli: Cli, home: Path) -> None:
+    paths = make_run(home)
+    assert cli("runs", "note", paths.name).out.startswith("no note")
+    assert cli("runs", "note", paths.name, "best so far", "--json").document == {
+        "run": paths.name,
+        "note": "best so far",
+    }
+    assert cli("runs", "list", "--json").document[0]["note"] == "best so far"
+    assert "best so far" in cli("runs", "list").out
+    assert cli("runs", "note", paths.name, "x" * 501).code == 2

@@ -149,7 +149,7 @@ async def until(pilot: Pilot[None], condition: Callable[[], object], seconds: fl
         await settle(pilot)
         if condition():
             return
-    raise AssertionError("what was waited for did not come")
+    raise AssertionError(f"what was waited for did not come; the screen is:\n{shown(pilot.app)}")
 
 
 def shown(app: StudioApp) -> str:

@@ -1,28 +1,21 @@
 """A run on the screen: what it shows while it lives and after it ended, and what the keys ask for."""
 
-import json
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
-from studio.core.events import Failed, Finished, Paused, Phase, Planned, Sampled, Saved, Started, StepDone, Warned
-from studio.runs.control import requested
+from studio.core.events import Failed, Finished, Phase, Sampled, Saved, Started, StepDone, Warned
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
-from studio.tui.against_plan import planned_reading
 from studio.tui.app import StudioApp
-from studio.tui.panels.run_plots import RunPlots
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.run import RunScreen
 from tests.tui.stories import (
     HOSTILE,
     NARROW,
     WIDE,
-    Asked,
     assert_harmless,
-    engine_that,
     make_run,
     play,
     settle,
@@ -31,7 +24,6 @@ from tests.tui.stories import (
     train,
     until,
 )
-from widgets.gauge_picture import figure
 from widgets.line_plot import LinePlot
 from widgets.log_view import LogView
 
@@ -172,318 +164,6 @@ def test_non_finite_losses_are_gaps_and_said(tmp_path: Path) -> None:
         play(story, tmp_path, open_run=paths)
 
 
-def test_a_crash_is_told_with_the_last_lines(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    worker = Worker(paths)
-    worker.__enter__()
-    train(worker, range(1, 4))
-    paths.output.write_text("".join(f"line {number}\n" for number in range(50)) + f"Killed {HOSTILE}")
-
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        assert "running" in shown(app)
-        worker._log.close()
-        worker._lock.release()  # as the kernel does when the process is killed
-        paths.process.write_text('{"pid": 999999999, "started": 1, "boot": "none", "host": "elsewhere"}')
-        await until(pilot, lambda: "crashed" in shown(app), seconds=3)
-        told = shown(app)
-        assert "the process ended without saying why" in told
-        assert "line 49" in told
-        assert "Killed" in told
-        assert "R resumes" in told
-        assert_harmless(app)
-
-    play(story, tmp_path, size=NARROW, open_run=paths)
-    worker._signals.restore()
-
-
-def test_a_failure_is_told_with_its_advice(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-        worker.emit(
-            Failed,
-            failure="nonfinite_loss",
-            message="the loss is nan",
-            advice="Lower it: lora-studio runs resume RUN",
-            step=3,
-        )
-
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        told = shown(app)
-        assert "failed at step 3: nonfinite_loss" in told
-        assert "the loss is nan" in told
-        assert f"What to do: Lower it: lora-studio runs resume {paths.name}" in told
-        assert "ETA -" in told
-
-    play(story, tmp_path, open_run=paths)
-
-
-@pytest.mark.parametrize(
-    ("outcome", "words"), [("done", "done after 3 steps in 1 min 15 s"), ("stopped", "stopped after 3")]
-)
-def test_an_end_says_where_the_adapter_lies(tmp_path: Path, outcome: str, words: str) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-        paths.adapter.mkdir()
-        worker.emit(Finished, outcome=outcome, step=3, seconds=75.0)
-
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        told = " ".join(shown(app).split())
-        assert words in told
-        assert "The adapter lies in" in told
-        assert ("R continues" in told) is (outcome == "stopped")
-
-    play(story, tmp_path, open_run=paths)
-
-
-def test_stop_is_asked_once_and_can_be_forced(tmp_path: Path) -> None:
-    paths, asked = make_run(tmp_path), Asked()
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            await pilot.press("x", "n")
-            await settle(pilot)
-            assert not requested(paths, "stop")
-            await pilot.press("x")
-            await settle(pilot)
-            assert isinstance(app.screen, Confirm)
-            assert "Stop this run?" in shown(app)
-            await pilot.press("y")
-            await until(pilot, lambda: "stopping" in shown(app))
-            assert requested(paths, "stop")
-            assert asked.ended == []
-            await pilot.press("x")
-            await settle(pilot)
-            assert "End the process at once" in shown(app)
-            await pilot.press("y")
-            await until(pilot, lambda: asked.ended)
-            assert asked.ended == [paths]
-            worker.emit(Finished, outcome="stopped", step=3)
-            await until(pilot, lambda: "stopped after 3" in shown(app))
-            await pilot.press("x")
-            assert not isinstance(app.screen, Confirm), "an ended run cannot be stopped"
-
-        play(story, tmp_path, open_run=paths, engine=engine_that(asked))
-
-
-def test_pause_and_checkpoint_are_requests_that_stay_visible(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            await pilot.press("c")
-            await settle(pilot)
-            assert requested(paths, "checkpoint-now")
-            assert "checkpoint asked for" in shown(app)
-            worker.served("checkpoint-now")
-            await pilot.press("p")
-            await settle(pilot)
-            assert requested(paths, "pause")
-            assert "pause asked for" in shown(app)
-            worker.emit(Paused, step=3, paused=True)
-            await until(pilot, lambda: "paused  p goes on" in shown(app))
-            await pilot.press("c")
-            await settle(pilot)
-            assert "p goes on, then saves a checkpoint" in shown(app)
-            worker.served("checkpoint-now")
-            await pilot.press("p")
-            await settle(pilot)
-            assert not requested(paths, "pause")
-            worker.emit(Paused, step=3, paused=False)
-            await until(pilot, lambda: "running" in shown(app))
-            worker.emit(Finished, outcome="done")
-            await until(pilot, lambda: "finished" in shown(app))
-            await pilot.press("p", "c")
-            await settle(pilot)
-            assert not requested(paths, "pause")
-            assert not requested(paths, "checkpoint-now")
-
-        play(story, tmp_path, open_run=paths)
-
-
-def test_resume_starts_a_worker_for_a_run_that_ended_early(tmp_path: Path) -> None:
-    paths, asked = make_run(tmp_path), Asked()
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-        worker.emit(Finished, outcome="stopped", step=3)
-
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await pilot.press("R")
-        await until(pilot, lambda: asked.resumed)
-        assert asked.resumed == [paths]
-
-    play(story, tmp_path, open_run=paths, engine=engine_that(asked))
-
-
-def test_a_refused_resume_is_told(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-        worker.emit(Finished, outcome="stopped", step=3)
-
-    async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await pilot.press("R")
-        await until(pilot, lambda: "no such" in shown(app))
-        assert_harmless(app)
-
-    play(story, tmp_path, open_run=paths, engine=engine_that(Asked(), refuses=f"no such [b]thing[/b] {HOSTILE}"))
-
-
-@pytest.mark.parametrize("outcome", ["done", None])
-def test_resume_is_refused_for_finished_and_live_runs(tmp_path: Path, outcome: str | None) -> None:
-    paths, asked = make_run(tmp_path), Asked()
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-        if outcome:
-            worker.emit(Finished, outcome=outcome, step=3)
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            await pilot.press("R")
-            await settle(pilot)
-            assert asked.resumed == []
-            assert "there is nothing to resume" in shown(app)
-
-        play(story, tmp_path, open_run=paths, engine=engine_that(asked))
-        if not outcome:
-            worker.emit(Finished, outcome="done", step=3)
-
-
-def test_a_resumed_run_draws_its_new_steps_in_place_of_the_old(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 41))
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            picture = app.screen.query_one(RunPlots)._loss._picture
-            assert len(picture._series["train"].xs) == 40
-            worker.emit(Started, job="train", method="qlora", model="embedded", resumed_from=20)
-            train(worker, range(21, 45))
-            await until(pilot, lambda: "step 44" in shown(app))
-            steps = list(picture._series["train"].xs)
-            assert steps == list(range(1, 45))
-            assert list(picture._series["mean"].xs) == steps
-            assert list(picture._series["held_out"].xs) == [0]
-            worker.emit(Finished, outcome="done", step=44)
-
-        play(story, tmp_path, open_run=paths)
-
-
-def test_leaving_and_quitting_leave_the_run_alive(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            await pilot.press("escape")
-            await settle(pilot)
-            assert isinstance(app.screen, ConfigureScreen)
-            assert "The run goes on" in shown(app)
-            await pilot.press("q")
-            await pilot.pause()
-
-        app = play(story, tmp_path, open_run=paths)
-        assert farewell(app).startswith(f"The run {paths.name} goes on without the studio.")
-        assert f"lora-studio runs attach {paths.name}" in farewell(app)
-        assert not requested(paths, "stop")
-        assert app.return_code == 0
-        worker.emit(Finished, outcome="done", step=3)
-
-
-def test_quitting_without_a_live_run_says_nothing(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-        worker.emit(Finished, outcome="done", step=3)
-
-    async def story(pilot: Pilot[None], _: StudioApp) -> None:
-        await pilot.press("q")
-        await pilot.pause()
-
-    assert farewell(play(story, tmp_path, open_run=paths)) == ""
-
-
-def farewell(app: StudioApp) -> str:
-    return "\n".join(str(part) for part in app._exit_renderables)
-
-
-def test_a_prediction_is_drawn(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    paths.plan.write_text('{"peak_bytes": 8589934592}')
-    with Worker(paths) as worker:
-        train(worker, range(1, 10))
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            memory = app.screen.query_one("#memory-plot", LinePlot)
-            assert "predicted peak 8.0" in text_of(memory) or "predicted" in text_of(memory)
-            assert "╌╌╌╌" in text_of(memory)
-            worker.emit(Finished, outcome="done")
-
-        play(story, tmp_path, size=(160, 50), open_run=paths)
-
-
-PLAN = {
-    "peak_bytes": 6 * 2**30,
-    "components": {"base": 5 * 2**30, "activations": 2**30, "context": 2**29},
-    "ranges": {"allocated": {"low": 5 * 2**30, "expected": 6 * 2**30, "high": 7 * 2**30}},
-}
-
-
-@pytest.mark.parametrize(("factor", "verdict"), [(1, "in the range"), (0.5, "100% over"), (2, "50% under")])
-def test_the_measured_peak_stands_beside_the_predicted_one(tmp_path: Path, factor: float, verdict: str) -> None:
-    paths = make_run(tmp_path)
-    plan = json.loads(json.dumps(PLAN), parse_int=lambda number: int(int(number) * factor))
-    paths.plan.write_text(json.dumps(plan))
-    with Worker(paths) as worker:
-        train(worker, range(1, 4))
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            row = next(line for line in shown(app).splitlines() if line.startswith(" peak "))
-            assert "█" in row
-            assert f"{figure(6 * factor)} GiB" in row
-            assert "measured 6.00" in row
-            assert verdict in row
-            worker.emit(Finished, outcome="done")
-
-        play(story, tmp_path, open_run=paths)
-
-
-def test_a_run_on_the_cpu_is_not_measured_against_a_card(tmp_path: Path) -> None:
-    paths = make_run(tmp_path)
-    paths.plan.write_text(json.dumps(PLAN))
-    with Worker(paths) as worker:
-        worker.emit(Started, job="train", method="lora", model="embedded")
-        worker.emit(
-            Planned,
-            total_steps=9,
-            trainable_parameters=1,
-            rows=9,
-            held_out_rows=1,
-            device="cpu",
-            dtype="fp32",
-            loss_path="full",
-        )
-
-        async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            assert not app.screen.query_one("#against-plan").display
-            assert "predicted" not in shown(app)
-            worker.emit(Finished, outcome="done")
-
-        play(story, tmp_path, open_run=paths)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    ["", "{", "[]", "{}", '{"components": {"base": "x"}}', '{"components": {"base": 1}, "ranges": {"allocated": []}}'],
-)
-def test_a_damaged_plan_shows_no_gauge(tmp_path: Path, damage: str) -> None:
-    paths = make_run(tmp_path)
-    paths.plan.write_text(damage)
-    assert planned_reading(paths) is None
-
-
 def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     with Worker(paths) as worker:
@@ -516,3 +196,33 @@ def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
             worker.emit(Finished, outcome="done")
 
         play(story, tmp_path, size=size, open_run=paths)
+
+
+def test_the_log_is_searched(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    lines = [f"line {number} [b]{'NEEDLE' if number in (30, 60) else 'hay'}" for number in range(100)]
+    paths.output.write_text("\n".join(lines) + "\n")
+    with Worker(paths) as worker:
+        train(worker, range(1, 4))
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            await pilot.press("slash", *"needle")
+            await settle(pilot)
+            assert "2 in the last 100 lines" in shown(app)
+            assert "line 60 [b]NEEDLE" in shown(app)
+            await pilot.press("enter", "n")
+            await settle(pilot)
+            assert "line 30 [b]NEEDLE" in shown(app)
+            await pilot.press("n")
+            await settle(pilot)
+            assert "line 60 [b]NEEDLE" in shown(app)
+            await pilot.press("escape")
+            await settle(pilot)
+            assert screen_of(app).view == "log"
+            assert "in the last" not in shown(app)
+            await pilot.press("escape")
+            await settle(pilot)
+            assert isinstance(app.screen, ConfigureScreen)
+
+        play(story, tmp_path, open_run=paths)
+        worker.emit(Finished, outcome="done")

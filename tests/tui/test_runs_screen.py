@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import DataTable
+from textual.widgets import DataTable, Input
 
 from studio.core.events import Evaluated, Finished, Started, StepDone
 from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
+from studio.runs.note import read_note
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.screens.configure import ConfigureScreen
@@ -292,3 +293,42 @@ def test_hostile_names_and_models(tmp_path: Path) -> None:
         assert_harmless(app)
 
     play(story, tmp_path, size=(160, 40))
+
+
+def test_a_note_is_written_kept_found_and_taken_away(tmp_path: Path) -> None:
+    paths = ended(tmp_path, "first", "done", 1_000_000)
+    ended(tmp_path, "second", "done", 2_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: len(rows(app)) == 2)
+        await pilot.press("down", "n", *"too [b]warm[/]", "enter")
+        await until(pilot, lambda: "too [b]warm[/]" in shown(app))
+        assert read_note(paths) == "too [b]warm[/]"
+        await pilot.press("slash", *"warm")
+        await settle(pilot)
+        assert len(rows(app)) == 1
+        await pilot.press("escape", "n")
+        await settle(pilot)
+        await pilot.press("home", "ctrl+k", "enter")
+        await until(pilot, lambda: not paths.note.exists())
+
+    play(story, tmp_path)
+
+
+def test_a_note_that_is_too_long_is_refused_in_place(tmp_path: Path) -> None:
+    paths = ended(tmp_path, "first", "done", 1_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("n")
+        await settle(pilot)
+        app.screen.query_one(Input).value = "x" * 501
+        await pilot.press("enter")
+        await settle(pilot)
+        assert "at most 500" in shown(app)
+        await pilot.press("escape")
+        assert not paths.note.exists()
+
+    play(story, tmp_path)

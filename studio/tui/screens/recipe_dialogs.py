@@ -11,7 +11,7 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.recipe_file import shipped_recipes
 from studio.tui.recipe_files import open_recipe, save_recipe, target_of
-from studio.tui.screens.ask_path import AskPath
+from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.confirm import Confirm
 
 _LONGEST_NAME = 60
@@ -31,7 +31,7 @@ def ask_to_save(app: App[None], recipe: Recipe) -> None:
             _save(app, recipe, path)
 
     name = f"{plain(recipe.name, one_line=True, limit=_LONGEST_NAME)}.toml"
-    app.push_screen(AskPath("Save the recipe as", name, check=target_of), take)
+    app.push_screen(AskLine("Save the recipe as", name, check=target_of), take)
 
 
 def ask_to_open(app: App[None], opened: Callable[[Recipe], None]) -> None:
@@ -42,7 +42,7 @@ def ask_to_open(app: App[None], opened: Callable[[Recipe], None]) -> None:
             opened(open_recipe(word))
 
     hint = f"A file, or a shipped recipe: {', '.join(shipped_recipes())}"
-    app.push_screen(AskPath("Open which recipe?", "", hint=hint, check=open_recipe), take)
+    app.push_screen(AskLine("Open which recipe?", "", hint=hint, check=open_recipe), take)
 
 
 def _save(app: App[None], recipe: Recipe, path: Path) -> None:

@@ -21,6 +21,7 @@ from studio.runs.status import Status
 from studio.tui.against_plan import planned_reading, with_measured
 from studio.tui.engine import Engine
 from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes
+from studio.tui.panels.memory_table import MemoryTable
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome
 from studio.tui.panels.run_header import RunHeader
@@ -28,10 +29,10 @@ from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.confirm import Confirm
 from widgets.gauge import Gauge, Reading
-from widgets.log_view import LogView
+from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
 
-_VIEWS = ("plots", "samples", "log", "notes")
+_VIEWS = ("plots", "samples", "log", "notes", "memory")
 _CATCH_UP_SECONDS = 0.02
 
 
@@ -49,13 +50,16 @@ class RunScreen(Screen[None]):
         Binding("shift+tab", "next_view(-1)", "View before", show=False, priority=True),
         *(Binding(str(number), f"view('{key}')", key, show=False) for number, key in enumerate(_VIEWS, start=1)),
         Binding("l", "log_axis", "Log axis", show=False),
+        Binding("slash", "search", "Search the log", show=False),
     ]
 
     DEFAULT_CSS = """
     RunScreen {
         & #views { height: 1fr; }
         & #views > * { display: none; }
-        &.-view-plots #plots, &.-view-samples #samples, &.-view-log #log, &.-view-notes #notes { display: block; }
+        &.-view-plots #plots, &.-view-samples #samples, &.-view-log #log, &.-view-notes #notes, &.-view-memory #memory {
+            display: block;
+        }
         & LogView { padding: 0 1; }
         & TabRow { padding: 0 1; }
         & #against-plan { height: 1; padding: 0 1; display: none; }
@@ -63,7 +67,7 @@ class RunScreen(Screen[None]):
     }
     RunScreen.-wide.-tall {
         & #plots { display: block; height: 3fr; }
-        & #samples, & #log, & #notes { height: 2fr; border-top: solid $foreground 20%; }
+        & #samples, & #log, & #notes, & #memory { height: 2fr; border-top: solid $foreground 20%; }
     }
     """
 
@@ -89,8 +93,9 @@ class RunScreen(Screen[None]):
         with Container(id="views"):
             yield RunPlots(id="plots")
             yield Samples(id="samples")
-            yield LogView(id="log")
+            yield LogSearch(id="log")
             yield Notes(id="notes")
+            yield MemoryTable(self.paths, id="memory")
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
@@ -121,6 +126,11 @@ class RunScreen(Screen[None]):
     def action_log_axis(self) -> None:
         """Show the loss on the other kind of axis."""
         self.query_one(RunPlots).toggle_log()
+
+    def action_search(self) -> None:
+        """Search the log."""
+        self.view = "log"
+        self.query_one(LogSearch).action_open()
 
     def action_leave(self) -> None:
         """Go back; the run goes on."""
@@ -192,8 +202,9 @@ class RunScreen(Screen[None]):
         self.query_one(RunHeader).show(glance.history, glance.status, self._waits_for(glance.status))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
         if glance.output:
-            self.query_one(LogView).extend(glance.output)
+            self.query_one(LogSearch).extend(glance.output)
         if glance.news or before is None:
+            self.query_one(MemoryTable).show(glance.history)
             self._show_against_plan(glance.history)
             self.query_one(RunPlots).show(glance.history)
             self.query_one(Samples).show(glance.history)
@@ -212,7 +223,7 @@ class RunScreen(Screen[None]):
             self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
         if self._planned.parts:
             gauge = self.query_one("#against-plan", Gauge)
-            gauge.reading = with_measured(self._planned, history.memory.peak_bytes)
+            gauge.reading = with_measured(self._planned, self.query_one(MemoryTable).highest_bytes)
             gauge.set_class(True, "-shown")
 
     def _waits_for(self, status: Status) -> str:

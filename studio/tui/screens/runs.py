@@ -17,6 +17,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs, remove_run
 from studio.tui.asks import OpenRun
@@ -24,9 +25,10 @@ from studio.tui.engine import Engine
 from studio.tui.readable import UNKNOWN, number
 from studio.tui.screens.confirm import Confirm
 
-_COLUMNS = ("status", "name", "step", "loss", "held-out", "started", "method", "model")
+_COLUMNS = ("status", "name", "step", "loss", "held-out", "note", "started", "method", "model")
 _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green", Status.starting: "green"}
 _LONGEST = 48
+_LONGEST_NOTE = 32
 
 
 class RunsScreen(Screen[None]):
@@ -37,6 +39,7 @@ class RunsScreen(Screen[None]):
         Binding("R", "resume", "Resume"),
         Binding("space", "mark", "Mark"),
         Binding("c", "compare", "Compare"),
+        Binding("n", "note", "Note"),
         Binding("d", "remove", "Delete"),
         Binding("slash", "filter", "Filter"),
         Binding("down", "to_table", "To the list", show=False),
@@ -80,7 +83,7 @@ class RunsScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """Head, filter, table, keys."""
         yield Static("Runs", id="runs-head", markup=False)
-        yield Input(placeholder="a part of status, name, method or model", compact=True, id="runs-filter")
+        yield Input(placeholder="a part of status, name, method, model or note", compact=True, id="runs-filter")
         yield DataTable[Text](cursor_type="row", zebra_stripes=True)
         yield Footer(show_command_palette=False)
 
@@ -124,10 +127,10 @@ class RunsScreen(Screen[None]):
             for name, cells in rows.items():
                 for column, cell, old in zip(_COLUMNS, cells, before[name], strict=True):
                     if cell.plain != old.plain:
-                        table.update_cell(name, column, cell)
-        head, words = self.query_one("#runs-head", Static), self._head()
-        if words != head.content:  # an update repaints, whatever it brings
-            head.update(words)
+                        table.update_cell(name, column, cell, update_width=column == "note")
+        head, told = self.query_one("#runs-head", Static), self._head()
+        if told != head.content:  # an update repaints, whatever it brings
+            head.update(told)
 
     def _head(self) -> str:
         root, count = plain(str(self._runs_root), one_line=True), len(self._infos)
@@ -196,6 +199,21 @@ class RunsScreen(Screen[None]):
 
         self.app.push_screen(Confirm(question, "delete it"), decide)
 
+    def action_note(self) -> None:
+        """Write a few words on the chosen run."""
+        from studio.tui.screens.ask_line import AskLine  # noqa: PLC0415  needed only for this
+
+        info = self._chosen
+        if info is None:
+            return
+
+        def take(text: str | None) -> None:
+            if text is not None:
+                self._write_note(info, text)
+
+        name = plain(info.name, one_line=True, limit=_LONGEST)
+        self.app.push_screen(AskLine(f"A note on {name}", info.note, check=check_note), take)
+
     def action_leave(self) -> None:
         """Take the filter away; without one go back."""
         if self._filter.has_class("-shown"):
@@ -227,6 +245,14 @@ class RunsScreen(Screen[None]):
             self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
         self.app.call_from_thread(self._read)
 
+    @work(thread=True, group="note")
+    def _write_note(self, info: RunInfo, text: str) -> None:
+        try:
+            write_note(info.paths, text)
+        except StudioError as error:
+            self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
+        self.app.call_from_thread(self._read)
+
     @work(thread=True, exclusive=True, group="list")
     def _read(self) -> None:
         self.post_message(self.Listed(self._lister(self._runs_root)))
@@ -246,7 +272,7 @@ class RunsScreen(Screen[None]):
 
 
 def _searched(info: RunInfo) -> str:
-    return " ".join(str(word) for word in (info.status, info.name, info.method, info.model)).lower()
+    return " ".join(str(word) for word in (info.status, info.name, info.method, info.model, info.note)).lower()
 
 
 def _cells(info: RunInfo, marked: bool) -> list[Text]:
@@ -259,7 +285,8 @@ def _cells(info: RunInfo, marked: bool) -> list[Text]:
     numbers = [_loss(info.last_loss), _loss(info.eval_loss)]
     status = Text(str(info.status), style=_STYLES.get(info.status, ""))
     name = f"{'* ' if marked else ''}{words[0]}"
-    return [status, *(Text(text) for text in (name, step, *numbers, began, *words[1:]))]
+    note = plain(info.note, one_line=True, limit=_LONGEST_NOTE)
+    return [status, *(Text(text) for text in (name, step, *numbers, note, began, *words[1:]))]
 
 
 def _loss(value: float | None) -> str:

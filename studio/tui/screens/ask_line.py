@@ -1,4 +1,4 @@
-"""Asks for a file name."""
+"""Asks for a line: a file name, a note."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -14,13 +14,13 @@ from studio.core.errors import StudioError
 from studio.core.text import plain
 
 
-class AskPath(ModalScreen[str | None]):
+class AskLine(ModalScreen[str | None]):
     """Closes with what was typed, once `check` has nothing against it, or with None after escape."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
 
     DEFAULT_CSS = """
-    AskPath {
+    AskLine {
         align: center middle;
         & > Vertical {
             width: 72;
@@ -39,7 +39,7 @@ class AskPath(ModalScreen[str | None]):
         """Ask; `value` is what Enter takes unless something else is typed.
 
         Args:
-            question: What the file is for.
+            question: What the line is for.
             value: The first text.
             hint: More words below.
             check: Raises StudioError where the text will not do.
