@@ -22,7 +22,8 @@ from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.models import find_base
 from studio.probe.shape import shape_of_base
-from studio.runs.calibration import remember
+from studio.runs.atomic import write_whole
+from studio.runs.calibration import observation_to_dict, remember
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
@@ -86,7 +87,7 @@ def processor_name() -> str:
 
 
 def remember_run(paths: RunPaths, recipe: Recipe, now: float) -> str:
-    """Keep what a run showed for later plans; return why that was not possible, or nothing. Raises nothing.
+    """Keep what a run showed, in its own report and for later plans; return why that failed, or nothing.
 
     Args:
         paths: The run, at its end.
@@ -99,6 +100,8 @@ def remember_run(paths: RunPaths, recipe: Recipe, now: float) -> str:
         shape = shape_of_base(find_base(recipe.model.base, recipe.model.revision))
         seen = observe(paths.name, recipe, shape, history, now=now, others_bytes=_others_bytes(paths))
         if seen is not None:
+            report = {"schema": 1, "estimate": observation_to_dict(seen)}
+            write_whole(paths.report, json.dumps(report, indent=1, allow_nan=False) + "\n")
             remember(seen)
     except Exception as error:  # noqa: BLE001  a run that went well must not fail over its own statistics
         return plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)

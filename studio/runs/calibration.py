@@ -59,7 +59,7 @@ def remember(observation: Observation, path: Path | None = None) -> None:
         with FileLock(path.with_name(_LOCK), timeout=_LOCK_SECONDS):
             kept = [item for item in read_observations(path) if item.run != observation.run]
             kept = _newest([*kept, observation])
-            document = {"schema": SCHEMA, "observations": [_to_dict(item) for item in kept]}
+            document = {"schema": SCHEMA, "observations": [observation_to_dict(item) for item in kept]}
             write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     except Timeout as error:
         raise TimeoutError(f"{_LOCK} was held by another process for {_LOCK_SECONDS:g} s") from error
@@ -76,7 +76,8 @@ def _newest(observations: list[Observation]) -> list[Observation]:
     return kept[:_KEPT][::-1]
 
 
-def _to_dict(item: Observation) -> dict[str, Any]:
+def observation_to_dict(item: Observation) -> dict[str, Any]:
+    """Return an observation's JSON object; sizes are bytes, rates per second, null is "not measured"."""
     setting = item.setting
     return {
         "run": item.run,

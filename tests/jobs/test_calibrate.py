@@ -1,11 +1,12 @@
 """A finished run is remembered: what was predicted for its own batches beside what was measured."""
 
+import json
 from pathlib import Path
 
 from studio.core.recipe import Recipe
 from studio.probe.calibrate import observe, remember_run, setting_of
 from studio.probe.shape import find_shape
-from studio.runs.calibration import read_observations
+from studio.runs.calibration import observation_to_dict, read_observations
 from tests.jobs.conftest import Train, history_of
 
 
@@ -26,6 +27,8 @@ def test_a_cpu_run_teaches_speed_and_size_of_its_process(
     assert found.predicted[0] < found.resident_bytes
     assert found.speed_factor is None
     assert history.warnings == []
+    report = json.loads(paths.report.read_bytes())["estimate"]
+    assert report == observation_to_dict(found), "the run itself keeps estimate and measurement beside each other"
 
 
 def test_the_prediction_is_for_the_batches_that_ran(recipe: Recipe, train: Train, own_calibration: Path) -> None:
