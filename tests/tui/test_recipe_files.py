@@ -10,7 +10,7 @@ from studio.core.recipe import Recipe
 from studio.runs.recipe_file import load_recipe
 from studio.tui.app import StudioApp
 from studio.tui.recipe_files import open_recipe, save_recipe, target_of
-from studio.tui.screens.ask_path import AskPath
+from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
 from tests.tui.stories import HOSTILE, assert_harmless, play, settle, shown, until
@@ -27,7 +27,7 @@ def test_save_again_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("right", "s")
         await settle(pilot)
-        assert isinstance(app.screen, AskPath)
+        assert isinstance(app.screen, AskLine)
         await pilot.press("enter")
         await until(pilot, lambda: "Saved as try.toml" in shown(app))
         assert load_recipe(tmp_path / "try.toml").adapter.rank == 32
