@@ -11,6 +11,11 @@ from studio.core.intervals import Interval, quantile_interval, ratio_interval
 
 NOTHING_NATS = 1e-6
 """KL per token up to which two models are one: fp32 rounding of our own arithmetic gives up to 1e-7."""
+LEAST_NATS = 0.002
+"""Loss per token below which a difference is called none, however sure its sign: rounding alone moves a model as far.
+
+Measured on one tuned 135M model: merged into bf16 instead of fp32, its held-out loss moved by .0006 (up to .0016).
+"""
 _TAIL = 0.99
 
 
@@ -77,14 +82,19 @@ def figures_of(found: RowFigures, reference: RowFigures) -> Figures:
     )
 
 
+def seen_sign(more: Interval) -> int:
+    """Return 1 or -1 where a difference in loss is neither noise nor too small to matter, else 0."""
+    return more.sign if abs(more.value) >= LEAST_NATS else 0
+
+
 def difference_in_words(more: Interval) -> str:
     """Return what an interval of a difference in loss says: that it is none that could be seen, or how large."""
     if more.low is None or more.high is None:
         return f"{more.value:+.4f}, of one row only: no interval"
     ends = f"{more.low:+.4f} to {more.high:+.4f}"
-    if not more.sign:
+    if not seen_sign(more):
         return f"no difference seen ({ends})"
-    return f"{'higher' if more.sign > 0 else 'lower'} by {abs(more.value):.4f} ({ends})"
+    return f"{'higher' if more.value > 0 else 'lower'} by {abs(more.value):.4f} ({ends})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +148,11 @@ def advise_base(rounded: Mapping[str, Figures], asked: str, plans: Sequence[Plan
         names = ", ".join(plan.kept)
         keep = f" Keeping {names} in 16 bit wins {plan.won.value:.4f} of the KL for {plan.extra_bytes / 2**30:.2f} GiB."
     loss = difference_in_words(seen.more)
-    if seen.more.sign > 0:
+    if seen_sign(seen.more) > 0:
         sentence = (
             f"{asked} costs this model something on your data before training; race both methods to see the rest."
         )
-    elif seen.more.sign < 0:
+    elif seen_sign(seen.more) < 0:
         sentence = f"{asked} does not harm this model's loss on your data; choose by memory and speed."
     else:
         sentence = f"No cost of {asked} can be seen in the loss on your data; choose by memory and speed."
@@ -176,7 +186,7 @@ def advise_run(measured: Mapping[str, Figures], *, trained: str, without: str, c
             f"KL {alone.kl.value:.1e} nats a token between the two.",
             rests,
         )
-    if alone.more.sign < 0:
+    if seen_sign(alone.more) < 0:
         return Advice(
             "",
             "Do not use this adapter: the base alone has the lower loss on the held-out rows.",
@@ -190,7 +200,7 @@ def advise_run(measured: Mapping[str, Figures], *, trained: str, without: str, c
     best = alike[0]
     others = [name for name in alike if name != best]
     certainty = f"{rests}; 95 % intervals"
-    if alone.more.sign == 0:
+    if not seen_sign(alone.more):
         certainty += "; whether the adapter helps at all on these rows is not certain"
     same = f" {', '.join(others)} cannot be told from it." if others else ""
     reason = f"Loss against the trained model ({trained}): {difference_in_words(measured[best].more)}.{same}"

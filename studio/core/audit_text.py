@@ -6,6 +6,8 @@ Reads the report's plain values (`report.json`). Names of models, runs and files
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from studio.core.audit import seen_sign
+from studio.core.intervals import Interval
 from studio.core.text import plain
 
 Table = list[list[str]]
@@ -159,12 +161,12 @@ def interval(value: Mapping[str, float | None]) -> str:
     return f"{value['value']:.4f} ({value['low']:.4f}-{value['high']:.4f})"
 
 
-def difference(value: Mapping[str, float | None]) -> str:
-    """Return a difference with the ends of its interval, marked where zero lies inside."""
+def difference(value: Mapping[str, Any]) -> str:
+    """Return a difference with the ends of its interval, marked where it is within the noise."""
     if value["low"] is None or value["high"] is None:
         return f"{value['value']:+.4f}"
-    seen = "" if value["low"] > 0 or value["high"] < 0 else ", not seen"
-    return f"{value['value']:+.4f} ({value['low']:+.4f} to {value['high']:+.4f}{seen})"
+    noise = "" if seen_sign(Interval(**value)) else ", noise"
+    return f"{value['value']:+.4f} ({value['low']:+.4f} to {value['high']:+.4f}{noise})"
 
 
 def size(size_bytes: float | None) -> str:

@@ -1,0 +1,141 @@
+"""What figures mean in words: what is advised, what is called noise, what is called no effect."""
+
+import random
+
+import pytest
+
+from studio.core.audit import (
+    LEAST_NATS,
+    Figures,
+    Plan,
+    RowFigures,
+    advise_base,
+    advise_run,
+    best_plan,
+    difference_in_words,
+    figures_of,
+    seen_sign,
+)
+from studio.core.audit_picture import bars_svg, losses_svg
+from studio.core.audit_text import difference, interval, markdown_of, size
+from studio.core.intervals import Interval
+from tests.fakes.audit_job import base_report
+
+ROWS, TOKENS = 60, 12
+
+
+def rows_of(shift: float = 0.0, scatter: float = 0.0, kl: float = 0.0, seed: int = 0) -> RowFigures:
+    """Rows whose losses are all moved by `shift`, and each by a random number of size `scatter` (summing to zero)."""
+    draw = random.Random(seed)  # noqa: S311
+    base = random.Random(99)  # noqa: S311
+    half = [draw.gauss(0.0, scatter) for _ in range(ROWS // 2)]
+    own = half + [-value for value in half]
+    loss = [[base.uniform(1, 3) + shift + own[row] for _ in range(TOKENS)] for row in range(ROWS)]
+    return RowFigures(loss, [[kl] * TOKENS] * ROWS, [[1.0] * TOKENS] * ROWS)
+
+
+def found(**moved: float) -> Figures:
+    return figures_of(rows_of(**moved), rows_of())  # type: ignore[arg-type]
+
+
+def test_figures_rest_on_rows_and_tokens() -> None:
+    figures = found(shift=0.5, kl=0.25)
+    assert (figures.rows, figures.tokens) == (ROWS, ROWS * TOKENS)
+    assert figures.more.value == pytest.approx(0.5)
+    assert figures.kl.value == figures.kl_tail.value == 0.25
+    assert figures.loss.value == pytest.approx(figures_of(rows_of(), rows_of()).loss.value + 0.5)
+
+
+def test_a_paired_difference_is_far_surer_than_two_losses() -> None:
+    figures = found(shift=0.05, scatter=0.02)
+    assert figures.loss.high - figures.loss.low > 3 * (figures.more.high - figures.more.low)  # type: ignore[operator]
+    assert seen_sign(figures.more) == 1
+
+
+def test_other_rows_than_the_references_are_refused() -> None:
+    short = RowFigures([[1.0]], [[0.0]], [[1.0]])
+    with pytest.raises(ValueError, match="same rows"):
+        figures_of(short, rows_of())
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (Interval(0.5, 0.4, 0.6), "higher by 0.5000 (+0.4000 to +0.6000)"),
+        (Interval(-0.5, -0.6, -0.4), "lower by 0.5000"),
+        (Interval(0.1, -0.1, 0.3), "no difference seen"),
+        (Interval(LEAST_NATS / 2, LEAST_NATS / 4, LEAST_NATS), "no difference seen"),
+        (Interval(0.1), "of one row only"),
+    ],
+)
+def test_a_difference_in_words(more: Interval, wanted: str) -> None:
+    assert wanted in difference_in_words(more)
+
+
+def test_noise_between_rows_is_called_no_difference() -> None:
+    advice = advise_base({"nf4": found(scatter=0.4)}, "nf4", [])
+    assert "No cost of nf4 can be seen" in advice.sentence
+    assert "no difference seen" in advice.reason
+
+
+def test_a_cost_that_is_real_is_told() -> None:
+    advice = advise_base({"nf4": found(shift=0.3, kl=0.4)}, "nf4", [])
+    assert "costs this model something" in advice.sentence
+    assert "720 tokens of 60 held-out rows" in advice.certainty
+
+
+def test_the_plan_that_wins_most_per_byte_is_told_and_noise_is_not() -> None:
+    figures = found()
+    sure = Plan(("model.layers.1",), 2**30, figures, Interval(0.2, 0.1, 0.3))
+    more = Plan(("model.layers.1", "model.layers.2"), 2**31, figures, Interval(0.3, 0.2, 0.4))
+    noise = Plan(("model.layers.3",), 1, figures, Interval(0.2, -0.1, 0.5))
+    assert best_plan([noise, more, sure]) is sure
+    assert best_plan([noise]) is None
+    advice = advise_base({"nf4": figures}, "nf4", [noise, more, sure])
+    assert "Keeping model.layers.1 in 16 bit wins 0.2000 of the KL for 1.00 GiB" in advice.sentence
+
+
+def measured(**forms: Figures) -> dict[str, Figures]:
+    return {"trained": found(), "alone": found(shift=1.0, kl=1.0), **forms}
+
+
+def test_the_lowest_loss_wins_whatever_its_distance() -> None:
+    seen = measured(far=found(shift=-0.2, kl=0.9), near=found(kl=0.001))
+    advice = advise_run(seen, trained="trained", without="alone", choices=["near", "trained", "far"])
+    assert advice.best == "far"
+
+
+def test_among_those_that_cannot_be_told_apart_the_handiest_wins() -> None:
+    seen = measured(small=found(shift=0.01, scatter=0.1), large=found(scatter=0.1, seed=4))
+    advice = advise_run(seen, trained="trained", without="alone", choices=["small", "large", "trained"])
+    assert advice.best == "small"
+    assert "cannot be told from it" in advice.reason
+
+
+def test_no_effect_and_harm_are_said() -> None:
+    nothing = {"trained": found(), "alone": found(kl=1e-9)}
+    assert "no effect" in advise_run(nothing, trained="trained", without="alone", choices=["trained"]).sentence
+    harm = {"trained": found(), "alone": found(shift=-0.5, kl=0.5)}
+    advice = advise_run(harm, trained="trained", without="alone", choices=["trained"])
+    assert advice.sentence.startswith("Do not use this adapter")
+    unsure = {"trained": found(), "alone": found(scatter=0.5, kl=0.5)}
+    advice = advise_run(unsure, trained="trained", without="alone", choices=["trained"])
+    assert "not certain" in advice.certainty
+
+
+def test_cells() -> None:
+    assert interval({"value": 1.0, "low": None, "high": None}) == "1.0000"
+    assert difference({"value": 0.1, "low": -0.1, "high": 0.3}) == "+0.1000 (-0.1000 to +0.3000, noise)"
+    assert (size(None), size(2**20), size(3 * 2**30)) == ("?", "1.0 MiB", "3.00 GiB")
+
+
+def test_names_from_outside_break_neither_page_nor_picture() -> None:
+    name = "a|b\x1b[2J<script>\n# head"
+    report = base_report(name)
+    report["variants"][1]["name"] = name
+    page = markdown_of(report)
+    assert "\x1b" not in page and "\n# head" not in page.removeprefix("# Audit")
+    assert "a\\|b" in page
+    for picture in (losses_svg(name, [(name, 1.0, 0.5, 1.5)]), bars_svg(name, [(name, 0.5)])):
+        assert "<script>" not in picture and "\x1b" not in picture
+    assert "nan" not in losses_svg("one", [("same", 1.0, None, None)])

@@ -1,0 +1,236 @@
+"""The audit of an adapter: every form has the figures of the same model whole, and what stands out stands out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from studio.core.audit import difference_in_words
+from studio.core.audit_text import difference
+from studio.core.intervals import Interval
+from studio.core.recipe import Recipe
+from studio.jobs.audit.rows import read_audit_rows
+from studio.jobs.base.load import load_tokenizer
+from studio.probe.adapter_folder import ADAPTER_WEIGHTS
+from studio.probe.audit import audit_of_run
+from studio.runs.layout import RunPaths
+from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
+from tests.jobs.audit_cases import audit, plain_figures, rounded, whole_model
+from tests.jobs.conftest import QUESTIONS, Train, history_of
+
+FOUR = "nf4+dq"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Forty-two short chats."""
+    path = tmp_path / "data.jsonl"
+    turns = [(f"{question} {n}", f"{reply} {n}") for n in range(7) for question, reply in QUESTIONS]
+    table = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
+    path.write_text("\n".join(json.dumps(row) for row in table))
+    return path
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("half") / "tiny", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def trained(recipe: Recipe, half: Path, train: Train) -> RunPaths:
+    """A QLoRA run of some steps on a tiny bf16 model."""
+    return train(tuned(recipe, half).with_("method", "qlora"))
+
+
+def tuned(recipe: Recipe, base: Path) -> Recipe:
+    return recipe.with_("model.base", str(base)).with_("train.steps", 20).with_("eval.rows", 10)
+
+
+def adapted(base: nn.Module, run: RunPaths) -> nn.Module:
+    return PeftModel.from_pretrained(base, str(run.adapter)).eval()
+
+
+def merged(base: nn.Module, run: RunPaths) -> nn.Module:
+    return adapted(base, run).merge_and_unload()  # type: ignore[operator]
+
+
+def cast(model: nn.Module) -> nn.Module:
+    """All weights as a bf16 file would hold them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    return model
+
+
+def rounded_again(model: nn.Module) -> nn.Module:
+    head, change = model.get_output_embeddings(), rounded(FOUR)  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head:
+            module.weight.data = change(name, module.weight.data)
+    return model
+
+
+def plain_forms(base: Path, run: RunPaths) -> dict[str, nn.Module]:
+    """Every form of the table made the plainest way: whole, in fp32, by peft and bitsandbytes alone."""
+
+    def stored() -> nn.Module:
+        return whole_model(base)
+
+    def four() -> nn.Module:
+        return whole_model(base, rounded(FOUR))
+
+    return {
+        "trained": adapted(four(), run),
+        "base alone": four(),
+        "on 16-bit": adapted(stored(), run),
+        "merged 16-bit": cast(merged(stored(), run)),
+        f"merged 16-bit, {FOUR}": rounded_again(cast(merged(stored(), run))),
+        "merged dequantized": cast(merged(four(), run)),
+        f"merged dequantized, {FOUR}": rounded_again(cast(merged(four(), run))),
+        "merged 4-bit": rounded_again(merged(four(), run)),
+    }
+
+
+def test_every_form_has_the_figures_of_the_whole_model(trained: RunPaths, half: Path, tmp_path: Path) -> None:
+    request = audit_of_run(trained)
+    _, report = audit(tmp_path / "audit", request)
+    rows = read_audit_rows(request, load_tokenizer(trained.adapter), lambda text: None).task
+    forms = plain_forms(half, trained)
+    assert [one["name"] for one in report["variants"]] == list(forms)
+    for one in report["variants"]:
+        loss, kl, same = plain_figures(forms[one["name"]], forms["trained"], rows)
+        assert one["task"]["loss"]["value"] == pytest.approx(loss, rel=1e-4), one["name"]
+        assert one["task"]["kl"]["value"] == pytest.approx(kl, rel=1e-4, abs=2e-6), one["name"]
+        assert one["task"]["same_top"]["value"] == pytest.approx(same, abs=1e-6), one["name"]
+
+
+def test_what_it_leaves_in_the_run(trained: RunPaths, tmp_path: Path) -> None:
+    paths, report = audit(tmp_path / "audit", audit_of_run(trained))
+    beside = json.loads((trained.root / "audit.json").read_text())
+    assert beside["recommendation"] == report["recommendation"]
+    assert "| trained |" in beside["markdown"]
+    by_name = {one["name"]: one for one in report["variants"]}
+    assert by_name["merged 16-bit"]["disk_bytes"] > by_name[f"merged 16-bit, {FOUR}"]["disk_bytes"]
+    serving = by_name["merged 16-bit"]["serving"]
+    assert by_name["merged 16-bit"]["disk_bytes"] < serving["low_bytes"] < serving["expected_bytes"]
+    # Both halves of the ratio against weights read straight from the files.
+    block = report["blocks"][0]
+    tensors = load_file(Path(audit_of_run(trained).model) / "model.safetensors")
+    names = [name for name in tensors if name.startswith(f"{block['name']}.") and tensors[name].dim() == 2]
+    change = rounded(FOUR)
+    wholes = [tensors[name].float() for name in names]
+    error = sum(float((change("", whole) - whole).square().sum()) for whole in wholes)
+    delta = sum(float(_delta(trained, name).square().sum()) for name in names)
+    assert block["rounding"] == pytest.approx((error / sum(float(w.square().sum()) for w in wholes)) ** 0.5, rel=1e-4)
+    assert block["ratio"] == pytest.approx((error / delta) ** 0.5, rel=1e-4)
+    assert (paths.root / "report.md").is_file()
+
+
+def test_an_adapter_times_zero_is_called_no_effect(trained: RunPaths, tmp_path: Path) -> None:
+    change_adapter(trained, lambda name, tensor: tensor * 0 if "lora_B" in name else tensor)
+    _, report = audit(tmp_path / "audit", audit_of_run(trained))
+    assert "has no effect" in report["recommendation"]["sentence"]
+    alone = next(one for one in report["variants"] if one["name"] == "base alone")
+    assert alone["task"]["kl"]["value"] == pytest.approx(0.0, abs=1e-9)
+    assert all(block["ratio"] is None for block in report["blocks"])
+
+
+def test_an_adapter_that_does_harm_is_not_advised(trained: RunPaths, tmp_path: Path) -> None:
+    change_adapter(trained, lambda name, tensor: tensor * -2 if "lora_B" in name else tensor)
+    _, report = audit(tmp_path / "audit", audit_of_run(trained))
+    assert report["recommendation"]["sentence"].startswith("Do not use this adapter")
+
+
+def test_noise_alone_is_no_difference(trained: RunPaths, half: Path, tmp_path: Path) -> None:
+    """Every weight a ten-thousandth off, with a sign of its own."""
+    torch.manual_seed(1)
+    folder = tmp_path / "noise"
+    save_merged(cast(merged(whole_model(half, rounded(FOUR)), trained)), folder, noise=1e-4)
+    _, report = audit(tmp_path / "audit", audit_of_run(trained, merged=str(folder)))
+    given = report["variants"][-1]["task"]
+    assert "no difference seen" in difference_in_words(Interval(**given["more"]))
+    assert ", noise)" in difference(given["more"])
+    assert given["kl"]["value"] > 0
+
+
+def test_a_merge_with_another_base_stands_out(trained: RunPaths, half: Path, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", dtype=torch.bfloat16, seed=5)
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    save_merged(cast(merged(whole_model(half), trained)), right)
+    save_merged(cast(merged(whole_model(other), trained)), wrong)
+    _, report = audit(tmp_path / "audit", audit_of_run(trained, merged=f"{right}\n{wrong}"))
+    by_name = {one["name"]: one["task"] for one in report["variants"]}
+    assert by_name["given: right"] == by_name["merged 16-bit"]
+    kls = {name: one["kl"]["value"] for name, one in by_name.items()}
+    assert max(kls, key=kls.__getitem__) == "given: wrong"
+    assert by_name["given: wrong"]["more"]["low"] > 0
+
+
+def test_a_lora_run_is_compared_with_four_bits_afterwards(
+    recipe: Recipe, half: Path, train: Train, tmp_path: Path
+) -> None:
+    run = train(tuned(recipe, half))
+    _, report = audit(tmp_path / "audit", audit_of_run(run))
+    names = [one["name"] for one in report["variants"]]
+    assert names == ["trained", "base alone", f"on {FOUR}", "merged 16-bit", f"merged 16-bit, {FOUR}", "merged 4-bit"]
+    by_name = {one["name"]: one["task"] for one in report["variants"]}
+    assert by_name["merged 16-bit"]["kl"]["value"] < by_name[f"on {FOUR}"]["kl"]["value"]
+
+
+def test_an_adapter_on_head_and_embedding_and_a_module_saved_whole(
+    recipe: Recipe, half: Path, train: Train, tmp_path: Path
+) -> None:
+    """peft's own adapter of every kind at once, put in the place of the trained one."""
+    run = train(tuned(recipe, half).with_("method", "qlora"))
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"], use_dora=True
+    )
+    torch.manual_seed(3)
+    model = get_peft_model(whole_model(half), config)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(str(run.adapter), save_embedding_layers=False)
+    tiny_tokenizer().save_pretrained(run.adapter)
+    request = audit_of_run(run)
+    _, report = audit(tmp_path / "audit", request)
+    rows = read_audit_rows(request, load_tokenizer(run.adapter), lambda text: None).task
+    forms = plain_forms(half, run)
+    by_name = {one["name"]: one["task"] for one in report["variants"]}
+    for name in ("trained", "base alone", "on 16-bit", "merged 16-bit"):
+        loss, kl, _ = plain_figures(forms[name], forms["trained"], rows)
+        assert by_name[name]["loss"]["value"] == pytest.approx(loss, rel=2e-4), name
+        assert by_name[name]["kl"]["value"] == pytest.approx(kl, rel=2e-3, abs=2e-6), name
+
+
+def test_another_base_of_equal_shape_is_refused(trained: RunPaths, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", dtype=torch.bfloat16, seed=5)
+    paths, report = audit(tmp_path / "audit", audit_of_run(trained, model=str(other)))
+    assert not report
+    assert "is not the base" in history_of(paths).failed.message  # type: ignore[union-attr]
+
+
+def change_adapter(run: RunPaths, change: Any) -> None:
+    path = run.adapter / ADAPTER_WEIGHTS
+    tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def save_merged(model: nn.Module, folder: Path, noise: float = 0.0) -> None:
+    if noise:
+        for parameter in model.parameters():
+            parameter.data *= 1 + noise * torch.randn_like(parameter)
+    else:
+        model = model.bfloat16()
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def _delta(run: RunPaths, name: str) -> Tensor:
+    tensors = load_file(run.adapter / ADAPTER_WEIGHTS)
+    stem = f"base_model.model.{name.removesuffix('.weight')}"
+    return 2.0 * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
