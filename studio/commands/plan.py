@@ -1,8 +1,9 @@
 """`lora-studio plan`: how much memory a recipe takes, before it runs."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
+from studio.commands.gpus import notes_on
 from studio.commands.options import add_json, add_set
 from studio.commands.pace_text import pace_lines
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
@@ -17,6 +18,7 @@ from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stock import stock_setup
+from studio.probe.gpus import Gpu as Reading
 from studio.probe.gpus import read_gpus
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import budget_of, card_of, known_gpu
@@ -29,10 +31,11 @@ _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The card that a plan is for, where there is one, and what the run may use of it."""
+    """The card that a plan is for, where there is one, what the run may use of it, and its reading if it is here."""
 
     gpu: Gpu | None
     budget_bytes: int | None
+    reading: Reading | None = None
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     pace = pace_of(recipe, shape, setup, card.gpu)
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
-        write_json({**plan, **pace_to_dict(pace)})
+        write_json({**plan, **pace_to_dict(pace), "card": asdict(card.reading) if card.reading else None})
     else:
         _print(estimate, shape, setup, card)
         for line in pace_lines(pace, setup):
@@ -121,7 +124,7 @@ def card_for(args: argparse.Namespace, recipe: Recipe) -> Card:
         budget = int(recipe.device.budget_gib * GIB) or gpu.total_bytes
         return Card(gpu, min(budget, gpu.total_bytes))
     reading = card_of(recipe.device.device, read_gpus())
-    return Card(known_gpu(reading) if reading else None, budget_of(recipe, reading))
+    return Card(known_gpu(reading) if reading else None, budget_of(recipe, reading), reading)
 
 
 def _number(text: str, flag: str, low: float, high: float) -> float:
@@ -158,3 +161,5 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) 
     if card.budget_bytes is not None:
         name = card.gpu.name if card.gpu and card.gpu.name else "the card"
         say(f"{estimate.verdict(card.budget_bytes)}: {name} has {size(card.budget_bytes)} for it")
+    for line in notes_on(card.reading) if card.reading else ():
+        say(f"the card: {line}")

@@ -55,16 +55,23 @@ def card_of(device: str, cards: list[Reading] | None) -> Reading | None:
 
 
 def known_gpu(reading: Reading) -> Gpu | None:
-    """Return what is known of a real card: its own total and capability, the rest from the catalogue."""
+    """Return what is known of a real card: its own total and capability, the rest from the catalogue.
+
+    An instance of a card that is cut into some computes and moves about as large a share as it has of the memory.
+    """
     if reading.total_bytes is None:
         return None
     try:
         listed = find_gpu(reading.name)
     except StudioError:
         listed = Gpu(reading.name, reading.total_bytes)
+    share = min(1.0, reading.total_bytes / listed.total_bytes) if reading.mig else 1.0
     return replace(
         listed,
         name=reading.name,
+        half_tflops=listed.half_tflops * share,
+        single_tflops=listed.single_tflops * share,
+        bandwidth_gb_per_second=listed.bandwidth_gb_per_second * share,
         total_bytes=reading.total_bytes,
         compute_capability=reading.capability or listed.compute_capability,
     )

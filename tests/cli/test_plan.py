@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from studio.commands import plan as verb
 from studio.core.gpu_catalogue import GIB, MIB
-from studio.probe.gpus import Gpu
+from studio.probe.gpus import Gpu, GpuProcess
 from tests.cli.conftest import Cli
 from tests.core.published_rows import DATA
 
@@ -130,6 +131,28 @@ def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkey
     limited = cli("plan", "--model", llama, "--set", "device.budget_gib=12", "--json").document
     assert limited["budget_bytes"] == 12 * GIB
     assert cli("plan", "--model", llama, "--set", "device.device=cpu", "--json").document["budget_bytes"] is None
+
+
+def test_who_else_is_on_the_card_is_named(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = (GpuProcess(1200, "Xorg", 312 * MIB), GpuProcess(77, None, None))
+    reading = Gpu(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 564 * MIB, 24000 * MIB, (8, 9), processes=others)
+    monkeypatch.setattr(verb, "read_gpus", lambda: [reading])
+    assert "used by Xorg (pid 1200, 312.0 MiB), unnamed (pid 77, ?)" in cli("plan", "--model", llama).out
+    document = cli("plan", "--model", llama, "--json").document
+    assert document["card"]["processes"][0] == {"pid": 1200, "name": "Xorg", "used_bytes": 312 * MIB}
+    assert cli("plan", "--model", llama, "--gpu", "4090", "--json").document["card"] is None
+
+
+def test_an_instance_of_a_card_has_its_share_of_speed(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Gpu(0, "NVIDIA A100-SXM4-80GB", None, 81920 * MIB, 0, 81920 * MIB, (8, 0), mig=False)
+    part = replace(whole, total_bytes=20480 * MIB, free_bytes=20480 * MIB, mig=True)
+    speeds = []
+    for reading in (whole, part):
+        monkeypatch.setattr(verb, "read_gpus", lambda: [reading])  # noqa: B023  used at once
+        document = cli("plan", "--model", llama, "--method", "qlora", "--batch", "4", "--json").document
+        speeds.append(document["tokens_per_second"]["expected"])
+    assert speeds[0] / speeds[1] == pytest.approx(4, rel=0.05)
+    assert document["budget_bytes"] == 20480 * MIB
 
 
 def test_dtype_follows_the_card(cli: Cli, llama: str) -> None:
