@@ -31,6 +31,7 @@ class Gpu:
         context_bytes: What a CUDA context takes outside the allocator, 0 where it was not measured.
         half_tflops: Peak of 16-bit matrix products with fp32 sums, dense, in 10^12 a second; 0 where unknown.
         single_tflops: The same of fp32 products (torch leaves TF32 off), 0 where unknown.
+        share: How much of the card there is: less than 1 for an instance of one that is cut into some (MIG).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Gpu:
     context_bytes: int = 0
     half_tflops: float = 0.0
     single_tflops: float = 0.0
+    share: float = 1.0
 
     @property
     def bf16(self) -> bool:

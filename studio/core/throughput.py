@@ -165,8 +165,8 @@ def _sustained(gpu: Gpu) -> Sustained:
 
 def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:
     """Return the seconds of a micro-batch: products, attention and traffic in turn, or those to launch it all."""
-    half, single = gpu.half_tflops * _TERA, gpu.single_tflops * _TERA
-    bandwidth = gpu.bandwidth_gb_per_second * _GIGA
+    half, single = gpu.half_tflops * _TERA * gpu.share, gpu.single_tflops * _TERA * gpu.share
+    bandwidth = gpu.bandwidth_gb_per_second * _GIGA * gpu.share
     products = work.half / (half * sustained.products) + work.single / (single * _SINGLE)
     products = max(products, work.weight_bytes / (bandwidth * sustained.bandwidth))
     attention = work.half_attention / (half * sustained.attention) + work.single_attention / (

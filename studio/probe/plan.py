@@ -65,13 +65,10 @@ def known_gpu(reading: Reading) -> Gpu | None:
         listed = find_gpu(reading.name)
     except StudioError:
         listed = Gpu(reading.name, reading.total_bytes)
-    share = min(1.0, reading.total_bytes / listed.total_bytes) if reading.mig else 1.0
     return replace(
         listed,
         name=reading.name,
-        half_tflops=listed.half_tflops * share,
-        single_tflops=listed.single_tflops * share,
-        bandwidth_gb_per_second=listed.bandwidth_gb_per_second * share,
+        share=min(1.0, reading.total_bytes / listed.total_bytes) if reading.mig else 1.0,
         total_bytes=reading.total_bytes,
         compute_capability=reading.capability or listed.compute_capability,
     )
