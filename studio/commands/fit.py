@@ -69,7 +69,7 @@ def _document(found: Fit) -> dict[str, Any]:
                 "words": item.change.words,
                 "saves_bytes": item.saves_bytes,
                 "time_factor": list(item.time),
-                "why": item.change.price,
+                "why": item.change.why,
             }
             for item in found.changes
         ],
@@ -88,7 +88,7 @@ def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
                 [
                     head,
                     *(
-                        [item.change.words, size(item.saves_bytes), _factor(item), item.change.price]
+                        [item.change.words, size(item.saves_bytes), _factor(item), item.change.why]
                         for item in found.changes
                     ),
                 ]

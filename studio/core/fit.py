@@ -18,8 +18,8 @@ from studio.core.vram.setup import Setup, setup_of
 
 Estimator = Callable[[Recipe], VramEstimate]
 
-_WORTH_BYTES = 2**24
-"""Bytes that a change must take off to be worth a word."""
+_WORTH_BYTES, _WORTH_SHARE = 2**24, 0.05
+"""What a change must take off to be worth a word: so many bytes, and such a share of what is too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +95,19 @@ class Search:
         return self._gentlest(recipe, changes)
 
     def alone(self, recipe: Recipe) -> list[Change]:
-        """Return one change of each kind that saves something: it fits, or is all that its kind can do.
+        """Return one change of each kind that saves enough to be worth it: it fits, or is all that its kind can do.
 
         Raises:
             BadInput: The recipe cannot be estimated.
         """
         found = []
-        before = self.estimate(recipe).device.expected
+        now = self.estimate(recipe).device
+        before, worth = now.expected, max(_WORTH_BYTES, _WORTH_SHARE * (now.high - self.budget_bytes))
         for kind in KINDS:
             options = [
                 change
                 for change in kind(recipe, self.shape)
-                if before - self.estimate(applied(recipe, [change])).device.expected >= _WORTH_BYTES
+                if before - self.estimate(applied(recipe, [change])).device.expected >= worth
             ]
             enough = next((change for change in options if self._fits(recipe, [change])), None)
             if options:

@@ -65,7 +65,7 @@ class Fix:
             low, high = low * option.time[0], high * option.time[1]
         if max(abs(low - 1), abs(high - 1)) < _SAME_TIME:
             return ""
-        ends = [f"{value:.2g}" for value in (low, high)]
+        ends = [f"{value:.2f}" if value < 1.95 else f"{value:.1f}" for value in (low, high)]
         return f"step x{ends[0]}" if ends[0] == ends[1] else f"step x{ends[0]}-{ends[1]}"
 
     @property
