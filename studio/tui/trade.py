@@ -1,5 +1,6 @@
 """LoRA beside QLoRA for this model, data and card, as text. Rows that nobody can compute are left out."""
 
+import math
 from dataclasses import dataclass
 
 from studio.core.recipe import Method, Recipe
@@ -116,6 +117,8 @@ def _hours(pace: Pace) -> str:
     if pace.duration is None:
         return UNKNOWN
     low, high = pace.duration.low, pace.duration.high
+    if low * 60 < 1:
+        return f"under {math.ceil(high * 60)} min" if high < 2 else f"under {high:.1f} h"
     if high < 2:
         return f"{low * 60:.0f}-{high * 60:.0f} min"
     return f"{low:.1f}-{high:.1f} h" if high < 100 else f"{low:.0f}-{high:.0f} h"
