@@ -12,6 +12,7 @@ from studio.core.gpu_catalogue import CATALOGUE, card_of_size, find_gpu
 from studio.core.step_work import step_work
 from studio.core.throughput import Speed, duration_of, qlora_slowdown, speed_of, time_factor
 from studio.core.vram.setup import Setup
+from tests.bench.bench_speed import crossed, rows
 from tests.core.published_speed import compared_speeds, model
 
 LLAMA = model("Llama-3.1-8B")
@@ -25,16 +26,25 @@ def expected(setup: Setup, card: str = "A100 80GB") -> float:
 
 
 def test_published_speeds_lie_in_the_range():
-    rows = compared_speeds()
-    assert len(rows) == 112
-    outside = [item for item in rows if not item.inside]
+    items = compared_speeds()
+    assert len(items) == 112
+    outside = [item for item in items if not item.inside]
     assert len(outside) <= 1, [(item.row["model"], item.row["gpu"], round(item.ratio, 2)) for item in outside]
     by_card = defaultdict(list)
-    for item in rows:
+    for item in items:
         by_card[item.row["gpu"]].append(item.ratio)
     for card, ratios in by_card.items():
         assert 0.88 < median(ratios) < 1.12, card
         assert median(abs(ratio - 1) for ratio in ratios) < 0.11, card
+
+
+def test_constants_of_one_source_hold_for_another():
+    """Other models, other lengths or another card than those that the shares were fitted on."""
+    for name, count, answers in crossed(rows()):
+        errors = [abs(ratio - 1) for ratio in answers]
+        assert count >= 2
+        assert median(errors) < 0.12, name
+        assert max(errors) < 0.35, name
 
 
 def test_published_pairs_say_what_4_bit_costs():
