@@ -12,7 +12,7 @@ from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel
 from tests.core.test_vram_real_step import Storages, four_bit, frozen_tensors
 
-HIDDEN, INNER, LAYERS, TOKENS, RANK = 256, 704, 3, 2 * 96, 8
+HIDDEN, INNER, LAYERS, TOKENS, RANK = 256, 704, 2, 2 * 96, 8
 WIDTHS = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "gate_proj": INNER, "up_proj": INNER}
 
 

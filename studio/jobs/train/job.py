@@ -15,11 +15,13 @@ from studio.core.errors import BadInput
 from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
+from studio.core.text import plain
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
 from studio.jobs.train.choose_batching import batcher_for
+from studio.jobs.train.compiled import compile_step
 from studio.jobs.train.liger import require_liger
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
@@ -140,6 +142,8 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     if between.stopping:
         _finish(worker, between, start, trained_on)
         return
+    if recipe.train.compile:
+        _compile(worker, tell, step_model, batches, start.step + 1, device)
     tell("training")
     parts = LoopParts(
         step_model=step_model,
@@ -160,6 +164,15 @@ def _step_model(worker: Worker, recipe: Recipe, model: PeftModel, batch: Batch, 
     if step_model.loss_path != recipe.train.loss:
         worker.emit(Warned, topic="loss", message=_OTHER_LOSS[step_model.loss_path])
     return step_model
+
+
+def _compile(  # noqa: PLR0917
+    worker: Worker, tell: PhaseTeller, step_model: StepModel, batches: StepBatches, step: int, device: torch.device
+) -> None:
+    why = compile_step(step_model, batches.batch(batches.of_step(step)[0]), tell, device)
+    if why:
+        message = f"the layers run as written, not compiled: {plain(why, one_line=True, limit=300)}"
+        worker.emit(Warned, topic="compile", message=message)
 
 
 def _optimizer(worker: Worker, recipe: Recipe, model: PeftModel, device: torch.device) -> torch.optim.Optimizer:

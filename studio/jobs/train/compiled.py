@@ -1,0 +1,136 @@
+"""Decoder layers compiled by torch: fused element-wise work, and fewer activations kept where nothing is checkpointed.
+
+One function is compiled for all layers of a kind, for any batch and length. Only the training step runs it; evaluation
+and generation run the layers as written, which saves compiling them for every shape that a growing answer has. What it
+costs at the start is measured and said, and that it gives the plain step's loss is seen before it is used.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from studio.jobs.train.head import TOLERANCE
+from studio.jobs.train.phase import PhaseTeller
+from studio.jobs.train.step_model import StepModel
+
+BACKEND = "inductor"
+"""torch's own code generator: C++ on a processor, which needs a compiler there, and Triton on a card."""
+
+_RECOMPILES = 64
+"""Variants that torch may make of one function before it gives up: kinds of layers times ways to batch, and room."""
+
+_PHASE = "compiling the layers"
+
+Undo = Callable[[], None]
+
+
+def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller, device: torch.device) -> str:
+    """Compile the layers on one batch, forward and backward, and keep them so where the loss is the plain one.
+
+    Args:
+        step_model: The model as the loop calls it.
+        batch: The first micro-batch of the run, which is its longest.
+        tell: Told what is being done, and the seconds that it took.
+        device: Where it runs.
+
+    Returns:
+        Why the layers run as written, or nothing where they run compiled.
+
+    Raises:
+        torch.OutOfMemoryError: The batch does not fit.
+    """
+    tell(_PHASE)
+    was_training = step_model.training
+    step_model.train()
+    undo: Undo = _nothing
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with torch.no_grad():
+                plain = float(step_model(batch))
+            undo = compile_layers(step_model.causal)
+            began = time.perf_counter()
+            loss = step_model(batch)
+            loss.backward()
+            compiled = float(loss.detach())
+            seconds = time.perf_counter() - began
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  compilers fail in many ways; every layer can run as it is written
+        undo()
+        return f"{type(error).__name__}: {error}"
+    finally:
+        step_model.zero_grad(set_to_none=True)
+        step_model.train(was_training)
+    dtype = next(step_model.causal.parameters()).dtype
+    if not _drops(step_model) and abs(compiled - plain) > TOLERANCE.get(dtype, 1e-4) * abs(plain):
+        undo()
+        return f"the compiled loss is {compiled:.6g}, the plain one {plain:.6g}"
+    tell(_PHASE, 1.0, detail=f"ready after {seconds:.0f} s, once per run")
+    return ""
+
+
+def compile_layers(causal: nn.Module) -> Undo:
+    """Let the layers of a model be compiled when they first run in training; checkpointed ones inside the checkpoint.
+
+    Returns:
+        What lets them run as written again.
+
+    Raises:
+        ValueError: The model has no layers that are marked as transformers marks them.
+    """
+    import torch._dynamo as dynamo  # noqa: PLC0415  a second that only compiled runs pay
+
+    dynamo.config.recompile_limit = _RECOMPILES
+    forwards: dict[Any, Any] = {}
+    undo: list[Undo] = []
+    for layer in _layers(causal):
+        written = inspect.unwrap(type(layer).forward)
+        if written not in forwards:
+            forwards[written] = torch.compile(written, backend=BACKEND, dynamic=True)
+        undo.append(_replace(layer, forwards[written]))
+    if not undo:
+        raise ValueError("this model's layers are not marked as transformers marks them")
+
+    def undo_all() -> None:
+        for back in undo:
+            back()
+
+    return undo_all
+
+
+def _layers(causal: nn.Module) -> Iterator[Any]:
+    return (module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def _replace(layer: Any, compiled: Callable[..., Any]) -> Undo:
+    if layer.gradient_checkpointing:
+        run = layer._gradient_checkpointing_func
+
+        def checkpointed(function: partial[Any], *args: Any) -> Any:
+            return run(partial(compiled, layer, **function.keywords), *args)
+
+        layer._gradient_checkpointing_func = checkpointed
+        return lambda: setattr(layer, "_gradient_checkpointing_func", run)
+    written = layer.forward
+
+    def forward(*args: Any, **named: Any) -> Any:
+        return compiled(layer, *args, **named) if layer.training else written(*args, **named)
+
+    layer.forward = forward
+    return lambda: delattr(layer, "forward")
+
+
+def _drops(model: nn.Module) -> bool:
+    """Whether anything is dropped in training: compiled code draws other random numbers."""
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or any(float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0 for module in model.modules())
+
+
+def _nothing() -> None:
+    pass
