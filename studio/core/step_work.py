@@ -8,7 +8,7 @@ layer again. Adapters are small and are trained, so they cost a third pass.
 from dataclasses import dataclass
 
 from studio.core.shape import LayerGroup, ModelShape
-from studio.core.trainable import adapted, target_names, trainable_parameters
+from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
 from studio.core.vram.setup import Setup
 
 _NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
@@ -29,6 +29,9 @@ _DEQUANTISED_BYTES = 2.5
 
 _DORA_BYTES = 14
 """Bytes moved per weight of a DoRA layer: its update is built as a whole matrix to take the norm of (peft dora.py)."""
+
+_OPTIMIZER_BYTES = 28
+"""Bytes moved per trained parameter by a step of fp32 AdamW: weight, gradient and two moments read, three written."""
 
 _EAGER_BACKWARD, _FUSED_BACKWARD = 2.0, 2.5
 """Backward over forward of attention: two products for each one, and fused kernels compute the scores again."""
@@ -84,7 +87,10 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     weights = sum(group.count * _active(group, shape.hidden) for group in shape.groups)
     head = 4.0 * tokens * shape.embedding_parameters
     frozen = 2.0 * tokens * weights * passes
-    trained = 2.0 * tokens * trainable_parameters(shape, setup.adapted) * (3 + again)
+    pairs = sum(count * elements for count, elements in trained_tensors(shape, setup.adapted))
+    trained = 2.0 * tokens * pairs * (3 + again)
+    if setup.adapted.trains_head:
+        head *= 2  # its own gradient, and its chunks once more
     scores = _attention(shape, setup, again)
     half, single, half_scores, single_scores = frozen + head + trained, 0.0, scores, 0.0
     if setup.dtype == "fp32":
@@ -99,6 +105,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     moved = tokens * (passes + 1) * _moved_per_token(shape, setup, names)
     moved += tokens * shape.vocabulary * _LOGIT_BYTES[setup.loss]
     moved += setup.dora * _DORA_BYTES * adapted_weights * (1 + again)
+    moved += _OPTIMIZER_BYTES * trainable_parameters(shape, setup.adapted) / setup.accumulation
     if setup.attention == "eager":
         moved += _SQUARE_BYTES * setup.squares * shape.heads * shape.layers * (passes + 1)
     offloads = setup.grad_checkpointing and setup.offload_checkpoints

@@ -90,6 +90,10 @@ def test_what_costs_time():
     assert expected(replace(SETUP, method="qlora")) < base
     assert expected(replace(SETUP, dora=True)) < base
     assert expected(replace(SETUP, rank=256)) < base
+    whole_head = expected(replace(SETUP, modules_to_save=("lm_head",)))
+    assert base * 0.7 < whole_head < base, "its own gradient"
+    whole_embedding = expected(replace(SETUP, modules_to_save=("embed_tokens",)))
+    assert whole_head < whole_embedding < base, "no product, but an optimizer step of half a billion parameters"
     assert expected(SETUP, "4090") < base
 
 
