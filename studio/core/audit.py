@@ -159,6 +159,28 @@ def advise_base(rounded: Mapping[str, Figures], asked: str, plans: Sequence[Plan
     return Advice(asked, sentence + keep, f"Loss against 16 bit: {loss}. {moved}.", rests)
 
 
+def advise_race(lanes: Mapping[str, Figures], peaks_bytes: Mapping[str, int | None]) -> Advice:
+    """Return which method to train with, after both were trained for some steps.
+
+    Args:
+        lanes: Figures on the held-out rows by lane, compared with the first.
+        peaks_bytes: Predicted peak of each lane, where it is known.
+    """
+    first, *others = lanes
+    best = min(lanes, key=lambda name: lanes[name].loss.value)
+    rival = next((name for name in others if name == best), None) or (others[0] if others else first)
+    seen = lanes[rival]
+    certainty = f"{seen.tokens:,} tokens of {seen.rows} held-out rows, one seed; another seed moves both"
+    told = f"Held-out loss of {rival} against {first}: {difference_in_words(seen.more)}."
+    known = {name: size for name, size in peaks_bytes.items() if size}
+    lean = min(known, key=known.__getitem__, default=first)
+    sign = seen_sign(seen.more)
+    if sign:
+        winner = first if sign > 0 else rival
+        return Advice(winner, f"{winner} learns these data better; use it if it fits.", told, certainty)
+    return Advice(lean, f"No difference in loss can be seen; {lean} needs the least memory.", told, certainty)
+
+
 def best_plan(plans: Sequence[Plan]) -> Plan | None:
     """Return the plan that wins most KL per byte among those whose win is more than noise; None where none does."""
     real = [plan for plan in plans if plan.won.sign > 0 and plan.extra_bytes > 0]

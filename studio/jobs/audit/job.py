@@ -1,18 +1,21 @@
 """One audit from its request to its report."""
 
+import importlib
 import shutil
 from pathlib import Path
 
-import transformers
-
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Started
-from studio.jobs.audit.base_audit import audit_base
 from studio.jobs.audit.report import write_report
-from studio.jobs.audit.run_audit import audit_adapter
-from studio.jobs.audit.walk import Stopped
+from studio.jobs.audit.stopped import Stopped
 from studio.runs.audit_request import WHAT, AuditRequest
 from studio.runs.worker import Worker
+
+_AUDITS = {
+    "base": ("studio.jobs.audit.base_audit", "audit_base"),
+    "run": ("studio.jobs.audit.run_audit", "audit_adapter"),
+    "race": ("studio.jobs.audit.race", "audit_race"),
+}
 
 
 def audit_run(worker: Worker, request: AuditRequest) -> None:
@@ -23,12 +26,11 @@ def audit_run(worker: Worker, request: AuditRequest) -> None:
         JobFailed: The model cannot be measured.
     """
     worker.emit(Started, job="audit", method=request.what, model=request.model or None)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    audits = {"base": audit_base, "run": audit_adapter}
-    if request.what not in audits:
+    if request.what not in _AUDITS:
         raise BadInput(f"an audit of the kind {request.what!r} is not known here; wanted one of {', '.join(WHAT)}.")
+    module, name = _AUDITS[request.what]
     try:
-        report = audits[request.what](worker, request)
+        report = getattr(importlib.import_module(module), name)(worker, request)
     except Stopped:
         worker.emit(Finished, outcome="stopped")
         return

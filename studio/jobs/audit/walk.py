@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from studio.core.audit import Figures, RowFigures, figures_of
-from studio.core.errors import JobFailed, StudioError
+from studio.core.errors import JobFailed
 from studio.core.events import Phase
 from studio.jobs.audit.blocks import Parts
 from studio.jobs.audit.calls import disagreement, renumbered
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.scores import TokenScores
 from studio.jobs.audit.state import KeptWalk
+from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Carried, Sweep, Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.labels import IGNORED
@@ -23,10 +24,6 @@ from studio.runs.worker import Worker
 _PROOF_TOKENS = 24
 _PROOF_GAP = 1e-3
 """Relative difference of logits up to which the walk counts as the model's own forward pass; rounding gives 1e-5."""
-
-
-class Stopped(StudioError):
-    """The user asked for an early end; what was done is kept."""
 
 
 @dataclass(frozen=True, slots=True)

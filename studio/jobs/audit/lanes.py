@@ -1,0 +1,141 @@
+"""The lanes of a race: real training runs of one recipe, one after the other, each in a process of its own."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput, JobFailed
+from studio.core.events import Phase
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.jobs.audit.stopped import Stopped
+from studio.probe.start import start_training
+from studio.runs.atomic import write_whole
+from studio.runs.control import request
+from studio.runs.job import MODULES
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
+from studio.runs.summary import summary_of
+from studio.runs.supervise import resume
+from studio.runs.watch import RunWatch
+from studio.runs.worker import Worker
+
+LANES = ("lora", "qlora", "qlora+loftq")
+_POLL_SECONDS = 0.3
+_KEPT = "lanes.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A lane that has come to its end."""
+
+    name: str
+    recipe: Recipe
+    paths: RunPaths
+    watch: RunWatch
+
+
+def lane_recipe(recipe: Recipe, name: str) -> Recipe:
+    """Return the recipe of a lane: the same in all but the method.
+
+    Raises:
+        BadInput: The lane is not known, or cannot be had from this recipe.
+    """
+    if name not in LANES:
+        found = plain(name, one_line=True, limit=40) or "nothing"
+        raise BadInput(f"lanes: found {found}; wanted some of {', '.join(LANES)}.")
+    method, _, start = name.partition("+")
+    turned = recipe.with_("method", method).with_("name", f"{recipe.name}-{name.replace('+', '-')}")
+    if start:
+        turned = turned.with_("adapter.init", start)
+    elif recipe.adapter.init in ("pissa", "loftq"):
+        # Each needs one of the two methods: a race starts both from the same place.
+        turned = turned.with_("adapter.init", "default")
+    if problems := turned.problems():
+        raise BadInput(f"the lane {name} cannot be run: {plain(str(problems[0]), one_line=True)}")
+    return turned
+
+
+def run_lanes(
+    worker: Worker,
+    recipe: Recipe,
+    names: Sequence[str],
+    *,
+    share: float,
+    module: str = MODULES["train"],
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Lane]:
+    """Train every lane to its end; one that a killed race left is taken up again.
+
+    Args:
+        worker: Of the race: told the progress, asked whether to stop.
+        recipe: Of all lanes.
+        names: Of `LANES`.
+        share: The part of the whole audit that the lanes are.
+        module: Of the training job.
+        sleep: Waits between two looks.
+
+    Raises:
+        BadInput: A lane cannot be started.
+        JobFailed: A lane ended without an adapter.
+        Stopped: The user asked for it; the lane was asked to stop too.
+    """
+    runs_root = Path(worker.paths.root).parent
+    known = _known(worker)
+    lanes = []
+    for place, name in enumerate(names):
+        turned = lane_recipe(recipe, name)
+        paths = RunPaths(Path(known[name])) if name in known else None
+        if paths is None or not paths.exists:
+            paths = start_training(turned, runs_root, module=module)
+            known[name] = str(paths.root)
+            write_whole(Path(worker.paths.root) / _KEPT, json.dumps(known))
+        elif run_status(paths) in (Status.crashed, Status.stopped, Status.failed):
+            resume(paths, module=module)
+        watch = RunWatch(paths)
+
+        _wait(worker, watch, partial(_tell, worker, watch, name, (place, len(names)), share), sleep)
+        lanes.append(Lane(name, turned, paths, watch))
+    return lanes
+
+
+def _wait(worker: Worker, watch: RunWatch, tell: Callable[[], None], sleep: Callable[[float], None]) -> None:
+    asked = False
+    while run_status(watch.paths).live:
+        if worker.requested("stop") and not asked:
+            request(watch.paths, "stop")
+            asked = True
+        before = watch.history.last_step
+        watch.poll()
+        if watch.history.last_step != before:
+            tell()
+        sleep(_POLL_SECONDS)
+    watch.catch_up()
+    if asked:
+        raise Stopped("stopped; resuming goes on with the lane that was stopped")
+    status = run_status(watch.paths)
+    if status is not Status.finished:
+        failure = summary_of(watch.paths, watch.history, status)["failure"] or {}
+        name = plain(watch.paths.name, one_line=True)
+        said = plain(str(failure.get("message", status)), one_line=True, limit=300)
+        raise JobFailed("lane_failed", f"the run {name} {status}: {said}", f"look at: lora-studio runs show {name}")
+
+
+def _tell(worker: Worker, watch: RunWatch, name: str, place: tuple[int, int], share: float) -> None:
+    history = watch.history
+    step, total = history.last_step, history.total_steps or 0
+    done = (place[0] + (step / total if total else 0.0)) / place[1]
+    loss = f"  loss {history.train.losses[-1]:.4f}" if history.train.losses else ""
+    worker.emit(Phase, name="racing", fraction=share * done, detail=f"{name}: step {step}/{total or '?'}{loss}")
+
+
+def _known(worker: Worker) -> dict[str, str]:
+    try:
+        table: Any = json.loads((Path(worker.paths.root) / _KEPT).read_text("utf-8"))
+        return {name: path for name, path in table.items() if name in LANES and isinstance(path, str)}
+    except (OSError, ValueError, AttributeError):
+        return {}
