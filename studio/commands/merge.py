@@ -12,7 +12,7 @@ from studio.commands.terminal import say
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
-from studio.probe.adapter_folder import ADAPTER_CONFIG
+from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoints
 from studio.probe.start import start_merge
 from studio.runs.job import ONTO, MergeRequest, read_job
 from studio.runs.layout import RunPaths
@@ -40,6 +40,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "bits made it in a QLoRA run; closest to the model of that run (KL .0006 against .377 on one adapter), but "
         "with a higher task loss there, and lost if quantised again",
     )
+    parser.add_argument(
+        "--weight", type=float, default=1.0, metavar="W", help="multiply what was trained by this (default 1)"
+    )
+    parser.add_argument(
+        "--adapter",
+        dest="further",
+        action="append",
+        default=[],
+        metavar="RUN|DIR=W",
+        help="add another adapter of the same base with this weight (=W may be left out: 1); may be repeated",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="",
+        metavar="STEP",
+        help="a checkpoint of the run instead of its last adapter: its step, or: best (lowest held-out loss)",
+    )
     parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="of the merged weights")
     add_json(parser)
     add_runs_dir(parser)
@@ -54,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     request = merge_request(args.adapter, root_of(args), out=args.out, base=args.base, dtype=args.dtype)
-    request = replace(request, onto=_onto(args.onto))
+    request = replace(
+        request,
+        onto=_onto(args.onto),
+        weight=f"{args.weight:g}",
+        more=tuple(_further(word, root_of(args)) for word in args.further),
+        checkpoint=_checkpoint(args.checkpoint, request),
+    )
     paths = start_merge(request, root_of(args), module=module_of(args, "merge"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
@@ -99,6 +122,36 @@ def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto
         dtype=dtype,
         run=str(paths.root.absolute()),
     )
+
+
+def _further(word: str, root: Path) -> str:
+    """Return a further adapter as a request has it, from `RUN|DIR=WEIGHT`."""
+    name, _, weight = word.rpartition("=") if "=" in word else (word, "", "1")
+    # Only where it lies: base and output are those of the first.
+    return f"{weight}={merge_request(name, root, out='-', base='-').adapter}"
+
+
+def _checkpoint(word: str, request: MergeRequest) -> str:
+    """Return the folder of the checkpoint that a word means; empty for none.
+
+    Raises:
+        BadInput: There is none such, or nothing was measured that one could be best by.
+    """
+    if not word:
+        return ""
+    if not request.run:
+        raise BadInput("--checkpoint needs a run: an adapter folder alone has no checkpoints.")
+    found = list_checkpoints(RunPaths(Path(request.run)))
+    if word == "best":
+        chosen = best_of(found)
+        if chosen is None:
+            raise BadInput("no checkpoint of this run has a held-out loss: name a step, or leave --checkpoint out.")
+        return "" if chosen.folder is None else str(chosen.folder)
+    match = [one for one in found if one.folder is not None and str(one.step) == word]
+    if not match:
+        steps = ", ".join(str(one.step) for one in found if one.folder is not None) or "none"
+        raise BadInput(f"there is no checkpoint {plain(word, one_line=True, limit=40)}; there are: {steps}, best.")
+    return str(match[0].folder)
 
 
 def _onto(word: str) -> str:

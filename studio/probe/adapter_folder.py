@@ -1,6 +1,9 @@
 """Looks through a PEFT adapter folder before anything heavy is loaded: its config, its weights, the base it names."""
 
 import json
+import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +11,12 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.safetensors_header import SafetensorsHeader, read_header
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CHECKPOINT_WEIGHTS, _CHECKPOINT_START, _COMPLETE = "adapter.safetensors", "start.safetensors", "complete.json"
 _PICKLE = "adapter_model.bin"
 _MOST_CONFIG_BYTES = 10 * 2**20
 
@@ -70,6 +77,78 @@ def find_adapter(folder: Path) -> AdapterFound:
     if not header.tensors:
         raise BadInput(f"{plain(str(folder / ADAPTER_WEIGHTS), one_line=True)} holds no tensor: there is no adapter.")
     return AdapterFound(folder, config, header)
+
+
+def run_of_adapter(adapter: Path) -> str:
+    """Return the training run that an adapter folder lies in; empty where it lies in none."""
+    return str(adapter.parent) if (adapter.parent / "recipe.toml").is_file() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state of a run's adapter that is still on the disk.
+
+    Attributes:
+        step: Optimizer steps.
+        folder: Of the checkpoint; None for the adapter that the run saved at its end.
+        loss: Held-out loss after the same step; None where none was measured then.
+    """
+
+    step: int
+    folder: Path | None
+    loss: float | None
+
+
+def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
+    """Return a training run's whole checkpoints by step, then its adapter, with the losses of their steps."""
+    history = History()
+    if paths.events.is_file():
+        history.fold(read_events(paths.events))
+    losses = {event.step: event.loss for event in history.evals if math.isfinite(event.loss)}
+    found = [
+        Checkpoint(step, folder, losses.get(step))
+        for folder in sorted(paths.checkpoints.glob("step-*"))
+        if (folder / _COMPLETE).is_file()
+        and not (folder / _CHECKPOINT_START).is_file()
+        and (step := int(folder.name.removeprefix("step-") or 0))
+    ]
+    if (paths.adapter / ADAPTER_CONFIG).is_file():
+        last = history.last_step or 0
+        found = [one for one in found if one.step != last] + [Checkpoint(last, None, losses.get(last))]
+    return found
+
+
+def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Return the one with the lowest held-out loss, None where none has any."""
+    measured = [(one.loss, -one.step, one) for one in checkpoints if one.loss is not None]
+    return min(measured, key=lambda item: item[:2])[2] if measured else None
+
+
+def adapter_of_checkpoint(checkpoint: Path, adapter: Path, into: Path) -> Path:
+    """Write a PEFT folder of a checkpoint's weights, with config and tokenizer of the run's adapter; return it.
+
+    Args:
+        checkpoint: A whole checkpoint of a training run.
+        adapter: The adapter that the run saved at its end.
+        into: The new folder; replaced where it is there.
+
+    Raises:
+        BadInput: No whole checkpoint, no adapter beside it, or a checkpoint whose base was changed (PiSSA).
+        OSError: The disk refuses.
+    """
+    shown = plain(str(checkpoint), one_line=True)
+    if not (checkpoint / _COMPLETE).is_file() or not (checkpoint / _CHECKPOINT_WEIGHTS).is_file():
+        raise BadInput(f"{shown} is no whole checkpoint: it has no {_COMPLETE}. Choose another one.")
+    if (checkpoint / _CHECKPOINT_START).is_file():
+        raise BadInput(
+            f"{shown} belongs to a run with adapter.init pissa, which changes the base while it trains: only the "
+            "adapter that the run saves at its end fits the ordinary base. Merge the run itself."
+        )
+    find_adapter(adapter)
+    shutil.rmtree(into, ignore_errors=True)
+    shutil.copytree(adapter, into, ignore=shutil.ignore_patterns(ADAPTER_WEIGHTS))
+    shutil.copyfile(checkpoint / _CHECKPOINT_WEIGHTS, into / ADAPTER_WEIGHTS)
+    return into
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -156,7 +156,8 @@ def check_merge(request: MergeRequest) -> None:
         if base.path is not None:
             refuse_another_base(request.run, base.path)
     check_out(out)
-    find_adapter(adapter)
+    for folder, _ in request.weighted:
+        find_adapter(Path(folder))
 
 
 def refuse_quantised(base: BaseFound) -> None:

@@ -1,7 +1,9 @@
 """What a run was asked to do. `recipe.toml` of a training run is the recipe; other jobs name themselves in it."""
 
+import math
 import tomllib
 from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 import tomlkit
 
@@ -34,6 +36,9 @@ class MergeRequest:
         onto: `original`, the base's own weights; `dequantized`, those after quantising to 4 bits and back, which a
             QLoRA adapter was trained against.
         run: Absolute path of the training run that the adapter comes from; empty when there is none.
+        checkpoint: Absolute path of a checkpoint of that run, whose weights take the place of the adapter's.
+        weight: What the adapter's delta is multiplied by, a number.
+        more: Further adapters, each as `WEIGHT=FOLDER`; their deltas are added one after another.
     """
 
     adapter: str
@@ -43,6 +48,19 @@ class MergeRequest:
     dtype: str = "auto"
     onto: str = "original"
     run: str = ""
+    checkpoint: str = ""
+    weight: str = "1"
+    more: tuple[str, ...] = ()
+
+    @property
+    def weighted(self) -> tuple[tuple[str, float], ...]:
+        """Folder and weight of every adapter, in the order in which they are added.
+
+        Raises:
+            BadInput: A weight is no finite number.
+        """
+        words = [(self.weight, self.adapter), *((item.partition("=")[0], item.partition("=")[2]) for item in self.more)]
+        return tuple((folder, _weight(word)) for word, folder in words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +96,24 @@ ADAPTER_FORMATS = ("peft", "lora-gguf")
 EXPORT_FORMATS = (*ADAPTER_FORMATS, "nf4", "int8", *GGUF_FORMATS)
 """Besides those, bitsandbytes' 4-bit NormalFloat with double quantisation, and its 8-bit integers, outliers apart."""
 
+
+def _weight(word: str) -> float:
+    try:
+        weight = float(word)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise BadInput(f"the weight {plain(word, one_line=True, limit=40)} of an adapter: wanted a number such as 0.5.")
+    return weight
+
+
 Request = MergeRequest | ExportRequest | AuditRequest
 Job = Recipe | Request
-_REQUESTS: dict[str, type[Request]] = {"merge": MergeRequest, "export": ExportRequest, "audit": AuditRequest}
+_REQUESTS: dict[str, type[Request]] = {
+    "merge": MergeRequest,
+    "export": ExportRequest,
+    "audit": AuditRequest,
+}
 
 
 def kind_of(job: Job) -> str:
@@ -123,7 +156,10 @@ def read_job(paths: RunPaths) -> Job:
 
 
 def _request(kind: type[Request], name: str, table: object) -> Request:
-    values = {key: value for key, value in table.items() if isinstance(value, str)} if isinstance(table, dict) else {}
+    found = table if isinstance(table, dict) else {}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    lists = {item.name for item in fields(kind) if isinstance(item.default, tuple)}
+    values = {key: value for key, value in values.items() if _is_text(value, several=key in lists)}
     known = {item.name for item in fields(kind)}
     needed = {item.name for item in fields(kind) if item.default is MISSING}
     if not needed <= values.keys() <= known:
@@ -132,3 +168,9 @@ def _request(kind: type[Request], name: str, table: object) -> Request:
             f"the table of the job in recipe.toml of the run {name} is damaged: wanted texts named {wanted}."
         )
     return kind(**values)
+
+
+def _is_text(value: object, *, several: bool) -> bool:
+    if several:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    return isinstance(value, str)

@@ -48,3 +48,31 @@ def test_an_adapter_folder_inside_its_run_knows_the_run(cli: Cli, recipe: Path, 
     shutil.copytree(path / "adapter", tmp_path / "copied")
     outside = cli("merge", str(tmp_path / "copied"), "--out", str(tmp_path / "out-2"), *words).document
     assert _asked(outside).run == ""
+
+
+def test_several_adapters_with_weights(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    first, second = (Path(cli("train", str(recipe), "--json").document["path"]) for _ in range(2))
+    words = ("--weight", "0.7", "--adapter", f"{second.name}=-0.3", "--adapter", str(second / "adapter"))
+    outcome = cli("merge", first.name, "--out", str(tmp_path / "out"), *words, "--json")
+    assert outcome.code == 0, outcome.err
+    adapter = str(second / "adapter")
+    assert _asked(outcome.document).weighted == ((str(first / "adapter"), 0.7), (adapter, -0.3), (adapter, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--adapter", "nowhere=0.5"), "nowhere"),
+        (("--adapter", "RUN=much"), "wanted a number"),
+        (("--weight", "nan"), "wanted a number"),
+        (("--checkpoint", "7"), "there is no checkpoint 7; there are"),
+    ],
+)
+def test_adapters_and_checkpoints_that_are_not_there(
+    cli: Cli, recipe: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    outcome = cli("merge", run, "--out", str(tmp_path / "out"), *(word.replace("RUN", run) for word in words))
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert not (tmp_path / "out").exists()

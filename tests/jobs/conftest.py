@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def merge(tmp_path: Path) -> Merge:
     """Run the merge job in this process, in a new run folder; returns its paths."""
     from studio.jobs.merge.__main__ import _body
 
-    def run(adapter: Path, base: Path | str, out: Path, **more: str) -> RunPaths:
+    def run(adapter: Path, base: Path | str, out: Path, **more: Any) -> RunPaths:
         paths = RunPaths(tmp_path / f"merge-{len(list(tmp_path.glob('merge-*')))}")
         paths.root.mkdir()
         write_job(paths, MergeRequest(str(adapter), str(base), str(out), **more))

@@ -1,5 +1,6 @@
 """What an adapter may ask for that a merge cannot give, refused by name before anything is read."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,6 +22,9 @@ _WHY = {
     "alora_invocation_tokens": "it acts only after its invocation tokens, which no weight can express",
     "arrow_config": "it routes between adapters for every token, which no weight can express",
 }
+_MORE_THAN_A_SUM = {
+    "use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "trainable_token_indices": None,
+}  # fmt: skip
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Initialisations that subtract their start from the base (peft `LoraConfig.init_lora_weights`)."""
 
@@ -46,3 +50,20 @@ def refuse_what_cannot_merge(table: dict[str, Any]) -> None:
             "the base that it belongs to. Save it again with path_initial_model_for_weight_conversion (peft), which "
             "makes a plain LoRA adapter of it, and merge that."
         )
+
+
+def refuse_weighted(tables: Sequence[dict[str, Any]]) -> None:
+    """Refuse adapters that cannot be weighted or added to others: what is more than a low-rank sum has no half.
+
+    Raises:
+        BadInput: Names the setting.
+    """
+    for table in tables:
+        for name, plain_value in _MORE_THAN_A_SUM.items():
+            if table.get(name) not in (plain_value, None, [], {}):
+                raise BadInput(
+                    f"an adapter uses {name}, which is more than a delta that is added: it cannot be weighted or "
+                    "merged with others. Merge it alone, with weight 1."
+                )
+        if len(tables) > 1 and table.get("target_parameters"):
+            raise BadInput("an adapter uses target_parameters: peft merges such an adapter only alone.")

@@ -5,7 +5,7 @@ real weights, merged by peft itself and emptied again (`units.py`), so that the 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
@@ -22,10 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.refusals import refuse_what_cannot_merge
+from studio.jobs.base.refusals import refuse_weighted, refuse_what_cannot_merge
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, AdapterFound
 
 ADAPTER = "default"
+Weighted = tuple[AdapterFound, float]
+"""An adapter, and what its delta is multiplied by."""
 _WRAPPING = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 
@@ -74,14 +77,24 @@ def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
     return model
 
 
-def build_skeleton(folder: Path, adapter: AdapterFound) -> Skeleton:
+def build_skeleton(folder: Path, adapter: AdapterFound, weight: float = 1.0, *more: Weighted) -> Skeleton:
     """Return the structure of a base folder with an adapter.
+
+    Args:
+        folder: The base.
+        adapter: What was trained on it.
+        weight: What its delta is multiplied by.
+        more: Further adapters with their weights.
 
     Raises:
         BadInput: The adapter does not fit the base, or needs something that a merge cannot give.
     """
-    refuse_what_cannot_merge(adapter.config)
-    adapted = _attach(build_clean(folder, adapter_vocabulary(adapter)), adapter)
+    adapters = ((adapter, weight), *more)
+    for found, _ in adapters:
+        refuse_what_cannot_merge(found.config)
+    if more or weight != 1:
+        refuse_weighted([found.config for found, _ in adapters])
+    adapted = attach(build_clean(folder, adapter_vocabulary(adapter)), adapters)
     clean = build_clean(folder, adapter_vocabulary(adapter))
     replaced = {name: p.detach() for name, p in base_parameters(adapted).items() if not p.is_meta}
     if missing := clean.state_dict().keys() - base_parameters(adapted).keys() - dict(clean.named_buffers()).keys():
@@ -104,13 +117,43 @@ def clean_name(name: str) -> str:
     return _WRAPPING.sub("", f".{name}.")[1:-1]
 
 
-def _attach(base: PreTrainedModel, adapter: AdapterFound) -> PeftModel:
+def attach(base: PreTrainedModel, adapters: Sequence[Weighted]) -> PeftModel:
+    """Return a base with all adapters active, each scaled by its weight; their tensors are fp32.
+
+    Several adapters are what peft makes of them after `set_scale` on each: one delta is added after another.
+
+    Raises:
+        BadInput: An adapter does not fit the base, or its tensors are more or fewer than its config says.
+    """
+    names = [ADAPTER, *(f"{ADAPTER}_{place}" for place in range(1, len(adapters)))]
+    model: PeftModel | None = None
+    for name, (adapter, _) in zip(names, adapters, strict=True):
+        model = _load(model or base, adapter, name)
+    if model is None:
+        raise BadInput("there is no adapter to attach.")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                if weight != 1:
+                    module.set_scale(name, weight)
+    if len(names) > 1:
+        model.base_model.set_adapter(names, inference_mode=True)
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def _load(model: PreTrainedModel | PeftModel, adapter: AdapterFound, name: str) -> PeftModel:
     with _stays_where_it_is():
         try:
             config = PeftConfig.from_pretrained(str(adapter.folder))
             config.inference_mode, config.init_lora_weights = True, True
-            model = PeftModel(base, config, ADAPTER, low_cpu_mem_usage=True)
-            seen = model.load_adapter(str(adapter.folder), ADAPTER, torch_device="cpu", low_cpu_mem_usage=True)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config, low_cpu_mem_usage=True)
+            else:
+                model = PeftModel(model, config, name, low_cpu_mem_usage=True)
+            seen = model.load_adapter(str(adapter.folder), name, torch_device="cpu", low_cpu_mem_usage=True)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             said = plain(str(error), one_line=True, limit=400)
             raise BadInput(f"the adapter {_shown(adapter)} does not fit this base model: {said}") from error
@@ -118,10 +161,7 @@ def _attach(base: PreTrainedModel, adapter: AdapterFound) -> PeftModel:
         raise BadInput(_left_over(adapter, left, "belong to no layer of this base model"))
     if seen.missing_keys:
         raise BadInput(_left_over(adapter, sorted(seen.missing_keys), "are asked for by its config and not there"))
-    for parameter in model.parameters():
-        if not parameter.is_meta and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    return model.eval()
+    return model
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,15 +26,23 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.dequantized import quantised_parameters, through_four_bits
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_tokenizer
-from studio.jobs.base.skeleton import Skeleton, build_skeleton
+from studio.jobs.base.skeleton import Skeleton, Weighted, build_skeleton
 from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
 from studio.jobs.merge.memory import check_memory
 from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
+from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps
 from studio.jobs.merge.verify import compare_logits, encode, recompute_sample
 from studio.jobs.merge.write_steps import Stopped, write_steps
-from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound, find_adapter
+from studio.probe.adapter_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterFound,
+    adapter_of_checkpoint,
+    find_adapter,
+    run_of_adapter,
+)
 from studio.probe.fingerprint import fingerprint, recorded_fingerprint
 from studio.probe.models import BaseFound, find_base
 from studio.probe.start import check_merge, refuse_another_base, refuse_quantised
@@ -51,7 +60,7 @@ _TEXTS = (
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
-_MOST_TEXTS = 6
+_MOST_TEXTS, _MOST_QUESTIONS = 6, 2
 _FAR_KL = 0.05
 """Nats per token. Rounding a merged 135M model to bf16 gave .0013."""
 
@@ -62,8 +71,23 @@ class _Parts:
 
     base: BaseFound
     folder: Path
-    adapter: AdapterFound
+    adapters: tuple[Weighted, ...]
     trained: Recipe | None
+
+    @property
+    def adapter(self) -> AdapterFound:
+        """The first one, whose tokenizer the merged model gets."""
+        return self.adapters[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """What both models are asked: texts as ids `[batch, seq]`, and questions of the user."""
+
+    tokenizer: Any
+    ids: Tensor
+    mask: Tensor
+    questions: tuple[str, ...]
 
 
 def merge_run(worker: Worker, request: MergeRequest) -> None:
@@ -107,7 +131,8 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
 
 def _find(worker: Worker, request: MergeRequest) -> _Parts:
     worker.emit(Phase, name="finding the base model")
-    adapter = find_adapter(Path(request.adapter))
+    adapters = tuple((find_adapter(_folder_of(worker, request, folder)), by) for folder, by in request.weighted)
+    adapter = adapters[0][0]
     word = request.base or adapter.base
     if not word:
         raise BadInput(f"{Path(request.adapter).name} names no base model; say which one with --base")
@@ -115,7 +140,8 @@ def _find(worker: Worker, request: MergeRequest) -> _Parts:
     base = find_base(word, request.revision)
     refuse_quantised(base)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
-    refuse_another_base(request.run, folder)
+    for run in {request.run, *(run_of_adapter(Path(path)) for path, _ in request.weighted)}:
+        refuse_another_base(run, folder)
     trained_on = recorded_fingerprint(request.run)
     if trained_on and not trained_on.get("quantized") and trained_on.get("config") != fingerprint(folder)["config"]:
         worker.emit(
@@ -124,18 +150,28 @@ def _find(worker: Worker, request: MergeRequest) -> _Parts:
             message="the base's weights are those that were trained on, but its config.json is not: the merged model "
             "gets the one that is there now.",
         )
-    return _Parts(base, folder, adapter, _recipe_of(request.run))
+    return _Parts(base, folder, adapters, _recipe_of(request.run))
+
+
+def _folder_of(worker: Worker, request: MergeRequest, adapter: str) -> Path:
+    """Return the folder of an adapter; that of a checkpoint is made in the run, from the adapter's own."""
+    if not request.checkpoint or adapter != request.adapter:
+        return Path(adapter)
+    return adapter_of_checkpoint(Path(request.checkpoint), Path(adapter), worker.paths.root / "checkpoint-adapter")
 
 
 def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) -> None:
     worker.emit(Phase, name="reading the adapter")
-    skeleton = build_skeleton(parts.folder, parts.adapter)
+    (adapter, weight), *more = parts.adapters
+    skeleton = build_skeleton(parts.folder, adapter, weight, *more)
     dtype = _DTYPES.get(request.dtype)
     steps = MergeSteps(skeleton, TensorFiles(parts.folder), dtype=dtype, **_onto(request, parts, skeleton))
     check_memory(steps)
-    texts = _texts(request.run)
+    shown = _shown_by(request.run)
     # Before anything is written: a tokenizer that cannot be loaded should not be found out at the end.
-    ids, mask = encode(texts or _TEXTS, load_tokenizer(tokenizer_folder(parts.adapter.folder, parts.folder)), steps)
+    tokenizer = load_tokenizer(tokenizer_folder(adapter.folder, parts.folder))
+    ids, mask = encode([f"{asked}\n{expected}" for asked, expected in shown] or _TEXTS, tokenizer, steps)
+    prompts = _Prompts(tokenizer, ids, mask, tuple(asked for asked, _ in shown[:_MOST_QUESTIONS]))
 
     def stopping() -> bool:
         return worker.requested("stop")
@@ -147,13 +183,15 @@ def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) ->
     write_folder_files(
         aside,
         parts.folder,
-        parts.adapter.folder,
+        adapter.folder,
         dtype=str(dtype).removeprefix("torch.") if dtype else None,
         untied=steps.untied,
         vocabulary=skeleton.vocabulary,
     )
     writer.finish()
-    verified = _verify(worker, steps, aside, ids, mask)
+    began = time.monotonic()
+    verified = _verify(worker, steps, aside, prompts) | _written(worker, steps, parts, aside, prompts)
+    verified["check_seconds"] = round(time.monotonic() - began, 2)
     if stopping():
         raise Stopped("stopped before the merged model was published")
     worker.emit(Phase, name="saving")
@@ -163,26 +201,28 @@ def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) ->
     worker.emit(Saved, what="merged", path=str(out), size_bytes=size)
     report = {
         "merged": str(out),
-        "adapter": request.adapter,
+        "adapter": str(adapter.folder) if request.checkpoint else request.adapter,
+        "adapters": [{"adapter": folder, "weight": by} for folder, by in request.weighted],
+        "checkpoint": request.checkpoint,
         "base": parts.base.word,
         "onto": request.onto,
         "dtype": request.dtype,
         "untied": steps.untied,
         "kept_shards": sorted(writer.done),
-        "prompts": "from the run" if texts else "built in",
+        "prompts": "from the run" if shown else "built in",
         **verified,
     }
     write_whole(worker.paths.report, json.dumps(report, indent=2))
     worker.emit(Finished, outcome="done", result=report)
 
 
-def _verify(worker: Worker, steps: MergeSteps, aside: Path, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+def _verify(worker: Worker, steps: MergeSteps, aside: Path, prompts: _Prompts) -> dict[str, Any]:
     worker.emit(Phase, name="checking", detail="tensors")
     again = recompute_sample(steps, aside)
     closeness = None
     try:
         closeness = compare_logits(
-            steps, aside, ids, mask, lambda detail: worker.emit(Phase, name="checking", detail=detail)
+            steps, aside, prompts.ids, prompts.mask, lambda detail: worker.emit(Phase, name="checking", detail=detail)
         )
     except _CANNOT_RUN as error:
         traceback.print_exception(error)
@@ -200,6 +240,19 @@ def _verify(worker: Worker, steps: MergeSteps, aside: Path, ids: Tensor, mask: T
         "recomputed_tensors": again,
         "tensors": sum(len(step.outputs) for step in steps.steps),
     }
+
+
+def _written(worker: Worker, steps: MergeSteps, parts: _Parts, aside: Path, prompts: _Prompts) -> dict[str, Any]:
+    """Text of both sides, where the model is small enough to be loaded whole."""
+    if why := why_not(steps):
+        return {"side_by_side": [], "no_text": why}
+    worker.emit(Phase, name="checking", detail="text")
+    try:
+        written = side_by_side(steps, parts.adapters, aside, prompts.tokenizer, prompts.questions)
+    except _CANNOT_RUN as error:
+        traceback.print_exception(error)
+        return {"side_by_side": [], "no_text": plain(str(error), one_line=True, limit=200)}
+    return {"side_by_side": written}
 
 
 def _onto(request: MergeRequest, parts: _Parts, skeleton: Skeleton) -> dict[str, Any]:
@@ -232,7 +285,10 @@ def _plan(request: MergeRequest, parts: _Parts) -> str:
     """Everything that the merged bytes depend on: shards of another plan are not taken up again."""
     files = sorted(path for path in parts.folder.iterdir() if path.suffix in {".safetensors", ".json"})
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    sums = [_sum(parts.adapter.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    sums = [
+        (by, *(_sum(adapter.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
+        for adapter, by in parts.adapters
+    ]
     recipe = parts.trained.model if parts.trained and request.onto != "original" else None
     return json.dumps([str(parts.folder), seen, sums, request.dtype, request.onto, str(recipe), torch.__version__])
 
@@ -253,12 +309,12 @@ def _recipe_of(run: str) -> Recipe | None:
     return job if isinstance(job, Recipe) else None
 
 
-def _texts(run: str) -> list[str]:
-    """Return prompts with their answers, as the training run showed them."""
+def _shown_by(run: str) -> list[tuple[str, str]]:
+    """Return prompts and the answers in the data, as the training run showed them."""
     if not run or not RunPaths(Path(run)).events.is_file():
         return []
-    seen: dict[int, str] = {}
+    seen: dict[int, tuple[str, str]] = {}
     for event in read_events(RunPaths(Path(run)).events):
-        if isinstance(event, Sampled):
-            seen[event.index] = f"{event.prompt}\n{event.expected}"
-    return [text for text in seen.values() if text.strip()][:_MOST_TEXTS]
+        if isinstance(event, Sampled) and event.prompt.strip():
+            seen[event.index] = (event.prompt, event.expected)
+    return list(seen.values())[:_MOST_TEXTS]

@@ -80,7 +80,7 @@ class MergeSteps:
         """
         self.skeleton, self.files = skeleton, files
         self.names = CheckpointNames(skeleton.clean, files)
-        self._dtype, self._change, self._changed = dtype, change, changed
+        self._dtype, self._change, self.changed = dtype, change, changed
         self._shapes = {name: tuple(value.shape) for name, value in skeleton.clean.state_dict().items()}
         self._groups = {name: group for group in self.names.groups for name in group.names}
         self._tied, self._dropped = self._really_tied()
@@ -135,7 +135,7 @@ class MergeSteps:
             raise BadInput(f"the base's files do not hold {plain(name, one_line=True)}, which the adapter changes.")
         value = self.names.load(group, {key: self.files.read(key) for key in group.keys})[source]
         self._check_shape(name, tuple(value.shape))
-        return self._change(name, value) if self._change and name in self._changed else value
+        return self._change(name, value) if self._change and name in self.changed else value
 
     def _really_tied(self) -> tuple[dict[str, str], set[str]]:
         """Which parameters are one with another one, and the tensors in the files that only repeat it.
@@ -215,7 +215,7 @@ class MergeSteps:
             return None
         (output,), (name,) = step.outputs, step.groups[0].names
         small = output.size_bytes < SMALLEST_ROW_SUM_BYTES
-        if small or name in self._changed or output.shape != self.files.tensors[output.key].entry.shape:
+        if small or name in self.changed or output.shape != self.files.tensors[output.key].entry.shape:
             return None
         row_sum = RowSum(output.key, output.dtype, parts_of(step.units[0]))
         return row_sum if self.row_sums.can(row_sum) else None

@@ -16,7 +16,7 @@ from studio.jobs.base.tensor_files import TensorFiles
 from studio.jobs.merge.steps import MergeSteps, Step
 
 _SAMPLE = 4
-_WORK = 2e11
+_WORK = 8e10
 """Parameters times tokens of one pass: a few seconds on two cores."""
 _FEWEST_TOKENS, _MOST_TOKENS = 48, 384
 _ADVICE = "the disk or the memory may be faulty; look at the system's log, then merge again"
