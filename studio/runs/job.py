@@ -14,9 +14,10 @@ from studio.core.text import plain
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
+from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe
 
-MODULES = {kind: f"studio.jobs.{kind}" for kind in ("train", "merge", "export", "audit")}
+MODULES = {kind: f"studio.jobs.{kind}" for kind in ("train", "merge", "export", "audit", "measure")}
 """The module that does each kind of job, started as `python -m MODULE RUN`."""
 
 ONTO = ("original", "dequantized")
@@ -107,12 +108,13 @@ def _weight(word: str) -> float:
     return weight
 
 
-Request = MergeRequest | ExportRequest | AuditRequest
+Request = MergeRequest | ExportRequest | AuditRequest | MeasureRequest
 Job = Recipe | Request
 _REQUESTS: dict[str, type[Request]] = {
     "merge": MergeRequest,
     "export": ExportRequest,
     "audit": AuditRequest,
+    "measure": MeasureRequest,
 }
 
 

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from studio.core.gpu_catalogue import Gpu
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES
 from studio.jobs.measure.storages import HOST, PAGED, Storages
 
@@ -40,18 +39,17 @@ _INTO_FP32 = {"softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod"}
 class Card(TorchFunctionMode):
     """Lets functions do on fake tensors what they would do on a card."""
 
-    def __init__(self, storages: Storages, gpu: Gpu | None) -> None:
+    def __init__(self, storages: Storages, capability: tuple[int, int]) -> None:
         """Take a card's habits.
 
         Args:
             storages: Where births are counted.
-            gpu: The card; None takes one of compute capability 8.0.
+            capability: Its compute capability.
         """
         super().__init__()
         self._storages = storages
-        self._has_flash = gpu is None or gpu.compute_capability >= (8, 0)
-        hopper = gpu is not None and gpu.compute_capability == (9, 0)
-        self.cublas_bytes = HOPPER_CUBLAS_WORKSPACE_BYTES if hopper else CUBLAS_WORKSPACE_BYTES
+        self._has_flash = capability >= (8, 0)
+        self.cublas_bytes = HOPPER_CUBLAS_WORKSPACE_BYTES if capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
         """Workspaces of the forward's and of the backward's thread."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,9 +214,9 @@ _TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
 
 
 @contextmanager
-def card_habits(storages: Storages, gpu: Gpu | None) -> Iterator[None]:
+def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[None]:
     """Let everything inside behave as on a CUDA card, and count what its kernels take."""
-    card = Card(storages, gpu)
+    card = Card(storages, capability)
 
     def state_buffer(self: Any, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if not self.is_paged or p.numel() < _PAGED_FROM:

@@ -137,7 +137,7 @@ def _is_countable(tensor: Tensor) -> bool:
     return tensor.numel() <= (_MOST_ELEMENTS if whole else 1)
 
 
-class _OneMode(FakeTensorMode):
+class _OneMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """The same for every copy of a tensor: peft copies modules that are trained whole."""
 
     def __deepcopy__(self, memo: Any) -> "_OneMode":

@@ -51,7 +51,7 @@ class StorageLog:
                 stage = starts[following][1]
                 following += 1
                 if total > heights.get(stage, -1):
-                    heights[stage], peaks[stage] = total, dict(live)
+                    heights[stage], peaks[stage] = total, {name: size for name, size in live.items() if size}
             if event is None:
                 break
             number, sign = (event, 1) if event >= 0 else (~event, -1)
@@ -61,7 +61,7 @@ class StorageLog:
                 continue
             total += size
             if total > heights.get(stage, -1):
-                heights[stage], peaks[stage] = total, dict(live)
+                heights[stage], peaks[stage] = total, {name: size for name, size in live.items() if size}
         return peaks
 
 
@@ -86,7 +86,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def stage(self, name: str) -> None:
-        """Say that a stage begins."""
+        """Say that a stage begins; what is born around head and loss counts as logits."""
+        self.component = "logits" if name == "loss" else "activations"
         self.log.stages.append((len(self.log.events), name))
 
     def claim(self, tensors: Iterable[Any], component: str) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from studio.core.gpu_catalogue import Gpu
 from studio.core.recipe import Recipe
 from studio.core.vram.setup import ITEMSIZES
 from studio.jobs.measure.card import TracedCopies, card_habits
 from studio.jobs.measure.fake import Numbers, fake_world
 from studio.jobs.measure.step import PlacedBatcher, run_steps
-from studio.jobs.measure.storages import Storages
+from studio.jobs.measure.storages import StorageLog, Storages
 from studio.jobs.measure.weightless import config_of, weightless_base
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.offload import offload_checkpoints
@@ -37,16 +36,24 @@ class Target:
     Attributes:
         device_type: `cuda`, or `cpu` for the tensors of a CPU run.
         dtype: bf16, fp16 or fp32.
-        gpu: The card, where one is meant.
+        capability: The card's compute capability.
     """
 
     device_type: str
     dtype: str
-    gpu: Gpu | None = None
+    capability: tuple[int, int] = (8, 0)
 
 
-def trace(recipe: Recipe, values: dict[str, Any], target: Target) -> Storages:
-    """Return what a recipe's training allocates and frees, in order.
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """What a recipe's training allocates and frees, in order, and how many parameters it trains."""
+
+    log: StorageLog
+    trainable_parameters: int
+
+
+def trace(recipe: Recipe, values: dict[str, Any], target: Target) -> Traced:
+    """Trace a recipe's training.
 
     Args:
         recipe: How it is trained.
@@ -60,11 +67,11 @@ def trace(recipe: Recipe, values: dict[str, Any], target: Target) -> Storages:
     config = config_of(values)
     storages = Storages(block_bytes=_CUDA_BLOCK_BYTES if target.device_type == "cuda" else 1)
     with fake_world() as numbers, torch.random.fork_rng(devices=[]):
-        run_engine(config, recipe, target, storages, numbers)
-    return storages
+        parameters = run_engine(config, recipe, target, storages, numbers)
+    return Traced(storages.log, parameters)
 
 
-def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, numbers: Numbers | None = None) -> None:
+def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, numbers: Numbers | None = None) -> int:
     """Build the model, adapt it and train it for two steps and one held-out batch while storages are counted.
 
     Args:
@@ -73,6 +80,9 @@ def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, 
         target: For what device.
         storages: Where births and deaths are logged.
         numbers: Makes fake batches; None runs for real on this CPU, with random weights.
+
+    Returns:
+        The number of trained parameters.
     """
     assert target.dtype in ITEMSIZES, target.dtype  # noqa: S101  never "auto": who asks knows the device
     precision = Precision(target.dtype, "cpu")
@@ -81,12 +91,13 @@ def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, 
     with ExitStack() as stack:
         stack.enter_context(storages)
         if target.device_type == "cuda":
-            stack.enter_context(card_habits(storages, target.gpu))
+            stack.enter_context(card_habits(storages, target.capability))
         with storages.newborn("adapter"):
             model = attach_adapter(base, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
             if recipe.train.offload_checkpoints and target.device_type == "cuda":
                 offload_checkpoints(model, TracedCopies(storages))
-        storages.claim((p for p in model.parameters() if p.requires_grad), "adapter")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        storages.claim(trained, "adapter")
         optimizer = build_optimizer(
             model.named_parameters(),
             kind=recipe.train.optimizer,
@@ -107,3 +118,4 @@ def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, 
             steps=_STEPS,
             emit=lambda *args, **fields: None,
         )
+    return sum(p.numel() for p in trained)

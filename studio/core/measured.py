@@ -1,0 +1,106 @@
+"""A measurement of a training step beside its estimate, as one document: a plan's fields, measured where it can be.
+
+Pure: the job says what it saw, the plan what was expected.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+COMPONENTS = ("base", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
+ELSEWHERE = ("paged", "host")
+"""Components that are not on the device: unified memory that may be there, and the computer's own."""
+
+UNKNOWN = {
+    "trace": (
+        "which kernels a card chooses at run time, and their workspaces beyond cuBLAS's own",
+        "fragmentation: reserved and device are the trace and what the estimate adds for allocator and context",
+        "peaks inside one operator, beyond those of the kernels that are known",
+        "how weights are read: the stage load counts one 16-bit weight beside the 4-bit ones, not the reader's buffers",
+        "shorter and masked rows: every row is traced full and learnt whole, which is the most that it can be",
+    ),
+    "cuda": (
+        "what other runs of the same recipe see: fragmentation depends on the order of lengths",
+        "the components inside a peak: weights, gradients and optimizer are known, the rest counts as activations",
+    ),
+}
+
+
+def height(parts: Mapping[str, int]) -> int:
+    """Return the bytes on the device of a stage's components."""
+    return sum(size for name, size in parts.items() if name not in ELSEWHERE)
+
+
+def measured_plan(plan: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of a measurement: a plan's fields, with what was measured in the place of estimates.
+
+    Args:
+        plan: The estimate, as `plan_to_dict` gives it, or `{"estimate": None, "why": ...}`.
+        report: What the job left: `source` (`trace` or `cuda`), `peaks` by stage and component,
+            `trainable_parameters`, and where they were measured `reserved_bytes` and `device_bytes`.
+    """
+    source, peaks = str(report["source"]), {stage: dict(parts) for stage, parts in report["peaks"].items()}
+    stage = max(peaks, key=lambda name: height(peaks[name]))
+    peak = height(peaks[stage])
+    reserved = _seen_or_added(peak, plan, report, "reserved")
+    device = _seen_or_added(peak, plan, report, "device")
+    budget = plan.get("budget_bytes")
+    highest = device["high"] if device else peak
+    fits = None if budget is None or (device is None and peak <= budget) else highest <= budget
+    context = plan["components"]["context"] if "components" in plan else 0
+    return {
+        **{key: value for key, value in plan.items() if key not in ("estimate", "why")},
+        "source": source,
+        "peak_bytes": peak,
+        "reserved_bytes": reserved["expected"] if reserved else None,
+        "device_bytes": device["expected"] if device else None,
+        "low_bytes": peak,
+        "high_bytes": highest,
+        "ranges": {
+            "allocated": dict.fromkeys(("low", "expected", "high"), peak),
+            "reserved": reserved,
+            "device": device,
+        },
+        "headroom_bytes": None if budget is None or device is None else budget - device["expected"],
+        "fits": fits,
+        "verdict": None if fits is None else _verdict(fits, device, budget),
+        "stage": stage,
+        "stages": {name: height(parts) for name, parts in peaks.items()},
+        "components": {**{name: peaks[stage].get(name, 0) for name in COMPONENTS}, "context": context},
+        "trainable_parameters": report["trainable_parameters"],
+        "components_by_stage": peaks,
+        "unknown": list(UNKNOWN.get(source, ())),
+        "estimate": _estimate_beside(plan, peak),
+        "seconds": report.get("seconds"),
+        "card": report.get("card"),
+        "versions": report.get("versions", {}),
+    }
+
+
+def _seen_or_added(peak: int, plan: Mapping[str, Any], report: Mapping[str, Any], name: str) -> dict[str, int] | None:
+    """Return a range: what a card showed, else the peak and what the estimate adds to its own."""
+    seen = report.get(f"{name}_bytes")
+    if isinstance(seen, int):
+        return dict.fromkeys(("low", "expected", "high"), seen)
+    ranges = plan.get("ranges")
+    if not ranges:
+        return None
+    return {end: peak + ranges[name][end] - ranges["allocated"][end] for end in ("low", "expected", "high")}
+
+
+def _verdict(fits: bool, device: Mapping[str, int] | None, budget: int) -> str:
+    if fits:
+        return "fits"
+    return "tight" if device and device["expected"] <= budget else "does not fit"
+
+
+def _estimate_beside(plan: Mapping[str, Any], peak: int) -> dict[str, Any] | None:
+    if "peak_bytes" not in plan:
+        return None
+    expected = plan["peak_bytes"]
+    return {
+        "peak_bytes": expected,
+        "stage": plan["stage"],
+        "stages": plan["stages"],
+        "components": plan["components"],
+        "difference": expected / peak - 1 if peak else None,
+    }

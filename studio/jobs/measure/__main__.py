@@ -1,0 +1,39 @@
+"""The measuring job: `python -m studio.jobs.measure RUN_DIR`, started by `studio.runs.supervise`."""
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+from studio.core.errors import BadInput, JobFailed
+from studio.core.recipe_parse import recipe_from_dict
+from studio.runs.job import read_job
+from studio.runs.measure_request import MeasureRequest
+from studio.runs.worker import Worker, run_job
+
+
+def _body(worker: Worker) -> None:
+    request = read_job(worker.paths)
+    if not isinstance(request, MeasureRequest):
+        raise BadInput("this run is not a measurement")
+    recipe = recipe_from_dict(tomllib.loads(request.recipe))
+    if request.how == "trace" or recipe.device.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif recipe.device.device.startswith("cuda:"):
+        # Before torch is imported: the job then sees one card, called cuda:0.
+        os.environ["CUDA_VISIBLE_DEVICES"] = recipe.device.device.removeprefix("cuda:")
+    from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the card is chosen
+
+    measure_run(worker, request, recipe)
+
+
+def _explain(error: BaseException) -> JobFailed | None:
+    from studio.jobs.train.failures import explain  # noqa: PLC0415  torch is loaded by then, or never was
+
+    return explain(error)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m studio.jobs.measure RUN_DIR")
+    sys.exit(run_job(Path(sys.argv[1]), _body, explain=_explain))

@@ -1,0 +1,50 @@
+"""One measurement from its request to its report: traced without a card, or run for real on one."""
+
+import json
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from studio.core.events import Finished, Phase, Started
+from studio.core.recipe import Recipe
+from studio.jobs.measure.real import measure_card
+from studio.jobs.measure.trace import Target, trace
+from studio.probe.measure import base_config
+from studio.runs.atomic import write_whole
+from studio.runs.measure_request import MeasureRequest
+from studio.runs.worker import Worker
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None:
+    """Measure a training step and leave `report.json`: bytes by stage and component.
+
+    Raises:
+        BadInput: The model cannot be built or loaded.
+        JobFailed: The recipe does not fit the model, or its step cannot be traced.
+    """
+    versions = {name: version(name) for name in _LIBRARIES}
+    worker.emit(Started, job="measure", method=recipe.method, model=recipe.model.base, versions=versions)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    began = time.perf_counter()
+    if request.how == "auto" and request.device == "cuda" and torch.cuda.is_available():
+        worker.emit(Phase, name="training three steps on the longest rows")
+        seen = measure_card(worker, recipe)
+    else:
+        worker.emit(Phase, name="tracing the step without weights", detail=recipe.method)
+        seen = _traced(request, recipe)
+    report = {**seen, "versions": versions, "seconds": round(time.perf_counter() - began, 3)}
+    write_whole(worker.paths.report, json.dumps(report, indent=1))
+    worker.emit(Finished, outcome="done", seconds=report["seconds"])
+
+
+def _traced(request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
+    major, _, minor = request.capability.partition(".")
+    target = Target(request.device, request.dtype, (int(major), int(minor or 0)))
+    seen = trace(recipe, base_config(recipe.model.base, recipe.model.revision), target)
+    return {"source": "trace", "peaks": seen.log.peaks(), "trainable_parameters": seen.trainable_parameters}

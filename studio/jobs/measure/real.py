@@ -1,0 +1,163 @@
+"""A training step on a real card: the job's own model, optimizer and loop, and torch's own counters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from studio.core.events import MemorySeen, RunEvent
+from studio.core.recipe import Recipe
+from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
+from studio.jobs.measure.storages import Peaks
+from studio.jobs.measure.weightless import frozen_tensors
+from studio.jobs.train.batches import collate
+from studio.jobs.train.memory import limit_memory
+from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.phase import PhaseTeller
+from studio.jobs.train.precision import choose_precision
+from studio.jobs.train.step_model import StepModel
+from studio.jobs.train.trainable_model import trainable_model
+from studio.probe.gpus import read_gpus
+from studio.probe.models import find_base
+from studio.probe.plan import card_of
+from studio.runs.worker import Worker
+
+_STEPS = 3
+_PROVEN_TOKENS = 64
+
+
+class Counters(Protocol):
+    """What of `torch.cuda` is read."""
+
+    def max_memory_allocated(self) -> int:
+        """Bytes of live tensors at their highest since the last reset."""
+
+    def reset_peak_memory_stats(self) -> None:
+        """Begin anew."""
+
+
+class CardMeter:
+    """Reads the allocator's peak at the end of every stage, and keeps the highest of each.
+
+    What weights, gradients and optimizer hold is known by their tensors; the rest of a peak is counted as activations,
+    around the loss as logits.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._stage = ""
+        self._heights: dict[str, int] = {}
+        self._parts: dict[str, dict[str, int]] = {}
+        self._held: dict[str, int] = {}
+
+    def stage(self, name: str) -> None:
+        """Say that a stage begins: the one before is over."""
+        self._close()
+        self._stage = name
+
+    def claim(self, tensors: Iterable[Any], component: str) -> None:
+        """Say what tensors belong to; of the adapter's gradients all are alive at the end of the backward."""
+        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
+        if component == "gradients":
+            self._held[component] = self._held.get(component, 0) + sum(seen.values())
+        else:
+            self._held[component] = sum(seen.values())
+
+    def seen(self, peak_bytes: int) -> None:
+        """Take over a peak that somebody else read, and reset, within the stage."""
+        self._fold(peak_bytes)
+
+    def peaks(self) -> Peaks:
+        """Return the bytes of every stage at its highest point, by component."""
+        self._close()
+        return {stage: dict(self._parts[stage]) for stage in self._heights}
+
+    def _close(self) -> None:
+        height = self._counters.max_memory_allocated()
+        self._counters.reset_peak_memory_stats()
+        self._fold(height)
+        if self._stage == "optimizer":
+            self._held.pop("gradients", None)
+
+    def _fold(self, height: int) -> None:
+        stage = self._stage
+        held = {name: size for name, size in self._held.items() if name != "gradients" or stage == "optimizer"}
+        if stage and height > self._heights.get(stage, -1):
+            rest = "logits" if stage == "loss" else "activations"
+            self._heights[stage] = height
+            self._parts[stage] = {**held, rest: max(0, height - sum(held.values()))}
+
+
+def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
+    """Train three steps and one held-out batch on the longest rows and return what the card held.
+
+    Raises:
+        BadInput: The model cannot be loaded.
+        JobFailed: The recipe does not fit the model.
+    """
+    before = card_of(recipe.device.device, read_gpus())
+    used_before = (before.used_bytes if before else None) or 0
+    shown = 0
+
+    def emit(kind: type[RunEvent], **fields: Any) -> None:
+        nonlocal shown
+        if kind is MemorySeen:
+            # The loop's own watch resets the counters.
+            meter.seen(fields.get("peak_bytes") or 0)
+            shown = max(shown, fields.get("device_bytes") or 0)
+        worker.emit(kind, **fields)
+
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    limit_memory(recipe.device.budget_gib, device)
+    precision = choose_precision(recipe.model.dtype, device)
+    torch.manual_seed(recipe.train.seed)
+    meter = CardMeter(torch.cuda)
+    meter.stage("load")
+    base = find_base(recipe.model.base, recipe.model.revision)
+    model, _ = trainable_model(
+        recipe, base, device, precision, worker=worker, tell=PhaseTeller(worker.emit), checkpoint=None
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    known = {id(p) for p in trained}
+    meter.claim((t for t in frozen_tensors(model) if id(t) not in known), "base")
+    meter.claim(trained, "adapter")
+    step_model = StepModel(model, recipe.train.loss, precision.autocast)
+    vocabulary = step_model.causal.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    step_model.prove(collate([longest_row(_PROVEN_TOKENS, vocabulary)], 0, device))
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        kind=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
+        device=device,
+        warn=lambda message: None,
+    )
+    run_steps(
+        step_model,
+        recipe,
+        meter,
+        optimizer=optimizer,
+        scaler=precision.scaler(),
+        batcher=PlacedBatcher(recipe.train.micro_batch, 0, device),
+        steps=_STEPS,
+        emit=emit,
+    )
+    peaks = meter.peaks()
+    reserved = torch.cuda.max_memory_reserved(device)
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "source": "cuda",
+        "peaks": peaks,
+        "trainable_parameters": sum(p.numel() for p in trained),
+        "reserved_bytes": reserved,
+        "device_bytes": max(reserved, shown - used_before) if shown else None,
+        "card": {
+            "name": properties.name,
+            "total_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        },
+    }

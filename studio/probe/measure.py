@@ -1,0 +1,85 @@
+"""From a wish to measure a training step to a running job: check, make the run's folder, launch."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.recipe_parse import refuse
+from studio.core.text import plain
+from studio.probe.gguf_header import read_gguf_header
+from studio.probe.model_folder import CONFIG, read_config
+from studio.probe.models import find_base
+from studio.probe.shape import config_of_gguf
+from studio.probe.space import check_space
+from studio.probe.start import launch_prepared, prepare_run
+from studio.runs.job import MODULES
+from studio.runs.layout import RunPaths
+from studio.runs.measure_request import MeasureRequest
+
+_MOST_REPORT_BYTES = 2**20
+
+
+def start_measure(
+    request: MeasureRequest,
+    recipe: Recipe,
+    plan: Mapping[str, Any],
+    runs_root: Path,
+    *,
+    module: str = MODULES["measure"],
+    now: Callable[[], float] = time.time,
+    **launching: Any,
+) -> RunPaths:
+    """Check a measurement, make its run and launch the worker; return when the worker holds the run.
+
+    Args:
+        request: What to measure.
+        recipe: The request's.
+        plan: The estimate, kept in the run.
+        runs_root: Where runs live.
+        module: The job's module.
+        now: Unix seconds.
+        launching: As for `launch`.
+
+    Raises:
+        BadInput: The recipe or the model cannot be used; no folder was made.
+        StudioError: The worker cannot be started; no folder is left.
+    """
+    refuse(recipe.problems())
+    base_config(recipe.model.base, recipe.model.revision)
+    check_space(runs_root)
+    return launch_prepared(prepare_run(request, runs_root, now(), plan), module, launching)
+
+
+def base_config(word: str, revision: str = "") -> dict[str, Any]:
+    """Return the config.json of the model that a word names: a folder, a file of one, a .gguf, a hub id, or `embedded`.
+
+    Raises:
+        BadInput: There is no such model, or its config is not known before it is downloaded.
+    """
+    path = Path(word) if word != EMBEDDED and "\0" not in word else None
+    if path is not None and path.is_file():
+        if path.suffix == ".gguf":
+            return config_of_gguf(read_gguf_header(path))
+        return read_config(path if path.suffix == ".json" else path.with_name(CONFIG))
+    if path is not None and path.is_dir():
+        return read_config(path / CONFIG)
+    config = find_base(word, revision).config
+    if config is None:
+        shown = plain(word, one_line=True, limit=200)
+        raise BadInput(f"Nothing is known of {shown} before it is downloaded: it has no config.json.")
+    return config
+
+
+def read_measurement(paths: RunPaths) -> dict[str, Any] | None:
+    """Return what a measurement left, None where it left nothing that can be read."""
+    try:
+        if paths.report.stat().st_size > _MOST_REPORT_BYTES:
+            return None
+        report = json.loads(paths.report.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return report if isinstance(report, dict) and isinstance(report.get("peaks"), dict) else None
