@@ -1,0 +1,142 @@
+"""The rows of the grid of traces: models, how many of their layers, and settings. Imports no torch."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from studio.core.recipe import Recipe
+
+DATA = Path(__file__).parents[1] / "data"
+TRACES = DATA / "traces.json"
+
+PHI_3_MINI = {
+    "model_type": "phi3",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "pad_token_id": 32000,
+}
+GEMMA_3_1B = {
+    "model_type": "gemma3_text",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+OLMO_2_1B = {
+    "model_type": "olmo2",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 100352,
+    "tie_word_embeddings": False,
+}
+STABLELM_2_1_6B = {
+    "model_type": "stablelm",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "partial_rotary_factor": 0.25,
+    "use_qkv_bias": True,
+    "vocab_size": 100352,
+    "tie_word_embeddings": False,
+}
+OWN = {
+    "Phi-3-mini-4k": PHI_3_MINI,
+    "gemma-3-1b": GEMMA_3_1B,
+    "OLMo-2-1B": OLMO_2_1B,
+    "stablelm-2-1_6b": STABLELM_2_1_6B,
+}
+
+SHALLOW = {
+    "Llama-3.2-1B": 4,
+    "Qwen2.5-1.5B": 4,
+    "Qwen3-4B": 4,
+    "gemma-2b": 3,
+    "gemma-2-2b": 4,
+    "gemma-3-1b": 6,
+    "Mistral-7B-v0.1": 3,
+    "Phi-3-mini-4k": 4,
+    "PowerLM-3b": 4,
+    "falcon-7b": 3,
+    "phi-1_5": 4,
+    "OLMo-2-1B": 4,
+    "stablelm-base-alpha-3b": 3,
+    "stablelm-2-1_6b": 4,
+}
+"""Model and how many of its layers are traced."""
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"},
+    {"method": "lora", "seq_len": 1024, "micro_batch": 2, "rank": 8},
+    {"method": "qlora", "seq_len": 512, "micro_batch": 4, "rank": 64, "loss": "full", "optimizer": "adamw_8bit"},
+    {"method": "lora", "seq_len": 512, "grad_checkpointing": False, "rank": 32, "optimizer": "paged_adamw_32bit"},
+    {"method": "qlora", "seq_len": 1024, "grad_checkpointing": False, "micro_batch": 2, "double_quant": False},
+    {"method": "lora", "seq_len": 768, "micro_batch": 3, "loss": "full", "accumulation": 4, "optimizer": "adamw_8bit"},
+    {"method": "qlora", "seq_len": 384, "dropout": 0.05, "rank": 128, "accumulation": 2, "dtype": "fp16"},
+    {"method": "lora", "seq_len": 1536, "attention": "eager", "rank": 16},
+    {"method": "qlora", "seq_len": 4096, "rank": 4, "micro_batch": 1, "loss": "full"},
+    {"method": "lora", "seq_len": 256, "micro_batch": 8, "grad_checkpointing": False, "loss": "full", "dropout": 0.1},
+)
+PER_MODEL = 5
+
+FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
+    ("Llama-3.1-8B", {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
+    ("Llama-2-13b-hf", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
+    ("Qwen2.5-0.5B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
+    ("gemma-3-1b", {"method": "qlora", "seq_len": 2048, "rank": 8}),
+    ("SmolLM2-135M", {"method": "lora", "seq_len": 1024, "micro_batch": 4, "grad_checkpointing": False}),
+    ("TinyLlama-1.1B", {"method": "lora", "seq_len": 2048, "micro_batch": 2, "loss": "full", "accumulation": 8}),
+)
+
+_SECTIONS = {
+    "model": {"dtype", "double_quant"},
+    "adapter": {"rank", "dropout", "targets"},
+    "train": {"seq_len", "micro_batch", "accumulation", "optimizer", "grad_checkpointing", "loss", "attention"},
+}
+
+
+def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+    """Yield the model's name, how many of its layers, and the settings; every model gets its own part of the table."""
+    for number, (model, layers) in enumerate(SHALLOW.items()):
+        for offset in range(PER_MODEL):
+            yield model, layers, SETTINGS[(number * 3 + offset * 2 + offset // 5) % len(SETTINGS)]
+    for model, settings in FULL_DEPTH:
+        yield model, None, settings
+
+
+def config_of(model: str, layers: int | None) -> dict[str, Any]:
+    """Return a model's config with so many layers, or all."""
+    known = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8")) | OWN
+    config = {key: value for key, value in known[model].items() if not key.startswith("_")}
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+        config.pop("layer_types", None)
+    return config
+
+
+def recipe_of(settings: dict[str, Any]) -> Recipe:
+    """Return the recipe of a row; what it does not name is the recipe's default, but for one micro-batch per step."""
+    recipe = Recipe().with_("train.accumulation", 1).with_("model.dtype", "bf16")
+    for name, value in settings.items():
+        section = next((f"{section}." for section, names in _SECTIONS.items() if name in names), "")
+        recipe = recipe.with_(f"{section}{name}", value)
+    assert recipe.problems() == (), recipe.problems()
+    return recipe
