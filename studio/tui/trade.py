@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from studio.core.recipe import Method, Recipe
 from studio.core.vram.setup import setup_of
 from studio.probe.pace import Pace, pace_of
+from studio.probe.quality import audited
+from studio.runs.quality import Outcome
 from studio.tui.forecast import ADAPTER_BYTES_PER_PARAMETER, Forecaster, Outlook
 from studio.tui.readable import UNKNOWN, gib
 
@@ -32,11 +34,13 @@ class Side:
         outlook: What it needs.
         largest: Largest micro-batch that fits; None without a card or while it is worked out.
         pace: Speed and time; None while they are worked out.
+        measured: What a race measured of it on this model and data; None where none was run.
     """
 
     outlook: Outlook
     largest: int | None = None
     pace: Pace | None = None
+    measured: Outcome | None = None
 
 
 def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[Method, Side]:
@@ -45,11 +49,16 @@ def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[M
     Raises:
         BadInput: The recipe cannot be estimated.
     """
+    raced = audited(recipe) if batches else {}
     sides: dict[Method, Side] = {}
     for method in METHODS:
         turned = recipe.with_("method", method)
-        largest = forecaster.largest_batch(turned) if batches else None
-        sides[method] = Side(forecaster.outlook(turned), largest, _pace(turned, forecaster) if batches else None)
+        outlook = forecaster.outlook(turned)
+        if batches:
+            largest, pace = forecaster.largest_batch(turned), _pace(turned, forecaster)
+            sides[method] = Side(outlook, largest, pace, raced.get(method))
+        else:
+            sides[method] = Side(outlook)
     return sides
 
 
@@ -80,7 +89,7 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
         ("trained", *(f"{count / 1e6:.1f} M" for count in trained)),
         ("adapter file", *(_size(count * ADAPTER_BYTES_PER_PARAMETER) for count in trained)),
         ("merge", "into 16-bit", "through 16-bit"),
-        ("quality", "the reference", "not measured"),
+        *_quality_rows(pair),
     ]
     return [(row[0], row[1], row[2]) for row in rows]
 
@@ -89,7 +98,28 @@ def footnote(sides: dict[Method, Side]) -> str:
     """Return what no cell of the table can say: how the methods merge, what quality costs, whence the speed."""
     pace = sides["lora"].pace
     speed = "" if pace is None else f" Speed: {pace.speed.basis}." if pace.speed else f" Speed: {pace.why_not}."
-    return f"{MERGE} {QUALITY}{speed}"
+    return f"{MERGE} {_quality_words([sides[method] for method in METHODS])}{speed}"
+
+
+def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
+    """Return the held-out losses that a race measured, else that nobody has measured them."""
+    lora, qlora = (side.measured for side in pair)
+    if lora is None or qlora is None:
+        return [("quality", "the reference", "not measured")]
+    more = qlora.more
+    span = f"{more.low:+.3f} to {more.high:+.3f}" if more.low is not None and more.high is not None else UNKNOWN
+    return [
+        ("held-out loss", f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}"),
+        ("4 bit adds", UNKNOWN, span),
+    ]
+
+
+def _quality_words(pair: list[Side]) -> str:
+    raced = [side.measured for side in pair if side.measured]
+    if len(raced) < len(pair):
+        return QUALITY
+    steps, tokens = raced[0].steps, raced[0].tokens
+    return f"The loss is measured here: a race of {steps} steps each, {tokens} held-out tokens, 95 % interval."
 
 
 def _pace_rows(pair: list[Side], waiting: bool) -> list[tuple[str, str, str]]:

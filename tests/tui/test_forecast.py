@@ -8,9 +8,11 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
+from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
-from studio.tui import kept
+from studio.runs.quality import Outcome
+from studio.tui import kept, trade
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Card, Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import applied_text, fixes_text, over_budget_text, table_text
@@ -159,6 +161,22 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     bare = [row[0] for row in rows_of(unknown, waiting=False)]
     assert "on this card" not in bare
     assert "largest batch" not in bare
+
+
+def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = Outcome("m", "d", "lora", "a", Interval(2.787, 2.44, 3.17), Interval(0.0, 0.0, 0.0), 900, 40)
+    qlora = Outcome("m", "d", "qlora", "b", Interval(2.805, 2.46, 3.19), Interval(0.018, 0.004, 0.031), 900, 40)
+    for raced, measured in (({"lora": lora, "qlora": qlora}, True), ({"lora": lora}, False), ({}, False)):
+        monkeypatch.setattr(trade, "audited", lambda recipe: raced)  # noqa: B023  used at once
+        sides = sides_of(SMALL, on_4090(), batches=True)
+        rows = {row[0]: row[1:] for row in rows_of(sides, waiting=False)}
+        told = table_text(sides, "qlora", waiting=False).plain
+        assert ("quality" in rows) is not measured
+        assert ("LitGPT" in told) is not measured
+        if measured:
+            assert rows["held-out loss"] == ("2.787", "2.805")
+            assert rows["4 bit adds"][1] == "+0.004 to +0.031"
+            assert "40 steps each, 900 held-out tokens" in told
 
 
 def test_the_words_name_stage_room_card_and_others() -> None:
