@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
     pace = pace_of(recipe, shape, setup, card.gpu)
+    if not args.recipe_word and recipe.data.path == Recipe().data.path:
+        pace = replace(pace, steps=None, tokens=None, duration=None)  # nobody has named any data
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
         write_json({**plan, **pace_to_dict(pace), "card": asdict(card.reading) if card.reading else None})
