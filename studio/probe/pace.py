@@ -141,10 +141,11 @@ def _run_tokens(recipe: Recipe, guess: RowsGuess) -> tuple[int, tuple[float, flo
 
 def _observations() -> tuple[Observation, ...]:
     try:
-        status = calibration_path().stat()
-    except OSError:
+        path = calibration_path()
+        status = path.stat()
+    except (OSError, RuntimeError, ValueError):  # no such home, a NUL in its name
         return ()
-    return _read(str(calibration_path()), status.st_mtime_ns, status.st_size)
+    return _read(str(path), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4)

@@ -272,6 +272,31 @@ def test_a_broken_calibration_never_breaks_a_plan(cli: Cli, llama: str, home: Pa
     assert (outcome.code, outcome.err, outcome.document) == (0, "", before)
 
 
+@pytest.mark.parametrize("place", ["~nobody-here/home", "/dev/null/home", "x" * 300])
+def test_a_home_that_cannot_be_looked_into_never_breaks_a_plan(
+    cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("LORA_STUDIO_HOME", place)
+    assert cli("plan", "--model", llama, "--gpu", "4090", "--json").code == 0
+
+
+def test_a_calibration_that_may_not_be_read_never_breaks_a_plan(
+    cli: Cli, llama: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(exist_ok=True)
+    (home / "calibration.json").write_text("{}")
+
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "calibration.json":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert cli("plan", "--model", llama, "--gpu", "4090", "--json").code == 0
+
+
 def test_an_unknown_architecture_has_a_wide_range_and_a_way_to_know(cli: Cli, llama: str) -> None:
     config = CONFIGS["Llama-3.1-8B"] | {"model_type": "brand_new", "architectures": ["BrandNewForCausalLM"]}
     Path("new.json").write_text(json.dumps(config))
