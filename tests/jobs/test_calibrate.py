@@ -1,10 +1,14 @@
 """A finished run is remembered: what was predicted for its own batches beside what was measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from studio.core.recipe import Recipe
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
 from studio.probe.calibrate import observe, remember_run, setting_of
+from studio.probe.pace import pace_of, process_of
 from studio.probe.shape import find_shape
 from studio.runs.calibration import observation_to_dict, read_observations
 from tests.jobs.conftest import Train, history_of
@@ -51,6 +55,21 @@ def _stretched(history):  # type: ignore[no-untyped-def]
 
     history.planned = replace(history.planned, batch_tokens=4096)
     return history
+
+
+def test_the_next_plan_knows_this_processor(recipe: Recipe, train: Train, own_calibration: Path) -> None:
+    recipe = recipe.with_("train.steps", 8)
+    shape = find_shape(recipe.model.base)
+    setup = replace(setup_of(recipe), seq_len=20)
+    assert pace_of(recipe, shape, setup, None).speed is None
+    history = history_of(train(recipe))
+    measured = sum(history.train.tokens[2:]) / sum(history.train.seconds[2:])
+    speed = pace_of(recipe, shape, setup, None).speed
+    assert speed is not None
+    assert speed.low < measured < speed.high
+    process = process_of(estimate_vram(shape, setup), setup)
+    assert process is not None
+    assert process.low < max(history.memory.resident_peak_bytes) < process.high
 
 
 def test_a_run_of_a_few_steps_says_nothing(recipe: Recipe, train: Train, own_calibration: Path) -> None:
