@@ -62,7 +62,7 @@ def measured_plan(plan: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
         },
         "headroom_bytes": None if budget is None or device is None else budget - device["expected"],
         "fits": fits,
-        "verdict": None if fits is None else _verdict(fits, device, budget),
+        "verdict": _verdict(fits, device, budget),
         "stage": stage,
         "stages": {name: height(parts) for name, parts in peaks.items()},
         "components": {**{name: peaks[stage].get(name, 0) for name in COMPONENTS}, "context": context},
@@ -87,7 +87,9 @@ def _seen_or_added(peak: int, plan: Mapping[str, Any], report: Mapping[str, Any]
     return {end: peak + ranges[name][end] - ranges["allocated"][end] for end in ("low", "expected", "high")}
 
 
-def _verdict(fits: bool, device: Mapping[str, int] | None, budget: int) -> str:
+def _verdict(fits: bool | None, device: Mapping[str, int] | None, budget: int | None) -> str | None:
+    if fits is None or budget is None:
+        return None
     if fits:
         return "fits"
     return "tight" if device and device["expected"] <= budget else "does not fit"

@@ -5,22 +5,21 @@ no dispatch sees (logsumexp's in the chunked loss).
 """
 
 import gc
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from studio.core.measured import height
 from studio.core.recipe import AdapterSection
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import stages_of
+from studio.jobs.measure.storages import Storages
+from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel
 
@@ -35,34 +34,6 @@ SHAPE = {
 RANK = 8
 
 
-class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def track(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._known and self._known[key]() is storage:
-            return
-
-        def died(_: Any) -> None:
-            if self._known.pop(key, None) is not None:
-                self.live -= size
-
-        self._known[key] = weakref.ref(storage, died)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.track, out)
-        return out
-
-
 def four_bit(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every linear layer but the head by a real NF4 one with double quantisation."""
     for name, module in list(model.named_modules()):
@@ -72,15 +43,6 @@ def four_bit(model: nn.Module, dtype: torch.dtype) -> None:
             layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=layer)
             setattr(model.get_submodule(parent), last, layer.to("cpu"))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
-
-
-def frozen_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
 
 
 def one_step(setup: Setup, dtype: torch.dtype, vocabulary: int) -> int:
@@ -102,10 +64,9 @@ def tracked_peak(model: Any, setup: Setup, dtype: torch.dtype, vocabulary: int) 
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     gc.collect()
     with Storages() as storages:
-        for tensor in frozen_tensors(model):
-            storages.track(tensor)
+        storages.claim(frozen_tensors(model), "base")
         step(batch).backward()
-    return storages.peak
+    return max(map(height, storages.log.peaks().values()))
 
 
 def predicted(setup: Setup, vocabulary: int) -> int:

@@ -31,12 +31,27 @@ class StorageLog:
         components: What each birth belongs to; may be settled after it died.
         events: `n` is the birth of storage n, `~n` its death.
         stages: Where in `events` each stage begins, and its name; a stage may come again.
+        sums: Births that are sums made in a backward, and the birth of the first summand.
     """
 
     sizes: list[int] = field(default_factory=list)
     components: list[str] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     stages: list[tuple[int, str]] = field(default_factory=list)
+    sums: dict[int, int] = field(default_factory=dict)
+
+    def really(self) -> list[int]:
+        """Return the events as they are without anybody looking.
+
+        Under a dispatch mode, and for fake tensors, autograd adds gradients up in new storages; otherwise it adds in
+        place where nobody else holds the first one (torch/csrc/autograd/input_buffer.cpp can_accumulate_inplace).
+        """
+        events = list(self.events)
+        for position, event in enumerate(self.events[:-1]):
+            first = self.sums.get(event)
+            if first is not None and self.events[position + 1] == ~first and self.sizes[first] == self.sizes[event]:
+                events[position], events[position + 1] = ~first, event
+        return events
 
     def peaks(self) -> Peaks:
         """Return the components of every stage at its highest point; what is elsewhere adds no height."""
@@ -46,7 +61,7 @@ class StorageLog:
         total, stage = 0, ""
         starts = [*self.stages, (len(self.events) + 1, "")]
         following = 0
-        for position, event in enumerate([*self.events, None]):
+        for position, event in enumerate([*self.really(), None]):
             while starts[following][0] <= position:
                 stage = starts[following][1]
                 following += 1
@@ -124,6 +139,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in tree_iter(out):
                 if isinstance(leaf, torch.Tensor):
                     self._number(leaf)
+            if func is torch.ops.aten.add.Tensor and torch._C._current_autograd_node() is not None:
+                self.log.sums[self._number(out)] = self._number(args[0])
         return out
 
     def _number(self, tensor: torch.Tensor) -> int:
