@@ -23,7 +23,7 @@ from textual.screen import ModalScreen, Screen
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenRun
+from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.setup_finder import Finder
@@ -153,6 +153,13 @@ class StudioApp(App[None]):
 
     def on_show_setup(self) -> None:
         """Ask the questions of the guided set-up."""
+    def on_show_audits(self, message: ShowAudits) -> None:
+        """List the audits, or begin one of a run."""
+        from studio.tui.screens.audit import AuditScreen  # noqa: PLC0415  as above
+
+        recipe, pace = self._configure.recipe, self._poll_seconds
+        self.push_screen(AuditScreen(recipe, self._runs_root, poll_seconds=pace, run=message.run))
+
         from studio.tui.screens.setup import SetupScreen  # noqa: PLC0415  brings the estimator: 0.1 s
 
         self.push_screen(SetupScreen(finder=self._finder, runs_root=self._runs_root), self._after_setup)

@@ -18,5 +18,14 @@ class ShowRuns(Message):
     """The user wants the list of runs."""
 
 
+class ShowAudits(Message):
+    """The user wants the audits, and with a run that its adapter is audited."""
+
+    def __init__(self, run: RunPaths | None = None) -> None:
+        """Carry the run."""
+        super().__init__()
+        self.run = run
+
+
 class ShowSetup(Message):
     """The user wants the guided set-up."""

@@ -15,7 +15,7 @@ from textual.widgets import Footer
 from studio.core.errors import StudioError
 from studio.core.recipe import PATHS, Recipe
 from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenRun, ShowRuns, ShowSetup
+from studio.tui.asks import OpenRun, ShowAudits, ShowRuns, ShowSetup
 from studio.tui.engine import Engine
 from studio.tui.panels.advice import Advice
 from studio.tui.panels.forecast import Forecast
@@ -42,6 +42,7 @@ class ConfigureScreen(Screen[None]):
         Binding("g", "choose_card", "Card"),
         Binding("v", "turn_view", "Memory"),
         Binding("o", "show_runs", "Runs"),
+        Binding("a", "show_audits", "Audit"),
         Binding("s", "save", "Save", show=False),
         Binding("O", "open", "Open", show=False),
         Binding("S", "setup", "Guided set-up", show=False),
@@ -183,6 +184,10 @@ class ConfigureScreen(Screen[None]):
     def action_show_runs(self) -> None:
         """Show the list of runs."""
         self.post_message(ShowRuns())
+
+    def action_show_audits(self) -> None:
+        """Show what was measured of 4 bits, and measure more."""
+        self.post_message(ShowAudits())
 
     def action_setup(self) -> None:
         """Go through the guided set-up."""

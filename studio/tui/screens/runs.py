@@ -20,7 +20,7 @@ from studio.core.text import plain
 from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs, remove_run
-from studio.tui.asks import OpenRun
+from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.readable import UNKNOWN, number
 from studio.tui.screens.confirm import Confirm
@@ -39,6 +39,7 @@ class RunsScreen(Screen[None]):
         Binding("R", "resume", "Resume"),
         Binding("space", "mark", "Mark"),
         Binding("c", "compare", "Compare"),
+        Binding("a", "audit", "Audit"),
         Binding("n", "note", "Note"),
         Binding("d", "remove", "Delete"),
         Binding("slash", "filter", "Filter"),
@@ -181,6 +182,16 @@ class RunsScreen(Screen[None]):
             self.app.push_screen(CompareScreen(marked))
         else:
             self.app.notify(f"{len(marked)} marked: mark 2 to {MOST} runs with space.", markup=False)
+
+    def action_audit(self) -> None:
+        """Audit the chosen run's adapter."""
+        info = self._chosen
+        if info is None:
+            return
+        if info.status.live or not info.paths.adapter.is_dir():
+            self.app.notify("Only a training run that has ended with an adapter can be audited.", markup=False)
+            return
+        self.post_message(ShowAudits(info.paths))
 
     def action_remove(self) -> None:
         """Ask, then delete the chosen run with its checkpoints and adapter."""

@@ -1,0 +1,184 @@
+"""The audit screen: what was measured is shown with its intervals, and an audit is begun from recipe and run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import DataTable
+
+from studio.core.errors import BadInput
+from studio.core.events import Finished, Started
+from studio.core.recipe import Recipe
+from studio.runs.audit_request import AuditRequest
+from studio.runs.job import write_job
+from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import dump_recipe
+from studio.runs.worker import Worker
+from studio.tui.app import StudioApp
+from studio.tui.panels.audit_report import block_curve, lane_curves
+from studio.tui.screens.audit import AuditScreen
+from studio.tui.screens.run import RunScreen
+from tests.fakes.audit_job import base_report, figures
+from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, play, shown, until
+
+
+def an_audit(root: Path, name: str = "audit-base", report: dict[str, object] | None = None) -> RunPaths:
+    """A finished audit with its report, told by a real worker."""
+    paths = RunPaths(root / "runs" / name)
+    paths.root.mkdir(parents=True)
+    paths.control.mkdir()
+    write_job(paths, AuditRequest("base", model="embedded", data="rows.jsonl"))
+    with Worker(paths) as worker:
+        worker.emit(Started, job="audit", method="base", model="embedded")
+        paths.report.write_text(json.dumps(report or base_report("embedded")))
+        worker.emit(Finished, outcome="done")
+    return paths
+
+
+def race_report() -> dict[str, object]:
+    lanes = [
+        {
+            "name": name,
+            "run": f"{name}-run",
+            "task": figures(loss, more, 0.1),
+            "neutral": figures(loss, more, 0.1),
+            "peak_predicted_bytes": 2**30,
+            "peak_measured_bytes": None,
+            "tokens_per_second": 120.0,
+            "seconds": 60.0,
+            "adapter_bytes": 2**20,
+            "curve": [[1, 4.0], [2, 3.0], [3, loss]],
+            "held_out": [[3, loss]],
+        }
+        for name, loss, more in (("lora", 2.0, 0.0), ("qlora", 2.2, 0.2))
+    ]
+    advice = {"best": "lora", "sentence": "lora learns better.", "reason": "so it is", "certainty": "40 tokens"}
+    shared = {"schema": 1, "what": "race", "recipe": "mine", "model": "embedded", "reference": "lora"}
+    return {**shared, "rows": {"task": 4, "neutral": 4}, "lanes": lanes, "recommendation": advice}
+
+
+async def opened(pilot: Pilot[None], app: StudioApp) -> AuditScreen:
+    await pilot.press("a")
+    await until(pilot, lambda: isinstance(app.screen, AuditScreen))
+    screen = app.screen
+    assert isinstance(screen, AuditScreen)
+    screen.look()
+    await until(pilot, lambda: screen.is_mounted)
+    return screen
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_without_an_audit_it_says_how_to_begin(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "No audit yet" in shown(app))
+        assert "Race LoRA/QLoRA" in shown(app)
+
+    play(story, tmp_path, size=size)
+
+
+def test_the_report_under_the_cursor_is_shown(tmp_path: Path) -> None:
+    an_audit(tmp_path)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "Do it." in shown(app))
+        for wanted in ("base embedded: 40 tokens of 4 held-out rows", "2.1000 (2.0000-2.2000)", "finished"):
+            assert wanted in shown(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+
+    play(story, tmp_path, size=(160, 50))
+
+
+def test_a_race_shows_its_lanes_and_curves(tmp_path: Path) -> None:
+    an_audit(tmp_path, "audit-race", race_report())
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "lora learns better." in shown(app))
+        assert "lane 2: qlora" in shown(app)
+        assert app.screen.query_one("#audit-lanes").has_class("-shown")
+        assert not app.screen.query_one("#audit-blocks").has_class("-shown")
+
+    play(story, tmp_path, size=(160, 50))
+
+
+def test_text_of_others_stays_text(tmp_path: Path) -> None:
+    report = base_report(HOSTILE)
+    report["recommendation"]["sentence"] = HOSTILE  # type: ignore[index]
+    report["variants"][1]["name"] = HOSTILE  # type: ignore[index]
+    report["blocks"][0]["name"] = HOSTILE  # type: ignore[index]
+    an_audit(tmp_path, report=report)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "[bold red]not bold[/]" in shown(app))
+        assert_harmless(app)
+
+    play(story, tmp_path, size=(160, 50))
+
+
+def test_an_audit_that_is_no_report_says_so(tmp_path: Path) -> None:
+    an_audit(tmp_path).report.unlink()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "no report yet" in shown(app))
+
+    play(story, tmp_path, size=WIDE)
+
+
+@pytest.mark.parametrize(("key", "what"), [("b", "base"), ("e", "race")])
+def test_the_recipe_is_audited(tmp_path: Path, key: str, what: str) -> None:
+    recipe = Recipe(name="mine").with_("train.seed", 5)
+    asked: list[AuditRequest] = []
+    made = an_audit(tmp_path, "audit-new")
+
+    def start(request: AuditRequest, runs_root: Path) -> RunPaths:
+        asked.append(request)
+        return made
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, start=start))
+        await until(pilot, lambda: isinstance(app.screen, AuditScreen))
+        await pilot.press(key)
+        await until(pilot, lambda: isinstance(app.screen, RunScreen))
+
+    play(story, tmp_path)
+    (request,) = asked
+    assert (request.what, request.model) == (what, "embedded")
+    assert request.recipe == (dump_recipe(recipe) if what == "race" else "")
+    assert request.seed == ("5" if what == "base" else "17")
+
+
+def test_a_refusal_is_said(tmp_path: Path) -> None:
+    def start(request: AuditRequest, runs_root: Path) -> RunPaths:
+        raise BadInput("the data are gone")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, start=start))
+        await until(pilot, lambda: isinstance(app.screen, AuditScreen))
+        await pilot.press("b")
+        await until(pilot, lambda: "the data are gone" in shown(app))
+
+    play(story, tmp_path)
+
+
+def test_a_run_without_an_adapter_is_not_audited(tmp_path: Path) -> None:
+    an_audit(tmp_path)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: app.screen.query(DataTable) and app.screen.query_one(DataTable).row_count == 1)
+        await pilot.press("a")
+        await until(pilot, lambda: "Only a training run" in shown(app))
+
+    play(story, tmp_path, size=WIDE)
+
+
+def test_curves_of_a_report() -> None:
+    assert lane_curves(race_report())[1] == ([1.0, 2.0, 3.0], [4.0, 3.0, 2.2])
+    assert block_curve(base_report()) == ([0.0, 1.0], [0.1, 0.2])
+    assert lane_curves(base_report()) == [] and block_curve(race_report()) == ([], [])
