@@ -1,5 +1,6 @@
 """The trace against real steps: every stage and every component, to the byte."""
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -7,9 +8,19 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from studio.core.errors import BadInput
+from studio.core.measured import height
 from studio.core.recipe import Recipe
+from studio.jobs.measure.__main__ import _body, _explain
+from studio.jobs.measure.real import CardMeter
 from studio.jobs.measure.storages import Peaks, Storages
 from studio.jobs.measure.trace import Target, run_engine, trace
+from studio.probe.measure import read_measurement
+from studio.runs.job import write_job
+from studio.runs.layout import RunPaths
+from studio.runs.measure_request import MeasureRequest
+from studio.runs.recipe_file import dump_recipe
+from studio.runs.worker import run_job
 
 LLAMA = {
     "model_type": "llama",
@@ -70,3 +81,98 @@ def test_a_trace_has_every_byte_of_a_real_step(fields: dict[str, Any]) -> None:
     recipe = recipe_of(**fields)
     dtype = fields.get("model__dtype", "bf16")
     assert trace(recipe, LLAMA, Target("cpu", dtype)).log.peaks() == measured(LLAMA, recipe, dtype)
+
+
+class FakeCounters:
+    """The counters of a card whose peaks are told beforehand, one for every time that they are read."""
+
+    def __init__(self, *peaks: int) -> None:
+        self.peaks = list(peaks)
+
+    def max_memory_allocated(self) -> int:
+        return self.peaks[0]
+
+    def reset_peak_memory_stats(self) -> None:
+        self.peaks.pop(0)
+
+
+def test_a_card_keeps_the_highest_peak_of_every_stage() -> None:
+    meter = CardMeter(FakeCounters(0, 100, 130, 170, 150, 180, 90))
+    for stage in ("load", "forward", "backward", "forward", "backward", "optimizer"):
+        meter.stage(stage)
+    peaks = meter.peaks()
+    assert {name: sum(parts.values()) for name, parts in peaks.items()} == {
+        "load": 100,
+        "forward": 150,
+        "backward": 180,
+        "optimizer": 90,
+    }
+
+
+def test_what_a_card_holds_is_known_by_its_tensors() -> None:
+    meter = CardMeter(FakeCounters(0, 1000, 1500, 1300, 1250))
+    meter.stage("load")
+    meter.claim([torch.zeros(100), None], "base")
+    meter.claim([torch.zeros(25)], "adapter")
+    meter.stage("loss")
+    meter.stage("backward")
+    meter.claim([torch.zeros(25)], "gradients")
+    meter.stage("optimizer")
+    peaks = meter.peaks()
+    assert peaks["loss"] == {"base": 400, "adapter": 100, "logits": 1000}
+    assert peaks["backward"] == {"base": 400, "adapter": 100, "activations": 800}
+    assert peaks["optimizer"] == {"base": 400, "adapter": 100, "gradients": 100, "activations": 650}
+
+
+def test_a_peak_that_the_loop_read_and_reset_is_not_lost() -> None:
+    meter = CardMeter(FakeCounters(0, 50))
+    meter.stage("backward")
+    meter.seen(400)
+    assert meter.peaks() == {"backward": {"activations": 400}}
+
+
+def peak(values: dict[str, Any], recipe: Recipe, dtype: str = "bf16", capability: tuple[int, int] = (8, 0)) -> int:
+    return max(map(height, trace(recipe, values, Target("cuda", dtype, capability)).log.peaks().values()))
+
+
+LONG = recipe_of(method="lora", train__seq_len=1024, train__micro_batch=1, train__loss="chunked")
+SQUARE = 4 * 1024 * 1024 * 2  # 16-bit scores of every head of LLAMA
+
+
+def test_a_card_without_flash_attention_takes_its_plain_kernel_for_grouped_heads() -> None:
+    """transformers passes grouped heads on; torch's memory-efficient kernel takes none."""
+    single = {**LLAMA, "num_key_value_heads": LLAMA["num_attention_heads"]}
+    assert peak(LLAMA, LONG, "fp16", (7, 5)) > peak(LLAMA, LONG, "fp16") + SQUARE
+    assert peak(single, LONG, "fp16", (7, 5)) < peak(single, LONG, "fp16") + SQUARE
+
+
+def test_offloaded_checkpoints_leave_the_card() -> None:
+    deep = {**LLAMA, "num_hidden_layers": 8}
+    checkpoint = 1024 * 128 * 2
+    saved = peak(deep, LONG) - peak(deep, LONG.with_("train.offload_checkpoints", True))
+    assert 5 * checkpoint <= saved <= 8 * checkpoint
+
+
+def test_paged_optimizer_state_is_counted_apart() -> None:
+    wide = recipe_of(method="lora", adapter__rank=512, train__optimizer="paged_adamw_32bit")
+    peaks = trace(wide, LLAMA, Target("cuda", "bf16")).log.peaks()
+    assert peaks["optimizer"]["paged"] > 0
+    assert height(peaks["optimizer"]) < sum(peaks["optimizer"].values())
+
+
+def test_an_architecture_that_nobody_knows_is_refused_by_name() -> None:
+    with pytest.raises(BadInput, match="no_such_model"):
+        trace(LONG, {**LLAMA, "model_type": "no_such_model"}, Target("cuda", "bf16"))
+
+
+def test_the_job_leaves_a_report(tiny: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(method="qlora").with_("model.base", str(tiny)).with_("device.device", "cpu")
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    write_job(paths, MeasureRequest(dump_recipe(recipe), how="trace", device="cuda"))
+    assert run_job(paths.root, _body, explain=_explain) == 0
+    report = read_measurement(paths)
+    assert report is not None
+    assert list(report["peaks"]) == ["load", "forward", "loss", "backward", "optimizer", "eval"]
+    assert report["source"] == "trace"
+    assert report["versions"]["torch"]
