@@ -9,6 +9,7 @@ FAKES = {
     "merge": "tests.fakes.merge_job",
     "export": "tests.fakes.export_job",
     "chat": "tests.fakes.chat_job",
+    "measure": "tests.fakes.measure_job",
     "audit": "tests.fakes.audit_job",
 }
 

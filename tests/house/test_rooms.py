@@ -112,7 +112,7 @@ def test_jobs_never_load_the_screens() -> None:
     assert _rooms(loaded) & {"studio.tui", "studio.cli", "studio.commands"} == set()
 
 
-@pytest.mark.parametrize("job", ["studio.jobs.train", "studio.jobs.merge", "studio.jobs.export"])
+@pytest.mark.parametrize("job", ["studio.jobs.train", "studio.jobs.merge", "studio.jobs.export", "studio.jobs.measure"])
 def test_a_job_holds_its_run_before_it_loads_torch(job: str) -> None:
     loaded = _loaded_by([f"{job}.__main__"])
     assert _tops(loaded) & JOB_LIBRARIES == set()
