@@ -9,18 +9,20 @@ import torch
 from transformers import AutoConfig
 
 from studio.core.errors import BadInput
+from studio.core.events import Finished, StepDone
 from studio.core.measured import height
 from studio.core.recipe import Recipe
 from studio.jobs.measure.__main__ import _body, _explain
-from studio.jobs.measure.real import CardMeter
+from studio.jobs.measure.real import CardMeter, train_longest
 from studio.jobs.measure.storages import Peaks, Storages
 from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.probe.measure import read_measurement
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe
-from studio.runs.worker import run_job
+from studio.runs.worker import Worker, run_job
 
 LLAMA = {
     "model_type": "llama",
@@ -129,6 +131,27 @@ def test_a_peak_that_the_loop_read_and_reset_is_not_lost() -> None:
     meter.stage("backward")
     meter.seen(400)
     assert meter.peaks() == {"backward": {"activations": 400}}
+
+
+def test_three_steps_on_a_card_are_the_engines_own(tiny: Path, tmp_path: Path) -> None:
+    """With a CPU in the card's place, and a counter that only grows."""
+    recipe = recipe_of(method="qlora", model__dtype="fp32").with_("model.base", str(tiny))
+    seen: list[tuple[Peaks, int, int]] = []
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    counters = FakeCounters(*range(10**6, 2 * 10**6, 1000))
+
+    def body(worker: Worker) -> None:
+        seen.append(train_longest(worker, recipe, torch.device("cpu"), counters))
+        worker.emit(Finished, outcome="done")
+
+    assert run_job(paths.root, body) == 0
+    peaks, parameters, shown = seen[0]
+    assert list(peaks) == ["load", "forward", "loss", "backward", "optimizer", "eval"]
+    assert peaks["optimizer"]["gradients"] == 4 * parameters == peaks["eval"]["adapter"]
+    assert peaks["eval"]["optimizer"] >= 8 * parameters
+    assert shown == 0
+    assert [event.step for event in read_events(paths.events) if isinstance(event, StepDone)] == [1, 2, 3]
 
 
 def peak(values: dict[str, Any], recipe: Recipe, dtype: str = "bf16", capability: tuple[int, int] = (8, 0)) -> int:

@@ -1,7 +1,7 @@
 """A training step on a real card: the job's own model, optimizer and loop, and torch's own counters."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -98,6 +98,35 @@ def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
     """
     before = card_of(recipe.device.device, read_gpus())
     used_before = (before.used_bytes if before else None) or 0
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    limit_memory(recipe.device.budget_gib, device)
+    peaks, parameters, shown = train_longest(worker, recipe, device, torch.cuda)
+    reserved = torch.cuda.max_memory_reserved(device)
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "source": "cuda",
+        "peaks": peaks,
+        "trainable_parameters": parameters,
+        "reserved_bytes": reserved,
+        "device_bytes": max(reserved, shown - used_before) if shown else None,
+        "card": {
+            "name": properties.name,
+            "total_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters: Counters) -> tuple[Peaks, int, int]:
+    """Train three steps on the longest rows.
+
+    Returns:
+        Bytes by stage and component, the number of trained parameters, and the most bytes that the device showed for
+        all its processes, 0 where it shows none.
+    """
+    meter = CardMeter(counters)
     shown = 0
 
     def emit(kind: type[RunEvent], **fields: Any) -> None:
@@ -108,23 +137,18 @@ def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
             shown = max(shown, fields.get("device_bytes") or 0)
         worker.emit(kind, **fields)
 
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
-    limit_memory(recipe.device.budget_gib, device)
     precision = choose_precision(recipe.model.dtype, device)
     torch.manual_seed(recipe.train.seed)
-    meter = CardMeter(torch.cuda)
     meter.stage("load")
     base = find_base(recipe.model.base, recipe.model.revision)
-    model, _ = trainable_model(
-        recipe, base, device, precision, worker=worker, tell=PhaseTeller(worker.emit), checkpoint=None
-    )
+    tell = PhaseTeller(worker.emit)
+    model, _ = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=None)
     trained = [p for p in model.parameters() if p.requires_grad]
     known = {id(p) for p in trained}
     meter.claim((t for t in frozen_tensors(model) if id(t) not in known), "base")
     meter.claim(trained, "adapter")
     step_model = StepModel(model, recipe.train.loss, precision.autocast)
-    vocabulary = step_model.causal.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = cast(Any, step_model.causal).get_input_embeddings().weight.shape[0]
     step_model.prove(collate([longest_row(_PROVEN_TOKENS, vocabulary)], 0, device))
     optimizer = build_optimizer(
         model.named_parameters(),
@@ -145,19 +169,4 @@ def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
         steps=_STEPS,
         emit=emit,
     )
-    peaks = meter.peaks()
-    reserved = torch.cuda.max_memory_reserved(device)
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "source": "cuda",
-        "peaks": peaks,
-        "trainable_parameters": sum(p.numel() for p in trained),
-        "reserved_bytes": reserved,
-        "device_bytes": max(reserved, shown - used_before) if shown else None,
-        "card": {
-            "name": properties.name,
-            "total_bytes": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-        },
-    }
+    return meter.peaks(), sum(p.numel() for p in trained), shown
