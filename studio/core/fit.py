@@ -151,14 +151,14 @@ class Search:
         """Take back as much of each change as the others allow: the largest micro-batch, the longest rows."""
         for place in reversed(range(len(changes))):
             before, after = applied(recipe, changes[:place]), changes[place + 1 :]
-            paths = [path for path, _ in changes[place].settings]
-            for kind in KINDS:
-                for option in kind(before, self.shape):
-                    if [path for path, _ in option.settings] != paths:
-                        break
-                    if self._fits(before, [option, *after]):
-                        changes = [*changes[:place], option, *after]
-                        break
+            same_kind = (
+                option
+                for kind in KINDS
+                for option in kind(before, self.shape)
+                if option.settings[0][0] == changes[place].settings[0][0]
+            )
+            enough = next((option for option in same_kind if self._fits(before, [option, *after])), changes[place])
+            changes = [*changes[:place], enough, *after]
         return changes
 
 

@@ -52,6 +52,7 @@ def setup(row: dict[str, Any]) -> Setup:
         targets=targets if isinstance(targets, str) else tuple(targets),
         kbit_prepare=row["kbit_prepare"],
         autocast=row["autocast"],
+        transformers=row.get("transformers", ""),
         **{name: row[name] for name in same},
     )
 
