@@ -78,7 +78,7 @@ class Card(TorchFunctionMode):
         if torch.is_autocast_enabled("cpu"):
             if name in _IN_FP32:
                 args, kwargs = tree_map_only(Tensor, _in_fp32, (args, kwargs))
-            elif name in _INTO_FP32 and kwargs.get("dtype") is None and args and args[0].dtype in _HALF:
+            elif name in _INTO_FP32 and kwargs.get("dtype") is None and _is_half(args):
                 kwargs = {**kwargs, "dtype": torch.float32}
         return func(*args, **kwargs)
 
@@ -143,6 +143,10 @@ def _widens(args: Any, kwargs: Any) -> bool:
     """Whether softmax reads fp16 and writes fp32 in one kernel (aten/src/ATen/native/SoftMax.cpp: only for Half)."""
     tensor = kwargs.get("input", args[0] if args else None)
     return bool(tensor.dtype == torch.float16 and kwargs.get("dtype") == torch.float32)
+
+
+def _is_half(args: Any) -> bool:
+    return bool(args) and isinstance(args[0], Tensor) and args[0].dtype in _HALF
 
 
 def _in_fp32(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -24,6 +25,12 @@ from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of
 from studio.jobs.measure.fake import is_fake
 from studio.jobs.measure.storages import Storages
 
+_UNBUILDABLE = (
+    *(ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
+    *(ZeroDivisionError, OverflowError, AssertionError, IndexError),
+)
+"""What transformers and torch raise at sizes that do not belong together."""
+
 
 def config_of(values: dict[str, Any]) -> PretrainedConfig:
     """Return transformers' config of a config.json.
@@ -35,7 +42,7 @@ def config_of(values: dict[str, Any]) -> PretrainedConfig:
     try:
         rest = {name: value for name, value in values.items() if name not in ("model_type", "quantization_config")}
         config: PretrainedConfig = AutoConfig.for_model(kind, **rest)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (*_UNBUILDABLE, StrictDataclassError) as error:
         said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
         raise BadInput(
             f"transformers cannot make a model of the type {plain(kind, one_line=True, limit=60)}: {said}. "
@@ -63,7 +70,7 @@ def weightless_base(
     attention = "eager" if recipe.train.attention == "eager" else attention_of(config)
     try:
         model: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+    except _UNBUILDABLE as error:
         said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
         raise BadInput(f"this model cannot be built from its config: {said}") from error
     if recipe.method == "qlora":
