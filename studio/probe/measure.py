@@ -6,16 +6,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from studio.core.calibration import Observation
 from studio.core.errors import BadInput
+from studio.core.measured import measured_plan
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
+from studio.probe.calibrate import setting_of
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, read_config
 from studio.probe.models import find_base
 from studio.probe.shape import config_of_gguf
 from studio.probe.space import check_space
 from studio.probe.start import launch_prepared, prepare_run
+from studio.runs.calibration import remember
 from studio.runs.job import MODULES
 from studio.runs.layout import RunPaths
 from studio.runs.measure_request import MeasureRequest
@@ -83,3 +87,35 @@ def read_measurement(paths: RunPaths) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and isinstance(report.get("peaks"), dict) else None
+
+
+def remember_measurement(paths: RunPaths, report: Mapping[str, Any], now: float) -> str:
+    """Keep what a card showed for later plans; a trace teaches nothing about cards. Return why that failed, or nothing.
+
+    Args:
+        paths: The run, with the estimate of its start.
+        report: What was measured.
+        now: Unix seconds.
+    """
+    if report["source"] != "cuda":
+        return ""
+    try:
+        plan = json.loads(paths.plan.read_bytes())
+        seen = measured_plan(plan, report)
+        expected = plan["stages"]
+        pairs = [(name, expected[name], size) for name, size in seen["stages"].items() if name in expected]
+        remember(
+            Observation(
+                run=paths.name,
+                at=now,
+                setting=setting_of(str(report["card"]["name"]), plan["setup"]["method"], report["versions"]),
+                predicted=(plan["peak_bytes"], plan["reserved_bytes"], plan["device_bytes"]),
+                allocated_bytes=seen["peak_bytes"],
+                reserved_bytes=report["reserved_bytes"],
+                device_bytes=report["device_bytes"],
+                stages=tuple(pairs),
+            )
+        )
+    except Exception as error:  # noqa: BLE001  a measurement that went well must not fail over statistics
+        return plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
+    return ""

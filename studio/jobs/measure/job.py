@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 
-from studio.core.events import Finished, Phase, Started
+from studio.core.events import Finished, Phase, Started, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.measure.real import measure_card
 from studio.jobs.measure.trace import Target, trace
-from studio.probe.measure import base_config
+from studio.probe.measure import base_config, remember_measurement
 from studio.runs.atomic import write_whole
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.worker import Worker
@@ -40,6 +40,8 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
         seen = _traced(request, recipe)
     report = {**seen, "versions": versions, "seconds": round(time.perf_counter() - began, 3)}
     write_whole(worker.paths.report, json.dumps(report, indent=1))
+    if why := remember_measurement(worker.paths, report, time.time()):
+        worker.emit(Warned, topic="calibration", message=f"what was measured is not kept for later plans: {why}")
     worker.emit(Finished, outcome="done", seconds=report["seconds"])
 
 
