@@ -142,7 +142,7 @@ def tell_measurement(document: Mapping[str, Any], to: TextIO) -> None:
     )
     say(table(stage_rows(document)), to=to)
     say(f"peak in stage {document['stage']}: {size(document['peak_bytes'])} of tensors{_beside(document)}", to=to)
-    if document["device_bytes"] is not None:
+    if document["device_bytes"] is not None and setup.get("device") != "cpu":
         word = "the card would show about" if traced else "the card showed"
         say(f"{word} {size(document['device_bytes'])}, the allocator {size(document['reserved_bytes'])}", to=to)
     if document["verdict"] is not None:

@@ -10,12 +10,17 @@ COMPONENTS = ("base", "adapter", "gradients", "optimizer", "activations", "logit
 ELSEWHERE = ("paged", "host")
 """Components that are not on the device: unified memory that may be there, and the computer's own."""
 
-UNKNOWN = {
+UNKNOWN: dict[str, tuple[str, ...]] = {
     "trace": (
         "which kernels a card chooses at run time, and their workspaces beyond cuBLAS's own",
         "fragmentation: reserved and device are the trace and what the estimate adds for allocator and context",
         "peaks inside one operator, beyond those of the kernels that are known",
         "how weights are read: the stage load counts one 16-bit weight beside the 4-bit ones, not the reader's buffers",
+        "shorter and masked rows: every row is traced full and learnt whole, which is the most that it can be",
+    ),
+    "cpu": (
+        "peaks inside one operator, such as those of matrix products and of logsumexp",
+        "the resident set: libraries, and memory that the process keeps after tensors are gone",
         "shorter and masked rows: every row is traced full and learnt whole, which is the most that it can be",
     ),
     "cuda": (
@@ -68,12 +73,16 @@ def measured_plan(plan: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
         "components": {**{name: peaks[stage].get(name, 0) for name in COMPONENTS}, "context": context},
         "trainable_parameters": report["trainable_parameters"],
         "components_by_stage": peaks,
-        "unknown": list(UNKNOWN.get(source, ())),
+        "unknown": list(UNKNOWN["cpu" if _on_cpu(plan) else source]),
         "estimate": _estimate_beside(plan, peak),
         "seconds": report.get("seconds"),
         "card": report.get("card"),
         "versions": report.get("versions", {}),
     }
+
+
+def _on_cpu(plan: Mapping[str, Any]) -> bool:
+    return bool(plan.get("setup", {}).get("device") == "cpu")
 
 
 def _seen_or_added(peak: int, plan: Mapping[str, Any], report: Mapping[str, Any], name: str) -> dict[str, int] | None:

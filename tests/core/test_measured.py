@@ -55,6 +55,12 @@ def test_a_trace_takes_allocator_and_context_from_the_estimate_and_says_so() -> 
     assert any("fragmentation" in line for line in document["unknown"])
 
 
+def test_on_a_cpu_nothing_is_said_of_cards() -> None:
+    document = measured_plan({**plan(), "setup": {"device": "cpu"}}, report())
+    assert not any("card" in line or "allocator" in line for line in document["unknown"])
+    assert any("resident" in line for line in document["unknown"])
+
+
 def test_a_card_is_believed() -> None:
     seen = report(source="cuda", reserved_bytes=5 * GIB, device_bytes=6 * GIB, card={"name": "X"})
     document = measured_plan(plan(budget=6 * GIB), seen)
