@@ -24,6 +24,7 @@ class Family:
         norm_terms: Parameters of a norm per dimension: 1 weight, 2 with a bias, 0 without either.
         query_key_norm: Norm of queries and keys: per head, or over all heads.
         qkv: Names of the projections to queries, keys and values; one name where they are fused.
+        qkv_split: Whether the fused one is split or chunked, not sliced.
         out: Name of the projection back.
         mlp: Names of the MLP's projections.
         gated: Whether one half of the MLP gates the other.
@@ -34,6 +35,8 @@ class Family:
         tied: Whether head and embedding are one where the config does not say.
         head_bias: Whether the head has a bias.
         rotary: Fraction of a head with rotary positions where the config does not say; 0 without them.
+        rotary_wide: Whether it is applied in fp32.
+        rotary_joined: Whether rotated and other parts are joined even where all is rotated.
         learnt_positions: Config key of the number of learnt positions.
         embedding_norm: Whether the embedding is normed.
         final_norm: Whether the last layer's output is.
@@ -54,6 +57,7 @@ class Family:
     norm_terms: int = 1
     query_key_norm: Literal["", "head", "whole"] = ""
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    qkv_split: bool = False
     out: str = "o_proj"
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     gated: bool = True
@@ -64,6 +68,8 @@ class Family:
     tied: bool = False
     head_bias: bool = False
     rotary: float = 1.0
+    rotary_wide: bool = False
+    rotary_joined: bool = False
     learnt_positions: str = ""
     embedding_norm: bool = False
     scaled_residual: bool = False
@@ -96,6 +102,7 @@ _GPT = Family(
 _GLM = Family(
     mlp=("gate_up_proj", "down_proj"), qkv_bias="attention_bias=true", out_bias=NEVER, mlp_bias=NEVER, rotary=0.5
 )
+_COHERE = Family(wiring="parallel", norm="centred", norms=1, mlp_bias=NEVER, tied=True, rotary_wide=True)
 _RELU2 = Family(mlp=("up_proj", "down_proj"), gated=False, activation="relu2")
 
 FAMILIES: Mapping[str, Family] = {
@@ -118,7 +125,7 @@ FAMILIES: Mapping[str, Family] = {
         rotary=0.5,
         head_bias=True,
     ),
-    "phi3": replace(_NO_BIAS, qkv=("qkv_proj",), mlp=("gate_up_proj", "down_proj")),
+    "phi3": replace(_NO_BIAS, qkv=("qkv_proj",), mlp=("gate_up_proj", "down_proj"), rotary_joined=True),
     "falcon": replace(_GPT, wiring="parallel", norms=1, tied=True, qkv_bias="bias", out_bias="bias", mlp_bias="bias"),
     "gpt_neox": replace(
         _GPT,
@@ -127,11 +134,13 @@ FAMILIES: Mapping[str, Family] = {
         out_bias="attention_bias=true",
         rotary=0.25,
         grouped=False,
+        qkv_split=True,
     ),
     "bloom": replace(_GPT, tied=True, rotary=0.0, embedding_norm=True, grouped=False, fused_attention=False),
     "gpt_bigcode": replace(
         _GPT,
         qkv=("c_attn",),
+        qkv_split=True,
         out="c_proj",
         mlp=("c_fc", "c_proj"),
         activation="gelu_pytorch_tanh",
@@ -151,7 +160,7 @@ FAMILIES: Mapping[str, Family] = {
         tied=True,
     ),
     "granite": Family(scaled_residual=True),
-    "olmo": Family(norm="layer", norm_terms=0, mlp_bias=NEVER),
+    "olmo": Family(norm="layer_wide", norm_terms=0, mlp_bias=NEVER),
     "olmo2": Family(wiring="post", norm="rms_wide", query_key_norm="whole", mlp_bias=NEVER),
     "olmo3": Family(wiring="post", norm="rms_wide", query_key_norm="whole", mlp_bias=NEVER),
     "exaone4": replace(_NO_BIAS, wiring="post", query_key_norm="head"),
@@ -170,8 +179,8 @@ FAMILIES: Mapping[str, Family] = {
         out_bias="add_bias_linear",
         mlp_bias="add_bias_linear",
     ),
-    "cohere": Family(wiring="parallel", norm="layer", norms=1, mlp_bias=NEVER, tied=True),
-    "cohere2": Family(wiring="parallel", norm="layer", norms=1, mlp_bias=NEVER, tied=True),
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
     "nemotron": replace(_RELU2, norm="layer", norm_terms=2, rotary=0.5),
     "arcee": _RELU2,
     "seed_oss": Family(qkv_bias="attention_bias=true", out_bias="attention_out_bias"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Wiring = Literal["pre", "post", "sandwich", "parallel"]
-Norm = Literal["rms", "rms_wide", "layer"]
+Norm = Literal["rms", "rms_wide", "layer", "layer_wide", "centred"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +70,21 @@ class Layer:
     Attributes:
         wiring: Where the norms stand: before each block, after it, on both sides, or one (or two) before parallel
             blocks.
-        norm: Which norm; `rms_wide` scales by its weight in fp32, before it casts back.
+        norm: Which norm; `rms_wide` scales by its weight in fp32, before it casts back; `layer_wide` casts to fp32 and
+            back, `centred` is a layer norm composed in Python in fp32 (Cohere).
         norm_parameters: Parameters of all norms of the layer.
         input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.
         query_key_norm: `head` per head, `whole` over all heads.
         qkv: The projections to queries, keys and values: three, or one fused.
+        qkv_split: Whether a fused projection is split or chunked, one gradient for all parts; else it is sliced.
         out: The projection back.
         mlp: gate, up, down; or a fused gate_up, down; or up, down without a gate. Empty where experts stand instead.
         gated: Whether the activation gates a second projection.
         activation: Which activation (transformers' name).
         rotary: Fraction of each head that carries rotary positions.
+        rotary_wide: Whether queries and keys are rotated in fp32.
+        rotary_joined: Whether rotated and other parts of queries and keys are joined again: then they lie head by head,
+            and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
         residual_dropout: Whether block outputs are dropped in training.
         window: Keys that a token attends to at most; 0 for all.
@@ -95,8 +100,11 @@ class Layer:
     gated: bool
     activation: str
     input_norms: int = 1
+    qkv_split: bool = False
     query_key_norm: Literal["", "head", "whole"] = ""
     rotary: float = 1.0
+    rotary_wide: bool = False
+    rotary_joined: bool = False
     scaled_residual: bool = False
     residual_dropout: bool = False
     window: int = 0

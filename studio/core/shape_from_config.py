@@ -145,19 +145,23 @@ def _layer(
     norm_parameters = norms * hidden * family.norm_terms
     if name == "gpt_oss" and experts:
         norm_parameters += heads + experts.count  # attention sinks and the router's bias
+    rotary = _rotary(family, values)
     per_head = {"head": 2 * head_dim, "whole": (heads + kv_heads) * head_dim, "": 0}
     return Layer(
         wiring=wiring,
         norm=family.norm,
         norm_parameters=norm_parameters + per_head[family.query_key_norm],
         input_norms=2 if wiring == "parallel" and norms == 2 else 1,
+        qkv_split=family.qkv_split,
         query_key_norm=family.query_key_norm,
         qkv=_qkv(family, values, hidden, (heads * head_dim, kv_heads * head_dim)),
         out=Linear(family.out, heads * head_dim, hidden, _bias(values, family.out_bias)),
         mlp=_mlp(name, family, values, hidden, experts),
         gated=family.gated,
         activation=values.word("hidden_activation", "hidden_act", "activation_function", default=family.activation),
-        rotary=_rotary(family, values),
+        rotary=rotary,
+        rotary_wide=family.rotary_wide,
+        rotary_joined=0 < rotary < 1 or family.rotary_joined,
         scaled_residual=family.scaled_residual,
         residual_dropout=any(
             values.real(key, 0.0) > 0 for key in ("residual_dropout", "resid_pdrop", "hidden_dropout")

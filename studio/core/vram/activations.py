@@ -15,8 +15,11 @@ from studio.core.vram.step import StepForms, step_forms
 from studio.core.vram.stock import COPIES_LOGITS, NEWEST, SHIFT_COPIED_BELOW, UPCAST_BELOW, version_of
 
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
-"""Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope. A
-chunk of a trained head goes backward as autograd does it: log-probabilities, their gradient, the logits' gradient."""
+"""Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
+
+A chunk of a trained head goes backward as autograd does it: log-probabilities, their gradient, the logits' gradient.
+What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not counted there.
+"""
 
 
 def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
@@ -34,7 +37,8 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
     quantised = setup.quant_type if setup.quantised else ""
     fused_upcast, cpu = setup.dtype == "fp16", setup.device == "cpu"
     form = LayerForm(arithmetic, adapter, quantised, kernel, setup.micro_batch > 1, fused_upcast, cpu)
-    return step_forms(shape, form, loss_form(setup), setup.grad_checkpointing)
+    input_wants = (not ours and setup.grad_checkpointing) or setup.adapted.trains_embedding
+    return step_forms(shape, form, loss_form(setup), setup.grad_checkpointing, input_wants)
 
 
 def loss_form(setup: Setup) -> LossForm:
@@ -98,7 +102,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
         host=int(max(0.0, kept - checkpoint)) if offloads else 0,
         layer_forward=max(largest(group.forward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
         layer_backward=max(largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
-        first_layer_backward=max(largest(group.backward, *numbers) for group in forms.groups),
+        first_layer_backward=shared + largest(forms.first_backward, *numbers),
         loss_forward=loss_forward,
         loss=loss + _trained_head(shape, setup, trained),
         copies=copies,
@@ -114,7 +118,8 @@ def _loss_bytes(
     Where the version of transformers is not known: the mean of the newest and of those that copy the logits.
     """
     forms = forms_of(shape, setup, kernel)
-    forward = largest(forms.loss_forward, *numbers) + _chunk_bytes(shape, setup)
+    chunk = _chunk_bytes(shape, setup)
+    forward = max(largest(forms.loss_forward, *numbers), forms.around_chunk.at(*numbers) + chunk if chunk else 0)
     highest = max(copies + forward, largest(forms.loss_backward, *numbers))
     if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
         return forward, highest
@@ -165,8 +170,13 @@ def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
     if setup.loss == "full":
         return 0
     if setup.engine == "studio" and (setup.loss == "chunked" or setup.adapted.trains_head):
-        per_logit = _SOFTCAP_BYTES if shape.logit_softcap or setup.adapted.trains_head else _CHUNK_BYTES
-        return loss_chunk_tokens(shape.vocabulary, setup.tokens) * shape.vocabulary * per_logit
+        chunk, compute = loss_chunk_tokens(shape.vocabulary, setup.tokens), setup.compute_itemsize
+        if shape.logit_softcap or setup.adapted.trains_head:
+            return chunk * shape.vocabulary * _SOFTCAP_BYTES
+        # fp32 logits beside their 16-bit product, later beside 16-bit probabilities and the chunk's gradient.
+        narrow = 4 + compute % 4
+        inner = _CHUNK_BYTES if setup.device == "cuda" else narrow
+        return chunk * max(inner * shape.vocabulary, narrow * shape.vocabulary + compute * shape.hidden)
     # liger_kernel/ops/fused_linear_cross_entropy.py: gradients overwrite the chunk's logits.
     share = -(-setup.tokens // -(-shape.vocabulary // shape.hidden))
     return (1 << max(0, share - 1).bit_length()) * shape.vocabulary * setup.compute_itemsize

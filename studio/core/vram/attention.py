@@ -18,8 +18,18 @@ def attention(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]
         per_head, wide = layer.query_key_norm == "head", layer.norm == "rms_wide"
         query = rms_norm(query, run.shape.heads if per_head else 1, weight_in_fp32=wide)
         key = rms_norm(key, run.shape.kv_heads if per_head else 1, weight_in_fp32=wide)
-    query, key = _rotated(query, key, layer.rotary)
+    # Both unrotated tensors live until both are rotated: they are apply_rotary_pos_emb's own arguments.
+    itemsize = query.itemsize
+    if layer.rotary_wide:
+        query, key = op.cast(query, 4), op.cast(key, 4)
+    turned = _rotate(query, layer)
+    query, key = turned, _rotate(key, layer)
+    del turned
+    query, key = op.cast(query, itemsize), op.cast(key, itemsize)
     out, weights = _attend(run, query, key, value)
+    if layer.rotary_joined and run.form.kernel in ("flash", "cpu"):
+        # These kernels lay their output out as the queries are; head by head, it must be copied token by token.
+        out = op.clone(out)
     out = linear(run, layer.out, out)
     return out, weights
 
@@ -31,22 +41,19 @@ def _projections(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Ten
     joined = linear(run, layer.qkv[0], x)
     queries, keys = run.shape.heads * run.shape.head_dim, run.shape.kv_heads * run.shape.head_dim
     width = queries + 2 * keys
+    if layer.qkv_split:
+        query, key, value = op.split_last(joined, tuple(part / width for part in (queries, keys, keys)))
+        return query, key, value
     query, key, value = (op.slice_last(joined, part / width) for part in (queries, keys, keys))
     return query, key, value
 
 
-def _rotated(query: Tensor, key: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Both unrotated tensors live until both are rotated: they are apply_rotary_pos_emb's own arguments."""
-    turned = _rotate(query, fraction)
-    return turned, _rotate(key, fraction)
-
-
-def _rotate(x: Tensor, fraction: float) -> Tensor:
-    if fraction == 0:
+def _rotate(x: Tensor, layer: Layer) -> Tensor:
+    if layer.rotary == 0:
         return x
-    if fraction == 1:
+    if not layer.rotary_joined:
         return _rotate_whole(x)
-    turned, kept = op.slice_last(x, fraction), op.slice_last(x, 1 - fraction)
+    turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
     turned = _rotate_whole(turned)
     return op.join((turned, kept))
 
@@ -84,7 +91,7 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     weights = op.add_number(weights)  # the causal mask
     if not run.form.fused_upcast:
         weights = op.cast(weights, 4)
-    weights = op.cast(op.softmax_in_fp32(weights), itemsize)
+    weights = op.cast(op.softmax_in_fp32(weights, fused_backward=run.form.cpu), itemsize)
     if arithmetic.autocast:
         value = op.cast(value, arithmetic.compute)
     out = op.matmul(weights, value, query.elements, copied=False)

@@ -5,7 +5,7 @@ from studio.core.trainable import EXPERTS
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
 from studio.core.vram.form import Form
-from studio.core.vram.modules import Run, layer_norm, linear, rms_norm
+from studio.core.vram.modules import Run, centred_norm, layer_norm, linear, rms_norm
 from studio.core.vram.tape import Tensor
 
 
@@ -52,8 +52,10 @@ def _scaled(run: Run, layer: Layer, x: Tensor) -> Tensor:
 
 def norm(run: Run, layer: Layer, x: Tensor) -> Tensor:
     """Return the layer's kind of norm over the hidden size."""
-    if layer.norm == "layer":
-        return layer_norm(run, x)
+    if layer.norm in ("layer", "layer_wide"):
+        return layer_norm(run, x, wide=layer.norm == "layer_wide")
+    if layer.norm == "centred":
+        return centred_norm(x)
     return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
 
 

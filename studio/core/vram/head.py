@@ -37,10 +37,17 @@ class LossForm:
 
 @dataclass(frozen=True, slots=True)
 class HeadMarks:
-    """What is alive, in bytes, beside what the layers keep; the last layer's output is counted here."""
+    """What is alive, in bytes, beside what the layers keep; the last layer's output is counted here.
+
+    Attributes:
+        forward: High-water marks on the way forward.
+        backward: The same on the way back.
+        around_chunk: What stands around a chunk of the head while that one is worked out; nothing for whole logits.
+    """
 
     forward: tuple[Form, ...]
     backward: tuple[Form, ...]
+    around_chunk: Form = NOTHING
 
 
 def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
@@ -48,9 +55,11 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
     tape = run.tape
     hidden = norm(run, run.shape.groups[-1].layer, x)
     del x
+    around_chunk = NOTHING
     if loss.kind == "chunked":
         outputs, value = None, _chunked(hidden)
         kept: list[Tensor] = []
+        around_chunk = tape.marks[-1]
     else:
         logits, kept = _logits(run, hidden)
         if loss.upcast_outputs:
@@ -65,7 +74,7 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
     assert node is not None  # noqa: S101  the input wants a gradient
     run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
     del outputs, kept
-    return HeadMarks(forward, tuple(tape.marks))
+    return HeadMarks(forward, tuple(tape.marks), around_chunk)
 
 
 def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -99,7 +108,10 @@ def _whole_loss(logits: Tensor, *, drops_logits: bool, shift_copied: bool) -> Te
 
 
 def _chunked(hidden: Tensor) -> Tensor:
-    """Return the loss of a head taken in chunks: labelled rows are picked, their gradient is made at once and saved."""
+    """Return the loss of a head taken in chunks: labelled rows are picked, their gradient is made at once and saved.
+
+    The rows are gone when the chunks are done.
+    """
     rows = op.gather(hidden, 1)
     gradient = Tensor(rows.tape, rows.elements, rows.itemsize)
     return Tensor(rows.tape, NOTHING, 4, op.node_of(rows.tape, (rows,), (None,), (gradient,)))

@@ -168,8 +168,27 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
     return op.times_constant(op.cast(x, itemsize))
 
 
-def layer_norm(run: Run, x: Tensor) -> Tensor:
-    """Return a layer norm: its input is saved. Under autocast CUDA computes and returns it in fp32."""
+def centred_norm(x: Tensor) -> Tensor:
+    """Return a layer norm composed of plain operators in fp32; both differences from the mean are saved."""
+    itemsize = x.itemsize
+    x = op.cast(x, 4)
+    mean = op.mean_last(x, Form(per_token=1))
+    inverse = op.activate_saving_result(op.mean_last(op.power(op.subtract_rows(x, mean)), Form(per_token=1)))
+    x = op.multiply_rows(op.subtract_rows(x, mean), inverse)
+    del mean, inverse
+    return op.cast(op.times_constant(x), itemsize)
+
+
+def layer_norm(run: Run, x: Tensor, *, wide: bool = False) -> Tensor:
+    """Return a layer norm: its input is saved. Under autocast CUDA computes and returns it in fp32.
+
+    Args:
+        run: The pass.
+        x: What is normed.
+        wide: Whether the module itself casts to fp32 and back.
+    """
+    if wide:
+        return op.cast(op.activate(op.cast(x, 4)), x.itemsize)
     if run.form.arithmetic.autocast and not run.form.cpu:
         x = op.cast(x, 4)
     return op.activate(x)

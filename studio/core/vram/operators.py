@@ -67,10 +67,11 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def scale(x: Tensor) -> Tensor:
-    """Return `x * number` or `x / number`: only the number is saved."""
-    node = node_of(x.tape, (x,), (_gradient(x),))
-    _saves_constant(x.tape, node)
-    return Tensor(x.tape, x.elements, x.itemsize, node)
+    """Return `x * number` or `x / number`: the number is saved, but no checkpoint is computed again for it.
+
+    Saved-tensor hooks never see a wrapped number (torch/csrc/autograd/saved_variable.cpp).
+    """
+    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
 
 
 def add_number(x: Tensor) -> Tensor:
@@ -153,6 +154,12 @@ def mean_last(x: Tensor, per_row: Form) -> Tensor:
     return Tensor(x.tape, per_row, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
 
 
+def subtract_rows(x: Tensor, row: Tensor) -> Tensor:
+    """Return `x - row` with one number per row: x's gradient passes on, the row's is summed from a negated copy."""
+    node = node_of(x.tape, (x, row), (None, _gradient(row)), (), x.bytes)
+    return Tensor(x.tape, x.elements, x.itemsize, node)
+
+
 def clone(x: Tensor) -> Tensor:
     """Return a copy; the gradient passes through."""
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
@@ -226,12 +233,13 @@ def matmul(x: Tensor, y: Tensor, outputs: Form, *, copied: bool) -> Tensor:
     return Tensor(x.tape, outputs, x.itemsize, node)
 
 
-def softmax_in_fp32(x: Tensor) -> Tensor:
+def softmax_in_fp32(x: Tensor, *, fused_backward: bool = False) -> Tensor:
     """Return `softmax(x, dtype=torch.float32)`, which saves its result.
 
-    Its backward makes `grad * output` in fp32 besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu).
+    Its backward makes `grad * output` in fp32 besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu), but for the
+    CPU's (`fused_backward`).
     """
-    result = x.elements.times(4)
+    result = NOTHING if fused_backward else x.elements.times(4)
     node = node_of(x.tape, (x,), (_gradient(x),), (), result.plus(x.bytes))
     out = Tensor(x.tape, x.elements, 4, node)
     if node is not None:

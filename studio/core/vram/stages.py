@@ -116,7 +116,9 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
     work = activations_of(shape, setup, kernel, trained)
     # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
     head = min(fresh, trained.head)
-    backward = work.held + max(work.kept_backward + work.layer_backward + head, work.first_layer_backward + fresh)
+    # A layer's own gradients are in its marks already.
+    before = fresh * (shape.layers - 1) // shape.layers
+    backward = work.held + max(work.kept_backward + work.layer_backward + head, work.first_layer_backward + before)
     step = work.held + fresh + _step_temporary(setup, gradients)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
     turnover = max(within + (work.kept_backward if setup.grad_checkpointing else 0), fresh, step)

@@ -37,25 +37,46 @@ class StepForms:
         groups: The layers, kind by kind.
         loss_forward: Marks around head and loss, forward.
         loss_backward: The same, backward.
+        around_chunk: What stands around a chunk of the head.
         spared: What the first layer keeps less than its like.
+        first_backward: High-water marks of the layer that goes backward last, beside nothing but itself: where its
+            input wants no gradient it saves and makes less.
     """
 
     groups: tuple[GroupForms, ...]
     loss_forward: tuple[Form, ...]
     loss_backward: tuple[Form, ...]
+    around_chunk: Form
     spared: Form
+    first_backward: tuple[Form, ...]
 
 
 @lru_cache(maxsize=256)
-def step_forms(shape: ModelShape, form: LayerForm, loss: LossForm, grad_checkpointing: bool) -> StepForms:
-    """Return the forms of a step; cached, since sliders of batch, length and rank do not change them."""
+def step_forms(
+    shape: ModelShape, form: LayerForm, loss: LossForm, grad_checkpointing: bool, input_wants_gradient: bool
+) -> StepForms:
+    """Return the forms of a step; cached, since sliders of batch, length and rank do not change them.
+
+    Args:
+        shape: The model.
+        form: How a layer is computed.
+        loss: How the loss is made.
+        grad_checkpointing: Whether layers are computed again in the backward.
+        input_wants_gradient: Whether the embeddings' output asks for a gradient (stock peft makes it, under
+            checkpointing), so that the first layer goes backward like the others.
+    """
     work = _checkpointed if grad_checkpointing else _kept_whole
     groups = tuple(work(shape, form, index) for index in range(len(shape.groups)))
     tape = Tape()
     head = head_pass(Run(tape, shape, form), loss, _input(tape, shape, form))
-    # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
-    spared = NOTHING if grad_checkpointing else groups[0].kept.minus(_kept(shape, form, 0, wants_gradient=False)[0])
-    return StepForms(groups, uncovered(head.forward), uncovered(head.backward), spared)
+    spared, first = NOTHING, groups[0].backward
+    if grad_checkpointing and not input_wants_gradient:
+        first = _recomputed(shape, form, 0, wants_gradient=False)
+    elif not grad_checkpointing:
+        # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
+        kept, _, first = _kept(shape, form, 0, wants_gradient=input_wants_gradient)
+        spared = groups[0].kept.minus(kept)
+    return StepForms(groups, uncovered(head.forward), uncovered(head.backward), head.around_chunk, spared, first)
 
 
 def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bool = True) -> Tensor:
@@ -72,10 +93,10 @@ def _checkpointed(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
     return GroupForms(group.count, x.bytes, uncovered(tape.marks), _recomputed(shape, form, index))
 
 
-def _recomputed(shape: ModelShape, form: LayerForm, index: int) -> tuple[Form, ...]:
+def _recomputed(shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool = True) -> tuple[Form, ...]:
     tape = Tape()
     run = Run(tape, shape, form)
-    x = _input(tape, shape, form)
+    x = _input(tape, shape, form, wants_gradient=wants_gradient)
     gradient = [Tensor(tape, x.elements, x.itemsize)]
     out = decoder_layer(run, shape.groups[index].layer, x)
     # torch.utils.checkpoint stops a recomputation as soon as everything is saved again (early_stop).
