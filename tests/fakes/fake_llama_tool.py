@@ -1,10 +1,12 @@
 """Stands in for llama.cpp's tools: `python -I fake_llama_tool.py TOOLS VERB ...`. How it behaves, TOOLS/behaviour says.
 
 `vocab`, `convert`, `lora`, `quantize` write a little; `tokens` reads every text as one token a byte, as the tiny
-tokenizer does; `logits` gives what the test put into TOOLS/answers.f32. `VERB fails` or `VERB hangs` does that.
+tokenizer does; `logits` gives what the test put into TOOLS/answers.f32. `VERB fails`, `dies` or `hangs` does that.
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,8 @@ def main(tools: Path, verb: str, words: list[str]) -> None:
     if f"{verb} fails" in behaviour:
         print("ERROR:hf-to-gguf:Model FancyForCausalLM is not supported", file=sys.stderr)
         sys.exit(1)
+    if f"{verb} dies" in behaviour:
+        os.kill(os.getpid(), signal.SIGKILL)
     if f"{verb} hangs" in behaviour:
         Path(tools / "hanging").touch()
         time.sleep(60)

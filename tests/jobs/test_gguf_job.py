@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.jobs.base.streamed import folder_logits
-from studio.jobs.export import gguf, job, tool_process
+from studio.jobs.export import answers, job, tool_process
 from studio.jobs.export.gguf_tools import TOOLS_VARIABLE
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
@@ -53,7 +53,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         logits[mask.bool()].numpy().tofile(folder / "answers.f32")
         return logits
 
-    monkeypatch.setattr(gguf, "folder_logits", kept)
+    monkeypatch.setattr(answers, "folder_logits", kept)
     return folder
 
 
@@ -141,6 +141,7 @@ def test_one_file_where_one_is_named(merged: Path, export: Export, tools: Path, 
         ("tokens differ", "gguf_tokens", "first difference is at token 4"),
         ("convert fails", "gguf_converter", "is not supported"),
         ("quantize fails", "gguf_converter", "quantize failed"),
+        ("quantize dies", "gguf_converter", "ended by SIGKILL"),
         ("logits fails", "gguf_converter", "logits failed"),
     ],
 )

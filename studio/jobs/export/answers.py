@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from studio.core.errors import JobFailed
+from studio.jobs.base.streamed import folder_logits
+from studio.jobs.export.work import Work
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. A quantised model should answer as the merged one does.",
@@ -18,6 +21,7 @@ TEXTS = (
 _WORK = 2e11
 """Parameters times tokens of one pass: a few seconds on two cores."""
 _FEWEST_TOKENS, _MOST_TOKENS = 48, 384
+_CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,21 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[*row] + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return ids, mask
+
+
+def merged_answers(work: Work, merged: Path, rows: Sequence[Sequence[int]]) -> Tensor | None:
+    """Return the merged model's fp32 logits `[tokens, vocabulary]`, one decoder layer in memory at a time.
+
+    Returns:
+        None, said aloud, where this model cannot be run so.
+    """
+    work.say("checking", detail="answers of the merged model")
+    ids, mask = padded(rows)
+    try:
+        return folder_logits(merged, ids, mask)[mask.bool()]
+    except _CANNOT_RUN as error:
+        work.warn(f"the answers could not be compared: this model cannot be run layer by layer ({error})")
+        return None
 
 
 def compare(exported: Tensor, merged: Tensor) -> Loss:

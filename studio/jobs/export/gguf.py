@@ -12,12 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from studio.core.errors import JobFailed
 from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.jobs.base.streamed import folder_logits
-from studio.jobs.export.answers import TEXTS, Loss, compare, padded, rows_of
+from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, rows_of
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.golden import Golden, check_golden, golden_texts
 from studio.jobs.export.llama_answers import llama_logits
@@ -38,7 +35,6 @@ _BROKEN_KL = 0.5
 """Sixteen bits cannot cost this much: then the conversion is wrong, whatever the reason."""
 _GENERATION = "generation_config.json"
 _FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
-_CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
     config, size_bytes = check_folder(merged)
     generation, saved = generation_of(merged), load_tokenizer(merged)
     rows = rows_of([*golden_texts(saved), *TEXTS], saved, size_bytes / 2)
-    wanted = _wanted(work, merged, rows)
+    wanted = merged_answers(work, merged, rows)
     _convert(work, tool, request, merged, out)
     work.say("checking", detail="tokens in llama.cpp")
     golden = check_golden(tool, out, [trained, saved])
@@ -127,17 +123,6 @@ def base_of(work: Work, request: ExportRequest) -> Path:
     """
     base = find_base(request.base or find_adapter(Path(request.source)).base, request.revision)
     return base_folder(base, work.say)
-
-
-def _wanted(work: Work, merged: Path, rows: list[list[int]]) -> Tensor | None:
-    """Return the merged model's fp32 logits `[tokens, vocabulary]`; None, said aloud, where it cannot be run so."""
-    work.say("checking", detail="answers of the merged model")
-    ids, mask = padded(rows)
-    try:
-        return folder_logits(merged, ids, mask)[mask.bool()]
-    except _CANNOT_RUN as error:
-        work.warn(f"the answers could not be compared: this model cannot be run layer by layer ({error})")
-        return None
 
 
 def _convert(work: Work, tool: LlamaTool, request: ExportRequest, merged: Path, out: Path) -> None:

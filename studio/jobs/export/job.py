@@ -102,7 +102,7 @@ def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
         merged = merge_first(work, request, merged_aside(request)) if adapter else source
         loss = make_quantised(work, merged, request.format, made)
         _write_card(made, adapter, training, request, loss)
-        return {"loss": asdict(loss)}
+        return {"loss": asdict(loss) if loss else None}
     made.mkdir()
     file = made / _file_name(out, request.format)
     if request.format == "lora-gguf" and adapter:
@@ -132,7 +132,7 @@ def _file_name(out: Path, form: str) -> str:
 
 
 def _write_card(
-    folder: Path, adapter: AdapterFound | None, training: Training, request: ExportRequest, loss: Loss
+    folder: Path, adapter: AdapterFound | None, training: Training, request: ExportRequest, loss: Loss | None
 ) -> None:
     name = Path(request.out).name
     use = [

@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.load import load_tokenizer
-from studio.jobs.export.answers import TEXTS, Loss, compare, rows_of
+from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, rows_of
 from studio.jobs.export.work import Work
+from studio.probe.export import export_estimate
 from studio.probe.model_folder import check_folder
 
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md", ".py")
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
-def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss:
-    """Write a model folder that `from_pretrained` loads quantised; return what that cost.
+def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss | None:
+    """Write a model folder that `from_pretrained` loads quantised; return what that cost, where it can be told.
 
     Args:
         work: The export.
@@ -36,11 +37,10 @@ def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss:
         JobFailed: The quantised model's answers are not finite, or no layer could be quantised.
         OSError: The disk is full or not writable.
     """
-    check_memory(check_folder(merged)[1])
-    tokenizer = load_tokenizer(merged)
-    work.say("loading the merged model")
-    rows = rows_of(TEXTS, tokenizer, check_folder(merged)[1] / 2)
-    wanted = _answers(_load(merged), rows)
+    size_bytes = check_folder(merged)[1]
+    check_memory(form, size_bytes)
+    rows = rows_of(TEXTS, load_tokenizer(merged), size_bytes / 2)
+    wanted = merged_answers(work, merged, rows)
     work.heed()
     work.say("quantising", detail=form)
     model = _load(merged, _bits(form))
@@ -51,19 +51,19 @@ def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss:
     keep_files(merged, folder)
     work.heed()
     work.say("checking", detail="loading it again")
-    return compare(_answers(_load(folder), rows), wanted)
+    return None if wanted is None else compare(_answers(_load(folder), rows), wanted)
 
 
-def check_memory(size_bytes: int) -> None:
+def check_memory(form: str, size_bytes: int) -> None:
     """Make sure that the whole model has room: bitsandbytes quantises what is loaded.
 
     Raises:
         BadInput: It needs more than is free.
     """
-    free = psutil.virtual_memory().available
-    if size_bytes > free:
+    needed, free = export_estimate(form, size_bytes).memory_bytes, psutil.virtual_memory().available
+    if needed > free:
         raise BadInput(
-            f"quantising with bitsandbytes loads the whole model: about {size_bytes / 1e9:.1f} GB of memory, "
+            f"quantising with bitsandbytes loads the whole model: about {needed / 1e9:.1f} GB of memory, "
             f"{free / 1e9:.1f} GB are free. Close other programs, export a GGUF format (a tensor at a time), or load "
             "the merged model with load_in_4bit where it is used."
         )
