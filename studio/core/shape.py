@@ -140,6 +140,7 @@ class ModelShape:
         head_bias: Whether the head has a bias.
         other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
         logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
+        attention_softcap: Whether attention scores go through the same.
         fused_attention: Whether transformers runs it with fused attention; capped scores, sinks and ALiBi rule it out.
         stored_itemsize: Bytes per weight in the checkpoint, as its config says.
         doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
@@ -156,6 +157,7 @@ class ModelShape:
     head_bias: bool = False
     other_parameters: int = 0
     logit_softcap: bool = False
+    attention_softcap: bool = False
     fused_attention: bool = True
     stored_itemsize: int = 2
     doubts: tuple[str, ...] = ()

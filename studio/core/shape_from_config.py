@@ -69,6 +69,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         raise BadInput(
             f"the model's config has {heads} attention heads, which {kv_heads} key/value heads do not divide"
         )
+    capped = values.real("attn_logit_softcapping", family.attention_softcap) != 0
     norm_width = hidden * family.norm_terms
     other = norm_width * (2 if family.embedding_norm else 1)
     if family.learnt_positions:
@@ -85,7 +86,8 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         head_bias=family.head_bias,
         other_parameters=other,
         logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
-        fused_attention=family.fused_attention and values.real("attn_logit_softcapping", family.attention_softcap) == 0,
+        attention_softcap=capped,
+        fused_attention=family.fused_attention and not capped,
         stored_itemsize=_ITEMSIZES.get(values.word("dtype", "torch_dtype").removeprefix("torch."), 2),
         doubts=tuple(doubts),
     )
@@ -208,8 +210,8 @@ def _mlp(name: str, family: Family, values: ConfigValues, hidden: int, experts: 
             return ()
     else:
         keys = ("intermediate_size_mlp",) if name == "llama4_text" else ()
-        # Only the families without a gate have a width of their own accord: four times the hidden size.
-        usual = None if family.gated else 4 * hidden
+        # Only families without a gate have a width of their own accord, four times the hidden size; unknown ones may.
+        usual = None if family.gated and name in FAMILIES else 4 * hidden
         inner = values.whole(*keys, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=usual)
     if not family.gated or len(family.mlp) == 2:
         wide = 2 * inner if family.gated else inner

@@ -178,8 +178,13 @@ def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart)
         yield 1, Linear(HEAD, shape.hidden, shape.vocabulary), _rank_of(HEAD, None, part)
 
 
+def linear_paths(name: str, layer: int) -> tuple[str, ...]:
+    """Return the paths that a linear map of a layer may have as a module, as most families call them."""
+    return tuple(f"model.layers.{layer}.{block}.{name}" for block in _BLOCKS)
+
+
 def _rank_of(name: str, layer: int | None, part: AdaptedPart) -> int:
-    paths = [f"model.layers.{layer}.{block}.{name}" for block in _BLOCKS] if layer is not None else [name]
+    paths = linear_paths(name, layer) if layer is not None else (name,)
     for pattern, rank in part.rank_pattern:
         if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
             return rank

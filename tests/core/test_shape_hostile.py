@@ -66,7 +66,7 @@ def test_an_absurd_value_gives_a_shape_or_an_error_that_names_its_key(family: st
 )
 def test_a_missing_size_is_named(key: str) -> None:
     with pytest.raises(BadInput, match=key):
-        shape_from_config({name: value for name, value in CONFIG.items() if name not in (key, "num_experts")})
+        shape_from_config({"model_type": "llama", **{n: v for n, v in CONFIG.items() if n not in (key, "num_experts")}})
 
 
 def test_a_width_of_four_times_the_hidden_size_is_some_families_own_default() -> None:

@@ -31,10 +31,14 @@ def real_step(setup: Setup, values: dict[str, Any]) -> int:
 
 
 def predicted_step(setup: Setup, values: dict[str, Any]) -> int:
-    """Return the same as predicted; a lone step has no optimizer state yet."""
+    """Return the same as predicted; a lone step has no optimizer state and no guard yet."""
     estimate = estimate_vram(shape_from_config(values), setup)
     stages = dict(estimate.stages)
-    return max(stages["forward"], stages["loss"], stages["backward"]) - estimate.components.optimizer
+    return (
+        max(stages["forward"], stages["loss"], stages["backward"])
+        - estimate.components.optimizer
+        - estimate.components.workspace
+    )
 
 
 CASES = [

@@ -25,9 +25,7 @@ What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not c
 def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
     """Return the forms of a step for a model, a set-up and an attention kernel."""
     ours = setup.engine == "studio"
-    # Our loop trains whole modules in fp32: the residual stream then begins with an embedding's fp32.
-    wide = ours and setup.adapted.trains_embedding
-    arithmetic = Arithmetic(setup.compute_itemsize, 4 if wide else setup.residual_itemsize, setup.autocast)
+    arithmetic = Arithmetic(setup.compute_itemsize, setup.residual_itemsize, setup.autocast)
     adapter = AdapterForm(
         targets=target_names(shape, setup.targets),
         dropout=setup.dropout > 0,
@@ -92,7 +90,8 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
     rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
     numbers = (setup.tokens, setup.squares, rank)
     kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
-    copies = _autocast_copies(setup, trained.parameters)
+    embedding = shape.embedding_parameters if setup.adapted.trains_embedding else 0  # autocast leaves it alone
+    copies = _autocast_copies(setup, trained.parameters - embedding)
     loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
     shared, checkpoint = _shared(shape, setup, kernel), forms.groups[0].kept.at(*numbers)
     offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
@@ -131,8 +130,10 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
     """Return what all layers share: ids, labels and mask (int64), cos and sin, and an S x S mask where one is made."""
     inputs = 3 * 8 * setup.tokens
     rotary = 2 * setup.seq_len * shape.head_dim * setup.residual_itemsize
-    masked = kernel == "eager" or _windowed(shape, setup)
-    return inputs + rotary + (setup.squares * setup.residual_itemsize if masked else 0)
+    masks = int(kernel == "eager" or _windowed(shape, setup))
+    if shape.attention_softcap and any(group.layer.window for group in shape.groups):
+        masks = 2  # one for layers that see all, one for those with a window, both made before the first layer
+    return inputs + rotary + masks * setup.squares * setup.residual_itemsize
 
 
 def _windowed(shape: ModelShape, setup: Setup) -> bool:

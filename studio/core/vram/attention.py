@@ -88,6 +88,8 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
         query, key = (op.cast(t, arithmetic.compute) for t in (query, key))
     itemsize = query.itemsize
     weights = op.scale(op.matmul(query, key, Form(per_square=run.shape.heads), copied=run.form.batched))
+    if run.shape.attention_softcap:
+        weights = op.scale(op.activate_saving_result(op.scale(weights)))
     weights = op.add_number(weights)  # the causal mask
     if not run.form.fused_upcast:
         weights = op.cast(weights, 4)

@@ -69,21 +69,23 @@ def feed_forward(run: Run, layer: Layer, x: Tensor) -> Tensor:
 
 def _dense(run: Run, layer: Layer, x: Tensor) -> Tensor:
     if not layer.gated:
-        inner = activation(layer, linear(run, layer.mlp[0], x))
+        inner = activation(run, layer, linear(run, layer.mlp[0], x))
         return linear(run, layer.mlp[1], inner)
     if len(layer.mlp) == 3:
         gate, up, down = layer.mlp
-        return linear(run, down, op.multiply(activation(layer, linear(run, gate, x)), linear(run, up, x)))
+        return linear(run, down, op.multiply(activation(run, layer, linear(run, gate, x)), linear(run, up, x)))
     up_states = linear(run, layer.mlp[0], x)
     gate_states, up_states = op.split_last(up_states, (0.5, 0.5))
-    up_states = op.multiply(up_states, activation(layer, gate_states))
+    up_states = op.multiply(up_states, activation(run, layer, gate_states))
     return linear(run, layer.mlp[1], up_states)
 
 
-def activation(layer: Layer, x: Tensor) -> Tensor:
+def activation(run: Run, layer: Layer, x: Tensor) -> Tensor:
     """Return the activation's output; those composed in Python save more (transformers/activations.py)."""
     if layer.activation == "gelu_new":
         half = op.scale(x)
+        if run.form.arithmetic.autocast and not run.form.cpu:
+            x = op.cast(x, 4)  # CUDA's autocast takes powers in fp32, and all that is added to them is fp32 then
         return op.multiply(half, op.add_number(op.activate_saving_result(op.scale(op.add(x, op.scale(op.power(x)))))))
     if layer.activation == "relu2":
         return op.power(op.activate_saving_result(x))

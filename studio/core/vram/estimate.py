@@ -17,7 +17,7 @@ from studio.core.vram.reserve import (
 )
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
-from studio.core.vram.static import frozen_form
+from studio.core.vram.static import frozen_form, trained_bytes
 from studio.core.vram.stock import COPIES_LOGITS, NEWEST
 
 Verdict = Literal["fits", "tight", "does not fit"]
@@ -119,8 +119,10 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
 
 def _on_cpu(shape: ModelShape, setup: Setup, kernel: Kernel) -> VramEstimate:
     """Return the bytes of tensors of a run on a CPU: it has no segments and no context, and nothing is paged."""
-    stages = stages_of(shape, setup, kernel, workspace=0)
-    low, high, notes = _allocated_bounds(shape, setup, None, stages, 0)
+    # The guard of the first steps keeps a copy of what is trained (jobs/train/guards.py); for a card it is on the host.
+    guard = 4 * trained_bytes(shape, setup.adapted, 4).parameters if setup.engine == "studio" else 0
+    stages = stages_of(shape, setup, kernel, workspace=guard)
+    low, high, notes = _allocated_bounds(shape, setup, None, stages, guard)
     bounds = Range(low, stages.peak, high)
     return VramEstimate(
         stage=stages.peak_stage,
@@ -164,6 +166,8 @@ def _allocated_bounds(
         low, high = min(low, peak), max(high, peak)
     doubt = _UNCERTAIN if shape.doubts else _CERTAIN
     low, high = low * (1 - doubt), high * (1 + doubt)
+    if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
+        notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
     if shape.expert_parameters:
         notes.extend(_expert_notes(shape, setup))
         low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover

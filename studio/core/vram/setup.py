@@ -33,6 +33,7 @@ class Setup:
         loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
         modules_to_save: Modules trained whole, beside the adapter (peft's `modules_to_save`).
+        skip_modules: Modules that stay in 16 bit beside quantised ones, as transformers names them.
         quant_type: How quantised weights are held; int8 is LLM.int8 (`hf` alone).
         device: `cpu` counts the tensors of a run on a CPU: no workspaces, no context, no segments.
         dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
@@ -61,6 +62,7 @@ class Setup:
     loss: Loss = "chunked"
     offload_checkpoints: bool = False
     modules_to_save: tuple[str, ...] = ()
+    skip_modules: tuple[str, ...] = ()
     quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
     device: Literal["cuda", "cpu"] = "cuda"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -132,6 +134,7 @@ def setup_of(recipe: Recipe, *, bf16: bool = True) -> Setup:
         dtype=dtype,
         offload_checkpoints=train.offload_checkpoints,
         modules_to_save=modules_of(recipe.adapter.modules_to_save),
+        skip_modules=modules_of(recipe.model.skip_modules),
         quant_type=recipe.model.quant_type,
         device="cpu" if recipe.device.device == "cpu" else "cuda",
         double_quant=recipe.model.double_quant,

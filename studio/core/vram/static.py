@@ -1,10 +1,11 @@
 """The bytes that are there all the time: frozen weights, adapters, their gradients and the optimizer's state."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.shape import Linear, ModelShape
-from studio.core.trainable import AdaptedPart, trained_tensors, whole_tensors
+from studio.core.trainable import AdaptedPart, linear_paths, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
 
 ALIGNMENT = 512
@@ -16,8 +17,8 @@ _BLOCK = 64
 _SCALE_BLOCK = 256
 """Scales that share one scale of scales with double quantisation (bitsandbytes functional.quantize_4bit)."""
 
-_CODE_BYTES = {False: (64,), True: (64, 1024, 4)}
-"""Per 4-bit weight: the 16-entry table; with double quantisation also the 256-entry table and the offset."""
+_CODE_BYTES = {False: (64,), True: (64, 4)}
+"""Per 4-bit weight: the 16-entry table; with double quantisation also the offset (the 256-entry table is shared)."""
 
 _PAGED_FROM = 100_000
 """Elements from which bitsandbytes pages a state tensor (optim/optimizer.py get_state_buffer)."""
@@ -43,6 +44,7 @@ class FrozenForm:
         double_quant: Whether 4-bit scales are quantised again.
         itemsize: Bytes of a weight that is not quantised.
         compute: Bytes of a quantised layer's bias, which bitsandbytes casts to the compute type.
+        skipped: Modules that are not quantised all the same.
         alignment: What an allocation is rounded up to, in bytes; 1 on a CPU.
     """
 
@@ -50,6 +52,7 @@ class FrozenForm:
     double_quant: bool
     itemsize: int
     compute: int
+    skipped: tuple[str, ...] = ()
     alignment: int = ALIGNMENT
 
 
@@ -60,6 +63,7 @@ def frozen_form(setup: Setup) -> FrozenForm:
         setup.double_quant,
         setup.residual_itemsize,
         setup.compute_itemsize,
+        setup.skip_modules,
         1 if setup.device == "cpu" else ALIGNMENT,
     )
 
@@ -93,11 +97,32 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
     """
     if not form.quant_type:
         return shape.parameters * form.itemsize
-    linears = list(shape.all_linears())
+    linears = list(_quantised_linears(shape, form.skipped))
     packed = sum(count * linear.copies * sum(quantised_parts(linear, form)) for count, linear in linears)
     biases = sum(count * linear.biases for count, linear in linears)
     weights = sum(count * linear.weights for count, linear in linears)
     return packed + biases * form.compute + (shape.parameters - weights - biases) * form.itemsize
+
+
+def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[tuple[int, Linear]]:
+    """Yield every linear map with in how many layers it is quantised; layers of one kind follow each other.
+
+    A module is skipped by its path's beginning or its end (transformers quantizers_utils.should_convert_module).
+    """
+    if not skipped:
+        yield from shape.all_linears()
+        return
+    first = 0
+    for group in shape.groups:
+        for linear in group.layer.linears:
+            paths = (linear_paths(linear.name, index) for index in range(first, first + group.count))
+            left = sum(not any(_is_skipped(path, skipped) for path in names) for names in paths)
+            yield left, linear
+        first += group.count
+
+
+def _is_skipped(path: str, skipped: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") or path.endswith(f".{name}") for name in skipped)
 
 
 @dataclass(frozen=True, slots=True)
