@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import attention_kernel
+from studio.core.vram.setup import setup_of
+from studio.core.vram.stages import stages_of
 
 DATA = Path(__file__).parents[1] / "data"
 TRACES = DATA / "traces.json"
@@ -57,7 +61,22 @@ STABLELM_2_1_6B = {
     "vocab_size": 100352,
     "tie_word_embeddings": False,
 }
+QWEN_3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
 OWN = {
+    "Qwen3-30B-A3B": QWEN_3_30B_A3B,
     "Phi-3-mini-4k": PHI_3_MINI,
     "gemma-3-1b": GEMMA_3_1B,
     "OLMo-2-1B": OLMO_2_1B,
@@ -79,6 +98,8 @@ SHALLOW = {
     "OLMo-2-1B": 4,
     "stablelm-base-alpha-3b": 3,
     "stablelm-2-1_6b": 4,
+    "Qwen3-30B-A3B": 2,
+    "Mixtral-8x7B": 2,
 }
 """Model and how many of its layers are traced."""
 
@@ -95,6 +116,9 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"method": "lora", "seq_len": 256, "micro_batch": 8, "grad_checkpointing": False, "loss": "full", "dropout": 0.1},
 )
 PER_MODEL = 5
+OF_EXPERTS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
+ATTENTION_ONLY = {"targets": ("q_proj", "v_proj")}
+"""For mixtures of experts, whose fused experts peft's all-linear would adapt as well."""
 
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
@@ -116,8 +140,10 @@ _SECTIONS = {
 def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
     """Yield the model's name, how many of its layers, and the settings; every model gets its own part of the table."""
     for number, (model, layers) in enumerate(SHALLOW.items()):
-        for offset in range(PER_MODEL):
-            yield model, layers, SETTINGS[(number * 3 + offset * 2 + offset // 5) % len(SETTINGS)]
+        of_experts = model in OF_EXPERTS
+        for offset in range(2 if of_experts else PER_MODEL):
+            settings = SETTINGS[(number * 3 + offset * 2 + offset // 5) % len(SETTINGS)]
+            yield model, layers, {**settings, **ATTENTION_ONLY} if of_experts else settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings
 
@@ -137,6 +163,13 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
     recipe = Recipe().with_("train.accumulation", 1).with_("model.dtype", "bf16")
     for name, value in settings.items():
         section = next((f"{section}." for section, names in _SECTIONS.items() if name in names), "")
-        recipe = recipe.with_(f"{section}{name}", value)
+        recipe = recipe.with_(f"{section}{name}", tuple(value) if isinstance(value, list) else value)
     assert recipe.problems() == (), recipe.problems()
     return recipe
+
+
+def estimated_peak(row: dict[str, Any]) -> int:
+    """Return the estimate of a row: bytes of live tensors on a card of compute capability 8.0."""
+    shape = shape_from_config(config_of(row["model"], row["layers"]))
+    setup = setup_of(recipe_of(row["settings"]))
+    return stages_of(shape, setup, attention_kernel(shape, setup, None)).peak

@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 
 from studio.core.measured import height
-from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import attention_kernel
-from studio.core.vram.setup import setup_of
-from studio.core.vram.stages import stages_of
-from tests.bench.trace_settings import TRACES, config_of, recipe_of
+from tests.bench.trace_settings import TRACES, config_of, estimated_peak
 
 
 @lru_cache
@@ -31,12 +27,6 @@ def errors() -> list[float]:
     return [estimated_peak(row) / traced_peak(row) - 1 for row in rows()]
 
 
-def estimated_peak(row: dict[str, Any]) -> int:
-    shape = shape_from_config(config_of(row["model"], row["layers"]))
-    setup = setup_of(recipe_of(row["settings"]))
-    return stages_of(shape, setup, attention_kernel(shape, setup, None)).peak
-
-
 def test_the_grid_is_wide() -> None:
     assert len(rows()) >= 60
     families = {config_of(row["model"], None)["model_type"] for row in rows()}
@@ -51,11 +41,11 @@ def test_half_of_the_rows_are_within_half_a_percent() -> None:
     assert statistics.median(map(abs, errors())) <= 0.005
 
 
-_OPEN = {"gemma-2-2b", "phi-1_5", "stablelm-2-1_6b"}
-"""Models in which the estimate still lacks something that the trace shows: up to 4 %."""
+_OPEN = {"stablelm-base-alpha-3b": 0.025}
+"""Without checkpointing the estimate keeps something more of a GPT-NeoX layer than the trace: one row, 2.3 %."""
 
 
 @pytest.mark.parametrize("number", range(len(rows())), ids=lambda n: f"{rows()[n]['model']}-{n}")
 def test_no_row_is_off_by_two_percent(number: int) -> None:
     row = rows()[number]
-    assert abs(errors()[number]) <= (0.04 if row["model"] in _OPEN else 0.02), row["settings"]
+    assert abs(errors()[number]) <= _OPEN.get(row["model"], 0.02), row["settings"]
