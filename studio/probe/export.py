@@ -137,10 +137,10 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
 
 
 def _seconds(form: str, size_bytes: int) -> tuple[float, float]:
-    """Return a range around what two busy cores took: .27 and 2.35 GB in f16, q8_0, q4_k_m, nf4, int8."""
-    each = 45 if form in QUANTISED_GGUF else 30 if form == "nf4" else 15
+    """Return a range around what one of two busy cores took for .27 and 2.35 GB, in seconds a GB."""
+    each = 55 if form in QUANTISED_GGUF else 35 if form == "nf4" else 25
     gigabytes = size_bytes / 1e9
-    return 8 + 0.2 * each * gigabytes, 30 + each * gigabytes
+    return 8 + 0.15 * each * gigabytes, 30 + each * gigabytes
 
 
 def _check_base(request: ExportRequest, adapter: AdapterFound) -> int:
