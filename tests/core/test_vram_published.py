@@ -42,8 +42,16 @@ def test_reserved():
 def test_device():
     found = errors("device")
     assert len(found) >= 33
-    assert statistics.median(map(abs, found)) <= 0.03
-    assert percentile(found, 0.9) <= 0.08
+    assert statistics.median(map(abs, found)) <= 0.02
+    assert percentile(found, 0.9) <= 0.06
+    assert max(map(abs, found)) <= 0.08
+
+
+def test_blocks_of_whole_logits_explain_what_the_card_shows_of_powerlm():
+    """16-bit logits, three fp32 copies that drop a token, and a gradient of the whole: 18 bytes per logit, 12 alive."""
+    found = [item.error("device") for item in LIKE if item.row["model"] == "PowerLM-3b"]
+    assert len(found) == 2
+    assert max(abs(error or 0) for error in found) <= 0.01
 
 
 def test_what_each_stage_holds_on_a_t4():

@@ -30,6 +30,7 @@ class Stages:
         workspace: cuBLAS workspaces.
         lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
         logits: What the loss holds beside kept activations, at its highest.
+        loss_segments: What the allocator needs for the loss stage, blocks that nothing else fits included.
         held: Logits that the loop itself holds through the backward.
         load: Peak while the model is loaded.
         forward: Peak while layers run forward.
@@ -53,6 +54,7 @@ class Stages:
     workspace: int
     lasting_gradients: int
     logits: int
+    loss_segments: int
     held: int
     load: int
     forward: int
@@ -131,6 +133,7 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         workspace=workspace,
         lasting_gradients=lasting,
         logits=int(work.loss),
+        loss_segments=int(standing + work.kept + max(work.loss, work.logits_segments)),
         held=work.held,
         load=base + _load_extra(shape, setup),
         forward=int(standing + work.kept + work.copies + work.layer_forward),
