@@ -12,6 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
 from studio.jobs.audit.base_variants import Remembered, in_form, stored_variant
+from studio.jobs.audit.device import device_of
 from studio.jobs.audit.forms import Form, form_of_quant, packed
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.sweep import Variant
@@ -155,14 +156,15 @@ class AdapterForms:
 
 
 def _through(read: Read, quant: FourBit, names: Collection[str]) -> Read:
-    """Return the weights after rounding to 4 bits and back, fp32."""
+    """Return the weights after rounding to 4 bits and back, fp32; rounded on the card where there is one."""
+    device = device_of()
 
     def back(name: str) -> Tensor:
         if name not in names:
             return read(name)
-        codes, state = packed(read(name), quant)
+        codes, state = packed(read(name).to(device), quant)
         weight: Tensor = dequantize_4bit(codes, state)
-        return weight
+        return weight.cpu()
 
     return back
 

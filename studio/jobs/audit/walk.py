@@ -12,6 +12,7 @@ from studio.core.errors import JobFailed
 from studio.core.events import Phase
 from studio.jobs.audit.blocks import Parts
 from studio.jobs.audit.calls import disagreement, renumbered
+from studio.jobs.audit.device import device_of
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.scores import TokenScores
 from studio.jobs.audit.state import KeptWalk
@@ -43,11 +44,6 @@ class Measured:
     seen: list[BlockSeen]
     task_rows: dict[str, RowFigures]
     seconds: float
-
-
-def device_of() -> torch.device:
-    """Return where blocks are run: the first CUDA card, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, slots=True)
