@@ -44,6 +44,8 @@ class RunScreen(Screen[None]):
         Binding("p", "pause", "Pause/go on"),
         Binding("c", "checkpoint", "Checkpoint"),
         Binding("R", "resume", "Resume"),
+        Binding("m", "merge", "Merge"),
+        Binding("t", "try_it", "Try it"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
         Binding("tab", "next_view(1)", "View", priority=True),
@@ -174,6 +176,18 @@ class RunScreen(Screen[None]):
             return
         self._resuming = True
         self._resume()
+
+    def action_merge(self) -> None:
+        """Merge the adapter; of a merge, show what came of it."""
+        from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  needed only then
+
+        self.app.push_screen(merge_screen_for(self.paths, poll_seconds=self._poll_seconds))
+
+    def action_try_it(self) -> None:
+        """Chat with what the run made."""
+        from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
+
+        self.app.push_screen(ChatScreen(self.paths))
 
     @work(thread=True)
     def _resume(self) -> None:

@@ -40,6 +40,7 @@ class RunsScreen(Screen[None]):
         Binding("space", "mark", "Mark"),
         Binding("c", "compare", "Compare"),
         Binding("a", "audit", "Audit"),
+        Binding("m", "merge", "Merge"),
         Binding("n", "note", "Note"),
         Binding("d", "remove", "Delete"),
         Binding("slash", "filter", "Filter"),
@@ -192,6 +193,13 @@ class RunsScreen(Screen[None]):
             self.app.notify("Only a training run that has ended with an adapter can be audited.", markup=False)
             return
         self.post_message(ShowAudits(info.paths))
+
+    def action_merge(self) -> None:
+        """Merge the chosen run's adapter; of a merge, show what came of it."""
+        from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  needed only then
+
+        if self._chosen is not None:
+            self.app.push_screen(merge_screen_for(self._chosen.paths))
 
     def action_remove(self) -> None:
         """Ask, then delete the chosen run with its checkpoints and adapter."""

@@ -1,0 +1,185 @@
+"""What the merge screen knows and sets in motion: choices, estimates, requests. No widget in here."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.recipe import Recipe
+from studio.probe.adapter_folder import Checkpoint, list_checkpoints
+from studio.runs.chat import ChatProcess, ChatRequest
+from studio.runs.job import EXPORT_FORMATS, GGUF_FORMATS, ExportRequest, MergeRequest, read_job
+from studio.runs.layout import RunPaths
+
+MERGED = "merged"
+"""The output that all others are made from: the 16-bit model."""
+FORMATS = tuple(form for form in EXPORT_FORMATS if form in ("nf4", "int8", *GGUF_FORMATS))
+_WORDS = {
+    MERGED: "16-bit model folder",
+    "nf4": "4-bit folder (bitsandbytes)",
+    "int8": "8-bit folder (bitsandbytes)",
+    **{form: f"GGUF {form.upper()} (llama.cpp, Ollama)" for form in GGUF_FORMATS},
+}
+_LIBRARIES_BYTES = 700 * 10**6
+_WHOLE_UP_TO_BYTES = 2 * 10**9
+"""Up to here (10^9 parameters) both models are also loaded whole, in fp32, for the texts side by side."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFacts:
+    """A training run, as far as a merge is concerned.
+
+    Attributes:
+        paths: The run.
+        recipe: What it was trained from.
+        checkpoints: What can be merged, by step; the last is the run's adapter.
+        base_bytes: The base in 16 bit; None where it cannot be found now.
+        free_ram_bytes: Of this computer; None where it does not tell.
+        why_not: Why nothing can be merged; empty where something can.
+    """
+
+    paths: RunPaths
+    recipe: Recipe
+    checkpoints: tuple[Checkpoint, ...]
+    base_bytes: int | None
+    free_ram_bytes: int | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEstimate:
+    """What one output takes, in bytes and seconds; estimates. None is "not known"."""
+
+    form: str
+    words: str
+    out_bytes: int | None
+    disk_bytes: int | None
+    ram_bytes: int | None
+    seconds: tuple[float, float] | None = None
+
+
+def read_facts(paths: RunPaths) -> MergeFacts:
+    """Look at a run, its base and this computer; takes a moment, and asks the hub where the base lies only there.
+
+    Raises:
+        StudioError: It is no training run.
+    """
+    import psutil  # noqa: PLC0415  not needed for the first frame
+
+    from studio.probe.models import find_base  # noqa: PLC0415
+
+    job = read_job(paths)
+    if not isinstance(job, Recipe):
+        raise BadInput("this run is no training run: there is no adapter to merge. Choose one that is.")
+    why, size = "", None
+    try:
+        base = find_base(job.model.base, job.model.revision)
+        size = base.size_bytes
+        if base.quantization:
+            why = f"its base is quantised ({base.quantization}): merge on the command line, with --base ORIGINAL"
+    except StudioError as error:
+        why = str(error)
+    found = tuple(list_checkpoints(paths))
+    if not found or found[-1].folder is not None:
+        why = "it has no adapter yet: it must be trained or stopped first"
+    return MergeFacts(paths, job, found, size, psutil.virtual_memory().available, why)
+
+
+def estimates_of(size_bytes: int | None) -> list[OutputEstimate]:
+    """Return what each output takes, for a base of this size in 16 bit; the merged model first."""
+    from studio.probe.export import export_estimate  # noqa: PLC0415
+
+    rows = [_merged_estimate(size_bytes)]
+    for form in FORMATS:
+        taken = export_estimate(form, size_bytes) if size_bytes else None
+        rows.append(
+            OutputEstimate(
+                form,
+                _WORDS[form],
+                taken.out_bytes if taken else None,
+                taken.disk_bytes if taken else None,
+                taken.memory_bytes if taken else None,
+            )
+        )
+    return rows
+
+
+def _merged_estimate(size_bytes: int | None) -> OutputEstimate:
+    if not size_bytes:
+        return OutputEstimate(MERGED, _WORDS[MERGED], None, None, None)
+    whole = 2.6 * size_bytes if size_bytes <= _WHOLE_UP_TO_BYTES else 0.06 * size_bytes
+    gigabytes = size_bytes / 1e9
+    # tests/bench/merge_results.md: 1 to 8 GB on two cores, checks included.
+    seconds = (6 + 2 * gigabytes, 20 + 8 * gigabytes)
+    return OutputEstimate(MERGED, _WORDS[MERGED], size_bytes, size_bytes, int(_LIBRARIES_BYTES + whole), seconds)
+
+
+def free_disk(folder: Path) -> int | None:
+    """Return the free bytes where a folder is or will be; None where that cannot be told."""
+    place = folder.expanduser().absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+def proposed_out(paths: RunPaths) -> Path:
+    """Return a folder for the merged model that does not exist yet, beside the runs' folder."""
+    stem = paths.root.parent.parent / "models" / paths.name
+    for place in range(1, 1000):
+        folder = stem if place == 1 else stem.with_name(f"{stem.name}-{place}")
+        if not folder.exists():
+            return folder
+    return stem
+
+
+def merge_request(facts: MergeFacts, checkpoint: Checkpoint, onto: str, out: Path) -> MergeRequest:
+    """Return the merge of a checkpoint."""
+    request = MergeRequest(
+        adapter=str(facts.paths.adapter.absolute()),
+        base=facts.recipe.model.base,
+        revision=facts.recipe.model.revision,
+        out=str(out.expanduser().absolute()),
+        onto=onto,
+        run=str(facts.paths.root.absolute()),
+    )
+    return replace(request, checkpoint=str(checkpoint.folder.absolute())) if checkpoint.folder else request
+
+
+def export_requests(merged: Path, forms: list[str]) -> list[ExportRequest]:
+    """Return the exports of a merged model: folders and files beside it."""
+    return [
+        ExportRequest(
+            str(merged), str(merged.with_name(f"{merged.name}-{form}{'.gguf' if form in GGUF_FORMATS else ''}")), form
+        )
+        for form in forms
+    ]
+
+
+def _start(request: MergeRequest | ExportRequest, root: Path) -> RunPaths:
+    from studio.probe.export import start_export  # noqa: PLC0415
+    from studio.probe.start import start_merge  # noqa: PLC0415
+
+    return start_merge(request, root) if isinstance(request, MergeRequest) else start_export(request, root)
+
+
+def _chat(request: ChatRequest) -> ChatProcess:
+    return ChatProcess(request)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeWork:
+    """What the screens set in motion, as plain callables: all may take seconds, call them from a thread.
+
+    Attributes:
+        facts: Looks at a run; raises StudioError.
+        start: Checks and launches a merge or an export; raises StudioError.
+        chat: Starts a chat's process; raises StudioError.
+    """
+
+    facts: Callable[[RunPaths], MergeFacts] = read_facts
+    start: Callable[[MergeRequest | ExportRequest, Path], RunPaths] = _start
+    chat: Callable[[ChatRequest], ChatProcess] = _chat

@@ -1,0 +1,273 @@
+"""Try it: one question, two columns of answers, the base's and the tuned model's, as they are written."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import Footer, Input, Static
+
+from studio.core.errors import StudioError
+from studio.core.text import plain
+from studio.runs.chat import (
+    Answered,
+    ChatEvent,
+    ChatFailed,
+    ChatProcess,
+    Conversation,
+    Loading,
+    Piece,
+    Ready,
+    Sampling,
+    TurnDone,
+)
+from studio.runs.layout import RunPaths
+from studio.tui.merging import MergeWork
+
+_TITLES = {"base": "base", "tuned": "tuned"}
+_STEPS = (0.0, 0.3, 0.7, 1.0)
+_LONGEST = 20_000
+
+
+class Column(VerticalScroll):
+    """What one side has said. Foreign text, so it is never read as markup."""
+
+    DEFAULT_CSS = """
+    Column {
+        width: 1fr;
+        padding: 0 1;
+        border-top: solid $foreground 20%;
+        & > Static { height: auto; }
+    }
+    """
+
+    def __init__(self, side: str) -> None:
+        """Start empty."""
+        super().__init__(Static("", markup=False), id=f"side-{side}")
+        self.border_title = _TITLES[side]
+        self._said: list[tuple[str, str, str]] = []
+
+    def ask(self, question: str) -> None:
+        """Begin another answer."""
+        self._said.append((question, "", ""))
+        self._show()
+
+    def write(self, text: str) -> None:
+        """Go on with the last answer."""
+        if self._said:
+            question, answer, end = self._said[-1]
+            self._said[-1] = (question, (answer + text)[-_LONGEST:], end)
+            self._show()
+
+    def conclude(self, words: str) -> str:
+        """End the last answer; return it."""
+        if not self._said:
+            return ""
+        question, answer, _ = self._said[-1]
+        self._said[-1] = (question, answer.strip(), words)
+        self._show()
+        return answer.strip()
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._said.clear()
+        self._show()
+
+    def _show(self) -> None:
+        lines: list[str | tuple[str, str]] = []
+        for question, answer, end in self._said:
+            lines += [(f"{plain(question)}\n", "bold"), f"{plain(answer)}\n", (f"{end}\n\n", "$text-muted")]
+        self.query_one(Static).update(Content.assemble(*lines))
+        self.scroll_end(animate=False)
+
+
+class ChatScreen(Screen[None]):
+    """A chat. The model's process lives as long as this screen."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+s", "stop", "Stop answer", priority=True),
+        Binding("ctrl+n", "forget", "New", priority=True),
+        Binding("ctrl+t", "warmer", "Temperature", priority=True),
+        Binding("ctrl+b", "turn_base", "With base", priority=True),
+        Binding("escape", "leave", "Back"),
+    ]
+
+    DEFAULT_CSS = """
+    ChatScreen {
+        & #chat-head { height: 1; padding: 0 1; background: $panel; }
+        & #columns { height: 1fr; }
+        & Column.-hidden { display: none; }
+        & #chat-notes { height: auto; max-height: 6; padding: 0 1; color: $text-warning; }
+        & Input { margin: 0 1; }
+    }
+    """
+
+    class Heard(Message):
+        """The model's process said something."""
+
+        def __init__(self, event: ChatEvent) -> None:
+            """Carry it."""
+            super().__init__()
+            self.event = event
+
+    def __init__(self, paths: RunPaths, *, work: MergeWork | None = None) -> None:
+        """Chat with what a run made."""
+        super().__init__()
+        self._paths, self._work = paths, work or MergeWork()
+        self._process: ChatProcess | None = None
+        self._said, self._sampling = Conversation(), Sampling()
+        self._sides: tuple[str, ...] = ()
+        self._question = ""
+        self._state = "starting the model's process"
+        self._busy, self._with_base, self._closed = True, True, False
+
+    def compose(self) -> ComposeResult:
+        """Head, columns, notes, question, keys."""
+        yield Static("", id="chat-head", markup=False)
+        with Vertical():
+            with Horizontal(id="columns"):
+                yield Column("base")
+                yield Column("tuned")
+            yield Static("", id="chat-notes", markup=False)
+            yield Input(placeholder="Loading ...", compact=True, disabled=True)
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Start the process."""
+        self._show_head()
+        self._talk()
+
+    def on_unmount(self) -> None:
+        """End the process with the screen, however it is left."""
+        self._closed = True
+        if self._process is not None:
+            self._process.close()
+
+    def on_chat_screen_heard(self, message: Heard) -> None:
+        """Show it."""
+        event = message.event
+        if isinstance(event, Loading):
+            self._state = event.detail + (f" {event.fraction:.0%}" if event.fraction else "")
+        elif isinstance(event, Ready):
+            self._be_ready(event)
+        elif isinstance(event, Piece):
+            self.query_one(f"#side-{event.side}", Column).write(event.text)
+        elif isinstance(event, Answered):
+            self._conclude(event)
+        elif isinstance(event, TurnDone):
+            self._set_busy(False)
+        elif isinstance(event, ChatFailed):
+            self._note(f"{event.message} {event.advice}")
+            self._state = "ended" if event.fatal else self._state
+            self._set_busy(event.fatal)
+        self._show_head()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Ask."""
+        event.stop()
+        question = event.value.strip()
+        if not question or self._busy or self._process is None:
+            return
+        event.input.value = ""
+        self._note("")
+        self._question = question
+        self._set_busy(True)
+        for side in self._asked:
+            self.query_one(f"#side-{side}", Column).ask(question)
+        self._process.ask({side: self._said.messages(side, question) for side in self._asked}, self._sampling)
+        self._show_head()
+
+    def action_stop(self) -> None:
+        """End the answers that are being given."""
+        if self._process is not None:
+            self._process.cancel()
+
+    def action_forget(self) -> None:
+        """Begin a new conversation."""
+        if not self._busy:
+            self._said.clear()
+            for column in self.query(Column):
+                column.clear()
+
+    def action_warmer(self) -> None:
+        """Take the next temperature."""
+        later = [step for step in _STEPS if step > self._sampling.temperature]
+        self._sampling = replace(self._sampling, temperature=later[0] if later else _STEPS[0])
+        self._show_head()
+
+    def action_turn_base(self) -> None:
+        """Ask the base too, or not: alone an answer takes half the time."""
+        if len(self._sides) > 1 and not self._busy:
+            self._with_base = not self._with_base
+            self._show_columns()
+            self._show_head()
+
+    def action_leave(self) -> None:
+        """End the chat."""
+        self.dismiss()
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        return self._sides if self._with_base else tuple(side for side in self._sides if side != "base")
+
+    def _be_ready(self, event: Ready) -> None:
+        self._sides = event.sides
+        self._state = f"{event.dtype} on {event.device}"
+        self._note("\n".join(event.notes))
+        self._show_columns()
+        self._set_busy(False)
+
+    def _conclude(self, event: Answered) -> None:
+        ends = {"length": "cut: long enough", "cancelled": "stopped", "context": "cut: the context is full"}
+        pace = f"{event.tokens} tokens, {event.tokens / max(event.seconds, 1e-6):.1f} a second"
+        answer = self.query_one(f"#side-{event.side}", Column).conclude(
+            "; ".join(word for word in (pace, ends.get(event.reason, "")) if word)
+        )
+        self._said.add(event.side, self._question, answer)
+
+    def _show_columns(self) -> None:
+        for side in ("base", "tuned"):
+            self.query_one(f"#side-{side}", Column).set_class(side not in self._asked, "-hidden")
+
+    def _set_busy(self, busy: bool) -> None:
+        self._busy = busy
+        line = self.query_one(Input)
+        line.disabled = busy
+        line.placeholder = "Ask something" if not busy else "ctrl+s stops the answer" if self._sides else "Loading ..."
+        if not busy:
+            line.focus()
+
+    def _show_head(self) -> None:
+        name = plain(self._paths.name, one_line=True, limit=48)
+        temperature = f"temperature {self._sampling.temperature:g}"
+        how = f"{temperature}{'' if self._sampling.temperature else ' (the likeliest token)'}"
+        self.query_one("#chat-head", Static).update(
+            Content.assemble((f"Try it  {name}", "bold"), f"  {plain(self._state, one_line=True)}  {how}")
+        )
+
+    def _note(self, words: str) -> None:
+        self.query_one("#chat-notes", Static).update(Content(plain(words.strip())))
+
+    @work(thread=True)
+    def _talk(self) -> None:
+        """Start the process and pass on what it says, until the screen is left."""
+        from studio.probe.chat import request_of_run  # noqa: PLC0415
+
+        try:
+            process = self._work.chat(request_of_run(self._paths))
+        except StudioError as error:
+            self.post_message(self.Heard(ChatFailed(str(error))))
+            return
+        self._process = process
+        while not self._closed:
+            event = process.next_event(0.2)
+            if event is not None:
+                self.post_message(self.Heard(event))
+                if isinstance(event, ChatFailed) and event.fatal:
+                    break
+        process.close()

@@ -1,0 +1,237 @@
+"""What to merge, into what, and what to make of it: chosen here, started as jobs of their own."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import Footer, Input, Static
+
+from studio.core.errors import StudioError
+from studio.core.text import plain
+from studio.probe.adapter_folder import Checkpoint, best_of
+from studio.runs.job import ONTO, MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.tui.merging import (
+    MERGED,
+    MergeFacts,
+    MergeWork,
+    OutputEstimate,
+    estimates_of,
+    export_requests,
+    free_disk,
+    merge_request,
+    proposed_out,
+)
+from studio.tui.panels.merge_lists import PickMany, PickOne
+from studio.tui.panels.merge_text import ONTO_WORDS, checkpoint_line, is_short, output_line, totals_text
+
+
+class MergeScreen(Screen[None]):
+    """The choices of a merge. `r` starts it; nothing is written before."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("r", "start", "Merge"),
+        Binding("t", "try_it", "Try it"),
+        Binding("tab", "app.focus_next", "Next list"),
+        Binding("question_mark", "app.help", "Help", key_display="?"),
+        Binding("escape", "leave", "Back"),
+    ]
+
+    DEFAULT_CSS = """
+    MergeScreen {
+        & #merge-head { height: 1; padding: 0 1; text-style: bold; background: $panel; }
+        & .merge-label { height: 1; padding: 0 1; color: $text-muted; }
+        & VerticalScroll { height: 1fr; }
+        & #checkpoints { max-height: 5; }
+        & #merge-out { margin: 0 1; }
+        & #merge-totals, & #merge-refused { height: auto; padding: 0 1; }
+        & #merge-refused { color: $text-error; }
+    }
+    """
+
+    class Known(Message):
+        """The run was looked at."""
+
+        def __init__(self, facts: MergeFacts) -> None:
+            """Carry what was found."""
+            super().__init__()
+            self.facts = facts
+
+    class Refused(Message):
+        """Something cannot be done."""
+
+        def __init__(self, why: str) -> None:
+            """Carry the reason."""
+            super().__init__()
+            self.why = why
+
+    class Started(Message):
+        """The merge runs."""
+
+        def __init__(self, paths: RunPaths, out: Path, forms: list[str]) -> None:
+            """Carry its run, the model's folder and the formats that are made of it."""
+            super().__init__()
+            self.paths, self.out, self.forms = paths, out, forms
+
+    def __init__(self, paths: RunPaths, *, work: MergeWork | None = None, poll_seconds: float = 0.5) -> None:
+        """Merge a training run's adapter.
+
+        Args:
+            paths: The run.
+            work: What looks and starts.
+            poll_seconds: Pace at which a started merge is looked at.
+        """
+        super().__init__()
+        self._paths, self._work, self._poll_seconds = paths, work or MergeWork(), poll_seconds
+        self._facts: MergeFacts | None = None
+        self._rows: list[OutputEstimate] = []
+        self._starting = False
+
+    def compose(self) -> ComposeResult:
+        """Head, checkpoint, base, outputs, folder, totals, keys."""
+        yield Static(f"Merge  {plain(self._paths.name, one_line=True)}", id="merge-head", markup=False)
+        with VerticalScroll():
+            yield Static("Checkpoint", classes="merge-label")
+            yield PickOne(id="checkpoints")
+            yield Static("Merge into", classes="merge-label", id="merge-into")
+            yield PickOne([ONTO_WORDS[onto] for onto in ONTO], id="onto")
+            yield Static("Make (space chooses)", classes="merge-label")
+            yield PickMany(id="outputs")
+            yield Static("Folder of the merged model; the others lie beside it", classes="merge-label")
+            yield Input(str(proposed_out(self._paths)), compact=True, id="merge-out")
+        yield Static("Looking at the run ...", id="merge-totals", markup=False)
+        yield Static("", id="merge-refused", markup=False)
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        """Look at the run."""
+        self._look()
+
+    def on_merge_screen_known(self, message: Known) -> None:
+        """Fill the lists; the best checkpoint by held-out loss is chosen, else the run's adapter."""
+        facts = self._facts = message.facts
+        best = best_of(facts.checkpoints)
+        checkpoints = self.query_one("#checkpoints", PickOne)
+        chosen = facts.checkpoints.index(best) if best else max(0, len(facts.checkpoints) - 1)
+        checkpoints.fill([checkpoint_line(one, best) for one in facts.checkpoints], chosen)
+        base = plain(facts.recipe.model.base, one_line=True, limit=60)
+        self.query_one("#merge-into", Static).update(Content(f"Merge into {base} ({facts.recipe.method} run)"))
+        self._rows = estimates_of(facts.base_bytes)
+        self._outputs.fill({row.form: output_line(row) for row in self._rows})
+        self._refuse(f"This run cannot be merged here: {facts.why_not}" if facts.why_not else "")
+        self._show_totals()
+        checkpoints.focus()
+
+    def on_merge_screen_refused(self, message: Refused) -> None:
+        """Say why."""
+        self._starting = False
+        self._refuse(message.why)
+
+    def on_merge_screen_started(self, message: Started) -> None:
+        """Watch it."""
+        from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only then
+
+        self._starting = False
+        root = self._paths.root.parent
+        self.app.switch_screen(
+            MergeProgressScreen(
+                message.paths,
+                export_requests(message.out, message.forms),
+                runs_root=root,
+                work=self._work,
+                poll_seconds=self._poll_seconds,
+            )
+        )
+
+    def on_pick_many_changed(self) -> None:
+        """Say what the outputs take now."""
+        self._show_totals()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Another disk may have other room."""
+        event.stop()
+        self._show_totals()
+
+    def action_start(self) -> None:
+        """Check and start."""
+        if self._facts is None or self._starting:
+            return
+        if self._facts.why_not:
+            self.app.bell()
+            return
+        if is_short(self._chosen, free_disk(self._out)):
+            self._refuse("The disk has no room for all of this: choose fewer outputs or another folder.")
+            return
+        self._starting = True
+        self._refuse("Starting ...")
+        checkpoint = self._facts.checkpoints[self.query_one("#checkpoints", PickOne).chosen]
+        onto = ONTO[self.query_one("#onto", PickOne).chosen]
+        self._start(checkpoint, onto, self._out, [row.form for row in self._chosen if row.form != MERGED])
+
+    def action_try_it(self) -> None:
+        """Chat with the run before it is merged."""
+        from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
+
+        self.app.push_screen(ChatScreen(self._paths, work=self._work))
+
+    def action_leave(self) -> None:
+        """Go back."""
+        self.dismiss()
+
+    @work(thread=True, exclusive=True, group="look")
+    def _look(self) -> None:
+        try:
+            self.post_message(self.Known(self._work.facts(self._paths)))
+        except StudioError as error:
+            self.post_message(self.Refused(str(error)))
+
+    @work(thread=True, exclusive=True, group="start")
+    def _start(self, checkpoint: Checkpoint, onto: str, out: Path, forms: list[str]) -> None:
+        facts = self._facts
+        if facts is None:
+            return
+        try:
+            request = merge_request(facts, checkpoint, onto, out)
+            self.post_message(self.Started(self._work.start(request, self._paths.root.parent), out, forms))
+        except StudioError as error:
+            self.post_message(self.Refused(str(error)))
+
+    @property
+    def _out(self) -> Path:
+        return Path(self.query_one("#merge-out", Input).value.replace("\0", "") or ".").expanduser().absolute()
+
+    @property
+    def _chosen(self) -> list[OutputEstimate]:
+        chosen = self._outputs.chosen
+        return [row for row in self._rows if row.form in chosen]
+
+    @property
+    def _outputs(self) -> PickMany:
+        return self.query_one("#outputs", PickMany)
+
+    def _show_totals(self) -> None:
+        if self._facts is not None:
+            text = totals_text(self._chosen, self._facts.free_ram_bytes, free_disk(self._out))
+            self.query_one("#merge-totals", Static).update(text)
+
+    def _refuse(self, why: str) -> None:
+        self.query_one("#merge-refused", Static).update(Content(plain(why)))
+
+
+def merge_screen_for(paths: RunPaths, *, poll_seconds: float = 0.5) -> Screen[None]:
+    """Return the screen that a run is merged on; for a merge, the one that shows how far it is and what came of it."""
+    from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only for a merge
+
+    try:
+        is_merge = isinstance(read_job(paths), MergeRequest)
+    except StudioError:
+        is_merge = False
+    if is_merge:
+        return MergeProgressScreen(paths, runs_root=paths.root.parent, poll_seconds=poll_seconds)
+    return MergeScreen(paths, poll_seconds=poll_seconds)

@@ -1,0 +1,130 @@
+"""Trying a model: two columns that fill as the answers come, and a process that ends with the screen."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from studio.core.recipe import Recipe
+from studio.runs.chat import ChatProcess, ChatRequest
+from studio.runs.layout import RunPaths
+from studio.tui.app import StudioApp
+from studio.tui.merging import MergeWork
+from studio.tui.screens.chat import ChatScreen, Column
+from tests.fakes.runs import CHECKOUT
+from tests.tui.stories import NARROW, WIDE, assert_harmless, make_run, play, shown
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    """A run with an adapter, as far as a screen looks at one."""
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (base / "tokenizer.json").write_text("{}")
+    save_file({"w": torch.zeros(4, 4)}, base / "model.safetensors")
+    paths = make_run(tmp_path, "trained", Recipe(name="trained").with_("model.base", str(base)))
+    paths.adapter.mkdir()
+    (paths.adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"lora_A": torch.zeros(4, 4)}, paths.adapter / "adapter_model.safetensors")
+    return paths
+
+
+class _Processes:
+    """Starts the fake model, and knows what was started."""
+
+    def __init__(self) -> None:
+        self.started: list[ChatProcess] = []
+
+    def chat(self, request: ChatRequest) -> ChatProcess:
+        self.started.append(ChatProcess(request, module="tests.fakes.chat_job"))
+        return self.started[-1]
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, shown(pilot.app)  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        await pilot.pause()
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int, int]) -> None:
+    processes = _Processes()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await app.push_screen(ChatScreen(run, work=MergeWork(chat=processes.chat)))
+        await until(pilot, lambda: "Ask something" in shown(app))
+        assert "bfloat16 on cpu" in shown(app)
+        assert "a note" in shown(app)
+        await pilot.press(*"hello", "enter")
+        await until(pilot, lambda: shown(app).count("4 tokens") == 2)
+        text = shown(app)
+        assert "base heard hello" in text
+        assert "tuned heard hello" in text
+        columns = {column.id: column.region for column in app.screen.query(Column)}
+        assert columns["side-base"].right <= columns["side-tuned"].x
+        assert_harmless(app)
+        await pilot.press(*"again", "enter")
+        await until(pilot, lambda: "after 2" in " ".join(shown(app).split()))
+        await pilot.press("ctrl+n")
+        assert "hello" not in shown(app)
+        await pilot.press("ctrl+t")
+        assert "temperature 0.3" in shown(app)
+        await pilot.press("ctrl+b", *"alone", "enter")
+        await until(pilot, lambda: "tuned heard alone" in shown(app))
+        assert "base heard" not in shown(app)
+        await pilot.press("escape")
+        await until(pilot, lambda: not isinstance(app.screen, ChatScreen))
+        await until(pilot, lambda: processes.started[0]._process.poll() is not None)
+
+    play(story, tmp_path, size=size)
+
+
+def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CHAT", "slow")
+    processes = _Processes()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await app.push_screen(ChatScreen(run, work=MergeWork(chat=processes.chat)))
+        await until(pilot, lambda: "Ask something" in shown(app))
+        await pilot.press(*"hello", "enter")
+        await until(pilot, lambda: "wait" in shown(app))
+        assert app.screen.query_one(Input).disabled
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: "stopped" in shown(app))
+        await until(pilot, lambda: not app.screen.query_one(Input).disabled)
+
+    play(story, tmp_path)
+    processes.started[0]._process.wait(20)
+
+
+@pytest.mark.parametrize(("how", "said"), [("refuses", "9.0 GB of memory"), ("dies", "something broke")])
+def test_a_model_that_does_not_load_says_why(
+    run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: str
+) -> None:
+    monkeypatch.setenv("FAKE_CHAT", how)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await app.push_screen(ChatScreen(run, work=MergeWork(chat=_Processes().chat)))
+        await until(pilot, lambda: said in shown(app))
+        assert app.screen.query_one(Input).disabled
+
+    play(story, tmp_path)
+
+
+def test_a_run_without_an_adapter_says_so(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await app.push_screen(ChatScreen(make_run(tmp_path, "new"), work=MergeWork(chat=_Processes().chat)))
+        await until(pilot, lambda: "has no adapter yet" in " ".join(shown(app).split()))
+
+    play(story, tmp_path)

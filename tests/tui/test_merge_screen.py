@@ -1,0 +1,289 @@
+"""Choosing a merge, watching it and what comes after it; nothing is started that was not asked for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from studio.core.errors import BadInput
+from studio.core.events import Failed, Finished, Phase, RunEvent, Saved, Started, Warned
+from studio.core.recipe import Recipe
+from studio.probe.adapter_folder import Checkpoint
+from studio.runs.atomic import write_whole
+from studio.runs.control import requested
+from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.layout import RunPaths
+from studio.runs.worker import Worker
+from studio.tui.app import StudioApp
+from studio.tui.merging import MergeFacts, MergeWork, estimates_of, proposed_out
+from studio.tui.panels.merge_lists import PickMany, PickOne
+from studio.tui.panels.merge_text import is_short, totals_text
+from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.merge import MergeScreen, merge_screen_for
+from studio.tui.screens.merge_progress import MergeProgressScreen
+from tests.fakes.runs import write_log
+from tests.tui.stories import HOSTILE, NARROW, SELDOM, WIDE, assert_harmless, make_run, play, settle, shown
+
+SIXTEEN_GB = 16 * 10**9
+
+
+class _Fake:
+    """Notes what is started; each start makes a run that has ended as it should."""
+
+    def __init__(self, root: Path, *, refuses: str = "", why_not: str = "", ends: str = "done") -> None:
+        self.root, self.refuses, self.why_not, self.ends = root, refuses, why_not, ends
+        self.started: list[MergeRequest | ExportRequest] = []
+
+    def work(self) -> MergeWork:
+        return MergeWork(facts=self.facts, start=self.start)
+
+    def facts(self, paths: RunPaths) -> MergeFacts:
+        checkpoints = (Checkpoint(20, Path("/c/step-20"), 0.9), Checkpoint(40, Path("/c/step-40"), 1.1),
+                       Checkpoint(60, None, 1.2))  # fmt: skip
+        recipe = Recipe().with_("model.base", f"some/base{HOSTILE}")
+        return MergeFacts(paths, recipe, checkpoints, 270 * 10**6, 8 * 10**9, self.why_not)
+
+    def start(self, request: MergeRequest | ExportRequest, root: Path) -> RunPaths:
+        if self.refuses:
+            raise BadInput(self.refuses)
+        self.started.append(request)
+        return merge_run(self.root, request, self.ends)
+
+
+def merge_run(root: Path, request: MergeRequest | ExportRequest, ends: str = "done") -> RunPaths:
+    paths = make_run(root, f"job-{len(list((root / 'runs').glob('job-*')))}")
+    write_job(paths, request)
+    events: list[RunEvent] = [
+        Started(at=1.0, job="merge", model="some/base"),
+        Phase(at=2.0, name="merging", fraction=0.5, detail="model-00001-of-00002.safetensors"),
+    ]
+    if ends == "done":
+        events.append(Warned(at=3.0, topic="merge", message=f"a warning {HOSTILE}"))
+        events.append(Saved(at=4.0, what="merged", path=request.out))
+        events.append(Finished(at=5.0, outcome="done"))
+    else:
+        events.append(Failed(at=3.0, failure="disk_full", message="the disk is full", advice="free some space"))
+    write_log(paths, *events)
+    write_whole(paths.report, json.dumps(REPORT))
+    return paths
+
+
+REPORT = {
+    "merged": "/models/out", "base": f"some/base{HOSTILE}", "onto": "original", "untied": False, "tensors": 200,
+    "recomputed_tensors": 12,
+    "closeness": {"tokens": 120, "mean_kl": 0.00012, "largest_kl": 0.003, "same_top_token": 0.995,
+                  "largest_logit_difference": 0.04},
+    "side_by_side": [{"prompt": "Who?", "separate": f"The tuned one.{HOSTILE}", "merged": "The tuned one."}],
+}  # fmt: skip
+
+
+def screen(tmp_path: Path, fake: _Fake) -> MergeScreen:
+    return MergeScreen(make_run(tmp_path, "trained"), work=fake.work(), poll_seconds=SELDOM)
+
+
+async def opened(pilot: Pilot[None], app: StudioApp, shown_screen: MergeScreen | MergeProgressScreen) -> None:
+    await app.push_screen(shown_screen)
+    await settle(pilot)
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_the_choices_are_seen_at_a_glance(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, _Fake(tmp_path)))
+        text = shown(app)
+        for words in ("held-out 0.900  best", "step 60", "the run's adapter", "original 16-bit base", "KL .0006",
+                      "16-bit model folder", "0.27 GB", "GGUF Q4_K_M"):  # fmt: skip
+            assert words in text
+        assert app.screen.query_one("#checkpoints", PickOne).chosen == 0
+        assert "free disk" in text
+        assert "(•) step 20" in text
+        assert_harmless(app)
+
+    play(story, tmp_path, size=size)
+
+
+def test_it_starts_what_is_chosen(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, fake))
+        app.screen.query_one("#onto", PickOne).highlighted = 1
+        await pilot.press("tab", "tab", "down", "space", "end", "space")
+        assert "[x] 4-bit folder" in shown(app)
+        assert "[ ] 8-bit folder" in shown(app)
+        app.screen.query_one("#merge-out", Input).value = str(tmp_path / "models" / "mine")
+        await pilot.press("r")
+        await settle(pilot)
+        assert isinstance(app.screen, MergeProgressScreen)
+        merge = fake.started[0]
+        assert isinstance(merge, MergeRequest)
+        assert (merge.onto, merge.checkpoint, merge.out) == ("dequantized", "/c/step-20", str(tmp_path / "models/mine"))
+        for _ in range(4):
+            app.screen._look()
+            await settle(pilot)
+        assert [getattr(one, "format", "merge") for one in fake.started] == ["merge", "nf4", "q4_k_m"]
+        assert [Path(one.out).name for one in fake.started] == ["mine", "mine-nf4", "mine-q4_k_m.gguf"]
+
+    play(story, tmp_path)
+
+
+def test_the_runs_own_adapter_is_no_checkpoint(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, fake))
+        app.screen.query_one("#checkpoints", PickOne).highlighted = 2
+        await pilot.press("r")
+        await settle(pilot)
+        assert isinstance(fake.started[0], MergeRequest)
+        assert fake.started[0].checkpoint == ""
+
+    play(story, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["refuses", "why_not"])
+def test_a_refusal_is_shown_and_nothing_starts(tmp_path: Path, fault: str) -> None:
+    fake = _Fake(tmp_path, **{fault: f"no such base {HOSTILE}"})
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, fake))
+        await pilot.press("r")
+        await settle(pilot)
+        assert isinstance(app.screen, MergeScreen)
+        assert "no such base" in shown(app)
+        assert fake.started == []
+        assert_harmless(app)
+
+    play(story, tmp_path)
+
+
+def test_the_merged_model_is_always_made(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, _Fake(tmp_path)))
+        outputs = app.screen.query_one("#outputs", PickMany)
+        outputs.turn("merged")
+        outputs.turn("int8")
+        assert outputs.chosen == ["merged", "int8"]
+
+    play(story, tmp_path)
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_the_result_is_a_table_with_paths_and_words(tmp_path: Path, size: tuple[int, int]) -> None:
+    paths = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out"))
+    made = merge_screen_for(paths, poll_seconds=SELDOM)
+    assert isinstance(made, MergeProgressScreen)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, made)
+        text = shown(app)
+        for words in ("/models/out", "12 of 200", "every bit equal", "mean 0.00012", "99.5%", "base + adapter"):
+            assert words in text
+        assert_harmless(app)
+
+    play(story, tmp_path, size=size)
+
+
+def test_a_failed_merge_says_why_and_starts_nothing_more(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path, ends="failed")
+    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out"), ends="failed")
+    exports = [ExportRequest("/models/out", "/models/out-nf4", "nf4")]
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        made = MergeProgressScreen(merge, exports, runs_root=tmp_path, work=fake.work(), poll_seconds=SELDOM)
+        await opened(pilot, app, made)
+        assert "the disk is full free some space" in shown(app)
+        assert "is not made" in shown(app)
+        assert fake.started == []
+
+    play(story, tmp_path)
+
+
+def test_an_export_that_is_refused_does_not_keep_the_next_one(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path)
+    start: Callable[[MergeRequest | ExportRequest, Path], RunPaths] = fake.start
+
+    def refusing(request: MergeRequest | ExportRequest, root: Path) -> RunPaths:
+        if request.out.endswith("nf4"):
+            raise BadInput("no room for nf4")
+        return start(request, root)
+
+    exports = [ExportRequest("/m", f"/m-{form}", form) for form in ("nf4", "int8")]
+    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/m"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        made = MergeProgressScreen(
+            merge, exports, runs_root=tmp_path, work=MergeWork(start=refusing), poll_seconds=SELDOM
+        )
+        await opened(pilot, app, made)
+        for _ in range(3):
+            made._look()
+            await settle(pilot)
+        assert "no room for nf4" in shown(app)
+        assert [one.out for one in fake.started] == ["/m-int8"]
+
+    play(story, tmp_path)
+
+
+def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
+    paths = make_run(tmp_path, "job")
+    write_job(paths, MergeRequest("/a", "b", "/m"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, MergeProgressScreen(paths, runs_root=tmp_path, poll_seconds=SELDOM))
+        assert "merging model.safetensors 25%" in shown(app)
+        await pilot.press("x")
+        assert isinstance(app.screen, Confirm)
+        await pilot.press("y")
+        await pilot.pause()
+        assert requested(paths, "stop")
+
+    with Worker(paths) as worker:
+        worker.emit(Started, job="merge")
+        worker.emit(Phase, name="merging", fraction=0.25, detail="model.safetensors")
+        play(story, tmp_path)
+        worker.emit(Finished, outcome="stopped")
+
+
+def test_keys_of_the_run_and_of_the_list_lead_here(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "trained")
+    with Worker(run) as worker:
+        worker.emit(Started, job="train")
+        worker.emit(Finished, outcome="done", step=1)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("m")
+        await settle(pilot)
+        assert isinstance(app.screen, MergeScreen)
+        assert "has no adapter yet" in " ".join(shown(app).split())
+        await pilot.press("escape", "escape", "o")
+        await settle(pilot)
+        await pilot.press("m")
+        await settle(pilot)
+        assert isinstance(app.screen, MergeScreen)
+
+    play(story, tmp_path, open_run=run)
+
+
+def test_estimates_and_what_is_short() -> None:
+    merged, *others = estimates_of(SIXTEEN_GB)
+    assert merged.out_bytes == SIXTEEN_GB
+    assert merged.ram_bytes is not None
+    assert merged.ram_bytes < SIXTEEN_GB / 4
+    assert all(row.out_bytes for row in others)
+    assert is_short([merged, *others], SIXTEEN_GB)
+    assert not is_short([merged], 2 * SIXTEEN_GB)
+    assert "16 GB of 8.00 GB free disk" in totals_text([merged], 10**10, 8 * 10**9).plain
+    assert all(row.out_bytes is None for row in estimates_of(None))
+    assert "not known" in totals_text(estimates_of(None), 1, 1).plain
+
+
+def test_the_proposed_folder_is_new(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "trained")
+    first = proposed_out(run)
+    first.mkdir(parents=True)
+    assert proposed_out(run) != first
+    assert proposed_out(run).parent == first.parent
