@@ -17,6 +17,7 @@ UNKNOWN: dict[str, tuple[str, ...]] = {
         "peaks inside one operator, beyond those of the kernels that are known",
         "how weights are read: the stage load counts one 16-bit weight beside the 4-bit ones, not the reader's buffers",
         "shorter and masked rows: every row is traced full and learnt whole, which is the most that it can be",
+        "compiled layers, liger's loss and packed attention: layers and loss are traced as written, rows side by side",
     ),
     "cpu": (
         "peaks inside one operator, such as those of matrix products and of logsumexp",

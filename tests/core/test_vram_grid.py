@@ -49,3 +49,19 @@ _OPEN = {"stablelm-base-alpha-3b": 0.025}
 def test_no_row_is_off_by_two_percent(number: int) -> None:
     row = rows()[number]
     assert abs(errors()[number]) <= _OPEN.get(row["model"], 0.02), row["settings"]
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "most_gib"),
+    [
+        ("Llama-3.1-8B", "qlora", 7.0),
+        ("Llama-3.1-8B", "lora", 16.6),
+        ("Llama-2-13b-hf", "qlora", 9.2),
+        ("Qwen2.5-0.5B", "qlora", 1.1),
+    ],
+)
+def test_what_the_engine_is_built_for(model: str, method: str, most_gib: float) -> None:
+    """Rank 16 on all linear maps, 1 x 2048 tokens, checkpointing, paged 8-bit AdamW."""
+    wanted = {"method": method, "seq_len": 2048, "optimizer": "paged_adamw_8bit"}
+    (row,) = (row for row in rows() if (row["model"], row["layers"], row["settings"]) == (model, None, wanted))
+    assert traced_peak(row) / 2**30 <= most_gib

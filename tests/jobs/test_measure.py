@@ -1,5 +1,8 @@
 """The trace against real steps: every stage and every component, to the byte."""
 
+import json
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from studio.runs.log import read_events
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe
 from studio.runs.worker import Worker, run_job
+from tests.bench.trace_settings import TRACES, config_of
+from tests.bench.trace_settings import recipe_of as settings_recipe
 
 LLAMA = {
     "model_type": "llama",
@@ -199,3 +204,31 @@ def test_the_job_leaves_a_report(tiny: Path, tmp_path: Path) -> None:
     assert list(report["peaks"]) == ["load", "forward", "loss", "backward", "optimizer", "eval"]
     assert report["source"] == "trace"
     assert report["versions"]["torch"]
+
+
+@pytest.fixture(scope="module")
+def stored() -> list[dict[str, Any]]:
+    """The rows of the grid, where they were traced with the libraries that are installed."""
+    document = json.loads(TRACES.read_text(encoding="utf-8"))
+    if document["libraries"] != {name: version(name) for name in document["libraries"]}:
+        pytest.skip("other versions of the libraries may allocate otherwise: python -m tests.bench.trace_grid")
+    rows: list[dict[str, Any]] = document["rows"]
+    return rows
+
+
+@pytest.mark.slow
+def test_a_model_of_eight_billion_is_traced_within_a_minute(stored: list[dict[str, Any]]) -> None:
+    row = next(row for row in stored if row["model"] == "Llama-3.1-8B" and row["settings"]["method"] == "qlora")
+    began = time.monotonic()
+    seen = trace(settings_recipe(row["settings"]), config_of("Llama-3.1-8B", None), Target("cuda", "bf16"))
+    assert time.monotonic() - began < 60
+    assert seen.log.peaks() == row["peaks"]
+
+
+@pytest.mark.parametrize("model", ["Llama-3.2-1B", "Mixtral-8x7B"])
+def test_the_engine_still_holds_what_is_stored(model: str, stored: list[dict[str, Any]]) -> None:
+    """A change of the engine that changes its memory shows here: `python -m tests.bench.trace_grid` stores it anew."""
+    row = next(row for row in stored if row["model"] == model)
+    recipe = settings_recipe(row["settings"])
+    seen = trace(recipe, config_of(model, row["layers"]), Target("cuda", recipe.model.dtype))
+    assert seen.log.peaks() == row["peaks"]
