@@ -12,11 +12,11 @@ MEASURED = 2_348_962_144
 @pytest.mark.parametrize(
     ("form", "out", "resident", "seconds"),
     [("bf16", 2_350_858_560, 1.17e9, 74), ("q8_0", 1_249_853_760, 1.17e9, 39.5), ("q4_k_m", 725_369_152, 1.17e9, 135),
-     ("nf4", 0, 3.46e9, 74), ("int8", 0, 3.86e9, 18.5)],
+     ("nf4", 0, 3.66e9, 72), ("int8", 0, 3.85e9, 42)],
 )  # fmt: skip
 def test_measured_exports_are_within_the_estimate(form: str, out: float, resident: float, seconds: float) -> None:
     estimate = export_estimate(form, MEASURED)
-    assert resident * 0.95 < estimate.memory_bytes < resident * 1.3
+    assert resident < estimate.memory_bytes < resident * 1.3
     assert estimate.seconds[0] < seconds < estimate.seconds[1]
     if out:
         assert estimate.out_bytes == pytest.approx(out, rel=0.02)
