@@ -5,7 +5,8 @@ differ, `studio.core.shape_from_config` makes shapes from configs, `studio.probe
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 Wiring = Literal["pre", "post", "sandwich", "parallel"]
@@ -87,6 +88,7 @@ class Layer:
             and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
         residual_dropout: Whether block outputs are dropped in training.
+        expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
         window: Keys that a token attends to at most; 0 for all.
         experts: The mixture of experts, where the layer has one.
     """
@@ -109,11 +111,12 @@ class Layer:
     residual_dropout: bool = False
     window: int = 0
     experts: Experts | None = None
+    expert_maps: tuple[Linear, ...] = ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All linear maps that are modules of their own (fused experts are not)."""
-        return (*self.qkv, self.out, *self.mlp)
+        return (*self.qkv, self.out, *self.mlp, *self.expert_maps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +194,7 @@ class ModelShape:
             group.count
             * (group.layer.experts.weights(self.hidden) + group.layer.experts.biases * group.layer.experts.count)
             for group in self.groups
-            if group.layer.experts
+            if group.layer.experts and not group.layer.expert_maps
         )
 
     def all_linears(self) -> Iterator[tuple[int, Linear]]:
@@ -201,13 +204,30 @@ class ModelShape:
                 yield group.count, linear
 
 
+@lru_cache(maxsize=64)
+def with_separate_experts(shape: ModelShape) -> ModelShape:
+    """Return the shape as transformers below 5 builds it: every expert's maps are linear modules of their own."""
+
+    def separate(layer: Layer) -> Layer:
+        experts = layer.experts
+        if experts is None:
+            return layer
+        # Mixtral's names; the others call them as a dense layer's.
+        names = ("w1", "w3", "w2") if shape.family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        sizes = (shape.hidden, experts.inner), (shape.hidden, experts.inner), (experts.inner, shape.hidden)
+        maps = tuple(Linear(name, *size, copies=experts.count) for name, size in zip(names, sizes, strict=True))
+        return replace(layer, expert_maps=maps)
+
+    groups = tuple(LayerGroup(group.count, separate(group.layer)) for group in shape.groups)
+    return replace(shape, groups=groups)
+
+
 def layer_parameters(layer: Layer, hidden: int) -> int:
     """Return the parameters of one layer, router included."""
     linears = sum(linear.weights + linear.biases for linear in layer.linears)
     experts = layer.experts
     routed = 0
     if experts:
-        routed = (
-            experts.weights(hidden) + experts.biases * experts.count + hidden * (experts.count + experts.shared_gate)
-        )
+        fused = 0 if layer.expert_maps else experts.weights(hidden)
+        routed = fused + experts.biases * experts.count + hidden * (experts.count + experts.shared_gate)
     return linears + routed + layer.norm_parameters

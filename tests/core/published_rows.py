@@ -151,9 +151,12 @@ def _unlike(row: dict[str, Any]) -> str:
         return "the metric is not said, and Qwen's own model code"
     if "axolotl" in row["framework"]:
         return "rounded, allocated or reserved is not said, cut cross-entropy"
-    if "Mixtral" in row["model"]:
-        return "experts were separate quantised modules in that transformers"
-    if row.get("kbit_prepare") and row["dtype"] == "bf16" and row["id"].startswith("fms"):
+    if (
+        row.get("kbit_prepare")
+        and row["dtype"] == "bf16"
+        and row["id"].startswith("fms")
+        and "Mixtral" not in row["model"]
+    ):
         return "TRL of that time cast embedding and head back to bf16 after peft's upcast"
     if "foak" in row.get("framework_config", ""):
         return "fused LoRA, norm and loss kernels"

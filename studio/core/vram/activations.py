@@ -63,6 +63,7 @@ class Activations:
         kept_backward: The same while the backward runs; more where the next checkpoint comes back from the host early.
         host: What waits in host memory meanwhile.
         layer_forward: What one layer's forward needs beside that.
+        layer_blocks: What of it is allocated and freed again.
         layer_backward: The same for its backward, recomputation included.
         first_layer_backward: The same for the layer that goes backward last.
         loss_forward: What head and loss need on their way forward.
@@ -76,6 +77,7 @@ class Activations:
     kept_backward: float
     host: int
     layer_forward: float
+    layer_blocks: float
     layer_backward: float
     first_layer_backward: float
     loss_forward: float
@@ -102,6 +104,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
         kept_backward=shared + (min(kept, 2 * checkpoint) if offloads else kept),
         host=int(max(0.0, kept - checkpoint)) if offloads else 0,
         layer_forward=max(largest(group.forward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
+        layer_blocks=max(largest(group.passing, *numbers) for group in forms.groups),
         layer_backward=max(largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
         first_layer_backward=shared + largest(forms.first_backward, *numbers),
         loss_forward=loss_forward,

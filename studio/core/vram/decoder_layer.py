@@ -1,6 +1,6 @@
 """One decoder layer of any family: norms, attention and MLP in the order and with the names of the real forward."""
 
-from studio.core.shape import Layer
+from studio.core.shape import Experts, Layer
 from studio.core.trainable import EXPERTS
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
@@ -92,10 +92,28 @@ def activation(run: Run, layer: Layer, x: Tensor) -> Tensor:
     return op.activate(x)
 
 
+def _separate_experts(run: Run, layer: Layer, experts: Experts, x: Tensor) -> Tensor:
+    """Experts one after another, each on its share of the tokens (transformers below 5, MixtralSparseMoeBlock)."""
+    gate, up, down = layer.expert_maps
+    share = experts.per_token / experts.count
+    total = Tensor(run.tape, x.elements, x.itemsize)
+    for _ in range(experts.count):
+        rows = op.gather(x, share)
+        inner = op.activate(linear(run, gate, rows, share))
+        inner = op.multiply(inner, linear(run, up, rows, share))
+        out = linear(run, down, inner, share)
+        weight = op.mean_last(rows, Form(per_token=share))
+        total = op.add_rows(total, op.cast(op.multiply_rows(out, weight), total.itemsize))
+        del rows, inner, out, weight
+    return total
+
+
 def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
     """Routed experts on grouped products: every token's input, gate, up and product once per expert that it visits."""
     experts = layer.experts
     assert experts is not None  # noqa: S101  the caller looked
+    if layer.expert_maps:
+        return _separate_experts(run, layer, experts, x)
     merged = None
     if EXPERTS in run.form.adapter.targets and experts.adapted_by_all:
         # peft adds the adapter's whole product to the fused weights before they are used, and the sum is saved; that
@@ -105,8 +123,8 @@ def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
         merged = Tensor(run.tape, weights, run.form.arithmetic.compute)
     rows = op.gather(x, experts.per_token)
     both = op.frozen_linear(rows, Form(per_token=2 * experts.inner * experts.per_token))
-    gate, up = op.split_last(both, (0.5, 0.5))
-    product = op.multiply(op.activate(gate), up)
+    gates, ups = op.split_last(both, (0.5, 0.5))
+    product = op.multiply(op.activate(gates), ups)
     out = op.frozen_linear(product, Form(per_token=run.shape.hidden * experts.per_token))
     shares = op.mean_last(x, Form(per_token=experts.per_token))  # what the router gives each chosen expert
     out = op.gather(op.multiply_rows(out, shares), 1 / experts.per_token)

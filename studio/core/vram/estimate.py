@@ -18,7 +18,7 @@ from studio.core.vram.reserve import (
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 from studio.core.vram.static import frozen_form, trained_bytes
-from studio.core.vram.stock import COPIES_LOGITS, NEWEST
+from studio.core.vram.stock import COPIES_LOGITS, NEWEST, built
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -93,6 +93,7 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     Raises:
         BadInput: A target does not exist in this model.
     """
+    shape = built(shape, setup)
     kernel = attention_kernel(shape, setup, gpu)
     workspace = HOPPER_CUBLAS_WORKSPACE_BYTES if gpu and gpu.compute_capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
     if setup.device == "cpu":
@@ -164,10 +165,15 @@ def _allocated_bounds(
     for other in _variants(setup):
         peak = stages_of(shape, other, attention_kernel(shape, other, gpu), workspace=workspace).peak
         low, high = min(low, peak), max(high, peak)
+    base = stages.base
     doubt = _UNCERTAIN if shape.doubts else _CERTAIN
     low, high = low * (1 - doubt), high * (1 + doubt)
     if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
         notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
+    if shape.expert_parameters and setup.engine == "hf" and not setup.transformers:
+        older = estimate_vram(shape, replace(setup, transformers=COPIES_LOGITS), gpu)
+        low, base = min(low, older.allocated.low), older.components.base
+        notes.append("before transformers 5 experts were linear layers of their own and quantised: say --transformers")
     if shape.expert_parameters:
         notes.extend(_expert_notes(shape, setup))
         low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover
@@ -181,7 +187,7 @@ def _allocated_bounds(
         notes.append(
             f"{shape.family} runs eager attention in transformers, whatever is asked for: S x S matrices per head"
         )
-    return int(max(low, stages.base)), int(high), tuple(notes)
+    return int(max(low, base)), int(high), tuple(notes)
 
 
 def _variants(setup: Setup) -> tuple[Setup, ...]:

@@ -38,6 +38,10 @@ class Form(NamedTuple):
         """Return the value for a micro-batch of `tokens` tokens, `squares` = batch x length x length, and a rank."""
         return self[0] * tokens + self[1] * squares + (self[2] * tokens + self[3]) * rank + self[4]
 
+    def at_least_nothing(self) -> "Form":
+        """Return the form without its negative parts: it never falls when a batch, a length or a rank grows."""
+        return Form(*(max(0, value) for value in self))
+
     def covers(self, other: "Form") -> bool:
         """Whether this form is at least the other for every batch, length and rank."""
         a, b = self, other

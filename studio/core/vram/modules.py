@@ -67,77 +67,83 @@ class Run:
     gradients: list[Tensor] = field(default_factory=list)
 
 
-def linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
-    """Return a linear layer's output `[.., out]`, with its adapter where it is a target."""
+def linear(run: Run, layer: Linear, x: Tensor, visits: float = 1) -> Tensor:
+    """Return a linear layer's output `[.., out]`, with its adapter where it is a target.
+
+    Args:
+        run: The pass.
+        layer: The linear layer.
+        x: Its input.
+        visits: Rows per token: the share of tokens that an expert sees.
+    """
     if layer.name not in run.form.adapter.targets:
-        return _base_linear(run, layer, x)
-    return _adapted_quantised(run, layer, x) if run.form.quantised else _adapted(run, layer, x)
+        return _base_linear(run, layer, x, visits)
+    return _adapted_quantised(run, layer, x, visits) if run.form.quantised else _adapted(run, layer, x, visits)
 
 
-def _base_linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
+def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     arithmetic = run.form.arithmetic
-    outputs = Form(per_token=layer.outputs)
+    outputs = Form(per_token=layer.outputs * visits)
     if not run.form.quantised:
         return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
     if run.form.quantised == "int8":
-        return _int8_linear(run, layer, x)
+        return _int8_linear(run, layer, x, visits)
     # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
     weight = Form(fixed=layer.inputs * layer.outputs * arithmetic.compute)
     return op.cast(op.frozen_linear(x, outputs, arithmetic.compute, passing=weight), x.itemsize)
 
 
-def _int8_linear(run: Run, layer: Linear, x: Tensor) -> Tensor:
+def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """Return bitsandbytes' 8-bit product (autograd/_functions.py MatMul8bitLt).
 
     It saves its input, quantises an fp16 copy of it, and sums in int32; its backward dequantises the whole weight.
     """
     copy = 0 if x.itemsize == 2 else 2
-    run.tape.passing(x.elements.times(1 + copy).plus(Form(per_token=4 * layer.outputs)))
+    run.tape.passing(x.elements.times(1 + copy).plus(Form(per_token=4 * layer.outputs * visits)))
     weight = Form(fixed=layer.inputs * layer.outputs * x.itemsize)
-    return op.frozen_linear(x, Form(per_token=layer.outputs), passing=weight, keeps_input=True)
+    return op.frozen_linear(x, Form(per_token=layer.outputs * visits), passing=weight, keeps_input=True)
 
 
-def _adapted(run: Run, layer: Linear, x: Tensor) -> Tensor:
+def _adapted(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """peft.tuners.lora.layer.Linear.forward."""
-    result = _base_linear(run, layer, x)
+    result = _base_linear(run, layer, x, visits)
     itemsize = result.itemsize
     if run.form.adapter.casts_inputs:
         x = op.cast(x, 4)
     if run.form.adapter.dora:
-        return op.cast(_dora(run, layer, x, result), itemsize)
-    result = op.add(result, op.scale(low_rank(run, layer, x)))
+        return op.cast(_dora(run, layer, x, result, visits), itemsize)
+    result = op.add(result, op.scale(low_rank(run, layer, x, visits)))
     return op.cast(result, itemsize)
 
 
-def _adapted_quantised(run: Run, layer: Linear, x: Tensor) -> Tensor:
+def _adapted_quantised(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """peft.tuners.lora.bnb: clones the 4-bit result, casts the input only without autocast."""
-    result = _base_linear(run, layer, x)
+    result = _base_linear(run, layer, x, visits)
     if run.form.quantised != "int8":
         result = op.clone(result)
     converts = not run.form.arithmetic.autocast
     if converts and run.form.adapter.casts_inputs:
         x = op.cast(x, 4)
     if run.form.adapter.dora:
-        return op.cast(_dora(run, layer, x, result), result.itemsize)
-    update = op.scale(low_rank(run, layer, x))
+        return op.cast(_dora(run, layer, x, result, visits), result.itemsize)
+    update = op.scale(low_rank(run, layer, x, visits))
     if converts:
         update = op.cast(update, result.itemsize)
     return op.add(result, update)
 
 
-def low_rank(run: Run, layer: Linear, x: Tensor) -> Tensor:
+def low_rank(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """Return `lora_B(lora_A(dropout(x)))`."""
     if run.form.adapter.dropout:
         x = op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
     arithmetic = run.form.arithmetic
-    narrow = op.trained_linear(x, Form(per_token_rank=1), Form(per_rank=layer.inputs), run.gradients, arithmetic)
+    into, back = Form(per_rank=layer.inputs), Form(per_rank=layer.outputs)
+    narrow = op.trained_linear(x, Form(per_token_rank=visits), into, run.gradients, arithmetic)
     del x
-    return op.trained_linear(
-        narrow, Form(per_token=layer.outputs), Form(per_rank=layer.outputs), run.gradients, arithmetic
-    )
+    return op.trained_linear(narrow, Form(per_token=layer.outputs * visits), back, run.gradients, arithmetic)
 
 
-def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor) -> Tensor:
+def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> Tensor:
     """peft.tuners.lora.dora.DoraLinearLayer.forward.
 
     The norm of the adapted weight is made anew in every forward: the adapter's product, the base weight, the scaled
@@ -146,7 +152,7 @@ def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor) -> Tensor:
     """
     matrix = layer.inputs * layer.outputs * (x.itemsize if not run.form.arithmetic.autocast else max(2, x.itemsize))
     run.tape.passing(Form(fixed=4 * matrix))
-    update = low_rank(run, layer, x)
+    update = low_rank(run, layer, x, visits)
     return op.add(result, op.add(op.times_vector(result), op.scale(op.times_vector(update))))
 
 

@@ -160,6 +160,12 @@ def subtract_rows(x: Tensor, row: Tensor) -> Tensor:
     return Tensor(x.tape, x.elements, x.itemsize, node)
 
 
+def add_rows(total: Tensor, part: Tensor) -> Tensor:
+    """Return `total.index_add_(rows, part)`, in place: the part's gradient is picked from the total's."""
+    node = node_of(total.tape, (total, part), (None, _gradient(part)))
+    return Tensor(total.tape, total.elements, total.itemsize, node, base=total)
+
+
 def clone(x: Tensor) -> Tensor:
     """Return a copy; the gradient passes through."""
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))

@@ -84,7 +84,7 @@ def reserved_range(stages: Stages, low: int, high: int, unused: int, *, fragment
         unused: Free remainder of the weights' segments.
         fragmentation: Share of the turnover that lies in blocks too small for what comes next.
     """
-    beside = unused + stages.layer_forward
+    beside = unused + stages.layer_blocks
     around_loss = stages.loss_segments + unused
     return Range(
         low,

@@ -39,7 +39,7 @@ class Stages:
         step: Peak of the optimizer's step.
         evaluation: Peak of a held-out batch of the same size.
         save: While the adapter is written.
-        layer_forward: What one layer's forward needs beside the activations kept from forward to backward.
+        layer_blocks: What one layer's forward allocates and frees again.
         turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
             activations kept whole without checkpointing, which are allocated once and fragment nothing.
         host: Bytes of checkpoints that wait in host memory.
@@ -63,7 +63,7 @@ class Stages:
     step: int
     evaluation: int
     save: int
-    layer_forward: int
+    layer_blocks: int
     turnover: int
     host: int
     parameters: int
@@ -142,7 +142,7 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         step=standing + step,
         evaluation=int(standing + max(work.layer_forward, work.loss_forward) + work.copies),
         save=standing,
-        layer_forward=int(work.layer_forward),
+        layer_blocks=int(work.layer_blocks),
         turnover=int(turnover + lasting),
         host=work.host,
         parameters=trained.parameters,

@@ -17,8 +17,8 @@ _BLOCK = 64
 _SCALE_BLOCK = 256
 """Scales that share one scale of scales with double quantisation (bitsandbytes functional.quantize_4bit)."""
 
-_CODE_BYTES = {False: (64,), True: (64, 4)}
-"""Per 4-bit weight: the 16-entry table; with double quantisation also the offset (the 256-entry table is shared)."""
+_CODE_BYTES = {False: (64,), True: (64, 1024, 4)}
+"""Per 4-bit weight: the 16-entry table; with double quantisation also the 256-entry table's copy, and the offset."""
 
 _PAGED_FROM = 100_000
 """Elements from which bitsandbytes pages a state tensor (optim/optimizer.py get_state_buffer)."""

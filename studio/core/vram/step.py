@@ -1,7 +1,7 @@
 """A training step as forms: worked out once for a model and a way to compute it, then only numbers are put in."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
@@ -11,7 +11,7 @@ from studio.core.vram.modules import LayerForm, Run
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GroupForms:
     """One kind of layer.
 
@@ -27,6 +27,11 @@ class GroupForms:
     kept: Form
     forward: tuple[Form, ...]
     backward: tuple[Form, ...]
+
+    @cached_property
+    def passing(self) -> tuple[Form, ...]:
+        """What a layer's forward allocates and frees again, beside what it keeps; grows with all that it depends on."""
+        return uncovered(mark.minus(self.kept).at_least_nothing() for mark in self.forward)
 
 
 @dataclass(frozen=True, slots=True)

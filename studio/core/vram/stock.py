@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu
+from studio.core.shape import ModelShape, with_separate_experts
 from studio.core.text import plain
 from studio.core.vram.setup import Setup
 
@@ -59,6 +60,13 @@ def stock_setup(
         outputs_kept=plain_loop if outputs_kept is None else outputs_kept,
         transformers=transformers,
     )
+
+
+def built(shape: ModelShape, setup: Setup) -> ModelShape:
+    """Return the shape as the set-up's version of transformers builds it."""
+    if setup.transformers and version_of(setup.transformers) < FUSED_EXPERTS_FROM:
+        return with_separate_experts(shape)
+    return shape
 
 
 @lru_cache(maxsize=64)
