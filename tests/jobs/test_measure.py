@@ -169,16 +169,17 @@ SQUARE = 4 * 1024 * 1024 * 2  # 16-bit scores of every head of LLAMA
 
 def test_a_card_without_flash_attention_takes_its_plain_kernel_for_grouped_heads() -> None:
     """transformers passes grouped heads on; torch's memory-efficient kernel takes none."""
-    single = {**LLAMA, "num_key_value_heads": LLAMA["num_attention_heads"]}
-    assert peak(LLAMA, LONG, "fp16", (7, 5)) > peak(LLAMA, LONG, "fp16") + SQUARE
+    grouped = {**LLAMA, "num_hidden_layers": 1}
+    single = {**grouped, "num_key_value_heads": LLAMA["num_attention_heads"]}
+    assert peak(grouped, LONG, "fp16", (7, 5)) > peak(grouped, LONG, "fp16") + SQUARE
     assert peak(single, LONG, "fp16", (7, 5)) < peak(single, LONG, "fp16") + SQUARE
 
 
 def test_offloaded_checkpoints_leave_the_card() -> None:
-    deep = {**LLAMA, "num_hidden_layers": 8}
+    deep = {**LLAMA, "num_hidden_layers": 5}
     checkpoint = 1024 * 128 * 2
     saved = peak(deep, LONG) - peak(deep, LONG.with_("train.offload_checkpoints", True))
-    assert 5 * checkpoint <= saved <= 8 * checkpoint
+    assert 3 * checkpoint <= saved <= 5 * checkpoint
 
 
 def test_paged_optimizer_state_is_counted_apart() -> None:
