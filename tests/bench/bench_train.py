@@ -3,7 +3,8 @@
 Engines take turns within one run and medians of the steps are compared: ratios count, absolute numbers are this
 machine's. Padding is not useful. Processor seconds are shown beside the wall clock's: a busy neighbour changes them
 less. TRL is no dependency of this project: where it is not installed its rows say so.
-`python -m tests.bench.bench_train [STEPS] [ROUNDS]`
+`python -m tests.bench.bench_train [STEPS] [ROUNDS] [PART ...] [--cuda]`; parts are `lora:8x1`, `qlora:1x8`, `memory`
+and so on, all of them unless named.
 """
 
 import json
@@ -14,13 +15,14 @@ from typing import Any
 
 ENGINES = ("studio", "hf", "trl")
 SHAPES = ((8, 1), (1, 8))
+DEVICE = "cuda" if "--cuda" in sys.argv else "cpu"
 WARM_UP_STEPS = 2
 MEMORY_STEPS = 2
 
 
 def measure(engine: str, **work: Any) -> dict[str, Any]:
     """Run one engine in a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.engines", engine, json.dumps(work)]
+    command = [sys.executable, "-m", "tests.bench.engines", engine, json.dumps({"device": DEVICE, **work})]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
@@ -29,8 +31,8 @@ def measure(engine: str, **work: Any) -> dict[str, Any]:
     return report
 
 
-def speed(method: str, micro_batch: int, accumulation: int, steps: int, rounds: int) -> None:
-    """Print seconds per step of each engine, and how many times as long as ours they take."""
+def speed(method: str, micro_batch: int, accumulation: int, steps: int, rounds: int) -> dict[str, float]:
+    """Print seconds per step of each engine; returns how many times as long as ours they take by the wall clock."""
     print(f"\n{method}, micro-batch {micro_batch} x {accumulation}: seconds a step (the same rows: tokens/s inversely)")
     print(f"{'engine':10}{'wall':>8}{'x ours':>8}{'processor':>11}{'x ours':>8}{'first loss':>12}{'last loss':>11}")
     seen: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
@@ -40,6 +42,7 @@ def speed(method: str, micro_batch: int, accumulation: int, steps: int, rounds: 
                 measure(engine, method=method, steps=steps, micro_batch=micro_batch, accumulation=accumulation)
             )
     ours: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     for engine, reports in seen.items():
         if missing := reports[0].get("missing"):
             print(f"{engine:10}not measured: {missing}")
@@ -47,9 +50,12 @@ def speed(method: str, micro_batch: int, accumulation: int, steps: int, rounds: 
         cells = []
         for kind in ("wall_seconds", "processor_seconds"):
             median = statistics.median(second for report in reports for second in report[kind][WARM_UP_STEPS:])
-            cells.append(f"{median:8.3f}{median / ours.setdefault(kind, median):8.2f}")
+            ratio = median / ours.setdefault(kind, median)
+            ratios.setdefault(engine, ratio)
+            cells.append(f"{median:8.3f}{ratio:8.2f}")
         losses = reports[0]["losses"]
         print(f"{engine:10}{'   '.join(cells)}{losses[0]:12.4f}{losses[-1]:11.4f}")
+    return ratios
 
 
 def memory(method: str) -> None:
@@ -71,14 +77,17 @@ def memory(method: str) -> None:
         print(f"{engine:10}{' '.join(cells)}")
 
 
-def main(steps: int = 10, rounds: int = 3) -> None:
+def main(steps: int = 10, rounds: int = 3, parts: tuple[str, ...] = ()) -> None:
     """Print the tables."""
     print(f"{steps} steps of 8 rows, rank 16 on all linear layers; medians over {rounds} interleaved rounds")
     for method in ("lora", "qlora"):
-        memory(method)
+        if not parts or "memory" in parts:
+            memory(method)
         for micro_batch, accumulation in SHAPES:
-            speed(method, micro_batch, accumulation, steps, rounds)
+            if not parts or f"{method}:{micro_batch}x{accumulation}" in parts:
+                speed(method, micro_batch, accumulation, steps, rounds)
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:3]))
+    words = [word for word in sys.argv[1:] if word != "--cuda"]
+    main(*(int(word) for word in words[:2]), parts=tuple(words[2:]))

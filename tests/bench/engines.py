@@ -36,7 +36,6 @@ from studio.probe.data import read_data
 from studio.probe.models import find_base
 from tests.core.test_vram_real_step import Storages, frozen_tensors
 
-CPU = torch.device("cpu")
 LONGEST = 256
 
 
@@ -51,6 +50,7 @@ class Work:
         accumulation: Micro-batches of a step.
         joined: Rows are joined until they have 256 tokens each, instead of being taken as they are.
         memory: Count the bytes of all tensors that are made; the times then mean nothing.
+        device: `cpu` or `cuda`.
     """
 
     method: str
@@ -59,6 +59,11 @@ class Work:
     accumulation: int
     joined: bool = False
     memory: bool = False
+    device: str = "cpu"
+
+    @property
+    def place(self) -> torch.device:
+        return torch.device(self.device)
 
     @property
     def rows_per_step(self) -> int:
@@ -74,17 +79,24 @@ class Clock:
         self._began = (0.0, 0.0)
 
     def start(self) -> None:
+        _settle()
         self._began = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
+        _settle()
         self.wall.append(time.perf_counter() - self._began[0])
         self.processor.append(time.process_time() - self._began[1])
+
+
+def _settle() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def model_and_rows(work: Work) -> tuple[PeftModel, Any, list[Example]]:
     base = find_base("embedded")
     tokenizer = load_tokenizer(base_folder(base))
-    precision = choose_precision("auto", CPU)
+    precision = choose_precision("auto", work.place)
     torch.manual_seed(17)
     frozen = load_base(
         base,
@@ -92,7 +104,7 @@ def model_and_rows(work: Work) -> tuple[PeftModel, Any, list[Example]]:
         dtype=precision.dtype,
         quant=FourBit(),
         attention="sdpa",
-        device=CPU,
+        device=work.place,
     )
     model = attach_adapter(frozen, AdapterSection(rank=16, alpha=32.0), grad_checkpointing=False)
     wanted = work.steps * work.rows_per_step
@@ -111,14 +123,22 @@ def _joined(rows: list[Example]) -> list[Example]:
 
 
 class TensorBytes:
-    """The peak of bytes of tensors made above a loaded model; as a context, counts what is made within it."""
+    """The peak of bytes of tensors made above a loaded model; as a context, counts what is made within it.
 
-    def __init__(self) -> None:
+    On a card torch's own counter tells it, on a CPU every storage is followed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._storages = Storages()
         self._loaded = 0
 
     def above(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         """Take the model's weights as the ground: an operator that returns a view of one has made nothing."""
+        if self._device.type == "cuda":
+            self._loaded = torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return nullcontext()
         for tensor in (*frozen_tensors(model), *model.buffers()):
             self._storages.track(tensor)
         self._loaded = self._storages.peak = self._storages.live
@@ -126,19 +146,25 @@ class TensorBytes:
 
     @property
     def peak(self) -> int:
-        return self._storages.peak - self._loaded
+        on_card = self._device.type == "cuda"
+        return (torch.cuda.max_memory_allocated(self._device) if on_card else self._storages.peak) - self._loaded
 
 
 def run_studio(work: Work, clock: Clock, counted: TensorBytes | None) -> list[float]:
     model, tokenizer, rows = model_and_rows(work)
     section = TrainSection(learning_rate=2e-4, schedule="constant", warmup_fraction=0)
     optimizer = build_optimizer(
-        model.named_parameters(), kind="adamw_torch", learning_rate=2e-4, weight_decay=0.0, device=CPU, warn=print
+        model.named_parameters(),
+        kind="adamw_torch",
+        learning_rate=2e-4,
+        weight_decay=0.0,
+        device=work.place,
+        warn=print,
     )
-    precision = choose_precision("auto", CPU)
+    precision = choose_precision("auto", work.place)
     step_model = StepModel(model, "chunked", precision.autocast)
-    batcher = Batcher(work.micro_batch, tokenizer.pad_token_id, CPU)
-    if can_pack(step_model, rows, CPU):
+    batcher = Batcher(work.micro_batch, tokenizer.pad_token_id, work.place)
+    if can_pack(step_model, rows, work.place):
         batcher = replace(batcher, packed_tokens=work.micro_batch * LONGEST)
     losses: list[float] = []
 
@@ -160,8 +186,8 @@ def run_studio(work: Work, clock: Clock, counted: TensorBytes | None) -> list[fl
         optimizer=optimizer,
         scaler=precision.scaler(),
         batches=InOrder(rows, batcher, rows_per_step=work.rows_per_step, seed=0),
-        device=CPU,
-        memory=MemoryWatch(emit, CPU),
+        device=work.place,
+        memory=MemoryWatch(emit, work.place),
         emit=emit,
     )
     with counted.above(model) if counted else nullcontext():
@@ -195,6 +221,7 @@ def run_trainer(work: Work, clock: Clock, counted: TensorBytes | None, *, trl: b
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return torch.utils.data.SequentialSampler(table)
 
+    half = choose_precision("auto", work.place).name
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(
             output_dir=folder,
@@ -206,8 +233,9 @@ def run_trainer(work: Work, clock: Clock, counted: TensorBytes | None, *, trl: b
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=1.0,
-            bf16=choose_precision("auto", CPU).name == "bf16",
-            use_cpu=True,
+            bf16=half == "bf16",
+            fp16=half == "fp16",
+            use_cpu=work.device == "cpu",
             logging_steps=1,
             save_strategy="no",
             report_to=[],
@@ -225,7 +253,7 @@ def run_trainer(work: Work, clock: Clock, counted: TensorBytes | None, *, trl: b
 
 def main(engine: str, words: str) -> None:
     work, clock = Work(**json.loads(words)), Clock()
-    counted = TensorBytes() if work.memory else None
+    counted = TensorBytes(work.place) if work.memory else None
     try:
         if engine == "studio":
             losses = run_studio(work, clock, counted)

