@@ -19,7 +19,7 @@ VERBS = {
     "demo": "the embedded model and data, end to end",
     "train": "train a recipe's adapter",
     "plan": "how much memory a recipe takes, before it runs",
-    "measure": "trace a training step without a card, or run it on one: memory by stage",
+    "measure": "memory of a real training step, traced or run",
     "fit": "the best recipe that fits a card, and why",
     "runs": "list, follow, stop, continue and compare runs",
     "data": "check a data file",
