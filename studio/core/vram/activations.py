@@ -25,7 +25,11 @@ What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not c
 def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
     """Return the forms of a step for a model, a set-up and an attention kernel."""
     ours = setup.engine == "studio"
-    arithmetic = Arithmetic(setup.compute_itemsize, setup.residual_itemsize, setup.autocast)
+    residual = setup.residual_itemsize
+    if setup.quantised and setup.autocast and setup.device == "cuda" and shape.groups[0].layer.norm == "layer":
+        # CUDA's autocast gives layer norms back in fp32, and quantised layers give back what they are given.
+        residual = 4
+    arithmetic = Arithmetic(setup.compute_itemsize, residual, setup.autocast, setup.residual_itemsize)
     adapter = AdapterForm(
         targets=target_names(shape, setup.targets),
         dropout=setup.dropout > 0,

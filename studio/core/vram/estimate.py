@@ -195,11 +195,14 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
     if setup.engine == "studio":
         return ()
     unsaid = not setup.transformers and setup.micro_batch > 1
+    # The least and the most of what is held at the loss; which of the two autocasts holds more depends.
+    holds = (
+        ((False, NEWEST), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
+    )
     return tuple(
         replace(setup, outputs_kept=kept, autocast=autocast, transformers=version)
-        for kept in (False, True)
+        for kept, version in holds
         for autocast in ((False, True) if setup.compute_itemsize == 2 else (setup.autocast,))
-        for version in ((NEWEST, COPIES_LOGITS) if unsaid else (setup.transformers,))
     )
 
 

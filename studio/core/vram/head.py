@@ -81,7 +81,7 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return logits `[batch, seq, vocabulary]` and what the head keeps beside its weight."""
     arithmetic, shape = run.form.arithmetic, run.shape
     kept = []
-    if arithmetic.autocast and arithmetic.residual > arithmetic.compute:
+    if arithmetic.autocast and arithmetic.weights > arithmetic.compute:
         # A head upcast to fp32 is cast back to 16 bits by autocast, and that copy is what the product saves.
         kept.append(Tensor(run.tape, Form(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
     logits = op.frozen_linear(

@@ -15,14 +15,15 @@ class Arithmetic:
 
     Attributes:
         compute: Of matrix products (2 for bf16 and fp16, 4 for fp32).
-        residual: Of the residual stream and everything not quantised (4 after peft's
-            `prepare_model_for_kbit_training`).
+        residual: Of the residual stream.
+        weights: Of everything not quantised (4 after peft's `prepare_model_for_kbit_training`).
         autocast: Whether the forward runs under `torch.autocast`.
     """
 
     compute: int
     residual: int
     autocast: bool
+    weights: int = 2
 
 
 def node_of(
