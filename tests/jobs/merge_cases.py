@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     MixtralConfig,
     PreTrainedConfig,
@@ -34,6 +35,7 @@ _SHAPE: dict[str, Any] = {
 FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": tiny_config,
     "qwen2": lambda **more: Qwen2Config(**{**_SHAPE, **more}),
+    "gemma": lambda **more: GemmaConfig(**{**_SHAPE, "head_dim": 16, **more}),
     "gemma2": lambda **more: Gemma2Config(**{**_SHAPE, "head_dim": 16, **more}),
     "mixtral": lambda **more: MixtralConfig(**{**_SHAPE, "num_local_experts": 4, **more}),
     "qwen3_moe": lambda **more: Qwen3MoeConfig(

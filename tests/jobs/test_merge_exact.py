@@ -31,7 +31,8 @@ TABLE = [
     *[("llama", kind) for kind in KINDS if kind not in {"lora bias", "biases"}],
     *[("qwen2", kind) for kind in KINDS],
     *[("gemma2", kind) for kind in KINDS if kind not in {"lora bias", "biases"}],
-    *[(family, kind) for family in ("mixtral", "qwen3_moe") for kind in ("plain", "dora", "modules_to_save")],
+    *[("gemma", kind) for kind in KINDS if kind not in {"lora bias", "biases"}],
+    *[(family, kind) for family in ("mixtral", "qwen3_moe") for kind in KINDS if kind not in {"lora bias", "biases"}],
 ]
 
 
@@ -47,6 +48,22 @@ def test_every_bit_is_that_of_pefts_fp32_merge(tmp_path: Path, family: str, kind
 def test_fused_experts_go_back_to_one_tensor_each(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
     adapter = make_adapter(tmp_path / "adapter", base, **EXPERTS, **{"target_modules": ATTENTION, **more})
+    _same(our_merge(our_steps(base, adapter)), pefts_merge(base, adapter, tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_a_larger_vocabulary(tmp_path: Path, family: str, more: dict[str, Any]) -> None:
+    base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
+    adapter = make_adapter(tmp_path / "adapter", base, vocabulary=264, target_modules=ATTENTION, **more)
+    _same(our_merge(our_steps(base, adapter)), pefts_merge(base, adapter, tmp_path / "peft", 264))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["plain", "dora", "tokens"])
+def test_a_tied_head_that_is_not_adapted(tmp_path: Path, family: str, kind: str) -> None:
+    base = make_base(tmp_path / "base", family, tie_word_embeddings=True)
+    adapter = make_adapter(tmp_path / "adapter", base, **{**KINDS[kind], "target_modules": ATTENTION})
     _same(our_merge(our_steps(base, adapter)), pefts_merge(base, adapter, tmp_path / "peft"))
 
 

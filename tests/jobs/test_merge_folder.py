@@ -21,6 +21,7 @@ from studio.runs.control import request
 from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
 from tests.fakes.runs import CHECKOUT
+from tests.fakes.small_disk import small_disk
 from tests.jobs.conftest import Merge, history_of
 from tests.jobs.merge_cases import ATTENTION, IDS, adapted, make_adapter, make_base, tensors_of
 
@@ -183,6 +184,23 @@ def test_a_merge_that_was_killed_goes_on_with_its_whole_shards(
     assert not list(tmp_path.glob(".merging-*"))
 
 
+@pytest.mark.slow
+def test_a_damaged_shard_of_a_killed_merge_is_not_published(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, small_shards: None
+) -> None:
+    out, killed = tmp_path / "out", RunPaths(tmp_path / "killed")
+    killed.root.mkdir()
+    write_job(killed, MergeRequest(str(adapter), str(base), str(out)))
+    subprocess.run([sys.executable, "-c", KILLED, str(killed.root)], cwd=CHECKOUT, capture_output=True, check=False)
+    left = sorted((tmp_path / ".merging-out").glob("model-*.safetensors"))[0]
+    data = bytearray(left.read_bytes())
+    data[-40_000:] = bytes(40_000)  # header and length are as they should be
+    left.write_bytes(data)
+    assert "is not what was made" in _failure(merge(adapter, base, out))
+    assert not list(tmp_path.glob("*out*"))
+    assert history_of(merge(adapter, base, out)).finished is not None
+
+
 def test_shards_of_another_adapter_are_not_taken_up(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, small_shards: None
 ) -> None:
@@ -231,6 +249,18 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert failed is not None
     assert failed.failure == "disk_full"
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_real_disk_that_fills_up_while_it_is_written(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_shards: None
+) -> None:
+    monkeypatch.setattr(shards, "_SPARE_BYTES", -(10**9))  # others may fill a disk after it was looked at
+    with small_disk(tmp_path / "small", "160k") as disk:
+        failed = history_of(merge(adapter, base, disk / "out")).failed
+        assert failed is not None
+        assert failed.failure == "disk_full"
+        assert "free some space" in failed.advice
+        assert list(disk.iterdir()) == []
 
 
 def _weights(adapter: Path, change: Any) -> None:

@@ -90,6 +90,7 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
     play(story, tmp_path, size=size)
 
 
+@pytest.mark.slow
 def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_CHAT", "slow")
     processes = _Processes()
@@ -108,6 +109,7 @@ def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest
     processes.started[0]._process.wait(20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "said"), [("refuses", "9.0 GB of memory"), ("dies", "something broke")])
 def test_a_model_that_does_not_load_says_why(
     run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, said: str

@@ -190,7 +190,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) ->
     )
     writer.finish()
     began = time.monotonic()
-    verified = _verify(worker, steps, aside, prompts) | _written(worker, steps, parts, aside, prompts)
+    verified = _verify(worker, steps, writer, prompts) | _written(worker, steps, parts, aside, prompts)
     verified["check_seconds"] = round(time.monotonic() - began, 2)
     if stopping():
         raise Stopped("stopped before the merged model was published")
@@ -216,9 +216,10 @@ def _merge(worker: Worker, request: MergeRequest, parts: _Parts, aside: Path) ->
     worker.emit(Finished, outcome="done", result=report)
 
 
-def _verify(worker: Worker, steps: MergeSteps, aside: Path, prompts: _Prompts) -> dict[str, Any]:
+def _verify(worker: Worker, steps: MergeSteps, writer: ShardWriter, prompts: _Prompts) -> dict[str, Any]:
     worker.emit(Phase, name="checking", detail="tensors")
-    again = recompute_sample(steps, aside)
+    aside = writer.folder
+    again = recompute_sample(steps, aside, writer.done)
     closeness = None
     try:
         closeness = compare_logits(

@@ -1,6 +1,6 @@
 """Proves that the files on disk behave like base + adapter: tensors made again and compared, logits side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,13 @@ class Closeness:
     largest_logit_difference: float
 
 
-def recompute_sample(steps: MergeSteps, folder: Path) -> int:
+def recompute_sample(steps: MergeSteps, folder: Path, kept: Collection[str] = ()) -> int:
     """Make some tensors again and compare them bit by bit with the files; return how many.
+
+    Args:
+        steps: What was merged.
+        folder: The merged model.
+        kept: Shards that an earlier process wrote: each is looked into as well.
 
     Raises:
         JobFailed: A tensor in the files is missing, of another shape, or differs.
@@ -49,8 +54,13 @@ def recompute_sample(steps: MergeSteps, folder: Path) -> int:
             raise JobFailed("merged_incomplete", f"{plain(key, one_line=True)} has another shape on disk", _ADVICE)
     made = [step for step in steps.steps if step.copies is None]
     copied = [step for step in steps.steps if step.copies is not None]
+    of_kept = [
+        step
+        for name in sorted(kept)
+        for step in _some([step for step in steps.steps if files.tensors[step.outputs[0].key].path.name == name])
+    ]
     count = 0
-    for step in _some(made) + _some(copied):
+    for step in _some(made) + _some(copied) + of_kept:
         for key, tensor in _again(steps, step).items():
             count += 1
             if not torch.equal(files.read(key), tensor):
