@@ -83,21 +83,24 @@ class LinePlot(Widget):
         self._rows: list[CellRow] = []
         self._strips: list[Strip] = []
         self._due = False
+        self._held = False
+        self._changes = 0
+        self._drawn: tuple[int, int, int] | None = None
 
     def watch_x_total(self, total: float) -> None:
         """Draw the new range."""
         self._picture.x_total = total
-        self._draw_soon()
+        self._changed()
 
     def watch_log_y(self, log_y: bool) -> None:
         """Draw on the new scale."""
         self._picture.log_y = log_y
-        self._draw_soon()
+        self._changed()
 
     def watch_reference(self, reference: Reference | None) -> None:
         """Show or hide the dashed line."""
         self._picture.reference = reference
-        self._draw_soon()
+        self._changed()
 
     def render_line(self, y: int) -> Strip:
         """Return a row as it was last drawn."""
@@ -128,7 +131,7 @@ class LinePlot(Widget):
             ValueError: `xs` and `ys` differ in length.
         """
         self._picture.extend(key, xs, ys)
-        self._draw_soon()
+        self._changed()
 
     def replace(self, key: str, xs: Iterable[float], ys: Iterable[float]) -> None:
         """Give a curve new points instead of its old ones.
@@ -140,12 +143,22 @@ class LinePlot(Widget):
         self._picture.clear(key)
         self.extend(key, xs, ys)
 
+    def hold(self, held: bool) -> None:
+        """Draw nothing while more points are known to come; let go, draw them all."""
+        if held != self._held:
+            self._held = held
+            self._draw_soon()
+
     def _forget_drawing(self) -> None:
-        self._rows, self._strips, self._looks = [], [], {}
+        self._rows, self._strips, self._looks, self._drawn = [], [], {}, None
+
+    def _changed(self) -> None:
+        self._changes += 1
+        self._draw_soon()
 
     def _draw_soon(self) -> None:
         """Draw once after the messages of this moment, however many points they bring."""
-        if not self._due and self.is_mounted:
+        if not self._due and not self._held and self.is_mounted:
             self._due = True
             self.call_later(self._redraw)
 
@@ -155,6 +168,9 @@ class LinePlot(Widget):
         width, height = self.size
         if width < 1 or height < 1 or not self.is_attached or not self.region:
             return
+        if self._drawn == (width, height, self._changes):  # a start brings several reasons to draw the same
+            return
+        self._drawn = (width, height, self._changes)
         legend = [self._legend(width)] if height >= _LEAST_FOR_LEGEND else []
         before, self._rows = self._rows, self._picture.rows(width, height - len(legend))
         if len(before) != len(self._rows):

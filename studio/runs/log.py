@@ -24,7 +24,8 @@ DISK_FULL = "disk_full"
 TERMINAL = (Failed, Finished)
 _DURABLE = (*TERMINAL, Saved)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_POLL_BYTES = 4 * 2**20
+POLL_BYTES = 4 * 2**20
+"""What one poll reads at most: about 30 000 steps, a third of a second."""
 _LONGEST_LINE_BYTES = 2**20
 _KEPT_OF_BAD_LINE = 2000
 
@@ -99,19 +100,21 @@ class EventTail:
         self._inode: int | None = None
         self._inside_long_line = False
 
-    def poll(self, limit: int = _POLL_BYTES) -> list[RunEvent]:
+    def poll(self, limit: int = POLL_BYTES) -> list[RunEvent]:
         """Return the events of the whole lines that came since the last call, about `limit` bytes of them at most.
 
         A missing file has no events. More may wait when `limit` was reached: `behind_bytes` tells. A line longer than
-        what is read at once (1 MiB or `limit`) is none of ours and becomes one `Unknown`.
+        1 MiB or `limit`, whichever is more, is none of ours and becomes one `Unknown`.
         """
-        limit = max(limit, _LONGEST_LINE_BYTES)
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 self._notice_replacement(status)
                 file.seek(self._offset)
                 chunk = file.read(limit)
+                if limit < _LONGEST_LINE_BYTES and len(chunk) == limit and b"\n" not in chunk:
+                    chunk += file.read(_LONGEST_LINE_BYTES - limit)  # a line longer than the poll
+                    limit = _LONGEST_LINE_BYTES
         except OSError:
             return []
         return [event for line in self._whole_lines(chunk, limit) if (event := event_from_line(line)) is not None]

@@ -5,8 +5,6 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-import tomlkit
-
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import apply_settings, recipe_from_dict
@@ -60,6 +58,8 @@ def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as TOML, every field written out, tables in the order of the fields."""
+    import tomlkit  # noqa: PLC0415  60 ms that reading does not need
+
     return tomlkit.dumps(recipe.to_dict())
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from studio.core.events import RunEvent
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
-from studio.runs.log import EventTail
+from studio.runs.log import POLL_BYTES, EventTail
 
 _LAST_LINES_BYTES = 16 * 1024
 
@@ -27,9 +27,9 @@ class RunWatch:
     def __post_init__(self) -> None:
         self._tail = EventTail(self.paths.events)
 
-    def poll(self) -> list[RunEvent]:
-        """Fold what is new and return it; at most a few MiB at once, see `behind`."""
-        events = self._tail.poll()
+    def poll(self, limit: int = POLL_BYTES) -> list[RunEvent]:
+        """Fold what is new and return it; at most about `limit` bytes at once, see `behind`."""
+        events = self._tail.poll(limit)
         if self._tail.restarts != self._restarts:
             self._restarts = self._tail.restarts
             self.history = History()

@@ -27,6 +27,7 @@ from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.setup_finder import Finder
+from studio.tui.spare_memory import give_back, share_one_arena
 from studio.tui.themes import OURS
 from widgets.output_filter import SafeOutput, drawable
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
+_SETTLED_SECONDS = 5.0
 _ASCII_VARIABLE = "LORA_STUDIO_ASCII"
 
 
@@ -151,8 +153,6 @@ class StudioApp(App[None]):
 
         self.push_screen(RunsScreen(self._runs_root, engine=self._engine, poll_seconds=self._poll_seconds))
 
-    def on_show_setup(self) -> None:
-        """Ask the questions of the guided set-up."""
     def on_show_audits(self, message: ShowAudits) -> None:
         """List the audits, or begin one of a run."""
         from studio.tui.screens.audit import AuditScreen  # noqa: PLC0415  as above
@@ -160,6 +160,8 @@ class StudioApp(App[None]):
         recipe, pace = self._configure.recipe, self._poll_seconds
         self.push_screen(AuditScreen(recipe, self._runs_root, poll_seconds=pace, run=message.run))
 
+    def on_show_setup(self) -> None:
+        """Ask the questions of the guided set-up."""
         from studio.tui.screens.setup import SetupScreen  # noqa: PLC0415  brings the estimator: 0.1 s
 
         self.push_screen(SetupScreen(finder=self._finder, runs_root=self._runs_root), self._after_setup)
@@ -248,6 +250,8 @@ def run_studio(
     )
     if remote:
         app.animation_level = "none"
+    share_one_arena()
+    app.call_later(app.set_timer, _SETTLED_SECONDS, give_back)
     app.run()
     return app.return_code or 0
 

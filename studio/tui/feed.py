@@ -12,6 +12,8 @@ from studio.runs.watch import RunWatch
 from studio.tui.output_tail import OutputTail
 
 _LOOKS_PER_STATUS = 4
+_BYTES_PER_LOOK = 192 * 1024
+"""About 1500 steps, 15 ms: a key that is pressed while a long log is read waits no longer than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class RunFeed:
         self._looks = 0
 
     def look(self) -> Glance:
-        """Return what is new. Cheap enough for the thread that draws: a few MiB of events at most."""
-        events = self._watch.poll()
+        """Return what is new, of a long log a slice: cheap enough for the thread that draws."""
+        events = self._watch.poll(_BYTES_PER_LOOK)
         behind = self._watch.behind and bool(events)
         self._looks += 1
         only_steps = all(isinstance(event, (StepDone, MemorySeen)) for event in events)

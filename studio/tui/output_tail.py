@@ -8,6 +8,7 @@ from widgets.log_view import visible_lines
 
 _FIRST_BYTES = 64 * 1024
 _MOST_BYTES = 256 * 1024
+_MOST_LINES = 2000
 _LONGEST_LINE = 4000
 
 
@@ -20,7 +21,7 @@ class OutputTail:
         self._torn = b""
 
     def poll(self) -> list[str]:
-        """Return the whole lines that came since the last call; of a flood only the newest 256 KiB."""
+        """Return the whole lines that came since the last call; of a flood only the newest 2000, 256 KiB at most."""
         try:
             with self._path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -37,7 +38,8 @@ class OutputTail:
         whole, newline, self._torn = (self._torn + chunk).rpartition(b"\n")
         if not newline:
             return []
-        return harmless(whole.decode("utf-8", "replace"))
+        newest = whole.rsplit(b"\n", _MOST_LINES)[-_MOST_LINES:]
+        return harmless(b"\n".join(newest).decode("utf-8", "replace"))
 
     def _begin(self, size: int) -> int:
         """A log that shrank is another log: read it from its start."""

@@ -14,6 +14,7 @@ from widgets.smooth import Smoother
 
 _LOSS = (
     Curve("train", "each step", "faint"),
+    Curve("sample", "at a glance", "faint", 3),
     Curve("mean", "smoothed"),
     Curve("held_out", "held-out", "dots", 2),
 )
@@ -59,6 +60,10 @@ class RunPlots(Container):
         yield self._loss
         yield self._memory
 
+    def on_mount(self) -> None:
+        """Begin as the screen's width will have it: a change of layout would draw everything twice."""
+        self.set_class(self.app.size.width >= _ROOM_FOR_BOTH, "-beside")
+
     def on_resize(self, event: events.Resize) -> None:
         """Put the plots beside each other where there is room."""
         self.set_class(event.size.width >= _ROOM_FOR_BOTH, "-beside")
@@ -73,6 +78,20 @@ class RunPlots(Container):
         for curve in _MEMORY:
             values = [to_gib(value) for value in getattr(readings, curve.key)[begin:]]
             self._hand_on(self._memory, curve.key, begin, readings.steps[begin:], values)
+
+    def show_sample(self, steps: Sequence[int], losses: Sequence[float], total: int | None) -> None:
+        """Draw a few steps of a long log at once, until the log is read."""
+        self._loss.x_total = float(total or (steps[-1] if steps else 0))
+        self._loss.replace("sample", steps, losses)
+
+    def forget_sample(self) -> None:
+        """The log is read: its own curves are there."""
+        self._loss.replace("sample", (), ())
+
+    def hold(self, held: bool) -> None:
+        """Draw nothing while the log is read slice by slice."""
+        for plot in (self._loss, self._memory):
+            plot.hold(held)
 
     def show_predicted(self, peak_bytes: int | None) -> None:
         """Draw the peak that was estimated at launch, where there is one."""

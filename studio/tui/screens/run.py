@@ -17,6 +17,7 @@ from studio.core.text import plain
 from studio.runs.control import request, requested, withdraw
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
+from studio.runs.log_sample import sample_steps
 from studio.runs.status import Status
 from studio.tui.against_plan import planned_reading, with_measured
 from studio.tui.engine import Engine
@@ -34,6 +35,7 @@ from widgets.tab_row import TabRow
 
 _VIEWS = ("plots", "samples", "log", "notes", "memory")
 _CATCH_UP_SECONDS = 0.02
+_SLICES_PER_DRAWING = 10
 
 
 class RunScreen(Screen[None]):
@@ -85,6 +87,7 @@ class RunScreen(Screen[None]):
         self._glance: Glance | None = None
         self._resuming = False
         self._planned: Reading | None = None
+        self._slices = 0
 
     def compose(self) -> ComposeResult:
         """Header, outcome, views, keys."""
@@ -101,8 +104,8 @@ class RunScreen(Screen[None]):
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        """Begin to look."""
-        self._look()
+        """Begin to look, as soon as the parts are there."""
+        self.call_later(self._look)
         self.set_interval(self._poll_seconds, self._look)
 
     def watch_view(self, view: str) -> None:
@@ -225,8 +228,24 @@ class RunScreen(Screen[None]):
             self.query_one(Notes).show(glance.history)
         if before is None and glance.history.started is not None and glance.history.started.job != TRAIN:
             self.view = "log"  # without steps there is nothing to plot
-        if glance.behind:
-            self.set_timer(_CATCH_UP_SECONDS, self._look)
+        if glance.behind or self._slices:
+            self._catch_up(glance)
+
+    def _catch_up(self, glance: Glance) -> None:
+        """Read a long log in slices between which keys are answered; its curve is there from the first one on."""
+        plots = self.query_one(RunPlots)
+        if not glance.behind:
+            self._slices = 0
+            plots.forget_sample()
+            plots.hold(False)
+            return
+        if not self._slices:
+            sample = sample_steps(self.paths.events)
+            total = glance.history.total_steps
+            plots.show_sample([event.step for event in sample], [event.loss for event in sample], total)
+        plots.hold(self._slices % _SLICES_PER_DRAWING != 0)
+        self._slices += 1
+        self.set_timer(_CATCH_UP_SECONDS, self._look)
 
     def _show_against_plan(self, history: History) -> None:
         """Show the estimate of the launch beside what was measured; it is one of a card, so a CPU run has none."""

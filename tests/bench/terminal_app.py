@@ -1,0 +1,70 @@
+"""The configure screen with two plots fed twice a second: more than any screen of ours shows at once."""
+
+import math
+import sys
+from pathlib import Path
+
+from textual.app import ComposeResult
+from textual.containers import Vertical
+
+from studio.commands.open_studio import first_recipe
+from studio.tui.app import StudioApp
+from studio.tui.panels.advice import Advice
+from studio.tui.panels.forecast import Forecast
+from studio.tui.panels.recipe_form import RecipeForm
+from studio.tui.panels.top_bar import TopBar
+from studio.tui.screens.configure import ConfigureScreen
+from widgets.gauge import Gauge
+from widgets.line_plot import Curve, LinePlot
+
+_HZ = 2.0
+_STEPS_PER_LOOK = 5
+
+
+class BusyConfigure(ConfigureScreen):
+    """The configure screen, its forecast above two plots."""
+
+    DEFAULT_CSS = """
+    BusyConfigure LinePlot { height: 9; }
+    BusyConfigure Forecast { height: 16; }
+    """
+
+    def compose(self) -> ComposeResult:
+        """As the original, with plots below the forecast."""
+        yield TopBar("Configure", card=self._engine.card)
+        yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
+        with Vertical(id="work"):
+            yield RecipeForm(self.recipe)
+            with Vertical(id="side"):
+                yield Forecast(self.recipe, engine=self._engine)
+                for name in ("loss", "memory"):
+                    yield LinePlot([Curve("a", "raw", "faint"), Curve("b", "mean")], title=name, id=f"plot-{name}")
+                yield Advice()
+
+    def on_mount(self) -> None:
+        """Begin to feed."""
+        super().on_mount()
+        self._fed = 0
+        for plot in self.query(LinePlot):
+            plot.x_total = 2000.0
+        self.set_interval(1 / _HZ, self._feed)
+
+    def _feed(self) -> None:
+        steps = range(self._fed, self._fed + _STEPS_PER_LOOK)
+        self._fed += _STEPS_PER_LOOK
+        for plot in self.query(LinePlot):
+            values = [1 + 3 * math.exp(-step / 300) + 0.1 * math.sin(step) for step in steps]
+            plot.extend("a", steps, values)
+            plot.extend("b", steps, [1 + 3 * math.exp(-step / 300) for step in steps])
+
+
+class BusyStudio(StudioApp):
+    """The studio on the busy screen."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(first_recipe(None), runs_root=root)
+        self._configure = BusyConfigure(first_recipe(None), runs_root=root, engine=self._engine)
+
+
+if __name__ == "__main__":
+    BusyStudio(Path(sys.argv[1])).run()
