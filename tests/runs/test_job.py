@@ -21,7 +21,7 @@ def test_a_job_comes_back_as_it_was(tmp_path: Path, job: Job, kind: str) -> None
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("job = 'measure'", "does not know"),
+        ("job = 'dance'", "does not know"),
         ("job = 'merge'", "damaged"),
         ("job = 'merge'\n[merge]\nadapter = 'a'", "damaged"),
         ("job = 'merge'\n[merge]\nadapter = 'a'\nbase = 'b'\nout = 3", "damaged"),
