@@ -90,6 +90,15 @@ def test_a_trace_has_every_byte_of_a_real_step(fields: dict[str, Any]) -> None:
     assert trace(recipe, LLAMA, Target("cpu", dtype)).log.peaks() == measured(LLAMA, recipe, dtype)
 
 
+@pytest.mark.slow
+def test_dora_on_four_bits_to_the_byte_once_it_is_attached() -> None:
+    """While it is attached, peft copies a 4-bit layer with its scales twice, and a fake one once."""
+    recipe = recipe_of(method="qlora", adapter__dora=True)
+    seen, real = trace(recipe, LLAMA, Target("cpu", "bf16")).log.peaks(), measured(LLAMA, recipe, "bf16")
+    assert height(seen.pop("load")) == pytest.approx(height(real.pop("load")), rel=0.01)
+    assert seen == real
+
+
 class FakeCounters:
     """The counters of a card whose peaks are told beforehand, one for every time that they are read."""
 

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import bitsandbytes.functional as bitsandbytes_functional
 import torch
+from peft.tuners.lora import dora
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -154,9 +155,17 @@ def fake_world() -> Iterator[Numbers]:
         stack.enter_context(patch.object(import_utils, "is_fake_tensor", lambda tensor: False))
         # bitsandbytes keeps its tables for good: fake ones must not stay, real ones must not be met.
         stack.enter_context(patch.dict(bitsandbytes_functional.name2qmap, clear=True))
+        # peft knows 4-bit weights by the name of their class, which a fake tensor cannot have.
+        stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantised))
         stack.enter_context(_OneMode())
         stack.enter_context(numbers)
         yield numbers
+
+
+def _dequantised(module: nn.Module) -> Any:
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    return weight if state is None else bitsandbytes_functional.dequantize_4bit(weight.data, state)
 
 
 def _apply(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
