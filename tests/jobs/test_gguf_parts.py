@@ -1,6 +1,8 @@
 """The parts of a GGUF export that need no llama.cpp: chat form, Modelfile, what the converter sees, scaling, tools."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +220,62 @@ def test_a_stop_ends_the_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Stop):
         ensure_tools(lambda words: None, stop)
     assert [path.name for path in (tmp_path / "cache" / "tools").iterdir() if path.is_dir()] == []
+
+
+GO = """
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"text/template"
+)
+
+func main() {
+	text, _ := os.ReadFile(os.Args[1])
+	var messages []*struct{ Role, Content string }
+	if err := json.Unmarshal([]byte(os.Args[2]), &messages); err != nil {
+		panic(err)
+	}
+	parsed := template.Must(template.New("").Parse(string(text)))
+	if err := parsed.Execute(os.Stdout, map[string]any{"Messages": messages}); err != nil {
+		panic(err)
+	}
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+def test_gos_own_templates_write_what_the_chat_template_writes(tmp_path: Path) -> None:
+    (tmp_path / "main.go").write_text(GO)
+    (tmp_path / "go.mod").write_text("module render\n\ngo 1.19\n")
+    subprocess.run(["go", "build", "-o", "render", "."], cwd=tmp_path, check=True, capture_output=True)
+    conversations = (
+        [("user", "a\n b")],
+        [("user", "One {{ x }}?"), ("assistant", "First."), ("user", " Two? ")],
+        [("system", "Be brief."), ("user", "One?")],
+    )
+    braces = CHAT_TEMPLATE.replace("<|im_end|>", "{{ '{{' }}<|im_end|>")
+    for template, bos in (
+        (CHAT_TEMPLATE, ""),
+        (DEFAULT_SYSTEM, ""),
+        (WITH_BOS, "<s>"),
+        (NO_SYSTEM, "<s>"),
+        (braces, ""),
+    ):
+        tokenizer = _tokenizer(template, bos)
+        form = chat_form(tokenizer)
+        assert form is not None
+        (tmp_path / "template").write_text(_modelfile(form, adds_bos=False).split('TEMPLATE """')[1].split('"""')[0])
+        for turns in conversations:
+            if turns[0][0] == "system" and form.system is None:
+                continue
+            # Ollama puts the Modelfile's SYSTEM in front where a conversation brings none.
+            bare = form.default_system and turns[0][0] != "system"
+            meant = [("system", form.default_system), *turns] if bare else turns
+            told = json.dumps([{"Role": role, "Content": words} for role, words in meant])
+            done = subprocess.run([tmp_path / "render", tmp_path / "template", told], check=True, capture_output=True)
+            table = [{"role": role, "content": words} for role, words in turns]
+            wanted = tokenizer.apply_chat_template(table, tokenize=False, add_generation_prompt=True)
+            assert done.stdout.decode() == wanted
