@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from studio.core.errors import BadInput
-from studio.core.events import Finished, StepDone
+from studio.core.events import Failed, Finished, StepDone
 from studio.core.measured import height
 from studio.core.recipe import Recipe
 from studio.jobs.measure.__main__ import _body, _explain
@@ -201,6 +201,17 @@ def test_paged_optimizer_state_is_counted_apart() -> None:
 def test_an_architecture_that_nobody_knows_is_refused_by_name() -> None:
     with pytest.raises(BadInput, match="no_such_model"):
         trace(LONG, {**LLAMA, "model_type": "no_such_model"}, Target("cuda", "bf16"))
+
+
+def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}))
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    write_job(paths, MeasureRequest(dump_recipe(LONG.with_("model.base", str(config))), how="trace"))
+    assert run_job(paths.root, _body, explain=_explain) == 1
+    (failed,) = (event for event in read_events(paths.events) if isinstance(event, Failed))
+    assert "gptq" in failed.message
 
 
 def test_the_job_leaves_a_report(tiny: Path, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import transformers
 
 from studio.core.events import Finished, Phase, Started, Warned
 from studio.core.recipe import Recipe
+from studio.jobs.base.load import refuse_quantised
 from studio.jobs.measure.real import measure_card
 from studio.jobs.measure.trace import Target, trace
 from studio.probe.measure import base_config, remember_measurement
+from studio.probe.models import BaseFound
 from studio.runs.atomic import write_whole
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.worker import Worker
@@ -48,5 +50,7 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
 def _traced(request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
     major, _, minor = request.capability.partition(".")
     target = Target(request.device, request.dtype, (int(major), int(minor or 0)))
-    seen = trace(recipe, base_config(recipe.model.base, recipe.model.revision), target)
+    values = base_config(recipe.model.base, recipe.model.revision)
+    refuse_quantised(BaseFound("folder", recipe.model.base, None, values, 0), recipe.method)
+    seen = trace(recipe, values, target)
     return {"source": "trace", "peaks": seen.log.peaks(), "trainable_parameters": seen.trainable_parameters}

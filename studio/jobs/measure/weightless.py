@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from bitsandbytes.functional import QuantState, quantize_4bit
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -39,14 +41,19 @@ def config_of(values: dict[str, Any]) -> PretrainedConfig:
         BadInput: transformers does not know this architecture, or the values do not belong together.
     """
     kind = str(values.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        shown = plain(kind, one_line=True, limit=60)
+        raise BadInput(
+            f"transformers {transformers.__version__} does not know the architecture {shown}: nothing can be traced. "
+            "Update it (pip install -U transformers), or use `lora-studio plan`."
+        )
     try:
         rest = {name: value for name, value in values.items() if name not in ("model_type", "quantization_config")}
         config: PretrainedConfig = AutoConfig.for_model(kind, **rest)
     except (*_UNBUILDABLE, StrictDataclassError) as error:
         said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
         raise BadInput(
-            f"transformers cannot make a model of the type {plain(kind, one_line=True, limit=60)}: {said}. "
-            "Update transformers, or use `lora-studio plan`."
+            f"transformers cannot make a {plain(kind, one_line=True, limit=60)} model of this config: {said}"
         ) from error
     return config
 
