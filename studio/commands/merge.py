@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from studio.commands.follow import conclude, follow
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
@@ -16,9 +17,11 @@ from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoint
 from studio.probe.start import start_merge
 from studio.runs.job import ONTO, MergeRequest, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.status import Status
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
 
+_SIDES = (("base + adapter", "separate"), ("merged", "merged"))
 _FOUR_BITS = {"4bit", "4-bit", "nf4", "fp4", "int4", "quantized", "quantised"}
 
 
@@ -82,7 +85,27 @@ def run(args: argparse.Namespace) -> int:
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
-    return conclude(watch, end, as_json=args.json)
+    code = conclude(watch, end, as_json=args.json)
+    if watch.history.finished is not None and end.status is Status.finished:
+        for line in _checked(watch.history.finished.result):
+            say(line, to=to)
+    return code
+
+
+def _checked(report: dict[str, Any]) -> list[str]:
+    """Return what the merge's own checks found, a line each."""
+    lines = []
+    if isinstance(found := report.get("closeness"), dict):
+        lines.append(
+            f"checked against base + adapter on {found['tokens']} tokens: KL {found['mean_kl']:.2g} nats a token, "
+            f"same top token {found['same_top_token']:.1%}"
+        )
+    if report.get("recomputed_tensors"):
+        lines.append(f"{report['recomputed_tensors']} of {report['tensors']} tensors made again: every bit equal")
+    for one in report.get("side_by_side") or []:
+        lines.append(f"asked: {plain(one['prompt'], one_line=True, limit=120)}")
+        lines += [f"  {name:<15}{plain(one[key], one_line=True, limit=200)}" for name, key in _SIDES]
+    return lines
 
 
 def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str = "auto") -> MergeRequest:
