@@ -23,6 +23,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from studio.core.recipe import AdapterSection, TrainSection
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.base.rows import Example, encode_rows
+from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import Progress
@@ -34,7 +35,7 @@ from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.step_model import StepModel
 from studio.probe.data import read_data
 from studio.probe.models import find_base
-from tests.core.test_vram_real_step import Storages, frozen_tensors
+from tests.fakes.live_bytes import LiveBytes
 
 LONGEST = 256
 
@@ -130,7 +131,7 @@ class TensorBytes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._storages = Storages()
+        self._storages = LiveBytes()
         self._loaded = 0
 
     def above(self, model: torch.nn.Module) -> AbstractContextManager[Any]:

@@ -22,7 +22,8 @@ from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.step_model import StepModel
-from tests.core.test_vram_real_step import Storages, four_bit
+from tests.core.test_vram_real_step import four_bit
+from tests.fakes.live_bytes import LiveBytes
 from tests.jobs.test_families import FAMILIES, SMALL
 from tests.jobs.test_packing import PADDED, rows, stir
 
@@ -153,7 +154,7 @@ def test_nothing_but_optimizer_state_is_alive_between_steps() -> None:
     step_model = step_model_of("untied", "lora", "chunked")
     can_pack(step_model, rows(12, 15), CPU)
     alive: list[int] = []
-    with Storages() as storages:
+    with LiveBytes() as storages:
         for tensor in (*step_model.parameters(), *step_model.buffers()):
             storages.track(tensor)
         loaded = storages.live

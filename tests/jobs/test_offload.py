@@ -11,7 +11,7 @@ from torch import Tensor
 from studio.core.recipe import Recipe
 from studio.jobs.train.offload import offload_checkpoints
 from studio.jobs.train.step_model import StepModel
-from tests.core.test_vram_real_step import Storages
+from tests.fakes.live_bytes import LiveBytes
 from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_families import FAMILIES, SMALL, batch, model_of
 from tests.jobs.test_packing import stir
@@ -100,7 +100,7 @@ def test_the_device_holds_two_inputs_instead_of_one_per_layer(monkeypatch: pytes
         if offloads:
             offload_checkpoints(model, HostBytes())
         step_model = StepModel(model, "chunked", nullcontext).train()
-        with Storages() as storages:
+        with LiveBytes() as storages:
             loss = step_model({"input_ids": ids, "labels": ids.clone()})
             after_forward.append(storages.live)
             loss.backward()

@@ -8,9 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from studio.core.recipe import AdapterSection
+from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel
-from tests.core.test_vram_real_step import Storages, four_bit, frozen_tensors
+from tests.core.test_vram_real_step import four_bit
+from tests.fakes.live_bytes import LiveBytes
 
 HIDDEN, INNER, LAYERS, TOKENS, RANK = 256, 704, 2, 2 * 96, 8
 WIDTHS = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "gate_proj": INNER, "up_proj": INNER}
@@ -39,7 +41,7 @@ def kept_bytes(method: str, dtype: torch.dtype, targets: tuple[str, ...]) -> int
 
     step_model = StepModel(model, "chunked", autocast).train()
     ids = torch.randint(0, 512, (2, TOKENS // 2))
-    with Storages() as storages:
+    with LiveBytes() as storages:
         for tensor in frozen_tensors(model):
             storages.track(tensor)
         before = storages.live
