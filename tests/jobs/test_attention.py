@@ -4,6 +4,7 @@ The kernel itself runs on cards only; here a stand-in with its arguments compute
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ import torch
 import torch.nn.attention.varlen as kernel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import sdpa_attention
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base import attention
 from studio.jobs.base.attention import attention_for
 from studio.jobs.train import choose_batching
+from studio.jobs.train.batches import Batcher
 from studio.jobs.train.choose_batching import can_pack
 from studio.jobs.train.row_attention import ROW_ATTENTION, VARLEN_ATTENTION, packed_attentions
 from tests.fakes.tiny_model import tiny_tokenizer
@@ -109,6 +112,43 @@ def test_what_may_keep_packed_rows_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     assert packed_attentions("flash_attention_2", CUDA) == ("flash_attention_2",)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert packed_attentions("sdpa", CUDA) == (ROW_ATTENTION,)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "grouped"),
+    [((8, 0), torch.bfloat16, True), ((8, 0), torch.float32, False), ((7, 5), torch.float16, False)],
+)
+def test_heads_are_grouped_on_a_card_only_where_flash_runs(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, grouped: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    key: Any = SimpleNamespace(device=CUDA, dtype=dtype, shape=(1, 2, 8, 16))
+    assert attention.has_grouped_kernel(key) is grouped
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
+
+
+def test_repeated_keys_attend_as_grouped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watching(*args: Any, enable_gqa: bool = False, **named: Any) -> Tensor:
+        asked.append(enable_gqa)
+        return fused(*args, enable_gqa=enable_gqa, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watching)
+    step_model = step_model_of("llama")
+    stir(step_model)
+    results = []
+    for grouped in (True, False):
+        monkeypatch.setattr(attention, "has_grouped_kernel", lambda key, grouped=grouped: grouped)
+        asked.clear()
+        batcher = Batcher(1, 0, CPU)
+        results.append(loss_and_gradients(step_model, batcher))
+        assert set(asked) == {grouped}
+    (wanted, gradients), (loss, got) = results
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 class Kernel:

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.integrations import sdpa_attention
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -62,3 +64,27 @@ def _require_flash(device: torch.device, dtype: torch.dtype) -> None:
     else:
         return
     raise BadInput(f"train.attention is flash_attention_2: {why}. With sdpa torch brings a flash kernel of its own.")
+
+
+def has_grouped_kernel(key: Tensor) -> bool:
+    """Return whether torch has a fused kernel for these keys that lets several query heads share one of theirs.
+
+    On a card only flash does, in 16 bits from compute capability 8.0 on; the memory-efficient kernel takes no grouped
+    heads (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), and the plain one makes S x S matrices.
+    """
+    if key.device.type != "cuda":
+        return True
+    half = key.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
+    return half and torch.cuda.get_device_capability(key.device) >= _FLASH_CAPABILITY
+
+
+_asks_for_groups = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
+
+
+def _use_groups(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+    """Let transformers repeat keys and values where grouped heads would end in the plain kernel."""
+    return bool(_asks_for_groups and _asks_for_groups(attention_mask, key, value)) and has_grouped_kernel(key)
+
+
+if _asks_for_groups:
+    sdpa_attention.use_gqa_in_sdpa = _use_groups
