@@ -120,6 +120,16 @@ OF_EXPERTS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 ATTENTION_ONLY = {"targets": ("q_proj", "v_proj")}
 """For mixtures of experts, whose fused experts peft's all-linear would adapt as well."""
 
+SELDOM: tuple[dict[str, Any], ...] = (
+    {"method": "qlora", "seq_len": 4096, "offload_checkpoints": True},
+    {"method": "lora", "seq_len": 2048, "offload_checkpoints": True, "loss": "full"},
+    {"method": "qlora", "seq_len": 1024, "skip_modules": "model.layers.0"},
+    {"method": "qlora", "seq_len": 1024, "quant_type": "fp4", "rank_pattern": "down_proj=64"},
+    {"method": "lora", "seq_len": 1024, "layers": "0-1"},
+    {"method": "lora", "seq_len": 1024, "targets": ("q_proj", "v_proj"), "rslora": True},
+)
+"""What recipes seldom ask for, on one model."""
+
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
     ("Llama-3.1-8B", {"method": "lora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
@@ -131,9 +141,12 @@ FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 _SECTIONS = {
-    "model": {"dtype", "double_quant"},
-    "adapter": {"rank", "dropout", "targets"},
-    "train": {"seq_len", "micro_batch", "accumulation", "optimizer", "grad_checkpointing", "loss", "attention"},
+    "model": {"dtype", "double_quant", "quant_type", "skip_modules"},
+    "adapter": {"rank", "dropout", "targets", "layers", "rank_pattern", "rslora"},
+    "train": {
+        *("seq_len", "micro_batch", "accumulation", "optimizer", "grad_checkpointing", "loss", "attention"),
+        "offload_checkpoints",
+    },
 }
 
 
@@ -144,6 +157,8 @@ def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
         for offset in range(2 if of_experts else PER_MODEL):
             settings = SETTINGS[(number * 3 + offset * 2 + offset // 5) % len(SETTINGS)]
             yield model, layers, {**settings, **ATTENTION_ONLY} if of_experts else settings
+    for settings in SELDOM:
+        yield "Llama-3.2-1B", SHALLOW["Llama-3.2-1B"], settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings
 
