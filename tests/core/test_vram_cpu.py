@@ -7,11 +7,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from studio.core.recipe import AdapterSection
+from studio.core.measured import height
+from studio.core.recipe import AdapterSection, Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.setup import Setup
+from studio.core.vram.setup import Setup, setup_of
+from studio.jobs.measure.storages import Storages
+from studio.jobs.measure.trace import Target, run_engine
 from studio.jobs.train.adapter import attach_adapter
+from studio.probe.models import find_base
 from tests.core.test_vram_real_step import RANK, SHAPE, four_bit, tracked_peak
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,23 +71,24 @@ def test_a_llama_on_a_cpu(changes: dict[str, Any]) -> None:
     assert predicted_step(setup, values) == pytest.approx(real_step(setup, values), rel=0.02)
 
 
-FAMILIES = [
+FAMILIES = ["qwen3", "phi3", "gpt_neox"]
+MORE_FAMILIES = [
     "qwen2",
-    "qwen3",
     "mistral",
     "gemma3_text",
-    "phi3",
     "phi",
-    "gpt_neox",
+    "olmo",
     "olmo2",
     "granite",
     "stablelm",
     "glm",
+    "cohere",
+    "nemotron",
 ]
 
 
 @pytest.mark.parametrize("grad_checkpointing", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_FAMILIES)])
 def test_other_families_on_a_cpu(family: str, grad_checkpointing: bool) -> None:
     values = {
         "model_type": family,
@@ -95,3 +100,40 @@ def test_other_families_on_a_cpu(family: str, grad_checkpointing: bool) -> None:
     }
     setup = replace(PLAIN, grad_checkpointing=grad_checkpointing)
     assert predicted_step(setup, values) == pytest.approx(real_step(setup, values), rel=0.02)
+
+
+def whole_run(values: dict[str, Any], **fields: Any) -> tuple[int, int]:
+    """Return predicted and real peak of two optimizer steps and a held-out batch, from load to evaluation."""
+    recipe = Recipe().with_("device.device", "cpu").with_("train.seq_len", 256).with_("train.accumulation", 1)
+    for name, value in fields.items():
+        recipe = recipe.with_(name.replace("__", "."), value)
+    storages = Storages()
+    run_engine(AutoConfig.for_model(**values), recipe, Target("cpu", recipe.model.dtype), storages)
+    real = max(height(parts) for parts in storages.log.peaks().values())
+    return estimate_vram(shape_from_config(values), setup_of(recipe)).allocated.expected, real
+
+
+TINY = {"model_type": "llama", **SHAPE, "vocab_size": 512}
+RUNS: list[dict[str, Any]] = [
+    {"method": "lora", "model__dtype": "bf16"},
+    {"method": "qlora", "model__dtype": "bf16", "train__accumulation": 2, "adapter__rank": 64},
+    {"method": "lora", "model__dtype": "fp32", "train__grad_checkpointing": False, "train__loss": "full"},
+]
+
+
+@pytest.mark.parametrize("fields", RUNS, ids=lambda fields: " ".join(map(str, fields.values())))
+def test_a_whole_run_on_a_cpu(fields: dict[str, Any]) -> None:
+    predicted, real = whole_run(TINY, **fields)
+    assert predicted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("grad_checkpointing", [True, False])
+def test_a_whole_run_of_the_embedded_model(method: str, grad_checkpointing: bool) -> None:
+    values = find_base("embedded").config
+    assert values is not None
+    predicted, real = whole_run(
+        values, method=method, model__dtype="bf16", train__grad_checkpointing=grad_checkpointing
+    )
+    assert predicted == pytest.approx(real, rel=0.005)
