@@ -1,8 +1,10 @@
 """One step of the set-up: a question, options to choose from, a line to type in, and words on what is chosen."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
@@ -10,6 +12,18 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from studio.core.text import plain
+
+
+class _Options(OptionList):
+    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Next")]
+
+
+class _Line(Input):
+    """As above."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "Next")]
 
 
 class SetupStep(Vertical):
@@ -71,9 +85,9 @@ class SetupStep(Vertical):
         """Question, what was found, options, line, words."""
         yield Static(Content(self._question), classes="question", markup=False)
         yield Static("", classes="found", markup=False)
-        yield OptionList(compact=True)
+        yield _Options(compact=True)
         if self._placeholder:
-            yield Input(placeholder=self._placeholder, compact=True)
+            yield _Line(placeholder=self._placeholder, compact=True)
         with VerticalScroll(can_focus=False):
             yield Static("", classes="words", markup=False)
 
@@ -121,14 +135,6 @@ class SetupStep(Vertical):
     def tell(self, words: Content) -> None:
         """Show words on what is chosen, below the options."""
         self.query_one(".words", Static).update(words)
-
-    def enter(self) -> None:
-        """Take the line that is being typed, else the option under the cursor."""
-        for line in self.query(Input):
-            if line.has_focus and line.value.strip():
-                self.post_message(self.Typed(self.key, line.value.strip()))
-                return
-        self.query_one(OptionList).action_select()
 
     def focus_options(self) -> None:
         """Put the cursor into the options."""

@@ -66,7 +66,6 @@ class SetupScreen(Screen[SetupDone | None]):
     """Asks five questions. Closes with a recipe, or with None when it is left; the answers are kept either way."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "take", "Next", priority=True),
         Binding("escape", "back", "Back"),
         Binding("tab", "app.focus_next", "List/line", show=True),
         Binding("ctrl+l", "leave", "Leave the set-up"),
@@ -236,10 +235,6 @@ class SetupScreen(Screen[SetupDone | None]):
             "launch" if message.advice.verdict in (None, "fits") and not self.answers.card else "configure",
         )
         step.tell(Content.assemble(goal_text(self.answers.goal), "\n\n", advice_text(message.advice, step.room)))
-
-    def action_take(self) -> None:
-        """Take the line or the option under the cursor."""
-        self._step(self.step).enter()
 
     def action_back(self) -> None:
         """Go one step back, from the first to the configure screen; nothing is forgotten."""
