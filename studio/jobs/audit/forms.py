@@ -155,9 +155,15 @@ def packed(weight: Tensor, quant: FourBit) -> tuple[Tensor, QuantState]:
 
 def squared_norms(weight: Tensor, layer: Layer) -> tuple[float, float]:
     """Return the squared Frobenius norms of a layer's rounding error (0 where it is stored) and of its weight."""
-    exact = weight.float()
-    whole = float(exact.square().sum())
-    return 0.0 if isinstance(layer, Stored) else float((layer.rounded() - exact).square().sum()), whole
+    rounded = None if isinstance(layer, Stored) else layer.rounded()
+    changed = whole = 0.0
+    step = max(1, _AT_ONCE // weight.shape[1])
+    for first in range(0, weight.shape[0], step):
+        exact = weight[first : first + step].float()
+        whole += float(exact.square().sum())
+        if rounded is not None:
+            changed += float(exact.sub_(rounded[first : first + step]).square_().sum())
+    return changed, whole
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
