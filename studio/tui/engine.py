@@ -83,6 +83,7 @@ def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     from studio.probe.pace import calibrated  # noqa: PLC0415
     from studio.probe.plan import card_of, known_gpu  # noqa: PLC0415
     from studio.tui.forecast import Card, Forecaster  # noqa: PLC0415
+    from studio.tui.reading import process_words  # noqa: PLC0415
 
     shape = _shape(recipe.model.base, recipe.model.revision)
     if planned:
@@ -93,7 +94,8 @@ def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     if reading is None or known is None:
         return Forecaster(shape, Card())
     free = known.total_bytes if reading.free_bytes is None else reading.free_bytes
-    return Forecaster(shape, Card(known, free, reading.used_bytes or 0), calibrated)
+    others = tuple(process_words(process) for process in reading.others())
+    return Forecaster(shape, Card(known, free, reading.used_bytes or 0, others), calibrated)
 
 
 def _spills() -> bool:

@@ -29,12 +29,14 @@ class Card:
         gpu: The card; None where there is none.
         free_bytes: What a run can get of it now; None where there is none.
         others_bytes: What other processes hold of it.
+        others: Who they are, largest first, as far as the driver tells.
         planned: Whether it was chosen from the catalogue and is not in this machine.
     """
 
     gpu: Gpu | None = None
     free_bytes: int | None = None
     others_bytes: int = 0
+    others: tuple[str, ...] = ()
     planned: bool = False
 
 

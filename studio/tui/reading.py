@@ -1,6 +1,7 @@
 """An outlook in the words and parts that the screen shows."""
 
 from studio.core.text import plain
+from studio.probe.gpus import GpuProcess
 from studio.tui.forecast import Card, Outlook
 from studio.tui.readable import gib, to_gib
 from widgets.gauge_picture import Level, Part, Reading
@@ -17,6 +18,8 @@ STAGES = {
 
 _LEVELS: dict[str | None, Level] = {"fits": "good", "tight": "doubtful", "does not fit": "bad"}
 _MOST_NOTES = 2
+_MOST_NAMED = 3
+_LONGEST_NAME = 40
 
 
 def reading_of(outlook: Outlook | str) -> Reading:
@@ -56,6 +59,21 @@ def peak_words(outlook: Outlook, card: Card) -> list[str]:
     return [f"Estimated peak {stage}{room}; rows taken as full.", card_words(card), *notes]
 
 
+def process_words(process: GpuProcess) -> str:
+    """Return who uses a card: name, number, and how much of it where the driver tells."""
+    name = plain((process.name or "process").rpartition("/")[2], one_line=True, limit=_LONGEST_NAME)
+    held = f" {gib(process.used_bytes)}" if process.used_bytes is not None else ""
+    return f"{name} ({process.pid}){held}"
+
+
+def others_words(card: Card) -> str:
+    """Return who uses the card beside a run."""
+    if not card.others:
+        return "other processes"
+    more = len(card.others) - _MOST_NAMED
+    return ", ".join(card.others[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def card_words(card: Card) -> str:
     """Return which card the estimate is for."""
     if card.gpu is None:
@@ -64,5 +82,5 @@ def card_words(card: Card) -> str:
     total = f"{gib(card.gpu.total_bytes)} GiB"
     if card.planned:
         return f"Planned for {name}, {total}, with nothing else on it; g changes it."
-    others = f", {gib(card.others_bytes)} used by other processes" if card.others_bytes else ""
+    others = f", {gib(card.others_bytes)} used by {others_words(card)}" if card.others_bytes else ""
     return f"On this {name}, {total}{others}; g plans for another."

@@ -48,7 +48,7 @@ EIGHT_B = {
 
 def card_of(name: str = "RTX 4090", *, planned: bool = False, used_gib: float = 0.0) -> Card:
     gpu, used = find_gpu(name), int(used_gib * GIB)
-    return Card(gpu, gpu.total_bytes - used, used, planned)
+    return Card(gpu, gpu.total_bytes - used, used, planned=planned)
 
 
 def forecaster_on(card: Card) -> Callable[[Recipe, str], Forecaster]:

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ from studio.core.gpu_catalogue import GIB
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.probe.gpus import GpuProcess
 from studio.runs.quality import Outcome
 from studio.tui import kept, trade
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Card, Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import applied_text, fixes_text, over_budget_text, table_text
-from studio.tui.reading import peak_words, reading_of
+from studio.tui.reading import peak_words, process_words, reading_of
 from studio.tui.trade import rows_of, sides_of
-from tests.tui.stories import EIGHT_B, card_of
+from tests.tui.stories import EIGHT_B, ESCAPES, card_of
 
 SMALL = Recipe(method="qlora").with_("train.micro_batch", 2)
 LARGE = Recipe(method="lora").with_("train.micro_batch", 12).with_("train.accumulation", 2)
@@ -211,3 +213,20 @@ def test_the_planned_card_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for damage in ("{", "[]", '{"card": 3}', ""):
         (tmp_path / "home" / "planned_card.json").write_text(damage)
         assert kept.recall_planned_card() == ""
+
+
+def test_who_else_uses_the_card_is_named_and_harmless() -> None:
+    named = tuple(
+        process_words(GpuProcess(pid, name, used))
+        for pid, name, used in (
+            (11, "/usr/lib/Xorg", 512 * 2**20),
+            (12, f"evil{ESCAPES}", None),
+            (13, None, GIB),
+            (14, "chrome", GIB),
+        )
+    )
+    card = replace(card_of(used_gib=3.0), others=named)
+    words = peak_words(on(card).outlook(SMALL), card)[1]
+    assert "3.0 used by Xorg (11) 0.5, evil" in words
+    assert "process (13) 1.0 and 1 more" in words
+    assert "\x1b" not in words.replace("\\x1b", "")

@@ -10,7 +10,7 @@ from studio.tui.fixes import Fix
 from studio.tui.forecast import Card, Outlook
 from studio.tui.form_fields import SHOWN
 from studio.tui.readable import gib
-from studio.tui.reading import STAGES
+from studio.tui.reading import STAGES, others_words
 from studio.tui.trade import METHODS, Side, footnote, rows_of
 
 _LABEL, _COLUMN = 15, 16
@@ -65,7 +65,8 @@ def over_budget_text(outlook: Outlook, card: Card, first: Fix | None, *, spills:
     """
     stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
     name = plain(card.gpu.name, one_line=True, limit=60) if card.gpu else "the card"
-    held = f" Other processes hold {gib(card.others_bytes)} GiB of it." if card.others_bytes else ""
+    who = f" ({others_words(card)})" if card.others else ""
+    held = f" Other processes hold {gib(card.others_bytes)} GiB of it{who}." if card.others_bytes else ""
     device = outlook.estimate.device
     parts: _Parts = [
         ("This does not fit.\n", "$text-error bold"),
