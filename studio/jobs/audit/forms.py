@@ -159,7 +159,7 @@ def squared_norms(weight: Tensor, layer: Layer) -> tuple[float, float]:
     changed = whole = 0.0
     step = max(1, _AT_ONCE // weight.shape[1])
     for first in range(0, weight.shape[0], step):
-        exact = weight[first : first + step].float()
+        exact = weight[first : first + step].to(torch.float32, copy=True)
         whole += float(exact.square().sum())
         if rounded is not None:
             changed += float(exact.sub_(rounded[first : first + step]).square_().sum())
