@@ -176,12 +176,12 @@ LONG = recipe_of(method="lora", train__seq_len=1024, train__micro_batch=1, train
 SQUARE = 4 * 1024 * 1024 * 2  # 16-bit scores of every head of LLAMA
 
 
-def test_a_card_without_flash_attention_takes_its_plain_kernel_for_grouped_heads() -> None:
-    """transformers passes grouped heads on; torch's memory-efficient kernel takes none."""
+def test_a_card_without_flash_attention_makes_no_square_matrices_of_grouped_heads() -> None:
+    """The engine repeats keys and values there, for the memory-efficient kernel."""
     grouped = {**LLAMA, "num_hidden_layers": 1}
-    single = {**grouped, "num_key_value_heads": LLAMA["num_attention_heads"]}
-    assert peak(grouped, LONG, "fp16", (7, 5)) > peak(grouped, LONG, "fp16") + SQUARE
-    assert peak(single, LONG, "fp16", (7, 5)) < peak(single, LONG, "fp16") + SQUARE
+    repeated = 1024 * 128 * 2
+    added = peak(grouped, LONG, "fp16", (7, 5)) - peak(grouped, LONG, "fp16")
+    assert 0 <= added < 8 * repeated < SQUARE
 
 
 def test_offloaded_checkpoints_leave_the_card() -> None:

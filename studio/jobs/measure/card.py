@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES
+from studio.jobs.base import attention
 from studio.jobs.measure.storages import HOST, PAGED, Storages
 
 _aten = torch.ops.aten
@@ -81,6 +82,10 @@ class Card(TorchFunctionMode):
             elif name in _INTO_FP32 and kwargs.get("dtype") is None and _is_half(args):
                 kwargs = {**kwargs, "dtype": torch.float32}
         return func(*args, **kwargs)
+
+    def has_grouped_kernel(self, key: Tensor) -> bool:
+        """Return what `studio.jobs.base.attention` would find on the card."""
+        return self._has_flash and (key.dtype in _HALF or torch.is_autocast_enabled("cpu"))
 
     def _attention(  # noqa: PLR0917  the order of torch's function
         self,
@@ -230,6 +235,7 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Optimizer8bit, "get_state_buffer", state_buffer))
+        stack.enter_context(patch.object(attention, "has_grouped_kernel", card.has_grouped_kernel))
         stack.enter_context(Kernels(storages, card.cublas_bytes))
         stack.enter_context(card)
         yield
