@@ -222,10 +222,14 @@ def test_a_window_shorter_than_the_rows_makes_a_mask_and_rules_flash_out():
 
 
 def test_grouped_heads_without_flash_widen_the_range():
-    setup = Setup(seq_len=4096, dtype="fp16")
+    """Of the stock loop; ours repeats keys and values where no kernel takes grouped heads."""
+    setup = stock_setup(Setup(seq_len=4096, dtype="fp16"), kbit_prepare=False)
+    assert not estimate_vram(LLAMA, Setup(seq_len=4096, dtype="fp16"), find_gpu("T4")).notes
     old, new = (estimate_vram(LLAMA, setup, find_gpu(name)) for name in ("T4", "A100"))
     assert old.allocated.high > 1.2 * new.allocated.high
     assert any("48633" in note for note in old.notes)
+    wide = estimate_vram(LLAMA, replace(setup, dtype="fp32", autocast=False), find_gpu("A100"))
+    assert any("48633" in note for note in wide.notes), "flash takes no fp32"
 
 
 def test_experts_stay_unquantised_and_are_named():

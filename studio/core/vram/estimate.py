@@ -177,7 +177,8 @@ def _allocated_bounds(
     if shape.expert_parameters:
         notes.extend(_expert_notes(shape, setup))
         low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover
-    if setup.attention == "sdpa" and shape.heads != shape.kv_heads and gpu and gpu.compute_capability < (8, 0):
+    grouped = shape.heads != shape.kv_heads and not any(0 < g.layer.window <= setup.seq_len for g in shape.groups)
+    if grouped and setup.engine == "hf" and attention_kernel(shape, setup, gpu) == "efficient":
         notes.append(
             "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "
             "(transformers issue 48633): the high end counts them"

@@ -146,12 +146,13 @@ def low_rank(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
 def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> Tensor:
     """peft.tuners.lora.dora.DoraLinearLayer.forward.
 
-    The norm of the adapted weight is made anew in every forward: the adapter's product, the base weight, the scaled
-    product and their sum, each a whole matrix in the input's format. The magnitude's gradient keeps the base result
-    and the update.
+    The norm of the adapted weight is made anew in every forward: the adapter's product, for which an identity matrix
+    goes through it, the base weight, the scaled product and their sum, each a whole matrix in the input's format. The
+    magnitude's gradient keeps the base result and the update.
     """
     matrix = layer.inputs * layer.outputs * (x.itemsize if not run.form.arithmetic.autocast else max(2, x.itemsize))
-    run.tape.passing(Form(fixed=4 * matrix))
+    identity = layer.inputs * layer.inputs * max(2, x.itemsize)
+    run.tape.passing(Form(fixed=4 * matrix + identity))
     update = low_rank(run, layer, x, visits)
     return op.add(result, op.add(op.times_vector(result), op.scale(op.times_vector(update))))
 
