@@ -87,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
     end = follow(watch, to=to, stops_on_interrupt=True)
     code = conclude(watch, end, as_json=args.json)
     if watch.history.finished is not None and end.status is Status.finished:
-        for line in _checked(watch.history.finished.result):
+        for line in checked_lines(watch.history.finished.result):
             say(line, to=to)
     return code
 
 
-def _checked(report: dict[str, Any]) -> list[str]:
+def checked_lines(report: dict[str, Any]) -> list[str]:
     """Return what the merge's own checks found, a line each."""
     lines = []
     if isinstance(found := report.get("closeness"), dict):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from studio.commands.merge import checked_lines
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from tests.cli.conftest import Cli
@@ -76,3 +77,17 @@ def test_adapters_and_checkpoints_that_are_not_there(
     assert outcome.code == 2
     assert said in outcome.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_checks_found_is_said() -> None:
+    report = {
+        "closeness": {"tokens": 56, "mean_kl": 0.00012, "same_top_token": 0.982},
+        "recomputed_tensors": 8,
+        "tensors": 272,
+        "side_by_side": [{"prompt": "Who?\x1b[2J", "separate": "me", "merged": "I"}],
+    }
+    said = checked_lines(report)
+    assert "KL 0.00012" in said[0]
+    assert said[1] == "8 of 272 tensors made again: every bit equal"
+    assert said[2:] == ["asked: Who?\\x1b[2J", "  base + adapter me", "  merged         I"]
+    assert checked_lines({"closeness": None, "side_by_side": []}) == []
