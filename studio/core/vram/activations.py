@@ -98,8 +98,9 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
     rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
     numbers = (setup.tokens, setup.squares, rank)
     kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
-    embedding = shape.embedding_parameters if setup.adapted.trains_embedding else 0  # autocast leaves it alone
-    copies = _autocast_copies(setup, trained.parameters - embedding)
+    # Autocast leaves an embedding alone, and the head's copy is made at the loss.
+    whole = shape.embedding_parameters * (setup.adapted.trains_embedding + setup.adapted.trains_head)
+    copies = _autocast_copies(setup, trained.parameters - whole)
     loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
     shared, checkpoint = _shared(shape, setup, kernel), forms.groups[0].kept.at(*numbers)
     offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
@@ -184,12 +185,13 @@ def _held_logits(shape: ModelShape, setup: Setup) -> int:
 
 
 def _trained_head(shape: ModelShape, setup: Setup, trained: TrainedBytes) -> int:
-    """Return what a head that is trained whole adds: its gradient, a chunk's part of it, 16-bit copies of both."""
+    """Return what a head that is trained whole adds around the loss: a 16-bit copy and its gradient, or fp32's own.
+
+    The fp32 gradient is made of it when the last chunk is gone.
+    """
     if not trained.head:
         return 0
-    chunks = -(-setup.tokens // loss_chunk_tokens(shape.vocabulary, setup.tokens)) if setup.loss != "full" else 1
-    narrow = 2 * setup.compute_itemsize * shape.embedding_parameters if setup.autocast else 0
-    return trained.head * min(2, chunks) + narrow
+    return 2 * setup.compute_itemsize * shape.embedding_parameters if setup.autocast else trained.head
 
 
 def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
