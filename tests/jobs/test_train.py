@@ -1,5 +1,8 @@
 """The training job on a tiny model: pinned losses, both methods, and that settings which must not matter do not."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -189,3 +192,16 @@ def test_unknown_target_names_the_nearest(train: Train, recipe: Recipe) -> None:
     assert failed is not None
     assert failed.failure == "unknown_targets"
     assert "q_proj" in failed.message
+
+
+def test_the_resident_peak_is_the_process_own() -> None:
+    """Of a child, getrusage begins at what its parent held."""
+    ballast = bytearray(os.urandom(2**20)) * 400
+    code = (
+        "import torch; from studio.jobs.train.memory import MemoryWatch; "
+        "MemoryWatch(lambda kind, **seen: print(seen['resident_bytes'], seen['resident_peak_bytes']), "
+        "torch.device('cpu')).see('load', 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    now, peak = map(int, done.stdout.split())
+    assert now <= peak < now + len(ballast) / 2

@@ -9,6 +9,18 @@ from studio.core.recipe import Recipe
 from studio.runs.job import read_job
 from studio.runs.worker import Worker, run_job
 
+_KERNELS_KEPT = "128"
+"""Matrix products that oneDNN keeps ready for the next time, on a CPU: those of the last few shapes of a batch.
+
+Each new number of tokens makes new ones, and with the default of 1024 a run of varying rows grew by 20 MB a step for
+tens of steps (tests/bench/train_results.md). torch's cache and oneDNN's read their names when torch first multiplies.
+"""
+
+
+def _bound_caches() -> None:
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KERNELS_KEPT)
+
 
 def _body(worker: Worker) -> None:
     recipe = read_job(worker.paths)
@@ -19,6 +31,7 @@ def _body(worker: Worker) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = recipe.device.device.removeprefix("cuda:")
     elif recipe.device.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _bound_caches()
     from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the card is chosen and the lock is held
 
     train_run(worker, recipe)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -64,15 +65,19 @@ class MemoryWatch:
 
 
 def _resident_peak(info: Any) -> int | None:
-    """Highest resident set since the start: Windows gives it with the rest, Linux and macOS through getrusage."""
+    """Highest resident set of this process: Windows gives it with the rest, Linux as VmHWM, macOS through getrusage.
+
+    Linux's getrusage would not do: its figure of a child begins at what the parent held when it started it.
+    """
     if hasattr(info, "peak_wset"):
         return int(info.peak_wset)
-    try:
-        import resource  # noqa: PLC0415  absent on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak * 1024 if psutil.LINUX else peak)
+    if psutil.LINUX:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+        return int(peak) * 1024 if peak else None
+    import resource  # noqa: PLC0415  absent on Windows
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _nvml_handle(device: torch.device) -> Any | None:
