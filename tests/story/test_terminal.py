@@ -3,12 +3,8 @@
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,44 +17,9 @@ from studio.runs.recipe_file import dump_recipe
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import stop
 from tests.fakes.tiny_model import make_tiny_model
+from tests.story.tmux import STUDIO, TMUX, Terminal
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")]
-
-PATIENCE_SECONDS = 90.0
-STUDIO = f"{sys.executable} -m studio"
-
-
-class Terminal:
-    """A tmux session of one size with a shell in it."""
-
-    def __init__(self, columns: int, rows: int, home: Path) -> None:
-        self.name = f"story-{uuid.uuid4().hex[:8]}"
-        shell = f"env LORA_STUDIO_HOME={home} PS1=ready: bash --norc --noprofile"
-        self._tmux("new-session", "-d", "-s", self.name, "-x", str(columns), "-y", str(rows), shell)
-
-    def type(self, *keys: str) -> None:
-        self._tmux("send-keys", "-t", self.name, *keys)
-
-    def screen(self) -> str:
-        return self._tmux("capture-pane", "-p", "-t", self.name)
-
-    def until(self, seen: Callable[[str], bool], what: str) -> str:
-        end = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < end:
-            screen = self.screen()
-            if seen(screen):
-                return screen
-            time.sleep(0.1)
-        raise AssertionError(f"never saw {what}; the screen is:\n{self.screen()}")
-
-    def close(self) -> None:
-        subprocess.run(["tmux", "kill-session", "-t", self.name], check=False, capture_output=True)
-
-    @staticmethod
-    def _tmux(*words: str) -> str:
-        environment = {**os.environ, "COLORTERM": "truecolor"}
-        environment.pop("TMUX", None)
-        return subprocess.run(["tmux", *words], check=True, capture_output=True, text=True, env=environment).stdout
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(TMUX is None, reason="tmux is not installed")]
 
 
 @pytest.fixture
