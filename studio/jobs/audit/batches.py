@@ -9,7 +9,7 @@ from torch import Tensor
 from studio.jobs.base.labels import IGNORED
 from studio.jobs.base.rows import Example
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 """Padded tokens of a batch: activations stay small, and a weight that is cast or dequantised is used often enough."""
 
 
