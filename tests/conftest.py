@@ -1,7 +1,29 @@
 """What every test process needs before any library is imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from studio.runs.home import HOME_VARIABLE, cache_root
 
 # Two test processes share two cores: OpenMP threads that spin for each other would starve both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _home_of_its_own() -> None:
+    """Keep what this user's runs taught the program out of the tests, and the tests out of it.
+
+    The cache is shared: the embedded model in it takes long to convert.
+    """
+    cache = cache_root()
+    cache.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="lora-studio-tests-"))
+    (home / "cache").symlink_to(cache, target_is_directory=True)
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ[HOME_VARIABLE] = str(home)
+
+
+_home_of_its_own()

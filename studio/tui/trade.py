@@ -140,7 +140,9 @@ def _rates(pace: Pace) -> str:
     if pace.speed is None:
         return "not known"
     low, high = pace.speed.low, pace.speed.high
-    return f"{low / 1000:.1f}-{high / 1000:.1f} k" if high >= 1000 else f"{low:.0f}-{high:.0f}"
+    if high >= 1000:
+        return f"{low / 1000:.1f}-{high / 1000:.1f} k"
+    return f"{low:.0f}-{high:.0f}" if low >= 10 else f"{low:.1f}-{high:.1f}"
 
 
 def _hours(pace: Pace) -> str:
