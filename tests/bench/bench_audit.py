@@ -69,7 +69,7 @@ def make(folder: Path, size_bytes: float) -> Path:
 
 def rows_of(tokens: int) -> list[Any]:
     """Return random rows of 128 tokens with labels everywhere."""
-    from studio.jobs.base.rows import Example
+    from studio.jobs.base.data.rows import Example
 
     draw = np.random.default_rng(0)
     made = [draw.integers(0, VOCABULARY, ROW_TOKENS).astype(np.int32) for _ in range(max(1, tokens // ROW_TOKENS))]

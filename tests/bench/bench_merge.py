@@ -33,7 +33,7 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from studio.jobs.base.skeleton import build_clean
+    from studio.jobs.base.weights.skeleton import build_clean
     from studio.jobs.merge.shards import OpenShard, lay_out
     from studio.jobs.merge.steps import Output
     from tests.fakes.tiny_model import tiny_tokenizer

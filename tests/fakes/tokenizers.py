@@ -5,8 +5,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example, RowReport, encode_rows
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example, RowReport, encode_rows
 from studio.probe.data import Conversation, Message
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|return|>")

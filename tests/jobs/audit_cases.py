@@ -15,8 +15,8 @@ from studio.jobs.audit.base_variants import folder_variants
 from studio.jobs.audit.blocks import Parts, parts_of
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 from studio.probe.audit import read_report
 from studio.runs.audit_request import AuditRequest
 from studio.runs.job import write_job

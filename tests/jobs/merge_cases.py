@@ -19,8 +19,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from studio.jobs.base.skeleton import build_skeleton
-from studio.jobs.base.tensor_files import TensorFiles
+from studio.jobs.base.weights.skeleton import build_skeleton
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import find_adapter
 from tests.fakes.tiny_model import tiny_config, tiny_tokenizer

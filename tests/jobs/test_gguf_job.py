@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from studio.jobs.base.streamed import folder_logits
+from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import answers, job, tool_process
 from studio.jobs.export.gguf_tools import TOOLS_VARIABLE
 from studio.runs.control import request

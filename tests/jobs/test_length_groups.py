@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.rows import Example
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.length_groups import padding_share
 from studio.runs.control import request, withdraw_all

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from studio.core import loss_chunk
+from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm
-from studio.jobs.base.labels import IGNORED
 from studio.jobs.train.loss import chunked_loss_sum, shifted
 
 

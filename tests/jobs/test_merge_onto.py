@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.dequantized import quantised_parameters, through_four_bits
 from studio.jobs.base.load import FourBit, load_base
+from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
 from studio.probe.models import find_base
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Merge, Train, history_of

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.jobs.base.skeleton import build_skeleton
-from studio.jobs.base.tensor_files import TensorFiles
+from studio.jobs.base.weights.skeleton import build_skeleton
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge import row_sums, steps
 from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import best_of, find_adapter, list_checkpoints

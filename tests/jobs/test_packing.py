@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.core.recipe import AdapterSection, Recipe
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 from studio.jobs.train import choose_batching
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches

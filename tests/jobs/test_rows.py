@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from studio.core.errors import JobFailed
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import sample_prompts
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import sample_prompts
 from studio.probe.data import PlainText, read_data
 from studio.probe.embedded_model import find_embedded
 from tests.fakes.tokenizers import (

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 from studio.core.errors import JobFailed
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base.load import FourBit, load_base
-from studio.jobs.base.tensors import FolderTensors
+from studio.jobs.base.weights.tensors import FolderTensors
 from studio.jobs.train import between
 from studio.jobs.train.adapter import attach_adapter, save_adapter
 from studio.jobs.train.start import low_rank, start_loftq, start_pissa

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from studio.core.errors import JobFailed
-from studio.jobs.base.rows import sample_prompts
-from studio.jobs.base.template import ensure_template
+from studio.jobs.base.data.rows import sample_prompts
+from studio.jobs.base.data.template import ensure_template
 from tests.fakes.tokenizers import ASK, CHATML, LOOP, MARKED, ONE, TWO, byte_tokenizer, chat, encode, learnt
 
 # Templates that rewrite what they wrote

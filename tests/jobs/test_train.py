@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.rows import encode_rows
+from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.train import between, trainable_model
 from studio.jobs.train.batches import Batcher, StepBatches, collate
 from studio.probe.data import read_data

@@ -17,10 +17,10 @@ from studio.jobs.audit.forms import Form, form_of_quant, packed
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
-from studio.jobs.base.dequantized import quantised_parameters
 from studio.jobs.base.load import FourBit
-from studio.jobs.base.skeleton import Skeleton
-from studio.jobs.base.units import Read, find_units, merge_unit
+from studio.jobs.base.weights.dequantized import quantised_parameters
+from studio.jobs.base.weights.skeleton import Skeleton
+from studio.jobs.base.weights.units import Read, find_units, merge_unit
 
 TRAINED, ALONE = "trained", "base alone"
 """The adapter on the base that it was trained on, and that base without it."""

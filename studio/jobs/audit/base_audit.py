@@ -22,8 +22,8 @@ from studio.jobs.audit.rows import check_ids, read_audit_rows
 from studio.jobs.audit.sweep import BlockSeen, Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
-from studio.jobs.base.dequantized import quantised_parameters
 from studio.jobs.base.load import base_folder, load_tokenizer
+from studio.jobs.base.weights.dequantized import quantised_parameters
 from studio.probe.fingerprint import fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest

@@ -11,8 +11,8 @@ from studio.jobs.audit.forms import FORMS, STORED, Form
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
-from studio.jobs.base.dequantized import quantised_parameters
-from studio.jobs.base.units import Read
+from studio.jobs.base.weights.dequantized import quantised_parameters
+from studio.jobs.base.weights.units import Read
 
 _WEIGHT = ".weight"
 _BLOCK = re.compile(r".*?\.\d+\.")

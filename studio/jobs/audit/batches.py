@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 
 TOKENS_AT_ONCE = 512
 """Padded tokens of a batch: activations stay small, and a weight that is cast or dequantised is used often enough."""

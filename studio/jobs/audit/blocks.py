@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from studio.core.errors import BadInput
 from studio.jobs.audit.forms import STORED, Form, squared_norms
 from studio.jobs.base.head_form import HeadForm, head_form_of
-from studio.jobs.base.units import Read, put
+from studio.jobs.base.weights.units import Read, put
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from studio.jobs.audit.blocks import Parts, filled, settled
 from studio.jobs.audit.forms import STORED
 from studio.jobs.audit.scores import Head, formed
-from studio.jobs.base.units import Read
+from studio.jobs.base.weights.units import Read
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides the hidden states."""

@@ -11,8 +11,8 @@ from studio.core.errors import BadInput
 from studio.jobs.audit.batches import TOKENS_AT_ONCE, batches_of
 from studio.jobs.audit.blocks import Parts
 from studio.jobs.audit.sweep import Variant
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 
 _FP32_BYTES = 4
 _BLOCK_COPIES = 1.3

@@ -17,7 +17,7 @@ from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
-from studio.jobs.base.skeleton import build_skeleton
+from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import audit_of_run
 from studio.probe.fingerprint import fingerprint

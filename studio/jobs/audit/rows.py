@@ -9,8 +9,8 @@ import numpy as np
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
-from studio.jobs.base.rows import Example, encode_rows
-from studio.jobs.base.template import Warn, ensure_template
+from studio.jobs.base.data.rows import Example, encode_rows
+from studio.jobs.base.data.template import Warn, ensure_template
 from studio.probe.data import read_data, split
 from studio.runs.audit_request import AuditRequest
 

@@ -25,7 +25,7 @@ from studio.jobs.audit.serving import serving
 from studio.jobs.audit.walk import Ground, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
-from studio.jobs.base.skeleton import build_skeleton
+from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
 from studio.probe.fingerprint import fingerprint
 from studio.probe.models import find_base

@@ -14,9 +14,9 @@ from studio.jobs.audit.blocks import Parts, Rounding, filled, settled
 from studio.jobs.audit.calls import Call, behind_the_blocks, first_of, noted_calls, renumbered
 from studio.jobs.audit.forms import STORED, Form
 from studio.jobs.audit.scores import Head, TokenScores, score
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
-from studio.jobs.base.units import Read
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
+from studio.jobs.base.weights.units import Read
 
 Picked = Callable[[Sequence[int]], Tensor]
 """Gives the rows `[tokens, hidden]` of an embedding for some tokens."""

@@ -19,7 +19,7 @@ from studio.jobs.audit.state import KeptWalk
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Carried, Sweep, Variant
 from studio.jobs.audit.weights import FolderWeights
-from studio.jobs.base.labels import IGNORED
+from studio.jobs.base.data.labels import IGNORED
 from studio.runs.worker import Worker
 
 _PROOF_TOKENS = 24

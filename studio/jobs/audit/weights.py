@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
-from studio.jobs.base.checkpoint_names import CheckpointNames, Group
-from studio.jobs.base.skeleton import build_clean
-from studio.jobs.base.tensor_files import TensorFiles
+from studio.jobs.base.weights.checkpoint_names import CheckpointNames, Group
+from studio.jobs.base.weights.skeleton import build_clean
+from studio.jobs.base.weights.tensor_files import TensorFiles
 
 
 class FolderWeights:

@@ -170,7 +170,7 @@ def _left_alone(folder: Path, quant: FourBit) -> list[str] | None:
     """Return the modules that are not quantised where the recipe names some: transformers then adds none itself."""
     if not quant.skip:
         return None
-    from studio.jobs.base.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
+    from studio.jobs.base.weights.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
 
     return [*get_keys_to_not_convert(build_clean(folder)), *quant.skip]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from studio.core.errors import JobFailed
-from studio.jobs.base.streamed import folder_logits
+from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export.work import Work
 
 TEXTS = (

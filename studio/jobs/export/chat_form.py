@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studio.jobs.base.template import render, starts_with_bos
+from studio.jobs.base.data.template import render, starts_with_bos
 from studio.probe.data import Message
 
 _SYSTEM, _USER, _ANSWER, _AGAIN = "SYSTEMWORDS", "USERWORDS", "ANSWERWORDS", "AGAINWORDS"

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.text import plain
+from studio.jobs.base.data.template import starts_with_bos
 from studio.jobs.base.load import load_tokenizer
-from studio.jobs.base.template import starts_with_bos
 from studio.jobs.export.chat_form import chat_form
 from studio.jobs.export.gguf import GgufMade, generation_of
 from studio.jobs.export.lora_gguf import LoraMade

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.rows import Example
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.checkpoint import Progress
 from studio.jobs.train.evaluate import held_out_loss

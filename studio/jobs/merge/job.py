@@ -24,10 +24,10 @@ from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.events import Finished, Phase, Sampled, Saved, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.dequantized import quantised_parameters, through_four_bits
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_tokenizer
-from studio.jobs.base.skeleton import Skeleton, Weighted, build_skeleton
-from studio.jobs.base.tensor_files import TensorFiles
+from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
+from studio.jobs.base.weights.skeleton import Skeleton, Weighted, build_skeleton
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
 from studio.jobs.merge.memory import check_memory
 from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out

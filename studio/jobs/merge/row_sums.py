@@ -11,8 +11,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from studio.jobs.base.tensor_files import TensorFiles
-from studio.jobs.base.units import Unit
+from studio.jobs.base.weights.tensor_files import TensorFiles
+from studio.jobs.base.weights.units import Unit
 
 _BLOCK_ELEMENTS = 2**18
 """1 MiB in fp32; a second core's cache holds block and delta."""

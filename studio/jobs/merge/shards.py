@@ -18,7 +18,7 @@ from torch import Tensor
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.tensor_files import DTYPE_NAMES, Stored
+from studio.jobs.base.weights.tensor_files import DTYPE_NAMES, Stored
 from studio.jobs.merge.steps import Output
 from studio.probe.model_folder import INDEX, WEIGHTS
 from studio.runs.atomic import sync_folder, write_whole

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from studio.jobs.base.skeleton import attach
-from studio.jobs.base.template import render
+from studio.jobs.base.data.template import render
+from studio.jobs.base.weights.skeleton import attach
 from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.data import Message

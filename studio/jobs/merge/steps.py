@@ -8,11 +8,11 @@ from torch import Tensor
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
-from studio.jobs.base.checkpoint_names import CheckpointNames, Group
-from studio.jobs.base.dequantized import Change
-from studio.jobs.base.skeleton import Skeleton
-from studio.jobs.base.tensor_files import TORCH_DTYPES, TensorFiles
-from studio.jobs.base.units import Unit, find_units, merge_unit
+from studio.jobs.base.weights.checkpoint_names import CheckpointNames, Group
+from studio.jobs.base.weights.dequantized import Change
+from studio.jobs.base.weights.skeleton import Skeleton
+from studio.jobs.base.weights.tensor_files import TORCH_DTYPES, TensorFiles
+from studio.jobs.base.weights.units import Unit, find_units, merge_unit
 from studio.jobs.merge.row_sums import RowSum, RowSums, is_plain, parts_of
 
 SMALLEST_ROW_SUM_BYTES = 2**20

@@ -11,8 +11,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
-from studio.jobs.base.streamed import folder_logits, streamed_logits
-from studio.jobs.base.tensor_files import TensorFiles
+from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.steps import MergeSteps, Step
 
 _SAMPLE = 4

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 from studio.jobs.train.length_groups import group_by_length, padding_share
 from studio.jobs.train.packing import best_fit, packed
 

@@ -11,7 +11,7 @@ from torch import nn
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.recipe import Recipe
-from studio.jobs.base.rows import Example, Prompt
+from studio.jobs.base.data.rows import Example, Prompt
 from studio.jobs.train.adapter import save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import Progress, save_checkpoint

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from studio.core.recipe import Packing
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 from studio.jobs.train.batches import Batcher, collate
 from studio.jobs.train.evaluate import evaluating
 from studio.jobs.train.head import TOLERANCE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.jobs.base.rows import Example, Prompt
+from studio.jobs.base.data.rows import Example, Prompt
 from studio.jobs.train.batches import Batcher, loss_tokens
 
 

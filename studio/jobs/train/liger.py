@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from studio.core.errors import BadInput
+from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm
-from studio.jobs.base.labels import IGNORED
 
 
 def require_liger(device: torch.device) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from studio.core.loss_chunk import loss_chunk_tokens
+from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm
-from studio.jobs.base.labels import IGNORED
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from studio.jobs.base.labels import IGNORED
-from studio.jobs.base.rows import Example
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
 
 
 def best_fit(rows: Sequence[Example], most_tokens: int) -> list[list[Example]]:

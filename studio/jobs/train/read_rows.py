@@ -10,8 +10,8 @@ from peft import PeftModel
 from studio.core.errors import JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
-from studio.jobs.base.rows import Example, Prompt, encode_rows, sample_prompts
-from studio.jobs.base.template import ensure_template
+from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
+from studio.jobs.base.data.template import ensure_template
 from studio.jobs.train.phase import PhaseTeller
 from studio.probe.data import Row, known_rows, read_data, split
 from studio.runs.worker import Worker

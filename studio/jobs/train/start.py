@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from studio.jobs.base.tensors import FolderTensors
+from studio.jobs.base.weights.tensors import FolderTensors
 
 _ADAPTER = "default"
 _EXACT_UP_TO = 512

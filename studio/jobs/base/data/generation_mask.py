@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from studio.jobs.base.template import Turns
+from studio.jobs.base.data.template import Turns
 
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from studio.core.errors import BadInput
-from studio.jobs.base.skeleton import clean_name
+from studio.jobs.base.weights.skeleton import clean_name
 
 Read = Callable[[str], Tensor]
 """Gives a parameter of the base by its name in memory."""

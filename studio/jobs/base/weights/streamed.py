@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
-from studio.jobs.base.checkpoint_names import CheckpointNames
-from studio.jobs.base.skeleton import Skeleton, build_clean, clean_name
-from studio.jobs.base.tensor_files import TensorFiles
-from studio.jobs.base.units import Read, put
+from studio.jobs.base.weights.checkpoint_names import CheckpointNames
+from studio.jobs.base.weights.skeleton import Skeleton, build_clean, clean_name
+from studio.jobs.base.weights.tensor_files import TensorFiles
+from studio.jobs.base.weights.units import Read, put
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
-from studio.jobs.base.template import Warn
+from studio.jobs.base.data.template import Warn
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.tensor_files import TensorFiles
+from studio.jobs.base.weights.tensor_files import TensorFiles
 
 
 @dataclass(frozen=True, slots=True)

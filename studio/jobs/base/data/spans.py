@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studio.jobs.base.template import Turns, render
+from studio.jobs.base.data.template import Turns, render
 
 
 @dataclass(frozen=True, slots=True)

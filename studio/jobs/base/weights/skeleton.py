@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.refusals import refuse_weighted, refuse_what_cannot_merge
+from studio.jobs.base.weights.refusals import refuse_weighted, refuse_what_cannot_merge
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, AdapterFound
 
 ADAPTER = "default"

@@ -1,0 +1,1 @@
+"""Rows on their way to token ids and labels: the same for training, evaluation and audit."""
