@@ -118,8 +118,10 @@ def test_the_stock_loop_is_the_heavier_one(cli: Cli, llama: str) -> None:
 def test_people_get_the_same_numbers_in_words(cli: Cli, llama: str) -> None:
     outcome = cli("plan", "--model", llama, "--method", "lora", "--gpu", "T4")
     assert outcome.code == 1
-    for word in ("base", "activations", "backward", "the card will show", "range", "does not fit", "Tesla T4", "note:"):
+    for word in ("base", "activations", "backward", "the card will show", "range", "does not fit", "Tesla T4"):
         assert word in outcome.out
+    stock = cli("plan", "--model", llama, "--method", "lora", "--gpu", "T4", "--engine", "hf").out
+    assert "note: without flash attention" in stock
 
 
 def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
