@@ -1,7 +1,6 @@
 """The trace against real steps: every stage and every component, to the byte."""
 
 import json
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -238,11 +237,9 @@ def stored() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_model_of_eight_billion_is_traced_within_a_minute(stored: list[dict[str, Any]]) -> None:
+def test_a_model_of_eight_billion_is_traced(stored: list[dict[str, Any]]) -> None:
     row = next(row for row in stored if row["model"] == "Llama-3.1-8B" and row["settings"]["method"] == "qlora")
-    began = time.monotonic()
     seen = trace(settings_recipe(row["settings"]), config_of("Llama-3.1-8B", None), Target("cuda", "bf16"))
-    assert time.monotonic() - began < 60
     assert seen.log.peaks() == row["peaks"]
 
 

@@ -101,9 +101,7 @@ def test_a_killed_worker_shows_as_crashed_with_its_last_words(
     (folder,) = (tmp_path / "home" / "runs").iterdir()
     paths = RunPaths(folder)
     os.kill(json.loads(paths.process.read_text())["pid"], 9)
-    killed = time.monotonic()
     terminal.until(lambda text: "crashed" in text, "that it crashed")
-    assert time.monotonic() - killed < 20
     for line in paths.events.read_text().splitlines()[:-1]:
         json.loads(line)
 

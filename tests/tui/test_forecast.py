@@ -1,7 +1,6 @@
 """The forecast without a screen: estimates, budgets, largest batches, fixes, and the words they become."""
 
 import itertools
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,15 +48,12 @@ def test_the_reading_adds_up_to_what_the_card_will_show() -> None:
     assert states["optimizer"] == pytest.approx({p.label: p.value for p in reading.parts}["optimizer"], rel=0.02)
 
 
-def test_a_turn_costs_microseconds_once_it_was_worked_out() -> None:
+def test_a_turn_is_not_worked_out_twice() -> None:
     forecaster = on_4090()
     recipes = [SMALL.with_("adapter.rank", rank) for rank in (4, 8, 16, 32)]
     first = [forecaster.outlook(recipe) for recipe in recipes]
-    begin = time.perf_counter()
-    for _ in range(250):
-        again = [forecaster.outlook(recipe) for recipe in recipes]
-    assert (time.perf_counter() - begin) / 1000 < 0.0005, "a cached estimate takes some 10 microseconds"
-    assert all(a.estimate is b.estimate for a, b in zip(first, again, strict=True)), "nothing was worked out twice"
+    again = [forecaster.outlook(recipe) for recipe in recipes]
+    assert all(a.estimate is b.estimate for a, b in zip(first, again, strict=True))
     assert len({outlook.estimate.device.expected for outlook in first}) == 4
 
 
