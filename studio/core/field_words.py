@@ -123,7 +123,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     ),
     "train.group_by_length": (
         "Group by length",
-        "Rows of similar length go through the model together where rows are padded: less padding.",
+        "Where packing is off, rows of similar length go through the model together: less padding, other steps.",
     ),
     "train.compile": ("Compile", "torch.compile of every layer; the run says what that cost at the start."),
     "device.device": ("Device", "auto takes the first CUDA card, else the CPU; or cpu, cuda, cuda:1."),

@@ -232,6 +232,17 @@ def test_packed_training_has_the_losses_of_padded_training(train: Train, recipe:
     assert [event.loss for event in tight.evals] == pytest.approx([event.loss for event in padded.evals], rel=1e-4)
 
 
+def test_what_was_measured_to_be_faster_changes_no_row_of_a_step(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe.with_("train.packing", "auto").with_("train.group_by_length", True).with_("train.micro_batch", 3)
+    losses = []
+    for better in (2, 3):  # the padded way, the packed one
+        monkeypatch.setattr(choose_batching, "choose", lambda *given, better=better: given[better])
+        losses.append(list(history_of(train(recipe)).train.losses))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_eager_attention_is_padded_with_a_word(train: Train, recipe: Recipe) -> None:
     history = history_of(train(recipe.with_("train.packing", "on").with_("train.attention", "eager")))
     assert history.failed is None

@@ -193,12 +193,20 @@ def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
         batcher,
         rows_per_step=recipe.rows_per_step,
         seed=recipe.train.seed,
-        by_length=recipe.train.group_by_length and batcher.groups_rows,
+        by_length=_by_length(recipe, batcher),
     )
 
 
+def _by_length(recipe: Recipe, batcher: Batcher) -> bool:
+    """Whether a step's rows are chosen by their lengths: the recipe's word alone, never what was measured to be faster.
+
+    Else two runs of one recipe could see other rows at a step, and a race between two methods would compare orders.
+    """
+    return recipe.train.group_by_length and recipe.train.packing == "off" and batcher.groups_rows
+
+
 def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBatches, batcher: Batcher) -> None:
-    if recipe.train.group_by_length and batcher.groups_rows:
+    if _by_length(recipe, batcher):
         plain = StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
         detail = f"{batches.padding_share():.1%} of the tokens are padding, {plain.padding_share():.1%} without"
         tell("grouping rows by length", detail=detail)
