@@ -31,11 +31,16 @@ _LONGEST = 48
 _LONGEST_NOTE = 32
 
 
+class _Table(DataTable[Text]):
+    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Open")]
+
+
 class RunsScreen(Screen[None]):
     """The list of runs. Enter opens one."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "open", "Open", priority=True),
         Binding("R", "resume", "Resume"),
         Binding("space", "mark", "Mark"),
         Binding("c", "compare", "Compare"),
@@ -86,7 +91,7 @@ class RunsScreen(Screen[None]):
         """Head, filter, table, keys."""
         yield Static("Runs", id="runs-head", markup=False)
         yield Input(placeholder="a part of status, name, method, model or note", compact=True, id="runs-filter")
-        yield DataTable[Text](cursor_type="row", zebra_stripes=True)
+        yield _Table(cursor_type="row", zebra_stripes=True)
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
@@ -140,13 +145,6 @@ class RunsScreen(Screen[None]):
             return f"No runs yet in {root}. Escape goes back, r starts one."
         fewer = f"{len(self._rows)} of " if len(self._rows) != count else ""
         return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
-
-    def action_open(self) -> None:
-        """Watch the chosen run; in the filter, go to the list."""
-        if self._filter.has_focus:
-            self._table.focus()
-        elif self._chosen is not None:
-            self.post_message(OpenRun(self._chosen.paths))
 
     def action_resume(self) -> None:
         """Continue the chosen run and watch it."""
@@ -242,10 +240,16 @@ class RunsScreen(Screen[None]):
         else:
             self.dismiss()
 
-    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
-        """A click on the chosen row opens it."""
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Enter in the filter goes to the list."""
         event.stop()
-        self.action_open()
+        self._table.focus()
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Enter, or a click on the chosen row, watches that run."""
+        event.stop()
+        if self._chosen is not None:
+            self.post_message(OpenRun(self._chosen.paths))
 
     @work(thread=True, exclusive=True, group="resume")
     def _resume(self, info: RunInfo) -> None:
