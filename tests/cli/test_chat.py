@@ -179,6 +179,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(run: str, home: Path) -> None:
     terminal.type("\x03")
     terminal.until("stopped")
     terminal.until("you: ")
+    time.sleep(0.5)  # readline shows its prompt a moment before it can be woken by a signal
     terminal.type("\x03")
     assert terminal.end() == 0
 
