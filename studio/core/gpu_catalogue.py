@@ -5,7 +5,8 @@ that nvidia-smi shows (in MiB) in many people's public listings with drivers of 
 the maker's own: data sheets of data-centre and workstation cards, and the architecture papers (Turing, GA102, Ada,
 Blackwell) of the others. A peak is dense, without sparsity, in 16 bit with fp32 sums, as training does it: GeForce
 cards from Turing on do half of what is printed for 16-bit sums. Cards without tensor cores have what their cores
-reach, and laptops what they reach at their highest clock: their power limit decides what stays of it.
+reach, and laptops what they reach at their highest clock: their power limit decides what stays of it. Peaks were
+entered from memory of these papers and not read off them again; tests hold only the ratios between cards.
 """
 
 import difflib
