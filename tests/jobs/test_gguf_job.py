@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studio.jobs.base.llama import tool_process
+from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE
 from studio.jobs.base.weights.streamed import folder_logits
-from studio.jobs.export import answers, job, tool_process
-from studio.jobs.export.gguf_tools import TOOLS_VARIABLE
+from studio.jobs.export import answers, job
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
@@ -261,7 +262,7 @@ def test_a_disk_without_room_is_seen_before_anything_is_done(
 WITH_STAND_IN = """
 import sys
 from pathlib import Path
-from studio.jobs.export import tool_process
+from studio.jobs.base.llama import tool_process
 from studio.jobs.export.__main__ import _body
 from studio.runs.worker import run_job
 tool_process._SCRIPT = Path(sys.argv[2])

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from studio.core.errors import BadInput, JobFailed
+from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
 from studio.jobs.export.chat_form import ChatForm, chat_form
 from studio.jobs.export.gguf_folder import stop_words
-from studio.jobs.export.gguf_tools import TOOLS_VARIABLE, ensure_tools
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.lora_gguf import fold_scaling, refuse_what_gguf_lacks
 from studio.jobs.export.modelfile import modelfile

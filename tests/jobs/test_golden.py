@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
-from studio.jobs.export.gguf_tools import TOOLS_VARIABLE, ensure_tools, is_whole, tools_folder
+from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools, is_whole, tools_folder
+from studio.jobs.base.llama.llama_answers import llama_logits
+from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export.golden import golden_texts
-from studio.jobs.export.llama_answers import llama_logits
-from studio.jobs.export.tool_process import LlamaTool
 from studio.probe.embedded_model import find_embedded
 from studio.probe.gguf_header import read_gguf_header
 from studio.runs.job import ExportRequest, Job, MergeRequest, write_job

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import JobFailed
+from studio.jobs.base.llama.llama_answers import llama_logits
+from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, rows_of
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.golden import Golden, check_golden, golden_texts
-from studio.jobs.export.llama_answers import llama_logits
-from studio.jobs.export.tool_process import LlamaTool
 from studio.jobs.export.whole_model import is_adapter, merge_first
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import find_adapter

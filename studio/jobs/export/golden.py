@@ -13,7 +13,7 @@ from typing import Any
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.jobs.base.data.template import render, with_system_folded
-from studio.jobs.export.tool_process import LlamaTool
+from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.probe.data import Message
 
 _CONVERSATIONS = (

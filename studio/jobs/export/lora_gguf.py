@@ -15,13 +15,13 @@ from torch import Tensor
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
+from studio.jobs.base.llama.llama_answers import llama_logits
+from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.jobs.base.weights.streamed import adapted_logits
 from studio.jobs.export.answers import TEXTS, Loss, compare, padded, rows_of
 from studio.jobs.export.gguf_view import make_view
-from studio.jobs.export.llama_answers import llama_logits
-from studio.jobs.export.tool_process import LlamaTool
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound
 from studio.probe.gguf_header import read_gguf_header

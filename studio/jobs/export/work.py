@@ -6,8 +6,8 @@ from pathlib import Path
 from studio.core.errors import StudioError
 from studio.core.events import Phase, Warned
 from studio.core.text import plain
-from studio.jobs.export.gguf_tools import ensure_tools
-from studio.jobs.export.tool_process import LlamaTool
+from studio.jobs.base.llama.gguf_tools import ensure_tools
+from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.runs.worker import Worker
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studio.jobs.export.tool_process import LlamaTool
+from studio.jobs.base.llama.tool_process import LlamaTool
 
 
 def llama_logits(tool: LlamaTool, gguf: Path, rows: list[list[int]], work: Path, lora: str = "") -> Tensor:
