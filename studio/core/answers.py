@@ -1,0 +1,197 @@
+"""What answers to held-out prompts are worth, by rules that anyone can repeat; no model judges another.
+
+An answer is compared with the one that the data has for the same prompt.
+"""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.intervals import Interval, ratio_interval
+from studio.core.shares import paired_interval, share_interval
+from studio.core.text import plain
+
+_WORD = re.compile(r"\w+")
+_END = " \t\n.!"
+_ANSWER_CHARACTERS = 20_000
+"""A longer answer is cut before a user's pattern sees it: a pattern may take time that grows fast with the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        text: Without special tokens.
+        tokens: How many it wrote.
+        stopped: Whether it ended by itself, and not because it had written as many tokens as it may.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A rule.
+
+    Attributes:
+        name: Short, for tables.
+        how: What is compared, in words.
+        score: Gives 0 to 1 for an answer beside the held-out one.
+        graded: Whether scores lie between 0 and 1, not only at both ends.
+    """
+
+    name: str
+    how: str
+    score: Callable[[Answer, str], float]
+    graded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How the answers of one model fare under one rule; intervals are 95 % ones over prompts.
+
+    Attributes:
+        mean: Of all answers.
+        more: Above the reference's, prompt by prompt.
+    """
+
+    mean: Interval
+    more: Interval
+
+
+def normalised(text: str) -> str:
+    """Return a text as it is compared: NFKC, small letters, single spaces, no full stop or white space at its ends."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_END)
+
+
+def checks_for(expected: Sequence[str], pattern: str = "") -> list[Check]:
+    """Return the rules that held-out answers allow.
+
+    Args:
+        expected: The held-out answers; empty where the data has none, as plain text.
+        pattern: A regular expression of the user; empty for none.
+
+    Raises:
+        BadInput: The pattern is no regular expression.
+    """
+    found = [Check("ends by itself", "the answer ends with a stop token, not at the token limit", _stopped)]
+    if expected:
+        found += [
+            Check(
+                "exact match", "equal after NFKC, in small letters, with single spaces, no full stop at the end", _same
+            ),
+            Check(
+                "word F1", "words shared with the held-out answer, F1 as SQuAD has it, punctuation left out", _f1, True
+            ),
+        ]
+    if expected and all(_as_json(text) is not None for text in expected):
+        found += [
+            Check("valid JSON", "the whole answer is one JSON object or list", _is_json),
+            Check("same keys", "and has the held-out answer's keys, at every depth", _same_keys),
+            Check("same JSON", "and the same values, in any order of keys", _same_json),
+        ]
+    return [*found, *([_matches(pattern)] if pattern else [])]
+
+
+def score_answers(
+    check: Check, answers: Mapping[str, Sequence[Answer]], expected: Sequence[str], reference: str
+) -> dict[str, Score]:
+    """Return how every model's answers fare under a rule.
+
+    Args:
+        check: The rule.
+        answers: Of each model, in the order of the prompts.
+        expected: The held-out answers.
+        reference: The model that the others are compared with.
+
+    Raises:
+        ValueError: There is no answer, or they are not of the same prompts.
+    """
+    points = {
+        name: [check.score(answer, wanted) for answer, wanted in zip(given, expected, strict=True)]
+        for name, given in answers.items()
+    }
+    return {name: _score(own, points[reference], graded=check.graded) for name, own in points.items()}
+
+
+def _score(own: Sequence[float], other: Sequence[float], *, graded: bool) -> Score:
+    if graded:
+        ones = [1.0] * len(own)
+        more = [mine - its for mine, its in zip(own, other, strict=True)]
+        return Score(ratio_interval(own, ones), ratio_interval(more, ones))
+    hits, others = [point == 1 for point in own], [point == 1 for point in other]
+    return Score(share_interval(hits), paired_interval(hits, others))
+
+
+def _stopped(answer: Answer, expected: str) -> float:
+    return float(answer.stopped)
+
+
+def _same(answer: Answer, expected: str) -> float:
+    return float(normalised(answer.text) == normalised(expected))
+
+
+def _f1(answer: Answer, expected: str) -> float:
+    """Return the harmonic mean of precision and recall of words (Rajpurkar et al. 2016), articles not left out."""
+    own, wanted = (Counter(_WORD.findall(normalised(text))) for text in (answer.text, expected))
+    if not own or not wanted:
+        return float(own == wanted)
+    return 2 * (own & wanted).total() / (own.total() + wanted.total())
+
+
+def _is_json(answer: Answer, expected: str) -> float:
+    return float(_as_json(answer.text) is not None)
+
+
+def _same_keys(answer: Answer, expected: str) -> float:
+    own = _as_json(answer.text)
+    return float(own is not None and _shape(own) == _shape(_as_json(expected)))
+
+
+def _same_json(answer: Answer, expected: str) -> float:
+    return float(_as_json(answer.text) == _as_json(expected))
+
+
+def _as_json(text: str) -> Any:
+    """Return the object or list that a text is; None where it is none: a bare word or number proves no form."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _shape(value: Any) -> Hashable:
+    """Return the keys of a value at every depth; of a list the kinds of its items, however many there are."""
+    if isinstance(value, dict):
+        return frozenset((key, _shape(inner)) for key, inner in value.items())
+    if isinstance(value, list):
+        return ("list", frozenset(_shape(inner) for inner in value))
+    return None
+
+
+def _matches(pattern: str) -> Check:
+    shown = plain(pattern, one_line=True, limit=60)
+    try:
+        wanted = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadInput(f"check-regex: {shown} is no regular expression: {error}.") from None
+
+    def has(answer: Answer, expected: str) -> float:
+        return float(wanted.search(answer.text[:_ANSWER_CHARACTERS]) is not None)
+
+    def agrees(answer: Answer, expected: str) -> float:
+        mine, its = (wanted.search(text[:_ANSWER_CHARACTERS]) for text in (answer.text, expected))
+        return float(mine is not None and its is not None and normalised(mine[1] or "") == normalised(its[1] or ""))
+
+    if wanted.groups:
+        return Check("regex agrees", f"what the first group of {shown} finds is that of the held-out answer", agrees)
+    return Check("regex", f"{shown} is found in the answer", has)
