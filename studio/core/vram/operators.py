@@ -29,7 +29,7 @@ class Arithmetic:
 def node_of(
     tape: Tape,
     inputs: tuple[Tensor, ...],
-    gradients: tuple[tuple[Form, float] | None, ...],
+    gradients: tuple[tuple[Form, float] | int | None, ...],
     saved: tuple[Tensor, ...] = (),
     passing: Form = NOTHING,
 ) -> Node | None:

@@ -106,7 +106,8 @@ class Node:
     Attributes:
         sequence: Order of creation.
         edges: Where the gradients of the inputs go; None for an input without a gradient.
-        gradients: Per edge the elements and bytes per element of the new gradient; None passes the incoming one on.
+        gradients: Per edge the elements and bytes per element of the new gradient; None passes the incoming one on, a
+            number says which saved tensor the kernel writes it into.
         saved: Tensors kept alive until this node has run.
         passing: Bytes that its backward needs at once while it runs, its gradients included.
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
@@ -116,7 +117,7 @@ class Node:
 
     sequence: int
     edges: "tuple[Node | None, ...]"
-    gradients: tuple[tuple[Form, float] | None, ...]
+    gradients: tuple[tuple[Form, float] | int | None, ...]
     saved: list[Tensor] = field(default_factory=list)
     passing: Form = NOTHING
     apart: bool = False
@@ -179,7 +180,7 @@ def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, T
         elements, kept = node.trained
         kept.append(Tensor(tape, elements, 4))
     return [
-        (edge, incoming[0] if size is None else Tensor(tape, *size))
+        (edge, incoming[0] if size is None else node.saved[size] if isinstance(size, int) else Tensor(tape, *size))
         for edge, size in zip(node.edges, node.gradients, strict=True)
         if edge is not None
     ]
