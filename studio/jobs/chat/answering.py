@@ -1,16 +1,13 @@
-"""From messages to token ids, from tokens to text as it grows, and where an answer ends."""
+"""From messages to token ids, and from tokens to text as it grows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from transformers import StoppingCriteria, TextStreamer
+from transformers import TextStreamer
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-
-_MARK = "ANSWER"
 
 
 class Streamer(TextStreamer):
@@ -25,18 +22,6 @@ class Streamer(TextStreamer):
         """Called by the library."""
         if text:
             self._give(text)
-
-
-class Watch(StoppingCriteria):
-    """Ends an answer between two tokens when it is no longer wanted."""
-
-    def __init__(self, cancelled: Callable[[], bool]) -> None:
-        """Ask `cancelled` after every token."""
-        self._cancelled = cancelled
-
-    def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
-        """Called by the library."""
-        return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
 
 
 def token_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -56,29 +41,6 @@ def token_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
         folded = {"role": "user", "content": f"{system['content']}\n\n{first['content']}"}
         return token_ids(tokenizer, [folded, *messages[2:]])
     return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def stop_ids(tokenizer: Any, generation: Any) -> list[int]:
-    """Return every token that ends an answer.
-
-    Those of the tokenizer and of the generation config, and the special token that the template writes after an
-    answer: some models name only the end of the text, not the end of a turn.
-    """
-    named = getattr(generation, "eos_token_id", None)
-    stops = set(named) if isinstance(named, (list, tuple)) else {named}
-    stops |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
-    return sorted(int(stop) for stop in stops if stop is not None)
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, ValueError, TypeError, IndexError):
-        return None
-    after = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return after[0] if after and after[0] in special.union(tokenizer.all_special_ids) else None
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:

@@ -15,9 +15,10 @@ from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
 from studio.core.recipe import QuantType
 from studio.jobs.base.data.template import ensure_template
+from studio.jobs.base.generation import Watch, stop_ids
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
-from studio.jobs.chat.answering import Streamer, Watch, stop_ids, token_ids
+from studio.jobs.chat.answering import Streamer, token_ids
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.models import BaseFound, find_base
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side

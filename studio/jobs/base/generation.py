@@ -1,0 +1,76 @@
+"""Where an answer ends, and a model's greedy answer up to there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import StoppingCriteria
+
+_MARK = "ANSWER"
+
+
+class Watch(StoppingCriteria):
+    """Ends an answer between two tokens when it is no longer wanted."""
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        """Ask `cancelled` after every token."""
+        self._cancelled = cancelled
+
+    def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
+        """Called by the library."""
+        return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
+
+
+def stop_ids(tokenizer: Any, generation: Any) -> list[int]:
+    """Return every token that ends an answer.
+
+    Those of the tokenizer and of the generation config, and the special token that the template writes after an
+    answer: some models name only the end of the text, not the end of a turn.
+    """
+    named = getattr(generation, "eos_token_id", None)
+    stops = set(named) if isinstance(named, (list, tuple)) else {named}
+    stops |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    return sorted(int(stop) for stop in stops if stop is not None)
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, ids: Sequence[int], *, stops: Sequence[int], new_tokens: int, cancelled: Callable[[], bool]
+) -> list[int]:
+    """Return the tokens that a model finds most likely one after another, the stop token last where it ends by itself.
+
+    Args:
+        model: A causal model with `generate`, in evaluation mode.
+        ids: Of the prompt, one or more.
+        stops: Tokens that end an answer.
+        new_tokens: Most tokens that are written.
+        cancelled: Asked after every token; true ends the answer there.
+    """
+    prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    made: Tensor = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        # Some models' own settings push the most likely token away; then the answer would not be the greedy one.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
+        stopping_criteria=[Watch(cancelled)],
+    )
+    return [int(token) for token in made[0, len(ids) :]]
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, ValueError, TypeError, IndexError):
+        return None
+    after = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False).input_ids[:1]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return after[0] if after and after[0] in special.union(tokenizer.all_special_ids) else None
