@@ -26,6 +26,11 @@ class AuditRequest:
         forms: Roundings of a base, joined by commas.
         kept: How many of the worst blocks each mixed plan keeps in 16 bit, joined by commas; empty measures none.
         lanes: Methods that race, joined by commas.
+        answers: How many held-out prompts a run's forms answer; 0 for none.
+        answer_tokens: Longest answer; 0 means from the held-out answers.
+        check_regex: A regular expression that answers are checked with; empty for none.
+        lm_eval: Tasks of lm-eval, joined by commas, or paths of task files; empty for none.
+        lm_eval_limit: Most documents of each such task; 0 for all.
     """
 
     what: str
@@ -43,3 +48,8 @@ class AuditRequest:
     forms: str = "nf4,nf4+dq,fp4,int8"
     kept: str = "1,2,4"
     lanes: str = "lora,qlora"
+    answers: str = "0"
+    answer_tokens: str = "0"
+    check_regex: str = ""
+    lm_eval: str = ""
+    lm_eval_limit: str = "0"

@@ -11,7 +11,7 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
 from studio.jobs.base.data.rows import Example, encode_rows
 from studio.jobs.base.data.template import Warn, ensure_template
-from studio.probe.data import read_data, split
+from studio.probe.data import Row, read_data, split
 from studio.runs.audit_request import AuditRequest
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
@@ -54,7 +54,20 @@ def read_audit_rows(
         BadInput: A file cannot be used, or no row would be held out.
         JobFailed: No row has anything to measure.
     """
-    wanted, seq_len = int(request.rows), int(request.seq_len)
+    seq_len = int(request.seq_len)
+    held = held_out_rows(request, tokenizer, warn, eval_path=eval_path)
+    task, _ = encode_rows(held, tokenizer, seq_len=seq_len, answers_only=answers_only, warn=warn)
+    neutral = _passages(Path(request.text) if request.text else NEUTRAL, tokenizer, seq_len)
+    return AuditRows(task, neutral)
+
+
+def held_out_rows(request: AuditRequest, tokenizer: Any, warn: Warn, *, eval_path: str = "") -> list[Row]:
+    """Return the held-out rows as they were read; the tokenizer gets a chat template where it has none.
+
+    Raises:
+        BadInput: A file cannot be used, or no row would be held out.
+    """
+    wanted = int(request.rows)
     data = read_data(Path(eval_path or request.data), format=request.format)
     if eval_path:
         held = list(data.rows)[:wanted]
@@ -66,9 +79,7 @@ def read_audit_rows(
     if not held:
         raise BadInput(f"{plain(data.path.name, one_line=True)} leaves no row to hold out: give more rows.")
     ensure_template(tokenizer, data.format, warn)
-    task, _ = encode_rows(held, tokenizer, seq_len=seq_len, answers_only=answers_only, warn=warn)
-    neutral = _passages(Path(request.text) if request.text else NEUTRAL, tokenizer, seq_len)
-    return AuditRows(task, neutral)
+    return held
 
 
 def check_ids(rows: AuditRows, known: int) -> None:
