@@ -69,7 +69,7 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
         del logits
     del hidden
     forward = tuple(tape.marks)
-    tape.marks = [tape.live]
+    tape.start_marks()
     node, value.node = value.node, None
     assert node is not None  # noqa: S101  the input wants a gradient
     run_backward(tape, node, [Tensor(tape, NOTHING, 4)])

@@ -34,7 +34,7 @@ def node_of(
     passing: Form = NOTHING,
 ) -> Node | None:
     """Return the backward node of an operator, or None when none of its inputs wants a gradient."""
-    edges = tuple(tensor.node for tensor in inputs)
+    edges = tuple([tensor.node for tensor in inputs])
     if not (tape.records and any(edges)):
         return None
     if saved:

@@ -26,33 +26,48 @@ class Tape:
         records: Whether a backward graph is made. A checkpointed forward keeps none: its saved tensors are dropped at
             once.
         live: Bytes alive now.
-        marks: What was alive at each allocation.
         marks_at_last_saving: How many marks there were when an operator last saved something for its backward.
     """
 
     def __init__(self, *, records: bool = True) -> None:
         self.records = records
         self.live: Form = NOTHING
-        self.marks: list[Form] = []
         self.marks_at_last_saving = 0
+        self._marks: list[Form] = []
+        self._rising = False
         self._sequence = 0
+
+    @property
+    def marks(self) -> list[Form]:
+        """What was alive at each high-water mark, that is before something died, and now."""
+        if self._rising:
+            self._rising = False
+            self._marks.append(self.live)
+        return self._marks
 
     def born(self, size: Form) -> None:
         """Count bytes that came alive."""
         self.live = self.live.plus(size)
-        self.marks.append(self.live)
+        self._rising = True
 
     def died(self, size: Form) -> None:
         """Uncount bytes whose last reference went."""
+        if self._rising:
+            self._rising = False
+            self._marks.append(self.live)
         self.live = self.live.minus(size)
 
     def passing(self, size: Form) -> None:
         """Count bytes that an operator allocates and frees before it returns."""
-        self.marks.append(self.live.plus(size))
+        self._marks.append(self.live.plus(size))
 
     def saving(self) -> None:
         """Note that an operator saves tensors: inputs before it runs, so that its own output is not there yet."""
         self.marks_at_last_saving = len(self.marks)
+
+    def start_marks(self) -> None:
+        """Forget all marks; what is alive now is the first of the next."""
+        self._marks, self._rising = [self.live], False
 
     def next_sequence(self) -> int:
         """Return the number of the next node: the engine runs the highest first."""
@@ -68,10 +83,11 @@ class Tensor:
         itemsize: Bytes of one element.
         node: What made it in the backward graph; None where no gradient is wanted.
         base: The tensor that this one is a view of: it keeps that one alive and has no bytes of its own.
+        bytes: Its size in bytes.
         tape: Where it is counted.
     """
 
-    __slots__ = ("base", "elements", "itemsize", "node", "tape")
+    __slots__ = ("base", "bytes", "elements", "itemsize", "node", "tape")
 
     def __init__(
         self,
@@ -86,17 +102,13 @@ class Tensor:
         self.itemsize = itemsize
         self.node = node
         self.base = base
+        self.bytes = elements.times(itemsize)
         if base is None:
-            tape.born(elements.times(itemsize))
+            tape.born(self.bytes)
 
     def __del__(self) -> None:
         if self.base is None:
-            self.tape.died(self.elements.times(self.itemsize))
-
-    @property
-    def bytes(self) -> Form:
-        """Its size in bytes."""
-        return self.elements.times(self.itemsize)
+            self.tape.died(self.bytes)
 
 
 @dataclass(eq=False, slots=True)
