@@ -31,6 +31,8 @@ class AuditRequest:
         check_regex: A regular expression that answers are checked with; empty for none.
         lm_eval: Tasks of lm-eval, joined by commas, or paths of task files; empty for none.
         lm_eval_limit: Most documents of each such task; 0 for all.
+        gguf: Absolute paths of GGUF files that are measured beside a run's other forms, a line each.
+        speed: 1 where the tokens a second of serving a run's forms are measured, 0 where not.
     """
 
     what: str
@@ -53,3 +55,5 @@ class AuditRequest:
     check_regex: str = ""
     lm_eval: str = ""
     lm_eval_limit: str = "0"
+    gguf: str = ""
+    speed: str = "1"
