@@ -6,7 +6,7 @@ differ, `studio.core.shape_from_config` makes shapes from configs, `studio.probe
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 Wiring = Literal["pre", "post", "sandwich", "parallel"]
@@ -127,9 +127,9 @@ class LayerGroup:
     layer: Layer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only language model.
+    """A decoder-only language model; counts and hash are worked out once, since every estimate asks for them.
 
     Attributes:
         family: transformers' `model_type`.
@@ -165,7 +165,14 @@ class ModelShape:
     stored_itemsize: int = 2
     doubts: tuple[str, ...] = ()
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.family, self.hidden, self.vocabulary, self.heads, self.groups, self.other_parameters))
+
+    @cached_property
     def layers(self) -> int:
         """Number of decoder layers."""
         return sum(group.count for group in self.groups)
@@ -181,13 +188,13 @@ class ModelShape:
         bias = self.vocabulary if self.head_bias else 0
         return bias if self.tied else self.vocabulary * self.hidden + bias
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All parameters."""
         layers = sum(group.count * layer_parameters(group.layer, self.hidden) for group in self.groups)
         return layers + self.embedding_parameters + self.head_parameters + self.other_parameters
 
-    @property
+    @cached_property
     def expert_parameters(self) -> int:
         """Weights of routed experts, which transformers holds fused and bitsandbytes leaves as they are."""
         return sum(

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from studio.core.errors import BadInput
 from studio.core.recipe import ALL_LINEAR
@@ -18,6 +19,7 @@ EXPERTS = "experts"
 """Stands for what peft's all-linear adapts of a mixture of experts beside its plain linear maps."""
 
 
+@lru_cache(maxsize=256)
 def target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset[str]:
     """Return the names of the adapted linear maps inside the layers.
 

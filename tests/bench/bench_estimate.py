@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.vram.activations import forms_of
 from studio.core.vram.estimate import attention_kernel, estimate_vram
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import stages_of
 from studio.core.vram.static import frozen_form
-from studio.core.vram.step import step_forms
+from studio.core.vram.step import head_forms, layers_forms
 from studio.core.vram.stock import built
 from tests.core.published_rows import GIB, Compared, card, compared, measured_bytes, shapes, stock_default
 
@@ -44,7 +45,9 @@ def speed() -> None:
         return estimate_vram(shape, replace(setup, engine="hf", loss="full", micro_batch=1 + number % 8), gpu)
 
     def cold(number: int) -> object:
-        step_forms.cache_clear()
+        forms_of.cache_clear()
+        layers_forms.cache_clear()
+        head_forms.cache_clear()
         return estimate_vram(shape, setup, gpu)
 
     for name, call, rounds in (("slider", slide, ROUNDS), ("stock loop", stock, ROUNDS), ("another set-up", cold, 50)):

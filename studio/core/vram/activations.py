@@ -1,17 +1,18 @@
 """What a micro-batch holds beside weights and states, in bytes: kept activations, a layer at work, head and loss."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
 from studio.core.trainable import target_names
 from studio.core.vram.form import largest
-from studio.core.vram.head import LossForm
+from studio.core.vram.head import HeadMarks, LossForm
 from studio.core.vram.modules import AdapterForm, Kernel, LayerForm
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import TrainedBytes
-from studio.core.vram.step import StepForms, step_forms
+from studio.core.vram.step import LayersForms, head_forms, layers_forms
 from studio.core.vram.stock import COPIES_LOGITS, NEWEST, SHIFT_COPIED_BELOW, UPCAST_BELOW, version_of
 
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
@@ -22,8 +23,9 @@ What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not c
 """
 
 
-def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
-    """Return the forms of a step for a model, a set-up and an attention kernel."""
+@lru_cache(maxsize=256)
+def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersForms, HeadMarks]:
+    """Return the forms of layers and head for a model, a kind of set-up and an attention kernel."""
     ours = setup.engine == "studio"
     residual = setup.residual_itemsize
     if setup.quantised and setup.autocast and setup.device == "cuda" and shape.groups[0].layer.norm == "layer":
@@ -40,7 +42,8 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> StepForms:
     fused_upcast, cpu = setup.dtype == "fp16", setup.device == "cpu"
     form = LayerForm(arithmetic, adapter, quantised, kernel, setup.micro_batch > 1, fused_upcast, cpu)
     input_wants = (not ours and setup.grad_checkpointing) or setup.adapted.trains_embedding
-    return step_forms(shape, form, loss_form(setup), setup.grad_checkpointing, input_wants)
+    layers = layers_forms(shape, form, setup.grad_checkpointing, input_wants)
+    return layers, head_forms(shape, form, loss_form(setup))
 
 
 def loss_form(setup: Setup) -> LossForm:
@@ -93,25 +96,25 @@ class Activations:
 
 def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: TrainedBytes) -> Activations:
     """Return what a micro-batch holds beside weights and states."""
-    forms = forms_of(shape, setup, kernel)
     # With patterns every map is taken to have the largest rank: activations grow little with it.
     rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
     numbers = (setup.tokens, setup.squares, rank)
-    kept = sum(group.count * group.kept.at(*numbers) for group in forms.groups) - forms.spared.at(*numbers)
+    layers = forms_of(shape, setup.kind, kernel)[0].at(*numbers)
+    kept, checkpoint = layers.kept, layers.checkpoint
     # Autocast leaves an embedding alone, and the head's copy is made at the loss.
     whole = shape.embedding_parameters * (setup.adapted.trains_embedding + setup.adapted.trains_head)
     copies = _autocast_copies(setup, trained.parameters - whole)
     loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
-    shared, checkpoint = _shared(shape, setup, kernel), forms.groups[0].kept.at(*numbers)
+    shared = _shared(shape, setup, kernel)
     offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
     return Activations(
         kept=shared + (checkpoint if offloads else kept),
         kept_backward=shared + (min(kept, 2 * checkpoint) if offloads else kept),
         host=int(max(0.0, kept - checkpoint)) if offloads else 0,
-        layer_forward=max(largest(group.forward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
-        layer_blocks=max(largest(group.passing, *numbers) for group in forms.groups),
-        layer_backward=max(largest(group.backward, *numbers) - group.kept.at(*numbers) for group in forms.groups),
-        first_layer_backward=shared + largest(forms.first_backward, *numbers),
+        layer_forward=layers.forward,
+        layer_blocks=layers.blocks,
+        layer_backward=layers.backward,
+        first_layer_backward=shared + layers.first_backward,
         loss_forward=loss_forward,
         loss=loss + _trained_head(shape, setup, trained),
         logits_segments=_logits_segments(shape, setup),
@@ -127,13 +130,13 @@ def _loss_bytes(
 
     Where the version of transformers is not known: the mean of the newest and of those that copy the logits.
     """
-    forms = forms_of(shape, setup, kernel)
+    head = forms_of(shape, setup.kind, kernel)[1]
     chunk = _chunk_bytes(shape, setup)
-    forward = max(largest(forms.loss_forward, *numbers), forms.around_chunk.at(*numbers) + chunk if chunk else 0)
-    highest = max(copies + forward, largest(forms.loss_backward, *numbers))
+    forward = max(largest(head.forward, *numbers), head.around_chunk.at(*numbers) + chunk if chunk else 0)
+    highest = max(copies + forward, largest(head.backward, *numbers))
     if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
         return forward, highest
-    other = _loss_bytes(shape, replace(setup, transformers=COPIES_LOGITS), kernel, numbers, copies)
+    other = _loss_bytes(shape, setup.varied(transformers=COPIES_LOGITS), kernel, numbers, copies)
     return (forward + other[0]) / 2, (highest + other[1]) / 2
 
 

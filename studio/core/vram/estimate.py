@@ -1,6 +1,6 @@
 """The estimate: bytes by component and by stage, a range, and whether it fits a budget."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from studio.core.gpu_catalogue import Gpu
@@ -171,7 +171,7 @@ def _allocated_bounds(
     if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
         notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
     if shape.expert_parameters and setup.engine == "hf" and not setup.transformers:
-        older = estimate_vram(shape, replace(setup, transformers=COPIES_LOGITS), gpu)
+        older = estimate_vram(shape, setup.varied(transformers=COPIES_LOGITS), gpu)
         low, base = min(low, older.allocated.low), older.components.base
         notes.append("before transformers 5 experts were linear layers of their own and quantised: say --transformers")
     if shape.expert_parameters:
@@ -201,7 +201,7 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
         ((False, NEWEST), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
     )
     return tuple(
-        replace(setup, outputs_kept=kept, autocast=autocast, transformers=version)
+        setup.varied(outputs_kept=kept, autocast=autocast, transformers=version)
         for kept, version in holds
         for autocast in ((False, True) if setup.compute_itemsize == 2 else (setup.autocast,))
     )

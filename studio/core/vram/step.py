@@ -1,17 +1,18 @@
 """A training step as forms: worked out once for a model and a way to compute it, then only numbers are put in."""
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
-from studio.core.vram.form import NOTHING, Form, uncovered
-from studio.core.vram.head import LossForm, head_pass
+from studio.core.vram.form import NOTHING, Form, largest, total, uncovered
+from studio.core.vram.head import HeadMarks, LossForm, head_pass
 from studio.core.vram.modules import LayerForm, Run
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GroupForms:
     """One kind of layer.
 
@@ -28,52 +29,71 @@ class GroupForms:
     forward: tuple[Form, ...]
     backward: tuple[Form, ...]
 
-    @cached_property
-    def passing(self) -> tuple[Form, ...]:
-        """What a layer's forward allocates and frees again, beside what it keeps; grows with all that it depends on."""
-        return uncovered(mark.minus(self.kept).at_least_nothing() for mark in self.forward)
 
-
-@dataclass(frozen=True, slots=True)
-class StepForms:
-    """High-water marks of one micro-batch, beside the static part.
+class LayerBytes(NamedTuple):
+    """What layers hold for given numbers, in bytes.
 
     Attributes:
-        groups: The layers, kind by kind.
-        loss_forward: Marks around head and loss, forward.
-        loss_backward: The same, backward.
-        around_chunk: What stands around a chunk of the head.
-        spared: What the first layer keeps less than its like.
-        first_backward: High-water marks of the layer that goes backward last, beside nothing but itself: where its
-            input wants no gradient it saves and makes less.
+        kept: What all keep from their forward until their backward.
+        checkpoint: What one keeps.
+        forward: The most that any layer's forward needs beside what it and others keep.
+        blocks: What of it is allocated and freed again; grows with all that it depends on.
+        backward: The same for its backward, recomputation included.
+        first_backward: The same for the layer that goes backward last, beside nothing but itself.
     """
 
-    groups: tuple[GroupForms, ...]
-    loss_forward: tuple[Form, ...]
-    loss_backward: tuple[Form, ...]
-    around_chunk: Form
-    spared: Form
+    kept: float
+    checkpoint: float
+    forward: float
+    blocks: float
+    backward: float
+    first_backward: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayersForms:
+    """High-water marks of a micro-batch in its layers, beside the static part.
+
+    Attributes:
+        kept: What all layers keep from their forward until their backward.
+        checkpoint: What one keeps.
+        forward: Marks of any layer's forward, beside what it and others keep.
+        blocks: The part of them that never falls when a batch, a length or a rank grows.
+        backward: Marks of any layer's backward, beside what it and others keep.
+        first_backward: Marks of the layer that goes backward last, beside nothing but itself: where its input wants no
+            gradient it saves and makes less.
+    """
+
+    kept: Form
+    checkpoint: Form
+    forward: tuple[Form, ...]
+    blocks: tuple[Form, ...]
+    backward: tuple[Form, ...]
     first_backward: tuple[Form, ...]
+
+    @lru_cache(maxsize=64)  # noqa: B019  the forms themselves are cached too
+    def at(self, tokens: int, squares: int, rank: int) -> LayerBytes:
+        """Return the bytes for a micro-batch and a rank; loops that differ only in their loss ask for the same."""
+        marks = (self.forward, self.blocks, self.backward, self.first_backward)
+        highest = (largest(forms, tokens, squares, rank) for forms in marks)
+        return LayerBytes(self.kept.at(tokens, squares, rank), self.checkpoint.at(tokens, squares, rank), *highest)
 
 
 @lru_cache(maxsize=256)
-def step_forms(
-    shape: ModelShape, form: LayerForm, loss: LossForm, grad_checkpointing: bool, input_wants_gradient: bool
-) -> StepForms:
-    """Return the forms of a step; cached, since sliders of batch, length and rank do not change them.
+def layers_forms(
+    shape: ModelShape, form: LayerForm, grad_checkpointing: bool, input_wants_gradient: bool
+) -> LayersForms:
+    """Return the forms of a step's layers; cached, since sliders of batch, length and rank do not change them.
 
     Args:
         shape: The model.
         form: How a layer is computed.
-        loss: How the loss is made.
         grad_checkpointing: Whether layers are computed again in the backward.
         input_wants_gradient: Whether the embeddings' output asks for a gradient (stock peft makes it, under
             checkpointing), so that the first layer goes backward like the others.
     """
     work = _checkpointed if grad_checkpointing else _kept_whole
     groups = tuple(work(shape, form, index) for index in range(len(shape.groups)))
-    tape = Tape()
-    head = head_pass(Run(tape, shape, form), loss, _input(tape, shape, form))
     spared, first = NOTHING, groups[0].backward
     if grad_checkpointing and not input_wants_gradient:
         first = _recomputed(shape, form, 0, wants_gradient=False)
@@ -81,7 +101,29 @@ def step_forms(
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
         kept, _, first = _kept(shape, form, 0, wants_gradient=input_wants_gradient)
         spared = groups[0].kept.minus(kept)
-    return StepForms(groups, uncovered(head.forward), uncovered(head.backward), head.around_chunk, spared, first)
+    forward = uncovered(mark.minus(group.kept) for group in groups for mark in group.forward)
+    return LayersForms(
+        kept=total(group.kept.times(group.count) for group in groups).minus(spared),
+        checkpoint=groups[0].kept,
+        forward=forward,
+        blocks=uncovered(mark.at_least_nothing() for mark in forward),
+        backward=uncovered(mark.minus(group.kept) for group in groups for mark in group.backward),
+        first_backward=first,
+    )
+
+
+@lru_cache(maxsize=256)
+def head_forms(shape: ModelShape, form: LayerForm, loss: LossForm) -> HeadMarks:
+    """Return the marks around the final norm, the head and the loss that can be the highest.
+
+    Args:
+        shape: The model.
+        form: How its layers are computed.
+        loss: How the loss is made.
+    """
+    tape = Tape()
+    marks = head_pass(Run(tape, shape, form), loss, _input(tape, shape, form))
+    return replace(marks, forward=uncovered(marks.forward), backward=uncovered(marks.backward))
 
 
 def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bool = True) -> Tensor:
