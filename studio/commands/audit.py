@@ -54,6 +54,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="DIR",
         help="a merged model to measure as well; may be repeated",
     )
+    run.add_argument(
+        "--answers", metavar="N", help="held-out prompts that base, tuned and merged model answer (default: 0)"
+    )
+    run.add_argument("--answer-tokens", metavar="N", help="longest answer (default: from the held-out answers)")
+    run.add_argument(
+        "--check-regex",
+        metavar="PATTERN",
+        help="is found in a good answer; with a group: what it finds is that of the held-out answer",
+    )
     for kind in (base, run):
         kind.add_argument("--rows", metavar="N", help="most held-out rows")
         kind.add_argument("--seq", metavar="N", help="longest row, tokens")
@@ -115,6 +124,8 @@ def _run(args: argparse.Namespace) -> AuditRequest:
         changes |= {"model": args.base, "revision": ""}
     if args.data:
         changes |= {"data": data_path(args.data), "format": "auto"}
+    asked = {"answers": args.answers, "answer_tokens": args.answer_tokens, "check_regex": args.check_regex}
+    changes |= {name: str(value) for name, value in asked.items() if value is not None}
     changes["merged"] = "\n".join(str(Path(word).expanduser().absolute()) for word in args.merged)
     return audit_of_run(run_of(args), **changes)
 

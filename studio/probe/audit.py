@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from studio.core.answers import checks_for
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe, choices_of
 from studio.core.text import plain
@@ -20,6 +21,7 @@ from studio.runs.layout import RunPaths
 
 _MOST_REPORT_BYTES = 50 * 2**20
 _DEFAULT_ROWS = 100
+_COUNTS = ("answers", "answer_tokens", "lm_eval_limit")
 
 
 def start_audit(
@@ -93,11 +95,13 @@ def check_audit(request: AuditRequest) -> None:
     """
     if request.what not in WHAT:
         raise BadInput(f"audit {plain(request.what, one_line=True, limit=40)}? Wanted one of {', '.join(WHAT)}.")
-    for name, least in (("rows", 2), ("seq_len", 2), ("seed", 0)):
+    checks_for([], request.check_regex)
+    for name, least in (("rows", 2), ("seq_len", 2), ("seed", 0), *((name, 0) for name in _COUNTS)):
         text = getattr(request, name)
         if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= 10**9:
             found = plain(text, one_line=True, limit=40) or "nothing"
-            raise BadInput(f"{name.replace('_len', '')}: found {found}; wanted a whole number, {least} or more.")
+            shown = name.removesuffix("_len").replace("_", "-")
+            raise BadInput(f"{shown}: found {found}; wanted a whole number, {least} or more.")
     if any(not part.strip().isdigit() for part in request.kept.split(",") if part.strip()):
         raise BadInput(f"keep: found {plain(request.kept, one_line=True, limit=40)}; wanted numbers such as 1,2,4.")
     if request.format not in choices_of("data.format"):

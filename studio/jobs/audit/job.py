@@ -2,10 +2,13 @@
 
 import importlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from studio.core.errors import BadInput
-from studio.core.events import Finished, Started
+from studio.core.errors import BadInput, StudioError
+from studio.core.events import Finished, Started, Warned
+from studio.jobs.audit.kept import KeptPart
 from studio.jobs.audit.report import write_report
 from studio.jobs.audit.stopped import Stopped
 from studio.runs.audit_request import WHAT, AuditRequest
@@ -16,6 +19,7 @@ _AUDITS = {
     "run": ("studio.jobs.audit.run_audit", "audit_adapter"),
     "race": ("studio.jobs.audit.race", "audit_race"),
 }
+_BEYOND = {"answers": ("studio.jobs.audit.answers", "audit_answers")}
 
 
 def audit_run(worker: Worker, request: AuditRequest) -> None:
@@ -30,10 +34,41 @@ def audit_run(worker: Worker, request: AuditRequest) -> None:
         raise BadInput(f"an audit of the kind {request.what!r} is not known here; wanted one of {', '.join(WHAT)}.")
     module, name = _AUDITS[request.what]
     try:
-        report = getattr(importlib.import_module(module), name)(worker, request)
+        report = _measured(worker, request, getattr(importlib.import_module(module), name))
+        report |= _beyond_loss(worker, request)
     except Stopped:
         worker.emit(Finished, outcome="stopped")
         return
     write_report(worker, report)
     shutil.rmtree(Path(worker.paths.root) / "audit", ignore_errors=True)
     worker.emit(Finished, outcome="done", result={"report": worker.paths.report.name, "what": request.what})
+
+
+def _measured(worker: Worker, request: AuditRequest, audit: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Return the report on losses; where more follows it is kept meanwhile, since that may be stopped."""
+    if not _wanted(request):
+        return audit(worker, request)
+    kept = KeptPart(worker, request, "measured")
+    report: dict[str, Any] = kept.load() or audit(worker, request)
+    kept.keep(report)
+    return report
+
+
+def _beyond_loss(worker: Worker, request: AuditRequest) -> dict[str, Any]:
+    """Return what is measured of a run besides losses; what cannot be is said and costs nothing else."""
+    more: dict[str, Any] = {}
+    for part, module, name in _wanted(request):
+        try:
+            more[part] = getattr(importlib.import_module(module), name)(worker, request)
+        except Stopped:
+            raise
+        except StudioError as error:
+            more[part] = {"why_not": str(error)}
+            worker.emit(Warned, topic="audit", message=f"{part.replace('_', '-')} left out: {error}")
+    return more
+
+
+def _wanted(request: AuditRequest) -> list[tuple[str, str, str]]:
+    """Return part, module and function of what is asked for besides losses."""
+    asked = {"answers": int(request.answers)} if request.what == "run" else {}
+    return [(part, *_BEYOND[part]) for part, wanted in asked.items() if wanted]

@@ -1,0 +1,165 @@
+"""The forms of a trained model that answer prompts, each a real model as its user would load it, one at a time."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Method, Recipe
+from studio.core.text import plain
+from studio.jobs.audit.adapter_variants import AdapterForms
+from studio.jobs.audit.device import device_of
+from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_base
+from studio.jobs.base.weights.skeleton import build_skeleton
+from studio.probe.adapter_folder import AdapterFound
+from studio.probe.models import BaseFound, find_base
+
+BASE, TUNED, MERGED = "base", "tuned, 16-bit", "merged, 16-bit"
+_WORK_BYTES = 5e8
+"""Libraries, keys and values, activations of one answer; as the chat has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form that answers.
+
+    Attributes:
+        name: Short.
+        title: What it is.
+        open: Loads it.
+        needed_bytes: Memory that it takes; an estimate from its sizes.
+    """
+
+    name: str
+    title: str
+    open: Callable[[], Any]
+    needed_bytes: float
+
+
+class AnswerModels:
+    """Loads the forms of one adapter.
+
+    Attributes:
+        dtype: Of the arithmetic, and of weights that are not in 4 bits.
+        rounded: Name of the form whose base is in 4 bits.
+        trained: Name of the form that is base and adapter as they were trained.
+    """
+
+    def __init__(
+        self, base: BaseFound, adapter: AdapterFound, recipe: Recipe, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Look at sizes; nothing is loaded yet.
+
+        Args:
+            base: In 16 bit.
+            adapter: Was trained on it.
+            recipe: Of the training.
+            dtype: Of the arithmetic; None for fp32 where a whole model fits in it, on a card its 16-bit format.
+
+        Raises:
+            BadInput: The adapter does not fit the base.
+        """
+        self._base, self._adapter, self._recipe = base, adapter, recipe
+        self._quant: FourBit = four_bit_of(recipe.model)
+        self._folder = base_folder(base)
+        skeleton = build_skeleton(self._folder, adapter)
+        weights = FolderWeights(self._folder, skeleton.vocabulary)
+        self._vocabulary = skeleton.vocabulary
+        self._forms = AdapterForms(weights, skeleton, self._quant, kept=self._quant.skip)
+        self._whole = sum(parameter.numel() for parameter in weights.clean.parameters())
+        self.device = device_of()
+        self.dtype = dtype or _dtype(self.device, self._whole)
+        self.rounded = f"tuned, {self._forms.form.name}"
+        self.trained = self.rounded if recipe.method == "qlora" else TUNED
+
+    def forms(self, merged: str) -> list[Form]:
+        """Return the forms: base, adapter on both bases, merged, and merged folders that the user names.
+
+        Args:
+            merged: Absolute paths of such folders, a line each.
+
+        Raises:
+            BadInput: One of them is no model.
+        """
+        whole, form = self._whole * self.dtype.itemsize, self._forms.form
+        rounded = self._forms.rounded_weights
+        small = rounded * form.bits / 8 + (self._whole - rounded) * self.dtype.itemsize
+        made = [
+            Form(BASE, "the 16-bit base without the adapter", lambda: self._load("lora"), whole),
+            Form(TUNED, "adapter on the 16-bit base", lambda: self._tuned("lora"), whole),
+            Form(self.rounded, f"adapter on the {form.name} base", lambda: self._tuned("qlora"), small),
+            Form(MERGED, "merged into the 16-bit base", self._merged, whole),
+        ]
+        for folder in map(Path, filter(None, merged.split("\n"))):
+            found = find_base(str(folder))
+            name = plain(folder.name, one_line=True, limit=40)
+            title = f"the model in {plain(str(folder), one_line=True)}"
+            made.append(Form(f"given: {name}", title, lambda found=found: self._load("lora", found), whole))  # type: ignore[misc]
+        return made
+
+    def why_not(self, form: Form) -> str:
+        """Return why a form cannot be loaded here, nothing where it can."""
+        needed, free = form.needed_bytes + _WORK_BYTES, _free_bytes(self.device)
+        if needed <= free:
+            return ""
+        return f"needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+
+    def release(self) -> None:
+        """Free what a form took that nobody holds any more."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self, method: Method, base: BaseFound | None = None) -> Any:
+        section = self._recipe.model
+        return load_base(
+            base or self._base,
+            method=method,
+            dtype=self.dtype,
+            quant=self._quant,
+            attention="sdpa",
+            device=self.device,
+            trust_remote_code=section.trust_remote_code,
+        )
+
+    def _tuned(self, method: Method) -> Any:
+        base = self._load(method)
+        if self._vocabulary is not None:
+            base.resize_token_embeddings(self._vocabulary)
+        try:
+            return PeftModel.from_pretrained(base, str(self._adapter.folder))
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            said = plain(str(error), one_line=True, limit=300)
+            raise BadInput(f"the adapter does not fit the base: {said}") from error
+
+    @torch.no_grad()
+    def _merged(self) -> Any:
+        """Return the base with what a merge would write in place of what the adapter changes."""
+        model = self._load("lora")
+        if self._vocabulary is not None:
+            model.resize_token_embeddings(self._vocabulary)
+        written = self._forms.merged(self._forms.stored, cast=True)
+        for name, parameter in model.named_parameters():
+            if name in self._forms.touched:
+                parameter.copy_(written(name))
+        return model
+
+
+def _dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """Return fp32, the audit's arithmetic, where a whole model fits in it; on a card its 16-bit format."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if parameters * 4 + _WORK_BYTES < _free_bytes(device) else torch.bfloat16
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
