@@ -19,6 +19,7 @@ from studio.core.vram.stock import stock_setup
 
 DATA = Path(__file__).parents[1] / "data"
 GIB = 2**30
+FUSED = "fused LoRA, norm and loss kernels"
 PEFT_LONGEST_BATCH = 757
 """Tokens of the longest batch of the peft rows, inferred from their LoRA-FA run (LoRA minus LoRA-FA, per token)."""
 
@@ -71,7 +72,8 @@ def compared() -> tuple[Compared, ...]:
 def stock_default(row: dict[str, Any]) -> Setup:
     """Return what somebody gets who knows of a row only its flags: `plan --engine hf` and its defaults."""
     kbit = row["method"] == "qlora" and bool(row.get("kbit_prepare"))
-    return stock_setup(replace(_setup(row), dropout=0.0), kbit_prepare=kbit, gpu=card(row))
+    said = replace(_setup(row), dropout=0.0, attention=row["attention"])
+    return stock_setup(said, kbit_prepare=kbit, gpu=card(row))
 
 
 def _compare(row: dict[str, Any]) -> Compared:
@@ -111,7 +113,8 @@ def _setup(row: dict[str, Any]) -> Setup:
         seq_len=PEFT_LONGEST_BATCH if padded else row["seq_len"],
         optimizer=_optimizer(row["optimizer"]),
         grad_checkpointing=row["grad_checkpointing"],
-        attention=row["attention"],
+        # What the source calls sdpa ran on the flash-attn package, for which no mask is built.
+        attention="flash_attention_2" if row["kernel"] == "flash_attention_2" else row["attention"],
         loss="chunked" if chunked else "full",
         dtype=row["dtype"],
         double_quant=bool(row["double_quant"]),
@@ -119,6 +122,7 @@ def _setup(row: dict[str, Any]) -> Setup:
         autocast="autocast" in str(row.get("amp", "")) and not str(row.get("amp")).startswith("none"),
         outputs_kept=row["id"].startswith("fitcheck"),  # a plain loop holds `outputs` through the backward
         transformers=row.get("transformers") or "",
+        fused_kernels="foak" if "foak" in row.get("framework_config", "") else "none",
     )
 
 
@@ -159,7 +163,7 @@ def _unlike(row: dict[str, Any]) -> str:
     ):
         return "TRL of that time cast embedding and head back to bf16 after peft's upcast"
     if "foak" in row.get("framework_config", ""):
-        return "fused LoRA, norm and loss kernels"
+        return FUSED
     if "lora-fa" in row["optimizer"] or row.get("variant") not in (None, ["rslora"], ["dora"]):
         return "another adapter"
     return ""

@@ -7,13 +7,22 @@ from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
 from studio.core.trainable import target_names
 from studio.core.vram.form import largest
+from studio.core.vram.fused import check_kernels
 from studio.core.vram.head import HeadMarks, LossForm
 from studio.core.vram.modules import AdapterForm, Kernel, LayerForm
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import TrainedBytes
 from studio.core.vram.step import LayersForms, head_forms, layers_forms
-from studio.core.vram.stock import COPIES_LOGITS, NEWEST, SHIFT_COPIED_BELOW, UPCAST_BELOW, version_of
+from studio.core.vram.stock import (
+    NEWEST,
+    REENTRANT_BELOW,
+    SHIFT_COPIED_BELOW,
+    UPCAST_BELOW,
+    copying_logits,
+    repeats_heads,
+    version_of,
+)
 
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
 """Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
@@ -39,15 +48,27 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersFor
         casts_inputs=not (ours and setup.autocast),
     )
     quantised = setup.quant_type if setup.quantised else ""
-    fused_upcast, cpu = setup.dtype == "fp16", setup.device == "cpu"
-    form = LayerForm(arithmetic, adapter, quantised, kernel, setup.micro_batch > 1, fused_upcast, cpu)
+    check_kernels(shape, setup.fused_kernels)
+    form = LayerForm(
+        arithmetic,
+        adapter,
+        quantised,
+        kernel,
+        setup.micro_batch > 1,
+        fused_upcast=setup.dtype == "fp16",
+        cpu=setup.device == "cpu",
+        fused_kernels=setup.fused_kernels,
+        reentrant=not ours and version_of(setup.transformers or NEWEST) < REENTRANT_BELOW,
+        repeats_heads=not ours and repeats_heads(shape, setup),
+    )
     input_wants = (not ours and setup.grad_checkpointing) or setup.adapted.trains_embedding
     layers = layers_forms(shape, form, setup.grad_checkpointing, input_wants)
     return layers, head_forms(shape, form, loss_form(setup))
 
 
+@lru_cache(maxsize=256)
 def loss_form(setup: Setup) -> LossForm:
-    """Return how a set-up makes its loss; a version of transformers that is not said counts as the newest."""
+    """Return how a kind of set-up makes its loss; a version of transformers that is not said counts as the newest."""
     if setup.loss != "full":
         return LossForm("chunked")
     if setup.engine == "studio":
@@ -57,7 +78,8 @@ def loss_form(setup: Setup) -> LossForm:
         "model",
         setup.outputs_kept,
         upcast_outputs=version < UPCAST_BELOW,
-        shift_copied=version < SHIFT_COPIED_BELOW and setup.micro_batch > 1,
+        shift_copied=(version < SHIFT_COPIED_BELOW or setup.fused_kernels == "foak") and setup.micro_batch > 1,
+        overwrites=setup.fused_kernels == "foak",
     )
 
 
@@ -136,7 +158,7 @@ def _loss_bytes(
     highest = max(copies + forward, largest(head.backward, *numbers))
     if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
         return forward, highest
-    other = _loss_bytes(shape, setup.varied(transformers=COPIES_LOGITS), kernel, numbers, copies)
+    other = _loss_bytes(shape, setup.of_kind(copying_logits(setup.kind)), kernel, numbers, copies)
     return (forward + other[0]) / 2, (highest + other[1]) / 2
 
 
@@ -146,7 +168,7 @@ def _logits_segments(shape: ModelShape, setup: Setup) -> float:
     The 16-bit logits' block is too small for anything fp32 that follows: their copy, log-softmax, its gradient. Where
     the last token is dropped by a copy, its blocks are too small for the gradient of the whole, which takes a new one.
     """
-    form = loss_form(setup)
+    form = loss_form(setup.kind)
     if form.kind == "chunked":
         return 0
     narrow = setup.compute_itemsize if setup.autocast else setup.residual_itemsize
@@ -159,7 +181,7 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
     """Return what all layers share: ids, labels and mask (int64), cos and sin, and an S x S mask where one is made."""
     inputs = 3 * 8 * setup.tokens
     rotary = 2 * setup.seq_len * shape.head_dim * setup.residual_itemsize
-    masks = int(kernel == "eager" or _windowed(shape, setup))
+    masks = int(kernel == "eager" or (_windowed(shape, setup) and setup.attention != "flash_attention_2"))
     if shape.attention_softcap and any(group.layer.window for group in shape.groups):
         masks = 2  # one for layers that see all, one for those with a window, both made before the first layer
     return inputs + rotary + masks * setup.squares * setup.residual_itemsize
@@ -172,7 +194,8 @@ def _windowed(shape: ModelShape, setup: Setup) -> bool:
 
 def _autocast_copies(setup: Setup, parameters: int) -> int:
     """Return 16-bit adapter copies that autocast caches until the forward ends; a kept graph holds them anyway."""
-    if not setup.autocast or setup.compute_itemsize == 4 or not setup.grad_checkpointing:
+    cast_within = setup.fused_kernels == "foak" and setup.quantised  # its adapters never come to autocast's cache
+    if not setup.autocast or setup.compute_itemsize == 4 or not setup.grad_checkpointing or cast_within:
         return 0
     return setup.compute_itemsize * parameters
 
@@ -182,7 +205,7 @@ def _held_logits(shape: ModelShape, setup: Setup) -> int:
     if not setup.outputs_kept or setup.loss != "full":
         return 0
     itemsize = setup.compute_itemsize if setup.autocast else setup.residual_itemsize
-    if loss_form(setup).upcast_outputs:
+    if loss_form(setup.kind).upcast_outputs:
         itemsize = 4
     return setup.tokens * shape.vocabulary * itemsize
 
@@ -210,4 +233,6 @@ def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
         return chunk * max(inner * shape.vocabulary, narrow * shape.vocabulary + compute * shape.hidden)
     # liger_kernel/ops/fused_linear_cross_entropy.py: gradients overwrite the chunk's logits.
     share = -(-setup.tokens // -(-shape.vocabulary // shape.hidden))
-    return (1 << max(0, share - 1).bit_length()) * shape.vocabulary * setup.compute_itemsize
+    # foak has an early copy of it, which makes the chunk's logits fp32 first.
+    per_logit = setup.compute_itemsize + (4 if setup.fused_kernels == "foak" else 0)
+    return (1 << max(0, share - 1).bit_length()) * shape.vocabulary * per_logit

@@ -5,6 +5,7 @@ Sources: transformers/integrations/sdpa_attention.py and modeling_llama.py (`eag
 """
 
 from studio.core.shape import Layer
+from studio.core.vram import fused
 from studio.core.vram import operators as op
 from studio.core.vram.form import Form
 from studio.core.vram.modules import Run, linear, rms_norm
@@ -16,25 +17,36 @@ def attention(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]
     query, key, value = _projections(run, layer, x)
     if layer.query_key_norm:
         per_head, wide = layer.query_key_norm == "head", layer.norm == "rms_wide"
-        query = rms_norm(query, run.shape.heads if per_head else 1, weight_in_fp32=wide)
-        key = rms_norm(key, run.shape.kv_heads if per_head else 1, weight_in_fp32=wide)
+        groups = (run.shape.heads, run.shape.kv_heads) if per_head else (1, 1)
+        if run.form.fused_kernels == "none":
+            query, key = (rms_norm(t, n, weight_in_fp32=wide) for t, n in zip((query, key), groups, strict=True))
+        else:
+            query, key = (
+                fused.rms_norm(t, n, over_gradient=not wide) for t, n in zip((query, key), groups, strict=True)
+            )
     # Both unrotated tensors live until both are rotated: they are apply_rotary_pos_emb's own arguments.
     itemsize = query.itemsize
     if layer.rotary_wide:
         query, key = op.cast(query, 4), op.cast(key, 4)
-    turned = _rotate(query, layer)
-    query, key = turned, _rotate(key, layer)
+    turned = _rotate(run, query, layer)
+    query, key = turned, _rotate(run, key, layer)
     del turned
     query, key = op.cast(query, itemsize), op.cast(key, itemsize)
     out, weights = _attend(run, query, key, value)
     if layer.rotary_joined and run.form.kernel in ("flash", "cpu"):
         # These kernels lay their output out as the queries are; head by head, it must be copied token by token.
         out = op.clone(out)
+    if fused.fuses_adapters(run, (layer.out,)):
+        (out,) = fused.adapted_linears(run, (layer.out,), out)
+        return out, weights
     out = linear(run, layer.out, out)
     return out, weights
 
 
 def _projections(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if len(layer.qkv) == 3 and fused.fuses_adapters(run, layer.qkv):
+        query, key, value = fused.adapted_linears(run, layer.qkv, x)
+        return query, key, value
     if len(layer.qkv) == 3:
         query, key, value = (linear(run, projection, x) for projection in layer.qkv)
         return query, key, value
@@ -48,9 +60,11 @@ def _projections(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Ten
     return query, key, value
 
 
-def _rotate(x: Tensor, layer: Layer) -> Tensor:
+def _rotate(run: Run, x: Tensor, layer: Layer) -> Tensor:
     if layer.rotary == 0:
         return x
+    if run.form.fused_kernels != "none" and layer.rotary == 1 and not layer.rotary_wide:
+        return fused.rotate(x)
     if not layer.rotary_joined:
         return _rotate_whole(x)
     turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
@@ -73,7 +87,7 @@ def _attend(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
         return _eager(run, query, key, value)
     if run.form.arithmetic.autocast:
         query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
-    if run.form.kernel == "efficient":
+    if run.form.kernel == "efficient" or run.form.repeats_heads:
         key, value = _widened(run, key), _widened(run, value)
     kernel = run.form.kernel
     out = op.fused_attention(query, key, value, run.shape.heads, flash=kernel == "flash", workspaces=kernel != "cpu")

@@ -2,6 +2,7 @@
 
 from studio.core.shape import Experts, Layer
 from studio.core.trainable import EXPERTS
+from studio.core.vram import fused
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
 from studio.core.vram.form import Form
@@ -56,6 +57,8 @@ def norm(run: Run, layer: Layer, x: Tensor) -> Tensor:
         return layer_norm(run, x, wide=layer.norm == "layer_wide")
     if layer.norm == "centred":
         return centred_norm(x)
+    if run.form.fused_kernels != "none":
+        return fused.rms_norm(x, 1, over_gradient=layer.wiring not in ("post", "sandwich"))
     return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
 
 
@@ -73,9 +76,16 @@ def _dense(run: Run, layer: Layer, x: Tensor) -> Tensor:
         return linear(run, layer.mlp[1], inner)
     if len(layer.mlp) == 3:
         gate, up, down = layer.mlp
+        if fused.fuses_adapters(run, layer.mlp):
+            return fused.adapted_mlp(run, layer.mlp, x)
+        if run.form.fused_kernels == "liger":
+            return linear(run, down, fused.gated_product(linear(run, gate, x), linear(run, up, x)))
         return linear(run, down, op.multiply(activation(run, layer, linear(run, gate, x)), linear(run, up, x)))
     up_states = linear(run, layer.mlp[0], x)
     gate_states, up_states = op.split_last(up_states, (0.5, 0.5))
+    if run.form.fused_kernels == "liger":
+        # The kernel wants both halves in a row each.
+        return linear(run, layer.mlp[1], fused.gated_product(op.clone(gate_states), op.clone(up_states)))
     up_states = op.multiply(up_states, activation(run, layer, gate_states))
     return linear(run, layer.mlp[1], up_states)
 

@@ -27,12 +27,14 @@ class LossForm:
         upcast_outputs: Whether those logits are fp32 already (transformers up to 4.45: `logits = logits.float()`).
         shift_copied: Whether the fp32 logits are copied to drop the last token of several rows (transformers up to
             4.48: `logits[..., :-1, :].contiguous()`; later the labels are shifted instead).
+        overwrites: Whether one kernel makes the loss of the fp32 logits and writes their gradient over them.
     """
 
     kind: LossKind
     outputs_kept: bool = False
     upcast_outputs: bool = False
     shift_copied: bool = False
+    overwrites: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
         logits, kept = _logits(run, hidden)
         if loss.upcast_outputs:
             logits = op.cast(logits, 4)
-        value = _whole_loss(logits, drops_logits=loss.kind == "whole", shift_copied=loss.shift_copied)
+        value = _whole_loss(logits, loss)
         outputs = logits if loss.outputs_kept else None
         del logits
     del hidden
@@ -92,12 +94,14 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     return logits, kept
 
 
-def _whole_loss(logits: Tensor, *, drops_logits: bool, shift_copied: bool) -> Tensor:
+def _whole_loss(logits: Tensor, loss: LossForm) -> Tensor:
     """Return the cross-entropy of fp32 logits: log-softmax saves its result, and so does the loss that reads it."""
     wide = op.cast(logits, 4)
-    if drops_logits:
+    if loss.kind == "whole":
         del logits
-    shifted = op.clone(op.slice_last(wide, 1.0)) if shift_copied else wide
+    shifted = op.clone(op.slice_last(wide, 1.0)) if loss.shift_copied else wide
+    if loss.overwrites:
+        return Tensor(wide.tape, NOTHING, 4, op.node_of(wide.tape, (shifted,), (0,), (shifted,)))
     log_probabilities = op.activate_saving_result(shifted)
     return Tensor(
         wide.tape,

@@ -14,6 +14,7 @@ from studio.core.vram.operators import Arithmetic
 from studio.core.vram.tape import Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "eager", "cpu"]
+FusedKernels = Literal["none", "liger", "foak"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,9 @@ class LayerForm:
         fused_upcast: Whether softmax reads fp16 and writes fp32 in one kernel; in bf16 it makes an fp32 copy first
             (aten/src/ATen/native/SoftMax.cpp: only for Half).
         cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
+        fused_kernels: Which fused kernels stand in for the model's own operators (studio.core.vram.fused).
+        reentrant: Whether checkpoints are torch's older kind, a backward inside the backward.
+        repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
     """
 
     arithmetic: Arithmetic
@@ -55,6 +59,9 @@ class LayerForm:
     batched: bool
     fused_upcast: bool = False
     cpu: bool = False
+    fused_kernels: FusedKernels = "none"
+    reentrant: bool = False
+    repeats_heads: bool = False
 
 
 @dataclass(slots=True)

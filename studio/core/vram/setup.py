@@ -8,6 +8,7 @@ from typing import Any, Literal
 from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.recipe import ALL_LINEAR, Attention, Loss, Method, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
+from studio.core.vram.modules import FusedKernels
 
 Engine = Literal["studio", "hf"]
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -31,6 +32,7 @@ class Setup:
         accumulation: Micro-batches per optimizer step; above 1 gradients are alive while the next one runs.
         optimizer: Which AdamW.
         grad_checkpointing: Whether layers are computed again in the backward.
+        attention: Fused kernels or S x S matrices.
         loss: Whole logits, or a head taken in chunks (by this program's loop or by liger's kernel).
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
         modules_to_save: Modules trained whole, beside the adapter (peft's `modules_to_save`).
@@ -44,6 +46,7 @@ class Setup:
         outputs_kept: Whether the loop holds the model's outputs, logits among them, during the backward (`hf`).
         transformers: Version of transformers whose loss runs (`hf`), such as `4.48.1`; empty where it is not known.
         gpus: Data-parallel replicas; each holds everything.
+        fused_kernels: Fused kernels in place of the model's own operators (`hf`).
     """
 
     engine: Engine = "studio"
@@ -73,6 +76,7 @@ class Setup:
     outputs_kept: bool = False
     transformers: str = ""
     gpus: int = 1
+    fused_kernels: FusedKernels = "none"
 
     def __hash__(self) -> int:
         return self._hash
@@ -89,11 +93,11 @@ class Setup:
         """
         return _kind(_choices_of(self), self.micro_batch > 1)
 
-    def varied(self, **values: Any) -> "Setup":
-        """Return the set-up with other values: `dataclasses.replace` in a fifth of the time."""
+    def of_kind(self, kind: "Setup") -> "Setup":
+        """Return the set-up of another kind with this one's numbers, in a fifth of the time of `replace`."""
         twin = object.__new__(Setup)
-        twin.__dict__.update(zip(_NAMES, _values_of(self), strict=True))
-        twin.__dict__.update(values)
+        twin.__dict__.update(zip(_CHOICES, _choices_of(kind), strict=True), kind=kind)
+        twin.__dict__.update(zip(_NUMBERS, _numbers_of(self), strict=True))
         return twin
 
     @cached_property
@@ -130,7 +134,7 @@ class Setup:
 _NUMBERS = ("rank", "micro_batch", "seq_len", "accumulation", "rank_pattern")
 _NAMES = tuple(field.name for field in fields(Setup))
 _CHOICES = tuple(name for name in _NAMES if name not in _NUMBERS)
-_values_of, _choices_of = attrgetter(*_NAMES), attrgetter(*_CHOICES)
+_values_of, _choices_of, _numbers_of = attrgetter(*_NAMES), attrgetter(*_CHOICES), attrgetter(*_NUMBERS)
 
 
 @lru_cache(maxsize=512)

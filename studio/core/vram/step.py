@@ -146,13 +146,18 @@ def _recomputed(shape: ModelShape, form: LayerForm, index: int, *, wants_gradien
     x = _input(tape, shape, form, wants_gradient=wants_gradient)
     gradient = [Tensor(tape, x.elements, x.itemsize)]
     out = decoder_layer(run, shape.groups[index].layer, x)
-    # torch.utils.checkpoint stops a recomputation as soon as everything is saved again (early_stop).
-    recomputing = tape.marks[: tape.marks_at_last_saving]
+    # torch.utils.checkpoint stops a recomputation as soon as everything is saved again (early_stop). Its older kind
+    # computes again before anything else, whole, and holds output and gradient until the layer has gone backward.
+    recomputing = tape.marks[: None if form.reentrant else tape.marks_at_last_saving]
     tape.marks.clear()
     node, out.node = out.node, None
+    held = [out, *gradient] if form.reentrant else []
     del out
     assert node is not None  # noqa: S101  the input wants a gradient
     in_flight = run_backward(tape, node, gradient)
+    if held:
+        in_flight = NOTHING
+    del held
     return uncovered([*(mark.plus(in_flight) for mark in recomputing), *tape.marks])
 
 

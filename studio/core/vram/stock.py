@@ -10,11 +10,18 @@ from studio.core.shape import ModelShape, with_separate_experts
 from studio.core.text import plain
 from studio.core.vram.setup import Setup
 
-UPCAST_BELOW, SHIFT_COPIED_BELOW, FUSED_EXPERTS_FROM = (4, 46), (4, 49), (5, 0)
+UPCAST_BELOW, SHIFT_COPIED_BELOW, FUSED_EXPERTS_FROM, REENTRANT_BELOW = (4, 46), (4, 49), (5, 0), (5, 0)
 """Versions of transformers. Below the first the model itself casts its logits to fp32; below the second the loss copies
-them to drop the last token; from the last on, the experts of a layer are one tensor, before that modules of their own
-(read in the sources of 4.43.3, 4.45.2, 4.48.1, 4.49.0, 4.50.3 and 5.24: loss/loss_utils.py, modeling_mistral.py,
-modeling_mixtral.py)."""
+them to drop the last token; from the third on, the experts of a layer are one tensor, before that modules of their own;
+below the last checkpoints are of torch's older kind (`use_reentrant=True`) where nothing else is asked for (read in the
+sources of 4.43.3, 4.45.2, 4.48.1, 4.49.0, 4.50.3 and 5.24: loss/loss_utils.py, modeling_mistral.py, modeling_mixtral.py
+and modeling_utils.py gradient_checkpointing_enable; transformers pull request 43203)."""
+
+REPEATS_BELOW = {"sdpa": (4, 54), "flash_attention_2": (4, 48)}
+_REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2"})
+"""Below these versions keys and values were repeated for every query head before a kernel that needs no such thing:
+sdpa's always (transformers pull request 39412), the flash-attn package's in these families (modeling_mistral.py of
+4.45.2, MistralFlashAttention2)."""
 
 COPIES_LOGITS, NEWEST = "4.48", "5.24"
 """Where the version is not said, the loss is taken to be of one of these."""
@@ -62,11 +69,25 @@ def stock_setup(
     )
 
 
+@lru_cache(maxsize=256)
+def copying_logits(setup: Setup) -> Setup:
+    """Return the same kind of loop in a version of transformers that copies the logits."""
+    return replace(setup, transformers=COPIES_LOGITS).kind
+
+
 def built(shape: ModelShape, setup: Setup) -> ModelShape:
     """Return the shape as the set-up's version of transformers builds it."""
     if setup.transformers and version_of(setup.transformers) < FUSED_EXPERTS_FROM:
         return with_separate_experts(shape)
     return shape
+
+
+def repeats_heads(shape: ModelShape, setup: Setup) -> bool:
+    """Whether a version of transformers repeats keys and values for every query head; none that is not said does."""
+    below = REPEATS_BELOW.get(setup.attention)
+    if not setup.transformers or below is None or version_of(setup.transformers) >= below:
+        return False
+    return setup.attention == "sdpa" or shape.family in _REPEATING
 
 
 @lru_cache(maxsize=64)
