@@ -108,7 +108,7 @@ def left_out() -> None:
     def error(item: Compared, measured: float, fragmentation: float) -> float:
         shape, gpu = built(shapes()[item.row["model"]], item.setup), card(item.row)
         stages = stages_of(shape, item.setup, attention_kernel(shape, item.setup, gpu))
-        unused = unused_in_segments(shape, frozen_form(item.setup))
+        unused = unused_in_segments(shape, frozen_form(item.setup.kind))
         found = reserved_range(stages, stages.peak, stages.peak, unused, fragmentation=fragmentation)
         return found.expected / measured - 1
 

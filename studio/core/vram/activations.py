@@ -1,7 +1,7 @@
 """What a micro-batch holds beside weights and states, in bytes: kept activations, a layer at work, head and loss."""
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
@@ -83,8 +83,7 @@ def loss_form(setup: Setup) -> LossForm:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Activations:
+class Activations(NamedTuple):
     """Bytes beside weights and states.
 
     Attributes:

@@ -1,6 +1,7 @@
 """The estimate: bytes by component and by stage, a range, and whether it fits a budget."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from studio.core.gpu_catalogue import Gpu
@@ -100,7 +101,7 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         return _on_cpu(shape, setup, kernel)
     stages = stages_of(shape, setup, kernel, workspace=workspace)
     low, high, notes = _allocated_bounds(shape, setup, gpu, stages, workspace)
-    unused = unused_in_segments(shape, frozen_form(setup))
+    unused = unused_in_segments(shape, frozen_form(setup.kind))
     measured = gpu.context_bytes if gpu else 0
     context, most_context = (measured, 2 * measured) if measured else (CONTEXT_BYTES, MOST_CONTEXT_BYTES)
     reserved = reserved_range(stages, low, high, unused)
@@ -162,7 +163,8 @@ def _allocated_bounds(
     """Return lowest and highest peak of live tensors, and why they differ."""
     notes = list(shape.doubts)
     low = high = float(stages.peak)
-    for other in _variants(setup):
+    for kind in _variants(setup.kind):
+        other = setup.of_kind(kind)
         peak = stages_of(shape, other, attention_kernel(shape, other, gpu), workspace=workspace).peak
         low, high = min(low, peak), max(high, peak)
     base = stages.base
@@ -171,7 +173,7 @@ def _allocated_bounds(
     if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
         notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
     if shape.expert_parameters and setup.engine == "hf" and not setup.transformers:
-        older = estimate_vram(shape, setup.varied(transformers=COPIES_LOGITS), gpu)
+        older = estimate_vram(shape, replace(setup, transformers=COPIES_LOGITS), gpu)
         low, base = min(low, older.allocated.low), older.components.base
         notes.append("before transformers 5 experts were linear layers of their own and quantised: say --transformers")
     if shape.expert_parameters:
@@ -191,8 +193,12 @@ def _allocated_bounds(
     return int(max(low, base)), int(high), tuple(notes)
 
 
+@lru_cache(maxsize=256)
 def _variants(setup: Setup) -> tuple[Setup, ...]:
-    """Stock loops differ in version, autocast and whether they hold the outputs; ours does not differ from itself."""
+    """Return the kinds of loop that a set-up may mean.
+
+    Stock loops differ in version, autocast and whether they hold the outputs; ours does not differ from itself.
+    """
     if setup.engine == "studio":
         return ()
     unsaid = not setup.transformers and setup.micro_batch > 1
@@ -201,7 +207,7 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
         ((False, NEWEST), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
     )
     return tuple(
-        setup.varied(outputs_kept=kept, autocast=autocast, transformers=version)
+        replace(setup, outputs_kept=kept, autocast=autocast, transformers=version).kind
         for kept, version in holds
         for autocast in ((False, True) if setup.compute_itemsize == 2 else (setup.autocast,))
     )

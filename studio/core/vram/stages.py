@@ -1,6 +1,7 @@
 """Bytes that live tensors hold in each stage of training, from load to save: torch's "allocated"."""
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from studio.core.shape import ModelShape
 from studio.core.vram.activations import activations_of
@@ -17,8 +18,7 @@ HOPPER_CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
 """The same on compute capability 9.0 (torch CUDABlas.cpp)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stages:
+class Stages(NamedTuple):
     """Allocated bytes by stage and what they are made of.
 
     Attributes:
@@ -108,7 +108,7 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
     """
     # Our loop trains whole modules in fp32; stock peft leaves them in the base's format.
     trained = trained_bytes(shape, setup.adapted, 4 if setup.engine == "studio" else setup.residual_itemsize)
-    base = base_bytes(shape, frozen_form(setup))
+    base = base_bytes(shape, frozen_form(setup.kind))
     state = optimizer_bytes(shape, setup.adapted, setup.optimizer)
     adapter = gradients = trained.weights
     # Gradients stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
@@ -135,7 +135,7 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         logits=int(work.loss),
         loss_segments=int(standing + work.kept + max(work.loss, work.logits_segments)),
         held=work.held,
-        load=base + _load_extra(shape, setup),
+        load=base + _load_extra(shape, setup.kind),
         forward=int(standing + work.kept + work.copies + work.layer_forward),
         loss=int(standing + work.kept + work.loss),
         backward=int(standing + backward),
@@ -154,6 +154,7 @@ def _step_temporary(setup: Setup, gradients: int) -> int:
     return gradients if setup.engine == "hf" and setup.optimizer == "adamw_torch" else 0
 
 
+@lru_cache(maxsize=256)
 def _load_extra(shape: ModelShape, setup: Setup) -> int:
     """Return what loading needs: one weight in 16 bits beside its packed form; for peft's upcast an embedding twice."""
     if not setup.quantised:

@@ -56,8 +56,9 @@ class FrozenForm:
     alignment: int = ALIGNMENT
 
 
+@lru_cache(maxsize=256)
 def frozen_form(setup: Setup) -> FrozenForm:
-    """Return how a set-up holds the frozen weights."""
+    """Return how a kind of set-up holds the frozen weights."""
     return FrozenForm(
         setup.quant_type if setup.quantised else "",
         setup.double_quant,
