@@ -98,6 +98,42 @@ def difference_in_words(more: Interval) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgetting:
+    """What training did to a text that has nothing to do with its data.
+
+    Attributes:
+        before: The base that the adapter was trained on, on that text.
+        after: The trained model on it.
+        more: Loss after training above that before, paired passage by passage, nats per token.
+        verdict: What that says.
+    """
+
+    before: Figures
+    after: Figures
+    more: Interval
+    verdict: str
+
+
+def forgetting_of(before: Figures, after: Figures) -> Forgetting:
+    """Return what training did to a neutral text.
+
+    Args:
+        before: The base without the adapter; compared with the trained model.
+        after: The trained model on the same passages.
+    """
+    more = before.more.negated
+    rests = f"{after.tokens:,} tokens of {after.rows} passages"
+    said = difference_in_words(more)
+    if seen_sign(more) > 0:
+        verdict = f"The model forgot something: its loss on the neutral text is {said}, {rests}."
+    elif seen_sign(more) < 0:
+        verdict = f"No forgetting: the neutral text became likelier, its loss is {said}, {rests}."
+    else:
+        verdict = f"No forgetting can be seen in the loss on the neutral text: {said}, {rests}."
+    return Forgetting(before, after, more, verdict)
+
+
+@dataclass(frozen=True, slots=True)
 class Advice:
     """What follows from the figures.
 

@@ -24,6 +24,11 @@ class Interval:
     high: float | None = None
 
     @property
+    def negated(self) -> "Interval":
+        """The same difference seen from the other side."""
+        return Interval(-self.value, None if self.high is None else -self.high, None if self.low is None else -self.low)
+
+    @property
     def sign(self) -> int:
         """1 where the whole interval lies above zero, -1 where it lies below, 0 where it holds zero or is unknown."""
         if self.low is None or self.high is None:

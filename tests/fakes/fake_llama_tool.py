@@ -1,7 +1,8 @@
 """Stands in for llama.cpp's tools: `python -I fake_llama_tool.py TOOLS VERB ...`. How it behaves, TOOLS/behaviour says.
 
 `vocab`, `convert`, `lora`, `quantize` write a little; `tokens` reads every text as one token a byte, as the tiny
-tokenizer does; `logits` gives what the test put into TOOLS/answers.f32. `VERB fails`, `dies` or `hangs` does that.
+tokenizer does; `logits` and `stream` give what the test put into TOOLS/answers.f32, of a vocabulary of TOOLS/vocabulary
+tokens; `speed` says that it took two seconds. `VERB fails`, `dies` or `hangs` does that.
 """
 
 import json
@@ -50,6 +51,12 @@ def main(tools: Path, verb: str, words: list[str]) -> None:
         if "logits differ" in behaviour:
             answers[: len(answers) // 2] = bytes(len(answers) // 2)
         Path(words[2]).write_bytes(answers)
+    elif verb == "stream":
+        sys.stdout.buffer.write(int((tools / "vocabulary").read_text()).to_bytes(8, "little"))
+        sys.stdout.buffer.write((tools / "answers.f32").read_bytes())
+    elif verb == "speed":
+        took = {"prefill_seconds": 2.0, "decode_seconds": 2.0, "decoded": int(words[2]), "threads": 1}
+        Path(words[3]).write_text(json.dumps(took))
     else:
         Path(words[2] if verb == "lora" else words[1]).write_bytes(b"GGUF of a stand-in")
         (tools / verb).write_text(json.dumps(words))

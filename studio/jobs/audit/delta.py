@@ -20,7 +20,7 @@ def block_deltas(parts: Parts, forms: AdapterForms, worker: Worker) -> list[dict
     merged = forms.merged(forms.stored)
     rows = []
     for place, (name, _) in enumerate(parts.blocks):
-        worker.emit(Phase, name="comparing adapter and rounding", fraction=0.95 + 0.05 * place / len(parts.blocks))
+        worker.emit(Phase, name="comparing adapter and rounding", fraction=0.9 + 0.05 * place / len(parts.blocks))
         errors, deltas, wholes = list[float](), list[float](), list[float]()
         for weight in sorted(forms.both(f"{name}.")):
             stored = forms.stored(weight).float()

@@ -4,24 +4,27 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from studio.core.audit import advise_run
+from studio.core.audit import advise_run, forgetting_of
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.audit.adapter_variants import ALONE, TRAINED, AdapterForms, Named
-from studio.jobs.audit.base_audit import check_cost, known_tokens, stored_bytes_of
+from studio.jobs.audit.answer_models import AnswerModels
+from studio.jobs.audit.base_audit import check_cost, known_tokens
 from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.delta import block_deltas
-from studio.jobs.audit.forms import FORMS
+from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
 from studio.jobs.audit.rows import check_ids, read_audit_rows
-from studio.jobs.audit.serving import serving
+from studio.jobs.audit.run_report import RunReport, handiest
+from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of, serving_dtype
 from studio.jobs.audit.walk import Ground, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
@@ -72,17 +75,26 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     about = json.dumps([asdict(request), fingerprint(folder), _stamp(trained)], sort_keys=True)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
     check_ids(rows, known_tokens(weights))
+    gguf = GgufForms(ground, gguf_files(trained, request.gguf))
     quant = four_bit_of(recipe.model)
     forms = AdapterForms(weights, skeleton, quant, kept=quant.skip)
     named = [*forms.all(trained_in_4_bits=recipe.method == "qlora"), *_given(request.merged)]
     variants = [one.variant for one in named]
     cost = check_cost(ground, variants, alone=False)
     gap = prove(ground, stored_variant(weights, forms.stored))
-    found = measure(ground, variants, kept_as="forms", share=(0.0, 0.95))
-    worker.emit(Phase, name="comparing adapter and rounding", fraction=0.95)
+    beside = partial(gguf.scores, variants[0].head) if gguf.files else None
+    found = measure(ground, variants, kept_as="forms", beside=beside, share=(0.0, 0.9))
+    worker.emit(Phase, name="comparing adapter and rounding", fraction=0.9)
     blocks = block_deltas(ground.parts, forms, worker)
-    usable = sorted((one for one in named if one.usable), key=lambda one: _bytes(weights, forms, one, adapter.folder))
-    advice = advise_run(found.task, trained=TRAINED, without=ALONE, choices=[one.variant.name for one in usable])
+    report = RunReport(weights, forms, adapter.folder, found)
+    speeds: dict[tuple[str, bool], Speed] = {}
+    prompt = prompt_of(rows) if request.speed != "0" else []
+    if prompt:
+        models = AnswerModels(base, adapter, recipe, dtype=serving_dtype())
+        speeds = measured_speeds(worker, models, prompt, forms.form.name)
+    shown = [report.walked(one, speeds) for one in named]
+    shown += [report.gguf(name, file, gguf, gguf.speed(name, prompt)) for name, file in gguf.files.items()]
+    advice = advise_run(found.task, trained=TRAINED, without=ALONE, choices=handiest(shown))
     return {
         "schema": 1,
         "what": "run",
@@ -93,18 +105,9 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "method": recipe.method,
         "reference": TRAINED,
         "rows": {"task": len(rows.task), "neutral": len(rows.neutral)},
-        "variants": [
-            {
-                "name": one.variant.name,
-                "title": one.title,
-                "usable": one.usable,
-                "task": asdict(found.task[one.variant.name]),
-                "neutral": asdict(found.neutral[one.variant.name]),
-                "disk_bytes": _bytes(weights, forms, one, adapter.folder),
-                "serving": asdict(serving(weights.clean.config, _bytes(weights, forms, one, adapter.folder))),
-            }
-            for one in named
-        ],
+        "variants": shown,
+        "gguf_note": "" if gguf.files else NONE_EXPORTED,
+        "forgetting": asdict(forgetting_of(found.neutral[ALONE], found.neutral[TRAINED])),
         "blocks": blocks,
         "recommendation": asdict(advice),
         "proof_gap": gap,
@@ -143,15 +146,6 @@ def _given(text: str) -> list[Named]:
         variant = replace(variant, head=replace(variant.head, key=variant.name))
         made.append(Named(variant, f"the model in {plain(str(folder), one_line=True)}", "16-bit", usable=False))
     return made
-
-
-def _bytes(weights: FolderWeights, forms: AdapterForms, one: Named, adapter: Path) -> int:
-    """Return the bytes of a form on disk, and so about of its weights when it is served."""
-    kept_bytes = min(2, stored_bytes_of(weights))
-    whole = sum(parameter.numel() for parameter in weights.clean.parameters())
-    inside = 0 if one.form == "16-bit" else forms.rounded_weights
-    base = (whole - inside) * kept_bytes + inside * FORMS[forms.form.name].bits / 8
-    return int(base + ((adapter / ADAPTER_WEIGHTS).stat().st_size if one.has_adapter else 0))
 
 
 def _stamp(trained: RunPaths) -> Sequence[int]:

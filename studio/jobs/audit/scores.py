@@ -4,7 +4,7 @@ The vocabulary is walked block by block. Per token and variant a running maximum
 sum of logit differences are kept; from them follow log-likelihood, KL divergence and top token, exactly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,21 @@ class Head:
     key: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Led:
+    """A block of the reference's logits, `[some, block]`.
+
+    Attributes:
+        logits: As they are.
+        weights: `exp(logit - highest)`.
+        shift: Factor by which all weights before this block shrink, `[some]`.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    shift: Tensor
+
+
 class _Sums:
     """What is kept of one variant while the vocabulary is walked: `[tokens]` each."""
 
@@ -69,6 +84,19 @@ class _Sums:
         index = (targets - first).clamp(0, logits.shape[-1] - 1)
         chosen = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
         self.target[part] = torch.where(inside, chosen, self.target[part])
+
+    def lead(self, part: slice, logits: Tensor, first: int, targets: Tensor) -> "_Led":
+        """Take in the reference's logits; return what those who are compared with it need of them."""
+        before = self.highest[part].clone()
+        self.take(part, logits, first, targets)
+        shift = (before - self.highest[part]).double().exp()
+        return _Led(logits, (logits - self.highest[part].unsqueeze(-1)).exp_(), shift)
+
+    def follow(self, part: slice, logits: Tensor, first: int, targets: Tensor, led: "_Led") -> None:
+        """Take in logits of the same tokens, which are overwritten."""
+        self.take(part, logits, first, targets)
+        apart = (logits.neg_().add_(led.logits).mul_(led.weights)).sum(-1, dtype=torch.float64)
+        self.apart[part] = self.apart[part] * led.shift + apart
 
     @property
     def normaliser(self) -> Tensor:
@@ -115,20 +143,39 @@ def score(
 
         for start in range(0, tokens, chunk):
             part = slice(start, min(start + chunk, tokens))
-            wanted = logits_of(reference, part)
-            before = sums[reference].highest[part].clone()
-            sums[reference].take(part, wanted, first, targets[part])
-            shift = (before - sums[reference].highest[part]).double().exp()
-            weights = (wanted - sums[reference].highest[part].unsqueeze(-1)).exp_()
+            led = sums[reference].lead(part, logits_of(reference, part), first, targets[part])
             for name in finals:
-                if name == reference:
-                    continue
-                logits = logits_of(name, part)
-                sums[name].take(part, logits, first, targets[part])
-                apart = (logits.neg_().add_(wanted).mul_(weights)).sum(-1, dtype=torch.float64)
-                sums[name].apart[part] = sums[name].apart[part] * shift + apart
+                if name != reference:
+                    sums[name].follow(part, logits_of(name, part), first, targets[part], led)
         tell(min(first + block, vocabulary) / vocabulary)
     return {name: _scores(sums[name], sums[reference]) for name in finals}
+
+
+@torch.no_grad()
+def score_given(given: Iterable[Tensor], finals: Tensor, targets: Tensor, head: Head, form: HeadForm) -> TokenScores:
+    """Return the figures of a model that gives its logits itself, compared with one of which the states are known.
+
+    Args:
+        given: Its fp32 logits `[some, vocabulary]`, some tokens at a time.
+        finals: Final hidden states `[tokens, hidden]` of the reference.
+        targets: The token that follows each, `[tokens]`.
+        head: The reference's.
+        form: How that head's output becomes logits.
+    """
+    own, reference = (_Sums(targets.shape[0], targets.device) for _ in range(2))
+    block = max(1, min(head.vocabulary, _HEAD_NUMBERS // finals.shape[-1]))
+    start = 0
+    for logits in given:
+        part = slice(start, start + logits.shape[0])
+        for first in range(0, head.vocabulary, block):
+            weight, bias = head.rows(first, min(first + block, head.vocabulary))
+            bias = None if bias is None else bias.to(targets.device)
+            wanted = formed(linear(finals[part].float(), weight.to(targets.device), bias), form)
+            led = reference.lead(part, wanted, first, targets[part])
+            columns = logits[:, first : first + block].to(targets.device, copy=True)
+            own.follow(part, columns, first, targets[part], led)
+        start = part.stop
+    return _scores(own, reference)
 
 
 def _scores(own: _Sums, reference: _Sums) -> TokenScores:

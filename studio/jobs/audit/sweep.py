@@ -143,9 +143,11 @@ class Sweep:
         """Return the tokens that follow the final hidden states, `[tokens]`, row by row."""
         return torch.cat([_following(example) for example in self._examples])
 
-    def scores(self, tell: Callable[[float], None] = lambda fraction: None) -> dict[str, TokenScores]:
-        """Return the figures of every variant, tokens row by row."""
-        finals = {name: states.to(self.device) for name, states in self.finals().items()}
+    def scores(
+        self, tell: Callable[[float], None] = lambda fraction: None, finals: dict[str, Tensor] | None = None
+    ) -> dict[str, TokenScores]:
+        """Return the figures of every variant, tokens row by row; `finals` are made where they are not given."""
+        finals = {name: states.to(self.device) for name, states in (finals or self.finals()).items()}
         heads = {variant.name: variant.head for variant in self.variants}
         targets = self.targets().to(self.device)
         return score(finals, targets, heads, self.parts.form, reference=self.reference.name, tell=tell)

@@ -1,11 +1,12 @@
 """One walk of an audit from start to figures: checked, told, kept on disk, stopped when asked."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from studio.core.audit import Figures, RowFigures, figures_of
 from studio.core.errors import JobFailed
@@ -25,6 +26,9 @@ from studio.runs.worker import Worker
 _PROOF_TOKENS = 24
 _PROOF_GAP = 1e-3
 """Relative difference of logits up to which the walk counts as the model's own forward pass; rounding gives 1e-5."""
+
+Beside = Callable[[Tensor, Tensor], Mapping[str, TokenScores]]
+"""Figures of further models by name, from the reference's final states `[tokens, hidden]` and the tokens after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ def measure(
     *,
     kept_as: str,
     alone: str = "",
+    beside: Beside | None = None,
     share: tuple[float, float] = (0.0, 1.0),
 ) -> Measured:
     """Walk and score.
@@ -99,6 +104,7 @@ def measure(
         variants: The first one is the reference.
         kept_as: Name of the state's folder.
         alone: The variant whose blocks are also run alone.
+        beside: Measures models that are not walked.
         share: The part of the whole audit that this walk is.
 
     Raises:
@@ -131,7 +137,10 @@ def measure(
             tenths = int(10 * fraction)
             worker.emit(Phase, name="auditing", fraction=low + (high - low) * (0.9 + 0.1 * fraction), detail="head")
 
-    scores = sweep.scores(tell_head)
+    finals = sweep.finals()
+    scores = sweep.scores(tell_head, finals)
+    if beside:
+        scores |= beside(finals[variants[0].name], sweep.targets())
     task, neutral = ({name: _by_row(one, part, rows) for name, one in scores.items()} for part in ("task", "neutral"))
     reference = variants[0].name
     return Measured(

@@ -1,13 +1,19 @@
 """Logits of a GGUF file in llama.cpp."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from studio.core.errors import JobFailed
 from studio.jobs.base.llama.tool_process import LlamaTool
+
+_NUMBERS_AT_ONCE = 2**23
+"""Logits that are held at once: 32 MiB in fp32."""
 
 
 def llama_logits(tool: LlamaTool, gguf: Path, rows: list[list[int]], work: Path, lora: str = "") -> Tensor:
@@ -29,3 +35,54 @@ def llama_logits(tool: LlamaTool, gguf: Path, rows: list[list[int]], work: Path,
     logits = torch.from_numpy(np.fromfile(answered, np.float32).reshape(sum(map(len, rows)), -1))
     answered.unlink()
     return logits
+
+
+def streamed_llama_logits(
+    tool: LlamaTool, gguf: Path, rows: Sequence[tuple[list[int], list[int]]], work: Path, vocabulary: int
+) -> Iterator[Tensor]:
+    """Yield fp32 logits `[some, vocabulary]`, a few tokens at a time, all rows one after another.
+
+    Args:
+        tool: Runs llama.cpp; its `heed` is asked in between.
+        gguf: The model.
+        rows: Token ids of each row, and the places of it whose logits are wanted.
+        work: A folder for what lies about meanwhile.
+        vocabulary: How many tokens the model must have.
+
+    Raises:
+        JobFailed: llama.cpp cannot load or run it, or its vocabulary has another size.
+    """
+    asked = work / "rows.json"
+    asked.write_text(json.dumps(rows), encoding="utf-8")
+    left, most = sum(len(places) for _, places in rows), max(1, _NUMBERS_AT_ONCE // vocabulary)
+    with tool.stream("stream", gguf, asked) as pipe:
+        known = int.from_bytes(_read(pipe, 8), "little")
+        if known != vocabulary:
+            raise JobFailed(
+                "gguf_vocabulary",
+                f"the file's vocabulary has {known} tokens, the model's {vocabulary}",
+                "name a file that was made from this model",
+            )
+        while left:
+            tool.heed()
+            some = min(left, most)
+            logits = np.frombuffer(_read(pipe, 4 * some * vocabulary), np.float32).reshape(some, vocabulary)
+            yield torch.from_numpy(logits)
+            left -= some
+    asked.unlink()
+
+
+def _read(pipe: IO[bytes], size: int) -> bytearray:
+    """Return so many bytes.
+
+    Raises:
+        EOFError: There are fewer.
+    """
+    data = bytearray(size)
+    view, done = memoryview(data), 0
+    while done < size:
+        count = pipe.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        done += count
+    return data

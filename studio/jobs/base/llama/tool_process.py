@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
@@ -55,12 +57,10 @@ class LlamaTool:
         Raises:
             JobFailed: The tool failed; the message has its own last words.
         """
-        began = self.log.stat().st_size if self.log.exists() else 0
-        # -I: nothing of this process's Python settings, and no current folder, gets onto the tool's import path.
-        command = [sys.executable, "-I", str(_SCRIPT), str(self.tools), verb, *map(str, words)]
+        began = self._log_bytes()
         with self.log.open("ab") as file:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=_environment()
+                self._command(verb, words), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment()
             )
             try:
                 while process.poll() is None:
@@ -72,13 +72,57 @@ class LlamaTool:
                 process.kill()
                 process.wait()
                 raise
-        if process.returncode < 0:
-            name = next((one.name for one in signal.Signals if one == -process.returncode), "a signal")
+        self._require_success(verb, process.returncode, began)
+
+    @contextmanager
+    def stream(self, verb: str, *words: str | Path) -> Iterator[IO[bytes]]:
+        """Run one verb whose result is read from a pipe by the caller, who asks `heed` in between.
+
+        Args:
+            verb: See `llama_tool.py`.
+            words: Its arguments.
+
+        Raises:
+            JobFailed: The tool failed, or the caller raised EOFError; the message has the tool's own last words.
+        """
+        began = self._log_bytes()
+        with self.log.open("ab") as file:
+            process = subprocess.Popen(
+                self._command(verb, words),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env=_environment(),
+            )
+        pipe = cast(IO[bytes], process.stdout)
+        try:
+            yield pipe
+            pipe.close()
+            process.wait()
+        except EOFError:
+            self._require_success(verb, process.wait(), began)
+            raise JobFailed("gguf_converter", f"llama.cpp's {verb} said less than it should", _ADVICE) from None
+        finally:
+            process.kill()
+            process.wait()
+            pipe.close()
+        self._require_success(verb, process.returncode, began)
+
+    def _command(self, verb: str, words: tuple[str | Path, ...]) -> list[str]:
+        # -I: nothing of this process's Python settings, and no current folder, gets onto the tool's import path.
+        return [sys.executable, "-I", str(_SCRIPT), str(self.tools), verb, *map(str, words)]
+
+    def _log_bytes(self) -> int:
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def _require_success(self, verb: str, code: int, began: int) -> None:
+        if code < 0:
+            name = next((one.name for one in signal.Signals if one == -code), "a signal")
             why = {"SIGILL": "this processor lacks what the prebuilt library needs", "SIGKILL": "the memory was full"}
             raise JobFailed(
                 "gguf_converter", f"llama.cpp's {verb} was ended by {name}: {why.get(name, 'a fault in it')}", _ADVICE
             )
-        if process.returncode:
+        if code:
             raise JobFailed("gguf_converter", f"llama.cpp's {verb} failed: {self._words(began)}", _ADVICE)
 
     def _words(self, began: int) -> str:

@@ -1,0 +1,128 @@
+"""GGUF files beside the walked forms of an adapter: the same rows and tokens, through llama.cpp in its own process.
+
+Figures are those of llama.cpp as it is used: its own products (activations rounded to the weights' format, keys and
+values in 16 bit), so that an f16 file is close to its model and not equal to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from studio.core.errors import JobFailed
+from studio.core.events import Phase
+from studio.core.text import plain
+from studio.jobs.audit.scores import Head, TokenScores, score_given
+from studio.jobs.audit.speed import LLAMA, NOT_ASKED, Speed, timed_gguf, unmeasured
+from studio.jobs.audit.stopped import Stopped
+from studio.jobs.audit.walk import Ground
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example
+from studio.jobs.base.llama.gguf_tools import is_whole, tools_folder
+from studio.jobs.base.llama.llama_answers import streamed_llama_logits
+from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.probe.exported import GgufFile, exported_gguf, named_gguf
+from studio.runs.layout import RunPaths
+
+NONE_EXPORTED = "no GGUF file was exported from this run; export one, or name a file with --gguf"
+_NO_LIBRARY = "llama.cpp's library is not here: export to a GGUF format once, which fetches it"
+
+
+@dataclass(slots=True)
+class GgufForms:
+    """The GGUF files of one audit.
+
+    Attributes:
+        files: By name of the variant.
+        whys: Why a file could not be measured, by name.
+    """
+
+    ground: Ground
+    files: Mapping[str, GgufFile]
+    whys: dict[str, str] = field(default_factory=dict)
+
+    def scores(self, head: Head, finals: Tensor, targets: Tensor) -> dict[str, TokenScores]:
+        """Return the figures of every file that llama.cpp can run; of the others, `whys` says why.
+
+        Args:
+            head: Of the reference.
+            finals: Its final hidden states `[tokens, hidden]`.
+            targets: The token that follows each, `[tokens]`.
+
+        Raises:
+            Stopped: The user asked for it.
+        """
+        tool = self.tool()
+        if tool is None:
+            self.whys |= dict.fromkeys(self.files, _NO_LIBRARY)
+            return {}
+        made = {}
+        rows = [_row(example) for example in self.ground.rows.all]
+        work = Path(self.ground.worker.paths.root)
+        for name, file in self.files.items():
+            self.ground.worker.emit(Phase, name="auditing", detail=f"{name} in llama.cpp")
+            given = streamed_llama_logits(tool, file.path, rows, work, head.vocabulary)
+            try:
+                scores = score_given(given, finals, targets, head, self.ground.parts.form)
+            except JobFailed as failed:
+                self.whys[name] = plain(str(failed), one_line=True, limit=300)
+                continue
+            if bool(torch.isfinite(scores.loss).all()):
+                made[name] = scores
+            else:
+                self.whys[name] = "its logits hold NaN or infinity"
+        return made
+
+    def speed(self, name: str, prompt: Sequence[int]) -> Speed:
+        """Return how fast a file is served here; an empty prompt means that this was not asked for.
+
+        Raises:
+            Stopped: The user asked for it.
+        """
+        tool = self.tool()
+        if not prompt or tool is None or name in self.whys:
+            return unmeasured(self.whys.get(name, NOT_ASKED), LLAMA)
+        self.ground.worker.emit(Phase, name="measuring speed", detail=name)
+        return timed_gguf(tool, self.files[name].path, prompt, Path(self.ground.worker.paths.root))
+
+    def tool(self) -> LlamaTool | None:
+        """Return what runs llama.cpp; None where its library is not here, which an audit does not fetch."""
+        if not is_whole(tools_folder()):
+            return None
+        return LlamaTool(tools_folder(), Path(self.ground.worker.paths.root) / "tool.log", self._heed)
+
+    def _heed(self) -> None:
+        if self.ground.worker.requested("stop"):
+            raise Stopped("stopped; resuming goes on after the last whole block")
+
+
+def gguf_files(trained: RunPaths, named: str) -> dict[str, GgufFile]:
+    """Return the files to measure by name of their variant: those exported from a run, and those that are named.
+
+    Args:
+        trained: The training run.
+        named: Paths, a line each.
+
+    Raises:
+        BadInput: A named file is no GGUF file of a model.
+    """
+    made = {f"gguf {file.form}": file for file in exported_gguf(trained)}
+    known = {file.path.resolve() for file in made.values()}
+    for line in filter(None, named.split("\n")):
+        file = named_gguf(Path(line))
+        if file.path.resolve() not in known:
+            made[_free(f"gguf: {plain(file.path.stem, one_line=True, limit=40)}", made)] = file
+    return made
+
+
+def _free(name: str, taken: Mapping[str, object]) -> str:
+    return name if name not in taken else next(f"{name} {n}" for n in range(2, 10**6) if f"{name} {n}" not in taken)
+
+
+def _row(example: Example) -> tuple[list[int], list[int]]:
+    """Return the ids of a row, and the places after which a token with a label follows."""
+    wanted = (example.labels[1:] != IGNORED).nonzero()[0]
+    places: Sequence[int] = wanted.tolist()
+    return example.input_ids[: max(places, default=0) + 1].tolist(), list(places)

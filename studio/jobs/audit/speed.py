@@ -1,0 +1,199 @@
+"""Tokens a second of serving an adapter's forms, measured here on loaded models: a prompt read, some tokens written.
+
+Speed depends on the format of the weights and on whether an adapter lies beside them, not on their values: four
+measurements serve all forms. Each is one conversation at a time, through transformers and bitsandbytes as the chat
+loads them; a GGUF file is timed in llama.cpp.
+"""
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from studio.core.errors import BadInput, JobFailed
+from studio.core.events import Phase
+from studio.core.text import plain
+from studio.jobs.audit.answer_models import TUNED, AnswerModels
+from studio.jobs.audit.device import device_of
+from studio.jobs.audit.rows import AuditRows
+from studio.jobs.audit.stopped import Stopped
+from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.runs.worker import Worker
+
+TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
+NOT_ASKED = "speed was not asked for"
+PROMPT_TOKENS, NEW_TOKENS = 128, 32
+_MOST_SECONDS = 10.0
+"""Of writing; a slow model writes fewer tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast a form is served to one conversation.
+
+    Attributes:
+        how: `measured`, or `not measured`.
+        prefill_tokens_per_second: Reading a prompt; None where not measured.
+        decode_tokens_per_second: Writing tokens after it.
+        prompt_tokens: How many were read.
+        tokens: How many were written.
+        device: `cpu` or `cuda`.
+        threads: Of a CPU.
+        runtime: `transformers` or `llama.cpp`.
+        why: Why there is no measurement.
+    """
+
+    how: str
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
+    device: str = ""
+    threads: int = 0
+    runtime: str = TRANSFORMERS
+    why: str = ""
+
+
+def unmeasured(why: str, runtime: str = TRANSFORMERS) -> Speed:
+    """Return what is said where nothing was measured."""
+    return Speed("not measured", runtime=runtime, why=plain(why, one_line=True, limit=200))
+
+
+def prompt_of(rows: AuditRows) -> list[int]:
+    """Return a prompt of real tokens: held-out rows one after another, then the neutral text."""
+    ids = [int(token) for example in rows.all for token in example.input_ids[:PROMPT_TOKENS]]
+    return ids[:PROMPT_TOKENS]
+
+
+def measured_speeds(
+    worker: Worker, models: AnswerModels, prompt: Sequence[int], four: str
+) -> dict[tuple[str, bool], Speed]:
+    """Return the speed of each form of the weights, with and without an adapter beside them.
+
+    Args:
+        worker: Told the progress, asked whether to stop.
+        models: Loads base and adapter.
+        prompt: Token ids.
+        four: Name of the 4-bit form.
+
+    Raises:
+        Stopped: The user asked for it.
+    """
+    made: dict[tuple[str, bool], Speed] = {}
+    names = {TUNED: "16-bit", f"tuned, {four}": four}
+
+    def heed() -> None:
+        if worker.requested("stop"):
+            raise Stopped("stopped; resuming goes on after the last whole block")
+
+    for form in models.forms(""):
+        if form.name not in names:
+            continue
+        heed()
+        held = names[form.name]
+        worker.emit(Phase, name="measuring speed", detail=held)
+        why = models.why_not(form)
+        try:
+            if not why:
+                made |= _both(held, form.open().eval(), prompt, heed)
+        except BadInput as error:
+            why = str(error)
+        except (MemoryError, torch.OutOfMemoryError):
+            why = "there was not enough memory"
+        models.release()
+        if why:
+            made |= dict.fromkeys(((held, True), (held, False)), unmeasured(why))
+    return made
+
+
+def _both(held: str, model: Any, prompt: Sequence[int], heed: Callable[[], None]) -> dict[tuple[str, bool], Speed]:
+    with_adapter = timed(model, prompt, heed)
+    with model.disable_adapter():
+        return {(held, True): with_adapter, (held, False): timed(model, prompt, heed)}
+
+
+@torch.no_grad()
+def timed(model: Any, prompt: Sequence[int], heed: Callable[[], None] = lambda: None) -> Speed:
+    """Return how fast a loaded causal model reads a prompt and writes after it, greedily, stop tokens or not.
+
+    Args:
+        model: In evaluation mode.
+        prompt: Token ids, one or more.
+        heed: Asked between tokens.
+    """
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt)], device=device)
+    # As `generate` does: of a prompt only the last token needs the head.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    model(input_ids=ids, use_cache=True, **last)  # what libraries do once, at the first call
+    _wait(device)
+    began = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, **last)
+    token: Tensor = out.logits[:, -1:].argmax(-1)
+    _wait(device)
+    read = time.perf_counter()
+    done = 0
+    while done < NEW_TOKENS and time.perf_counter() - read < _MOST_SECONDS:
+        heed()
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token, done = out.logits[:, -1:].argmax(-1), done + 1
+        _wait(device)
+    return Speed(
+        "measured",
+        len(prompt) / (read - began),
+        done / (time.perf_counter() - read),
+        len(prompt),
+        done,
+        device.type,
+        torch.get_num_threads() if device.type == "cpu" else 0,
+    )
+
+
+def timed_gguf(tool: LlamaTool, gguf: Path, prompt: Sequence[int], work: Path) -> Speed:
+    """Return how fast llama.cpp reads a prompt and writes after it, on the CPU.
+
+    Args:
+        tool: Runs it.
+        gguf: The model.
+        prompt: Token ids.
+        work: A folder for what lies about meanwhile.
+    """
+    asked, answered = work / "prompt.json", work / "speed.json"
+    asked.write_text(json.dumps(list(prompt)), encoding="utf-8")
+    try:
+        tool.run("speed", gguf, asked, str(NEW_TOKENS), answered)
+        seconds = json.loads(answered.read_text("utf-8"))
+    except JobFailed as failed:
+        return unmeasured(str(failed), LLAMA)
+    finally:
+        asked.unlink()
+        answered.unlink(missing_ok=True)
+    return Speed(
+        "measured",
+        len(prompt) / seconds["prefill_seconds"],
+        seconds["decoded"] / seconds["decode_seconds"],
+        len(prompt),
+        int(seconds["decoded"]),
+        "cpu",
+        int(seconds["threads"]),
+        LLAMA,
+    )
+
+
+def serving_dtype() -> torch.dtype:
+    """Return the 16-bit format that this device has: what the chat serves in."""
+    if device_of().type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

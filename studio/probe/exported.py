@@ -1,0 +1,94 @@
+"""The GGUF files that were exported from a training run, found through the reports of export and merge runs."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.text import plain
+from studio.probe.gguf_header import read_gguf_header
+from studio.runs.job import GGUF_FORMATS, ExportRequest, MergeRequest, read_job
+from studio.runs.layout import RunPaths
+
+_SUFFIX = ".gguf"
+_KIND, _ADAPTER = "general.type", "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """A GGUF file of a whole model.
+
+    Attributes:
+        path: Where it lies.
+        form: llama.cpp's file type, one of `GGUF_FORMATS`; empty where it is not known.
+        source: Where it comes from, for a person.
+    """
+
+    path: Path
+    form: str
+    source: str
+
+
+def exported_gguf(trained: RunPaths) -> list[GgufFile]:
+    """Return the files that were exported from a training run, or from a merge of it, and still are there.
+
+    Of several exports of one format the newest counts. Runs that cannot be read are passed over.
+    """
+    jobs = [(paths, job) for paths in _siblings(trained) if (job := _job(paths)) is not None]
+    root = str(trained.root.absolute())
+    merged = {job.out for _, job in jobs if isinstance(job, MergeRequest) and job.run == root}
+    found: dict[str, GgufFile] = {}
+    for paths, job in jobs:
+        if not isinstance(job, ExportRequest) or job.format not in GGUF_FORMATS:
+            continue
+        if job.run == root or job.source in merged:
+            for path in _files(_exported(paths)):
+                found[job.format] = GgufFile(path, job.format, f"exported by {plain(paths.name, one_line=True)}")
+    return [found[form] for form in GGUF_FORMATS if form in found]
+
+
+def named_gguf(path: Path) -> GgufFile:
+    """Return a file that the user names.
+
+    Raises:
+        BadInput: It cannot be read, is no GGUF file, is cut, or holds an adapter alone.
+    """
+    if read_gguf_header(path).metadata.get(_KIND) == _ADAPTER:
+        raise BadInput(f"{plain(path.name, one_line=True)} holds an adapter alone; wanted the GGUF file of a model.")
+    return GgufFile(path, "", f"the file {plain(str(path), one_line=True)}")
+
+
+def _siblings(trained: RunPaths) -> Iterator[RunPaths]:
+    """Yield the runs beside this one, the oldest first."""
+    try:
+        folders = [folder for folder in trained.root.absolute().parent.iterdir() if folder.is_dir()]
+        ordered = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+    except OSError:
+        return
+    yield from (RunPaths(folder) for folder in ordered)
+
+
+def _job(paths: RunPaths) -> Any:
+    try:
+        return read_job(paths)
+    except (StudioError, OSError):
+        return None
+
+
+def _exported(paths: RunPaths) -> Path | None:
+    """Return what the report of an export run says that it made."""
+    try:
+        made = json.loads(paths.report.read_bytes())["exported"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return Path(made) if isinstance(made, str) else None
+
+
+def _files(out: Path | None) -> list[Path]:
+    if out is None:
+        return []
+    if out.is_file() and out.suffix == _SUFFIX:
+        return [out]
+    return sorted(out.glob(f"*{_SUFFIX}")) if out.is_dir() else []
