@@ -5,13 +5,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any, TextIO
 
 from studio.commands.follow import End, exit_code, follow, tell_failure
 from studio.commands.options import add_json, add_run, add_runs_dir, add_set, module_of, root_of, run_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import duration, say, table, write_json
-from studio.core.audit_text import advice_lines, tables_of, title_of
+from studio.core.answer_text import shown_answers
+from studio.core.audit_text import advice_lines, note_lines, tables_of, title_of
 from studio.core.recipe import choices_of
 from studio.core.text import plain
 from studio.probe.audit import audit_of_run, data_path, read_report, start_audit
@@ -23,6 +25,7 @@ from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
 
 _DEFAULT = AuditRequest("base")
+_SHOWN_PROMPTS = 3
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -100,9 +103,24 @@ def tell_report(report: Mapping[str, Any], to: TextIO) -> None:
     for heading, cells in tables_of(report):
         say(f"\n{heading}", to=to)
         say(table(cells), to=to)
+    for line in note_lines(report):
+        say(f"\n{line}", to=to)
+    _tell_answers(report, to)
     say(to=to)
     for line in advice_lines(report):
         say(line, to=to)
+
+
+def _tell_answers(report: Mapping[str, Any], to: TextIO) -> None:
+    """Show the first prompts with what each form says; the page has all."""
+    every = list(shown_answers(report))
+    for one in every[:_SHOWN_PROMPTS]:
+        say(f"\n{one.prompt}", to=to)
+        for who, text, marks in one.said:
+            say(f"  {who}{f' ({marks})' if marks else ''}", to=to)
+            say(indent(text, "    "), to=to)
+    if len(every) > _SHOWN_PROMPTS:
+        say(f"\n{len(every) - _SHOWN_PROMPTS} more prompts are in report.md", to=to)
 
 
 def _base(args: argparse.Namespace) -> AuditRequest:

@@ -16,8 +16,9 @@ from studio.core.audit import (
     figures_of,
     seen_sign,
 )
+from studio.core.audit_cells import difference, interval, size
 from studio.core.audit_picture import bars_svg, losses_svg
-from studio.core.audit_text import difference, interval, markdown_of, size
+from studio.core.audit_text import markdown_of
 from studio.core.intervals import Interval
 from tests.fakes.audit_job import base_report
 

@@ -19,7 +19,7 @@ from studio.tui.app import StudioApp
 from studio.tui.panels.audit_report import block_curve, lane_curves
 from studio.tui.screens.audit import AuditScreen
 from studio.tui.screens.run import RunScreen
-from tests.fakes.audit_job import base_report, figures
+from tests.fakes.audit_job import answers_report, base_report, figures, run_report
 from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, play, shown, until
 
 
@@ -118,6 +118,23 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
         assert_harmless(app)
 
     play(story, tmp_path, size=(160, 50))
+
+
+def test_answers_are_shown_side_by_side_and_harmless(tmp_path: Path) -> None:
+    report = run_report()
+    report["answers"] = answers_report(text=HOSTILE)
+    report["answers"]["rows"][0]["prompt"] = HOSTILE
+    an_audit(tmp_path, "audit-run", report)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "Use it." in shown(app))
+        app.screen.query_one("#audit-words").scroll_end(animate=False)
+        await until(pilot, lambda: "held-out answer" in shown(app))
+        assert "[bold red]not bold[/]" in shown(app)
+        assert_harmless(app)
+
+    play(story, tmp_path, size=(160, 60))
 
 
 def test_an_audit_that_is_no_report_says_so(tmp_path: Path) -> None:

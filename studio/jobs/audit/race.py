@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from studio.core.adapter_text import modules_of
 from studio.core.audit import advise_race
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
@@ -55,6 +56,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         {
             "name": lane.name,
             "run": lane.paths.name,
+            "form": "16-bit" if lane.recipe.method == "lora" else form_of(lane.recipe),
             "task": asdict(found.task[lane.name]),
             "neutral": asdict(found.neutral[lane.name]),
             "peak_predicted_bytes": plans[lane.name].get("peak_bytes"),
@@ -86,6 +88,13 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "recommendation": asdict(advice),
         "cost": {"seconds": time.perf_counter() - began},
     }
+
+
+def form_of(recipe: Recipe) -> str:
+    """Return how a QLoRA recipe holds its base."""
+    form = f"{recipe.model.quant_type}{'+dq' if recipe.model.double_quant else ''}"
+    kept = len(modules_of(recipe.model.skip_modules))
+    return f"{form}, {kept} modules in 16 bit" if kept else form
 
 
 def _recipe(request: AuditRequest) -> Recipe:

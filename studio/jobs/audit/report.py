@@ -30,7 +30,7 @@ def write_report(worker: Worker, report: dict[str, Any]) -> None:
     write_whole(root / "report.md", markdown)
     write_whole(worker.paths.report, json.dumps(report, indent=1, allow_nan=False))
     if path := report.get("run_path"):
-        beside = {**report, "markdown": markdown_of(report)}
+        beside = {**report, "markdown": markdown_of(report, texts=False)}
         write_whole(Path(path) / BESIDE_RUN, json.dumps(beside, allow_nan=False))
     for name in (worker.paths.report.name, "report.md"):
         worker.emit(Saved, what="report", path=name)
@@ -39,7 +39,9 @@ def write_report(worker: Worker, report: dict[str, Any]) -> None:
 def _pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return file name, what it shows and the picture."""
     rows = report["lanes" if report["what"] == "race" else "variants"]
-    losses = [(row["name"], *(row["task"]["loss"][key] for key in ("value", "low", "high"))) for row in rows]
+    losses = [
+        (row["name"], *(row["task"]["loss"][key] for key in ("value", "low", "high"))) for row in rows if row["task"]
+    ]
     made = [("losses.svg", "Held-out loss with 95 % intervals", losses_svg("Held-out loss, nats per token", losses))]
     blocks = report.get("blocks") or []
     if report["what"] == "base":

@@ -8,7 +8,9 @@ from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from studio.core.audit_text import Table, advice_lines, tables_of, title_of
+from studio.core.answer_text import shown_answers
+from studio.core.audit_cells import Table
+from studio.core.audit_text import advice_lines, note_lines, tables_of, title_of
 from studio.core.text import plain
 from studio.tui.readable import number
 from widgets.line_picture import Hue
@@ -58,6 +60,11 @@ def report_content(report: Mapping[str, Any]) -> Content:
     parts += [f"{plain(line)}\n" for line in advice_lines(report)]
     for heading, table in tables_of(report):
         parts += [(f"\n{plain(heading, one_line=True)}\n", "bold"), f"{aligned(table)}\n"]
+    parts += [f"\n{line}\n" for line in note_lines(report)]
+    for place, one in enumerate(shown_answers(report), start=1):
+        parts += [(f"\nPrompt {place}  ", "bold"), f"{one.prompt}\n"]
+        for who, text, marks in one.said:
+            parts += [(f"{who}  ", "bold"), (f"{marks}\n" if marks else "\n", "dim"), f"{text}\n"]
     if report["what"] == "race":
         names = ", ".join(f"lane {place}: {lane['name']}" for place, lane in enumerate(report["lanes"], start=1))
         parts.append(f"\n{plain(names, one_line=True)} (training loss below)\n")

@@ -1,0 +1,140 @@
+"""An audit's figures as tables: what was lost by form, what each form takes, block by block, lane by lane.
+
+Every table says which of its figures are measured and which are estimates. Reads the report's plain values.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from studio.core.audit_cells import GIB, Table, difference, interval, number, size, word
+
+_MOST_BLOCKS = 8
+
+
+def variant_table(report: Mapping[str, Any]) -> Table:
+    """Return what each form knows, all of it measured: task loss with its interval first, then closeness."""
+    against = report["reference"]
+    of_base = report["what"] == "base"
+    head = ["", "task loss", f"against {against}", "KL", "KL p99", "same top", "neutral loss"]
+    rows = [head + (["base, exact"] if of_base else [])]
+    for one in report["variants"]:
+        task = one.get("task")
+        if task is None:
+            rows.append([one["name"], f"not measured: {word(one.get('why') or '?')}", *["-"] * (len(head) - 2)])
+            continue
+        closeness = [
+            difference(task["more"]),
+            interval(task["kl"]),
+            f"{task['kl_tail']['value']:.3f}",
+            f"{task['same_top']['value']:.1%}",
+        ]
+        cells = [one["name"], interval(task["loss"]), *(["-"] * 4 if one["name"] == against else closeness)]
+        cells.append(f"{one['neutral']['loss']['value']:.4f}")
+        rows.append(cells + ([size(one["base_bytes"])] if of_base else []))
+    return rows
+
+
+def use_table(report: Mapping[str, Any]) -> Table:
+    """Return precision, size, memory and speed of each form, and what it is for; nothing for other audits."""
+    if report["what"] != "run":
+        return []
+    rows = [["", "weights in", "on disk", "VRAM to serve, estimated", "tokens/s, writing", "use"]]
+    for one in report["variants"]:
+        serving = one["serving"]
+        rows.append(
+            [
+                one["name"],
+                word(one.get("form") or "?"),
+                f"{size(one['disk_bytes'])}, {one.get('disk') or 'estimated'}",
+                f"{serving['low_bytes'] / GIB:.2f}-{serving['high_bytes'] / GIB:.2f} GiB",
+                _speed(one.get("speed")),
+                _use(one, report["recommendation"]["best"]),
+            ]
+        )
+    return rows
+
+
+def block_table(report: Mapping[str, Any], most: int = _MOST_BLOCKS) -> Table:
+    """Return the blocks, the worst first; nothing where the report has none."""
+    blocks = report.get("blocks") or []
+    if not blocks:
+        return []
+    if report["what"] == "base":
+        head = ["block", "effect alone", "weight error", "worst layer", "16 bit costs"]
+        return [head, *(_base_block(block, report["asked"]) for block in blocks[:most])]
+    ordered = sorted(blocks, key=lambda block: -(block["ratio"] or 0.0))
+    head = ["block", "rounding", "adapter", "rounding / adapter"]
+    return [head, *(_run_block(block) for block in ordered[:most])]
+
+
+def plan_table(report: Mapping[str, Any]) -> Table:
+    """Return the measured mixed plans; nothing where none was measured."""
+    plans = report.get("plans") or []
+    head = ["kept in 16 bit", "costs", "KL won", "KL left", "task loss"]
+    rows = [
+        [
+            ", ".join(plan["kept"]),
+            size(plan["extra_bytes"]),
+            interval(plan["won"]),
+            f"{plan['figures']['kl']['value']:.4f}",
+            interval(plan["figures"]["loss"]),
+        ]
+        for plan in plans
+    ]
+    return [head, *rows] if rows else []
+
+
+def lane_table(report: Mapping[str, Any]) -> Table:
+    """Return the lanes of a race side by side: precision, fidelity, memory, speed, use."""
+    lanes = report["lanes"]
+    first, best = lanes[0]["name"], report["recommendation"]["best"]
+    return [
+        ["", *(lane["name"] for lane in lanes)],
+        ["base held in", *(word(lane.get("form") or "?") for lane in lanes)],
+        ["held-out loss, measured", *(interval(lane["task"]["loss"]) for lane in lanes)],
+        [f"against {first}", *("-" if lane["name"] == first else difference(lane["task"]["more"]) for lane in lanes)],
+        ["neutral loss, measured", *(f"{lane['neutral']['loss']['value']:.4f}" for lane in lanes)],
+        ["peak memory, estimated", *(size(lane["peak_predicted_bytes"]) for lane in lanes)],
+        [_peak_label(lanes), *(size(lane["peak_measured_bytes"]) for lane in lanes)],
+        ["tokens/s, measured", *(number(lane["tokens_per_second"], ",.0f") for lane in lanes)],
+        ["seconds, measured", *(number(lane["seconds"], ",.0f") for lane in lanes)],
+        ["adapter on disk", *(size(lane["adapter_bytes"]) for lane in lanes)],
+        ["use", *("advised" if lane["name"] == best else "-" for lane in lanes)],
+    ]
+
+
+def _speed(speed: Mapping[str, Any] | None) -> str:
+    """Return the tokens a second that a form writes, where from, and on what."""
+    if not speed or speed.get("decode_tokens_per_second") is None:
+        return "not measured"
+    where = " ".join(str(part) for part in (speed.get("runtime"), speed.get("device")) if part)
+    return f"{speed['decode_tokens_per_second']:.1f} {speed['how']} ({word(where)}, {speed['tokens']} tokens)"
+
+
+def _use(one: Mapping[str, Any], best: str) -> str:
+    if one["name"] == best:
+        return "advised"
+    return "can be used" if one.get("usable") else "to compare"
+
+
+def _peak_label(lanes: Sequence[Mapping[str, Any]]) -> str:
+    """Say what was measured: a CPU run knows only what its whole process holds, libraries included."""
+    whole = any(lane.get("peak_measured") == "resident" for lane in lanes)
+    return "whole process, measured" if whole else "peak memory, measured"
+
+
+def _base_block(block: Mapping[str, Any], asked: str) -> list[str]:
+    worst = block["linears"][0] if block["linears"] else None
+    effect = block["own_effect"]
+    return [
+        block["name"],
+        "?" if effect is None else f"{effect:.2%}",
+        f"{block['weight_error'][asked]:.2%}",
+        f"{worst['name'].removeprefix(block['name'] + '.')} {worst['weight_error']:.2%}" if worst else "-",
+        size(block["kept_extra_bytes"]),
+    ]
+
+
+def _run_block(block: Mapping[str, Any]) -> list[str]:
+    ratio = "-" if block["ratio"] is None else f"{block['ratio']:.1f}"
+    return [block["name"], f"{block['rounding']:.2%}", f"{block['adapter']:.3%}", ratio]

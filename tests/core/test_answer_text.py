@@ -1,0 +1,69 @@
+"""Answers and the other parts of a run's report as tables and words, whatever stands in prompts and answers."""
+
+from studio.core.answer_text import answer_lines, answer_table, shown_answers
+from studio.core.audit_tables import use_table, variant_table
+from studio.core.audit_text import markdown_of, note_lines, tables_of
+from tests.fakes.audit_job import answers_report, base_report, run_report
+
+NASTY = "a\x1b[2J\n# head\n| cell |\n```\n[bold]"
+
+
+def test_every_form_and_every_rule_has_a_cell() -> None:
+    head, mean, more = answer_table(run_report())
+    assert head == ["", "base", "tuned, nf4+dq"]
+    assert mean == ["exact match", "25% (15%-35%)", "50% (30%-70%)"]
+    assert more == ["  against tuned, nf4+dq", "-50 points (-70 to -30)", "-"]
+
+
+def test_words_say_which_differences_are_seen() -> None:
+    report = run_report()
+    report["answers"] = answers_report("base", "tuned, 16-bit", "tuned, nf4+dq")
+    lines = "\n".join(answer_lines(report))
+    assert "base against tuned, nf4+dq: lower in exact match." in lines
+    assert "tuned, 16-bit against tuned, nf4+dq: no difference seen under any rule." in lines
+    assert "merged, 16-bit gave no answers: needs about 30.0 GB of memory." in lines
+    assert "tuned, nf4+dq is the model as it was trained" in lines
+    assert "exact match: equal." in lines
+
+
+def test_a_report_without_answers_has_nothing_of_them() -> None:
+    report = base_report()
+    assert answer_table(report) == [] and answer_lines(report) == [] and list(shown_answers(report)) == []
+    report["answers"] = {"why_not": "no prompt fits"}
+    assert answer_table(report) == [] and answer_lines(report) == ["No answers: no prompt fits"]
+
+
+def test_the_five_tables_of_a_choice_are_there_and_marked() -> None:
+    """Precision, memory, fidelity, speed, use: measured or estimated."""
+    head, *rows = use_table(run_report())
+    assert head == ["", "weights in", "on disk", "VRAM to serve, estimated", "tokens/s, writing", "use"]
+    by_name = {row[0]: row[1:] for row in rows}
+    speed = "17.2 measured (llama.cpp cpu, 32 tokens)"
+    assert by_name["trained"] == ["16-bit", "256.0 MiB, estimated", "1.00-2.00 GiB", speed, "can be used"]
+    assert by_name["merged 16-bit"][-2:] == ["not measured", "advised"]
+    assert by_name["base alone"][-1] == "to compare"
+    assert by_name["q4_k_m"][1] == "256.0 MiB, measured"
+    assert "measured" in tables_of(run_report())[0][0]
+
+
+def test_a_form_that_could_not_be_measured_says_why() -> None:
+    head, *rows = variant_table(run_report())
+    assert rows[-1][:3] == ["q4_k_m", "not measured: llama.cpp is not installed", "-"]
+    assert len(rows[-1]) == len(head)
+
+
+def test_notes_of_forgetting() -> None:
+    assert note_lines(run_report())[0] == "No forgetting can be seen."
+
+
+def test_texts_stay_texts_on_the_page_and_off_a_card() -> None:
+    report = run_report()
+    report["answers"] = answers_report(text=NASTY)
+    report["answers"]["rows"][0]["prompt"] = NASTY
+    page = markdown_of(report)
+    assert "\x1b" not in page
+    assert "\n# head" not in page.removeprefix("# Audit") and "\n```" not in page and "\n    # head" in page
+    assert "### Prompt 2" in page and "(exact match: no)" in page
+    card = markdown_of(report, texts=False)
+    assert "Prompt 2" not in card and "# head" not in card, "the rows of a user's data are nobody else's business"
+    assert "exact match" in card
