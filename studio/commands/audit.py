@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
@@ -57,6 +57,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="DIR",
         help="a merged model to measure as well; may be repeated",
     )
+    run.add_argument(
+        "--gguf", action="append", default=[], metavar="FILE", help="a GGUF file to measure as well; may be repeated"
+    )
+    run.add_argument("--no-speed", action="store_true", help="do not measure tokens a second of serving each form")
     run.add_argument(
         "--answers", metavar="N", help="held-out prompts that base, tuned and merged model answer (default: 0)"
     )
@@ -144,8 +148,13 @@ def _run(args: argparse.Namespace) -> AuditRequest:
         changes |= {"data": data_path(args.data), "format": "auto"}
     asked = {"answers": args.answers, "answer_tokens": args.answer_tokens, "check_regex": args.check_regex}
     changes |= {name: str(value) for name, value in asked.items() if value is not None}
-    changes["merged"] = "\n".join(str(Path(word).expanduser().absolute()) for word in args.merged)
+    changes |= {"merged": _places(args.merged), "gguf": _places(args.gguf), "speed": "0" if args.no_speed else "1"}
     return audit_of_run(run_of(args), **changes)
+
+
+def _places(words: Sequence[str]) -> str:
+    """Return absolute paths, a line each."""
+    return "\n".join(str(Path(word).expanduser().absolute()) for word in words)
 
 
 def _race(args: argparse.Namespace) -> AuditRequest:

@@ -52,13 +52,14 @@ def test_a_run_brings_its_own_base_data_and_split(cli: Cli, recipe: Path, tmp_pa
 
 def test_answers_are_asked_for_and_shown(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     run = cli("train", str(recipe), "--json").document["run"]
-    words = ("--answers", "5", "--answer-tokens", "20", "--check-regex", r"\d+")
+    words = ("--gguf", "my.gguf", "--no-speed", "--answers", "5", "--answer-tokens", "20", "--check-regex", r"\d+")
     outcome = cli("audit", "run", run, *words)
     assert outcome.code == 0, outcome.err
     for wanted in ("Answers to 2 held-out prompts", "-50 points (-70 to -30)", "say 1", "uno", "lower in exact match"):
         assert wanted in outcome.out
     request = asked(cli("audit", "run", run, *words, "--json").document)
     assert (request.answers, request.answer_tokens, request.check_regex) == ("5", "20", r"\d+")
+    assert (request.gguf, request.speed) == (str(Path("my.gguf").absolute()), "0")
 
 
 def test_a_pattern_that_is_none_is_refused(cli: Cli, recipe: Path) -> None:
