@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
 from studio.commands.gpus import notes_on
 from studio.commands.options import add_json, add_set
@@ -10,11 +11,12 @@ from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
-from studio.core.recipe import Recipe
+from studio.core.recipe import Loss, Recipe
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_rank, target_names
 from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.modules import FusedKernels
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stock import stock_setup
@@ -26,6 +28,7 @@ from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
 _MOST_GIB = 4096.0
+_STOCK = ("kbit_prepare", "head_cast_back", "autocast", "outputs_kept", "transformers", "fused_kernels")
 _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces the real model and knows better"
 
 
@@ -50,10 +53,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="hf: the stock Trainer and peft")
     for flag, text in (
         ("kbit-prepare", "hf: peft's fp32 upcast of everything not quantised (default for qlora)"),
+        ("head-cast-back", "hf: whether embedding and head go back to 16 bit after it, as in TRL with bf16"),
         ("autocast", "hf: whether the forward runs under autocast (default: 4-bit weights, but fp16 without bf16)"),
         ("outputs-kept", "hf: whether the loop holds the logits through the backward (default: fp16 without bf16)"),
     ):
         parser.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, help=text)
+    parser.add_argument(
+        "--fused-kernels",
+        choices=get_args(FusedKernels),
+        help="hf: liger is the Trainer's use_liger_kernel, its fused loss included; foak fms-acceleration's kernels",
+    )
     parser.add_argument("--transformers", metavar="VERSION", help="hf: its version, such as 4.48.1: losses differ")
     add_card(parser)
     parser.add_argument("--gpus", metavar="N", default="1", help="data-parallel replicas; the plan is for each")
@@ -103,11 +112,12 @@ def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
     setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
     if gpu is not None:
         setup = replace(setup, device="cuda")
-    wishes = {name: getattr(args, name) for name in ("kbit_prepare", "autocast", "outputs_kept", "transformers")}
+    wishes = {name: getattr(args, name) for name in _STOCK}
     given = {name: value for name, value in wishes.items() if value is not None}
     if args.engine == "hf":
         loss_said = args.loss is not None or any(word.strip().startswith("train.loss") for word in args.set)
-        setup = stock_setup(setup if loss_said else replace(setup, loss="full"), gpu=gpu, **given)
+        usual: Loss = "liger" if args.fused_kernels == "liger" else "full"
+        setup = stock_setup(setup if loss_said else replace(setup, loss=usual), gpu=gpu, **given)
     elif given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadInput(f"{flags} describes the stock loop; add --engine hf, or leave it out")

@@ -119,6 +119,10 @@ def _setup(row: dict[str, Any]) -> Setup:
         dtype=row["dtype"],
         double_quant=bool(row["double_quant"]),
         kbit_prepare=quantised and row.get("kbit_prepare", False),
+        head_cast_back=quantised
+        and bool(row.get("kbit_prepare"))
+        and row["dtype"] == "bf16"
+        and row["id"].startswith("fms"),
         autocast="autocast" in str(row.get("amp", "")) and not str(row.get("amp")).startswith("none"),
         outputs_kept=row["id"].startswith("fitcheck"),  # a plain loop holds `outputs` through the backward
         transformers=row.get("transformers") or "",
@@ -155,13 +159,6 @@ def _unlike(row: dict[str, Any]) -> str:
         return "the metric is not said, and Qwen's own model code"
     if "axolotl" in row["framework"]:
         return "rounded, allocated or reserved is not said, cut cross-entropy"
-    if (
-        row.get("kbit_prepare")
-        and row["dtype"] == "bf16"
-        and row["id"].startswith("fms")
-        and "Mixtral" not in row["model"]
-    ):
-        return "TRL of that time cast embedding and head back to bf16 after peft's upcast"
     if "foak" in row.get("framework_config", ""):
         return FUSED
     if "lora-fa" in row["optimizer"] or row.get("variant") not in (None, ["rslora"], ["dora"]):

@@ -145,7 +145,7 @@ def test_a_tied_head_is_counted_once():
     }
     tied, free = (shape_from_config({**config, "tie_word_embeddings": value}) for value in (True, False))
     assert free.parameters - tied.parameters == 256 * 1000
-    sizes = [base_bytes(shape, FrozenForm("", False, 2, 2)) for shape in (free, tied)]
+    sizes = [base_bytes(shape, FrozenForm("", False, 2, 2, 2)) for shape in (free, tied)]
     assert sizes[0] - sizes[1] == 2 * 256 * 1000
 
 
@@ -153,7 +153,7 @@ def test_bytes_per_quantised_weight():
     linear = LLAMA.groups[0].layer.mlp[0]
 
     def bytes_per_weight(quant_type: str, *, double_quant: bool = False) -> float:
-        return sum(quantised_parts(linear, FrozenForm(quant_type, double_quant, 2, 2))) / linear.weights
+        return sum(quantised_parts(linear, FrozenForm(quant_type, double_quant, 2, 2, 2))) / linear.weights
 
     assert bytes_per_weight("nf4", double_quant=True) == pytest.approx(0.515869, rel=1e-4)
     assert bytes_per_weight("nf4") == pytest.approx(0.5625, rel=1e-4)

@@ -40,7 +40,7 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersFor
     if setup.quantised and setup.autocast and setup.device == "cuda" and shape.groups[0].layer.norm == "layer":
         # CUDA's autocast gives layer norms back in fp32, and quantised layers give back what they are given.
         residual = 4
-    arithmetic = Arithmetic(setup.compute_itemsize, residual, setup.autocast, setup.residual_itemsize)
+    arithmetic = Arithmetic(setup.compute_itemsize, residual, setup.autocast, setup.embedding_itemsize)
     adapter = AdapterForm(
         targets=target_names(shape, setup.targets),
         dropout=setup.dropout > 0,
@@ -48,7 +48,7 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersFor
         casts_inputs=not (ours and setup.autocast),
     )
     quantised = setup.quant_type if setup.quantised else ""
-    check_kernels(shape, setup.fused_kernels)
+    check_kernels(shape, setup.fused_kernels, fused_loss=setup.loss != "full")
     form = LayerForm(
         arithmetic,
         adapter,
@@ -183,7 +183,9 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
     masks = int(kernel == "eager" or (_windowed(shape, setup) and setup.attention != "flash_attention_2"))
     if shape.attention_softcap and any(group.layer.window for group in shape.groups):
         masks = 2  # one for layers that see all, one for those with a window, both made before the first layer
-    return inputs + rotary + masks * setup.squares * setup.residual_itemsize
+    # Embeddings that went back to 16 bit make the first layer's input narrower than all others.
+    narrower = (setup.residual_itemsize - setup.embedding_itemsize) * setup.tokens * shape.hidden
+    return inputs + rotary + masks * setup.squares * setup.residual_itemsize - narrower
 
 
 def _windowed(shape: ModelShape, setup: Setup) -> bool:

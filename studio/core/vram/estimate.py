@@ -202,12 +202,19 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
     if setup.engine == "studio":
         return ()
     unsaid = not setup.transformers and setup.micro_batch > 1
-    # The least and the most of what is held at the loss; which of the two autocasts holds more depends.
+    # The least and the most of what is held at the loss and of peft's upcast; which of the two autocasts holds more
+    # depends.
     holds = (
         ((False, NEWEST), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
     )
     return tuple(
-        replace(setup, outputs_kept=kept, autocast=autocast, transformers=version).kind
+        replace(
+            setup,
+            outputs_kept=kept,
+            autocast=autocast,
+            transformers=version,
+            head_cast_back=setup.head_cast_back or (setup.dtype == "bf16" and setup.kbit_prepare and not kept),
+        ).kind
         for kept, version in holds
         for autocast in ((False, True) if setup.compute_itemsize == 2 else (setup.autocast,))
     )
@@ -226,8 +233,9 @@ def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
 
 
 def _components(stages: Stages, context: int) -> Components:
-    logits = stages.logits if stages.peak_stage == "loss" else stages.held
-    gradients = max(stages.lasting_gradients, stages.gradients if stages.peak_stage == "optimizer" else 0)
+    at = stages.peak_stage
+    logits = stages.logits if at == "loss" else stages.held
+    gradients = max(stages.lasting_gradients, stages.gradients if at == "optimizer" else 0)
     return Components(
         base=stages.base,
         adapter=stages.adapter,

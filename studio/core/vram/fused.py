@@ -25,8 +25,13 @@ KERNEL_FAMILIES: Mapping[str, frozenset[str]] = {
 """Model types that each has kernels for (fms_acceleration_foak/models, liger_kernel/transformers/monkey_patch.py)."""
 
 
-def check_kernels(shape: ModelShape, kernels: FusedKernels) -> None:
+def check_kernels(shape: ModelShape, kernels: FusedKernels, *, fused_loss: bool) -> None:
     """Raise where there are no such kernels for a model.
+
+    Args:
+        shape: The model.
+        kernels: Which kernels.
+        fused_loss: Whether the loss is to be fused with the head.
 
     Raises:
         BadInput: There are none.
@@ -36,6 +41,8 @@ def check_kernels(shape: ModelShape, kernels: FusedKernels) -> None:
         raise BadInput(
             f"{kernels} has no kernels for {shape.family}; leave --fused-kernels out. It has some for {known}"
         )
+    if kernels == "liger" and shape.family == "granite" and fused_loss:
+        raise BadInput("liger has no fused loss for granite, which scales its logits; add --loss full")
 
 
 def rms_norm(x: Tensor, groups: float, *, over_gradient: bool) -> Tensor:
@@ -81,8 +88,9 @@ def _product(run: Run, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     tape, compute = run.tape, run.form.arithmetic.compute
     weight = Form(fixed=compute * linear.inputs * linear.outputs)
     out = Form(per_token=linear.outputs)
-    tape.passing(weight.plus(out.times(x.itemsize)))
+    dequantised = Tensor(tape, weight, 1)
     result = Tensor(tape, out, x.itemsize)
+    del dequantised
     seen = Tensor(tape, x.elements, x.itemsize) if run.form.adapter.dropout else x
     tape.passing(result.bytes)
     return result, seen
@@ -103,8 +111,7 @@ def adapted_linears(run: Run, maps: tuple[Linear, ...], x: Tensor) -> tuple[Tens
     seen = tuple(dropped for _, dropped in pairs if dropped is not x)
     shared = len(maps) > 1
     gradient = 0 if shared else (x.elements, x.itemsize)
-    passing = x.elements.times(1 + 2 * x.itemsize).plus(Form() if shared else x.bytes)
-    node = node_of(run.tape, (x,), (gradient,), (x, *seen), passing)
+    node = node_of(run.tape, (x,), (gradient,), (x, *seen), (x.elements, x.bytes, x.bytes))
     if node is not None:
         node.apart = shared
         node.trained = (_adapter(maps), run.gradients)
@@ -124,8 +131,8 @@ def adapted_mlp(run: Run, maps: tuple[Linear, ...], x: Tensor) -> Tensor:
     out, seen_inner = _product(run, maps[2], inner)
     del inner
     seen = tuple(dropped for dropped in (seen_gate, seen_up) if dropped is not x)
-    passing = gate.elements.times(1 + 2 * gate.itemsize)
-    out.node = node_of(run.tape, (x,), (0,), (x, gate, up, seen_inner, *seen), passing)
+    works = (gate.elements, gate.bytes, gate.bytes)
+    out.node = node_of(run.tape, (x,), (0,), (x, gate, up, seen_inner, *seen), works)
     if out.node is not None:
         out.node.trained = (_adapter(maps), run.gradients)
     return out

@@ -5,7 +5,7 @@ Sources: torch/csrc/autograd derivatives.yaml (what is saved), aten/src/ATen/aut
 
 from dataclasses import dataclass
 
-from studio.core.vram.form import NOTHING, Form, total
+from studio.core.vram.form import Form
 from studio.core.vram.tape import Node, Tape, Tensor
 
 
@@ -16,7 +16,7 @@ class Arithmetic:
     Attributes:
         compute: Of matrix products (2 for bf16 and fp16, 4 for fp32).
         residual: Of the residual stream.
-        weights: Of everything not quantised (4 after peft's `prepare_model_for_kbit_training`).
+        weights: Of embedding and head (4 after peft's `prepare_model_for_kbit_training`).
         autocast: Whether the forward runs under `torch.autocast`.
     """
 
@@ -31,7 +31,7 @@ def node_of(
     inputs: tuple[Tensor, ...],
     gradients: tuple[tuple[Form, float] | int | None, ...],
     saved: tuple[Tensor, ...] = (),
-    passing: Form = NOTHING,
+    works: tuple[Form, ...] = (),
 ) -> Node | None:
     """Return the backward node of an operator, or None when none of its inputs wants a gradient."""
     edges = tuple([tensor.node for tensor in inputs])
@@ -39,7 +39,7 @@ def node_of(
         return None
     if saved:
         tape.saving()
-    return Node(tape.next_sequence(), edges, gradients, list(saved), passing, unpacks=bool(saved))
+    return Node(tape.next_sequence(), edges, gradients, list(saved), works, unpacks=bool(saved))
 
 
 def _gradient(tensor: Tensor) -> tuple[Form, float]:
@@ -109,13 +109,13 @@ def power(x: Tensor) -> Tensor:
 
     Source: torch/csrc/autograd/FunctionsManual.cpp pow_backward.
     """
-    node = node_of(x.tape, (x,), (_gradient(x),), (x,), x.bytes.times(3))
+    node = node_of(x.tape, (x,), (_gradient(x),), (x,), (x.bytes, x.bytes))
     return Tensor(x.tape, x.elements, x.itemsize, node)
 
 
 def multiply_rows(x: Tensor, factor: Tensor) -> Tensor:
     """Return `x * factor` with one factor per row: the factor's gradient is a product of x's size, then summed."""
-    node = node_of(x.tape, (x, factor), (_gradient(x), _gradient(factor)), (x, factor), x.bytes.times(2))
+    node = node_of(x.tape, (x, factor), (_gradient(x), _gradient(factor)), (x, factor), (x.bytes,))
     return Tensor(x.tape, x.elements, x.itemsize, node)
 
 
@@ -146,8 +146,8 @@ def times_vector(x: Tensor) -> Tensor:
 
     Its backward makes both products in fp32, sums one into the vector's gradient and casts the other to x's format.
     """
-    wide = x.elements.times(8)
-    return Tensor(x.tape, x.elements, 4, node_of(x.tape, (x,), (_gradient(x),), (x,), wide.plus(x.bytes)))
+    wide = x.elements.times(4)
+    return Tensor(x.tape, x.elements, 4, node_of(x.tape, (x,), (_gradient(x),), (x,), (wide, wide)))
 
 
 def mean_last(x: Tensor, per_row: Form) -> Tensor:
@@ -157,7 +157,7 @@ def mean_last(x: Tensor, per_row: Form) -> Tensor:
 
 def subtract_rows(x: Tensor, row: Tensor) -> Tensor:
     """Return `x - row` with one number per row: x's gradient passes on, the row's is summed from a negated copy."""
-    node = node_of(x.tape, (x, row), (None, _gradient(row)), (), x.bytes)
+    node = node_of(x.tape, (x, row), (None, _gradient(row)), (), (x.bytes,))
     return Tensor(x.tape, x.elements, x.itemsize, node)
 
 
@@ -193,7 +193,7 @@ def join(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def frozen_linear(
-    x: Tensor, outputs: Form, compute: int | None = None, passing: Form = NOTHING, *, keeps_input: bool = False
+    x: Tensor, outputs: Form, compute: int | None = None, works: tuple[Form, ...] = (), *, keeps_input: bool = False
 ) -> Tensor:
     """Return `x @ W.T` for a frozen weight: only the weight is saved.
 
@@ -201,14 +201,16 @@ def frozen_linear(
         x: The input `[.., in]`.
         outputs: Elements of the result.
         compute: Bytes per element of the product where it is not the input's.
-        passing: Bytes of a dequantised weight, alive while the product runs, forward and backward.
+        works: Bytes of a dequantised weight, alive while the product runs, forward and backward.
         keeps_input: Whether the input is saved all the same.
     """
     x = cast(x, compute or x.itemsize)
-    node = node_of(x.tape, (x,), (_gradient(x),), (x,) if keeps_input else (), passing.plus(x.bytes))
+    node = node_of(x.tape, (x,), (_gradient(x),), (x,) if keeps_input else (), works)
     _saves_constant(x.tape, node)
-    x.tape.passing(passing.plus(outputs.times(x.itemsize)))
-    return Tensor(x.tape, outputs, x.itemsize, node)
+    working = [Tensor(x.tape, size, 1) for size in works]
+    out = Tensor(x.tape, outputs, x.itemsize, node)
+    del working
+    return out
 
 
 def trained_linear(x: Tensor, outputs: Form, weight: Form, gradients: list[Tensor], arithmetic: Arithmetic) -> Tensor:
@@ -246,10 +248,10 @@ def softmax_in_fp32(x: Tensor, *, fused_backward: bool = False) -> Tensor:
     Its backward makes `grad * output` in fp32 besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu), but for the
     CPU's (`fused_backward`).
     """
-    result = NOTHING if fused_backward else x.elements.times(4)
-    node = node_of(x.tape, (x,), (_gradient(x),), (), result.plus(x.bytes))
+    node = node_of(x.tape, (x,), (_gradient(x),), (), () if fused_backward else (x.elements.times(4),))
     out = Tensor(x.tape, x.elements, 4, node)
     if node is not None:
+        node.works_last = True
         node.saved.append(out)
         _saves_constant(x.tape, node)
     return out
@@ -267,14 +269,14 @@ def fused_attention(
     """
     tape = query.tape
     statistics = Form(per_token=heads)
-    accumulator = query.elements.times(4 if query.itemsize < 4 else 0)
-    grouped = query.bytes.times(2) if flash and key.elements != query.elements else NOTHING
-    workspace = accumulator.plus(grouped).plus(statistics.times(4)) if workspaces else NOTHING
+    accumulator = (query.elements.times(4),) if query.itemsize < 4 else ()
+    grouped = (query.bytes, query.bytes) if flash and key.elements != query.elements else ()
+    works = (statistics.times(4), *accumulator, *grouped) if workspaces else ()
     saved_sums = Tensor(tape, statistics, 4)
     gradients = (_gradient(query), _gradient(key), _gradient(value))
-    passing = workspace.plus(total(t.bytes for t in (query, key, value)))
-    node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums), passing)
+    node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums), works)
     out = Tensor(tape, query.elements, query.itemsize, node)
     if node is not None:
+        node.works_last = True
         node.saved.append(out)
     return out

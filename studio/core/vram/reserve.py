@@ -61,7 +61,7 @@ def unused_in_segments(shape: ModelShape, form: FrozenForm) -> int:
 
 
 def _weight_sizes(shape: ModelShape, form: FrozenForm) -> list[int]:
-    embedding = shape.embedding_parameters * form.itemsize
+    embedding = shape.embedding_parameters * form.embedding_itemsize
     sizes = [embedding] if shape.tied else [embedding, embedding]
     for group in shape.groups:
         for linear in group.layer.linears:

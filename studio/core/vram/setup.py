@@ -42,6 +42,7 @@ class Setup:
         dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
         double_quant: Whether the 4-bit scales are quantised again.
         kbit_prepare: Whether peft's `prepare_model_for_kbit_training` upcasts everything not quantised to fp32 (`hf`).
+        head_cast_back: Whether embedding and head go back to 16 bit after that upcast (TRL's SFTTrainer in bf16).
         autocast: Whether the forward runs under autocast.
         outputs_kept: Whether the loop holds the model's outputs, logits among them, during the backward (`hf`).
         transformers: Version of transformers whose loss runs (`hf`), such as `4.48.1`; empty where it is not known.
@@ -72,6 +73,7 @@ class Setup:
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     double_quant: bool = True
     kbit_prepare: bool = False
+    head_cast_back: bool = False
     autocast: bool = True
     outputs_kept: bool = False
     transformers: str = ""
@@ -94,10 +96,11 @@ class Setup:
         return _kind(_choices_of(self), self.micro_batch > 1)
 
     def of_kind(self, kind: "Setup") -> "Setup":
-        """Return the set-up of another kind with this one's numbers, in a fifth of the time of `replace`."""
-        twin = object.__new__(Setup)
-        twin.__dict__.update(zip(_CHOICES, _choices_of(kind), strict=True), kind=kind)
-        twin.__dict__.update(zip(_NUMBERS, _numbers_of(self), strict=True))
+        """Return the set-up of another kind, which trains the same, with this one's numbers: `replace` takes longer."""
+        twin, own = object.__new__(Setup), self.__dict__
+        twin.__dict__.update(kind.__dict__, kind=kind, adapted=self.adapted)
+        twin.__dict__.update({name: own[name] for name in _NUMBERS})
+        twin.__dict__.pop("_hash", None)
         return twin
 
     @cached_property
@@ -130,11 +133,16 @@ class Setup:
         """Bytes per element of everything not quantised."""
         return 4 if self.quantised and self.kbit_prepare else self.compute_itemsize
 
+    @property
+    def embedding_itemsize(self) -> int:
+        """Bytes per weight of embedding and head."""
+        return self.compute_itemsize if self.head_cast_back else self.residual_itemsize
+
 
 _NUMBERS = ("rank", "micro_batch", "seq_len", "accumulation", "rank_pattern")
 _NAMES = tuple(field.name for field in fields(Setup))
 _CHOICES = tuple(name for name in _NAMES if name not in _NUMBERS)
-_values_of, _choices_of, _numbers_of = attrgetter(*_NAMES), attrgetter(*_CHOICES), attrgetter(*_NUMBERS)
+_values_of, _choices_of = attrgetter(*_NAMES), attrgetter(*_CHOICES)
 
 
 @lru_cache(maxsize=512)

@@ -43,6 +43,7 @@ class FrozenForm:
         quant_type: nf4, fp4 or int8; empty where linear maps are not quantised.
         double_quant: Whether 4-bit scales are quantised again.
         itemsize: Bytes of a weight that is not quantised.
+        embedding_itemsize: The same for embedding and head, which may go back to 16 bit alone.
         compute: Bytes of a quantised layer's bias, which bitsandbytes casts to the compute type.
         skipped: Modules that are not quantised all the same.
         alignment: What an allocation is rounded up to, in bytes; 1 on a CPU.
@@ -51,6 +52,7 @@ class FrozenForm:
     quant_type: str
     double_quant: bool
     itemsize: int
+    embedding_itemsize: int
     compute: int
     skipped: tuple[str, ...] = ()
     alignment: int = ALIGNMENT
@@ -63,6 +65,7 @@ def frozen_form(setup: Setup) -> FrozenForm:
         setup.quant_type if setup.quantised else "",
         setup.double_quant,
         setup.residual_itemsize,
+        setup.embedding_itemsize,
         setup.compute_itemsize,
         setup.skip_modules,
         1 if setup.device == "cpu" else ALIGNMENT,
@@ -102,7 +105,9 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
     packed = sum(count * linear.copies * sum(quantised_parts(linear, form)) for count, linear in linears)
     biases = sum(count * linear.biases for count, linear in linears)
     weights = sum(count * linear.weights for count, linear in linears)
-    return packed + biases * form.compute + (shape.parameters - weights - biases) * form.itemsize
+    embeddings = shape.embedding_parameters + shape.head_parameters
+    rest = shape.parameters - weights - biases - embeddings
+    return packed + biases * form.compute + rest * form.itemsize + embeddings * form.embedding_itemsize
 
 
 def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[tuple[int, Linear]]:

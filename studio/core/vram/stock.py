@@ -8,6 +8,7 @@ from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape, with_separate_experts
 from studio.core.text import plain
+from studio.core.vram.modules import FusedKernels
 from studio.core.vram.setup import Setup
 
 UPCAST_BELOW, SHIFT_COPIED_BELOW, FUSED_EXPERTS_FROM, REENTRANT_BELOW = (4, 46), (4, 49), (5, 0), (5, 0)
@@ -31,9 +32,11 @@ def stock_setup(
     setup: Setup,
     *,
     kbit_prepare: bool | None = None,
+    head_cast_back: bool = False,
     autocast: bool | None = None,
     outputs_kept: bool | None = None,
     transformers: str = "",
+    fused_kernels: FusedKernels = "none",
     gpu: Gpu | None = None,
 ) -> Setup:
     """Return the same training in the stock loop.
@@ -46,9 +49,11 @@ def stock_setup(
     Args:
         setup: What is trained, and how.
         kbit_prepare: peft's upcast; QLoRA scripts call it by habit.
+        head_cast_back: Whether embedding and head go back to 16 bit after it, as TRL's SFTTrainer does in bf16.
         autocast: The Trainer's `bf16=True` or `fp16=True`.
         outputs_kept: Whether the loop holds the logits while it runs the backward.
         transformers: Version of transformers; where it is not said, the loss counts as the mean of both kinds.
+        fused_kernels: Kernels that stand in for the model's own operators.
         gpu: The card, where known.
 
     Raises:
@@ -63,9 +68,11 @@ def stock_setup(
         setup,
         engine="hf",
         kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
+        head_cast_back=head_cast_back and quantised and setup.compute_itemsize == 2,
         autocast=wanted_autocast and setup.dtype != "fp32",
         outputs_kept=plain_loop if outputs_kept is None else outputs_kept,
         transformers=transformers,
+        fused_kernels=fused_kernels,
     )
 
 
