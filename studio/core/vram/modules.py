@@ -97,7 +97,7 @@ def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
         return _int8_linear(run, layer, x, visits)
     # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
     weight = Form(fixed=layer.inputs * layer.outputs * arithmetic.compute)
-    return op.cast(op.frozen_linear(x, outputs, arithmetic.compute, passing=weight), x.itemsize)
+    return op.cast(op.frozen_linear(x, outputs, arithmetic.compute, works=(weight,)), x.itemsize)
 
 
 def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
@@ -106,9 +106,9 @@ def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     It saves its input, quantises an fp16 copy of it, and sums in int32; its backward dequantises the whole weight.
     """
     copy = 0 if x.itemsize == 2 else 2
-    run.tape.passing(x.elements.times(1 + copy).plus(Form(per_token=4 * layer.outputs * visits)))
+    run.tape.passing(x.elements.times(1 + copy), Form(per_token=4 * layer.outputs * visits))
     weight = Form(fixed=layer.inputs * layer.outputs * x.itemsize)
-    return op.frozen_linear(x, Form(per_token=layer.outputs * visits), passing=weight, keeps_input=True)
+    return op.frozen_linear(x, Form(per_token=layer.outputs * visits), works=(weight,), keeps_input=True)
 
 
 def _adapted(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
@@ -159,7 +159,7 @@ def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> 
     """
     matrix = layer.inputs * layer.outputs * (x.itemsize if not run.form.arithmetic.autocast else max(2, x.itemsize))
     identity = layer.inputs * layer.inputs * max(2, x.itemsize)
-    run.tape.passing(Form(fixed=4 * matrix + identity))
+    run.tape.passing(Form(fixed=identity), *[Form(fixed=matrix)] * 4)
     update = low_rank(run, layer, x, visits)
     return op.add(result, op.add(op.times_vector(result), op.scale(op.times_vector(update))))
 

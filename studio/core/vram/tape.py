@@ -57,9 +57,13 @@ class Tape:
             self._marks.append(self.live)
         self.live = self.live.minus(size)
 
-    def passing(self, size: Form) -> None:
-        """Count bytes that an operator allocates and frees before it returns."""
-        self._marks.append(self.live.plus(size))
+    def passing(self, *sizes: Form) -> None:
+        """Count tensors that an operator makes one after another and lets go of before it returns."""
+        made = [Tensor(self, size, 1) for size in sizes]
+        del made
+
+    def reads_saved(self) -> None:
+        """Note that the backward comes to what the forward saved: a checkpointed layer is computed again now."""
 
     def saving(self) -> None:
         """Note that an operator saves tensors: inputs before it runs, so that its own output is not there yet."""
@@ -121,7 +125,8 @@ class Node:
         gradients: Per edge the elements and bytes per element of the new gradient; None passes the incoming one on, a
             number says which saved tensor the kernel writes it into.
         saved: Tensors kept alive until this node has run.
-        passing: Bytes that its backward needs at once while it runs, its gradients included.
+        works: Bytes of the tensors that its backward makes beside its gradients and lets go of when those exist.
+        works_last: Whether it makes them after the gradients.
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
         unpacks: Whether its backward reads anything that the forward saved, be it only a number.
         trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
@@ -131,7 +136,8 @@ class Node:
     edges: "tuple[Node | None, ...]"
     gradients: tuple[tuple[Form, float] | int | None, ...]
     saved: list[Tensor] = field(default_factory=list)
-    passing: Form = NOTHING
+    works: tuple[Form, ...] = ()
+    works_last: bool = False
     apart: bool = False
     unpacks: bool = False
     trained: "tuple[Form, list[Tensor]] | None" = None
@@ -157,6 +163,7 @@ def run_backward(tape: Tape, node: Node, gradient: list[Tensor]) -> Form:
         current = heapq.heappop(order)[1]
         if current.unpacks and before_reading is None:
             before_reading = tape.live.minus(start)
+            tape.reads_saved()
         made = _apply(tape, current, waiting.pop(current))
         current.saved.clear()
         while made:
@@ -186,16 +193,19 @@ def _uses(root: Node) -> dict[Node, int]:
 
 def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, Tensor]]:
     """Make the gradients of a node's inputs; what came in lives until all of them exist."""
-    if node.passing != NOTHING:
-        tape.passing(node.passing)
+    works = [] if node.works_last else [Tensor(tape, size, 1) for size in node.works]
     if node.trained is not None:
         elements, kept = node.trained
         kept.append(Tensor(tape, elements, 4))
-    return [
+    made = [
         (edge, incoming[0] if size is None else node.saved[size] if isinstance(size, int) else Tensor(tape, *size))
         for edge, size in zip(node.edges, node.gradients, strict=True)
         if edge is not None
     ]
+    if node.works_last:
+        tape.passing(*node.works)
+    del works
+    return made
 
 
 def _deliver(tape: Tape, waiting: dict[Node, list[Tensor]], edge: Node, outgoing: Tensor) -> None:
