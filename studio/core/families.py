@@ -41,6 +41,8 @@ class Family:
         embedding_norm: Whether the embedding is normed.
         final_norm: Whether the last layer's output is.
         scaled_residual: Granite's multiplier on each block's output.
+        scaled_embedding: Whether the model multiplies what its embedding module gives.
+        scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Soft cap of the logits where the config does not say.
         attention_softcap: Soft cap of attention scores where the config does not say.
         fused_attention: Whether transformers supports sdpa for it.
@@ -73,6 +75,8 @@ class Family:
     learnt_positions: str = ""
     embedding_norm: bool = False
     scaled_residual: bool = False
+    scaled_embedding: bool = False
+    scaled_logits: bool = False
     logit_softcap: float = 0.0
     attention_softcap: float = 0.0
     fused_attention: bool = True
@@ -102,7 +106,10 @@ _GPT = Family(
 _GLM = Family(
     mlp=("gate_up_proj", "down_proj"), qkv_bias="attention_bias=true", out_bias=NEVER, mlp_bias=NEVER, rotary=0.5
 )
-_COHERE = Family(wiring="parallel", norm="centred", norms=1, mlp_bias=NEVER, tied=True, rotary_wide=True)
+_COHERE = Family(
+    wiring="parallel", norm="centred", norms=1, mlp_bias=NEVER, tied=True, rotary_wide=True, scaled_logits=True
+)
+_GRANITE = Family(scaled_residual=True, scaled_embedding=True, scaled_logits=True)
 _RELU2 = Family(mlp=("up_proj", "down_proj"), gated=False, activation="relu2")
 
 FAMILIES: Mapping[str, Family] = {
@@ -159,7 +166,7 @@ FAMILIES: Mapping[str, Family] = {
         mlp_bias="use_bias=true",
         tied=True,
     ),
-    "granite": Family(scaled_residual=True),
+    "granite": _GRANITE,
     "olmo": Family(norm="layer_wide", norm_terms=0, mlp_bias=NEVER),
     "olmo2": Family(wiring="post", norm="rms_wide", query_key_norm="whole", mlp_bias=NEVER),
     "olmo3": Family(wiring="post", norm="rms_wide", query_key_norm="whole", mlp_bias=NEVER),
@@ -204,7 +211,7 @@ FAMILIES: Mapping[str, Family] = {
         experts_adapted_by_all=True,
     ),
     "olmoe": Family(query_key_norm="whole", mlp_bias=NEVER, chooser="gate", experts_adapted_by_all=True),
-    "granitemoe": Family(scaled_residual=True),
+    "granitemoe": _GRANITE,
     "gpt_oss": Family(
         qkv_bias="attention_bias=true", out_bias="attention_bias=true", mlp_bias=NEVER, fused_attention=False
     ),

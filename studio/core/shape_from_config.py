@@ -85,6 +85,8 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         tied=values.flag("tie_word_embeddings", family.tied),
         head_bias=family.head_bias,
         other_parameters=other,
+        scaled_embedding=family.scaled_embedding,
+        scaled_logits=family.scaled_logits,
         logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
         attention_softcap=capped,
         fused_attention=family.fused_attention and not capped,

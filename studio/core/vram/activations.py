@@ -185,7 +185,11 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
         masks = 2  # one for layers that see all, one for those with a window, both made before the first layer
     # Embeddings that went back to 16 bit make the first layer's input narrower than all others.
     narrower = (setup.residual_itemsize - setup.embedding_itemsize) * setup.tokens * shape.hidden
-    return inputs + rotary + masks * setup.squares * setup.residual_itemsize - narrower
+    # An embedding's output that asks for a gradient lives until it has one; where the model multiplies it first, it is
+    # not what the first checkpoint keeps.
+    wants = setup.engine == "hf" and setup.grad_checkpointing
+    leaf = setup.embedding_itemsize * setup.tokens * shape.hidden * (wants and shape.scaled_embedding)
+    return inputs + rotary + masks * setup.squares * setup.residual_itemsize - narrower + leaf
 
 
 def _windowed(shape: ModelShape, setup: Setup) -> bool:

@@ -89,6 +89,8 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     logits = op.frozen_linear(
         hidden, Form(per_token=shape.vocabulary), arithmetic.compute if arithmetic.autocast else None
     )
+    if shape.scaled_logits:
+        logits = op.scale(logits)
     if shape.logit_softcap:
         logits = op.scale(op.activate_saving_result(op.scale(logits)))
     return logits, kept
