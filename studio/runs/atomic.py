@@ -4,7 +4,6 @@ The order (write aside, fsync, rename, fsync the folder) is what makes a rename 
 """
 
 import os
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
         OSError: The disk or the folder refuses; the old file is untouched and nothing is left beside it.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
         with os.fdopen(descriptor, "wb") as file:

@@ -27,7 +27,7 @@ from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.setup_finder import Finder
-from studio.tui.spare_memory import give_back, share_one_arena
+from studio.tui.spare_memory import settle, share_one_arena
 from studio.tui.themes import OURS
 from widgets.output_filter import SafeOutput, drawable
 
@@ -251,7 +251,7 @@ def run_studio(
     if remote:
         app.animation_level = "none"
     share_one_arena()
-    app.call_later(app.set_timer, _SETTLED_SECONDS, give_back)
+    app.call_later(app.set_timer, _SETTLED_SECONDS, settle)
     app.run()
     return app.return_code or 0
 

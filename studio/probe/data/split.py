@@ -1,6 +1,5 @@
 """Holds rows back for evaluation so that none of them is known from training."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,7 +66,13 @@ def _answer_key(row: Row) -> bytes:
 
 def _digest(kind: str, text: str) -> bytes:
     """Return a short hash of the text, blind to letter case and white space: such copies are known too."""
-    return hashlib.blake2b(f"{kind}\0{' '.join(text.casefold().split())}".encode(), digest_size=12).digest()
+    return _blake2b(f"{kind}\0{' '.join(text.casefold().split())}".encode())
+
+
+def _blake2b(data: bytes, key: bytes = b"") -> bytes:
+    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
+
+    return hashlib.blake2b(data, key=key, digest_size=12).digest()
 
 
 def _groups(rows: Sequence[Row], keys: Sequence[Callable[[Row], bytes]]) -> list[tuple[bytes, list[int]]]:
@@ -95,7 +100,7 @@ def _groups(rows: Sequence[Row], keys: Sequence[Callable[[Row], bytes]]) -> list
 
 def _choose(groups: list[tuple[bytes, list[int]]], wanted: int, seed: int) -> set[int]:
     salt = str(seed).encode()
-    order = sorted(groups, key=lambda group: hashlib.blake2b(group[0], key=salt, digest_size=12).digest())
+    order = sorted(groups, key=lambda group: _blake2b(group[0], key=salt))
     held: set[int] = set()
     for _, places in order:
         if len(held) + len(places) <= wanted:

@@ -11,7 +11,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import DataTable, Static
 
 from studio.core.errors import StudioError
 from studio.core.recipe import Recipe
@@ -22,6 +22,7 @@ from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs
 from studio.tui.asks import OpenRun
 from studio.tui.panels.audit_report import AuditReport
+from widgets.key_footer import KeyFooter
 
 _COLUMNS = ("what", "status", "of")
 _EMPTY = (
@@ -125,7 +126,7 @@ class AuditScreen(Screen[None]):
         with Horizontal():
             yield DataTable[Text](cursor_type="row", zebra_stripes=True)
             yield AuditReport()
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to look."""

@@ -10,7 +10,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Footer, Input, Static
+from textual.widgets import Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -28,6 +28,7 @@ from studio.runs.chat import (
 )
 from studio.runs.layout import RunPaths
 from studio.tui.merging import MergeWork
+from widgets.key_footer import KeyFooter
 
 _TITLES = {"base": "base", "tuned": "tuned"}
 _STEPS = (0.0, 0.3, 0.7, 1.0)
@@ -135,7 +136,7 @@ class ChatScreen(Screen[None]):
                 yield Column("tuned")
             yield Static("", id="chat-notes", markup=False)
             yield Input(placeholder="Loading ...", compact=True, disabled=True)
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Start the process."""

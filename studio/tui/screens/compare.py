@@ -9,11 +9,12 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Static
+from textual.widgets import DataTable, Static
 
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.tui.comparison import MOST, Compared, difference_rows, outcome_rows, read_compared
+from widgets.key_footer import KeyFooter
 from widgets.line_picture import Hue
 from widgets.line_plot import Curve, LinePlot
 from widgets.smooth import Smoother
@@ -63,7 +64,7 @@ class CompareScreen(Screen[None]):
         yield Static("Reading the runs ...", id="compare-head", markup=False)
         yield LinePlot(curves, title="", x_label="step")
         yield DataTable[Text](cursor_type="row", zebra_stripes=True)
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Read."""

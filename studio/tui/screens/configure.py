@@ -10,7 +10,6 @@ from textual.containers import Container
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Footer
 
 from studio.core.errors import StudioError
 from studio.core.recipe import PATHS, Recipe
@@ -23,6 +22,7 @@ from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.confirm import Confirm
 from widgets.gauge import Gauge
+from widgets.key_footer import KeyFooter
 
 if TYPE_CHECKING:
     from studio.tui.fixes import Changes
@@ -112,7 +112,7 @@ class ConfigureScreen(Screen[None]):
             with Container(id="side"):
                 yield Forecast(self.recipe, engine=self._engine)
                 yield Advice()
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Show the recipe."""

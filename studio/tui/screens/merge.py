@@ -10,7 +10,7 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Footer, Input, Static
+from textual.widgets import Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -30,6 +30,7 @@ from studio.tui.merging import (
 )
 from studio.tui.panels.merge_lists import PickMany, PickOne
 from studio.tui.panels.merge_text import ONTO_WORDS, checkpoint_line, is_short, output_line, totals_text
+from widgets.key_footer import KeyFooter
 
 
 class MergeScreen(Screen[None]):
@@ -107,7 +108,7 @@ class MergeScreen(Screen[None]):
             yield Input(str(proposed_out(self._paths)), compact=True, id="merge-out")
         yield Static("Looking at the run ...", id="merge-totals", markup=False)
         yield Static("", id="merge-refused", markup=False)
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Look at the run."""

@@ -11,7 +11,7 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -23,6 +23,7 @@ from studio.runs.watch import RunWatch
 from studio.tui.merging import MERGED, MergeWork
 from studio.tui.panels.merge_text import progress_line, read_report, result_text
 from studio.tui.screens.confirm import Confirm
+from widgets.key_footer import KeyFooter
 
 
 class MergeProgressScreen(Screen[None]):
@@ -85,7 +86,7 @@ class MergeProgressScreen(Screen[None]):
             yield Static("", id="progress-lines", markup=False)
             yield Static("", id="progress-warnings", markup=False)
             yield Static("", id="progress-result", markup=False)
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to look."""

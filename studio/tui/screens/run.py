@@ -10,7 +10,6 @@ from textual.containers import Container
 from textual.content import Content
 from textual.reactive import reactive
 from textual.screen import Screen
-from textual.widgets import Footer
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -30,6 +29,7 @@ from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.confirm import Confirm
 from widgets.gauge import Gauge, Reading
+from widgets.key_footer import KeyFooter
 from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
 
@@ -61,9 +61,7 @@ class RunScreen(Screen[None]):
     RunScreen {
         & #views { height: 1fr; }
         & #views > * { display: none; }
-        &.-view-plots #plots, &.-view-samples #samples, &.-view-log #log, &.-view-notes #notes, &.-view-memory #memory {
-            display: block;
-        }
+        & #views > .-chosen { display: block; }
         & LogView { padding: 0 1; }
         & TabRow { padding: 0 1; }
         & #against-plan { height: 1; padding: 0 1; display: none; }
@@ -101,18 +99,18 @@ class RunScreen(Screen[None]):
             yield LogSearch(id="log")
             yield Notes(id="notes")
             yield MemoryTable(self.paths, id="memory")
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to look, as soon as the parts are there."""
+        self._choose(self.view)
         self.call_later(self._look)
         self.set_interval(self._poll_seconds, self._look)
 
     def watch_view(self, view: str) -> None:
         """Show the chosen view."""
-        for key in _VIEWS:
-            self.set_class(key == view, f"-view-{key}")
         if self.is_mounted:
+            self._choose(view)
             self.query_one(TabRow).current = view
             self.query_one(f"#{view}").focus()
 
@@ -209,6 +207,11 @@ class RunScreen(Screen[None]):
     @property
     def _status(self) -> Status:
         return self._glance.status if self._glance else Status.starting
+
+    def _choose(self, view: str) -> None:
+        """Mark the views themselves: a class of the screen would have every part of it styled again."""
+        for key in _VIEWS:
+            self.query_one(f"#{key}").set_class(key == view, "-chosen")
 
     def _look(self) -> None:
         """Look at the run and show what is new."""

@@ -13,7 +13,7 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Input, Static
+from textual.widgets import DataTable, Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -24,6 +24,7 @@ from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.readable import UNKNOWN, number
 from studio.tui.screens.confirm import Confirm
+from widgets.key_footer import KeyFooter
 
 _COLUMNS = ("status", "name", "step", "loss", "held-out", "note", "started", "method", "model")
 _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green", Status.starting: "green"}
@@ -92,7 +93,7 @@ class RunsScreen(Screen[None]):
         yield Static("Runs", id="runs-head", markup=False)
         yield Input(placeholder="a part of status, name, method, model or note", compact=True, id="runs-filter")
         yield _Table(cursor_type="row", zebra_stripes=True)
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to look."""

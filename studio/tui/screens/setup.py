@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
 from textual.timer import Timer
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from studio.core.errors import StudioError
 from studio.core.goals import GOALS, Goal
@@ -33,6 +33,7 @@ from studio.tui.setup_texts import (
     refused_text,
     verdict_text,
 )
+from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class SetupScreen(Screen[SetupDone | None]):
             yield SetupStep("data", "What is it to learn from?", placeholder="or type the path of a data file")
             yield SetupStep("goal", "What is it for?")
             yield SetupStep("recipe", "This is what we would do, and why")
-        yield Footer(show_command_palette=False)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         """Recall the answers, look around, ask the first question."""
