@@ -54,22 +54,10 @@ class HeadMarks:
 
 def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
     """Run final norm, head and loss over the last layer's output `[batch, seq, hidden]`."""
-    tape = run.tape
-    hidden = norm(run, run.shape.groups[-1].layer, x)
+    tape, given = run.tape, [x]
     del x
-    around_chunk = NOTHING
-    if loss.kind == "chunked":
-        outputs, value = None, _chunked(hidden)
-        kept: list[Tensor] = []
-        around_chunk = tape.marks[-1]
-    else:
-        logits, kept = _logits(run, hidden)
-        if loss.upcast_outputs:
-            logits = op.cast(logits, 4)
-        value = _whole_loss(logits, loss)
-        outputs = logits if loss.outputs_kept else None
-        del logits
-    del hidden
+    value, outputs, kept = head_forward(run, loss, given)
+    around_chunk = tape.marks[-1] if loss.kind == "chunked" else NOTHING
     forward = tuple(tape.marks)
     tape.start_marks()
     node, value.node = value.node, None
@@ -77,6 +65,28 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
     run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
     del outputs, kept
     return HeadMarks(forward, tuple(tape.marks), around_chunk)
+
+
+def head_forward(
+    run: Run, loss: LossForm, x: list[Tensor], *, shifted: float = 1.0
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """Return the loss, the logits where the loop holds them, and what the head keeps beside its weight.
+
+    Args:
+        run: The pass.
+        loss: How the loss is made.
+        x: The last layer's output in a list, which is emptied so that nobody else holds it.
+        shifted: Share of the logits that is left when the last token of each row is dropped.
+    """
+    hidden = norm(run, run.shape.groups[-1].layer, x[0])
+    x.clear()
+    if loss.kind == "chunked":
+        return _chunked(hidden), None, []
+    logits, kept = _logits(run, hidden)
+    if loss.upcast_outputs:
+        logits = op.cast(logits, 4)
+    value = _whole_loss(logits, loss, shifted)
+    return value, logits if loss.outputs_kept else None, kept
 
 
 def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -96,12 +106,12 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     return logits, kept
 
 
-def _whole_loss(logits: Tensor, loss: LossForm) -> Tensor:
+def _whole_loss(logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
     """Return the cross-entropy of fp32 logits: log-softmax saves its result, and so does the loss that reads it."""
     wide = op.cast(logits, 4)
     if loss.kind == "whole":
         del logits
-    shifted = op.clone(op.slice_last(wide, 1.0)) if loss.shift_copied else wide
+    shifted = op.clone(op.slice_last(wide, shifted_share)) if loss.shift_copied else wide
     if loss.overwrites:
         return Tensor(wide.tape, NOTHING, 4, op.node_of(wide.tape, (shifted,), (0,), (shifted,)))
     log_probabilities = op.activate_saving_result(shifted)

@@ -1,0 +1,132 @@
+"""PyTorch's caching allocator of a CUDA device, as bookkeeping: which segments it takes from the driver.
+
+Follows c10/cuda/CUDACachingAllocator.cpp: requests are rounded up to 512 bytes; those of up to 1 MiB live in segments
+of 2 MiB, larger ones in segments of 20 MiB or, from 10 MiB on, in one of their own, rounded up to 2 MiB; the smallest
+free block that is large enough is taken and split where enough remains; free neighbours within a segment are joined;
+segments stay until the cache is emptied. One stream, and no limits to splitting (torch's defaults).
+"""
+
+import bisect
+
+MIB = 2**20
+_ROUND = 512
+_SMALL, _SMALL_SEGMENT = MIB, 2 * MIB
+_LARGE_SEGMENT, _OWN_SEGMENT, _SEGMENT_ROUND = 20 * MIB, 10 * MIB, 2 * MIB
+"""kMinBlockSize, kSmallSize, kSmallBuffer, kLargeBuffer, kMinLargeAlloc and kRoundLarge."""
+
+
+class Block:
+    """A piece of a segment.
+
+    Attributes:
+        size: Bytes.
+        address: Where it lies; decides between free blocks of one size.
+        pool: 0 for requests of up to 1 MiB, 1 for larger ones.
+        free: Whether nobody has it.
+        before: The block in front of it in its segment.
+        after: The one behind it.
+    """
+
+    __slots__ = ("address", "after", "before", "free", "pool", "size")
+
+    def __init__(self, size: int, address: int, pool: int) -> None:
+        self.size = size
+        self.address = address
+        self.pool = pool
+        self.free = False
+        self.before: Block | None = None
+        self.after: Block | None = None
+
+
+class CachingAllocator:
+    """The allocator's state and high-water marks, in bytes.
+
+    Attributes:
+        allocated: In blocks that somebody has, what could not be split off included (torch's memory_allocated).
+        reserved: In segments (torch's memory_reserved).
+        most_allocated: Highest `allocated` so far.
+        most_reserved: Highest `reserved` so far.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        """Begin without segments.
+
+        Args:
+            capacity: Bytes that the driver can give. Beyond them cached segments are given back first; what is still
+                too much is counted all the same.
+        """
+        self.allocated = self.reserved = self.most_allocated = self.most_reserved = 0
+        self._capacity = capacity
+        self._free: tuple[list[tuple[int, int, Block]], ...] = ([], [])
+        # The driver places large segments from the top of its address range downwards and fills small ones upwards:
+        # with that order the reserved bytes of nine measured runs come out to 0.1 %; with another, two are 4 and 9 %
+        # off.
+        self._low, self._high = 0, 0
+
+    def allocate(self, size: int) -> Block:
+        """Return a block of at least `size` bytes."""
+        size = max(_ROUND, -(-size // _ROUND) * _ROUND)
+        pool = int(size > _SMALL)
+        free = self._free[pool]
+        index = bisect.bisect_left(free, (size,))
+        block = free.pop(index)[2] if index < len(free) else self._segment(size, pool)
+        remaining = block.size - size
+        if remaining > _SMALL if pool else remaining:
+            rest = Block(remaining, block.address + size, pool)
+            rest.before, rest.after = block, block.after
+            if rest.after:
+                rest.after.before = rest
+            block.size, block.after = size, rest
+            self._set_free(rest)
+        block.free = False
+        self.allocated += block.size
+        self.most_allocated = max(self.most_allocated, self.allocated)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Take a block back and join it with free neighbours."""
+        self.allocated -= block.size
+        before, after = block.before, block.after
+        if after and after.free:
+            self._forget(after)
+            block.size += after.size
+            block.after = after.after
+            if block.after:
+                block.after.before = block
+        if before and before.free:
+            self._forget(before)
+            before.size += block.size
+            before.after = block.after
+            if before.after:
+                before.after.before = before
+            block = before
+        self._set_free(block)
+
+    def empty_cache(self) -> None:
+        """Give segments back in which nobody has anything (torch.cuda.empty_cache)."""
+        for pool in self._free:
+            before = sum(item[0] for item in pool)
+            pool[:] = [item for item in pool if item[2].before or item[2].after]
+            self.reserved -= before - sum(item[0] for item in pool)
+
+    def _segment(self, size: int, pool: int) -> Block:
+        whole = _SMALL_SEGMENT
+        if pool:
+            whole = _LARGE_SEGMENT if size < _OWN_SEGMENT else -(-size // _SEGMENT_ROUND) * _SEGMENT_ROUND
+        if self._capacity is not None and self.reserved + whole > self._capacity:
+            self.empty_cache()
+        self.reserved += whole
+        self.most_reserved = max(self.most_reserved, self.reserved)
+        if whole <= _LARGE_SEGMENT:
+            address, self._low = self._low, self._low + whole
+        else:
+            address = self._high = self._high - whole
+        return Block(whole, address, pool)
+
+    def _set_free(self, block: Block) -> None:
+        block.free = True
+        bisect.insort(self._free[block.pool], (block.size, block.address, block))
+
+    def _forget(self, block: Block) -> None:
+        free = self._free[block.pool]
+        del free[bisect.bisect_left(free, (block.size, block.address))]
