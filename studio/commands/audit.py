@@ -70,6 +70,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="PATTERN",
         help="is found in a good answer; with a group: what it finds is that of the held-out answer",
     )
+    run.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, where it is installed, or task files; a,b")
+    run.add_argument("--lm-eval-limit", metavar="N", help="most documents of each such task (default: all)")
     for kind in (base, run):
         kind.add_argument("--rows", metavar="N", help="most held-out rows")
         kind.add_argument("--seq", metavar="N", help="longest row, tokens")
@@ -146,8 +148,8 @@ def _run(args: argparse.Namespace) -> AuditRequest:
         changes |= {"model": args.base, "revision": ""}
     if args.data:
         changes |= {"data": data_path(args.data), "format": "auto"}
-    asked = {"answers": args.answers, "answer_tokens": args.answer_tokens, "check_regex": args.check_regex}
-    changes |= {name: str(value) for name, value in asked.items() if value is not None}
+    asked = ("answers", "answer_tokens", "check_regex", "lm_eval", "lm_eval_limit")
+    changes |= {name: value for name in asked if (value := getattr(args, name)) is not None}
     changes |= {"merged": _places(args.merged), "gguf": _places(args.gguf), "speed": "0" if args.no_speed else "1"}
     return audit_of_run(run_of(args), **changes)
 

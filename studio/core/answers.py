@@ -45,13 +45,11 @@ class Check:
         name: Short, for tables.
         how: What is compared, in words.
         score: Gives 0 to 1 for an answer beside the held-out one.
-        graded: Whether scores lie between 0 and 1, not only at both ends.
     """
 
     name: str
     how: str
     score: Callable[[Answer, str], float]
-    graded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +86,7 @@ def checks_for(expected: Sequence[str], pattern: str = "") -> list[Check]:
             Check(
                 "exact match", "equal after NFKC, in small letters, with single spaces, no full stop at the end", _same
             ),
-            Check(
-                "word F1", "words shared with the held-out answer, F1 as SQuAD has it, punctuation left out", _f1, True
-            ),
+            Check("word F1", "words shared with the held-out answer, F1 as SQuAD has it, punctuation left out", _f1),
         ]
     if expected and all(_as_json(text) is not None for text in expected):
         found += [
@@ -119,16 +115,27 @@ def score_answers(
         name: [check.score(answer, wanted) for answer, wanted in zip(given, expected, strict=True)]
         for name, given in answers.items()
     }
-    return {name: _score(own, points[reference], graded=check.graded) for name, own in points.items()}
+    return score_points(points, reference)
 
 
-def _score(own: Sequence[float], other: Sequence[float], *, graded: bool) -> Score:
-    if graded:
-        ones = [1.0] * len(own)
-        more = [mine - its for mine, its in zip(own, other, strict=True)]
-        return Score(ratio_interval(own, ones), ratio_interval(more, ones))
-    hits, others = [point == 1 for point in own], [point == 1 for point in other]
-    return Score(share_interval(hits), paired_interval(hits, others))
+def score_points(points: Mapping[str, Sequence[float]], reference: str) -> dict[str, Score]:
+    """Return what points of each model, one for each prompt in the same order, say; all of them 0 or 1 make shares.
+
+    Raises:
+        ValueError: There is no point, or the prompts are not the same.
+    """
+    hits = all(point in (0, 1) for own in points.values() for point in own)
+    return {name: (_shares if hits else _means)(own, points[reference]) for name, own in points.items()}
+
+
+def _shares(own: Sequence[float], other: Sequence[float]) -> Score:
+    mine, its = [point == 1 for point in own], [point == 1 for point in other]
+    return Score(share_interval(mine), paired_interval(mine, its))
+
+
+def _means(own: Sequence[float], other: Sequence[float]) -> Score:
+    ones = [1.0] * len(own)
+    return Score(ratio_interval(own, ones), ratio_interval([a - b for a, b in zip(own, other, strict=True)], ones))
 
 
 def _stopped(answer: Answer, expected: str) -> float:

@@ -45,6 +45,15 @@ def share_difference(value: Mapping[str, Any]) -> str:
     return f"{100 * seen.value:+.0f} points ({ends})" if seen.sign else f"no difference seen ({ends})"
 
 
+def plain_difference(value: Mapping[str, Any]) -> str:
+    """Return a difference of a score in words: that none can be seen, or how large it is."""
+    seen = Interval(**value)
+    if seen.low is None or seen.high is None:
+        return f"{seen.value:+.4f}"
+    ends = f"{seen.low:+.4f} to {seen.high:+.4f}"
+    return f"{seen.value:+.4f} ({ends})" if seen.sign else f"no difference seen ({ends})"
+
+
 def size(size_bytes: float | None) -> str:
     """Return bytes in MiB, or GiB from one of them on; a question mark where they are not known."""
     if size_bytes is None:

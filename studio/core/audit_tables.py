@@ -6,7 +6,7 @@ Every table says which of its figures are measured and which are estimates. Read
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from studio.core.audit_cells import GIB, Table, difference, interval, number, size, word
+from studio.core.audit_cells import GIB, Table, difference, interval, number, plain_difference, size, word
 
 _MOST_BLOCKS = 8
 
@@ -51,6 +51,27 @@ def use_table(report: Mapping[str, Any]) -> Table:
                 _use(one, report["recommendation"]["best"]),
             ]
         )
+    return rows
+
+
+def task_table(report: Mapping[str, Any]) -> Table:
+    """Return how every form fares in tasks of lm-eval; nothing where none ran."""
+    tasks = report.get("lm_eval") or {}
+    if not tasks.get("rows"):
+        return []
+    against = tasks["reference"]
+    names = [form["name"] for form in tasks["forms"] if not form["why_not"]]
+    rows = [["", *names]]
+    for row in tasks["rows"]:
+        better = {True: ", higher is better", False: ", lower is better"}.get(row["higher_is_better"], "")
+        label = f"{word(row['task'])} {word(row['metric'])} ({row['documents']} documents{better})"
+        scores = row["scores"]
+        if not scores:
+            rows.append([label, *(f"{number(row['values'].get(name), '.4f')}, no interval" for name in names)])
+            continue
+        rows.append([label, *(interval(scores[name]["mean"]) for name in names)])
+        more = ("-" if name == against else plain_difference(scores[name]["more"]) for name in names)
+        rows.append([f"  against {against}", *more])
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from studio.core.answer_text import answer_lines, answer_markdown, answer_table, answers_of
 from studio.core.audit_cells import Table, markdown_table, word
-from studio.core.audit_tables import block_table, lane_table, plan_table, use_table, variant_table
+from studio.core.audit_tables import block_table, lane_table, plan_table, task_table, use_table, variant_table
 from studio.core.text import plain
 
 _LONGEST_NOTE = 500
@@ -53,6 +53,7 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
             ("Forms of the trained model: what they know, measured", variant_table(report)),
             ("What they take and what they are for", use_table(report)),
             (f"Answers to {prompts} held-out prompts, measured", answer_table(report)),
+            ("Tasks of lm-eval, measured", task_table(report)),
             ("Rounding beside adapter, relative to the weights, measured", block_table(report)),
         ]
     return [(heading, table) for heading, table in found if table]
@@ -62,7 +63,18 @@ def note_lines(report: Mapping[str, Any]) -> list[str]:
     """Return what the tables leave unsaid: what was forgotten, what answers show, what could not be measured."""
     forgetting = (report.get("forgetting") or {}).get("verdict")
     lines = [plain(text, one_line=True, limit=_LONGEST_NOTE) for text in (forgetting, report.get("gguf_note")) if text]
-    return lines + answer_lines(report)
+    return lines + answer_lines(report) + _task_lines(report)
+
+
+def _task_lines(report: Mapping[str, Any]) -> list[str]:
+    tasks = report.get("lm_eval") or {}
+    if why_not := tasks.get("why_not"):
+        return [f"No tasks of lm-eval: {word(why_not)}"]
+    left_out = [form for form in tasks.get("forms", ()) if form["why_not"]]
+    lines = [f"lm-eval left out {form['name']}: {word(form['why_not'])}." for form in left_out]
+    if tasks:
+        lines.append(f"lm-eval {word(tasks['version'])}, without a chat template, each task's own number of shots.")
+    return lines
 
 
 def markdown_of(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]] = (), *, texts: bool = True) -> str:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,10 @@ def check_audit(request: AuditRequest) -> None:
     if request.what not in WHAT:
         raise BadInput(f"audit {plain(request.what, one_line=True, limit=40)}? Wanted one of {', '.join(WHAT)}.")
     checks_for([], request.check_regex)
+    if request.lm_eval and find_spec("lm_eval") is None:
+        raise BadInput(
+            "lm-eval: it is not installed in this Python. Install it (pip install lm-eval), or leave it out."
+        )
     for name, least in (("rows", 2), ("seq_len", 2), ("seed", 0), *((name, 0) for name in _COUNTS)):
         text = getattr(request, name)
         if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= 10**9:

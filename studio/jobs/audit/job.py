@@ -19,7 +19,10 @@ _AUDITS = {
     "run": ("studio.jobs.audit.run_audit", "audit_adapter"),
     "race": ("studio.jobs.audit.race", "audit_race"),
 }
-_BEYOND = {"answers": ("studio.jobs.audit.answers", "audit_answers")}
+_BEYOND = {
+    "answers": ("studio.jobs.audit.answers", "audit_answers"),
+    "lm_eval": ("studio.jobs.audit.lm_eval", "audit_tasks"),
+}
 
 
 def audit_run(worker: Worker, request: AuditRequest) -> None:
@@ -70,5 +73,5 @@ def _beyond_loss(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 
 def _wanted(request: AuditRequest) -> list[tuple[str, str, str]]:
     """Return part, module and function of what is asked for besides losses."""
-    asked = {"answers": int(request.answers)} if request.what == "run" else {}
+    asked = {"answers": int(request.answers), "lm_eval": request.lm_eval} if request.what == "run" else {}
     return [(part, *_BEYOND[part]) for part, wanted in asked.items() if wanted]
