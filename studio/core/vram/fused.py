@@ -13,7 +13,7 @@ from studio.core.shape import Linear, ModelShape
 from studio.core.vram.form import Form, total
 from studio.core.vram.modules import FusedKernels, Run
 from studio.core.vram.operators import node_of
-from studio.core.vram.tape import Tensor
+from studio.core.vram.tape import Node, Tensor
 
 KERNEL_FAMILIES: Mapping[str, frozenset[str]] = {
     "foak": frozenset({"gpt_bigcode", "granite", "granitemoe", "llama", "mistral", "mixtral"}),
@@ -96,8 +96,20 @@ def _product(run: Run, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     return result, seen
 
 
-def _adapter(linears: tuple[Linear, ...]) -> Form:
-    return total(Form(per_rank=linear.inputs + linear.outputs) for linear in linears)
+def _trained_node(
+    run: Run,
+    maps: tuple[Linear, ...],
+    gradient: tuple[Form, float] | int,
+    saved: tuple[Tensor, ...],
+    works: tuple[Form, ...],
+) -> Node | None:
+    """Return a node that makes the adapters' gradients, and the input's, which it saves first, where that wants one."""
+    tape = run.tape
+    if not tape.records:
+        return None
+    tape.saving()
+    trained = total(Form(per_rank=linear.inputs + linear.outputs) for linear in maps), run.gradients
+    return Node(tape.next_sequence(), (saved[0].node,), (gradient,), list(saved), works, trained=trained, unpacks=True)
 
 
 def adapted_linears(run: Run, maps: tuple[Linear, ...], x: Tensor) -> tuple[Tensor, ...]:
@@ -111,12 +123,11 @@ def adapted_linears(run: Run, maps: tuple[Linear, ...], x: Tensor) -> tuple[Tens
     seen = tuple(dropped for _, dropped in pairs if dropped is not x)
     shared = len(maps) > 1
     gradient = 0 if shared else (x.elements, x.itemsize)
-    node = node_of(run.tape, (x,), (gradient,), (x, *seen), (x.elements, x.bytes, x.bytes))
-    if node is not None:
-        node.apart = shared
-        node.trained = (_adapter(maps), run.gradients)
+    node = _trained_node(run, maps, gradient, (x, *seen), (x.elements, x.bytes, x.bytes))
     for out in outs:
         out.node = node
+    if node is not None:
+        node.apart = shared
     return outs
 
 
@@ -132,7 +143,5 @@ def adapted_mlp(run: Run, maps: tuple[Linear, ...], x: Tensor) -> Tensor:
     del inner
     seen = tuple(dropped for dropped in (seen_gate, seen_up) if dropped is not x)
     works = (gate.elements, gate.bytes, gate.bytes)
-    out.node = node_of(run.tape, (x,), (0,), (x, gate, up, seen_inner, *seen), works)
-    if out.node is not None:
-        out.node.trained = (_adapter(maps), run.gradients)
+    out.node = _trained_node(run, maps, 0, (x, gate, up, seen_inner, *seen), works)
     return out
