@@ -94,10 +94,11 @@ def merged(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def readable_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in writes no real file."""
-    from studio.jobs.export import gguf_folder
+    from studio.jobs.export import gguf_folder, reading
     from studio.probe.gguf_header import GgufHeader
 
-    monkeypatch.setattr(gguf_folder, "read_gguf_header", lambda path: GgufHeader({}, {}))
+    for module in (gguf_folder, reading):
+        monkeypatch.setattr(module, "read_gguf_header", lambda path: GgufHeader({}, {}))
 
 
 def _failure(paths: RunPaths) -> Any:

@@ -139,11 +139,11 @@ def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Pat
     (base / "model.safetensors").write_bytes(b"weights")
     (adapter / "tokenizer_config.json").write_text(json.dumps({"own": True, **auto}))
     (adapter / "adapter_config.json").write_text("{}")
-    view = make_view(tmp_path / "view", [base, adapter], weights=False)
+    view = make_view(tmp_path / "view", [base, adapter])
     assert sorted(path.name for path in view.iterdir()) == ["config.json", "tokenizer_config.json"]
     assert json.loads((view / "tokenizer_config.json").read_text()) == {"own": True, "kept": 1}
     assert json.loads((view / "config.json").read_text()) == {"kept": 1}
-    linked = make_view(tmp_path / "linked", [base], weights=True)
+    linked = make_view(tmp_path / "linked", [base], weights=base)
     assert (linked / "model.safetensors").read_bytes() == b"weights"
     assert not (linked / "evil.py").exists()
 

@@ -162,7 +162,7 @@ def test_a_lora_file_acts_as_the_adapter_on_its_base(home: Path, tool: LlamaTool
     without = _logits(plain, rows)
     wanted = _logits(PeftModel.from_pretrained(plain, str(trained.adapter)), rows)
     gguf = home / "base.gguf"
-    tool.run("convert", base, gguf, "f16", "base")
+    tool.run("convert", base, gguf, "f16", "base", "default")
     adapted = llama_logits(tool, gguf, rows, home, str(next(out.glob("*.gguf"))))
     print("lora", _kl(adapted, wanted), _kl(without, wanted), report["loss"])
     assert _kl(adapted, wanted) < 1e-3
@@ -189,6 +189,6 @@ def read_chat_template(gguf: Path) -> str:
 def _tokens_in_llama_cpp(home: Path, tool: LlamaTool, gguf: Path, texts: list[str]) -> dict[str, Any]:
     asked, answered = home / "texts.json", home / "tokens.json"
     asked.write_text(json.dumps(texts))
-    tool.run("tokens", gguf, asked, answered)
+    tool.run("tokens", gguf, asked, answered, "default")
     table: dict[str, Any] = json.loads(answered.read_text())
     return table

@@ -1,30 +1,34 @@
-"""What the converter gets to see of a model folder: no Python code, nothing that asks for any.
+"""What the converter gets to see of a model folder: no Python code, nothing that asks for any, and its tokenizer whole.
 
 llama.cpp's converter loads tokenizers with `trust_remote_code=True`: a model's own code would run without being asked
-for. Here there is none, and no `auto_map` that would fetch some.
+for. Here there is none, and no `auto_map` that would fetch some. It also looks for the added tokens of SentencePiece
+vocabularies, and for the kind of Phi-4's tokenizer, where transformers 5 no longer writes them.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
 
 _WEIGHTS = ".safetensors"
 _SMALL = (".json", ".jinja", ".model", ".txt")
-_TABLES = ("config.json", "tokenizer_config.json")
+_CONFIG, _TOKENIZER, _TOKENS = "config.json", "tokenizer_config.json", "tokenizer.json"
+_UNNAMED = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes of a tokenizer that is whatever its `tokenizer.json` says."""
 
 
-def make_view(view: Path, folders: Sequence[Path], *, weights: bool) -> Path:
+def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = None) -> Path:
     """Fill a folder with config, tokenizer and, where wanted, links to the weights; return it.
 
     Args:
         view: A new folder.
         folders: Where the files come from; of files by one name the last folder's wins.
-        weights: Link the last folder's weights, too.
+        weights: A folder whose weights are linked, too.
 
     Raises:
         BadInput: A config is no JSON.
@@ -36,24 +40,49 @@ def make_view(view: Path, folders: Sequence[Path], *, weights: bool) -> Path:
             small = path.suffix in _SMALL and not path.name.endswith((".index.json", "adapter_config.json"))
             if path.is_file() and small:
                 shutil.copyfile(path, view / path.name)
-    for name in _TABLES:
-        _without_own_code(view / name)
-    if weights:
-        for path in sorted(folders[-1].iterdir()):
+    for name in (_CONFIG, _TOKENIZER):
+        if (view / name).is_file():
+            _change(view / name, lambda table: table.pop("auto_map", None))
+    _complete_tokenizer(view)
+    if weights is not None:
+        for path in sorted(weights.iterdir()):
             if path.name.endswith((_WEIGHTS, ".index.json")):
                 _link(path, view / path.name)
     return view
 
 
-def _without_own_code(path: Path) -> None:
-    if not path.is_file():
+def strips_after_tokens(view: Path) -> bool:
+    """Return whether white space after a special token is not read: llama.cpp does so in files named after Phi-3."""
+    return any(token.get("rstrip") for token in _read(view / _TOKENS).get("added_tokens") or [])
+
+
+def _complete_tokenizer(view: Path) -> None:
+    saved, config = _read(view / _TOKENS), _read(view / _CONFIG)
+    model = saved.get("model") or {}
+    if not (view / _TOKENIZER).is_file() or model.get("type") != "BPE":
         return
+    if model.get("byte_fallback"):
+        added = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in saved["added_tokens"]}
+        _change(view / _TOKENIZER, lambda table: table.setdefault("added_tokens_decoder", added))
+    elif config.get("model_type") == "phi3" and _read(view / _TOKENIZER).get("tokenizer_class") in _UNNAMED:
+        _change(view / _TOKENIZER, lambda table: table.update(tokenizer_class="GPT2Tokenizer"))
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    table = _read(path)
+    change(table)
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
     try:
         table = json.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
         raise BadInput(f"{plain(path.name, one_line=True)} is not JSON: {plain(str(error), one_line=True)}.") from None
-    if isinstance(table, dict) and table.pop("auto_map", None) is not None:
-        path.write_text(json.dumps(table, indent=2, ensure_ascii=False), encoding="utf-8")
+    return table if isinstance(table, dict) else {}
 
 
 def _link(path: Path, link: Path) -> None:

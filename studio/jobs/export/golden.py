@@ -24,8 +24,10 @@ _CONVERSATIONS = (
         ("user", "Indent this:\n\n\tdef f(x):\n        return  x**2  # 3.14e-10\n"),
         ("assistant", "```python\ndef f(x):\n    return x**2\n```"),
     ),
-    (("user", "¿Größe? 日本語 العربية 🙂👩‍👩‍👧 e\u0301 \u00a0 1234567890"), ("assistant", "Ünïcödé — “ok” …")),
+    (("user", "¿Größe? 日本語 العربية 🙂👩‍👩‍👧 \u00e9 \u00a0 1234567890"), ("assistant", "Ünïcödé — “ok” …")),
 )
+_DECOMPOSED = ("France", "the Cafe\u0301")
+"""Changes the first conversation so that it has a letter and its accent apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,15 @@ class Golden:
         tokens: How many tokens they have together.
         ends_with_stop: Whether each one's last token (white space aside) is one at which llama.cpp stops.
         bos_doubled: Whether a program that adds the start token by itself would write it twice.
+        composes: Whether the tokenizer composes letters and marks (NFC) where llama.cpp, which never does, reads other
+            tokens. Qwen's does; text that people type is composed already.
     """
 
     conversations: int
     tokens: int
     ends_with_stop: bool
     bos_doubled: bool
+    composes: bool
 
 
 def golden_texts(tokenizer: Any) -> list[str]:
@@ -57,33 +62,37 @@ def golden_texts(tokenizer: Any) -> list[str]:
     ]
 
 
-def check_golden(tool: LlamaTool, gguf: Path, tokenizers: Sequence[Any]) -> Golden:
+def check_golden(tool: LlamaTool, gguf: Path, tokenizers: Sequence[Any], space: str = "default") -> Golden:
     """Compare the tokens of every tokenizer with those of a GGUF file in llama.cpp.
 
     Args:
         tool: Runs llama.cpp.
         gguf: A model, or a vocabulary alone.
         tokenizers: The one of the training run and the one that was saved; texts are rendered by the first.
+        space: What the file is taken to say of a space before a text, see `llama_tool.py`.
 
     Raises:
         JobFailed: They differ: says in which text and where.
     """
     texts = golden_texts(tokenizers[0])
     asked, answered = gguf.with_suffix(".texts.json"), gguf.with_suffix(".tokens.json")
-    asked.write_text(json.dumps(texts), encoding="utf-8")
-    tool.run("tokens", gguf, asked, answered)
+    decomposed = texts[0].replace(*_DECOMPOSED)
+    asked.write_text(json.dumps([*texts, decomposed]), encoding="utf-8")
+    tool.run("tokens", gguf, asked, answered, space)
     found = json.loads(answered.read_text("utf-8"))
     asked.unlink()
     answered.unlink()
-    for text, row in zip(texts, found["rows"], strict=True):
+    *rows, last = found["rows"]
+    for text, row in zip(texts, rows, strict=True):
         for tokenizer in tokenizers:
             _require_same(text, tokenizer(text, add_special_tokens=False).input_ids, row["ids"], tokenizer)
     ends = {int(token) for token in found["ends"]}
     return Golden(
         conversations=len(texts),
-        tokens=sum(len(row["ids"]) for row in found["rows"]),
-        ends_with_stop=all(_last(tokenizers[0], row["ids"]) in ends for row in found["rows"]),
-        bos_doubled=any(row["with_added"][:2] == [found["bos"]] * 2 for row in found["rows"]),
+        tokens=sum(len(row["ids"]) for row in rows),
+        ends_with_stop=all(_last(tokenizers[0], row["ids"]) in ends for row in rows),
+        bos_doubled=any(row["with_added"][:2] == [found["bos"]] * 2 for row in rows),
+        composes=tokenizers[0](decomposed, add_special_tokens=False).input_ids != last["ids"],
     )
 
 

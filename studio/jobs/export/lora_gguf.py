@@ -64,7 +64,7 @@ def make_lora_gguf(work: Work, adapter: AdapterFound, base: Path, out: Path) -> 
     tool = work.llama()
     work.say("converting")
     folded = fold_scaling(adapter, work.folder / "adapter")
-    tool.run("lora", folded, make_view(work.folder / "asked", [base], weights=False), out)
+    tool.run("lora", folded, make_view(work.folder / "asked", [base]), out)
     tensors = len(read_gguf_header(out).shapes)
     if tensors != len(adapter.header.tensors):
         raise JobFailed(
@@ -133,7 +133,7 @@ def _check(work: Work, tool: LlamaTool, adapter: AdapterFound, base: Path, out: 
     wanted = adapted_logits(build_skeleton(base, adapter), base, ids, mask)[mask.bool()]
     work.say("checking", detail="answers in llama.cpp")
     gguf = work.folder / "base.gguf"
-    tool.run("convert", make_view(work.folder / "base", [base], weights=True), gguf, "f16", "base")
+    tool.run("convert", make_view(work.folder / "base", [base], weights=base), gguf, "f16", "base", "default")
     loss = compare(llama_logits(tool, gguf, rows, work.folder, str(out)), wanted)
     gguf.unlink()
     if loss.mean_kl > _BROKEN_KL:

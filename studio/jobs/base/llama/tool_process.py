@@ -17,6 +17,8 @@ from studio.core.text import plain
 _SCRIPT = Path(__file__).with_name("llama_tool.py")
 _POLL_SECONDS = 0.05
 _TAIL_BYTES = 8000
+_NOT_LOADED = ("gguf_init_from_reader:", "llama_model_load: error loading model")
+"""What llama.cpp's library writes before the reason, the first line being the most telling."""
 _KEPT_VARIABLES = (
     "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS",
 )  # fmt: skip
@@ -131,6 +133,7 @@ class LlamaTool:
             file.seek(max(began, self.log.stat().st_size - _TAIL_BYTES))
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
         errors = [line.partition(":")[2] for line in lines if line.startswith("ERROR:")]
+        errors += [line.partition(":")[2] for line in reversed(lines) if line.startswith(_NOT_LOADED)]
         last = lines[-1] if lines else "it said nothing"
         return plain(errors[-1] if errors and "Error" not in last else last, one_line=True, limit=400)
 
