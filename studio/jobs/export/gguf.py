@@ -88,7 +88,7 @@ def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
     generation, saved = generation_of(merged), load_tokenizer(merged)
     rows = rows_of([*golden_texts(saved), *TEXTS], saved, size_bytes / 2)
     wanted = merged_answers(work, merged, rows)
-    _convert(work, tool, request, merged, out, reading)
+    _convert(work, tool, request, merged, out=out, reading=reading)
     work.say("checking", detail="tokens in llama.cpp")
     golden = check_golden(tool, out, [trained, saved])
     loss = None
@@ -125,7 +125,7 @@ def base_of(work: Work, request: ExportRequest) -> Path:
     return base_folder(base, work.say)
 
 
-def _convert(work: Work, tool: LlamaTool, request: ExportRequest, merged: Path, out: Path, reading: Reading) -> None:
+def _convert(work: Work, tool: LlamaTool, request: ExportRequest, merged: Path, *, out: Path, reading: Reading) -> None:
     form, kind = request.format, _FILE_TYPES.get(request.format)
     config, size_bytes = check_folder(merged)
     # 16 bits in between lose nothing: bf16 weights stay bf16, all others fit fp16.
@@ -191,6 +191,6 @@ def _warn(work: Work, golden: Golden) -> None:
         )
     if golden.composes:
         work.warn(
-            "the tokenizer composes letters and their marks (NFC), llama.cpp does not: text with decomposed letters, as "
+            "the tokenizer composes letters and their accents (NFC), llama.cpp does not: text that has them apart, as "
             "macOS writes file names, is read as other tokens there"
         )

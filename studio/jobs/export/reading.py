@@ -1,8 +1,8 @@
 """How llama.cpp reads a model, found out from config, tokenizer and the names of tensors, before minutes of merging.
 
 Whether it knows the architecture, has a place for every tensor, and makes the tokens of the training run of five
-conversations. Where a SentencePiece vocabulary gets a space before a text and after each special token in one of the two
-and not in the other, the file is told to do as the run did.
+conversations. Where a SentencePiece vocabulary gets a space before a text and after each special token in one of the
+two and not in the other, the file is told to do as the run did.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """llama.cpp's converter, as a part of `llama_tool.py` and in its process: `vocab`, `convert` and `lora`.
 
-Never imported: `llama_tool.py` runs this file. Two things are done before the converter's scripts run, both because they
-were written for tokenizers as older versions of transformers saved them; whether they were done rightly the golden
-conversations show.
+Never imported: `llama_tool.py` runs this file. The converter was written for tokenizers as older versions of
+transformers saved them: what it would miss is added. Whether rightly, the golden conversations show.
 """
 
 import json
@@ -67,10 +66,10 @@ def _say_space(*, read: bool) -> None:
 
 
 def _write_pieces(model: Path) -> None:
-    """Write the `tokenizer.model` of a SentencePiece vocabulary from its `tokenizer.json`, which is what was trained with.
+    """Write the `tokenizer.model` of a SentencePiece vocabulary from the `tokenizer.json` that was trained with.
 
-    A tokenizer saved by transformers 5 has no `tokenizer.model`, and the converter finds the scores of the pieces nowhere
-    else. The order of the merges is the order of the scores.
+    A tokenizer saved by transformers 5 has no `tokenizer.model`, and the converter finds the scores of the pieces
+    nowhere else. The order of the merges is the order of the scores.
     """
     saved = model / "tokenizer.json"
     if not saved.exists():
