@@ -179,6 +179,6 @@ def test_no_threads_of_bitsandbytes_repack_anything(tiny: Path) -> None:
     from studio.jobs.audit.forms import FORMS as KNOWN
 
     layer = KNOWN["nf4"].make(torch.randn(64, 64), None).eval()
-    before = layer.packed.clone()  # type: ignore[union-attr]
+    before = layer.codes.clone()  # type: ignore[union-attr]
     layer(torch.randn(3, 64))
-    assert torch.equal(layer.packed, before)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(layer.codes, before)  # type: ignore[union-attr, arg-type]

@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
 from studio.jobs.audit.base_variants import Remembered, in_form, stored_variant
 from studio.jobs.audit.device import device_of
-from studio.jobs.audit.forms import Form, form_of_quant, packed
+from studio.jobs.audit.forms import Form, FourBits, form_of_quant
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
@@ -162,9 +161,8 @@ def _through(read: Read, quant: FourBit, names: Collection[str]) -> Read:
     def back(name: str) -> Tensor:
         if name not in names:
             return read(name)
-        codes, state = packed(read(name).to(device), quant)
-        weight: Tensor = dequantize_4bit(codes, state)
-        return weight.cpu()
+        layer = FourBits(read(name).to(device), None, quant)
+        return layer.rows(0, layer.shape[0]).cpu()
 
     return back
 

@@ -16,9 +16,9 @@ from studio.jobs.base.head_form import HeadForm
 HeadRows = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """Gives weight rows `[rows, hidden]` and bias `[rows]` of a head, fp32, from a first row to before a last one."""
 
-_LOGITS_AT_ONCE = 2**23
-"""Of each of two models: 32 MiB in fp32."""
-_HEAD_NUMBERS = 2**23
+_LOGITS_AT_ONCE = 2**21
+"""Of each of two models: 8 MiB in fp32."""
+_HEAD_NUMBERS = 2**22
 """Weights of the head that are read at once."""
 
 
