@@ -41,7 +41,7 @@ class Family:
         embedding_norm: Whether the embedding is normed.
         final_norm: Whether the last layer's output is.
         scaled_residual: Granite's multiplier on each block's output.
-        scaled_embedding: Whether the model multiplies what its embedding module gives.
+        alters_embedding: Whether the model multiplies what its embedding module gives (learnt positions alter it too).
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Soft cap of the logits where the config does not say.
         attention_softcap: Soft cap of attention scores where the config does not say.
@@ -75,7 +75,7 @@ class Family:
     learnt_positions: str = ""
     embedding_norm: bool = False
     scaled_residual: bool = False
-    scaled_embedding: bool = False
+    alters_embedding: bool = False
     scaled_logits: bool = False
     logit_softcap: float = 0.0
     attention_softcap: float = 0.0
@@ -109,7 +109,7 @@ _GLM = Family(
 _COHERE = Family(
     wiring="parallel", norm="centred", norms=1, mlp_bias=NEVER, tied=True, rotary_wide=True, scaled_logits=True
 )
-_GRANITE = Family(scaled_residual=True, scaled_embedding=True, scaled_logits=True)
+_GRANITE = Family(scaled_residual=True, alters_embedding=True, scaled_logits=True)
 _RELU2 = Family(mlp=("up_proj", "down_proj"), gated=False, activation="relu2")
 
 FAMILIES: Mapping[str, Family] = {

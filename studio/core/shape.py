@@ -142,7 +142,7 @@ class ModelShape:
         tied: Whether the head is the embedding.
         head_bias: Whether the head has a bias.
         other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
-        scaled_embedding: Whether the model multiplies what its embedding module gives.
+        alters_embedding: Whether the first layer gets something else than what the embedding module gives.
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
         attention_softcap: Whether attention scores go through the same.
@@ -161,7 +161,7 @@ class ModelShape:
     tied: bool
     head_bias: bool = False
     other_parameters: int = 0
-    scaled_embedding: bool = False
+    alters_embedding: bool = False
     scaled_logits: bool = False
     logit_softcap: bool = False
     attention_softcap: bool = False

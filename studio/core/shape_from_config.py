@@ -85,7 +85,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         tied=values.flag("tie_word_embeddings", family.tied),
         head_bias=family.head_bias,
         other_parameters=other,
-        scaled_embedding=family.scaled_embedding,
+        alters_embedding=family.alters_embedding or family.embedding_norm or family.learnt_positions != "",
         scaled_logits=family.scaled_logits,
         logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
         attention_softcap=capped,

@@ -15,6 +15,7 @@ from studio.core.vram.setup import Setup
 from studio.core.vram.static import TrainedBytes
 from studio.core.vram.step import LayersForms, head_forms, layers_forms
 from studio.core.vram.stock import (
+    COPIES_LOGITS,
     NEWEST,
     REENTRANT_BELOW,
     SHIFT_COPIED_BELOW,
@@ -129,7 +130,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
     shared = _shared(shape, setup, kernel)
     offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
     return Activations(
-        kept=shared + (checkpoint if offloads else kept),
+        kept=shared + _cache(shape, setup) + (checkpoint if offloads else kept),
         kept_backward=shared + (min(kept, 2 * checkpoint) if offloads else kept),
         host=int(max(0.0, kept - checkpoint)) if offloads else 0,
         layer_forward=layers.forward,
@@ -185,11 +186,25 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
         masks = 2  # one for layers that see all, one for those with a window, both made before the first layer
     # Embeddings that went back to 16 bit make the first layer's input narrower than all others.
     narrower = (setup.residual_itemsize - setup.embedding_itemsize) * setup.tokens * shape.hidden
-    # An embedding's output that asks for a gradient lives until it has one; where the model multiplies it first, it is
-    # not what the first checkpoint keeps.
+    # An embedding's output that asks for a gradient lives until it has one; where the model alters it first, it is not
+    # what the first checkpoint keeps.
     wants = setup.engine == "hf" and setup.grad_checkpointing
-    leaf = setup.embedding_itemsize * setup.tokens * shape.hidden * (wants and shape.scaled_embedding)
+    leaf = setup.embedding_itemsize * setup.tokens * shape.hidden * (wants and shape.alters_embedding)
     return inputs + rotary + masks * setup.squares * setup.residual_itemsize - narrower + leaf
+
+
+def _cache(shape: ModelShape, setup: Setup) -> int:
+    """Return what GPTBigCode keeps for a cache that nobody reads, until its outputs go.
+
+    Under checkpointing it alone leaves `use_cache` on, and the keys and values that it keeps are views of all that
+    c_attn gave (modeling_gpt_bigcode.py of transformers 4.45.2; 5 turns it off for every model).
+    """
+    old = version_of(setup.transformers or COPIES_LOGITS) < REENTRANT_BELOW
+    if shape.family != "gpt_bigcode" or setup.engine == "studio" or not setup.grad_checkpointing or not old:
+        return 0
+    wide = 4 if setup.quantised and setup.autocast else setup.residual_itemsize
+    outputs = sum(group.count * linear.outputs for group in shape.groups for linear in group.layer.qkv)
+    return outputs * wide * setup.tokens
 
 
 def _windowed(shape: ModelShape, setup: Setup) -> bool:
