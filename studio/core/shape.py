@@ -199,6 +199,11 @@ class ModelShape:
         return layers + self.embedding_parameters + self.head_parameters + self.other_parameters
 
     @cached_property
+    def shortest_window(self) -> int:
+        """Fewest keys that a token of any layer attends to at most; 0 where all layers see all."""
+        return min((group.layer.window for group in self.groups if group.layer.window), default=0)
+
+    @cached_property
     def expert_parameters(self) -> int:
         """Weights of routed experts, which transformers holds fused and bitsandbytes leaves as they are."""
         return sum(

@@ -111,12 +111,14 @@ class AdaptedPart:
     @property
     def trains_head(self) -> bool:
         """Whether the head is trained whole."""
-        return any(name.rpartition(".")[2] in HEADS for name in self.modules_to_save)
+        return bool(self.modules_to_save) and any(name.rpartition(".")[2] in HEADS for name in self.modules_to_save)
 
     @property
     def trains_embedding(self) -> bool:
         """Whether the input embedding is trained whole."""
-        return any(name.rpartition(".")[2] in EMBEDDINGS for name in self.modules_to_save)
+        return bool(self.modules_to_save) and any(
+            name.rpartition(".")[2] in EMBEDDINGS for name in self.modules_to_save
+        )
 
 
 def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]:

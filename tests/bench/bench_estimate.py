@@ -38,11 +38,15 @@ def microseconds(call: Callable[[int], object], rounds: int = ROUNDS) -> tuple[f
 def speed() -> None:
     shape, gpu, setup = shapes()["Llama-3.1-8B"], find_gpu("4090"), Setup(seq_len=2048)
 
+    loop = replace(setup, engine="hf", loss="full")
+    ours = [replace(setup, micro_batch=1 + number % 8, rank=8 + number % 64) for number in range(ROUNDS)]
+    theirs = [replace(loop, micro_batch=1 + number % 8, seq_len=64 + number) for number in range(ROUNDS)]
+
     def slide(number: int) -> object:
-        return estimate_vram(shape, replace(setup, micro_batch=1 + number % 8, rank=8 + number % 64), gpu)
+        return estimate_vram(shape, ours[number], gpu)
 
     def stock(number: int) -> object:
-        return estimate_vram(shape, replace(setup, engine="hf", loss="full", micro_batch=1 + number % 8), gpu)
+        return estimate_vram(shape, theirs[number], gpu)
 
     def cold(number: int) -> object:
         forms_of.cache_clear()

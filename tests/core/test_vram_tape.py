@@ -1,7 +1,10 @@
 """The symbolic autograd frees what PyTorch frees, when PyTorch frees it."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from studio.core.vram import operators as op
-from studio.core.vram.form import NOTHING, Form, largest, uncovered
+from studio.core.vram.form import NOTHING, Form, largest, ranked, uncovered
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 ROW = Form(per_token=8)
@@ -108,3 +111,15 @@ def test_only_forms_that_can_be_the_largest_stay():
     assert set(kept) == {tokens, rank}
     assert largest(kept, 10, 0, 1) == 30
     assert largest(kept, 1, 0, 10) == 51
+
+
+@given(
+    st.lists(st.builds(Form, *[st.integers(-9, 9)] * 5), min_size=1, max_size=12),
+    st.integers(1, 99),
+    st.integers(1, 9),
+    st.integers(1, 64),
+)
+def test_forms_left_out_for_a_rank_are_never_the_largest(forms, tokens, length, rank):
+    numbers = tokens, tokens * length
+    kept = max(form.per_token * numbers[0] + form.per_square * numbers[1] + form.fixed for form in ranked(forms, rank))
+    assert kept == largest(forms, *numbers, rank)

@@ -151,7 +151,7 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Kernel
     if setup.device == "cpu":
         return "cpu"
     half = setup.compute_itemsize == 2 and (setup.autocast or setup.residual_itemsize == 2)
-    windowed = any(0 < group.layer.window <= setup.seq_len for group in shape.groups)
+    windowed = 0 < shape.shortest_window <= setup.seq_len
     able = gpu is None or gpu.compute_capability >= (8, 0)
     masked = windowed and setup.attention != "flash_attention_2"
     return "flash" if half and able and not masked and shape.head_dim <= 256 else "efficient"
@@ -164,6 +164,8 @@ def _allocated_bounds(
     notes = list(shape.doubts)
     low = high = float(stages.peak)
     for kind in _variants(setup.kind):
+        if kind is setup.kind:
+            continue
         other = setup.of_kind(kind)
         peak = stages_of(shape, other, attention_kernel(shape, other, gpu), workspace=workspace).peak
         low, high = min(low, peak), max(high, peak)
@@ -179,7 +181,7 @@ def _allocated_bounds(
     if shape.expert_parameters:
         notes.extend(_expert_notes(shape, setup))
         low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover
-    grouped = shape.heads != shape.kv_heads and not any(0 < g.layer.window <= setup.seq_len for g in shape.groups)
+    grouped = shape.heads != shape.kv_heads and not 0 < shape.shortest_window <= setup.seq_len
     if grouped and setup.engine == "hf" and attention_kernel(shape, setup, gpu) == "efficient":
         notes.append(
             "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "

@@ -66,6 +66,28 @@ def total(forms: Iterable[Form]) -> Form:
     return result
 
 
+class Ranked(NamedTuple):
+    """A form whose rank is known: `per_token*T + per_square*B*S*S + fixed`."""
+
+    per_token: float
+    per_square: float
+    fixed: float
+
+
+def ranked(forms: Iterable[Form], rank: int) -> tuple[Ranked, ...]:
+    """Return the forms for a rank that can be the largest for some batch and length: far fewer than for any rank."""
+    kept: list[Ranked] = []
+    known = {Ranked(a + c * rank, b, d * rank + e) for a, b, c, d, e in forms}
+    for form in sorted(known, key=sum, reverse=True):
+        a, b, e = form
+        for f, g, j in kept:
+            if f >= a and g >= b and j >= e:
+                break
+        else:
+            kept.append(form)
+    return tuple(kept)
+
+
 def uncovered(forms: Iterable[Form]) -> tuple[Form, ...]:
     """Return the forms that can be the largest for some batch, length and rank; the rest can never be the peak."""
     kept: list[Form] = []

@@ -94,7 +94,8 @@ class Stages(NamedTuple):
     @property
     def peak_stage(self) -> str:
         """The stage that peaks."""
-        return max(self.by_name.items(), key=lambda item: item[1])[0]
+        stages = self.by_name
+        return max(stages, key=stages.__getitem__)
 
 
 def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int = CUBLAS_WORKSPACE_BYTES) -> Stages:

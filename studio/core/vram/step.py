@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
-from studio.core.vram.form import NOTHING, Form, largest, total, uncovered
+from studio.core.vram.form import NOTHING, Form, Ranked, ranked, total, uncovered
 from studio.core.vram.head import HeadMarks, LossForm, head_pass
 from studio.core.vram.modules import LayerForm, Run
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
@@ -74,9 +74,12 @@ class LayersForms:
     @lru_cache(maxsize=64)  # noqa: B019  the forms themselves are cached too
     def at(self, tokens: int, squares: int, rank: int) -> LayerBytes:
         """Return the bytes for a micro-batch and a rank; loops that differ only in their loss ask for the same."""
-        marks = (self.forward, self.blocks, self.backward, self.first_backward)
-        highest = (largest(forms, tokens, squares, rank) for forms in marks)
-        return LayerBytes(self.kept.at(tokens, squares, rank), self.checkpoint.at(tokens, squares, rank), *highest)
+        return LayerBytes(*[max([a * tokens + b * squares + c for a, b, c in forms]) for forms in self._ranked(rank)])
+
+    @lru_cache(maxsize=256)  # noqa: B019  the same
+    def _ranked(self, rank: int) -> tuple[tuple[Ranked, ...], ...]:
+        parts = (self.kept,), (self.checkpoint,), self.forward, self.blocks, self.backward, self.first_backward
+        return tuple(ranked(forms, rank) for forms in parts)
 
 
 @lru_cache(maxsize=256)
