@@ -1,6 +1,7 @@
 """From a wish to measure to a running audit: check, make the run's folder, launch."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -133,3 +134,27 @@ def read_report(paths: RunPaths) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return report if isinstance(report, dict) and report.get("what") in WHAT else None
+
+
+def copy_report(paths: RunPaths, folder: Path) -> list[Path]:
+    """Copy the files of a finished audit's report to a folder: the page, its figures, its pictures.
+
+    Raises:
+        BadInput: There is no report, the folder cannot be written, or holds such a file already.
+    """
+    files = [
+        path for path in (paths.root / "report.md", paths.report, *sorted(paths.root.glob("*.svg"))) if path.is_file()
+    ]
+    name, shown = plain(paths.name, one_line=True), plain(str(folder), one_line=True)
+    if not files:
+        raise BadInput(f"the audit {name} has no report yet.")
+    targets = [folder / path.name for path in files]
+    if there := next((path for path in targets if path.exists()), None):
+        raise BadInput(f"{shown} holds {plain(there.name, one_line=True)} already: name another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, target in zip(files, targets, strict=True):
+            shutil.copyfile(path, target)
+    except OSError as error:
+        raise BadInput(f"the report cannot be written to {shown}: {error.strerror}.") from error
+    return targets

@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import DataTable
+from textual.widgets import DataTable, Input
 
 from studio.core.errors import BadInput
-from studio.core.events import Finished, Started
+from studio.core.events import Finished, Phase, Started
 from studio.core.recipe import Recipe
 from studio.runs.audit_request import AuditRequest
+from studio.runs.control import requested
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
+from studio.tui.audit_engine import AuditEngine
 from studio.tui.panels.audit_report import block_curve, lane_curves
+from studio.tui.screens.ask_audit import AskAudit
+from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.audit import AuditScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.audit_job import answers_report, base_report, figures, run_report
@@ -158,9 +162,11 @@ def test_the_recipe_is_audited(tmp_path: Path, key: str, what: str) -> None:
         return made
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, start=start))
+        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await pilot.press(key)
+        await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
 
     play(story, tmp_path)
@@ -175,12 +181,116 @@ def test_a_refusal_is_said(tmp_path: Path) -> None:
         raise BadInput("the data are gone")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, start=start))
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await pilot.press("b")
+        await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        await pilot.press("end", "0", "enter")
         await until(pilot, lambda: "the data are gone" in shown(app))
+        await pilot.press("b")
+        await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        assert app.screen.query_one("#wish-rows", Input).value == "1000", "what was chosen is there again"
 
     play(story, tmp_path)
+
+
+def test_a_race_has_the_steps_that_were_typed(tmp_path: Path) -> None:
+    recipe, asked = Recipe(name="mine"), []
+
+    def start(request: AuditRequest, runs_root: Path) -> RunPaths:
+        asked.append(request)
+        raise BadInput("enough")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
+        await until(pilot, lambda: isinstance(app.screen, AuditScreen))
+        for typed in ("12", "many"):
+            await pilot.press("e")
+            await until(pilot, lambda: isinstance(app.screen, AskAudit))
+            app.screen.query_one("#wish-steps", Input).value = typed
+            await pilot.click("#audit-start")
+            await until(pilot, lambda: isinstance(app.screen, AuditScreen))
+        await until(pilot, lambda: "steps: found many" in shown(app))
+
+    play(story, tmp_path, size=NARROW)
+    (request,) = asked
+    assert request.recipe == dump_recipe(recipe.with_("train.steps", 12)) and request.lanes == "lora,qlora"
+
+
+def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "runs" / "trained")
+    run.adapter.mkdir(parents=True)
+    write_job(run, Recipe(name="mine"))
+    asked: list[AuditRequest] = []
+
+    def start(request: AuditRequest, runs_root: Path) -> RunPaths:
+        asked.append(request)
+        raise BadInput("enough")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        engine = AuditEngine(start=start)
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, run=run, engine=engine))
+        await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        assert "Audit the adapter of trained" in shown(app)
+        await pilot.press("down", "end", "backspace", "2")
+        await pilot.press("down", *"^[A-Z]", "enter")
+        await until(pilot, lambda: "enough" in shown(app))
+
+    play(story, tmp_path, size=NARROW)
+    (request,) = asked
+    assert (request.what, request.run) == ("run", str(run.root))
+    assert (request.answers, request.check_regex, request.speed, request.rows) == ("2", "^[A-Z]", "1", "100")
+
+
+def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "runs" / "audit-now")
+    paths.control.mkdir(parents=True)
+    write_job(paths, AuditRequest("base", model="embedded", data="rows.jsonl"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "answering 25%  base: 2 of 6" in shown(app))
+        await pilot.press("x")
+        await until(pilot, lambda: requested(paths, "stop"))
+
+    with Worker(paths) as worker:
+        worker.emit(Started, job="audit", method="run", model="embedded")
+        worker.emit(Phase, name="answering", fraction=0.25, detail="base: 2 of 6")
+        play(story, tmp_path, size=WIDE)
+        worker.emit(Finished, outcome="stopped")
+
+
+def test_a_report_is_written_to_a_folder(tmp_path: Path) -> None:
+    paths = an_audit(tmp_path)
+    (paths.root / "report.md").write_text("# Audit\n")
+    (paths.root / "losses.svg").write_text("<svg/>")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "Do it." in shown(app))
+        await pilot.press("w")
+        await until(pilot, lambda: isinstance(app.screen, AskLine))
+        for again in (False, True):
+            app.screen.query_one(Input).value = str(tmp_path / "out")
+            await pilot.press("enter")
+            if not again:
+                await until(pilot, lambda: isinstance(app.screen, AuditScreen))
+                await pilot.press("w")
+                await until(pilot, lambda: isinstance(app.screen, AskLine))
+        await until(pilot, lambda: "holds report.md already" in " ".join(shown(app).split()))
+
+    play(story, tmp_path, size=WIDE)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["losses.svg", "report.json", "report.md"]
+
+
+def test_a_damaged_report_is_said_and_breaks_nothing(tmp_path: Path) -> None:
+    an_audit(tmp_path, report={"what": "base", "variants": "none"})
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "This report is damaged" in shown(app))
+
+    play(story, tmp_path, size=WIDE)
 
 
 def test_a_run_without_an_adapter_is_not_audited(tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ from widgets.line_picture import Hue
 from widgets.line_plot import Curve, LinePlot
 
 _MOST_LANES = 4
+_DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_UNREADABLE = (
+    "This report is damaged, or of another version of this program: its page is report.md in the run's folder."
+)
 
 
 class AuditReport(Vertical):
@@ -41,7 +45,12 @@ class AuditReport(Vertical):
 
     def show(self, report: Mapping[str, Any] | None, otherwise: str = "") -> None:
         """Show a report, or a few words where there is none."""
-        words = report_content(report) if report else Content(plain(otherwise))
+        words = Content(plain(otherwise))
+        if report:
+            try:
+                words = report_content(report)
+            except _DAMAGED:
+                words, report = Content(_UNREADABLE), None
         self.query_one("#audit-words Static", Static).update(words)
         lanes, blocks = self.query_one("#audit-lanes", LinePlot), self.query_one("#audit-blocks", LinePlot)
         curves = lane_curves(report) if report else []

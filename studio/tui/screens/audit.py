@@ -1,6 +1,7 @@
 """All audits, newest first, with the report of the one under the cursor; new ones are started from here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,14 +15,20 @@ from textual.screen import Screen
 from textual.widgets import DataTable, Static
 
 from studio.core.errors import StudioError
+from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
+from studio.runs.log_ends import log_tail
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs
 from studio.tui.asks import OpenRun
+from studio.tui.audit_engine import AuditEngine
+from studio.tui.audit_wishes import Wish, base_request, base_wishes, race_request, race_wishes, run_request, run_wishes
 from studio.tui.panels.audit_report import AuditReport
+from studio.tui.screens.ask_audit import AskAudit
+from studio.tui.screens.ask_line import AskLine
 from widgets.key_footer import KeyFooter
 
 _COLUMNS = ("what", "status", "of")
@@ -31,31 +38,19 @@ _EMPTY = (
     "from the list of runs, with a on a finished run."
 )
 _WAITING = "This audit has no report yet: enter shows how far it is."
+_RUNNING = "It goes on if you leave. Enter shows its log, x stops it and keeps what it has."
 _LONGEST = 40
-
-Start = Callable[[AuditRequest, Path], RunPaths]
-Read = Callable[[RunPaths], dict[str, Any] | None]
-
-
-def _start(request: AuditRequest, runs_root: Path) -> RunPaths:
-    from studio.probe.audit import start_audit  # noqa: PLC0415  0.15 s, needed only when one is started
-
-    return start_audit(request, runs_root)
-
-
-def _read(paths: RunPaths) -> dict[str, Any] | None:
-    from studio.probe.audit import read_report  # noqa: PLC0415  as above
-
-    return read_report(paths)
 
 
 class AuditScreen(Screen[None]):
-    """`b` and `e` start an audit of the recipe, enter opens the run of one."""
+    """`b` and `e` start an audit of the recipe, enter opens the run of one, `x` stops it, `w` writes its report."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Open its run", priority=True),
         Binding("b", "audit_base", "Audit the base"),
         Binding("e", "race", "Race LoRA/QLoRA"),
+        Binding("x", "stop", "Stop"),
+        Binding("w", "write", "Write report"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
     ]
@@ -74,10 +69,10 @@ class AuditScreen(Screen[None]):
     class Listed(Message):
         """The audits were read."""
 
-        def __init__(self, infos: list[RunInfo]) -> None:
-            """Carry what was found."""
+        def __init__(self, infos: list[RunInfo], phases: dict[str, Phase]) -> None:
+            """Carry what was found, and what those that run are busy with."""
             super().__init__()
-            self.infos = infos
+            self.infos, self.phases = infos, phases
 
     class Loaded(Message):
         """A report was read."""
@@ -102,8 +97,7 @@ class AuditScreen(Screen[None]):
         *,
         poll_seconds: float,
         run: RunPaths | None = None,
-        start: Start = _start,
-        read: Read = _read,
+        engine: AuditEngine | None = None,
     ) -> None:
         """List the audits in a folder of runs, looking again every four `poll_seconds`.
 
@@ -111,14 +105,15 @@ class AuditScreen(Screen[None]):
             recipe: What `b` and `e` audit.
             runs_root: Where runs live.
             poll_seconds: Pace of the studio.
-            run: A training run whose adapter is audited at once.
-            start: Starts an audit; raises StudioError.
-            read: Reads a report.
+            run: A training run whose adapter is to be audited.
+            engine: Starts, reads, stops and copies audits.
         """
         super().__init__()
-        self._recipe, self._runs_root, self._start_audit, self._read_report = recipe, runs_root, start, read
+        self._recipe, self._runs_root, self._engine = recipe, runs_root, engine or AuditEngine()
         self._every_seconds, self._run = 4 * poll_seconds, run
         self._infos: dict[str, RunInfo] = {}
+        self._phases: dict[str, Phase] = {}
+        self._said: dict[str, dict[str, str]] = {}
 
     def compose(self) -> ComposeResult:
         """Head, list, report, keys."""
@@ -138,12 +133,13 @@ class AuditScreen(Screen[None]):
         self.look()
         self.set_interval(self._every_seconds, self.look)
         if (run := self._run) is not None:
-            self._begin(lambda: _run_request(run))
+            title = f"Audit the adapter of {plain(run.name, one_line=True)}"
+            self._ask("run", title, run_wishes(), partial(run_request, run))
 
     def on_audit_screen_listed(self, message: Listed) -> None:
         """Show what was found; the report is read again where the audit under the cursor has moved on."""
         before, chosen = self._infos, self._chosen
-        self._infos = {info.name: info for info in message.infos}
+        self._infos, self._phases = {info.name: info for info in message.infos}, message.phases
         if list(before) != list(self._infos):
             self._table.clear()
             for name, info in self._infos.items():
@@ -156,6 +152,8 @@ class AuditScreen(Screen[None]):
         now = self._chosen
         if now is not None and (now.name not in before or before[now.name].status is not now.status):
             self._load(now.paths)
+        elif now is not None and now.status.live:
+            self.query_one(AuditReport).show(None, self._without(now))
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
         """Show the report of the audit under the cursor."""
@@ -167,7 +165,7 @@ class AuditScreen(Screen[None]):
         """Show a report, unless the cursor is elsewhere by now."""
         chosen = self._chosen
         if chosen is not None and chosen.paths == message.paths:
-            self.query_one(AuditReport).show(message.report, _without(chosen))
+            self.query_one(AuditReport).show(message.report, self._without(chosen))
 
     def on_audit_screen_started(self, message: Started) -> None:
         """Watch the audit that was started, or say why there is none."""
@@ -184,11 +182,38 @@ class AuditScreen(Screen[None]):
 
     def action_audit_base(self) -> None:
         """Measure the base of the recipe."""
-        self._begin(lambda: _base_request(self._recipe))
+        title = f"Audit the base {plain(self._recipe.model.base, one_line=True)}"
+        self._ask("base", title, base_wishes(), partial(base_request, self._recipe))
 
     def action_race(self) -> None:
         """Train the recipe as LoRA and as QLoRA."""
-        self._begin(lambda: _race_request(self._recipe))
+        title = f"Race {plain(self._recipe.name, one_line=True)} as LoRA and as QLoRA"
+        self._ask("race", title, race_wishes(self._recipe), partial(race_request, self._recipe))
+
+    def action_stop(self) -> None:
+        """Ask the audit under the cursor for an early end."""
+        chosen = self._chosen
+        if chosen is None or not chosen.status.live:
+            self.notify("No audit that runs is under the cursor.", markup=False)
+            return
+        self._engine.stop(chosen.paths)
+        self.notify("It stops after what it is at, and keeps what it has.", markup=False)
+
+    def action_write(self) -> None:
+        """Ask for a folder and write the report there: a page, its figures, its pictures."""
+        chosen = self._chosen
+        if chosen is None or not chosen.paths.report.is_file():
+            self.notify("No audit with a report is under the cursor.", markup=False)
+            return
+
+        def written(word: str) -> None:
+            files = self._engine.copy(chosen.paths, Path(word).expanduser())
+            names = ", ".join(path.name for path in files)
+            self.notify(plain(f"{names} written to {word}", one_line=True), markup=False)
+
+        folder = f"{plain(chosen.name, one_line=True)}-report"
+        hint = "Markdown, JSON and SVG pictures."
+        self.app.push_screen(AskLine("Write the report to which folder?", folder, hint=hint, check=written))
 
     def action_leave(self) -> None:
         """Go back."""
@@ -197,7 +222,9 @@ class AuditScreen(Screen[None]):
     @work(thread=True, exclusive=True, group="audit-list")
     def look(self) -> None:
         """Read the list."""
-        self.post_message(self.Listed([info for info in list_runs(self._runs_root) if info.job == "audit"]))
+        infos = [info for info in list_runs(self._runs_root) if info.job == "audit"]
+        seen = {info.name: log_tail(info.paths.events).last(Phase) for info in infos if info.status.live}
+        self.post_message(self.Listed(infos, {name: phase for name, phase in seen.items() if phase}))
 
     @property
     def _table(self) -> "DataTable[Text]":
@@ -208,9 +235,33 @@ class AuditScreen(Screen[None]):
         names, row = list(self._infos), self._table.cursor_row
         return self._infos[names[row]] if 0 <= row < len(names) else None
 
+    def _without(self, info: RunInfo) -> str:
+        """Return why there is no report, or how far it is."""
+        if info.status in (Status.failed, Status.crashed):
+            return f"This audit {info.status.name}: enter shows why."
+        if info.status is Status.stopped:
+            return "This audit was stopped: in the list of runs, R goes on after the last whole part."
+        phase = self._phases.get(info.name)
+        if phase is None or not info.status.live:
+            return _WAITING
+        done = "" if phase.fraction is None else f" {phase.fraction:.0%}"
+        return f"{phase.name}{done}  {phase.detail}\n\n{_RUNNING}"
+
     @work(thread=True, exclusive=True, group="audit-report")
     def _load(self, paths: RunPaths) -> None:
-        self.post_message(self.Loaded(paths, self._read_report(paths)))
+        self.post_message(self.Loaded(paths, self._engine.read(paths)))
+
+    def _ask(
+        self, what: str, title: str, wishes: Sequence[Wish], make: Callable[[Mapping[str, str]], AuditRequest]
+    ) -> None:
+        """Ask what is to be measured, then begin."""
+
+        def take(said: dict[str, str] | None) -> None:
+            if said is not None:
+                self._said[what] = said
+                self._begin(lambda: make(said))
+
+        self.app.push_screen(AskAudit(title, wishes, self._said.get(what, {})), take)
 
     def _begin(self, make: Callable[[], AuditRequest]) -> None:
         self.query_one("#audit-head", Static).update("Audits: checking and starting ...")
@@ -219,49 +270,14 @@ class AuditScreen(Screen[None]):
     @work(thread=True, exclusive=True, group="audit-start")
     def _begin_in_thread(self, make: Callable[[], AuditRequest]) -> None:
         try:
-            paths = self._start_audit(make(), self._runs_root)
+            paths = self._engine.start(make(), self._runs_root)
         except StudioError as error:
             self.post_message(self.Started(None, plain(str(error))))
         else:
             self.post_message(self.Started(paths))
 
 
-def _run_request(paths: RunPaths) -> AuditRequest:
-    from studio.probe.audit import audit_of_run  # noqa: PLC0415  as below
-
-    return audit_of_run(paths)
-
-
-def _base_request(recipe: Recipe) -> AuditRequest:
-    from studio.probe.audit import data_path  # noqa: PLC0415  0.15 s, needed only when an audit is started
-
-    return AuditRequest(
-        "base",
-        model=recipe.model.base,
-        revision=recipe.model.revision,
-        data=data_path(recipe.data.path),
-        format=recipe.data.format,
-        seed=str(recipe.train.seed),
-        seq_len=str(recipe.train.seq_len),
-    )
-
-
-def _race_request(recipe: Recipe) -> AuditRequest:
-    from studio.runs.recipe_file import dump_recipe  # noqa: PLC0415  tomlkit
-
-    return AuditRequest("race", model=recipe.model.base, recipe=dump_recipe(recipe))
-
-
 def _cells(info: RunInfo) -> tuple[Text, Text, Text]:
     about = plain(info.model or info.name, one_line=True)
     shown = about if len(about) <= _LONGEST else f"...{about[3 - _LONGEST :]}"
     return Text(plain(info.method or "?", one_line=True, limit=8)), Text(info.status.name), Text(shown)
-
-
-def _without(info: RunInfo) -> str:
-    """Return why there is no report."""
-    if info.status in (Status.failed, Status.crashed):
-        return f"This audit {info.status.name}: enter shows why."
-    if info.status is Status.stopped:
-        return "This audit was stopped: in the list of runs, R goes on after its last whole block."
-    return _WAITING

@@ -1,0 +1,89 @@
+"""Asks what an audit is to measure before it is started."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Button, Input, Static
+
+from studio.core.text import plain
+from studio.tui.audit_wishes import Wish
+
+
+class AskAudit(ModalScreen[dict[str, str] | None]):
+    """Closes with what was chosen, by field, or with None; enter starts, the arrows go from line to line."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "leave", "Back"),
+        Binding("up", "app.focus_previous", show=False),
+        Binding("down", "app.focus_next", show=False),
+    ]
+
+    DEFAULT_CSS = """
+    AskAudit {
+        align: center middle;
+        & > Vertical {
+            width: 76;
+            max-width: 95%;
+            height: auto;
+            padding: 1 2;
+            border: round $primary;
+            background: $surface;
+        }
+        & Static { height: auto; }
+        & .wish { height: 1; }
+        & .wish Static { width: 34; }
+        & .wish Input { width: 1fr; }
+        & #audit-keys { height: 1; margin-top: 1; }
+        & Button { margin-right: 2; }
+    }
+    """
+
+    def __init__(self, title: str, wishes: Sequence[Wish], said: Mapping[str, str]) -> None:
+        """Ask.
+
+        Args:
+            title: What is going to be measured.
+            wishes: The choices.
+            said: What was chosen the last time.
+        """
+        super().__init__()
+        self._title, self._wishes, self._said = title, wishes, said
+
+    def compose(self) -> ComposeResult:
+        """Title, a line for each choice, what starts it."""
+        with Vertical():
+            yield Static(Content(plain(self._title, one_line=True)), markup=False)
+            yield Static("")
+            for wish in self._wishes:
+                with Horizontal(classes="wish"):
+                    yield Static(wish.label, markup=False)
+                    value = self._said.get(wish.key, wish.value)
+                    yield Input(value, placeholder=wish.hint, compact=True, id=f"wish-{wish.key}")
+            with Horizontal(id="audit-keys"):
+                yield Button("Start (enter)", variant="primary", compact=True, id="audit-start")
+                yield Button("Back (escape)", compact=True, id="audit-back")
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Start."""
+        event.stop()
+        self._close()
+
+    def on_button_pressed(self, event: Button.Pressed) -> None:
+        """Start, or go back."""
+        event.stop()
+        if event.button.id == "audit-start":
+            self._close()
+        else:
+            self.dismiss(None)
+
+    def action_leave(self) -> None:
+        """Close without an answer."""
+        self.dismiss(None)
+
+    def _close(self) -> None:
+        self.dismiss({wish.key: self.query_one(f"#wish-{wish.key}", Input).value.strip() for wish in self._wishes})
