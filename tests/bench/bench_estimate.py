@@ -65,8 +65,9 @@ def row_of(item: Compared) -> str:
         measured, error = measured_bytes(item.row, metric), item.error(metric)
         cells.append(" " * 17 if measured is None else f"{measured / GIB:8.2f} {100 * (error or 0):+7.1f}%")
     if not any(cell.strip() for cell in cells):
-        expected = item.estimate.reserved.expected / GIB / item.row["measured_gib"] - 1
-        cells = [f"{item.row['measured_gib']:8.2f} {100 * expected:+7.1f}% of an unsaid metric ".ljust(51)]
+        measured, found = item.row["measured_gib"], item.estimate
+        either = (100 * (found_.expected / GIB / measured - 1) for found_ in (found.allocated, found.reserved))
+        cells = ["{:8.2f} {:+7.1f}% if allocated, {:+.1f}% if reserved".format(measured, *either).ljust(51)]
     return (
         f"{item.row['id'][-20:]:20} {item.row['model'][:16]:16} {item.row['method']:5} {' '.join(cells)} {item.unlike}"
     )

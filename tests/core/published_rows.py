@@ -16,12 +16,14 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup
 from studio.core.vram.stock import stock_setup
+from tests.core.published_reasons import reason
 
 DATA = Path(__file__).parents[1] / "data"
 GIB = 2**30
-FUSED = "fused LoRA, norm and loss kernels"
 PEFT_LONGEST_BATCH = 757
 """Tokens of the longest batch of the peft rows, inferred from their LoRA-FA run (LoRA minus LoRA-FA, per token)."""
+
+_OURS = {"wte": "embed_tokens"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def stock_default(row: dict[str, Any]) -> Setup:
 
 def _compare(row: dict[str, Any]) -> Compared:
     setup, shape = _setup(row), shapes()[row["model"]]
-    return Compared(row, setup, estimate_vram(shape, setup, card(row)), _unlike(row))
+    return Compared(row, setup, estimate_vram(shape, setup, card(row)), reason(row))
 
 
 def card(row: dict[str, Any]) -> Gpu | None:
@@ -116,6 +118,8 @@ def _setup(row: dict[str, Any]) -> Setup:
         # What the source calls sdpa ran on the flash-attn package, for which no mask is built.
         attention="flash_attention_2" if row["kernel"] == "flash_attention_2" else row["attention"],
         loss="chunked" if chunked else "full",
+        accumulation=8 if "Qwen" in row["framework"] else 1,
+        modules_to_save=tuple(_OURS.get(name, name) for name in row.get("modules_to_save") or ()),
         dtype=row["dtype"],
         double_quant=bool(row["double_quant"]),
         kbit_prepare=quantised and row.get("kbit_prepare", False),
@@ -149,18 +153,3 @@ def _targets(row: dict[str, Any]) -> Any:
         else "all-linear"
     )
 
-
-def _unlike(row: dict[str, Any]) -> str:
-    if "litgpt" in row["framework"] or "lit-gpt" in row["framework"]:
-        return "another engine: litgpt"
-    if row["quant"] == "gptq-int4":
-        return "another quantisation: GPTQ"
-    if "Qwen" in row["framework"]:
-        return "the metric is not said, and Qwen's own model code"
-    if "axolotl" in row["framework"]:
-        return "rounded, allocated or reserved is not said, cut cross-entropy"
-    if "foak" in row.get("framework_config", ""):
-        return FUSED
-    if "lora-fa" in row["optimizer"] or row.get("variant") not in (None, ["rslora"], ["dora"]):
-        return "another adapter"
-    return ""

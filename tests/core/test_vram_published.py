@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from studio.core.vram.estimate import estimate_vram
-from tests.core.published_rows import FUSED, Compared, card, compared, measured_bytes, shapes, stock_default
+from tests.core.published_reasons import FUSED
+from tests.core.published_rows import Compared, card, compared, measured_bytes, shapes, stock_default
 
 LIKE = [item for item in compared() if not item.unlike]
 
