@@ -5,7 +5,6 @@ from pathlib import Path
 
 from studio.runs.home import runs_root
 from studio.runs.layout import RunPaths
-from studio.runs.store import find_run
 
 
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +46,8 @@ def run_of(args: argparse.Namespace) -> RunPaths:
     Raises:
         BadInput: There is none, or it is not clear which.
     """
+    from studio.runs.store import find_run  # noqa: PLC0415  10 ms that a plan should not pay
+
     return find_run(root_of(args), args.run)
 
 

@@ -86,9 +86,8 @@ def run(args: argparse.Namespace) -> int:
     estimate = calibrated(estimate_vram(shape, setup, card.gpu), setup, card.gpu)
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
-    pace = pace_of(recipe, shape, setup, card.gpu)
-    if not args.recipe_word and recipe.data.path == Recipe().data.path:
-        pace = replace(pace, steps=None, tokens=None, duration=None)  # nobody has named any data
+    data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
+    pace = pace_of(recipe, shape, setup, card.gpu, data_known=data_known)
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
         write_json({**plan, **pace_to_dict(pace), "card": asdict(card.reading) if card.reading else None})

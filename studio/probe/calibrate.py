@@ -2,15 +2,10 @@
 
 import json
 import math
-import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-from studio import __version__
-from studio.core.calibration import Observation, Setting
+from studio.core.calibration import Observation
 from studio.core.errors import StudioError
 from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.recipe import Recipe
@@ -21,6 +16,7 @@ from studio.core.throughput import speed_of
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.models import find_base
+from studio.probe.setting import CARD_USED, CPU, setting_of
 from studio.probe.shape import shape_of_base
 from studio.runs.atomic import write_whole
 from studio.runs.calibration import observation_to_dict, remember
@@ -28,62 +24,10 @@ from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-"""Whose versions decide how many bytes and seconds a step takes."""
-
-CPU = "cpu"
-CARD_USED = "card_used_bytes"
-"""Key of `plan.json`: what was in use on the card when the run was planned, its own process not yet there."""
-
 _WARM_UP_STEPS = 2
 _LEAST_STEPS = 3
-_CPU_INFO = Path("/proc/cpuinfo")
 _STAGES_OF = {"load": ("load",), "backward": ("forward", "loss", "backward"), "eval": ("eval",), "save": ("save",)}
 """Which stages of an estimate lie between two readings of the counters, by the name of the later reading."""
-
-
-def setting_of(device: str, method: str, versions: Mapping[str, str] | None = None) -> Setting:
-    """Return what an observation on a device holds for.
-
-    Args:
-        device: A card's name as CUDA, NVML or the catalogue has it, or `cpu`.
-        method: lora or qlora.
-        versions: Library versions by name; None takes the installed ones.
-    """
-    named = f"cpu: {processor_name()}" if device == CPU else _catalogued(device)
-    known = installed_versions() if versions is None else versions
-    kept = tuple(sorted((name, known[name]) for name in LIBRARIES if name in known))
-    return Setting(plain(named, one_line=True, limit=120), f"studio {__version__}", method, kept)
-
-
-def _catalogued(name: str) -> str:
-    try:
-        return find_gpu(name).name
-    except StudioError:
-        return name
-
-
-@lru_cache(maxsize=1)
-def installed_versions() -> dict[str, str]:
-    """Return the installed versions of the job's libraries, read without importing them."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@lru_cache(maxsize=1)
-def processor_name() -> str:
-    """Return what the processor calls itself, else what it is."""
-    try:
-        with _CPU_INFO.open(encoding="utf-8", errors="replace") as lines:
-            named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        named = ""
-    return named or platform.processor() or platform.machine() or "unknown"
 
 
 def remember_run(paths: RunPaths, recipe: Recipe, now: float) -> str:

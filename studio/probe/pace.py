@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from studio.core.calibration import (
     Observation,
@@ -22,9 +22,11 @@ from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown,
 from studio.core.vram.estimate import VramEstimate
 from studio.core.vram.reserve import Range
 from studio.core.vram.setup import Setup
-from studio.probe.calibrate import CPU, setting_of
-from studio.probe.data.sampled import RowsGuess, guess_rows
+from studio.probe.setting import CPU, setting_of
 from studio.runs.calibration import calibration_path, read_observations
+
+if TYPE_CHECKING:
+    from studio.probe.data.sampled import RowsGuess
 
 _UNKNOWN_CARD = "only the size of the card is known: name it with --gpu"
 _UNKNOWN_CPU = "nothing has been trained on this processor with these libraries yet: the first run will tell"
@@ -53,7 +55,7 @@ class Pace:
     runs: int = 0
 
 
-def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Pace:
+def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *, data_known: bool = True) -> Pace:
     """Return speed and time of a recipe on a card, or without one on this processor.
 
     Args:
@@ -61,6 +63,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None) ->
         shape: Its base model.
         setup: How it is trained, which may be the stock loop.
         gpu: The card; None means this processor.
+        data_known: Whether the recipe names its data; without it only the speed is told.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -69,7 +72,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None) ->
     speed = _speed(shape, setup, gpu, seen)
     why_not = "" if speed else _UNKNOWN_CPU if gpu is None else _UNKNOWN_CARD
     slowdown = qlora_slowdown(shape, setup, gpu)
-    guess = guess_rows(recipe.data.path)
+    guess = _guess(recipe) if data_known else None
     if guess is None:
         return Pace(speed, why_not, slowdown, runs=len(seen))
     steps, tokens = _run_tokens(recipe, guess)
@@ -103,7 +106,11 @@ def observations_for(gpu: Gpu | None, setup: Setup) -> tuple[Observation, ...]:
     if setup.engine != "studio" or (gpu is not None and not gpu.name):
         return ()
     found = _observations()
-    return matching(found, setting_of(gpu.name if gpu else CPU, setup.method)) if found else ()
+    device = gpu.name if gpu else CPU
+    near = setting_of(device, setup.method, {}) if found else None
+    if not any(near == replace(one.setting, versions=()) for one in found):
+        return ()  # before the installed versions are asked for: that takes 30 ms
+    return matching(found, setting_of(device, setup.method))
 
 
 def pace_to_dict(pace: Pace) -> dict[str, Any]:
@@ -120,6 +127,12 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
     }
 
 
+def _guess(recipe: Recipe) -> "RowsGuess | None":
+    from studio.probe.data.sampled import guess_rows  # noqa: PLC0415  10 ms that a plan without data does not pay
+
+    return guess_rows(recipe.data.path)
+
+
 def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Observation]) -> Speed | None:
     speed = speed_of(shape, setup, gpu)
     if speed is not None:
@@ -127,7 +140,7 @@ def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Obse
     return measured_speed(step_work(shape, setup).operations_per_token, seen)
 
 
-def _run_tokens(recipe: Recipe, guess: RowsGuess) -> tuple[int, tuple[float, float, float]]:
+def _run_tokens(recipe: Recipe, guess: "RowsGuess") -> tuple[int, tuple[float, float, float]]:
     """Return the steps of a run and its tokens, a row being as long as those at the beginning of the file."""
     rows = max(1, guess.rows - (0 if recipe.data.eval_path else recipe.eval.rows))
     train = recipe.train

@@ -10,11 +10,11 @@ from studio.core.text import plain
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import setup_of
-from studio.probe.calibrate import CARD_USED
 from studio.probe.gpus import Gpu as Reading
 from studio.probe.gpus import read_gpus
 from studio.probe.models import BaseFound
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
+from studio.probe.setting import CARD_USED
 from studio.probe.shape import shape_of_base
 
 

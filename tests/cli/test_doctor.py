@@ -12,9 +12,9 @@ import pytest
 from studio.commands import doctor
 from studio.core.calibration import Observation
 from studio.probe import checkup
-from studio.probe.calibrate import setting_of
 from studio.probe.gpus import Gpu, GpuProcess
 from studio.probe.machine import Machine
+from studio.probe.setting import setting_of
 from studio.runs.calibration import remember
 from tests.cli.conftest import Cli
 

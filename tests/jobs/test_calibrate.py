@@ -7,8 +7,9 @@ from pathlib import Path
 from studio.core.recipe import Recipe
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
-from studio.probe.calibrate import observe, remember_run, setting_of
+from studio.probe.calibrate import observe, remember_run
 from studio.probe.pace import pace_of, process_of
+from studio.probe.setting import setting_of
 from studio.probe.shape import find_shape
 from studio.runs.calibration import observation_to_dict, read_observations
 from tests.jobs.conftest import Train, history_of

@@ -9,7 +9,8 @@ from studio.core.recipe import Recipe
 from studio.core.throughput import speed_of
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
-from studio.probe.calibrate import observe, setting_of
+from studio.probe.calibrate import observe
+from studio.probe.setting import setting_of
 from studio.runs.history import History
 from tests.core.published_speed import model
 

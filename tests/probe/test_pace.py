@@ -11,12 +11,12 @@ from studio.core.gpu_catalogue import GIB, MIB, card_of_size, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup, setup_of
-from studio.probe.calibrate import setting_of
 from studio.probe.data.sampled import guess_rows
 from studio.probe.gpus import Gpu as Reading
 from studio.probe.models import find_base
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import plan_for
+from studio.probe.setting import setting_of
 from studio.runs.calibration import remember
 from tests.core.published_speed import model
 
