@@ -247,17 +247,21 @@ def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> N
     paths.control.mkdir(parents=True)
     write_job(paths, AuditRequest("base", model="embedded", data="rows.jsonl"))
 
+    told: list[str] = []
+
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app)
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600))
         await until(pilot, lambda: "answering 25%  base: 2 of 6" in shown(app))
         await pilot.press("x")
         await until(pilot, lambda: requested(paths, "stop"))
+        told.append("stopped")
 
     with Worker(paths) as worker:
         worker.emit(Started, job="audit", method="run", model="embedded")
         worker.emit(Phase, name="answering", fraction=0.25, detail="base: 2 of 6")
         play(story, tmp_path, size=WIDE)
         worker.emit(Finished, outcome="stopped")
+    assert told == ["stopped"], "a worker keeps what is raised in it to itself"
 
 
 def test_a_report_is_written_to_a_folder(tmp_path: Path) -> None:
