@@ -19,7 +19,7 @@ from studio.core.vram.reserve import (
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 from studio.core.vram.static import frozen_form, trained_bytes
-from studio.core.vram.stock import COPIES_LOGITS, NEWEST, built
+from studio.core.vram.stock import COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -204,10 +204,11 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
     if setup.engine == "studio":
         return ()
     unsaid = not setup.transformers and setup.micro_batch > 1
+    least = UPCASTS_LOGITS if setup.fused_kernels == "foak" else NEWEST
     # The least and the most of what is held at the loss and of peft's upcast; which of the two autocasts holds more
     # depends.
     holds = (
-        ((False, NEWEST), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
+        ((False, least), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
     )
     return tuple(
         replace(

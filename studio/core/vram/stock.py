@@ -24,7 +24,7 @@ _REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "sta
 sdpa's always (transformers pull request 39412), the flash-attn package's in these families (modeling_mistral.py of
 4.45.2, MistralFlashAttention2)."""
 
-COPIES_LOGITS, NEWEST = "4.48", "5.24"
+UPCASTS_LOGITS, COPIES_LOGITS, NEWEST = "4.45", "4.48", "5.24"
 """Where the version is not said, the loss is taken to be of one of these."""
 
 
@@ -78,8 +78,12 @@ def stock_setup(
 
 @lru_cache(maxsize=256)
 def copying_logits(setup: Setup) -> Setup:
-    """Return the same kind of loop in a version of transformers that copies the logits."""
-    return replace(setup, transformers=COPIES_LOGITS).kind
+    """Return the same kind of loop in a version of transformers with another loss than the newest.
+
+    Most hold more then, for they copy the logits. foak copies them in every version, and holds less where the model
+    itself makes them fp32.
+    """
+    return replace(setup, transformers=UPCASTS_LOGITS if setup.fused_kernels == "foak" else COPIES_LOGITS).kind
 
 
 def built(shape: ModelShape, setup: Setup) -> ModelShape:
