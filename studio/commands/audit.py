@@ -13,10 +13,11 @@ from studio.commands.options import add_json, add_run, add_runs_dir, add_set, mo
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import duration, say, table, write_json
 from studio.core.answer_text import shown_answers
-from studio.core.audit_text import advice_lines, note_lines, tables_of, title_of
+from studio.core.audit_text import DAMAGED, advice_lines, note_lines, tables_of, title_of
+from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
-from studio.probe.audit import audit_of_run, data_path, read_report, start_audit
+from studio.probe.audit import audit_of_run, copy_report, data_path, read_report, start_audit
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe
@@ -80,10 +81,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     race.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     race.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")
     race.add_argument("--data", metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
-    race.add_argument("--lanes", default=_DEFAULT.lanes, metavar="NAMES", help="of lora, qlora, qlora+loftq")
+    race.add_argument(
+        "--lanes",
+        default=_DEFAULT.lanes,
+        metavar="NAMES",
+        help="of lora, qlora, qlora+loftq, qlora+mixed (with model.skip_modules in 16 bit)",
+    )
     add_recipe_flags(race)
     add_set(race)
-    for kind in (base, run, race):
+    show = kinds.add_parser("show", help="the report of an audit again, and its files where they are wanted")
+    add_run(show)
+    show.add_argument("--out", metavar="DIR", help="copy report.md, report.json and the pictures to this folder")
+    for kind in (base, run, race, show):
         add_json(kind)
         add_runs_dir(kind)
 
@@ -96,11 +105,34 @@ def run(args: argparse.Namespace) -> int:
         StudioError: The worker cannot be started.
     """
     to = sys.stderr if args.json else sys.stdout
+    if args.what == "show":
+        return _show(args, to)
     makers = {"base": _base, "run": _run, "race": _race}
     paths = start_audit(makers[args.what](args), root_of(args), module=module_of(args, "audit"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     return _conclude(watch, follow(watch, to=to, stops_on_interrupt=True), as_json=args.json)
+
+
+def _show(args: argparse.Namespace, to: TextIO) -> int:
+    """Show the report of an audit that has ended, and copy its files."""
+    paths = run_of(args)
+    report = read_report(paths)
+    if report is None:
+        name = plain(paths.name, one_line=True)
+        raise BadInput(f"the run {name} has no audit's report; see: lora-studio runs show {name}")
+    try:
+        tell_report(report, to)
+    except DAMAGED as error:
+        raise BadInput(
+            f"the report of {plain(paths.name, one_line=True)} is damaged: {type(error).__name__}."
+        ) from error
+    files = [str(path) for path in copy_report(paths, Path(args.out).expanduser())] if args.out else []
+    for file in files:
+        say(f"written: {file}", to=to)
+    if args.json:
+        write_json({"run": paths.name, "path": str(paths.root), "report": report, "files": files})
+    return 0
 
 
 def tell_report(report: Mapping[str, Any], to: TextIO) -> None:

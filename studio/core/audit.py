@@ -204,17 +204,24 @@ def advise_race(lanes: Mapping[str, Figures], peaks_bytes: Mapping[str, int | No
     """
     first, *others = lanes
     best = min(lanes, key=lambda name: lanes[name].loss.value)
-    rival = next((name for name in others if name == best), None) or (others[0] if others else first)
-    seen = lanes[rival]
-    certainty = f"{seen.tokens:,} tokens of {seen.rows} held-out rows, one seed; another seed moves both"
-    told = f"Held-out loss of {rival} against {first}: {difference_in_words(seen.more)}."
-    known = {name: size for name, size in peaks_bytes.items() if size}
-    lean = min(known, key=known.__getitem__, default=first)
-    sign = seen_sign(seen.more)
-    if sign:
-        winner = first if sign > 0 else rival
-        return Advice(winner, f"{winner} learns these data better; use it if it fits.", told, certainty)
-    return Advice(lean, f"No difference in loss can be seen; {lean} needs the least memory.", told, certainty)
+    alike = [name for name in lanes if name == best or not _lanes_differ(lanes, name, best, first)]
+    certainty = f"{lanes[first].tokens:,} tokens of {lanes[first].rows} held-out rows, one seed; another seed moves all"
+    told = "; ".join(f"{name} {difference_in_words(lanes[name].more)}" for name in others)
+    reason = f"Held-out loss against {first}: {told}."
+    if alike == [best]:
+        return Advice(best, f"{best} learns these data better; use it if it fits.", reason, certainty)
+    known = {name: size for name in alike if (size := peaks_bytes.get(name))}
+    lean = min(known, key=known.__getitem__, default=alike[0])
+    why = f"{lean} needs the least memory" if known else "their memory is not known"
+    among = "" if len(alike) == len(lanes) else f" between {' and '.join(alike)}"
+    return Advice(lean, f"No difference in loss can be seen{among}; {why}.", reason, certainty)
+
+
+def _lanes_differ(lanes: Mapping[str, Figures], one: str, best: str, first: str) -> bool:
+    """Return whether two lanes can be told apart; all are paired with the first, not with each other."""
+    if first in (one, best):
+        return bool(seen_sign(lanes[best if one == first else one].more))
+    return apart(lanes[one].more, lanes[best].more)
 
 
 def best_plan(plans: Sequence[Plan]) -> Plan | None:

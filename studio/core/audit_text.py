@@ -11,6 +11,8 @@ from studio.core.audit_cells import Table, markdown_table, word
 from studio.core.audit_tables import block_table, lane_table, plan_table, task_table, use_table, variant_table
 from studio.core.text import plain
 
+DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""What the functions here raise for a report that another version wrote, or that was changed."""
 _LONGEST_NOTE = 500
 
 

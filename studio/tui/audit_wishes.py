@@ -60,7 +60,7 @@ def race_wishes(recipe: Recipe) -> tuple[Wish, ...]:
     steps = str(recipe.train.steps) if recipe.train.steps else ""
     return (
         Wish("steps", "Optimizer steps of each lane", steps, "to the end of the recipe's epochs"),
-        Wish("lanes", "Lanes", _DEFAULT.lanes),
+        Wish("lanes", "Lanes", _DEFAULT.lanes, "also qlora+loftq, qlora+mixed"),
     )
 
 

@@ -69,6 +69,25 @@ def test_a_pattern_that_is_none_is_refused(cli: Cli, recipe: Path) -> None:
     assert "no regular expression" in outcome.err
 
 
+def test_a_report_is_shown_again_and_written(cli: Cli, recipe: Path, model: str, tmp_path: Path) -> None:
+    audit = cli("audit", "base", "--model", model, "--data", "rows.jsonl", "--json").document["run"]
+    outcome = cli("audit", "show", audit, "--out", str(tmp_path / "out"))
+    assert outcome.code == 0, outcome.err
+    assert "2.1000 (2.0000-2.2000)" in outcome.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md"]
+    again = cli("audit", "show", audit, "--out", str(tmp_path / "out"))
+    assert again.code == 2 and "holds report.md already" in again.err
+    document = cli("audit", "show", audit, "--json").document
+    assert document["report"]["what"] == "base" and document["files"] == []
+    report = Path(document["path"]) / "report.json"
+    report.write_text('{"what": "base", "variants": 3}')
+    damaged = cli("audit", "show", audit)
+    assert damaged.code == 2 and "is damaged" in damaged.err
+    run = cli("train", str(recipe), "--json").document["run"]
+    none = cli("audit", "show", run)
+    assert none.code == 2 and "no audit's report" in none.err
+
+
 def test_a_race_carries_its_recipe(cli: Cli, recipe: Path) -> None:
     outcome = cli("audit", "race", str(recipe), "--steps", "3", "--json")
     assert outcome.code == 0, outcome.err

@@ -10,6 +10,7 @@ from studio.core.audit import (
     Plan,
     RowFigures,
     advise_base,
+    advise_race,
     advise_run,
     best_plan,
     difference_in_words,
@@ -94,6 +95,23 @@ def test_the_plan_that_wins_most_per_byte_is_told_and_noise_is_not() -> None:
     assert best_plan([noise]) is None
     advice = advise_base({"nf4": figures}, "nf4", [noise, more, sure])
     assert "Keeping model.layers.1 in 16 bit wins 0.2000 of the KL for 1.00 GiB" in advice.sentence
+
+
+def test_a_race_is_won_or_drawn() -> None:
+    peaks = {"lora": 300, "qlora": 100, "qlora+mixed": 200}
+    clear = advise_race({"lora": found(), "qlora": found(shift=0.1)}, peaks)
+    assert clear.best == "lora" and "lora learns these data better" in clear.sentence
+    assert "qlora higher by 0.1000" in clear.reason
+    better = advise_race({"lora": found(), "qlora": found(shift=-0.1)}, peaks)
+    assert better.best == "qlora"
+    drawn = advise_race({"lora": found(), "qlora": found(scatter=0.4)}, peaks)
+    assert drawn.best == "qlora" and drawn.sentence.startswith("No difference in loss can be seen; qlora")
+    three = {"lora": found(), "qlora": found(shift=0.2), "qlora+mixed": found(scatter=0.4, seed=3)}
+    advice = advise_race(three, peaks)
+    assert advice.best == "qlora+mixed", "the leanest of those that are as good, not the leanest of all"
+    assert "between lora and qlora+mixed" in advice.sentence
+    unknown = advise_race({"lora": found(), "qlora": found(scatter=0.4)}, {"lora": None, "qlora": None})
+    assert unknown.best == "lora" and "memory is not known" in unknown.sentence
 
 
 def measured(**forms: Figures) -> dict[str, Figures]:

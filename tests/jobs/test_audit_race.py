@@ -48,6 +48,13 @@ def test_lanes_differ_in_the_method_alone(recipe: Recipe) -> None:
     assert (loftq.method, loftq.adapter.init) == ("qlora", "loftq")
     pissa = recipe.with_("adapter.init", "pissa")
     assert lane_recipe(pissa, "lora").adapter.init == lane_recipe(pissa, "qlora").adapter.init == "default"
+    with pytest.raises(BadInput, match="it names nothing"):
+        lane_recipe(recipe, "qlora+mixed")
+    keeping = recipe.with_("model.skip_modules", "model.layers.0")
+    assert lane_recipe(keeping, "qlora").model.skip_modules == "model.layers.0", "the recipe's own QLoRA"
+    among = ("qlora", "qlora+mixed")
+    assert lane_recipe(keeping, "qlora", among).model.skip_modules == ""
+    assert lane_recipe(keeping, "qlora+mixed", among).model.skip_modules == "model.layers.0"
     with pytest.raises(BadInput, match="wanted some of lora, qlora"):
         lane_recipe(recipe, "sideways")
 
@@ -83,6 +90,21 @@ def test_two_lanes_one_page_and_the_next_recipe_knows(racing: Recipe, tmp_path: 
     assert audited(racing.with_("train.learning_rate", 1e-4)).keys() == known.keys(), "of the model and data, not more"
     Path(racing.data.path).write_text(Path(racing.data.path).read_text() + "\n" + json.dumps({"text": "more"}))
     assert audited(racing) == {}
+
+
+@pytest.mark.slow
+def test_extra_lanes_start_from_loftq_and_keep_modules(racing: Recipe, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    recipe = racing.with_("train.steps", 2).with_("model.skip_modules", "model.layers.0")
+    paths, report = audit(runs / "race", race(recipe, lanes="qlora,qlora+loftq,qlora+mixed"))
+    assert report, history_of(paths).failed
+    assert [lane["form"] for lane in report["lanes"]] == ["nf4+dq", "nf4+dq", "nf4+dq, model.layers.0 in 16 bit"]
+    for lane in report["lanes"]:
+        # The engine saw the same bases and starts: its own held-out loss is the same number.
+        assert lane["task"]["loss"]["value"] == pytest.approx(lane["held_out"][-1][1], rel=1e-4), lane["name"]
+    losses = [lane["task"]["loss"]["value"] for lane in report["lanes"]]
+    assert len(set(losses)) == 3
 
 
 @pytest.mark.slow

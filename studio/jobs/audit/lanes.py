@@ -24,7 +24,8 @@ from studio.runs.supervise import resume
 from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
 
-LANES = ("lora", "qlora", "qlora+loftq")
+LANES = ("lora", "qlora", "qlora+loftq", "qlora+mixed")
+MIXED = "qlora+mixed"
 _POLL_SECONDS = 0.3
 _KEPT = "lanes.json"
 
@@ -39,8 +40,14 @@ class Lane:
     watch: RunWatch
 
 
-def lane_recipe(recipe: Recipe, name: str) -> Recipe:
+def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
     """Return the recipe of a lane: the same in all but the method.
+
+    Args:
+        recipe: Of the race.
+        name: Of `LANES`.
+        among: All lanes of the race. Where the mixed one is among them, the others keep no module in 16 bit: what it
+            wins is seen against them.
 
     Raises:
         BadInput: The lane is not known, or cannot be had from this recipe.
@@ -50,7 +57,14 @@ def lane_recipe(recipe: Recipe, name: str) -> Recipe:
         raise BadInput(f"lanes: found {found}; wanted some of {', '.join(LANES)}.")
     method, _, start = name.partition("+")
     turned = recipe.with_("method", method).with_("name", f"{recipe.name}-{name.replace('+', '-')}")
-    if start:
+    if name == MIXED and not recipe.model.skip_modules:
+        raise BadInput(
+            f"the lane {MIXED} keeps in 16 bit what model.skip_modules names, and it names nothing: take the worst "
+            "blocks that lora-studio audit base finds."
+        )
+    if MIXED in among and name != MIXED:
+        turned = turned.with_("model.skip_modules", "")
+    if start == "loftq":
         turned = turned.with_("adapter.init", start)
     elif recipe.adapter.init in ("pissa", "loftq"):
         # Each needs one of the two methods: a race starts both from the same place.
@@ -88,7 +102,7 @@ def run_lanes(
     known = _known(worker)
     lanes = []
     for place, name in enumerate(names):
-        turned = lane_recipe(recipe, name)
+        turned = lane_recipe(recipe, name, names)
         paths = RunPaths(Path(known[name])) if name in known else None
         if paths is None or not paths.exists:
             paths = start_training(turned, runs_root, module=module)

@@ -43,7 +43,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     if len(set(names)) < 2 or len(set(names)) != len(names):
         raise BadInput(f"lanes: found {request.lanes!r}; wanted two or more different ones.")
     for name in names:
-        lane_recipe(recipe, name)
+        lane_recipe(recipe, name, names)
     lanes = run_lanes(worker, recipe, names, share=_TRAINING_SHARE)
     worker.emit(Phase, name="measuring the lanes", fraction=_TRAINING_SHARE)
     # Torch only now: while the lanes train, this process only watches them.
@@ -93,8 +93,8 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 def form_of(recipe: Recipe) -> str:
     """Return how a QLoRA recipe holds its base."""
     form = f"{recipe.model.quant_type}{'+dq' if recipe.model.double_quant else ''}"
-    kept = len(modules_of(recipe.model.skip_modules))
-    return f"{form}, {kept} modules in 16 bit" if kept else form
+    kept = modules_of(recipe.model.skip_modules)
+    return f"{form}, {', '.join(kept)} in 16 bit" if kept else form
 
 
 def _recipe(request: AuditRequest) -> Recipe:

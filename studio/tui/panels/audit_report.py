@@ -10,14 +10,13 @@ from textual.widgets import Static
 
 from studio.core.answer_text import shown_answers
 from studio.core.audit_cells import Table
-from studio.core.audit_text import advice_lines, note_lines, tables_of, title_of
+from studio.core.audit_text import DAMAGED, advice_lines, note_lines, tables_of, title_of
 from studio.core.text import plain
 from studio.tui.readable import number
 from widgets.line_picture import Hue
 from widgets.line_plot import Curve, LinePlot
 
 _MOST_LANES = 4
-_DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 _UNREADABLE = (
     "This report is damaged, or of another version of this program: its page is report.md in the run's folder."
 )
@@ -49,7 +48,7 @@ class AuditReport(Vertical):
         if report:
             try:
                 words = report_content(report)
-            except _DAMAGED:
+            except DAMAGED:
                 words, report = Content(_UNREADABLE), None
         self.query_one("#audit-words Static", Static).update(words)
         lanes, blocks = self.query_one("#audit-lanes", LinePlot), self.query_one("#audit-blocks", LinePlot)
