@@ -1,13 +1,17 @@
 """Small tokenizers made on the spot, and what a test wants to know of rows encoded with them."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example, RowReport, encode_rows
 from studio.probe.data import Conversation, Message
+from tests.fakes.runs import CHECKOUT
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|return|>")
 LOOP = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -47,6 +51,60 @@ def metaspace_tokenizer(template: str) -> Any:
     fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = template
     return fast
+
+
+def sentencepiece_folder(folder: Path, template: str, *, kind: str, special: Sequence[str], **config: Any) -> Path:
+    """Write the tokenizer of a Llama-2 or Gemma model: pieces with `▁` for a space, bytes for what they lack.
+
+    Args:
+        folder: Gets `tokenizer.json` and `tokenizer_config.json`.
+        template: Of the chat.
+        kind: `LlamaTokenizer` or `GemmaTokenizer`.
+        special: Further special tokens.
+        config: More of `tokenizer_config.json`; bos and eos are what that kind of model has.
+    """
+    named = ("<pad>", "<eos>", "<bos>", "<unk>") if kind == "GemmaTokenizer" else ("<unk>", "<s>", "</s>")
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    text = (CHECKOUT / "README.md").read_text("utf-8")
+    learner.train_from_iterator(text.splitlines(), trainers.BpeTrainer(vocab_size=900, show_progress=False))
+    pieces = [piece for piece, _ in sorted(learner.get_vocab().items(), key=lambda item: item[1])]
+    words = [*named, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocab = {word: place for place, word in enumerate(dict.fromkeys(words))}
+    # SentencePiece joins whatever gives a piece: every way to split one is a merge.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    strips = kind == "LlamaTokenizer"  # as Phi-3's do
+    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in named])
+    made.add_special_tokens([AddedToken(word, special=True, normalized=False, rstrip=strips) for word in special])
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    bos, eos = ("<bos>", "<eos>") if kind == "GemmaTokenizer" else ("<s>", "</s>")
+    table = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos, "unk_token": "<unk>", "pad_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**table, "chat_template": template, **config}))
+    return folder
+
+
+def qwen_folder(folder: Path, special: Sequence[str], **config: Any) -> Path:
+    """Write the tokenizer of a Qwen model with a small vocabulary; its class brings how texts are split."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=letters)
+    made.train_from_iterator((CHECKOUT / "README.md").read_text("utf-8").splitlines(), trainer)
+    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", **config}))
+    return folder
 
 
 def chat(*turns: tuple[str, str], number: int = 1) -> Conversation:

@@ -16,11 +16,12 @@ from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
 from studio.jobs.export.chat_form import ChatForm, chat_form
 from studio.jobs.export.gguf_folder import stop_words
-from studio.jobs.export.gguf_view import make_view
+from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.lora_gguf import fold_scaling, refuse_what_gguf_lacks
 from studio.jobs.export.modelfile import modelfile
 from studio.probe.adapter_folder import find_adapter
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
+from tests.fakes.tokenizers import qwen_folder, sentencepiece_folder
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
 
 DEFAULT_SYSTEM = (
@@ -146,6 +147,23 @@ def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Pat
     linked = make_view(tmp_path / "linked", [base], weights=base)
     assert (linked / "model.safetensors").read_bytes() == b"weights"
     assert not (linked / "evil.py").exists()
+
+
+def test_the_converter_sees_added_tokens_and_the_kind_of_tokenizer_that_transformers_5_leaves_out(
+    tmp_path: Path,
+) -> None:
+    pieces = sentencepiece_folder(tmp_path / "gemma", "x", kind="GemmaTokenizer", special=("<turn>",))
+    view = make_view(tmp_path / "gemma-view", [pieces])
+    added = json.loads((view / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {token["content"] for token in added.values()} == {"<pad>", "<eos>", "<bos>", "<unk>", "<turn>"}
+    assert not strips_after_tokens(view)
+    phi = qwen_folder(tmp_path / "phi", ("<end>",), tokenizer_class="TokenizersBackend")
+    (phi / "config.json").write_text('{"model_type": "phi3"}')
+    shown = json.loads((make_view(tmp_path / "phi-view", [phi]) / "tokenizer_config.json").read_text())
+    assert shown["tokenizer_class"] == "GPT2Tokenizer"
+    assert "added_tokens_decoder" not in shown
+    stripping = sentencepiece_folder(tmp_path / "phi3", "x", kind="LlamaTokenizer", special=("<|end|>",))
+    assert strips_after_tokens(make_view(tmp_path / "phi3-view", [stripping]))
 
 
 @pytest.mark.parametrize(
