@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
-_SETTLED_SECONDS = 5.0
+_SETTLED_SECONDS = 1.0
 _ASCII_VARIABLE = "LORA_STUDIO_ASCII"
 
 
@@ -250,6 +250,11 @@ def run_studio(
     )
     if remote:
         app.animation_level = "none"
+    return show(app)
+
+
+def show(app: StudioApp) -> int:
+    """Show an app in a process of its own until the user leaves it; return the exit code."""
     share_one_arena()
     app.call_later(app.set_timer, _SETTLED_SECONDS, settle)
     app.run()

@@ -8,12 +8,13 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 
 from studio.commands.open_studio import first_recipe
-from studio.tui.app import StudioApp
+from studio.tui.app import StudioApp, show
 from studio.tui.panels.advice import Advice
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.spare_memory import importing
 from widgets.gauge import Gauge
 from widgets.line_plot import Curve, LinePlot
 
@@ -67,4 +68,6 @@ class BusyStudio(StudioApp):
 
 
 if __name__ == "__main__":
-    BusyStudio(Path(sys.argv[1])).run()
+    with importing():
+        busy = BusyStudio(Path(sys.argv[1]))
+    show(busy)

@@ -1,14 +1,16 @@
 """A run on the screen: what it shows while it lives and after it ended, and what the keys ask for."""
 
+import json
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
-from studio.core.events import Failed, Finished, Phase, Sampled, Saved, Started, StepDone, Warned
+from studio.core.events import Failed, Finished, Phase, Sampled, Saved, Started, StepDone, Warned, event_to_dict
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
+from studio.tui.screens import run as run_module
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.tui.stories import (
@@ -226,3 +228,30 @@ def test_the_log_is_searched(tmp_path: Path) -> None:
 
         play(story, tmp_path, open_run=paths)
         worker.emit(Finished, outcome="done")
+
+
+def test_a_long_log_shows_its_curve_before_it_is_read_and_answers_keys_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_SLICE_SECONDS", 2.0)  # time enough to see what stands there before the rest
+    paths = make_run(tmp_path)
+    steps = 6000
+    with Worker(paths) as worker:
+        train(worker, range(1, 3), total=steps)
+    with paths.events.open("a") as log:
+        for number in range(3, steps + 1):
+            event = StepDone(
+                at=2.0, step=number, loss=1.5, learning_rate=2e-4, grad_norm=0.5, tokens=1, seconds=1.0
+            )  # fmt: skip
+            log.write(json.dumps(event_to_dict(event)) + "\n")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        assert "at a glance" in plots(app)
+        assert f"step {steps}/" not in shown(app)
+        await pilot.press("3")
+        assert screen_of(app).view == "log"
+        await until(pilot, lambda: f"step {steps}/{steps}" in shown(app))
+        assert "at a glance" not in plots(app)
+        assert "smoothed" in plots(app)
+
+    play(story, tmp_path, open_run=paths)

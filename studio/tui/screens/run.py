@@ -34,8 +34,10 @@ from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
 
 _VIEWS = ("plots", "samples", "log", "notes", "memory")
-_CATCH_UP_SECONDS = 0.02
-_SLICES_PER_DRAWING = 10
+_SLICE_SECONDS = 0.004
+"""How long a long log is read at a stretch, and then not read: a key's answer takes several turns of the loop, and
+each may have to wait for one stretch."""
+_SLICES_PER_LOOK = 50
 
 
 class RunScreen(Screen[None]):
@@ -85,7 +87,8 @@ class RunScreen(Screen[None]):
         self._glance: Glance | None = None
         self._resuming = False
         self._planned: Reading | None = None
-        self._slices = 0
+        self._slices_left: int | None = None
+        """Until the next look at a long log that is read on; None while nothing is."""
 
     def compose(self) -> ComposeResult:
         """Header, outcome, views, keys."""
@@ -214,16 +217,18 @@ class RunScreen(Screen[None]):
             self.query_one(f"#{key}").set_class(key == view, "-chosen")
 
     def _look(self) -> None:
-        """Look at the run and show what is new."""
-        if not self.is_mounted:
-            return
+        """Look at the run and show what is new; while a long log is read on, that looks."""
+        if self.is_mounted and self._slices_left is None:
+            self._show_glance()
+
+    def _show_glance(self) -> None:
         glance = self._feed.look()
         before, self._glance = self._glance, glance
         self.query_one(RunHeader).show(glance.history, glance.status, self._waits_for(glance.status))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
         if glance.output:
             self.query_one(LogSearch).extend(glance.output)
-        if glance.news or before is None:
+        if glance.news or before is None or self._slices_left is not None:
             self.query_one(MemoryTable).show(glance.history)
             self._show_against_plan(glance.history)
             self.query_one(RunPlots).show(glance.history)
@@ -231,24 +236,37 @@ class RunScreen(Screen[None]):
             self.query_one(Notes).show(glance.history)
         if before is None and glance.history.started is not None and glance.history.started.job != TRAIN:
             self.view = "log"  # without steps there is nothing to plot
-        if glance.behind or self._slices:
+        if glance.behind or self._slices_left is not None:
             self._catch_up(glance)
 
     def _catch_up(self, glance: Glance) -> None:
         """Read a long log in slices between which keys are answered; its curve is there from the first one on."""
         plots = self.query_one(RunPlots)
+        plots.hold(False)
         if not glance.behind:
-            self._slices = 0
+            self._slices_left = None
             plots.forget_sample()
-            plots.hold(False)
             return
-        if not self._slices:
+        if self._slices_left is None:
             sample = sample_steps(self.paths.events)
             total = glance.history.total_steps
             plots.show_sample([event.step for event in sample], [event.loss for event in sample], total)
-        plots.hold(self._slices % _SLICES_PER_DRAWING != 0)
-        self._slices += 1
-        self.set_timer(_CATCH_UP_SECONDS, self._look)
+        self._slices_left = _SLICES_PER_LOOK
+        self.set_timer(_SLICE_SECONDS, self._read_on)
+
+    def _read_on(self) -> None:
+        """Read a slice; now and then show where that has led."""
+        if not self.is_mounted:
+            return
+        plots = self.query_one(RunPlots)
+        plots.hold(True)
+        history, behind = self._feed.read_on(_SLICE_SECONDS)
+        plots.show(history)
+        self._slices_left = (self._slices_left or 1) - 1
+        if behind and self._slices_left:
+            self.set_timer(_SLICE_SECONDS, self._read_on)
+        else:
+            self._show_glance()
 
     def _show_against_plan(self, history: History) -> None:
         """Show the estimate of the launch beside what was measured; it is one of a card, so a CPU run has none."""
