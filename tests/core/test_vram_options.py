@@ -6,6 +6,7 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import attention_kernel, estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup
@@ -97,3 +98,26 @@ def test_modules_that_stay_in_sixteen_bits():
 def test_a_family_whose_linears_nobody_quantises_says_so():
     estimate = estimate_vram(shapes()["falcon-7b"], Setup())
     assert any("falcon" in note and "refuses" in note for note in estimate.notes)
+
+
+def test_experts_that_were_never_modules_stay_unquantised_in_every_version() -> None:
+    """GraniteMoe holds its experts as one tensor in transformers 4 too."""
+    config = {
+        "model_type": "granitemoe",
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 512,
+    }
+    shape = shape_from_config(config)
+    setups = [
+        stock_setup(Setup(seq_len=128, loss="full"), kbit_prepare=False, transformers=version)
+        for version in ("4.45.2", "5.24", "")
+    ]
+    bases = {estimate_vram(shape, setup).components.base for setup in setups}
+    assert len(bases) == 1
+    assert bases.pop() > 2 * shape.expert_parameters
+    assert not any("--transformers" in note for note in estimate_vram(shape, setups[2]).notes)

@@ -19,7 +19,7 @@ from studio.core.vram.reserve import (
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 from studio.core.vram.static import frozen_form, trained_bytes
-from studio.core.vram.stock import COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built
+from studio.core.vram.stock import ALWAYS_FUSED, COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -174,7 +174,7 @@ def _allocated_bounds(
     low, high = low * (1 - doubt), high * (1 + doubt)
     if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
         notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
-    if shape.expert_parameters and setup.engine == "hf" and not setup.transformers:
+    if shape.expert_parameters and setup.engine == "hf" and not setup.transformers and shape.family not in ALWAYS_FUSED:
         older = estimate_vram(shape, replace(setup, transformers=COPIES_LOGITS), gpu)
         low, base = min(low, older.allocated.low), older.components.base
         notes.append("before transformers 5 experts were linear layers of their own and quantised: say --transformers")

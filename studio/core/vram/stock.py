@@ -18,6 +18,10 @@ below the last checkpoints are of torch's older kind (`use_reentrant=True`) wher
 sources of 4.43.3, 4.45.2, 4.48.1, 4.49.0, 4.50.3 and 5.24: loss/loss_utils.py, modeling_mistral.py, modeling_mixtral.py
 and modeling_utils.py gradient_checkpointing_enable; transformers pull request 43203)."""
 
+ALWAYS_FUSED = frozenset({"gpt_oss", "granitemoe", "llama4_text"})
+"""Families whose experts were one tensor from their first day (GraniteMoeParallelExperts, GptOssExperts,
+Llama4TextExperts)."""
+
 REPEATS_BELOW = {"sdpa": (4, 54), "flash_attention_2": (4, 48)}
 _REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2"})
 """Below these versions keys and values were repeated for every query head before a kernel that needs no such thing:
@@ -88,7 +92,8 @@ def copying_logits(setup: Setup) -> Setup:
 
 def built(shape: ModelShape, setup: Setup) -> ModelShape:
     """Return the shape as the set-up's version of transformers builds it."""
-    if setup.transformers and version_of(setup.transformers) < FUSED_EXPERTS_FROM:
+    old = setup.transformers and version_of(setup.transformers) < FUSED_EXPERTS_FROM
+    if old and shape.family not in ALWAYS_FUSED:
         return with_separate_experts(shape)
     return shape
 
