@@ -18,6 +18,7 @@ from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, MODUL
 from studio.runs.layout import RunPaths
 
 _GGUF = ".gguf"
+_PAIR = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 QUANTISED_GGUF = ("q6_k", "q5_k_m", "q4_k_m")
 """Formats that are made of a 16-bit GGUF file."""
 
@@ -72,6 +73,8 @@ def check_export(request: ExportRequest) -> None:
         raise BadInput(f"{shown} is no name of a hub repository: wanted OWNER/NAME.")
     if form in ADAPTER_FORMATS or (source / ADAPTER_CONFIG).is_file():
         adapter = find_adapter(source)
+        if form == "lora-gguf":
+            refuse_what_gguf_lacks(adapter)
         check_out(out)
         needed = adapter.header.buffer_bytes
         if form not in ADAPTER_FORMATS:
@@ -87,6 +90,24 @@ def check_export(request: ExportRequest) -> None:
         )
     check_out(out)
     check_space(out.parent, export_estimate(form, size_bytes).disk_bytes)
+
+
+def refuse_what_gguf_lacks(adapter: AdapterFound) -> None:
+    """Refuse an adapter that is more than pairs of matrices, each on a matrix of its own.
+
+    Raises:
+        BadInput: Names what it holds.
+    """
+    names = list(adapter.header.tensors)
+    other = next((name for name in names if not any(part in name for part in _PAIR)), "")
+    found = "DoRA's magnitudes" if adapter.config.get("use_dora") else plain(other, one_line=True)
+    if not found and any(".experts.lora_" in name or ".experts.base_layer." in name for name in names):
+        found = "matrices on all experts of a layer at once (target_parameters)"
+    if found:
+        raise BadInput(
+            f"a LoRA file of llama.cpp holds pairs of matrices only, and this adapter has {found}: merge it and export "
+            "the merged model (--format q8_0 or another)."
+        )
 
 
 @dataclass(frozen=True, slots=True)

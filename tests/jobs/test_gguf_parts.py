@@ -17,9 +17,10 @@ from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
 from studio.jobs.export.chat_form import ChatForm, chat_form
 from studio.jobs.export.gguf_folder import stop_words
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
-from studio.jobs.export.lora_gguf import fold_scaling, refuse_what_gguf_lacks
+from studio.jobs.export.lora_gguf import fold_scaling
 from studio.jobs.export.modelfile import modelfile
 from studio.probe.adapter_folder import find_adapter
+from studio.probe.export import refuse_what_gguf_lacks
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 from tests.fakes.tokenizers import qwen_folder, sentencepiece_folder
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
@@ -194,14 +195,18 @@ def test_alpha_over_rank_is_the_scaling_everywhere_after_folding(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("family", "config", "said"),
     [
-        ({"target_modules": ATTENTION, "use_dora": True}, "DoRA's magnitudes"),
-        ({"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, "lm_head"),
+        ("llama", {"target_modules": ATTENTION, "use_dora": True}, "DoRA's magnitudes"),
+        ("llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, "lm_head"),
+        ("mixtral", {"target_modules": "all-linear"}, "experts"),
+        ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
     ],
 )
-def test_what_a_lora_file_cannot_hold_is_refused_by_name(tmp_path: Path, config: dict[str, Any], said: str) -> None:
-    base = make_base(tmp_path / "base", "llama", torch.float32, tie_word_embeddings=False)
+def test_what_a_lora_file_cannot_hold_is_refused_by_name(
+    tmp_path: Path, family: str, config: dict[str, Any], said: str
+) -> None:
+    base = make_base(tmp_path / "base", family, torch.float32, tie_word_embeddings=False)
     with pytest.raises(BadInput, match=said):
         refuse_what_gguf_lacks(find_adapter(make_adapter(tmp_path / "adapter", base, **config)))
 

@@ -13,8 +13,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from studio.core.errors import BadInput, JobFailed
-from studio.core.text import plain
+from studio.core.errors import JobFailed
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import load_tokenizer
@@ -30,7 +29,6 @@ from studio.probe.model_folder import check_folder
 _LARGEST_CHECKED_BYTES = 4 * 10**9
 """Of a base: checking needs all of it as a GGUF file once more."""
 _BROKEN_KL = 0.05
-_PAIR = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +54,10 @@ def make_lora_gguf(work: Work, adapter: AdapterFound, base: Path, out: Path) -> 
         out: The file.
 
     Raises:
-        BadInput: The adapter holds something that such a file cannot.
+        BadInput: The base cannot be used.
         JobFailed: llama.cpp's converter refuses it, or the file does not act as the adapter does.
         OSError: The disk is full or not writable.
     """
-    refuse_what_gguf_lacks(adapter)
     tool = work.llama()
     work.say("converting")
     folded = fold_scaling(adapter, work.folder / "adapter")
@@ -73,21 +70,6 @@ def make_lora_gguf(work: Work, adapter: AdapterFound, base: Path, out: Path) -> 
             "merge the adapter and export the merged model instead",
         )
     return LoraMade(tensors, _check(work, tool, adapter, base, out))
-
-
-def refuse_what_gguf_lacks(adapter: AdapterFound) -> None:
-    """Refuse an adapter that is more than pairs of matrices.
-
-    Raises:
-        BadInput: Names what it holds.
-    """
-    other = [name for name in adapter.header.tensors if not any(part in name for part in _PAIR)]
-    found = "DoRA's magnitudes" if adapter.config.get("use_dora") else plain(other[0], one_line=True) if other else ""
-    if found:
-        raise BadInput(
-            f"a LoRA file of llama.cpp holds pairs of matrices only, and this adapter has {found} as well: merge it "
-            "and export the merged model (--format q8_0 or another)."
-        )
 
 
 def fold_scaling(adapter: AdapterFound, folder: Path) -> Path:
