@@ -17,6 +17,7 @@ from studio.core.shape import ModelShape
 from studio.core.trainable import check_rank, target_names
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.modules import FusedKernels
+from studio.core.vram.refine import refined
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stock import stock_setup
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     card = card_for(args, recipe)
     setup = _setup(args, recipe, card.gpu)
     check_rank(shape, target_names(shape, setup.targets), setup.rank)
-    estimate = calibrated(estimate_vram(shape, setup, card.gpu), setup, card.gpu)
+    estimate = refined(estimate_vram(shape, setup, card.gpu), shape, setup, card.gpu)
+    estimate = calibrated(estimate, setup, card.gpu)
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
     data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path

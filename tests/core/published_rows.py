@@ -14,6 +14,7 @@ from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.refine import refined
 from studio.core.vram.setup import Setup
 from studio.core.vram.stock import stock_setup
 from tests.core.published_reasons import reason
@@ -80,7 +81,19 @@ def stock_default(row: dict[str, Any]) -> Setup:
 
 def _compare(row: dict[str, Any]) -> Compared:
     setup, shape = _setup(row), shapes()[row["model"]]
-    return Compared(row, setup, estimate_vram(shape, setup, card(row)), reason(row))
+    return Compared(row, setup, planned(shape, setup, card(row)), reason(row))
+
+
+def planned(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> VramEstimate:
+    """Return the estimate as `lora-studio plan` makes it."""
+    return refined(estimate_vram(shape, setup, gpu), shape, setup, gpu)
+
+
+@lru_cache
+def from_flags() -> tuple[tuple[Compared, VramEstimate], ...]:
+    """Return every row of class A that is like one of our engines, with what its flags alone give."""
+    sure = [item for item in compared() if not item.unlike and item.row["completeness"] == "A"]
+    return tuple((item, planned(shapes()[item.row["model"]], stock_default(item.row), card(item.row))) for item in sure)
 
 
 def card(row: dict[str, Any]) -> Gpu | None:
@@ -152,4 +165,3 @@ def _targets(row: dict[str, Any]) -> Any:
         if "query_key_value" in known
         else "all-linear"
     )
-

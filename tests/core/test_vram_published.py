@@ -7,7 +7,7 @@ import pytest
 
 from studio.core.vram.estimate import estimate_vram
 from tests.core.published_reasons import FUSED
-from tests.core.published_rows import Compared, card, compared, measured_bytes, shapes, stock_default
+from tests.core.published_rows import Compared, card, compared, from_flags, measured_bytes, shapes
 
 LIKE = [item for item in compared() if not item.unlike]
 
@@ -37,23 +37,33 @@ def test_allocated():
 def test_reserved():
     found = errors("reserved")
     assert len(found) >= 30
-    assert statistics.median(map(abs, found)) <= 0.03
-    assert percentile(found, 0.9) <= 0.08
+    assert statistics.median(map(abs, found)) <= 0.01
+    assert percentile(found, 0.9) <= 0.055
+    assert min(found) >= -0.05
+
+
+def test_reserved_of_weights_that_are_not_quantised_is_known_to_a_few_parts_in_a_thousand():
+    """Nothing races there: eager and fused attention, five models, and no constant that was fitted."""
+    items = [item for item in LIKE if item.row["id"].startswith("fitcheck") and item.row["method"] == "lora"]
+    found = errors("reserved", items)
+    assert len(found) == 9
+    assert max(map(abs, found)) <= 0.002
 
 
 def test_device():
     found = errors("device")
     assert len(found) >= 33
-    assert statistics.median(map(abs, found)) <= 0.02
-    assert percentile(found, 0.9) <= 0.06
-    assert max(map(abs, found)) <= 0.08
+    assert statistics.median(map(abs, found)) <= 0.01
+    assert percentile(found, 0.9) <= 0.05
+    assert min(found) >= -0.05
+    assert max(found) <= 0.08
 
 
 def test_blocks_of_whole_logits_explain_what_the_card_shows_of_powerlm():
-    """16-bit logits, three fp32 copies that drop a token, and a gradient of the whole: 18 bytes per logit, 12 alive."""
+    """16-bit logits, scaled ones, and three fp32 copies that drop a token: 16 bytes per logit, 12 alive."""
     found = [item.error("device") for item in LIKE if item.row["model"] == "PowerLM-3b"]
     assert len(found) == 2
-    assert max(abs(error or 0) for error in found) <= 0.01
+    assert max(abs(error or 0) for error in found) <= 0.02
 
 
 def test_experts_that_were_modules_of_their_own():
@@ -90,26 +100,26 @@ def test_the_range_holds_the_measurement_and_is_no_wider_than_it_must(metric: st
 
 
 def test_no_row_that_used_more_than_a_budget_fits_it():
+    from_its_flags = {item.row["id"]: estimate for item, estimate in from_flags()}
     for item in LIKE:
         used = measured_bytes(item.row, "device") or measured_bytes(item.row, "reserved")
-        if used is not None:
-            assert item.estimate.verdict(int(used) - 1) != "fits", item.row["id"]
+        for estimate in (item.estimate, from_its_flags.get(item.row["id"])):
+            if used is not None and estimate is not None:
+                assert estimate.verdict(int(used) - 1) != "fits", item.row["id"]
 
 
-def test_flags_alone_are_enough():
+@pytest.mark.parametrize(
+    ("metric", "median", "tenth", "least"),
+    [("allocated", 0.01, 0.05, -0.05), ("reserved", 0.01, 0.05, -0.05), ("device", 0.01, 0.05, -0.05)],
+)
+def test_flags_alone_are_enough(metric: str, median: float, tenth: float, least: float):
     """Whoever knows only a row's flags, not its loop or its library, gets the stock defaults."""
-    found: dict[str, list[float]] = {"allocated": [], "reserved": []}
-    for item in LIKE:
-        estimate = estimate_vram(shapes()[item.row["model"]], stock_default(item.row), card(item.row))
-        for metric, errors_found in found.items():
-            measured = measured_bytes(item.row, metric)
-            if measured is not None and item.row["completeness"] == "A":
-                errors_found.append(getattr(estimate, metric).expected / measured - 1)
-    assert min(found["allocated"]) >= -0.05
-    assert statistics.median(map(abs, found["allocated"])) <= 0.01
-    assert percentile(found["allocated"], 0.9) <= 0.05
-    assert statistics.median(map(abs, found["reserved"])) <= 0.03
-    assert percentile(found["reserved"], 0.9) <= 0.08
+    pairs = [(estimate, measured_bytes(item.row, metric)) for item, estimate in from_flags()]
+    found = [getattr(estimate, metric).expected / measured - 1 for estimate, measured in pairs if measured]
+    assert len(found) >= 25
+    assert statistics.median(map(abs, found)) <= median
+    assert percentile(found, 0.9) <= tenth
+    assert min(found) >= least
 
 
 def test_fused_kernels():

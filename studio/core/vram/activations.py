@@ -36,6 +36,18 @@ What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not c
 @lru_cache(maxsize=256)
 def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersForms, HeadMarks]:
     """Return the forms of layers and head for a model, a kind of set-up and an attention kernel."""
+    form = layer_form(shape, setup, kernel)
+    layers = layers_forms(shape, form, setup.grad_checkpointing, input_wants_gradient(setup))
+    return layers, head_forms(shape, form, loss_form(setup))
+
+
+def input_wants_gradient(setup: Setup) -> bool:
+    """Whether the embeddings' output asks for a gradient: stock peft makes it, under checkpointing."""
+    return (setup.engine == "hf" and setup.grad_checkpointing) or setup.adapted.trains_embedding
+
+
+def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
+    """Return how a kind of set-up computes the layers of a model."""
     ours = setup.engine == "studio"
     residual = setup.residual_itemsize
     if setup.quantised and setup.autocast and setup.device == "cuda" and shape.groups[0].layer.norm == "layer":
@@ -50,7 +62,7 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersFor
     )
     quantised = setup.quant_type if setup.quantised else ""
     check_kernels(shape, setup.fused_kernels, fused_loss=setup.loss != "full")
-    form = LayerForm(
+    return LayerForm(
         arithmetic,
         adapter,
         quantised,
@@ -62,9 +74,6 @@ def forms_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> tuple[LayersFor
         reentrant=not ours and version_of(setup.transformers or NEWEST) < REENTRANT_BELOW,
         repeats_heads=not ours and repeats_heads(shape, setup),
     )
-    input_wants = (not ours and setup.grad_checkpointing) or setup.adapted.trains_embedding
-    layers = layers_forms(shape, form, setup.grad_checkpointing, input_wants)
-    return layers, head_forms(shape, form, loss_form(setup))
 
 
 @lru_cache(maxsize=256)
@@ -81,6 +90,7 @@ def loss_form(setup: Setup) -> LossForm:
         upcast_outputs=version < UPCAST_BELOW,
         shift_copied=(version < SHIFT_COPIED_BELOW or setup.fused_kernels == "foak") and setup.micro_batch > 1,
         overwrites=setup.fused_kernels == "foak",
+        by_model=version < SHIFT_COPIED_BELOW,
     )
 
 
@@ -125,7 +135,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
     kept, checkpoint = layers.kept, layers.checkpoint
     # Autocast leaves an embedding alone, and the head's copy is made at the loss.
     whole = shape.embedding_parameters * (setup.adapted.trains_embedding + setup.adapted.trains_head)
-    copies = _autocast_copies(setup, trained.parameters - whole)
+    copies = setup.compute_itemsize * (trained.parameters - whole) * caches_copies(setup)
     loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
     shared = _shared(shape, setup, kernel)
     offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
@@ -153,7 +163,7 @@ def _loss_bytes(
     Where the version of transformers is not known: the mean of the newest and of those that copy the logits.
     """
     head = forms_of(shape, setup.kind, kernel)[1]
-    chunk = _chunk_bytes(shape, setup)
+    chunk = chunk_bytes(shape, setup)
     forward = max(largest(head.forward, *numbers), head.around_chunk.at(*numbers) + chunk if chunk else 0)
     highest = max(copies + forward, largest(head.backward, *numbers))
     if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
@@ -181,9 +191,7 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
     """Return what all layers share: ids, labels and mask (int64), cos and sin, and an S x S mask where one is made."""
     inputs = 3 * 8 * setup.tokens
     rotary = 2 * setup.seq_len * shape.head_dim * setup.residual_itemsize
-    masks = int(kernel == "eager" or (_windowed(shape, setup) and setup.attention != "flash_attention_2"))
-    if shape.attention_softcap and any(group.layer.window for group in shape.groups):
-        masks = 2  # one for layers that see all, one for those with a window, both made before the first layer
+    masks = mask_count(shape, setup, kernel)
     # Embeddings that went back to 16 bit make the first layer's input narrower than all others.
     narrower = (setup.residual_itemsize - setup.embedding_itemsize) * setup.tokens * shape.hidden
     # An embedding's output that asks for a gradient lives until it has one; where the model alters it first, it is not
@@ -191,6 +199,13 @@ def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
     wants = setup.engine == "hf" and setup.grad_checkpointing
     leaf = setup.embedding_itemsize * setup.tokens * shape.hidden * (wants and shape.alters_embedding)
     return inputs + rotary + masks * setup.squares * setup.residual_itemsize - narrower + leaf
+
+
+def mask_count(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
+    """Return how many S x S masks are made before the first layer and shared by all."""
+    if shape.attention_softcap and shape.shortest_window:
+        return 2  # one for layers that see all, one for those with a window
+    return int(kernel == "eager" or (_windowed(shape, setup) and setup.attention != "flash_attention_2"))
 
 
 def _cache(shape: ModelShape, setup: Setup) -> int:
@@ -209,15 +224,13 @@ def _cache(shape: ModelShape, setup: Setup) -> int:
 
 def _windowed(shape: ModelShape, setup: Setup) -> bool:
     """Whether a window shorter than the rows makes transformers build a mask (_ignore_causal_mask_sdpa)."""
-    return any(0 < group.layer.window <= setup.seq_len for group in shape.groups)
+    return 0 < shape.shortest_window <= setup.seq_len
 
 
-def _autocast_copies(setup: Setup, parameters: int) -> int:
-    """Return 16-bit adapter copies that autocast caches until the forward ends; a kept graph holds them anyway."""
+def caches_copies(setup: Setup) -> bool:
+    """Whether autocast caches 16-bit adapter copies until the forward ends; a kept graph holds them anyway."""
     cast_within = setup.fused_kernels == "foak" and setup.quantised  # its adapters never come to autocast's cache
-    if not setup.autocast or setup.compute_itemsize == 4 or not setup.grad_checkpointing or cast_within:
-        return 0
-    return setup.compute_itemsize * parameters
+    return setup.autocast and setup.compute_itemsize != 4 and setup.grad_checkpointing and not cast_within
 
 
 def _held_logits(shape: ModelShape, setup: Setup) -> int:
@@ -240,7 +253,8 @@ def _trained_head(shape: ModelShape, setup: Setup, trained: TrainedBytes) -> int
     return 2 * setup.compute_itemsize * shape.embedding_parameters if setup.autocast else trained.head
 
 
-def _chunk_bytes(shape: ModelShape, setup: Setup) -> int:
+def chunk_bytes(shape: ModelShape, setup: Setup) -> int:
+    """Return what a chunk of the head needs at once, 0 for whole logits."""
     if setup.loss == "full":
         return 0
     if setup.engine == "studio" and (setup.loss == "chunked" or setup.adapted.trains_head):

@@ -101,7 +101,10 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     if arithmetic.autocast:
         query, key = (op.cast(t, arithmetic.compute) for t in (query, key))
     itemsize = query.itemsize
-    weights = op.scale(op.matmul(query, key, Form(per_square=run.shape.heads), copied=run.form.batched))
+    # Heads of several rows lie apart; keys and values that were repeated lie together.
+    batched = run.form.batched
+    strided = batched and run.shape.heads == run.shape.kv_heads
+    weights = op.scale(op.matmul(query, key, Form(per_square=run.shape.heads), copies_x=batched, copies_y=strided))
     if run.shape.attention_softcap:
         weights = op.scale(op.activate_saving_result(op.scale(weights)))
     weights = op.add_number(weights)  # the causal mask
@@ -110,8 +113,8 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     weights = op.cast(op.softmax_in_fp32(weights, fused_backward=run.form.cpu), itemsize)
     if arithmetic.autocast:
         value = op.cast(value, arithmetic.compute)
-    out = op.matmul(weights, value, query.elements, copied=False)
-    out = op.clone(out)  # .transpose(1, 2).contiguous()
+    out = op.matmul(weights, value, query.elements, copies_x=False, copies_y=strided)
+    out = op.clone(op.laid_anew(out) if batched else out)  # .transpose(1, 2).contiguous()
     return out, weights
 
 

@@ -97,7 +97,8 @@ def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
         return _int8_linear(run, layer, x, visits)
     # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
     weight = Form(fixed=layer.inputs * layer.outputs * arithmetic.compute)
-    return op.cast(op.frozen_linear(x, outputs, arithmetic.compute, works=(weight,)), x.itemsize)
+    narrow = op.cast(x, arithmetic.compute)
+    return op.cast(op.frozen_linear(narrow, outputs, works=(weight,)), x.itemsize)
 
 
 def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
@@ -141,27 +142,52 @@ def _adapted_quantised(run: Run, layer: Linear, x: Tensor, visits: float) -> Ten
 
 def low_rank(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """Return `lora_B(lora_A(dropout(x)))`."""
-    if run.form.adapter.dropout:
-        x = op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
-    arithmetic = run.form.arithmetic
+    x = _dropped(run, x)
+    return _pair(run, layer, x, Form(per_token_rank=visits), Form(per_token=layer.outputs * visits))
+
+
+def _dropped(run: Run, x: Tensor) -> Tensor:
+    if not run.form.adapter.dropout:
+        return x
+    return op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
+
+
+def _pair(run: Run, layer: Linear, x: Tensor, narrow: Form, outputs: Form) -> Tensor:
+    """Return `lora_B(lora_A(x))`: `narrow` elements on its way, `outputs` at its end."""
     into, back = Form(per_rank=layer.inputs), Form(per_rank=layer.outputs)
-    narrow = op.trained_linear(x, Form(per_token_rank=visits), into, run.gradients, arithmetic)
+    inner = op.trained_linear(x, narrow, into, run.gradients, run.form.arithmetic)
     del x
-    return op.trained_linear(narrow, Form(per_token=layer.outputs * visits), back, run.gradients, arithmetic)
+    return op.trained_linear(inner, outputs, back, run.gradients, run.form.arithmetic)
 
 
 def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> Tensor:
     """peft.tuners.lora.dora.DoraLinearLayer.forward.
 
-    The norm of the adapted weight is made anew in every forward: the adapter's product, for which an identity matrix
-    goes through it, the base weight, the scaled product and their sum, each a whole matrix in the input's format. The
+    The norm of the adapted weight is made anew in every forward: the adapter's product, for which an fp32 identity
+    matrix goes through the pair, the base weight, the scaled product and their sum. Product and dequantised weight stay
+    to the end. Dropout makes the base's product anew from the dropped input, and the weight is saved for it. The
     magnitude's gradient keeps the base result and the update.
     """
-    matrix = layer.inputs * layer.outputs * (x.itemsize if not run.form.arithmetic.autocast else max(2, x.itemsize))
-    identity = layer.inputs * layer.inputs * max(2, x.itemsize)
-    run.tape.passing(Form(fixed=identity), *[Form(fixed=matrix)] * 4)
-    update = low_rank(run, layer, x, visits)
-    return op.add(result, op.add(op.times_vector(result), op.scale(op.times_vector(update))))
+    tape, matrix = run.tape, Form(fixed=layer.inputs * layer.outputs)
+    given, x = x, _dropped(run, x)
+    identity = Tensor(tape, Form(fixed=layer.inputs * layer.inputs), 4)
+    product = _pair(run, layer, identity, Form(per_rank=layer.inputs), matrix)
+    del identity
+    product = op.cast(product, x.itemsize)
+    held = run.form.arithmetic.compute if run.form.quantised else run.form.arithmetic.weights
+    weight = Tensor(tape, matrix, x.itemsize) if run.form.quantised or held != x.itemsize else None
+    if weight is not None and held != x.itemsize and run.form.quantised:
+        tape.passing(matrix.times(held))
+    tape.passing(matrix.times(x.itemsize), matrix.times(x.itemsize))
+    update = _pair(run, layer, x, Form(per_token_rank=visits), Form(per_token=layer.outputs * visits))
+    base = result
+    if run.form.adapter.dropout:
+        base = op.frozen_linear(x, result.elements)
+        if weight is not None and base.node is not None:
+            base.node.saved.append(weight)
+    change = op.add(op.times_vector(base), op.scale(op.times_vector(update)))
+    del product, weight, update, base, x, given
+    return op.add(result, change)
 
 
 def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:

@@ -172,6 +172,11 @@ def clone(x: Tensor) -> Tensor:
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
 
 
+def laid_anew(x: Tensor) -> Tensor:
+    """Return a view in another layout, whose gradient is copied back into x's own."""
+    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
+
+
 def slice_last(x: Tensor, share: float) -> Tensor:
     """Return `x[..., a:b]`, a view of a share of x; its gradient is a zero-filled tensor of x's whole size."""
     return Tensor(x.tape, x.elements.times(share), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
@@ -234,11 +239,11 @@ def trained_linear(x: Tensor, outputs: Form, weight: Form, gradients: list[Tenso
     return Tensor(tape, outputs, itemsize, node)
 
 
-def matmul(x: Tensor, y: Tensor, outputs: Form, *, copied: bool) -> Tensor:
-    """Return a batched product of activations; `copied` where the operands' layout makes `matmul` save copies."""
-    if copied:
-        x, y = clone(x), clone(y)
-    node = node_of(x.tape, (x, y), (_gradient(x), _gradient(y)), (x, y))
+def matmul(x: Tensor, y: Tensor, outputs: Form, *, copies_x: bool, copies_y: bool) -> Tensor:
+    """Return a batched product of activations, of copies where an operand's layout makes `matmul` make one."""
+    x, y = clone(x) if copies_x else x, clone(y) if copies_y else y
+    # The second operand's gradient is made first (BmmBackward0 goes by the names of arguments: mat2, self).
+    node = node_of(x.tape, (y, x), (_gradient(y), _gradient(x)), (x, y))
     return Tensor(x.tape, outputs, x.itemsize, node)
 
 

@@ -175,6 +175,16 @@ def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str) -> Opt
 
 
 def _moments(elements: int, optimizer: str) -> int:
+    return 2 * sum(map(_aligned, _moment(elements, optimizer)))
+
+
+def _moment(elements: int, optimizer: str) -> tuple[int, ...]:
     if "8bit" not in optimizer or elements < _EIGHT_BIT_FROM:
-        return 2 * _aligned(4 * elements)
-    return 2 * (_aligned(elements) + _aligned(4 * -(-elements // 256)))
+        return (4 * elements,)
+    return elements, 4 * -(-elements // 256)
+
+
+def resident_state(elements: int, optimizer: str) -> tuple[int, ...]:
+    """Return the bytes of the tensors that AdamW keeps on the device for one trained tensor."""
+    paged = optimizer.startswith("paged") and elements >= _PAGED_FROM
+    return () if paged else 2 * _moment(elements, optimizer)

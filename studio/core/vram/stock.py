@@ -28,6 +28,9 @@ _REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "sta
 sdpa's always (transformers pull request 39412), the flash-attn package's in these families (modeling_mistral.py of
 4.45.2, MistralFlashAttention2)."""
 
+THREADED_FROM = (5, 0)
+"""From this version on weights are read in threads, ahead of their quantisation (core_model_loading.py)."""
+
 UPCASTS_LOGITS, COPIES_LOGITS, NEWEST = "4.45", "4.48", "5.24"
 """Where the version is not said, the loss is taken to be of one of these."""
 
@@ -96,6 +99,11 @@ def built(shape: ModelShape, setup: Setup) -> ModelShape:
     if old and shape.family not in ALWAYS_FUSED:
         return with_separate_experts(shape)
     return shape
+
+
+def loads_in_threads(setup: Setup) -> bool:
+    """Whether a version of transformers reads weights in threads; one that is not said does."""
+    return version_of(setup.transformers or NEWEST) >= THREADED_FROM
 
 
 def repeats_heads(shape: ModelShape, setup: Setup) -> bool:

@@ -1,0 +1,66 @@
+"""An estimate whose reserved and device bytes come from a replay of the allocator: for a plan that may take longer."""
+
+from dataclasses import replace
+from statistics import mean
+
+from studio.core.gpu_catalogue import Gpu
+from studio.core.shape import ModelShape
+from studio.core.vram.estimate import VramEstimate
+from studio.core.vram.replay import replayed
+from studio.core.vram.reserve import Range
+from studio.core.vram.setup import Setup
+from studio.core.vram.stock import COPIES_LOGITS, built, loads_in_threads
+
+_READERS = (2, 3, 4)
+"""Threads in which transformers reads weights: as many as cores, up to 4. How far ahead of the quantisation they come
+decides what loading leaves behind, so that the mean of what any of them would leave is expected."""
+
+
+def refined(estimate: VramEstimate, shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> VramEstimate:
+    """Return an estimate with what the caching allocator was found to take, event by event.
+
+    Estimates of what the replay does not follow come back as they are: a CPU, our own loop, modules trained whole,
+    checkpoints in host memory, and experts, whose rows differ from layer to layer.
+
+    Args:
+        estimate: The estimate of the same model, set-up and card.
+        shape: The model.
+        setup: How it is trained.
+        gpu: The card, where known: before it is full, cached segments are given back.
+    """
+    followed = setup.engine == "hf" and setup.device == "cuda" and not setup.modules_to_save
+    if not followed or setup.offload_checkpoints or any(group.layer.experts for group in shape.groups):
+        return estimate
+    context = estimate.components.context
+    capacity = gpu.total_bytes - context if gpu else None
+    found = [_found(estimate, shape, loop, capacity) for loop in _loops(setup)]
+    before, expected = estimate.reserved, int(mean(mean(each) for each in found))
+    highest = max(before.high, *(max(each) for each in found))
+    reserved = Range(min(before.low, expected), expected, highest)
+    device = estimate.device
+    device = Range(
+        min(device.low, device.expected + expected - before.expected),
+        device.expected + expected - before.expected,
+        device.high + highest - before.high,
+    )
+    return replace(estimate, reserved=reserved, device=device)
+
+
+def _loops(setup: Setup) -> tuple[Setup, ...]:
+    """Return the loops that a set-up may mean: two, where the version decides whether the Trainer's loss copies logits.
+
+    A loop of somebody's own, which holds the outputs, is taken to be a new one.
+    """
+    if setup.transformers or setup.micro_batch == 1 or setup.loss != "full" or setup.outputs_kept:
+        return (setup,)
+    return setup, replace(setup, transformers=COPIES_LOGITS)
+
+
+def _found(estimate: VramEstimate, shape: ModelShape, setup: Setup, capacity: int | None) -> list[int]:
+    threads = _READERS if setup.quantised and loads_in_threads(setup) else (1,)
+    workspace, model = estimate.components.workspace, built(shape, setup)
+    peaks = [
+        replayed(model, setup, estimate.kernel, workspace=workspace, capacity=capacity, readers=readers)
+        for readers in threads
+    ]
+    return [peak.reserved for peak in peaks]
