@@ -15,6 +15,9 @@ from studio.core.vram.tape import Tensor, run_backward
 
 LossKind = Literal["model", "whole", "chunked"]
 
+_OWN_LOSS = frozenset({"bloom", "falcon", "gpt_bigcode", "gpt_neox", "stablelm"})
+"""Families that shifted logits and called a loss themselves (read in modeling_*.py of 4.45.2 and 4.48.1)."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossForm:
@@ -28,6 +31,8 @@ class LossForm:
         shift_copied: Whether the fp32 logits are copied to drop the last token of several rows (transformers up to
             4.48: `logits[..., :-1, :].contiguous()`; later the labels are shifted instead).
         overwrites: Whether one kernel makes the loss of the fp32 logits and writes their gradient over them.
+        by_model: Whether models that bring a loss of their own still use it (transformers up to 4.48): it leaves the
+            logits in the head's format.
     """
 
     kind: LossKind
@@ -35,6 +40,7 @@ class LossForm:
     upcast_outputs: bool = False
     shift_copied: bool = False
     overwrites: bool = False
+    by_model: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +89,15 @@ def head_forward(
     if loss.kind == "chunked":
         return _chunked(hidden), None, []
     logits, kept = _logits(run, hidden)
-    if loss.upcast_outputs:
-        logits = op.cast(logits, 4)
-    value = _whole_loss(logits, loss, shifted)
+    if loss.by_model and run.shape.family in _OWN_LOSS:
+        value = _own_loss(run, logits, loss, shifted)
+    else:
+        if loss.upcast_outputs:
+            logits = op.cast(logits, 4)
+        value = _whole_loss(logits, loss, shifted)
+    if loss.kind == "model" and run.form.arithmetic.autocast and not loss.outputs_kept:
+        # accelerate gives the outputs of an autocast forward back in fp32 (ConvertOutputsToFp32).
+        op.cast(logits, 4)
     return value, logits if loss.outputs_kept else None, kept
 
 
@@ -107,19 +119,35 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _whole_loss(logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
-    """Return the cross-entropy of fp32 logits: log-softmax saves its result, and so does the loss that reads it."""
+    """Return the loss of logits that are made fp32 first, as transformers' own loss function does."""
     wide = op.cast(logits, 4)
     if loss.kind == "whole":
         del logits
     shifted = op.clone(op.slice_last(wide, shifted_share)) if loss.shift_copied else wide
+    return _overwritten(shifted) if loss.overwrites else _cross_entropy(shifted)
+
+
+def _own_loss(run: Run, logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
+    """Return the loss of models that bring their own: the copy is of the head's format, and autocast widens it."""
+    shifted = op.clone(op.slice_last(logits, shifted_share)) if loss.shift_copied else logits
     if loss.overwrites:
-        return Tensor(wide.tape, NOTHING, 4, op.node_of(wide.tape, (shifted,), (0,), (shifted,)))
-    log_probabilities = op.activate_saving_result(shifted)
+        return _overwritten(shifted)
+    return _cross_entropy(op.cast(shifted, 4) if run.form.arithmetic.autocast else shifted)
+
+
+def _overwritten(logits: Tensor) -> Tensor:
+    """Return a loss whose gradient is written over the logits that it saved."""
+    return Tensor(logits.tape, NOTHING, 4, op.node_of(logits.tape, (logits,), (0,), (logits,)))
+
+
+def _cross_entropy(logits: Tensor) -> Tensor:
+    """Return the cross-entropy: log-softmax saves its result, and so does the loss that reads it."""
+    scores = op.activate_saving_result(logits)
     return Tensor(
-        wide.tape,
+        logits.tape,
         NOTHING,
         4,
-        op.node_of(wide.tape, (log_probabilities,), ((log_probabilities.elements, 4),), (log_probabilities,)),
+        op.node_of(logits.tape, (scores,), ((scores.elements, scores.itemsize),), (scores,)),
     )
 
 
