@@ -34,7 +34,8 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
     from transformers import LlamaConfig
 
     from studio.jobs.base.weights.skeleton import build_clean
-    from studio.jobs.merge.shards import OpenShard, lay_out
+    from studio.jobs.merge.shard_file import OpenShard
+    from studio.jobs.merge.shards import lay_out
     from studio.jobs.merge.steps import Output
     from tests.fakes.tiny_model import tiny_tokenizer
 

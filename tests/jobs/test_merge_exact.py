@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from studio.jobs.base.weights import tensor_files
 from studio.jobs.merge import row_sums, steps
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base, our_merge, our_steps, pefts_merge
 
@@ -79,7 +80,7 @@ def test_rows_summed_in_blocks_have_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
 ) -> None:
     monkeypatch.setattr(steps, "SMALLEST_ROW_SUM_BYTES", 0)
-    monkeypatch.setattr(row_sums, "_BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(tensor_files, "BLOCK_ELEMENTS", 4096)
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False, **LARGER)
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
     made = our_steps(base, adapter)
@@ -99,7 +100,7 @@ def test_a_product_whose_blocks_have_other_bits_is_left_to_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "SMALLEST_ROW_SUM_BYTES", 0)
-    monkeypatch.setattr(row_sums.RowSums, "_is_exact", lambda self, b, a: False)
+    monkeypatch.setattr(row_sums.RowSums, "_way", lambda self, b, a: row_sums.Way.WHOLE)
     base = make_base(tmp_path / "base", "llama", tie_word_embeddings=False)
     adapter = make_adapter(tmp_path / "adapter", base, **KINDS["plain"])
     made = our_steps(base, adapter)

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
+from studio.jobs.base.weights import tensor_files
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.jobs.base.weights.tensor_files import TensorFiles
-from studio.jobs.merge import row_sums, steps
+from studio.jobs.merge import steps
 from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import best_of, find_adapter, list_checkpoints
 from studio.runs.job import MergeRequest, read_job, write_job
@@ -76,7 +77,7 @@ def test_every_bit_is_that_of_pefts_weighted_merge(
     base: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, smallest: int
 ) -> None:
     monkeypatch.setattr(steps, "SMALLEST_ROW_SUM_BYTES", smallest)
-    monkeypatch.setattr(row_sums, "_BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr(tensor_files, "BLOCK_ELEMENTS", 4096)
     made = _ours(base, adapters[:count])
     assert bool([step for step in made.steps if step.row_sum]) is (smallest == 0)
     ours, theirs = our_merge(made), _pefts(base, adapters[:count], tmp_path / "peft")

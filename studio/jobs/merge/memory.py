@@ -4,24 +4,25 @@ import psutil
 import torch
 
 from studio.core.errors import BadInput
+from studio.jobs.base.weights.streamed import most_lent
 from studio.jobs.merge.steps import MergeSteps
 
 _FP32_BYTES = 4
-_CHECKED_BYTES = 6
-"""A number of a tensor that is lent to the comparison of answers: read in 16 bit, computed with in fp32."""
+_LENT_BYTES = 6
+"""A number of what is lent to the comparison of answers: read in 16 bit, computed with in fp32."""
 _COPIES = 4
 """At once in fp32: the weight, the delta before and after scaling, and half as much again for 16-bit copies of both."""
 
 
 def check_memory(steps: MergeSteps) -> None:
-    """Make sure that the largest step, and the largest tensor in the comparison afterwards, have room.
+    """Make sure that the largest step, and what is lent at once to the comparison afterwards, have room.
 
     Raises:
         BadInput: It needs more than is free.
     """
     largest = max((_elements(steps, place) for place in range(len(steps.steps))), default=0)
-    checked = max((torch.Size(one.shape).numel() for step in steps.steps for one in step.outputs), default=0)
-    needed = max(largest * _FP32_BYTES * _COPIES, checked * _CHECKED_BYTES)
+    lent = most_lent(steps.skeleton.adapted, steps.weights, "base_model.model.")
+    needed = max(largest * _FP32_BYTES * _COPIES, lent * _LENT_BYTES)
     free = psutil.virtual_memory().available
     if needed > free:
         raise BadInput(

@@ -1,5 +1,6 @@
 """What a merge has to do, decided before it begins: which tensors are copied, which are made anew, and their names."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from studio.core.text import plain
 from studio.jobs.base.weights.checkpoint_names import CheckpointNames, Group
 from studio.jobs.base.weights.dequantized import Change
 from studio.jobs.base.weights.skeleton import Skeleton
+from studio.jobs.base.weights.streamed import Weights
 from studio.jobs.base.weights.tensor_files import TORCH_DTYPES, TensorFiles
 from studio.jobs.base.weights.units import Unit, find_units, merge_unit
 from studio.jobs.merge.row_sums import RowSum, RowSums, is_plain, parts_of
@@ -137,6 +139,16 @@ class MergeSteps:
         self._check_shape(name, tuple(value.shape))
         return self._change(name, value) if self._change and name in self.changed else value
 
+    @property
+    def weights(self) -> Weights:
+        """The base's parameters, as the adapter is put on them."""
+        return Weights(self.parameter, self.files, self._unchanged_key)
+
+    def _unchanged_key(self, name: str) -> str | None:
+        group = self._groups.get(self._tied.get(name, name))
+        made = name in self.skeleton.replaced or name in self.changed
+        return None if made or group is None or group.converter else group.keys[0]
+
     def _really_tied(self) -> tuple[dict[str, str], set[str]]:
         """Which parameters are one with another one, and the tensors in the files that only repeat it.
 
@@ -147,7 +159,7 @@ class MergeSteps:
         for name, of in self.skeleton.tied.items():
             group, other = self._groups.get(name), self._groups.get(of)
             if group and other:
-                if not torch.equal(self.files.read(group.keys[0]), self.files.read(other.keys[0])):
+                if not self.files.are_equal(group.keys[0], other.keys[0]):
                     continue
                 repeated.update(group.keys)
                 del self._groups[name]
@@ -278,5 +290,10 @@ def _finite(tensor: Tensor, output: Output) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Look at the extremes, which NaN and infinity spread to: twelve times as fast as `torch.isfinite` in bf16."""
-    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    """Look at the sum, which NaN and infinity spread to; a sum can overflow by itself, so then at the extremes.
+
+    Of bf16, the sum took 0.02 seconds a GB, the extremes 0.04.
+    """
+    if not tensor.numel() or math.isfinite(float(tensor.sum())):
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -1,6 +1,6 @@
-"""Proves that the files on disk behave like base + adapter: tensors made again and compared, logits side by side."""
+"""Proves that the files on disk behave like base + adapter: all bytes read again, some made again, logits compared."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,19 @@ from torch.nn.functional import kl_div, log_softmax
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
-from studio.jobs.base.weights.tensor_files import TensorFiles
+from studio.jobs.base.weights.tensor_files import Stored, TensorFiles
+from studio.jobs.merge.shards import ShardWriter
 from studio.jobs.merge.steps import MergeSteps, Step
+from studio.jobs.merge.sums import find_different
 
 _SAMPLE = 4
+_SAMPLE_BYTES = 16 * 2**20
+"""Of the tensors that are made again whole, in fp32 and with the delta beside them."""
 _WORK = 8e10
 """Parameters times tokens of one pass: a few seconds on two cores."""
 _FEWEST_TOKENS, _MOST_TOKENS = 48, 384
+_MOST_LOGITS = 2**24
+"""Of one model: 64 MiB."""
 _ADVICE = "the disk or the memory may be faulty; look at the system's log, then merge again"
 
 
@@ -33,64 +39,88 @@ class Closeness:
     largest_logit_difference: float
 
 
-def recompute_sample(steps: MergeSteps, folder: Path, kept: Collection[str] = ()) -> int:
-    """Make some tensors again and compare them bit by bit with the files; return how many.
+def copies_of(steps: MergeSteps) -> dict[str, Stored]:
+    """Return the base's tensors whose bytes are copied, by the name of the output."""
+    return {
+        step.outputs[0].key: steps.files.tensors[step.copies]
+        for step in steps.steps
+        if step.copies is not None and steps.files.tensors[step.copies].dtype is step.outputs[0].dtype
+    }
+
+
+def read_back(steps: MergeSteps, writer: ShardWriter, tell: Callable[[float], None]) -> int:
+    """Read every tensor in the files again and compare it with what was written; return how many.
 
     Args:
         steps: What was merged.
-        folder: The merged model.
-        kept: Shards that an earlier process wrote: each is looked into as well.
+        writer: Wrote it.
+        tell: Gets the fraction done; may raise.
 
     Raises:
         JobFailed: A tensor in the files is missing, of another shape, or differs.
         OSError: A file cannot be read.
     """
-    files = TensorFiles(folder)
+    files = TensorFiles(writer.folder)
     wanted = {output.key: output for step in steps.steps for output in step.outputs}
     if files.tensors.keys() != wanted.keys():
         raise JobFailed("merged_incomplete", "the merged files do not hold the tensors that were written", _ADVICE)
     for key, output in wanted.items():
         if files.tensors[key].entry.shape != output.shape:
             raise JobFailed("merged_incomplete", f"{plain(key, one_line=True)} has another shape on disk", _ADVICE)
-    made = [step for step in steps.steps if step.copies is None]
-    copied = [step for step in steps.steps if step.copies is not None]
-    of_kept = [
-        step
-        for name in sorted(kept)
-        for step in _some([step for step in steps.steps if files.tensors[step.outputs[0].key].path.name == name])
-    ]
-    count = 0
-    for step in _some(made) + _some(copied) + of_kept:
-        for key, tensor in _again(steps, step).items():
+    different = find_different(files.tensors, writer.sums, writer.copies, tell)
+    if different is not None:
+        raise _differs(different)
+    return len(wanted)
+
+
+def make_again(steps: MergeSteps, folder: Path) -> int:
+    """Let peft merge some layers whole and compare them bit by bit with the files; return how many tensors.
+
+    Args:
+        steps: What was merged.
+        folder: The merged model.
+
+    Raises:
+        JobFailed: A tensor in the files differs.
+        OSError: A file cannot be read.
+    """
+    files, count = TensorFiles(folder), 0
+    for step in _some([step for step in steps.steps if step.copies is None]):
+        for key, tensor in steps.compute(step).items():
             count += 1
             if not torch.equal(files.read(key), tensor):
-                raise JobFailed("merged_differs", f"{plain(key, one_line=True)} on disk is not what was made", _ADVICE)
+                raise _differs(key)
     return count
 
 
 def compare_logits(
-    steps: MergeSteps, folder: Path, ids: Tensor, mask: Tensor, tell: Callable[[str], None]
+    steps: MergeSteps, folder: Path, ids: Tensor, mask: Tensor, tell: Callable[[str, float], None]
 ) -> Closeness:
-    """Run base + adapter and the merged files on the same tokens, layer by layer, in fp32.
+    """Run base + adapter and the merged files on the same tokens in fp32, a few rows of each matrix in memory.
 
     Args:
         steps: Base and adapter.
         folder: The merged model.
         ids: `[batch, seq]`.
         mask: `[batch, seq]`, 0 for padding.
-        tell: Gets a word on what is done.
+        tell: Gets the side that is run and the fraction of it done; may raise.
 
     Raises:
         JobFailed: The merged files lack a parameter of the model, or a logit is not finite.
         OSError: A file cannot be read.
     """
-    tell("base and adapter")
-    separate = streamed_logits(steps.skeleton.adapted, steps.parameter, ids, mask, "base_model.model.")
-    tell("merged")
-    merged = folder_logits(folder, ids, mask)
     real = mask.bool()
-    closeness = compare(merged[real], separate[real])
-    if not all(bool(torch.isfinite(logits[real]).all()) for logits in (merged, separate)):
+    separate = streamed_logits(
+        steps.skeleton.adapted,
+        steps.weights,
+        ids,
+        mask,
+        "base_model.model.",
+        tell=lambda fraction: tell("answers of base and adapter", fraction),
+    )[real]
+    merged = folder_logits(folder, ids, mask, lambda fraction: tell("answers of the merged model", fraction))[real]
+    closeness = compare(merged, separate)
+    if not all(bool(torch.isfinite(logits).all()) for logits in (merged, separate)):
         raise JobFailed(
             "merged_nonfinite", "the merged model's logits hold NaN or infinity", "look at the adapter's last losses"
         )
@@ -99,21 +129,28 @@ def compare_logits(
 
 def compare(merged: Tensor, separate: Tensor) -> Closeness:
     """Return how close logits `[tokens, vocabulary]` are to those that are meant."""
-    ours, theirs = log_softmax(merged, -1), log_softmax(separate, -1)
-    kl = kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    pairs = list(zip(merged, separate, strict=True))  # a token at a time: a vocabulary can be large
+    kl = torch.stack(
+        [
+            kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), log_target=True, reduction="sum")
+            for ours, theirs in pairs
+        ]
+    )
+    gaps = torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs])
     return Closeness(
         tokens=merged.shape[0],
         mean_kl=max(0.0, float(kl.mean())),
         largest_kl=max(0.0, float(kl.max())),
         same_top_token=float((merged.argmax(-1) == separate.argmax(-1)).float().mean()),
-        largest_logit_difference=float((merged - separate).abs().max()),
+        largest_logit_difference=float(gaps.max()),
     )
 
 
 def encode(texts: Sequence[str], tokenizer: Any, steps: MergeSteps) -> tuple[Tensor, Tensor]:
     """Return ids and mask `[batch, seq]` of some texts, as many tokens as a model of this size can do in seconds."""
     parameters = sum(torch.Size(output.shape).numel() for step in steps.steps for output in step.outputs)
-    budget = int(min(_MOST_TOKENS, max(_FEWEST_TOKENS, _WORK / max(1, parameters))))
+    vocabulary = steps.skeleton.clean.config.get_text_config().vocab_size
+    budget = int(min(_MOST_TOKENS, _MOST_LOGITS / vocabulary, max(_FEWEST_TOKENS, _WORK / max(1, parameters))))
     each = max(8, budget // len(texts))
     rows = [tokenizer(text, add_special_tokens=False).input_ids[:each] or [0] for text in texts]
     width = max(len(row) for row in rows)
@@ -122,13 +159,15 @@ def encode(texts: Sequence[str], tokenizer: Any, steps: MergeSteps) -> tuple[Ten
     return ids, mask
 
 
-def _some(steps: list[Step]) -> list[Step]:
-    apart = max(1, len(steps) // _SAMPLE)
-    return steps[::apart][:_SAMPLE]
+def _differs(key: str) -> JobFailed:
+    return JobFailed("merged_differs", f"{plain(key, one_line=True)} on disk is not what was made", _ADVICE)
 
 
-def _again(steps: MergeSteps, step: Step) -> dict[str, Tensor]:
-    if step.copies is None:
-        return steps.compute(step)
-    (output,) = step.outputs
-    return {output.key: steps.files.read(step.copies).to(output.dtype)}
+def _some(steps: Sequence[Step]) -> Sequence[Step]:
+    """Return a few steps from all over the model; not the large ones, where there are small ones."""
+    small = [step for step in steps if _size_of(step) <= _SAMPLE_BYTES] or sorted(steps, key=_size_of)[:1]
+    return small[:: max(1, len(small) // _SAMPLE)][:_SAMPLE]
+
+
+def _size_of(step: Step) -> int:
+    return sum(output.size_bytes for output in step.outputs)

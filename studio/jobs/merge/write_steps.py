@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from threading import Lock
 
-import torch
 from torch import Tensor
 
 from studio.core.errors import StudioError
-from studio.jobs.merge.shards import OpenShard, Shard, ShardWriter
+from studio.jobs.base.weights.by_rows import workers
+from studio.jobs.merge.shard_file import OpenShard, Shard
+from studio.jobs.merge.shards import ShardWriter
 from studio.jobs.merge.steps import MergeSteps, Output, Step
 
-_MOST_WORKERS = 8
-"""Copying is soon bound by memory and disk."""
+_FLUSH_BYTES = 64 * 2**20
+"""Flushing 2.9 GB at the end took 0.5 of 1.6 seconds, flushing meanwhile 0.2 of 1.3."""
 
 
 class Stopped(StudioError):
@@ -40,42 +41,64 @@ def write_steps(
     total = sum(shard.size_bytes for shard in writer.shards) or 1
     held = _Held(steps, step_of)
     progress = _Progress(total, tell, stopping)
-    closing: list[Future[None]] = []
-    with _pool(steps) as pool:
-        for shard in writer.shards:
-            if shard.name in writer.done:
-                progress.add(shard.size_bytes, shard.name)
-                continue
-            file = writer.open(shard)
-            try:
-                _write_shard(file, shard, held, progress, pool)
-            except BaseException:
-                file.abandon()
-                raise
-            closing.append(pool.submit(file.close))  # the disk is slow: the next shard need not wait for it
-        for future in closing:
+    for shard in writer.shards:
+        if shard.name in writer.done:
+            progress.add(shard.size_bytes, shard.name)
+    missing = [shard for shard in writer.shards if shard.name not in writer.done]
+    with _pool(steps) as pool, ThreadPoolExecutor(1) as flusher:
+        # All at once: no processor waits for the last tensor of a shard before it begins with the next one.
+        writing = [_Writing(writer.open(shard), shard, held, progress, flusher) for shard in missing]
+        running = [one.start(pool) for one in writing]
+        try:
+            for one, of_shard in zip(writing, running, strict=True):
+                one.write_dependent()
+                for future in wait(of_shard, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+                one.close()
+            for one in writing:
+                one.wait()
+        except BaseException:
+            progress.abandoned = True
+            wait([future for of_shard in running for future in of_shard if not future.cancel()])
+            for one in writing:
+                one.abandon()
+            raise
+
+
+class _Writing:
+    """A shard on its way to the disk, which is slow: what is written is flushed while the rest is made."""
+
+    def __init__(
+        self, file: OpenShard, shard: Shard, held: "_Held", progress: "_Progress", flusher: ThreadPoolExecutor
+    ) -> None:
+        self._file, self._shard, self._held, self._progress, self._flusher = file, shard, held, progress, flusher
+        self._flushing: list[Future[None]] = []
+
+    def start(self, pool: ThreadPoolExecutor) -> list[Future[None]]:
+        outputs = [output for output in self._shard.outputs if self._held.is_independent(output.key)]
+        return [pool.submit(self._write, output) for output in outputs]
+
+    def write_dependent(self) -> None:
+        for output in self._shard.outputs:
+            if not self._held.is_independent(output.key):
+                self._write(output)
+
+    def close(self) -> None:
+        self._flushing.append(self._flusher.submit(self._file.close))
+
+    def wait(self) -> None:
+        for future in self._flushing:
             future.result()
 
+    def abandon(self) -> None:
+        wait([future for future in self._flushing if not future.cancel()])
+        self._file.abandon()
 
-def _write_shard(file: OpenShard, shard: Shard, held: "_Held", progress: "_Progress", pool: ThreadPoolExecutor) -> None:
-    def one(output: Output) -> None:
-        progress.heed()
-        _write(file, output, held, progress)
-        progress.add(output.size_bytes, shard.name)
-
-    running = [pool.submit(one, output) for output in shard.outputs if held.is_independent(output.key)]
-    try:
-        for output in shard.outputs:
-            if not held.is_independent(output.key):
-                one(output)
-        for future in wait(running, return_when=FIRST_EXCEPTION).done:
-            future.result()
-    except BaseException:
-        progress.abandoned = True
-        for future in running:
-            future.cancel()
-        wait(running)
-        raise
+    def _write(self, output: Output) -> None:
+        self._progress.heed()
+        _write(self._file, output, self._held, self._progress)
+        if self._progress.add(output.size_bytes, self._shard.name):
+            self._flushing.append(self._flusher.submit(self._file.flush))
 
 
 def _write(file: OpenShard, output: Output, held: "_Held", progress: "_Progress") -> None:
@@ -90,19 +113,9 @@ def _write(file: OpenShard, output: Output, held: "_Held", progress: "_Progress"
         file.write_blocks(output.key, [files.read(step.copies).to(output.dtype)])
 
 
-@contextmanager
-def _pool(steps: MergeSteps) -> Iterator[ThreadPoolExecutor]:
-    """Workers for all processors; each computes in one thread, so that together they do not wait for each other."""
-    threads = torch.get_num_threads()
-    summed = any(step.row_sum is not None for step in steps.steps)
-    if summed:
-        torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(threads, _MOST_WORKERS)) as pool:
-            yield pool
-    finally:
-        if summed:
-            torch.set_num_threads(threads)
+def _pool(steps: MergeSteps) -> AbstractContextManager[ThreadPoolExecutor]:
+    """Return a thread for every processor; where layers are merged by peft, those use all of them by themselves."""
+    return workers(alone=any(step.row_sum is not None for step in steps.steps))
 
 
 class _Held:
@@ -131,10 +144,12 @@ class _Progress:
         self._done, self._lock = 0, Lock()
         self.abandoned = False
 
-    def add(self, size_bytes: int, shard: str) -> None:
+    def add(self, size_bytes: int, shard: str) -> bool:
+        """Count; return whether so much was written that the disk should begin with it."""
         with self._lock:
-            self._done += size_bytes
+            before, self._done = self._done, self._done + size_bytes
             self._tell(self._done / self._total, shard)
+            return before // _FLUSH_BYTES != self._done // _FLUSH_BYTES
 
     def heed(self) -> None:
         if self.abandoned or self._stopping():

@@ -1,0 +1,144 @@
+"""What a merge is made of: adapters, their base and what was recorded when they were trained."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.events import Phase, Sampled, Warned
+from studio.core.recipe import Recipe
+from studio.jobs.base.load import FourBit, base_folder, four_bit_of
+from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
+from studio.jobs.base.weights.skeleton import Skeleton, Weighted
+from studio.probe.adapter_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterFound,
+    adapter_of_checkpoint,
+    find_adapter,
+    run_of_adapter,
+)
+from studio.probe.fingerprint import fingerprint, recorded_fingerprint
+from studio.probe.models import BaseFound, find_base
+from studio.probe.start import check_merge, refuse_another_base, refuse_quantised
+from studio.runs.job import MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
+from studio.runs.worker import Worker
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MOST_TEXTS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a merge is made of.
+
+    Attributes:
+        base: As it was named.
+        folder: That holds the base.
+        adapters: With their weights.
+        trained: The recipe of the run that the adapter comes from; None where it is not known.
+    """
+
+    base: BaseFound
+    folder: Path
+    adapters: tuple[Weighted, ...]
+    trained: Recipe | None
+
+    @property
+    def adapter(self) -> AdapterFound:
+        """The first one, whose tokenizer the merged model gets."""
+        return self.adapters[0][0]
+
+
+def find_parts(worker: Worker, request: MergeRequest) -> Parts:
+    """Return the parts of a merge, each looked through.
+
+    Raises:
+        BadInput: No whole adapter, no base that it can be merged into, or an output folder that holds something.
+    """
+    worker.emit(Phase, name="finding the base model")
+    adapters = tuple((find_adapter(_folder_of(worker, request, folder)), by) for folder, by in request.weighted)
+    adapter = adapters[0][0]
+    word = request.base or adapter.base
+    if not word:
+        raise BadInput(f"{Path(request.adapter).name} names no base model; say which one with --base")
+    check_merge(request)
+    base = find_base(word, request.revision)
+    refuse_quantised(base)
+    folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
+    for run in {request.run, *(run_of_adapter(Path(path)) for path, _ in request.weighted)}:
+        refuse_another_base(run, folder)
+    trained_on = recorded_fingerprint(request.run)
+    if trained_on and not trained_on.get("quantized") and trained_on.get("config") != fingerprint(folder)["config"]:
+        worker.emit(
+            Warned,
+            topic="base",
+            message="the base's weights are those that were trained on, but its config.json is not: the merged model "
+            "gets the one that is there now.",
+        )
+    return Parts(base, folder, adapters, _recipe_of(request.run))
+
+
+def shown_by(run: str) -> list[tuple[str, str]]:
+    """Return prompts and the answers in the data, as the training run showed them."""
+    if not run or not RunPaths(Path(run)).events.is_file():
+        return []
+    seen: dict[int, tuple[str, str]] = {}
+    for event in read_events(RunPaths(Path(run)).events):
+        if isinstance(event, Sampled) and event.prompt.strip():
+            seen[event.index] = (event.prompt, event.expected)
+    return list(seen.values())[:_MOST_TEXTS]
+
+
+def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[str, Any]:
+    """Return what is done to the base before the adapter is added."""
+    if request.onto == "original":
+        return {}
+    model = parts.trained.model if parts.trained else None
+    quant = four_bit_of(model) if model else FourBit()
+    named = DTYPES.get(model.dtype) if model else None
+    return {
+        "change": through_four_bits(quant, named or torch.bfloat16),
+        "changed": quantised_parameters(skeleton.clean, quant.skip),
+    }
+
+
+def plan_of(request: MergeRequest, parts: Parts) -> str:
+    """Return everything that the merged bytes depend on: shards of another plan are not taken up again."""
+    files = sorted(path for path in parts.folder.iterdir() if path.suffix in {".safetensors", ".json"})
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    sums = [
+        (by, *(_sum(adapter.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)))
+        for adapter, by in parts.adapters
+    ]
+    recipe = parts.trained.model if parts.trained and request.onto != "original" else None
+    return json.dumps([str(parts.folder), seen, sums, request.dtype, request.onto, str(recipe), torch.__version__])
+
+
+def _folder_of(worker: Worker, request: MergeRequest, adapter: str) -> Path:
+    """Return the folder of an adapter; that of a checkpoint is made in the run, from the adapter's own."""
+    if not request.checkpoint or adapter != request.adapter:
+        return Path(adapter)
+    return adapter_of_checkpoint(Path(request.checkpoint), Path(adapter), worker.paths.root / "checkpoint-adapter")
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recipe_of(run: str) -> Recipe | None:
+    """Return the recipe of the run that the adapter comes from, where it can still be read."""
+    if not run:
+        return None
+    try:
+        job = read_job(RunPaths(Path(run)))
+    except (StudioError, OSError):
+        return None
+    return job if isinstance(job, Recipe) else None

@@ -1,0 +1,171 @@
+"""A file of merged tensors: its layout, known before the first byte, and the writing of it."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.jobs.base.weights.tensor_files import DTYPE_NAMES, Stored
+from studio.jobs.merge.steps import Output
+from studio.runs.atomic import sync_folder, write_whole
+
+SUMS = ".sums"
+"""Behind a shard's name: the file of its checksums, while the folder is not whole."""
+_ALIGN_BYTES = 8
+_COPY_BYTES = 32 * 2**20
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+"""What file systems say that cannot copy among themselves (EPERM: some container sandboxes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file to be written, with the tensors that it will hold in order."""
+
+    name: str
+    outputs: tuple[Output, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The first bytes of the file: length and JSON, padded with spaces so that the tensors are aligned."""
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for output in self.outputs:
+            end = offset + output.size_bytes
+            name = DTYPE_NAMES[output.dtype]
+            table[output.key] = {"dtype": name, "shape": list(output.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _ALIGN_BYTES)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file without its header."""
+        return sum(output.size_bytes for output in self.outputs)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Where each tensor begins, in bytes from the start of the file."""
+        at = len(self.header)
+        found = {}
+        for output in self.outputs:
+            found[output.key] = at
+            at += output.size_bytes
+        return found
+
+
+class OpenShard:
+    """A shard that is being written, under another name until it is whole; its tensors may come in any order."""
+
+    def __init__(self, folder: Path, shard: Shard, sums: dict[str, str] | None = None) -> None:
+        """Write the header.
+
+        Args:
+            folder: Where to.
+            shard: What it will hold.
+            sums: Gets the checksums of the tensors that were not copied, once the shard is whole.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        self._final, self._aside = folder / shard.name, folder / f".{shard.name}.part"
+        self._places, self._all_sums = shard.places, sums
+        self._sums: dict[str, str] = {}
+        self._aside.write_bytes(shard.header)
+
+    def write_blocks(self, key: str, blocks: Iterable[Tensor]) -> None:
+        """Write a tensor that comes as contiguous blocks, in order.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        hashed = xxh3_64()
+        with self._at(key) as file:
+            for block in blocks:
+                left = block.reshape(-1).view(torch.uint8).numpy().data
+                hashed.update(left)
+                while len(left):
+                    left = left[file.write(left) :]
+        self._sums[key] = hashed.hexdigest()
+
+    def copy_tensor(self, key: str, stored: Stored, heed: Callable[[], None]) -> None:
+        """Write the bytes of a tensor of another file.
+
+        Args:
+            key: Of the tensor here.
+            stored: The one that it repeats.
+            heed: Called now and then; may raise.
+
+        Raises:
+            OSError: The disk refuses, or the other file cannot be read.
+            BadInput: The other file has become shorter.
+        """
+        with self._at(key) as file, stored.path.open("rb", buffering=0) as source:
+            source.seek(stored.offset)
+            left = stored.entry.size_bytes
+            while left:
+                heed()
+                copied = copy_some(source, file, min(left, _COPY_BYTES))
+                if not copied:
+                    raise BadInput(f"{plain(stored.path.name, one_line=True)} became shorter while it was read.")
+                left -= copied
+
+    def flush(self) -> None:
+        """Wait until the disk has what was written so far.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        with self._aside.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Flush to the disk and give the file its name.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        self.flush()
+        if self._all_sums is not None:
+            self._all_sums |= self._sums
+            # Before the shard has its name, so that there is no shard without sums.
+            write_whole(self._final.with_name(self._final.name + SUMS), json.dumps(self._sums))
+        self._aside.replace(self._final)
+        sync_folder(self._final.parent)
+
+    def abandon(self) -> None:
+        """Leave no result."""
+        self._aside.unlink(missing_ok=True)
+
+    def _at(self, key: str) -> FileIO:
+        file = self._aside.open("rb+", buffering=0)
+        file.seek(self._places[key])
+        return file
+
+
+def copy_some(source: FileIO, target: FileIO, count: int) -> int:
+    """Copy at most `count` bytes from where one file stands to where another stands; return how many, 0 at the end.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), target.fileno(), count)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+    data = memoryview(source.read(count))
+    done = 0
+    while done < len(data):
+        done += target.write(data[done:])
+    return done
