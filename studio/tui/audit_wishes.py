@@ -106,10 +106,10 @@ def race_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
     """
     from studio.runs.recipe_file import dump_recipe  # noqa: PLC0415  tomlkit
 
-    if steps := said.get("steps", ""):
-        if not (steps.isascii() and steps.isdigit() and 0 < int(steps[:12]) <= 10**7):
-            raise BadInput(f"steps: found {plain(steps, one_line=True, limit=40)}; wanted a whole number, 1 or more.")
-        recipe = recipe.with_("train.steps", int(steps))
+    steps = said.get("steps") or "0"
+    if not (steps.isascii() and steps.isdigit() and int(steps[:12]) <= 10**7):
+        raise BadInput(f"steps: found {plain(steps, one_line=True, limit=40)}; wanted a whole number.")
+    recipe = recipe.with_("train.steps", int(steps))
     lanes = said.get("lanes") or _DEFAULT.lanes
     return AuditRequest(
         "race", model=recipe.model.base, revision=recipe.model.revision, recipe=dump_recipe(recipe), lanes=lanes
