@@ -80,9 +80,11 @@ def walk(folder: Path, tokens: int) -> dict[str, float]:
     """Carry 16 bit and NF4 through all blocks and score them."""
     from studio.jobs.audit.base_variants import folder_variants
     from studio.jobs.audit.blocks import parts_of
+    from studio.jobs.audit.large_blocks import return_large_blocks
     from studio.jobs.audit.sweep import Sweep
     from studio.jobs.audit.weights import FolderWeights
 
+    return_large_blocks()  # as the job's process does
     began = time.process_time()
     weights = FolderWeights(folder)
     sweep = Sweep(

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from studio.core.errors import BadInput
+from studio.jobs.audit.large_blocks import return_large_blocks
 from studio.runs.audit_request import AuditRequest
 from studio.runs.job import read_job
 from studio.runs.worker import Worker, run_job
@@ -21,4 +22,5 @@ def _body(worker: Worker) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.audit RUN_DIR")
+    return_large_blocks()
     sys.exit(run_job(Path(sys.argv[1]), _body))
