@@ -14,7 +14,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoints
-from studio.probe.start import start_merge
+from studio.probe.chain import WHOLE_FORMATS, beside, start_chain
 from studio.runs.job import ONTO, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
@@ -60,6 +60,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="STEP",
         help="a checkpoint of the run instead of its last adapter: its step, or: best (lowest held-out loss)",
     )
+    parser.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        type=str.lower,
+        choices=WHOLE_FORMATS,
+        metavar="FORMAT",
+        help="then export the merged model so, beside it, in a run of its own; may be repeated; see export --help",
+    )
     parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="of the merged weights")
     add_json(parser)
     add_runs_dir(parser)
@@ -80,8 +89,9 @@ def run(args: argparse.Namespace) -> int:
         weight=f"{args.weight:g}",
         more=tuple(_further(word, root_of(args)) for word in args.further),
         checkpoint=_checkpoint(args.checkpoint, request),
+        then=tuple(dict.fromkeys(args.export)),
     )
-    paths = start_merge(request, root_of(args), module=module_of(args, "merge"))
+    paths = start_chain(request, root_of(args), module=module_of(args, "merge"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
@@ -89,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
     if watch.history.finished is not None and end.status is Status.finished:
         for line in checked_lines(watch.history.finished.result):
             say(line, to=to)
+        for form in request.then:
+            where = plain(str(beside(Path(request.out), form)), one_line=True)
+            say(f"{form} follows, in a run of its own: {where}", to=to)
     return code
 
 

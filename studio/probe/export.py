@@ -18,7 +18,7 @@ from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, MODUL
 from studio.runs.layout import RunPaths
 
 _GGUF = ".gguf"
-_PAIR = (".lora_A.", ".lora_B.", ".lora_embedding_A", ".lora_embedding_B")
+_PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
 QUANTISED_GGUF = ("q6_k", "q5_k_m", "q4_k_m")
 """Formats that are made of a 16-bit GGUF file."""
 
@@ -62,12 +62,7 @@ def check_export(request: ExportRequest) -> None:
         raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
     if out.suffix == _GGUF and form not in (*GGUF_FORMATS, "lora-gguf"):
         raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
-    if request.onto == "dequantized" and form == "nf4":
-        raise BadInput(
-            "a model merged onto dequantized weights lies on the 4-bit grid but for what was learnt: rounding it to "
-            "4 bits again erases that (measured: KL 1.99 to the trained model, 2.05 without any adapter). Export nf4 "
-            "from a merge onto original."
-        )
+    refuse_on_the_grid(request.onto, form)
     if request.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", request.push, re.ASCII):
         shown = plain(request.push, one_line=True, limit=80)
         raise BadInput(f"{shown} is no name of a hub repository: wanted OWNER/NAME.")
@@ -90,6 +85,20 @@ def check_export(request: ExportRequest) -> None:
         )
     check_out(out)
     check_space(out.parent, export_estimate(form, size_bytes).disk_bytes)
+
+
+def refuse_on_the_grid(onto: str, form: str) -> None:
+    """Refuse to round to 4 bits what was merged onto weights that were rounded so before.
+
+    Raises:
+        BadInput: That is asked for.
+    """
+    if onto == "dequantized" and form == "nf4":
+        raise BadInput(
+            "a model merged onto dequantized weights lies on the 4-bit grid but for what was learnt: rounding it to "
+            "4 bits again erases that (measured: KL 1.99 to the trained model, 2.05 without any adapter). Export nf4 "
+            "from a merge onto original."
+        )
 
 
 def refuse_what_gguf_lacks(adapter: AdapterFound) -> None:

@@ -40,6 +40,7 @@ class MergeRequest:
         checkpoint: Absolute path of a checkpoint of that run, whose weights take the place of the adapter's.
         weight: What the adapter's delta is multiplied by, a number.
         more: Further adapters, each as `WEIGHT=FOLDER`; their deltas are added one after another.
+        then: Formats that the merged model is exported to afterwards, each as a run of its own, one after another.
     """
 
     adapter: str
@@ -52,6 +53,7 @@ class MergeRequest:
     checkpoint: str = ""
     weight: str = "1"
     more: tuple[str, ...] = ()
+    then: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> tuple[tuple[str, float], ...]:
@@ -78,6 +80,7 @@ class ExportRequest:
         revision: Of a hub model; empty means the newest.
         onto: What an adapter is merged into, one of `ONTO`.
         push: Hub repository that the result is uploaded to as well; empty for none.
+        then: Formats that the same model is exported to afterwards, as for a merge.
     """
 
     source: str
@@ -88,6 +91,7 @@ class ExportRequest:
     revision: str = ""
     onto: str = "original"
     push: str = ""
+    then: tuple[str, ...] = ()
 
 
 GGUF_FORMATS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")

@@ -81,6 +81,11 @@ class RunPaths:
         return self.root / "report.json"
 
     @property
+    def next(self) -> Path:
+        """The name of the run that was started when this one had ended; written by this one's process."""
+        return self.root / "next.txt"
+
+    @property
     def note(self) -> Path:
         """What the user wrote on the run."""
         return self.root / "note.txt"

@@ -1,7 +1,7 @@
 """What the merge screen knows and sets in motion: choices, estimates, requests. No widget in here."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint, list_checkpoints
 from studio.runs.chat import ChatProcess, ChatRequest
-from studio.runs.job import EXPORT_FORMATS, GGUF_FORMATS, ExportRequest, MergeRequest, read_job
+from studio.runs.job import EXPORT_FORMATS, GGUF_FORMATS, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 
 MERGED = "merged"
@@ -136,8 +136,10 @@ def proposed_out(paths: RunPaths) -> Path:
     return stem
 
 
-def merge_request(facts: MergeFacts, checkpoint: Checkpoint, onto: str, out: Path) -> MergeRequest:
-    """Return the merge of a checkpoint."""
+def merge_request(
+    facts: MergeFacts, checkpoint: Checkpoint, onto: str, out: Path, forms: Sequence[str] = ()
+) -> MergeRequest:
+    """Return the merge of a checkpoint, and the formats that the merged model is exported to then."""
     request = MergeRequest(
         adapter=str(facts.paths.adapter.absolute()),
         base=facts.recipe.model.base,
@@ -145,25 +147,15 @@ def merge_request(facts: MergeFacts, checkpoint: Checkpoint, onto: str, out: Pat
         out=str(out.expanduser().absolute()),
         onto=onto,
         run=str(facts.paths.root.absolute()),
+        then=tuple(forms),
     )
     return replace(request, checkpoint=str(checkpoint.folder.absolute())) if checkpoint.folder else request
 
 
-def export_requests(merged: Path, forms: list[str]) -> list[ExportRequest]:
-    """Return the exports of a merged model: folders and files beside it."""
-    return [
-        ExportRequest(
-            str(merged), str(merged.with_name(f"{merged.name}-{form}{'.gguf' if form in GGUF_FORMATS else ''}")), form
-        )
-        for form in forms
-    ]
+def _start(request: MergeRequest, root: Path) -> RunPaths:
+    from studio.probe.chain import start_chain  # noqa: PLC0415
 
-
-def _start(request: MergeRequest | ExportRequest, root: Path) -> RunPaths:
-    from studio.probe.export import start_export  # noqa: PLC0415
-    from studio.probe.start import start_merge  # noqa: PLC0415
-
-    return start_merge(request, root) if isinstance(request, MergeRequest) else start_export(request, root)
+    return start_chain(request, root)
 
 
 def _chat(request: ChatRequest) -> ChatProcess:
@@ -176,10 +168,10 @@ class MergeWork:
 
     Attributes:
         facts: Looks at a run; raises StudioError.
-        start: Checks and launches a merge or an export; raises StudioError.
+        start: Checks and launches a merge, which launches its exports; raises StudioError.
         chat: Starts a chat's process; raises StudioError.
     """
 
     facts: Callable[[RunPaths], MergeFacts] = read_facts
-    start: Callable[[MergeRequest | ExportRequest, Path], RunPaths] = _start
+    start: Callable[[MergeRequest, Path], RunPaths] = _start
     chat: Callable[[ChatRequest], ChatProcess] = _chat

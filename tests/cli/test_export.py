@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
+from studio.runs.chain import next_run
 from studio.runs.job import ExportRequest, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.status import run_status
 from tests.cli.conftest import Cli
 
 
@@ -42,6 +45,45 @@ def test_a_merge_run_names_its_model(cli: Cli, recipe: Path, merged: Path, tmp_p
     outcome = cli("export", merge, "--format", "nf4", "--out", str(tmp_path / "out"))
     assert outcome.code == 0, outcome.err
     assert f"exported model: {tmp_path / 'out'}" in outcome.out
+
+
+def test_exports_follow_a_merge_by_themselves(
+    cli: Cli, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_EXPORT_FAILS", "q8_0")
+    run, out = cli("train", str(recipe), "--json").document["run"], tmp_path / "out"
+    words = ("--export", "q8_0", "--export", "int8", "--export", "q8_0", "--json")
+    merge = cli("merge", run, "--out", str(out), *words).document
+    paths, seen = RunPaths(Path(merge["path"])), []
+    deadline = time.monotonic() + 20
+    while len(seen) < 2 or run_status(seen[-1]).live:
+        assert time.monotonic() < deadline, paths.output.read_text()
+        if following := next_run(seen[-1] if seen else paths):
+            seen.append(following)
+        time.sleep(0.05)
+    asked = [read_job(one) for one in seen]
+    trained = str(Path(merge["path"]).parent / run)
+    assert asked == [
+        ExportRequest(str(out), f"{out}-q8_0.gguf", "q8_0", trained, then=("int8",)),
+        ExportRequest(str(out), f"{out}-int8", "int8", trained),
+    ]
+    assert [str(run_status(one)) for one in seen] == ["failed", "finished"]
+    assert (tmp_path / "out-int8").is_dir()
+
+
+def test_a_chain_that_cannot_be_is_refused_before_the_merge(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    run, out = cli("train", str(recipe), "--json").document["run"], str(tmp_path / "out")
+    (tmp_path / "out-int8").mkdir()
+    (tmp_path / "out-int8" / "mine").touch()
+    for words, said in (
+        (("--export", "int8"), "already exists"),
+        (("--onto", "dequantized", "--export", "nf4"), "4-bit grid"),
+        (("--export", "peft"), "invalid choice"),
+    ):
+        refused = cli("merge", run, "--out", out, *words)
+        assert refused.code == 2
+        assert said in refused.err
+    assert not Path(out).exists()
 
 
 def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
+from studio.probe.chain import start_next
 from studio.runs.job import MergeRequest, read_job
+from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
 
 
@@ -27,4 +29,6 @@ def main(worker: Worker) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(Path(sys.argv[1]), main))
+    code = run_job(Path(sys.argv[1]), main)
+    start_next(RunPaths(Path(sys.argv[1])), module="tests.fakes.export_job")
+    sys.exit(code)

@@ -1,7 +1,7 @@
 """Choosing a merge, watching it and what comes after it; nothing is started that was not asked for."""
 
 import json
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,11 @@ from studio.core.events import Failed, Finished, Phase, RunEvent, Saved, Started
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint
 from studio.runs.atomic import write_whole
+from studio.runs.chain import next_run
 from studio.runs.control import requested
 from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.merging import MergeFacts, MergeWork, estimates_of, proposed_out
@@ -35,7 +37,7 @@ class _Fake:
 
     def __init__(self, root: Path, *, refuses: str = "", why_not: str = "", ends: str = "done") -> None:
         self.root, self.refuses, self.why_not, self.ends = root, refuses, why_not, ends
-        self.started: list[MergeRequest | ExportRequest] = []
+        self.started: list[MergeRequest] = []
 
     def work(self) -> MergeWork:
         return MergeWork(facts=self.facts, start=self.start)
@@ -46,7 +48,7 @@ class _Fake:
         recipe = Recipe().with_("model.base", f"some/base{HOSTILE}")
         return MergeFacts(paths, recipe, checkpoints, 270 * 10**6, 8 * 10**9, self.why_not)
 
-    def start(self, request: MergeRequest | ExportRequest, root: Path) -> RunPaths:
+    def start(self, request: MergeRequest, root: Path) -> RunPaths:
         if self.refuses:
             raise BadInput(self.refuses)
         self.started.append(request)
@@ -64,6 +66,8 @@ def merge_run(root: Path, request: MergeRequest | ExportRequest, ends: str = "do
         events.append(Warned(at=3.0, topic="merge", message=f"a warning {HOSTILE}"))
         events.append(Saved(at=4.0, what="merged", path=request.out))
         events.append(Finished(at=5.0, outcome="done"))
+    elif ends == "stopped":
+        events.append(Finished(at=3.0, outcome="stopped"))
     else:
         events.append(Failed(at=3.0, failure="disk_full", message="the disk is full", advice="free some space"))
     write_log(paths, *events)
@@ -118,14 +122,9 @@ def test_it_starts_what_is_chosen(tmp_path: Path) -> None:
         await pilot.press("r")
         await settle(pilot)
         assert isinstance(app.screen, MergeProgressScreen)
-        merge = fake.started[0]
-        assert isinstance(merge, MergeRequest)
+        (merge,) = fake.started
+        assert merge.then == ("nf4", "q4_k_m")
         assert (merge.onto, merge.checkpoint, merge.out) == ("dequantized", "/c/step-20", str(tmp_path / "models/mine"))
-        for _ in range(4):
-            app.screen._look()
-            await settle(pilot)
-        assert [getattr(one, "format", "merge") for one in fake.started] == ["merge", "nf4", "q4_k_m"]
-        assert [Path(one.out).name for one in fake.started] == ["mine", "mine-nf4", "mine-q4_k_m.gguf"]
 
     play(story, tmp_path)
 
@@ -138,7 +137,6 @@ def test_the_runs_own_adapter_is_no_checkpoint(tmp_path: Path) -> None:
         app.screen.query_one("#checkpoints", PickOne).highlighted = 2
         await pilot.press("r")
         await settle(pilot)
-        assert isinstance(fake.started[0], MergeRequest)
         assert fake.started[0].checkpoint == ""
 
     play(story, tmp_path)
@@ -187,43 +185,37 @@ def test_the_result_is_a_table_with_paths_and_words(tmp_path: Path, size: tuple[
     play(story, tmp_path, size=size)
 
 
-def test_a_failed_merge_says_why_and_starts_nothing_more(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path, ends="failed")
-    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out"), ends="failed")
-    exports = [ExportRequest("/models/out", "/models/out-nf4", "nf4")]
+def test_a_failed_merge_says_why_and_what_is_not_made(tmp_path: Path) -> None:
+    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out", then=("nf4",)), ends="failed")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        made = MergeProgressScreen(merge, exports, runs_root=tmp_path, work=fake.work(), poll_seconds=SELDOM)
-        await opened(pilot, app, made)
+        await opened(pilot, app, MergeProgressScreen(merge, poll_seconds=SELDOM))
         assert "the disk is full free some space" in shown(app)
         assert "is not made" in shown(app)
-        assert fake.started == []
 
     play(story, tmp_path)
 
 
-def test_an_export_that_is_refused_does_not_keep_the_next_one(tmp_path: Path) -> None:
-    fake = _Fake(tmp_path)
-    start: Callable[[MergeRequest | ExportRequest, Path], RunPaths] = fake.start
-
-    def refusing(request: MergeRequest | ExportRequest, root: Path) -> RunPaths:
-        if request.out.endswith("nf4"):
-            raise BadInput("no room for nf4")
-        return start(request, root)
-
+def test_exports_follow_the_merge_wherever_the_screen_is(tmp_path: Path) -> None:
     exports = [ExportRequest("/m", f"/m-{form}", form) for form in ("nf4", "int8")]
-    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/m"))
+    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/m", then=("nf4", "int8", "f16")))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        made = MergeProgressScreen(
-            merge, exports, runs_root=tmp_path, work=MergeWork(start=refusing), poll_seconds=SELDOM
-        )
+        made = merge_screen_for(merge, poll_seconds=SELDOM)
+        assert isinstance(made, MergeProgressScreen)
         await opened(pilot, app, made)
-        for _ in range(3):
-            made._look()
-            await settle(pilot)
-        assert "no room for nf4" in shown(app)
-        assert [one.out for one in fake.started] == ["/m-int8"]
+        assert "f16     waits" in shown(app)
+        failed, stopped = merge_run(tmp_path, exports[0], "failed"), merge_run(tmp_path, exports[1], "stopped")
+        merge.next.write_text(failed.name)
+        made._look()
+        await settle(pilot)
+        assert "nf4     failed: the disk is full" in shown(app)
+        assert "int8    waits" in shown(app)
+        failed.next.write_text(stopped.name)
+        made._look()
+        await settle(pilot)
+        assert "int8    stopped" in shown(app)
+        assert "f16     is not made: the one before was stopped" in shown(app)
 
     play(story, tmp_path)
 
@@ -233,7 +225,7 @@ def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
     write_job(paths, MergeRequest("/a", "b", "/m"))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, MergeProgressScreen(paths, runs_root=tmp_path, poll_seconds=SELDOM))
+        await opened(pilot, app, MergeProgressScreen(paths, poll_seconds=SELDOM))
         assert "merging model.safetensors 25%" in shown(app)
         await pilot.press("x")
         assert isinstance(app.screen, Confirm)
@@ -266,6 +258,45 @@ def test_keys_of_the_run_and_of_the_list_lead_here(tmp_path: Path) -> None:
         assert isinstance(app.screen, MergeScreen)
 
     play(story, tmp_path, open_run=run)
+
+
+@pytest.mark.slow
+def test_what_was_chosen_is_made_after_the_studio_was_left(tmp_path: Path) -> None:
+    from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base  # torch, here only
+
+    base, run = make_base(tmp_path / "base", "llama"), make_run(tmp_path, "trained")
+    make_adapter(run.adapter, base, target_modules=ATTENTION)
+    out = tmp_path / "models" / "mine [1]"
+
+    def facts(paths: RunPaths) -> MergeFacts:
+        recipe = Recipe().with_("model.base", str(base))
+        return MergeFacts(paths, recipe, (Checkpoint(1, None, 1.0),), 10**6, None)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, MergeScreen(run, work=MergeWork(facts=facts)))
+        for form in ("nf4", "int8"):
+            app.screen.query_one("#outputs", PickMany).turn(form)
+        app.screen.query_one("#merge-out", Input).value = str(out)
+        await pilot.press("r")
+        for _ in range(200):
+            await pilot.pause(0.1)
+            if isinstance(app.screen, MergeProgressScreen):
+                return
+        raise AssertionError(shown(app))
+
+    play(story, tmp_path)
+    merge = next((tmp_path / "runs").glob("merge-*"))
+    deadline = time.monotonic() + 120
+    while (chain := _chain(RunPaths(merge))) and (len(chain) < 3 or run_status(chain[-1]).live):
+        assert time.monotonic() < deadline, (merge / "output.log").read_text()
+        time.sleep(0.2)
+    assert [run_status(one) for one in chain] == [Status.finished] * 3
+    assert all((tmp_path / "models" / f"mine [1]-{form}" / "model.safetensors").is_file() for form in ("nf4", "int8"))
+
+
+def _chain(paths: RunPaths) -> list[RunPaths]:
+    following = next_run(paths)
+    return [paths, *(_chain(following) if following else [])]
 
 
 def test_estimates_and_what_is_short() -> None:

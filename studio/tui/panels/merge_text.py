@@ -1,7 +1,7 @@
 """What the merge screens say: choices, estimates, progress, the result. Foreign text is made harmless here."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from textual.content import Content
@@ -71,6 +71,20 @@ def progress_line(what: str, paths: RunPaths | None, history: History, status: S
     fraction = f" {phase.fraction:.0%}" if phase and phase.fraction is not None else ""
     doing = f"{phase.name} {phase.detail}" if phase else "starting"
     return Content.assemble((f"{what:<8}", "bold"), f"{plain(doing, one_line=True, limit=80)}{fraction}")
+
+
+def waits_line(statuses: Mapping[str, Status]) -> str:
+    """Return what is to be said of an output whose turn has not come.
+
+    Args:
+        statuses: Of the runs so far, in their order; the first is the merge.
+    """
+    merge, last = next(iter(statuses.values())), list(statuses.values())[-1]
+    if merge in (Status.failed, Status.crashed, Status.stopped):
+        return "is not made: there is no merged model"
+    if last in (Status.crashed, Status.stopped):
+        return f"is not made: the one before {'was stopped' if last is Status.stopped else 'crashed; resume it (R)'}"
+    return "waits"
 
 
 def read_report(paths: RunPaths) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from studio.tui.merging import (
     MergeWork,
     OutputEstimate,
     estimates_of,
-    export_requests,
     free_disk,
     merge_request,
     proposed_out,
@@ -75,10 +74,10 @@ class MergeScreen(Screen[None]):
     class Started(Message):
         """The merge runs."""
 
-        def __init__(self, paths: RunPaths, out: Path, forms: list[str]) -> None:
-            """Carry its run, the model's folder and the formats that are made of it."""
+        def __init__(self, paths: RunPaths) -> None:
+            """Carry its run."""
             super().__init__()
-            self.paths, self.out, self.forms = paths, out, forms
+            self.paths = paths
 
     def __init__(self, paths: RunPaths, *, work: MergeWork | None = None, poll_seconds: float = 0.5) -> None:
         """Merge a training run's adapter.
@@ -139,16 +138,7 @@ class MergeScreen(Screen[None]):
         from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only then
 
         self._starting = False
-        root = self._paths.root.parent
-        self.app.switch_screen(
-            MergeProgressScreen(
-                message.paths,
-                export_requests(message.out, message.forms),
-                runs_root=root,
-                work=self._work,
-                poll_seconds=self._poll_seconds,
-            )
-        )
+        self.app.switch_screen(MergeProgressScreen(message.paths, work=self._work, poll_seconds=self._poll_seconds))
 
     def on_pick_many_changed(self) -> None:
         """Say what the outputs take now."""
@@ -198,8 +188,8 @@ class MergeScreen(Screen[None]):
         if facts is None:
             return
         try:
-            request = merge_request(facts, checkpoint, onto, out)
-            self.post_message(self.Started(self._work.start(request, self._paths.root.parent), out, forms))
+            request = merge_request(facts, checkpoint, onto, out, forms)
+            self.post_message(self.Started(self._work.start(request, self._paths.root.parent)))
         except StudioError as error:
             self.post_message(self.Refused(str(error)))
 
@@ -234,5 +224,5 @@ def merge_screen_for(paths: RunPaths, *, poll_seconds: float = 0.5) -> Screen[No
     except StudioError:
         is_merge = False
     if is_merge:
-        return MergeProgressScreen(paths, runs_root=paths.root.parent, poll_seconds=poll_seconds)
+        return MergeProgressScreen(paths, poll_seconds=poll_seconds)
     return MergeScreen(paths, poll_seconds=poll_seconds)

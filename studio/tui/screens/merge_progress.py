@@ -1,33 +1,30 @@
 """A merge and what is made of it, one after another: progress, then the verification and the paths."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
-from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.runs.chain import next_run
 from studio.runs.control import request
-from studio.runs.job import ExportRequest
+from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.watch import RunWatch
 from studio.tui.merging import MERGED, MergeWork
-from studio.tui.panels.merge_text import progress_line, read_report, result_text
+from studio.tui.panels.merge_text import progress_line, read_report, result_text, waits_line
 from studio.tui.screens.confirm import Confirm
 from widgets.key_footer import KeyFooter
 
 
 class MergeProgressScreen(Screen[None]):
-    """Watches a merge. Its exports are started one by one while this screen is open."""
+    """Watches a merge and what it makes of its result; all of it goes on without this screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("x", "stop", "Stop"),
@@ -45,39 +42,19 @@ class MergeProgressScreen(Screen[None]):
     }
     """
 
-    class Launched(Message):
-        """The next export runs, or could not be started."""
-
-        def __init__(self, form: str, paths: RunPaths | None, why: str = "") -> None:
-            """Carry its run, or why there is none."""
-            super().__init__()
-            self.form, self.paths, self.why = form, paths, why
-
-    def __init__(
-        self,
-        merge: RunPaths,
-        exports: Sequence[ExportRequest] = (),
-        *,
-        runs_root: Path,
-        work: MergeWork | None = None,
-        poll_seconds: float = 0.5,
-    ) -> None:
-        """Watch a merge.
+    def __init__(self, merge: RunPaths, *, work: MergeWork | None = None, poll_seconds: float = 0.5) -> None:
+        """Watch a merge and the exports that it names.
 
         Args:
             merge: Its run.
-            exports: What is made of the merged model then, in order.
-            runs_root: Where the runs of exports are made.
-            work: What starts them.
+            work: What starts a chat.
             poll_seconds: Pace.
         """
         super().__init__()
-        self._watches: dict[str, RunWatch] = {MERGED: RunWatch(merge)}
-        self._waiting = list(exports)
-        self._refused: dict[str, str] = {}
-        self._root, self._work, self._poll_seconds = runs_root, work or MergeWork(), poll_seconds
-        self._launching = False
         self._merge = merge
+        self._watches: dict[str, RunWatch] = {MERGED: RunWatch(merge)}
+        self._waiting = _then(merge)
+        self._work, self._poll_seconds = work or MergeWork(), poll_seconds
 
     def compose(self) -> ComposeResult:
         """Head, a line for each output, warnings, result, keys."""
@@ -95,39 +72,28 @@ class MergeProgressScreen(Screen[None]):
         self.query_one(VerticalScroll).focus()
 
     def _look(self) -> None:
+        while self._waiting and (run := next_run(self._last)):
+            self._watches[self._waiting.pop(0)] = RunWatch(run)
         statuses = {}
         for form, watch in self._watches.items():
             watch.poll()
             statuses[form] = run_status(watch.paths)
         self._show(statuses)
-        merged = statuses[MERGED] is Status.finished
-        busy = any(status.live for status in statuses.values())
-        if merged and not busy and self._waiting and not self._launching:
-            self._launching = True
-            self._launch(self._waiting.pop(0))
+
+    @property
+    def _last(self) -> RunPaths:
+        return [*self._watches.values()][-1].paths
 
     def _show(self, statuses: dict[str, Status]) -> None:
         lines = [
             progress_line(form, watch.paths, watch.history, statuses[form]) for form, watch in self._watches.items()
         ]
-        lines += [Content(f"{form:<8}{plain(why)}") for form, why in self._refused.items()]
-        given_up = statuses[MERGED] in (Status.failed, Status.crashed, Status.stopped)
-        word = "is not made: there is no merged model" if given_up else "waits"
-        lines += [Content(f"{one.format:<8}{word}") for one in self._waiting]
+        lines += [Content(f"{form:<8}{waits_line(statuses)}") for form in self._waiting]
         self.query_one("#progress-lines", Static).update(Content("\n").join(lines))
         said = [event.message for watch in self._watches.values() for event in watch.history.warnings]
         self.query_one("#progress-warnings", Static).update(Content("\n".join(plain(text) for text in said)))
         if not statuses[MERGED].live:
             self.query_one("#progress-result", Static).update(result_text(read_report(self._merge)))
-
-    def on_merge_progress_screen_launched(self, message: Launched) -> None:
-        """Watch it too."""
-        self._launching = False
-        if message.paths is None:
-            self._refused[message.form] = message.why
-        else:
-            self._watches[message.form] = RunWatch(message.paths)
-        self._look()
 
     def action_stop(self) -> None:
         """Ask once, then ask what runs to stop; what waits is not started."""
@@ -138,11 +104,12 @@ class MergeProgressScreen(Screen[None]):
 
         def decide(answer: bool | None) -> None:
             if answer:
-                self._waiting.clear()
                 for paths in live:
                     request(paths, "stop")
 
-        question = Content("Stop? What is not finished leaves nothing behind; finished outputs stay.")
+        question = Content(
+            "Stop? What is not finished leaves nothing behind and what waits is not started; finished outputs stay."
+        )
         self.app.push_screen(Confirm(question, "stop it"), decide)
 
     def action_try_it(self) -> None:
@@ -157,13 +124,14 @@ class MergeProgressScreen(Screen[None]):
     def action_leave(self) -> None:
         """Go back; what runs goes on."""
         if any(run_status(watch.paths).live for watch in self._watches.values()):
-            more = " What waits is not started then." if self._waiting else ""
-            self.app.notify(f"The run goes on. Open it again from the list of runs (o).{more}", markup=False)
+            more = ", and what waits is started in its turn" if self._waiting else ""
+            self.app.notify(f"The run goes on{more}. Open it again from the list of runs (o).", markup=False)
         self.dismiss()
 
-    @work(thread=True)
-    def _launch(self, export: ExportRequest) -> None:
-        try:
-            self.post_message(self.Launched(export.format, self._work.start(export, self._root)))
-        except StudioError as error:
-            self.post_message(self.Launched(export.format, None, str(error)))
+
+def _then(merge: RunPaths) -> list[str]:
+    try:
+        job = read_job(merge)
+    except StudioError:
+        return []
+    return list(job.then) if isinstance(job, MergeRequest) else []
