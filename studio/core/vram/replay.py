@@ -36,7 +36,13 @@ class Peak(NamedTuple):
 
 @lru_cache(maxsize=64)
 def replayed(
-    shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int, capacity: int | None = None, readers: int = 1
+    shape: ModelShape,
+    setup: Setup,
+    kernel: Kernel,
+    *,
+    workspace: int,
+    capacity: int | None = None,
+    readers: int = 1,
 ) -> Peak:
     """Return what training holds and what it takes from the driver at most.
 
@@ -129,18 +135,19 @@ class _Training:
         for number in range(min(2, self._setup.accumulation)):
             self._release(held)
             held = [self._allocator.allocate(size) for size in self._shared]
-            made, logits = self._micro_batch()
+            made, logits = self._micro_batch(adds=number > 0)
             held += logits
-            if number:
-                self._release(made)  # they were added to those of the first, in place
-            else:
-                gradients = made
+            gradients += made
         self._optimize()
         self._release(held)
         self._release(gradients)
 
-    def _micro_batch(self) -> tuple[list[Block], list[Block]]:
-        """Run forward and backward; return the gradients, and the logits where the loop holds them."""
+    def _micro_batch(self, *, adds: bool) -> tuple[list[Block], list[Block]]:
+        """Run forward and backward; return the gradients, and the logits where the loop holds them.
+
+        Args:
+            adds: Whether gradients are added in place to those that there are already.
+        """
         allocate = self._allocator.allocate
         self._begin(1)
         copies = self._trained if caches_copies(self._setup) else []
@@ -175,8 +182,9 @@ class _Training:
             blocks[script.incoming] = gradient
             part.play(script.backward, blocks)
             gradient = blocks.pop(script.outgoing, None)
-            gradients += [blocks.pop(number) for number in script.lasting]
-            self._release(list(blocks.values()))  # a checkpoint
+            if not adds:
+                gradients += [blocks.pop(number) for number in script.lasting]
+            self._release(list(blocks.values()))  # a checkpoint, and gradients that were added to others
         self._release([*mask, *([gradient] if gradient else [])])
         return gradients, logits
 
@@ -190,7 +198,7 @@ class _Training:
         if not self._state:
             sizes = [size for elements in self._trained for size in resident_state(elements, optimizer)]
             self._state = [self._allocator.allocate(size) for size in sizes]
-        if optimizer == "adamw_torch":
+        if optimizer == "adamw_torch" and self._setup.engine == "hf":
             # Torch's foreach AdamW takes all square roots at once.
             self._release([self._allocator.allocate(4 * elements) for elements in self._trained])
 

@@ -30,7 +30,6 @@ class Stages(NamedTuple):
         workspace: cuBLAS workspaces.
         lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
         logits: What the loss holds beside kept activations, at its highest.
-        loss_segments: What the allocator needs for the loss stage, blocks that nothing else fits included.
         held: Logits that the loop itself holds through the backward.
         load: Peak while the model is loaded.
         forward: Peak while layers run forward.
@@ -54,7 +53,6 @@ class Stages(NamedTuple):
     workspace: int
     lasting_gradients: int
     logits: int
-    loss_segments: int
     held: int
     load: int
     forward: int
@@ -134,7 +132,6 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         workspace=workspace,
         lasting_gradients=lasting,
         logits=int(work.loss),
-        loss_segments=int(standing + work.kept + max(work.loss, work.logits_segments)),
         held=work.held,
         load=base + _load_extra(shape, setup.kind),
         forward=int(standing + work.kept + work.copies + work.layer_forward),
