@@ -132,7 +132,7 @@ def test_every_row_over_a_tenth_has_its_reason():
 
 
 def test_what_the_card_shows_of_fused_kernels():
-    """With a fused loss the replay alone; with whole logits of foak's a block that nobody has explained comes on top."""
+    """With a fused loss the replay alone; with foak's whole logits a block that nobody has explained on top."""
     items = [item for item in compared() if item.setup.fused_kernels != "none"]
     found = errors("device", items)
     assert len(found) >= 16
