@@ -91,6 +91,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         attention_softcap=capped,
         fused_attention=family.fused_attention and not capped,
         stored_itemsize=_ITEMSIZES.get(values.word("dtype", "torch_dtype").removeprefix("torch."), 2),
+        positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
         doubts=tuple(doubts),
     )
 

@@ -100,6 +100,19 @@ def test_a_family_whose_linears_nobody_quantises_says_so():
     assert any("falcon" in note and "refuses" in note for note in estimate.notes)
 
 
+def test_rows_longer_than_the_model_s_positions_are_noted() -> None:
+    shape = shapes()["phi-1_5"]
+    assert shape.positions == 2048
+    assert not estimate_vram(shape, Setup(seq_len=2048)).notes
+    assert "2048 positions" in estimate_vram(shape, Setup(seq_len=4096)).notes[0]
+
+
+def test_mixtral_held_rotary_tables_in_every_layer() -> None:
+    setups = [Setup(engine="hf", targets=("q_proj",), transformers=version) for version in ("4.45.2", "4.48.1")]
+    older, later = (estimate_vram(shapes()["Mixtral-8x7B"], setup).components.base for setup in setups)
+    assert older - later == 512 * 2**20
+
+
 def test_experts_that_were_never_modules_stay_unquantised_in_every_version() -> None:
     """GraniteMoe holds its experts as one tensor in transformers 4 too."""
     config = {

@@ -162,6 +162,10 @@ def _allocated_bounds(
 ) -> tuple[int, int, tuple[str, ...]]:
     """Return lowest and highest peak of live tensors, and why they differ."""
     notes = list(shape.doubts)
+    if 0 < shape.positions < setup.seq_len:
+        notes.append(
+            f"{setup.seq_len} tokens per row are more than the {shape.positions} positions of the model's config"
+        )
     low = high = float(stages.peak)
     for kind in _variants(setup.kind):
         if kind is setup.kind:

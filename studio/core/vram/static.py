@@ -99,15 +99,16 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
 
     Fused experts are never quantised: bitsandbytes converts `nn.Linear` only.
     """
+    tables = shape.buffers * form.compute
     if not form.quant_type:
-        return shape.parameters * form.itemsize
+        return shape.parameters * form.itemsize + tables
     linears = list(_quantised_linears(shape, form.skipped))
     packed = sum(count * linear.copies * sum(quantised_parts(linear, form)) for count, linear in linears)
     biases = sum(count * linear.biases for count, linear in linears)
     weights = sum(count * linear.weights for count, linear in linears)
     embeddings = shape.embedding_parameters + shape.head_parameters
     rest = shape.parameters - weights - biases - embeddings
-    return packed + biases * form.compute + rest * form.itemsize + embeddings * form.embedding_itemsize
+    return packed + biases * form.compute + rest * form.itemsize + embeddings * form.embedding_itemsize + tables
 
 
 def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[tuple[int, Linear]]:

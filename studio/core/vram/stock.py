@@ -22,6 +22,10 @@ ALWAYS_FUSED = frozenset({"gpt_oss", "granitemoe", "llama4_text"})
 """Families whose experts were one tensor from their first day (GraniteMoeParallelExperts, GptOssExperts,
 Llama4TextExperts)."""
 
+_ROTARY_TABLES_BELOW = (4, 48)
+"""Until then every layer of Mixtral held cosines and sines of all its positions (modeling_mixtral.py of 4.45.2; 4.48.1
+has none): 512 MiB of the 8x7B model, seen in published runs to 16 KiB."""
+
 REPEATS_BELOW = {"sdpa": (4, 54), "flash_attention_2": (4, 48)}
 _REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2"})
 """Below these versions keys and values were repeated for every query head before a kernel that needs no such thing:
@@ -95,10 +99,16 @@ def copying_logits(setup: Setup) -> Setup:
 
 def built(shape: ModelShape, setup: Setup) -> ModelShape:
     """Return the shape as the set-up's version of transformers builds it."""
-    old = setup.transformers and version_of(setup.transformers) < FUSED_EXPERTS_FROM
-    if old and shape.family not in ALWAYS_FUSED:
-        return with_separate_experts(shape)
-    return shape
+    if not setup.transformers or version_of(setup.transformers) >= FUSED_EXPERTS_FROM:
+        return shape
+    if shape.family == "mixtral" and version_of(setup.transformers) < _ROTARY_TABLES_BELOW:
+        shape = _with_rotary_tables(shape)
+    return shape if shape.family in ALWAYS_FUSED else with_separate_experts(shape)
+
+
+@lru_cache(maxsize=16)
+def _with_rotary_tables(shape: ModelShape) -> ModelShape:
+    return replace(shape, buffers=2 * shape.layers * shape.positions * shape.head_dim)
 
 
 def loads_in_threads(setup: Setup) -> bool:
