@@ -16,8 +16,6 @@ _ONE_BY_ONE = {
     "litgpt-config-hub-0037": "litgpt; adapters on all maps keep less than ours: unexplained",
 }
 
-_MORE_SHOWN = frozenset(f"fms-acceleration-{number}" for number in ("0021", "0023", "0094", "0151"))
-
 
 def reason(row: dict[str, Any]) -> str:
     """Return why a row is of another engine than ours, empty where it is not."""
@@ -32,11 +30,7 @@ def reason(row: dict[str, Any]) -> str:
     if "axolotl" in row["framework"]:
         return _AXOLOTL
     if "foak" in row.get("framework_config", ""):
-        return (
-            f"{FUSED}; the card shows 3 to 8 GiB more than the replay: unexplained"
-            if row["id"] in _MORE_SHOWN
-            else FUSED
-        )
+        return FUSED
     if "lora-fa" in row["optimizer"] or row.get("variant") not in (None, ["rslora"], ["dora"]):
         return "another adapter"
     return ""

@@ -107,7 +107,6 @@ class Activations(NamedTuple):
         first_layer_backward: The same for the layer that goes backward last.
         loss_forward: What head and loss need on their way forward.
         loss: What they need at their highest.
-        logits_segments: What the allocator needs for whole logits and what the loss makes of them.
         copies: 16-bit adapter copies that autocast caches.
         held: Logits that the loop itself holds.
     """
@@ -121,7 +120,6 @@ class Activations(NamedTuple):
     first_layer_backward: float
     loss_forward: float
     loss: float
-    logits_segments: float
     copies: int
     held: int
 
@@ -149,7 +147,6 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
         first_layer_backward=shared + layers.first_backward,
         loss_forward=loss_forward,
         loss=loss + _trained_head(shape, setup, trained),
-        logits_segments=_logits_segments(shape, setup),
         copies=copies,
         held=_held_logits(shape, setup),
     )
@@ -170,21 +167,6 @@ def _loss_bytes(
         return forward, highest
     other = _loss_bytes(shape, setup.of_kind(copying_logits(setup.kind)), kernel, numbers, copies)
     return (forward + other[0]) / 2, (highest + other[1]) / 2
-
-
-def _logits_segments(shape: ModelShape, setup: Setup) -> float:
-    """Return the bytes of blocks that whole logits go through, 0 where they are never whole.
-
-    The 16-bit logits' block is too small for anything fp32 that follows: their copy, log-softmax, its gradient. Where
-    the last token is dropped by a copy, its blocks are too small for the gradient of the whole, which takes a new one.
-    """
-    form = loss_form(setup.kind)
-    if form.kind == "chunked":
-        return 0
-    narrow = setup.compute_itemsize if setup.autocast else setup.residual_itemsize
-    copied = 2 if setup.engine == "hf" and not setup.transformers and setup.micro_batch > 1 else 4 * form.shift_copied
-    per_logit = 12 + copied + (narrow if narrow < 4 else 4 * form.outputs_kept)
-    return per_logit * setup.tokens * shape.vocabulary
 
 
 def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
