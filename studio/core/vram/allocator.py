@@ -29,13 +29,15 @@ class Block:
 
     __slots__ = ("address", "after", "before", "free", "pool", "size")
 
-    def __init__(self, size: int, address: int, pool: int) -> None:
+    def __init__(
+        self, size: int, address: int, pool: int, before: "Block | None" = None, after: "Block | None" = None
+    ) -> None:
         self.size = size
         self.address = address
         self.pool = pool
         self.free = False
-        self.before: Block | None = None
-        self.after: Block | None = None
+        self.before = before
+        self.after = after
 
 
 class CachingAllocator:
@@ -64,20 +66,20 @@ class CachingAllocator:
         self._low, self._high = 0, 0
 
     def allocate(self, size: int) -> Block:
-        """Return a block of at least `size` bytes."""
-        size = max(_ROUND, -(-size // _ROUND) * _ROUND)
-        pool = int(size > _SMALL)
+        """Return a block of at least `size` bytes, which must be at least 1."""
+        size += -size % _ROUND
+        pool = 1 if size > _SMALL else 0
         free = self._free[pool]
         index = bisect.bisect_left(free, (size,))
         block = free.pop(index)[2] if index < len(free) else self._segment(size, pool)
         remaining = block.size - size
         if remaining > _SMALL if pool else remaining:
-            rest = Block(remaining, block.address + size, pool)
-            rest.before, rest.after = block, block.after
+            rest = Block(remaining, block.address + size, pool, block, block.after)
             if rest.after:
                 rest.after.before = rest
             block.size, block.after = size, rest
-            self._set_free(rest)
+            rest.free = True
+            bisect.insort(free, (remaining, rest.address, rest))
         block.free = False
         self.allocated += block.size
         self.most_allocated = max(self.most_allocated, self.allocated)
@@ -86,21 +88,22 @@ class CachingAllocator:
     def release(self, block: Block) -> None:
         """Take a block back and join it with free neighbours."""
         self.allocated -= block.size
-        before, after = block.before, block.after
+        free, before, after = self._free[block.pool], block.before, block.after
         if after and after.free:
-            self._forget(after)
+            del free[bisect.bisect_left(free, (after.size, after.address))]
             block.size += after.size
             block.after = after.after
             if block.after:
                 block.after.before = block
         if before and before.free:
-            self._forget(before)
+            del free[bisect.bisect_left(free, (before.size, before.address))]
             before.size += block.size
             before.after = block.after
             if before.after:
                 before.after.before = before
             block = before
-        self._set_free(block)
+        block.free = True
+        bisect.insort(free, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """Give segments back in which nobody has anything (torch.cuda.empty_cache)."""
@@ -122,11 +125,3 @@ class CachingAllocator:
         else:
             address = self._high = self._high - whole
         return Block(whole, address, pool)
-
-    def _set_free(self, block: Block) -> None:
-        block.free = True
-        bisect.insort(self._free[block.pool], (block.size, block.address, block))
-
-    def _forget(self, block: Block) -> None:
-        free = self._free[block.pool]
-        del free[bisect.bisect_left(free, (block.size, block.address))]
