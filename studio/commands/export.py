@@ -4,12 +4,12 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from studio.commands.follow import conclude, follow
 from studio.commands.merge import merge_request
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
 from studio.commands.terminal import say
+from studio.core.export_text import export_checks
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG
 from studio.probe.export import start_export
@@ -44,7 +44,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--base", default="", help="the base model (default: the one that it was trained on)")
     parser.add_argument(
-        "--onto", default="original", choices=ONTO, help="what an adapter is merged into first; see merge --help"
+        "--onto",
+        default="",
+        choices=ONTO,
+        help="what an adapter is merged into first (original); see merge --help",
     )
     parser.add_argument(
         "--push",
@@ -65,33 +68,16 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     request = export_request(args.model, root_of(args), out=args.out, form=args.format, base=args.base)
-    request = replace(request, onto=args.onto, push=args.push)
+    request = replace(request, onto=args.onto or request.onto, push=args.push)
     paths = start_export(request, root_of(args), module=module_of(args, "export"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
     code = conclude(watch, end, as_json=args.json)
     finished = watch.history.finished
-    for line in checks(finished.result) if finished and not args.json else []:
+    for line in export_checks(finished.result) if finished and not args.json else []:
         say(line)
     return code
-
-
-def checks(result: dict[str, Any]) -> list[str]:
-    """Return what an export found out about its result, in lines."""
-    golden, loss = result.get("golden"), result.get("loss")
-    lines = []
-    if isinstance(golden, dict):
-        lines.append(
-            f"tokens: {golden['conversations']} conversations read the same in training, in the saved tokenizer and in "
-            f"llama.cpp; each ends with a stop token: {'yes' if golden['ends_with_stop'] else 'no'}"
-        )
-    if isinstance(loss, dict):
-        lines.append(
-            f"answers: KL {loss['mean_kl']:.2g} nats a token to what it was made from, same most likely token at "
-            f"{loss['same_top_token']:.1%} of {loss['tokens']} tokens"
-        )
-    return lines
 
 
 def export_request(word: str, root: Path, *, out: str, form: str, base: str = "") -> ExportRequest:
@@ -101,19 +87,21 @@ def export_request(word: str, root: Path, *, out: str, form: str, base: str = ""
         BadInput: It names nothing that can be exported so.
     """
     target = str(Path(out).expanduser().absolute())
-    merged = None if form in ADAPTER_FORMATS else merged_folder(word, root)
+    merged = None if form in ADAPTER_FORMATS else merged_model(word, root)
+    if isinstance(merged, MergeRequest):
+        return ExportRequest(merged.out, target, form, merged.run, onto=merged.onto)
     if merged is not None:
         return ExportRequest(str(merged), target, form)
     adapter = merge_request(word, root, out=out, base=base)
     return ExportRequest(adapter.adapter, target, form, adapter.run, adapter.base, adapter.revision)
 
 
-def merged_folder(word: str, root: Path) -> Path | None:
-    """Return the merged model that a word names: a model folder, else a merge run's output; None for an adapter."""
+def merged_model(word: str, root: Path) -> MergeRequest | Path | None:
+    """Return the merged model that a word names: a model folder, else a merge run's request; None for an adapter."""
     folder = Path(word).expanduser().absolute()
     if "\0" not in word and (folder / CONFIG).is_file():
         return folder
     if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
         return None
     job = read_job(find_run(root, word))
-    return Path(job.out) if isinstance(job, MergeRequest) else None
+    return job if isinstance(job, MergeRequest) else None

@@ -55,7 +55,15 @@ class _Fake:
         return merge_run(self.root, request, self.ends)
 
 
-def merge_run(root: Path, request: MergeRequest | ExportRequest, ends: str = "done") -> RunPaths:
+FOUND = {
+    "loss": {"tokens": 282, "mean_kl": 0.0069, "same_top_token": 0.975},
+    "golden": {"conversations": 5, "tokens": 293, "ends_with_stop": True, "bos_doubled": False, "composes": False},
+}
+
+
+def merge_run(
+    root: Path, request: MergeRequest | ExportRequest, ends: str = "done", *, result: dict[str, object] | None = None
+) -> RunPaths:
     paths = make_run(root, f"job-{len(list((root / 'runs').glob('job-*')))}")
     write_job(paths, request)
     events: list[RunEvent] = [
@@ -65,7 +73,7 @@ def merge_run(root: Path, request: MergeRequest | ExportRequest, ends: str = "do
     if ends == "done":
         events.append(Warned(at=3.0, topic="merge", message=f"a warning {HOSTILE}"))
         events.append(Saved(at=4.0, what="merged", path=request.out))
-        events.append(Finished(at=5.0, outcome="done"))
+        events.append(Finished(at=5.0, outcome="done", result=result or {}))
     elif ends == "stopped":
         events.append(Finished(at=3.0, outcome="stopped"))
     else:
@@ -216,6 +224,11 @@ def test_exports_follow_the_merge_wherever_the_screen_is(tmp_path: Path) -> None
         await settle(pilot)
         assert "int8    stopped" in shown(app)
         assert "f16     is not made: the one before was stopped" in shown(app)
+        done = merge_run(tmp_path, ExportRequest("/m", "/m.gguf", "f16"), result=FOUND)
+        stopped.next.write_text(done.name)
+        made._look()
+        await settle(pilot)
+        assert "f16     tokens: 5 conversations read the same" in shown(app)
 
     play(story, tmp_path)
 

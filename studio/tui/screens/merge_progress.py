@@ -10,6 +10,7 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from studio.core.errors import StudioError
+from studio.core.export_text import export_checks
 from studio.core.text import plain
 from studio.runs.chain import next_run
 from studio.runs.control import request
@@ -93,7 +94,15 @@ class MergeProgressScreen(Screen[None]):
         said = [event.message for watch in self._watches.values() for event in watch.history.warnings]
         self.query_one("#progress-warnings", Static).update(Content("\n".join(plain(text) for text in said)))
         if not statuses[MERGED].live:
-            self.query_one("#progress-result", Static).update(result_text(read_report(self._merge)))
+            found = {form: watch.history.finished for form, watch in self._watches.items() if form != MERGED}
+            checks = [
+                Content(f"{form:<8}{plain(line, one_line=True)}")
+                for form, end in found.items()
+                if end
+                for line in export_checks(end.result)
+            ]
+            result = result_text(read_report(self._merge))
+            self.query_one("#progress-result", Static).update(Content("\n").join([result, *checks]))
 
     def action_stop(self) -> None:
         """Ask once, then ask what runs to stop; what waits is not started."""
