@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,7 @@ def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
     found = [
         Checkpoint(step, folder, losses.get(step))
         for folder in sorted(paths.checkpoints.glob("step-*"))
-        if (folder / _COMPLETE).is_file()
-        and not (folder / _CHECKPOINT_START).is_file()
-        and (step := int(folder.name.removeprefix("step-") or 0))
+        if (folder / _COMPLETE).is_file() and (step := int(folder.name.removeprefix("step-") or 0))
     ]
     if (paths.adapter / ADAPTER_CONFIG).is_file():
         last = history.last_step or 0
@@ -124,30 +122,32 @@ def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     return min(measured, key=lambda item: item[:2])[2] if measured else None
 
 
-def adapter_of_checkpoint(checkpoint: Path, adapter: Path, into: Path) -> Path:
+def adapter_of_checkpoint(
+    checkpoint: Path, adapter: Path, into: Path, write_difference: Callable[[Path, Path, Path], None]
+) -> Path:
     """Write a PEFT folder of a checkpoint's weights, with config and tokenizer of the run's adapter; return it.
 
     Args:
         checkpoint: A whole checkpoint of a training run.
         adapter: The adapter that the run saved at its end.
         into: The new folder; replaced where it is there.
+        write_difference: Where the run changed its base (PiSSA), gets the checkpoint's weights, what was taken out of
+            the base, and the file for the weights that fit the ordinary base, as the run's own adapter does.
 
     Raises:
-        BadInput: No whole checkpoint, no adapter beside it, or a checkpoint whose base was changed (PiSSA).
+        BadInput: No whole checkpoint, or no adapter beside it.
         OSError: The disk refuses.
     """
     shown = plain(str(checkpoint), one_line=True)
     if not (checkpoint / _COMPLETE).is_file() or not (checkpoint / _CHECKPOINT_WEIGHTS).is_file():
         raise BadInput(f"{shown} is no whole checkpoint: it has no {_COMPLETE}. Choose another one.")
-    if (checkpoint / _CHECKPOINT_START).is_file():
-        raise BadInput(
-            f"{shown} belongs to a run with adapter.init pissa, which changes the base while it trains: only the "
-            "adapter that the run saves at its end fits the ordinary base. Merge the run itself."
-        )
     find_adapter(adapter)
     shutil.rmtree(into, ignore_errors=True)
     shutil.copytree(adapter, into, ignore=shutil.ignore_patterns(ADAPTER_WEIGHTS))
-    shutil.copyfile(checkpoint / _CHECKPOINT_WEIGHTS, into / ADAPTER_WEIGHTS)
+    if (checkpoint / _CHECKPOINT_START).is_file():
+        write_difference(checkpoint / _CHECKPOINT_WEIGHTS, checkpoint / _CHECKPOINT_START, into / ADAPTER_WEIGHTS)
+    else:
+        shutil.copyfile(checkpoint / _CHECKPOINT_WEIGHTS, into / ADAPTER_WEIGHTS)
     return into
 
 

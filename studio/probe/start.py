@@ -151,13 +151,27 @@ def check_merge(request: MergeRequest) -> None:
     if request.onto not in ONTO:
         raise BadInput(f"merge onto {plain(request.onto, one_line=True, limit=40)}? Wanted one of: {', '.join(ONTO)}.")
     if request.base:
-        base = find_base(request.base, request.revision)
+        base = base_of_merge(request.base, request.revision)
         refuse_quantised(base)
         if base.path is not None:
             refuse_another_base(request.run, base.path)
     check_out(out)
     for folder, _ in request.weighted:
         find_adapter(Path(folder))
+
+
+def base_of_merge(word: str, revision: str = "") -> BaseFound:
+    """Return the base that an adapter is merged into.
+
+    Raises:
+        BadInput: It cannot be loaded; says how to name another place, as the adapter may come from another computer.
+    """
+    try:
+        return find_base(word, revision)
+    except BadInput as error:
+        raise BadInput(
+            f"{error} If the base that the adapter was trained on lies elsewhere, name it: --base."
+        ) from None
 
 
 def refuse_quantised(base: BaseFound) -> None:

@@ -132,7 +132,9 @@ def test_an_output_that_holds_something_is_left_alone(adapter: Path, merge: Merg
 
 
 def test_a_missing_base_is_named(adapter: Path, merge: Merge, tmp_path: Path) -> None:
-    assert "gone" in _failure(merge(adapter, tmp_path / "gone", tmp_path / "out"))
+    failure = _failure(merge(adapter, tmp_path / "gone", tmp_path / "out"))
+    assert "gone" in failure
+    assert "--base" in failure
     assert not (tmp_path / "out").exists()
 
 

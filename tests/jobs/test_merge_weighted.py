@@ -164,6 +164,24 @@ def test_a_checkpoint_is_merged_in_place_of_the_adapter(
     assert not torch.equal(after, tensors_of(tmp_path / "last")[key])
 
 
+def test_a_checkpoint_of_a_run_that_changed_its_base_fits_the_ordinary_one(
+    recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path
+) -> None:
+    run = train(recipe.with_("adapter.init", "pissa").with_("train.checkpoint_every", 2))
+    found = list_checkpoints(run)
+    chosen = found[0].folder
+    assert chosen is not None
+    paths = merge(run.adapter, tiny, tmp_path / "out", run=str(run.root), checkpoint=str(chosen))
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    now, start = load_file(chosen / "adapter.safetensors"), load_file(chosen / "start.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    moved = now[name.format("B")] @ now[name.format("A")] - start[name.format("B")] @ start[name.format("A")]
+    key = "model.layers.0.self_attn.q_proj.weight"
+    before, after = tensors_of(tiny)[key], tensors_of(tmp_path / "out")[key]
+    assert (after - before - moved * 2.0).abs().max() < 1e-5
+    assert (after - before).abs().max() > 1e-3
+
+
 def test_a_broken_checkpoint_is_refused(recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path) -> None:
     run = train(recipe.with_("train.checkpoint_every", 2))
     chosen = sorted(run.checkpoints.glob("step-*"))[0]

@@ -13,6 +13,7 @@ from studio.core.events import Phase, Sampled, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
+from studio.jobs.base.weights.pissa import write_difference
 from studio.jobs.base.weights.skeleton import Skeleton, Weighted
 from studio.probe.adapter_folder import (
     ADAPTER_CONFIG,
@@ -23,8 +24,8 @@ from studio.probe.adapter_folder import (
     run_of_adapter,
 )
 from studio.probe.fingerprint import fingerprint, recorded_fingerprint
-from studio.probe.models import BaseFound, find_base
-from studio.probe.start import check_merge, refuse_another_base, refuse_quantised
+from studio.probe.models import BaseFound
+from studio.probe.start import base_of_merge, check_merge, refuse_another_base, refuse_quantised
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
@@ -69,7 +70,7 @@ def find_parts(worker: Worker, request: MergeRequest) -> Parts:
     if not word:
         raise BadInput(f"{Path(request.adapter).name} names no base model; say which one with --base")
     check_merge(request)
-    base = find_base(word, request.revision)
+    base = base_of_merge(word, request.revision)
     refuse_quantised(base)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
     for run in {request.run, *(run_of_adapter(Path(path)) for path, _ in request.weighted)}:
@@ -125,7 +126,8 @@ def _folder_of(worker: Worker, request: MergeRequest, adapter: str) -> Path:
     """Return the folder of an adapter; that of a checkpoint is made in the run, from the adapter's own."""
     if not request.checkpoint or adapter != request.adapter:
         return Path(adapter)
-    return adapter_of_checkpoint(Path(request.checkpoint), Path(adapter), worker.paths.root / "checkpoint-adapter")
+    into = worker.paths.root / "checkpoint-adapter"
+    return adapter_of_checkpoint(Path(request.checkpoint), Path(adapter), into, write_difference)
 
 
 def _sum(path: Path) -> str:

@@ -13,8 +13,9 @@ from torch import nn
 
 from studio.core.adapter_text import pattern_of
 from studio.core.recipe import AdapterSection
+from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.guards import check_adapter
-from studio.jobs.train.start import Pair, adapter_weights, difference, doubled_config
+from studio.jobs.train.start import Pair, adapter_weights, doubled_config
 from studio.jobs.train.targets import adapted_layers, check_patterns, target_modules, whole_modules
 from studio.runs.atomic import publish_folder
 

@@ -7,7 +7,7 @@ base (Meng et al. 2024, appendix C). LoftQ sets s*B*A to the best rank-r picture
 2023, one iteration, so that the base stays the ordinary 4-bit one). peft's own LoftQ leaves s out and overshoots.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ def start_pissa(model: PeftModel) -> Pair:
     """Move the main directions of every adapted linear weight from the base into the adapter.
 
     Returns:
-        The adapter as it now is, fp32 on the host: what `difference` and `take_out` need later.
+        The adapter as it now is, fp32 on the host: what `pissa.difference` and `take_out` need later.
     """
     for _, layer in _linear_layers(model):
         weight = _as_linear(layer, _weight(layer).float())
@@ -62,21 +62,8 @@ def take_out(model: PeftModel, start: Pair) -> None:
         weight.data.copy_((weight.float() - moved).to(weight.dtype))
 
 
-def difference(weights: Mapping[str, Tensor], start: Pair) -> Pair:
-    """Return the adapter minus its start as one adapter of twice the rank: `[A; A0]` and `[B, -B0]`."""
-    doubled: Pair = {}
-    for name, weight in weights.items():
-        if "lora_" not in name:
-            doubled[name] = weight  # a module trained whole: nothing was taken out of the base for it
-            continue
-        first = start[name].to(weight.device, weight.dtype)
-        is_second = "lora_B" in name or "lora_embedding_B" in name
-        doubled[name] = torch.cat([weight, -first], dim=1) if is_second else torch.cat([weight, first], dim=0)
-    return doubled
-
-
 def doubled_config(config: LoraConfig) -> dict[str, Any]:
-    """Return the values of a PEFT config that describe `difference`: twice the rank at the same scaling."""
+    """Return the values of a PEFT config that describe `pissa.difference`: twice the rank at the same scaling."""
     factor = 2**0.5 if config.use_rslora else 2
     alphas = {name: alpha * factor for name, alpha in config.alpha_pattern.items()}
     ranks = {name: rank * 2 for name, rank in config.rank_pattern.items()}
