@@ -69,11 +69,13 @@ def test_a_tied_head_that_is_not_adapted(tmp_path: Path, family: str, kind: str)
 
 
 LARGER = {"hidden_size": 256, "intermediate_size": 512}
+ODD = {"target_modules": "all-linear", "lora_alpha": 12}
+"""A scaling of 3: no power of two, so that the product itself is scaled and rounded."""
 
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [(family, kind) for family in ("llama", "qwen2", "gemma2") for kind in ("plain", "rslora", "patterns")]
+    [(family, kind) for family in ("llama", "qwen2", "gemma2") for kind in ("plain", "scaling 3", "rslora", "patterns")]
     + [("qwen2", "biases"), ("mixtral", "plain"), ("qwen3_moe", "plain")],
 )
 def test_rows_summed_in_blocks_have_the_same_bits(
@@ -82,7 +84,7 @@ def test_rows_summed_in_blocks_have_the_same_bits(
     monkeypatch.setattr(steps, "SMALLEST_ROW_SUM_BYTES", 0)
     monkeypatch.setattr(tensor_files, "BLOCK_ELEMENTS", 4096)
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False, **LARGER)
-    adapter = make_adapter(tmp_path / "adapter", base, **KINDS[kind])
+    adapter = make_adapter(tmp_path / "adapter", base, **(KINDS | {"scaling 3": ODD})[kind])
     made = our_steps(base, adapter)
     summed = [step for step in made.steps if step.row_sum]
     assert len(summed) >= 4
@@ -106,6 +108,18 @@ def test_a_product_whose_blocks_have_other_bits_is_left_to_peft(
     made = our_steps(base, adapter)
     assert not [step for step in made.steps if step.row_sum]
     _same(our_merge(made), pefts_merge(base, adapter, tmp_path / "peft"))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "size", "exact"),
+    [(2.0, 1.0, True), (0.25, 1.0, True), (3.0, 1.0, False), (2.0, 1e-20, False), (0.5, 1e30, False)],
+)
+def test_only_an_exact_scaling_is_put_before_the_product(scaling: float, size: float, exact: bool) -> None:
+    torch.manual_seed(0)
+    b, a = torch.randn(32, 4) * size, torch.randn(4, 32) * size
+    assert row_sums.scales_exactly(b, a, scaling) is exact
+    if exact:
+        assert torch.equal((b * scaling) @ a, (b @ a) * scaling)
 
 
 def test_conv1d_weights_lie_the_other_way_round(tmp_path: Path) -> None:

@@ -232,6 +232,23 @@ def test_a_stopped_merge_leaves_nothing(
     assert not list(tmp_path.glob(".merging-*"))
 
 
+def test_a_merge_that_is_stopped_while_it_is_checked_leaves_nothing(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_back = job.read_back
+
+    def stopping(*called: Any) -> int:
+        request(RunPaths(tmp_path / "merge-0"), "stop")
+        return read_back(*called)
+
+    monkeypatch.setattr(job, "read_back", stopping)
+    monkeypatch.setattr(job, "compare_logits", lambda *called: pytest.fail("the stop was not heeded"))
+    finished = history_of(merge(adapter, base, tmp_path / "out")).finished
+    assert finished is not None
+    assert finished.outcome == "stopped"
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_disk_without_room_is_seen_before_anything_is_written(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,6 +351,20 @@ def test_the_tokenizer_of_the_base_serves_where_the_adapter_has_none(
     assert not (adapter / "tokenizer.json").exists()
     merge(adapter, base, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_bases_sentencepiece_file_stays_where_no_token_was_added(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, adds: bool
+) -> None:
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if adds:
+        tokenizer.add_tokens(["<new>"], special_tokens=True)
+    tokenizer.save_pretrained(adapter)
+    (adapter / "tokenizer.model").unlink(missing_ok=True)
+    merge(adapter, base, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").is_file() is not adds
 
 
 def test_a_memory_without_room_is_seen_before_anything_is_written(

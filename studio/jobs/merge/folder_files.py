@@ -18,6 +18,8 @@ _TOKENIZER = {
 }  # fmt: skip
 _TEMPLATES = "additional_chat_templates"
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
+_MODEL = "tokenizer.model"
+"""SentencePiece's own file, which llama.cpp and others read."""
 _LEFT_OUT = {"readme.md", "adapter_config.json"}
 _MOST_BYTES = 200 * 10**6
 
@@ -50,6 +52,8 @@ def write_folder_files(
     if own:
         for name in sorted(_TOKENIZER | {_TEMPLATES}):
             _copy(adapter / name, out)
+        if not (adapter / _MODEL).is_file() and _same_tokens(adapter, base):
+            _copy(base / _MODEL, out)
     table = _config(base / CONFIG)
     _change(table, dtype=dtype, untied=untied, vocabulary=vocabulary)
     (out / CONFIG).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -62,6 +66,18 @@ def tokenizer_folder(adapter: Path, base: Path) -> Path:
 
 def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file() and any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def _same_tokens(adapter: Path, base: Path) -> bool:
+    """Whether a tokenizer that transformers 5 saved, which leaves `tokenizer.model` out, has the base's own tokens."""
+    added = []
+    for folder in (adapter, base):
+        try:
+            table = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            added.append({(token["id"], token["content"]) for token in table["added_tokens"]})
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+    return added[0] == added[1]
 
 
 def _copy(path: Path, out: Path) -> None:
