@@ -154,6 +154,8 @@ def _number(text: str, flag: str, low: float, high: float) -> float:
 
 def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) -> None:
     engine = "this studio" if setup.engine == "studio" else "the stock Trainer with peft"
+    if setup.fused_kernels != "none":
+        engine += f" and the kernels of {setup.fused_kernels}"
     say(
         f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {setup.method} rank {setup.rank}: "
         f"{estimate.trainable_parameters / 1e6:.1f} M trained; {setup.micro_batch} x {setup.seq_len} tokens; {engine}"

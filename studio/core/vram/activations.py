@@ -251,4 +251,4 @@ def chunk_bytes(shape: ModelShape, setup: Setup) -> int:
     share = -(-setup.tokens // -(-shape.vocabulary // shape.hidden))
     # foak has an early copy of it, which makes the chunk's logits fp32 first.
     per_logit = setup.compute_itemsize + (4 if setup.fused_kernels == "foak" else 0)
-    return (1 << max(0, share - 1).bit_length()) * shape.vocabulary * per_logit
+    return min(setup.tokens, 1 << max(0, share - 1).bit_length()) * shape.vocabulary * per_logit
