@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup
 from studio.core.vram.stock import stock_setup
@@ -41,6 +42,7 @@ ROWS = [
     (MISTRAL, "lora", "", LATER, {4: 26_704_571_904}),
     (MISTRAL, "qlora", "", LATER, {4: 16_373_838_336, 8: 28_412_178_944}),
     (MISTRAL, "qlora", "foak", LATER, {4: 14_115_336_192, 8: 23_922_438_144}),
+    (MIXTRAL, "qlora", "", OLD, {4: 36_218_023_424, 8: 47_207_755_264}),
     (MIXTRAL, "qlora", "foak", LATER, {4: 34_473_340_928, 8: 44_280_442_880}),
     (LLAMA_70B, "qlora", "", LATER, {4: 68_126_381_056}),
     (LLAMA_70B, "qlora", "foak", LATER, {4: 67_048_903_680}),
@@ -95,3 +97,36 @@ def test_rows_that_were_never_looked_at() -> None:
 def test_flags_without_loop_and_version(case: Any) -> None:
     """Whoever does not say the version of transformers gets the mean of its losses."""
     assert -0.05 <= error(case, head_cast_back=False) <= 0.10
+
+
+SANTACODER = {
+    "model_type": "gpt_bigcode",
+    "n_embd": 2048,
+    "n_inner": 8192,
+    "n_layer": 24,
+    "n_head": 16,
+    "n_positions": 2048,
+    "multi_query": True,
+    "vocab_size": 49280,
+    "activation_function": "gelu_pytorch_tanh",
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "what", "batch", "measured"),
+    [
+        (OLD, "", 4, 9_148_997_120),
+        (OLD, "", 8, 17_486_716_416),
+        (OLD, "foak", 4, 7_538_417_152),
+        (OLD, "foak", 8, 14_264_901_120),
+        (LATER, "", 8, 17_486_716_416),
+        (LATER, "foak", 8, 14_264_901_120),
+    ],
+)
+def test_gpt_bigcode(version: str, what: str, batch: int, measured: int) -> None:
+    """Its own loss, its cache under checkpointing, learnt positions and layer norms; rows of 2048 tokens.
+
+    Some 36 MB of what lies still are unexplained.
+    """
+    setup = replace(setup_of("qlora", what, version, batch, autocast=True), seq_len=2048, targets=("c_attn",))
+    assert abs(estimate_vram(shape_from_config(SANTACODER), setup, A100).allocated.expected / measured - 1) <= 0.012
