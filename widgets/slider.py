@@ -147,7 +147,7 @@ class Slider(Widget, can_focus=True):
             value, name, note = self._show(self.value), "value", self.note
         else:
             value, name = f"{self.typed}▏", "refused" if self._refused else "value"
-            note = f"{self.scale.low:g} to {self.scale.high:g}"
+            note = f"{self._show(self.scale.low)} to {self._show(self.scale.high)}"
         segments.append(Segment(value.ljust(self._value_width), style(f"slider--{name}")))
         segments.append(Segment(note, style("slider--note")))
         return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)

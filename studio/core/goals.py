@@ -30,7 +30,7 @@ class GoalWords:
 GOALS: dict[Goal, GoalWords] = {
     "style": GoalWords(
         "A style or format",
-        "answer like our support team; always as JSON of this form",
+        "answer like our support team; always in this JSON form",
         16,
         "a style is little to learn: rank 16 holds it",
         "Try a system prompt with three to five examples first: it costs an hour and often does. Fine-tune when the "
@@ -48,7 +48,7 @@ GOALS: dict[Goal, GoalWords] = {
     ),
     "domain": GoalWords(
         "The language of a field",
-        "read and write like case law, medical notes, our code base",
+        "read and write case law, medical notes, our code base",
         64,
         "much text to take in: a wider adapter",
         "This wants much text: millions of tokens. LoRA takes in less of it than full fine-tuning and forgets less of "
@@ -57,7 +57,7 @@ GOALS: dict[Goal, GoalWords] = {
     ),
     "facts": GoalWords(
         "Facts it should know",
-        "our products, prices, people; answers from our handbook",
+        "our products, prices, people; answers from a handbook",
         32,
         "facts are many bits: a wider adapter, though see the note",
         "Retrieval fits facts better than fine-tuning: put the passages that matter into the prompt. It answered more "

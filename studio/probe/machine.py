@@ -71,6 +71,11 @@ def free_disk_bytes(folder: Path) -> int | None:
         return None
 
 
+def free_ram_bytes() -> int | None:
+    """Return the main memory that can be had without swapping; None where the system does not tell."""
+    return _ram()[1]
+
+
 def _ram() -> tuple[int | None, int | None]:
     try:
         import psutil  # noqa: PLC0415  20 ms that only this look pays

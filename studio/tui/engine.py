@@ -104,6 +104,12 @@ def _spills() -> bool:
     return spills_to_ram()
 
 
+def _free_ram_bytes() -> int | None:
+    from studio.probe.machine import free_ram_bytes  # noqa: PLC0415
+
+    return free_ram_bytes()
+
+
 def _recall_planned() -> str:
     from studio.tui.kept import recall_planned_card  # noqa: PLC0415
 
@@ -133,6 +139,7 @@ class Engine:
         card: Says in a few words what the run will run on.
         forecaster: Finds model and card (a name of the catalogue, or empty for this machine's); raises StudioError.
         spills: Whether the driver moves what does not fit into main memory instead of refusing it (Windows, WSL).
+        free_ram_bytes: Main memory that a run on the CPU can have, or None.
         recall_planned: Returns the card of the catalogue that was planned for last, or nothing.
         keep_planned: Keeps it for the next visit; raises OSError.
         keep_theme: Keeps a theme's name for the next visit; raises OSError.
@@ -144,6 +151,7 @@ class Engine:
     card: Callable[[], str] = _card
     forecaster: "Callable[[Recipe, str], Forecaster]" = _forecaster
     spills: Callable[[], bool] = _spills
+    free_ram_bytes: Callable[[], int | None] = _free_ram_bytes
     recall_planned: Callable[[], str] = _recall_planned
     keep_planned: Callable[[str], None] = _keep_planned
     keep_theme: Callable[[str], None] = _keep_theme

@@ -76,6 +76,7 @@ def engine_that(
     forecaster: Callable[[Recipe, str], Forecaster] | None = None,
     planned: str = "",
     spills: bool = False,
+    free_ram_bytes: int | None = None,
 ) -> Engine:
     """An engine that notes what it is asked; it refuses with a message, or hands out a run."""
 
@@ -97,6 +98,7 @@ def engine_that(
         card=lambda: card,
         forecaster=forecaster or forecaster_on(card_of()),
         spills=lambda: spills,
+        free_ram_bytes=lambda: free_ram_bytes,
         recall_planned=lambda: planned,
         keep_planned=asked.planned.append,
     )

@@ -128,7 +128,7 @@ def test_where_nothing_helps_it_says_so() -> None:
     assert fix_that_fits(LARGE, forecaster) is None
     told = fixes_text(single_fixes(LARGE, forecaster), None).plain
     assert "Nothing here makes it fit" in told
-    assert "then does not fit" in told
+    assert "not enough alone" in told
 
 
 def test_the_table_has_both_methods_and_no_invented_rows() -> None:

@@ -9,6 +9,7 @@ import pytest
 from textual.pilot import Pilot
 
 from studio.core.errors import BadInput
+from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
 from studio.tui.app import StudioApp
 from studio.tui.engine import Engine
@@ -110,7 +111,7 @@ def test_f_makes_it_fit_and_u_takes_back_only_that(tmp_path: Path, size: tuple[i
         assert "u Undo" not in shown(app)
         if size == WIDE:
             await until(pilot, lambda: "f makes it fit: micro-batch 12 ->" in shown(app))
-            assert "QLoRA 4-bit: -" in shown(app)
+            assert "  QLoRA 4-bit" in shown(app)
         await pilot.press("f")
         await settle(pilot)
         fitted = screen_of(app).recipe
@@ -149,15 +150,36 @@ def test_launching_what_does_not_fit_takes_a_second_yes(tmp_path: Path) -> None:
     play(story, tmp_path, recipe=LARGE, engine=engine_that(asked, makes=lambda: make_run(tmp_path)))
 
 
-def test_what_is_planned_for_does_not_keep_this_machine_from_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("planned", "free_gib", "words"),
+    [
+        ("RTX 3060", 500, "GiB of main memory, and time"),
+        ("", 2, "would probably end it"),
+        ("RTX 3060", 2, "would probably end it"),
+    ],
+)
+def test_a_cpu_is_asked_about_where_a_card_was_planned_for_or_memory_is_short(
+    tmp_path: Path, planned: str, free_gib: int, words: str
+) -> None:
     """The card of the plan is not the card of the launch."""
     asked = Asked()
-    engine = engine_that(asked, makes=lambda: make_run(tmp_path), forecaster=forecaster_on(Card()), planned="RTX 3060")
+    engine = engine_that(
+        asked,
+        makes=lambda: make_run(tmp_path),
+        forecaster=forecaster_on(Card()),
+        planned=planned,
+        free_ram_bytes=free_gib * GIB,
+    )
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)
-        assert "Planned for RTX 3060" in shown(app)
+        assert ("Planned for RTX 3060" in shown(app)) is bool(planned)
         await pilot.press("r")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        assert words in shown(app)
+        assert ("The forecast is of RTX 3060" in shown(app)) is bool(planned)
+        assert asked.started == []
+        await pilot.press("y")
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert asked.started == [LARGE]
 

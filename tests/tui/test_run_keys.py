@@ -188,7 +188,7 @@ def test_a_refused_resume_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["done", None])
-def test_resume_is_refused_for_finished_and_live_runs(tmp_path: Path, outcome: str | None) -> None:
+def test_resume_is_offered_neither_for_finished_nor_for_live_runs(tmp_path: Path, outcome: str | None) -> None:
     paths, asked = make_run(tmp_path), Asked()
     with Worker(paths) as worker:
         train(worker, range(1, 4))
@@ -199,9 +199,12 @@ def test_resume_is_refused_for_finished_and_live_runs(tmp_path: Path, outcome: s
             await pilot.press("R")
             await settle(pilot)
             assert asked.resumed == []
-            assert "there is nothing to resume" in shown(app)
+            keys = shown(app).splitlines()[-1]
+            assert "Resume" not in keys
+            assert ("Stop" in keys) is (outcome is None)
+            assert "Back" in keys, "the last key fits as well"
 
-        play(story, tmp_path, open_run=paths, engine=engine_that(asked))
+        play(story, tmp_path, open_run=paths, engine=engine_that(asked), size=NARROW)
         if not outcome:
             worker.emit(Finished, outcome="done", step=3)
 

@@ -41,10 +41,10 @@ def fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
     """Return the fixes with their prices; the one that `f` applies comes first."""
     parts: _Parts = [_first_line(first)]
     if first is not None:
-        parts.append(f"{first.words}: {_saving(first)}; {first.price}\n")
+        parts.append(f"{first.words}\n    {_saving(first)}; {first.price}\n")
     for fix in fixes:
         if first is None or fix.options != first.options:
-            parts.append((f"  {fix.words}: {_saving(fix)}; {fix.price}\n", "dim"))
+            parts.append((f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim"))
     return Content.assemble(*parts)
 
 
@@ -81,6 +81,26 @@ def over_budget_text(outlook: Outlook, card: Card, first: Fix | None, *, spills:
     return Content.assemble(*parts)
 
 
+def cpu_text(outlook: Outlook, planned: str, free_bytes: int | None) -> Content:
+    """Return the question before a launch on a CPU.
+
+    Args:
+        outlook: What the recipe needs.
+        planned: The card that the forecast is of; empty where it is of this machine.
+        free_bytes: Main memory that is free, where that is too little.
+    """
+    device = outlook.estimate.device
+    parts: _Parts = [("This would run on this machine's CPU.\n", "$text-warning bold")]
+    if planned:
+        parts.append(f"The forecast is of {plain(planned, one_line=True)}, which is not here; s saves the recipe.\n")
+    if free_bytes is None:
+        parts.append(f"It takes about {gib(device.expected)} GiB of main memory, and time.\n")
+    else:
+        short = f"It takes {gib(device.low)} GiB of main memory at least, and {gib(free_bytes)} are free.\n"
+        parts += [(short, "$text-error"), "The system would probably end it, or something else with it.\n"]
+    return Content.assemble(*parts, "\nLaunch it here all the same?")
+
+
 def _first_line(first: Fix | None) -> tuple[str, str]:
     if first is None:
         return "Nothing here makes it fit: take a smaller model or a larger card.\n", "$text-error bold"
@@ -88,5 +108,5 @@ def _first_line(first: Fix | None) -> tuple[str, str]:
 
 
 def _saving(fix: Fix) -> str:
-    then = "" if fix.outlook.verdict == "fits" else f", then {fix.outlook.verdict}"
+    then = {"fits": "", "tight": ", then tight"}.get(fix.outlook.verdict or "", ", not enough alone")
     return f"-{gib(fix.saved_bytes)} GiB{then}"

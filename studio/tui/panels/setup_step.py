@@ -26,6 +26,13 @@ class _Line(Input):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "Next")]
 
 
+class _Words(VerticalScroll):
+    """Takes the keys, to be scrolled, where it holds more than it shows."""
+
+    def watch_show_vertical_scrollbar(self, shown: bool) -> None:
+        self.can_focus = shown
+
+
 class SetupStep(Vertical):
     """Asks; the screen decides what follows. Options and words may change while it is shown."""
 
@@ -38,8 +45,9 @@ class SetupStep(Vertical):
         & > .found.-shown { display: block; }
         & > OptionList { height: auto; max-height: 12; margin: 0 0 1 0; border: none; padding: 0; }
         & > Input { margin: 0 0 1 0; }
-        & > VerticalScroll { height: 1fr; scrollbar-size-vertical: 1; }
-        & > VerticalScroll > Static { height: auto; }
+        & > _Words { height: 1fr; scrollbar-size-vertical: 1; }
+        & > _Words:focus { background: $boost; }
+        & > _Words > Static { height: auto; }
     }
     """
 
@@ -88,7 +96,7 @@ class SetupStep(Vertical):
         yield _Options(compact=True)
         if self._placeholder:
             yield _Line(placeholder=self._placeholder, compact=True)
-        with VerticalScroll(can_focus=False):
+        with _Words(can_focus=False):
             yield Static("", classes="words", markup=False)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
@@ -142,5 +150,5 @@ class SetupStep(Vertical):
 
     @property
     def room(self) -> int:
-        """Columns that words have."""
-        return max(20, self.query_one(VerticalScroll).scrollable_content_region.width)
+        """Columns that words have, known before they are laid out: without padding and scrollbar."""
+        return max(20, self.app.size.width - 3)

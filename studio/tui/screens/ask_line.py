@@ -49,7 +49,8 @@ class AskLine(ModalScreen[str | None]):
 
     def compose(self) -> ComposeResult:
         """Question, field, refusal, hint."""
-        with Vertical():
+        with Vertical() as box:
+            box.border_subtitle = "⏎ take it  esc back"
             yield Static(Content(self._question), markup=False)
             yield Input(self._value, compact=True)
             yield Static("", id="refused", markup=False)

@@ -269,14 +269,14 @@ class ConfigureScreen(Screen[None]):
     def _begin_launch(self, *, sure: bool) -> None:
         self._launching = True
         self.query_one(Advice).show_busy(_CHECKING)
-        self._launch(self.recipe, sure)
+        self._launch(self.recipe, sure, self._forecast.planned)
 
     @work(thread=True)
-    def _launch(self, recipe: Recipe, sure: bool) -> None:
+    def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
         from studio.tui.launch_check import question_before_launch  # noqa: PLC0415  with the estimator
 
         try:
-            question = None if sure else question_before_launch(recipe, self._engine)
+            question = None if sure else question_before_launch(recipe, self._engine, planned)
             if question is not None:
                 self.post_message(self.OverBudget(recipe, question))
                 return

@@ -45,7 +45,7 @@ class RunScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("x", "stop", "Stop"),
-        Binding("p", "pause", "Pause/go on"),
+        Binding("p", "pause", "Pause"),
         Binding("c", "checkpoint", "Checkpoint"),
         Binding("R", "resume", "Resume"),
         Binding("m", "merge", "Merge"),
@@ -144,11 +144,17 @@ class RunScreen(Screen[None]):
             self.app.notify("The run goes on. Open it again from the list of runs (o).", markup=False)
         self.dismiss()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer keys only where they do something."""
+        if action in ("stop", "pause", "checkpoint"):
+            return self._status.live
+        if action == "resume":
+            return not self._status.live and self._status is not Status.finished
+        return True
+
     def action_stop(self) -> None:
         """Ask once, then ask the worker to stop; a worker that is stopping can be ended at once."""
-        if not self._status.live:
-            self._say("The run has ended already.")
-        elif self._status is Status.stopping:
+        if self._status is Status.stopping:
             question = "It is stopping: it ends after the current step and saves. End the process at once instead? "
             self._confirm(question + "What came after the last checkpoint is lost.", "end it now", self._end_now)
         else:
@@ -157,9 +163,7 @@ class RunScreen(Screen[None]):
 
     def action_pause(self) -> None:
         """Pause, or go on."""
-        if not self._status.live:
-            self._say("The run has ended already.")
-        elif requested(self.paths, "pause"):
+        if requested(self.paths, "pause"):
             withdraw(self.paths, "pause")
         else:
             request(self.paths, "pause")
@@ -167,19 +171,14 @@ class RunScreen(Screen[None]):
 
     def action_checkpoint(self) -> None:
         """Ask for a checkpoint now."""
-        if not self._status.live:
-            self._say("The run has ended already.")
-            return
         request(self.paths, "checkpoint-now")
         self._look()
 
     def action_resume(self) -> None:
         """Start a worker for a run that has ended early."""
-        if self._status.live or self._status is Status.finished or self._resuming:
-            self._say(f"The run is {self._status}: there is nothing to resume.")
-            return
-        self._resuming = True
-        self._resume()
+        if not self._resuming:
+            self._resuming = True
+            self._resume()
 
     def action_merge(self) -> None:
         """Merge the adapter; of a merge, show what came of it."""
@@ -224,6 +223,8 @@ class RunScreen(Screen[None]):
     def _show_glance(self) -> None:
         glance = self._feed.look()
         before, self._glance = self._glance, glance
+        if before is None or before.status is not glance.status:
+            self.refresh_bindings()
         self.query_one(RunHeader).show(glance.history, glance.status, self._waits_for(glance.status))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
         if glance.output:

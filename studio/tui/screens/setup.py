@@ -68,7 +68,7 @@ class SetupScreen(Screen[SetupDone | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
-        Binding("tab", "app.focus_next", "List/line", show=True),
+        Binding("tab", "app.focus_next", "List/text", show=True),
         Binding("ctrl+l", "leave", "Leave the set-up"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("q", "app.quit", "Quit"),
