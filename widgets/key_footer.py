@@ -1,16 +1,43 @@
-"""The row of keys at the foot of a screen, built anew only when it would look different."""
+"""The row of keys at the foot of a screen: built anew only when it would look different, and never cut off."""
 
+from rich.cells import cell_len
+from textual import events
+from textual.app import ComposeResult
 from textual.screen import Screen
 from textual.widgets import Footer
+from textual.widgets._footer import FooterKey
+
+_ALWAYS = 2
+_BLANKS = 3
 
 
 class KeyFooter(Footer):
-    """Textual's footer builds a widget per key whenever the focus moves, which costs more than the move itself."""
+    """Textual's footer builds a widget per key whenever the focus moves, which costs more than the move itself.
+
+    Where not all keys have room, those before the last two are left out from the right: help and the way back stay.
+    """
 
     def __init__(self) -> None:
         """Show the keys of the screen; the palette's is one of many, so it has no place of its own."""
         super().__init__(show_command_palette=False)
         self._shown: list[tuple[str, str, str, bool]] = []
+        self._cells_wanted = 0
+        self._cells_had = 0
+
+    def compose(self) -> ComposeResult:
+        """The keys that have room."""
+        keys = [key for key in super().compose() if isinstance(key, FooterKey)]
+        widths = [cell_len(key.key_display) + cell_len(key.description) + _BLANKS for key in keys]
+        self._cells_wanted, self._cells_had = sum(widths), self.app.size.width
+        room = self._cells_had - sum(widths[-_ALWAYS:])
+        for place, key in enumerate(keys):
+            if place >= len(keys) - _ALWAYS or sum(widths[: place + 1]) <= room:
+                yield key
+
+    async def on_resize(self, event: events.Resize) -> None:
+        """Leave out more or fewer keys."""
+        if self._cells_wanted > min(self._cells_had, self.app.size.width) and self._cells_had != self.app.size.width:
+            await self.recompose()
 
     def bindings_changed(self, screen: Screen[object]) -> None:
         """Build the row anew where a key, its name or whether it does something has changed."""

@@ -59,3 +59,39 @@ def test_a_key_that_comes_to_mean_something_is_shown() -> None:
             assert [key.description for key in keys_of(app)] == ["Fit"]
 
     asyncio.run(run())
+
+
+class _Many(App[None]):
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(f"f{number}", f"fit({number})", f"Number {number}") for number in range(1, 9)),
+        Binding("question_mark", "explain", "Help", key_display="?"),
+        Binding("escape", "leave", "Back"),
+    ]
+
+    def compose(self) -> ComposeResult:
+        yield KeyFooter()
+
+    def action_fit(self, number: int) -> None: ...
+
+    def action_explain(self) -> None: ...
+
+    def action_leave(self) -> None: ...
+
+
+def test_help_and_the_way_back_are_in_sight_at_every_width() -> None:
+    def row(app: App[None]) -> str:
+        return "".join(segment.text for segment in app.screen._compositor.render_strips()[-1])
+
+    async def run() -> None:
+        app = _Many()
+        async with app.run_test(size=(60, 10)) as pilot:
+            await pilot.pause()
+            for width in (60, 200, 40, 80):
+                await pilot.resize_terminal(width, 10)
+                await pilot.pause()
+                await pilot.pause()
+                assert row(app).rstrip().endswith("? Help  esc Back"), row(app)
+                assert ("Number 8" in row(app)) is (width == 200)
+                assert "Number 1" in row(app)
+
+    asyncio.run(run())
