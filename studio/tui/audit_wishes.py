@@ -38,7 +38,7 @@ def base_wishes() -> tuple[Wish, ...]:
     return (
         Wish("rows", "Held-out rows, at most", _DEFAULT.rows),
         Wish("forms", "Roundings", _DEFAULT.forms),
-        Wish("kept", "Plans with the N worst blocks in 16 bit", _DEFAULT.kept, "none"),
+        Wish("kept", "Plans that keep the N worst blocks", _DEFAULT.kept, "none"),
     )
 
 

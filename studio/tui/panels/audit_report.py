@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import ScrollableContainer, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
@@ -17,68 +17,91 @@ from widgets.line_picture import Hue
 from widgets.line_plot import Curve, LinePlot
 
 _MOST_LANES = 4
+_PARTS = ("advice", "tables", "notes")
 _UNREADABLE = (
     "This report is damaged, or of another version of this program: its page is report.md in the run's folder."
 )
 
 
 class AuditReport(Vertical):
-    """Words and tables above, a plot below. Everything in a report came from files, so nothing is read as markup."""
+    """Words and tables above, a plot below. Everything in a report came from files, so nothing is read as markup.
+
+    Words are wrapped; tables are as wide as they are, and the arrows bring the rest of them into sight.
+    """
 
     DEFAULT_CSS = """
     AuditReport {
         & #audit-words { height: 2fr; padding: 0 1; }
-        & #audit-words Static { width: auto; height: auto; }
-        & LinePlot { height: 1fr; padding: 0 1; display: none; }
-        & LinePlot.-shown { display: block; }
+        & #audit-words Static { width: 1fr; height: auto; }
+        & #audit-words #audit-tables { width: auto; }
+        & #audit-plot { height: 1fr; padding: 0 1; display: none; }
+        & #audit-plot.-shown { display: block; }
     }
     """
 
     def compose(self) -> ComposeResult:
-        """Words, then a plot of lanes and one of blocks; one of the two is shown."""
-        with VerticalScroll(id="audit-words"):
-            yield Static("", markup=False)
-        hues = [cast(Hue, place) for place in range(1, _MOST_LANES + 1)]
-        yield LinePlot([Curve(str(hue), f"lane {hue}", hue=hue) for hue in hues], x_label="step", id="audit-lanes")
-        yield LinePlot([Curve("blocks", "block by block", hue=1)], x_label="block", from_zero=True, id="audit-blocks")
+        """Advice, tables, notes and answers to scroll through; below them the place of a plot."""
+        with ScrollableContainer(id="audit-words"):
+            for part in _PARTS:
+                yield Static("", markup=False, id=f"audit-{part}")
+        yield Vertical(id="audit-plot")
 
     def show(self, report: Mapping[str, Any] | None, otherwise: str = "") -> None:
         """Show a report, or a few words where there is none."""
-        words = Content(plain(otherwise))
+        parts = {"advice": Content(plain(otherwise))}
+        plot = None
         if report:
             try:
-                words = report_content(report)
+                parts, plot = report_content(report), report_plot(report)
             except DAMAGED:
-                words, report = Content(_UNREADABLE), None
-        self.query_one("#audit-words Static", Static).update(words)
-        lanes, blocks = self.query_one("#audit-lanes", LinePlot), self.query_one("#audit-blocks", LinePlot)
-        curves = lane_curves(report) if report else []
-        line = block_curve(report) if report else ([], [])
-        lanes.set_class(bool(curves), "-shown")
-        blocks.set_class(bool(line[0]), "-shown")
-        for place in range(_MOST_LANES):
-            steps, losses = curves[place] if place < len(curves) else ([], [])
-            lanes.replace(str(place + 1), steps, losses)
-        blocks.replace("blocks", *line)
+                parts = {"advice": Content(_UNREADABLE)}
+        for part in _PARTS:
+            self.query_one(f"#audit-{part}", Static).update(parts.get(part, ""))
+        self.query_one("#audit-words").scroll_home(animate=False)
+        holder = self.query_one("#audit-plot")
+        holder.remove_children()
+        holder.set_class(plot is not None, "-shown")
+        if plot is not None:
+            holder.mount(plot)
 
 
-def report_content(report: Mapping[str, Any]) -> Content:
-    """Return title, advice and tables of a report."""
-    parts: list[Content | tuple[str, str] | str] = [(f"{title_of(report)}\n\n", "bold")]
-    parts += [f"{plain(line)}\n" for line in advice_lines(report)]
+def report_content(report: Mapping[str, Any]) -> dict[str, Content]:
+    """Return title and advice, tables, and notes with answers, of a report."""
+    advice: list[Content | tuple[str, str] | str] = [(f"{title_of(report)}\n\n", "bold")]
+    advice += [f"{plain(line)}\n" for line in advice_lines(report)]
+    tables: list[Content | tuple[str, str] | str] = []
     for heading, table in tables_of(report):
-        parts += [(f"\n{plain(heading, one_line=True)}\n", "bold"), f"{aligned(table)}\n"]
-    parts += [f"\n{line}\n" for line in note_lines(report)]
+        tables += [(f"{plain(heading, one_line=True)}\n", "bold"), f"{aligned(table)}\n\n"]
+    notes: list[Content | tuple[str, str] | str] = [f"{line}\n" for line in note_lines(report)]
     for place, one in enumerate(shown_answers(report), start=1):
-        parts += [(f"\nPrompt {place}  ", "bold"), f"{one.prompt}\n"]
+        notes += [(f"\nPrompt {place}  ", "bold"), f"{one.prompt}\n"]
         for who, text, marks in one.said:
-            parts += [(f"{who}  ", "bold"), (f"{marks}\n" if marks else "\n", "dim"), f"{text}\n"]
-    if report["what"] == "race":
-        names = ", ".join(f"lane {place}: {lane['name']}" for place, lane in enumerate(report["lanes"], start=1))
-        parts.append(f"\n{plain(names, one_line=True)} (training loss below)\n")
+            notes += [(plain(who, one_line=True), "bold"), (f"  {marks}\n" if marks else "\n", "dim"), f"{text}\n"]
     seconds = (report.get("cost") or {}).get("seconds")
-    parts.append(f"\nmeasured in {number(seconds)} s" if isinstance(seconds, int | float) else "")
-    return Content.assemble(*parts)
+    notes.append(f"\nmeasured in {number(seconds)} s" if isinstance(seconds, int | float) else "")
+    parts = {"advice": advice, "tables": tables, "notes": notes}
+    return {name: Content.assemble(*part) for name, part in parts.items()}
+
+
+def report_plot(report: Mapping[str, Any]) -> LinePlot | None:
+    """Return a plot of a report: the training losses of a race's lanes, else a figure of each block; None without."""
+    if lanes := lane_curves(report):
+        names = [plain(str(lane["name"]), one_line=True, limit=30) for lane in report["lanes"]]
+        curves = [Curve(str(place), names[place], hue=cast(Hue, place + 1)) for place in range(len(lanes))]
+        plot = LinePlot(curves, title="training loss", x_label="step")
+        for place, points in enumerate(lanes):
+            plot.extend(str(place), *points)
+        plot.x_total = max((steps[-1] for steps, _ in lanes if steps), default=0.0)
+        return plot
+    places, values = block_curve(report)
+    if not places:
+        return None
+    asked = plain(str(report.get("asked", "")), one_line=True, limit=30)
+    title = f"effect of {asked} alone on the hidden state" if report["what"] == "base" else "rounding error / adapter"
+    plot = LinePlot([Curve("blocks", "block by block", hue=1)], title=title, x_label="block", from_zero=True)
+    plot.extend("blocks", places, values)
+    plot.x_total = places[-1]
+    return plot
 
 
 def aligned(table: Table) -> str:

@@ -46,9 +46,9 @@ class AuditScreen(Screen[None]):
     """`b` and `e` start an audit of the recipe, enter opens the run of one, `x` stops it, `w` writes its report."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "open", "Open its run", priority=True),
-        Binding("b", "audit_base", "Audit the base"),
-        Binding("e", "race", "Race LoRA/QLoRA"),
+        Binding("enter", "open", "Open run", priority=True),
+        Binding("b", "audit_base", "Audit base"),
+        Binding("e", "race", "Race"),
         Binding("x", "stop", "Stop"),
         Binding("w", "write", "Write report"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
@@ -59,11 +59,13 @@ class AuditScreen(Screen[None]):
     AuditScreen {
         & #audit-head { height: 1; padding: 0 1; text-style: bold; }
         & Horizontal { height: 1fr; }
-        & DataTable { width: 44; height: 1fr; border-right: solid $foreground 20%; }
+        & DataTable { width: auto; min-width: 28; max-width: 44; height: 1fr; border-right: solid $foreground 20%; }
         & AuditReport { width: 1fr; height: 1fr; }
     }
     AuditScreen.-narrow Horizontal { layout: vertical; }
-    AuditScreen.-narrow DataTable { width: 1fr; height: 7; border-right: none; }
+    AuditScreen.-narrow DataTable { width: 1fr; height: 5; max-width: 100%; border-right: none; }
+    AuditScreen.-narrow #audit-words { height: 3fr; }
+    AuditScreen.-narrow #audit-plot { min-height: 5; }
     """
 
     class Listed(Message):
@@ -278,6 +280,6 @@ class AuditScreen(Screen[None]):
 
 
 def _cells(info: RunInfo) -> tuple[Text, Text, Text]:
-    about = plain(info.model or info.name, one_line=True)
+    about = plain(info.name.removeprefix(f"audit-{info.method}-"), one_line=True)
     shown = about if len(about) <= _LONGEST else f"...{about[3 - _LONGEST :]}"
     return Text(plain(info.method or "?", one_line=True, limit=8)), Text(info.status.name), Text(shown)
