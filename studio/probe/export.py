@@ -62,6 +62,10 @@ def check_export(request: ExportRequest) -> None:
         raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
     if out.suffix == _GGUF and form not in (*GGUF_FORMATS, "lora-gguf"):
         raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
+    if not out.name.isprintable():
+        raise BadInput(
+            f"the name {plain(out.name, one_line=True)!r} of the output has control characters: leave them out."
+        )
     refuse_on_the_grid(request.onto, form)
     if request.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", request.push, re.ASCII):
         shown = plain(request.push, one_line=True, limit=80)

@@ -185,6 +185,23 @@ def test_an_adapter_without_its_run_has_a_card_too(
     assert "## Recipe" not in text
 
 
+@pytest.mark.parametrize(
+    ("said", "front", "title"),
+    [
+        ("/home/me/hub/models--owner--some-name/snapshots/01ab", "base_model: owner/some-name", "owner/some-name"),
+        ("/home/me/models/mine", "", "mine"),
+        ("a: [b]", 'base_model: "a: [b]"', "a: [b]"),
+    ],
+)
+def test_a_base_is_named_as_others_know_it(said: str, front: str, title: str) -> None:
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["a"], "base_model_name_or_path": said}
+    text = adapter_card(AdapterFound(Path("x"), config, SafetensorsHeader({}, {}, 0)), "tuned [x]", Training())
+    assert (front in text) and (bool(front) or "base_model:" not in text)
+    assert f"# LoRA adapter for {title}\n" in text
+    assert "--lora-modules 'tuned=./tuned [x]'" in text
+    assert "/home" not in text
+
+
 def test_rslora_is_said_and_the_widest_rank_counts() -> None:
     config = {"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"v_proj": 32}, "target_modules": ["b", "a"],
               "base_model_name_or_path": "owner/name"}  # fmt: skip

@@ -21,6 +21,7 @@ from studio.jobs.export.lora_gguf import fold_scaling
 from studio.jobs.export.modelfile import modelfile
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.export import refuse_what_gguf_lacks
+from tests.fakes.modelfile_reader import read_modelfile
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 from tests.fakes.tokenizers import qwen_folder, sentencepiece_folder
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
@@ -91,7 +92,7 @@ def _modelfile(form: ChatForm | None, **more: Any) -> str:
 def test_a_modelfile_has_template_system_stops_and_context() -> None:
     text = _modelfile(chat_form(_tokenizer(DEFAULT_SYSTEM)))
     assert text.startswith("FROM ./x.gguf\n")
-    assert 'SYSTEM """Be nice."""' in text
+    assert 'SYSTEM "Be nice."' in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "PARAMETER num_ctx 8192" in text
     assert "temperature" not in text
@@ -121,6 +122,22 @@ def test_text_that_would_end_a_modelfiles_string_is_not_written() -> None:
     assert "TEMPLATE" not in _modelfile(form)
     braces = chat_form(_tokenizer(CHAT_TEMPLATE.replace("<|im_end|>", "{{ '{{' }}<|im_end|>")))
     assert '{{ "{{" }}<|im_end|>' in _modelfile(braces)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, DEFAULT_SYSTEM, WITH_BOS, NO_SYSTEM])
+def test_ollama_reads_what_was_meant(template: str) -> None:
+    form = chat_form(_tokenizer(template, "<s>"))
+    stops = ["<|im_end|>", 'say "stop"', "\\n", "\n\nUser:", '"quoted" start']
+    text = _modelfile(
+        form, stops=[*stops, "\u200b", '"""'], generation={"do_sample": True, "top_p": 0.9}, adapter="./a b.gguf"
+    )
+    read = read_modelfile(text)
+    assert [value for name, value in read if name == "stop"] == stops, "no escapes; what cannot be written is left out"
+    assert dict(read)["from"] == "./x.gguf"
+    assert dict(read)["adapter"] == "./a b.gguf"
+    assert (dict(read)["num_ctx"], dict(read)["top_p"]) == ("8192", "0.9")
+    assert dict(read)["template"].count("{{") == dict(read)["template"].count("}}") > 5
+    assert dict(read).get("system", "") == (form.default_system if form else "")
 
 
 def test_stop_words_are_the_end_token_and_what_closes_an_answer() -> None:

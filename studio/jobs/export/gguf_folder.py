@@ -1,5 +1,6 @@
 """What lies beside a GGUF file: Ollama's Modelfile and the card."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def write_lora_files(file: Path, adapter: AdapterFound, base: Path, training: Tr
         "On a GGUF file of the base model:",
         "",
         "```sh",
-        f"llama-cli -m BASE.gguf --lora {file.name}",
+        f"llama-cli -m BASE.gguf --lora {shlex.quote(file.name)}",
         "```",
         "",
         "With Ollama: name the base in the Modelfile, then `ollama create tuned -f Modelfile`.",
@@ -104,8 +105,8 @@ def _use(name: str) -> list[str]:
         "With llama.cpp, which reads the chat template from the file:",
         "",
         "```sh",
-        f"llama-cli -m {name}",
-        f"llama-server -m {name}",
+        f"llama-cli -m {shlex.quote(name)}",
+        f"llama-server -m {shlex.quote(name)}",
         "```",
         "",
         "With Ollama:",

@@ -139,8 +139,8 @@ def _write_card(
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
         "```",
     ]
     checked = [f"{request.format} through bitsandbytes, from the merged 16-bit model", loss_line(loss, "that model")]

@@ -1,5 +1,8 @@
 """Model cards: what an artefact is, what it was trained on, how well, what was checked, and the lines to use it."""
 
+import json
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from studio.runs.history import History
 from studio.runs.recipe_file import dump_recipe
 
 _LONGEST_AUDIT = 8000
+_CACHED = "models--"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,8 @@ def adapter_card(adapter: AdapterFound, name: str, training: Training) -> str:
     kind = "DoRA" if config.get("use_dora") else "LoRA"
     head = f"Rank {_rank(config)}, alpha {config.get('lora_alpha')}, on {_targets(config)}{quantised}."
     lines = [*_front(base, "peft"), f"# {kind} adapter for {shown}", "", head, ""]
-    return _text([*lines, *_figures(training), *_use_adapter(shown, name, config), *_recipe(recipe)])
+    served = "BASE_MODEL" if base == "embedded" or _is_place(base) else shown
+    return _text([*lines, *_figures(training), *_use_adapter(served, name, config), *_recipe(recipe)])
 
 
 def model_card(
@@ -69,17 +75,28 @@ def loss_line(loss: Loss | None, against: str) -> str:
 def _front(base: str, tag: str) -> list[str]:
     lines = ["---", f"library_name: {tag}"]
     # A path of this computer would be no model's name to anyone else.
-    if base and not _is_place(base):
-        lines.append(f"base_model: {plain(base, one_line=True)}")
+    if base and base != "embedded" and not _is_place(base):
+        name = plain(base, one_line=True)
+        lines.append(f"base_model: {name if _HUB_NAME.fullmatch(name) else json.dumps(name)}")
     return [*lines, "---", ""]
 
 
 def _base_of(adapter: AdapterFound | None, training: Training) -> str:
-    named = adapter.base if adapter else ""
-    return named or (training.recipe.model.base if training.recipe else "")
+    """Return the base's name on the hub where one is known, else what the adapter or the run says of it."""
+    said = [training.recipe.model.base if training.recipe else "", adapter.base if adapter else ""]
+    words = [_hub_name(word) for word in said if word]
+    return next((word for word in words if not _is_place(word)), words[0] if words else "")
+
+
+def _hub_name(word: str) -> str:
+    """Return `owner/name` of a folder in the hub's cache, anything else as it is."""
+    cached = next((part for part in Path(word).parts if part.startswith(_CACHED)), "")
+    return "/".join(cached.removeprefix(_CACHED).split("--", 1)) or word
 
 
 def _shown(base: str) -> str:
+    if base == "embedded":
+        return "SmolLM2-135M-Instruct, as lora-studio embeds it"
     return plain(Path(base).name if _is_place(base) else base, one_line=True) or "BASE_MODEL"
 
 
@@ -99,7 +116,8 @@ def _figures(training: Training) -> list[str]:
         return []
     rows = [f"- optimizer steps: {history.last_step}"]
     if recipe:
-        rows.append(f"- data: {plain(Path(recipe.data.path).name, one_line=True)}")
+        learnt = "answers only" if recipe.data.answers_only else "all words"
+        rows.append(f"- data: {plain(Path(recipe.data.path).name, one_line=True)}, {learnt} learnt")
     if history.planned:
         rows.append(f"- rows: {history.planned.rows} trained on, {history.planned.held_out_rows} held out")
     if tokens := sum(history.train.tokens):
@@ -108,7 +126,11 @@ def _figures(training: Training) -> list[str]:
         first, last = history.train.losses[0], history.train.losses[-1]
         rows.append(f"- training loss: {first:.3f} at the first step, {last:.3f} at the last")
     if history.evals:
-        rows.append(f"- held-out loss: {history.evals[0].loss:.3f} first, {history.evals[-1].loss:.3f} last")
+        first_eval, last_eval = history.evals[0], history.evals[-1]
+        rows.append(
+            f"- held-out loss: {first_eval.loss:.3f} at step {first_eval.step}, {last_eval.loss:.3f} at step "
+            f"{last_eval.step}, on {last_eval.loss_tokens:,} tokens"
+        )
     return ["## Training", "", *rows, "", *_audit(training.audit)]
 
 
@@ -133,14 +155,15 @@ def _use_adapter(base: str, name: str, config: dict[str, Any]) -> list[str]:
         "from peft import AutoPeftModelForCausalLM",
         "from transformers import AutoTokenizer",
         "",
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
         "```",
         "",
         "With vLLM:",
         "",
         "```sh",
-        f"vllm serve {base} --enable-lora --lora-modules tuned=./{name} --max-lora-rank {most}",
+        f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules {shlex.quote(f'tuned=./{name}')} "
+        f"--max-lora-rank {most}",
         "```",
     ]
     if config.get("use_rslora"):

@@ -1,6 +1,5 @@
 """Ollama's Modelfile for an exported file: the template, stop tokens and parameters that match the training."""
 
-import json
 from typing import Any
 
 from studio.jobs.export.chat_form import ChatForm
@@ -38,15 +37,15 @@ def modelfile(
     lines = [f"FROM {source}"]
     if adapter:
         lines.append(f"ADAPTER {adapter}")
-    template = _template(form, adds_bos) if form else ""
-    if template and _QUOTES not in template:
-        lines += ["", f"TEMPLATE {_QUOTES}{template}{_QUOTES}"]
-        if form and form.default_system and _QUOTES not in form.default_system:
-            lines += ["", f"SYSTEM {_QUOTES}{form.default_system}{_QUOTES}"]
+    template = _quoted(_template(form, adds_bos)) if form else ""
+    if template:
+        lines += ["", f"TEMPLATE {template}"]
+        if form and (system := _quoted(form.default_system)):
+            lines += ["", f"SYSTEM {system}"]
     else:
         lines += ["", "# The chat template cannot be written in Ollama's language: the one in the file is used."]
     lines.append("")
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER stop {word}" for word in map(_quoted, stops) if word]
     lines.append(f"PARAMETER num_ctx {min(_MOST_CONTEXT, max(_LEAST_CONTEXT, context))}")
     if generation.get("do_sample"):
         lines += [
@@ -55,6 +54,17 @@ def modelfile(
             if isinstance(generation.get(ours), int | float) and not isinstance(generation.get(ours), bool)
         ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a Modelfile has it, which knows no escapes; nothing where it cannot be written there.
+
+    Three quotes end a text of several lines, and characters that cannot be printed are not read.
+    """
+    if not text or _QUOTES in text or not all(letter.isprintable() or letter in "\n\r\t" for letter in text):
+        return ""
+    quotes = _QUOTES if any(letter in text for letter in '"\n\r') else '"'
+    return f"{quotes}{text}{quotes}"
 
 
 def _template(form: ChatForm, adds_bos: bool) -> str:
