@@ -114,6 +114,12 @@ class AdaptedPart:
         return bool(self.modules_to_save) and any(name.rpartition(".")[2] in HEADS for name in self.modules_to_save)
 
     @property
+    def whole_names(self) -> frozenset[str]:
+        """Names of the modules trained whole; every family's head counts as `lm_head`."""
+        names = (name.rpartition(".")[2] for name in self.modules_to_save)
+        return frozenset(HEAD if name in HEADS else name for name in names)
+
+    @property
     def trains_embedding(self) -> bool:
         """Whether the input embedding is trained whole."""
         return bool(self.modules_to_save) and any(
@@ -127,7 +133,7 @@ def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int
     Raises:
         BadInput: A target is no linear map of this model.
     """
-    names = target_names(shape, part.targets)
+    names = target_names(shape, part.targets) - part.whole_names  # peft adapts nothing that it trains whole
     if part.rank_pattern or part.layers:
         maps = list(_layer_by_layer(shape, names, part))
     else:

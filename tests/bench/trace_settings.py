@@ -127,8 +127,37 @@ SELDOM: tuple[dict[str, Any], ...] = (
     {"method": "qlora", "seq_len": 1024, "quant_type": "fp4", "rank_pattern": "down_proj=64"},
     {"method": "lora", "seq_len": 1024, "layers": "0-1"},
     {"method": "lora", "seq_len": 1024, "targets": ("q_proj", "v_proj"), "rslora": True},
+    {"method": "lora", "seq_len": 1024, "dora": True},
+    {"method": "qlora", "seq_len": 1024, "micro_batch": 2, "dora": True},
+    {"method": "lora", "seq_len": 1024, "targets": ("q_proj", "v_proj", "lm_head")},
+    {"method": "lora", "seq_len": 1024, "modules_to_save": "lm_head"},
+    {"method": "lora", "seq_len": 1024, "modules_to_save": "down_proj"},
+    {"method": "qlora", "seq_len": 1024, "modules_to_save": "norm"},
 )
 """What recipes seldom ask for, on one model."""
+
+UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Mistral-7B-v0.1", {"method": "qlora", "seq_len": 1024, "targets": ("q_proj", "lm_head"), "loss": "full"}),
+    ("Mistral-7B-v0.1", {"method": "qlora", "seq_len": 1024, "modules_to_save": "lm_head, embed_tokens"}),
+    ("Mistral-7B-v0.1", {"method": "lora", "seq_len": 1024, "modules_to_save": "embed_tokens", "loss": "full"}),
+    (
+        "Mistral-7B-v0.1",
+        {
+            **{"method": "lora", "seq_len": 1024, "modules_to_save": "lm_head", "loss": "full"},
+            "grad_checkpointing": False,
+        },
+    ),
+    (
+        "Qwen2.5-1.5B",
+        {"method": "lora", "seq_len": 512, "dora": True, "grad_checkpointing": False, "dropout": 0.05},
+    ),
+    (
+        "Mistral-7B-v0.1",
+        {"method": "qlora", "seq_len": 2048, "dora": True, "grad_checkpointing": False, "dropout": 0.05},
+    ),
+    ("gemma-2b", {"method": "qlora", "seq_len": 4096, "dora": True, "rank": 8, "dropout": 0.05}),
+)
+"""The same on models whose head is their own, or very wide."""
 
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
@@ -142,7 +171,7 @@ FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
 
 _SECTIONS = {
     "model": {"dtype", "double_quant", "quant_type", "skip_modules"},
-    "adapter": {"rank", "dropout", "targets", "layers", "rank_pattern", "rslora"},
+    "adapter": {"rank", "dropout", "targets", "layers", "rank_pattern", "rslora", "dora", "modules_to_save"},
     "train": {
         *("seq_len", "micro_batch", "accumulation", "optimizer", "grad_checkpointing", "loss", "attention"),
         "offload_checkpoints",
@@ -159,6 +188,8 @@ def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
             yield model, layers, {**settings, **ATTENTION_ONLY} if of_experts else settings
     for settings in SELDOM:
         yield "Llama-3.2-1B", SHALLOW["Llama-3.2-1B"], settings
+    for model, settings in UNTIED:
+        yield model, SHALLOW[model], settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings
 

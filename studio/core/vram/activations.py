@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
-from studio.core.trainable import target_names
+from studio.core.trainable import HEAD, target_names
 from studio.core.vram.form import largest
 from studio.core.vram.fused import check_kernels
-from studio.core.vram.head import HeadMarks, LossForm
+from studio.core.vram.head import ChunkMarks, HeadMarks, LossForm
 from studio.core.vram.modules import AdapterForm, Kernel, LayerForm
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.setup import Setup
@@ -28,7 +28,6 @@ from studio.core.vram.stock import (
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
 """Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
 
-A chunk of a trained head goes backward as autograd does it: log-probabilities, their gradient, the logits' gradient.
 What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not counted there.
 """
 
@@ -59,6 +58,8 @@ def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
         dropout=setup.dropout > 0,
         dora=setup.dora,
         casts_inputs=not (ours and setup.autocast),
+        whole=setup.adapted.whole_names,
+        whole_itemsize=4 if ours else residual,
     )
     quantised = setup.quant_type if setup.quantised else ""
     check_kernels(shape, setup.fused_kernels, fused_loss=setup.loss != "full")
@@ -80,7 +81,7 @@ def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
 def loss_form(setup: Setup) -> LossForm:
     """Return how a kind of set-up makes its loss; a version of transformers that is not said counts as the newest."""
     if setup.loss != "full":
-        return LossForm("chunked")
+        return LossForm("chunked", recomputed=setup.engine == "studio" and _head_trained(setup))
     if setup.engine == "studio":
         return LossForm("whole")
     version = version_of(setup.transformers or NEWEST)
@@ -146,7 +147,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
         layer_backward=layers.backward,
         first_layer_backward=shared + layers.first_backward,
         loss_forward=loss_forward,
-        loss=loss + _trained_head(shape, setup, trained),
+        loss=loss,
         copies=copies,
         held=_held_logits(shape, setup),
     )
@@ -160,6 +161,8 @@ def _loss_bytes(
     Where the version of transformers is not known: the mean of the newest and of those that copy the logits.
     """
     head = forms_of(shape, setup.kind, kernel)[1]
+    if head.chunk:
+        return _recomputed_loss(shape, head, head.chunk, numbers, copies)
     chunk = chunk_bytes(shape, setup)
     forward = max(largest(head.forward, *numbers), head.around_chunk.at(*numbers) + chunk if chunk else 0)
     highest = max(copies + forward, largest(head.backward, *numbers))
@@ -167,6 +170,23 @@ def _loss_bytes(
         return forward, highest
     other = _loss_bytes(shape, setup.of_kind(copying_logits(setup.kind)), kernel, numbers, copies)
     return (forward + other[0]) / 2, (highest + other[1]) / 2
+
+
+def _recomputed_loss(
+    shape: ModelShape, head: HeadMarks, chunk: ChunkMarks, numbers: tuple[int, int, int], copies: int
+) -> tuple[float, float]:
+    """Return the same for a head that is trained and taken in chunks."""
+    of_chunk = (loss_chunk_tokens(shape.vocabulary, numbers[0]), 0, numbers[2])
+    ahead = chunk.forward_beside.at(*numbers) + largest(chunk.forward, *of_chunk)
+    back = chunk.backward_beside.at(*numbers) + largest(chunk.backward, *of_chunk)
+    forward = max(largest(head.forward, *numbers), ahead)
+    return forward, max(copies + forward, largest(head.backward, *numbers), back)
+
+
+def _head_trained(setup: Setup) -> bool:
+    """Whether the head is adapted or trained whole."""
+    names = (setup.targets,) if isinstance(setup.targets, str) else setup.targets
+    return setup.adapted.trains_head or any(name.rpartition(".")[2] == HEAD for name in names)
 
 
 def _shared(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
@@ -225,23 +245,13 @@ def _held_logits(shape: ModelShape, setup: Setup) -> int:
     return setup.tokens * shape.vocabulary * itemsize
 
 
-def _trained_head(shape: ModelShape, setup: Setup, trained: TrainedBytes) -> int:
-    """Return what a head that is trained whole adds around the loss: a 16-bit copy and its gradient, or fp32's own.
-
-    The fp32 gradient is made of it when the last chunk is gone.
-    """
-    if not trained.head:
-        return 0
-    return 2 * setup.compute_itemsize * shape.embedding_parameters if setup.autocast else trained.head
-
-
 def chunk_bytes(shape: ModelShape, setup: Setup) -> int:
     """Return what a chunk of the head needs at once, 0 for whole logits."""
     if setup.loss == "full":
         return 0
-    if setup.engine == "studio" and (setup.loss == "chunked" or setup.adapted.trains_head):
+    if setup.engine == "studio" and setup.loss == "chunked":
         chunk, compute = loss_chunk_tokens(shape.vocabulary, setup.tokens), setup.compute_itemsize
-        if shape.logit_softcap or setup.adapted.trains_head:
+        if shape.logit_softcap:
             return chunk * shape.vocabulary * _SOFTCAP_BYTES
         # fp32 logits beside their 16-bit product, later beside 16-bit probabilities and the chunk's gradient.
         narrow = 4 + compute % 4

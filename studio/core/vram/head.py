@@ -4,14 +4,16 @@ Sources: transformers/loss/loss_utils.py ForCausalLMLoss, studio/jobs/train/loss
 fused_linear_cross_entropy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from studio.core.shape import Linear
+from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.decoder_layer import norm
-from studio.core.vram.form import NOTHING, Form
-from studio.core.vram.modules import Run
-from studio.core.vram.tape import Tensor, run_backward
+from studio.core.vram.form import NOTHING, Form, uncovered
+from studio.core.vram.modules import Run, linear
+from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 LossKind = Literal["model", "whole", "chunked"]
 
@@ -33,6 +35,7 @@ class LossForm:
         overwrites: Whether one kernel makes the loss of the fp32 logits and writes their gradient over them.
         by_model: Whether models that bring a loss of their own still use it (transformers up to 4.48): it leaves the
             logits in the head's format.
+        recomputed: Whether the head is trained, so that each chunk is computed again in the backward (our loop).
     """
 
     kind: LossKind
@@ -41,6 +44,24 @@ class LossForm:
     shift_copied: bool = False
     overwrites: bool = False
     by_model: bool = False
+    recomputed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkMarks:
+    """High-water marks of one chunk of a trained head, in forms of the chunk's own tokens, and what stands beside it.
+
+    Attributes:
+        forward: Marks of its forward.
+        forward_beside: What stands beside it, in a form of all tokens.
+        backward: Marks of computing it again and of its backward.
+        backward_beside: What stands beside that, in a form of all tokens.
+    """
+
+    forward: tuple[Form, ...]
+    forward_beside: Form
+    backward: tuple[Form, ...]
+    backward_beside: Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +72,13 @@ class HeadMarks:
         forward: High-water marks on the way forward.
         backward: The same on the way back.
         around_chunk: What stands around a chunk of the head while that one is worked out; nothing for whole logits.
+        chunk: The chunk itself, where the head is trained.
     """
 
     forward: tuple[Form, ...]
     backward: tuple[Form, ...]
     around_chunk: Form = NOTHING
+    chunk: ChunkMarks | None = None
 
 
 def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
@@ -70,7 +93,8 @@ def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
     assert node is not None  # noqa: S101  the input wants a gradient
     run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
     del outputs, kept
-    return HeadMarks(forward, tuple(tape.marks), around_chunk)
+    chunk = _chunk_marks(run, around_chunk) if loss.recomputed else None
+    return HeadMarks(forward, tuple(tape.marks), around_chunk, chunk)
 
 
 def head_forward(
@@ -87,7 +111,7 @@ def head_forward(
     hidden = norm(run, run.shape.groups[-1].layer, x[0])
     x.clear()
     if loss.kind == "chunked":
-        return _chunked(hidden), None, []
+        return (_recomputed_rows(hidden) if loss.recomputed else _chunked(hidden)), None, []
     logits, kept = _logits(run, hidden)
     if loss.by_model and run.shape.family in _OWN_LOSS:
         value = _own_loss(run, logits, loss, shifted)
@@ -105,17 +129,23 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Return logits `[batch, seq, vocabulary]` and what the head keeps beside its weight."""
     arithmetic, shape = run.form.arithmetic, run.shape
     kept = []
-    if arithmetic.autocast and arithmetic.weights > arithmetic.compute:
+    if arithmetic.autocast and arithmetic.weights > arithmetic.compute and HEAD not in run.form.adapter.whole:
         # A head upcast to fp32 is cast back to 16 bits by autocast, and that copy is what the product saves.
         kept.append(Tensor(run.tape, Form(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
-    logits = op.frozen_linear(
-        hidden, Form(per_token=shape.vocabulary), arithmetic.compute if arithmetic.autocast else None
-    )
+    logits = _head(run, hidden)
     if shape.scaled_logits:
         logits = op.scale(logits)
     if shape.logit_softcap:
         logits = op.scale(op.activate_saving_result(op.scale(logits)))
     return logits, kept
+
+
+def _head(run: Run, hidden: Tensor) -> Tensor:
+    """Return the head's product; the head is never quantised, but may be adapted or trained whole."""
+    layer, arithmetic = Linear(HEAD, run.shape.hidden, run.shape.vocabulary), run.form.arithmetic
+    if HEAD in run.form.adapter.targets | run.form.adapter.whole:
+        return linear(replace(run, form=replace(run.form, quantised="")), layer, hidden)
+    return op.frozen_linear(hidden, Form(per_token=layer.outputs), arithmetic.compute if arithmetic.autocast else None)
 
 
 def _whole_loss(logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
@@ -159,3 +189,56 @@ def _chunked(hidden: Tensor) -> Tensor:
     rows = op.gather(hidden, 1)
     gradient = Tensor(rows.tape, rows.elements, rows.itemsize)
     return Tensor(rows.tape, NOTHING, 4, op.node_of(rows.tape, (rows,), (None,), (gradient,)))
+
+
+def _recomputed_rows(hidden: Tensor) -> Tensor:
+    """Return the loss of a trained head taken in chunks: the rows are saved.
+
+    The gradient of each chunk's rows is a zero-filled tensor of all rows, added to that of the chunks before.
+    """
+    rows = op.gather(hidden, 1)
+    works = (rows.bytes,)
+    return Tensor(
+        rows.tape, NOTHING, 4, op.node_of(rows.tape, (rows,), ((rows.elements, rows.itemsize),), (rows,), works)
+    )
+
+
+def _chunk_marks(run: Run, around: Form) -> ChunkMarks:
+    """Run a chunk as studio/jobs/train/loss.py does: forward without a graph, then again with one, and backward."""
+    shape, form = run.shape, run.form
+    copy, compute = NOTHING, form.arithmetic.compute
+    if HEAD in form.adapter.whole and form.arithmetic.autocast and compute < form.adapter.whole_itemsize:
+        # Autocast's 16-bit copy of the weight is one for all chunks: its gradient is summed up and cast at the end.
+        form = replace(form, adapter=replace(form.adapter, whole_itemsize=compute))
+        copy = Form(fixed=shape.vocabulary * shape.hidden * compute)
+    tape = Tape(records=False)
+    _chunk_loss(Run(tape, shape, form))
+    forward = [mark.plus(copy) for mark in tape.marks]
+    tape = Tape()
+    again = Run(tape, shape, form)
+    value = _chunk_loss(again)
+    recomputing = tape.marks[: tape.marks_at_last_saving]
+    tape.marks.clear()
+    node, value.node = value.node, None
+    assert node is not None  # noqa: S101  the rows want a gradient
+    in_flight = run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
+    marks = [*(mark.plus(in_flight) for mark in recomputing), *tape.marks]
+    if HEAD in form.adapter.whole:
+        weights = Form(fixed=shape.vocabulary * shape.hidden)
+        sums = weights.times(form.adapter.whole_itemsize).plus(copy)
+        marks = [mark.plus(sums) for mark in marks]
+        marks.append(weights.times(compute + run.form.adapter.whole_itemsize))
+    rows = Form(per_token=shape.hidden * form.arithmetic.residual)
+    return ChunkMarks(uncovered(forward), around, uncovered(marks), rows.times(2))
+
+
+def _chunk_loss(run: Run) -> Tensor:
+    """Return the loss of one chunk, whose rows are a view."""
+    tape, shape = run.tape, run.shape
+    node = Node(tape.next_sequence(), (), ()) if tape.records else None
+    elements = Form(per_token=shape.hidden)
+    rows = Tensor(tape, elements, run.form.arithmetic.residual, node, base=Tensor(tape, NOTHING, 1))
+    logits = op.scale(op.cast(_head(run, rows), 4))
+    if shape.logit_softcap:
+        logits = op.scale(op.activate_saving_result(op.scale(logits)))
+    return _cross_entropy(logits)

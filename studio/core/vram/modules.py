@@ -26,12 +26,16 @@ class AdapterForm:
         dropout: Whether its inputs are dropped.
         dora: Whether it learns magnitudes.
         casts_inputs: Whether peft casts each adapted layer's input to the adapter's fp32 (its default).
+        whole: Names of the linear layers that are trained whole.
+        whole_itemsize: Bytes per element of their weights.
     """
 
     targets: frozenset[str] = frozenset()
     dropout: bool = False
     dora: bool = False
     casts_inputs: bool = True
+    whole: frozenset[str] = frozenset()
+    whole_itemsize: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,19 @@ def linear(run: Run, layer: Linear, x: Tensor, visits: float = 1) -> Tensor:
         x: Its input.
         visits: Rows per token: the share of tokens that an expert sees.
     """
+    if layer.name in run.form.adapter.whole:
+        return _whole(run, layer, x, visits)
     if layer.name not in run.form.adapter.targets:
         return _base_linear(run, layer, x, visits)
     return _adapted_quantised(run, layer, x, visits) if run.form.quantised else _adapted(run, layer, x, visits)
+
+
+def _whole(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
+    """peft.utils.ModulesToSaveWrapper around a linear layer; autocast casts the weight, and its gradient back."""
+    arithmetic, elements = run.form.arithmetic, Form(fixed=layer.inputs * layer.outputs)
+    weight = op.whole_weight(run.tape, elements, run.form.adapter.whole_itemsize, run.gradients)
+    weight = op.cast(weight, arithmetic.compute if arithmetic.autocast else weight.itemsize)
+    return op.cast(op.whole_linear(x, Form(per_token=layer.outputs * visits), weight), x.itemsize)
 
 
 def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:

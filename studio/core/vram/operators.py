@@ -5,7 +5,7 @@ Sources: torch/csrc/autograd derivatives.yaml (what is saved), aten/src/ATen/aut
 
 from dataclasses import dataclass
 
-from studio.core.vram.form import Form
+from studio.core.vram.form import NOTHING, Form
 from studio.core.vram.tape import Node, Tape, Tensor
 
 
@@ -237,6 +237,19 @@ def trained_linear(x: Tensor, outputs: Form, weight: Form, gradients: list[Tenso
     tape.saving()
     node = Node(tape.next_sequence(), (x.node,), (_gradient(x),), [x, *copy], trained=(weight, gradients), unpacks=True)
     return Tensor(tape, outputs, itemsize, node)
+
+
+def whole_weight(tape: Tape, elements: Form, itemsize: float, gradients: list[Tensor]) -> Tensor:
+    """Return a weight that is trained whole: its bytes count with what is always there, its gradient is kept."""
+    node = Node(tape.next_sequence(), (), (), keeps=gradients) if tape.records else None
+    return Tensor(tape, elements, itemsize, node, base=Tensor(tape, NOTHING, 1))
+
+
+def whole_linear(x: Tensor, outputs: Form, weight: Tensor) -> Tensor:
+    """Return `x @ W.T` for a weight that is trained whole: input and weight are saved."""
+    x = cast(x, weight.itemsize)
+    sizes = (_gradient(x), _gradient(weight))
+    return Tensor(x.tape, outputs, weight.itemsize, node_of(x.tape, (x, weight), sizes, (x, weight)))
 
 
 def matmul(x: Tensor, y: Tensor, outputs: Form, *, copies_x: bool, copies_y: bool) -> Tensor:

@@ -106,9 +106,10 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
     # Our loop trains whole modules in fp32; stock peft leaves them in the base's format.
-    trained = trained_bytes(shape, setup.adapted, 4 if setup.engine == "studio" else setup.residual_itemsize)
+    whole_itemsize = 4 if setup.engine == "studio" else setup.residual_itemsize
+    trained = trained_bytes(shape, setup.adapted, whole_itemsize)
     base = base_bytes(shape, frozen_form(setup.kind))
-    state = optimizer_bytes(shape, setup.adapted, setup.optimizer)
+    state = optimizer_bytes(shape, setup.adapted, setup.optimizer, whole_itemsize)
     adapter = gradients = trained.weights
     # Gradients stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
     lasting = gradients * ((setup.accumulation > 1) + (setup.gpus > 1))
@@ -118,8 +119,12 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
     # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
     head = min(fresh, trained.head)
     # A layer's own gradients are in its marks already.
-    before = fresh * (shape.layers - 1) // shape.layers
-    backward = work.held + max(work.kept_backward + work.layer_backward + head, work.first_layer_backward + before)
+    embedding = min(fresh, trained.embedding)
+    before = (fresh - embedding) * (shape.layers - 1) // shape.layers
+    # An embedding's gradient is made last, beside its output's gradient in its own format.
+    last = fresh + whole_itemsize * setup.tokens * shape.hidden if embedding else 0
+    layers = max(work.kept_backward + work.layer_backward + head, work.first_layer_backward + before)
+    backward = work.held + max(layers, last)
     step = work.held + fresh + _step_temporary(setup, gradients)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
     turnover = max(within + (work.kept_backward if setup.grad_checkpointing else 0), fresh, step)

@@ -140,11 +140,13 @@ class TrainedBytes:
         parameters: All of them.
         weights: Their bytes; gradients take as many.
         head: Bytes of a head that is trained whole, else 0.
+        embedding: The same for the input embedding.
     """
 
     parameters: int
     weights: int
     head: int
+    embedding: int
 
 
 @lru_cache(maxsize=1024)
@@ -158,16 +160,27 @@ def trained_bytes(shape: ModelShape, part: AdaptedPart, whole_itemsize: int) -> 
     """
     adapter = sum(count * elements for count, elements in trained_tensors(shape, part))
     whole = sum(count * elements for count, elements in whole_tensors(shape, part))
-    head = shape.embedding_parameters if part.trains_head else 0
-    return TrainedBytes(adapter + whole, 4 * adapter + whole_itemsize * whole, whole_itemsize * head)
+    size = whole_itemsize * shape.embedding_parameters
+    head, embedding = size * part.trains_head, size * part.trains_embedding
+    return TrainedBytes(adapter + whole, 4 * adapter + whole_itemsize * whole, head, embedding)
 
 
 @lru_cache(maxsize=1024)
-def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str) -> OptimizerBytes:
-    """Return the bytes of AdamW's two moments, tensor by tensor as bitsandbytes decides."""
+def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str, whole_itemsize: int = 4) -> OptimizerBytes:
+    """Return the bytes of AdamW's two moments, tensor by tensor as bitsandbytes decides.
+
+    Args:
+        shape: The model.
+        part: What is trained of it.
+        optimizer: Which AdamW.
+        whole_itemsize: Bytes per weight of a module trained whole; torch makes the moments in the weight's format.
+    """
     resident = paged = 0
-    for count, elements in (*trained_tensors(shape, part), *whole_tensors(shape, part)):
-        state = _moments(elements, optimizer) * count
+    wide = whole_itemsize if optimizer == "adamw_torch" else 4
+    adapter, whole = trained_tensors(shape, part), whole_tensors(shape, part)
+    tensors = [*((*pair, 4) for pair in adapter), *((*pair, wide) for pair in whole)]
+    for count, elements, itemsize in tensors:
+        state = _moments(elements, optimizer, itemsize) * count
         if optimizer.startswith("paged") and elements >= _PAGED_FROM:
             paged += state
         else:
@@ -175,13 +188,13 @@ def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str) -> Opt
     return OptimizerBytes(resident, paged)
 
 
-def _moments(elements: int, optimizer: str) -> int:
-    return 2 * sum(map(_aligned, _moment(elements, optimizer)))
+def _moments(elements: int, optimizer: str, itemsize: int) -> int:
+    return 2 * sum(map(_aligned, _moment(elements, optimizer, itemsize)))
 
 
-def _moment(elements: int, optimizer: str) -> tuple[int, ...]:
+def _moment(elements: int, optimizer: str, itemsize: int = 4) -> tuple[int, ...]:
     if "8bit" not in optimizer or elements < _EIGHT_BIT_FROM:
-        return (4 * elements,)
+        return (itemsize * elements,)
     return elements, 4 * -(-elements // 256)
 
 

@@ -130,6 +130,7 @@ class Node:
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
         unpacks: Whether its backward reads anything that the forward saved, be it only a number.
         trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
+        keeps: Who keeps the gradient that arrives here, where the node is a trained weight itself.
     """
 
     sequence: int
@@ -141,6 +142,7 @@ class Node:
     apart: bool = False
     unpacks: bool = False
     trained: "tuple[Form, list[Tensor]] | None" = None
+    keeps: list[Tensor] | None = None
 
 
 def run_backward(tape: Tape, node: Node, gradient: list[Tensor]) -> Form:
@@ -197,6 +199,8 @@ def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, T
     if node.trained is not None:
         elements, kept = node.trained
         kept.append(Tensor(tape, elements, 4))
+    if node.keeps is not None:
+        node.keeps.append(incoming[0])
     made = [
         (edge, incoming[0] if size is None else node.saved[size] if isinstance(size, int) else Tensor(tape, *size))
         for edge, size in zip(node.edges, node.gradients, strict=True)
