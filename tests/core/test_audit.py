@@ -15,6 +15,7 @@ from studio.core.audit import (
     best_plan,
     difference_in_words,
     figures_of,
+    forgetting_of,
     seen_sign,
 )
 from studio.core.audit_cells import difference, interval, size
@@ -158,3 +159,21 @@ def test_names_from_outside_break_neither_page_nor_picture() -> None:
     for picture in (losses_svg(name, [(name, 1.0, 0.5, 1.5)]), bars_svg(name, [(name, 0.5)])):
         assert "<script>" not in picture and "\x1b" not in picture
     assert "nan" not in losses_svg("one", [("same", 1.0, None, None)])
+
+
+@pytest.mark.parametrize(
+    ("shift", "scatter", "said"),
+    [
+        (-0.3, 0.0, "The model forgot something: its loss on the neutral text is higher by 0.3000"),
+        (0.3, 0.0, "No forgetting: the neutral text became likelier"),
+        (0.0, 0.3, "No forgetting can be seen"),
+    ],
+)
+def test_forgetting_is_the_loss_after_training_above_that_before(shift: float, scatter: float, said: str) -> None:
+    before = found(shift=shift, scatter=scatter)  # the base, compared with the trained model
+    forgetting = forgetting_of(before, found())
+    assert said in forgetting.verdict
+    assert f"{ROWS * TOKENS} tokens of {ROWS} passages" in forgetting.verdict
+    assert forgetting.more.value == pytest.approx(-before.more.value)
+    assert (forgetting.more.low, forgetting.more.high) == (-before.more.high, -before.more.low)  # type: ignore[operator]
+    assert Interval(1.0).negated == Interval(-1.0)

@@ -75,6 +75,26 @@ def test_what_it_leaves_in_the_run(trained: RunPaths, tmp_path: Path) -> None:
     assert (paths.root / "report.md").is_file()
 
 
+def test_forgetting_and_speeds_stand_in_the_report(trained: RunPaths, half: Path, tmp_path: Path) -> None:
+    request = asked(trained, speed="1")
+    _, report = audit(tmp_path / "audit", request)
+    rows = read_audit_rows(request, load_tokenizer(trained.adapter), lambda text: None).neutral
+    forms = plain_forms(half, trained)
+    before, after = (plain_figures(forms[name], forms["trained"], rows)[0] for name in ("base alone", "trained"))
+    forgetting = report["forgetting"]
+    assert forgetting["before"]["loss"]["value"] == pytest.approx(before, rel=1e-4)
+    assert forgetting["after"]["loss"]["value"] == pytest.approx(after, rel=1e-4)
+    assert forgetting["more"]["value"] == pytest.approx(after - before, rel=1e-3)
+    assert forgetting["more"]["low"] <= forgetting["more"]["value"] <= forgetting["more"]["high"]
+    assert f"{forgetting['after']['tokens']:,} tokens of {len(rows)} passages" in forgetting["verdict"]
+    by_name = {one["name"]: one["speed"] for one in report["variants"]}
+    for name, speed in by_name.items():
+        assert (speed["how"], speed["device"], speed["tokens"]) == ("measured", "cpu", 32), name
+        assert speed["decode_tokens_per_second"] > 1 and speed["prefill_tokens_per_second"] > 1
+    assert by_name["merged 16-bit"] == by_name["merged dequantized"], "one measurement of one form"
+    assert by_name["trained"] != by_name["on 16-bit"]
+
+
 def test_an_adapter_times_zero_is_called_no_effect(trained: RunPaths, tmp_path: Path) -> None:
     change_adapter(trained, lambda name, tensor: tensor * 0 if "lora_B" in name else tensor)
     _, report = audit(tmp_path / "audit", asked(trained))
@@ -82,6 +102,8 @@ def test_an_adapter_times_zero_is_called_no_effect(trained: RunPaths, tmp_path: 
     alone = next(one for one in report["variants"] if one["name"] == "base alone")
     assert alone["task"]["kl"]["value"] == pytest.approx(0.0, abs=1e-9)
     assert all(block["ratio"] is None for block in report["blocks"])
+    assert "No forgetting can be seen" in report["forgetting"]["verdict"]
+    assert {one["speed"]["why"] for one in report["variants"]} == {"speed was not asked for"}
 
 
 def test_an_adapter_that_does_harm_is_not_advised(trained: RunPaths, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from studio.jobs.audit.base_variants import Remembered, in_form, stored_variant
+from studio.jobs.audit.base_variants import Remembered, in_form, rounded_linears, stored_variant
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.forms import Form, FourBits, form_of_quant
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import FourBit
-from studio.jobs.base.weights.dequantized import quantised_parameters
+from studio.jobs.base.weights.dequantized import turned_parameters
 from studio.jobs.base.weights.skeleton import Skeleton
 from studio.jobs.base.weights.units import Read, find_units, merge_unit
 
@@ -60,11 +60,11 @@ class AdapterForms:
         """
         self._weights, self._skeleton, self._quant = weights, skeleton, quant
         self.form = form_of_quant(quant)
-        names = quantised_parameters(weights.clean, kept)
-        self._rounded = {name.removesuffix(".weight") for name in names}
+        self._rounded = rounded_linears(weights, kept)
         self._units = {name: unit for unit in find_units(skeleton.adapted) for name in unit.parameters}
         self.stored: Read = Remembered(weights.read)
-        self.dequantized: Read = _through(self.stored, quant, names)
+        names = {f"{name}.weight" for name in self._rounded}
+        self.dequantized: Read = _through(self.stored, quant, names, turned_parameters(weights.clean))
 
     @property
     def touched(self) -> set[str]:
@@ -154,15 +154,17 @@ class AdapterForms:
         return in_form(plain, self.form, self._rounded, name=name) if in_4_bits else plain
 
 
-def _through(read: Read, quant: FourBit, names: Collection[str]) -> Read:
+def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collection[str]) -> Read:
     """Return the weights after rounding to 4 bits and back, fp32; rounded on the card where there is one."""
     device = device_of()
 
     def back(name: str) -> Tensor:
         if name not in names:
             return read(name)
-        layer = FourBits(read(name).to(device), None, quant)
-        return layer.rows(0, layer.shape[0]).cpu()
+        weight = read(name).to(device)
+        layer = FourBits(weight.t().contiguous() if name in turned else weight, None, quant)
+        back = layer.rows(0, layer.shape[0]).cpu()
+        return back.t().contiguous() if name in turned else back
 
     return back
 

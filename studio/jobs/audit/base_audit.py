@@ -14,7 +14,7 @@ from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import ratio_interval
 from studio.core.text import plain
-from studio.jobs.audit.base_variants import folder_variants, is_kept
+from studio.jobs.audit.base_variants import folder_variants, is_kept, rounded_linears
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.cost import Cost, check_room, cost_of
 from studio.jobs.audit.forms import FORMS, STORED
@@ -23,7 +23,6 @@ from studio.jobs.audit.sweep import BlockSeen, Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.jobs.base.weights.dequantized import quantised_parameters
 from studio.probe.fingerprint import fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
@@ -182,10 +181,10 @@ def _stored_bits(weights: FolderWeights) -> float:
 def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
     """Return the number of weights of each linear layer that is rounded."""
     shapes = weights.clean.state_dict()
-    names = quantised_parameters(weights.clean)
+    names = rounded_linears(weights)
     if not names:
-        raise BadInput("no layer of this model would be quantised: bitsandbytes converts torch.nn.Linear only.")
-    return {name.removesuffix(".weight"): shapes[name].numel() for name in names}
+        raise BadInput("no layer of this model would be quantised: bitsandbytes converts linear layers only.")
+    return {name: shapes[f"{name}.weight"].numel() for name in names}
 
 
 def _base_bytes(weights: FolderWeights, quantised: dict[str, int], bits: float, stored_bytes: int) -> int:

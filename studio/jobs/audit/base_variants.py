@@ -11,7 +11,7 @@ from studio.jobs.audit.forms import FORMS, STORED, Form
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.weights import FolderWeights
-from studio.jobs.base.weights.dequantized import quantised_parameters
+from studio.jobs.base.weights.dequantized import quantised_parameters, turned_parameters
 from studio.jobs.base.weights.units import Read
 
 _WEIGHT = ".weight"
@@ -27,8 +27,19 @@ def folder_variants(weights: FolderWeights, names: Sequence[str], *, kept: Colle
         kept: Modules whose linear layers stay as they are stored, such as `model.layers.0`.
     """
     stored = stored_variant(weights)
-    rounded = {name.removesuffix(_WEIGHT) for name in quantised_parameters(weights.clean)}
+    rounded = rounded_linears(weights)
     return [in_form(stored, FORMS[name], rounded, kept=kept) for name in names]
+
+
+def rounded_linears(weights: FolderWeights, kept: Collection[str] = ()) -> set[str]:
+    """Return the names of the linear layers that a 4-bit model holds in 4 bits.
+
+    Args:
+        weights: The model.
+        kept: Modules that stay in 16 bit under it.
+    """
+    names = quantised_parameters(weights.clean, kept) | turned_parameters(weights.clean, kept)
+    return {name.removesuffix(_WEIGHT) for name in names}
 
 
 def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:

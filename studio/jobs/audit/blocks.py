@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from studio.core.errors import BadInput
 from studio.jobs.audit.forms import STORED, Form, squared_norms
@@ -78,7 +79,8 @@ def filled(
 ) -> Iterator[dict[str, Rounding]]:
     """Give a block its weights; yield what rounding did to each linear layer that is not held as stored.
 
-    Linear layers keep the stored format, or a rounded one, and are cast as they are used; all else is fp32.
+    Linear layers keep the stored format, or a rounded one, and are cast as they are used; all else is fp32, and so is
+    GPT-2's kind of linear layer (`[in, out]`) unless it is rounded, for which it is turned.
 
     Args:
         name: Of the block.
@@ -88,11 +90,14 @@ def filled(
         device: Where the weights go.
     """
     seen: dict[str, Rounding] = {}
-    linears = {path: module for path, module in block.named_modules() if type(module) is nn.Linear}
+    linears = {
+        path: module for path, module in block.named_modules() if _is_replaced(module, form_of(f"{name}.{path}"))
+    }
     others = {path: parameter for path, parameter in block.named_parameters() if path.rpartition(".")[0] not in linears}
     for path, module in linears.items():
         form = form_of(f"{name}.{path}")
         weight = read(f"{name}.{path}.weight").to(device)
+        weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
         bias = None if module.bias is None else read(f"{name}.{path}.bias").to(device).float()
         layer = form.make(weight, bias)
         if form is not STORED:
@@ -109,6 +114,10 @@ def filled(
             block.set_submodule(path, module)
         for path, parameter in others.items():
             put(block, path, parameter)
+
+
+def _is_replaced(module: nn.Module, form: Form) -> bool:
+    return type(module) is nn.Linear or (isinstance(module, Conv1D) and form is not STORED)
 
 
 @contextmanager

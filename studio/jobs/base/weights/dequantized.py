@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -25,11 +26,25 @@ def quantised_parameters(clean: PreTrainedModel, skip: Collection[str] = ()) -> 
         clean: The model's structure.
         skip: Modules that stay in 16 bit (`FourBit.skip`).
     """
+    return _quantised(clean, skip, nn.Linear)
+
+
+def turned_parameters(clean: PreTrainedModel, skip: Collection[str] = ()) -> frozenset[str]:
+    """Return the weights that are stored `[in, out]` (GPT-2's Conv1D), which 4-bit loading turns before it quantises.
+
+    Args:
+        clean: The model's structure.
+        skip: Modules that stay in 16 bit (`FourBit.skip`).
+    """
+    return _quantised(clean, skip, Conv1D)
+
+
+def _quantised(clean: PreTrainedModel, skip: Collection[str], kind: type[nn.Module]) -> frozenset[str]:
     left_alone = [*get_keys_to_not_convert(clean), *skip]
     return frozenset(
         f"{name}.weight"
         for name, module in clean.named_modules()
-        if isinstance(module, nn.Linear) and should_convert_module(name, left_alone)
+        if isinstance(module, kind) and should_convert_module(name, left_alone)
     )
 
 
