@@ -9,6 +9,7 @@ from studio.commands.follow import conclude, follow
 from studio.commands.merge import merge_request
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
 from studio.commands.terminal import say
+from studio.core.errors import BadInput
 from studio.core.export_text import export_checks
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG
@@ -86,8 +87,17 @@ def export_request(word: str, root: Path, *, out: str, form: str, base: str = ""
     Raises:
         BadInput: It names nothing that can be exported so.
     """
+    if not out:
+        raise BadInput("an empty --out names no place: name a new folder.")
     target = str(Path(out).expanduser().absolute())
-    merged = None if form in ADAPTER_FORMATS else merged_model(word, root)
+    merged = merged_model(word, root)
+    if merged is not None and form in ADAPTER_FORMATS:
+        run = merged.run if isinstance(merged, MergeRequest) else ""
+        which = f": {plain(Path(run).name, one_line=True)}" if run else " that was merged"
+        raise BadInput(
+            f"{plain(word, one_line=True)} is a merged model, and {form} is a format of adapters: name the run or the "
+            f"PEFT folder{which}."
+        )
     if isinstance(merged, MergeRequest):
         return ExportRequest(merged.out, target, form, merged.run, onto=merged.onto)
     if merged is not None:

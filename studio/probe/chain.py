@@ -63,7 +63,7 @@ def start_chain(request: MergeRequest, runs_root: Path, **starting: Any) -> RunP
         most = max(most, kept + taken.disk_bytes)
         kept += taken.out_bytes
     if request.then:
-        check_space(merged.parent, max(kept, most))
+        check_space(merged.parent, max(kept, most), "--out")
     return start_merge(request, runs_root, **starting)
 
 

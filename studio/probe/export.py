@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, AdapterFound, find_adapter
+from studio.probe.hub import knows_token
 from studio.probe.model_folder import check_folder
 from studio.probe.models import find_base
 from studio.probe.space import check_space
@@ -45,6 +48,11 @@ def start_export(
         StudioError: The worker cannot be started; no folder is left.
     """
     check_export(request)
+    if request.push and not knows_token():
+        raise BadInput(
+            "to upload, the hub wants a token, and none is known on this computer: log in with hf auth login, or set "
+            "HF_TOKEN; or leave --push out."
+        )
     check_space(runs_root)
     return launch_prepared(prepare_run(request, runs_root, now()), module, launching)
 
@@ -64,7 +72,7 @@ def check_export(request: ExportRequest) -> None:
         raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
     if not out.name.isprintable():
         raise BadInput(
-            f"the name {plain(out.name, one_line=True)!r} of the output has control characters: leave them out."
+            f"the name {plain(out.name, one_line=True)} of the output has control characters: leave them out."
         )
     refuse_on_the_grid(request.onto, form)
     if request.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", request.push, re.ASCII):
@@ -76,10 +84,13 @@ def check_export(request: ExportRequest) -> None:
             refuse_what_gguf_lacks(adapter)
         check_out(out)
         needed = adapter.header.buffer_bytes
-        if form not in ADAPTER_FORMATS:
+        if form == "lora-gguf":
+            find_base(_base_word(request, adapter), request.revision)
+        elif form not in ADAPTER_FORMATS:
             size_bytes = _check_base(request, adapter)
+            check_memory(form, size_bytes)
             needed = export_estimate(form, size_bytes, merges=True).disk_bytes
-        check_space(out.parent, needed)
+        check_space(out.parent, needed, "--out")
         return
     config, size_bytes = _check_merged(source)
     if isinstance(config.get("quantization_config"), dict):
@@ -88,7 +99,25 @@ def check_export(request: ExportRequest) -> None:
             "Export from the merged 16-bit model."
         )
     check_out(out)
-    check_space(out.parent, export_estimate(form, size_bytes).disk_bytes)
+    check_memory(form, size_bytes)
+    check_space(out.parent, export_estimate(form, size_bytes).disk_bytes, "--out")
+
+
+def check_memory(form: str, size_bytes: int) -> None:
+    """Make sure that a model has room where the whole of it is loaded: bitsandbytes quantises what is in memory.
+
+    Raises:
+        BadInput: It needs more than is free.
+    """
+    if form in GGUF_FORMATS:  # a tensor at a time
+        return
+    needed, free = export_estimate(form, size_bytes).memory_bytes, psutil.virtual_memory().available
+    if needed > free:
+        raise BadInput(
+            f"quantising with bitsandbytes loads the whole model: about {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free. Close other programs, export a GGUF format (a tensor at a time), or load "
+            "the merged model with load_in_4bit where it is used."
+        )
 
 
 def refuse_on_the_grid(onto: str, form: str) -> None:
@@ -183,12 +212,16 @@ def _check_base(request: ExportRequest, adapter: AdapterFound) -> int:
     Raises:
         BadInput: It cannot be merged into.
     """
-    word = request.base or adapter.base
-    if not word:
-        raise BadInput(f"{plain(adapter.folder.name, one_line=True)} names no base model; say which one with --base.")
+    word = _base_word(request, adapter)
     merge = MergeRequest(request.source, word, request.out, request.revision, onto=request.onto, run=request.run)
     check_merge(merge)
     return find_base(word, request.revision).size_bytes
+
+
+def _base_word(request: ExportRequest, adapter: AdapterFound) -> str:
+    if word := request.base or adapter.base:
+        return word
+    raise BadInput(f"{plain(adapter.folder.name, one_line=True)} names no base model; say which one with --base.")
 
 
 def _check_merged(source: Path) -> tuple[dict[str, Any], int]:

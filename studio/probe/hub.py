@@ -74,6 +74,13 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
     return config, sum(size for name, size in names.items() if name.endswith(".safetensors") and "/" not in name)
 
 
+def knows_token() -> bool:
+    """Return whether the hub's own login has left a token on this computer; which one nobody here needs to know."""
+    from huggingface_hub import get_token  # noqa: PLC0415
+
+    return bool(get_token())
+
+
 def download(repo: str, revision: str, size_bytes: int = 0, told: Callable[[int], None] | None = None) -> Path:
     """Download what training needs of a model into the cache, or what is missing of it, and return its folder.
 

@@ -1,6 +1,7 @@
 """From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -111,10 +112,10 @@ def start_merge(
 
 
 def check_out(out: Path) -> None:
-    """Check that nothing lies where a model is to be written.
+    """Check that nothing lies where a model is to be written, and that it can be written there.
 
     Raises:
-        BadInput: Something does.
+        BadInput: Something does, or it cannot.
     """
     shown = plain(str(out), one_line=True)
     try:
@@ -122,6 +123,10 @@ def check_out(out: Path) -> None:
             raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
     except OSError as error:
         raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        said = plain(str(place), one_line=True)
+        raise BadInput(f"the output {shown} cannot be made: {said} is not writable. Choose another --out.")
 
 
 def _name_of(job: Job) -> str:

@@ -86,13 +86,24 @@ def test_a_chain_that_cannot_be_is_refused_before_the_merge(cli: Cli, recipe: Pa
     assert not Path(out).exists()
 
 
-def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path) -> None:
+def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studio.probe.export.knows_token", lambda: False)
     runs = list(home.glob("runs/*"))
     out = str(tmp_path / "out")
     assert cli("export", str(merged), "--format", "q2", "--out", out).code == 2
     assert cli("export", str(tmp_path / "gone"), "--format", "nf4", "--out", out).code == 2
     full = cli("export", str(merged), "--format", "nf4", "--out", str(merged))
     assert (full.code, "not empty" in full.err) == (2, True)
+    for words, said in (
+        ((str(merged), "peft", out), "a format of adapters"),
+        ((str(merged), "nf4", ""), "names no place"),
+        ((str(merged), "nf4", f"{out}\x1b[31m"), "control characters"),
+        ((str(merged), "nf4", str(merged / "config.json" / "x")), "cannot be"),
+        ((str(merged), "nf4", out, "--push", "me/mine"), "hf auth login"),
+    ):
+        word, form, place, *more = words
+        refused = cli("export", word, "--format", form, "--out", place, *more)
+        assert (refused.code, said in refused.err, "\x1b" in refused.err) == (2, True, False), refused.err
     (merged / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {}}))
     again = cli("export", str(merged), "--format", "nf4", "--out", out)
     assert (again.code, "quantised already" in again.err) == (2, True)
@@ -144,7 +155,8 @@ def test_what_was_checked_is_said_at_the_end(cli: Cli, merged: Path, tmp_path: P
     assert quiet.document["result"]["golden"]["conversations"] == 5
 
 
-def test_a_repository_to_push_to(cli: Cli, merged: Path, tmp_path: Path) -> None:
+def test_a_repository_to_push_to(cli: Cli, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studio.probe.export.knows_token", lambda: True)
     words = ("--format", "q8_0", "--out", str(tmp_path / "out"), "--push", "me/tuned", "--json")
     asked = read_job(RunPaths(Path(cli("export", str(merged), *words).document["path"])))
     assert isinstance(asked, ExportRequest)

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -16,7 +15,7 @@ from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, rows_of
 from studio.jobs.export.work import Work
-from studio.probe.export import export_estimate
+from studio.probe.export import check_memory
 from studio.probe.model_folder import check_folder
 
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md", ".py")
@@ -52,21 +51,6 @@ def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss | 
     work.heed()
     work.say("checking", detail="loading it again")
     return None if wanted is None else compare(_answers(_load(folder), rows), wanted)
-
-
-def check_memory(form: str, size_bytes: int) -> None:
-    """Make sure that the whole model has room: bitsandbytes quantises what is loaded.
-
-    Raises:
-        BadInput: It needs more than is free.
-    """
-    needed, free = export_estimate(form, size_bytes).memory_bytes, psutil.virtual_memory().available
-    if needed > free:
-        raise BadInput(
-            f"quantising with bitsandbytes loads the whole model: about {needed / 1e9:.1f} GB of memory, "
-            f"{free / 1e9:.1f} GB are free. Close other programs, export a GGUF format (a tensor at a time), or load "
-            "the merged model with load_in_4bit where it is used."
-        )
 
 
 def keep_files(source: Path, folder: Path) -> None:

