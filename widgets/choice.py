@@ -32,7 +32,7 @@ class Choice(Widget, can_focus=True):
         & > .choice--other { color: $text-muted; }
         & > .choice--note { color: $text-muted; }
         &:focus {
-            background: $boost;
+            background: $foreground 10%;
             & > .choice--label { text-style: bold; }
             & > .choice--chosen { color: $accent; text-style: bold; }
         }

@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -69,29 +68,3 @@ def stops_scale(stops: Iterable[float], low: float | None = None, high: float | 
     if bottom > values[0] or top < values[-1]:
         raise ValueError(f"found ends {bottom} to {top}; wanted them to hold the stops {values[0]} to {values[-1]}")
     return Scale(values, bottom, top)
-
-
-def linear_scale(low: float, high: float, step: float) -> Scale:
-    """Return a scale from `low` in equal steps; `high` is its last stop even when the step does not meet it.
-
-    Raises:
-        ValueError: The range or the step is not positive.
-    """
-    if not low < high or step <= 0:
-        raise ValueError(f"found {low} to {high} by {step}; wanted a rising range and a positive step")
-    count = math.floor((high - low) / step + 1e-9)
-    values = [low + index * step for index in range(count + 1)]
-    return stops_scale([*values, high] if high - values[-1] > step * 1e-6 else [*values[:-1], high])
-
-
-def log_scale(low: float, high: float, factors: Iterable[float] = (1, 2, 5)) -> Scale:
-    """Return a scale with the same `factors` in every power of ten between two positive ends.
-
-    Raises:
-        ValueError: The range does not rise from above zero.
-    """
-    if not 0 < low < high:
-        raise ValueError(f"found {low} to {high}; wanted a rising range above zero")
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    inside = [float(f"{factor}e{power}") for power in powers for factor in factors]
-    return stops_scale(sorted({low, high, *(value for value in inside if low < value < high)}))

@@ -66,7 +66,7 @@ class Slider(Widget, can_focus=True):
         & > .slider--note { color: $text-muted; }
         & > .slider--refused { color: $text-error; text-style: bold; }
         &:focus {
-            background: $boost;
+            background: $foreground 10%;
             & > .slider--label { text-style: bold; }
             & > .slider--thumb { color: $accent; }
             & > .slider--filled { color: $accent; }

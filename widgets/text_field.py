@@ -17,8 +17,8 @@ class TextField(Horizontal):
         width: 1fr;
         height: 1;
         & > Static { height: 1; }
-        & > Input { width: 1fr; height: 1; padding: 0; background: $boost; }
-        & > Input:focus { background: $surface-lighten-2; }
+        & > Input { width: 1fr; height: 1; padding: 0; background: $foreground 6%; }
+        & > Input:focus { background: $foreground 14%; }
     }
     """
 

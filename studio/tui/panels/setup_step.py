@@ -46,7 +46,7 @@ class SetupStep(Vertical):
         & > OptionList { height: auto; max-height: 12; margin: 0 0 1 0; border: none; padding: 0; }
         & > Input { margin: 0 0 1 0; }
         & > _Words { height: 1fr; scrollbar-size-vertical: 1; }
-        & > _Words:focus { background: $boost; }
+        & > _Words:focus { background: $foreground 6%; }
         & > _Words > Static { height: auto; }
     }
     """
