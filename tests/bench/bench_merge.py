@@ -2,10 +2,11 @@
 
     python -m tests.bench.bench_merge [FOLDER] [GB] [--without-peft] [--rounds N]
 
-Makes a checkpoint of about GB (2) in shards and a rank-16 adapter on all linear layers in FOLDER (a temporary one),
-then runs each way in its own process, files flushed to the disk in all of them; a first `cp` that is not counted warms
-the page cache. "start" is the imports, "check" our verification; "work" is what lies between. Resident is the process's
-own peak, libraries included.
+Makes a checkpoint of about GB (2) in shards and a rank-16 adapter on all linear layers in a temporary folder inside
+FOLDER (where that holds `base` and `adapter` already, those are taken), then runs the ways in turn, each in its own
+process, files flushed to the disk in all of them; a first `cp` that is not counted warms the page cache. "start" is the
+imports, "check" our verification; "work" is what lies between. Resident is the process's own peak, libraries included.
+Where there are several rounds, the median of each way follows.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -72,8 +75,11 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
 
 
 def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
-    """The whole job, with its checks."""
-    from studio.jobs.merge.job import merge_run
+    """The whole job, with its checks, in the libraries that its own process loads."""
+    from studio.jobs.merge.__main__ import without_bitsandbytes
+
+    with without_bitsandbytes():
+        from studio.jobs.merge.job import merge_run
     from studio.runs.job import MergeRequest
     from studio.runs.layout import RunPaths
     from studio.runs.log import read_events
@@ -119,7 +125,7 @@ def _flush(folder: Path) -> None:
 WAYS: dict[str, Callable[[Path, Path, Path], Iterator[str]]] = {"cp": copying, "ours": ours, "peft, bf16": peft}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cost:
     """Wall seconds of the parts, and the peak of resident bytes."""
 
@@ -172,23 +178,36 @@ def main() -> None:
     if args.way:
         _once(args.way, args.folder)
         return
-    with tempfile.TemporaryDirectory(dir=args.folder) as place:
-        folder = Path(place)
-        base, _ = make(folder, args.gb * 1e9)
-        size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-        largest = 2048 * 8192 * 2
-        print(f"{size / 1e9:.2f} GB; largest computed tensor {largest / 1e6:.0f} MB")
+    with _checkpoint(args.folder, args.gb) as folder:
+        size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
+        print(f"{size / 1e9:.2f} GB; largest tensor 131 MB, in fp32 262 MB")
         print(f"{'':12}{'start':>7}{'work':>8}{'x cp':>7}{'check':>8}{'resident MB':>13}")
         measure("cp", folder)
+        seen: dict[str, list[Cost]] = {way: [] for way in WAYS if not (args.without_peft and way == "peft, bf16")}
         for _ in range(args.rounds):
-            copied = 0.0
-            for way in WAYS:
-                if way == "peft, bf16" and args.without_peft:
-                    continue
-                cost = measure(way, folder)
-                copied = copied or cost.work
-                figures = f"{cost.start:7.1f}{cost.work:8.1f}{cost.work / copied:7.2f}{cost.check:8.1f}"
-                print(f"{way:12}{figures}{cost.resident / 1e6:13.0f}", flush=True)
+            for way, costs in seen.items():
+                costs.append(measure(way, folder))
+                _tell(way, costs[-1], seen["cp"][-1].work)
+        if args.rounds > 1:
+            print("medians")
+            copied = median(cost.work for cost in seen["cp"])
+            for way, costs in seen.items():
+                _tell(way, Cost(*(median(getattr(cost, part) for cost in costs) for part in Cost.__slots__)), copied)
+
+
+@contextmanager
+def _checkpoint(given: Path | None, gb: float) -> Iterator[Path]:
+    if given is not None and (given / "base").is_dir() and (given / "adapter").is_dir():
+        yield given
+        return
+    with tempfile.TemporaryDirectory(dir=given) as place:
+        make(Path(place), gb * 1e9)
+        yield Path(place)
+
+
+def _tell(way: str, cost: Cost, copied: float) -> None:
+    figures = f"{cost.start:7.1f}{cost.work:8.1f}{cost.work / copied:7.2f}{cost.check:8.1f}"
+    print(f"{way:12}{figures}{cost.resident / 1e6:13.0f}", flush=True)
 
 
 if __name__ == "__main__":

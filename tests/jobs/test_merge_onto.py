@@ -98,3 +98,16 @@ def test_a_changed_config_of_the_right_base_is_said(recipe: Recipe, train: Train
     history = history_of(merge(run.adapter, base, tmp_path / "out", run=str(run.root)))
     assert history.finished is not None
     assert ["config.json" in event.message for event in history.warnings] == [True]
+
+
+def test_layers_that_lie_the_other_way_round_are_rounded_as_4_bits_round_them(tmp_path: Path, merge: Merge) -> None:
+    base = make_base(tmp_path / "base", "gpt2", torch.float32)
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["c_attn"], fan_in_fan_out=True)
+    paths = merge(adapter, base, tmp_path / "out", onto="dequantized")
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    key = "transformer.h.0.mlp.c_fc.weight"  # not adapted: what is left of it is what 4 bits keep
+    before, after = tensors_of(base)[key], tensors_of(tmp_path / "out")[key]
+    assert before.shape[0] != before.shape[1]
+    kept = through_four_bits(FourBit(), torch.bfloat16)("", before.t()).t().float()
+    assert not torch.equal(after, before)
+    assert torch.equal(after, kept)

@@ -14,7 +14,7 @@ from studio.runs.worker import Worker, run_job
 
 
 @contextmanager
-def _without_bitsandbytes() -> Iterator[None]:
+def without_bitsandbytes() -> Iterator[None]:
     """Hide it from peft, which imports it where it is there: 45 MB and a second that a 16-bit merge does not need."""
     if "bitsandbytes" in sys.modules:
         yield
@@ -33,7 +33,7 @@ def _body(worker: Worker) -> None:
         raise BadInput("this run is not a merge")
     # A merge is additions; the card, if there is one, may be busy with a training run.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with _without_bitsandbytes():
+    with without_bitsandbytes():
         from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held
     merge_run(worker, request)
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.events import Phase, Sampled, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of
-from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
+from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits, turned_parameters
 from studio.jobs.base.weights.pissa import write_difference
 from studio.jobs.base.weights.skeleton import Skeleton, Weighted
 from studio.probe.adapter_folder import (
@@ -104,10 +105,13 @@ def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[s
     model = parts.trained.model if parts.trained else None
     quant = four_bit_of(model) if model else FourBit()
     named = DTYPES.get(model.dtype) if model else None
-    return {
-        "change": through_four_bits(quant, named or torch.bfloat16),
-        "changed": quantised_parameters(skeleton.clean, quant.skip),
-    }
+    rounded = through_four_bits(quant, named or torch.bfloat16)
+    turned = turned_parameters(skeleton.clean, quant.skip)
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        return rounded(name, weight.t()).t() if name in turned else rounded(name, weight)
+
+    return {"change": change, "changed": quantised_parameters(skeleton.clean, quant.skip) | turned}
 
 
 def plan_of(request: MergeRequest, parts: Parts) -> str:
