@@ -114,7 +114,8 @@ def checked_lines(report: dict[str, Any]) -> list[str]:
             f"same top token {found['same_top_token']:.1%}"
         )
     if report.get("recomputed_tensors"):
-        lines.append(f"{report['recomputed_tensors']} of {report['tensors']} tensors made again: every bit equal")
+        again = f"{report['recomputed_tensors']} made again by peft"
+        lines.append(f"all {report['tensors']} tensors read back, {again}: every bit equal")
     for one in report.get("side_by_side") or []:
         lines.append(f"asked: {plain(one['prompt'], one_line=True, limit=120)}")
         lines += [f"  {name:<15}{plain(one[key], one_line=True, limit=200)}" for name, key in _SIDES]

@@ -88,6 +88,6 @@ def test_what_the_checks_found_is_said() -> None:
     }
     said = checked_lines(report)
     assert "KL 0.00012" in said[0]
-    assert said[1] == "8 of 272 tensors made again: every bit equal"
+    assert said[1] == "all 272 tensors read back, 8 made again by peft: every bit equal"
     assert said[2:] == ["asked: Who?\\x1b[2J", "  base + adapter me", "  merged         I"]
     assert checked_lines({"closeness": None, "side_by_side": []}) == []

@@ -105,7 +105,7 @@ def result_text(report: dict[str, Any]) -> Content:
         ("from", f"{plain(str(report.get('base')), one_line=True)} ({report.get('onto')})"),
         (
             "tensors",
-            f"{report.get('recomputed_tensors')} of {report.get('tensors')} made again and compared: every bit equal",
+            f"all {report.get('tensors')} read back, {report.get('recomputed_tensors')} made again: every bit equal",
         ),
         *_closeness(report.get("closeness")),
     ]
