@@ -205,6 +205,26 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert _nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("verb", ["convert", "quantize"])
+def test_a_disk_that_fills_up_under_llama_cpp_is_called_full(
+    merged: Path, export: Export, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    (tools / "behaviour").write_text(f"{verb} fails")
+
+    def room(folder: Path) -> Any:
+        return usage(10**12, 10**12, 4096 if (tools / "vocab").exists() else 10**12)
+
+    monkeypatch.setattr(job.shutil, "disk_usage", room)
+
+    failed = _failure(export(merged, tmp_path / "out", "q4_k_m"))
+    assert failed.failure == "disk_full"
+    assert "nothing of the export was kept" in failed.message
+    assert _nothing_left(tmp_path)
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return make_base(tmp_path / "base", "llama", tie_word_embeddings=False)

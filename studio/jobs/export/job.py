@@ -38,6 +38,7 @@ from studio.runs.log import DISK_FULL, read_events
 from studio.runs.worker import Worker
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_FULL_BYTES = 10**6
 _GGUF = ".gguf"
 _MADE = "made"
 _AUDIT = "audit.json"
@@ -72,11 +73,12 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise JobFailed(
-            DISK_FULL,
-            f"the disk of {plain(str(out.parent), one_line=True)} is full: nothing of the export was kept",
-            "free some space, or choose another --out, and export again",
-        ) from error
+        raise _disk_full(out) from error
+    except JobFailed as failed:
+        # llama.cpp's own words for it differ from step to step; what it has written so far still lies there.
+        if failed.kind == "gguf_converter" and shutil.disk_usage(aside).free < _FULL_BYTES:
+            raise _disk_full(out) from failed
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(merged_aside(request), ignore_errors=True)
@@ -88,6 +90,14 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
         report["pushed"] = push_folder(out, request.push)
     write_whole(worker.paths.report, json.dumps(report, indent=2))
     worker.emit(Finished, outcome="done", result=report)
+
+
+def _disk_full(out: Path) -> JobFailed:
+    return JobFailed(
+        DISK_FULL,
+        f"the disk of {plain(str(out.parent), one_line=True)} is full: nothing of the export was kept",
+        "free some space, or choose another --out, and export again",
+    )
 
 
 def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
