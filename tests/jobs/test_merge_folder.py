@@ -345,6 +345,11 @@ def test_a_merge_that_another_one_writes_is_refused(base: Path, adapter: Path, m
         assert "another merge" in _failure(merge(adapter, base, tmp_path / "out"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder here that even root cannot write in")
+def test_a_folder_that_cannot_be_written_is_named(base: Path, adapter: Path, merge: Merge) -> None:
+    assert "nothing can be written in /proc" in _failure(merge(adapter, base, Path("/proc/out")))
+
+
 def test_the_tokenizer_of_the_base_serves_where_the_adapter_has_none(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path
 ) -> None:

@@ -186,7 +186,14 @@ def test_the_result_is_a_table_with_paths_and_words(tmp_path: Path, size: tuple[
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app, made)
         text = shown(app)
-        for words in ("/models/out", "12 of 200", "every bit equal", "mean 0.00012", "99.5%", "base + adapter"):
+        for words in (
+            "/models/out",
+            "all 200 read back, 12 made again",
+            "every bit equal",
+            "mean 0.00012",
+            "99.5%",
+            "base + adapter",
+        ):
             assert words in text
         assert_harmless(app)
 

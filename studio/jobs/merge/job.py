@@ -77,6 +77,9 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not Path(lock.lock_file).exists():
+            shown = plain(str(out.parent), one_line=True)
+            raise BadInput(f"nothing can be written in {shown}: choose another --out") from None
         raise BadInput(f"another merge is writing {out.name} already: wait for it, or choose another --out") from None
     try:
         _merge(worker, request, parts, aside)
