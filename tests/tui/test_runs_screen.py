@@ -110,7 +110,7 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
         await pilot.press("R")
         await settle(pilot)
         assert asked.resumed == []
-        assert "there is nothing to resume" in shown(app)
+        assert "Resume" not in shown(app).splitlines()[-1]
 
     play(story, tmp_path, engine=engine_that(asked))
 
@@ -330,5 +330,18 @@ def test_a_note_that_is_too_long_is_refused_in_place(tmp_path: Path) -> None:
         assert "at most 500" in shown(app)
         await pilot.press("escape")
         assert not paths.note.exists()
+
+    play(story, tmp_path)
+
+
+def test_a_mark_cuts_no_name(tmp_path: Path) -> None:
+    run = ended(tmp_path, "a rather long name", "done", 1_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("space")
+        await settle(pilot)
+        assert f"* {run.name} " in shown(app)
 
     play(story, tmp_path)

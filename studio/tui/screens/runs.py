@@ -1,12 +1,9 @@
 """All runs, newest first, with how they stand now."""
 
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -22,20 +19,9 @@ from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
-from studio.tui.readable import UNKNOWN, number
+from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.confirm import Confirm
 from widgets.key_footer import KeyFooter
-
-_COLUMNS = ("status", "name", "step", "loss", "held-out", "note", "started", "method", "model")
-_STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green", Status.starting: "green"}
-_LONGEST = 48
-_LONGEST_NOTE = 32
-
-
-class _Table(DataTable[Text]):
-    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Open")]
 
 
 class RunsScreen(Screen[None]):
@@ -85,22 +71,19 @@ class RunsScreen(Screen[None]):
         self._runs_root, self._engine, self._lister = runs_root, engine, lister
         self._every_seconds = 4 * poll_seconds
         self._infos: dict[str, RunInfo] = {}
-        self._rows: dict[str, list[Text]] = {}
+        self._count = 0
         self._marked: set[str] = set()
 
     def compose(self) -> ComposeResult:
         """Head, filter, table, keys."""
         yield Static("Runs", id="runs-head", markup=False)
         yield Input(placeholder="a part of status, name, method, model or note", compact=True, id="runs-filter")
-        yield _Table(cursor_type="row", zebra_stripes=True)
+        yield RunsTable()
         yield KeyFooter()
 
     def on_mount(self) -> None:
         """Begin to look."""
-        table = self._table
-        for column in _COLUMNS:
-            table.add_column(column, key=column)
-        table.focus()
+        self._table.focus()
         self._read()
         self.set_interval(self._every_seconds, self._read)
 
@@ -116,26 +99,10 @@ class RunsScreen(Screen[None]):
         self._show_rows()
 
     def _show_rows(self) -> None:
-        """Show the runs that the filter lets through; only cells that changed are repainted."""
-        words, table = self._filter.value.lower().split(), self._table
-        rows = {
-            name: cells
-            for name, info in self._infos.items()
-            if (cells := _cells(info, name in self._marked)) and all(word in _searched(info) for word in words)
-        }
-        before, chosen = self._rows, self._chosen
-        self._rows = rows
-        if list(rows) != list(before):
-            table.clear()
-            for name, cells in rows.items():
-                table.add_row(*cells, key=name)
-            if chosen is not None and chosen.name in rows:
-                table.move_cursor(row=table.get_row_index(chosen.name))
-        else:
-            for name, cells in rows.items():
-                for column, cell, old in zip(_COLUMNS, cells, before[name], strict=True):
-                    if cell.plain != old.plain:
-                        table.update_cell(name, column, cell, update_width=column == "note")
+        """Show the runs that the filter lets through."""
+        words = self._filter.value.lower().split()
+        self._count = self._table.show(self._infos.values(), marked=self._marked, words=words)
+        self.refresh_bindings()
         head, told = self.query_one("#runs-head", Static), self._head()
         if told != head.content:  # an update repaints, whatever it brings
             head.update(told)
@@ -144,18 +111,25 @@ class RunsScreen(Screen[None]):
         root, count = plain(str(self._runs_root), one_line=True), len(self._infos)
         if not count:
             return f"No runs yet in {root}. Escape goes back, r starts one."
-        fewer = f"{len(self._rows)} of " if len(self._rows) != count else ""
+        fewer = f"{self._count} of " if self._count != count else ""
         return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer to resume only what has ended early."""
+        if action != "resume":
+            return True
+        info = self._chosen if self.is_mounted else None
+        return info is not None and not info.status.live and info.status is not Status.finished
+
+    def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
+        """Another run, other keys."""
+        event.stop()
+        self.refresh_bindings()
 
     def action_resume(self) -> None:
         """Continue the chosen run and watch it."""
-        info = self._chosen
-        if info is None:
-            return
-        if info.status.live or info.status is Status.finished:
-            self.app.notify(f"The run is {info.status}: there is nothing to resume.", markup=False)
-            return
-        self._resume(info)
+        if self._chosen is not None:
+            self._resume(self._chosen)
 
     def action_filter(self) -> None:
         """Type what the list is narrowed to."""
@@ -208,7 +182,7 @@ class RunsScreen(Screen[None]):
         if info.status.live:
             self.app.notify("The run is alive: stop it first.", markup=False)
             return
-        name = plain(info.name, one_line=True, limit=_LONGEST)
+        name = plain(info.name, one_line=True, limit=LONGEST)
         question = Content(f"Delete {name} with its log, checkpoints and adapter? This cannot be undone.")
 
         def decide(answer: bool | None) -> None:
@@ -229,7 +203,7 @@ class RunsScreen(Screen[None]):
             if text is not None:
                 self._write_note(info, text)
 
-        name = plain(info.name, one_line=True, limit=_LONGEST)
+        name = plain(info.name, one_line=True, limit=LONGEST)
         self.app.push_screen(AskLine(f"A note on {name}", info.note, check=check_note), take)
 
     def action_leave(self) -> None:
@@ -282,8 +256,8 @@ class RunsScreen(Screen[None]):
         self.post_message(self.Listed(self._lister(self._runs_root)))
 
     @property
-    def _table(self) -> "DataTable[Text]":
-        return self.query_one(DataTable)
+    def _table(self) -> RunsTable:
+        return self.query_one(RunsTable)
 
     @property
     def _filter(self) -> Input:
@@ -291,27 +265,4 @@ class RunsScreen(Screen[None]):
 
     @property
     def _chosen(self) -> RunInfo | None:
-        names, row = [name for name in self._rows if name in self._infos], self._table.cursor_row
-        return self._infos[names[row]] if 0 <= row < len(names) else None
-
-
-def _searched(info: RunInfo) -> str:
-    return " ".join(str(word) for word in (info.status, info.name, info.method, info.model, info.note)).lower()
-
-
-def _cells(info: RunInfo, marked: bool) -> list[Text]:
-    """Return a row. Text objects, because a table reads strings as markup."""
-    step = (
-        UNKNOWN if info.last_step is None else f"{info.last_step}/{info.total}" if info.total else str(info.last_step)
-    )
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_at)) if info.started_at else UNKNOWN
-    words = [plain(word or UNKNOWN, one_line=True, limit=_LONGEST) for word in (info.name, info.method, info.model)]
-    numbers = [_loss(info.last_loss), _loss(info.eval_loss)]
-    status = Text(str(info.status), style=_STYLES.get(info.status, ""))
-    name = f"{'* ' if marked else ''}{words[0]}"
-    note = plain(info.note, one_line=True, limit=_LONGEST_NOTE)
-    return [status, *(Text(text) for text in (name, step, *numbers, note, began, *words[1:]))]
-
-
-def _loss(value: float | None) -> str:
-    return UNKNOWN if value is None else number(value) if math.isfinite(value) else str(value)
+        return self._table.chosen
