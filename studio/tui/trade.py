@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from studio.core.audit import seen_sign
+from studio.core.base_form import base_form
 from studio.core.recipe import Method, Recipe
 from studio.core.vram.setup import setup_of
 from studio.probe.pace import Pace, pace_of
@@ -32,12 +34,14 @@ class Side:
 
     Attributes:
         outlook: What it needs.
+        held_in: Precision of the base's weights.
         largest: Largest micro-batch that fits; None without a card or while it is worked out.
         pace: Speed and time; None while they are worked out.
         measured: What a race measured of it on this model and data; None where none was run.
     """
 
     outlook: Outlook
+    held_in: str = UNKNOWN
     largest: int | None = None
     pace: Pace | None = None
     measured: Outcome | None = None
@@ -56,9 +60,9 @@ def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[M
         outlook = forecaster.outlook(turned)
         if batches:
             largest, pace = forecaster.largest_batch(turned), _pace(turned, forecaster)
-            sides[method] = Side(outlook, largest, pace, raced.get(method))
+            sides[method] = Side(outlook, base_form(turned), largest, pace, raced.get(method))
         else:
-            sides[method] = Side(outlook)
+            sides[method] = Side(outlook, base_form(turned))
     return sides
 
 
@@ -78,6 +82,7 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
     devices = [side.outlook.estimate.device for side in pair]
     trained = [side.outlook.estimate.trainable_parameters for side in pair]
     rows = [
+        ("base held in", *(side.held_in for side in pair)),
         ("peak, GiB", *(gib(device.expected) for device in devices)),
         ("its range", *(f"{gib(device.low)}-{gib(device.high)}" for device in devices)),
     ]
@@ -90,6 +95,7 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
         ("adapter file", *(_size(count * ADAPTER_BYTES_PER_PARAMETER) for count in trained)),
         ("merge", "into 16-bit", "through 16-bit"),
         *_quality_rows(pair),
+        ("use", *_uses(pair)),
     ]
     return [(row[0], row[1], row[2]) for row in rows]
 
@@ -98,7 +104,8 @@ def footnote(sides: dict[Method, Side]) -> str:
     """Return what no cell of the table can say: how the methods merge, what quality costs, whence the speed."""
     pace = sides["lora"].pace
     speed = "" if pace is None else f" Speed: {pace.speed.basis}." if pace.speed else f" Speed: {pace.why_not}."
-    return f"{MERGE} {_quality_words([sides[method] for method in METHODS])}{speed}"
+    words = _quality_words([sides[method] for method in METHODS])
+    return f"Memory, speed and time are estimates. {MERGE} {words}{speed}"
 
 
 def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
@@ -108,10 +115,23 @@ def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
         return [("quality", "the reference", "not measured")]
     more = qlora.more
     span = f"{more.low:+.3f} to {more.high:+.3f}" if more.low is not None and more.high is not None else UNKNOWN
+    paces = [UNKNOWN if (pace := one.tokens_per_second) is None else f"{pace:,.0f}" for one in (lora, qlora)]
     return [
         ("held-out loss", f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}"),
         ("4 bit adds", UNKNOWN, span),
+        ("raced, tok/s", paces[0], paces[1]),
     ]
+
+
+def _uses(pair: list[Side]) -> tuple[str, str]:
+    """Return what each method is for: what a race showed, else what memory says."""
+    qlora = pair[1].measured
+    if qlora is None or pair[0].measured is None:
+        return "where it fits", "on less memory"
+    sign = seen_sign(qlora.more)
+    if sign > 0:
+        return "learns better", "saves memory"
+    return ("as good", "as good, leaner") if sign == 0 else ("where it fits", "learns better")
 
 
 def _quality_words(pair: list[Side]) -> str:
@@ -119,7 +139,8 @@ def _quality_words(pair: list[Side]) -> str:
     if len(raced) < len(pair):
         return QUALITY
     steps, tokens = raced[0].steps, raced[0].tokens
-    return f"The loss is measured here: a race of {steps} steps each, {tokens} held-out tokens, 95 % interval."
+    rests = f"a race of {steps} steps each, {tokens} held-out tokens, 95 % interval"
+    return f"Losses and raced speed are measured here: {rests}."
 
 
 def _pace_rows(pair: list[Side], waiting: bool) -> list[tuple[str, str, str]]:

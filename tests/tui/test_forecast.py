@@ -140,6 +140,8 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     assert rows["adapter file"] == ("160 MiB", "160 MiB")
     assert rows["largest batch"] == (str(sides["lora"].largest), str(sides["qlora"].largest))
     assert rows["quality"] == ("the reference", "not measured")
+    assert rows["base held in"] == ("16-bit", "nf4+dq")
+    assert rows["use"] == ("where it fits", "on less memory")
     told = table_text(sides, "qlora", waiting=False).plain
     assert "•QLoRA 4-bit" in told
     assert " LoRA 16-bit" in told
@@ -162,7 +164,7 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
 
 
 def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    lora = Outcome("m", "d", "lora", "a", Interval(2.787, 2.44, 3.17), Interval(0.0, 0.0, 0.0), 900, 40)
+    lora = Outcome("m", "d", "lora", "a", Interval(2.787, 2.44, 3.17), Interval(0.0, 0.0, 0.0), 900, 40, 120.4)
     qlora = Outcome("m", "d", "qlora", "b", Interval(2.805, 2.46, 3.19), Interval(0.018, 0.004, 0.031), 900, 40)
     for raced, measured in (({"lora": lora, "qlora": qlora}, True), ({"lora": lora}, False), ({}, False)):
         monkeypatch.setattr(trade, "audited", lambda recipe: raced)  # noqa: B023  used at once
@@ -174,6 +176,8 @@ def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: 
         if measured:
             assert rows["held-out loss"] == ("2.787", "2.805")
             assert rows["4 bit adds"][1] == "+0.004 to +0.031"
+            assert rows["raced, tok/s"] == ("120", "-")
+            assert rows["use"] == ("learns better", "saves memory")
             assert "40 steps each, 900 held-out tokens" in told
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from studio.core.adapter_text import modules_of
 from studio.core.audit import advise_race
+from studio.core.base_form import base_form, kept_modules
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import Interval
@@ -56,7 +56,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         {
             "name": lane.name,
             "run": lane.paths.name,
-            "form": "16-bit" if lane.recipe.method == "lora" else form_of(lane.recipe),
+            "form": _held_in(lane.recipe),
             "task": asdict(found.task[lane.name]),
             "neutral": asdict(found.neutral[lane.name]),
             "peak_predicted_bytes": plans[lane.name].get("peak_bytes"),
@@ -90,11 +90,9 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     }
 
 
-def form_of(recipe: Recipe) -> str:
-    """Return how a QLoRA recipe holds its base."""
-    form = f"{recipe.model.quant_type}{'+dq' if recipe.model.double_quant else ''}"
-    kept = modules_of(recipe.model.skip_modules)
-    return f"{form}, {', '.join(kept)} in 16 bit" if kept else form
+def _held_in(recipe: Recipe) -> str:
+    kept = kept_modules(recipe)
+    return f"{base_form(recipe)}, {', '.join(kept)} in 16 bit" if kept else base_form(recipe)
 
 
 def _recipe(request: AuditRequest) -> Recipe:
