@@ -103,7 +103,7 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     itemsize = query.itemsize
     # Heads of several rows lie apart; keys and values that were repeated lie together.
     batched = run.form.batched
-    strided = batched and run.shape.heads == run.shape.kv_heads
+    strided = batched and run.shape.kv_heads in (1, run.shape.heads)
     weights = op.scale(op.matmul(query, key, Form(per_square=run.shape.heads), copies_x=batched, copies_y=strided))
     if run.shape.attention_softcap:
         weights = op.scale(op.activate_saving_result(op.scale(weights)))
@@ -119,6 +119,8 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
 
 
 def _widened(run: Run, x: Tensor) -> Tensor:
-    """Return keys or values repeated for every query head (repeat_kv): a copy, unless no heads share them."""
+    """Return keys or values repeated for every query head (repeat_kv): a copy, unless none share them, or all."""
     groups = run.shape.heads / run.shape.kv_heads
-    return x if groups == 1 else op.gather(x, groups)
+    if groups == 1:
+        return x
+    return op.expanded(x, groups) if run.shape.kv_heads == 1 else op.gather(x, groups)

@@ -28,7 +28,7 @@ def decoder_layer(run: Run, layer: Layer, x: Tensor) -> Tensor:
     if layer.wiring in ("post", "sandwich"):
         x = norm(run, layer, x)
     x = op.add(residual, _scaled(run, layer, x))
-    del weights  # transformers keeps the attention weights under the name `_` until the layer returns
+    del residual, weights  # transformers keeps the attention weights under the name `_` until the layer returns
     return x
 
 
@@ -41,7 +41,7 @@ def _parallel(run: Run, layer: Layer, x: Tensor) -> Tensor:
         normed = norm(run, layer, residual)
     x = op.add(feed_forward(run, layer, normed), attended)
     x = op.add(x, residual)
-    del weights
+    del residual, weights
     return x
 
 

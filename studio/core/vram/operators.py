@@ -172,6 +172,11 @@ def clone(x: Tensor) -> Tensor:
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
 
 
+def expanded(x: Tensor, times: float) -> Tensor:
+    """Return a view in which x stands `times` times; its gradient is made whole and then summed."""
+    return Tensor(x.tape, x.elements.times(times), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
+
+
 def laid_anew(x: Tensor) -> Tensor:
     """Return a view in another layout, whose gradient is copied back into x's own."""
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
@@ -211,7 +216,9 @@ def frozen_linear(
     """
     x = cast(x, compute or x.itemsize)
     node = node_of(x.tape, (x,), (_gradient(x),), (x,) if keeps_input else (), works)
-    _saves_constant(x.tape, node)
+    if not works:
+        # bitsandbytes keeps a quantised weight where no hook sees it: no checkpoint is computed again for that.
+        _saves_constant(x.tape, node)
     working = [Tensor(x.tape, size, 1) for size in works]
     out = Tensor(x.tape, outputs, x.itemsize, node)
     del working

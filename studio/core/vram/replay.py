@@ -152,9 +152,8 @@ class _Training:
         self._begin(1)
         copies = self._trained if caches_copies(self._setup) else []
         cached = [allocate(self._setup.compute_itemsize * elements) for elements in copies]
-        mask = [allocate(size) for size in self._mask]
         x = embedded = allocate(self._input)
-        alive = []
+        mask, alive = [allocate(size) for size in self._mask], []
         for part in self._layers:
             blocks = {part.script.source: x}
             part.play(part.script.forward, blocks, spared=embedded)
