@@ -12,7 +12,7 @@ from typing import Any
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
-from studio.probe.export import export_estimate, refuse_on_the_grid
+from studio.probe.export import check_memory, export_estimate, refuse_on_the_grid
 from studio.probe.models import find_base
 from studio.probe.space import check_space
 from studio.probe.start import check_out, launch_prepared, prepare_run, start_merge
@@ -59,6 +59,7 @@ def start_chain(request: MergeRequest, runs_root: Path, **starting: Any) -> RunP
             raise BadInput(f"a merged model cannot be exported as {shown}: wanted one of {', '.join(WHOLE_FORMATS)}.")
         refuse_on_the_grid(request.onto, form)
         check_out(beside(merged, form))
+        check_memory(form, size)
         taken = export_estimate(form, size)
         most = max(most, kept + taken.disk_bytes)
         kept += taken.out_bytes

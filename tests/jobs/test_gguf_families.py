@@ -188,6 +188,7 @@ def test_a_family_reads_and_answers_in_llama_cpp_as_it_was_trained(
     assert report["golden"]["conversations"] == 5
     assert report["golden"]["ends_with_stop"] is True
     assert report["golden"]["composes"] == family.startswith("qwen")
+    assert report["golden"]["bos_doubled"] == (family in {"mistral", "mixtral", "gemma2", "gemma3"})
     found = {"f16": _kl(llama_logits(tool, file, parts.rows, tmp_path), parts.wanted)}
     for form, (number, _) in BOUNDS.items():
         tool.run("quantize", file, tmp_path / f"{form}.gguf", str(number))

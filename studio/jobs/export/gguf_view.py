@@ -61,7 +61,7 @@ def _complete_tokenizer(view: Path) -> None:
     model = saved.get("model") or {}
     if not (view / _TOKENIZER).is_file() or model.get("type") != "BPE":
         return
-    if model.get("byte_fallback"):
+    if model.get("byte_fallback") and "▁" in model["vocab"]:
         added = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in saved["added_tokens"]}
         _change(view / _TOKENIZER, lambda table: table.setdefault("added_tokens_decoder", added))
     elif config.get("model_type") == "phi3" and _read(view / _TOKENIZER).get("tokenizer_class") in _UNNAMED:

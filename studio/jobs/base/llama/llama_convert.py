@@ -76,7 +76,7 @@ def _write_pieces(model: Path) -> None:
         return
     table = json.loads(saved.read_text("utf-8"))
     bpe = table["model"]
-    if bpe.get("type") != "BPE" or not bpe.get("byte_fallback"):
+    if bpe.get("type") != "BPE" or not bpe.get("byte_fallback") or "▁" not in bpe["vocab"]:
         return
     from sentencepiece import (  # type: ignore[import-not-found]  # noqa: PLC0415  in TOOLS
         sentencepiece_model_pb2,
