@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, AdapterFound, find_adapter
@@ -111,6 +109,8 @@ def check_memory(form: str, size_bytes: int) -> None:
     """
     if form in GGUF_FORMATS:  # a tensor at a time
         return
+    import psutil  # noqa: PLC0415  most verbs that check nothing so need not load it
+
     needed, free = export_estimate(form, size_bytes).memory_bytes, psutil.virtual_memory().available
     if needed > free:
         raise BadInput(

@@ -15,7 +15,6 @@ from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
 from studio.jobs.export import quantised
 from studio.jobs.export.model_card import Training, adapter_card
-from studio.probe import export as export_checks
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.safetensors_header import SafetensorsHeader
 from studio.runs.control import request
@@ -106,7 +105,7 @@ def test_a_memory_without_room_is_seen_before_the_model_is_loaded(
     merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(export_checks.psutil, "virtual_memory", lambda: memory(1000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(1000))
     failed = history_of(export(merged, tmp_path / "out", "nf4")).failed
     assert failed is not None
     assert "of memory" in failed.message
