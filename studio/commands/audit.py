@@ -141,8 +141,10 @@ def tell_report(report: Mapping[str, Any], to: TextIO) -> None:
     for heading, cells in tables_of(report):
         say(f"\n{heading}", to=to)
         say(table(cells), to=to)
-    for line in note_lines(report):
-        say(f"\n{line}", to=to)
+    if notes := note_lines(report):
+        say("\nNotes", to=to)
+    for line in notes:
+        say(f"- {line}", to=to)
     _tell_answers(report, to)
     say(to=to)
     for line in advice_lines(report):

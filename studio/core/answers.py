@@ -21,6 +21,9 @@ _END = " \t\n.!"
 _ANSWER_CHARACTERS = 20_000
 """A longer answer is cut before a user's pattern sees it: a pattern may take time that grows fast with the text."""
 
+_LEAST_APART = 6
+"""Prompts on which two models must differ before a difference is claimed: five coins may well fall on one side."""
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -134,8 +137,11 @@ def _shares(own: Sequence[float], other: Sequence[float]) -> Score:
 
 
 def _means(own: Sequence[float], other: Sequence[float]) -> Score:
-    ones = [1.0] * len(own)
-    return Score(ratio_interval(own, ones), ratio_interval([a - b for a, b in zip(own, other, strict=True)], ones))
+    ones, apart = [1.0] * len(own), [a - b for a, b in zip(own, other, strict=True)]
+    more = ratio_interval(apart, ones)
+    if more.low is not None and more.high is not None and sum(map(bool, apart)) < _LEAST_APART:
+        more = Interval(more.value, min(more.low, 0.0), max(more.high, 0.0))
+    return Score(ratio_interval(own, ones), more)
 
 
 def _stopped(answer: Answer, expected: str) -> float:

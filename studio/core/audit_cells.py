@@ -40,9 +40,9 @@ def share_difference(value: Mapping[str, Any]) -> str:
     """Return a difference of shares in words: that none can be seen, or how large it is, in percentage points."""
     seen = Interval(**value)
     if seen.low is None or seen.high is None:
-        return f"{100 * seen.value:+.0f} points"
-    ends = f"{100 * seen.low:+.0f} to {100 * seen.high:+.0f}"
-    return f"{100 * seen.value:+.0f} points ({ends})" if seen.sign else f"no difference seen ({ends})"
+        return f"{round(100 * seen.value):+d} points"
+    ends = f"{round(100 * seen.low):+d} to {round(100 * seen.high):+d}"
+    return f"{round(100 * seen.value):+d} points ({ends})" if seen.sign else f"no difference seen ({ends})"
 
 
 def plain_difference(value: Mapping[str, Any]) -> str:

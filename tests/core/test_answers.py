@@ -100,5 +100,10 @@ def test_a_graded_rule_has_a_mean_and_noise_has_no_sign() -> None:
         "b": [said("three four")] * 5 + [said("one two")] * 5,
     }
     found = score_answers(rule("word F1", expected), given, expected, "a")
+    few = {"a": [said("one two three four")] * 10, "b": [said("one two")] * 4 + [said("one two three four")] * 6}
+    four_apart = score_answers(rule("word F1", expected), few, expected, "a")["b"].more
+    assert four_apart.value < 0 and four_apart.sign == 0, "four coins on one side prove nothing"
+    many = {**few, "b": [said("one two")] * 8 + [said("one two three four")] * 2}
+    assert score_answers(rule("word F1", expected), many, expected, "a")["b"].more.sign == -1
     assert found["a"].mean.value == pytest.approx(2 / 3)
     assert found["b"].more.sign == 0

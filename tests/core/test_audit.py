@@ -21,7 +21,7 @@ from studio.core.audit import (
 from studio.core.audit_cells import difference, interval, size
 from studio.core.audit_picture import bars_svg, losses_svg
 from studio.core.audit_text import markdown_of
-from studio.core.intervals import Interval
+from studio.core.intervals import Interval, ratio_interval
 from tests.fakes.audit_job import base_report
 
 ROWS, TOKENS = 60, 12
@@ -79,6 +79,14 @@ def test_noise_between_rows_is_called_no_difference() -> None:
     advice = advise_base({"nf4": found(scatter=0.4)}, "nf4", [])
     assert "No cost of nf4 can be seen" in advice.sentence
     assert "no difference seen" in advice.reason
+
+
+def test_noise_alone_is_called_no_difference_nineteen_times_in_twenty() -> None:
+    draw, called, trials = random.Random(11), 0, 300  # noqa: S311
+    for trial in range(trials):
+        rows = [draw.gauss(0.0, 0.3) for _ in range(40)]
+        called += seen_sign(ratio_interval([12 * row for row in rows], [12] * 40, seed=trial, resamples=400)) != 0
+    assert called / trials <= 0.09, "5 % are called a difference by chance; 0.09 is three standard deviations above"
 
 
 def test_a_cost_that_is_real_is_told() -> None:

@@ -1,6 +1,7 @@
 """An audit's report as files: JSON, Markdown and pictures, whole, in the folder of its run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def write_report(worker: Worker, report: dict[str, Any]) -> None:
     write_whole(root / "report.md", markdown)
     write_whole(worker.paths.report, json.dumps(report, indent=1, allow_nan=False))
     if path := report.get("run_path"):
-        beside = {**report, "markdown": markdown_of(report, texts=False)}
+        # A card quotes it under a heading of its own, and shows no rows of the user's data.
+        beside = {**report, "markdown": re.sub("^#", "##", markdown_of(report, texts=False), flags=re.MULTILINE)}
         write_whole(Path(path) / BESIDE_RUN, json.dumps(beside, allow_nan=False))
     for name in (worker.paths.report.name, "report.md"):
         worker.emit(Saved, what="report", path=name)
