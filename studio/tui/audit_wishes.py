@@ -50,7 +50,7 @@ def run_wishes() -> tuple[Wish, ...]:
         Wish("answers", "Prompts answered side by side", _ANSWERS, "none"),
         Wish("check_regex", "Pattern of a good answer", "", "a regular expression; not needed"),
         Wish("speed", "Measure tokens/s (1 yes, 0 no)", _DEFAULT.speed, "0"),
-        Wish("gguf", "A GGUF file to measure too", "", "a path; exports of this run are found without"),
+        Wish("gguf", "A GGUF file to measure too", "", "a path; exports are found without"),
         Wish("lm_eval", "Tasks of lm-eval", "", "names; not needed" if there else "not installed: pip install lm-eval"),
     )
 
