@@ -32,7 +32,7 @@ from studio.tui.themes import OURS
 from widgets.output_filter import SafeOutput, drawable
 
 if TYPE_CHECKING:
-    from studio.tui.screens.setup import SetupDone
+    from studio.tui.setup_options import SetupDone
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0

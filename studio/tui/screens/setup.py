@@ -1,9 +1,9 @@
 """The guided set-up: machine, model, data, goal, recipe. Every step goes back, and no answer is lost on the way."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -16,17 +16,26 @@ from textual.timer import Timer
 from textual.widgets import Static
 
 from studio.core.errors import StudioError
-from studio.core.goals import GOALS, Goal
-from studio.core.recipe import EMBEDDED, Recipe
-from studio.core.text import plain
-from studio.probe.hub import is_hub_id
 from studio.probe.setup import Answers
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.setup_finder import Finder
 from studio.tui.setup_lookup import Lookup, Seen
+from studio.tui.setup_options import (
+    HERE,
+    OTHER,
+    SetupDone,
+    Then,
+    card_options,
+    data_options,
+    end_of,
+    end_options,
+    goal_of,
+    goal_options,
+    is_model,
+    likely_end,
+)
 from studio.tui.setup_texts import (
     advice_text,
-    goal_line,
     goal_text,
     machine_text,
     model_line,
@@ -41,26 +50,8 @@ if TYPE_CHECKING:
     from studio.probe.local_models import Listed
 
 STEPS = ("machine", "model", "data", "goal", "recipe")
-_HERE, _OTHER = "here", "other"
 _BUSY = "Working ..."
 _LOOK_AFTER_SECONDS = 0.15
-
-Then = Literal["launch", "configure", "save"]
-
-
-@dataclass(frozen=True, slots=True)
-class SetupDone:
-    """How the set-up ended.
-
-    Attributes:
-        recipe: The recommended recipe.
-        then: Start it, look at it on the configure screen, or save it to a file.
-        card: The card that was planned for; empty for this machine's.
-    """
-
-    recipe: Recipe
-    then: Then
-    card: str
 
 
 class SetupScreen(Screen[SetupDone | None]):
@@ -141,7 +132,7 @@ class SetupScreen(Screen[SetupDone | None]):
         """Recall the answers, look around, ask the first question."""
         self.answers = self._finder.recall()
         self._offer_cards()
-        self._step("goal").offer([(goal, goal_line(goal)) for goal in GOALS], self.answers.goal)
+        self._step("goal").offer(goal_options(), self.answers.goal)
         self._look_at_machine()
         self._look_for_models()
         self._look_for_files()
@@ -173,27 +164,27 @@ class SetupScreen(Screen[SetupDone | None]):
     def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
         """Say what there is to say of the option under the cursor."""
         if message.step == "goal":
-            self._step("goal").tell(goal_text(_goal(message.value)))
+            self._step("goal").tell(goal_text(goal_of(message.value)))
         elif message.step in ("model", "data") and self.step == message.step:
             self._look_soon(message.step, message.value)
 
     def on_setup_step_chosen(self, message: SetupStep.Chosen) -> None:
         """Take an option."""
         match message.step:
-            case "machine" if message.value == _OTHER:
+            case "machine" if message.value == OTHER:
                 self._choose_card()
             case "machine":
-                self._go_on(replace(self.answers, card="" if message.value == _HERE else message.value))
+                self._go_on(replace(self.answers, card="" if message.value == HERE else message.value))
             case "goal":
-                self._go_on(replace(self.answers, goal=_goal(message.value)))
+                self._go_on(replace(self.answers, goal=goal_of(message.value)))
             case "recipe":
-                self._finish(_then(message.value))
+                self._finish(end_of(message.value))
             case _:
                 self._look(message.step, message.value, self._answers_with(message.step, message.value), onward=True)
 
     def on_setup_step_typed(self, message: SetupStep.Typed) -> None:
         """Take a line: a model, words to search the hub for, or a file."""
-        if message.step == "model" and not _is_model(message.text):
+        if message.step == "model" and not is_model(message.text):
             self._step("model").tell(Content("Asking the hub ..."))
             self._ask_hub(message.text)
             return
@@ -227,14 +218,7 @@ class SetupScreen(Screen[SetupDone | None]):
         self._advice = message.advice
         step = self._step("recipe")
         step.tell_found(verdict_text(message.advice, self.answers.card))
-        step.offer(
-            [
-                ("launch", Content("Start training now")),
-                ("configure", Content("Look at every knob first")),
-                ("save", Content("Save the recipe to a file")),
-            ],
-            "launch" if message.advice.verdict in (None, "fits") and not self.answers.card else "configure",
-        )
+        step.offer(end_options(), likely_end(message.advice, self.answers.card))
         step.tell(Content.assemble(goal_text(self.answers.goal), "\n\n", advice_text(message.advice, step.room)))
 
     def action_back(self) -> None:
@@ -282,10 +266,7 @@ class SetupScreen(Screen[SetupDone | None]):
         self.app.push_screen(CardScreen(self.answers.card), take)
 
     def _offer_cards(self) -> None:
-        options = [(_HERE, Content("This machine, as it is")), (_OTHER, Content("Plan for another card ..."))]
-        if self.answers.card:
-            options.insert(1, (self.answers.card, Content(f"Plan for {plain(self.answers.card, one_line=True)}")))
-        self._step("machine").offer(options, self.answers.card or _HERE)
+        self._step("machine").offer(card_options(self.answers.card), self.answers.card or HERE)
 
     @work(thread=True, group="machine")
     def _look_at_machine(self) -> None:
@@ -299,10 +280,7 @@ class SetupScreen(Screen[SetupDone | None]):
     @work(thread=True, group="files")
     def _look_for_files(self) -> None:
         files = [str(path) for path in self._finder.files()]
-        options = [(EMBEDDED, Content("embedded: questions about Python's standard library"))]
-        options += [(file, Content(plain(file, one_line=True, limit=100))) for file in files]
-        if self.answers.data not in (EMBEDDED, *files):
-            options.insert(0, (self.answers.data, Content(plain(self.answers.data, one_line=True, limit=100))))
+        options = data_options(files, self.answers.data)
         self.app.call_from_thread(self._step("data").offer, options, self.answers.data)
 
     @work(thread=True, exclusive=True, group="hub")
@@ -340,23 +318,3 @@ class SetupScreen(Screen[SetupDone | None]):
 
     def _step(self, key: str) -> SetupStep:
         return self.query_one(f"#step-{key}", SetupStep)
-
-
-def _goal(word: str) -> Goal:
-    return next(goal for goal in GOALS if goal == word)
-
-
-def _then(word: str) -> Then:
-    return "launch" if word == "launch" else "save" if word == "save" else "configure"
-
-
-def _is_model(word: str) -> bool:
-    """Return whether a line names a model rather than words to search for."""
-    if word == EMBEDDED or word.startswith((".", "~")) or "\0" in word:
-        return True
-    try:
-        if Path(word).is_dir():
-            return True
-    except OSError:
-        return False
-    return "/" in word and (is_hub_id(word) or word.startswith("/"))
