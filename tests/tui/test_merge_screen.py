@@ -235,7 +235,9 @@ def test_exports_follow_the_merge_wherever_the_screen_is(tmp_path: Path) -> None
         stopped.next.write_text(done.name)
         made._look()
         await settle(pilot)
-        assert "f16     tokens: 5 conversations read the same" in shown(app)
+        assert "f16     finished  /m.gguf" in shown(app)
+        assert "        tokens: 5 conversations read the same" in shown(app)
+        assert "f16     a warning" in shown(app)
 
     play(story, tmp_path)
 

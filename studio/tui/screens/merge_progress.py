@@ -86,23 +86,17 @@ class MergeProgressScreen(Screen[None]):
         return [*self._watches.values()][-1].paths
 
     def _show(self, statuses: dict[str, Status]) -> None:
-        lines = [
-            progress_line(form, watch.paths, watch.history, statuses[form]) for form, watch in self._watches.items()
-        ]
+        lines, said = [], []
+        for form, watch in self._watches.items():
+            lines.append(progress_line(form, watch.paths, watch.history, statuses[form]))
+            if form != MERGED and (end := watch.history.finished):
+                lines += [Content(f"        {plain(line, one_line=True)}") for line in export_checks(end.result)]
+            said += [f"{form:<8}{plain(event.message)}" for event in watch.history.warnings]
         lines += [Content(f"{form:<8}{waits_line(statuses)}") for form in self._waiting]
         self.query_one("#progress-lines", Static).update(Content("\n").join(lines))
-        said = [event.message for watch in self._watches.values() for event in watch.history.warnings]
-        self.query_one("#progress-warnings", Static).update(Content("\n".join(plain(text) for text in said)))
+        self.query_one("#progress-warnings", Static).update(Content("\n".join(said)))
         if not statuses[MERGED].live:
-            found = {form: watch.history.finished for form, watch in self._watches.items() if form != MERGED}
-            checks = [
-                Content(f"{form:<8}{plain(line, one_line=True)}")
-                for form, end in found.items()
-                if end
-                for line in export_checks(end.result)
-            ]
-            result = result_text(read_report(self._merge))
-            self.query_one("#progress-result", Static).update(Content("\n").join([result, *checks]))
+            self.query_one("#progress-result", Static).update(result_text(read_report(self._merge)))
 
     def action_stop(self) -> None:
         """Ask once, then ask what runs to stop; what waits is not started."""
