@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from studio.core.errors import BadInput, JobFailed
+from studio.jobs.base.data.template import render, with_system_folded
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
 from studio.jobs.export.chat_form import ChatForm, chat_form
 from studio.jobs.export.gguf_folder import stop_words
@@ -20,6 +21,7 @@ from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.lora_gguf import fold_scaling
 from studio.jobs.export.modelfile import modelfile
 from studio.probe.adapter_folder import find_adapter
+from studio.probe.data import Message
 from studio.probe.export import refuse_what_gguf_lacks
 from tests.fakes.modelfile_reader import read_modelfile
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
@@ -277,8 +279,12 @@ func main() {
 	if err := json.Unmarshal([]byte(os.Args[2]), &messages); err != nil {
 		panic(err)
 	}
+	system := ""
+	if messages[0].Role == "system" {
+		system = messages[0].Content
+	}
 	parsed := template.Must(template.New("").Parse(string(text)))
-	if err := parsed.Execute(os.Stdout, map[string]any{"Messages": messages}); err != nil {
+	if err := parsed.Execute(os.Stdout, map[string]any{"Messages": messages, "System": system}); err != nil {
 		panic(err)
 	}
 }
@@ -295,6 +301,7 @@ def test_gos_own_templates_write_what_the_chat_template_writes(tmp_path: Path) -
         [("user", "a\n b")],
         [("user", "One {{ x }}?"), ("assistant", "First."), ("user", " Two? ")],
         [("system", "Be brief."), ("user", "One?")],
+        [("system", "Be brief."), ("user", "One?"), ("assistant", "First."), ("user", "Two?")],
     )
     braces = CHAT_TEMPLATE.replace("<|im_end|>", "{{ '{{' }}<|im_end|>")
     for template, bos in (
@@ -309,13 +316,11 @@ def test_gos_own_templates_write_what_the_chat_template_writes(tmp_path: Path) -
         assert form is not None
         (tmp_path / "template").write_text(_modelfile(form, adds_bos=False).split('TEMPLATE """')[1].split('"""')[0])
         for turns in conversations:
-            if turns[0][0] == "system" and form.system is None:
-                continue
             # Ollama puts the Modelfile's SYSTEM in front where a conversation brings none.
             bare = form.default_system and turns[0][0] != "system"
             meant = [("system", form.default_system), *turns] if bare else turns
             told = json.dumps([{"Role": role, "Content": words} for role, words in meant])
             done = subprocess.run([tmp_path / "render", tmp_path / "template", told], check=True, capture_output=True)
-            table = [{"role": role, "content": words} for role, words in turns]
-            wanted = tokenizer.apply_chat_template(table, tokenize=False, add_generation_prompt=True)
-            assert done.stdout.decode() == wanted
+            said = [Message(role, words) for role, words in turns]
+            table = said if form.system else with_system_folded(said)
+            assert done.stdout.decode() == render(tokenizer, [table], ask=True)[0]

@@ -69,12 +69,16 @@ def _quoted(text: str) -> str:
 
 def _template(form: ChatForm, adds_bos: bool) -> str:
     """Return the conversation in Go's template language. Nothing may be trimmed: white space is part of the form."""
-    system, user, answer = ((_go(a), _go(b)) for a, b in (form.system or ("", ""), form.user, form.answer))
+    user, answer = ((_go(a), _go(b)) for a, b in (form.user, form.answer))
+    if form.system:
+        system, folded = f"{_go(form.system[0])}{{{{ .Content }}}}{_go(form.system[1])}", ""
+    else:  # as a training run does it: before the first words of the user
+        system, folded = "", "{{ if and (le $i 1) $.System }}{{ $.System }}\n\n{{ end }}"
     start = "" if adds_bos else _go(form.start)
     return (
         f"{start}{{{{ range $i, $_ := .Messages }}}}{{{{ $last := eq (len (slice $.Messages $i)) 1 }}}}"
-        f'{{{{ if eq .Role "system" }}}}{system[0]}{{{{ .Content }}}}{system[1]}'
-        f'{{{{ else if eq .Role "user" }}}}{user[0]}{{{{ .Content }}}}{user[1]}'
+        f'{{{{ if eq .Role "system" }}}}{system}'
+        f'{{{{ else if eq .Role "user" }}}}{user[0]}{folded}{{{{ .Content }}}}{user[1]}'
         f'{{{{ else if eq .Role "assistant" }}}}{answer[0]}{{{{ .Content }}}}'
         f"{{{{ if not $last }}}}{answer[1]}{{{{ end }}}}{{{{ end }}}}"
         f'{{{{ if and $last (ne .Role "assistant") }}}}{_go(form.ask)}{{{{ end }}}}{{{{ end }}}}'
