@@ -35,6 +35,8 @@ VERBS = {
     "serve": "the studio in a browser of this machine",
 }
 _MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {"": "studio.commands.open_studio"}
+_NAMES = {"recipe": "RECIPE", "recipe_word": "RECIPE", "model": "--model", "gpu": "--gpu", "out": "--out"}
+"""Arguments that name something: an empty one is a slip (`--gpu "$CARD"` with nothing in CARD), never a default."""
 _DEBUG = "LORA_STUDIO_DEBUG"
 
 
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None, *, modules: Mapping[str, str] | None
 def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
     chosen = next((word for word in words if word in VERBS), "")
     args = _parser(chosen).parse_args(words)
+    for name, shown in _NAMES.items():
+        if getattr(args, name, None) == "":
+            raise BadInput(f"{shown} is empty; wanted a name. To take the default, leave it out.")
     args.modules = dict(modules or {})
     module = importlib.import_module(_MODULES[args.verb or ""])
     return int(module.run(args))

@@ -1,6 +1,7 @@
 """`lora-studio data check`: what a data file is, what is wrong with it, how long its rows are."""
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from studio.core.recipe import choices_of
 from studio.core.text import plain
 from studio.probe.data import DataSet, Finding, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
+from studio.probe.embedded_model import unpack_embedded
+from studio.probe.models import find_base
 
 _LISTED_LONG_ROWS = 20
 
@@ -38,10 +41,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         BadInput: The file cannot be read at all, or the model has no tokenizer to measure with.
+        StudioError: The embedded model could not be unpacked.
     """
     if args.seq and not args.model:
         raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
     data = inspect_data(Path(args.file), format=args.format)
+    if args.model:
+        _make_loadable(args.model)
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
     report = _report(data, tokens, long_rows)
@@ -50,6 +56,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         _tell(data, report)
     return DONE if report["ok"] else NO
+
+
+def _make_loadable(model: str) -> None:
+    base = find_base(model)
+    if base.kind == "embedded" and base.path is None:
+        say("the embedded model is unpacked for its tokenizer; this happens once", to=sys.stderr)
+        unpack_embedded()
 
 
 def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:

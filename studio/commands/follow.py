@@ -9,9 +9,21 @@ from typing import Any, TextIO
 from studio.commands.interrupts import Interrupts
 from studio.commands.loss_plot import loss_plot
 from studio.commands.progress import Progress
-from studio.commands.terminal import DONE, NO, complain, duration, is_rich, number, say, width_of_terminal, write_json
+from studio.commands.terminal import (
+    BAD_INPUT,
+    DONE,
+    NO,
+    complain,
+    duration,
+    is_rich,
+    number,
+    say,
+    width_of_terminal,
+    write_json,
+)
 from studio.core.text import plain
 from studio.runs.control import request
+from studio.runs.failure import BAD_INPUT as FOUND_BAD_INPUT
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.summary import summary_of
@@ -84,9 +96,14 @@ def conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
 
 
 def exit_code(summary: dict[str, Any], end: End) -> int:
-    """Return 0 for a finished run, for one stopped on request whose adapter lies there, and for one left alive."""
+    """Return 0 for a finished run, for one stopped on request whose adapter lies there, and for one left alive.
+
+    2 is for a run whose worker could not use what it was given.
+    """
     if end.left:
         return DONE
+    if _given_bad_input(summary):
+        return BAD_INPUT
     if end.status is Status.stopped:
         return DONE if summary["adapter"] else NO
     return DONE if end.status is Status.finished else NO
@@ -120,11 +137,16 @@ def tell_failure(paths: RunPaths, summary: dict[str, Any]) -> None:
         complain(ended)
     if advice := failure.get("advice"):
         complain(f"what to do: {advice.replace('runs resume RUN', f'runs resume {paths.name}')}")
-    lines = last_output(paths)
+    # The message says all of a bad input; the output would add our own traceback.
+    lines = [] if _given_bad_input(summary) else last_output(paths)
     if lines:
         complain(f"the last lines of {plain(str(paths.output), one_line=True)}:")
         for line in lines:
             complain(f"  {plain(line, one_line=True, limit=_LINE_CHARACTERS)}")
+
+
+def _given_bad_input(summary: dict[str, Any]) -> bool:
+    return (summary["failure"] or {}).get("kind") == FOUND_BAD_INPUT
 
 
 def _losses(summary: dict[str, Any]) -> str:

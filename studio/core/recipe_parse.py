@@ -22,6 +22,8 @@ def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
     for path, value in _flat(table):
         if path in PATHS:
             recipe = recipe.with_(path, _shaped(path, value))
+        elif path in _SECTIONS:
+            unknown.append(Problem(path, _kind_of(value), f"a table: [{path}] with its fields below"))
         else:
             unknown.append(Problem(path, "an unknown key", _nearest(path)))
     refuse((*unknown, *recipe.problems()))
@@ -79,6 +81,10 @@ def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
             yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
             yield key, value
+
+
+def _kind_of(value: Any) -> str:
+    return "a list of tables" if isinstance(value, list) and value and isinstance(value[0], Mapping) else repr(value)
 
 
 def _shaped(path: str, value: Any) -> Any:

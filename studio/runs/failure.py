@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 from studio.core.errors import BadInput, JobFailed
 
+BAD_INPUT = "bad_input"
+"""The kind of a failure whose reason is what the job was given."""
+
 Explain = Callable[[BaseException], JobFailed | None]
 """Gives an exception of the job's libraries (out of memory on the card ...) our name and advice, or None."""
 
@@ -38,7 +41,7 @@ def _explained(error: BaseException, explain: Explain) -> JobFailed | None:
 def _by_type(error: BaseException) -> JobFailed:
     match error:
         case BadInput():
-            return JobFailed("bad_input", str(error), "Correct it and start a new run.")
+            return JobFailed(BAD_INPUT, str(error), "Correct it and start a new run.")
         case KeyboardInterrupt():
             message = "interrupted before the job could stop in order"
             return JobFailed("interrupted", message, "Continue with: lora-studio runs resume RUN")

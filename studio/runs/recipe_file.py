@@ -32,6 +32,8 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
         raise BadInput(f"{shown} is not valid TOML: {_toml_place(str(error), text)}") from error
     except RecursionError as error:
         raise BadInput(f"{shown} is nested too deeply to be a recipe.") from error
+    except ValueError as error:  # Python reads no integer of more than 4300 digits
+        raise BadInput(f"{shown} holds a number that is too long to be read.") from error
     try:
         settings = tuple(settings)
         here, folder = Path.cwd(), path.absolute().parent

@@ -199,3 +199,12 @@ def test_the_traceback_is_there_for_who_asks(cli: Cli, monkeypatch: pytest.Monke
     outcome = cli("train", "./nowhere.toml")
     assert outcome.code == 2
     assert "Traceback" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "words", [("plan", ""), ("plan", "--model", ""), ("plan", "--gpu", ""), ("train", ""), ("fit", "demo", "--gpu", "")]
+)
+def test_an_empty_name_is_a_slip_and_no_default(cli: Cli, words: tuple[str, ...]) -> None:
+    outcome = cli(*words)
+    assert outcome.code == 2
+    assert "is empty" in outcome.err

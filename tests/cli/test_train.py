@@ -77,6 +77,17 @@ def test_a_failure_says_what_and_what_to_do(cli: Cli, recipe: Path, monkeypatch:
     }
 
 
+def test_what_a_worker_cannot_use_is_bad_input_without_a_traceback(
+    cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_REFUSE_AT", "1")
+    outcome = cli("train", str(recipe), "--json")
+    assert outcome.code == 2
+    assert outcome.document["failure"]["kind"] == "bad_input"
+    assert "the rows cannot be used" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 def test_a_crash_says_so_and_shows_the_last_output(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_DIE_AT", "3")
     outcome = cli("train", str(recipe))

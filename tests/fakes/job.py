@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from studio.core.errors import JobFailed
+from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Evaluated, Finished, Paused, Phase, Planned, Sampled, Saved, Started, StepDone, Warned
 from studio.runs.atomic import publish_folder
 from studio.runs.worker import Worker, run_job
@@ -46,6 +46,8 @@ def main(worker: Worker) -> None:
     for step in range(done + 1, total + 1):
         if step == _number("FAIL_AT", -1):
             raise JobFailed("nonfinite_loss", f"the loss is nan at step {step}", "Lower the learning rate.")
+        if step == _number("REFUSE_AT", -1):
+            raise BadInput("the rows cannot be used")
         if step == _number("RAISE_AT", -1):
             raise ZeroDivisionError("a fault of the fake")
         if step == _number("DIE_AT", -1):

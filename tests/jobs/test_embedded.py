@@ -1,6 +1,8 @@
 """Converting the embedded model: once, whole or not at all, whoever asks and whatever is killed."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from studio.cli import main
 from studio.core.errors import StudioError
 from studio.jobs.base import embedded as module
 from studio.jobs.base.embedded import ensure_embedded
-from studio.probe.embedded_model import find_embedded
+from studio.probe.embedded_model import find_embedded, unpack_embedded
 from studio.probe.models import find_base
 from tests.fakes.model import model_folder
 
@@ -96,7 +99,7 @@ def test_a_conversion_that_wrote_too_little_does_not_count(monkeypatch: pytest.M
 def test_a_full_disk_is_said_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, conversions: list[Path]
 ) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: _Disk(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Disk(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(StudioError, match=r"400 MB are needed in .*, 1 MB are free"):
         ensure_embedded()
     assert conversions == []
@@ -178,3 +181,20 @@ def test_the_real_conversion_gives_a_model_that_knows_something() -> None:
     assert base.path == folder
     assert base.config is not None
     assert base.config["hidden_size"] == 576
+
+
+def test_unpacking_in_a_process_of_its_own_says_what_went_wrong() -> None:
+    folder = find_embedded().folder
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.write_text("a file where a folder must be")
+    with pytest.raises(StudioError, match=r"could not be unpacked.*could not be written"):
+        unpack_embedded()
+
+
+@pytest.mark.slow
+def test_data_check_counts_the_embedded_models_tokens_in_a_new_home(capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_base("embedded").path is None
+    assert main(["data", "check", "embedded", "--model", "embedded", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["lengths"]["tokens"]["min"] > 1
+    assert "unpacked" in told.err

@@ -60,6 +60,9 @@ def test_settings_are_applied_after_the_file(tmp_path: Path) -> None:
         (b"name = '\xff\xfe'", ["not UTF-8", "0xff", "line 1"]),
         (b"a = 1\nb = 2\nname = '\xe4'", ["not UTF-8", "line 3"]),
         ("a = " + "[" * 20_000, ["nested too deeply"]),
+        ("[train]\nsteps = " + "9" * 5_000, ["too long"]),
+        ("model = 3", ["model: found 3", "[model]"]),
+        ("[[model]]\nbase = 'x'", ["model: found a list of tables", "[model]"]),
         ("x" * (2**20 + 1), ["larger than 1 MiB"]),
         ("[trian]\nsteps = 1", ["trian", "train"]),
         (

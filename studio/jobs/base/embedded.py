@@ -5,6 +5,7 @@ Two processes that need it at once convert it once; a process killed half-way le
 
 import secrets
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,10 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
             f"The embedded model could not be converted ({type(error).__name__}: {error}). "
             f"It needs transformers with GGUF support; installed is {transformers.__version__}."
         ) from error
+
+
+if __name__ == "__main__":
+    try:
+        ensure_embedded()
+    except StudioError as failed:
+        sys.exit(str(failed))
