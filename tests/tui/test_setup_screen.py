@@ -155,6 +155,21 @@ def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, si
     play_setup(story, tmp_path, finder_that(told, cards=[CARD]), size=size, engine=engine)
 
 
+def test_on_a_small_screen_the_reasons_use_its_width_and_can_be_scrolled_by_keys(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data", "goal", "recipe")
+        await until(pilot, lambda: "Start training now" in shown(app))
+        assert "Held out" not in shown(app), "there is more than fits"
+        await pilot.press("tab", "end")
+        await until(pilot, lambda: "Held out" in shown(app))
+        assert max(len(row.rstrip()) for row in shown(app).splitlines()[5:-1]) > 60
+        await pilot.press("tab", "enter")
+        await until(pilot, lambda: not isinstance(app.screen, SetupScreen))
+
+    engine = engine_that(Asked(), makes=lambda: make_run(tmp_path, "made"))
+    play_setup(story, tmp_path, finder_that(Told(), cards=[CARD]), size=NARROW, engine=engine)
+
+
 def test_every_step_goes_back_and_no_answer_is_lost(tmp_path: Path) -> None:
     data = tmp_path / "mine.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 30)
