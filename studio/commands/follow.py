@@ -21,6 +21,7 @@ from studio.commands.terminal import (
     width_of_terminal,
     write_json,
 )
+from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.control import request
 from studio.runs.failure import BAD_INPUT as FOUND_BAD_INPUT
@@ -31,6 +32,7 @@ from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch, last_output
 
 _POLL_SECONDS = 0.2
+_GONE = "its folder was deleted while it was followed"
 _LINE_CHARACTERS = 300
 
 
@@ -58,6 +60,9 @@ def follow(
         stops_on_interrupt: The first Ctrl-C asks the run to stop and the second leaves it; else the first one leaves.
         sleep: Waits between two looks.
         clock: Seconds, for the pace of lines.
+
+    Raises:
+        StudioError: The run's folder was deleted meanwhile.
     """
     progress = Progress(lambda line: say(line, to=to), clock=clock)
     asked, patience = False, 1 if stops_on_interrupt else 0
@@ -67,6 +72,8 @@ def follow(
             progress.tell(events, watch.history)
             if not events and not run_status(watch.paths).live:
                 _drain(watch, progress)
+                if not watch.paths.root.is_dir():
+                    raise StudioError(f"the run {plain(watch.paths.name, one_line=True)} is gone: {_GONE}.")
                 return End(run_status(watch.paths), left=False)
             if interrupts.count and stops_on_interrupt and not asked:
                 asked = True
@@ -136,7 +143,7 @@ def tell_failure(paths: RunPaths, summary: dict[str, Any]) -> None:
     if summary["status"] == Status.crashed and (ended := how_it_ended(paths)):
         complain(ended)
     if advice := failure.get("advice"):
-        complain(f"what to do: {advice.replace('runs resume RUN', f'runs resume {paths.name}')}")
+        complain(f"what to do: {advice}")
     # The message says all of a bad input; the output would add our own traceback.
     lines = [] if _given_bad_input(summary) else last_output(paths)
     if lines:

@@ -8,6 +8,9 @@ from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 
+_RESUME = "runs resume RUN"
+"""How jobs, who need not know their run's name, advise to go on."""
+
 
 def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
     """Return what a run came to, ready for JSON: a number that is unknown or not finite is null."""
@@ -31,7 +34,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "seconds": _seconds(history),
         "peak_bytes": peak_bytes(history),
         "warnings": [event.message for event in history.warnings],
-        "failure": _failure(history, status),
+        "failure": _failure(history, status, paths.name),
         "result": finished.result if finished else {},
     }
 
@@ -78,16 +81,17 @@ def _seconds(history: History) -> float | None:
     return max(0.0, history.last_at - history.started.at)
 
 
-def _failure(history: History, status: Status) -> dict[str, Any] | None:
+def _failure(history: History, status: Status, run: str) -> dict[str, Any] | None:
     if history.failed is not None:
         failed = history.failed
-        return {"kind": failed.failure, "message": failed.message, "advice": failed.advice, "step": failed.step}
+        advice = failed.advice.replace(_RESUME, f"runs resume {run}")
+        return {"kind": failed.failure, "message": failed.message, "advice": advice, "step": failed.step}
     if status is Status.crashed:
         message = "the worker's process ended without saying why; the last lines it printed are in output.log"
         return {
             "kind": "crashed",
             "message": message,
-            "advice": "lora-studio runs resume RUN",
+            "advice": f"lora-studio runs resume {run}",
             "step": history.last_step,
         }
     return None

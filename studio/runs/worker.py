@@ -116,8 +116,16 @@ class Worker:
             self.exit_code = 0 if isinstance(event, Finished) else 1
 
     def requested(self, what: Request) -> bool:
-        """Return whether the user asks for this."""
-        return requested(self.paths, what)
+        """Return whether the user asks for this.
+
+        Raises:
+            JobFailed: The run's folder was deleted: there is nobody left to work for, and nowhere to save.
+        """
+        if requested(self.paths, what):
+            return True
+        if not self.paths.root.is_dir():
+            raise JobFailed("folder_gone", "the run's folder was deleted while it ran", "")
+        return False
 
     def served(self, what: Request) -> None:
         """Say that a request was fulfilled."""

@@ -1,3 +1,4 @@
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from studio.core.events import Started, StepDone
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from studio.runs.process import is_alive, read_mark
 from studio.runs.status import Status, run_status
 from studio.runs.store import find_run
 from studio.runs.supervise import stop
@@ -96,6 +98,21 @@ def test_attaching_follows_and_an_interrupt_only_detaches(home: Path) -> None:
     assert "the run lives on" in out
     assert run_status(paths) is Status.running
     stop(paths, 10)
+
+
+def test_a_run_whose_folder_is_deleted_is_gone_and_its_worker_ends(home: Path) -> None:
+    paths = _slow(home)
+    marked = read_mark(paths.process)
+    command = [sys.executable, "-m", "tests.fakes.cli", "runs", "attach", "try", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()
+    shutil.rmtree(paths.root)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "")
+    assert "is gone: its folder was deleted" in err
+    assert marked is not None
+    wait_for(lambda: not is_alive(marked[0]))
 
 
 def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -220,3 +221,13 @@ def test_process_json_says_where_the_worker_ran(paths: RunPaths) -> None:
     table = json.loads(paths.process.read_text())
     assert table["cwd"] == str(Path.cwd())
     assert table["taken_at"] > 0
+
+
+def test_a_worker_whose_folder_was_deleted_ends_at_its_next_look(paths: RunPaths) -> None:
+    worker, looked = Worker(paths), []
+    with worker:
+        looked.append(worker.requested("stop"))
+        shutil.rmtree(paths.root)
+        looked.append(worker.requested("stop"))
+    assert (worker.exit_code, looked) == (1, [False])
+    assert not paths.root.exists()
