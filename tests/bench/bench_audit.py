@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def rows_of(tokens: int) -> list[Any]:
     return [Example(ids, ids.copy()) for ids in made]
 
 
-def walk(folder: Path, tokens: int) -> dict[str, float]:
-    """Carry 16 bit and NF4 through all blocks and score them."""
+def walk(folder: Path, tokens: int, forms: Sequence[str] = ("16-bit", "nf4")) -> dict[str, float]:
+    """Carry some forms through all blocks and score them."""
     from studio.jobs.audit.base_variants import folder_variants
     from studio.jobs.audit.blocks import parts_of
+    from studio.jobs.audit.cost import cost_of
     from studio.jobs.audit.large_blocks import return_large_blocks
     from studio.jobs.audit.sweep import Sweep
     from studio.jobs.audit.weights import FolderWeights
@@ -87,18 +89,18 @@ def walk(folder: Path, tokens: int) -> dict[str, float]:
     return_large_blocks()  # as the job's process does
     began = time.process_time()
     weights = FolderWeights(folder)
-    sweep = Sweep(
-        parts_of(weights.clean),
-        folder_variants(weights, ["16-bit", "nf4"]),
-        rows_of(tokens),
-        device=torch.device("cpu"),
-    )
+    parts, variants, rows = parts_of(weights.clean), folder_variants(weights, forms), rows_of(tokens)
+    expected = cost_of(parts, variants, rows, alone=False, stored_bytes=2).memory_bytes
+    sweep = Sweep(parts, variants, rows, device=torch.device("cpu"))
     sweep.run(lambda fraction, detail: None, lambda carried: False)
     scores = sweep.scores()
     hidden = sum(states.nbytes for batches in sweep.carried.hidden.values() for states in batches)
-    finals = 2 * sum(len(row.input_ids) - 1 for row in rows_of(tokens)) * HIDDEN * 4
-    kl = float(scores["nf4"].kl.mean())
-    return {"seconds": time.process_time() - began, "hidden_bytes": hidden + finals, "kl": kl}
+    finals = len(variants) * sum(len(row.input_ids) - 1 for row in rows_of(tokens)) * HIDDEN * 4
+    took = time.process_time() - began
+    return {
+        "seconds": took, "hidden_bytes": hidden + finals, "kl": float(scores["nf4"].kl.mean()),
+        "expected_bytes": expected,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -161,8 +163,8 @@ def main() -> int:
             print(
                 f"memory: {size / 1e9:.2f} GB model, {args.memory_tokens} tokens, 2 variants: peak resident "
                 f"{found['peak_bytes'] / 1e6:.0f} MB of {allowed / 1e6:.0f} MB allowed (2 blocks of "
-                f"{BLOCK_BYTES / 1e6:.0f} MB, hidden states {found['hidden_bytes'] / 1e6:.0f} MB, 500 MB); "
-                f"{found['seconds']:.0f} CPU s",
+                f"{BLOCK_BYTES / 1e6:.0f} MB, hidden states {found['hidden_bytes'] / 1e6:.0f} MB, 500 MB), "
+                f"estimated before: {found['expected_bytes'] / 1e6:.0f} MB; {found['seconds']:.0f} CPU s",
                 flush=True,
             )
         if args.time_gb:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch.nn.functional import linear
 
 from studio.jobs.audit import forms, rounding
@@ -45,6 +46,19 @@ def test_four_bits_are_the_librarys_to_the_bit(name: str, dtype: torch.dtype, sh
     changed, whole = squared_norms(weight, layer)
     assert changed == pytest.approx(float((wanted - weight.float()).double().square().sum()), rel=1e-5, abs=1e-12)
     assert whole == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_eight_bits_are_the_librarys_to_the_bit() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(200, 64).bfloat16(), torch.randn(5, 64)
+    x[2, 7] = 9.0  # an outlying activation
+    theirs = Linear8bitLt(64, 200, bias=False, has_fp16_weights=False, threshold=forms.OUTLIER)
+    theirs.weight = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    layer: Any = FORMS["int8"].make(weight, None)
+    assert torch.equal(layer.scales, theirs.weight.SCB)
+    assert torch.equal(layer.rows(0, 200), theirs.weight.data.float() * (theirs.weight.SCB.unsqueeze(1) / 127))
+    assert torch.equal(layer(x), theirs.eval()(x).to(x.dtype))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

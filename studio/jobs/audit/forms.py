@@ -14,6 +14,7 @@ from bitsandbytes.functional import (
     dequantize_4bit,
     dequantize_blockwise,
     get_4bit_type,
+    int8_vectorwise_quant,
     quantize_4bit,
     quantize_blockwise,
 )
@@ -95,10 +96,11 @@ class EightBits(nn.Module):
         self.inner = Linear8bitLt(
             columns, rows, bias=bias is not None, has_fp16_weights=False, threshold=OUTLIER, device="meta"
         )
-        self.inner.weight = Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+        parts = [int8_vectorwise_quant(weight[a:b].half())[:2] for a, b in _slices(weight.shape, weight.device)]
+        codes, self.scales = (torch.cat(list(some)) for some in zip(*parts, strict=True))
+        self.inner.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=self.scales)
         if bias is not None:
             self.inner.bias = _frozen(bias)
-        self.scales: Tensor = self.inner.weight.SCB
         self.inner.eval()
 
     def forward(self, x: Tensor) -> Tensor:

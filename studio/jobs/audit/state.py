@@ -43,8 +43,10 @@ class KeptWalk:
         try:
             table = json.loads((self.folder / _WALK).read_text("utf-8"))
             if table["about"] == self._about:
-                tensors = load_file(self.folder / _STATES)
-                return Carried(_by_variant(tensors), [_seen(entry) for entry in table["seen"]])
+                hidden: dict[str, list[Tensor]] = {}
+                for number, _ in enumerate(table["variants"]):
+                    hidden |= _by_variant(load_file(self.folder / f"{number:03d}-{_STATES}"))
+                return Carried(hidden, [_seen(entry) for entry in table["seen"]])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             pass  # as good as none: the walk begins again
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -61,13 +63,12 @@ class KeptWalk:
         aside = self.folder.with_name(f".{self.folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        tensors = {
-            f"{name}|{place:06d}": states.contiguous()
-            for name, batches in carried.hidden.items()
-            for place, states in enumerate(batches)
-        }
-        save_file(tensors, aside / _STATES)
-        (aside / _WALK).write_text(json.dumps({"about": self._about, "seen": [asdict(one) for one in carried.seen]}))
+        for number, (name, batches) in enumerate(carried.hidden.items()):
+            # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
+            tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
+            save_file(tensors, aside / f"{number:03d}-{_STATES}")
+        seen = [asdict(one) for one in carried.seen]
+        (aside / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
         publish_folder(aside, self.folder)
         self._kept_at = self._clock()
 
