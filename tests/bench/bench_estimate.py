@@ -1,7 +1,8 @@
 """How fast an estimate is, and a table of every published row beside it: `python -m tests.bench.bench_estimate`.
 
-Errors come three times: with each row's own loop and library version, from its flags alone, and, for what the card
-shows, with the one fitted constant chosen on the other sources.
+Errors come twice: with each row's own loop and library version, and from its flags alone; reserved and device bytes as
+`lora-studio plan` gives them, by replay. The closed form that sliders use stands below, with its one fitted constant
+chosen on the other sources.
 """
 
 import statistics
@@ -11,14 +12,16 @@ from dataclasses import replace
 
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.vram.activations import forms_of
-from studio.core.vram.estimate import attention_kernel, estimate_vram
+from studio.core.vram.estimate import VramEstimate, attention_kernel, estimate_vram
+from studio.core.vram.refine import refined
+from studio.core.vram.replay import replayed
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import stages_of
 from studio.core.vram.static import frozen_form
 from studio.core.vram.step import head_forms, layers_forms
 from studio.core.vram.stock import built
-from tests.core.published_rows import GIB, Compared, card, compared, measured_bytes, shapes, stock_default
+from tests.core.published_rows import GIB, Compared, card, compared, from_flags, measured_bytes, shapes
 
 METRICS = ("allocated", "reserved", "device")
 ROUNDS = 2000
@@ -45,7 +48,7 @@ def speed() -> None:
     def slide(number: int) -> object:
         return estimate_vram(shape, ours[number], gpu)
 
-    def stock(number: int) -> object:
+    def stock(number: int) -> VramEstimate:
         return estimate_vram(shape, theirs[number], gpu)
 
     def cold(number: int) -> object:
@@ -54,7 +57,17 @@ def speed() -> None:
         head_forms.cache_clear()
         return estimate_vram(shape, setup, gpu)
 
-    for name, call, rounds in (("slider", slide, ROUNDS), ("stock loop", stock, ROUNDS), ("another set-up", cold, 50)):
+    def replay(number: int) -> object:
+        replayed.cache_clear()
+        return refined(stock(number), shape, theirs[number], gpu)
+
+    calls = (
+        ("slider", slide, ROUNDS),
+        ("stock loop", stock, ROUNDS),
+        ("another set-up", cold, 50),
+        ("replay", replay, 5),
+    )
+    for name, call, rounds in calls:
         median, late = microseconds(call, rounds)
         print(f"{name:15} {median:8.0f} us median {late:8.0f} us at the 95th percentile")
 
@@ -81,16 +94,10 @@ def table() -> None:
     for metric in METRICS:
         summary(metric, [e for item in alike if (e := item.error(metric)) is not None])
     for metric in METRICS:
-        sure = [item for item in alike if item.row["completeness"] == "A"]
-        pairs = [(flags_alone(item, metric), measured_bytes(item.row, metric)) for item in sure]
+        pairs = [(getattr(found, metric).expected, measured_bytes(item.row, metric)) for item, found in from_flags()]
         summary(
             f"{metric}, class A from flags alone", [bytes_ / measured - 1 for bytes_, measured in pairs if measured]
         )
-
-
-def flags_alone(item: Compared, metric: str) -> int:
-    estimate = estimate_vram(shapes()[item.row["model"]], stock_default(item.row), card(item.row))
-    return int(getattr(estimate, metric).expected)
 
 
 def summary(name: str, errors: list[float]) -> None:
@@ -103,7 +110,10 @@ def summary(name: str, errors: list[float]) -> None:
 
 
 def left_out() -> None:
-    """Predict the reserved bytes of each source with the fragmentation that suits the other sources best."""
+    """Predict the reserved bytes of each source in closed form, as sliders do.
+
+    The one fitted constant is the fragmentation that suits the other sources best. A replay has none.
+    """
     rows: dict[str, list[tuple[Compared, float]]] = {}
     for item in compared():
         measured = measured_bytes(item.row, "reserved") or (measured_bytes(item.row, "device") or 0) - CONTEXT_BYTES
@@ -123,9 +133,9 @@ def left_out() -> None:
         shares = [share / 100 for share in range(21)]
         best = min(shares, key=lambda f: statistics.mean(abs(error(*pair, f)) for pair in others))
         found = [error(*pair, best) for pair in own]
-        summary(f"reserved, {source} left out (fragmentation {best:.2f})", found)
+        summary(f"reserved in closed form, {source} left out (fragmentation {best:.2f})", found)
         errors += found
-    summary("reserved, each source left out in turn", errors)
+    summary("reserved in closed form, each source left out in turn", errors)
 
 
 if __name__ == "__main__":
