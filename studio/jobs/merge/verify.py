@@ -18,8 +18,8 @@ from studio.jobs.merge.steps import MergeSteps, Step
 from studio.jobs.merge.sums import find_different
 
 _SAMPLE = 4
-_SAMPLE_BYTES = 16 * 2**20
-"""Of the tensors that are made again whole, in fp32 and with the delta beside them."""
+_SAMPLE_BYTES = 4 * 2**20
+"""Of the tensors that are made again whole, in fp32 and with the delta beside them; larger where all are larger."""
 _WORK = 8e10
 """Parameters times tokens of one pass: a few seconds on two cores."""
 _FEWEST_TOKENS, _MOST_TOKENS = 48, 384
@@ -165,7 +165,8 @@ def _differs(key: str) -> JobFailed:
 
 def _some(steps: Sequence[Step]) -> Sequence[Step]:
     """Return a few steps from all over the model; not the large ones, where there are small ones."""
-    small = [step for step in steps if _size_of(step) <= _SAMPLE_BYTES] or sorted(steps, key=_size_of)[:1]
+    limit = max(_SAMPLE_BYTES, min(map(_size_of, steps), default=0))
+    small = [step for step in steps if _size_of(step) <= limit]
     return small[:: max(1, len(small) // _SAMPLE)][:_SAMPLE]
 
 

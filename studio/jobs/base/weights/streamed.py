@@ -120,13 +120,13 @@ def most_lent(model: nn.Module, weights: Weights, prefix: str = "") -> int:
 def _by_rows(model: nn.Module, weights: Weights, prefix: str) -> dict[str, tuple[nn.Module, str]]:
     """Find the layers that can compute from files, by path: the module and its tensor."""
     found: dict[str, tuple[nn.Module, str]] = {}
-    closed: list[str] = []
+    closed = ""
     for path, module in model.named_modules():
-        if any(path.startswith(f"{above}.") for above in closed):
+        if closed and path.startswith(closed):  # whatever is inside a module follows it at once
             continue
         # Other wrappers of peft's use the weight of the layer inside without calling it.
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _calls_its_layer(module):
-            closed.append(path)
+            closed = f"{path}."
         if (type(module) is nn.Linear or isinstance(module, nn.Embedding)) and module.weight.is_meta:
             key = weights.key_of(clean_name(f"{path}.weight".removeprefix(prefix)))
             if key is not None and weights.files.tensors[key].entry.shape == module.weight.shape:
@@ -146,16 +146,16 @@ _Lent = tuple[nn.Module, str, list[str]]
 def _lent(model: nn.Module, prefix: str, by_rows: dict[str, tuple[nn.Module, str]]) -> list[_Lent]:
     """Find every decoder layer and wrapper, and every module outside them that has parameters of its own."""
     lent: list[_Lent] = []
-    blocks: list[str] = []
+    block = ""
     for path, module in model.named_modules():
-        if any(path.startswith(f"{block}.") for block in blocks):
+        if block and path.startswith(block):
             continue
         above = path.rpartition(".")[0]
         # A wrapper of peft's may use the weights of the module inside without calling it.
         is_wrapper = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         is_block = is_wrapper or (bool(above) and isinstance(model.get_submodule(above), nn.ModuleList))
         if is_block:
-            blocks.append(path)
+            block = f"{path}."
         names = dict(module.named_parameters(recurse=is_block, remove_duplicate=False))
         wanted = [
             local

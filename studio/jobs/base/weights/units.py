@@ -42,12 +42,12 @@ def find_units(adapted: PeftModel) -> list[Unit]:
         BadInput: Wrappers are nested in a way that is not understood.
     """
     units: list[Unit] = []
-    outer: list[str] = []
+    outer = ""
     for path, module in adapted.base_model.model.named_modules():
-        if any(path.startswith(f"{above}.") for above in outer):
+        if outer and path.startswith(outer):  # whatever is inside a module follows it at once
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            outer.append(path)
+            outer = f"{path}."
             inner, name = _inner(module, path), clean_name(path)
             names = tuple(f"{name}.{local}" for local, _ in inner.named_parameters())
             units.append(Unit(name, module, inner, names))
