@@ -9,6 +9,7 @@ from studio.commands.chat_prompt import Command, read_command
 from studio.commands.interrupts import Interrupts
 from studio.commands.options import add_json, add_runs_dir, root_of
 from studio.commands.terminal import BAD_INPUT, DONE, NO, complain, say, write_json
+from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.chat import chat_request
 from studio.runs.chat import (
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, ask, answer.
 
     Raises:
-        BadInput: Nothing that can answer is named, or a knob is out of its range.
+        BadInput: Nothing that can answer is named, a knob is out of its range, or the question is empty or not text.
         StudioError: The process cannot be started.
     """
     sampling = check_sampling(
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     )
     request = chat_request(args.model, root_of(args), base=args.base, base_only=args.base_only, device=args.device)
     to = sys.stderr if args.json else sys.stdout
-    prompt = sys.stdin.read().strip() if args.prompt == "-" or _is_piped(args) else args.prompt
+    prompt = _prompt(args)
     with ChatProcess(request, module=args.modules.get("chat", MODULE)) as process:
         chat = Talk(process, Conversation(args.system), sampling, to)
         failed = chat.load()
@@ -85,6 +86,17 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             write_json({"model": args.model, "prompt": prompt, "device": chat.device, "answers": chat.answers})
     return DONE
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    try:
+        prompt = sys.stdin.read().strip() if args.prompt == "-" or _is_piped(args) else args.prompt
+        f"{prompt}{args.system}".encode()  # bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer reads
+    except UnicodeError as error:
+        raise BadInput("the question or the system prompt is not UTF-8 text.") from error
+    if prompt is not None and not prompt.strip():
+        raise BadInput("the question is empty: give it with --prompt or through stdin.")
+    return str(prompt) if prompt is not None else None
 
 
 class Talk:

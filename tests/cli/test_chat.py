@@ -52,6 +52,13 @@ def test_one_side(cli: Cli, run: str, word: str, sides: list[str]) -> None:
     assert list(cli("chat", run, "--prompt", "hi", word, "--json").document["answers"]) == sides
 
 
+@pytest.mark.parametrize(("prompt", "found"), [("", "is empty"), (" \n", "is empty"), ("\udcff hi", "not UTF-8")])
+def test_a_question_that_cannot_be_asked_is_refused_at_once(cli: Cli, run: str, prompt: str, found: str) -> None:
+    outcome = cli("chat", run, "--prompt", prompt, "--json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert found in outcome.err
+
+
 def test_a_question_through_a_pipe(cli: Cli, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
