@@ -20,7 +20,7 @@ FRAGMENTATION = 0.10
 
 One number in place of a replay (replay.py), which sliders have no time for: of 81 set-ups of this program's own loop
 the replay reserves as much to 2.7 % in the median and 8.7 % at the 90th percentile. Chosen on two of three sources of
-measurements, it is right on the third to 2 and 8 % (`python -m tests.bench.bench_estimate`).
+measurements, it is right on the third to 2.5 and 8 % (`python -m tests.bench.bench_estimate`), 12 % at worst.
 """
 
 MOST_FRAGMENTATION = 0.30
