@@ -158,6 +158,7 @@ def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Pat
         (base / name).write_text(json.dumps(auto))
     (base / "evil.py").write_text("raise SystemExit")
     (base / "model.safetensors").write_bytes(b"weights")
+    (base / "weights-2.safetensors").write_bytes(b"more")
     (adapter / "tokenizer_config.json").write_text(json.dumps({"own": True, **auto}))
     (adapter / "adapter_config.json").write_text("{}")
     view = make_view(tmp_path / "view", [base, adapter])
@@ -166,6 +167,7 @@ def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Pat
     assert json.loads((view / "config.json").read_text()) == {"kept": 1}
     linked = make_view(tmp_path / "linked", [base], weights=base)
     assert (linked / "model.safetensors").read_bytes() == b"weights"
+    assert (linked / "model-weights-2.safetensors").read_bytes() == b"more"
     assert not (linked / "evil.py").exists()
 
 

@@ -47,7 +47,8 @@ def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = Non
     if weights is not None:
         for path in sorted(weights.iterdir()):
             if path.name.endswith((_WEIGHTS, ".index.json")):
-                _link(path, view / path.name)
+                # The converter passes over files of other names, although an index may list any.
+                _link(path, view / (path.name if path.name.startswith("model") else f"model-{path.name}"))
     return view
 
 
