@@ -4,11 +4,13 @@ Only the module of the verb that was asked for is imported, so that `--version` 
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from studio import __version__
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None, *, modules: Mapping[str, str] | None
         modules: The module of each kind of job; None takes the real ones.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # An encoding without our characters shows them as escapes instead of ending the program.
@@ -69,10 +72,34 @@ def main(argv: Sequence[str] | None = None, *, modules: Mapping[str, str] | None
         return 1
     except KeyboardInterrupt:
         return 130
-    except StudioError as error:
-        return _complain(str(error), 2 if isinstance(error, BadInput) else 1)
     except Exception as error:  # noqa: BLE001  the last stop: a message instead of a traceback
-        return _complain(f"unexpected {type(error).__name__}: {error} (set {_DEBUG}=1 for the traceback)", 1)
+        return _complain(*_told(error))
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Return what to say of an error, and the exit code."""
+    if isinstance(error, StudioError):
+        return str(error), 2 if isinstance(error, BadInput) else 1
+    if isinstance(error, FileNotFoundError) and not _has_current_folder():
+        return "the current folder was deleted: change into another one first", 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk, or what the output goes to, is full", 1
+    return f"unexpected {type(error).__name__}: {error} (set {_DEBUG}=1 for the traceback)", 1
+
+
+def _open_closed_streams() -> None:
+    """Started with `<&-` or `2>&-`, Python has None there, and `print` to a None stderr writes to stdout."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  as long as the program
+
+
+def _has_current_folder() -> bool:
+    try:
+        os.getcwd()  # noqa: PTH109  Path.cwd is the same call
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _run(words: list[str], modules: Mapping[str, str] | None) -> int:

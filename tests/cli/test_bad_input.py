@@ -208,3 +208,23 @@ def test_an_empty_name_is_a_slip_and_no_default(cli: Cli, words: tuple[str, ...]
     outcome = cli(*words)
     assert outcome.code == 2
     assert "is empty" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "out", "err"),
+    [
+        ('exec "$@" plan nope --json 2>&-', 2, "", ""),
+        ('exec "$@" setup --json <&- >&-', 0, "", ""),
+        ('exec "$@" chat embedded --json <&-', 2, "", "the question is empty"),
+        ('exec "$@" recipes >/dev/full', 1, "", "is full"),
+        ('exec "$@" <&-', 0, "no runs", ""),
+        ('mkdir gone; cd gone; rmdir ../gone; exec "$@" plan demo --json', 2, "", "the current folder was deleted"),
+    ],
+)
+def test_closed_streams_and_a_deleted_current_folder(home: Path, shell: str, code: int, out: str, err: str) -> None:
+    words = ["sh", "-c", shell, "sh", sys.executable, "-m", "tests.fakes.cli"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert out in done.stdout
+    assert bool(out) == bool(done.stdout)
+    assert err in done.stderr
