@@ -159,6 +159,9 @@ def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Pat
     (base / "evil.py").write_text("raise SystemExit")
     (base / "model.safetensors").write_bytes(b"weights")
     (base / "weights-2.safetensors").write_bytes(b"more")
+    (base / "consolidated.safetensors").write_bytes(b"all of it in another form")
+    index = {"weight_map": {"a": "model.safetensors", "b": "weights-2.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (adapter / "tokenizer_config.json").write_text(json.dumps({"own": True, **auto}))
     (adapter / "adapter_config.json").write_text("{}")
     view = make_view(tmp_path / "view", [base, adapter])
@@ -168,6 +171,7 @@ def test_the_converter_sees_no_code_and_nothing_that_asks_for_some(tmp_path: Pat
     linked = make_view(tmp_path / "linked", [base], weights=base)
     assert (linked / "model.safetensors").read_bytes() == b"weights"
     assert (linked / "model-weights-2.safetensors").read_bytes() == b"more"
+    assert not [path.name for path in linked.iterdir() if "consolidated" in path.name]
     assert not (linked / "evil.py").exists()
 
 

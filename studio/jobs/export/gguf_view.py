@@ -14,6 +14,7 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.model_folder import INDEX
 
 _WEIGHTS = ".safetensors"
 _SMALL = (".json", ".jinja", ".model", ".txt")
@@ -45,10 +46,12 @@ def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = Non
             _change(view / name, lambda table: table.pop("auto_map", None))
     _complete_tokenizer(view)
     if weights is not None:
+        listed = set((_read(weights / INDEX).get("weight_map") or {}).values())
         for path in sorted(weights.iterdir()):
-            if path.name.endswith((_WEIGHTS, ".index.json")):
+            named = path.name.startswith("model")
+            if path.name in listed or (named and path.name.endswith((_WEIGHTS, INDEX))):
                 # The converter passes over files of other names, although an index may list any.
-                _link(path, view / (path.name if path.name.startswith("model") else f"model-{path.name}"))
+                _link(path, view / (path.name if named else f"model-{path.name}"))
     return view
 
 
