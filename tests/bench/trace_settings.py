@@ -156,8 +156,12 @@ UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
         {"method": "qlora", "seq_len": 2048, "dora": True, "grad_checkpointing": False, "dropout": 0.05},
     ),
     ("gemma-2b", {"method": "qlora", "seq_len": 4096, "dora": True, "rank": 8, "dropout": 0.05}),
+    ("Qwen3-30B-A3B", {"method": "lora", "seq_len": 512}),
+    ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 2048, "micro_batch": 2}),
+    ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 1024, "grad_checkpointing": False}),
+    ("Mixtral-8x7B", {"method": "lora", "seq_len": 512, "rank": 8}),
 )
-"""The same on models whose head is their own, or very wide."""
+"""The same on models whose head is their own, or very wide; and fused experts, which all-linear adapts as well."""
 
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),

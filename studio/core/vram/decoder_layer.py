@@ -124,20 +124,26 @@ def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
     assert experts is not None  # noqa: S101  the caller looked
     if layer.expert_maps:
         return _separate_experts(run, layer, experts, x)
-    merged = None
+    merged: list[Tensor] = []
     if EXPERTS in run.form.adapter.targets and experts.adapted_by_all:
-        # peft adds the adapter's whole product to the fused weights before they are used, and the sum is saved; that
-        # the products on the way amount to one and a half times the weights was seen on a small Qwen3-MoE.
-        weights = Form(fixed=experts.weights(run.shape.hidden))
-        run.tape.passing(weights.times(3 * run.form.arithmetic.compute))
-        merged = Tensor(run.tape, weights, run.form.arithmetic.compute)
+        # peft adds the adapter's whole product to the fused weights before they are used (ParamWrapper): gate and up
+        # are one tensor, down another, and both live until the layer is done.
+        third = Form(fixed=experts.weights(run.shape.hidden) / 3)
+        merged = [Tensor(run.tape, third.times(share), run.form.arithmetic.compute) for share in (2, 1)]
     rows = op.gather(x, experts.per_token)
     both = op.frozen_linear(rows, Form(per_token=2 * experts.inner * experts.per_token))
+    _saves_merged(both, rows, merged[:1])
     gates, ups = op.split_last(both, (0.5, 0.5))
     product = op.multiply(op.activate(gates), ups)
     out = op.frozen_linear(product, Form(per_token=run.shape.hidden * experts.per_token))
+    _saves_merged(out, product, merged[1:])
     shares = op.mean_last(x, Form(per_token=experts.per_token))  # what the router gives each chosen expert
     out = op.gather(op.multiply_rows(out, shares), 1 / experts.per_token)
-    if merged is not None and out.node is not None:
-        out.node.saved.append(merged)
     return out
+
+
+def _saves_merged(product: Tensor, x: Tensor, weights: list[Tensor]) -> None:
+    """Save input and weight of a product; the weight's gradient is as large, and is handed to the adapter."""
+    if product.node is not None and weights:
+        product.node.saved.extend((x, *weights))
+        product.node.works = tuple(weight.bytes for weight in weights)
