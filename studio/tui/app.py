@@ -203,7 +203,7 @@ class StudioApp(App[None]):
             (active.binding.key, active.binding.description)
             for active in screen.active_bindings.values()
             if active.enabled
-            and active.node in (screen, self)
+            and (active.node in (screen, self) or active.binding.show)
             and not active.binding.key.startswith(("ctrl+", "super+"))
         ]
         self.push_screen(HelpScreen(keys, fields=screen is self._configure))

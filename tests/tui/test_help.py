@@ -41,6 +41,7 @@ def test_help_is_of_the_screen_it_was_asked_on(tmp_path: Path, size: tuple[int, 
         await settle(pilot)
         assert isinstance(app.screen, HelpScreen)
         assert "Compare" in shown(app)
+        assert "Open" in shown(app), "the list's own key as well"
         assert "On a slider" not in shown(app)
         await pilot.press("escape")
         await settle(pilot)

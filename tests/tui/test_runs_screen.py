@@ -345,3 +345,21 @@ def test_a_mark_cuts_no_name(tmp_path: Path) -> None:
         assert f"* {run.name} " in shown(app)
 
     play(story, tmp_path)
+
+
+def test_what_has_no_curve_is_not_marked(tmp_path: Path) -> None:
+    paths = make_run(tmp_path, "merged", now=1_000_000)
+    with Worker(paths) as worker:
+        worker.emit(Started, job="merge", model="embedded")
+        worker.emit(Finished, outcome="done", step=0)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        assert rows(app)[0][7] == "merge"
+        await pilot.press("space")
+        await settle(pilot)
+        assert "Only training runs" in shown(app)
+        assert "* merged" not in shown(app)
+
+    play(story, tmp_path)

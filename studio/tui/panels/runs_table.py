@@ -69,7 +69,9 @@ class RunsTable(DataTable[Text]):
 
 
 def _searched(info: RunInfo) -> str:
-    return " ".join(str(word) for word in (info.status, info.name, info.method, info.model, info.note)).lower()
+    return " ".join(
+        str(word) for word in (info.status, info.name, info.job, info.method, info.model, info.note)
+    ).lower()
 
 
 def _cells(info: RunInfo, marked: bool) -> list[Text]:
@@ -78,7 +80,8 @@ def _cells(info: RunInfo, marked: bool) -> list[Text]:
         UNKNOWN if info.last_step is None else f"{info.last_step}/{info.total}" if info.total else str(info.last_step)
     )
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_at)) if info.started_at else UNKNOWN
-    words = [plain(word or UNKNOWN, one_line=True, limit=LONGEST) for word in (info.name, info.method, info.model)]
+    method = info.method or info.job  # a merge or an audit has none: what it is stands there
+    words = [plain(word or UNKNOWN, one_line=True, limit=LONGEST) for word in (info.name, method, info.model)]
     numbers = [_loss(info.last_loss), _loss(info.eval_loss)]
     status = Text(str(info.status), style=_STYLES.get(info.status, ""))
     name = f"{'* ' if marked else ''}{words[0]}"

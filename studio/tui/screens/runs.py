@@ -19,6 +19,7 @@ from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
+from studio.tui.panels.outcome import TRAIN
 from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.confirm import Confirm
 from widgets.key_footer import KeyFooter
@@ -142,9 +143,14 @@ class RunsScreen(Screen[None]):
 
     def action_mark(self) -> None:
         """Mark the chosen run for a comparison, or take the mark back."""
-        if self._chosen is not None:
-            self._marked ^= {self._chosen.name}
-            self._show_rows()
+        info = self._chosen
+        if info is None:
+            return
+        if info.job not in (None, TRAIN):
+            self.app.notify("Only training runs have curves to compare.", markup=False)
+            return
+        self._marked ^= {info.name}
+        self._show_rows()
 
     def action_compare(self) -> None:
         """Put the marked runs beside each other."""
