@@ -31,6 +31,7 @@ def test_only_reserved_and_device_bytes_of_the_stock_loop_change():
         ("TinyLlama-1.1B", {"engine": "studio", "loss": "chunked"}),
         ("TinyLlama-1.1B", {"device": "cpu"}),
         ("TinyLlama-1.1B", {"modules_to_save": ("lm_head",)}),
+        ("TinyLlama-1.1B", {"gpus": 2, "rank": 128}),
         ("Mixtral-8x7B", {"targets": ("q_proj", "v_proj")}),
     ],
 )
