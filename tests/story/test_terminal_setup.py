@@ -88,6 +88,9 @@ def test_the_whole_story(terminal: Terminal, tmp_path: Path) -> None:
     turn_to(terminal, "train.steps", "1000000")
 
     terminal.type("r")
+    asked = terminal.until(lambda text: training(text) or "Launch it here" in text, "the run, or the CPU's question")
+    if "Launch it here" in asked:
+        terminal.type("y")
     terminal.until(training, "the run")
     (folder,) = (path for path in (tmp_path / "home" / "runs").iterdir() if not path.name.startswith("earlier"))
     terminal.type("q")
