@@ -23,7 +23,8 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: Setup, gpu: Gpu | 
     """Return an estimate with what the caching allocator was found to take, event by event.
 
     Estimates of what the replay does not follow come back as they are: a CPU, our own loop, modules trained whole,
-    checkpoints in host memory, several cards (their buckets hold the gradients once more), and experts, whose rows differ from layer to layer.
+    checkpoints in host memory, several cards, whose buckets hold the gradients once more, and experts, whose rows
+    differ from layer to layer.
 
     Args:
         estimate: The estimate of the same model, set-up and card.
@@ -31,13 +32,9 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: Setup, gpu: Gpu | 
         setup: How it is trained.
         gpu: The card, where known: before it is full, cached segments are given back.
     """
-    followed = setup.engine == "hf" and setup.device == "cuda" and not setup.modules_to_save
-    if (
-        not followed
-        or setup.offload_checkpoints
-        or setup.gpus > 1
-        or any(group.layer.experts for group in shape.groups)
-    ):
+    followed = setup.engine == "hf" and setup.device == "cuda" and setup.gpus == 1
+    more = setup.modules_to_save or setup.offload_checkpoints
+    if not followed or more or any(group.layer.experts for group in shape.groups):
         return estimate
     context = estimate.components.context
     capacity = gpu.total_bytes - context if gpu else None
