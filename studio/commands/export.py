@@ -87,8 +87,6 @@ def export_request(word: str, root: Path, *, out: str, form: str, base: str = ""
     Raises:
         BadInput: It names nothing that can be exported so.
     """
-    if not out:
-        raise BadInput("an empty --out names no place: name a new folder.")
     target = str(Path(out).expanduser().absolute())
     merged = merged_model(word, root)
     if merged is not None and form in ADAPTER_FORMATS:

@@ -96,7 +96,7 @@ def test_what_is_refused(cli: Cli, home: Path, merged: Path, tmp_path: Path, mon
     assert (full.code, "not empty" in full.err) == (2, True)
     for words, said in (
         ((str(merged), "peft", out), "a format of adapters"),
-        ((str(merged), "nf4", ""), "names no place"),
+        ((str(merged), "nf4", ""), "--out is empty"),
         ((str(merged), "nf4", f"{out}\x1b[31m"), "control characters"),
         ((str(merged), "nf4", str(merged / "config.json" / "x")), "cannot be"),
         ((str(merged), "nf4", out, "--push", "me/mine"), "hf auth login"),
