@@ -220,6 +220,11 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
 
 def estimated_peak(row: dict[str, Any]) -> int:
     """Return the estimate of a row: bytes of live tensors on a card of compute capability 8.0."""
+    return max(estimated_stages(row).values())
+
+
+def estimated_stages(row: dict[str, Any]) -> dict[str, int]:
+    """Return the same stage by stage."""
     shape = shape_from_config(config_of(row["model"], row["layers"]))
     setup = setup_of(recipe_of(row["settings"]))
-    return stages_of(shape, setup, attention_kernel(shape, setup, None)).peak
+    return stages_of(shape, setup, attention_kernel(shape, setup, None)).by_name

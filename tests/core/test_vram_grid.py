@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from studio.core.measured import height
-from tests.bench.trace_settings import TRACES, config_of, estimated_peak
+from tests.bench.trace_settings import TRACES, config_of, estimated_peak, estimated_stages
 
 
 @lru_cache
@@ -46,6 +46,17 @@ def test_half_of_the_rows_are_within_half_a_percent() -> None:
 @pytest.mark.parametrize("number", range(len(rows())), ids=lambda n: f"{rows()[n]['model']}-{n}")
 def test_no_row_is_off_by_two_percent(number: int) -> None:
     assert abs(errors()[number]) <= 0.02, rows()[number]["settings"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "median", "most_of_nine_in_ten"),
+    [("forward", 0.005, 0.02), ("loss", 0.002, 0.01), ("backward", 0.005, 0.01), ("optimizer", 0.001, 0.001),
+     ("eval", 0.01, 0.04)],
+)  # fmt: skip
+def test_each_stage_beside_its_trace(stage: str, median: float, most_of_nine_in_ten: float) -> None:
+    off = sorted(abs(estimated_stages(row)[stage] / height(row["peaks"][stage]) - 1) for row in rows())
+    assert statistics.median(off) <= median
+    assert off[int(0.9 * len(off))] <= most_of_nine_in_ten
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ class Activations(NamedTuple):
         layer_blocks: What of it is allocated and freed again.
         layer_backward: The same for its backward, recomputation included.
         first_layer_backward: The same for the layer that goes backward last.
-        loss_forward: What head and loss need on their way forward.
+        evaluation: What a held-out batch needs at its highest.
         loss: What they need at their highest.
         copies: 16-bit adapter copies that autocast caches.
         held: Logits that the loop itself holds.
@@ -119,7 +119,7 @@ class Activations(NamedTuple):
     layer_blocks: float
     layer_backward: float
     first_layer_backward: float
-    loss_forward: float
+    evaluation: float
     loss: float
     copies: int
     held: int
@@ -135,7 +135,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
     # Autocast leaves an embedding alone, and the head's copy is made at the loss.
     whole = shape.embedding_parameters * (setup.adapted.trains_embedding + setup.adapted.trains_head)
     copies = setup.compute_itemsize * (trained.parameters - whole) * caches_copies(setup)
-    loss_forward, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
+    evaluation, loss = _loss_bytes(shape, setup, kernel, numbers, copies)
     shared = _shared(shape, setup, kernel)
     offloads = setup.offload_checkpoints and setup.grad_checkpointing and setup.device == "cuda"
     return Activations(
@@ -146,7 +146,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
         layer_blocks=layers.blocks,
         layer_backward=layers.backward,
         first_layer_backward=shared + layers.first_backward,
-        loss_forward=loss_forward,
+        evaluation=shared + copies + max(layers.evaluation, evaluation),
         loss=loss,
         copies=copies,
         held=_held_logits(shape, setup),
@@ -156,7 +156,7 @@ def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: Tra
 def _loss_bytes(
     shape: ModelShape, setup: Setup, kernel: Kernel, numbers: tuple[int, int, int], copies: int
 ) -> tuple[float, float]:
-    """Return the bytes around head and loss: forward alone, and at their highest.
+    """Return the bytes around head and loss: in an evaluation, and at their highest in training.
 
     Where the version of transformers is not known: the mean of the newest and of those that copy the logits.
     """
@@ -164,12 +164,13 @@ def _loss_bytes(
     if head.chunk:
         return _recomputed_loss(shape, head, head.chunk, numbers, copies)
     chunk = chunk_bytes(shape, setup)
-    forward = max(largest(head.forward, *numbers), head.around_chunk.at(*numbers) + chunk if chunk else 0)
-    highest = max(copies + forward, largest(head.backward, *numbers))
+    around = head.around_chunk.at(*numbers) + chunk if chunk else 0
+    highest = max(copies + max(largest(head.forward, *numbers), around), largest(head.backward, *numbers))
+    evaluation = max(largest(head.evaluation, *numbers), around)
     if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
-        return forward, highest
+        return evaluation, highest
     other = _loss_bytes(shape, setup.of_kind(copying_logits(setup.kind)), kernel, numbers, copies)
-    return (forward + other[0]) / 2, (highest + other[1]) / 2
+    return (evaluation + other[0]) / 2, (highest + other[1]) / 2
 
 
 def _recomputed_loss(

@@ -73,12 +73,14 @@ class HeadMarks:
         backward: The same on the way back.
         around_chunk: What stands around a chunk of the head while that one is worked out; nothing for whole logits.
         chunk: The chunk itself, where the head is trained.
+        evaluation: Marks without a graph, where logits are whole; the same as forward where they are not.
     """
 
     forward: tuple[Form, ...]
     backward: tuple[Form, ...]
     around_chunk: Form = NOTHING
     chunk: ChunkMarks | None = None
+    evaluation: tuple[Form, ...] = ()
 
 
 def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
@@ -113,6 +115,10 @@ def head_forward(
     if loss.kind == "chunked":
         return (_recomputed_rows(hidden) if loss.recomputed else _chunked(hidden)), None, []
     logits, kept = _logits(run, hidden)
+    if loss.kind == "whole":
+        given = [logits]
+        del logits
+        return _cross_entropy(_widened(given)), None, kept
     if loss.by_model and run.shape.family in _OWN_LOSS:
         value = _own_loss(run, logits, loss, shifted)
     else:
@@ -151,10 +157,13 @@ def _head(run: Run, hidden: Tensor) -> Tensor:
 def _whole_loss(logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
     """Return the loss of logits that are made fp32 first, as transformers' own loss function does."""
     wide = op.cast(logits, 4)
-    if loss.kind == "whole":
-        del logits
     shifted = op.clone(op.slice_last(wide, shifted_share)) if loss.shift_copied else wide
     return _overwritten(shifted) if loss.overwrites else _cross_entropy(shifted)
+
+
+def _widened(logits: list[Tensor]) -> Tensor:
+    """Return logits in fp32; nobody else holds the narrow ones (`logits.float()` of studio/jobs/train/head.py)."""
+    return op.cast(logits.pop(), 4)
 
 
 def _own_loss(run: Run, logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:

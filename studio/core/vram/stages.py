@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from studio.core.shape import ModelShape
+from studio.core.trainable import whole_tensors
 from studio.core.vram.activations import activations_of
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
@@ -138,12 +139,13 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         lasting_gradients=lasting,
         logits=int(work.loss),
         held=work.held,
-        load=base + _load_extra(shape, setup.kind),
+        load=base + max(_load_extra(shape, setup.kind), adapter + _whole_copy(shape, setup)),
         forward=int(standing + work.kept + work.copies + work.layer_forward),
         loss=int(standing + work.kept + work.loss),
         backward=int(standing + backward),
         step=standing + step,
-        evaluation=int(standing + max(work.layer_forward, work.loss_forward) + work.copies),
+        # Evaluations are between steps, when no gradient is there.
+        evaluation=int(standing - gradients * (setup.accumulation > 1) + work.evaluation),
         save=standing,
         layer_blocks=int(work.layer_blocks),
         turnover=int(turnover + lasting),
@@ -155,6 +157,13 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
 def _step_temporary(setup: Setup, gradients: int) -> int:
     """Torch's foreach AdamW makes one temporary of the gradients' size (square roots); fused and 8-bit make none."""
     return gradients if setup.engine == "hf" and setup.optimizer == "adamw_torch" else 0
+
+
+def _whole_copy(shape: ModelShape, setup: Setup) -> int:
+    """Return the 16-bit copy that peft makes of a module before it is held in fp32 (our loop): of the largest one."""
+    if not setup.modules_to_save or setup.engine == "hf" or setup.compute_itemsize == 4:
+        return 0
+    return setup.compute_itemsize * max(elements for _, elements in whole_tensors(shape, setup.adapted))
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
 from studio.core.vram.form import NOTHING, Form, Ranked, ranked, total, uncovered
-from studio.core.vram.head import HeadMarks, LossForm, head_pass
+from studio.core.vram.head import HeadMarks, LossForm, head_forward, head_pass
 from studio.core.vram.modules import LayerForm, Run
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
@@ -40,6 +40,7 @@ class LayerBytes(NamedTuple):
         blocks: What of it is allocated and freed again; grows with all that it depends on.
         backward: The same for its backward, recomputation included.
         first_backward: The same for the layer that goes backward last, beside nothing but itself.
+        evaluation: The most that any layer's forward needs without a graph, beside nothing.
     """
 
     kept: float
@@ -48,6 +49,7 @@ class LayerBytes(NamedTuple):
     blocks: float
     backward: float
     first_backward: float
+    evaluation: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,6 +64,7 @@ class LayersForms:
         backward: Marks of any layer's backward, beside what it and others keep.
         first_backward: Marks of the layer that goes backward last, beside nothing but itself: where its input wants no
             gradient it saves and makes less.
+        evaluation: Marks of any layer's forward without a graph and without dropout, beside nothing.
     """
 
     kept: Form
@@ -70,6 +73,7 @@ class LayersForms:
     blocks: tuple[Form, ...]
     backward: tuple[Form, ...]
     first_backward: tuple[Form, ...]
+    evaluation: tuple[Form, ...]
 
     @lru_cache(maxsize=64)  # noqa: B019  the forms themselves are cached too
     def at(self, tokens: int, squares: int, rank: int) -> LayerBytes:
@@ -79,7 +83,7 @@ class LayersForms:
     @lru_cache(maxsize=256)  # noqa: B019  the same
     def _ranked(self, rank: int) -> tuple[tuple[Ranked, ...], ...]:
         parts = (self.kept,), (self.checkpoint,), self.forward, self.blocks, self.backward, self.first_backward
-        return tuple(ranked(forms, rank) for forms in parts)
+        return tuple(ranked(forms, rank) for forms in (*parts, self.evaluation))
 
 
 @lru_cache(maxsize=256)
@@ -104,6 +108,10 @@ def layers_forms(
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
         kept, _, first = _kept(shape, form, 0, wants_gradient=input_wants_gradient)
         spared = groups[0].kept.minus(kept)
+    if grad_checkpointing and not form.adapter.dropout:
+        evaluation = uncovered(mark for group in groups for mark in group.forward)
+    else:
+        evaluation = _evaluated(shape, form)
     forward = uncovered(mark.minus(group.kept) for group in groups for mark in group.forward)
     return LayersForms(
         kept=total(group.kept.times(group.count) for group in groups).minus(spared),
@@ -112,6 +120,7 @@ def layers_forms(
         blocks=uncovered(mark.at_least_nothing() for mark in forward),
         backward=uncovered(mark.minus(group.kept) for group in groups for mark in group.backward),
         first_backward=first,
+        evaluation=evaluation,
     )
 
 
@@ -126,7 +135,12 @@ def head_forms(shape: ModelShape, form: LayerForm, loss: LossForm) -> HeadMarks:
     """
     tape = Tape()
     marks = head_pass(Run(tape, shape, form), loss, _input(tape, shape, form))
-    return replace(marks, forward=uncovered(marks.forward), backward=uncovered(marks.backward))
+    forward = evaluation = uncovered(marks.forward)
+    if loss.kind != "chunked":
+        tape = Tape(records=False)
+        head_forward(Run(tape, shape, form), loss, [_input(tape, shape, form)])
+        evaluation = uncovered(tape.marks)
+    return replace(marks, forward=forward, backward=uncovered(marks.backward), evaluation=evaluation)
 
 
 def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bool = True) -> Tensor:
@@ -136,11 +150,23 @@ def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bo
 
 def _checkpointed(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
     """Only the layer's input stays; the layer is computed again while the gradient of its output waits."""
-    group = shape.groups[index]
+    forward, checkpoint = _without_graph(shape, form, index)
+    return GroupForms(shape.groups[index].count, checkpoint, forward, _recomputed(shape, form, index))
+
+
+def _without_graph(shape: ModelShape, form: LayerForm, index: int) -> tuple[tuple[Form, ...], Form]:
+    """Return the marks of a layer's forward that keeps no graph, its input included, and the input's bytes."""
     tape = Tape(records=False)
     x = _input(tape, shape, form)
-    decoder_layer(Run(tape, shape, form), group.layer, x)
-    return GroupForms(group.count, x.bytes, uncovered(tape.marks), _recomputed(shape, form, index))
+    decoder_layer(Run(tape, shape, form), shape.groups[index].layer, x)
+    return uncovered(tape.marks), x.bytes
+
+
+def _evaluated(shape: ModelShape, form: LayerForm) -> tuple[Form, ...]:
+    """Return the marks of any layer's forward in an evaluation."""
+    form = replace(form, adapter=replace(form.adapter, dropout=False))
+    every = range(len(shape.groups))
+    return uncovered(mark for index in every for mark in _without_graph(shape, form, index)[0])
 
 
 def _recomputed(shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool = True) -> tuple[Form, ...]:
