@@ -162,3 +162,18 @@ def test_every_card_gets_an_answer():
     for gpu in CATALOGUE.values():
         found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
         assert found.fits == (found.estimate.device.high <= gpu.total_bytes)
+
+
+def test_checkpoints_in_main_memory_are_offered_with_their_price():
+    gpu = find_gpu("4090")
+    wanted = recipe(method="qlora", train__micro_batch=1, train__grad_checkpointing=True, train__loss="chunked")
+    now = estimate_vram(LLAMA, setup_of(wanted), gpu)
+    offloaded = estimate_vram(LLAMA, setup_of(wanted.with_("train.offload_checkpoints", True)), gpu)
+    found = fit(wanted, LLAMA, gpu, (now.device.high + offloaded.device.high) // 2)
+    offers = [item for item in found.changes if item.change.settings[0][0] == "train.offload_checkpoints"]
+    assert found.fits
+    assert len(offers) == 1
+    assert offers[0].saves_bytes >= 2**28, "32 layers keep 32 MiB each, the card two of them"
+    low, high = offers[0].time
+    assert low == 1.0, "copies may hide behind the computation"
+    assert 1.0 < high < 1.5
