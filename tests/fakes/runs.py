@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from studio.core.events import RunEvent, event_to_dict
@@ -12,9 +13,21 @@ from studio.core.recipe import Recipe
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.supervise import Handle, launch
+from studio.runs.worker import Worker
 
 MODULE = "tests.fakes.job"
 CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class LiveWorker(Worker):
+    """A worker inside the test's own process; what a test finds wrong meanwhile still fails the test."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """End the run as a worker does, and let every exception on."""
+        super().__exit__(kind, error, trace)
+        return False
 
 
 def make_run(root: Path, name: str = "try", recipe: Recipe | None = None, now: float | None = None) -> RunPaths:

@@ -13,12 +13,11 @@ from studio.probe.start import start_training
 from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
-from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
-from tests.fakes.runs import MODULE, fake_environment, wait_for
+from tests.fakes.runs import MODULE, LiveWorker, fake_environment, wait_for
 from tests.tui.stories import Asked, engine_that, make_run, play, settle, shown, train, until
 
 NEVER = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -50,9 +49,9 @@ def test_the_first_frame_waits_for_nothing_it_does_not_show() -> None:
     assert loaded.isdisjoint((*NEVER, *NOT_FOR_THE_FIRST_FRAME))
 
 
-def test_the_newest_live_run_is_opened(tmp_path: Path) -> None:
+def test_the_newest_live_run_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = make_run(tmp_path, "first", now=1_000_000), make_run(tmp_path, "second", now=2_000_000)
-    with Worker(first) as one, Worker(second) as two:
+    with LiveWorker(first) as one, LiveWorker(second) as two:
         train(one, range(1, 3))
         train(two, range(1, 5))
 
@@ -66,8 +65,8 @@ def test_the_newest_live_run_is_opened(tmp_path: Path) -> None:
             assert isinstance(app.screen, ConfigureScreen)
             await pilot.press("q")
 
-        app = play(story, tmp_path)
-        told = "\n".join(str(part) for part in app._exit_renderables)
+        play(story, tmp_path)
+        told = capsys.readouterr().err
         assert first.name in told
         assert second.name in told
         one.emit(Finished, outcome="done")
@@ -75,7 +74,7 @@ def test_the_newest_live_run_is_opened(tmp_path: Path) -> None:
 
 
 def test_without_a_live_run_the_recipe_stays(tmp_path: Path) -> None:
-    with Worker(make_run(tmp_path)) as worker:
+    with LiveWorker(make_run(tmp_path)) as worker:
         train(worker, range(1, 3))
         worker.emit(Finished, outcome="done")
 

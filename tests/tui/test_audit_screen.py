@@ -15,7 +15,6 @@ from studio.runs.control import requested
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe
-from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.audit_engine import AuditEngine
 from studio.tui.panels.audit_report import block_curve, lane_curves
@@ -24,6 +23,7 @@ from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.audit import AuditScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.audit_job import answers_report, base_report, figures, run_report
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, play, shown, until
 
 
@@ -33,7 +33,7 @@ def an_audit(root: Path, name: str = "audit-base", report: dict[str, object] | N
     paths.root.mkdir(parents=True)
     paths.control.mkdir()
     write_job(paths, AuditRequest("base", model="embedded", data="rows.jsonl"))
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="audit", method="base", model="embedded")
         paths.report.write_text(json.dumps(report or base_report("embedded")))
         worker.emit(Finished, outcome="done")
@@ -254,7 +254,7 @@ def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> N
         await until(pilot, lambda: requested(paths, "stop"))
         told.append("stopped")
 
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="audit", method="run", model="embedded")
         worker.emit(Phase, name="answering", fraction=0.25, detail="base: 2 of 6")
         play(story, tmp_path, size=WIDE)

@@ -8,10 +8,10 @@ import pytest
 from textual.pilot import Pilot
 
 from studio.core.recipe import Recipe
-from studio.runs.worker import Worker
 from studio.tui import app as app_module
 from studio.tui.app import StudioApp, run_studio
 from studio.tui.themes import OURS
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import NARROW, Asked, engine_that, make_run, play, settle, train, until
 from widgets.output_filter import drawable
 
@@ -56,7 +56,7 @@ def toured(app: StudioApp, size: tuple[int, int] = (120, 40)) -> list[str]:
 @pytest.fixture
 def with_a_run(tmp_path: Path) -> Path:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 30))
     return tmp_path
 

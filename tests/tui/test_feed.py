@@ -12,7 +12,7 @@ from studio.runs.worker import Worker
 from studio.tui.feed import Cursor, RunFeed, predicted_peak_bytes
 from studio.tui.output_tail import OutputTail, harmless
 from studio.tui.readable import count, duration, gib, number, setting
-from tests.fakes.runs import make_run
+from tests.fakes.runs import LiveWorker, make_run
 from tests.tui.stories import HOSTILE, train
 
 
@@ -89,7 +89,7 @@ def test_the_feed_tells_the_end_at_once_and_asks_for_the_status_seldom_while_ste
         return run_status(which)
 
     feed = RunFeed(paths, status_of=status_of)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 3))
         assert feed.look().status is Status.running
         for step in range(3, 23):

@@ -18,13 +18,13 @@ from studio.probe.local_models import Listed
 from studio.probe.setup import DataChecked
 from studio.runs.history import History
 from studio.runs.note import write_note
-from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.output_tail import harmless
 from studio.tui.panels.notes import notes_text
 from studio.tui.panels.samples import rows_of
 from studio.tui.screens.run import RunScreen
 from studio.tui.setup_texts import data_text, model_line, refused_text
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import NARROW, Asked, assert_harmless, engine_that, make_run, settle
 from widgets.log_view import LogView
 
@@ -115,7 +115,7 @@ def test_screens_full_of_hostile_text_keep_their_shape(tmp_path: Path, seed: int
         paths = make_run(root, "evil", Recipe(name="evil"))
         paths.output.write_bytes((text + "\n" + "".join(STEERING[:6]) + "\n").encode("utf-8", "surrogatepass"))
         write_note(paths, short[:200].encode("utf-8", "replace").decode())
-        with Worker(paths) as worker:
+        with LiveWorker(paths) as worker:
             worker.emit(Started, job="train", method=text, model=text)
             worker.emit(Phase, name=text, detail=text)
             worker.emit(Warned, message=text)

@@ -18,7 +18,6 @@ from studio.runs.control import requested
 from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
-from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.merging import MergeFacts, MergeWork, estimates_of, proposed_out
 from studio.tui.panels.merge_lists import PickMany, PickOne
@@ -26,7 +25,7 @@ from studio.tui.panels.merge_text import is_short, totals_text
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.merge import MergeScreen, merge_screen_for
 from studio.tui.screens.merge_progress import MergeProgressScreen
-from tests.fakes.runs import write_log
+from tests.fakes.runs import LiveWorker, write_log
 from tests.tui.stories import HOSTILE, NARROW, SELDOM, WIDE, assert_harmless, make_run, play, settle, shown
 
 SIXTEEN_GB = 16 * 10**9
@@ -255,7 +254,7 @@ def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
         await pilot.pause()
         assert requested(paths, "stop")
 
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="merge")
         worker.emit(Phase, name="merging", fraction=0.25, detail="model.safetensors")
         play(story, tmp_path)
@@ -264,7 +263,7 @@ def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
 
 def test_keys_of_the_run_and_of_the_list_lead_here(tmp_path: Path) -> None:
     run = make_run(tmp_path, "trained")
-    with Worker(run) as worker:
+    with LiveWorker(run) as worker:
         worker.emit(Started, job="train")
         worker.emit(Finished, outcome="done", step=1)
 

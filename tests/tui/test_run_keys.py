@@ -12,6 +12,7 @@ from studio.tui.app import StudioApp
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     HOSTILE,
     NARROW,
@@ -53,7 +54,7 @@ def test_a_crash_is_told_with_the_last_lines(tmp_path: Path) -> None:
 
 def test_a_failure_is_told_with_its_advice(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         worker.emit(
             Failed,
@@ -78,7 +79,7 @@ def test_a_failure_is_told_with_its_advice(tmp_path: Path) -> None:
 )
 def test_an_end_says_where_the_adapter_lies(tmp_path: Path, outcome: str, words: str) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         paths.adapter.mkdir()
         worker.emit(Finished, outcome=outcome, step=3, seconds=75.0)
@@ -94,7 +95,7 @@ def test_an_end_says_where_the_adapter_lies(tmp_path: Path, outcome: str, words:
 
 def test_stop_is_asked_once_and_can_be_forced(tmp_path: Path) -> None:
     paths, asked = make_run(tmp_path), Asked()
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -125,7 +126,7 @@ def test_stop_is_asked_once_and_can_be_forced(tmp_path: Path) -> None:
 
 def test_pause_and_checkpoint_are_requests_that_stay_visible(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -161,7 +162,7 @@ def test_pause_and_checkpoint_are_requests_that_stay_visible(tmp_path: Path) -> 
 
 def test_resume_starts_a_worker_for_a_run_that_ended_early(tmp_path: Path) -> None:
     paths, asked = make_run(tmp_path), Asked()
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         worker.emit(Finished, outcome="stopped", step=3)
 
@@ -175,7 +176,7 @@ def test_resume_starts_a_worker_for_a_run_that_ended_early(tmp_path: Path) -> No
 
 def test_a_refused_resume_is_told(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         worker.emit(Finished, outcome="stopped", step=3)
 
@@ -190,7 +191,7 @@ def test_a_refused_resume_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outcome", ["done", None])
 def test_resume_is_offered_neither_for_finished_nor_for_live_runs(tmp_path: Path, outcome: str | None) -> None:
     paths, asked = make_run(tmp_path), Asked()
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         if outcome:
             worker.emit(Finished, outcome=outcome, step=3)
@@ -211,7 +212,7 @@ def test_resume_is_offered_neither_for_finished_nor_for_live_runs(tmp_path: Path
 
 def test_a_resumed_run_draws_its_new_steps_in_place_of_the_old(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 41))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -229,9 +230,9 @@ def test_a_resumed_run_draws_its_new_steps_in_place_of_the_old(tmp_path: Path) -
         play(story, tmp_path, open_run=paths)
 
 
-def test_leaving_and_quitting_leave_the_run_alive(tmp_path: Path) -> None:
+def test_leaving_and_quitting_leave_the_run_alive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -243,16 +244,17 @@ def test_leaving_and_quitting_leave_the_run_alive(tmp_path: Path) -> None:
             await pilot.pause()
 
         app = play(story, tmp_path, open_run=paths)
-        assert farewell(app).startswith(f"The run {paths.name} goes on without the studio.")
-        assert f"lora-studio runs attach {paths.name}" in farewell(app)
+        farewell = " ".join(capsys.readouterr().err.split())
+        assert farewell.startswith(f"The run {paths.name} goes on without the studio.")
+        assert f"lora-studio runs attach {paths.name}" in farewell
         assert not requested(paths, "stop")
         assert app.return_code == 0
         worker.emit(Finished, outcome="done", step=3)
 
 
-def test_quitting_without_a_live_run_says_nothing(tmp_path: Path) -> None:
+def test_quitting_without_a_live_run_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         worker.emit(Finished, outcome="done", step=3)
 
@@ -260,8 +262,5 @@ def test_quitting_without_a_live_run_says_nothing(tmp_path: Path) -> None:
         await pilot.press("q")
         await pilot.pause()
 
-    assert farewell(play(story, tmp_path, open_run=paths)) == ""
-
-
-def farewell(app: StudioApp) -> str:
-    return "\n".join(str(part) for part in app._exit_renderables)
+    play(story, tmp_path, open_run=paths)
+    assert capsys.readouterr().err == ""

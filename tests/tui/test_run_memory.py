@@ -14,11 +14,11 @@ from studio.core.events import (
 )
 from studio.core.gpu_catalogue import GIB
 from studio.runs.history import History
-from studio.runs.worker import Worker
 from studio.tui.against_plan import planned_reading
 from studio.tui.app import StudioApp
 from studio.tui.memory_stages import StagePeaks, planned_stages
 from studio.tui.panels.memory_table import table_text
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     make_run,
     play,
@@ -34,7 +34,7 @@ from widgets.line_plot import LinePlot
 def test_a_prediction_is_drawn(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     paths.plan.write_text('{"peak_bytes": 8589934592}')
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 10))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -58,7 +58,7 @@ def test_the_measured_peak_stands_beside_the_predicted_one(tmp_path: Path, facto
     paths = make_run(tmp_path)
     plan = json.loads(json.dumps(PLAN), parse_int=lambda number: int(int(number) * factor))
     paths.plan.write_text(json.dumps(plan))
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -75,7 +75,7 @@ def test_the_measured_peak_stands_beside_the_predicted_one(tmp_path: Path, facto
 def test_a_run_on_the_cpu_is_not_measured_against_a_card(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     paths.plan.write_text(json.dumps(PLAN))
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="train", method="lora", model="embedded")
         worker.emit(
             Planned,
@@ -156,7 +156,7 @@ def test_peaks_follow_reading_by_reading_and_begin_anew_after_a_resume() -> None
 def test_the_table_by_stage_is_a_view(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     paths.plan.write_text(json.dumps({"stages": PLANNED}))
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
         worker.emit(MemorySeen, step=4, stage="eval", peak_bytes=int(4.4 * GIB))
 

@@ -8,11 +8,11 @@ from textual.pilot import Pilot
 
 from studio.core.events import Failed, Finished, Phase, Sampled, Saved, Started, StepDone, Warned, event_to_dict
 from studio.runs.layout import RunPaths
-from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.screens import run as run_module
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     HOSTILE,
     NARROW,
@@ -47,7 +47,7 @@ def test_a_live_run_is_followed(
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
     paths = make_run(tmp_path, "shell helper")
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 31))
         paths.output.write_text("loading\n")
 
@@ -84,7 +84,7 @@ def test_a_live_run_is_followed(
 
 def test_phases_before_the_first_step(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="train")
         worker.emit(Phase, name="converting the embedded model", fraction=0.4, detail="from GGUF")
 
@@ -102,7 +102,7 @@ def test_phases_before_the_first_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "alone"), [(NARROW, True), (WIDE, False)])
 def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 5))
         worker.emit(Warned, message="the paged optimizer falls back")
         worker.emit(Saved, what="checkpoint", path="checkpoints/step-4", step=4, size_bytes=2**30)
@@ -118,9 +118,11 @@ def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
             assert "checkpoint at step 4: checkpoints/step-4, 1.0 GiB" in shown(app)
             await pilot.press("tab")
             await settle(pilot)
+            assert screen_of(app).view == "memory"
+            await pilot.press("tab")
             assert screen_of(app).view == "plots"
             await pilot.press("shift+tab", "shift+tab")
-            assert screen_of(app).view == "log"
+            assert screen_of(app).view == "notes"
             worker.emit(Finished, outcome="done")
 
         play(story, tmp_path, size=size, open_run=paths)
@@ -129,7 +131,7 @@ def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
 @pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_foreign_text_is_never_markup_nor_control(tmp_path: Path, size: tuple[int, int]) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="train", model=HOSTILE, method="lora")
         worker.emit(Phase, name=HOSTILE, fraction=0.5, detail=HOSTILE)
         worker.emit(Sampled, step=0, index=0, prompt=HOSTILE, answer=HOSTILE, expected=HOSTILE)
@@ -153,7 +155,7 @@ def test_foreign_text_is_never_markup_nor_control(tmp_path: Path, size: tuple[in
 
 def test_non_finite_losses_are_gaps_and_said(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 3))
         nan = float("nan")
         worker.emit(StepDone, step=3, loss=nan, learning_rate=nan, grad_norm=float("inf"), tokens=1, seconds=1.0)
@@ -168,7 +170,7 @@ def test_non_finite_losses_are_gaps_and_said(tmp_path: Path) -> None:
 
 def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="merge", model="embedded")
         paths.output.write_text("merging layer 3\n")
 
@@ -186,7 +188,7 @@ def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (20, 5), (40, 12), (300, 90)])
 def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
     paths: RunPaths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 30))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -204,7 +206,7 @@ def test_the_log_is_searched(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     lines = [f"line {number} [b]{'NEEDLE' if number in (30, 60) else 'hay'}" for number in range(100)]
     paths.output.write_text("\n".join(lines) + "\n")
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 4))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -236,7 +238,7 @@ def test_a_long_log_shows_its_curve_before_it_is_read_and_answers_keys_meanwhile
     monkeypatch.setattr(run_module, "_SLICE_SECONDS", 2.0)  # time enough to see what stands there before the rest
     paths = make_run(tmp_path)
     steps = 6000
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 3), total=steps)
     with paths.events.open("a") as log:
         for number in range(3, steps + 1):

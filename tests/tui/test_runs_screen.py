@@ -10,11 +10,11 @@ from studio.core.events import Evaluated, Finished, Started, StepDone
 from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 from studio.runs.note import read_note
-from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
+from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     HOSTILE,
     NARROW,
@@ -34,7 +34,7 @@ from widgets.line_plot import LinePlot
 
 def ended(root: Path, name: str, outcome: str, at: float) -> RunPaths:
     paths = make_run(root, name, now=at)
-    with Worker(paths, clock=lambda: at) as worker:
+    with LiveWorker(paths, clock=lambda: at) as worker:
         train(worker, range(1, 5))
         worker.emit(Finished, outcome=outcome, step=4)
     return paths
@@ -57,7 +57,7 @@ def test_runs_are_listed_newest_first(
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("o")
-        await until(pilot, lambda: "2 runs in" in shown(app))
+        await until(pilot, lambda: "2 runs in" in shown(app) and "first-" in shown(app))
         assert [row[0] for row in rows(app)] == ["stopped", "finished"]
         assert [row[1].partition("-")[0] for row in rows(app)] == ["second", "first"]
         assert rows(app)[0][2:5] == ["4/100", "3.456", "4.000"]
@@ -133,7 +133,7 @@ def test_the_list_follows_and_keeps_the_cursor(tmp_path: Path) -> None:
     ended(tmp_path, "first", "done", 1_000_000)
     ended(tmp_path, "second", "done", 2_000_000)
     live = make_run(tmp_path / "elsewhere", "third", now=3_000_000)
-    with Worker(live, clock=lambda: 3_000_000) as worker:
+    with LiveWorker(live, clock=lambda: 3_000_000) as worker:
         train(worker, range(1, 3))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -204,7 +204,7 @@ def test_a_run_is_deleted_after_a_question(tmp_path: Path) -> None:
 
 def test_a_live_run_is_not_deleted(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         train(worker, range(1, 3))
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -214,7 +214,8 @@ def test_a_live_run_is_not_deleted(tmp_path: Path) -> None:
             await pilot.press("d")
             await settle(pilot)
             assert isinstance(app.screen, RunsScreen)
-            assert "stop it first" in shown(app)
+            assert any("stop it first" in told.message for told in app._notifications)
+            assert paths.root.is_dir()
             worker.emit(Finished, outcome="done")
 
         play(story, tmp_path)
@@ -226,7 +227,7 @@ def test_marked_runs_are_compared(tmp_path: Path, size: tuple[int, int]) -> None
     for number, rank in enumerate((8, 64)):
         recipe = Recipe(name=f"r{rank}").with_("adapter.rank", rank)
         paths = make_run(tmp_path, f"r{rank}", recipe, now=1_000_000 * (number + 1))
-        with Worker(paths) as worker:
+        with LiveWorker(paths) as worker:
             train(worker, range(1, 41))
             worker.emit(Finished, outcome="done", step=40)
 
@@ -273,7 +274,7 @@ def test_hostile_names_and_models(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "evil [b]\x1b[31m[@click=app.quit]x[-]"
     folder.mkdir(parents=True)
     paths = RunPaths(folder)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="train", model=HOSTILE, method=HOSTILE)
         worker.emit(Finished, outcome="done")
 
@@ -349,7 +350,7 @@ def test_a_mark_cuts_no_name(tmp_path: Path) -> None:
 
 def test_what_has_no_curve_is_not_marked(tmp_path: Path) -> None:
     paths = make_run(tmp_path, "merged", now=1_000_000)
-    with Worker(paths) as worker:
+    with LiveWorker(paths) as worker:
         worker.emit(Started, job="merge", model="embedded")
         worker.emit(Finished, outcome="done", step=0)
 
