@@ -226,7 +226,7 @@ def _method(draft: _Draft, ground: _Ground) -> None:
     lora, qlora = (_leanest(draft.recipe.with_("method", method)) for method in ("lora", "qlora"))
     peaks = {recipe.method: ground.estimate(recipe).device.expected for recipe in (lora, qlora)}
     free = f"{ground.budget_bytes / GIB:.1f} GiB free"
-    room = f"{peaks['lora'] / GIB:.1f} GiB, in 4 bit {peaks['qlora'] / GIB:.1f}; {free}"
+    room = f"{peaks['lora'] / GIB:.1f} GiB at the leanest, in 4 bit {peaks['qlora'] / GIB:.1f}; {free}"
     if ground.fits(lora):
         why = f"it fits ({room}); 4 bit cost 0.009 to 0.10 of loss and 16 to 105 % of time"
         method: Method = "lora"
