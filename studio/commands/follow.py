@@ -70,7 +70,10 @@ def follow(
         while True:
             events = watch.poll()
             progress.tell(events, watch.history)
-            if not events and not run_status(watch.paths).live:
+            status = run_status(watch.paths)
+            if not events and not status.live:
+                if status is Status.crashed:
+                    sleep(_POLL_SECONDS)  # a folder that is being deleted looks like a crash until it is gone
                 _drain(watch, progress)
                 if not watch.paths.root.is_dir():
                     raise StudioError(f"the run {plain(watch.paths.name, one_line=True)} is gone: {_GONE}.")

@@ -134,6 +134,7 @@ def config_of_gguf(header: GgufHeader) -> dict[str, Any]:
     names = {
         "hidden_size": "embedding_length",
         "intermediate_size": "feed_forward_length",
+        "max_position_embeddings": "context_length",
         "num_hidden_layers": "block_count",
         "num_attention_heads": "attention.head_count",
         "num_key_value_heads": "attention.head_count_kv",

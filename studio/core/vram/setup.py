@@ -118,22 +118,22 @@ class Setup:
         """Entries of one head's attention matrices in a micro-batch."""
         return self.micro_batch * self.seq_len * self.seq_len
 
-    @property
+    @cached_property
     def quantised(self) -> bool:
         """Whether linear maps hold 4- or 8-bit weights."""
         return self.method == "qlora"
 
-    @property
+    @cached_property
     def compute_itemsize(self) -> int:
         """Bytes per element of matrix products."""
         return ITEMSIZES[self.dtype]
 
-    @property
+    @cached_property
     def residual_itemsize(self) -> int:
         """Bytes per element of everything not quantised."""
         return 4 if self.quantised and self.kbit_prepare else self.compute_itemsize
 
-    @property
+    @cached_property
     def embedding_itemsize(self) -> int:
         """Bytes per weight of embedding and head."""
         return self.compute_itemsize if self.head_cast_back else self.residual_itemsize

@@ -88,7 +88,7 @@ class Stages(NamedTuple):
     @property
     def peak(self) -> int:
         """Peak of live tensors."""
-        return max(self.by_name.values())
+        return max(self.load, self.forward, self.loss, self.backward, self.step, self.evaluation, self.save)
 
     @property
     def peak_stage(self) -> str:
