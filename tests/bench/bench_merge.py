@@ -80,16 +80,16 @@ def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
 
     with without_bitsandbytes():
         from studio.jobs.merge.job import merge_run
-    from studio.runs.job import MergeRequest
-    from studio.runs.layout import RunPaths
-    from studio.runs.log import read_events
-    from studio.runs.worker import Worker
+        from studio.runs.job import MergeRequest
+        from studio.runs.layout import RunPaths
+        from studio.runs.log import read_events
+        from studio.runs.worker import Worker
 
-    yield "start"
-    run = RunPaths(out.with_name("run"))
-    run.root.mkdir()
-    with Worker(run) as worker:
-        merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
+        yield "start"
+        run = RunPaths(out.with_name("run"))
+        run.root.mkdir()
+        with Worker(run) as worker:
+            merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
     assert out.is_dir()
     phases = [event for event in read_events(run.events) if isinstance(event, Phase)]
     checking = [event.at for event in phases if event.name == "checking"]
@@ -140,8 +140,9 @@ def measure(way: str, folder: Path) -> Cost:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    words = [sys.executable, "-W", "ignore", "-m", "tests.bench.bench_merge", str(folder), "--way", way]
     began = time.monotonic()
+    words = [sys.executable, "-W", "ignore", "-m", "tests.bench.bench_merge", str(folder), "--way", way]
+    words += ["--began", str(began)]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     seconds = time.monotonic() - began
     shutil.rmtree(out, ignore_errors=True)
@@ -149,9 +150,9 @@ def measure(way: str, folder: Path) -> Cost:
     return Cost(start, seconds - start - check, check, resident)
 
 
-def _once(way: str, folder: Path) -> None:
-    """Run one way here; print seconds of start and check, and peak resident bytes."""
-    began, start, check = time.monotonic(), 0.0, 0.0
+def _once(way: str, folder: Path, began: float) -> None:
+    """Run one way here; print seconds of start, counted from the process's own, and check, and peak resident bytes."""
+    start, check = 0.0, 0.0
     for said in WAYS[way](folder / "base", folder / "adapter", folder / "out"):
         if said == "start":
             start = time.monotonic() - began
@@ -174,9 +175,10 @@ def main() -> None:
     parser.add_argument("--without-peft", action="store_true")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--began", type=float, default=0.0, help="of a way: the monotonic clock when it was started")
     args = parser.parse_args()
     if args.way:
-        _once(args.way, args.folder)
+        _once(args.way, args.folder, args.began)
         return
     with _checkpoint(args.folder, args.gb) as folder:
         size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))

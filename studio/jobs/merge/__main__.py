@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ def _body(worker: Worker) -> None:
         raise BadInput("this run is not a merge")
     # A merge is additions; the card, if there is one, may be busy with a training run.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with without_bitsandbytes():
+    # peft asks for it as late as when the adapter is put on the base.
+    with without_bitsandbytes() if request.onto == "original" else nullcontext():
         from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held
-    merge_run(worker, request)
+
+        merge_run(worker, request)
 
 
 if __name__ == "__main__":
