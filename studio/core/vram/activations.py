@@ -128,7 +128,7 @@ class Activations(NamedTuple):
 def activations_of(shape: ModelShape, setup: Setup, kernel: Kernel, trained: TrainedBytes) -> Activations:
     """Return what a micro-batch holds beside weights and states."""
     # With patterns every map is taken to have the largest rank: activations grow little with it.
-    rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
+    rank = max(setup.rank, *(rank for _, rank in setup.rank_pattern)) if setup.rank_pattern else setup.rank
     numbers = (setup.tokens, setup.squares, rank)
     layers = forms_of(shape, setup.kind, kernel)[0].at(*numbers)
     kept, checkpoint = layers.kept, layers.checkpoint
@@ -165,8 +165,9 @@ def _loss_bytes(
         return _recomputed_loss(shape, head, head.chunk, numbers, copies)
     chunk = chunk_bytes(shape, setup)
     around = head.around_chunk.at(*numbers) + chunk if chunk else 0
-    highest = max(copies + max(largest(head.forward, *numbers), around), largest(head.backward, *numbers))
-    evaluation = max(largest(head.evaluation, *numbers), around)
+    marks = head.at(*numbers)
+    highest = max(copies + max(marks.forward, around), marks.backward)
+    evaluation = max(marks.evaluation, around)
     if setup.engine == "studio" or setup.loss != "full" or setup.transformers or setup.micro_batch == 1:
         return evaluation, highest
     other = _loss_bytes(shape, setup.of_kind(copying_logits(setup.kind)), kernel, numbers, copies)
@@ -180,8 +181,9 @@ def _recomputed_loss(
     of_chunk = (loss_chunk_tokens(shape.vocabulary, numbers[0]), 0, numbers[2])
     ahead = chunk.forward_beside.at(*numbers) + largest(chunk.forward, *of_chunk)
     back = chunk.backward_beside.at(*numbers) + largest(chunk.backward, *of_chunk)
-    forward = max(largest(head.forward, *numbers), ahead)
-    return forward, max(copies + forward, largest(head.backward, *numbers), back)
+    marks = head.at(*numbers)
+    forward = max(marks.forward, ahead)
+    return forward, max(copies + forward, marks.backward, back)
 
 
 def _head_trained(setup: Setup) -> bool:
