@@ -14,6 +14,7 @@ from studio.core.audit import difference_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.audit.rows import read_audit_rows
+from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.probe.audit import audit_of_run
@@ -40,17 +41,31 @@ def trained(recipe: Recipe, half: Path, train: Train) -> RunPaths:
     return train(tuned(recipe, half).with_("method", "qlora"))
 
 
-def test_every_form_has_the_figures_of_the_whole_model(trained: RunPaths, half: Path, tmp_path: Path) -> None:
-    request = asked(trained)
-    _, report = audit(tmp_path / "audit", request)
-    rows = read_audit_rows(request, load_tokenizer(trained.adapter), lambda text: None).task
-    forms = plain_forms(half, trained)
+def assert_figures_of_the_whole_model(run: RunPaths, base: Path, folder: Path) -> None:
+    """The audit of a run has, for every form, the figures of that form whole in memory, with full logits in fp32."""
+    request = asked(run)
+    _, report = audit(folder, request)
+    rows = read_audit_rows(request, load_tokenizer(run.adapter), lambda text: None).task
+    forms = plain_forms(base, run)
     assert [one["name"] for one in report["variants"]] == list(forms)
     for one in report["variants"]:
         loss, kl, same = plain_figures(forms[one["name"]], forms["trained"], rows)
         assert one["task"]["loss"]["value"] == pytest.approx(loss, rel=1e-4), one["name"]
         assert one["task"]["kl"]["value"] == pytest.approx(kl, rel=1e-4, abs=2e-6), one["name"]
         assert one["task"]["same_top"]["value"] == pytest.approx(same, abs=1e-6), one["name"]
+
+
+def test_every_form_has_the_figures_of_the_whole_model(trained: RunPaths, half: Path, tmp_path: Path) -> None:
+    assert_figures_of_the_whole_model(trained, half, tmp_path / "audit")
+
+
+@pytest.mark.slow
+def test_every_form_of_the_embedded_model_has_the_figures_of_the_whole_model(
+    recipe: Recipe, train: Train, tmp_path: Path
+) -> None:
+    base = ensure_embedded()
+    few = tuned(recipe, base).with_("method", "qlora").with_("train.steps", 3).with_("eval.rows", 4)
+    assert_figures_of_the_whole_model(train(few), base, tmp_path / "audit")
 
 
 def test_what_it_leaves_in_the_run(trained: RunPaths, tmp_path: Path) -> None:
