@@ -1,6 +1,6 @@
 """The cells of an audit's tables: figures with their intervals, sizes, speeds, each marked as measured or estimated."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from studio.core.audit import seen_sign
@@ -38,20 +38,19 @@ def share(value: Mapping[str, Any]) -> str:
 
 def share_difference(value: Mapping[str, Any]) -> str:
     """Return a difference of shares in words: that none can be seen, or how large it is, in percentage points."""
-    seen = Interval(**value)
-    if seen.low is None or seen.high is None:
-        return f"{round(100 * seen.value):+d} points"
-    ends = f"{round(100 * seen.low):+d} to {round(100 * seen.high):+d}"
-    return f"{round(100 * seen.value):+d} points ({ends})" if seen.sign else f"no difference seen ({ends})"
+    return _difference(Interval(**value), lambda share: f"{round(100 * share):+d}", " points")
 
 
 def plain_difference(value: Mapping[str, Any]) -> str:
     """Return a difference of a score in words: that none can be seen, or how large it is."""
-    seen = Interval(**value)
+    return _difference(Interval(**value), lambda score: f"{score:+.4f}", "")
+
+
+def _difference(seen: Interval, written: Callable[[float], str], unit: str) -> str:
     if seen.low is None or seen.high is None:
-        return f"{seen.value:+.4f}"
-    ends = f"{seen.low:+.4f} to {seen.high:+.4f}"
-    return f"{seen.value:+.4f} ({ends})" if seen.sign else f"no difference seen ({ends})"
+        return f"{written(seen.value)}{unit}"
+    ends = f"{written(seen.low)} to {written(seen.high)}"
+    return f"{written(seen.value)}{unit} ({ends})" if seen.sign else f"no difference seen ({ends})"
 
 
 def size(size_bytes: float | None) -> str:

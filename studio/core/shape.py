@@ -147,7 +147,6 @@ class ModelShape:
         logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
         attention_softcap: Whether attention scores go through the same.
         fused_attention: Whether transformers runs it with fused attention; capped scores, sinks and ALiBi rule it out.
-        stored_itemsize: Bytes per weight in the checkpoint, as its config says.
         positions: Positions that its config allows, 0 where it does not say.
         buffers: Elements of tables that it holds beside its parameters, in the format it computes in.
         doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
@@ -168,7 +167,6 @@ class ModelShape:
     logit_softcap: bool = False
     attention_softcap: bool = False
     fused_attention: bool = True
-    stored_itemsize: int = 2
     positions: int = 0
     buffers: int = 0
     doubts: tuple[str, ...] = ()

@@ -9,16 +9,6 @@ from studio.core.families import ALWAYS, FAMILIES, LLAMA, NEVER, Family
 from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
 
-_ITEMSIZES = {
-    "float32": 4,
-    "float": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "half": 2,
-    "float8_e4m3fn": 1,
-    "int8": 1,
-    "uint8": 1,
-}
 _MOST_PARAMETERS = 50 * 10**12
 
 
@@ -90,7 +80,6 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
         attention_softcap=capped,
         fused_attention=family.fused_attention and not capped,
-        stored_itemsize=_ITEMSIZES.get(values.word("dtype", "torch_dtype").removeprefix("torch."), 2),
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
         doubts=tuple(doubts),
     )

@@ -42,11 +42,6 @@ class BaseFound:
         said = (self.config or {}).get("quantization_config")
         return str(said.get("quant_method") or "unknown") if isinstance(said, dict) else ""
 
-    @property
-    def has_own_code(self) -> bool:
-        """Whether the folder brings Python code of its own (`auto_map`), which runs only under trust_remote_code."""
-        return "auto_map" in (self.config or {})
-
 
 def find_base(base: str, revision: str = "") -> BaseFound:
     """Return the model that `embedded`, a folder's path or a hub id names.

@@ -27,7 +27,7 @@ def refusal(base: Path | str, revision: str = "") -> str:
 def test_a_whole_folder(folder: Path) -> None:
     base = find_base(str(folder))
     assert (base.kind, base.path, base.config, base.size_bytes) == ("folder", folder, CONFIG, 32)
-    assert (base.quantization, base.has_own_code) == ("", False)
+    assert base.quantization == ""
 
 
 def test_a_sharded_folder(tmp_path: Path) -> None:
@@ -43,11 +43,11 @@ def test_a_relative_path_and_a_home_path(folder: Path, monkeypatch: pytest.Monke
     assert find_base("~/model").path == folder
 
 
-def test_what_the_config_says_of_quantisation_and_code(folder: Path) -> None:
-    config = CONFIG | {"quantization_config": {"quant_method": "gptq"}, "auto_map": {"AutoModel": "x.Y"}}
+def test_what_the_config_says_of_quantisation(folder: Path) -> None:
+    config = CONFIG | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
     base = find_base(str(folder))
-    assert (base.quantization, base.has_own_code) == ("gptq", True)
+    assert base.quantization == "gptq"
 
 
 def test_a_revision_belongs_to_hub_models(folder: Path) -> None:
