@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from studio.core.quantised_base import QuantisedBase
+
 Wiring = Literal["pre", "post", "sandwich", "parallel"]
 Norm = Literal["rms", "rms_wide", "layer", "layer_wide", "centred"]
 
@@ -150,6 +152,7 @@ class ModelShape:
         positions: Positions that its config allows, 0 where it does not say.
         buffers: Elements of tables that it holds beside its parameters, in the format it computes in.
         doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
+        quantised: How its weights lie on disk where they are quantised already.
     """
 
     family: str
@@ -170,6 +173,7 @@ class ModelShape:
     positions: int = 0
     buffers: int = 0
     doubts: tuple[str, ...] = ()
+    quantised: QuantisedBase | None = None
 
     def __hash__(self) -> int:
         return self._hash

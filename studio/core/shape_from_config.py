@@ -1,11 +1,13 @@
 """From a config.json's table to a `ModelShape`, with every number checked."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import ALWAYS, FAMILIES, LLAMA, NEVER, Family
+from studio.core.quantised_base import quantised_base
 from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
 
@@ -33,7 +35,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     shape = _shape(name, family, values, doubts)
     if shape.parameters > _MOST_PARAMETERS:
         raise BadInput(f"the model's config describes {shape.parameters:.3g} parameters; its sizes cannot be right")
-    return shape
+    return replace(shape, quantised=quantised_base(config))
 
 
 def _text_table(config: Mapping[str, Any], doubts: list[str]) -> Mapping[str, Any]:

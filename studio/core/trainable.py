@@ -190,7 +190,7 @@ def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart)
 
 def linear_paths(name: str, layer: int) -> tuple[str, ...]:
     """Return the paths that a linear map of a layer may have as a module, as most families call them."""
-    return tuple(f"model.layers.{layer}.{block}.{name}" for block in _BLOCKS)
+    return tuple(f"model.layers.{layer}.{block}.{name}" for block in (ATTENTION, MLP))
 
 
 def _rank_of(name: str, layer: int | None, part: AdaptedPart) -> int:
@@ -201,7 +201,7 @@ def _rank_of(name: str, layer: int | None, part: AdaptedPart) -> int:
     return part.rank
 
 
-_BLOCKS = ("self_attn", "mlp")
+ATTENTION, MLP = "self_attn", "mlp"
 """Between layer and map in the path of a module, as most families call them."""
 
 

@@ -93,6 +93,9 @@ def test_modules_that_stay_in_sixteen_bits():
     assert base("model.layers.1") == base("model.layers.0"), "not layers 10 to 19 as well"
     assert base("down_proj") - base() == pytest.approx(wider * down * LLAMA.layers, rel=1e-3)
     assert base("model.layers.3.mlp.down_proj") - base() == pytest.approx(wider * down, rel=1e-3)
+    mlp = sum(linear.weights for linear in LLAMA.groups[0].layer.mlp)
+    assert base("model.layers.3.mlp") - base() == pytest.approx(wider * mlp, rel=1e-3), "not its attention"
+    assert base("model.layers.3.self_attn") - base() == pytest.approx(wider * (layer - mlp), rel=1e-3)
 
 
 def test_a_family_whose_linears_nobody_quantises_says_so():

@@ -5,9 +5,11 @@ from functools import lru_cache
 from typing import Literal
 
 from studio.core.gpu_catalogue import Gpu
+from studio.core.quantised_base import note_on
 from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
 from studio.core.vram.modules import Kernel
+from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.reserve import (
     CONTEXT_BYTES,
     MOST_CONTEXT_BYTES,
@@ -94,6 +96,7 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     Raises:
         BadInput: A target does not exist in this model.
     """
+    setup = as_it_lies(setup, shape.quantised) if shape.quantised else setup
     shape = built(shape, setup)
     kernel = attention_kernel(shape, setup, gpu)
     workspace = HOPPER_CUBLAS_WORKSPACE_BYTES if gpu and gpu.compute_capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
@@ -162,6 +165,8 @@ def _allocated_bounds(
 ) -> tuple[int, int, tuple[str, ...]]:
     """Return lowest and highest peak of live tensors, and why they differ."""
     notes = list(shape.doubts)
+    if shape.quantised:
+        notes.insert(0, note_on(shape.quantised, setup.method, setup.engine))
     if 0 < shape.positions < setup.seq_len:
         notes.append(
             f"{setup.seq_len} tokens per row are more than the {shape.positions} positions of the model's config"

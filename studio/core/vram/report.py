@@ -53,6 +53,7 @@ def plan_to_dict(
             "layers": shape.layers,
             "hidden": shape.hidden,
             "vocabulary": shape.vocabulary,
+            "quantisation": None if shape.quantised is None else asdict(shape.quantised),
         },
         "setup": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(setup).items()},
         "gpu": None if gpu is None else {"name": gpu.name, "total_bytes": gpu.total_bytes},

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.shape import Linear, ModelShape
-from studio.core.trainable import AdaptedPart, linear_paths, trained_tensors, whole_tensors
+from studio.core.trainable import ATTENTION, MLP, AdaptedPart, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
 
 ALIGNMENT = 512
@@ -119,17 +119,20 @@ def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[
     if not skipped:
         yield from shape.all_linears()
         return
-    first = 0
+    first, names = 0, frozenset(skipped)
     for group in shape.groups:
+        attention = (*group.layer.qkv, group.layer.out)
         for linear in group.layer.linears:
-            paths = (linear_paths(linear.name, index) for index in range(first, first + group.count))
-            left = sum(not any(_is_skipped(path, skipped) for path in names) for names in paths)
-            yield left, linear
+            place = f"{ATTENTION if linear in attention else MLP}.{linear.name}"
+            layers = range(first, first + group.count)
+            yield sum(not _is_skipped(f"model.layers.{index}.{place}", names) for index in layers), linear
         first += group.count
 
 
-def _is_skipped(path: str, skipped: tuple[str, ...]) -> bool:
-    return any(path == name or path.startswith(f"{name}.") or path.endswith(f".{name}") for name in skipped)
+def _is_skipped(path: str, skipped: frozenset[str]) -> bool:
+    parts = path.split(".")
+    cuts = range(len(parts))
+    return any(".".join(parts[cut:]) in skipped or ".".join(parts[: cut + 1]) in skipped for cut in cuts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,124 @@
+"""What a model's config says of weights that are quantised already, and what that means for training.
+
+Training starts from 16-bit weights, or from 4-bit weights of bitsandbytes under QLoRA. Knows no files: tensors that
+contradict the config are the readers' business.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from studio.core.recipe import Method, QuantType
+from studio.core.text import plain
+
+BITSANDBYTES, GGUF, UNNAMED = "bitsandbytes", "gguf", "unknown"
+_BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 8}
+"""What the name alone says (transformers 5.24 utils/quantization_config.py QuantizationMethod)."""
+_BITS_KEYS = ("bits", "w_bit", "nbits", "num_bits", "wbits")
+_MOST_NAMES = 1000
+_ORIGINAL = "the original 16-bit model that it was made from"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedBase:
+    """How weights lie on disk that are not plain 16 or 32 bit.
+
+    Attributes:
+        method: What quantised them: `gptq`, `bitsandbytes`, `mxfp4`, ...; `unknown` where the config does not name it.
+        bits: Bits of a weight; 0 where that is not said.
+        quant_type: The code of 4-bit bitsandbytes weights.
+        double_quant: Whether their scales are quantised too.
+        skipped: Modules left out by bitsandbytes, as its config names them.
+    """
+
+    method: str
+    bits: int = 0
+    quant_type: QuantType = "nf4"
+    double_quant: bool = False
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The form in a few words that a terminal may show: `gptq, 4 bit`."""
+        name = "in a way that its config does not name" if self.method == UNNAMED else self.method
+        return f"{plain(name, one_line=True, limit=40)}{f', {self.bits} bit' if self.bits else ''}"
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether these are 4-bit bitsandbytes weights, on which QLoRA can train as they are."""
+        return self.method == BITSANDBYTES and self.bits == 4
+
+
+def quantised_base(config: Mapping[str, Any]) -> QuantisedBase | None:
+    """Return how a config.json says that its weights are quantised, None where they are not.
+
+    Whatever stands in it that cannot be understood is left out; what is there is called quantised all the same.
+    """
+    mlx = _table(config, "quantization")
+    if mlx is not None and "bits" in mlx:
+        return QuantisedBase("mlx", _bits(mlx))
+    for key in ("quantization_config", "compression_config"):
+        said = _table(config, key)
+        if said is not None:
+            return _from_table(said)
+    return None
+
+
+def refusal(base: QuantisedBase | None, method: Method) -> str:
+    """Return why a method cannot train on a base, and what can; nothing where it can."""
+    if base is None or (base.in_four_bits and method == "qlora"):
+        return ""
+    found = "a GGUF file, made to run models with" if base.method == GGUF else f"already quantised ({base.words})"
+    if base.in_four_bits:
+        return f"{found}, and method lora wants 16-bit weights: name {_ORIGINAL}, or take method qlora"
+    return f"{found}, and training starts from 16-bit weights: name {_ORIGINAL}"
+
+
+def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]) -> str:
+    """Return what an estimate for such a base stands for."""
+    if base.in_four_bits and method == "qlora":
+        kept = f", {len(base.skipped)} modules in 16 bit" if base.skipped else ""
+        form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
+        return f"this base is already quantised ({base.words}): planned as it lies, {form}; a merge wants its original"
+    if engine == "studio":
+        return f"this base is {refusal(base, method)}. The plan is for that original; train refuses this one"
+    if base.method == BITSANDBYTES and method == "qlora":
+        return f"this base is already quantised ({base.words}): planned as it lies"
+    return f"this base is already quantised ({base.words}): the plan is for its 16-bit original, without these kernels"
+
+
+def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    """Return a config's own table, or its text model's (transformers looks in both)."""
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, Mapping) else {}):
+        found = place.get(key)
+        if isinstance(found, Mapping):
+            return found
+    return None
+
+
+def _from_table(said: Mapping[str, Any]) -> QuantisedBase:
+    four, eight = (said.get(f"load_in_{bits}bit") is True for bits in (4, 8))
+    name = said.get("quant_method")
+    # bitsandbytes wrote no quant_method before transformers 4.36: the switches win (quantizers/auto.py from_dict).
+    method = BITSANDBYTES if four or eight else name if isinstance(name, str) and name.strip() else UNNAMED
+    bits = 4 if four else 8 if eight else _bits(said) or _BITS.get(method, 0)
+    if method != BITSANDBYTES or bits != 4:
+        return QuantisedBase(method, bits)
+    names = said.get("llm_int8_skip_modules")
+    skipped = tuple(name for name in names[:_MOST_NAMES] if isinstance(name, str)) if isinstance(names, list) else ()
+    code: QuantType = "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+    return QuantisedBase(method, 4, code, said.get("bnb_4bit_use_double_quant") is True, skipped)
+
+
+def _bits(said: Mapping[str, Any]) -> int:
+    """Return the bits that a table names, or the first of its groups' (compressed-tensors); 0 for none."""
+    groups = said.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, Mapping) and groups else None
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    for table in (said, weights if isinstance(weights, Mapping) else {}):
+        for key in _BITS_KEYS:
+            value = table.get(key)
+            if type(value) is int and 1 <= value <= 16:
+                return value
+    return 0
