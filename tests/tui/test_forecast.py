@@ -16,9 +16,15 @@ from studio.runs.quality import Outcome
 from studio.tui import kept, trade
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Card, Forecaster, outlook_or_reason
-from studio.tui.panels.forecast_text import applied_text, fixes_text, over_budget_text, table_text
+from studio.tui.panels.forecast_text import (
+    applied_text,
+    first_fix_text,
+    other_fixes_text,
+    over_budget_text,
+    table_text,
+)
 from studio.tui.reading import peak_words, process_words, reading_of
-from studio.tui.trade import rows_of, sides_of
+from studio.tui.trade import footnote, rows_of, sides_of
 from tests.tui.stories import EIGHT_B, ESCAPES, card_of
 
 SMALL = Recipe(method="qlora").with_("train.micro_batch", 2)
@@ -126,9 +132,8 @@ def test_several_fixes_together_where_none_is_enough() -> None:
 def test_where_nothing_helps_it_says_so() -> None:
     forecaster = on(Card(card_of().gpu, 2 * GIB))
     assert fix_that_fits(LARGE, forecaster) is None
-    told = fixes_text(single_fixes(LARGE, forecaster), None).plain
-    assert "Nothing here makes it fit" in told
-    assert "not enough alone" in told
+    assert "Nothing here makes it fit" in first_fix_text(None).plain
+    assert "not enough alone" in other_fixes_text(single_fixes(LARGE, forecaster), None).plain
 
 
 def test_the_table_has_both_methods_and_no_invented_rows() -> None:
@@ -145,7 +150,7 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     told = table_text(sides, "qlora", waiting=False).plain
     assert "•QLoRA 4-bit" in told
     assert " LoRA 16-bit" in told
-    assert "LitGPT" in told
+    assert "LitGPT" in footnote(sides)
     waiting = {row[0]: row[1:] for row in rows_of(sides_of(SMALL, forecaster, batches=False), waiting=True)}
     assert waiting["largest batch"] == ("...", "...")
     for side in ("lora", "qlora"):
@@ -154,7 +159,7 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     assert lora != qlora
     assert rows["a step takes"][1].startswith("x1.")
     assert rows["time"][0].endswith("min")
-    assert "Speed: a roofline" in told
+    assert "Speed: a roofline" in footnote(sides)
     assert waiting["speed, tok/s"] == ("...", "...")
     unknown = sides_of(SMALL, on(Card()), batches=True)
     assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["speed, tok/s"] == ("not known", "not known")
@@ -170,7 +175,7 @@ def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: 
         monkeypatch.setattr(trade, "audited", lambda recipe: raced)  # noqa: B023  used at once
         sides = sides_of(SMALL, on_4090(), batches=True)
         rows = {row[0]: row[1:] for row in rows_of(sides, waiting=False)}
-        told = table_text(sides, "qlora", waiting=False).plain
+        told = footnote(sides)
         assert ("quality" in rows) is not measured
         assert ("LitGPT" in told) is not measured
         if measured:

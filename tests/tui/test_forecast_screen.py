@@ -103,6 +103,22 @@ def test_one_row_is_always_in_sight_where_there_is_room_for_little(tmp_path: Pat
 
 
 @pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_the_keyboard_reaches_the_end_of_the_forecast(tmp_path: Path, size: tuple[int, int]) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await forecast(pilot, app)
+        await pilot.press("v")
+        await until(pilot, lambda: "largest batch" in shown(app))
+        assert "roofline" not in shown(app)
+        await pilot.press("end")
+        await until(pilot, lambda: "roofline" in shown(app))
+        await pilot.press("v", "right")
+        await settle(pilot)
+        assert screen_of(app).recipe.adapter.rank == 32, "the arrows turn the slider again"
+
+    play(story, tmp_path, recipe=LARGE, size=size)
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_f_makes_it_fit_and_u_takes_back_only_that(tmp_path: Path, size: tuple[int, int]) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await forecast(pilot, app)
@@ -111,7 +127,8 @@ def test_f_makes_it_fit_and_u_takes_back_only_that(tmp_path: Path, size: tuple[i
         assert "u Undo" not in shown(app)
         if size == WIDE:
             await until(pilot, lambda: "f makes it fit: micro-batch 12 ->" in shown(app))
-            assert "  QLoRA 4-bit" in shown(app)
+            first, table, others = (shown(app).index(part) for part in ("f makes it", "base held in", "Other ways"))
+            assert first < table < others, "what else would help does not push the trade out of sight"
         await pilot.press("f")
         await settle(pilot)
         fitted = screen_of(app).recipe

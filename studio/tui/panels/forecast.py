@@ -34,8 +34,9 @@ class Forecast(VerticalScroll):
         padding: 0 1;
         scrollbar-size-vertical: 1;
         & > Static { height: auto; }
-        & > #fixes { display: none; }
-        & > #fixes.-shown { display: block; }
+        & > .fixes { display: none; }
+        & > .fixes.-shown { display: block; }
+        & > #footnote { text-style: dim; }
     }
     """
 
@@ -81,11 +82,13 @@ class Forecast(VerticalScroll):
         self._reason = _READING
 
     def compose(self) -> ComposeResult:
-        """Gauge, words, fixes, table."""
+        """Gauge, words, what makes it fit, table, what else would help, footnote."""
         yield Gauge(unit="GiB", id="gauge")
         yield Static("", id="peak", markup=False)
-        yield Static("", id="fixes", markup=False)
+        yield Static("", id="first-fix", classes="fixes", markup=False)
         yield Static("", id="trade", markup=False)
+        yield Static("", id="other-fixes", classes="fixes", markup=False)
+        yield Static("", id="footnote", markup=False)
 
     def look(self, planned: str | None = None) -> None:
         """Find the model and the card anew, in a thread.
@@ -195,6 +198,7 @@ class Forecast(VerticalScroll):
         self._show_reading(Reading(verdict=plain(reason, one_line=True, limit=200)))
         self._update("#peak", Content(plain(reason) if reason != _READING else ""))
         self._update("#trade", Content(""))
+        self._update("#footnote", Content(""))
         self._show_fixes([], None)
 
     def _show_reading(self, reading: Reading) -> None:
@@ -214,16 +218,18 @@ class Forecast(VerticalScroll):
 
     def _show_table(self, sides: "dict[Method, Side]", *, waiting: bool) -> None:
         from studio.tui.panels.forecast_text import table_text  # noqa: PLC0415  with the estimator
+        from studio.tui.trade import footnote  # noqa: PLC0415  as above
 
         self._update("#trade", table_text(sides, self._recipe.method, waiting=waiting))
+        self._update("#footnote", Content(footnote(sides)))
 
     def _show_fixes(self, fixes: "list[Fix]", first: "Fix | None") -> None:
-        widget = self.query_one("#fixes", Static)
-        widget.set_class(bool(fixes), "-shown")
+        self.query(".fixes").set_class(bool(fixes), "-shown")
         if fixes:
-            from studio.tui.panels.forecast_text import fixes_text  # noqa: PLC0415  with the estimator
+            from studio.tui.panels.forecast_text import first_fix_text, other_fixes_text  # noqa: PLC0415  as above
 
-            self._update("#fixes", fixes_text(fixes, first))
+            self._update("#first-fix", first_fix_text(first))
+            self._update("#other-fixes", other_fixes_text(fixes, first))
 
     def _update(self, name: str, text: Content) -> None:
         """Repaint a text only when it changed, and lay the screen out anew only when its height did."""

@@ -11,7 +11,7 @@ from studio.tui.forecast import Card, Outlook
 from studio.tui.form_fields import SHOWN
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES, others_words
-from studio.tui.trade import METHODS, Side, footnote, rows_of
+from studio.tui.trade import METHODS, Side, rows_of
 
 _LABEL, _COLUMN = 15, 16
 _STYLES = {"fits": "$text-success", "tight": "$text-warning", "does not fit": "$text-error"}
@@ -33,18 +33,21 @@ def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> C
         parts.append((f"{label:{_LABEL}}", "dim"))
         parts += [(f" {value:{_COLUMN - 1}}", _STYLES.get(value, "")) for value in values]
         parts.append("\n")
-    parts.append((footnote(sides), "dim"))
     return Content.assemble(*parts)
 
 
-def fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
-    """Return the fixes with their prices; the one that `f` applies comes first."""
-    parts: _Parts = [_first_line(first)]
-    if first is not None:
-        parts.append(f"{first.words}\n    {_saving(first)}; {first.price}\n")
-    for fix in fixes:
-        if first is None or fix.options != first.options:
-            parts.append((f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim"))
+def first_fix_text(first: Fix | None) -> Content:
+    """Return what `f` does, with its price."""
+    if first is None:
+        return Content.assemble(_first_line(first))
+    return Content.assemble(_first_line(first), f"{first.words}\n    {_saving(first)}; {first.price}\n")
+
+
+def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
+    """Return the fixes that `f` leaves alone, with their prices; empty where there is none."""
+    others = [fix for fix in fixes if first is None or fix.options != first.options]
+    parts: _Parts = [("Other ways\n", "bold")] if others else []
+    parts += [(f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim") for fix in others]
     return Content.assemble(*parts)
 
 

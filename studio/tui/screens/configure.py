@@ -67,6 +67,8 @@ class ConfigureScreen(Screen[None]):
         & #side { width: 1fr; border-top: none; border-left: solid $foreground 20%; }
         & Forecast { display: block; height: auto; max-height: 80%; }
         & Advice { display: block; border-top: solid $foreground 20%; }
+        &.-memory Forecast { max-height: 100%; }
+        &.-memory Advice { display: none; }
     }
     """
 
@@ -121,10 +123,6 @@ class ConfigureScreen(Screen[None]):
         self._show_problems()
         self.call_after_refresh(self._forecast.begin)
 
-    def on_resize(self) -> None:
-        """Offer the keys that make sense at this size."""
-        self.refresh_bindings()
-
     def on_screen_resume(self) -> None:
         """Look at the card again: runs may have come and gone."""
         if self._form.is_mounted and self._forecast.forecaster is not None:
@@ -173,8 +171,6 @@ class ConfigureScreen(Screen[None]):
         """Offer keys only where they do something."""
         if action == "make_fit":
             return self.query_one("#gauge", Gauge).reading.level in ("doubtful", "bad") if self.is_mounted else False
-        if action == "turn_view":
-            return not self.has_class("-wide")
         return bool(self._undo) if action == "undo_fit" else True
 
     def action_turn_method(self) -> None:
@@ -252,7 +248,7 @@ class ConfigureScreen(Screen[None]):
         self._take(recipe)
 
     def action_turn_view(self) -> None:
-        """Where there is room for one: the memory in place of the recipe, or back."""
+        """Give the memory all room there is and the arrows, or take them back: of the recipe's where one column is."""
         memory = not self.has_class("-memory")
         self.set_class(memory, "-memory")
         self._forecast.can_focus = memory
