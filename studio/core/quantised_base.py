@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from studio.core.adapter_text import modules_of
 from studio.core.recipe import Method, QuantType
 from studio.core.text import plain
 
@@ -106,9 +107,20 @@ def _from_table(said: Mapping[str, Any]) -> QuantisedBase:
     if method != BITSANDBYTES or bits != 4:
         return QuantisedBase(method, bits)
     names = said.get("llm_int8_skip_modules")
-    skipped = tuple(name for name in names[:_MOST_NAMES] if isinstance(name, str)) if isinstance(names, list) else ()
+    skipped = _modules(names[:_MOST_NAMES]) if isinstance(names, list) else ()
     code: QuantType = "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
     return QuantisedBase(method, 4, code, said.get("bnb_4bit_use_double_quant") is True, skipped)
+
+
+def _modules(names: list[Any]) -> tuple[str, ...]:
+    """Return the names that a recipe could hold, each once; a model with pictures holds its text model one deeper."""
+    found: dict[str, None] = {}
+    for name in names:
+        try:
+            found |= dict.fromkeys(modules_of(name.replace("language_model.", "")))
+        except (AttributeError, ValueError):
+            continue
+    return tuple(found)
 
 
 def _bits(said: Mapping[str, Any]) -> int:

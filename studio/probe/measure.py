@@ -14,7 +14,7 @@ from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, read_config
-from studio.probe.models import find_base
+from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.probe.setting import setting_of
 from studio.probe.shape import config_of_gguf
 from studio.probe.space import check_space
@@ -53,7 +53,8 @@ def start_measure(
         StudioError: The worker cannot be started; no folder is left.
     """
     refuse(recipe.problems())
-    base_config(recipe.model.base, recipe.model.revision)
+    config = base_config(recipe.model.base, recipe.model.revision)
+    refuse_untrainable(BaseFound("folder", recipe.model.base, None, config, 0), recipe.method)
     check_space(runs_root)
     return launch_prepared(prepare_run(request, runs_root, now(), plan), module, launching)
 

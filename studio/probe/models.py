@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from studio.core.errors import BadInput
-from studio.core.recipe import EMBEDDED
+from studio.core.quantised_base import QuantisedBase, quantised_base, refusal
+from studio.core.recipe import EMBEDDED, Method
 from studio.core.text import plain
 from studio.probe.embedded_model import config_from_gguf, embedded_header, find_embedded
 from studio.probe.hub import ask_hub, find_in_cache, is_hub_id
@@ -39,8 +40,12 @@ class BaseFound:
     @property
     def quantization(self) -> str:
         """How the weights on disk are quantised already: `gptq`, `bitsandbytes`, ...; empty where they are not."""
-        said = (self.config or {}).get("quantization_config")
-        return str(said.get("quant_method") or "unknown") if isinstance(said, dict) else ""
+        return self.quantised.method if self.quantised else ""
+
+    @property
+    def quantised(self) -> QuantisedBase | None:
+        """The form of weights that are quantised already; None where they are not."""
+        return quantised_base(self.config or {})
 
 
 def find_base(base: str, revision: str = "") -> BaseFound:
@@ -58,6 +63,16 @@ def find_base(base: str, revision: str = "") -> BaseFound:
     except OSError as error:
         shown = plain(base, one_line=True, limit=200)
         raise BadInput(f"The model {shown} cannot be looked at: {error.strerror or error}.") from None
+
+
+def refuse_untrainable(base: BaseFound, method: Method) -> None:
+    """Refuse to train on weights that are quantised already, except 4-bit bitsandbytes ones under QLoRA.
+
+    Raises:
+        BadInput: They are; says what to name instead.
+    """
+    if why := refusal(base.quantised, method):
+        raise BadInput(f"The base model {plain(base.word, one_line=True, limit=200)} is {why}.")
 
 
 def _on_disk(base: str, revision: str) -> BaseFound | None:
@@ -116,4 +131,4 @@ def _shown(path: Path) -> str:
     return plain(str(path), one_line=True)
 
 
-__all__ = ["BaseFound", "find_base", "read_config"]
+__all__ = ["BaseFound", "find_base", "read_config", "refuse_untrainable"]

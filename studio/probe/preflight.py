@@ -8,7 +8,7 @@ from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
 from studio.probe.data import DataSet, read_data, split
 from studio.probe.gpus import Gpu, read_gpus
-from studio.probe.models import BaseFound, find_base
+from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.runs.recipe_file import resolve_paths
 
 
@@ -45,6 +45,7 @@ def check_training(recipe: Recipe, *, gpus: list[Gpu] | None = None) -> Prefligh
     recipe = resolve_paths(recipe, (Path.cwd(),))
     notes = _device_notes(recipe.device.device, gpus)
     base = find_base(recipe.model.base, recipe.model.revision)
+    refuse_untrainable(base, recipe.method)
     data = _read(recipe, "data.path")
     eval_data = _read(recipe, "data.eval_path") if recipe.data.eval_path else None
     if eval_data is None and recipe.eval.rows:

@@ -36,6 +36,15 @@ COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0":
             {"quantization_config": {**NF4, "quant_method": "bitsandbytes", "llm_int8_skip_modules": ["lm_head", 3]}},
             QuantisedBase("bitsandbytes", 4, "nf4", True, ("lm_head",)),
         ),
+        (
+            {
+                "quantization_config": {
+                    **NF4,
+                    "llm_int8_skip_modules": ["model.language_model.layers.0.mlp", "a b", "\x1b", "lm_head", "lm_head"],
+                }
+            },
+            QuantisedBase("bitsandbytes", 4, "nf4", True, ("model.layers.0.mlp", "lm_head")),
+        ),
         ({"text_config": {"quantization_config": {"quant_method": "hqq", "nbits": 3}}}, QuantisedBase("hqq", 3)),
         ({"quantization": {"bits": 4, "group_size": 64}}, QuantisedBase("mlx", 4)),
         ({"quantization_config": {}}, QuantisedBase("unknown")),

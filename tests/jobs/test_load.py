@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from studio.core.errors import BadInput
 from studio.jobs.base import load as module
@@ -118,16 +120,29 @@ def test_code_in_the_folder_is_not_run(copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "method", "wanted"),
     [
-        ("gptq", "lora", "the original 16-bit weights"),
-        ("gptq", "qlora", "the original 16-bit weights"),
-        ("bitsandbytes", "lora", "16-bit weights for LoRA, or method qlora"),
+        ("gptq", "lora", "the original 16-bit model"),
+        ("gptq", "qlora", "the original 16-bit model"),
+        ("bitsandbytes", "lora", "or take method qlora"),
     ],
 )
 def test_weights_that_are_quantised_already(copy: Path, how: str, method: str, wanted: str) -> None:
-    config_with(copy, quantization_config={"quant_method": how, "load_in_4bit": True})
+    config_with(copy, quantization_config={"quant_method": how, "load_in_4bit": how == "bitsandbytes", "bits": 4})
     message = refusal(copy, method)
-    assert f"already quantised ({how})" in message
+    assert f"already quantised ({how}, 4 bit)" in message
     assert wanted in message
+
+
+def test_a_model_saved_in_8_bits_is_loaded_as_it_is(tiny: Path, tmp_path: Path) -> None:
+    """To talk to it: training refuses it before it loads anything."""
+    made: Any = AutoModelForCausalLM.from_pretrained(
+        tiny, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}
+    )
+    made.save_pretrained(tmp_path / "eight")
+    load_tokenizer(tiny).save_pretrained(tmp_path / "eight")
+    model: Any = load(tmp_path / "eight", "qlora")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(model(input_ids=ids).logits.argmax(-1), made(input_ids=ids).logits.argmax(-1))
 
 
 def test_a_base_saved_in_4_bits_is_taken_as_it_is_by_qlora(tiny: Path, tmp_path: Path) -> None:

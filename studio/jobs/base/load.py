@@ -16,12 +16,13 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
+from studio.core.quantised_base import BITSANDBYTES
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for
 from studio.jobs.base.embedded import ensure_embedded
 from studio.probe.hub import download
-from studio.probe.models import BaseFound
+from studio.probe.models import BaseFound, refuse_untrainable
 
 Progress = Callable[[str, float], None]
 
@@ -87,6 +88,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Return the base model on the device, every parameter frozen.
 
+    A base that bitsandbytes has quantised already is loaded as it lies, in 4 or 8 bits, where the method is QLoRA.
+
     Args:
         base: What `find_base` found.
         method: `qlora` quantises the linear layers to 4 bits, `lora` does not.
@@ -100,11 +103,12 @@ def load_base(
     Raises:
         BadInput: The model cannot be loaded as asked; says why and what to do. Running out of memory is passed on.
     """
-    refuse_quantised(base, method)
+    own = base.quantization == BITSANDBYTES
+    if not (own and method == "qlora"):
+        refuse_untrainable(base, method)
     folder = base_folder(base, progress)
     if progress:
         progress("loading the base model", 0.0)
-    own = base.quantization == "bitsandbytes"
     options: dict[str, Any] = (
         {"quantization_config": four_bit_config(quant, dtype, _left_alone(folder, quant))}
         if method == "qlora" and not own
@@ -136,7 +140,8 @@ def load_base(
             "config.json, or are not complete."
         )
     if method == "qlora":
-        _require_four_bit(model)
+        if not own:
+            _require_four_bit(model)
         _keep_packing(model)
     model.requires_grad_(False)
     return model
@@ -173,23 +178,6 @@ def _left_alone(folder: Path, quant: FourBit) -> list[str] | None:
     from studio.jobs.base.weights.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
 
     return [*get_keys_to_not_convert(build_clean(folder)), *quant.skip]
-
-
-def refuse_quantised(base: BaseFound, method: Method) -> None:
-    """Refuse weights that are quantised already, except 4-bit bitsandbytes ones under QLoRA.
-
-    Raises:
-        BadInput: The weights are quantised in a way that the method cannot start from.
-    """
-    how = plain(base.quantization, one_line=True, limit=40)
-    if not how:
-        return
-    if how == "bitsandbytes" and method == "qlora":
-        return
-    wanted = "the original 16-bit weights" if method == "qlora" else "16-bit weights for LoRA, or method qlora"
-    if how != "bitsandbytes":
-        wanted = "the original 16-bit weights"
-    raise BadInput(f"The base model {plain(base.word, one_line=True)} is already quantised ({how}); wanted {wanted}.")
 
 
 def _require_four_bit(model: torch.nn.Module) -> None:

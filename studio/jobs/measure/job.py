@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 import transformers
 
 from studio.core.events import Finished, Phase, Started, Warned
+from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
-from studio.jobs.base.load import refuse_quantised
 from studio.jobs.measure.real import measure_card
 from studio.jobs.measure.trace import Target, trace
 from studio.probe.measure import base_config, remember_measurement
-from studio.probe.models import BaseFound
+from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.atomic import write_whole
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.worker import Worker
@@ -51,6 +52,16 @@ def _traced(request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
     major, _, minor = request.capability.partition(".")
     target = Target(request.device, request.dtype, (int(major), int(minor or 0)))
     values = base_config(recipe.model.base, recipe.model.revision)
-    refuse_quantised(BaseFound("folder", recipe.model.base, None, values, 0), recipe.method)
-    seen = trace(recipe, values, target)
+    base = BaseFound("folder", recipe.model.base, None, values, 0)
+    refuse_untrainable(base, recipe.method)
+    seen = trace(_as_it_lies(recipe, base.quantised), values, target)
     return {"source": "trace", "peaks": seen.log.peaks(), "trainable_parameters": seen.trainable_parameters}
+
+
+def _as_it_lies(recipe: Recipe, base: QuantisedBase | None) -> Recipe:
+    """Return the recipe with the 4-bit form that a base has already: what is loaded keeps it."""
+    if base is None:
+        return recipe
+    kept = ", ".join(base.skipped) or recipe.model.skip_modules
+    held = replace(recipe.model, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=kept)
+    return replace(recipe, model=held)

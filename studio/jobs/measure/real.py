@@ -19,7 +19,7 @@ from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.gpus import read_gpus
-from studio.probe.models import find_base
+from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import card_of
 from studio.runs.worker import Worker
 
@@ -141,6 +141,7 @@ def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters
     torch.manual_seed(recipe.train.seed)
     meter.stage("load")
     base = find_base(recipe.model.base, recipe.model.revision)
+    refuse_untrainable(base, recipe.method)
     tell = PhaseTeller(worker.emit)
     model, _ = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=None)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -33,7 +33,7 @@ from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.calibrate import remember_run
 from studio.probe.fingerprint import FINGERPRINT, fingerprint
-from studio.probe.models import find_base
+from studio.probe.models import find_base, refuse_untrainable
 from studio.runs.worker import Worker
 
 _CANNOT_PACK = (
@@ -72,6 +72,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     tell = PhaseTeller(worker.emit)
     tell("finding the base model")
     base = find_base(recipe.model.base, recipe.model.revision)
+    refuse_untrainable(base, recipe.method)
     folder = base_folder(base, tell)
     trained_on = fingerprint(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
