@@ -18,6 +18,7 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.embedded_model import find_embedded
 from studio.probe.machine import Machine
+from studio.runs.store import left_over
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -70,6 +71,7 @@ def check_up(machine: Machine, runs_root: Path) -> list[Check]:
         _memory(machine),
         _disk(machine, runs_root),
         _runs(runs_root),
+        *(Check("left over", "note", left.words, left.advice) for left in left_over(runs_root)),
         _embedded(),
     ]
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.events import Evaluated, Finished, Planned, Started, StepDone
 from studio.core.text import plain
+from studio.runs.aside import give_back, left_by
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.log_ends import log_head, log_tail
 from studio.runs.note import read_note
 from studio.runs.status import Status, run_status
+from studio.runs.summary import folder_bytes
 
 LAST = "last"
 
@@ -95,8 +97,44 @@ def find_run(root: Path, word: str) -> RunPaths:
     raise BadInput(f"there is no run {shown!r} in {plain(str(root), one_line=True)}; see: lora-studio runs list")
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOver:
+    """What a killed merge or export left beside its output.
+
+    Attributes:
+        run: It can be resumed, or removed together with this.
+        folders: Hidden ones.
+        size_bytes: Of all their files.
+    """
+
+    run: RunPaths
+    folders: tuple[Path, ...]
+    size_bytes: int
+
+    @property
+    def words(self) -> str:
+        """For a person: how much, where, and of which run."""
+        first, *more = (plain(str(folder), one_line=True) for folder in self.folders)
+        others = f" and {len(more)} more hidden beside it" if more else ""
+        return f"{self.size_bytes / 1e9:.2f} GB in {first}{others}, of {plain(self.run.name, one_line=True)}"
+
+    @property
+    def advice(self) -> str:
+        """What to do with it."""
+        name = plain(self.run.name, one_line=True)
+        return f"go on with lora-studio runs resume {name}, or delete all of it with lora-studio runs rm {name}"
+
+
+def left_over(root: Path) -> list[LeftOver]:
+    """Return what killed runs have left; where several wrote to one place, it is the newest one's."""
+    found = {aside: paths for paths in sorted(_runs_in(root), key=_folder_time) if (aside := left_by(paths))}
+    return [
+        LeftOver(paths, tuple(aside.folders), sum(map(folder_bytes, aside.folders))) for aside, paths in found.items()
+    ]
+
+
 def remove_run(paths: RunPaths) -> None:
-    """Delete a run's folder with its checkpoints and adapter.
+    """Delete a run's folder with its checkpoints and adapter, and what a killed one left beside its output.
 
     Raises:
         BadInput: The run is live, no run folder at all, or cannot be deleted.
@@ -107,6 +145,8 @@ def remove_run(paths: RunPaths) -> None:
     if run_status(paths).live or lock_held(paths.lock):
         raise BadInput(f"the run {name} is live: stop it first (lora-studio runs stop {name}).")
     doomed = paths.root.with_name(f".{paths.name}.removed")
+    if aside := left_by(paths):
+        give_back(aside)
     try:
         paths.root.replace(doomed)
         shutil.rmtree(doomed)
@@ -123,9 +163,11 @@ def _runs_in(root: Path) -> list[RunPaths]:
 
 
 def _made_at(info: RunInfo) -> float:
-    if info.started_at:
-        return info.started_at
+    return info.started_at or _folder_time(info.paths)
+
+
+def _folder_time(paths: RunPaths) -> float:
     try:
-        return info.paths.root.stat().st_mtime
+        return paths.root.stat().st_mtime
     except OSError:
         return 0.0

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from studio.runs.aside import left_by
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
@@ -34,7 +35,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "seconds": _seconds(history),
         "peak_bytes": peak_bytes(history),
         "warnings": [event.message for event in history.warnings],
-        "failure": _failure(history, status, paths.name),
+        "failure": _failure(paths, history, status),
         "result": finished.result if finished else {},
     }
 
@@ -81,17 +82,17 @@ def _seconds(history: History) -> float | None:
     return max(0.0, history.last_at - history.started.at)
 
 
-def _failure(history: History, status: Status, run: str) -> dict[str, Any] | None:
+def _failure(paths: RunPaths, history: History, status: Status) -> dict[str, Any] | None:
+    run = paths.name
     if history.failed is not None:
         failed = history.failed
         advice = failed.advice.replace(_RESUME, f"runs resume {run}")
         return {"kind": failed.failure, "message": failed.message, "advice": advice, "step": failed.step}
     if status is Status.crashed:
         message = "the worker's process ended without saying why; the last lines it printed are in output.log"
-        return {
-            "kind": "crashed",
-            "message": message,
-            "advice": f"lora-studio runs resume {run}",
-            "step": history.last_step,
-        }
+        advice = f"lora-studio runs resume {run}"
+        if aside := left_by(paths):
+            left = sum(map(folder_bytes, aside.folders)) / 1e9
+            advice += f"; or runs rm {run}, which deletes also what lies half-made beside its output ({left:.2f} GB)"
+        return {"kind": "crashed", "message": message, "advice": advice, "step": history.last_step}
     return None

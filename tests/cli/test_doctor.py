@@ -1,6 +1,7 @@
 """`lora-studio doctor`: it looks, changes nothing, and says in its exit code whether a run could start."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,8 @@ from studio.probe.gpus import Gpu, GpuProcess
 from studio.probe.machine import Machine
 from studio.probe.setting import setting_of
 from studio.runs.calibration import remember
+from studio.runs.job import ExportRequest, write_job
+from studio.runs.layout import new_run
 from tests.cli.conftest import Cli
 
 GIB = 2**30
@@ -120,6 +123,23 @@ def test_a_place_that_cannot_be_written_is_a_problem(cli: Cli, machine: dict[str
     outcome = cli("doctor", "--runs-dir", str(file / "runs"))
     assert outcome.code == 1
     assert "cannot be written" in outcome.out
+
+
+def test_what_a_killed_export_left_is_listed_with_the_way_out(
+    cli: Cli, machine: dict[str, Any], home: Path, tmp_path: Path
+) -> None:
+    run = new_run(home / "runs", "export-q8_0-mine", 1_750_000_000.0)
+    write_job(run, ExportRequest("/adapter", str(tmp_path / "mine"), "q8_0"))
+    (tmp_path / ".merged-for-mine").mkdir()
+    (tmp_path / ".merged-for-mine" / "weights").write_bytes(bytes(20_000_000))
+    os.utime(run.root, (0, 0))  # long since begun: no process is about to take it
+    outcome = cli("doctor")
+    assert outcome.code == 0, outcome.out
+    assert f"0.02 GB in {tmp_path}/.merged-for-mine, of {run.name}" in " ".join(outcome.out.split())
+    assert f"left over: go on with lora-studio runs resume {run.name}" in outcome.out
+    assert cli("runs", "rm", run.name).code == 0
+    assert not (tmp_path / ".merged-for-mine").exists()
+    assert "left over" not in cli("doctor").out
 
 
 def test_the_error_of_the_estimate_so_far(cli: Cli, machine: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,9 +23,13 @@ from studio.jobs.base.llama import tool_process
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE
 from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import answers, job
+from studio.jobs.export.work import Work
+from studio.runs.aside import export_aside
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
+from studio.runs.status import run_status
+from studio.runs.store import left_over, remove_run
 from studio.runs.worker import run_job
 from tests.fakes import fake_llama_tool
 from tests.fakes.runs import CHECKOUT
@@ -291,6 +297,22 @@ run_job(Path(sys.argv[1]), _body)
 """
 
 
+def _kill_while_it_converts(paths: RunPaths, job: ExportRequest, tools: Path) -> None:
+    """Run an export in a process of its own, and end that and all it has started by SIGKILL."""
+    paths.root.mkdir(parents=True)
+    write_job(paths, job)
+    (tools / "behaviour").write_text("convert hangs")
+    words = [sys.executable, "-c", WITH_STAND_IN, str(paths.root), fake_llama_tool.__file__]
+    process = subprocess.Popen(words, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tools / "hanging").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        member.kill()
+    process.wait()
+    (tools / "behaviour").write_text("")
+
+
 @pytest.mark.slow
 def test_an_export_that_was_killed_goes_on_with_the_merged_model(
     base: Path, adapter: Path, tools: Path, tmp_path: Path
@@ -298,23 +320,73 @@ def test_an_export_that_was_killed_goes_on_with_the_merged_model(
     from studio.jobs.export.__main__ import _body
 
     paths = RunPaths(tmp_path / "export-0")
-    paths.root.mkdir()
-    write_job(paths, ExportRequest(str(adapter), str(tmp_path / "out"), "q8_0", base=str(base)))
-    (tools / "behaviour").write_text("convert hangs")
-    words = [sys.executable, "-c", WITH_STAND_IN, str(paths.root), fake_llama_tool.__file__]
-    process = subprocess.Popen(words, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tools / "hanging").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    process.wait()
+    _kill_while_it_converts(paths, ExportRequest(str(adapter), str(tmp_path / "out"), "q8_0", base=str(base)), tools)
     assert not (tmp_path / "out").exists()
     merge = (paths.root / "merge" / "events.jsonl").read_bytes()
-    (tools / "behaviour").write_text("")
     run_job(paths.root, _body)
     history = history_of(paths)
     assert history.finished is not None, history.failed
     assert (paths.root / "merge" / "events.jsonl").read_bytes() == merge, "merged once"
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+@pytest.mark.slow
+def test_an_export_that_was_killed_and_is_not_wanted_any_more_gives_its_room_back(
+    base: Path, adapter: Path, merged: Path, export: Export, tools: Path, tmp_path: Path
+) -> None:
+    from studio.jobs.export.__main__ import _body
+
+    killed = RunPaths(tmp_path / "killed-export")
+    _kill_while_it_converts(killed, ExportRequest(str(adapter), str(tmp_path / "out"), "q8_0", base=str(base)), tools)
+    (found,) = left_over(tmp_path)
+    assert found.run == killed
+    model = (tmp_path / ".merged-for-out" / "model.safetensors").stat().st_size
+    assert found.size_bytes > model > 100_000
+    # Another export into the same folder says so, and goes its own way.
+    history = history_of(export(merged, tmp_path / "fresh", "f16"))
+    assert history.finished is not None, history.failed
+    (warning,) = [event.message for event in history.warnings if "killed" in event.message]
+    assert f"runs rm {killed.name}" in warning
+    assert found.folders[0].is_dir()
+    # Who deletes the hidden folders by hand can still go on: the merge is done again.
+    for folder in found.folders:
+        shutil.rmtree(folder)
+    (tools / "behaviour").write_text("quantize fails, convert fails")
+    run_job(killed.root, _body)
+    assert "is not supported" in _failure(killed).message
+    assert history_of(RunPaths(killed.root / "merge")).finished is not None
+    assert left_over(tmp_path) == []
+    remove_run(killed)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_two_exports_to_one_place_do_not_write_over_each_other(
+    merged: Path, export: Export, tools: Path, tmp_path: Path
+) -> None:
+    aside = export_aside(tmp_path / "out")
+    aside.folder.mkdir()
+    (aside.folder / "of another").touch()
+    with FileLock(aside.lock):
+        failed = _failure(export(merged, tmp_path / "out", "f16"))
+    assert "another job is writing out already" in failed.message
+    assert [path.name for path in aside.folder.iterdir()] == ["of another"]
+
+
+@pytest.mark.slow
+def test_a_stop_during_the_merge_before_waits_for_its_end(
+    base: Path, adapter: Path, export: Export, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heed = Work.heed
+
+    def stopping(work: Work) -> None:
+        if (work.worker.paths.root / "merge").is_dir():
+            request(work.worker.paths, "stop")
+        heed(work)
+
+    monkeypatch.setattr(Work, "heed", stopping)
+    paths = export(adapter, tmp_path / "out", "f16", base=str(base))
+    finished = history_of(paths).finished
+    assert finished is not None
+    assert finished.outcome == "stopped"
+    assert not run_status(RunPaths(paths.root / "merge")).live, "its model would appear later"
+    assert _nothing_left(tmp_path)

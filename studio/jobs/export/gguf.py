@@ -83,7 +83,7 @@ def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
     trained = load_tokenizer(source if (source / "tokenizer_config.json").is_file() else folders[0])
     asked = make_view(work.folder / "asked", folders, weights=folders[0] if is_adapter(source) else None)
     reading = ask_llama(tool, asked, trained, Path(request.out).stem, work.folder / "vocabulary.gguf")
-    merged = merge_first(work, request, merged_aside(request)) if is_adapter(source) else source
+    merged = merge_first(work, request) if is_adapter(source) else source
     config, size_bytes = check_folder(merged)
     generation, saved = generation_of(merged), load_tokenizer(merged)
     rows = rows_of([*golden_texts(saved), *TEXTS], saved, size_bytes / 2)
@@ -98,12 +98,6 @@ def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
         _judge(work, request.format, loss)
     _warn(work, golden)
     return GgufMade(out, golden, loss, saved, config, generation)
-
-
-def merged_aside(request: ExportRequest) -> Path:
-    """Return where the merged model lies until the export is done."""
-    out = Path(request.out)
-    return out.with_name(f".merged-for-{out.name}")
 
 
 def generation_of(folder: Path) -> dict[str, Any]:
@@ -136,7 +130,7 @@ def _convert(work: Work, tool: LlamaTool, request: ExportRequest, merged: Path, 
     tell = _seldom(lambda fraction: work.say("converting", fraction))
     words = (view, first, between if kind else form, reading.name, reading.space)
     tool.run("convert", *words, out=first, expected_bytes=int(expected), tell=tell)
-    if merged == merged_aside(request):
+    if merged == work.aside.merged:
         shutil.rmtree(merged, ignore_errors=True)
     if not kind:
         return

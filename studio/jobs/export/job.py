@@ -19,7 +19,7 @@ from studio.core.events import Finished, Phase, Saved, Started
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.export.answers import Loss
-from studio.jobs.export.gguf import base_of, make_gguf, merged_aside
+from studio.jobs.export.gguf import base_of, make_gguf
 from studio.jobs.export.gguf_folder import write_lora_files, write_model_files
 from studio.jobs.export.hub_push import push_folder
 from studio.jobs.export.lora_gguf import make_lora_gguf
@@ -30,11 +30,13 @@ from studio.jobs.export.whole_model import is_adapter, merge_first
 from studio.jobs.export.work import Stopped, Work
 from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.export import check_export
+from studio.runs.aside import export_aside, only_writer
 from studio.runs.atomic import publish_folder, sync_folder, write_whole
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import DISK_FULL, read_events
+from studio.runs.store import left_over
 from studio.runs.worker import Worker
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -56,12 +58,25 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     check_export(request)
     out = Path(request.out)
-    aside = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(aside, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside.mkdir()
+    aside = export_aside(out)
+    with only_writer(aside, out):
+        work = Work(worker, aside)
+        _tell_left_over(work, out.parent)
+        _export(work, request, out)
 
-    work = Work(worker, aside)
+
+def _tell_left_over(work: Work, folder: Path) -> None:
+    """Say what other exports and merges, which were killed, have left in the same folder: they are hidden there."""
+    for left in left_over(work.worker.paths.root.parent):
+        if left.run != work.worker.paths and left.folders[0].parent == folder:
+            work.warn(f"a job that was killed has left {left.words}: {left.advice}")
+
+
+def _export(work: Work, request: ExportRequest, out: Path) -> None:
+    worker, aside = work.worker, work.folder
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
         found = _write(work, request)
         work.heed()
@@ -80,8 +95,7 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
             raise _disk_full(out) from failed
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(merged_aside(request), ignore_errors=True)
+        work.aside.clear()
     size = sum(path.stat().st_size for path in [out, *out.rglob("*")] if path.is_file())
     worker.emit(Saved, what="exported", path=str(out), size_bytes=size)
     report = {"exported": str(out), "source": request.source, "format": request.format, **found}
@@ -109,7 +123,7 @@ def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
         write_peft_folder(adapter, made, out.name, training)
         return {}
     if request.format in ("nf4", "int8"):
-        merged = merge_first(work, request, merged_aside(request)) if adapter else source
+        merged = merge_first(work, request) if adapter else source
         loss = make_quantised(work, merged, request.format, made)
         _write_card(made, adapter, training, request, loss)
         return {"loss": asdict(loss) if loss else None}

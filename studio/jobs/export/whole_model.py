@@ -12,14 +12,15 @@ from studio.core.events import Phase, Warned
 from studio.core.text import plain
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import ADAPTER_CONFIG
-from studio.runs.control import request
+from studio.runs.aside import merged_for
 from studio.runs.job import MODULES, ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
-from studio.runs.supervise import launch, resume
+from studio.runs.supervise import launch, resume, stop
 from studio.runs.watch import RunWatch
 
 _POLL_SECONDS = 0.2
+_STOP_SECONDS = 60.0
 
 
 def is_adapter(source: Path) -> bool:
@@ -27,20 +28,21 @@ def is_adapter(source: Path) -> bool:
     return (source / ADAPTER_CONFIG).is_file()
 
 
-def merge_first(work: Work, asked: ExportRequest, out: Path) -> Path:
-    """Merge the adapter into `out` and return it.
+def merge_first(work: Work, asked: ExportRequest) -> Path:
+    """Merge the adapter into the folder beside the export's output and return it.
 
     Args:
         work: The export, which tells the merge's progress as its own.
         asked: Names the adapter and what it is merged into.
-        out: A new folder.
 
     Raises:
         JobFailed: The merge failed; the reason is its own.
     """
-    paths = RunPaths(work.worker.paths.root / "merge")
-    if run_status(paths) is Status.finished and out.is_dir():
-        return out
+    paths, out = RunPaths(work.worker.paths.root / "merge"), merged_for(Path(asked.out))
+    if run_status(paths) is Status.finished:
+        if out.is_dir():
+            return out
+        shutil.rmtree(paths.root)  # the model was deleted meanwhile
     if not paths.recipe.is_file():
         shutil.rmtree(out, ignore_errors=True)
         paths.root.mkdir(mode=0o700, exist_ok=True)
@@ -61,7 +63,7 @@ def merge_first(work: Work, asked: ExportRequest, out: Path) -> Path:
             if not events:
                 time.sleep(_POLL_SECONDS)
     except BaseException:
-        request(paths, "stop")
+        stop(paths, grace_seconds=_STOP_SECONDS)  # its model must not appear when nobody is left to delete it
         raise
     watch.catch_up()
     if failed := watch.history.failed:

@@ -8,6 +8,7 @@ from studio.core.events import Phase, Warned
 from studio.core.text import plain
 from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.runs.aside import Aside
 from studio.runs.worker import Worker
 
 
@@ -21,11 +22,16 @@ class Work:
 
     Attributes:
         worker: Of the export's run.
-        folder: For what lies about meanwhile; gone at the end.
+        aside: Where it writes; gone at the end.
     """
 
     worker: Worker
-    folder: Path
+    aside: Aside
+
+    @property
+    def folder(self) -> Path:
+        """For what lies about meanwhile."""
+        return self.aside.folder
 
     def say(self, name: str, fraction: float | None = None, detail: str = "") -> None:
         """Tell what is being done."""

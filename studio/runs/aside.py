@@ -1,0 +1,118 @@
+"""Where a merge or an export writes until the result is whole: hidden folders beside it, left there only by a kill.
+
+Who writes there holds a lock file beside them, so that no two do, and so that what a killed job has left can be told
+from what a living one needs.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.text import plain
+from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.layout import RunPaths
+from studio.runs.lock import lock_held
+from studio.runs.status import Status, run_status
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What a job writes beside its output.
+
+    Attributes:
+        folder: Where the result grows.
+        merged: The merged model that an export of an adapter starts from; None for a merge.
+    """
+
+    folder: Path
+    merged: Path | None = None
+
+    @property
+    def lock(self) -> Path:
+        """Held by who writes here."""
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    @property
+    def held(self) -> bool:
+        """Whether a living job writes here; the merge before an export outlives a killed export."""
+        return lock_held(self.lock) or (self.merged is not None and merge_aside(self.merged).held)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those that exist, also that of the merge before an export."""
+        merged = [self.merged, merge_aside(self.merged).folder] if self.merged else []
+        return [folder for folder in (self.folder, *merged) if folder.is_dir()]
+
+    def clear(self) -> None:
+        """Delete all of it, as far as the disk allows."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.merged is not None and not merge_aside(self.merged).held:
+            with suppress(OSError):
+                merge_aside(self.merged).lock.unlink()
+
+
+def merge_aside(out: Path) -> Aside:
+    """Return where a merge writes before its model appears at `out`."""
+    return Aside(out.with_name(f".merging-{out.name}"))
+
+
+def export_aside(out: Path) -> Aside:
+    """Return where an export writes before its result appears at `out`."""
+    return Aside(out.with_name(f".writing-{out.name}"), merged_for(out))
+
+
+def merged_for(out: Path) -> Path:
+    """Return where the merged model lies that an export to `out` starts from."""
+    return out.with_name(f".merged-for-{out.name}")
+
+
+@contextmanager
+def only_writer(aside: Aside, out: Path) -> Iterator[None]:
+    """Be the only job that writes there, for the output of that name; its parent exists.
+
+    Raises:
+        BadInput: Another one does, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout  # noqa: PLC0415  0.1 s to import, which who only looks need not wait for
+
+    lock = FileLock(aside.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not aside.lock.exists():
+            shown = plain(str(out.parent), one_line=True)
+            raise BadInput(f"nothing can be written in {shown}: choose another --out") from None
+        shown = plain(out.name, one_line=True)
+        raise BadInput(f"another job is writing {shown} already: wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            aside.lock.unlink()
+
+
+def left_by(paths: RunPaths) -> Aside | None:
+    """Return where a killed merge or export has left something; None for any other run, or where there is nothing."""
+    try:
+        job = read_job(paths)
+    except (StudioError, OSError):
+        return None
+    if not isinstance(job, MergeRequest | ExportRequest):
+        return None
+    out = Path(job.out)
+    aside = export_aside(out) if isinstance(job, ExportRequest) else merge_aside(out)
+    if not aside.folders or aside.held:
+        return None
+    status = run_status(paths)
+    return None if status.live or status is Status.finished else aside
+
+
+def give_back(aside: Aside) -> None:
+    """Delete what a killed job has left, unless another one has taken it up meanwhile."""
+    with suppress(BadInput, OSError), only_writer(aside, aside.folder):
+        aside.clear()

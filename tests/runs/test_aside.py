@@ -1,0 +1,131 @@
+"""What merges and exports leave beside their output when they are killed: found, named, and given back."""
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from studio.core.errors import BadInput
+from studio.core.events import Finished, Started
+from studio.runs.aside import Aside, export_aside, left_by, merge_aside, only_writer
+from studio.runs.history import History
+from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.layout import RunPaths, new_run
+from studio.runs.status import Status
+from studio.runs.store import left_over, remove_run
+from studio.runs.summary import summary_of
+from tests.fakes.runs import make_run, write_log
+
+DAY = 1_750_000_000.0
+
+
+def _killed(root: Path, job: MergeRequest | ExportRequest, name: str = "job") -> RunPaths:
+    """A run whose log ends in the middle and whose lock nobody holds."""
+    paths = new_run(root / "runs", name, DAY)
+    write_job(paths, job)
+    write_log(paths, Started(at=DAY, job=name))
+    return paths
+
+
+def _fill(aside: Aside, size_bytes: int = 1000) -> None:
+    for folder in (aside.folder, aside.merged, merge_aside(aside.merged).folder if aside.merged else None):
+        if folder is not None:
+            (folder / "deep").mkdir(parents=True)
+            (folder / "deep" / "weights").write_bytes(bytes(size_bytes))
+    aside.lock.touch()
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "models" / "tuned"
+
+
+@pytest.fixture
+def export(tmp_path: Path, out: Path) -> RunPaths:
+    paths = _killed(tmp_path, ExportRequest("/adapter", str(out), "q8_0"))
+    _fill(export_aside(out))
+    return paths
+
+
+def test_what_a_killed_export_left_is_found_with_its_run_and_size(tmp_path: Path, export: RunPaths, out: Path) -> None:
+    (found,) = left_over(tmp_path / "runs")
+    assert found.run == export
+    assert found.size_bytes == 3000
+    assert {folder.name for folder in found.folders} == {
+        ".writing-tuned",
+        ".merged-for-tuned",
+        ".merging-.merged-for-tuned",
+    }
+    assert f"0.00 GB in {out.parent}/.writing-tuned and 2 more hidden beside it, of {export.name}" == found.words
+    assert f"runs resume {export.name}" in found.advice
+    assert f"runs rm {export.name}" in found.advice
+    crashed = summary_of(export, History(), Status.crashed)["failure"]
+    assert f"or runs rm {export.name}, which deletes also what lies half-made" in crashed["advice"]
+
+
+def test_a_killed_merge_is_found_too(tmp_path: Path, out: Path) -> None:
+    paths = _killed(tmp_path, MergeRequest("/adapter", "", str(out)))
+    assert left_over(tmp_path / "runs") == []
+    assert "half-made" not in summary_of(paths, History(), Status.crashed)["failure"]["advice"]
+    _fill(merge_aside(out))
+    (found,) = left_over(tmp_path / "runs")
+    assert (found.run, found.size_bytes, len(found.folders)) == (paths, 1000, 1)
+
+
+def test_what_a_living_job_writes_is_no_left_over(tmp_path: Path, export: RunPaths, out: Path) -> None:
+    aside = export_aside(out)
+    merging = merge_aside(out.with_name(".merged-for-tuned"))
+    for lock in (aside.lock, merging.lock):  # another export to the same place; the merge that outlived this one
+        with FileLock(lock):
+            assert left_by(export) is None
+    with FileLock(export.lock):
+        assert left_by(export) is None
+    write_log(export, Started(at=DAY, job="export"), Finished(at=DAY, outcome="done"))
+    assert left_by(export) is None, "it belongs to a later one"
+
+
+def test_several_runs_to_one_place_count_it_once(tmp_path: Path, export: RunPaths, out: Path) -> None:
+    newer = _killed(tmp_path, ExportRequest("/adapter", str(out), "f16"), "again")
+    os.utime(export.root, (DAY, DAY))
+    (found,) = left_over(tmp_path / "runs")
+    assert found.run == newer
+
+
+def test_other_runs_and_damaged_ones_have_left_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    broken = new_run(tmp_path / "runs", "broken", DAY)
+    broken.recipe.write_text("job = 'export'\n[export]\nout = 3\n")
+    assert left_over(tmp_path / "runs") == []
+    assert left_over(tmp_path / "none") == []
+
+
+def test_removing_the_run_gives_the_room_back_and_touches_nothing_else(
+    tmp_path: Path, export: RunPaths, out: Path
+) -> None:
+    out.mkdir()
+    (out / "kept").touch()
+    other = export_aside(out.with_name("other"))
+    _fill(other)
+    remove_run(export)
+    assert not export.root.exists()
+    kept = {folder.name for folder in out.parent.iterdir()}
+    assert kept == {"tuned", other.lock.name, *(folder.name for folder in other.folders)}
+
+
+def test_removing_a_run_leaves_alone_what_another_job_has_taken_up(tmp_path: Path, export: RunPaths, out: Path) -> None:
+    aside = export_aside(out)
+    with FileLock(aside.lock):
+        remove_run(export)
+        assert len(aside.folders) == 3
+
+
+def test_only_one_writes_at_a_time_and_no_lock_is_left(out: Path) -> None:
+    out.parent.mkdir()
+    aside = merge_aside(out)
+    with only_writer(aside, out):
+        assert aside.held
+        with pytest.raises(BadInput, match="another job is writing tuned"), only_writer(aside, out):
+            raise AssertionError
+    assert not aside.held
+    assert list(out.parent.iterdir()) == []
