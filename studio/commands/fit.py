@@ -12,6 +12,7 @@ from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import Gpu
 from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
 
     found = fit(recipe, shape, gpu, card.budget_bytes, known)
-    setup = replace(setup_of(found.recipe, bf16=gpu.bf16), device="cuda")
+    setup = as_it_lies(replace(setup_of(found.recipe, bf16=gpu.bf16), device="cuda"), shape.quantised)
     pace = pace_of(found.recipe, shape, setup, gpu)
     if args.json:
         plan = plan_to_dict(found.estimate, shape, setup, gpu=gpu, budget_bytes=card.budget_bytes)
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         _print(found, gpu, card.budget_bytes)
         for line in pace_lines(pace, setup) if found.fits else ():
             say(line)
+        for note in found.estimate.notes:
+            say(f"note: {note}")
     return DONE if found.fits else NO
 
 

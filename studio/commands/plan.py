@@ -17,6 +17,7 @@ from studio.core.shape import ModelShape
 from studio.core.trainable import check_rank, target_names
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.modules import FusedKernels
+from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.refine import refined
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
     card = card_for(args, recipe)
-    setup = _setup(args, recipe, card.gpu)
+    setup = as_it_lies(_setup(args, recipe, card.gpu), shape.quantised)
     check_rank(shape, target_names(shape, setup.targets), setup.rank)
     estimate = refined(estimate_vram(shape, setup, card.gpu), shape, setup, card.gpu)
     estimate = calibrated(estimate, setup, card.gpu)

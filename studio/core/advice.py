@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
 from studio.core.knobs import KNOBS
+from studio.core.quantised_base import refusal
 from studio.core.recipe import Method, Recipe
 from studio.core.shape import ModelShape
+from studio.core.text import plain
 from studio.core.trainable import check_rank, target_names
 from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
 from studio.core.vram.setup import setup_of
@@ -134,8 +137,10 @@ def advise(
         budget_bytes: What is free on the card; None takes all of it.
 
     Raises:
-        BadInput: The model cannot be adapted as advised.
+        BadInput: The model cannot be adapted as advised, or is quantised in a way that nobody trains on.
     """
+    if why := refusal(shape.quantised, "qlora"):
+        raise BadInput(f"the model {plain(base, one_line=True, limit=200)} is {why}")
     budget = None if gpu is None else gpu.total_bytes if budget_bytes is None else budget_bytes
     ground = _Ground(shape, gpu, budget)
     draft = _Draft(Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path))
@@ -219,6 +224,10 @@ def _learning_rate(draft: _Draft, shape: ModelShape, data: DataFacts) -> None:
 
 
 def _method(draft: _Draft, ground: _Ground) -> None:
+    if ground.shape.quantised:
+        why = "these weights lie in 4 bits already; a merge wants the 16-bit model that they were made from"
+        draft.choose({"method": "qlora"}, "Method", "QLoRA 4-bit", why, "the model's config.json")
+        return
     if ground.budget_bytes is None:
         why = "no card whose memory 4 bits would save; on a CPU they only take time"
         draft.choose({"method": "lora"}, "Method", "LoRA 16-bit", why, "bitsandbytes unpacks NF4 in every product")

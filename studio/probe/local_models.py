@@ -9,7 +9,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED
 from studio.core.text import plain
 from studio.probe.model_folder import CONFIG
-from studio.probe.models import find_base
+from studio.probe.models import find_base, refuse_untrainable
 
 _MOST_FOLDERS = 200
 _MOST_HITS = 20
@@ -80,9 +80,10 @@ def cached_models() -> list[str]:
 
 
 def listed(word: str, kind: Literal["embedded", "folder", "hub"]) -> Listed:
-    """Return what is known of one model without loading a weight; one that cannot be used says why."""
+    """Return what is known of one model without loading a weight; one that cannot be trained on says why."""
     try:
         base = find_base(word)
+        refuse_untrainable(base, "qlora")
     except BadInput as error:
         return Listed(word, kind, problem=str(error))
     return Listed(word, base.kind, base.size_bytes, str(base.path) if base.path else None)

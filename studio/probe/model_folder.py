@@ -7,7 +7,7 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.safetensors_header import CorruptSafetensors, read_header
+from studio.probe.safetensors_header import CorruptSafetensors, SafetensorsHeader, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,9 +38,25 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], int]:
         raise BadInput(_no_config(folder, names))
     config = read_config(folder / CONFIG)
     require_safetensors(names, _shown(folder))
-    size_bytes = _single(folder / WEIGHTS) if WEIGHTS in names else _sharded(folder)
+    headers = weight_headers(folder)
+    if not headers:
+        raise BadInput(f"{_shown(folder)} lacks every shard that its {INDEX} names. Copy them too.")
     require_tokenizer(names, _shown(folder))
-    return config, size_bytes
+    return config, sum(header.buffer_bytes for header in headers)
+
+
+def weight_headers(folder: Path) -> list[SafetensorsHeader]:
+    """Return the headers of the weights that transformers loads from a folder, each of a whole file.
+
+    Returns:
+        Nothing where the folder has none, or an index without any of its shards: a config is enough for a plan.
+
+    Raises:
+        BadInput: The index is damaged or names what is not there, or a file is not whole; says which.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [read_header(folder / WEIGHTS)]
+    return _sharded(folder) if (folder / INDEX).is_file() else []
 
 
 def require_safetensors(names: Iterable[str], where: str) -> None:
@@ -77,30 +93,43 @@ def require_tokenizer(names: Iterable[str], where: str) -> None:
         )
 
 
-def _single(path: Path) -> int:
-    return read_header(path).buffer_bytes
-
-
-def _sharded(folder: Path) -> int:
-    """Return the bytes of all shards of the index, each of which is whole and holds the tensors the index says."""
-    index = _json(folder / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-        raise BadInput(f"{_shown(folder / INDEX)} has no weight_map from tensors to files.")
-    total = 0
-    for shard in sorted(set(index.values())):
-        if Path(shard).name != shard or "\\" in shard:
-            raise BadInput(f"{_shown(folder / INDEX)} points outside its folder: {plain(shard, one_line=True)}.")
-        if not (folder / shard).is_file():
-            raise BadInput(
-                f"{_shown(folder)} lacks the shard {plain(shard, one_line=True)} that its index names. Copy it too."
-            )
-        header = read_header(folder / shard)
-        missing = [key for key, name in index.items() if name == shard and key not in header.tensors]
+def _sharded(folder: Path) -> list[SafetensorsHeader]:
+    """Return the headers of all shards of the index, each of which is whole and holds the tensors the index says."""
+    shards = _shards(folder / INDEX)
+    lacking = [name for name in shards if not (folder / name).is_file()]
+    if len(lacking) == len(shards):
+        return []
+    if lacking:
+        raise BadInput(
+            f"{_shown(folder)} lacks the shard {plain(lacking[0], one_line=True)} that its index names. Copy it too."
+        )
+    headers = []
+    for name, tensors in shards.items():
+        header = read_header(folder / name)
+        missing = [tensor for tensor in tensors if tensor not in header.tensors]
         if missing:
-            found = f"it lacks {len(missing)} tensors that the index names, such as {plain(missing[0], one_line=True)}"
-            raise CorruptSafetensors(shard, "bad_entry", found)
-        total += header.buffer_bytes
-    return total
+            shown = plain(missing[0], one_line=True, limit=120)
+            found = f"it lacks {len(missing)} tensors that the index names, such as {shown}"
+            raise CorruptSafetensors(name, "bad_entry", found)
+        headers.append(header)
+    return headers
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """Return the tensors of each shard that an index names, shards by name."""
+    table = _json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise BadInput(f"{_shown(index)} has no weight_map from tensors to files. Copy or download it again.")
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in table.items():
+        key = f"{_shown(index)}: weight_map has {plain(tensor, one_line=True, limit=120)}"
+        if not isinstance(shard, str):
+            raise BadInput(f"{key} in {plain(repr(shard), one_line=True, limit=40)}; wanted the name of a file.")
+        if Path(shard).name != shard or "\\" in shard or "\0" in shard:
+            shown = plain(shard, one_line=True, limit=120)
+            raise BadInput(f"{key} in {shown}, which points outside its folder; wanted a file beside it.")
+        shards.setdefault(shard, []).append(tensor)
+    return dict(sorted(shards.items()))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import setup_of
 from studio.probe.gpus import Gpu as Reading
@@ -33,6 +34,7 @@ def plan_for(recipe: Recipe, base: BaseFound, *, cards: list[Reading] | None = N
         reading = card_of(recipe.device.device, read_gpus() if cards is None else cards)
         gpu = known_gpu(reading) if reading else None
         setup = replace(setup_of(recipe, bf16=gpu is None or gpu.bf16), device="cuda" if reading else "cpu")
+        setup = as_it_lies(setup, shape.quantised)
         estimate = calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
         plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))
         return {**plan, **pace_to_dict(pace_of(recipe, shape, setup, gpu)), CARD_USED: _used(reading)}

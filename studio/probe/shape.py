@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
+from studio.core.quantised_base import GGUF, QuantisedBase
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
 from studio.probe.hub_headers import hub_headers
-from studio.probe.model_folder import CONFIG, read_config
+from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import BaseFound, find_base
-from studio.probe.safetensors_header import SafetensorsHeader, read_header
+from studio.probe.safetensors_header import SafetensorsHeader
 
 _GGUF_FAMILIES = {
     "llama": "llama",
@@ -29,6 +30,9 @@ _GGUF_FAMILIES = {
 """llama.cpp's architecture names that differ from transformers' `model_type` (gguf constants.MODEL_ARCH_NAMES)."""
 
 _SMALL_DIFFERENCE = 0.001
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_WEIGHTS = ("weight", "weight_packed", "_blocks")
+"""How the names of what a linear map multiplies by end, packed or not (compressed-tensors, gpt-oss)."""
 
 
 def find_shape(word: str, revision: str = "") -> ModelShape:
@@ -74,7 +78,7 @@ def shape_of_base(base: BaseFound) -> ModelShape:
 
 def _of_file(path: Path) -> ModelShape:
     if path.suffix == ".gguf":
-        return shape_from_config(config_of_gguf(read_gguf_header(path)))
+        return replace(shape_from_config(config_of_gguf(read_gguf_header(path))), quantised=QuantisedBase(GGUF))
     if path.suffix == ".safetensors":
         if (path.parent / CONFIG).is_file():
             return _of_folder(path.parent)
@@ -87,14 +91,26 @@ def _of_file(path: Path) -> ModelShape:
 def _of_folder(folder: Path) -> ModelShape:
     if not (folder / CONFIG).is_file():
         raise BadInput(f"{_shown(str(folder))} has no config.json; wanted the folder of a transformers model.")
-    shape = shape_from_config(read_config(folder / CONFIG))
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
-    return _settled_by(shape, [read_header(path) for path in files])
+    return _settled_by(shape_from_config(read_config(folder / CONFIG)), weight_headers(folder))
 
 
-def _settled_by(shape: ModelShape, headers: Iterable[SafetensorsHeader]) -> ModelShape:
+def _settled_by(shape: ModelShape, headers: list[SafetensorsHeader]) -> ModelShape:
+    if shape.quantised:
+        return shape
+    if packed := _packed(headers):
+        doubt = f"{packed}: it is quantised in a way that its config does not name, and planned as if it were not"
+        return replace(shape, doubts=(*shape.doubts, doubt))
     counted = _counted_parameters(headers, shape)
     return shape if counted is None else settled(shape, counted)
+
+
+def _packed(headers: Iterable[SafetensorsHeader]) -> str:
+    """Return the first weight that holds whole numbers, in words; nothing where none does."""
+    for header in headers:
+        for name, entry in header.tensors.items():
+            if name.endswith(_WEIGHTS) and entry.dtype not in _FLOATS:
+                return f"the weight {plain(name, one_line=True, limit=80)} lies in {entry.dtype}"
+    return ""
 
 
 def settled(shape: ModelShape, counted: int) -> ModelShape:
@@ -108,11 +124,11 @@ def settled(shape: ModelShape, counted: int) -> ModelShape:
 
 
 def _counted_parameters(headers: Iterable[SafetensorsHeader], shape: ModelShape) -> int | None:
-    """Count the parameters that the headers describe; None without any, or where they are packed below 16 bits."""
+    """Count the parameters that the headers describe; None without any, or where they hold other than parameters."""
     total = 0
     for header in headers:
         for name, entry in header.tensors.items():
-            if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+            if entry.dtype not in _FLOATS:
                 return None
             if not (shape.tied and name.endswith("lm_head.weight")) and not name.endswith((".inv_freq", ".attn.bias")):
                 total += entry.parameters

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio.core.advice import Advice, DataFacts, advise
+from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
+from studio.core.quantised_base import QuantisedBase
 from studio.core.shape_from_config import shape_from_config
 
 EIGHT_B = shape_from_config(
@@ -45,6 +48,14 @@ def test_16_bit_where_it_fits_and_4_bit_where_only_they_do() -> None:
     small = advise("style", "base", EIGHT_B, ROWS, gpu=find_gpu("3060"))
     assert (roomy.recipe.method, roomy.verdict) == ("lora", "fits")
     assert (small.recipe.method, small.verdict) == ("qlora", "fits")
+
+
+def test_a_base_that_is_quantised_already_leaves_qlora_or_nothing() -> None:
+    four = replace(EIGHT_B, quantised=QuantisedBase("bitsandbytes", 4))
+    for gpu in (None, find_gpu("4090")):
+        assert advise("style", "base", four, ROWS, gpu=gpu).recipe.method == "qlora"
+    with pytest.raises(BadInput, match=r"the model base\\x1b is already quantised \(gptq, 4 bit\)"):
+        advise("style", "base\x1b", replace(EIGHT_B, quantised=QuantisedBase("gptq", 4)), ROWS)
 
 
 def test_what_fits_nowhere_is_not_called_fitting() -> None:

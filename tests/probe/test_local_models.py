@@ -12,6 +12,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.probe import local_models as module
 from studio.probe.local_models import listed, model_folders, search_hub
+from tests.fakes.model import CONFIG, model_folder
 
 
 def model_in(folder: Path) -> Path:
@@ -32,6 +33,16 @@ def test_a_model_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     found = listed(str(model_in(tmp_path / "empty")), "folder")
     assert found.size_bytes is None
     assert found.problem
+
+
+def test_a_model_that_is_quantised_already_says_so(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    assert listed(str(folder), "folder").problem == ""
+    for said, found in (({"quant_method": "awq", "bits": 4}, "(awq, 4 bit)"), ({"load_in_4bit": True}, "")):
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": said}))
+        problem = listed(str(folder), "folder").problem
+        assert found in problem
+        assert bool(problem) == bool(found), "QLoRA trains on 4 bits of bitsandbytes"
 
 
 @pytest.fixture

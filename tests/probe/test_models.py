@@ -124,10 +124,20 @@ class TestShards:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": outside}}))
         assert "points outside its folder" in refusal(folder)
 
-    @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": {"w": 3}}, {"weight_map": ["w"]}])
+    @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["w"]}])
     def test_an_index_without_a_map(self, folder: Path, index: object) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         assert "has no weight_map" in refusal(folder)
+
+    @pytest.mark.parametrize("shard", [3, None, True, ["model.safetensors"], "model\0"])
+    def test_an_index_that_names_no_file(self, folder: Path, shard: object) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w{\x1b": shard}}))
+        assert "index.json: weight_map has w{\\x1b in " in refusal(folder)
+
+    def test_an_index_without_any_of_its_shards(self, folder: Path) -> None:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        assert "lacks every shard that its model.safetensors.index.json names" in refusal(folder)
 
 
 @pytest.mark.parametrize(

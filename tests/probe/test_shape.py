@@ -2,12 +2,14 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from studio.core.errors import BadInput
+from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
 from studio.probe.embedded_model import embedded_header, find_embedded
 from studio.probe.gguf_header import GgufHeader
@@ -72,6 +74,23 @@ def test_packed_weights_say_nothing_of_the_number(tmp_path: Path) -> None:
     assert find_shape(str(packed)) == find_shape(str(write_config(tmp_path)))
 
 
+def test_packed_weights_that_the_config_does_not_explain_are_a_doubt(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.mlp.up_proj.weight": ("U8", [40, 10])}
+    (doubt,) = find_shape(str(write_model(tmp_path / "packed", tensors))).doubts
+    assert "up_proj.weight lies in U8" in doubt
+    explained = write_model(tmp_path / "said", tensors, quantization_config={"quant_method": "gptq", "bits": 4})
+    shape = find_shape(str(explained))
+    assert (shape.doubts, shape.quantised) == ((), QuantisedBase("gptq", 4))
+
+
+def test_only_the_weights_that_are_loaded_count(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", {"w": ("BF16", [8, 8])})
+    shape = find_shape(str(folder))
+    for name in ("adapter_model.safetensors", "consolidated.safetensors", "model.safetensors.index.json"):
+        (folder / name).write_bytes(b"damaged")
+    assert find_shape(str(folder)) == shape
+
+
 def test_a_lone_safetensors_file_lacks_its_config(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", {"w": ("BF16", [8, 8])})
     assert find_shape(str(folder / "model.safetensors")).hidden == 64
@@ -92,7 +111,8 @@ def test_a_word_that_names_nothing(word: str, monkeypatch: pytest.MonkeyPatch) -
 def test_the_embedded_gguf_is_the_model_that_it_becomes() -> None:
     embedded = find_embedded()
     by_header = find_shape(str(embedded.gguf))
-    assert by_header == find_shape("embedded")
+    assert by_header.quantised == QuantisedBase("gguf"), "named as a file, it is one that nobody trains on"
+    assert replace(by_header, quantised=None) == find_shape("embedded")
     assert by_header.parameters == embedded_header(embedded).parameters == 134_515_008
     assert by_header.tied
 
