@@ -100,6 +100,7 @@ def estimates_of(size_bytes: int | None) -> list[OutputEstimate]:
                 taken.out_bytes if taken else None,
                 taken.disk_bytes if taken else None,
                 taken.memory_bytes if taken else None,
+                taken.seconds if taken else None,
             )
         )
     return rows

@@ -21,7 +21,7 @@ from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
 from studio.tui.merging import MergeFacts, MergeWork, estimates_of, proposed_out
 from studio.tui.panels.merge_lists import PickMany, PickOne
-from studio.tui.panels.merge_text import is_short, totals_text
+from studio.tui.panels.merge_text import OUTPUTS_HEAD, is_short, output_line, size, totals_text
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.merge import MergeScreen, merge_screen_for
 from studio.tui.screens.merge_progress import MergeProgressScreen
@@ -234,11 +234,12 @@ def test_exports_follow_the_merge_wherever_the_screen_is(tmp_path: Path) -> None
         stopped.next.write_text(done.name)
         made._look()
         await settle(pilot)
-        assert "f16     finished  /m.gguf" in shown(app)
+        assert "f16     finished in 4 s  /m.gguf" in shown(app)
         assert "        tokens: 5 conversations read the same" in shown(app)
-        assert "f16     a warning" in shown(app)
+        assert "\n         tokenizer and in llama.cpp" in shown(app), "what wraps stays in its column"
+        assert "        a warning" in shown(app)
 
-    play(story, tmp_path)
+    play(story, tmp_path, size=NARROW)
 
 
 def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
@@ -246,15 +247,15 @@ def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
     write_job(paths, MergeRequest("/a", "b", "/m"))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, MergeProgressScreen(paths, poll_seconds=SELDOM))
-        assert "merging model.safetensors 25%" in shown(app)
+        await opened(pilot, app, MergeProgressScreen(paths, poll_seconds=SELDOM, now=lambda: 1075.0))
+        assert "merging model.safetensors 25%  1 min 15 s" in shown(app), "what takes long is seen to live"
         await pilot.press("x")
         assert isinstance(app.screen, Confirm)
         await pilot.press("y")
         await pilot.pause()
         assert requested(paths, "stop")
 
-    with LiveWorker(paths) as worker:
+    with LiveWorker(paths, clock=lambda: 1000.0) as worker:
         worker.emit(Started, job="merge")
         worker.emit(Phase, name="merging", fraction=0.25, detail="model.safetensors")
         play(story, tmp_path)
@@ -328,6 +329,15 @@ def test_estimates_and_what_is_short() -> None:
     assert all(row.out_bytes for row in others)
     assert is_short([merged, *others], SIXTEEN_GB)
     assert not is_short([merged], 2 * SIXTEEN_GB)
+    q4, seconds = others[-1], merged.seconds
+    assert q4.seconds is not None
+    assert seconds is not None
+    cells = [output_line(q4)[31 + 10 * place :][:10].strip() for place in range(3)]
+    assert cells == [size(taken) for taken in (q4.out_bytes, q4.disk_bytes, q4.ram_bytes)]
+    assert q4.disk_bytes != q4.out_bytes, "it is made of a larger file"
+    assert [OUTPUTS_HEAD[35 + 10 * place :][:10].strip() for place in range(3)] == ["leaves", "disk", "RAM"]
+    both = f"{(seconds[0] + q4.seconds[0]) / 60:.0f}-{(seconds[1] + q4.seconds[1]) / 60:.0f} min"
+    assert both in totals_text([merged, q4], 10**12, 10**12).plain
     assert "16 GB of 8.00 GB free disk" in totals_text([merged], 10**10, 8 * 10**9).plain
     assert all(row.out_bytes is None for row in estimates_of(None))
     assert "not known" in totals_text(estimates_of(None), 1, 1).plain

@@ -6,12 +6,14 @@ from typing import Any
 
 from textual.content import Content
 
+from studio.core.export_text import export_checks
 from studio.core.text import plain
 from studio.probe.adapter_folder import Checkpoint
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
-from studio.tui.merging import OutputEstimate
+from studio.tui.merging import MERGED, OutputEstimate
+from studio.tui.readable import duration
 
 _LONGEST = 400
 ONTO_WORDS = {
@@ -19,6 +21,10 @@ ONTO_WORDS = {
     "dequantized": "the base as 4 bits left it: closest to a QLoRA run (KL .0006, not .377), higher task loss; "
     "do not quantise it again",
 }
+
+
+OUTPUTS_HEAD = f"{'Make (space chooses)':<35}{'leaves':>10}{'disk':>10}{'RAM':>10}  time"
+"""Above the checklist, whose marks take four cells."""
 
 
 def checkpoint_line(one: Checkpoint, best: Checkpoint | None) -> str:
@@ -30,7 +36,8 @@ def checkpoint_line(one: Checkpoint, best: Checkpoint | None) -> str:
 
 def output_line(row: OutputEstimate) -> str:
     """Return an output in the checklist."""
-    return f"{row.words:<31} {size(row.out_bytes):>9}  RAM {size(row.ram_bytes):>8}  {_seconds(row.seconds)}"
+    figures = "".join(f"{size(figure):>10}" for figure in (row.out_bytes, row.disk_bytes, row.ram_bytes))
+    return f"{row.words:<31}{figures}  {_seconds(row.seconds)}"
 
 
 def totals_text(rows: Sequence[OutputEstimate], free_ram: int | None, free_disk: int | None) -> Content:
@@ -45,7 +52,7 @@ def totals_text(rows: Sequence[OutputEstimate], free_ram: int | None, free_disk:
     for needed, free, what in ((kept + meanwhile, free_disk, "disk"), (ram, free_ram, "RAM")):
         short = free is not None and needed > free
         parts += [(f"{size(needed)} of {size(free)} free {what}", "$text-error bold" if short else ""), ", "]
-    return Content.assemble(*parts[:-1], " (estimates)")
+    return Content.assemble(*parts, _all_seconds(rows), " (estimates)")
 
 
 def is_short(rows: Sequence[OutputEstimate], free_disk: int | None) -> bool:
@@ -54,23 +61,37 @@ def is_short(rows: Sequence[OutputEstimate], free_disk: int | None) -> bool:
     return free_disk is not None and kept > free_disk
 
 
-def progress_line(what: str, paths: RunPaths | None, history: History, status: Status | None) -> Content:
-    """Return how far one output is."""
-    if paths is None or status is None:
-        return Content.assemble((f"{what:<8}", "bold"), "waits for the merged model")
+def progress_line(history: History, status: Status, seconds: float) -> Content:
+    """Return how far one output is.
+
+    Args:
+        history: What its run has told.
+        status: What follows from the run's files.
+        seconds: Since it began, or that it took.
+    """
     if history.failed is not None:
         why = (
             f"{plain(history.failed.message, one_line=True, limit=_LONGEST)} {plain(history.failed.advice, limit=200)}"
         )
-        return Content.assemble((f"{what:<8}", "bold"), ("failed: ", "$text-error bold"), why)
+        return Content.assemble(("failed: ", "$text-error bold"), why)
     if not status.live:
         style = "$text-success" if status is Status.finished else "$text-warning"
+        took = f" in {duration(seconds)}" if status is Status.finished else ""
         where = "".join(f"  {plain(item.path, one_line=True)}" for item in history.saved[-1:])
-        return Content.assemble((f"{what:<8}", "bold"), (str(status), style), where)
+        return Content.assemble((str(status), style), took, where)
     phase = history.phase
     fraction = f" {phase.fraction:.0%}" if phase and phase.fraction is not None else ""
     doing = f"{phase.name} {phase.detail}" if phase else "starting"
-    return Content.assemble((f"{what:<8}", "bold"), f"{plain(doing, one_line=True, limit=80)}{fraction}")
+    return Content(f"{plain(doing, one_line=True, limit=80)}{fraction}  {duration(seconds)}")
+
+
+def said_text(form: str, history: History) -> Content:
+    """Return what an output's run found out about it, then what it warns of, each after a new line."""
+    end = history.finished
+    checks = export_checks(end.result) if form != MERGED and end else []
+    parts: list[Any] = [f"\n{plain(line, one_line=True)}" for line in checks]
+    parts += [(f"\n{plain(event.message)}", "$text-warning") for event in history.warnings]
+    return Content.assemble(*parts)
 
 
 def waits_line(statuses: Mapping[str, Status]) -> str:
@@ -96,11 +117,15 @@ def read_report(paths: RunPaths) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def result_text(report: dict[str, Any]) -> Content:
-    """Return the verification of a merge as a table, then what both models wrote."""
+def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the verification of a merge as names and values, then what both models wrote; empty without a report.
+
+    A name without a value is a heading.
+    """
     if not report:
-        return Content("")
+        return []
     rows = [
+        ("Verified", ""),
         ("model", plain(str(report.get("merged")), one_line=True)),
         ("from", f"{plain(str(report.get('base')), one_line=True)} ({report.get('onto')})"),
         (
@@ -111,10 +136,7 @@ def result_text(report: dict[str, Any]) -> Content:
     ]
     if report.get("untied"):
         rows.append(("head", "no longer shared with the embedding: it was trained apart"))
-    lines: list[Any] = []
-    for name, value in rows:
-        lines += [(f"{name:<18}", "bold"), f"{value}\n"]
-    return Content.assemble(*lines, *_texts(report.get("side_by_side"), report.get("no_text")))
+    return [*rows, *_texts(report.get("side_by_side"), report.get("no_text"))]
 
 
 def _closeness(found: Any) -> list[tuple[str, str]]:
@@ -128,15 +150,15 @@ def _closeness(found: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _texts(written: Any, why_not: Any) -> list[Any]:
+def _texts(written: Any, why_not: Any) -> list[tuple[str, str]]:
     if not isinstance(written, list) or not written:
-        return [f"\nNo text side by side: {plain(str(why_not), one_line=True)}\n" if why_not else ""]
-    lines: list[Any] = [("\nWhat both write\n", "bold")]
+        return [("text", f"none side by side: {plain(str(why_not), one_line=True)}")] if why_not else []
+    rows = [("What both write", "")]
     for one in written:
-        lines.append((f"{plain(str(one.get('prompt')), one_line=True, limit=200)}\n", "$text-muted"))
+        rows.append(("asked", plain(str(one.get("prompt")), one_line=True, limit=200)))
         for name, key in (("base + adapter", "separate"), ("merged", "merged")):
-            lines.append(f"  {name:<16}{plain(str(one.get(key)), one_line=True, limit=_LONGEST)}\n")
-    return lines
+            rows.append((name, plain(str(one.get(key)), one_line=True, limit=_LONGEST)))
+    return rows
 
 
 def size(size_bytes: float | None) -> str:
@@ -149,3 +171,9 @@ def _seconds(found: tuple[float, float] | None) -> str:
         return ""
     low, high = found
     return f"{low:.0f}-{high:.0f} s" if high < 120 else f"{low / 60:.0f}-{high / 60:.0f} min"
+
+
+def _all_seconds(rows: Sequence[OutputEstimate]) -> str:
+    """Return the time of outputs that are made one after another."""
+    known = [row.seconds for row in rows if row.seconds]
+    return _seconds((sum(low for low, _ in known), sum(high for _, high in known))) if known else ""

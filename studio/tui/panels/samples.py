@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from textual.app import ComposeResult
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
@@ -11,30 +10,10 @@ from textual.widgets import Static
 from studio.core.events import Sampled
 from studio.core.text import plain
 from studio.runs.history import History
+from widgets.labelled_text import LabelledText
 
 _LONGEST = 4000
-
-
-class Answer(Horizontal):
-    """An answer beside a word on where it comes from. Foreign text, so it is never read as markup."""
-
-    DEFAULT_CSS = """
-    Answer {
-        height: auto;
-        & > Static { height: auto; width: 1fr; }
-        & > .when { width: 14; color: $text-muted; padding: 0 1; }
-    }
-    """
-
-    def __init__(self, when: str, text: str) -> None:
-        """Show `text`, said at `when`."""
-        super().__init__()
-        self._when, self._text = when, text
-
-    def compose(self) -> ComposeResult:
-        """When, text."""
-        yield Static(Content(self._when), classes="when", markup=False)
-        yield Static(Content(_foreign(self._text)), markup=False)
+_WHEN = 14
 
 
 class Samples(VerticalScroll):
@@ -68,8 +47,12 @@ def rows_of(samples: list[Sampled]) -> Iterator[Widget]:
         answers = sorted((sample for sample in samples if sample.index == index), key=lambda sample: sample.step)
         yield Static(Content(_foreign(answers[0].prompt)), classes="prompt", markup=False)
         for sample in answers:
-            yield Answer("before" if sample.step == 0 else f"step {sample.step}", sample.answer)
-        yield Answer("in the data", answers[0].expected)
+            yield _answer("before" if sample.step == 0 else f"step {sample.step}", sample.answer)
+        yield _answer("in the data", answers[0].expected)
+
+
+def _answer(when: str, text: str) -> Widget:
+    return LabelledText(Content.styled(f" {when}", "$text-muted"), _foreign(text), label_width=_WHEN)
 
 
 def _foreign(text: str) -> str:

@@ -28,7 +28,14 @@ from studio.tui.merging import (
     proposed_out,
 )
 from studio.tui.panels.merge_lists import PickMany, PickOne
-from studio.tui.panels.merge_text import ONTO_WORDS, checkpoint_line, is_short, output_line, totals_text
+from studio.tui.panels.merge_text import (
+    ONTO_WORDS,
+    OUTPUTS_HEAD,
+    checkpoint_line,
+    is_short,
+    output_line,
+    totals_text,
+)
 from widgets.key_footer import KeyFooter
 
 
@@ -101,7 +108,7 @@ class MergeScreen(Screen[None]):
             yield PickOne(id="checkpoints")
             yield Static("Merge into", classes="merge-label", id="merge-into")
             yield PickOne([ONTO_WORDS[onto] for onto in ONTO], id="onto")
-            yield Static("Make (space chooses)", classes="merge-label")
+            yield Static(OUTPUTS_HEAD, classes="merge-label", markup=False)
             yield PickMany(id="outputs")
             yield Static("Folder of the merged model; the others lie beside it", classes="merge-label")
             yield Input(str(proposed_out(self._paths)), compact=True, id="merge-out")

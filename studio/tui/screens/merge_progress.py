@@ -1,27 +1,34 @@
 """A merge and what is made of it, one after another: progress, then the verification and the paths."""
 
-from typing import ClassVar
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.screen import Screen
+from textual.widget import Widget
 from textual.widgets import Static
 
 from studio.core.errors import StudioError
-from studio.core.export_text import export_checks
 from studio.core.text import plain
 from studio.runs.chain import next_run
 from studio.runs.control import request
+from studio.runs.history import History
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.watch import RunWatch
 from studio.tui.merging import MERGED, MergeWork
-from studio.tui.panels.merge_text import progress_line, read_report, result_text, waits_line
+from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
 from studio.tui.screens.confirm import Confirm
 from widgets.key_footer import KeyFooter
+from widgets.labelled_text import LabelledText
+
+_FORM, _NAME = 8, 16
+"""Cells of a name beside an output, and beside a row of the result."""
 
 
 class MergeProgressScreen(Screen[None]):
@@ -37,33 +44,41 @@ class MergeProgressScreen(Screen[None]):
     DEFAULT_CSS = """
     MergeProgressScreen {
         & #progress-head { height: 1; padding: 0 1; text-style: bold; background: $panel; }
-        & #progress-lines { height: auto; padding: 0 1; }
-        & #progress-warnings { height: auto; padding: 0 1; color: $text-warning; }
-        & #progress-result { height: auto; padding: 1 1 0 1; }
+        & LabelledText { padding: 0 1; }
+        & .heading { height: auto; padding: 1 1 0 1; text-style: bold; }
     }
     """
 
-    def __init__(self, merge: RunPaths, *, work: MergeWork | None = None, poll_seconds: float = 0.5) -> None:
+    def __init__(
+        self,
+        merge: RunPaths,
+        *,
+        work: MergeWork | None = None,
+        poll_seconds: float = 0.5,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         """Watch a merge and the exports that it names.
 
         Args:
             merge: Its run.
             work: What starts a chat.
             poll_seconds: Pace.
+            now: Unix seconds.
         """
         super().__init__()
         self._merge = merge
         self._watches: dict[str, RunWatch] = {MERGED: RunWatch(merge)}
         self._waiting = _then(merge)
-        self._work, self._poll_seconds = work or MergeWork(), poll_seconds
+        self._work, self._poll_seconds, self._now = work or MergeWork(), poll_seconds, now
+        self._seen: dict[str, float] = {}
+        self._has_result = False
 
     def compose(self) -> ComposeResult:
-        """Head, a line for each output, warnings, result, keys."""
+        """Head, a row for each output, later the result, keys."""
         yield Static(f"Merge  {plain(self._merge.name, one_line=True)}", id="progress-head", markup=False)
         with VerticalScroll():
-            yield Static("", id="progress-lines", markup=False)
-            yield Static("", id="progress-warnings", markup=False)
-            yield Static("", id="progress-result", markup=False)
+            for form in (MERGED, *self._waiting):
+                yield LabelledText(Content.styled(form, "bold"), label_width=_FORM, id=f"output-{form}")
         yield KeyFooter()
 
     def on_mount(self) -> None:
@@ -86,17 +101,23 @@ class MergeProgressScreen(Screen[None]):
         return [*self._watches.values()][-1].paths
 
     def _show(self, statuses: dict[str, Status]) -> None:
-        lines, said = [], []
         for form, watch in self._watches.items():
-            lines.append(progress_line(form, watch.paths, watch.history, statuses[form]))
-            if form != MERGED and (end := watch.history.finished):
-                lines += [Content(f"        {plain(line, one_line=True)}") for line in export_checks(end.result)]
-            said += [f"{form:<8}{plain(event.message)}" for event in watch.history.warnings]
-        lines += [Content(f"{form:<8}{waits_line(statuses)}") for form in self._waiting]
-        self.query_one("#progress-lines", Static).update(Content("\n").join(lines))
-        self.query_one("#progress-warnings", Static).update(Content("\n".join(said)))
-        if not statuses[MERGED].live:
-            self.query_one("#progress-result", Static).update(result_text(read_report(self._merge)))
+            line = progress_line(watch.history, statuses[form], self._seconds(form, watch.history, statuses[form]))
+            self._row(form).update(Content.assemble(line, said_text(form, watch.history)))
+        for form in self._waiting:
+            self._row(form).update(waits_line(statuses))
+        if not statuses[MERGED].live and not self._has_result:
+            self._has_result = True
+            self.query_one(VerticalScroll).mount_all(_result_widgets(read_report(self._merge)))
+
+    def _row(self, form: str) -> LabelledText:
+        return self.query_one(f"#output-{form}", LabelledText)
+
+    def _seconds(self, form: str, history: History, status: Status) -> float:
+        """Return how long an output takes or took; before its worker has told its start, since it was first seen."""
+        now = self._now()
+        began = (history.started.at if history.started else 0.0) or self._seen.setdefault(form, now)
+        return (now if status.live else history.last_at or now) - began
 
     def action_stop(self) -> None:
         """Ask once, then ask what runs to stop; what waits is not started."""
@@ -130,6 +151,14 @@ class MergeProgressScreen(Screen[None]):
             more = ", and what waits is started in its turn" if self._waiting else ""
             self.app.notify(f"The run goes on{more}. Open it again from the list of runs (o).", markup=False)
         self.dismiss()
+
+
+def _result_widgets(report: dict[str, Any]) -> Iterator[Widget]:
+    for name, value in result_rows(report):
+        if value:
+            yield LabelledText(Content.styled(name, "$text-muted"), value, label_width=_NAME)
+        else:
+            yield Static(Content(name), classes="heading", markup=False)
 
 
 def _then(merge: RunPaths) -> list[str]:
