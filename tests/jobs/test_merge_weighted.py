@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from studio.core.errors import BadInput
+from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.jobs.base.weights import tensor_files
 from studio.jobs.base.weights.skeleton import build_skeleton
@@ -22,6 +23,7 @@ from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import best_of, find_adapter, list_checkpoints
 from studio.runs.job import MergeRequest, read_job, write_job
 from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
 from tests.jobs.conftest import Merge, Train, history_of
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base, our_merge, tensors_of
 
@@ -106,6 +108,14 @@ def test_the_whole_job(base: Path, adapters: list[Path], merge: Merge, tmp_path:
     assert report["closeness"]["mean_kl"] < 1e-3
     assert len(report["side_by_side"]) == 2
     assert report["side_by_side"][0].keys() == {"prompt", "separate", "merged"}
+    told = [
+        event for event in read_events(paths.events) if isinstance(event, Phase) and event.detail.startswith("text")
+    ]
+    assert {event.detail for event in told} == {"text of base + adapter", "text of the merged model"}
+    shares = [event.fraction or 0.0 for event in told]
+    assert shares == sorted(shares)
+    assert len(shares) > 8, "a token at a time"
+    assert 0.5 < shares[-1] <= 1.0
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
     )
     writer.finish()
     began = time.monotonic()
-    verified = _verify(worker, steps, writer, prompts, tell) | _written(worker, steps, parts, aside, prompts)
+    verified = _verify(worker, steps, writer, prompts, tell) | _written(steps, parts, aside, prompts, tell)
     verified["check_seconds"] = round(time.monotonic() - began, 2)
     if worker.requested("stop"):
         raise Stopped("stopped before the merged model was published")
@@ -198,13 +198,21 @@ def _verify(
     }
 
 
-def _written(worker: Worker, steps: MergeSteps, parts: Parts, aside: Path, prompts: _Prompts) -> dict[str, Any]:
+def _written(
+    steps: MergeSteps, parts: Parts, aside: Path, prompts: _Prompts, tell: Callable[[str, float, str], None]
+) -> dict[str, Any]:
     """Text of both sides, where the model is small enough to be loaded whole."""
     if why := why_not(steps):
         return {"side_by_side": [], "no_text": why}
-    worker.emit(Phase, name="checking", detail="text")
     try:
-        written = side_by_side(steps, parts.adapters, aside, prompts.tokenizer, prompts.questions)
+        written = side_by_side(
+            steps,
+            parts.adapters,
+            aside,
+            prompts.tokenizer,
+            questions=prompts.questions,
+            tell=lambda fraction, words: tell("checking", fraction, words),
+        )
     except _CANNOT_RUN as error:
         traceback.print_exception(error)
         return {"side_by_side": [], "no_text": plain(str(error), one_line=True, limit=200)}

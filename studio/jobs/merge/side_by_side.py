@@ -1,15 +1,17 @@
 """What base + adapter and the merged model write, side by side: numbers prove more, words are believed sooner."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from studio.jobs.base.data.template import render
+from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.weights.skeleton import attach
 from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import AdapterFound
@@ -20,6 +22,7 @@ _MOST_PARAMETERS = 1e9
 """A larger model is not loaded whole for this: the merge keeps to the memory of its largest tensor."""
 _ROOM = 1.5
 """Of the model in fp32, for what it computes."""
+_SIDES = {"separate": "text of base + adapter", "merged": "text of the merged model"}
 _QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
 
 
@@ -38,7 +41,9 @@ def side_by_side(
     adapters: Sequence[tuple[AdapterFound, float]],
     merged: Path,
     tokenizer: Any,
+    *,
     questions: Sequence[str],
+    tell: Callable[[float, str], None],
 ) -> list[dict[str, str]]:
     """Return for each question what base + adapter and what the merged model answers, both greedily in fp32.
 
@@ -48,12 +53,18 @@ def side_by_side(
         merged: The merged model's folder.
         tokenizer: Its tokenizer.
         questions: Of the user; none for ours.
+        tell: Told the share that is written and what is being written, before a model is loaded and after every token.
     """
     prompts = [_ids(tokenizer, question) for question in questions or _QUESTIONS]
     written: dict[str, list[str]] = {}
-    for side in ("separate", "merged"):
+    for half, (side, words) in enumerate(_SIDES.items()):
+        tell(half / 2, words)
         model = _whole(merged) if side == "merged" else _adapted(steps, adapters)
-        written[side] = [_answer(model, tokenizer, ids) for ids in prompts]
+        written[side] = []
+        for place, ids in enumerate(prompts):
+            begun = half / 2 + place / (2 * len(prompts))
+            after_token = partial(_go_on, tell, words, count(1), begun, 1 / (2 * len(prompts) * NEW_TOKENS))
+            written[side].append(_answer(model, tokenizer, ids, after_token))
         del model
     return [
         {"prompt": question, "separate": separate, "merged": same}
@@ -61,6 +72,12 @@ def side_by_side(
             questions or _QUESTIONS, written["separate"], written["merged"], strict=True
         )
     ]
+
+
+def _go_on(tell: Callable[[float, str], None], words: str, tokens: Iterator[int], begun: float, each: float) -> bool:
+    """Tell of another token; never ends the answer."""
+    tell(begun + each * next(tokens), words)
+    return False
 
 
 def _whole(folder: Path) -> PreTrainedModel:
@@ -82,19 +99,10 @@ def _adapted(steps: MergeSteps, adapters: Sequence[tuple[AdapterFound, float]]) 
     return attach(model, adapters)
 
 
-@torch.no_grad()
-def _answer(model: Any, tokenizer: Any, ids: list[int]) -> str:
-    prompt = torch.tensor([ids])
-    stop = tokenizer.eos_token_id
-    made: Tensor = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=stop if stop is not None else 0,
-    )
-    return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)).strip()
+def _answer(model: Any, tokenizer: Any, ids: list[int], after_token: Callable[[], bool]) -> str:
+    stops = stop_ids(tokenizer, model.generation_config)
+    made = greedy(model, ids, stops=stops, new_tokens=NEW_TOKENS, cancelled=after_token)
+    return str(tokenizer.decode(made, skip_special_tokens=True)).strip()
 
 
 def _ids(tokenizer: Any, question: str) -> list[int]:
