@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.vram.activations import forms_of
 from studio.core.vram.estimate import VramEstimate, attention_kernel, estimate_vram
+from studio.core.vram.micro_batch import micro_batch
 from studio.core.vram.refine import refined
 from studio.core.vram.replay import replayed
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
@@ -52,7 +52,7 @@ def speed() -> None:
         return estimate_vram(shape, theirs[number], gpu)
 
     def cold(number: int) -> object:
-        forms_of.cache_clear()
+        micro_batch.cache_clear()
         layers_forms.cache_clear()
         head_forms.cache_clear()
         return estimate_vram(shape, setup, gpu)

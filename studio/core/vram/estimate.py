@@ -19,7 +19,7 @@ from studio.core.vram.reserve import (
     unused_in_segments,
 )
 from studio.core.vram.setup import Setup
-from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
+from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, peak_of, stages_of
 from studio.core.vram.static import frozen_form, trained_bytes
 from studio.core.vram.stock import ALWAYS_FUSED, COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built
 
@@ -114,10 +114,10 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         components=_components(stages, context),
         allocated=Range(low, stages.peak, high),
         reserved=reserved,
-        device=device_range(reserved, stages.paged, context, most_context),
-        trainable_parameters=stages.parameters,
+        device=device_range(reserved, stages.standing.paged, context, most_context),
+        trainable_parameters=stages.standing.parameters,
         kernel=kernel,
-        host=stages.host,
+        host=stages.work.host,
         notes=notes,
     )
 
@@ -136,27 +136,28 @@ def _on_cpu(shape: ModelShape, setup: Setup, kernel: Kernel) -> VramEstimate:
         allocated=bounds,
         reserved=bounds,
         device=bounds,
-        trainable_parameters=stages.parameters,
+        trainable_parameters=stages.standing.parameters,
         kernel=kernel,
         notes=(*notes, "on a CPU: bytes of tensors; Python and its libraries take 0.5 to 1 GiB beside them"),
     )
 
 
-def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Kernel:
-    """Return which attention runs.
+def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, kind: Setup | None = None) -> Kernel:
+    """Return which attention runs in a set-up's kind of loop, or in another kind.
 
     Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0. Without it the memory-efficient
     kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or ALiBi run eagerly
     whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows and capped scores.
     """
-    if setup.attention == "eager" or not shape.fused_attention:
+    kind = kind or setup.kind
+    if kind.attention == "eager" or not shape.fused_attention:
         return "eager"
-    if setup.device == "cpu":
+    if kind.device == "cpu":
         return "cpu"
-    half = setup.compute_itemsize == 2 and (setup.autocast or setup.residual_itemsize == 2)
+    half = kind.compute_itemsize == 2 and (kind.autocast or kind.residual_itemsize == 2)
     windowed = 0 < shape.shortest_window <= setup.seq_len
     able = gpu is None or gpu.compute_capability >= (8, 0)
-    masked = windowed and setup.attention != "flash_attention_2"
+    masked = windowed and kind.attention != "flash_attention_2"
     return "flash" if half and able and not masked and shape.head_dim <= 256 else "efficient"
 
 
@@ -175,10 +176,9 @@ def _allocated_bounds(
     for kind in _variants(setup.kind):
         if kind is setup.kind:
             continue
-        other = setup.of_kind(kind)
-        peak = stages_of(shape, other, attention_kernel(shape, other, gpu), workspace=workspace).peak
+        peak = peak_of(shape, setup, kind, attention_kernel(shape, setup, gpu, kind), workspace)
         low, high = min(low, peak), max(high, peak)
-    base = stages.base
+    base = stages.standing.base
     doubt = _UNCERTAIN if shape.doubts else _CERTAIN
     low, high = low * (1 - doubt), high * (1 + doubt)
     if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
@@ -196,7 +196,7 @@ def _allocated_bounds(
             "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "
             "(transformers issue 48633): the high end counts them"
         )
-        high = max(high, stages_of(shape, setup, "eager", workspace=workspace).peak)
+        high = max(high, peak_of(shape, setup, setup.kind, "eager", workspace))
     if not shape.fused_attention and setup.attention == "sdpa":
         notes.append(
             f"{shape.family} runs eager attention in transformers, whatever is asked for: S x S matrices per head"
@@ -245,14 +245,14 @@ def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
 
 
 def _components(stages: Stages, context: int) -> Components:
-    at = stages.peak_stage
-    logits = stages.logits if at == "loss" else stages.held
-    gradients = max(stages.lasting_gradients, stages.gradients if at == "optimizer" else 0)
+    stand, at = stages.standing, stages.peak_stage
+    logits = int(stages.work.loss) if at == "loss" else stages.work.held
+    gradients = max(stages.lasting_gradients, stand.adapter if at == "optimizer" else 0)
     return Components(
-        base=stages.base,
-        adapter=stages.adapter,
+        base=stand.base,
+        adapter=stand.adapter,
         gradients=gradients,
-        optimizer=stages.optimizer,
+        optimizer=stand.resident,
         activations=max(0, stages.peak - stages.fixed - gradients - logits),
         logits=logits,
         workspace=stages.workspace,

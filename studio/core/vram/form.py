@@ -74,6 +74,34 @@ class Ranked(NamedTuple):
     fixed: float
 
 
+class Heights(NamedTuple):
+    """Several sets of forms whose rank is known, laid end to end: one pass finds the largest of each set.
+
+    Attributes:
+        forms: The forms of all sets.
+        sets: Where each set lies among them.
+    """
+
+    forms: tuple[Ranked, ...]
+    sets: tuple[slice, ...]
+
+    def at(self, tokens: int, squares: int) -> list[float]:
+        """Return the largest value of each set for a micro-batch."""
+        values = [a * tokens + b * squares + c for a, b, c in self.forms]
+        return [max(values[part]) for part in self.sets]
+
+
+def heights(sets: Iterable[Iterable[Form]], rank: int) -> Heights:
+    """Return sets of forms for a rank; the largest of an empty set is 0."""
+    forms: list[Ranked] = []
+    places = []
+    for each in sets:
+        first = len(forms)
+        forms += ranked(each, rank) or (Ranked(0, 0, 0),)
+        places.append(slice(first, len(forms)))
+    return Heights(tuple(forms), tuple(places))
+
+
 def ranked(forms: Iterable[Form], rank: int) -> tuple[Ranked, ...]:
     """Return the forms for a rank that can be the largest for some batch and length: far fewer than for any rank."""
     kept: list[Ranked] = []

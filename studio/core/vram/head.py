@@ -5,14 +5,13 @@ fused_linear_cross_entropy.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from studio.core.shape import Linear
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.decoder_layer import norm
-from studio.core.vram.form import NOTHING, Form, Ranked, ranked, uncovered
+from studio.core.vram.form import NOTHING, Form, uncovered
 from studio.core.vram.modules import Run, linear
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
@@ -65,14 +64,6 @@ class ChunkMarks:
     backward_beside: Form
 
 
-class HeadBytes(NamedTuple):
-    """What head and loss hold for given numbers, in bytes, each at its highest; fields as in HeadMarks."""
-
-    forward: float
-    backward: float
-    evaluation: float
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class HeadMarks:
     """What is alive, in bytes, beside what the layers keep; the last layer's output is counted here.
@@ -90,16 +81,6 @@ class HeadMarks:
     around_chunk: Form = NOTHING
     chunk: ChunkMarks | None = None
     evaluation: tuple[Form, ...] = ()
-
-    @lru_cache(maxsize=64)  # noqa: B019  the marks themselves are cached too
-    def at(self, tokens: int, squares: int, rank: int) -> HeadBytes:
-        """Return the bytes for a micro-batch and a rank."""
-        parts = self._ranked(rank)
-        return HeadBytes(*[max([a * tokens + b * squares + c for a, b, c in forms], default=0) for forms in parts])
-
-    @lru_cache(maxsize=256)  # noqa: B019  the same
-    def _ranked(self, rank: int) -> tuple[tuple[Ranked, ...], ...]:
-        return tuple(ranked(forms, rank) for forms in (self.forward, self.backward, self.evaluation))
 
 
 def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:

@@ -8,16 +8,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from studio.core.shape import ModelShape
-from studio.core.vram.activations import (
-    caches_copies,
-    chunk_bytes,
-    input_wants_gradient,
-    layer_form,
-    loss_form,
-    mask_count,
-)
+from studio.core.vram.activations import chunk_bytes, mask_count
 from studio.core.vram.allocator import Block, CachingAllocator
 from studio.core.vram.loading import load
+from studio.core.vram.micro_batch import caches_copies, input_wants_gradient, layer_form, loss_form
 from studio.core.vram.modules import Kernel
 from studio.core.vram.script import Events, Script, head_script, layer_script
 from studio.core.vram.setup import Setup

@@ -88,7 +88,7 @@ def reserved_range(stages: Stages, low: int, high: int, unused: int, *, fragment
         unused: Free remainder of the weights' segments.
         fragmentation: Share of the turnover that lies in blocks too small for what comes next.
     """
-    beside = unused + stages.layer_blocks
+    beside = unused + int(stages.work.layer_blocks)
     kept = max(0, stages.peak - stages.fixed - stages.turnover)
     most = MOST_FRAGMENTATION * stages.turnover + MOST_KEPT_FRAGMENTATION * kept
     return Range(low, int(stages.peak + beside + fragmentation * stages.turnover), int(high + beside + most))

@@ -95,14 +95,6 @@ class Setup:
         """
         return _kind(_choices_of(self), self.micro_batch > 1)
 
-    def of_kind(self, kind: "Setup") -> "Setup":
-        """Return the set-up of another kind, which trains the same, with this one's numbers: `replace` takes longer."""
-        twin, own = object.__new__(Setup), self.__dict__
-        twin.__dict__.update(kind.__dict__, kind=kind, adapted=self.adapted)
-        twin.__dict__.update({name: own[name] for name in _NUMBERS})
-        twin.__dict__.pop("_hash", None)
-        return twin
-
     @cached_property
     def adapted(self) -> AdaptedPart:
         """What is trained."""

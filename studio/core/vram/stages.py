@@ -4,8 +4,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from studio.core.shape import ModelShape
-from studio.core.trainable import whole_tensors
-from studio.core.vram.activations import activations_of
+from studio.core.trainable import AdaptedPart, whole_tensors
+from studio.core.vram.activations import Activations, activations_of
+from studio.core.vram.micro_batch import caches_copies
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import base_bytes, frozen_form, optimizer_bytes, trained_bytes
@@ -19,82 +20,102 @@ HOPPER_CUBLAS_WORKSPACE_BYTES = 2 * 32 * MIB
 """The same on compute capability 9.0 (torch CUDABlas.cpp)."""
 
 
-class Stages(NamedTuple):
-    """Allocated bytes by stage and what they are made of.
+STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval", "save")
+"""The stages of training, in the order in which they come."""
+
+
+class Peaks(NamedTuple):
+    """Peak of live tensors in each stage, in bytes.
+
+    Attributes:
+        load: While the model is loaded.
+        forward: While layers run forward.
+        loss: Around head and loss.
+        backward: While layers run backward.
+        optimizer: The optimizer's step.
+        evaluation: A held-out batch of the same size.
+        save: While the adapter is written.
+    """
+
+    load: int
+    forward: int
+    loss: int
+    backward: int
+    optimizer: int
+    evaluation: int
+    save: int
+
+
+class Standing(NamedTuple):
+    """What a micro-batch does not change.
 
     Attributes:
         base: Frozen weights.
-        adapter: Adapter weights, fp32.
-        gradients: Adapter gradients, fp32.
-        optimizer: Optimizer state that stays on the device.
+        adapter: Adapter weights, and as many bytes of gradients.
+        head: What of them is a head that is trained whole.
+        embedding: The same for the input embedding.
+        embedding_gradient: Bytes per token of the gradient of an embedding's output, where one is trained.
+        resident: Optimizer state that stays on the device.
         paged: Optimizer state in unified memory.
-        workspace: cuBLAS workspaces.
-        lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
-        logits: What the loss holds beside kept activations, at its highest.
-        held: Logits that the loop itself holds through the backward.
+        temporary: What the optimizer's step allocates and frees again.
+        copies: 16-bit adapter copies that autocast caches.
         load: Peak while the model is loaded.
-        forward: Peak while layers run forward.
-        loss: Peak around head and loss.
-        backward: Peak while layers run backward.
-        step: Peak of the optimizer's step.
-        evaluation: Peak of a held-out batch of the same size.
-        save: While the adapter is written.
-        layer_blocks: What one layer's forward allocates and frees again.
-        turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
-            activations kept whole without checkpointing, which are allocated once and fragment nothing.
-        host: Bytes of checkpoints that wait in host memory.
         parameters: Trained parameters.
     """
 
     base: int
     adapter: int
-    gradients: int
-    optimizer: int
+    head: int
+    embedding: int
+    embedding_gradient: int
+    resident: int
     paged: int
+    temporary: int
+    copies: int
+    load: int
+    parameters: int
+
+
+class Stages(NamedTuple):
+    """Allocated bytes by stage and what they are made of.
+
+    Attributes:
+        standing: What a micro-batch does not change.
+        work: What a micro-batch holds beside that.
+        peaks: Peak of live tensors in each stage.
+        workspace: cuBLAS workspaces.
+        lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
+        turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
+            activations kept whole without checkpointing, which are allocated once and fragment nothing.
+    """
+
+    standing: Standing
+    work: Activations
+    peaks: Peaks
     workspace: int
     lasting_gradients: int
-    logits: int
-    held: int
-    load: int
-    forward: int
-    loss: int
-    backward: int
-    step: int
-    evaluation: int
-    save: int
-    layer_blocks: int
     turnover: int
-    host: int
-    parameters: int
 
     @property
     def by_name(self) -> dict[str, int]:
         """Peak of live tensors per stage, in the order in which stages come."""
-        return {
-            "load": self.load,
-            "forward": self.forward,
-            "loss": self.loss,
-            "backward": self.backward,
-            "optimizer": self.step,
-            "eval": self.evaluation,
-            "save": self.save,
-        }
+        return dict(zip(STAGES, self.peaks, strict=True))
 
     @property
     def fixed(self) -> int:
         """What is there from the first step to the last; gradients and activations come on top."""
-        return self.base + self.adapter + self.optimizer + self.workspace
+        stand = self.standing
+        return stand.base + stand.adapter + stand.resident + self.workspace
 
     @property
     def peak(self) -> int:
         """Peak of live tensors."""
-        return max(self.load, self.forward, self.loss, self.backward, self.step, self.evaluation, self.save)
+        return max(self.peaks)
 
     @property
     def peak_stage(self) -> str:
         """The stage that peaks."""
-        stages = self.by_name
-        return max(stages, key=stages.__getitem__)
+        return STAGES[self.peaks.index(max(self.peaks))]
 
 
 def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int = CUBLAS_WORKSPACE_BYTES) -> Stages:
@@ -106,64 +127,101 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
         kernel: Which attention runs.
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
-    # Our loop trains whole modules in fp32; stock peft leaves them in the base's format.
-    whole_itemsize = 4 if setup.engine == "studio" else setup.residual_itemsize
-    trained = trained_bytes(shape, setup.adapted, whole_itemsize)
-    base = base_bytes(shape, frozen_form(setup.kind))
-    state = optimizer_bytes(shape, setup.adapted, setup.optimizer, whole_itemsize)
-    adapter = gradients = trained.weights
-    # Gradients stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
-    lasting = gradients * ((setup.accumulation > 1) + (setup.gpus > 1))
-    fresh = gradients if setup.accumulation == 1 else 0
-    standing = base + adapter + state.resident + workspace + lasting
-    work = activations_of(shape, setup, kernel, trained)
-    # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
-    head = min(fresh, trained.head)
-    # A layer's own gradients are in its marks already.
-    embedding = min(fresh, trained.embedding)
-    before = (fresh - embedding) * (shape.layers - 1) // shape.layers
-    # An embedding's gradient is made last, beside its output's gradient in its own format.
-    last = fresh + whole_itemsize * setup.tokens * shape.hidden if embedding else 0
-    layers = max(work.kept_backward + work.layer_backward + head, work.first_layer_backward + before)
-    backward = work.held + max(layers, last)
-    step = work.held + fresh + _step_temporary(setup, gradients)
+    kind = setup.kind
+    stand = standing(shape, kind, setup.adapted)
+    work = activations_of(shape, setup, kind, kernel, stand.copies)
+    fresh, lasting = _gradients(stand, setup)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
-    turnover = max(within + (work.kept_backward if setup.grad_checkpointing else 0), fresh, step)
-    return Stages(
+    within += work.kept_backward if kind.grad_checkpointing else 0
+    turnover = max(within, fresh, work.held + fresh + stand.temporary) + lasting
+    return Stages(stand, work, _peaks(shape, setup, stand, work, workspace), workspace, lasting, int(turnover))
+
+
+def peak_of(shape: ModelShape, setup: Setup, kind: Setup, kernel: Kernel, workspace: int) -> int:
+    """Return the peak of live tensors in another kind of loop that trains the same.
+
+    Args:
+        shape: The model.
+        setup: How it is trained.
+        kind: The other kind.
+        kernel: Which attention runs in it.
+        workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
+    """
+    stand = standing(shape, kind, setup.adapted)
+    work = activations_of(shape, setup, kind, kernel, stand.copies)
+    return max(_peaks(shape, setup, stand, work, workspace))
+
+
+@lru_cache(maxsize=2048)
+def standing(shape: ModelShape, kind: Setup, part: AdaptedPart) -> Standing:
+    """Return what is there whatever the micro-batch: one look-up for all of it.
+
+    Args:
+        shape: The model.
+        kind: The kind of loop.
+        part: What is trained.
+    """
+    # Our loop trains whole modules in fp32; stock peft leaves them in the base's format.
+    whole_itemsize = 4 if kind.engine == "studio" else kind.residual_itemsize
+    trained = trained_bytes(shape, part, whole_itemsize)
+    base = base_bytes(shape, frozen_form(kind))
+    state = optimizer_bytes(shape, part, kind.optimizer, whole_itemsize)
+    # Autocast leaves an embedding alone, and the head's copy is made at the loss.
+    whole = shape.embedding_parameters * (part.trains_embedding + part.trains_head)
+    # Torch's foreach AdamW makes one temporary of the gradients' size (square roots); fused and 8-bit make none.
+    foreach = kind.engine == "hf" and kind.optimizer == "adamw_torch"
+    return Standing(
         base=base,
-        adapter=adapter,
-        gradients=gradients,
-        optimizer=state.resident,
+        adapter=trained.weights,
+        head=trained.head,
+        embedding=trained.embedding,
+        embedding_gradient=whole_itemsize * shape.hidden if trained.embedding else 0,
+        resident=state.resident,
         paged=state.paged,
-        workspace=workspace,
-        lasting_gradients=lasting,
-        logits=int(work.loss),
-        held=work.held,
-        load=base + max(_load_extra(shape, setup.kind), adapter + _whole_copy(shape, setup)),
-        forward=int(standing + work.kept + work.copies + work.layer_forward),
-        loss=int(standing + work.kept + work.loss),
-        backward=int(standing + backward),
-        step=standing + step,
-        # Evaluations are between steps, when no gradient is there.
-        evaluation=int(standing - gradients * (setup.accumulation > 1) + work.evaluation),
-        save=standing,
-        layer_blocks=int(work.layer_blocks),
-        turnover=int(turnover + lasting),
-        host=work.host,
+        temporary=trained.weights if foreach else 0,
+        copies=kind.compute_itemsize * (trained.parameters - whole) * caches_copies(kind),
+        load=base + max(_load_extra(shape, kind), trained.weights + _whole_copy(shape, kind, part)),
         parameters=trained.parameters,
     )
 
 
-def _step_temporary(setup: Setup, gradients: int) -> int:
-    """Torch's foreach AdamW makes one temporary of the gradients' size (square roots); fused and 8-bit make none."""
-    return gradients if setup.engine == "hf" and setup.optimizer == "adamw_torch" else 0
+def _gradients(stand: Standing, setup: Setup) -> tuple[int, int]:
+    """Return the bytes of gradients that a backward makes anew, and of those that are alive all the time.
+
+    They stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
+    """
+    accumulates = setup.accumulation > 1
+    return 0 if accumulates else stand.adapter, stand.adapter * (accumulates + (setup.gpus > 1))
 
 
-def _whole_copy(shape: ModelShape, setup: Setup) -> int:
+def _peaks(shape: ModelShape, setup: Setup, stand: Standing, work: Activations, workspace: int) -> Peaks:
+    fresh, lasting = _gradients(stand, setup)
+    always = stand.base + stand.adapter + stand.resident + workspace + lasting
+    # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
+    # A layer's own gradients are in its marks already.
+    before = (fresh - min(fresh, stand.embedding)) * (shape.layers - 1) // shape.layers
+    # An embedding's gradient is made last, beside its output's gradient in its own format.
+    last = fresh + stand.embedding_gradient * setup.tokens if fresh and stand.embedding else 0
+    whole = work.kept_backward + work.layer_backward + min(fresh, stand.head)
+    backward = max(whole, work.first_layer_backward + before, last)
+    # Evaluations are between steps, when no gradient is there.
+    between = always - (stand.adapter if setup.accumulation > 1 else 0)
+    return Peaks(
+        load=stand.load,
+        forward=int(always + work.kept + work.copies + work.layer_forward),
+        loss=int(always + work.kept + work.loss),
+        backward=int(always + work.held + backward),
+        optimizer=always + work.held + fresh + stand.temporary,
+        evaluation=int(between + work.evaluation),
+        save=always,
+    )
+
+
+def _whole_copy(shape: ModelShape, kind: Setup, part: AdaptedPart) -> int:
     """Return the 16-bit copy that peft makes of a module before it is held in fp32 (our loop): of the largest one."""
-    if not setup.modules_to_save or setup.engine == "hf" or setup.compute_itemsize == 4:
+    if not part.modules_to_save or kind.engine == "hf" or kind.compute_itemsize == 4:
         return 0
-    return setup.compute_itemsize * max(elements for _, elements in whole_tensors(shape, setup.adapted))
+    return kind.compute_itemsize * max(elements for _, elements in whole_tensors(shape, part))
 
 
 @lru_cache(maxsize=256)

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
-from studio.core.vram.form import NOTHING, Form, Ranked, ranked, total, uncovered
+from studio.core.vram.form import NOTHING, Form, total, uncovered
 from studio.core.vram.head import HeadMarks, LossForm, head_forward, head_pass
 from studio.core.vram.modules import LayerForm, Run
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
@@ -28,28 +27,6 @@ class GroupForms:
     kept: Form
     forward: tuple[Form, ...]
     backward: tuple[Form, ...]
-
-
-class LayerBytes(NamedTuple):
-    """What layers hold for given numbers, in bytes.
-
-    Attributes:
-        kept: What all keep from their forward until their backward.
-        checkpoint: What one keeps.
-        forward: The most that any layer's forward needs beside what it and others keep.
-        blocks: What of it is allocated and freed again; grows with all that it depends on.
-        backward: The same for its backward, recomputation included.
-        first_backward: The same for the layer that goes backward last, beside nothing but itself.
-        evaluation: The most that any layer's forward needs without a graph, beside nothing.
-    """
-
-    kept: float
-    checkpoint: float
-    forward: float
-    blocks: float
-    backward: float
-    first_backward: float
-    evaluation: float
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,16 +51,6 @@ class LayersForms:
     backward: tuple[Form, ...]
     first_backward: tuple[Form, ...]
     evaluation: tuple[Form, ...]
-
-    @lru_cache(maxsize=64)  # noqa: B019  the forms themselves are cached too
-    def at(self, tokens: int, squares: int, rank: int) -> LayerBytes:
-        """Return the bytes for a micro-batch and a rank; loops that differ only in their loss ask for the same."""
-        return LayerBytes(*[max([a * tokens + b * squares + c for a, b, c in forms]) for forms in self._ranked(rank)])
-
-    @lru_cache(maxsize=256)  # noqa: B019  the same
-    def _ranked(self, rank: int) -> tuple[tuple[Ranked, ...], ...]:
-        parts = (self.kept,), (self.checkpoint,), self.forward, self.blocks, self.backward, self.first_backward
-        return tuple(ranked(forms, rank) for forms in (*parts, self.evaluation))
 
 
 @lru_cache(maxsize=256)
