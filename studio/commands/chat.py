@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.max_tokens, args.seed)
     )
     request = chat_request(args.model, root_of(args), base=args.base, base_only=args.base_only, device=args.device)
+    if args.tuned_only:
+        request = replace(request, beside="")
     to = sys.stderr if args.json else sys.stdout
     prompt = _prompt(args)
     with ChatProcess(request, module=args.modules.get("chat", MODULE)) as process:

@@ -22,8 +22,8 @@ def chat_request(
     Args:
         word: What the user named.
         root: Where runs live.
-        base: The base model, where it is not the one that the adapter names.
-        base_only: Without the adapter.
+        base: The base model, where it is not the one that the adapter or the merge names.
+        base_only: The base alone.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
@@ -35,12 +35,12 @@ def chat_request(
         recipe = _recipe(run) if run.recipe.is_file() else None
         return _with_adapter(folder, recipe, base, base_only, device)
     if (folder / CONFIG).is_file() or word == "embedded":
-        return _alone(word, device)
+        return _alone(word, device, beside=base)
     try:
         paths = find_run(root, word)
     except BadInput:
         if "/" in word and not word.startswith((".", "/", "~")):
-            return _alone(word, device)
+            return _alone(word, device, beside=base)
         raise
     return request_of_run(paths, base=base, base_only=base_only, device=device)
 
@@ -56,7 +56,10 @@ def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, 
     if isinstance(job, MergeRequest | ExportRequest):
         if not (Path(job.out) / CONFIG).is_file():
             raise BadInput(f"the run {name} has left no model in {plain(job.out, one_line=True)}.")
-        return _alone(job.out, device)
+        known, revision = (job.base, job.revision) if isinstance(job, MergeRequest) and not base else (base, "")
+        if base_only and known:
+            return _alone(known, device, revision=revision)
+        return _alone(job.out, device, beside=known, beside_revision=revision)
     if not isinstance(job, Recipe):
         raise BadInput(f"the run {name} made no model to chat with.")
     if not (paths.adapter / ADAPTER_CONFIG).is_file() and not base_only:
@@ -92,10 +95,17 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
     )
 
 
-def _alone(word: str, device: str) -> ChatRequest:
-    base = find_base(word)
-    # A model that was exported in 4 or 8 bits says so itself, and is loaded as it is.
-    return ChatRequest(base=word, device=device, method="qlora" if base.quantization == "bitsandbytes" else "lora")
+def _alone(word: str, device: str, *, revision: str = "", beside: str = "", beside_revision: str = "") -> ChatRequest:
+    base = find_base(word, revision)
+    return ChatRequest(
+        base=word,
+        revision=revision,
+        device=device,
+        # A model that was exported in 4 or 8 bits says so itself, and is loaded as it is.
+        method="qlora" if base.quantization == "bitsandbytes" else "lora",
+        beside=beside,
+        beside_revision=beside_revision,
+    )
 
 
 def _recipe(run: RunPaths) -> Recipe | None:

@@ -43,6 +43,8 @@ class ChatRequest:
         device: `auto`, `cpu` or `cuda`.
         data_format: Of the training data: which plain template serves a model that has none.
         trust_remote_code: Run Python code that the base brings.
+        beside: Another model, which answers as the base where `base` is a merged model; empty for none.
+        beside_revision: Of it.
     """
 
     base: str
@@ -57,6 +59,8 @@ class ChatRequest:
     device: str = "auto"
     data_format: str = "chat"
     trust_remote_code: bool = False
+    beside: str = ""
+    beside_revision: str = ""
 
 
 @dataclass(frozen=True, slots=True)

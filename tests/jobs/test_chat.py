@@ -1,6 +1,7 @@
 """The chat's model side: the right template, the right end, base and tuned from one loaded base."""
 
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,39 @@ def test_a_merged_model_answers_as_base_and_adapter(base: Path, adapter: Path, m
     session = _load(ChatRequest(str(tmp_path / "out"), dtype="fp32"))
     assert session.sides == ("tuned",)
     assert _answer(session, "tuned")[0] == _meant(base, adapter)
+
+
+def test_the_base_answers_beside_what_was_merged_into_it(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path
+) -> None:
+    run = merge(adapter, base, tmp_path / "out")
+    request = replace(request_of_run(run), dtype="fp32")
+    session = _load(request)
+    assert session.sides == ("tuned", "base")
+    for _ in range(2):
+        assert _answer(session, "tuned")[0] == _meant(base, adapter)
+        assert _answer(session, "base")[0] == _meant(base, None)
+    assert chat_request(str(tmp_path / "out"), tmp_path, base=str(base)).beside == str(base)
+    assert request_of_run(run, base_only=True) == ChatRequest(str(base))
+
+
+@pytest.mark.parametrize("fault", ["gone", "memory", "vocabulary"])
+def test_what_was_merged_answers_alone_where_its_base_cannot(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    larger = make_adapter(tmp_path / "larger", base, vocabulary=264, target_modules=ATTENTION)
+    run = merge(larger if fault == "vocabulary" else adapter, base, tmp_path / "out")
+    request = replace(request_of_run(run), dtype="fp32")
+    if fault == "gone":
+        base.rename(tmp_path / "elsewhere")
+    if fault == "memory":
+        memory = namedtuple("memory", "available")
+        free = iter([10**12, 10**6])
+        monkeypatch.setattr(sessions.psutil, "virtual_memory", lambda: memory(next(free)))
+    session = _load(request)
+    assert session.sides == ("tuned",)
+    assert "Only the merged model answers" in session.notes[-1]
+    assert _answer(session, "tuned")[1].tokens > 0
 
 
 def test_sampling_is_the_same_for_the_same_seed(base: Path, adapter: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,8 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         await until(pilot, lambda: "Ask something" in shown(app))
         assert "bfloat16 on cpu" in shown(app)
         assert "a note" in shown(app)
+        assert "temperature 0 (the likeliest token)" in shown(app), "nothing of it is cut off"
+        assert "^b With base" in shown(app)
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: shown(app).count("4 tokens") == 2)
         text = shown(app)
@@ -88,6 +91,19 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         await until(pilot, lambda: processes.started[0]._process.poll() is not None)
 
     play(story, tmp_path, size=size)
+
+
+def test_a_model_alone_has_one_column_and_no_key_for_its_base(run: RunPaths, tmp_path: Path) -> None:
+    def alone(request: ChatRequest) -> ChatProcess:
+        return ChatProcess(replace(request, adapter=""), module="tests.fakes.chat_job")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await app.push_screen(ChatScreen(run, work=MergeWork(chat=alone)))
+        await until(pilot, lambda: "Ask something" in shown(app))
+        assert [column.id for column in app.screen.query(Column) if column.display] == ["side-tuned"]
+        assert "With base" not in shown(app)
+
+    play(story, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""A loaded model that answers: once with its adapter and once without, from one copy of the base."""
+"""A loaded model that answers: once with its adapter and once without, from one copy of the base.
+
+A merged model has no copy of its base in it: where there is room, that is loaded beside it.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +37,7 @@ class Session:
     """A model ready to answer.
 
     Attributes:
-        sides: `tuned` and `base`; a merged model has only `tuned`, a base alone only `base`.
+        sides: `tuned` and `base`; a model alone has only `tuned`.
         device_name: Where it computes.
         dtype_name: In which format.
         notes: What the user should know.
@@ -51,7 +54,7 @@ class Session:
         device = _device(request.device)
         dtype = _dtype(request, base, device)
         if device.type == "cpu":
-            check_memory(base, request.method, dtype)
+            check_memory(base, request.method, dtype, device)
         loaded: Any = load_base(
             base,
             method="qlora" if request.method == "qlora" else "lora",
@@ -73,7 +76,8 @@ class Session:
         ensure_template(self.tokenizer, request.data_format, self.notes.append)
         self._stops = stop_ids(self.tokenizer, getattr(loaded, "generation_config", None))
         self._context = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
-        self.sides: tuple[str, ...] = ("tuned", "base") if self._adapted else ("tuned",)
+        self._beside = self._load_beside(request, device, dtype, tell) if request.beside else None
+        self.sides: tuple[str, ...] = ("tuned", "base") if self._adapted or self._beside else ("tuned",)
         self.device_name, self.dtype_name = str(device), str(dtype).removeprefix("torch.")
 
     def answer(
@@ -108,10 +112,11 @@ class Session:
     @torch.no_grad()
     def _generate(self, side: Side, ids: list[int], **options: Any) -> list[int]:
         torch.manual_seed(options.pop("seed"))
-        prompt = torch.tensor([ids], device=self._model.device)
+        model = self._beside if self._beside and side == "base" else self._model
+        prompt = torch.tensor([ids], device=model.device)
         pad = self.tokenizer.pad_token_id
         with self._as(side):
-            made: Tensor = self._model.generate(
+            made: Tensor = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 eos_token_id=self._stops or None,
@@ -140,6 +145,30 @@ class Session:
             del messages[first : first + 2]
             dropped += 1
 
+    def _load_beside(
+        self, request: ChatRequest, device: torch.device, dtype: torch.dtype, tell: Callable[[str, float | None], None]
+    ) -> Any:
+        """Return the base of a merged model, which reads the same tokens; None, with a note, where that cannot be."""
+        try:
+            base = find_base(request.beside, request.beside_revision)
+            check_memory(base, "lora", dtype, device)
+            model: Any = load_base(
+                base,
+                method="lora",
+                dtype=dtype,
+                quant=_quant(request),
+                attention="sdpa",
+                device=device,
+                progress=tell,
+            )
+        except (BadInput, torch.OutOfMemoryError) as error:
+            self.notes.append(f"Only the merged model answers. Its base cannot be loaded beside it: {error}")
+            return None
+        if len(model.get_input_embeddings().weight) < len(self._model.get_input_embeddings().weight):
+            self.notes.append("Only the merged model answers: its base does not know the tokens that were added.")
+            return None
+        return model.eval()
+
     def _attach(self, loaded: Any, adapter: Path, base: Path) -> tuple[Path, PeftModel]:
         """Put the adapter on the base; return the folder of the tokenizer, and both as one."""
         found = find_adapter(adapter)
@@ -163,14 +192,15 @@ def _knobs(sampling: Sampling) -> dict[str, Any]:
     return knobs | warm | {"do_sample": True}
 
 
-def check_memory(base: BaseFound, method: str, dtype: torch.dtype) -> None:
-    """Make sure that a model has room in the computer's memory; its size there is an estimate.
+def check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Make sure that a model has room in the computer's memory, or the card's; its size there is an estimate.
 
     Raises:
         BadInput: It needs more than is free.
     """
     share = _NF4_SHARE if method == "qlora" else dtype.itemsize / 2
-    needed, free = base.size_bytes * share + _WORK_BYTES, psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = base.size_bytes * share + _WORK_BYTES
     if needed > free:
         raise BadInput(
             f"the model needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other "

@@ -100,7 +100,7 @@ class ChatScreen(Screen[None]):
 
     DEFAULT_CSS = """
     ChatScreen {
-        & #chat-head { height: 1; padding: 0 1; background: $panel; }
+        & #chat-head { height: 1; padding: 0 1; background: $panel; text-wrap: nowrap; text-overflow: ellipsis; }
         & #columns { height: 1fr; }
         & Column.-hidden { display: none; }
         & #chat-notes { height: auto; max-height: 6; padding: 0 1; color: $text-warning; }
@@ -183,6 +183,10 @@ class ChatScreen(Screen[None]):
         self._process.ask({side: self._said.messages(side, question) for side in self._asked}, self._sampling)
         self._show_head()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer keys only where they do something."""
+        return len(self._sides) > 1 if action == "turn_base" else True
+
     def action_stop(self) -> None:
         """End the answers that are being given."""
         if self._process is not None:
@@ -203,7 +207,7 @@ class ChatScreen(Screen[None]):
 
     def action_turn_base(self) -> None:
         """Ask the base too, or not: alone an answer takes half the time."""
-        if len(self._sides) > 1 and not self._busy:
+        if not self._busy:
             self._with_base = not self._with_base
             self._show_columns()
             self._show_head()
@@ -222,6 +226,7 @@ class ChatScreen(Screen[None]):
         self._note("\n".join(event.notes))
         self._show_columns()
         self._set_busy(False)
+        self.refresh_bindings()
 
     def _conclude(self, event: Answered) -> None:
         ends = {"length": "cut: long enough", "cancelled": "stopped", "context": "cut: the context is full"}
@@ -245,11 +250,10 @@ class ChatScreen(Screen[None]):
 
     def _show_head(self) -> None:
         name = plain(self._paths.name, one_line=True, limit=48)
-        temperature = f"temperature {self._sampling.temperature:g}"
-        how = f"{temperature}{'' if self._sampling.temperature else ' (the likeliest token)'}"
-        self.query_one("#chat-head", Static).update(
-            Content.assemble((f"Try it  {name}", "bold"), f"  {plain(self._state, one_line=True)}  {how}")
-        )
+        likeliest = "" if self._sampling.temperature else " (the likeliest token)"
+        how = f"temperature {self._sampling.temperature:g}{likeliest}"
+        words = Content.assemble(("Try it", "bold"), f"  {plain(self._state, one_line=True)}  {how}  ", (name, "bold"))
+        self.query_one("#chat-head", Static).update(words)
 
     def _note(self, words: str) -> None:
         self.query_one("#chat-notes", Static).update(Content(plain(words.strip())))
