@@ -40,6 +40,7 @@ def _script(tools: Path, name: str, words: list[str], space: str = "default") ->
     sys.argv = [name, *words]
     if space != "default":
         _say_space(read=space == "true")
+    runpy.run_path(str(Path(__file__).with_name("llama_configs.py")))["mend"](lora=name.startswith("convert_lora"))
     runpy.run_path(str(folder / name), run_name="__main__")
 
 

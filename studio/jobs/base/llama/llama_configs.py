@@ -1,0 +1,85 @@
+"""What llama.cpp's converter misreads of GPT-2, GPT-NeoX and Falcon, mended in its process before it begins.
+
+Never imported: `llama_convert.py` runs this file once the converter is on the import path. The converter reads configs
+through transformers, whose version 5 names some fields otherwise than the converter does, so that a `config.json` with
+the older names would not help. What llama.cpp has no place for is refused here, before anything is merged.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def mend(*, lora: bool) -> None:
+    """Change the converter's classes.
+
+    Args:
+        lora: Whether an adapter is converted, not a model.
+    """
+    from conversion.base import ModelBase  # type: ignore[import-not-found]  # noqa: PLC0415  llama.cpp's own
+    from conversion.falcon import FalconModel  # type: ignore[import-not-found]  # noqa: PLC0415
+    from conversion.gpt2 import GPT2Model  # type: ignore[import-not-found]  # noqa: PLC0415
+    from conversion.gptneox import GPTNeoXModel  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    ModelBase.load_hparams = staticmethod(_with_older_names(ModelBase.load_hparams))
+    for kind in (FalconModel, GPTNeoXModel):
+        kind.set_gguf_parameters = _with_rope_base(kind.set_gguf_parameters)
+    if lora:
+        # Turns weights from Conv1D's orientation into Linear's, in which peft has A and B already.
+        GPT2Model.modify_tensors = ModelBase.modify_tensors
+
+
+def _with_older_names(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def load_renamed(*where: Any, **how: Any) -> dict[str, Any]:
+        table = load(*where, **how)
+        if lacking := _lacking(table):
+            sys.exit(f"this model's config has {lacking} = {table[lacking]!r}, which llama.cpp cannot do")
+        match table.get("model_type"):
+            case "gpt2":
+                table["n_ctx"] = table["n_positions"]
+            case "gpt_neox":
+                table["rotary_pct"] = table["rope_parameters"].get("partial_rotary_factor", 1.0)
+            case "falcon" if table["multi_query"] and not table["new_decoder_architecture"]:
+                table["num_kv_heads"] = 1  # as FalconAttention has it, whatever the config says
+        return table
+
+    return load_renamed
+
+
+def _lacking(table: dict[str, Any]) -> str:
+    """Return the first field of a config that llama.cpp has no place for; empty where there is none."""
+    match table.get("model_type"):
+        case "gpt2":
+            fits = {
+                "n_inner": table["n_inner"] in (None, 4 * table["n_embd"]),
+                "activation_function": table["activation_function"].startswith("gelu"),
+                "scale_attn_weights": table["scale_attn_weights"],
+                "scale_attn_by_inverse_layer_idx": not table["scale_attn_by_inverse_layer_idx"],
+            }
+        case "gpt_neox":
+            fits = {"hidden_act": table["hidden_act"].startswith("gelu"), "rope_parameters": _plain_rope(table)}
+        case "falcon":
+            fits = {
+                "alibi": not table["alibi"],
+                "parallel_attn": table["parallel_attn"] or table["new_decoder_architecture"],
+                "ffn_hidden_size": table["ffn_hidden_size"] == 4 * table["hidden_size"],
+                "activation": table["activation"].startswith("gelu"),
+                "rope_parameters": _plain_rope(table),
+            }
+        case _:
+            fits = {}
+    return next((name for name, does in fits.items() if not does), "")
+
+
+def _plain_rope(table: dict[str, Any]) -> bool:
+    return bool(table["rope_parameters"].get("rope_type", "default") == "default")
+
+
+def _with_rope_base(write: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Have the file say the base of the rotary frequencies, which llama.cpp takes for 10000 where it says none."""
+
+    def write_base(model: Any) -> None:
+        write(model)
+        model.gguf_writer.add_rope_freq_base(model.rope_parameters["rope_theta"])
+
+    return write_base
