@@ -10,6 +10,7 @@ Where there are several rounds, the median of each way follows.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
     from transformers import LlamaConfig
 
     from studio.jobs.base.weights.skeleton import build_clean
+    from studio.jobs.base.weights.tensor_files import bytes_of
     from studio.jobs.merge.shard_file import OpenShard
     from studio.jobs.merge.shards import lay_out
     from studio.jobs.merge.steps import Output
@@ -58,7 +60,8 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
         file = OpenShard(base, shard)
         for output in shard.outputs:
             size = torch.Size(output.shape).numel()
-            file.write_blocks(output.key, [noise.roll(size).repeat(size // len(noise) + 1)[:size]])
+            with file.writing(output.key) as stretch:
+                stretch.write(bytes_of(noise.roll(size).repeat(size // len(noise) + 1)[:size]))
         file.close()
     places = {output.key: shard.name for shard in shards for output in shard.outputs}
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
@@ -85,6 +88,7 @@ def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
         from studio.runs.log import read_events
         from studio.runs.worker import Worker
 
+        gc.freeze()  # as the job does
         yield "start"
         run = RunPaths(out.with_name("run"))
         run.root.mkdir()

@@ -342,7 +342,7 @@ def test_a_merge_that_another_one_writes_is_refused(base: Path, adapter: Path, m
     from filelock import FileLock
 
     with FileLock(tmp_path / ".merging-out.lock"):
-        assert "another merge" in _failure(merge(adapter, base, tmp_path / "out"))
+        assert "another job" in _failure(merge(adapter, base, tmp_path / "out"))
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder here that even root cannot write in")

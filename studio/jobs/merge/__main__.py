@@ -1,5 +1,6 @@
 """The merge job: `python -m studio.jobs.merge RUN_DIR`, started by `studio.runs.supervise`."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,9 @@ def _body(worker: Worker) -> None:
     with without_bitsandbytes() if request.onto == "original" else nullcontext():
         from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held
 
+        if __name__ == "__main__":
+            # The libraries' million objects stay until the end: to look through them again took 0.9 s there alone.
+            gc.freeze()
         merge_run(worker, request)
 
 

@@ -9,16 +9,14 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
 from studio.jobs.base.load import load_tokenizer
@@ -30,8 +28,9 @@ from studio.jobs.merge.parts import DTYPES, Parts, change_of, find_parts, plan_o
 from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
 from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps
-from studio.jobs.merge.verify import compare_logits, copies_of, encode, make_again, read_back
+from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back
 from studio.jobs.merge.write_steps import Stopped, write_steps
+from studio.runs.aside import merge_aside, only_writer
 from studio.runs.atomic import publish_folder, write_whole
 from studio.runs.job import MergeRequest
 from studio.runs.log import DISK_FULL
@@ -71,16 +70,13 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parts = find_parts(worker, request)
     out = Path(request.out)
-    aside = out.with_name(f".merging-{out.name}")
+    aside = merge_aside(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".merging-{out.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not Path(lock.lock_file).exists():
-            shown = plain(str(out.parent), one_line=True)
-            raise BadInput(f"nothing can be written in {shown}: choose another --out") from None
-        raise BadInput(f"another merge is writing {out.name} already: wait for it, or choose another --out") from None
+    with only_writer(aside, out):
+        _merge_alone(worker, request, parts, aside.folder)
+
+
+def _merge_alone(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> None:
     try:
         _merge(worker, request, parts, aside)
     except Stopped:
@@ -90,15 +86,12 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
             raise
         raise JobFailed(
             DISK_FULL,
-            f"the disk of {plain(str(out.parent), one_line=True)} is full: nothing of the merged model was kept",
+            f"the disk of {plain(str(aside.parent), one_line=True)} is full: nothing of the merged model was kept",
             "free some space, or choose another --out, and merge again",
         ) from error
     finally:
         # Only a kill leaves the folder: the next merge of the same parts takes up its whole shards.
         shutil.rmtree(aside, ignore_errors=True)
-        lock.release()
-        with suppress(OSError):
-            Path(lock.lock_file).unlink()
 
 
 def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> None:
@@ -120,7 +113,6 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
         aside,
         shards,
         plan_of(request, parts),
-        copies_of(steps),
         lambda fraction: tell("checking", fraction, "shards of a merge that was killed"),
     )
     write_steps(

@@ -4,7 +4,7 @@ peft makes the whole layer in fp32, its delta twice; here a block of rows passes
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -23,6 +23,9 @@ _SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 _SMALLEST_PRODUCT = 2.0**-100
 """Of two fp32 numbers: every partial sum of such products is a multiple of 2^-146, which fp32 holds."""
 _LARGEST_SUM = 2.0**120
+
+Room = Callable[[int], memoryview]
+"""Gives memory of so many bytes."""
 
 
 class Way(Enum):
@@ -88,17 +91,16 @@ class RowSums:
         return known and all(self._way(b, a) is not Way.WHOLE for b, a, _ in sum_.parts)
 
     @torch.no_grad()
-    def blocks(self, sum_: RowSum) -> Iterator[Tensor]:
-        """Yield the merged weight as blocks of rows, in order; a block is only good until the next one."""
+    def blocks(self, sum_: RowSum, room: Room) -> Iterator[Tensor]:
+        """Yield the merged weight as blocks of rows, in order, each in memory that `room` gives."""
         count, width = self._files.tensors[sum_.key].entry.shape
         rows = block_rows(count, width, _ROWS_APART)
         total, delta = torch.empty(rows, width), torch.empty(rows, width)
-        cast = torch.empty(rows, width, dtype=sum_.dtype)
         parts = [self._scaled(*part) for part in sum_.parts]
         first = 0
         for block in self._files.row_blocks(sum_.key, rows):
             last = first + len(block)
-            summed, added, given = (whole[: len(block)] for whole in (total, delta, cast))
+            summed, added = total[: len(block)], delta[: len(block)]
             summed.copy_(block)
             for b, a, scaling in parts:
                 if scaling is None:
@@ -106,7 +108,8 @@ class RowSums:
                 else:
                     torch.mm(b[first:last], a, out=added)
                     summed.add_(added.mul_(scaling))
-            yield given.copy_(summed)
+            given = torch.frombuffer(room(summed.numel() * sum_.dtype.itemsize), dtype=sum_.dtype)
+            yield given.view_as(summed).copy_(summed)
             first = last
 
     def _scaled(self, b: Tensor, a: Tensor, scaling: float) -> tuple[Tensor, Tensor, float | None]:

@@ -1,29 +1,22 @@
 """A file of merged tensors: its layout, known before the first byte, and the writing of it."""
 
-import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from xxhash import xxh3_64
 
-from studio.core.errors import BadInput
-from studio.core.text import plain
-from studio.jobs.base.weights.tensor_files import DTYPE_NAMES, Stored
+from studio.jobs.base.weights.tensor_files import DTYPE_NAMES
+from studio.jobs.base.weights.uncached import StretchWriter
 from studio.jobs.merge.steps import Output
 from studio.runs.atomic import sync_folder, write_whole
 
 SUMS = ".sums"
 """Behind a shard's name: the file of its checksums, while the folder is not whole."""
 _ALIGN_BYTES = 8
-_COPY_BYTES = 32 * 2**20
-_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-"""What file systems say that cannot copy among themselves (EPERM: some container sandboxes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +65,7 @@ class OpenShard:
         Args:
             folder: Where to.
             shard: What it will hold.
-            sums: Gets the checksums of the tensors that were not copied, once the shard is whole.
+            sums: Gets the checksums of its tensors, once the shard is whole.
 
         Raises:
             OSError: The disk refuses.
@@ -80,44 +73,21 @@ class OpenShard:
         self._final, self._aside = folder / shard.name, folder / f".{shard.name}.part"
         self._places, self._all_sums = shard.places, sums
         self._sums: dict[str, str] = {}
-        self._aside.write_bytes(shard.header)
+        with self._aside.open("wb") as file:
+            file.write(shard.header)
+            file.truncate(len(shard.header) + shard.size_bytes)
 
-    def write_blocks(self, key: str, blocks: Iterable[Tensor]) -> None:
-        """Write a tensor that comes as contiguous blocks, in order.
+    @contextmanager
+    def writing(self, key: str) -> Iterator[StretchWriter]:
+        """Take the bytes of a tensor, in order.
 
         Raises:
             OSError: The disk refuses.
         """
         hashed = xxh3_64()
-        with self._at(key) as file:
-            for block in blocks:
-                left = block.reshape(-1).view(torch.uint8).numpy().data
-                hashed.update(left)
-                while len(left):
-                    left = left[file.write(left) :]
+        with StretchWriter(self._aside, self._places[key], hashed.update) as stretch:
+            yield stretch
         self._sums[key] = hashed.hexdigest()
-
-    def copy_tensor(self, key: str, stored: Stored, heed: Callable[[], None]) -> None:
-        """Write the bytes of a tensor of another file.
-
-        Args:
-            key: Of the tensor here.
-            stored: The one that it repeats.
-            heed: Called now and then; may raise.
-
-        Raises:
-            OSError: The disk refuses, or the other file cannot be read.
-            BadInput: The other file has become shorter.
-        """
-        with self._at(key) as file, stored.path.open("rb", buffering=0) as source:
-            source.seek(stored.offset)
-            left = stored.entry.size_bytes
-            while left:
-                heed()
-                copied = copy_some(source, file, min(left, _COPY_BYTES))
-                if not copied:
-                    raise BadInput(f"{plain(stored.path.name, one_line=True)} became shorter while it was read.")
-                left -= copied
 
     def flush(self) -> None:
         """Wait until the disk has what was written so far, and leave the system's cache to others.
@@ -149,27 +119,3 @@ class OpenShard:
     def abandon(self) -> None:
         """Leave no result."""
         self._aside.unlink(missing_ok=True)
-
-    def _at(self, key: str) -> FileIO:
-        file = self._aside.open("rb+", buffering=0)
-        file.seek(self._places[key])
-        return file
-
-
-def copy_some(source: FileIO, target: FileIO, count: int) -> int:
-    """Copy at most `count` bytes from where one file stands to where another stands; return how many, 0 at the end.
-
-    Raises:
-        OSError: A file cannot be read or written.
-    """
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source.fileno(), target.fileno(), count)
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-    data = memoryview(source.read(count))
-    done = 0
-    while done < len(data):
-        done += target.write(data[done:])
-    return done

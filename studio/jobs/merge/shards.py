@@ -6,12 +6,12 @@ The layout is decided before the first byte, so every shard's header is known an
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.weights.tensor_files import Stored, stored_in
+from studio.jobs.base.weights.tensor_files import stored_in
 from studio.jobs.merge.shard_file import SUMS, OpenShard, Shard
 from studio.jobs.merge.steps import Output
 from studio.jobs.merge.sums import find_different
@@ -47,10 +47,9 @@ class ShardWriter:
     Attributes:
         folder: The folder, which has another name until it is whole.
         shards: All of them, in order.
-        copies: Tensors of the base that outputs repeat byte by byte, by the output's name.
         done: Names of the shards that were there already, every byte as it was written by a merge of the same plan
             that was killed.
-        sums: Checksums of the tensors that are no copies, in all shards that are whole.
+        sums: Checksums of the tensors in all shards that are whole.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class ShardWriter:
         folder: Path,
         shards: Sequence[Shard],
         plan: str,
-        copies: Mapping[str, Stored] | None = None,
         tell: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         """Take up the folder of an earlier merge of the same plan, or begin a new one.
@@ -67,14 +65,13 @@ class ShardWriter:
             folder: Where to write.
             shards: All of them.
             plan: Says what goes into the merge; a folder of another plan is thrown away.
-            copies: What is copied, by the output's name.
             tell: Gets the fraction compared of each shard that was there; may raise.
 
         Raises:
             OSError: The folder cannot be made.
             BadInput: The disk has no room for what is missing.
         """
-        self.folder, self.shards, self.copies = folder, shards, copies or {}
+        self.folder, self.shards = folder, shards
         self.sums: dict[str, str] = {}
         digest = hashlib.sha256(plan.encode() + b"".join(shard.header for shard in shards)).hexdigest()
         if not _says(folder / _PLAN, digest):
@@ -115,7 +112,7 @@ class ShardWriter:
         """Whether a shard is there with every byte as it was written."""
         path = self.folder / shard.name
         sums = _sums_in(path.with_name(path.name + SUMS))
-        if not _has_header(path, shard) or sums is None or find_different(stored_in(path), sums, self.copies, tell):
+        if not _has_header(path, shard) or sums is None or find_different(stored_in(path, cached=False), sums, tell):
             return False
         self.sums |= sums
         return True

@@ -15,7 +15,7 @@ from studio.jobs.base.weights.skeleton import Skeleton
 from studio.jobs.base.weights.streamed import Weights
 from studio.jobs.base.weights.tensor_files import TORCH_DTYPES, TensorFiles
 from studio.jobs.base.weights.units import Unit, find_units, merge_unit
-from studio.jobs.merge.row_sums import RowSum, RowSums, is_plain, parts_of
+from studio.jobs.merge.row_sums import Room, RowSum, RowSums, is_plain, parts_of
 
 SMALLEST_ROW_SUM_BYTES = 2**20
 """Below, the whole layer fits the processor's caches anyway, and short products are summed in other orders."""
@@ -114,14 +114,19 @@ class MergeSteps:
             made[output.key] = _finite(tensor, output)
         return made
 
-    def blocks(self, row_sum: RowSum, output: Output) -> Iterator[Tensor]:
-        """Yield the one tensor of a step that has a row sum as blocks of rows; a block is good until the next one.
+    def blocks(self, row_sum: RowSum, output: Output, room: Room) -> Iterator[Tensor]:
+        """Yield the one tensor of a step that has a row sum as blocks of rows.
+
+        Args:
+            row_sum: The step's.
+            output: The step's one output.
+            room: Gives the memory for each block.
 
         Raises:
             JobFailed: A number is not finite.
             OSError: A file cannot be read.
         """
-        return (_finite(block, output) for block in self.row_sums.blocks(row_sum))
+        return (_finite(block, output) for block in self.row_sums.blocks(row_sum, room))
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base (or the one that the adapter brings in its place) by name in memory.

@@ -1,7 +1,4 @@
-"""Checksums of merged tensors: taken while they are written, compared with what lies on the disk afterwards.
-
-A copied tensor never passes through here while it is written; it is compared with the one that it repeats.
-"""
+"""Checksums of merged tensors: taken while they are written, compared with what lies on the disk afterwards."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,6 +6,9 @@ from xxhash import xxh3_64
 
 from studio.jobs.base.weights.by_rows import workers
 from studio.jobs.base.weights.tensor_files import Stored
+
+_WAITING = 2
+_PIECE_BYTES = 2**20
 
 
 def sum_of(stored: Stored) -> str:
@@ -22,40 +22,32 @@ def sum_of(stored: Stored) -> str:
         BadInput: It became shorter while it was read.
     """
     hashed = xxh3_64()
-    for piece in stored.pieces():
+    for piece in stored.pieces(_PIECE_BYTES):
         hashed.update(piece)
     return hashed.hexdigest()
 
 
-def find_different(
-    found: Mapping[str, Stored], sums: Mapping[str, str], copies: Mapping[str, Stored], tell: Callable[[float], None]
-) -> str | None:
+def find_different(found: Mapping[str, Stored], sums: Mapping[str, str], tell: Callable[[float], None]) -> str | None:
     """Return the first tensor that is not what was written; None where all are.
 
     Args:
         found: The tensors on the disk, by name.
-        sums: The checksums of those that were made.
-        copies: What the others repeat.
+        sums: The checksums of what was written.
         tell: Gets the fraction of bytes compared; may raise.
 
     Raises:
         OSError: A file cannot be read.
     """
     total, done = sum(stored.entry.size_bytes for stored in found.values()) or 1, 0
-
-    def is_same(key: str) -> bool:
-        wanted = sums.get(key) or (sum_of(copies[key]) if key in copies else None)
-        return sum_of(found[key]) == wanted
-
-    with workers() as pool:
-        same = {key: pool.submit(is_same, key) for key in found}
+    with workers(waiting=_WAITING) as pool:
+        read = {key: pool.submit(sum_of, stored) for key, stored in found.items()}
         try:
-            for key, future in same.items():
-                if not future.result():
+            for key, future in read.items():
+                if future.result() != sums.get(key):
                     return key
                 done += found[key].entry.size_bytes
                 tell(done / total)
         finally:
-            for future in same.values():
+            for future in read.values():
                 future.cancel()
     return None

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, log_softmax
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
-from studio.jobs.base.weights.tensor_files import Stored, TensorFiles
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.shards import ShardWriter
 from studio.jobs.merge.steps import MergeSteps, Step
 from studio.jobs.merge.sums import find_different
@@ -39,15 +39,6 @@ class Closeness:
     largest_logit_difference: float
 
 
-def copies_of(steps: MergeSteps) -> dict[str, Stored]:
-    """Return the base's tensors whose bytes are copied, by the name of the output."""
-    return {
-        step.outputs[0].key: steps.files.tensors[step.copies]
-        for step in steps.steps
-        if step.copies is not None and steps.files.tensors[step.copies].dtype is step.outputs[0].dtype
-    }
-
-
 def read_back(steps: MergeSteps, writer: ShardWriter, tell: Callable[[float], None]) -> int:
     """Read every tensor in the files again and compare it with what was written; return how many.
 
@@ -60,14 +51,14 @@ def read_back(steps: MergeSteps, writer: ShardWriter, tell: Callable[[float], No
         JobFailed: A tensor in the files is missing, of another shape, or differs.
         OSError: A file cannot be read.
     """
-    files = TensorFiles(writer.folder)
+    files = TensorFiles(writer.folder, cached=False)
     wanted = {output.key: output for step in steps.steps for output in step.outputs}
     if files.tensors.keys() != wanted.keys():
         raise JobFailed("merged_incomplete", "the merged files do not hold the tensors that were written", _ADVICE)
     for key, output in wanted.items():
         if files.tensors[key].entry.shape != output.shape:
             raise JobFailed("merged_incomplete", f"{plain(key, one_line=True)} has another shape on disk", _ADVICE)
-    different = find_different(files.tensors, writer.sums, writer.copies, tell)
+    different = find_different(files.tensors, writer.sums, tell)
     if different is not None:
         raise _differs(different)
     return len(wanted)

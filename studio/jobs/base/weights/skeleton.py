@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -66,7 +67,8 @@ def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         if vocabulary is not None:
             config.get_text_config().vocab_size = vocabulary
-        with init_empty_weights(include_buffers=False):
+        # Numbers are never looked at, and to draw those of the meta device took half of the time.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             from_config: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
@@ -148,7 +150,7 @@ def _load(model: PreTrainedModel | PeftModel, adapter: AdapterFound, name: str) 
     with _stays_where_it_is():
         try:
             config = PeftConfig.from_pretrained(str(adapter.folder))
-            config.inference_mode, config.init_lora_weights = True, True
+            config.inference_mode, config.init_lora_weights = True, False
             if isinstance(model, PeftModel):
                 model.add_adapter(name, config, low_cpu_mem_usage=True)
             else:

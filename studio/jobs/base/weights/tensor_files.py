@@ -6,7 +6,6 @@ A memory map would do less work, but every page that it ever touched counts as r
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.jobs.base.weights.uncached import read_stretch
 from studio.probe.model_folder import INDEX, WEIGHTS
 from studio.probe.safetensors_header import TensorEntry, read_header
 
@@ -31,44 +31,62 @@ _PIECE_BYTES = 2**19
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file; `offset` is bytes from the start of the file."""
+    """A tensor in a file.
+
+    Attributes:
+        path: The file.
+        offset: Bytes from its start.
+        entry: Format and shape.
+        cached: Whether to read through the system's cache.
+    """
 
     path: Path
     offset: int
     entry: TensorEntry
+    cached: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
         """Format of its numbers."""
         return TORCH_DTYPES[self.entry.dtype]
 
-    def pieces(self) -> Iterator[memoryview]:
-        """Yield its bytes in pieces; one is only good until the next.
+    def pieces(self, piece: int = _PIECE_BYTES, first: int = 0, last: int | None = None) -> Iterator[memoryview]:
+        """Yield its bytes in pieces of so many; one is only good until the next.
+
+        Args:
+            piece: Bytes of each but the last.
+            first: The first byte of the tensor that is wanted.
+            last: The byte after the last one; None for all.
 
         Raises:
             OSError: The file cannot be read.
             BadInput: It has become shorter since its header was read.
         """
-        view = memoryview(bytearray(min(_PIECE_BYTES, self.entry.size_bytes)))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset)
-            for at in range(0, self.entry.size_bytes, _PIECE_BYTES):
-                piece = view[: self.entry.size_bytes - at]
-                _fill(piece, file, self.path)
-                yield piece
+        size = (self.entry.size_bytes if last is None else last) - first
+        try:
+            yield from read_stretch(self.path, self.offset + first, size, piece, cached=self.cached)
+        except EOFError:
+            raise BadInput(f"{plain(self.path.name, one_line=True)} became shorter while it was read.") from None
 
 
 class TensorFiles:
     """All tensors of a model folder, in the order of its files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cached: bool = True) -> None:
         """Read the headers.
+
+        Args:
+            folder: Of the model.
+            cached: Whether the system's cache may answer, which is faster where it holds the files already; what is
+                read past it is what the disk holds.
 
         Raises:
             BadInput: A shard is missing or damaged, or holds a format that only quantised checkpoints have.
         """
         self.folder = folder
-        self.tensors = {key: stored for path in _shards(folder) for key, stored in stored_in(path).items()}
+        self.tensors = {
+            key: stored for path in _shards(folder) for key, stored in stored_in(path, cached=cached).items()
+        }
 
     def read(self, key: str) -> Tensor:
         """Return one tensor as it is stored.
@@ -78,14 +96,9 @@ class TensorFiles:
             BadInput: It has become shorter since its header was read.
         """
         stored = self.tensors[key]
-        shape = stored.entry.shape
-        if not stored.entry.size_bytes:
-            return torch.empty(shape, dtype=stored.dtype)
-        buffer = torch.empty(stored.entry.size_bytes, dtype=torch.uint8)
-        with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            _fill(_bytes_of(buffer), file, stored.path)
-        return buffer.view(stored.dtype).reshape(shape)
+        for whole in stored.pieces(max(1, stored.entry.size_bytes)):
+            return torch.frombuffer(whole, dtype=stored.dtype).reshape(stored.entry.shape)
+        return torch.empty(stored.entry.shape, dtype=stored.dtype)
 
     def row_blocks(self, key: str, rows: int, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
         """Yield rows of one matrix in blocks, as it is stored; a block is only good until the next one.
@@ -102,14 +115,12 @@ class TensorFiles:
         """
         stored = self.tensors[key]
         count, width = stored.entry.shape
-        count = count if last is None else last
-        buffer = torch.empty(rows, width, dtype=stored.dtype)
-        with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.offset + first * width * stored.dtype.itemsize)
-            for at in range(first, count, rows):
-                block = buffer[: min(rows, count - at)]
-                _fill(_bytes_of(block), file, stored.path)
-                yield block
+        row_bytes = width * stored.dtype.itemsize
+        if not row_bytes:
+            return
+        last = count if last is None else last
+        for block in stored.pieces(rows * row_bytes, first * row_bytes, last * row_bytes):
+            yield torch.frombuffer(block, dtype=stored.dtype).view(-1, width)
 
     def read_rows(self, key: str, wanted: Sequence[int]) -> Tensor:
         """Return some rows of one matrix, in the order asked for, as they are stored.
@@ -120,10 +131,9 @@ class TensorFiles:
         """
         stored = self.tensors[key]
         rows = torch.empty(len(wanted), stored.entry.shape[1], dtype=stored.dtype)
-        with stored.path.open("rb", buffering=0) as file:
-            for place, row in enumerate(wanted):
-                file.seek(stored.offset + row * rows.shape[1] * stored.dtype.itemsize)
-                _fill(_bytes_of(rows[place]), file, stored.path)
+        for place, row in enumerate(wanted):
+            for block in self.row_blocks(key, 1, row, row + 1):
+                rows[place] = block[0]
         return rows
 
     def are_equal(self, key: str, other: str) -> bool:
@@ -139,7 +149,7 @@ class TensorFiles:
         return all(bytes(piece) == bytes(same) for piece, same in zip(one.pieces(), two.pieces(), strict=True))
 
 
-def stored_in(path: Path) -> dict[str, Stored]:
+def stored_in(path: Path, *, cached: bool = True) -> dict[str, Stored]:
     """Return the tensors of one file, in its order.
 
     Raises:
@@ -152,7 +162,7 @@ def stored_in(path: Path) -> dict[str, Stored]:
         if entry.dtype not in TORCH_DTYPES:
             shown = f"{plain(path.name, one_line=True)} holds {plain(key, one_line=True)} as {entry.dtype}"
             raise BadInput(f"{shown}; wanted the original 16- or 32-bit weights.")
-        found[key] = Stored(path, start + entry.begin, entry)
+        found[key] = Stored(path, start + entry.begin, entry, cached)
     return found
 
 
@@ -161,18 +171,10 @@ def block_rows(count: int, width: int, apart: int = 1) -> int:
     return min(count, max(1, BLOCK_ELEMENTS // max(1, width) // apart) * apart)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
     view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
     return view
-
-
-def _fill(view: memoryview, file: RawIOBase, path: Path) -> None:
-    done = 0
-    while done < len(view):
-        got = file.readinto(view[done:])
-        if not got:
-            raise BadInput(f"{plain(path.name, one_line=True)} became shorter while it was read.")
-        done += got
 
 
 def _shards(folder: Path) -> list[Path]:
