@@ -12,6 +12,8 @@ from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
 
 _MOST_PARAMETERS = 50 * 10**12
+_MOST_LAYERS = 1000
+"""The deepest published models, merged from several, have some 300; a replay follows each layer."""
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -28,10 +30,8 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     name = values.word("model_type") or "unknown"
     family = FAMILIES.get(name)
     if family is None:
-        doubts.append(
-            f"the architecture {plain(name, one_line=True, limit=40)!r} is not known here: read as a Llama of its sizes"
-        )
-        family = LLAMA
+        name, family = plain(name, one_line=True, limit=40), LLAMA
+        doubts.append(f"the architecture {name!r} is not known here: read as a Llama of its sizes")
     shape = _shape(name, family, values, doubts)
     if shape.parameters > _MOST_PARAMETERS:
         raise BadInput(f"the model's config describes {shape.parameters:.3g} parameters; its sizes cannot be right")
@@ -51,7 +51,7 @@ def _text_table(config: Mapping[str, Any], doubts: list[str]) -> Mapping[str, An
 
 def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -> ModelShape:
     hidden = values.whole("hidden_size", "n_embd", "d_model", high=1 << 20)
-    layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=10_000)
+    layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=_MOST_LAYERS)
     heads = values.whole("num_attention_heads", "n_head", "n_heads", high=1 << 16)
     head_dim = values.whole("head_dim", "kv_channels", default=max(1, hidden // heads), high=1 << 16)
     if "head_dim" not in values and "kv_channels" not in values and hidden % heads:
@@ -102,22 +102,21 @@ def _groups(
     routed = _experts(name, family, values, sizes[0])
     if routed is None:
         return (LayerGroup(layers, _layer(name, family, values, sizes, None)),)
-    sparse = sum(_is_sparse(name, values, index) for index in range(layers))
+    sparse = _sparse_layers(name, values, layers)
     groups = [LayerGroup(sparse, _layer(name, family, values, sizes, routed))]
     if sparse < layers:
         groups.append(LayerGroup(layers - sparse, _layer(name, family, values, sizes, None)))
     return tuple(group for group in groups if group.count)
 
 
-def _is_sparse(name: str, values: ConfigValues, index: int) -> bool:
-    """Which layers hold experts (Qwen2MoeDecoderLayer, Llama4TextConfig)."""
+def _sparse_layers(name: str, values: ConfigValues, layers: int) -> int:
+    """Return how many layers hold experts (Qwen2MoeDecoderLayer, Llama4TextConfig)."""
     if name == "llama4_text":
-        step = values.whole("interleave_moe_layer_step", default=1)
-        return (index + 1) % step == 0
+        return layers // values.whole("interleave_moe_layer_step", default=1)
     if name in ("qwen2_moe", "qwen3_moe"):
         step = values.whole("decoder_sparse_step", default=1)
-        return index not in values.wholes("mlp_only_layers") and (index + 1) % step == 0
-    return True
+        return len(set(range(step - 1, layers, step)).difference(values.wholes("mlp_only_layers")))
+    return layers
 
 
 def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:

@@ -80,9 +80,7 @@ class _Cursor:
             if dimensions > _MOST_DIMENSIONS:
                 raise ValueError(f"a tensor with {dimensions} dimensions")
             shapes[name] = tuple(self.take("Q") for _ in range(dimensions))
-            self.at += 4 + 8  # type and offset
-        if self.at > len(self.view):
-            raise ValueError("it ends inside its list of tensors")
+            self.move(self.at + 4 + 8, "its list of tensors")  # type and offset
         return GgufHeader(metadata, shapes)
 
     def take(self, code: str) -> Any:
@@ -95,22 +93,29 @@ class _Cursor:
             raise ValueError(f"unknown value type {kind}")
         return self.take(_SCALARS[kind])
 
+    def move(self, to: int, inside: str) -> int:
+        """Go to a place and return where we were."""
+        if to > len(self.view):
+            raise ValueError(f"it ends inside {inside}")
+        start, self.at = self.at, to
+        return start
+
     def string(self) -> str:
         length = self.take("Q")
-        start, self.at = self.at, self.at + length
-        if self.at > len(self.view):
-            raise ValueError("it ends inside a text")
+        start = self.move(self.at + length, "a text")
         return self.view[start : self.at].decode("utf-8")
 
     def skip_array(self, depth: int) -> None:
         kind, count = self.take("I"), self.take("Q")
         if kind in _SCALARS:
-            self.at += count * struct.calcsize(f"<{_SCALARS[kind]}")
+            self.move(self.at + count * struct.calcsize(f"<{_SCALARS[kind]}"), "a list")
         elif kind == _STRING:
-            at, view, length_at = self.at, self.view, struct.Struct("<Q").unpack_from
+            at, view, end, length_at = self.at, self.view, len(self.view), struct.Struct("<Q").unpack_from
             for _ in range(count):
                 at += 8 + length_at(view, at)[0]
-            self.at = at
+                if at > end:
+                    break
+            self.move(at, "a list of texts")
         elif kind == _ARRAY and depth < _MOST_DIMENSIONS:
             for _ in range(count):
                 self.skip_array(depth + 1)

@@ -1,6 +1,7 @@
 """Looks through a model folder before anything heavy is loaded: config, weights (whole, safetensors), tokenizer."""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from studio.probe.safetensors_header import CorruptSafetensors, SafetensorsHeade
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_MOST_JSON_BYTES = 50 * 2**20
+_MOST_JSON_BYTES, _MOST_INDEX_BYTES = 8 * 2**20, 50 * 2**20
+"""Configs of large mixtures that list every module left unquantised have some 3 MB, their indices some 25. Parsed, a
+hostile file takes 25 times its size."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def _sharded(folder: Path) -> list[SafetensorsHeader]:
 
 def _shards(index: Path) -> dict[str, list[str]]:
     """Return the tensors of each shard that an index names, shards by name."""
-    table = _json(index).get("weight_map")
+    table = _json(index, _MOST_INDEX_BYTES).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise BadInput(f"{_shown(index)} has no weight_map from tensors to files. Copy or download it again.")
     shards: dict[str, list[str]] = {}
@@ -132,11 +135,16 @@ def _shards(index: Path) -> dict[str, list[str]]:
     return dict(sorted(shards.items()))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise BadInput(f"{_shown(path)} is larger than 50 MiB and cannot be what its name says.")
-        table = json.loads(path.read_bytes().decode("utf-8-sig"))
+        if path.stat().st_size > most_bytes:
+            most = f"{most_bytes // 2**20} MiB"
+            raise BadInput(f"{_shown(path)} is larger than {most} and cannot be what its name says.")
+        raw = path.read_bytes()
+        if raw.startswith(BOM_UTF8):
+            found = "begins with a byte order mark, which transformers cannot read"
+            raise BadInput(f"{_shown(path)} {found}. Save it as UTF-8 without one.")
+        table = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise BadInput(f"{_shown(path)} cannot be read: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:

@@ -207,20 +207,40 @@ def test_bad_input_is_one_message_and_exit_2(cli: Cli, llama: str, words: str, f
         (b'{"model_type": "llama"}', "hidden_size"),
         (b'{"model_type": "llama", "hidden_size": -1}', "hidden_size"),
         (b'{"model_type": "llama", "hidden_size": 1e400}', "hidden_size"),
+        (b'{"model_type": "llama", "hidden_size": NaN}', "hidden_size"),
+        (b'{"model_type": "llama", "hidden_size": true}', "hidden_size = True"),
+        (b'{"model_type": "llama", "hidden_size": "4096"}', "hidden_size"),
+        (b'{"model_type": "llama", "hidden_size": "\\u001b[2J"}', "hidden_size = '\\x1b[2J'"),
+        (b'{"model_type": "llama", "hidden_size": "\\ud800"}', "hidden_size = '\\ud800'"),
+        (b'{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1001}', "num_hidden_layers"),
+        (b'\xef\xbb\xbf{"model_type": "llama"}', "byte order mark"),
+        ('{"model_type": "llama"}'.encode("utf-16"), "is not JSON"),
         (b"[" * 100_000, "config"),
     ],
 )
 def test_a_damaged_config(cli: Cli, content: bytes, found: str) -> None:
     Path("config.json").write_bytes(content)
     outcome = cli("plan", "--model", "config.json", "--json")
-    assert outcome.code == 2
+    assert (outcome.code, outcome.out, len(outcome.err.splitlines())) == (2, "", 1)
     assert found in outcome.err
 
 
-def test_a_huge_config_is_not_read(cli: Cli) -> None:
+def test_a_long_and_hostile_architecture_is_cut_and_shown_harmless(cli: Cli) -> None:
+    config = CONFIGS["SmolLM2-135M"] | {"model_type": "\x1b]0;" + "x" * 100_000}
+    Path("config.json").write_text(json.dumps(config))
+    outcome = cli("plan", "--model", "config.json")
+    assert outcome.code == 0
+    assert "\x1b" not in outcome.out
+    assert len(outcome.out) < 4000
+
+
+@pytest.mark.parametrize("size_bytes", [8 * MIB + 1, 100 * MIB])
+def test_a_huge_config_is_not_read(cli: Cli, size_bytes: int) -> None:
     with Path("config.json").open("wb") as file:
-        file.truncate(100 * MIB)
-    assert cli("plan", "--model", "config.json").code == 2
+        file.truncate(size_bytes)
+    outcome = cli("plan", "--model", "config.json")
+    assert outcome.code == 2
+    assert "config.json is larger than 8 MiB" in outcome.err
 
 
 @pytest.mark.parametrize("length", [0, 8, 2**63, 100_000_001])

@@ -91,7 +91,7 @@ def test_a_damaged_size_is_refused_by_name(key: str, value: Any):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"sliding_window": -4}, "sliding_window"),
         (
-            {"hidden_size": 2**19, "num_attention_heads": 2**10, "num_hidden_layers": 9999, "intermediate_size": 2**22},
+            {"hidden_size": 2**19, "num_attention_heads": 2**10, "num_hidden_layers": 999, "intermediate_size": 2**26},
             "cannot be",
         ),
         ({"final_logit_softcapping": "30"}, "final_logit_softcapping"),

@@ -69,6 +69,22 @@ def test_a_missing_size_is_named(key: str) -> None:
         shape_from_config({"model_type": "llama", **{n: v for n, v in CONFIG.items() if n not in (key, "num_experts")}})
 
 
+def test_which_layers_hold_experts_takes_no_longer_for_a_hostile_list() -> None:
+    config = {
+        **CONFIG,
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 9,
+    }
+    for step, dense, sparse in ((1, [], 9), (1, [0, 0, 8, 99, -1], 7), (2, [1, 2], 3), (10, [], 0)):
+        shape = shape_from_config({**config, "decoder_sparse_step": step, "mlp_only_layers": dense})
+        counted = sum(group.count for group in shape.groups if group.layer.experts)
+        assert (counted, shape.layers) == (sparse, 9)
+    llama4 = {**config, "model_type": "llama4_text", "interleave_moe_layer_step": 4, "intermediate_size_mlp": 64}
+    assert [group.count for group in shape_from_config(llama4).groups] == [2, 7]
+
+
 def test_a_width_of_four_times_the_hidden_size_is_some_families_own_default() -> None:
     config = {**CONFIG, "model_type": "falcon"}
     del config["intermediate_size"], config["num_experts"]

@@ -55,6 +55,15 @@ def test_foreign_content_is_refused(file: Path, content: bytes) -> None:
         read_gguf_header(file)
 
 
+@pytest.mark.parametrize("kind", [0, 8, 12])
+@pytest.mark.parametrize("count", [2**40, 2**63, 2**64 - 1])
+def test_a_list_longer_than_the_file(file: Path, kind: int, count: int) -> None:
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("tokens")
+    file.write_bytes(head + struct.pack("<IIQQ", 9, kind, count, count))
+    with pytest.raises(BadInput, match="no whole GGUF file"):
+        read_gguf_header(file)
+
+
 def test_missing_file(file: Path) -> None:
     with pytest.raises(BadInput, match="cannot be read"):
         read_gguf_header(file)

@@ -61,6 +61,8 @@ def test_a_revision_belongs_to_hub_models(folder: Path) -> None:
         ("config.json", b"{nope", "is not JSON"),
         ("config.json", b"\xff\xfe", "is not JSON"),
         ("config.json", b"[" * 100_000, "is not JSON"),
+        ("config.json", b'\xef\xbb\xbf{"model_type": "llama"}', "begins with a byte order mark"),
+        ("config.json", b'{"a": 1' + b"0" * 5000 + b"}", "is not JSON"),
         ("config.json", b"[]", "is not a JSON object"),
         ("config.json", b"{}", "names no model_type"),
         ("tokenizer.json", None, "has no tokenizer"),
