@@ -20,6 +20,8 @@ from studio.runs.layout import RunPaths
 
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
+_STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Kinds whose adapters on fused experts were tried in llama.cpp; others order gate and up otherwise, or transpose."""
 QUANTISED_GGUF = ("q6_k", "q5_k_m", "q4_k_m")
 """Formats that are made of a 16-bit GGUF file."""
 
@@ -79,12 +81,11 @@ def check_export(request: ExportRequest) -> None:
     if form in ADAPTER_FORMATS or (source / ADAPTER_CONFIG).is_file():
         adapter = find_adapter(source)
         if form == "lora-gguf":
-            refuse_what_gguf_lacks(adapter)
+            base = find_base(_base_word(request, adapter), request.revision)
+            refuse_what_gguf_lacks(adapter, str((base.config or {}).get("model_type")))
         check_out(out)
         needed = adapter.header.buffer_bytes
-        if form == "lora-gguf":
-            find_base(_base_word(request, adapter), request.revision)
-        elif form not in ADAPTER_FORMATS:
+        if form not in ADAPTER_FORMATS:
             size_bytes = _check_base(request, adapter)
             check_memory(form, size_bytes)
             needed = export_estimate(form, size_bytes, merges=True).disk_bytes
@@ -134,8 +135,12 @@ def refuse_on_the_grid(onto: str, form: str) -> None:
         )
 
 
-def refuse_what_gguf_lacks(adapter: AdapterFound) -> None:
-    """Refuse an adapter that is more than pairs of matrices, each on a matrix of its own.
+def refuse_what_gguf_lacks(adapter: AdapterFound, kind: str) -> None:
+    """Refuse an adapter that is more than pairs of matrices, or stacks of them on experts whose layout is not known.
+
+    Args:
+        adapter: What is to be exported.
+        kind: `model_type` of its base.
 
     Raises:
         BadInput: Names what it holds.
@@ -143,12 +148,13 @@ def refuse_what_gguf_lacks(adapter: AdapterFound) -> None:
     names = list(adapter.header.tensors)
     other = next((name for name in names if not any(part in name for part in _PAIR)), "")
     found = "DoRA's magnitudes" if adapter.config.get("use_dora") else plain(other, one_line=True)
-    if not found and any(".experts.lora_" in name or ".experts.base_layer." in name for name in names):
-        found = "matrices on all experts of a layer at once (target_parameters)"
+    on_experts = any(".experts.lora_" in name or ".experts.base_layer." in name for name in names)
+    if not found and on_experts and kind not in _STACKED:
+        found = f"matrices on all experts of a layer of {plain(kind, one_line=True, limit=40)} at once"
     if found:
         raise BadInput(
-            f"a LoRA file of llama.cpp holds pairs of matrices only, and this adapter has {found}: merge it and export "
-            "the merged model (--format q8_0 or another)."
+            f"a LoRA file of llama.cpp holds pairs of matrices for tensors it knows, and this adapter has {found}: "
+            "merge it and export the merged model (--format q8_0 or another)."
         )
 
 

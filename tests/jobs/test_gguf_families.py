@@ -27,6 +27,7 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -75,6 +76,7 @@ FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, "qwen", {**HEADS, "tie_word_embeddings": True}),
     # llama.cpp always makes the chosen experts' weights add up to one, as every published Qwen3 MoE model does.
     "qwen3_moe": (Qwen3MoeConfig, "qwen", {**HEADS, **EXPERTS, "norm_topk_prob": True}),
+    "qwen2_moe": (Qwen2MoeConfig, "qwen", {**EXPERTS, "shared_expert_intermediate_size": 256}),
     "mistral": (MistralConfig, "llama", {"sliding_window": None}),
     "mixtral": (MixtralConfig, "llama", {"num_local_experts": 4, "sliding_window": None}),
     "phi3": (Phi3Config, "phi3", {"num_key_value_heads": 4, "original_max_position_embeddings": 512}),
@@ -88,6 +90,7 @@ FAMILIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 }
 EMBEDDED = ("embed", "lm_head", "wte", "wpe")
 TARGETS = {
+    "qwen3_moe": "all-linear", "qwen2_moe": "all-linear",
     "phi3": ["qkv_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"],
     "falcon": ["query_key_value", "dense"], "falcon2": ["query_key_value", "dense"],
 }  # fmt: skip
@@ -153,7 +156,10 @@ def _make(family: str, folder: Path) -> Parts:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     without = _logits(plain, rows)
     targets = TARGETS.get(family, ["q_proj", "v_proj", "o_proj"])
-    adapted = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets))
+    # Of Mixtral not the router: a merged one that chooses another expert for one token would say nothing of the files.
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if family == "mixtral" else None
+    wanted = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, target_parameters=experts)
+    adapted = get_peft_model(plain, wanted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter) * 0.1)

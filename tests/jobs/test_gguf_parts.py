@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.data.template import render, with_system_folded
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
+from studio.jobs.base.weights.skeleton import build_skeleton, clean_name
 from studio.jobs.export.chat_form import ChatForm, chat_form
 from studio.jobs.export.gguf_folder import stop_words
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
-from studio.jobs.export.lora_gguf import fold_scaling
+from studio.jobs.export.lora_gguf import fold
 from studio.jobs.export.modelfile import modelfile
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import Message
@@ -203,7 +206,8 @@ def test_the_converter_sees_added_tokens_and_the_kind_of_tokenizer_that_transfor
 def test_alpha_over_rank_is_the_scaling_everywhere_after_folding(tmp_path: Path, config: dict[str, Any]) -> None:
     base = make_base(tmp_path / "base", "llama", torch.float32)
     adapter = make_adapter(tmp_path / "adapter", base, **config)
-    folded = fold_scaling(find_adapter(adapter), tmp_path / "folded")
+    found, folded = find_adapter(adapter), tmp_path / "folded"
+    assert fold(found, build_skeleton(base, found).adapted, folded) == len(found.header.tensors)
     weights = load_file(folded / "adapter_model.safetensors")
     alpha = json.loads((folded / "adapter_config.json").read_text())["lora_alpha"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
@@ -219,13 +223,40 @@ def test_alpha_over_rank_is_the_scaling_everywhere_after_folding(tmp_path: Path,
     assert pairs == 4
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_each_experts_pair_is_taken_out_of_the_wide_one(tmp_path: Path, family: str) -> None:
+    base = make_base(tmp_path / "base", family, torch.float32)
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = {"target_modules": ATTENTION, "target_parameters": both, "use_rslora": True}
+    found, folded = find_adapter(make_adapter(tmp_path / "adapter", base, **config)), tmp_path / "folded"
+    assert fold(found, build_skeleton(base, found).adapted, folded) == 2 * (2 + 3) * 2, "pairs of 2 layers"
+    weights = load_file(folded / "adapter_model.safetensors")
+    alpha = json.loads((folded / "adapter_config.json").read_text())["lora_alpha"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(found.folder))
+    deltas = {
+        (clean_name(name), layer.parameter_name): layer.get_delta_weight("default")
+        for name, layer in model.named_modules()
+        if isinstance(layer, ParamWrapper)
+    }
+    assert len(deltas) == 4
+
+    def theirs(name: str) -> Tensor:
+        """What llama.cpp adds to each expert: alpha over the rank that it reads from the tensor."""
+        first, second = (weights[f"{name}.lora_{part}.weight"] for part in "AB")
+        return second @ first * (alpha / first.shape[1])
+
+    for (experts, parameter), delta in deltas.items():
+        parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+        made = torch.cat([theirs(f"{experts}.{part}") for part in parts], dim=1)
+        torch.testing.assert_close(made, delta, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("family", "config", "said"),
     [
         ("llama", {"target_modules": ATTENTION, "use_dora": True}, "DoRA's magnitudes"),
         ("llama", {"target_modules": ATTENTION, "modules_to_save": ["lm_head"]}, "lm_head"),
-        ("mixtral", {"target_modules": "all-linear"}, "experts"),
-        ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
+        ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"]}, "experts of a layer of gpt_oss"),
     ],
 )
 def test_what_a_lora_file_cannot_hold_is_refused_by_name(
@@ -233,7 +264,7 @@ def test_what_a_lora_file_cannot_hold_is_refused_by_name(
 ) -> None:
     base = make_base(tmp_path / "base", family, torch.float32, tie_word_embeddings=False)
     with pytest.raises(BadInput, match=said):
-        refuse_what_gguf_lacks(find_adapter(make_adapter(tmp_path / "adapter", base, **config)))
+        refuse_what_gguf_lacks(find_adapter(make_adapter(tmp_path / "adapter", base, **config)), "gpt_oss")
 
 
 def test_without_a_network_the_tools_way_in_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

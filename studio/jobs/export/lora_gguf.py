@@ -1,7 +1,8 @@
 """An adapter as a GGUF file that llama.cpp and Ollama put onto a GGUF base, checked on that base where it is small.
 
 llama.cpp scales by alpha over the rank of each tensor and knows one alpha: rsLoRA and alphas by layer are folded into
-the B matrices, in fp32, so that what is added stays what was trained.
+the B matrices, in fp32, so that what is added stays what was trained. Matrices on all experts of a layer, which peft
+keeps as one wide pair, are taken apart into a pair of stacks `[experts, ...]` for each of llama.cpp's tensors.
 """
 
 import json
@@ -9,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,18 +20,21 @@ from studio.core.errors import JobFailed
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import load_tokenizer
-from studio.jobs.base.weights.skeleton import build_skeleton
+from studio.jobs.base.weights.skeleton import ADAPTER, Skeleton, build_skeleton, clean_name
 from studio.jobs.base.weights.streamed import adapted_logits
 from studio.jobs.export.answers import TEXTS, Loss, compare, padded, rows_of
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound
+from studio.probe.export import refuse_what_gguf_lacks
 from studio.probe.gguf_header import read_gguf_header
-from studio.probe.model_folder import check_folder
+from studio.probe.model_folder import CONFIG, check_folder, read_config
 
 _LARGEST_CHECKED_BYTES = 4 * 10**9
 """Of a base: checking needs all of it as a GGUF file once more."""
 _BROKEN_KL = 0.05
+_PREFIX = "base_model.model."
+"""Of names in an adapter's file, before what the model itself calls its modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,50 +64,77 @@ def make_lora_gguf(work: Work, adapter: AdapterFound, base: Path, out: Path) -> 
         JobFailed: llama.cpp's converter refuses it, or the file does not act as the adapter does.
         OSError: The disk is full or not writable.
     """
+    refuse_what_gguf_lacks(adapter, str(read_config(base / CONFIG).get("model_type")))
     tool = work.llama()
     work.say("converting")
-    folded = fold_scaling(adapter, work.folder / "adapter")
+    skeleton, folded = build_skeleton(base, adapter), work.folder / "adapter"
+    wanted = fold(adapter, skeleton.adapted, folded)
     tool.run("lora", folded, make_view(work.folder / "asked", [base]), out)
     tensors = len(read_gguf_header(out).shapes)
-    if tensors != len(adapter.header.tensors):
+    if tensors != wanted:
         raise JobFailed(
             "gguf_converter",
-            f"the LoRA file holds {tensors} tensors, the adapter {len(adapter.header.tensors)}",
+            f"the LoRA file holds {tensors} tensors, the adapter {wanted}",
             "merge the adapter and export the merged model instead",
         )
-    return LoraMade(tensors, _check(work, tool, adapter, base, out))
+    return LoraMade(tensors, _check(work, tool, skeleton, base, out))
 
 
-def fold_scaling(adapter: AdapterFound, folder: Path) -> Path:
-    """Write the adapter anew so that alpha over rank is its scaling everywhere; return the folder.
+def fold(adapter: AdapterFound, adapted: PeftModel, folder: Path) -> int:
+    """Write the adapter anew as llama.cpp has it: alpha over rank is the scaling everywhere, each tensor has its pair.
 
     Args:
-        adapter: Any plain or rank-stabilised LoRA adapter, with or without patterns.
+        adapter: Pairs of matrices, plain or rank-stabilised, with or without patterns.
+        adapted: The same on its base; says how each pair is scaled and used.
         folder: A new folder.
+
+    Returns:
+        How many tensors were written.
 
     Raises:
         OSError: A file cannot be read or written.
     """
     folder.mkdir()
-    config = dict(adapter.config)
-    alpha = float(config.get("lora_alpha") or 1)
-    patterns = config.get("alpha_pattern") or {}
+    alpha = float(adapter.config.get("lora_alpha") or 1)
     weights: dict[str, Tensor] = load_file(adapter.folder / ADAPTER_WEIGHTS)
-    for name, weight in weights.items():
-        if ".lora_B." not in name and ".lora_embedding_B" not in name:
+    made: dict[str, Tensor] = {}
+    for path, layer in adapted.base_model.model.named_modules():
+        if not isinstance(layer, LoraLayer):
             continue
-        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
-        own = float(patterns.get(get_pattern_key(list(patterns), module), alpha))
-        rank = weight.shape[1]
-        scaling = own / (rank**0.5 if config.get("use_rslora") else rank)
-        weights[name] = (weight.float() * (scaling * rank / alpha)).contiguous()
-    save_file(weights, folder / ADAPTER_WEIGHTS)
+        by = layer.scaling[ADAPTER] * layer.r[ADAPTER] / alpha
+        own = {name: weight for name, weight in weights.items() if name.startswith(f"{_PREFIX}{path}.lora_")}
+        if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+            first, second = (own[f"{_PREFIX}{path}.lora_{part}.weight"] for part in "AB")
+            own = _stacks(f"{_PREFIX}{clean_name(path)}", layer, first, second)
+        for name, weight in own.items():
+            scaled = ".lora_B." in name or ".lora_embedding_B" in name
+            made[name] = (weight.float() * by if scaled else weight).contiguous()
+    save_file(made, folder / ADAPTER_WEIGHTS)
     changed = {"use_rslora": False, "alpha_pattern": {}, "lora_alpha": alpha}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | changed), encoding="utf-8")
-    return folder
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(dict(adapter.config) | changed), encoding="utf-8")
+    return len(made)
 
 
-def _check(work: Work, tool: LlamaTool, adapter: AdapterFound, base: Path, out: Path) -> Loss | None:
+def _stacks(experts: str, layer: Any, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Return A `[experts, rank, in]` and B `[experts, out, rank]` of each of llama.cpp's tensors.
+
+    Args:
+        experts: Name of the module of all experts.
+        layer: peft's `ParamWrapper`, whose `get_delta_weight` is where the order of ranks and experts stands.
+        first: Its A, `[experts * rank, in]`.
+        second: Its B, `[out, rank * experts]`; of `gate_up_proj` the first half of the rows is the gate's.
+    """
+    count = layer.num_experts
+    stacked = first.reshape(count, -1, first.shape[-1])
+    outputs = second.reshape(second.shape[0], -1, count).permute(2, 0, 1)
+    names = {"gate_up_proj": ("gate_proj", "up_proj")}.get(layer.parameter_name, (layer.parameter_name,))
+    made: dict[str, Tensor] = {}
+    for name, output in zip(names, outputs.chunk(len(names), dim=1), strict=True):
+        made |= {f"{experts}.{name}.lora_A.weight": stacked.clone(), f"{experts}.{name}.lora_B.weight": output}
+    return made
+
+
+def _check(work: Work, tool: LlamaTool, skeleton: Skeleton, base: Path, out: Path) -> Loss | None:
     size_bytes = check_folder(base)[1]
     if size_bytes > _LARGEST_CHECKED_BYTES:
         work.warn(
@@ -112,7 +145,7 @@ def _check(work: Work, tool: LlamaTool, adapter: AdapterFound, base: Path, out: 
     work.say("checking", detail="answers of base and adapter")
     rows = rows_of(TEXTS, load_tokenizer(base), size_bytes / 2)
     ids, mask = padded(rows)
-    wanted = adapted_logits(build_skeleton(base, adapter), base, ids, mask)[mask.bool()]
+    wanted = adapted_logits(skeleton, base, ids, mask)[mask.bool()]
     work.say("checking", detail="answers in llama.cpp")
     gguf = work.folder / "base.gguf"
     tool.run("convert", make_view(work.folder / "base", [base], weights=base), gguf, "f16", "base", "default")

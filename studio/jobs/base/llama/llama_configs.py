@@ -20,6 +20,8 @@ def mend(*, lora: bool) -> None:
     from conversion.falcon import FalconModel  # type: ignore[import-not-found]  # noqa: PLC0415
     from conversion.gpt2 import GPT2Model  # type: ignore[import-not-found]  # noqa: PLC0415
     from conversion.gptneox import GPTNeoXModel  # type: ignore[import-not-found]  # noqa: PLC0415
+    from conversion.llama import LlamaModel  # type: ignore[import-not-found]  # noqa: PLC0415
+    from conversion.qwen import Qwen2MoeModel  # type: ignore[import-not-found]  # noqa: PLC0415
 
     ModelBase.load_hparams = staticmethod(_with_older_names(ModelBase.load_hparams))
     for kind in (FalconModel, GPTNeoXModel):
@@ -27,6 +29,8 @@ def mend(*, lora: bool) -> None:
     if lora:
         # Turns weights from Conv1D's orientation into Linear's, in which peft has A and B already.
         GPT2Model.modify_tensors = ModelBase.modify_tensors
+        for kind in (LlamaModel, Qwen2MoeModel):
+            kind.modify_tensors = _with_stacks(kind.modify_tensors, ModelBase.modify_tensors)
 
 
 def _with_older_names(load: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -73,6 +77,15 @@ def _lacking(table: dict[str, Any]) -> str:
 
 def _plain_rope(table: dict[str, Any]) -> bool:
     return bool(table["rope_parameters"].get("rope_type", "default") == "default")
+
+
+def _with_stacks(modify: Callable[..., Any], name_alone: Callable[..., Any]) -> Callable[..., Any]:
+    """Have stacks of all experts pass: the converter waits for the three matrices of each to stack them itself."""
+
+    def modify_or_pass(model: Any, weight: Any, name: str, block: int | None) -> Any:
+        return (name_alone if len(weight.shape) == 3 else modify)(model, weight, name, block)
+
+    return modify_or_pass
 
 
 def _with_rope_base(write: Callable[[Any], None]) -> Callable[[Any], None]:
