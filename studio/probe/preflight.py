@@ -9,6 +9,7 @@ from studio.core.recipe_parse import refuse
 from studio.probe.data import DataSet, read_data, split
 from studio.probe.gpus import Gpu, read_gpus
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
+from studio.probe.torch_cards import torch_cards
 from studio.runs.recipe_file import resolve_paths
 
 
@@ -72,9 +73,14 @@ def _device_notes(device: str, gpus: list[Gpu] | None) -> tuple[str, ...]:
     if not device.startswith("cuda"):
         return ()
     found = read_gpus() if gpus is None else gpus
-    if found is None:
-        return (f"device.device is {device}, but no NVIDIA driver answers on this machine",)
     number = int(device[5:] or 0)
+    if found is None:
+        silent = f"device.device is {device}, but no NVIDIA driver answers on this machine"
+        cards = torch_cards()
+        if cards is None or number < cards:
+            return (silent,)
+        there = f"torch finds {cards} card(s)" if cards else "torch finds no card"
+        raise BadInput(f"{silent} and {there}. Set it to auto or cpu; lora-studio doctor says what is missing.")
     if number >= len(found):
         names = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in found) or "no card"
         raise BadInput(f"device.device is {device}; this machine has {names}. Choose one of them, auto or cpu.")

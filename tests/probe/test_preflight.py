@@ -9,10 +9,12 @@ from safetensors.numpy import save_file
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
+from studio.probe import preflight
 from studio.probe.gpus import Gpu
 from studio.probe.preflight import check_training
 from studio.probe.space import check_space
 from studio.probe.start import check_merge, prepare_run, start_training
+from studio.probe.torch_cards import torch_cards
 from studio.runs.control import requested
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
@@ -72,12 +74,37 @@ def test_the_file_of_held_out_rows_is_checked_too(data: Path) -> None:
     assert report.eval_data is not None
 
 
-def test_a_card_that_is_not_there_is_refused_and_a_silent_driver_noted(data: Path) -> None:
+def test_without_a_driver_only_a_card_that_torch_finds_will_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe().with_("data.path", str(data))
+    monkeypatch.setattr(preflight, "read_gpus", lambda: None)
+    for cards, device in ((0, "cuda"), (0, "cuda:0"), (1, "cuda:1")):
+        monkeypatch.setattr(preflight, "torch_cards", lambda: cards)  # noqa: B023  used at once
+        with pytest.raises(BadInput, match=r"no NVIDIA driver answers .* and torch finds .* Set it to auto or cpu"):
+            check_training(recipe.with_("device.device", device))
+        assert check_training(recipe).notes == check_training(recipe.with_("device.device", "cpu")).notes
+    for cards in (2, None):
+        monkeypatch.setattr(preflight, "torch_cards", lambda: cards)  # noqa: B023
+        notes = check_training(recipe.with_("device.device", "cuda:1")).notes
+        assert any("no NVIDIA driver answers" in note for note in notes), "and it may start"
+
+
+def test_what_torch_says_of_its_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    monkeypatch.setattr("studio.probe.torch_cards.version", lambda name: "2.13.0+cpu")
+    assert torch_cards(str(python)) == 0, "without asking"
+    monkeypatch.setattr("studio.probe.torch_cards.version", lambda name: "2.13.0+cu130")
+    assert torch_cards(str(python)) is None
+    for answer, expected in (("echo 2", 2), ("echo warning; echo 0", 0), ("echo", None), ("exit 1", None)):
+        python.write_text(f"#!/bin/sh\n{answer}\n")
+        python.chmod(0o755)
+        assert torch_cards(str(python)) == expected
+
+
+def test_a_card_that_is_not_there_is_refused(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data)).with_("device.device", "cuda:1")
     with pytest.raises(BadInput, match=r"cuda:0 \(Card\)"):
         check_training(recipe, gpus=[Gpu(0, "Card")])
-    report = check_training(recipe, gpus=[Gpu(0, "Card"), Gpu(1, "Card")])
-    assert not any("driver" in note for note in report.notes)
+    check_training(recipe, gpus=[Gpu(0, "Card"), Gpu(1, "Card")])
 
 
 def test_a_nearly_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
