@@ -7,6 +7,7 @@ import pytest
 from textual.pilot import Pilot
 
 from studio.core.events import Failed, Finished, Phase, Sampled, Saved, Started, StepDone, Warned, event_to_dict
+from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.tui.app import StudioApp
 from studio.tui.screens import run as run_module
@@ -177,10 +178,31 @@ def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
             assert screen_of(app).view == "log"
             assert "merging layer 3" in shown(app)
+            assert "step 0" not in shown(app), "it has no steps, loss or speed"
             worker.emit(Saved, what="merged", path="/models/out")
             worker.emit(Finished, outcome="done")
             await until(pilot, lambda: "merged: /models/out" in shown(app))
             assert "No adapter" not in shown(app)
+
+        play(story, tmp_path, open_run=paths)
+
+
+@pytest.mark.parametrize(
+    ("job", "keys"),
+    [("train", "xpcmt"), ("merge", "xmt"), ("export", "xt"), ("audit", "x"), ("measure", "x")],
+)
+def test_keys_are_offered_where_they_mean_something(tmp_path: Path, job: str, keys: str) -> None:
+    paths = make_run(tmp_path)
+
+    with LiveWorker(paths) as worker:
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            worker.emit(Started, job=job, model="embedded")
+            await settle(pilot)
+            assert {key for key in "xpcmt" if f" {key} " in shown(app).splitlines()[-1]} == set(keys)
+            await pilot.press("p")
+            assert requested(paths, "pause") is (job == "train"), "what nobody would answer is not asked"
+            worker.emit(Finished, outcome="done")
 
         play(story, tmp_path, open_run=paths)
 

@@ -12,6 +12,7 @@ from textual.widgets import Static
 from studio.core.text import plain
 from studio.runs.history import History
 from studio.runs.status import Status
+from studio.tui.panels.outcome import TRAIN
 from studio.tui.readable import UNKNOWN, count, duration, number, setting
 from widgets.stat import Stat
 
@@ -44,6 +45,7 @@ class RunHeader(Container):
             grid-gutter: 0 1;
         }
         &.-one-row > #figures { height: 1; grid-size: 7 1; }
+        &.-no-steps > #figures { display: none; }
     }
     """
 
@@ -86,6 +88,7 @@ class RunHeader(Container):
             status: What follows from its files.
             waits_for: A request that the worker has not answered yet, such as "pause asked for".
         """
+        self.set_class(history.started is not None and history.started.job != TRAIN, "-no-steps")
         phase = "" if not status.live else waits_for or _phase(history, status)
         self.words = Content.assemble(
             (self._run_name, "bold"), "  ", (str(status), f"{_COLOURS.get(status, '')} bold".strip()), f"  {phase}"

@@ -7,36 +7,26 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Static
 
 from studio.core.text import plain
 from studio.tui.audit_wishes import Wish
+from studio.tui.screens.dialog import Dialog
 
 
-class AskAudit(ModalScreen[dict[str, str] | None]):
+class AskAudit(Dialog[dict[str, str]]):
     """Closes with what was chosen, by field, or with None; enter starts, the arrows go from line to line."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "leave", "Back"),
         Binding("up", "app.focus_previous", show=False),
         Binding("down", "app.focus_next", show=False),
     ]
 
     DEFAULT_CSS = """
     AskAudit {
-        align: center middle;
-        & > Vertical {
-            width: 76;
-            max-width: 95%;
-            height: auto;
-            padding: 1 2;
-            border: round $primary;
-            background: $surface;
-        }
-        & Static { height: auto; }
+        & > Vertical { width: 76; }
         & .wish { height: 1; }
-        & .wish Static { width: 34; }
+        & .wish Static { width: 36; }
         & .wish Input { width: 1fr; }
         & #audit-keys { height: 1; margin-top: 1; }
         & Button { margin-right: 2; }
@@ -79,11 +69,7 @@ class AskAudit(ModalScreen[dict[str, str] | None]):
         if event.button.id == "audit-start":
             self._close()
         else:
-            self.dismiss(None)
-
-    def action_leave(self) -> None:
-        """Close without an answer."""
-        self.dismiss(None)
+            self.action_leave()
 
     def _close(self) -> None:
         self.dismiss({wish.key: self.query_one(f"#wish-{wish.key}", Input).value.strip() for wish in self._wishes})

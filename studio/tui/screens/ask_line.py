@@ -1,38 +1,22 @@
 """Asks for a line: a file name, a note."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.tui.screens.dialog import Dialog
 
 
-class AskLine(ModalScreen[str | None]):
+class AskLine(Dialog[str]):
     """Closes with what was typed, once `check` has nothing against it, or with None after escape."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
-
     DEFAULT_CSS = """
-    AskLine {
-        align: center middle;
-        & > Vertical {
-            width: 72;
-            max-width: 95%;
-            height: auto;
-            padding: 1 2;
-            border: round $primary;
-            background: $surface;
-        }
-        & Static { height: auto; }
-        & #refused { color: $text-error; }
-    }
+    AskLine #refused { color: $text-error; }
     """
 
     def __init__(self, question: str, value: str, *, hint: str = "", check: Callable[[str], object]) -> None:
@@ -65,7 +49,3 @@ class AskLine(ModalScreen[str | None]):
             self.query_one("#refused", Static).update(plain(str(error)))
         else:
             self.dismiss(event.value)
-
-    def action_leave(self) -> None:
-        """Close without an answer."""
-        self.dismiss(None)

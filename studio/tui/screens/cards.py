@@ -6,28 +6,26 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
 from studio.core.gpu_catalogue import CATALOGUE, GIB
+from studio.tui.screens.dialog import Dialog
 
 THIS_MACHINE = ""
 
 
-class CardScreen(ModalScreen[str | None]):
+class CardScreen(Dialog[str]):
     """A list that typing narrows. Closes with the card's name, empty for this machine, None for no change."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "dismiss_unchanged", "Back"),
         Binding("down", "move(1)", "Next", show=False, priority=True),
         Binding("up", "move(-1)", "Before", show=False, priority=True),
     ]
 
     DEFAULT_CSS = """
     CardScreen {
-        align: center middle;
-        & > Vertical { width: 60; max-width: 95%; height: 80%; border: round $primary; background: $surface; }
+        & > Vertical { width: 60; height: 80%; padding: 0; }
         & OptionList { height: 1fr; }
     }
     """
@@ -42,6 +40,7 @@ class CardScreen(ModalScreen[str | None]):
         """Filter, list."""
         with Vertical() as box:
             box.border_title = "Plan for which card?"
+            box.border_subtitle = "⏎ take it  esc back"
             yield Input(placeholder="type to narrow: 4090, a100, laptop", compact=True)
             yield OptionList(compact=True)
 
@@ -74,10 +73,6 @@ class CardScreen(ModalScreen[str | None]):
         options = self.query_one(OptionList)
         if self._offered:
             options.highlighted = ((options.highlighted or 0) + rows) % len(self._offered)
-
-    def action_dismiss_unchanged(self) -> None:
-        """Close without a choice."""
-        self.dismiss(None)
 
     def _narrow(self, text: str) -> None:
         words = text.lower().split()

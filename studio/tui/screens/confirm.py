@@ -6,31 +6,21 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from studio.tui.screens.dialog import Dialog
 
-class Confirm(ModalScreen[bool]):
+
+class Confirm(Dialog[bool]):
     """Asks once; `y` or enter is yes, `n` or escape is no."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter", "answer(True)", "Yes"),
-        Binding("n,escape,q", "answer(False)", "No"),
+        Binding("y,enter", "agree", "Yes"),
+        Binding("n,q", "leave", "No"),
     ]
 
     DEFAULT_CSS = """
-    Confirm {
-        align: center middle;
-        & > Vertical {
-            width: 64;
-            max-width: 90%;
-            height: auto;
-            padding: 1 2;
-            border: round $warning;
-            background: $surface;
-        }
-        & Static { height: auto; }
-    }
+    Confirm > Vertical { width: 64; border: round $warning; }
     """
 
     def __init__(self, question: Content, yes: str) -> None:
@@ -44,6 +34,6 @@ class Confirm(ModalScreen[bool]):
             yield Static(self._question, markup=False)
             yield Static(Content.assemble("\n", (" y ", "reverse"), f" {self._yes}   ", (" n ", "reverse"), " no"))
 
-    def action_answer(self, answer: bool) -> None:
-        """Close with the answer."""
-        self.dismiss(answer)
+    def action_agree(self) -> None:
+        """Close with a yes; without one it is a no."""
+        self.dismiss(True)

@@ -7,11 +7,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from studio.core.field_words import SECTIONS, words_of
 from studio.core.knobs import KNOBS
+from studio.tui.screens.dialog import Dialog
 
 _KEY_WIDTH = 14
 _NAMES = {
@@ -35,24 +35,13 @@ _SLIDER_KEYS = (
 )
 
 
-class HelpScreen(ModalScreen[None]):
+class HelpScreen(Dialog[None]):
     """Scrolls; any of its keys closes it."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q", "leave", "Back")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark,q", "leave", "Back")]
 
     DEFAULT_CSS = """
-    HelpScreen {
-        align: center middle;
-        & > VerticalScroll {
-            width: 84;
-            max-width: 95%;
-            height: 90%;
-            padding: 0 1;
-            border: round $primary;
-            background: $surface;
-        }
-        & Static { height: auto; }
-    }
+    HelpScreen > VerticalScroll { width: 84; height: 90%; padding: 0 1; }
     """
 
     def __init__(self, keys: Iterable[tuple[str, str]], *, fields: bool) -> None:
@@ -71,10 +60,6 @@ class HelpScreen(ModalScreen[None]):
             box.border_title = "Help"
             box.border_subtitle = "esc closes"
             yield Static(self._text, markup=False)
-
-    def action_leave(self) -> None:
-        """Close."""
-        self.dismiss()
 
 
 def help_text(keys: tuple[tuple[str, str], ...], *, fields: bool) -> Content:

@@ -34,6 +34,13 @@ from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
 
 _VIEWS = ("plots", "samples", "log", "notes", "memory")
+_JOBS_OF = {
+    "pause": (TRAIN,),
+    "checkpoint": (TRAIN,),
+    "merge": (TRAIN, "merge"),
+    "try_it": (TRAIN, "merge", "export"),
+}
+"""Jobs that a key means something for, where that is not all of them."""
 _SLICE_SECONDS = 0.004
 """How long a long log is read at a stretch, and then not read: a key's answer takes several turns of the loop, and
 each may have to wait for one stretch."""
@@ -146,6 +153,8 @@ class RunScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something."""
+        if self._job not in _JOBS_OF.get(action, self._job):
+            return False
         if action in ("stop", "pause", "checkpoint"):
             return self._status.live
         if action == "resume":
@@ -207,6 +216,12 @@ class RunScreen(Screen[None]):
         self._engine.end_now(self.paths)
 
     @property
+    def _job(self) -> str:
+        """What runs; training until the worker has said so."""
+        started = self._glance.history.started if self._glance else None
+        return started.job if started else TRAIN
+
+    @property
     def _status(self) -> Status:
         return self._glance.status if self._glance else Status.starting
 
@@ -222,8 +237,8 @@ class RunScreen(Screen[None]):
 
     def _show_glance(self) -> None:
         glance = self._feed.look()
-        before, self._glance = self._glance, glance
-        if before is None or before.status is not glance.status:
+        job, before, self._glance = self._job, self._glance, glance
+        if before is None or before.status is not glance.status or job != self._job:
             self.refresh_bindings()
         self.query_one(RunHeader).show(glance.history, glance.status, self._waits_for(glance.status))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
@@ -235,7 +250,7 @@ class RunScreen(Screen[None]):
             self.query_one(RunPlots).show(glance.history)
             self.query_one(Samples).show(glance.history)
             self.query_one(Notes).show(glance.history)
-        if before is None and glance.history.started is not None and glance.history.started.job != TRAIN:
+        if job == TRAIN != self._job:
             self.view = "log"  # without steps there is nothing to plot
         if glance.behind or self._slices_left is not None:
             self._catch_up(glance)

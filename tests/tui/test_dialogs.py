@@ -1,0 +1,49 @@
+"""What all dialogs share: a box as tall as its words, in the middle, and a way out that answers nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.content import Content
+from textual.pilot import Pilot
+
+from studio.tui.app import StudioApp
+from studio.tui.audit_wishes import base_wishes
+from studio.tui.screens.ask_audit import AskAudit
+from studio.tui.screens.ask_line import AskLine
+from studio.tui.screens.cards import CardScreen
+from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialog import Dialog
+from studio.tui.screens.help import HelpScreen
+from tests.tui.stories import NARROW, WIDE, play, settle
+
+DIALOGS: list[tuple[Callable[[], Dialog[Any]], int]] = [
+    (lambda: AskLine("Which?", "x", check=str), 9),
+    (lambda: AskAudit("Audit", base_wishes(), {}), 12),
+    (lambda: Confirm(Content("Sure?"), "do it"), 8),
+    (lambda: CardScreen(""), 90),
+    (lambda: HelpScreen([("x", "Stop")], fields=False), 90),
+]
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+@pytest.mark.parametrize(("make", "tallest"), DIALOGS)
+def test_a_box_in_the_middle_that_escape_leaves(
+    tmp_path: Path, make: Callable[[], Dialog[Any]], tallest: int, size: tuple[int, int]
+) -> None:
+    answers: list[object] = []
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        app.push_screen(make(), answers.append)
+        await settle(pilot)
+        (box,) = (child for child in app.screen.children if child.display)
+        left, right = box.region.x, app.size.width - box.region.right
+        assert abs(left - right) <= 1
+        assert left >= 2
+        assert box.region.height <= min(tallest, app.size.height)
+        await pilot.press("escape")
+        await settle(pilot)
+        assert answers == [None]
+
+    play(story, tmp_path, size=size)
