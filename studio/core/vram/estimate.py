@@ -19,7 +19,7 @@ from studio.core.vram.reserve import (
     unused_in_segments,
 )
 from studio.core.vram.setup import Setup
-from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, peak_of, stages_of
+from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, peaks_of, stages_of
 from studio.core.vram.static import frozen_form, trained_bytes
 from studio.core.vram.stock import ALWAYS_FUSED, COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built
 
@@ -54,9 +54,11 @@ class VramEstimate:
         stage: The stage that peaks.
         stages: Peak of live tensors in each stage, in order.
         components: What the peak is made of.
-        allocated: Peak of live tensors (torch.cuda.max_memory_allocated).
+        allocated: Peak of live tensors (torch.cuda.max_memory_allocated). It may fall where a larger rank lets
+            bitsandbytes page a state or keep it in 8 bits, by what that saves.
         reserved: Peak of the allocator's segments (torch.cuda.max_memory_reserved).
-        device: What nvidia-smi shows for this process.
+        device: What nvidia-smi shows for this process. On a card neither what is expected nor the high end falls when
+            rank, batch, length or targets grow; at the low end all pages are on the host.
         trainable_parameters: Trained parameters.
         kernel: Which attention was assumed.
         host: Bytes of checkpoints that wait in the computer's own memory.
@@ -108,13 +110,16 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     measured = gpu.context_bytes if gpu else 0
     context, most_context = (measured, 2 * measured) if measured else (CONTEXT_BYTES, MOST_CONTEXT_BYTES)
     reserved = reserved_range(stages, low, high, unused)
+    # Pages are on the card while it has room for them.
+    paged = stages.standing.paged
+    states = Range(0, paged + stages.steady_peak - stages.peak, int(paged * (1 + _doubt(shape))))
     return VramEstimate(
         stage=stages.peak_stage,
         stages=tuple(stages.by_name.items()),
         components=_components(stages, context),
         allocated=Range(low, stages.peak, high),
         reserved=reserved,
-        device=device_range(reserved, stages.standing.paged, context, most_context),
+        device=device_range(reserved, states, context, most_context),
         trainable_parameters=stages.standing.parameters,
         kernel=kernel,
         host=stages.work.host,
@@ -164,7 +169,7 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, kind: Set
 def _allocated_bounds(
     shape: ModelShape, setup: Setup, gpu: Gpu | None, stages: Stages, workspace: int
 ) -> tuple[int, int, tuple[str, ...]]:
-    """Return lowest and highest peak of live tensors, and why they differ."""
+    """Return lowest and highest peak of live tensors, and why they differ; the highest counts steady peaks."""
     notes = list(shape.doubts)
     if shape.quantised:
         notes.insert(0, note_on(shape.quantised, setup.method, setup.engine))
@@ -172,14 +177,14 @@ def _allocated_bounds(
         notes.append(
             f"{setup.seq_len} tokens per row are more than the {shape.positions} positions of the model's config"
         )
-    low = high = float(stages.peak)
+    low, high = float(stages.peak), float(stages.steady_peak)
     for kind in _variants(setup.kind):
         if kind is setup.kind:
             continue
-        peak = peak_of(shape, setup, kind, attention_kernel(shape, setup, gpu, kind), workspace)
-        low, high = min(low, peak), max(high, peak)
+        peak, steady = peaks_of(shape, setup, kind, attention_kernel(shape, setup, gpu, kind), workspace)
+        low, high = min(low, peak), max(high, steady)
     base = stages.standing.base
-    doubt = _UNCERTAIN if shape.doubts else _CERTAIN
+    doubt = _doubt(shape)
     low, high = low * (1 - doubt), high * (1 + doubt)
     if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
         notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
@@ -196,7 +201,7 @@ def _allocated_bounds(
             "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "
             "(transformers issue 48633): the high end counts them"
         )
-        high = max(high, peak_of(shape, setup, setup.kind, "eager", workspace))
+        high = max(high, peaks_of(shape, setup, setup.kind, "eager", workspace)[1])
     if not shape.fused_attention and setup.attention == "sdpa":
         notes.append(
             f"{shape.family} runs eager attention in transformers, whatever is asked for: S x S matrices per head"
@@ -232,6 +237,10 @@ def _variants(setup: Setup) -> tuple[Setup, ...]:
     )
 
 
+def _doubt(shape: ModelShape) -> float:
+    return _UNCERTAIN if shape.doubts else _CERTAIN
+
+
 def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
     notes = ["activations of mixtures of experts depend on the routing"]
     adapted_by_all = any(group.layer.experts and group.layer.experts.adapted_by_all for group in shape.groups)
@@ -245,7 +254,7 @@ def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
 
 
 def _components(stages: Stages, context: int) -> Components:
-    stand, at = stages.standing, stages.peak_stage
+    stand, at, peak = stages.standing, stages.peak_stage, stages.peak
     logits = int(stages.work.loss) if at == "loss" else stages.work.held
     gradients = max(stages.lasting_gradients, stand.adapter if at == "optimizer" else 0)
     return Components(
@@ -253,7 +262,7 @@ def _components(stages: Stages, context: int) -> Components:
         adapter=stand.adapter,
         gradients=gradients,
         optimizer=stand.resident,
-        activations=max(0, stages.peak - stages.fixed - gradients - logits),
+        activations=max(0, peak - stages.fixed - gradients - logits),
         logits=logits,
         workspace=stages.workspace,
         context=context,

@@ -89,22 +89,22 @@ def reserved_range(stages: Stages, low: int, high: int, unused: int, *, fragment
         fragmentation: Share of the turnover that lies in blocks too small for what comes next.
     """
     beside = unused + int(stages.work.layer_blocks)
-    kept = max(0, stages.peak - stages.fixed - stages.turnover)
+    kept = max(0, stages.at_work - stages.fixed - stages.turnover)
     most = MOST_FRAGMENTATION * stages.turnover + MOST_KEPT_FRAGMENTATION * kept
     return Range(low, int(stages.peak + beside + fragmentation * stages.turnover), int(high + beside + most))
 
 
-def device_range(reserved: Range, paged: int, context: int, most_context: int) -> Range:
-    """Return what nvidia-smi shows for this process alone. Paged state may be on the card or on the host.
+def device_range(reserved: Range, state: Range, context: int, most_context: int) -> Range:
+    """Return what nvidia-smi shows for this process alone.
 
     Args:
         reserved: What the allocator takes.
-        paged: Bytes of optimizer state in unified memory.
+        state: Optimizer state that it does not hold: the least, on the card as expected, and the most.
         context: Expected bytes of the CUDA context.
         most_context: Most bytes of it.
     """
     return Range(
-        reserved.low + min(context, LEAST_CONTEXT_BYTES),
-        reserved.expected + paged + context,
-        reserved.high + paged + most_context,
+        reserved.low + state.low + min(context, LEAST_CONTEXT_BYTES),
+        reserved.expected + state.expected + context,
+        reserved.high + state.high + most_context,
     )

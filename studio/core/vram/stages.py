@@ -57,6 +57,7 @@ class Standing(NamedTuple):
         embedding_gradient: Bytes per token of the gradient of an embedding's output, where one is trained.
         resident: Optimizer state that stays on the device.
         paged: Optimizer state in unified memory.
+        spared: What smaller tensors' states may take more than these.
         temporary: What the optimizer's step allocates and frees again.
         copies: 16-bit adapter copies that autocast caches.
         load: Peak while the model is loaded.
@@ -70,6 +71,7 @@ class Standing(NamedTuple):
     embedding_gradient: int
     resident: int
     paged: int
+    spared: int
     temporary: int
     copies: int
     load: int
@@ -83,6 +85,7 @@ class Stages(NamedTuple):
         standing: What a micro-batch does not change.
         work: What a micro-batch holds beside that.
         peaks: Peak of live tensors in each stage.
+        at_work: Peak of them once the model is loaded.
         workspace: cuBLAS workspaces.
         lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
         turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
@@ -92,6 +95,7 @@ class Stages(NamedTuple):
     standing: Standing
     work: Activations
     peaks: Peaks
+    at_work: int
     workspace: int
     lasting_gradients: int
     turnover: int
@@ -110,12 +114,17 @@ class Stages(NamedTuple):
     @property
     def peak(self) -> int:
         """Peak of live tensors."""
-        return max(self.peaks)
+        return max(self.peaks.load, self.at_work)
+
+    @property
+    def steady_peak(self) -> int:
+        """The peak with 8-bit states as large as a smaller tensor's: it never falls when a rank grows."""
+        return max(self.peaks.load, self.at_work + self.standing.spared)
 
     @property
     def peak_stage(self) -> str:
         """The stage that peaks."""
-        return STAGES[self.peaks.index(max(self.peaks))]
+        return STAGES[self.peaks.index(self.peak)]
 
 
 def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int = CUBLAS_WORKSPACE_BYTES) -> Stages:
@@ -134,11 +143,12 @@ def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
     within += work.kept_backward if kind.grad_checkpointing else 0
     turnover = max(within, fresh, work.held + fresh + stand.temporary) + lasting
-    return Stages(stand, work, _peaks(shape, setup, stand, work, workspace), workspace, lasting, int(turnover))
+    peaks = _peaks(shape, setup, stand, work, workspace)
+    return Stages(stand, work, peaks, max(peaks[1:]), workspace, lasting, int(turnover))
 
 
-def peak_of(shape: ModelShape, setup: Setup, kind: Setup, kernel: Kernel, workspace: int) -> int:
-    """Return the peak of live tensors in another kind of loop that trains the same.
+def peaks_of(shape: ModelShape, setup: Setup, kind: Setup, kernel: Kernel, workspace: int) -> tuple[int, int]:
+    """Return the peak of live tensors in another kind of loop that trains the same, and its steady peak.
 
     Args:
         shape: The model.
@@ -149,7 +159,9 @@ def peak_of(shape: ModelShape, setup: Setup, kind: Setup, kernel: Kernel, worksp
     """
     stand = standing(shape, kind, setup.adapted)
     work = activations_of(shape, setup, kind, kernel, stand.copies)
-    return max(_peaks(shape, setup, stand, work, workspace))
+    peaks = _peaks(shape, setup, stand, work, workspace)
+    load, at_work = peaks.load, max(peaks[1:])
+    return max(load, at_work), max(load, at_work + stand.spared)
 
 
 @lru_cache(maxsize=2048)
@@ -165,7 +177,7 @@ def standing(shape: ModelShape, kind: Setup, part: AdaptedPart) -> Standing:
     whole_itemsize = 4 if kind.engine == "studio" else kind.residual_itemsize
     trained = trained_bytes(shape, part, whole_itemsize)
     base = base_bytes(shape, frozen_form(kind))
-    state = optimizer_bytes(shape, part, kind.optimizer, whole_itemsize)
+    state = optimizer_bytes(shape, part, kind.optimizer, whole_itemsize, pages=kind.device == "cuda")
     # Autocast leaves an embedding alone, and the head's copy is made at the loss.
     whole = shape.embedding_parameters * (part.trains_embedding + part.trains_head)
     # Torch's foreach AdamW makes one temporary of the gradients' size (square roots); fused and 8-bit make none.
@@ -178,6 +190,7 @@ def standing(shape: ModelShape, kind: Setup, part: AdaptedPart) -> Standing:
         embedding_gradient=whole_itemsize * shape.hidden if trained.embedding else 0,
         resident=state.resident,
         paged=state.paged,
+        spared=state.spared,
         temporary=trained.weights if foreach else 0,
         copies=kind.compute_itemsize * (trained.parameters - whole) * caches_copies(kind),
         load=base + max(_load_extra(shape, kind), trained.weights + _whole_copy(shape, kind, part)),

@@ -29,10 +29,18 @@ _EIGHT_BIT_FROM = 4096
 
 @dataclass(frozen=True, slots=True)
 class OptimizerBytes:
-    """State that stays on the device, and state in unified memory that may be paged to the host."""
+    """The optimizer's state.
+
+    Attributes:
+        resident: What stays on the device.
+        paged: What lies in unified memory and may be paged to the host.
+        spared: What tensors whose state is in 8 bits take less than the largest tensor whose state is in 32 bits: a
+            smaller rank may need as much more. At most 24 504 bytes per tensor.
+    """
 
     resident: int
     paged: int
+    spared: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +177,9 @@ def trained_bytes(shape: ModelShape, part: AdaptedPart, whole_itemsize: int) -> 
 
 
 @lru_cache(maxsize=1024)
-def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str, whole_itemsize: int = 4) -> OptimizerBytes:
+def optimizer_bytes(
+    shape: ModelShape, part: AdaptedPart, optimizer: str, whole_itemsize: int = 4, *, pages: bool = True
+) -> OptimizerBytes:
     """Return the bytes of AdamW's two moments, tensor by tensor as bitsandbytes decides.
 
     Args:
@@ -177,18 +187,22 @@ def optimizer_bytes(shape: ModelShape, part: AdaptedPart, optimizer: str, whole_
         part: What is trained of it.
         optimizer: Which AdamW.
         whole_itemsize: Bytes per weight of a module trained whole; torch makes the moments in the weight's format.
+        pages: Whether the device has unified memory; on a CPU all state stays where it is (jobs/train/optimizer.py).
     """
-    resident = paged = 0
+    resident = paged = spared = 0
+    most_in_32_bits = _moments(_EIGHT_BIT_FROM - 1, optimizer, 4)
     wide = whole_itemsize if optimizer == "adamw_torch" else 4
     adapter, whole = trained_tensors(shape, part), whole_tensors(shape, part)
     tensors = [*((*pair, 4) for pair in adapter), *((*pair, wide) for pair in whole)]
     for count, elements, itemsize in tensors:
         state = _moments(elements, optimizer, itemsize) * count
-        if optimizer.startswith("paged") and elements >= _PAGED_FROM:
+        if pages and optimizer.startswith("paged") and elements >= _PAGED_FROM:
             paged += state
         else:
             resident += state
-    return OptimizerBytes(resident, paged)
+        if elements >= _EIGHT_BIT_FROM:
+            spared += count * max(0, most_in_32_bits - _moments(elements, optimizer, itemsize))
+    return OptimizerBytes(resident, paged, spared)
 
 
 def _moments(elements: int, optimizer: str, itemsize: int) -> int:
