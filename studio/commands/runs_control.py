@@ -36,10 +36,16 @@ def attach(args: argparse.Namespace) -> int:
 def stop_run(args: argparse.Namespace) -> int:
     """Ask a run to stop, and wait until it has; with `--force` its process is ended after the wait.
 
+    A run that has ended leaves nothing to do, which is no fault: whoever stops it twice gets what was wanted.
+
     Raises:
         BadInput: There is no such run.
     """
     paths = run_of(args)
+    before = run_status(paths)
+    if not before.live:
+        _answer(args, paths, before, f"nothing to stop: the run is {before} already")
+        return DONE
     if args.force:
         status = stop(paths, grace_seconds=max(0.0, args.wait))
     else:

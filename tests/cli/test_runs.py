@@ -123,7 +123,11 @@ def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
     wait_for(lambda: run_status(paths) is Status.running)
     outcome = cli("runs", "stop", "try", "--json")
     assert (outcome.code, outcome.document["status"]) == (0, "stopped")
-    assert cli("runs", "stop", "try").code == 0
+    assert outcome.document["message"] == "stopped"
+    again = cli("runs", "stop", "try", "--force")
+    assert (again.code, again.err) == (0, "")
+    assert again.out.endswith(": nothing to stop: the run is stopped already\n")
+    assert cli("runs", "stop", "try", "--json").document["status"] == "stopped"
     assert cli("runs", "pause", "try").code == 2
 
 
