@@ -11,7 +11,7 @@ from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
-from studio.core.recipe import Loss, Recipe
+from studio.core.recipe import Loss, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_rank, target_names
@@ -31,6 +31,11 @@ from studio.runs.recipe_file import find_recipe, load_recipe
 
 _MOST_GIB = 4096.0
 _STOCK = ("kbit_prepare", "head_cast_back", "autocast", "outputs_kept", "transformers", "fused_kernels")
+_FORMS = (*choices_of("model.quant_type"), "int8")
+_EIGHT_BIT = (
+    "8-bit weights are counted from bitsandbytes' source and its runs on a CPU: no measurement on a card was found to "
+    "compare with, and how many inputs are outliers, multiplied in 16 bit besides, is not known"
+)
 _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces the real model and knows better"
 
 
@@ -53,6 +58,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_recipe_flags(parser)
     add_set(parser)
     parser.add_argument("--engine", choices=("studio", "hf"), default="studio", help="hf: the stock Trainer and peft")
+    parser.add_argument(
+        "--quant-type", choices=_FORMS, help="how quantised weights are held; int8 (LLM.int8) with hf alone"
+    )
     for flag, text in (
         ("kbit-prepare", "hf: peft's fp32 upcast of everything not quantised (default for qlora)"),
         ("head-cast-back", "hf: whether embedding and head go back to 16 bit after it, as in TRL with bf16"),
@@ -87,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     check_rank(shape, target_names(shape, setup.targets), setup.rank)
     estimate = refined(estimate_vram(shape, setup, card.gpu), shape, setup, card.gpu)
     estimate = calibrated(estimate, setup, card.gpu)
+    if setup.quantised and setup.quant_type == "int8":
+        estimate = replace(estimate, notes=(*estimate.notes, _EIGHT_BIT))
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
     data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
@@ -111,7 +121,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
-    setup = setup_of(recipe, bf16=gpu is None or gpu.bf16)
+    setup = _held_as(args, setup_of(recipe, bf16=gpu is None or gpu.bf16))
     if gpu is not None:
         setup = replace(setup, device="cuda")
     wishes = {name: getattr(args, name) for name in _STOCK}
@@ -125,6 +135,21 @@ def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
         raise BadInput(f"{flags} describes the stock loop; add --engine hf, or leave it out")
     replicas = _number(args.gpus, "--gpus", 1, 1024)
     return replace(setup, gpus=int(replicas))
+
+
+def _held_as(args: argparse.Namespace, setup: Setup) -> Setup:
+    """Return the set-up with the form of quantised weights that was asked for: stock loops know one more than recipes.
+
+    Raises:
+        BadInput: The form belongs to another method or engine.
+    """
+    if args.quant_type is None:
+        return setup
+    if setup.method != "qlora":
+        raise BadInput(f"--quant-type {args.quant_type} quantises the base; method lora does not: take --method qlora")
+    if args.quant_type == "int8" and args.engine != "hf":
+        raise BadInput("--quant-type int8 is for the stock loop: add --engine hf. This studio trains on 4 or 16 bit")
+    return replace(setup, quant_type=args.quant_type)
 
 
 def card_for(args: argparse.Namespace, recipe: Recipe) -> Card:
@@ -155,10 +180,11 @@ def _number(text: str, flag: str, low: float, high: float) -> float:
 
 def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) -> None:
     engine = "this studio" if setup.engine == "studio" else "the stock Trainer with peft"
+    method = f"{setup.method} on {setup.quant_type}" if setup.quant_type == "int8" and setup.quantised else setup.method
     if setup.fused_kernels != "none":
         engine += f" and the kernels of {setup.fused_kernels}"
     say(
-        f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {setup.method} rank {setup.rank}: "
+        f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {method} rank {setup.rank}: "
         f"{estimate.trainable_parameters / 1e6:.1f} M trained; {setup.micro_batch} x {setup.seq_len} tokens; {engine}"
     )
     parts = estimate.components

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from studio.probe.data.sampled import RowsGuess
 
 _UNKNOWN_CARD = "only the size of the card is known: name it with --gpu"
+_UNKNOWN_INT8 = "no published speed of training on LLM.int8 weights was found to compare with"
 _UNKNOWN_CPU = "nothing has been trained on this processor with these libraries yet: the first run will tell"
 
 
@@ -68,6 +69,8 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     Raises:
         BadInput: A target does not exist in this model.
     """
+    if setup.quantised and setup.quant_type == "int8":
+        return Pace(None, _UNKNOWN_INT8)
     seen = observations_for(gpu, setup)
     speed = _speed(shape, setup, gpu, seen)
     why_not = "" if speed else _UNKNOWN_CPU if gpu is None else _UNKNOWN_CARD

@@ -87,6 +87,8 @@ def test_exit_codes(cli: Cli, llama: str) -> None:
         ("--engine hf --fused-kernels foak", "--engine hf --fused-kernels none"),
         ("--engine hf --fused-kernels liger", "--engine hf --fused-kernels foak"),
         ("--engine hf --no-outputs-kept", "--engine hf --outputs-kept"),
+        ("--engine hf --quant-type nf4", "--engine hf --quant-type int8"),
+        ("--engine hf --quant-type int8 --transformers 4.57.1", "--engine hf --quant-type int8 --transformers 5.24"),
         ("--gpus 1", "--gpus 2"),
         ("--set train.accumulation=1", "--set train.accumulation=8"),
     ],
@@ -116,6 +118,20 @@ def test_the_stock_loop_is_the_heavier_one(cli: Cli, llama: str) -> None:
     assert document["setup"]["kbit_prepare"] is True
     assert document["setup"]["loss"] == "full"
     assert cli("plan", *words, "--loss", "chunked", "--json").document["setup"]["loss"] == "chunked"
+
+
+def test_eight_bit_weights_are_planned_for_the_stock_loop(cli: Cli, llama: str) -> None:
+    words = ("plan", "--model", llama, "--engine", "hf", "--quant-type", "int8", "--gpu", "a100-80gb")
+    document = cli(*words, "--json").document
+    assert document["setup"]["quant_type"] == "int8"
+    linears = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
+    embeddings = 2 * 128256 * 4096 * 4  # fp32 after peft's upcast
+    assert document["components"]["base"] == pytest.approx(linears + embeddings, rel=0.01)
+    assert document["tokens_per_second"] is None
+    out = cli(*words).out
+    assert "qlora on int8 rank 16" in out
+    assert "note: 8-bit weights are counted from bitsandbytes' source" in out
+    assert "speed: not known" in out
 
 
 def test_people_get_the_same_numbers_in_words(cli: Cli, llama: str) -> None:
@@ -183,6 +199,10 @@ def test_dtype_follows_the_card(cli: Cli, llama: str) -> None:
         ("--model ./config.json --gpu T4 --vram-gib 16", "--gpu"),
         ("--model ./config.json --method qloar", "qloar"),
         ("--model ./config.json --kbit-prepare", "--engine hf"),
+        ("--model ./config.json --quant-type int8", "--engine hf"),
+        ("--model ./config.json --engine hf --quant-type int8 --method lora", "--method qlora"),
+        ("--model ./config.json --quant-type int4", "int8"),
+        ("--model ./config.json --set model.quant_type=int8", "nf4 or fp4"),
         ("--model ./config.json --fused-kernels liger", "--engine hf"),
         ("--model ./config.json --engine hf --fused-kernels unsloth", "foak"),
         ("--model ./config.json --set train.lerning_rate=1", "learning_rate"),

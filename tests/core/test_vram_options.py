@@ -1,6 +1,7 @@
 """What the rarer choices cost: offload, whole modules, 8-bit weights, other losses and kernels, a CPU."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,23 @@ def test_eight_bit_weights_of_the_stock_loop():
     linears = sum(count * linear.weights for count, linear in LLAMA.all_linears())
     assert eight.components.base - four.components.base == pytest.approx(0.4845 * linears, rel=0.01)
     assert dict(eight.stages)["backward"] > dict(four.stages)["backward"], "its products save their input"
+
+
+@pytest.mark.parametrize("kbit_prepare", [False, True])
+def test_eight_bit_products_keep_their_inputs_outside_of_newer_checkpoints(kbit_prepare: bool):
+    def stages(transformers: str, quant_type: Any = "int8") -> dict[str, int]:
+        setup = Setup(seq_len=2048, quant_type=quant_type, loss="full")
+        stock = stock_setup(setup, kbit_prepare=kbit_prepare, transformers=transformers)
+        return dict(estimate_vram(LLAMA, stock).stages)
+
+    old, new = stages("4.57"), stages("5.24")
+    layer = LLAMA.groups[0].layer
+    itemsize = 4 if kbit_prepare else 2
+    a_token = itemsize * (2 * LLAMA.hidden + layer.mlp[2].inputs) + 2 * layer.out.inputs  # attention is 16-bit
+    for stage in ("forward", "loss", "backward"):
+        assert new[stage] - old[stage] == pytest.approx(2048 * LLAMA.layers * a_token, rel=0.05), stage
+    assert (new["eval"], new["load"]) == (old["eval"], old["load"]), "nothing is kept without a graph"
+    assert stages("4.57", "nf4")["forward"] == stages("5.24", "nf4")["forward"]
 
 
 def test_liger_s_kernel_and_the_flash_attn_package():
