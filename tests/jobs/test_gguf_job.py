@@ -164,12 +164,14 @@ def test_what_llama_cpp_refuses_is_said_in_its_words(
     assert _nothing_left(tmp_path)
 
 
+@pytest.mark.parametrize("form", ["f16", "q8_0", "q4_k_m"])
 def test_a_file_that_answers_otherwise_is_not_published(
-    merged: Path, export: Export, tools: Path, tmp_path: Path
+    merged: Path, export: Export, tools: Path, tmp_path: Path, form: str
 ) -> None:
     (tools / "behaviour").write_text("logits differ")
-    failed = _failure(export(merged, tmp_path / "out", "f16"))
+    failed = _failure(export(merged, tmp_path / "out", form))
     assert failed.failure == "gguf_differs"
+    assert not (tools / "quantize").exists(), "found out before its cause is hidden by rounding"
     assert _nothing_left(tmp_path)
 
 

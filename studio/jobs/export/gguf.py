@@ -33,7 +33,7 @@ FAR = {"f16": 1e-3, "bf16": 1e-2, "q8_0": 7e-3, "q6_k": 0.027, "q5_k_m": 0.054, 
 """KL in nats a token above which a file is said to be far from its model: for the quantised ones five times what
 llama.cpp measured for Llama 3 8B (tools/perplexity/README.md: .0014, .0055, .0108, .0313)."""
 _BROKEN_KL = 0.05
-"""Sixteen bits cannot cost this much: then the conversion is wrong, whatever the reason."""
+"""Neither 16 bits nor q8_0 can cost this much: then the conversion is wrong, whatever the reason."""
 _GENERATION = "generation_config.json"
 _FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
 
@@ -88,15 +88,28 @@ def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
     generation, saved = generation_of(merged), load_tokenizer(merged)
     rows = rows_of([*golden_texts(saved), *TEXTS], saved, size_bytes / 2)
     wanted = merged_answers(work, merged, rows)
-    _convert(work, tool, request, merged, out=out, reading=reading)
+
+    def loss_of(file: Path) -> Loss | None:
+        if wanted is None:
+            return None
+        work.say("checking", detail=f"answers in llama.cpp{'' if file == out else ', in 16 bits'}")
+        return compare(llama_logits(tool, file, rows, work.folder), wanted)
+
+    # 16 bits in between lose nothing: bf16 weights stay bf16, all others fit fp16.
+    sixteen = "bf16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "f16"
+    kind = _FILE_TYPES.get(request.format)
+    first = work.folder / "between.gguf" if kind else out
+    _convert(work, tool, sixteen if kind else request.format, merged, out=first, reading=reading)
+    if kind:
+        # Rounding to a few bits would hide a conversion that is wrong.
+        _require_right(loss_of(first))
+        _quantise(work, tool, request.format, first, out=out)
     work.say("checking", detail="tokens in llama.cpp")
     golden = check_golden(tool, out, [trained, saved])
-    loss = None
-    if wanted is not None:
-        work.say("checking", detail="answers in llama.cpp")
-        loss = compare(llama_logits(tool, out, rows, work.folder), wanted)
-        _judge(work, request.format, loss)
-    _warn(work, golden)
+    loss = loss_of(out)
+    if not kind:
+        _require_right(loss)
+    _warn(work, golden, request.format, loss)
     return GgufMade(out, golden, loss, saved, config, generation)
 
 
@@ -119,23 +132,22 @@ def base_of(work: Work, request: ExportRequest) -> Path:
     return base_folder(base, work.say)
 
 
-def _convert(work: Work, tool: LlamaTool, request: ExportRequest, merged: Path, *, out: Path, reading: Reading) -> None:
-    form, kind = request.format, _FILE_TYPES.get(request.format)
-    config, size_bytes = check_folder(merged)
-    # 16 bits in between lose nothing: bf16 weights stay bf16, all others fit fp16.
-    between = "bf16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "f16"
-    first = work.folder / "between.gguf" if kind else out
+def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, reading: Reading) -> None:
+    """Write a model in 16 bits or q8_0; one that was merged for it is deleted then."""
+    size_bytes = check_folder(merged)[1]
     view = make_view(work.folder / "view", [merged], weights=merged)
     expected = size_bytes * 8.5 / 16 if form == "q8_0" else size_bytes
     tell = _seldom(lambda fraction: work.say("converting", fraction))
-    words = (view, first, between if kind else form, reading.name, reading.space)
-    tool.run("convert", *words, out=first, expected_bytes=int(expected), tell=tell)
+    words = (view, out, form, reading.name, reading.space)
+    tool.run("convert", *words, out=out, expected_bytes=int(expected), tell=tell)
     if merged == work.aside.merged:
         shutil.rmtree(merged, ignore_errors=True)
-    if not kind:
-        return
+
+
+def _quantise(work: Work, tool: LlamaTool, form: str, first: Path, *, out: Path) -> None:
+    """Write a 16-bit file in fewer bits, and delete it."""
     work.say("quantising", detail=form)
-    tool.run("quantize", first, out, str(kind))
+    tool.run("quantize", first, out, str(_FILE_TYPES[form]))
     first.unlink()
     if said := _FALLBACK.findall(tool.log.read_text("utf-8", "replace")):
         few, all_of_them = said[-1]
@@ -157,22 +169,27 @@ def _seldom(tell: Callable[[float], None]) -> Callable[[float], None]:
     return maybe
 
 
-def _judge(work: Work, form: str, loss: Loss) -> None:
-    if form in ("f16", "bf16") and loss.mean_kl > _BROKEN_KL:
+def _require_right(loss: Loss | None) -> None:
+    """Refuse a file in 16 bits, or in q8_0, that is not the merged model.
+
+    Raises:
+        JobFailed: It answers otherwise.
+    """
+    if loss and loss.mean_kl > _BROKEN_KL:
         raise JobFailed(
             "gguf_differs",
             f"the GGUF file answers otherwise than the merged model (KL {loss.mean_kl:.3f} nats a token): the "
             "conversion of this model is not right",
             "use the merged model with transformers or vLLM",
         )
-    if loss.mean_kl > FAR[form]:
+
+
+def _warn(work: Work, golden: Golden, form: str, loss: Loss | None) -> None:
+    if loss and loss.mean_kl > FAR[form]:
         work.warn(
             f"{form} is {loss.mean_kl:.3f} nats a token from the merged model, more than is usual ({FAR[form]:g}): "
             "try a larger format"
         )
-
-
-def _warn(work: Work, golden: Golden) -> None:
     if not golden.ends_with_stop:
         work.warn(
             "llama.cpp does not take the token that ends an answer for a stop token: name it as a stop word where the "
