@@ -17,7 +17,7 @@ _BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 
 """What the name alone says (transformers 5.24 utils/quantization_config.py QuantizationMethod)."""
 _BITS_KEYS = ("bits", "w_bit", "nbits", "num_bits", "wbits")
 _MOST_NAMES = 1000
-_ORIGINAL = "the original 16-bit model that it was made from"
+_ORIGINAL = "the original 16-bit model that it was made from, or a copy written out in 16 bit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]
         form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
         return f"this base is already quantised ({base.words}): planned as it lies, {form}; a merge wants its original"
     if engine == "studio":
-        return f"this base is {refusal(base, method)}. The plan is for that original; train refuses this one"
+        return f"this base is {refusal(base, method)}. The plan is for that; train refuses this one"
     if base.method == BITSANDBYTES and method == "qlora":
         return f"this base is already quantised ({base.words}): planned as it lies"
     return f"this base is already quantised ({base.words}): the plan is for its 16-bit original, without these kernels"

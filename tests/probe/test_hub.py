@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.hub import COMMIT, hub
-from tests.fakes.model import model_folder
+from tests.fakes.model import CONFIG, model_folder
 
 ASK = """
 import json, sys
@@ -53,6 +53,21 @@ def test_looking_downloads_the_config_alone(tmp_path: Path, repository: Path) ->
     assert found["path"] == "None"
     assert found["config"]["model_type"] == "llama"
     assert found["size"] == (repository / "model.safetensors").stat().st_size
+    fetched = {request.rsplit("/", 1)[1] for request in asked if request.startswith("GET") and "/resolve/" in request}
+    assert fetched == {"config.json"}
+
+
+def test_a_base_that_is_quantised_already_is_refused_before_it_is_downloaded(tmp_path: Path, repository: Path) -> None:
+    said = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (repository / "config.json").write_text(json.dumps({**CONFIG, **said}))
+    home = {"LORA_STUDIO_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "studio", "train", "demo", "--set", "model.base=owner/tiny"]
+    with hub("owner/tiny", repository) as (endpoint, asked):
+        settings = os.environ | home | {"HF_ENDPOINT": endpoint}
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "owner/tiny is already quantised (gptq, 4 bit)" in done.stderr
+    assert not (tmp_path / "home" / "runs").exists()
     fetched = {request.rsplit("/", 1)[1] for request in asked if request.startswith("GET") and "/resolve/" in request}
     assert fetched == {"config.json"}
 
