@@ -1,1 +1,7 @@
 """Child processes that do the heavy work. They never draw; they write a run directory."""
+
+import logging
+
+# On some CPUs bitsandbytes says at import that an optional, faster 4-bit product "failed to load": nothing has failed,
+# and for minutes it would be all that a run's log shows.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

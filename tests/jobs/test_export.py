@@ -133,13 +133,19 @@ def test_an_adapter_is_merged_before_it_is_quantised(
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
 
 
-def test_a_card_quotes_the_audit_of_its_run(recipe: Recipe, train: Train, export: Export, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["| a | b |", "## What\n\nMerge onto the original.\n\n| a | b |"])
+def test_a_card_quotes_the_audit_of_its_run_once(
+    recipe: Recipe, train: Train, export: Export, tmp_path: Path, page: str
+) -> None:
     run = train(recipe)
-    audit = {"schema": 1, "recommendation": {"sentence": "Merge onto the original."}, "markdown": "| a | b |"}
+    advice = "Merge onto the original."
+    audit = {"schema": 1, "recommendation": {"sentence": advice}, "markdown": page}
     (run.root / "audit.json").write_text(json.dumps(audit))
     export(run.adapter, tmp_path / "tuned", "peft", str(run.root))
     text = (tmp_path / "tuned" / "README.md").read_text()
-    assert "## Audit\n\nMerge onto the original.\n\n| a | b |\n" in text
+    quoted = text.partition("## Audit\n\n")[2]
+    assert quoted.startswith(page if advice in page else f"{advice}\n\n{page}")
+    assert text.count(advice) == 1
 
 
 def test_what_is_quantised_already_is_refused(merged: Path, export: Export, tmp_path: Path) -> None:

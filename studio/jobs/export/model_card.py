@@ -136,9 +136,11 @@ def _figures(training: Training) -> list[str]:
 
 def _audit(audit: dict[str, Any] | None) -> list[str]:
     """Quote what an audit of the run found, from its `audit.json`."""
-    advice = (audit or {}).get("recommendation")
+    advice, page = (audit or {}).get("recommendation"), (audit or {}).get("markdown")
     sentence = advice.get("sentence") if isinstance(advice, dict) else None
-    words = [word for word in (sentence, (audit or {}).get("markdown")) if isinstance(word, str) and word]
+    words = [word for word in (sentence, page) if isinstance(word, str) and word]
+    if len(words) > 1 and words[0] in words[1]:  # the page has the advice already
+        del words[0]
     return (
         ["## Audit", "", *(line for word in words for line in (plain(word, limit=_LONGEST_AUDIT), ""))] if words else []
     )
