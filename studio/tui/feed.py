@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from studio.core.events import MemorySeen, StepDone
+from studio.runs.control import requested
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
@@ -99,3 +100,15 @@ def predicted_peak_bytes(paths: RunPaths) -> int | None:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return peak if isinstance(peak, int) and not isinstance(peak, bool) and peak > 0 else None
+
+
+def waits_for(paths: RunPaths, status: Status) -> str:
+    """Return a request that the worker has not answered yet, in words."""
+    if status is Status.running and requested(paths, "pause"):
+        return "pause asked for: after this step"
+    if status is Status.paused:
+        then = ", then saves a checkpoint" if requested(paths, "checkpoint-now") else ""
+        return f"p goes on{then}" if requested(paths, "pause") else "going on"
+    if status.live and requested(paths, "checkpoint-now"):
+        return "checkpoint asked for: after this step"
+    return ""

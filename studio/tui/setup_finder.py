@@ -35,11 +35,13 @@ def _search(words: str) -> list[str]:
 
 
 def _shape(base: str) -> "ModelShape":
-    from studio.probe.models import find_base  # noqa: PLC0415
+    from studio.probe.models import find_base, refuse_untrainable  # noqa: PLC0415
     from studio.probe.shape import shape_of_base  # noqa: PLC0415
 
     try:
-        return shape_of_base(find_base(base))
+        found = find_base(base)
+        refuse_untrainable(found, "qlora")
+        return shape_of_base(found)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such home, a NUL
         raise BadInput(f"The model {plain(base, one_line=True, limit=80)} cannot be looked at: {error}.") from None
 

@@ -18,6 +18,7 @@ from studio.tui.against_plan import planned_reading
 from studio.tui.app import StudioApp
 from studio.tui.memory_stages import StagePeaks, planned_stages
 from studio.tui.panels.memory_table import table_text
+from studio.tui.panels.peak_gauge import PeakGauge
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     make_run,
@@ -89,7 +90,7 @@ def test_a_run_on_the_cpu_is_not_measured_against_a_card(tmp_path: Path) -> None
         )
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
-            assert not app.screen.query_one("#against-plan").display
+            assert not app.screen.query_one(PeakGauge).display
             assert "predicted" not in shown(app)
             worker.emit(Finished, outcome="done")
 

@@ -1,26 +1,20 @@
-"""The recipe under the user's hands, and its launch."""
+"""The recipe under the user's hands."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
-from textual.content import Content
-from textual.message import Message
-from textual.screen import Screen
 
-from studio.core.errors import StudioError
 from studio.core.recipe import PATHS, Recipe
-from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenRun, ShowAudits, ShowRuns, ShowSetup
+from studio.tui.asks import ShowAudits, ShowRuns, ShowSetup
 from studio.tui.engine import Engine
 from studio.tui.panels.advice import Advice
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.launch import LaunchScreen
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
 
@@ -28,10 +22,9 @@ if TYPE_CHECKING:
     from studio.tui.fixes import Changes
 
 _FIRST_FIELD = "adapter.rank"
-_CHECKING = "Checking recipe, model and data, then starting ..."
 
 
-class ConfigureScreen(Screen[None]):
+class ConfigureScreen(LaunchScreen):
     """Owns the one recipe; the form says what was turned, the checks say what is wrong."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -72,37 +65,9 @@ class ConfigureScreen(Screen[None]):
     }
     """
 
-    class Refused(Message):
-        """The checks found why the recipe cannot run."""
-
-        def __init__(self, reason: str) -> None:
-            """Carry the reason, line by line."""
-            super().__init__()
-            self.reason = reason
-
-    class Launched(Message):
-        """A run was started."""
-
-        def __init__(self, paths: RunPaths) -> None:
-            """Carry the run."""
-            super().__init__()
-            self.paths = paths
-
-    class OverBudget(Message):
-        """The recipe does not fit this machine's card."""
-
-        def __init__(self, recipe: Recipe, question: Content) -> None:
-            """Carry the recipe and the question to ask."""
-            super().__init__()
-            self.recipe = recipe
-            self.question = question
-
     def __init__(self, recipe: Recipe, *, runs_root: Path, engine: Engine) -> None:
         """Open on a recipe."""
-        super().__init__()
-        self.recipe = recipe
-        self._runs_root, self._engine = runs_root, engine
-        self._launching = False
+        super().__init__(recipe, runs_root=runs_root, engine=engine)
         self._undo: Changes = ()
 
     def compose(self) -> ComposeResult:
@@ -145,27 +110,6 @@ class ConfigureScreen(Screen[None]):
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
         self.query_one(Advice).show_field(message.path)
-
-    def on_configure_screen_refused(self, message: Refused) -> None:
-        """Say why nothing was started."""
-        self._end_launch()
-        self.query_one(Advice).show_problems(message.reason.splitlines())
-
-    def on_configure_screen_launched(self, message: Launched) -> None:
-        """Watch what was started."""
-        self._end_launch()
-        self._show_problems()
-        self.post_message(OpenRun(message.paths))
-
-    def on_configure_screen_over_budget(self, message: OverBudget) -> None:
-        """Ask once more."""
-        self._end_launch()
-
-        def decide(answer: bool | None) -> None:
-            if answer and message.recipe is self.recipe:
-                self._begin_launch(sure=True)
-
-        self.app.push_screen(Confirm(message.question, "launch it"), decide)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something."""
@@ -257,31 +201,6 @@ class ConfigureScreen(Screen[None]):
         else:
             self._form.focus_field(_FIRST_FIELD)
 
-    def action_launch(self) -> None:
-        """Check everything and start the run; with problems, list them and start nothing."""
-        if not self._launching and not self._show_problems():
-            self._begin_launch(sure=False)
-
-    def _begin_launch(self, *, sure: bool) -> None:
-        self._launching = True
-        self.query_one(Advice).show_busy(_CHECKING)
-        self._launch(self.recipe, sure, self._forecast.planned)
-
-    @work(thread=True)
-    def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
-        from studio.tui.launch_check import question_before_launch  # noqa: PLC0415  with the estimator
-
-        try:
-            question = None if sure else question_before_launch(recipe, self._engine, planned)
-            if question is not None:
-                self.post_message(self.OverBudget(recipe, question))
-                return
-            paths = self._engine.start(recipe, self._runs_root)
-        except StudioError as error:
-            self.post_message(self.Refused(str(error)))
-        else:
-            self.post_message(self.Launched(paths))
-
     def _take(self, recipe: Recipe) -> None:
         """Show another recipe in every part of the screen."""
         self.recipe = recipe
@@ -289,16 +208,6 @@ class ConfigureScreen(Screen[None]):
         self._forecast.follow(recipe)
         self._show_problems()
         self.refresh_bindings()
-
-    def _end_launch(self) -> None:
-        self._launching = False
-        self.query_one(Advice).show_busy("")
-
-    def _show_problems(self) -> bool:
-        """List what is wrong with the recipe and return whether anything is."""
-        problems = [str(problem) for problem in self.recipe.problems()]
-        self.query_one(Advice).show_problems(problems)
-        return bool(problems)
 
     @property
     def _form(self) -> RecipeForm:

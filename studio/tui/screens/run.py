@@ -14,21 +14,19 @@ from textual.screen import Screen
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.control import request, requested, withdraw
-from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log_sample import sample_steps
 from studio.runs.status import Status
-from studio.tui.against_plan import planned_reading, with_measured
 from studio.tui.engine import Engine
-from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes
+from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes, waits_for
 from studio.tui.panels.memory_table import MemoryTable
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome
+from studio.tui.panels.peak_gauge import PeakGauge
 from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.confirm import Confirm
-from widgets.gauge import Gauge, Reading
 from widgets.key_footer import KeyFooter
 from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
@@ -73,8 +71,6 @@ class RunScreen(Screen[None]):
         & #views > .-chosen { display: block; }
         & LogView { padding: 0 1; }
         & TabRow { padding: 0 1; }
-        & #against-plan { height: 1; padding: 0 1; display: none; }
-        & #against-plan.-shown { display: block; }
     }
     RunScreen.-wide.-tall {
         & #plots { display: block; height: 3fr; }
@@ -93,7 +89,6 @@ class RunScreen(Screen[None]):
         self._feed = RunFeed(paths)
         self._glance: Glance | None = None
         self._resuming = False
-        self._planned: Reading | None = None
         self._slices_left: int | None = None
         """Until the next look at a long log that is read on; None while nothing is."""
 
@@ -101,7 +96,7 @@ class RunScreen(Screen[None]):
         """Header, outcome, views, keys."""
         yield RunHeader(self.paths.name)
         yield Outcome()
-        yield Gauge(unit="GiB", label="peak", id="against-plan")
+        yield PeakGauge(self.paths)
         yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(_VIEWS, start=1)], self.view)
         with Container(id="views"):
             yield RunPlots(id="plots")
@@ -240,13 +235,14 @@ class RunScreen(Screen[None]):
         job, before, self._glance = self._job, self._glance, glance
         if before is None or before.status is not glance.status or job != self._job:
             self.refresh_bindings()
-        self.query_one(RunHeader).show(glance.history, glance.status, self._waits_for(glance.status))
+        self.query_one(RunHeader).show(glance.history, glance.status, waits_for(self.paths, glance.status))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
         if glance.output:
             self.query_one(LogSearch).extend(glance.output)
         if glance.news or before is None or self._slices_left is not None:
             self.query_one(MemoryTable).show(glance.history)
-            self._show_against_plan(glance.history)
+            if self.query_one(PeakGauge).show(glance.history, self.query_one(MemoryTable).highest_bytes):
+                self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
             self.query_one(RunPlots).show(glance.history)
             self.query_one(Samples).show(glance.history)
             self.query_one(Notes).show(glance.history)
@@ -283,29 +279,6 @@ class RunScreen(Screen[None]):
             self.set_timer(_SLICE_SECONDS, self._read_on)
         else:
             self._show_glance()
-
-    def _show_against_plan(self, history: History) -> None:
-        """Show the estimate of the launch beside what was measured; it is one of a card, so a CPU run has none."""
-        if history.planned is None or history.planned.device == "cpu":
-            return
-        if self._planned is None:
-            self._planned = planned_reading(self.paths) or Reading()
-            self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
-        if self._planned.parts:
-            gauge = self.query_one("#against-plan", Gauge)
-            gauge.reading = with_measured(self._planned, self.query_one(MemoryTable).highest_bytes)
-            gauge.set_class(True, "-shown")
-
-    def _waits_for(self, status: Status) -> str:
-        """Return a request that the worker has not answered yet, in words."""
-        if status is Status.running and requested(self.paths, "pause"):
-            return "pause asked for: after this step"
-        if status is Status.paused:
-            then = ", then saves a checkpoint" if requested(self.paths, "checkpoint-now") else ""
-            return f"p goes on{then}" if requested(self.paths, "pause") else "going on"
-        if status.live and requested(self.paths, "checkpoint-now"):
-            return "checkpoint asked for: after this step"
-        return ""
 
     def _confirm(self, question: str, yes: str, then: Callable[[], object]) -> None:
         def decide(answer: bool | None) -> None:

@@ -5,28 +5,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
-from textual.message import Message
-from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Static
 
-from studio.core.errors import StudioError
 from studio.probe.setup import Answers
 from studio.tui.panels.setup_step import SetupStep
+from studio.tui.screens.setup_threads import SetupThreads
 from studio.tui.setup_finder import Finder
-from studio.tui.setup_lookup import Lookup, Seen
 from studio.tui.setup_options import (
     HERE,
     OTHER,
     SetupDone,
     Then,
     card_options,
-    data_options,
     end_of,
     end_options,
     goal_of,
@@ -34,14 +29,7 @@ from studio.tui.setup_options import (
     is_model,
     likely_end,
 )
-from studio.tui.setup_texts import (
-    advice_text,
-    goal_text,
-    machine_text,
-    model_line,
-    refused_text,
-    verdict_text,
-)
+from studio.tui.setup_texts import advice_text, goal_text, model_line, verdict_text
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
@@ -54,7 +42,7 @@ _BUSY = "Working ..."
 _LOOK_AFTER_SECONDS = 0.15
 
 
-class SetupScreen(Screen[SetupDone | None]):
+class SetupScreen(SetupThreads):
     """Asks five questions. Closes with a recipe, or with None when it is left; the answers are kept either way."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -75,40 +63,14 @@ class SetupScreen(Screen[SetupDone | None]):
     }
     """
 
-    class Looked(Message):
-        """A thread has looked at a model or a file."""
-
-        def __init__(self, step: str, value: str, seen: Seen, *, onward: bool) -> None:
-            """Carry what was looked at, what was seen, and whether the user wants to go on with it."""
-            super().__init__()
-            self.step, self.value, self.seen, self.onward = step, value, seen, onward
-
-    class Models(Message):
-        """Models were found."""
-
-        def __init__(self, models: "list[Listed]", words: Content | None = None) -> None:
-            """Carry them, and what is to be said of the search."""
-            super().__init__()
-            self.models, self.words = models, words
-
-    class Recommended(Message):
-        """The recommendation is there."""
-
-        def __init__(self, answers: Answers, advice: "Advice") -> None:
-            """Carry it with the answers that it is for."""
-            super().__init__()
-            self.answers, self.advice = answers, advice
-
     def __init__(self, *, finder: Finder, runs_root: Path) -> None:
         """Ask from the first step, with the answers of the last visit."""
-        super().__init__()
-        self._finder, self._runs_root = finder, runs_root
+        super().__init__(finder, runs_root)
         self.answers = Answers()
         self.step = STEPS[0]
         self._reached = 0
         self._models: list[Listed] = []
         self._advice: Advice | None = None
-        self._lookup = Lookup(finder)
         self._look_timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
@@ -135,7 +97,7 @@ class SetupScreen(Screen[SetupDone | None]):
         self._step("goal").offer(goal_options(), self.answers.goal)
         self._look_at_machine()
         self._look_for_models()
-        self._look_for_files()
+        self._look_for_files(self.answers.data)
         at = self.answers.step if self.answers.step in STEPS and not self.answers.done else STEPS[0]
         self._reached = STEPS.index(at)
         self.show_step(at)
@@ -190,7 +152,7 @@ class SetupScreen(Screen[SetupDone | None]):
             return
         self._step(message.step).offer_first(message.text)
 
-    def on_setup_screen_looked(self, message: Looked) -> None:
+    def on_setup_threads_looked(self, message: SetupThreads.Looked) -> None:
         """Show what was seen, unless the cursor has moved on; go on where it can be used and the user wants to."""
         step = self._step(message.step)
         if step.lit != message.value or self.step != message.step:
@@ -199,7 +161,7 @@ class SetupScreen(Screen[SetupDone | None]):
         if message.onward and message.seen.answers is not None:
             self._go_on(message.seen.answers)
 
-    def on_setup_screen_models(self, message: Models) -> None:
+    def on_setup_threads_models(self, message: SetupThreads.Models) -> None:
         """Offer the models that were found."""
         known = {model.word for model in self._models}
         new = [model for model in message.models if model.word not in known]
@@ -211,7 +173,7 @@ class SetupScreen(Screen[SetupDone | None]):
             step.tell(message.words)
             step.focus_options()
 
-    def on_setup_screen_recommended(self, message: Recommended) -> None:
+    def on_setup_threads_recommended(self, message: SetupThreads.Recommended) -> None:
         """Show the recommendation, unless an answer has changed meanwhile."""
         if message.answers != self.answers:
             return
@@ -268,46 +230,6 @@ class SetupScreen(Screen[SetupDone | None]):
     def _offer_cards(self) -> None:
         self._step("machine").offer(card_options(self.answers.card), self.answers.card or HERE)
 
-    @work(thread=True, group="machine")
-    def _look_at_machine(self) -> None:
-        words = machine_text(self._finder.machine(self._runs_root), self._runs_root)
-        self.app.call_from_thread(self._step("machine").tell, words)
-
-    @work(thread=True, group="models")
-    def _look_for_models(self) -> None:
-        self.post_message(self.Models(self._finder.models()))
-
-    @work(thread=True, group="files")
-    def _look_for_files(self) -> None:
-        files = [str(path) for path in self._finder.files()]
-        options = data_options(files, self.answers.data)
-        self.app.call_from_thread(self._step("data").offer, options, self.answers.data)
-
-    @work(thread=True, exclusive=True, group="hub")
-    def _ask_hub(self, words: str) -> None:
-        from studio.probe.local_models import Listed  # noqa: PLC0415  with the thread
-
-        try:
-            found = [Listed(word, "hub") for word in self._finder.search(words)]
-        except StudioError as error:
-            self.app.call_from_thread(self._step("model").tell, refused_text(str(error)))
-            return
-        told = f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
-        self.post_message(self.Models(found, Content(told)))
-
-    @work(thread=True, exclusive=True, group="look")
-    def _look(self, step: str, value: str, answers: Answers, *, onward: bool) -> None:
-        seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
-        self.post_message(self.Looked(step, value, seen, onward=onward))
-
-    @work(thread=True, exclusive=True, group="advice")
-    def _recommend(self, answers: Answers) -> None:
-        try:
-            self.post_message(self.Recommended(answers, self._lookup.advice(answers)))
-        except StudioError as error:
-            words = refused_text(f"{error}\nescape goes back to the question.")
-            self.app.call_from_thread(self._step("recipe").tell, words)
-
     def _keep(self, answers: Answers) -> None:
         self.answers = answers
         try:
@@ -315,6 +237,3 @@ class SetupScreen(Screen[SetupDone | None]):
         except OSError as error:
             told = f"The answers cannot be kept: {error.strerror or error}."
             self.app.notify(told, severity="warning", markup=False)
-
-    def _step(self, key: str) -> SetupStep:
-        return self.query_one(f"#step-{key}", SetupStep)
