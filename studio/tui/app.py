@@ -28,7 +28,7 @@ from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.setup_finder import Finder
 from studio.tui.spare_memory import settle, share_one_arena
-from studio.tui.themes import OURS
+from studio.tui.themes import OURS, SIXTEEN
 from widgets.output_filter import SafeOutput, drawable
 
 if TYPE_CHECKING:
@@ -91,14 +91,16 @@ class StudioApp(App[None]):
             engine: What starts, resumes and ends runs.
             finder: What the set-up looks things up with.
             poll_seconds: Pace at which runs are looked at and drawn.
-            theme: The theme to begin with; Textual's own where it is empty or unknown.
+            theme: The theme to begin with; Textual's own where it is empty or unknown, or that of a terminal of sixteen
+                colours.
             can_draw: Whether the terminal can draw a character; None where it draws all.
         """
         super().__init__()
         self._output_filter = SafeOutput(can_draw)
         for ours in OURS:
             self.register_theme(ours)
-        self.theme = theme if theme in self.available_themes else self.theme
+        own = SIXTEEN.name if self.console.color_system == "standard" else self.theme
+        self.theme = theme if theme in self.available_themes else own
         self._engine, self._finder = engine or Engine(), finder or Finder()
         self._runs_root, self._open_run, self._launch_at_once = runs_root, open_run, launch
         self._set_up_first = setup

@@ -50,4 +50,29 @@ COLOUR_BLIND = Theme(
 )
 """The palette of Okabe and Ito (2008), which all common kinds of colour blindness keep apart."""
 
-OURS = (HIGH_CONTRAST, HIGH_CONTRAST_LIGHT, COLOUR_BLIND)
+SIXTEEN = Theme(
+    name="sixteen-colours",
+    primary="#55ffff",
+    secondary="#ff55ff",
+    accent="#ffff55",
+    success="#55ff55",
+    warning="#ffff55",
+    error="#ff5555",
+    foreground="#ffffff",
+    background="#000000",
+    surface="#000000",
+    panel="#0000aa",
+    dark=True,
+    variables={
+        "text-primary": "#55ffff",
+        "text-secondary": "#ff55ff",
+        "text-accent": "#ffff55",
+        "text-success": "#55ff55",
+        "text-warning": "#ffff55",
+        "text-error": "#ff5555",
+        "text-muted": "#aaaaaa",
+    },
+)
+"""Colours that a terminal of sixteen has itself: the tints of other themes become the nearest of them, mostly grey."""
+
+OURS = (HIGH_CONTRAST, HIGH_CONTRAST_LIGHT, COLOUR_BLIND, SIXTEEN)

@@ -83,7 +83,7 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
     trained = [side.outlook.estimate.trainable_parameters for side in pair]
     rows = [
         ("base held in", *(side.held_in for side in pair)),
-        ("peak, GiB", *(gib(device.expected) for device in devices)),
+        ("peak GiB, est.", *(gib(device.expected) for device in devices)),
         ("its range", *(f"{gib(device.low)}-{gib(device.high)}" for device in devices)),
     ]
     if any(side.outlook.verdict for side in pair):
@@ -105,7 +105,7 @@ def footnote(sides: dict[Method, Side]) -> str:
     pace = sides["lora"].pace
     speed = "" if pace is None else f" Speed: {pace.speed.basis}." if pace.speed else f" Speed: {pace.why_not}."
     words = _quality_words([sides[method] for method in METHODS])
-    return f"Memory, speed and time are estimates. {MERGE} {words}{speed}"
+    return f"Rows with est. are estimates. {MERGE} {words}{speed}"
 
 
 def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
@@ -117,9 +117,9 @@ def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
     span = f"{more.low:+.3f} to {more.high:+.3f}" if more.low is not None and more.high is not None else UNKNOWN
     paces = [UNKNOWN if (pace := one.tokens_per_second) is None else f"{pace:,.0f}" for one in (lora, qlora)]
     return [
-        ("held-out loss", f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}"),
+        ("loss, measured", f"{lora.loss.value:.3f}", f"{qlora.loss.value:.3f}"),
         ("4 bit adds", UNKNOWN, span),
-        ("raced, tok/s", paces[0], paces[1]),
+        ("tok/s, raced", paces[0], paces[1]),
     ]
 
 
@@ -147,13 +147,13 @@ def _pace_rows(pair: list[Side], waiting: bool) -> list[tuple[str, str, str]]:
     """Return the rows on speed and time; hours only where the data can be looked at."""
     paces = [side.pace for side in pair]
     if None in paces:
-        return [("speed, tok/s", WAITING, WAITING)] if waiting else []
-    rows = [("speed, tok/s", *(_rates(pace) for pace in paces if pace))]
+        return [("tok/s, est.", WAITING, WAITING)] if waiting else []
+    rows = [("tok/s, est.", *(_rates(pace) for pace in paces if pace))]
     slowdown = paces[1].slowdown if paces[1] else None
     if slowdown:
-        rows.append(("a step takes", "1", f"x{slowdown[0]:.2f}-{slowdown[2]:.2f}"))
+        rows.append(("a step, est.", "1", f"x{slowdown[0]:.2f}-{slowdown[2]:.2f}"))
     if any(pace.duration for pace in paces if pace):
-        rows.append(("time", *(_hours(pace) for pace in paces if pace)))
+        rows.append(("time, est.", *(_hours(pace) for pace in paces if pace)))
     return [(row[0], row[1], row[2]) for row in rows]
 
 

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich._palettes import STANDARD_PALETTE
+from textual.color import Color
 from textual.pilot import Pilot
 
 from studio.core.recipe import Recipe
 from studio.tui import app as app_module
 from studio.tui.app import StudioApp, run_studio
-from studio.tui.themes import OURS
+from studio.tui.themes import OURS, SIXTEEN
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import NARROW, Asked, engine_that, make_run, play, settle, train, until
 from widgets.output_filter import drawable
@@ -100,8 +102,22 @@ def test_a_theme_is_worn_from_the_start(tmp_path: Path, theme: str) -> None:
     asyncio.run(run())
 
 
-def test_an_unknown_theme_of_an_earlier_version_does_no_harm(tmp_path: Path) -> None:
+def test_an_unknown_theme_of_an_earlier_version_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("textual.constants.COLOR_SYSTEM", "truecolor")
     assert studio(tmp_path, theme="no such theme").theme == "textual-dark"
+
+
+def test_a_terminal_of_sixteen_colours_gets_those_unless_another_theme_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("textual.constants.COLOR_SYSTEM", "standard")
+    app = studio(tmp_path)
+    assert app.theme == SIXTEEN.name
+    assert studio(tmp_path, theme="textual-light").theme == "textual-light"
+    worn = app.get_css_variables()
+    has = {tuple(STANDARD_PALETTE[number]) for number in range(16)}
+    for name in ("primary", "secondary", "accent", "success", "warning", "error", "muted"):
+        assert Color.parse(worn[f"text-{name}"]).rgb in has, "drawn as it is meant, not as the nearest grey"
 
 
 def test_a_theme_is_chosen_by_key_and_kept(tmp_path: Path) -> None:

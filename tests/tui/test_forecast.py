@@ -155,14 +155,14 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     assert waiting["largest batch"] == ("...", "...")
     for side in ("lora", "qlora"):
         assert sides[side].pace is not None
-    lora, qlora = rows["speed, tok/s"]
+    lora, qlora = rows["tok/s, est."]
     assert lora != qlora
-    assert rows["a step takes"][1].startswith("x1.")
-    assert rows["time"][0].endswith("min")
+    assert rows["a step, est."][1].startswith("x1.")
+    assert rows["time, est."][0].endswith("min")
     assert "Speed: a roofline" in footnote(sides)
-    assert waiting["speed, tok/s"] == ("...", "...")
+    assert waiting["tok/s, est."] == ("...", "...")
     unknown = sides_of(SMALL, on(Card()), batches=True)
-    assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["speed, tok/s"] == ("not known", "not known")
+    assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["tok/s, est."] == ("not known", "not known")
     bare = [row[0] for row in rows_of(unknown, waiting=False)]
     assert "on this card" not in bare
     assert "largest batch" not in bare
@@ -179,9 +179,9 @@ def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: 
         assert ("quality" in rows) is not measured
         assert ("LitGPT" in told) is not measured
         if measured:
-            assert rows["held-out loss"] == ("2.787", "2.805")
+            assert rows["loss, measured"] == ("2.787", "2.805")
             assert rows["4 bit adds"][1] == "+0.004 to +0.031"
-            assert rows["raced, tok/s"] == ("120", "-")
+            assert rows["tok/s, raced"] == ("120", "-")
             assert rows["use"] == ("learns better", "saves memory")
             assert "40 steps each, 900 held-out tokens" in told
 

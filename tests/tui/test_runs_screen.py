@@ -1,5 +1,6 @@
 """The list of runs: how they stand, opening, resuming."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 from studio.runs.note import read_note
 from studio.tui.app import StudioApp
+from studio.tui.panels import runs_table
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
@@ -364,3 +366,8 @@ def test_what_has_no_curve_is_not_marked(tmp_path: Path) -> None:
         assert "* merged" not in shown(app)
 
     play(story, tmp_path)
+
+
+def test_a_run_of_today_shows_its_time_and_another_its_day() -> None:
+    assert len(runs_table._when(time.time())) == len("00:00")
+    assert runs_table._when(time.mktime((2001, 2, 3, 4, 5, 6, 0, 0, -1))) == "2001-02-03"

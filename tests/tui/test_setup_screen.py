@@ -1,6 +1,7 @@
 """The guided set-up, key by key: answers, the way back, what is refused, and what comes out."""
 
 import json
+import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -322,3 +323,12 @@ def test_a_home_that_cannot_be_written_is_told_and_goes_on(tmp_path: Path) -> No
         assert "cannot be kept" in shown(app)
 
     play_setup(story, tmp_path, replace(finder_that(Told()), keep=refuse))
+
+
+def test_a_base_that_is_quantised_already_holds_the_models_step(tmp_path: Path) -> None:
+    config = {**EIGHT_B, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    with pytest.raises(BadInput, match="already quantised"):
+        Finder().shape(str(tmp_path))

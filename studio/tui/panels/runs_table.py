@@ -79,7 +79,7 @@ def _cells(info: RunInfo, marked: bool) -> list[Text]:
     step = (
         UNKNOWN if info.last_step is None else f"{info.last_step}/{info.total}" if info.total else str(info.last_step)
     )
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.started_at)) if info.started_at else UNKNOWN
+    began = _when(info.started_at) if info.started_at else UNKNOWN
     method = info.method or info.job  # a merge or an audit has none: what it is stands there
     words = [plain(word or UNKNOWN, one_line=True, limit=LONGEST) for word in (info.name, method, info.model)]
     numbers = [_loss(info.last_loss), _loss(info.eval_loss)]
@@ -87,6 +87,12 @@ def _cells(info: RunInfo, marked: bool) -> list[Text]:
     name = f"{'* ' if marked else ''}{words[0]}"
     note = plain(info.note, one_line=True, limit=_LONGEST_NOTE)
     return [status, *(Text(text) for text in (name, step, *numbers, note, began, *words[1:]))]
+
+
+def _when(at: float) -> str:
+    """Return the time of today, else the day: short, so that the column is in sight at 80 columns."""
+    then = time.localtime(at)
+    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%Y-%m-%d", then)
 
 
 def _loss(value: float | None) -> str:
