@@ -108,8 +108,8 @@ def assert_no_less(shape: ModelShape, setup: Setup, larger: Setup, gpu: Gpu | No
     before, after = estimate_vram(shape, setup, gpu), estimate_vram(shape, larger, gpu)
     fall = max(0, saved(shape, larger) - saved(shape, setup))
     assert after.allocated.expected >= before.allocated.expected - fall
-    # While loading peaks, what later steps leave lying counts beside it: layers that keep more leave a little less.
-    share = 1 if "load" not in (before.stage, after.stage) else 0.9998
+    # Layers that keep more leave smaller blocks behind: seen to cost the card 0.1 % where layers are not what peaks.
+    share = 1 if setup.grad_checkpointing else 0.998
     assert after.device.high >= share * before.device.high
     if setup.device == "cuda":
         assert after.device.expected >= share * before.device.expected
@@ -141,10 +141,10 @@ def test_more_never_takes_less_where_other_terms_once_fell():
     """By name: pages under doubt, 8-bit states of a loop that is not the expected one, and a peak at loading."""
     pages = Setup(rank=390, optimizer="paged_adamw_32bit")
     eight = stock_setup(Setup(rank=7, seq_len=128, optimizer="adamw_8bit", loss="full"))
-    loading = Setup(rank=2, seq_len=8, grad_checkpointing=False)
-    for shape, setup in ((UNKNOWN, pages), (shapes()["SmolLM2-135M"], eight), (shapes()["falcon-7b"], loading)):
+    mistral, loading = shapes()["Mistral-7B-v0.1"], Setup(rank=1, seq_len=8)
+    for shape, setup in ((UNKNOWN, pages), (shapes()["SmolLM2-135M"], eight), (mistral, loading)):
         assert_no_less(shape, setup, replace(setup, rank=setup.rank + 1), None)
-    assert estimate_vram(shapes()["falcon-7b"], loading).stage == "load"
+    assert estimate_vram(mistral, loading).stage == "load"
 
 
 def test_a_larger_rank_leaves_fewer_bytes_alive_where_its_states_are_paged():

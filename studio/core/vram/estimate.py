@@ -57,8 +57,9 @@ class VramEstimate:
         allocated: Peak of live tensors (torch.cuda.max_memory_allocated). It may fall where a larger rank lets
             bitsandbytes page a state or keep it in 8 bits, by what that saves.
         reserved: Peak of the allocator's segments (torch.cuda.max_memory_reserved).
-        device: What nvidia-smi shows for this process. On a card neither what is expected nor the high end falls when
-            rank, batch, length or targets grow; at the low end all pages are on the host.
+        device: What nvidia-smi shows for this process. On a card with checkpointing neither what is expected nor the
+            high end falls when rank, batch, length or targets grow (without, by 0.1 % at most where seen); at the low
+            end all pages are on the host.
         trainable_parameters: Trained parameters.
         kernel: Which attention was assumed.
         host: Bytes of checkpoints that wait in the computer's own memory.
