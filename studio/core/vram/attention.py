@@ -108,7 +108,7 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     if run.shape.attention_softcap:
         weights = op.scale(op.activate_saving_result(op.scale(weights)))
     weights = op.add_number(weights)  # the causal mask
-    if not run.form.fused_upcast:
+    if not run.form.half:
         weights = op.cast(weights, 4)
     weights = op.cast(op.softmax_in_fp32(weights, fused_backward=run.form.cpu), itemsize)
     if arithmetic.autocast:

@@ -108,7 +108,7 @@ def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
         quantised,
         kernel,
         setup.micro_batch > 1,
-        fused_upcast=setup.dtype == "fp16",
+        half=setup.dtype == "fp16",
         cpu=setup.device == "cpu",
         fused_kernels=setup.fused_kernels,
         reentrant=not ours and version_of(setup.transformers or NEWEST) < REENTRANT_BELOW,

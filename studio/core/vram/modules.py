@@ -48,8 +48,8 @@ class LayerForm:
         quantised: How its linear layers hold their weights: nf4, fp4 or int8; empty where they are not quantised.
         kernel: Which attention runs.
         batched: Whether the micro-batch has several rows.
-        fused_upcast: Whether softmax reads fp16 and writes fp32 in one kernel; in bf16 it makes an fp32 copy first
-            (aten/src/ATen/native/SoftMax.cpp: only for Half).
+        half: Whether 16 bit means fp16: softmax then reads it and writes fp32 in one kernel, where in bf16 it makes an
+            fp32 copy first (aten/src/ATen/native/SoftMax.cpp: only for Half).
         cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
         fused_kernels: Which fused kernels stand in for the model's own operators (studio.core.vram.fused).
         reentrant: Whether checkpoints are torch's older kind, a backward inside the backward.
@@ -61,7 +61,7 @@ class LayerForm:
     quantised: str
     kernel: Kernel
     batched: bool
-    fused_upcast: bool = False
+    half: bool = False
     cpu: bool = False
     fused_kernels: FusedKernels = "none"
     reentrant: bool = False
@@ -70,12 +70,21 @@ class LayerForm:
 
 @dataclass(slots=True)
 class Run:
-    """One symbolic pass: where bytes are counted, of what model, how it computes, and adapter gradients made so far."""
+    """One symbolic pass: where bytes are counted, of what model, how it computes, and adapter gradients made so far.
+
+    `held` collects what operators keep where no checkpoint drops it; None where all that is saved counts in its graph.
+    """
 
     tape: Tape
     shape: ModelShape
     form: LayerForm
     gradients: list[Tensor] = field(default_factory=list)
+    held: list[Tensor] | None = None
+
+
+def held_apart(form: LayerForm) -> list[Tensor] | None:
+    """Return where to collect what a layer's checkpoint does not drop; None where it drops all."""
+    return [] if form.quantised == "int8" and not form.reentrant else None
 
 
 def linear(run: Run, layer: Linear, x: Tensor, visits: float = 1) -> Tensor:
@@ -116,14 +125,21 @@ def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
 
 
 def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    """Return bitsandbytes' 8-bit product (autograd/_functions.py MatMul8bitLt).
+    """Return bitsandbytes' 8-bit product (autograd/_functions.py MatMul8bitLt, backends/cuda/ops.py).
 
-    It saves its input, quantises an fp16 copy of it, and sums in int32; its backward dequantises the whole weight.
+    It quantises an fp16 copy of its input, sums in int32 and makes an fp16 result of that before its own; which inputs
+    count as outliers is not known, so that their 16-bit products are left out. Its backward dequantises the whole
+    weight. It keeps its input on its own context: a checkpoint of torch's newer kind, which drops what is saved by the
+    rules, never sees it, and the input of every layer stays (seen on a CPU, tests/jobs/test_int8_keeps.py).
     """
-    copy = 0 if x.itemsize == 2 else 2
-    run.tape.passing(x.elements.times(1 + copy), Form(per_token=4 * layer.outputs * visits))
+    outputs, narrow = Form(per_token=layer.outputs * visits), run.form.half and x.itemsize == 2
+    copied, kept = 0 if narrow else 2, run.held is not None
+    run.tape.passing(x.elements.times(copied + 4))  # beside its copy: 8-bit rows, magnitudes, where they are outliers
+    run.tape.passing(x.elements, outputs.times(4 if narrow else 6))
+    if run.held is not None and not run.tape.records:
+        run.held.append(x)
     weight = Form(fixed=layer.inputs * layer.outputs * x.itemsize)
-    return op.frozen_linear(x, Form(per_token=layer.outputs * visits), works=(weight,), keeps_input=True)
+    return op.frozen_linear(x, outputs, works=(weight,), works_forward=False, keeps_input=not kept)
 
 
 def _adapted(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:

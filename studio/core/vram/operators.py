@@ -203,7 +203,13 @@ def join(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def frozen_linear(
-    x: Tensor, outputs: Form, compute: int | None = None, works: tuple[Form, ...] = (), *, keeps_input: bool = False
+    x: Tensor,
+    outputs: Form,
+    compute: int | None = None,
+    works: tuple[Form, ...] = (),
+    *,
+    works_forward: bool = True,
+    keeps_input: bool = False,
 ) -> Tensor:
     """Return `x @ W.T` for a frozen weight: only the weight is saved.
 
@@ -212,6 +218,7 @@ def frozen_linear(
         outputs: Elements of the result.
         compute: Bytes per element of the product where it is not the input's.
         works: Bytes of a dequantised weight, alive while the product runs, forward and backward.
+        works_forward: Whether the forward needs it too.
         keeps_input: Whether the input is saved all the same.
     """
     x = cast(x, compute or x.itemsize)
@@ -219,7 +226,7 @@ def frozen_linear(
     if not works:
         # bitsandbytes keeps a quantised weight where no hook sees it: no checkpoint is computed again for that.
         _saves_constant(x.tape, node)
-    working = [Tensor(x.tape, size, 1) for size in works]
+    working = [Tensor(x.tape, size, 1) for size in works if works_forward]
     out = Tensor(x.tape, outputs, x.itemsize, node)
     del working
     return out

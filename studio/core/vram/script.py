@@ -10,7 +10,7 @@ from studio.core.shape import Layer, ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
 from studio.core.vram.form import NOTHING, Form
 from studio.core.vram.head import LossForm, head_forward
-from studio.core.vram.modules import LayerForm, Run
+from studio.core.vram.modules import LayerForm, Run, held_apart
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 Events = tuple[int, ...]
@@ -136,7 +136,7 @@ def _source(tape: Recorder, shape: ModelShape, form: LayerForm, wants_gradient: 
 def _recomputed(run: Run, tape: Recorder, layer: Layer, x: Tensor) -> Script:
     """Write down a forward that keeps nothing, and a backward that computes the layer again first."""
     tape.take()
-    tape.records = False
+    tape.records, run.held = False, held_apart(run.form)
     result = decoder_layer(run, layer, x)
     forward, source, given = tape.take(), tape.number_of(x), tape.number_of(result)
     tape.records = True
@@ -152,6 +152,8 @@ def _recomputed(run: Run, tape: Recorder, layer: Layer, x: Tensor) -> Script:
     backward, outgoing = _backward(tape, out, gradient, wants_gradient=x.node is not None)
     start = 0 if run.form.reentrant else tape.read_from
     del out, held
+    if run.held is not None:
+        run.held.clear()
     events = [*backward[:start], *again, *backward[start:], *tape.take()]
     kept = tuple(event for event in events if (event if event >= 0 else ~event) not in late)
     lasting = tuple(map(tape.number_of, run.gradients))

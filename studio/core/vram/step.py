@@ -7,7 +7,7 @@ from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
 from studio.core.vram.form import NOTHING, Form, total, uncovered
 from studio.core.vram.head import HeadMarks, LossForm, head_forward, head_pass
-from studio.core.vram.modules import LayerForm, Run
+from studio.core.vram.modules import LayerForm, Run, held_apart
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 
@@ -75,7 +75,7 @@ def layers_forms(
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
         kept, _, first = _kept(shape, form, 0, wants_gradient=input_wants_gradient)
         spared = groups[0].kept.minus(kept)
-    if grad_checkpointing and not form.adapter.dropout:
+    if grad_checkpointing and not form.adapter.dropout and held_apart(form) is None:
         evaluation = uncovered(mark for group in groups for mark in group.forward)
     else:
         evaluation = _evaluated(shape, form)
@@ -117,16 +117,25 @@ def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bo
 
 def _checkpointed(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
     """Only the layer's input stays; the layer is computed again while the gradient of its output waits."""
-    forward, checkpoint = _without_graph(shape, form, index)
-    return GroupForms(shape.groups[index].count, checkpoint, forward, _recomputed(shape, form, index))
+    held = held_apart(form)
+    forward, kept = _without_graph(shape, form, index, held)
+    backward = _recomputed(shape, form, index)
+    if held:
+        # What was held since the forward goes piece by piece while the layer goes backward.
+        apart = kept.minus(Form(per_token=shape.hidden * form.arithmetic.residual))
+        backward = tuple(mark.plus(apart) for mark in backward)
+    return GroupForms(shape.groups[index].count, kept, forward, backward)
 
 
-def _without_graph(shape: ModelShape, form: LayerForm, index: int) -> tuple[tuple[Form, ...], Form]:
-    """Return the marks of a layer's forward that keeps no graph, its input included, and the input's bytes."""
+def _without_graph(
+    shape: ModelShape, form: LayerForm, index: int, held: list[Tensor] | None = None
+) -> tuple[tuple[Form, ...], Form]:
+    """Return the marks of a layer's forward that keeps no graph, its input included, and the bytes that stay."""
     tape = Tape(records=False)
     x = _input(tape, shape, form)
-    decoder_layer(Run(tape, shape, form), shape.groups[index].layer, x)
-    return uncovered(tape.marks), x.bytes
+    out = decoder_layer(Run(tape, shape, form, held=held), shape.groups[index].layer, x)
+    del out
+    return uncovered(tape.marks), tape.live if held else x.bytes
 
 
 def _evaluated(shape: ModelShape, form: LayerForm) -> tuple[Form, ...]:
@@ -138,7 +147,7 @@ def _evaluated(shape: ModelShape, form: LayerForm) -> tuple[Form, ...]:
 
 def _recomputed(shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool = True) -> tuple[Form, ...]:
     tape = Tape()
-    run = Run(tape, shape, form)
+    run = Run(tape, shape, form, held=held_apart(form))
     x = _input(tape, shape, form, wants_gradient=wants_gradient)
     gradient = [Tensor(tape, x.elements, x.itemsize)]
     out = decoder_layer(run, shape.groups[index].layer, x)
