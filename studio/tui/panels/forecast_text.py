@@ -28,11 +28,10 @@ def table_text(sides: dict[Method, Side], method: Method, *, waiting: bool) -> C
         waiting: Whether the largest batches are still being worked out.
     """
     heads = "".join(f"{'•' if key == method else ' '}{SHOWN[key]:{_COLUMN - 1}}" for key in METHODS)
-    parts: _Parts = [(f"{'':{_LABEL}}{heads.rstrip()}\n", "bold")]
+    parts: _Parts = [(f"{'':{_LABEL}}{heads.rstrip()}", "bold")]
     for label, *values in rows_of(sides, waiting=waiting):
-        parts.append((f"{label:{_LABEL}}", "dim"))
+        parts.append((f"\n{label:{_LABEL}}", "dim"))
         parts += [(f" {value:{_COLUMN - 1}}", _STYLES.get(value, "")) for value in values]
-        parts.append("\n")
     return Content.assemble(*parts)
 
 
@@ -46,7 +45,7 @@ def first_fix_text(first: Fix | None) -> Content:
 def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
     """Return the fixes that `f` leaves alone, with their prices; empty where there is none."""
     others = [fix for fix in fixes if first is None or fix.options != first.options]
-    parts: _Parts = [("Other ways\n", "bold")] if others else []
+    parts: _Parts = [("\nOther ways\n", "bold")] if others else []
     parts += [(f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim") for fix in others]
     return Content.assemble(*parts)
 
