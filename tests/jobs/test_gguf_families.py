@@ -33,16 +33,19 @@ from transformers import (
 )
 
 from studio.core.errors import JobFailed
+from studio.jobs.base.data.template import render, with_system_folded
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools, is_whole, tools_folder
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export import work as export_work
 from studio.jobs.export.gguf_view import make_view
-from studio.jobs.export.golden import golden_texts
+from studio.jobs.export.golden import CONVERSATIONS, golden_texts
 from studio.jobs.export.reading import ask_llama
+from studio.probe.data import Message
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import run_job
+from tests.fakes.go_template import HAS_GO, ollama_prompts
 from tests.fakes.tokenizers import CHATML, qwen_folder, sentencepiece_folder
 from tests.fakes.warm_llama import WarmLlamaTool
 from tests.jobs.conftest import Merge, history_of
@@ -192,6 +195,29 @@ def _export(folder: Path, source: Path, form: str, **more: str) -> tuple[Path, d
     return next(out.glob("*.gguf")), json.loads(paths.report.read_text())
 
 
+def _asks_as_in_training(file: Path, tokenizer: Any, tool: LlamaTool, folder: Path) -> bool:
+    """Hold what Ollama makes of the Modelfile against the training; False where it has no template of its own."""
+    modelfile = (file.parent / "Modelfile").read_text()
+    if "TEMPLATE" not in modelfile:
+        return False
+    trims = "| trim" in tokenizer.chat_template  # which Ollama's templates cannot: for it words must have no such ends
+    turns = [
+        [(role, words.strip() if trims else words) for role, words in conversation[:-1]]  # each ends with an answer
+        for conversation in CONVERSATIONS
+    ]
+    asked, answered = folder / "asked.json", folder / "answered.json"
+    asked.write_text(json.dumps(ollama_prompts(modelfile, turns)))
+    tool.run("tokens", file, asked, answered, "default")
+    found = [row["with_added"] for row in json.loads(answered.read_text())["rows"]]  # as Ollama has them
+    said = [[Message(role, words) for role, words in each] for each in turns]
+    texts = [
+        made if made is not None else render(tokenizer, [with_system_folded(each)], ask=True)[0]
+        for each, made in zip(said, render(tokenizer, said, ask=True), strict=True)
+    ]
+    assert found == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return True
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_reads_and_answers_in_llama_cpp_as_it_was_trained(
     family: str, tools: Path, merge: Merge, tmp_path: Path
@@ -211,6 +237,8 @@ def test_a_family_reads_and_answers_in_llama_cpp_as_it_was_trained(
     assert report["golden"]["ends_with_stop"] is True
     assert report["golden"]["composes"] == (FAMILIES[family][1] == "qwen")
     assert report["golden"]["bos_doubled"] == (family in {"mistral", "mixtral", "gemma2", "gemma3"})
+    if HAS_GO:
+        assert _asks_as_in_training(file, trained, tool, tmp_path) == (family != "phi3")
     found = {"f16": _kl(llama_logits(tool, file, parts.rows, tmp_path), parts.wanted)}
     for form, (number, _) in BOUNDS.items():
         tool.run("quantize", file, tmp_path / f"{form}.gguf", str(number))

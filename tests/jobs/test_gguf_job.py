@@ -100,11 +100,10 @@ def merged(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def readable_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in writes no real file."""
-    from studio.jobs.export import gguf_folder, reading
+    from studio.jobs.export import reading
     from studio.probe.gguf_header import GgufHeader
 
-    for module in (gguf_folder, reading):
-        monkeypatch.setattr(module, "read_gguf_header", lambda path: GgufHeader({}, {}))
+    monkeypatch.setattr(reading, "read_gguf_header", lambda path: GgufHeader({}, {}))
 
 
 def _failure(paths: RunPaths) -> Any:

@@ -1,8 +1,6 @@
 """The parts of a GGUF export that need no llama.cpp: chat form, Modelfile, what the converter sees, scaling, tools."""
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from studio.jobs.export.modelfile import modelfile
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import Message
 from studio.probe.export import refuse_what_gguf_lacks
+from tests.fakes.go_template import HAS_GO, ollama_prompts
 from tests.fakes.modelfile_reader import read_modelfile
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 from tests.fakes.tokenizers import qwen_folder, sentencepiece_folder
@@ -301,63 +300,29 @@ def test_a_stop_ends_the_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in (tmp_path / "cache" / "tools").iterdir() if path.is_dir()] == []
 
 
-GO = """
-package main
-
-import (
-	"encoding/json"
-	"os"
-	"text/template"
-)
-
-func main() {
-	text, _ := os.ReadFile(os.Args[1])
-	var messages []*struct{ Role, Content string }
-	if err := json.Unmarshal([]byte(os.Args[2]), &messages); err != nil {
-		panic(err)
-	}
-	system := ""
-	if messages[0].Role == "system" {
-		system = messages[0].Content
-	}
-	parsed := template.Must(template.New("").Parse(string(text)))
-	if err := parsed.Execute(os.Stdout, map[string]any{"Messages": messages, "System": system}); err != nil {
-		panic(err)
-	}
-}
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
-def test_gos_own_templates_write_what_the_chat_template_writes(tmp_path: Path) -> None:
-    (tmp_path / "main.go").write_text(GO)
-    (tmp_path / "go.mod").write_text("module render\n\ngo 1.19\n")
-    subprocess.run(["go", "build", "-o", "render", "."], cwd=tmp_path, check=True, capture_output=True)
-    conversations = (
-        [("user", "a\n b")],
-        [("user", "One {{ x }}?"), ("assistant", "First."), ("user", " Two? ")],
-        [("system", "Be brief."), ("user", "One?")],
-        [("system", "Be brief."), ("user", "One?"), ("assistant", "First."), ("user", "Two?")],
-    )
-    braces = CHAT_TEMPLATE.replace("<|im_end|>", "{{ '{{' }}<|im_end|>")
-    for template, bos in (
+@pytest.mark.skipif(not HAS_GO, reason="Go is not installed")
+@pytest.mark.parametrize(
+    ("template", "bos"),
+    [
         (CHAT_TEMPLATE, ""),
         (DEFAULT_SYSTEM, ""),
         (WITH_BOS, "<s>"),
         (NO_SYSTEM, "<s>"),
-        (braces, ""),
-    ):
-        tokenizer = _tokenizer(template, bos)
-        form = chat_form(tokenizer)
-        assert form is not None
-        (tmp_path / "template").write_text(_modelfile(form, adds_bos=False).split('TEMPLATE """')[1].split('"""')[0])
-        for turns in conversations:
-            # Ollama puts the Modelfile's SYSTEM in front where a conversation brings none.
-            bare = form.default_system and turns[0][0] != "system"
-            meant = [("system", form.default_system), *turns] if bare else turns
-            told = json.dumps([{"Role": role, "Content": words} for role, words in meant])
-            done = subprocess.run([tmp_path / "render", tmp_path / "template", told], check=True, capture_output=True)
-            said = [Message(role, words) for role, words in turns]
-            table = said if form.system else with_system_folded(said)
-            assert done.stdout.decode() == render(tokenizer, [table], ask=True)[0]
+        (CHAT_TEMPLATE.replace("<|im_end|>", "{{ '{{' }}<|im_end|>"), ""),
+    ],
+)
+def test_gos_own_templates_write_what_the_chat_template_writes(template: str, bos: str) -> None:
+    conversations = [
+        [("user", "a\n b")],
+        [("user", "One {{ x }}?"), ("assistant", "First."), ("user", " Two? ")],
+        [("system", "Be brief."), ("user", "One?")],
+        [("system", "Be brief."), ("user", "One?"), ("assistant", "First."), ("user", "Two?")],
+    ]
+    tokenizer = _tokenizer(template, bos)
+    form = chat_form(tokenizer)
+    assert form is not None
+    prompts = ollama_prompts(_modelfile(form, adds_bos=False), conversations)
+    for turns, prompt in zip(conversations, prompts, strict=True):
+        said = [Message(role, words) for role, words in turns]
+        assert prompt == render(tokenizer, [said if form.system else with_system_folded(said)], ask=True)[0]

@@ -14,12 +14,10 @@ from studio.jobs.export.model_card import Training, loss_line, model_card
 from studio.jobs.export.modelfile import modelfile
 from studio.jobs.export.peft_folder import CARD
 from studio.probe.adapter_folder import AdapterFound
-from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, read_config
 
 MODELFILE = "Modelfile"
 _CONTEXT = ("max_position_embeddings", "n_positions")
-_ADDS_BOS = "tokenizer.ggml.add_bos_token"
 
 
 def write_model_files(made: GgufMade, form: str, adapter: AdapterFound | None, training: Training) -> None:
@@ -29,14 +27,13 @@ def write_model_files(made: GgufMade, form: str, adapter: AdapterFound | None, t
         OSError: The disk refuses.
     """
     name, folder = made.path.name, made.path.parent
-    adds_bos = bool(read_gguf_header(made.path).metadata.get(_ADDS_BOS, False))
     text = modelfile(
         f"./{name}",
         chat_form(made.tokenizer),
         stops=stop_words(made.tokenizer),
         context=_context(made.config),
         generation=made.generation,
-        adds_bos=adds_bos,
+        adds_bos=made.golden.adds_bos,
     )
     (folder / MODELFILE).write_text(text, encoding="utf-8")
     golden = made.golden

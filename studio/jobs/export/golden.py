@@ -16,7 +16,7 @@ from studio.jobs.base.data.template import render, with_system_folded
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.probe.data import Message
 
-_CONVERSATIONS = (
+CONVERSATIONS = (
     (("user", "What is the capital of France?"), ("assistant", "Paris.")),
     (("system", "Answer in one line."), ("user", "List files by size."), ("assistant", "ls -lS")),
     (("user", "Hi"), ("assistant", "Hello!"), ("user", "2 + 2?"), ("assistant", "4")),
@@ -38,6 +38,7 @@ class Golden:
         conversations: How many were compared.
         tokens: How many tokens they have together.
         ends_with_stop: Whether each one's last token (white space aside) is one at which llama.cpp stops.
+        adds_bos: Whether llama.cpp puts the start token before a text; a file need not say so.
         bos_doubled: Whether a program that adds the start token by itself would write it twice.
         composes: Whether the tokenizer composes letters and marks (NFC) where llama.cpp, which never does, reads other
             tokens. Qwen's does; text that people type is composed already.
@@ -46,13 +47,14 @@ class Golden:
     conversations: int
     tokens: int
     ends_with_stop: bool
+    adds_bos: bool
     bos_doubled: bool
     composes: bool
 
 
 def golden_texts(tokenizer: Any) -> list[str]:
     """Return the conversations as the model's template writes them; plain texts where it has no template."""
-    turns = [tuple(Message(role, words) for role, words in each) for each in _CONVERSATIONS]
+    turns = [tuple(Message(role, words) for role, words in each) for each in CONVERSATIONS]
     if not tokenizer.chat_template:
         return ["\n".join(turn.content for turn in each) + (tokenizer.eos_token or "") for each in turns]
     made = render(tokenizer, turns)
@@ -91,6 +93,7 @@ def check_golden(tool: LlamaTool, gguf: Path, tokenizers: Sequence[Any], space: 
         conversations=len(texts),
         tokens=sum(len(row["ids"]) for row in rows),
         ends_with_stop=all(_last(tokenizers[0], row["ids"]) in ends for row in rows),
+        adds_bos=found["adds_bos"],
         bos_doubled=any(row["with_added"][:2] == [found["bos"]] * 2 for row in rows),
         composes=tokenizers[0](decomposed, add_special_tokens=False).input_ids != last["ids"],
     )
