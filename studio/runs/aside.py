@@ -100,13 +100,13 @@ def left_by(paths: RunPaths) -> Aside | None:
     """Return where a killed merge or export has left something; None for any other run, or where there is nothing."""
     try:
         job = read_job(paths)
-    except (StudioError, OSError):
-        return None
-    if not isinstance(job, MergeRequest | ExportRequest):
-        return None
-    out = Path(job.out)
-    aside = export_aside(out) if isinstance(job, ExportRequest) else merge_aside(out)
-    if not aside.folders or aside.held:
+        if not isinstance(job, MergeRequest | ExportRequest):
+            return None
+        out = Path(job.out)
+        aside = export_aside(out) if isinstance(job, ExportRequest) else merge_aside(out)
+        if not aside.folders or aside.held:
+            return None
+    except (StudioError, OSError, ValueError):  # ValueError: out is no path that has a name, as in a run edited by hand
         return None
     status = run_status(paths)
     return None if status.live or status is Status.finished else aside

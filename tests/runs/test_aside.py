@@ -73,6 +73,16 @@ def test_a_killed_merge_is_found_too(tmp_path: Path, out: Path) -> None:
     assert (found.run, found.size_bytes, len(found.folders)) == (paths, 1000, 1)
 
 
+@pytest.mark.parametrize("out", ["/", "", ".", "/folder/" + "x" * 250, "/folder/x\0y"])
+def test_an_output_that_can_have_nothing_beside_it_breaks_no_list_and_no_removal(tmp_path: Path, out: str) -> None:
+    for request in (MergeRequest("/adapter", "", out), ExportRequest("/adapter", out, "q8_0")):
+        paths = _killed(tmp_path, request)
+        assert left_by(paths) is None
+        assert left_over(tmp_path / "runs") == []
+        remove_run(paths)
+        assert not paths.root.exists()
+
+
 def test_what_a_living_job_writes_is_no_left_over(tmp_path: Path, export: RunPaths, out: Path) -> None:
     aside = export_aside(out)
     merging = merge_aside(out.with_name(".merged-for-tuned"))
