@@ -1,6 +1,7 @@
 """Stretches of files past the system's cache: the bytes are the same wherever they begin, and where that is refused."""
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from studio.jobs.base.weights import uncached
-from studio.jobs.base.weights.uncached import StretchWriter, read_stretch
+from studio.jobs.base.weights.uncached import PAGE_BYTES, StretchWriter, read_stretch
 
 SIZE = 3 * 2**20 + 5
 DATA = b"".join(place.to_bytes(4, "big") for place in range(SIZE // 4 + 1))[:SIZE]
@@ -23,6 +24,9 @@ class Refusing(FileIO):
     """What some file systems give: a file that opens past the cache and then cannot be used so."""
 
     def write(self, data: object) -> int:  # type: ignore[override]
+        raise OSError(errno.EINVAL, "not past the cache")
+
+    def readinto(self, buffer: object) -> int:  # type: ignore[override]
         raise OSError(errno.EINVAL, "not past the cache")
 
 
@@ -103,6 +107,21 @@ def test_a_stretch_is_read_piece_by_piece(tmp_path: Path, cached: bool, at: int,
     pieces = [bytes(part) for part in read_stretch(path, at, size, piece, cached=cached)]
     assert b"".join(pieces) == DATA[at : at + size]
     assert {len(part) for part in pieces[:-1]} <= {piece}
+
+
+def test_where_reads_past_the_cache_are_refused_they_go_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uncached, "_open_uncached", Refusing)
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    pieces = [bytes(part) for part in read_stretch(path, 4104, 100_000, 4096, cached=False)]
+    assert b"".join(pieces) == DATA[4104:104_104]
+
+
+def test_a_page_never_goes_past_the_cache_in_part() -> None:
+    """Where the system's pages are larger than a disk's, as on some ARM machines, two threads would share one."""
+    assert PAGE_BYTES % mmap.PAGESIZE == 0
 
 
 @pytest.mark.parametrize("cached", [True, False])

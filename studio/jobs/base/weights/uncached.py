@@ -6,6 +6,7 @@ behind the last goes through the cache.
 """
 
 import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -15,8 +16,8 @@ from typing import Self
 
 import torch
 
-PAGE_BYTES = 4096
-"""No disk or file system in use asks for more."""
+PAGE_BYTES = max(4096, mmap.PAGESIZE)
+"""No disk or file system in use asks for more than 4096; the cache must not hold a page that goes past it in part."""
 _WRITE_BYTES = 2**20
 """Blocks of 1 MiB reached all of a disk's 2.9 GB/s."""
 _COPY_BYTES = 2**18
@@ -131,13 +132,29 @@ def read_stretch(path: Path, at: int, size: int, piece: int, *, cached: bool) ->
     """
     buffer = _aligned(min(piece, size) + 2 * PAGE_BYTES)
     uncached = None if cached or at % _ALIGN_BYTES else _open_uncached(path, "rb")
-    with FileIO(path) if uncached is None else uncached as file:
+    file = FileIO(path) if uncached is None else uncached
+    try:
         for begin in range(at, at + size, piece):
             end = min(begin + piece, at + size)
-            first = begin if uncached is None else _down(begin)
-            file.seek(first)
-            _fill(buffer[: (end if uncached is None else _up(end)) - first], file, end - first)
-            yield buffer[begin - first : end - first]
+            try:
+                read = _read(file, buffer, begin, end, whole_pages=file is uncached)
+            except OSError as error:
+                if file is not uncached or error.errno not in _CANNOT:
+                    raise
+                file.close()
+                file = FileIO(path)
+                read = _read(file, buffer, begin, end, whole_pages=False)
+            yield read
+    finally:
+        file.close()
+
+
+def _read(file: FileIO, buffer: memoryview, begin: int, end: int, *, whole_pages: bool) -> memoryview:
+    """Return the bytes between two places of a file, read into a buffer."""
+    first = _down(begin) if whole_pages else begin
+    file.seek(first)
+    _fill(buffer[: (_up(end) if whole_pages else end) - first], file, end - first)
+    return buffer[begin - first : end - first]
 
 
 def _fill(view: memoryview, file: FileIO, least: int) -> None:
