@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -120,7 +121,8 @@ class StudioApp(App[None]):
         """Offer our own commands in the palette beside Textual's."""
         yield from super().get_system_commands(screen)
         yield SystemCommand("Guided set-up", "Machine, model, data, goal, recipe", self.on_show_setup)
-        yield SystemCommand("Runs", "All runs, newest first", self.on_show_runs)
+        yield SystemCommand("Runs", "All runs, newest first; chat, merge and audit start there", self.on_show_runs)
+        yield SystemCommand("Audits", "What 4 bits cost", partial(self.on_show_audits, ShowAudits()))
 
     def watch_theme(self, theme: str) -> None:
         """Keep a theme that the user chose."""

@@ -12,6 +12,7 @@ from textual.pilot import Pilot
 from studio.core.recipe import Recipe
 from studio.tui import app as app_module
 from studio.tui.app import StudioApp, run_studio
+from studio.tui.screens.audit import AuditScreen
 from studio.tui.themes import OURS, SIXTEEN
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import NARROW, Asked, engine_that, make_run, play, settle, train, until
@@ -135,14 +136,17 @@ def test_a_theme_is_chosen_by_key_and_kept(tmp_path: Path) -> None:
     play(story, tmp_path, engine=engine)
 
 
-def test_the_palette_offers_the_set_up(tmp_path: Path) -> None:
+def test_the_palette_offers_every_place(tmp_path: Path) -> None:
     app = studio(tmp_path)
 
     async def run() -> None:
         async with app.run_test(size=NARROW) as pilot:
-            titles = [command.title for command in app.get_system_commands(app.screen)]
+            commands = {command.title: command for command in app.get_system_commands(app.screen)}
             await pilot.pause()
-            assert {"Guided set-up", "Runs", "Theme"} <= set(titles)
+            assert {"Guided set-up", "Runs", "Audits", "Theme"} <= commands.keys()
+            commands["Audits"].callback()
+            await pilot.pause()
+            assert isinstance(app.screen, AuditScreen)
 
     asyncio.run(run())
 
