@@ -165,7 +165,7 @@ class ExportEstimate:
     Attributes:
         out_bytes: Of what it leaves.
         disk_bytes: At the most, meanwhile.
-        memory_bytes: Of the job's process, its libraries included.
+        memory_bytes: Of the job's process and llama.cpp's together, their libraries included.
         seconds: Least and most, checks included, without a merge before.
     """
 
@@ -179,10 +179,20 @@ _BITS = {"f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.5633, "q5_k_m": 5.703
 """Bits a weight of an 8B model: llama.cpp's own figures (tools/quantize/README.md); for bitsandbytes 8 or 4.127 in
 linear layers and 16 in embeddings and head, with a vocabulary of 128k."""
 _BITS_NF4 = 5.7
-_LIBRARIES_BYTES = 700 * 10**6
+_LIBRARIES_BYTES, _CONVERTER_BYTES = 700 * 10**6, 300 * 10**6
+_ANSWERS_BYTES = 250 * 10**6
+"""Logits that are compared, of 384 tokens and a vocabulary of 160k, and the vocabulary alone as a file."""
 _SHARE_AT_ONCE, _SHARE_LOADED = 0.25, 1.4
 """Of the 16-bit weights, at the most in memory: a tensor at a time (its size several times), or the whole model.
-Measured resident on 2.35 GB: 1.2 GB for GGUF formats, 3.7 for nf4, 3.9 for int8."""
+Measured resident on 2.4 GB: 1.5 GB for GGUF formats (two processes, without the pages of files, which the system takes
+back), 3.7 for nf4, 3.9 for int8."""
+_SECONDS_PER_GB = {
+    "nf4": 55.0,
+    "int8": 45.0,
+    **dict.fromkeys(GGUF_FORMATS, 45.0),
+    **dict.fromkeys(QUANTISED_GGUF, 110.0),
+}
+"""Of 16-bit weights, on two busy cores."""
 
 
 def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> ExportEstimate:
@@ -200,16 +210,15 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
         return ExportEstimate(out, merged + out, memory, _seconds(form, size_bytes))
     between = size_bytes if form in QUANTISED_GGUF else 0
     # The merged model is deleted once it is converted.
-    most = max(merged + (between or out), between + out)
-    memory = int(size_bytes * _SHARE_AT_ONCE) + _LIBRARIES_BYTES
+    most = max(merged + (between or out), between + out) + _ANSWERS_BYTES
+    memory = int(size_bytes * _SHARE_AT_ONCE) + _LIBRARIES_BYTES + _CONVERTER_BYTES
     return ExportEstimate(out, most, memory, _seconds(form, size_bytes))
 
 
 def _seconds(form: str, size_bytes: int) -> tuple[float, float]:
-    """Return a range around what one of two busy cores took for .27 and 2.35 GB, in seconds a GB."""
-    each = 55 if form in QUANTISED_GGUF else 35 if form == "nf4" else 25
-    gigabytes = size_bytes / 1e9
-    return 8 + 0.15 * each * gigabytes, 30 + each * gigabytes
+    """Return a range: two busy cores took up to 98 s a GB for K-quants and 45 for others; a desktop has more of them."""
+    slowest = _SECONDS_PER_GB[form] * size_bytes / 1e9
+    return 8 + 0.1 * slowest, 30 + slowest
 
 
 def _check_base(request: ExportRequest, adapter: AdapterFound) -> int:

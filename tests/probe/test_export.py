@@ -1,25 +1,30 @@
-"""What an export is estimated to take, beside what one was measured to take."""
+"""What an export is estimated to take, beside what random Llamas of 1.2 B were measured to take on two busy cores."""
 
 import pytest
 
 from studio.probe.export import export_estimate
 from studio.runs.job import GGUF_FORMATS
 
-MEASURED = 2_348_962_144
-"""Bytes of a random Llama of 1.17B, vocabulary 49k, whose exports were measured (resident, and on disk)."""
-
 
 @pytest.mark.parametrize(
-    ("form", "out", "resident", "seconds"),
-    [("bf16", 2_350_858_560, 1.17e9, 74), ("q8_0", 1_249_853_760, 1.17e9, 39.5), ("q4_k_m", 725_369_152, 1.17e9, 135),
-     ("nf4", 0, 3.66e9, 72), ("int8", 0, 3.85e9, 42)],
-)  # fmt: skip
-def test_measured_exports_are_within_the_estimate(form: str, out: float, resident: float, seconds: float) -> None:
-    estimate = export_estimate(form, MEASURED)
+    ("form", "size", "out", "resident", "seconds", "disk"),
+    [
+        ("bf16", 2_390_904_832, 2_392_835_360, 1.50e9, 51, 2.43e9),
+        ("q8_0", 2_390_904_832, 1_272_169_760, 1.46e9, 108, 1.31e9),
+        ("q4_k_m", 2_390_904_832, 741_795_104, 1.51e9, 233, 3.14e9),
+        ("nf4", 2_348_962_144, 0, 3.66e9, 72, 0),
+        ("int8", 2_348_962_144, 0, 3.85e9, 42, 0),
+    ],
+)
+def test_measured_exports_are_within_the_estimate(
+    form: str, size: int, out: float, resident: float, seconds: float, disk: float
+) -> None:
+    estimate = export_estimate(form, size)
     assert resident < estimate.memory_bytes < resident * 1.3
     assert estimate.seconds[0] < seconds < estimate.seconds[1]
     if out:
         assert estimate.out_bytes == pytest.approx(out, rel=0.02)
+        assert disk < estimate.disk_bytes < disk + 0.25e9
 
 
 def test_larger_formats_are_larger_and_a_merge_needs_more_room() -> None:
@@ -31,4 +36,4 @@ def test_larger_formats_are_larger_and_a_merge_needs_more_room() -> None:
         assert merging.disk_bytes >= alone.disk_bytes
     # The 16-bit file in between is there beside the quantised one, and beside the merged model before that.
     assert export_estimate("q4_k_m", 10**10).disk_bytes > 1.3 * 10**10
-    assert export_estimate("q4_k_m", 10**10, merges=True).disk_bytes == 2 * 10**10
+    assert export_estimate("q4_k_m", 10**10, merges=True).disk_bytes == pytest.approx(2 * 10**10, rel=0.02)
