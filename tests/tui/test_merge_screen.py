@@ -194,6 +194,8 @@ def test_the_result_is_a_table_with_paths_and_words(tmp_path: Path, size: tuple[
             "base + adapter",
         ):
             assert words in text
+        assert "Try it" in text
+        assert "x Stop" not in text, "nothing runs any more"
         assert_harmless(app)
 
     play(story, tmp_path, size=size)
@@ -249,6 +251,7 @@ def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app, MergeProgressScreen(paths, poll_seconds=SELDOM, now=lambda: 1075.0))
         assert "merging model.safetensors 25%  1 min 15 s" in shown(app), "what takes long is seen to live"
+        assert "x Stop" in shown(app)
         await pilot.press("x")
         assert isinstance(app.screen, Confirm)
         await pilot.press("y")

@@ -71,7 +71,7 @@ class MergeProgressScreen(Screen[None]):
         self._waiting = _then(merge)
         self._work, self._poll_seconds, self._now = work or MergeWork(), poll_seconds, now
         self._seen: dict[str, float] = {}
-        self._has_result = False
+        self._live, self._has_result = True, False
 
     def compose(self) -> ComposeResult:
         """Head, a row for each output, later the result, keys."""
@@ -106,6 +106,9 @@ class MergeProgressScreen(Screen[None]):
             self._row(form).update(Content.assemble(line, said_text(form, watch.history)))
         for form in self._waiting:
             self._row(form).update(waits_line(statuses))
+        live, self._live = self._live, any(status.live for status in statuses.values())
+        if live is not self._live:
+            self.refresh_bindings()
         if not statuses[MERGED].live and not self._has_result:
             self._has_result = True
             self.query_one(VerticalScroll).mount_all(_result_widgets(read_report(self._merge)))
@@ -119,12 +122,13 @@ class MergeProgressScreen(Screen[None]):
         began = (history.started.at if history.started else 0.0) or self._seen.setdefault(form, now)
         return (now if status.live else history.last_at or now) - began
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer to stop only what runs."""
+        return self._live if action == "stop" else True
+
     def action_stop(self) -> None:
         """Ask once, then ask what runs to stop; what waits is not started."""
         live = [watch.paths for watch in self._watches.values() if run_status(watch.paths).live]
-        if not live:
-            self.app.notify("Nothing runs here any more.", markup=False)
-            return
 
         def decide(answer: bool | None) -> None:
             if answer:
