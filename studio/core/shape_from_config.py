@@ -14,6 +14,8 @@ from studio.core.text import plain
 _MOST_PARAMETERS = 50 * 10**12
 _MOST_LAYERS = 1000
 """The deepest published models, merged from several, have some 300; a replay follows each layer."""
+_MOST_EXPERTS = 2048
+"""Published layers have up to 512; an older transformers holds each as modules of its own, 10 ms a piece."""
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -120,7 +122,7 @@ def _sparse_layers(name: str, values: ConfigValues, layers: int) -> int:
 
 
 def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:
-    count = values.whole("num_local_experts", "num_experts", "n_routed_experts", default=0, low=0, high=1 << 16)
+    count = values.whole("num_local_experts", "num_experts", "n_routed_experts", default=0, low=0, high=_MOST_EXPERTS)
     if count < 2:
         return None
     inner = values.whole(family.expert_inner, "moe_intermediate_size", "intermediate_size")

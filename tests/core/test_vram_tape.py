@@ -1,6 +1,6 @@
 """The symbolic autograd frees what PyTorch frees, when PyTorch frees it."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio.core.vram import operators as op
@@ -123,3 +123,33 @@ def test_forms_left_out_for_a_rank_are_never_the_largest(forms, tokens, length, 
     numbers = tokens, tokens * length
     kept = max(form.per_token * numbers[0] + form.per_square * numbers[1] + form.fixed for form in ranked(forms, rank))
     assert kept == largest(forms, *numbers, rank)
+
+
+SIZES = st.tuples(*[st.integers(0, 40)] * 5)
+STEPS = st.tuples(*[st.integers(-3, 3)] * 5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(SIZES, min_size=3, max_size=9),
+    STEPS,
+    st.lists(SIZES, min_size=2, max_size=5),
+    STEPS,
+    st.tuples(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 300)),
+)
+def test_of_many_forms_in_a_steady_row_only_the_ends_are_kept_and_none_that_can_be_largest_is_lost(
+    first: list[tuple[int, ...]],
+    rise: tuple[int, ...],
+    second: list[tuple[int, ...]],
+    fall: tuple[int, ...],
+    numbers: tuple[int, int, int],
+) -> None:
+    rows = [
+        Form(*base).plus(Form(*step).times(turn / 7))
+        for bases, step in ((first, rise), (second, fall))
+        for turn in range(700 // len(bases))
+        for base in bases
+    ]
+    kept = uncovered(rows)
+    assert len(kept) <= 60
+    assert abs(largest(kept, *numbers) - largest(rows, *numbers)) <= 1e-9 * (1 + abs(largest(rows, *numbers)))

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 _new = tuple.__new__
+_MANY, _LONGEST_LAG = 1000, 200
+"""From how many forms on steady rows are looked for, and after how many forms one may go on."""
 
 
 class Form(NamedTuple):
@@ -56,6 +58,8 @@ class Form(NamedTuple):
 
 
 NOTHING = Form()
+_ROUNDING = Form(*[1e-6] * 5)
+"""What sums of a million may be off, in bytes."""
 
 
 def total(forms: Iterable[Form]) -> Form:
@@ -119,13 +123,44 @@ def ranked(forms: Iterable[Form], rank: int) -> tuple[Ranked, ...]:
 def uncovered(forms: Iterable[Form]) -> tuple[Form, ...]:
     """Return the forms that can be the largest for some batch, length and rank; the rest can never be the peak."""
     kept: list[Form] = []
-    for form in sorted(set(forms), key=sum, reverse=True):
+    for form in sorted(set(_without_middles(list(forms))), key=sum, reverse=True):
         for other in kept:
             if other.covers(form):
                 break
         else:
             kept.append(form)
     return tuple(kept)
+
+
+def _without_middles(forms: list[Form]) -> list[Form]:
+    """Return the forms without those that repeat with a steady rise or fall and have others on both sides.
+
+    The mean of two is never above the larger of them, whatever the batch: of such a row only its ends can be largest.
+    Hundreds of experts, one module after another, leave many thousand marks of which each trades tokens against ranks.
+    """
+    if len(forms) <= _MANY:
+        return forms
+    # A layer computed again, then going backward, has a step of its own in each half.
+    lags = {_lag(forms, quarter * len(forms) // 4) for quarter in (1, 2, 3)} - {0}
+    return [form for at, form in enumerate(forms) if not any(_is_middle(forms, at, lag) for lag in lags)]
+
+
+def _is_middle(forms: list[Form], at: int, lag: int) -> bool:
+    inside = lag <= at < len(forms) - lag
+    return inside and forms[at - lag].plus(forms[at + lag]).plus(_ROUNDING).covers(forms[at].times(2))
+
+
+def _lag(forms: list[Form], place: int) -> int:
+    """Return after how many forms a list goes on as before around a place, but for a steady step; 0 where never."""
+    for lag in range(1, min(_LONGEST_LAG, place, (len(forms) - place) // 2)):
+        if all(_steady(forms[at - lag], forms[at], forms[at + lag]) for at in range(place, place + lag)):
+            return lag
+    return 0
+
+
+def _steady(before: Form, form: Form, after: Form) -> bool:
+    bent = before.plus(after).minus(form.times(2))
+    return _ROUNDING.covers(bent) and _ROUNDING.covers(bent.times(-1))
 
 
 def largest(forms: Iterable[Form], tokens: int, squares: int, rank: int) -> float:
