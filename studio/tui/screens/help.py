@@ -25,6 +25,9 @@ _NAMES = {
     "shift+tab": "⇧tab",
 }
 
+_WORDS = {"Focus Next": "Next field or part of the screen", "Focus Previous": "The one before"}
+"""For Textual's own descriptions."""
+
 _SLIDER_KEYS = (
     ("← →", "one stop less, more"),
     ("PgDn PgUp", "several stops"),
@@ -65,7 +68,7 @@ class HelpScreen(Dialog[None]):
 def help_text(keys: tuple[tuple[str, str], ...], *, fields: bool) -> Content:
     """Return the keys and, where asked for, the fields by section."""
     parts: list[str | tuple[str, str]] = [("Keys\n", "bold")]
-    parts += [f"  {_shown(key):{_KEY_WIDTH}}{words}\n" for key, words in keys]
+    parts += [f"  {_shown(key):{_KEY_WIDTH}}{_WORDS.get(words, words)}\n" for key, words in keys]
     if fields:
         parts.append(("\nOn a slider\n", "bold"))
         parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _SLIDER_KEYS]
