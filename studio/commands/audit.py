@@ -18,6 +18,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
 from studio.probe.audit import audit_of_run, copy_report, data_path, read_report, start_audit
+from studio.probe.models import word_anywhere
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe
@@ -166,7 +167,7 @@ def _tell_answers(report: Mapping[str, Any], to: TextIO) -> None:
 def _base(args: argparse.Namespace) -> AuditRequest:
     request = AuditRequest(
         "base",
-        model=args.model,
+        model=word_anywhere(args.model),
         data=data_path(args.data),
         format=args.format,
         forms=args.forms,
@@ -179,7 +180,7 @@ def _base(args: argparse.Namespace) -> AuditRequest:
 def _run(args: argparse.Namespace) -> AuditRequest:
     changes = _limits(args)
     if args.base:
-        changes |= {"model": args.base, "revision": ""}
+        changes |= {"model": word_anywhere(args.base), "revision": ""}
     if args.data:
         changes |= {"data": data_path(args.data), "format": "auto"}
     asked = ("answers", "answer_tokens", "check_regex", "lm_eval", "lm_eval_limit")

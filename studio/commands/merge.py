@@ -15,6 +15,7 @@ from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoints
 from studio.probe.chain import WHOLE_FORMATS, beside, start_chain
+from studio.probe.models import word_anywhere
 from studio.runs.job import ONTO, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
@@ -132,7 +133,7 @@ def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str
     folder = Path(word).expanduser().absolute()
     if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
         run = str(folder.parent) if (folder.parent / "recipe.toml").is_file() else ""
-        return MergeRequest(str(folder), base or _base_of(folder), target, dtype=dtype, run=run)
+        return MergeRequest(str(folder), word_anywhere(base or _base_of(folder)), target, dtype=dtype, run=run)
     paths = find_run(root, word)
     if not paths.adapter.is_dir():
         raise BadInput(
@@ -153,7 +154,7 @@ def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto
     own = not base
     return MergeRequest(
         adapter=str(paths.adapter.absolute()),
-        base=job.model.base if own else base,
+        base=job.model.base if own else word_anywhere(base),
         revision=job.model.revision if own else "",
         out=out,
         dtype=dtype,

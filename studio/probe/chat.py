@@ -7,7 +7,7 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
 from studio.probe.model_folder import CONFIG
-from studio.probe.models import find_base
+from studio.probe.models import find_base, word_anywhere
 from studio.runs.chat import ChatRequest
 from studio.runs.job import ExportRequest, MergeRequest, read_job
 from studio.runs.layout import RunPaths
@@ -71,7 +71,7 @@ def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, 
 
 def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: bool, device: str) -> ChatRequest:
     found = None if base_only else find_adapter(folder)
-    word = base or (recipe.model.base if recipe else found.base if found else "")
+    word = word_anywhere(base or (recipe.model.base if recipe else found.base if found else ""))
     if not word:
         raise BadInput(f"{plain(folder.name, one_line=True)} names no base model; say which one with --base.")
     find_base(word, recipe.model.revision if recipe and not base else "")
@@ -98,12 +98,12 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
 def _alone(word: str, device: str, *, revision: str = "", beside: str = "", beside_revision: str = "") -> ChatRequest:
     base = find_base(word, revision)
     return ChatRequest(
-        base=word,
+        base=word_anywhere(word),
         revision=revision,
         device=device,
         # A model that was exported in 4 or 8 bits says so itself, and is loaded as it is.
         method="qlora" if base.quantization == "bitsandbytes" else "lora",
-        beside=beside,
+        beside=word_anywhere(beside),
         beside_revision=beside_revision,
     )
 

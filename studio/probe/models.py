@@ -65,6 +65,17 @@ def find_base(base: str, revision: str = "") -> BaseFound:
         raise BadInput(f"The model {shown} cannot be looked at: {error.strerror or error}.") from None
 
 
+def word_anywhere(base: str) -> str:
+    """Return the word that names the same base to a process in another folder: the whole path where it is a folder."""
+    if base in ("", EMBEDDED):
+        return base
+    try:
+        path = Path(base).expanduser()
+        return str(path.absolute()) if path.is_dir() else base
+    except (OSError, RuntimeError):  # find_base says what is wrong with it
+        return base
+
+
 def refuse_untrainable(base: BaseFound, method: Method) -> None:
     """Refuse to train on weights that are quantised already, except 4-bit bitsandbytes ones under QLoRA.
 
@@ -131,4 +142,4 @@ def _shown(path: Path) -> str:
     return plain(str(path), one_line=True)
 
 
-__all__ = ["BaseFound", "find_base", "read_config", "refuse_untrainable"]
+__all__ = ["BaseFound", "find_base", "read_config", "refuse_untrainable", "word_anywhere"]

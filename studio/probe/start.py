@@ -119,6 +119,8 @@ def check_out(out: Path) -> None:
     """
     shown = plain(str(out), one_line=True)
     try:
+        if out.is_symlink():  # a finished folder cannot be renamed over it
+            raise BadInput(f"the output {shown} is a symbolic link: name the place that it points to.")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
     except OSError as error:
