@@ -192,9 +192,10 @@ class LinePlot(Widget):
 
     def _legend(self, width: int) -> Strip:
         segments = [Segment(self._title, self.get_component_rich_style("line-plot--title"))]
-        for curve in self._curves:
-            if not self._picture.has_points(curve.key):
-                continue
+        there = [curve for curve in self._curves if self._picture.has_points(curve.key)]
+        if not there:  # the axes alone would look like a curve that lies at their end
+            segments.append(Segment("  nothing yet", self.get_component_rich_style("line-plot--frame")))
+        for curve in there:
             segments += [Segment(f"  {_SIGNS[curve.look]} ", self._style(curve.cell_look)), self._named(curve.label)]
         if self.reference is not None:
             segments += [Segment("  ╌╌ ", self._style(REFERENCE_LOOK)), self._named(self.reference.label)]

@@ -51,6 +51,8 @@ def repainted(plot: LinePlot, monkeypatch: pytest.MonkeyPatch) -> list[Region]:
 def test_names_curves_and_axes_are_shown() -> None:
     async def story(pilot: Pilot[None], plot: LinePlot) -> None:
         plot.x_total = 100
+        await pilot.pause()
+        assert text_of(plot).startswith("loss  nothing yet  "), "bare axes could pass for a curve"
         plot.extend("raw", range(50), [4 - x / 20 for x in range(50)])
         plot.extend("held", [0, 40], [4, 2])
         await pilot.pause()
