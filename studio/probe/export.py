@@ -216,7 +216,7 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
 
 
 def _seconds(form: str, size_bytes: int) -> tuple[float, float]:
-    """Return a range: two busy cores took up to 98 s a GB for K-quants and 45 for others; a desktop has more of them."""
+    """Return a range: two busy cores took up to 98 s a GB for K-quants and 45 for others; desktops have more."""
     slowest = _SECONDS_PER_GB[form] * size_bytes / 1e9
     return 8 + 0.1 * slowest, 30 + slowest
 
