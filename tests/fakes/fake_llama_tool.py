@@ -47,7 +47,8 @@ def main(tools: Path, verb: str, words: list[str]) -> None:
         ends = [] if "no stops" in behaviour else [257]
         Path(words[2]).write_text(json.dumps({**table, "ends": ends}))
     elif verb == "logits":
-        answers = bytearray((tools / "answers.f32").read_bytes())
+        asked = sum(len(row) for row in json.loads(Path(words[1]).read_text()))
+        answers = bytearray((tools / "answers.f32").read_bytes())[: 4 * asked * int((tools / "vocabulary").read_text())]
         if "logits differ" in behaviour:
             answers[: len(answers) // 2] = bytes(len(answers) // 2)
         Path(words[2]).write_bytes(answers)

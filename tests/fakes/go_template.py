@@ -4,6 +4,7 @@ Where a conversation brings no system prompt the Modelfile's goes in front; neig
 and `.System` is all system prompts together (template.go of Ollama: `collate`, `Execute`). Needs Go.
 """
 
+import atexit
 import json
 import shutil
 import subprocess
@@ -87,6 +88,7 @@ def ollama_prompts(modelfile: str, conversations: Sequence[Sequence[tuple[str, s
 @lru_cache
 def _program() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="go-template-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / "main.go").write_text(_SOURCE)
     (folder / "go.mod").write_text("module render\n\ngo 1.19\n")
     subprocess.run(["go", "build", "-o", "render", "."], cwd=folder, check=True, capture_output=True)

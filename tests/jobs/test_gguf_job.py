@@ -58,6 +58,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def kept(model: Path, ids: Tensor, mask: Tensor) -> Tensor:
         logits = folder_logits(model, ids, mask)
         logits[mask.bool()].numpy().tofile(folder / "answers.f32")
+        (folder / "vocabulary").write_text(str(logits.shape[-1]))
         return logits
 
     monkeypatch.setattr(answers, "folder_logits", kept)
