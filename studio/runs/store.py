@@ -140,7 +140,9 @@ def remove_run(paths: RunPaths) -> None:
         BadInput: The run is live, no run folder at all, or cannot be deleted.
     """
     name = plain(paths.name, one_line=True)
-    if not paths.exists or paths.root.is_symlink():
+    # A folder of somebody's own work may hold a recipe.toml too; control/ is made with every run.
+    ours = any(place.exists() for place in (paths.control, paths.events, paths.launch, paths.process))
+    if not paths.exists or not ours or paths.root.is_symlink():
         raise BadInput(f"{name} is no run folder; nothing was removed.")
     if run_status(paths).live or lock_held(paths.lock):
         raise BadInput(f"the run {name} is live: stop it first (lora-studio runs stop {name}).")

@@ -1,3 +1,5 @@
+import os
+import time
 from pathlib import Path
 
 import psutil
@@ -114,6 +116,19 @@ def test_a_link_or_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> Non
     with pytest.raises(BadInput):
         remove_run(RunPaths(tmp_path))
     assert real.recipe.is_file()
+
+
+def test_somebodys_own_folder_with_a_recipe_in_it_is_not_removed(tmp_path: Path) -> None:
+    own = tmp_path / "project"
+    own.mkdir()
+    (own / "recipe.toml").write_text("name = 'mine'\n")
+    (own / "thesis.txt").touch()
+    long_ago = time.time() - DAY  # a folder made a moment ago counts as a run that starts, which is refused anyway
+    os.utime(own / "recipe.toml", (long_ago, long_ago))
+    os.utime(own, (long_ago, long_ago))
+    with pytest.raises(BadInput, match="no run folder"):
+        remove_run(find_run(tmp_path / "runs", str(own)))
+    assert (own / "thesis.txt").is_file()
 
 
 def test_hundreds_of_long_runs_are_listed_without_reading_them_whole(tmp_path: Path) -> None:
