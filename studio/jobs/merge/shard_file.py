@@ -9,8 +9,8 @@ from pathlib import Path
 
 from xxhash import xxh3_64
 
+from studio.jobs.base.weights.stretches import StretchWriter
 from studio.jobs.base.weights.tensor_files import DTYPE_NAMES
-from studio.jobs.base.weights.uncached import StretchWriter
 from studio.jobs.merge.steps import Output
 from studio.runs.atomic import sync_folder, write_whole
 

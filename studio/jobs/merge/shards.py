@@ -112,7 +112,7 @@ class ShardWriter:
         """Whether a shard is there with every byte as it was written."""
         path = self.folder / shard.name
         sums = _sums_in(path.with_name(path.name + SUMS))
-        if not _has_header(path, shard) or sums is None or find_different(stored_in(path, cached=False), sums, tell):
+        if not _has_header(path, shard) or sums is None or find_different(stored_in(path), sums, tell):
             return False
         self.sums |= sums
         return True

@@ -7,7 +7,6 @@ from xxhash import xxh3_64
 from studio.jobs.base.weights.by_rows import workers
 from studio.jobs.base.weights.tensor_files import Stored
 
-_WAITING = 2
 _PIECE_BYTES = 2**20
 
 
@@ -39,7 +38,7 @@ def find_different(found: Mapping[str, Stored], sums: Mapping[str, str], tell: C
         OSError: A file cannot be read.
     """
     total, done = sum(stored.entry.size_bytes for stored in found.values()) or 1, 0
-    with workers(waiting=_WAITING) as pool:
+    with workers() as pool:
         read = {key: pool.submit(sum_of, stored) for key, stored in found.items()}
         try:
             for key, future in read.items():

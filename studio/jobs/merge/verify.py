@@ -51,7 +51,7 @@ def read_back(steps: MergeSteps, writer: ShardWriter, tell: Callable[[float], No
         JobFailed: A tensor in the files is missing, of another shape, or differs.
         OSError: A file cannot be read.
     """
-    files = TensorFiles(writer.folder, cached=False)
+    files = TensorFiles(writer.folder)
     wanted = {output.key: output for step in steps.steps for output in step.outputs}
     if files.tensors.keys() != wanted.keys():
         raise JobFailed("merged_incomplete", "the merged files do not hold the tensors that were written", _ADVICE)

@@ -18,8 +18,6 @@ from studio.jobs.merge.steps import MergeSteps, Output, Step
 T = TypeVar("T")
 _FLUSH_BYTES = 64 * 2**20
 """Flushing 2.9 GB at the end took 0.5 of 1.6 seconds, flushing meanwhile 0.2 of 1.3."""
-_WAITING = 2
-"""Threads beyond the processors."""
 
 
 class Stopped(StudioError):
@@ -127,8 +125,8 @@ def _pieces(step: Step, output: Output, held: "_Held") -> Iterator[memoryview]:
 
 
 def _pool(steps: MergeSteps) -> AbstractContextManager[ThreadPoolExecutor]:
-    """Return a thread for every processor and some that wait; layers merged by peft use all of them by themselves."""
-    return workers(alone=any(step.row_sum is not None for step in steps.steps), waiting=_WAITING)
+    """Return a thread for every processor; where layers are merged by peft, those use all of them by themselves."""
+    return workers(alone=any(step.row_sum is not None for step in steps.steps))
 
 
 class _Held:

@@ -31,14 +31,13 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def workers(alone: bool = True, waiting: int = 0) -> Iterator[ThreadPoolExecutor]:
+def workers(alone: bool = True) -> Iterator[ThreadPoolExecutor]:
     """Give a thread to every processor.
 
     Args:
         alone: Each computes in itself only, so that together they do not wait for each other.
-        waiting: How many more threads there are, as so many wait for a disk.
     """
-    count = min(torch.get_num_threads(), MOST_WORKERS) + waiting
+    count = min(torch.get_num_threads(), MOST_WORKERS)
     with one_thread() if alone else nullcontext(), ThreadPoolExecutor(count) as pool:
         yield pool
 

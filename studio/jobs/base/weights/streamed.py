@@ -78,8 +78,6 @@ def folder_logits(
 ) -> Tensor:
     """Return the fp32 logits `[batch, seq, vocabulary]` of a model folder, a few rows of its matrices in memory.
 
-    They are read past the system's cache: what answers is what the disk holds.
-
     Args:
         folder: Holds config and safetensors in 16 or 32 bit.
         ids: `[batch, seq]`.
@@ -92,7 +90,7 @@ def folder_logits(
         OSError: A file cannot be read.
     """
     clean = build_clean(folder)
-    return streamed_logits(clean, _weights(clean, TensorFiles(folder, cached=False)), ids, mask, tell=tell)
+    return streamed_logits(clean, _weights(clean, TensorFiles(folder)), ids, mask, tell=tell)
 
 
 def adapted_logits(skeleton: Skeleton, folder: Path, ids: Tensor, mask: Tensor) -> Tensor:

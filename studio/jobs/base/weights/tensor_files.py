@@ -13,7 +13,7 @@ from torch import Tensor
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.weights.uncached import read_stretch
+from studio.jobs.base.weights.stretches import read_stretch
 from studio.probe.model_folder import INDEX, WEIGHTS
 from studio.probe.safetensors_header import TensorEntry, read_header
 
@@ -37,13 +37,11 @@ class Stored:
         path: The file.
         offset: Bytes from its start.
         entry: Format and shape.
-        cached: Whether to read through the system's cache.
     """
 
     path: Path
     offset: int
     entry: TensorEntry
-    cached: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +62,7 @@ class Stored:
         """
         size = (self.entry.size_bytes if last is None else last) - first
         try:
-            yield from read_stretch(self.path, self.offset + first, size, piece, cached=self.cached)
+            yield from read_stretch(self.path, self.offset + first, size, piece)
         except EOFError:
             raise BadInput(f"{plain(self.path.name, one_line=True)} became shorter while it was read.") from None
 
@@ -72,21 +70,14 @@ class Stored:
 class TensorFiles:
     """All tensors of a model folder, in the order of its files."""
 
-    def __init__(self, folder: Path, *, cached: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the headers.
-
-        Args:
-            folder: Of the model.
-            cached: Whether the system's cache may answer, which is faster where it holds the files already; what is
-                read past it is what the disk holds.
 
         Raises:
             BadInput: A shard is missing or damaged, or holds a format that only quantised checkpoints have.
         """
         self.folder = folder
-        self.tensors = {
-            key: stored for path in _shards(folder) for key, stored in stored_in(path, cached=cached).items()
-        }
+        self.tensors = {key: stored for path in _shards(folder) for key, stored in stored_in(path).items()}
 
     def read(self, key: str) -> Tensor:
         """Return one tensor as it is stored.
@@ -149,7 +140,7 @@ class TensorFiles:
         return all(bytes(piece) == bytes(same) for piece, same in zip(one.pieces(), two.pieces(), strict=True))
 
 
-def stored_in(path: Path, *, cached: bool = True) -> dict[str, Stored]:
+def stored_in(path: Path) -> dict[str, Stored]:
     """Return the tensors of one file, in its order.
 
     Raises:
@@ -162,7 +153,7 @@ def stored_in(path: Path, *, cached: bool = True) -> dict[str, Stored]:
         if entry.dtype not in TORCH_DTYPES:
             shown = f"{plain(path.name, one_line=True)} holds {plain(key, one_line=True)} as {entry.dtype}"
             raise BadInput(f"{shown}; wanted the original 16- or 32-bit weights.")
-        found[key] = Stored(path, start + entry.begin, entry, cached)
+        found[key] = Stored(path, start + entry.begin, entry)
     return found
 
 

@@ -1,9 +1,7 @@
-"""Stretches of files past the system's cache: the bytes are the same wherever they begin, and where that is refused."""
+"""Stretches of files: the bytes are the same wherever they begin and however they come."""
 
 import errno
-import mmap
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from itertools import pairwise
@@ -13,42 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from studio.jobs.base.weights import uncached
-from studio.jobs.base.weights.uncached import PAGE_BYTES, StretchWriter, read_stretch
+from studio.jobs.base.weights import stretches
+from studio.jobs.base.weights.stretches import StretchWriter, read_stretch
 
 SIZE = 3 * 2**20 + 5
 DATA = b"".join(place.to_bytes(4, "big") for place in range(SIZE // 4 + 1))[:SIZE]
 
 
-class Refusing(FileIO):
-    """What some file systems give: a file that opens past the cache and then cannot be used so."""
-
-    def write(self, data: object) -> int:  # type: ignore[override]
-        raise OSError(errno.EINVAL, "not past the cache")
-
-    def readinto(self, buffer: object) -> int:  # type: ignore[override]
-        raise OSError(errno.EINVAL, "not past the cache")
-
-
-def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    del monkeypatch
-
-
-def _not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uncached, "_open_uncached", lambda path, mode: None)
-
-
-def _refused_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uncached, "_open_uncached", Refusing)
-
-
-@pytest.mark.parametrize("system", [_as_it_is, _not_opened, _refused_late])
-@pytest.mark.parametrize("at", [0, 8, 4096, 4104, 12345])
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 2**20 - 7, 2 * 2**20 + 4097])
-def test_a_stretch_is_written_and_nothing_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: Callable[[pytest.MonkeyPatch], None], at: int, size: int
-) -> None:
-    system(monkeypatch)
+@pytest.mark.parametrize("at", [0, 8, 4096, 12345])
+@pytest.mark.parametrize("size", [0, 1, 4096, 2**20 - 7, 2 * 2**20 + 4097])
+def test_a_stretch_is_written_and_nothing_beside_it(tmp_path: Path, at: int, size: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(DATA)
     seen = bytearray()
@@ -82,8 +54,7 @@ def test_a_room_may_be_larger_than_a_block(tmp_path: Path) -> None:
     assert path.read_bytes()[77 : 87 + SIZE] == b"0123456789" + DATA
 
 
-def test_neighbours_share_a_page(tmp_path: Path) -> None:
-    """Edges of stretches lie in one page of the cache while the pages beside it go past the cache."""
+def test_stretches_of_one_file_are_written_side_by_side(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     cuts = [0, *(place * 53_017 + place % 7 * 611 for place in range(1, 59)), SIZE]
@@ -98,38 +69,30 @@ def test_neighbours_share_a_page(tmp_path: Path) -> None:
     assert path.read_bytes() == DATA
 
 
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize(("at", "size"), [(0, SIZE), (8, 5000), (4096, 4096), (4104, 2**20), (13, 100), (SIZE - 3, 3)])
+@pytest.mark.parametrize(("at", "size"), [(0, SIZE), (8, 5000), (4096, 4096), (13, 100), (SIZE - 3, 3), (5, 0)])
 @pytest.mark.parametrize("piece", [64, 4096, 2**19, SIZE])
-def test_a_stretch_is_read_piece_by_piece(tmp_path: Path, cached: bool, at: int, size: int, piece: int) -> None:
+def test_a_stretch_is_read_piece_by_piece(tmp_path: Path, at: int, size: int, piece: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(DATA)
-    pieces = [bytes(part) for part in read_stretch(path, at, size, piece, cached=cached)]
+    pieces = [bytes(part) for part in read_stretch(path, at, size, piece)]
     assert b"".join(pieces) == DATA[at : at + size]
     assert {len(part) for part in pieces[:-1]} <= {piece}
 
 
-def test_where_reads_past_the_cache_are_refused_they_go_through_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uncached, "_open_uncached", Refusing)
-    path = tmp_path / "file"
-    path.write_bytes(DATA)
-    pieces = [bytes(part) for part in read_stretch(path, 4104, 100_000, 4096, cached=False)]
-    assert b"".join(pieces) == DATA[4104:104_104]
-
-
-def test_a_page_never_goes_past_the_cache_in_part() -> None:
-    """Where the system's pages are larger than a disk's, as on some ARM machines, two threads would share one."""
-    assert PAGE_BYTES % mmap.PAGESIZE == 0
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_what_became_shorter_is_not_made_up(tmp_path: Path, cached: bool) -> None:
+def test_what_became_shorter_is_not_made_up(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(DATA[:10_000])
     with pytest.raises(EOFError):
-        list(read_stretch(path, 8, 10_000, 4096, cached=cached))
+        list(read_stretch(path, 8, 10_000, 4096))
+
+
+def test_nothing_is_written_of_a_stretch_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    with pytest.raises(KeyError), StretchWriter(path, 0) as stretch:
+        stretch.write(memoryview(DATA[:50]))
+        raise KeyError
+    assert path.read_bytes() == bytes(100)
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +100,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def write(self, data: object) -> int:  # type: ignore[override]
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(uncached, "_open_uncached", Full)
+    monkeypatch.setattr(stretches, "FileIO", Full)
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     with pytest.raises(OSError, match="No space"), StretchWriter(path, 0) as stretch:
