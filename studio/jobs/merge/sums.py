@@ -7,8 +7,6 @@ from xxhash import xxh3_64
 from studio.jobs.base.weights.by_rows import workers
 from studio.jobs.base.weights.tensor_files import Stored
 
-_PIECE_BYTES = 2**20
-
 
 def sum_of(stored: Stored) -> str:
     """Return the checksum of a tensor in a file.
@@ -21,7 +19,7 @@ def sum_of(stored: Stored) -> str:
         BadInput: It became shorter while it was read.
     """
     hashed = xxh3_64()
-    for piece in stored.pieces(_PIECE_BYTES):
+    for piece in stored.pieces():
         hashed.update(piece)
     return hashed.hexdigest()
 
