@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
+from studio.commands.runs_list import fitted
 from studio.core.events import Started, StepDone
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from studio.runs.note import write_note
 from studio.runs.process import is_alive, read_mark
 from studio.runs.status import Status, run_status
 from studio.runs.store import find_run
@@ -42,6 +45,42 @@ def test_a_list_in_words_and_in_json(cli: Cli, trained: RunPaths) -> None:
     assert line.split()[:7] == [trained.name, "finished", "qlora", "embedded", "5/5", "2.4261", "2.0000"]
     (info,) = cli("runs", "list", "--json").document
     assert (info["run"], info["status"], info["step"], info["eval_loss"]) == (trained.name, "finished", 5, 2.0)
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_in_a_terminal_no_line_of_the_list_is_broken(
+    cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    for name in ("one", "a-name-that-somebody-has-made-rather-long"):
+        paths = make_run(home, name)
+        write_log(paths, Started(at=1.0, job="train", method="qlora", model="meta-llama/Llama-3.1-8B-Instruct"))
+        write_note(paths, "学习率减半, the best so far\t" + "x" * 40)
+    piped = cli("runs", "list").out
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli("runs", "list").out == piped, "a pipe has no width"
+    monkeypatch.setattr("studio.commands.runs_list.sys.stdout.isatty", lambda: True, raising=False)
+    lines = cli("runs", "list").out.splitlines()
+    assert max(map(cell_len, lines[:-1])) <= columns
+    assert lines[0].split()[:2] == ["run", "status"]
+    assert all(line.split()[1] == "crashed" for line in lines[1:3])
+    assert lines[-1].startswith("not shown: model, method")
+
+
+def test_a_terminal_that_is_wide_enough_shows_the_list_as_a_pipe_does(
+    cli: Cli, trained: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped = cli("runs", "list").out
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("studio.commands.runs_list.sys.stdout.isatty", lambda: True, raising=False)
+    assert cli("runs", "list").out == piped
+
+
+def test_what_is_shortened_in_a_terminal_first_is_what_can_be_told_from_less() -> None:
+    row = ["run-20260101-120000", "finished", "qlora", "a/model", "5/5", "2.4261", "2.0000", "12:30", ""]
+    head, line, *told = fitted([row], 80).splitlines()
+    assert (head.split(), told) == (["run", "status", "method", "model", "step", "loss", "held-out", "started"], [])
+    assert line.split() == row[:-1]
+    assert "2026-…" not in fitted([[*row[:3], "m" * 60, *row[4:7], "2026-01-01", "n" * 60]], 80)
 
 
 def test_runs_dir_works_before_and_after_the_verb(cli: Cli, trained: RunPaths, tmp_path: Path) -> None:
