@@ -36,6 +36,19 @@ class Aside:
         return self.folder.with_name(f"{self.folder.name}.lock")
 
     @property
+    def owner(self) -> str:
+        """The name of the run that wrote here last; empty where that is not known."""
+        try:
+            return self._claim.read_text("utf-8")
+        except (OSError, ValueError):
+            return ""
+
+    @property
+    def _claim(self) -> Path:
+        # Not in the lock: who only tries to take it empties the file. Not in the folder: that becomes the result.
+        return self.folder.with_name(f"{self.folder.name}.run")
+
+    @property
     def held(self) -> bool:
         """Whether a living job writes here; the merge before an export outlives a killed export."""
         return lock_held(self.lock) or (self.merged is not None and merge_aside(self.merged).held)
@@ -46,11 +59,25 @@ class Aside:
         merged = [self.merged, merge_aside(self.merged).folder] if self.merged else []
         return [folder for folder in (self.folder, *merged) if folder.is_dir()]
 
+    def claim(self, paths: RunPaths) -> None:
+        """Say whose it is from now on: another run that was killed may have left something here, and loses it.
+
+        Raises:
+            OSError: Nothing can be written there.
+        """
+        self._claim.write_text(paths.name, "utf-8")
+
+    def disclaim(self) -> None:
+        """Forget whose it is: nothing of it is left."""
+        with suppress(OSError):
+            self._claim.unlink()
+
     def clear(self) -> None:
         """Delete all of it, as far as the disk allows."""
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
         if self.merged is not None and not merge_aside(self.merged).held:
+            merge_aside(self.merged).disclaim()
             with suppress(OSError):
                 merge_aside(self.merged).lock.unlink()
 
@@ -91,20 +118,25 @@ def only_writer(aside: Aside, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not aside.folder.exists():
+            aside.disclaim()
         lock.release()
         with suppress(OSError):
             aside.lock.unlink()
 
 
 def left_by(paths: RunPaths) -> Aside | None:
-    """Return where a killed merge or export has left something; None for any other run, or where there is nothing."""
+    """Return where a killed merge or export has left something; None for any other run, or where there is nothing.
+
+    What another run has taken up or made anew since is that run's.
+    """
     try:
         job = read_job(paths)
         if not isinstance(job, MergeRequest | ExportRequest):
             return None
         out = Path(job.out)
         aside = export_aside(out) if isinstance(job, ExportRequest) else merge_aside(out)
-        if not aside.folders or aside.held:
+        if not aside.folders or aside.held or aside.owner not in ("", paths.name):
             return None
     except (StudioError, OSError, ValueError):  # ValueError: out is no path that has a name, as in a run edited by hand
         return None

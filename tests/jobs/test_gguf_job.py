@@ -342,6 +342,7 @@ def test_an_export_that_was_killed_and_is_not_wanted_any_more_gives_its_room_bac
     _kill_while_it_converts(killed, ExportRequest(str(adapter), str(tmp_path / "out"), "q8_0", base=str(base)), tools)
     (found,) = left_over(tmp_path)
     assert found.run == killed
+    assert export_aside(tmp_path / "out").owner == killed.name
     model = (tmp_path / ".merged-for-out" / "model.safetensors").stat().st_size
     assert found.size_bytes > model > 100_000
     # Another export into the same folder says so, and goes its own way.

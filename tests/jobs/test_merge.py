@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
+from studio.jobs.merge.job import write_steps
 from studio.probe.start import check_merge
+from studio.runs.aside import merge_aside
 from studio.runs.history import History
 from studio.runs.job import MergeRequest
 from studio.runs.layout import RunPaths
@@ -129,6 +132,21 @@ def test_an_output_that_holds_something_is_left_alone(adapter: Path, merge: Merg
     (out / "mine.txt").write_text("mine")
     assert "not empty" in _failure(merge(adapter, tiny, out))
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_while_it_writes_the_folder_is_the_runs_own(
+    adapter: Path, merge: Merge, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners: list[str] = []
+
+    def write_all(*words: Any, **named: Any) -> None:
+        owners.append(merge_aside(tmp_path / "out").owner)
+        write_steps(*words, **named)
+
+    monkeypatch.setattr("studio.jobs.merge.job.write_steps", write_all)
+    paths = merge(adapter, tiny, tmp_path / "out")
+    assert owners == [paths.name]
+    assert not merge_aside(tmp_path / "out").owner
 
 
 def test_a_missing_base_is_named(adapter: Path, merge: Merge, tmp_path: Path) -> None:

@@ -130,6 +130,33 @@ def test_removing_a_run_leaves_alone_what_another_job_has_taken_up(tmp_path: Pat
         assert len(aside.folders) == 3
 
 
+@pytest.mark.parametrize("kind", ["merge", "export"])
+def test_a_run_that_was_killed_takes_along_only_what_it_wrote_last(tmp_path: Path, out: Path, kind: str) -> None:
+    merges = kind == "merge"
+    request = MergeRequest("/adapter", "", str(out)) if merges else ExportRequest("/adapter", str(out), "q8_0")
+    aside = merge_aside(out) if merges else export_aside(out)
+    first, second = (_killed(tmp_path, request, name) for name in ("first", "second"))
+    _fill(aside)
+    aside.claim(first)
+    aside.claim(second)
+    assert left_by(first) is None
+    remove_run(first)
+    assert len(aside.folders) == (1 if merges else 3)
+    assert [found.run for found in left_over(tmp_path / "runs")] == [second]
+    remove_run(second)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_nobody_owns_a_folder_that_is_gone_or_became_the_result(tmp_path: Path, out: Path) -> None:
+    aside = merge_aside(out)
+    aside.folder.mkdir(parents=True)
+    with only_writer(aside, out):
+        aside.claim(new_run(tmp_path / "runs", "merge", DAY))
+        assert aside.owner
+        aside.folder.replace(out)
+    assert list(out.parent.iterdir()) == [out]
+
+
 def test_only_one_writes_at_a_time_and_no_lock_is_left(out: Path) -> None:
     out.parent.mkdir()
     aside = merge_aside(out)

@@ -61,6 +61,7 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = export_aside(out)
     with only_writer(aside, out):
+        aside.claim(worker.paths)
         work = Work(worker, aside)
         _tell_left_over(work, out.parent)
         _export(work, request, out)

@@ -109,6 +109,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
 
     shards = lay_out((output for step in steps.steps for output in step.outputs), SHARD_BYTES)
     tell = _teller(worker)
+    merge_aside(Path(request.out)).claim(worker.paths)
     writer = ShardWriter(
         aside,
         shards,
