@@ -6,6 +6,8 @@ A recipe says what is wanted. It does not know the machine, the model's shape or
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
+from studio.core.text import plain
+
 Method = Literal["lora", "qlora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 QuantType = Literal["nf4", "fp4"]
@@ -19,6 +21,7 @@ AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 ALL_LINEAR = "all-linear"
 EMBEDDED = "embedded"
+_LONGEST_FOUND, _MOST_LISTED = 100, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +189,18 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.path}: found {self.found}; wanted {self.allowed}"
+
+
+def found_value(value: Any) -> str:
+    """Return a value for a message: written as in a recipe, short enough for a line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return plain(f"[{', '.join(map(found_value, value[:_MOST_LISTED]))}]", limit=_LONGEST_FOUND)
+    if isinstance(value, dict):
+        return "a table"
+    # Dates are written in TOML as Python prints them; texts need their quotes.
+    return plain(repr(value) if isinstance(value, str | int | float) else str(value), limit=_LONGEST_FOUND)
 
 
 def _paths() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from studio.core.adapter_text import LAYERS_FORM, MODULES_FORM, PATTERN_FORM, layers_of, modules_of, pattern_of
 from studio.core.knobs import KNOBS
-from studio.core.recipe import ALL_LINEAR, PATHS, Problem, Recipe, choices_of
+from studio.core.recipe import ALL_LINEAR, PATHS, Problem, Recipe, choices_of, found_value
 
 _NEEDED = ("name", "model.base", "data.path", "device.device")
 _PATTERNS = {"adapter.rank_pattern": "adapter.rank", "adapter.alpha_pattern": "adapter.alpha"}
@@ -31,20 +31,20 @@ def _field(path: str, value: Any) -> Iterator[Problem]:
     knob = KNOBS.get(path)
     if choices:
         if value not in choices:
-            yield Problem(path, repr(value), " or ".join(choices))
+            yield Problem(path, found_value(value), " or ".join(choices))
     elif path == "adapter.targets":
         yield from _targets(value)
     elif PATHS[path] is bool:
         if not isinstance(value, bool):
-            yield Problem(path, repr(value), "true or false")
+            yield Problem(path, found_value(value), "true or false")
     elif PATHS[path] is str:
         yield from _text(path, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        yield Problem(path, repr(value), knob.allowed if knob else "a number")
+        yield Problem(path, found_value(value), knob.allowed if knob else "a number")
     elif not math.isfinite(value) or (PATHS[path] is int and value != int(value)):
-        yield Problem(path, repr(value), knob.allowed if knob else "a whole number")
+        yield Problem(path, found_value(value), knob.allowed if knob else "a whole number")
     elif knob and not knob.low <= value <= knob.high:
-        yield Problem(path, repr(value), knob.allowed)
+        yield Problem(path, found_value(value), knob.allowed)
 
 
 def _targets(value: Any) -> Iterator[Problem]:
@@ -52,25 +52,27 @@ def _targets(value: Any) -> Iterator[Problem]:
     sound = isinstance(names, tuple) and names and all(isinstance(name, str) and name.strip() for name in names)
     if not sound or (ALL_LINEAR in names and len(names) > 1):
         yield Problem(
-            "adapter.targets", repr(value), f'"{ALL_LINEAR}" or a list of module names such as ["q_proj", "v_proj"]'
+            "adapter.targets",
+            found_value(value),
+            f'"{ALL_LINEAR}" or a list of module names such as ["q_proj", "v_proj"]',
         )
 
 
 def _text(path: str, value: Any) -> Iterator[Problem]:
     if not isinstance(value, str):
-        yield Problem(path, repr(value), "text in quotes")
+        yield Problem(path, found_value(value), "text in quotes")
     elif not value.strip() and path in _NEEDED:
         yield Problem(path, "nothing", "a name or path")
     elif "\0" in value or not _encodable(value):
-        yield Problem(path, repr(value), "text without NUL characters and lone surrogates")
+        yield Problem(path, found_value(value), "text without NUL characters and lone surrogates")
     elif path == "device.device" and not _DEVICE.fullmatch(value):
-        yield Problem(path, repr(value), "auto, cpu, cuda or cuda:N")
+        yield Problem(path, found_value(value), "auto, cpu, cuda or cuda:N")
     elif path in _LISTS:
         read, form = _LISTS[path]
         try:
             read(value)
         except ValueError as error:
-            yield Problem(path, repr(str(error)), form)
+            yield Problem(path, found_value(str(error)), form)
     elif path in _PATTERNS:
         yield from _pattern(path, value)
 
@@ -79,7 +81,7 @@ def _pattern(path: str, text: str) -> Iterator[Problem]:
     try:
         numbers = pattern_of(text)
     except ValueError as error:
-        yield Problem(path, repr(str(error)), PATTERN_FORM)
+        yield Problem(path, found_value(str(error)), PATTERN_FORM)
         return
     knob = KNOBS[_PATTERNS[path]]
     for name, number in numbers.items():

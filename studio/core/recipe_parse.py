@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.recipe import PATHS, Problem, Recipe, choices_of
+from studio.core.recipe import PATHS, Problem, Recipe, choices_of, found_value
 from studio.core.text import plain
 
 _SECTIONS = tuple(dict.fromkeys(path.split(".")[0] for path in PATHS if "." in path))
+_MOST_TOLD = 50
+_LONGEST_KEY = 100
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -25,7 +27,7 @@ def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
         elif path in _SECTIONS:
             unknown.append(Problem(path, _kind_of(value), f"a table: [{path}] with its fields below"))
         else:
-            unknown.append(Problem(path, "an unknown key", _nearest(path)))
+            unknown.append(_unknown_key(path, told=len(unknown) < _MOST_TOLD))
     refuse((*unknown, *recipe.problems()))
     return recipe
 
@@ -42,7 +44,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         if not equals:
             unknown.append(Problem(word, "no '='", "path=value, such as train.learning_rate=2e-4"))
         elif path not in PATHS:
-            unknown.append(Problem(path, "an unknown key", _nearest(path)))
+            unknown.append(_unknown_key(path))
         else:
             recipe = recipe.with_(path, value_from_text(path, text))
     refuse((*unknown, *recipe.problems()))
@@ -72,7 +74,8 @@ def refuse(problems: Iterable[Problem]) -> None:
     lines = [plain(str(problem), one_line=True) for problem in problems]
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise BadInput(f"the recipe has {count}:\n" + "\n".join(f"  {line}" for line in lines))
+        more = [f"... and {len(lines) - _MOST_TOLD} more"] if len(lines) > _MOST_TOLD else []
+        raise BadInput("\n  ".join((f"the recipe has {count}:", *lines[:_MOST_TOLD], *more)))
 
 
 def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -84,7 +87,8 @@ def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _kind_of(value: Any) -> str:
-    return "a list of tables" if isinstance(value, list) and value and isinstance(value[0], Mapping) else repr(value)
+    tables = isinstance(value, list) and value and isinstance(value[0], Mapping)
+    return "a list of tables" if tables else found_value(value)
 
 
 def _shaped(path: str, value: Any) -> Any:
@@ -104,15 +108,23 @@ def _number(kind: Any, text: str) -> Any:
     return int(number) if kind is int and number.is_integer() else number
 
 
+def _unknown_key(path: str, *, told: bool = True) -> Problem:
+    # Looking for a near one takes a millisecond, and a file that is no recipe may have a hundred thousand keys.
+    return Problem(plain(path, limit=_LONGEST_KEY), "an unknown key", _nearest(path) if told else "")
+
+
 def _nearest(path: str) -> str:
     by_last = {known.rpartition(".")[2]: known for known in PATHS}
-    last = path.rpartition(".")[2]
-    close = difflib.get_close_matches(path, [*PATHS, *_SECTIONS], n=1)
-    close_last = difflib.get_close_matches(last, by_last, n=1)
+    section, _, last = path.rpartition(".")
+    fields = [name for name, known in by_last.items() if section and known == f"{section}.{name}"]
+    close = [] if fields else difflib.get_close_matches(path, [*PATHS, *_SECTIONS], n=1)
+    close_last = difflib.get_close_matches(last, fields, n=1) or difflib.get_close_matches(last, by_last, n=1)
     if last in by_last:
         return f"perhaps {by_last[last]}"
     if close:
         return f"perhaps {close[0]}"
     if close_last:
         return f"perhaps {by_last[close_last[0]]}"
+    if fields:
+        return f"one of the fields of [{section}]: {', '.join(fields)}"
     return "one of the tables " + ", ".join(_SECTIONS)

@@ -1,6 +1,8 @@
 """The recipe: values in and out, all problems named, unknown keys refused with the nearest name."""
 
 import dataclasses
+import datetime
+import difflib
 import tomllib
 
 import pytest
@@ -53,7 +55,7 @@ def test_every_problem_is_listed_with_field_found_and_allowed() -> None:
         "method: found 'dora'; wanted lora or qlora",
         "adapter.rank: found 0; wanted 1 to 1024",
         "adapter.alpha: found nan",
-        "adapter.targets: found ()",
+        "adapter.targets: found []",
         "perhaps train.learning_rate",
         "train.micro_batch: found 2.5",
         "train.optimizer: found 'sgd'; wanted adamw_torch or adamw_8bit",
@@ -193,3 +195,43 @@ def test_there_is_nothing_to_offload_without_checkpoints() -> None:
 def test_choices_come_from_the_types() -> None:
     assert choices_of("method") == ("lora", "qlora")
     assert choices_of("train.steps") == ()
+
+
+def _told(table: dict[str, object]) -> str:
+    with pytest.raises(BadInput) as caught:
+        recipe_from_dict(table)
+    return str(caught.value)
+
+
+def test_what_was_found_is_written_as_in_a_recipe_and_cut_where_it_is_long() -> None:
+    told = _told(
+        {
+            "name": datetime.date(1979, 5, 27),
+            "method": "x" * 300_000,
+            "adapter": {"targets": [1, True, ["a"]]},
+            "train": {"accumulation": True, "steps": {"a": 1}},
+        }
+    )
+    assert "name: found 1979-05-27; wanted text in quotes" in told
+    assert "adapter.targets: found [1, true, ['a']]; wanted" in told
+    assert "train.accumulation: found true; wanted" in told
+    assert "train.steps: found a table; wanted" in told
+    assert "method: found 'xxx" in told
+    assert len(told) < 1000
+
+
+def test_an_unknown_field_of_a_known_table_is_answered_with_its_fields() -> None:
+    assert "data.file: found an unknown key; wanted one of the fields of [data]: path, format" in _told(
+        {"data": {"file": "rows.jsonl"}}
+    )
+    assert "train.batch: found an unknown key; wanted perhaps train.micro_batch" in _told({"train": {"batch": 4}})
+
+
+def test_a_file_of_a_hundred_thousand_foreign_keys_is_refused_in_a_screenful(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *words, n: asked.append(words) or [])
+    told = _told({f"key{number}": 1 for number in range(100_000)})
+    assert told.startswith("the recipe has 100000 problems:")
+    assert told.endswith("... and 99950 more")
+    assert len(told.splitlines()) == 52
+    assert len(asked) < 200
