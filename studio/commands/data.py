@@ -98,7 +98,7 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
         say(f"columns not used: {', '.join(plain(column, one_line=True) for column in data.ignored_columns)}")
     for unit, spread in report["lengths"].items():
         if spread:
-            parts = (f"{key} {value:,g}" for key, value in spread.items())
+            parts = (f"{key} {_count(value)}" for key, value in spread.items())
             told = "tokens (the chat template's own not counted)" if unit == "tokens" else unit
             say(f"{told} per row: {', '.join(parts)}".replace("total", "in all"))
     for finding in report["findings"]:
@@ -111,8 +111,12 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
     say("it can be trained on" if report["ok"] else "it must be corrected before training")
 
 
+def _count(value: float) -> str:
+    """A count, or the median of two, which may lie half-way."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {text}; wanted a whole number above 0")
-    return value
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number above 0")
+    return int(text)

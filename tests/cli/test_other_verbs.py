@@ -129,6 +129,13 @@ def test_data_to_be_corrected_is_a_no_with_findings(cli: Cli, home: Path) -> Non
     assert "must be corrected" in told.out
 
 
+def test_lengths_of_many_characters_are_written_out(cli: Cli, home: Path) -> None:
+    Path("long.jsonl").write_text('{"text": "' + "a" * 1_234_567 + '"}\n{"text": "ab"}\n')
+    told = cli("data", "check", "long.jsonl").out
+    assert "min 2, median 617,284.5, p95 1,234,567, max 1,234,567, in all 1,234,569" in told
+    assert "text (text), 2 rows\n" in told
+
+
 def test_tokens_are_counted_by_the_models_own_tokenizer(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     words = {"question": 0, "answer": 1, "[UNK]": 2}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))

@@ -213,3 +213,19 @@ def test_the_room_never_imports_the_jobs_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_object_with_a_million_keys_of_which_one_stands_twice(file: Path) -> None:
+    """Looking for the twin must not compare every key with every other: that took hours."""
+    keys = ",".join(f'"k{number}":1' for number in range(300_000))
+    file.write_bytes(ROW + b"\n{" + keys.encode() + b',"k299999":2}\n')
+    script = f"from pathlib import Path; from studio.probe.data import read_data; read_data(Path({str(file)!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert "line 2: not JSON: the key 'k299999' stands twice" in done.stderr
+
+
+def test_faults_are_told_in_plain_words(file: Path) -> None:
+    file.write_bytes(b'{"prompt": "a\x00", "completion": "b"}\n{"prompt": ' + b"9" * 5000 + b"}\n" + ROW + b"\n")
+    message = refusal(file)
+    assert "line 1: not JSON: invalid control character at column 14, found" in message
+    assert "line 2: not JSON: a number of thousands of digits" in message

@@ -1,6 +1,7 @@
 """Raw rows of JSON Lines and JSON files. A bad line is a finding and reading goes on; bytes not in UTF-8 end it."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,8 @@ def _parsed(text: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+        often = Counter(key for key, _ in pairs)
+        raise _DuplicateKey(next(key for key in table if often[key] > 1))
     return table
 
 
@@ -136,12 +137,13 @@ def _fault(error: Exception, text: str) -> str:
     if isinstance(error, json.JSONDecodeError):
         near = text[error.pos : error.pos + _SNIPPET_CHARACTERS]
         found = f"found '{plain(near, one_line=True)}'" if near.strip() else "but the text ends there"
-        return f"{error.msg.lower()} at column {error.colno}, {found}"
+        return f"{error.msg.lower().removesuffix(' at')} at column {error.colno}, {found}"
     if isinstance(error, _DuplicateKey):
         return f"the key '{plain(str(error), one_line=True, limit=40)}' stands twice in one object"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return plain(str(error), one_line=True, limit=120)
+    # Of the numbers, Python refuses whole ones of more than 4300 digits, and tells it in terms of its own settings.
+    return "a number of thousands of digits"
 
 
 def _name(path: Path) -> str:

@@ -97,4 +97,5 @@ class DataSet:
 
     def described(self) -> str:
         """Return what was recognised, for a person: `chat (messages), 591 rows`."""
-        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {len(self.rows)} rows"
+        rows = "1 row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
+        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {rows}"
