@@ -11,11 +11,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from studio.core.events import KINDS, RunEvent, Unknown
 
 _LARGEST = 2**53
+_LATEST_SECONDS = 2.5e11
+"""Unix seconds in the year 9892: later moments have no date, and asking for one ends the program that asks."""
 
 
 def well_typed(event: RunEvent) -> bool:
     """Return whether every field holds its declared type and every whole number fits a 64-bit float exactly."""
-    if not math.isfinite(event.at):
+    if not is_moment(event.at):
         return False
     if isinstance(event, Unknown):
         return True
@@ -25,6 +27,11 @@ def well_typed(event: RunEvent) -> bool:
         if kind not in allowed or (kind is int and not -_LARGEST <= value <= _LARGEST):
             return False
     return True
+
+
+def is_moment(at: float) -> bool:
+    """Return whether unix seconds have a date."""
+    return math.isfinite(at) and abs(at) <= _LATEST_SECONDS
 
 
 def _types(hint: Any) -> set[type]:

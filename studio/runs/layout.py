@@ -1,5 +1,6 @@
 """The run directory: which file lies where, and how a new one gets its name."""
 
+import os
 import re
 import time
 import unicodedata
@@ -12,6 +13,10 @@ from studio.core.text import plain
 _OWNER_ONLY = 0o700
 _LONGEST_SLUG = 48
 _MOST_TWINS = 1000
+_READ = (
+    *("recipe.toml", "events.jsonl", "plan.json", "output.log", "process.json", "launch.json", "report.json"),
+    *("next.txt", "note.txt"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,8 @@ class RunPaths:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder is a run at all."""
-        return self.recipe.is_file() or self.events.is_file()
+        """Whether the folder is a run at all; with a pipe or device for a file, which would never end, it is not."""
+        return (self.recipe.is_file() or self.events.is_file()) and not _never_ends(self.root)
 
 
 def new_run(runs_root: Path, name: str, now: float) -> RunPaths:
@@ -124,6 +129,16 @@ def new_run(runs_root: Path, name: str, now: float) -> RunPaths:
             "Choose another place with --runs-dir or LORA_STUDIO_HOME."
         ) from error
     raise BadInput(f"{_MOST_TWINS} runs are named {stem} already: wait a second or choose another name.")
+
+
+def _never_ends(folder: Path) -> bool:
+    """Whether one of the files that a look at a run reads is a pipe or device, also through a link."""
+    try:
+        with os.scandir(folder) as entries:
+            odd = [entry for entry in entries if entry.name in _READ and not entry.is_file(follow_symlinks=False)]
+            return any(not (entry.is_file() or entry.is_dir()) and Path(entry).exists() for entry in odd)
+    except OSError:
+        return False
 
 
 def slug(name: str) -> str:

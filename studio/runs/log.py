@@ -16,7 +16,7 @@ from typing import Any
 
 from studio.core.errors import JobFailed
 from studio.core.events import Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
-from studio.runs.events_check import well_typed
+from studio.runs.events_check import is_moment, well_typed
 
 DISK_FULL = "disk_full"
 """The kind of failure that a full disk is."""
@@ -167,7 +167,7 @@ def event_from_line(line: bytes) -> RunEvent | None:
         table = json.loads(line)
         if isinstance(table, dict):
             event = event_from_dict(table)
-            return event if well_typed(event) else Unknown(at=event.at, raw=table)
+            return event if well_typed(event) else Unknown(at=event.at if is_moment(event.at) else 0.0, raw=table)
     except (ValueError, OverflowError, RecursionError):
         pass
     return Unknown(at=0.0, raw={"text": line[:_KEPT_OF_BAD_LINE].decode("utf-8", "replace")})

@@ -258,3 +258,11 @@ def _python(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
     )
+
+
+@pytest.mark.parametrize("at", ["1e300", "-1e300", "1e999", "NaN"])
+def test_a_moment_without_a_date_is_none_of_ours(at: str) -> None:
+    for kind in ("Phase", "Other"):
+        event = event_from_line(f'{{"schema": 1, "kind": "{kind}", "at": {at}, "name": "load"}}'.encode())
+        assert isinstance(event, Unknown)
+        assert event.at == 0.0

@@ -144,3 +144,19 @@ def test_hundreds_of_long_runs_are_listed_without_reading_them_whole(tmp_path: P
     assert len(infos) == 21
     assert all(info.last_step == 20_000 and info.total == 20_000 for info in infos)
     assert read < 0.2 * 21 * len(text)
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "recipe.toml", "note.txt", "process.json"])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_pipe_or_device_among_the_files_of_a_run_does_not_hold_up_the_list(
+    tmp_path: Path, name: str, link: bool
+) -> None:
+    _trained(tmp_path, "real", DAY)
+    trap = _trained(tmp_path, "trap", DAY)
+    place = trap.root / name
+    place.unlink(missing_ok=True)
+    if link:
+        place.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(place)
+    assert [info.name[:4] for info in list_runs(tmp_path / "runs")] == ["real"]
