@@ -11,6 +11,7 @@ from studio.probe.adapter_folder import Checkpoint, list_checkpoints
 from studio.runs.chat import ChatProcess, ChatRequest
 from studio.runs.job import EXPORT_FORMATS, GGUF_FORMATS, MergeRequest, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
 
 MERGED = "merged"
 """The output that all others are made from: the 16-bit model."""
@@ -82,8 +83,21 @@ def read_facts(paths: RunPaths) -> MergeFacts:
         why = str(error)
     found = tuple(list_checkpoints(paths))
     if not found or found[-1].folder is not None:
-        why = "it has no adapter yet: it must be trained or stopped first"
+        why = "it has no adapter yet: once its training has ended or was stopped, it is offered here"
     return MergeFacts(paths, job, found, size, psutil.virtual_memory().available, why)
+
+
+def run_standing(paths: RunPaths) -> tuple[Status, int | None, int | None]:
+    """Return what changes when there is something else to merge: the run's status, its adapter, its checkpoints."""
+    return (run_status(paths), _changed_at(paths.adapter), _changed_at(paths.checkpoints))
+
+
+def _changed_at(folder: Path) -> int | None:
+    """Return when something was last made in a folder, in nanoseconds; None where there is none."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def estimates_of(size_bytes: int | None) -> list[OutputEstimate]:

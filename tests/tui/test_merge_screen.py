@@ -26,7 +26,7 @@ from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.merge import MergeScreen, merge_screen_for
 from studio.tui.screens.merge_progress import MergeProgressScreen
 from tests.fakes.runs import LiveWorker, write_log
-from tests.tui.stories import HOSTILE, NARROW, SELDOM, WIDE, assert_harmless, make_run, play, settle, shown
+from tests.tui.stories import HOSTILE, NARROW, SELDOM, WIDE, assert_harmless, make_run, play, settle, shown, until
 
 SIXTEEN_GB = 16 * 10**9
 
@@ -283,6 +283,30 @@ def test_keys_of_the_run_and_of_the_list_lead_here(tmp_path: Path) -> None:
         assert isinstance(app.screen, MergeScreen)
 
     play(story, tmp_path, open_run=run)
+
+
+def test_the_end_of_a_training_that_still_ran_is_noticed(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path, why_not="it has no adapter yet")
+    run = make_run(tmp_path, "trained")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, MergeScreen(run, work=fake.work(), poll_seconds=0.02))
+        assert "has no adapter yet" in shown(app)
+        app.screen.query_one("#checkpoints", PickOne).highlighted = 1
+        app.screen.query_one("#outputs", PickMany).turn("q8_0")
+        app.screen.query_one("#merge-out", Input).focus()
+        fake.why_not = ""
+        run.adapter.mkdir()
+        await until(pilot, lambda: "cannot be merged" not in shown(app))
+        assert app.screen.query_one("#checkpoints", PickOne).chosen == 1, "what was chosen stays"
+        assert app.screen.query_one("#outputs", PickMany).chosen == ["merged", "q8_0"]
+        assert app.focused is app.screen.query_one("#merge-out")
+        app.set_focus(app.screen.query_one("#onto"))
+        await pilot.press("r")
+        await settle(pilot)
+        assert len(fake.started) == 1
+
+    play(story, tmp_path)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from studio.tui.merging import (
     free_disk,
     merge_request,
     proposed_out,
+    run_standing,
 )
 from studio.tui.panels.merge_lists import PickMany, PickOne
 from studio.tui.panels.merge_text import (
@@ -92,10 +93,11 @@ class MergeScreen(Screen[None]):
         Args:
             paths: The run.
             work: What looks and starts.
-            poll_seconds: Pace at which a started merge is looked at.
+            poll_seconds: Pace at which a started merge is looked at; the run, which may not have ended, at a quarter.
         """
         super().__init__()
         self._paths, self._work, self._poll_seconds = paths, work or MergeWork(), poll_seconds
+        self._standing = run_standing(paths)
         self._facts: MergeFacts | None = None
         self._rows: list[OutputEstimate] = []
         self._starting = False
@@ -117,23 +119,32 @@ class MergeScreen(Screen[None]):
         yield KeyFooter()
 
     def on_mount(self) -> None:
-        """Look at the run."""
+        """Look at the run, and again when something of it has changed: training may still go on."""
         self._look()
+        self.set_interval(4 * self._poll_seconds, self._look_again)
+
+    def _look_again(self) -> None:
+        before, self._standing = self._standing, run_standing(self._paths)
+        if self._standing != before:
+            self._look()
 
     def on_merge_screen_known(self, message: Known) -> None:
-        """Fill the lists; the best checkpoint by held-out loss is chosen, else the run's adapter."""
-        facts = self._facts = message.facts
-        best = best_of(facts.checkpoints)
+        """Fill the lists; chosen is the user's checkpoint, else the best by held-out loss, else the run's adapter."""
+        before, facts = self._facts, message.facts
         checkpoints = self.query_one("#checkpoints", PickOne)
-        chosen = facts.checkpoints.index(best) if best else max(0, len(facts.checkpoints) - 1)
+        own = before.checkpoints[checkpoints.chosen] if before and checkpoints.chosen != _first_choice(before) else None
+        chosen = facts.checkpoints.index(own) if own in facts.checkpoints else _first_choice(facts)
+        self._facts, best = facts, best_of(facts.checkpoints)
         checkpoints.fill([checkpoint_line(one, best) for one in facts.checkpoints], chosen)
         base = plain(facts.recipe.model.base, one_line=True, limit=60)
         self.query_one("#merge-into", Static).update(Content(f"Merge into {base} ({facts.recipe.method} run)"))
-        self._rows = estimates_of(facts.base_bytes)
-        self._outputs.fill({row.form: output_line(row) for row in self._rows})
+        if before is None or before.base_bytes != facts.base_bytes:
+            self._rows = estimates_of(facts.base_bytes)
+            self._outputs.fill({row.form: output_line(row) for row in self._rows})
         self._refuse(f"This run cannot be merged here: {facts.why_not}" if facts.why_not else "")
         self._show_totals()
-        checkpoints.focus()
+        if before is None:
+            checkpoints.focus()
 
     def on_merge_screen_refused(self, message: Refused) -> None:
         """Say why."""
@@ -220,6 +231,11 @@ class MergeScreen(Screen[None]):
 
     def _refuse(self, why: str) -> None:
         self.query_one("#merge-refused", Static).update(Content(plain(why)))
+
+
+def _first_choice(facts: MergeFacts) -> int:
+    best = best_of(facts.checkpoints)
+    return facts.checkpoints.index(best) if best else max(0, len(facts.checkpoints) - 1)
 
 
 def merge_screen_for(paths: RunPaths, *, poll_seconds: float = 0.5) -> Screen[None]:
