@@ -18,7 +18,7 @@ from studio.core.measured import COMPONENTS, measured_plan
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import apply_settings
 from studio.core.text import plain
-from studio.core.trainable import check_rank, target_names
+from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
@@ -92,7 +92,7 @@ def _plan(recipe: Recipe, setup: Setup, gpu: Gpu | None, budget_bytes: int | Non
         BadInput: The model is not there, or has no such targets.
     """
     shape = find_shape(recipe.model.base, recipe.model.revision)
-    check_rank(shape, target_names(shape, setup.targets), setup.rank)
+    check_adapted(shape, setup.adapted)
     return plan_to_dict(estimate_vram(shape, setup, gpu), shape, setup, gpu=gpu, budget_bytes=budget_bytes)
 
 

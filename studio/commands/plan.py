@@ -14,7 +14,7 @@ from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
 from studio.core.recipe import Loss, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
-from studio.core.trainable import check_rank, target_names
+from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.modules import FusedKernels
 from studio.core.vram.prequantised import as_it_lies
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
     card = card_for(args, recipe)
     setup = as_it_lies(_setup(args, recipe, card.gpu), shape.quantised)
-    check_rank(shape, target_names(shape, setup.targets), setup.rank)
+    check_adapted(shape, setup.adapted)
     estimate = refined(estimate_vram(shape, setup, card.gpu), shape, setup, card.gpu)
     estimate = calibrated(estimate, setup, card.gpu)
     if setup.quantised and setup.quant_type == "int8":

@@ -16,7 +16,7 @@ from studio.core.quantised_base import refusal
 from studio.core.recipe import Method, Recipe
 from studio.core.shape import ModelShape
 from studio.core.text import plain
-from studio.core.trainable import check_rank, target_names
+from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
 from studio.core.vram.setup import setup_of
 
@@ -99,7 +99,7 @@ class _Ground:
 
     def estimate(self, recipe: Recipe) -> VramEstimate:
         setup = setup_of(recipe, bf16=self.gpu is None or self.gpu.bf16)
-        check_rank(self.shape, target_names(self.shape, setup.targets), setup.rank)
+        check_adapted(self.shape, setup.adapted)
         return estimate_vram(self.shape, setup, self.gpu)
 
     def fits(self, recipe: Recipe) -> bool:

@@ -127,6 +127,29 @@ class AdaptedPart:
         )
 
 
+def check_adapted(shape: ModelShape, part: AdaptedPart) -> None:
+    """Refuse targets, a rank, layers or a pattern that a training on this model would refuse too.
+
+    Patterns that are more than a module's own name are left to the model: its paths are not known here.
+
+    Raises:
+        BadInput: Says which, and what this model has.
+    """
+    names = target_names(shape, part.targets)
+    check_rank(shape, names, part.rank)
+    if part.layers and part.layers[-1] >= shape.layers:
+        raise BadInput(
+            f"adapter.layers names layer {part.layers[-1]}; this model has {shape.layers}, numbered from 0: use "
+            f"numbers from 0 to {shape.layers - 1}, or leave adapter.layers empty for all"
+        )
+    for pattern, _ in part.rank_pattern:
+        if pattern.isidentifier() and pattern not in names:
+            raise BadInput(
+                f"adapter.rank_pattern names {plain(pattern, one_line=True, limit=60)!r}, which is no adapted module "
+                f"of this model. Use some of: {', '.join(sorted(names - {EXPERTS}))}"
+            )
+
+
 def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]:
     """Return the trained tensors as (how many, elements of each): A and B of every adapted map, and its magnitudes.
 

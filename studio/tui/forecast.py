@@ -8,7 +8,7 @@ from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB, Gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
-from studio.core.trainable import check_rank, target_names
+from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 
@@ -98,7 +98,7 @@ class Forecaster:
         return None if budget is None else self._largest(setup, budget)
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
-        check_rank(self.shape, target_names(self.shape, setup.targets), setup.rank)
+        check_adapted(self.shape, setup.adapted)
         estimate = estimate_vram(self.shape, setup, self.card.gpu)
         return self._correct(estimate, setup, self.card.gpu) if self._correct else estimate
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.shape_from_config import shape_from_config
-from studio.core.trainable import adapted, check_rank, target_names, trainable_parameters
+from studio.core.trainable import AdaptedPart, adapted, check_adapted, check_rank, target_names, trainable_parameters
 from tests.core.published_rows import DATA, compared, shapes
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
@@ -137,3 +137,17 @@ def test_a_rank_above_every_target_is_refused():
     check_rank(shape, names, 64)
     with pytest.raises(BadInput, match=r"65.*64"):
         check_rank(shape, names, 65)
+
+
+def test_what_a_training_would_refuse_is_refused_before_it():
+    shape = shape_from_config(TINY)
+    last = shape.layers - 1
+    check_adapted(shape, AdaptedPart("all-linear", 8, rank_pattern=(("q_proj", 4), ("layers.0.*", 2)), layers=(last,)))
+    with pytest.raises(BadInput, match=rf"layer {last + 1}; this model has {last + 1}.*0 to {last}"):
+        check_adapted(shape, AdaptedPart("all-linear", 8, layers=(0, last + 1)))
+    with pytest.raises(BadInput, match=r"rank_pattern names 'v_proj'.*some of: k_proj, q_proj"):
+        check_adapted(shape, AdaptedPart(("q_proj", "k_proj"), 8, rank_pattern=(("v_proj", 4),)))
+    with pytest.raises(BadInput, match=r"65.*64"):
+        check_adapted(shape, AdaptedPart("all-linear", 65))
+    with pytest.raises(BadInput, match=r"targets names 'nosuch'"):
+        check_adapted(shape, AdaptedPart("nosuch", 8))
