@@ -16,7 +16,7 @@ from studio.tui.panels import runs_table
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
-from tests.fakes.runs import LiveWorker
+from tests.fakes.runs import LiveWorker, write_log
 from tests.tui.stories import (
     HOSTILE,
     NARROW,
@@ -66,6 +66,24 @@ def test_runs_are_listed_newest_first(
         assert "stopped" in shown(app)
 
     play(story, tmp_path, size=size)
+
+
+def test_figures_that_come_later_are_not_cut_to_the_width_of_the_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "try")
+    write_log(run, Started(at=1.0, job="train"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        assert rows(app)[0][0] == "crashed"
+        write_log(run, Started(at=1.0, job="train"), StepDone(at=2.0, step=12345, loss=12.3456, tokens=1, seconds=1.0,
+                  learning_rate=1e-4, grad_norm=1.0), Finished(at=3.0, outcome="done"))  # fmt: skip
+        await until(pilot, lambda: rows(app)[0][2] != "-")
+        for figure in ("12345", "12.35", "finished"):
+            assert figure in rows(app)[0]
+            assert f"{figure} " in shown(app)
+
+    play(story, tmp_path, size=NARROW)
 
 
 def test_enter_opens_the_chosen_run_and_escape_comes_back(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ from studio.tui.readable import UNKNOWN, number
 LONGEST = 48
 _LONGEST_NOTE = 32
 _COLUMNS = ("status", "name", "step", "loss", "held-out", "note", "started", "method", "model")
-_GROWING = ("name", "note")
-"""Columns whose cells become longer: by a mark, by a note."""
 _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green", Status.starting: "green"}
 
 
@@ -64,7 +62,7 @@ class RunsTable(DataTable[Text]):
         for name, cells in self._shown.items():
             for column, cell, old in zip(_COLUMNS, cells, before[name], strict=True):
                 if cell.plain != old.plain:
-                    self.update_cell(name, column, cell, update_width=column in _GROWING)
+                    self.update_cell(name, column, cell, update_width=len(cell) != len(old))
         return len(self._shown)
 
 
