@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from studio import __version__
 from studio.core.errors import BadInput, StudioError
@@ -44,6 +44,16 @@ _DEBUG = "LORA_STUDIO_DEBUG"
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with nothing of the arguments reaching the terminal as it came."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what this verb does not know, which argparse would leave to the whole program, whose help is short."""
+        known, foreign = super().parse_known_args(args, namespace)
+        if foreign:
+            import difflib  # noqa: PLC0415  only a slip needs it
+
+            near = difflib.get_close_matches(foreign[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.8)
+            self.error(f"unrecognized arguments: {' '.join(foreign)}{f'; perhaps {near[0]}' if near else ''}")
+        return known, foreign
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {plain(message, one_line=True)}; see: {self.prog} --help\n")

@@ -169,6 +169,24 @@ def test_a_command_line_that_makes_no_sense(cli: Cli, home: Path, words: list[st
     assert len(outcome.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["plan", "demo", "--data", "x"],
+            "lora-studio plan: unrecognized arguments: --data x; see: lora-studio plan -",
+        ),
+        (["plan", "demo", "--jsn"], "lora-studio plan: unrecognized arguments: --jsn; perhaps --json; see: "),
+        (["runs", "list", "all"], "lora-studio runs list: unrecognized arguments: all; see: lora-studio runs list --"),
+        (["--jsno"], "lora-studio: unrecognized arguments: --jsno; see: lora-studio --help"),
+    ],
+)
+def test_a_word_that_the_verb_does_not_know_is_answered_with_the_verbs_help(
+    cli: Cli, home: Path, words: list[str], said: str
+) -> None:
+    _refused(cli(*words), home, said)
+
+
 @pytest.mark.parametrize("verb", ["show", "attach", "stop", "pause", "resume", "rm"])
 @pytest.mark.parametrize("word", ["last", "nosuch", "../..", "\x1b]0;title\x07", ""])
 def test_a_run_that_is_not_there(cli: Cli, home: Path, verb: str, word: str) -> None:
