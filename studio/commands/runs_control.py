@@ -64,12 +64,18 @@ def pause(args: argparse.Namespace) -> int:
     """Let a live run wait after its current step.
 
     Raises:
-        BadInput: There is no such run, or it is not live.
+        BadInput: There is no such run, it is not live, or no training.
     """
     paths = run_of(args)
     status = run_status(paths)
     if not status.live:
         raise BadInput(f"the run {plain(paths.name, one_line=True)} is {status}: only a live run can be paused.")
+    if (kind := kind_of(read_job(paths))) != "train":
+        name = plain(paths.name, one_line=True)
+        raise BadInput(
+            f"the run {name} is of the kind {kind}: only training pauses. Stop it with lora-studio runs stop {name}, "
+            f"and go on with lora-studio runs resume {name}."
+        )
     request(paths, "pause")
     _answer(args, paths, status, "pauses after its current step; continue it with: lora-studio runs resume")
     return DONE

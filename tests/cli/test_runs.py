@@ -8,7 +8,9 @@ import pytest
 from rich.cells import cell_len
 
 from studio.commands.runs_list import fitted
-from studio.core.events import Started, StepDone
+from studio.core.events import Finished, Started, StepDone
+from studio.runs.control import requested
+from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.note import write_note
@@ -17,7 +19,7 @@ from studio.runs.status import Status, run_status
 from studio.runs.store import find_run
 from studio.runs.supervise import stop
 from tests.cli.conftest import Cli
-from tests.fakes.runs import launch_fake, make_run, wait_for, write_log
+from tests.fakes.runs import LiveWorker, launch_fake, make_run, wait_for, write_log
 
 
 @pytest.fixture
@@ -168,6 +170,20 @@ def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
     assert again.out.endswith(": nothing to stop: the run is stopped already\n")
     assert cli("runs", "stop", "try", "--json").document["status"] == "stopped"
     assert cli("runs", "pause", "try").code == 2
+
+
+def test_what_cannot_pause_is_not_asked_to(cli: Cli, home: Path) -> None:
+    paths = make_run(home, "merge-try")
+    write_job(paths, MergeRequest(adapter="/a", base="embedded", out="/o"))
+    with LiveWorker(paths) as worker:
+        worker.emit(Started, job="merge", model="embedded")
+        outcome = cli("runs", "pause", "merge-try", "--json")
+        worker.emit(Finished, outcome="done")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert (
+        f"is of the kind merge: only training pauses. Stop it with lora-studio runs stop {paths.name}," in outcome.err
+    )
+    assert not requested(paths, "pause")
 
 
 def test_a_run_that_does_not_listen_is_told_and_ended_by_force(cli: Cli, home: Path) -> None:
