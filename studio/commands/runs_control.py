@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from contextlib import suppress
 
 from studio.commands.follow import End, conclude, follow
 from studio.commands.options import module_of, root_of, run_of
@@ -70,7 +71,10 @@ def pause(args: argparse.Namespace) -> int:
     status = run_status(paths)
     if not status.live:
         raise BadInput(f"the run {plain(paths.name, one_line=True)} is {status}: only a live run can be paused.")
-    if (kind := kind_of(read_job(paths))) != "train":
+    kind = "train"
+    with suppress(BadInput):  # a damaged recipe.toml keeps no live run from pausing
+        kind = kind_of(read_job(paths))
+    if kind != "train":
         name = plain(paths.name, one_line=True)
         raise BadInput(
             f"the run {name} is of the kind {kind}: only training pauses. Stop it with lora-studio runs stop {name}, "

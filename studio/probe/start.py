@@ -46,6 +46,9 @@ def prepare_run(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] |
         write_job(paths, job)
         if plan is not None:
             write_whole(paths.plan, json.dumps(plan, indent=1, allow_nan=False) + "\n")
+    except KeyboardInterrupt:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        raise
     except OSError as error:
         shutil.rmtree(paths.root, ignore_errors=True)
         shown = plain(str(paths.root), one_line=True)

@@ -172,6 +172,14 @@ def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
     assert cli("runs", "pause", "try").code == 2
 
 
+def test_a_live_run_pauses_without_its_recipe_too(cli: Cli, home: Path) -> None:
+    paths = _slow(home)
+    paths.recipe.unlink()
+    assert cli("runs", "pause", "try").code == 0
+    wait_for(lambda: run_status(paths) is Status.paused)
+    stop(paths, 10)
+
+
 def test_what_cannot_pause_is_not_asked_to(cli: Cli, home: Path) -> None:
     paths = make_run(home, "merge-try")
     write_job(paths, MergeRequest(adapter="/a", base="embedded", out="/o"))

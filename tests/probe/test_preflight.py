@@ -141,6 +141,16 @@ def test_who_interrupts_the_start_wants_no_run(data: Path, tmp_path: Path) -> No
     assert requested(paths, "stop")
 
 
+def test_who_interrupts_the_making_of_a_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("studio.probe.start.write_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_run(Recipe(), tmp_path / "runs", 1e9)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_the_estimate_at_launch_is_kept(data: Path, tmp_path: Path) -> None:
     paths = prepare_run(Recipe(), tmp_path / "runs", 1e9, {"peak_bytes": 7})
     assert json.loads(paths.plan.read_text()) == {"peak_bytes": 7}
