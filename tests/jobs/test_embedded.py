@@ -1,22 +1,26 @@
 """Converting the embedded model: once, whole or not at all, whoever asks and whatever is killed."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.cli import main
 from studio.core.errors import StudioError
 from studio.jobs.base import embedded as module
 from studio.jobs.base.embedded import ensure_embedded
+from studio.jobs.base.gguf_weights import _as_in_transformers
 from studio.probe.embedded_model import find_embedded, unpack_embedded
 from studio.probe.models import find_base
 from tests.fakes.model import model_folder
@@ -162,11 +166,35 @@ def test_a_killed_conversion_is_begun_again(tmp_path: Path, conversions: list[Pa
     assert not list(final.parent.glob(".*.part"))
 
 
+CHECKSUM = "ead091019b17d279"
+"""Of the weights as transformers 5.24 reads them from the same file."""
+
+
+def _checksum(folder: Path) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def test_rows_that_llama_cpp_has_turned_are_turned_back() -> None:
+    heads, pairs, width = 3, 4, 5
+    ours = torch.arange(heads * 2 * pairs * width).reshape(heads * 2 * pairs, width)
+    theirs = ours.reshape(heads, 2, pairs, width).swapaxes(1, 2).reshape(ours.shape)  # llama.cpp's `permute`
+    assert not torch.equal(theirs, ours)
+    assert torch.equal(_as_in_transformers(theirs, heads), ours)
+
+
 @pytest.mark.slow
 def test_the_real_conversion_gives_a_model_that_knows_something() -> None:
-    told: list[float] = []
-    folder = ensure_embedded(lambda _, fraction: told.append(fraction))
-    assert told == sorted(told)
+    told: list[tuple[str, float]] = []
+    folder = ensure_embedded(lambda stage, fraction: told.append((stage, fraction)))
+    fractions = [fraction for _, fraction in told]
+    assert fractions == sorted(fractions)
+    assert max(later - before for before, later in pairwise(fractions)) < 0.35
+    assert len([stage for stage, _ in told if stage.endswith(": weights")]) > 10
+    assert _checksum(folder) == CHECKSUM
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template
     assert tokenizer.model_max_length == 8192

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from studio.core.errors import BadInput, StudioError
+from studio.jobs.base.gguf_weights import load_gguf_weights
 from studio.probe.embedded_model import EmbeddedModel, embedded_header, find_embedded
 from studio.probe.model_folder import CONFIG, check_folder
 from studio.runs.atomic import mend_folder, publish_folder
@@ -91,24 +92,26 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
     Raises:
         StudioError: transformers cannot read the file.
     """
+    # Shares of the whole time as measured; every reading of the file but our own builds its 100 000 words anew.
     tell("loading the libraries", 0.0)
     import torch  # noqa: PLC0415  two seconds that only the first run pays here
     import transformers  # noqa: PLC0415
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    # Newer transformers keep GGUF weights packed unless told; packed weights cannot be saved.
-    kept_packed = getattr(transformers, "GgufConfig", None)
-    unpack = {"quantization_config": kept_packed(dequantize=True)} if kept_packed else {}
     try:
-        tell("converting the embedded model: tokenizer", 0.2)
+        tell("converting the embedded model: tokenizer", 0.1)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         if isinstance(context_length, int):
             tokenizer.model_max_length = context_length
         tokenizer.save_pretrained(folder)
-        tell("converting the embedded model: weights", 0.4)
-        weights = transformers.AutoModelForCausalLM.from_pretrained(**source, **unpack, dtype=torch.bfloat16)
-        tell("converting the embedded model: saving", 0.8)
-        weights.save_pretrained(folder)
+        tell("converting the embedded model: configuration", 0.4)
+        config = transformers.AutoConfig.from_pretrained(**source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+        tell("converting the embedded model: list of tensors", 0.65)
+        load_gguf_weights(model, gguf, lambda done: tell("converting the embedded model: weights", 0.85 + 0.08 * done))
+        tell("converting the embedded model: saving", 0.93)
+        model.save_pretrained(folder)
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         raise StudioError(
             f"The embedded model could not be converted ({type(error).__name__}: {error}). "
