@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from studio.commands.follow import End, exit_code, follow, tell_failure
 from studio.commands.options import add_json, add_runs_dir, add_set, module_of, root_of
-from studio.commands.plan import add_card, card_for
+from studio.commands.plan import Card, add_card, card_for
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, duration, say, size, table, write_json
 from studio.core.errors import BadInput
@@ -23,6 +23,7 @@ from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.measure import read_measurement, start_measure
+from studio.probe.pace import pace_of, pace_to_dict
 from studio.probe.shape import find_shape
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe, resolve_paths
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     card = card_for(args, recipe)
     setup = setup_of(recipe, bf16=card.gpu is None or card.gpu.bf16)
-    plan = _plan(recipe, setup, card.gpu, card.budget_bytes)
+    data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
+    plan = _plan(recipe, setup, card, data_known=data_known)
     paths = start_measure(
         _request(args, recipe, setup, card.gpu), recipe, plan, root_of(args), module=module_of(args, "measure")
     )
@@ -85,7 +87,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return resolve_paths(recipe, (Path.cwd(),))
 
 
-def _plan(recipe: Recipe, setup: Setup, gpu: Gpu | None, budget_bytes: int | None) -> dict[str, Any]:
+def _plan(recipe: Recipe, setup: Setup, card: Card, *, data_known: bool) -> dict[str, Any]:
     """Return the estimate, or why there is none.
 
     Raises:
@@ -93,7 +95,10 @@ def _plan(recipe: Recipe, setup: Setup, gpu: Gpu | None, budget_bytes: int | Non
     """
     shape = find_shape(recipe.model.base, recipe.model.revision)
     check_adapted(shape, setup.adapted)
-    return plan_to_dict(estimate_vram(shape, setup, gpu), shape, setup, gpu=gpu, budget_bytes=budget_bytes)
+    estimate = estimate_vram(shape, setup, card.gpu)
+    pace = pace_of(recipe, shape, setup, card.gpu, data_known=data_known)
+    plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
+    return {**plan, **pace_to_dict(pace)}
 
 
 def _request(args: argparse.Namespace, recipe: Recipe, setup: Setup, gpu: Gpu | None) -> MeasureRequest:

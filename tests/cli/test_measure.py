@@ -46,7 +46,9 @@ def test_a_table_by_stage_and_component_with_the_estimate_beside_it(cli: Cli, co
 def test_json_has_the_fields_of_a_plan(cli: Cli, config: Path) -> None:
     flags = ("--model", "config.json", "--seq", "64", "--json")
     plan, measured = cli("plan", *flags).document, cli("measure", *flags).document
-    assert {"peak_bytes", "components", "stage", "fits", "reserved_bytes"} <= plan.keys() & measured.keys()
+    assert {"peak_bytes", "components", "stage", "fits", "reserved_bytes"} <= plan.keys()
+    assert plan.keys() <= measured.keys()
+    assert measured["tokens_per_second_unknown"] == plan["tokens_per_second_unknown"]
     assert measured["peak_bytes"] == 3 * 2**29
     assert measured["source"] == "trace"
     assert measured["unknown"]
