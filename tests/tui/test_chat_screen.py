@@ -69,6 +69,7 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         assert "a note" in shown(app)
         assert "temperature 0 (the likeliest token)" in shown(app), "nothing of it is cut off"
         assert "^b With base" in shown(app)
+        assert "Stop answer" not in shown(app), "there is none"
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: shown(app).count("4 tokens") == 2)
         text = shown(app)
@@ -117,6 +118,8 @@ def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: "wait" in shown(app))
         assert app.screen.query_one(Input).disabled
+        assert "^s Stop answer" in shown(app)
+        assert "With base" not in shown(app), "not in the middle of an answer"
         await pilot.press("ctrl+s")
         await until(pilot, lambda: "stopped" in shown(app))
         await until(pilot, lambda: not app.screen.query_one(Input).disabled)
@@ -144,5 +147,8 @@ def test_a_run_without_an_adapter_says_so(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await app.push_screen(ChatScreen(make_run(tmp_path, "new"), work=MergeWork(chat=_Processes().chat)))
         await until(pilot, lambda: "has no adapter yet" in " ".join(shown(app).split()))
+        assert "It has ended: escape goes back" in shown(app), "nothing is loading any more"
+        for key in ("Stop answer", "New", "With base"):
+            assert key not in shown(app)
 
     play(story, tmp_path)

@@ -125,7 +125,7 @@ class ChatScreen(Screen[None]):
         self._sides: tuple[str, ...] = ()
         self._question = ""
         self._state = "starting the model's process"
-        self._busy, self._with_base, self._closed = True, True, False
+        self._busy, self._with_base, self._closed, self._ended = True, True, False, False
 
     def compose(self) -> ComposeResult:
         """Head, columns, notes, question, keys."""
@@ -164,8 +164,9 @@ class ChatScreen(Screen[None]):
             self._set_busy(False)
         elif isinstance(event, ChatFailed):
             self._note(f"{event.message} {event.advice}")
-            self._state = "ended" if event.fatal else self._state
-            self._set_busy(event.fatal)
+            self._ended = self._ended or event.fatal
+            self._state = "ended" if self._ended else self._state
+            self._set_busy(self._ended)
         self._show_head()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
@@ -185,6 +186,10 @@ class ChatScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something."""
+        if action == "stop":
+            return self._busy and bool(self._sides) and not self._ended
+        if action in ("forget", "turn_base") and (self._busy or self._ended):
+            return False
         return len(self._sides) > 1 if action == "turn_base" else True
 
     def action_stop(self) -> None:
@@ -226,7 +231,6 @@ class ChatScreen(Screen[None]):
         self._note("\n".join(event.notes))
         self._show_columns()
         self._set_busy(False)
-        self.refresh_bindings()
 
     def _conclude(self, event: Answered) -> None:
         ends = {"length": "cut: long enough", "cancelled": "stopped", "context": "cut: the context is full"}
@@ -244,9 +248,14 @@ class ChatScreen(Screen[None]):
         self._busy = busy
         line = self.query_one(Input)
         line.disabled = busy
-        line.placeholder = "Ask something" if not busy else "ctrl+s stops the answer" if self._sides else "Loading ..."
+        if self._ended:
+            line.placeholder = "It has ended: escape goes back"
+        else:
+            answering = "ctrl+s stops the answer" if self._sides else "Loading ..."
+            line.placeholder = answering if busy else "Ask something"
         if not busy:
             line.focus()
+        self.refresh_bindings()
 
     def _show_head(self) -> None:
         name = plain(self._paths.name, one_line=True, limit=48)
