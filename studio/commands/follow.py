@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -159,13 +159,18 @@ def _given_bad_input(summary: dict[str, Any]) -> bool:
     return (summary["failure"] or {}).get("kind") == FOUND_BAD_INPUT
 
 
+def loss_ends(ends: Mapping[str, Any]) -> str:
+    """Return the first and last loss; of a held-out loss that was measured once, at which step that was."""
+    first, last = number(ends["first"]), number(ends["last"])
+    step = ends.get("last_step")
+    if step is not None and step == ends["first_step"]:
+        return f"{last} (only at step {step})"
+    return f"{first} -> {last}"
+
+
 def _losses(summary: dict[str, Any]) -> str:
     words = {"train_loss": "training loss", "eval_loss": "held-out loss"}
-    told = [
-        f"{word} {number(ends['first'])} -> {number(ends['last'])}"
-        for key, word in words.items()
-        if (ends := summary[key])["last"] is not None
-    ]
+    told = [f"{word} {loss_ends(ends)}" for key, word in words.items() if (ends := summary[key])["last"] is not None]
     return f": {', '.join(told)}" if told else ""
 
 

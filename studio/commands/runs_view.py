@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from studio.commands.follow import tell_failure
+from studio.commands.follow import loss_ends, tell_failure
 from studio.commands.loss_plot import loss_plot
 from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, duration, is_rich, number, say, size, table, width_of_terminal, write_json
@@ -91,8 +91,8 @@ def _outcome_rows(outcomes: list[dict[str, Any]]) -> list[list[str]]:
     return [
         row("status", lambda found: found["status"]),
         row("steps", lambda found: f"{found['steps']}/{found['total_steps'] or '?'}"),
-        row("training loss", lambda found: _ends(found["train_loss"])),
-        row("held-out loss", lambda found: _ends(found["eval_loss"])),
+        row("training loss", lambda found: loss_ends(found["train_loss"])),
+        row("held-out loss", lambda found: loss_ends(found["eval_loss"])),
         row("tokens/s", lambda found: number(found["tokens_per_second"], ",.0f")),
         row("peak memory", lambda found: size(found["peak_bytes"])),
         row("time", lambda found: duration(found["seconds"])),
@@ -100,22 +100,25 @@ def _outcome_rows(outcomes: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _ends(ends: dict[str, float | None]) -> str:
-    return f"{number(ends['first'])} -> {number(ends['last'])}"
-
-
 def _facts(summary: dict[str, Any]) -> dict[str, str]:
+    """What is known of a run; a job that trains nothing has no losses."""
+    trains = summary["job"] in (None, "train")
+    known = {
+        "training": (summary["train_loss"]["last"], f"loss {loss_ends(summary['train_loss'])}"),
+        "held out": (summary["eval_loss"]["last"], f"loss {loss_ends(summary['eval_loss'])}"),
+        "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
+        "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
+        "adapter": (trains or None, summary["adapter"] or "none"),
+        "output": (summary["out"], str(summary["out"])),
+    }
+    steps = f"{summary['steps']} of {summary['total_steps'] or '?'} in " if trains else ""
     facts = {
         "run": summary["run"],
         "folder": summary["path"],
         "status": summary["status"],
         "job": " ".join(str(summary[key]) for key in ("job", "method", "model", "device") if summary[key]),
-        "steps": f"{summary['steps']} of {summary['total_steps'] or '?'} in {duration(summary['seconds'])}",
-        "training": f"loss {_ends(summary['train_loss'])}",
-        "held out": f"loss {_ends(summary['eval_loss'])}",
-        "speed": f"{number(summary['tokens_per_second'], ',.0f')} tokens/s",
-        "memory": f"peak {size(summary['peak_bytes'])}",
-        "adapter": summary["adapter"] or "none",
+        "steps" if trains else "time": f"{steps}{duration(summary['seconds'])}",
+        **{key: text for key, (value, text) in known.items() if value is not None},
     }
     return {key: plain(text, one_line=True, limit=400) for key, text in facts.items()}
 

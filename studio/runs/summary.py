@@ -29,7 +29,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "steps": history.last_step,
         "total_steps": history.total_steps,
         "train_loss": _ends(list(history.train.losses[:1]) + list(history.train.losses[-1:])),
-        "eval_loss": _ends([event.loss for event in history.evals]),
+        "eval_loss": _eval_ends(history),
         "tokens": sum(history.train.tokens),
         "tokens_per_second": _number(history.tokens_per_second),
         "seconds": _seconds(history),
@@ -68,6 +68,13 @@ def folder_bytes(folder: Path) -> int:
 def _ends(values: list[float]) -> dict[str, float | None]:
     first, last = (values[0], values[-1]) if values else (None, None)
     return {"first": _number(first), "last": _number(last)}
+
+
+def _eval_ends(history: History) -> dict[str, Any]:
+    """Held-out losses with their steps: a run that was stopped early may know only the one from before training."""
+    steps = [event.step for event in history.evals]
+    first, last = (steps[0], steps[-1]) if steps else (None, None)
+    return {**_ends([event.loss for event in history.evals]), "first_step": first, "last_step": last}
 
 
 def _number(value: float | None) -> float | None:

@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from studio.commands.runs_list import fitted
-from studio.core.events import Finished, Started, StepDone
+from studio.core.events import Evaluated, Finished, Saved, Started, StepDone
 from studio.runs.control import requested
 from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
@@ -170,6 +170,36 @@ def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
     assert again.out.endswith(": nothing to stop: the run is stopped already\n")
     assert cli("runs", "stop", "try", "--json").document["status"] == "stopped"
     assert cli("runs", "pause", "try").code == 2
+
+
+def test_a_held_out_loss_from_before_training_is_not_told_as_its_outcome(cli: Cli, home: Path) -> None:
+    paths = make_run(home)
+    write_log(
+        paths,
+        Started(at=1.0, job="train", method="lora", model="m"),
+        Evaluated(at=2.0, step=0, loss=4.0, loss_tokens=1, rows=1, seconds=1.0),
+        StepDone(at=3.0, step=1, loss=3.0, learning_rate=1.0, grad_norm=1.0, tokens=1, seconds=1.0),
+        Finished(at=4.0, outcome="stopped", step=1),
+    )
+    assert "held out   loss 4.0000 (only at step 0)\n" in cli("runs", "show", "try").out
+    assert "held-out loss 4.0000 (only at step 0)\n" in cli("runs", "attach", "try").out
+    ends = cli("runs", "show", "try", "--json").document["eval_loss"]
+    assert (ends["first_step"], ends["last_step"]) == (0, 0)
+
+
+def test_a_merge_is_shown_without_the_losses_it_has_not(cli: Cli, home: Path) -> None:
+    paths = make_run(home, "merge-try")
+    write_job(paths, MergeRequest(adapter="/a", base="embedded", out="/o"))
+    write_log(
+        paths,
+        Started(at=1.0, job="merge", model="embedded"),
+        Saved(at=2.0, what="merged", path="/o"),
+        Finished(at=3.0, outcome="done"),
+    )
+    lines = cli("runs", "show", "merge").out.splitlines()
+    facts = [line.split()[0] for line in lines if not line.startswith("file")]
+    assert facts == ["run", "folder", "status", "job", "time", "output"]
+    assert lines[5].split() == ["output", "/o"]
 
 
 def test_a_live_run_pauses_without_its_recipe_too(cli: Cli, home: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_json_is_one_document_and_nothing_else(cli: Cli, home: Path, recipe:
     assert document["adapter"] == str(home / "runs" / document["run"] / "adapter")
     assert (document["steps"], document["total_steps"]) == (5, 5)
     assert document["train_loss"]["first"] > document["train_loss"]["last"]
-    assert document["eval_loss"] == {"first": 4.0, "last": 2.0}
+    assert document["eval_loss"] == {"first": 4.0, "last": 2.0, "first_step": 0, "last_step": 5}
     assert document["failure"] is None
     assert document["warnings"] == ["this worker is a fake"]
     assert "step 5/5" in outcome.err

@@ -82,7 +82,7 @@ def test_a_summary_of_a_finished_run(paths: RunPaths) -> None:
         Finished(at=15.0, outcome="done", step=2),
     )
     assert summary["train_loss"] == {"first": 2.5, "last": 1.5}
-    assert summary["eval_loss"] == {"first": 3.0, "last": 1.0}
+    assert summary["eval_loss"] == {"first": 3.0, "last": 1.0, "first_step": 0, "last_step": 2}
     assert (summary["seconds"], summary["steps"], summary["tokens"]) == (5.0, 2, 200)
     assert (summary["peak_bytes"], summary["warnings"], summary["failure"]) == (1000, ["careful"], None)
     assert summary["adapter"] == str(paths.adapter)
