@@ -9,7 +9,7 @@ from typing import Any
 
 from studio.commands.follow import conclude, follow
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
-from studio.commands.terminal import say
+from studio.commands.terminal import complain, say
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
@@ -23,6 +23,10 @@ from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
 
 _SIDES = (("base + adapter", "separate"), ("merged", "merged"))
+_NOTHING_WON = (
+    "note: this adapter was trained on the 16-bit base, not on 4 bits: dequantized weights add their error and win "
+    "nothing; its own base is --onto original"
+)
 _FOUR_BITS = {"4bit", "4-bit", "nf4", "fp4", "int4", "quantized", "quantised"}
 
 
@@ -92,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         checkpoint=_checkpoint(args.checkpoint, request),
         then=tuple(dict.fromkeys(args.export)),
     )
+    if request.onto == "dequantized" and request.run and _trained_in_16_bits(RunPaths(Path(request.run))):
+        complain(_NOTHING_WON)
     paths = start_chain(request, root_of(args), module=module_of(args, "merge"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
@@ -160,6 +166,14 @@ def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto
         dtype=dtype,
         run=str(paths.root.absolute()),
     )
+
+
+def _trained_in_16_bits(paths: RunPaths) -> bool:
+    try:
+        job = read_job(paths)
+    except BadInput:
+        return False
+    return isinstance(job, Recipe) and job.method == "lora"
 
 
 def _further(word: str, root: Path) -> str:

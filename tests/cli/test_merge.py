@@ -25,6 +25,19 @@ def test_what_it_is_merged_onto(cli: Cli, recipe: Path, tmp_path: Path, words: t
     assert _asked(outcome.document).onto == onto
 
 
+@pytest.mark.parametrize(
+    ("method", "onto", "told"), [("lora", "dequantized", 1), ("lora", "original", 0), ("qlora", "dequantized", 0)]
+)
+def test_an_adapter_of_a_16_bit_base_wins_nothing_on_dequantized_weights(
+    cli: Cli, recipe: Path, tmp_path: Path, method: str, onto: str, told: int
+) -> None:
+    run = cli("train", str(recipe), "--set", f"method={method}", "--json").document["run"]
+    outcome = cli("merge", run, "--out", str(tmp_path / "out"), "--onto", onto, "--json")
+    assert outcome.code == 0
+    assert outcome.err.count("was trained on the 16-bit base") == told
+    assert outcome.document["status"] == "finished"
+
+
 @pytest.mark.parametrize("word", ["4bit", "nf4", "NF4", "quantized"])
 def test_four_bits_are_refused_with_the_reason_and_the_way(cli: Cli, recipe: Path, tmp_path: Path, word: str) -> None:
     run = cli("train", str(recipe), "--json").document["run"]
