@@ -143,7 +143,7 @@ def _name_of(job: Job) -> str:
         return "measure"
     if isinstance(job, AuditRequest):
         return f"audit-{job.what}-{_STAMP.sub('', Path(job.run or job.model).name)}"
-    return f"export-{job.format}-{_STAMP.sub('', Path(job.source).name)}"
+    return f"export-{job.format}-{_STAMP.sub('', Path(job.run or job.source).name)}"
 
 
 def check_merge(request: MergeRequest) -> None:

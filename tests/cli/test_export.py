@@ -126,6 +126,7 @@ def test_a_run_names_its_adapter_for_every_format(
     asked = read_job(RunPaths(Path(outcome.document["path"])))
     wanted = ExportRequest(adapter, str(tmp_path / "out"), form, run["path"], str(merged), onto="dequantized")
     assert asked == wanted
+    assert outcome.document["run"].startswith(f"export-{form}-mine-20")
 
 
 def test_four_bits_twice_are_refused_with_the_reason(cli: Cli, recipe: Path, merged: Path, tmp_path: Path) -> None:
