@@ -114,6 +114,9 @@ def test_the_keyboard_reaches_the_end_of_the_forecast(tmp_path: Path, size: tupl
         await pilot.press("v", "right")
         await settle(pilot)
         assert screen_of(app).recipe.adapter.rank == 32, "the arrows turn the slider again"
+        await pilot.press("down", "v", "v", "right")
+        await settle(pilot)
+        assert screen_of(app).recipe.adapter.alpha != LARGE.adapter.alpha, "of the field that was left"
 
     play(story, tmp_path, recipe=LARGE, size=size)
 
@@ -216,6 +219,10 @@ def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
         await pilot.press(*"a100", "down", "enter")
         await settle(pilot)
         await until(pilot, lambda: "Planned for A100 80GB" in shown(app))
+        await pilot.resize_terminal(*NARROW)
+        await settle(pilot)
+        assert "planned for A100 80GB; here a card" in shown(app).splitlines()[0], "a short screen names it too"
+        await pilot.resize_terminal(*WIDE)
         assert asked.planned == ["A100 80GB"]
         assert gauge_of(app).reading.capacity == pytest.approx(80.0)
         await pilot.press("g")

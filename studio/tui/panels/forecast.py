@@ -48,6 +48,14 @@ class Forecast(VerticalScroll):
             super().__init__()
             self.reading = reading
 
+    class PlannedFor(Message):
+        """Another card is planned for."""
+
+        def __init__(self, card: str) -> None:
+            """Carry its name; empty for this machine's."""
+            super().__init__()
+            self.card = card
+
     class Ready(Message):
         """A model and a card are known, or why not."""
 
@@ -96,7 +104,9 @@ class Forecast(VerticalScroll):
         Args:
             planned: A card of the catalogue to plan for, empty for this machine's; None keeps what was chosen.
         """
-        self.planned = self.planned if planned is None else planned
+        if planned is not None and planned != self.planned:
+            self.planned = planned
+            self.post_message(self.PlannedFor(planned))
         self._find(self._recipe, self.planned)
 
     @work(thread=True)

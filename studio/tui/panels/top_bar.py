@@ -22,7 +22,7 @@ class TopBar(Horizontal):
         padding: 0 1;
         background: $panel;
         & > Static { width: auto; height: 1; }
-        & > #card { width: 1fr; text-align: right; color: $text-muted; }
+        & > #card { width: 1fr; text-align: right; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }
     }
     """
 
@@ -30,7 +30,7 @@ class TopBar(Horizontal):
         """Name the place; `card` says what the run will run on."""
         super().__init__()
         self._place, self._card = place, card
-        self._told = ""
+        self._told, self._planned = "", ""
 
     def compose(self) -> ComposeResult:
         """Name, card."""
@@ -49,6 +49,13 @@ class TopBar(Horizontal):
             self._told = told
             self.app.call_from_thread(self._show, told)
 
+    def plan_for(self, name: str) -> None:
+        """Name the card that the forecast is of, before the one that is here; empty where they are the same."""
+        if name != self._planned:
+            self._planned = name
+            self._show(self._told)
+
     def _show(self, told: str) -> None:
         if self.is_mounted:
-            self.query_one("#card", Static).update(told, layout=False)
+            words = f"planned for {self._planned}; here {told}" if self._planned else told
+            self.query_one("#card", Static).update(words, layout=False)

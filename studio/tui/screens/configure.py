@@ -69,6 +69,7 @@ class ConfigureScreen(LaunchScreen):
         """Open on a recipe."""
         super().__init__(recipe, runs_root=runs_root, engine=engine)
         self._undo: Changes = ()
+        self._left_field = _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
         """Bar, gauge, form, forecast, advice, keys."""
@@ -107,8 +108,13 @@ class ConfigureScreen(LaunchScreen):
         if before != message.reading.level:
             self.refresh_bindings()
 
+    def on_forecast_planned_for(self, message: Forecast.PlannedFor) -> None:
+        """Name the card above, where a short screen shows nothing else of it."""
+        self.query_one(TopBar).plan_for(message.card)
+
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
+        self._left_field = message.path
         self.query_one(Advice).show_field(message.path)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
@@ -199,7 +205,7 @@ class ConfigureScreen(LaunchScreen):
         if memory:
             self._forecast.focus()
         else:
-            self._form.focus_field(_FIRST_FIELD)
+            self._form.focus_field(self._left_field)
 
     def _take(self, recipe: Recipe) -> None:
         """Show another recipe in every part of the screen."""
