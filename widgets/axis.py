@@ -27,11 +27,13 @@ def nice_step(span: float, count: int) -> float:
     return next((step * power for step in _STEPS if step * power >= rough * (1 - 1e-9)), 10 * power)
 
 
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """Return round values from `low` to `high`, both inside, at most `count` steps apart."""
+def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """Return round values from `low` to `high`, both inside, at most `count` steps apart; `whole` ones for counts."""
     if not low < high:
         return [low]
     step = nice_step(high - low, max(1, count))
+    if whole and step != round(step):
+        step = math.ceil(step) if step < 2 else 5.0
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]

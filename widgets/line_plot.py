@@ -70,7 +70,7 @@ class LinePlot(Widget):
         Args:
             curves: What can be drawn; their keys are what `extend` and `replace` take.
             title: First words of the row of names, such as the quantity and its unit.
-            x_label: Unit of x, written after the last tick.
+            x_label: What x counts, written after the last tick.
             from_zero: Keep zero on the y axis.
             id: Widget id.
             classes: CSS classes.

@@ -23,7 +23,7 @@ def framed(
     Args:
         width: Cells across, tick labels and axis included.
         height: Rows, tick labels and axis included.
-        x_range: First and last x.
+        x_range: First and last x; x counts something, so that its ticks are whole.
         y_range: Lowest and highest y, both positive with `log_y`.
         x_label: Written after the last x tick.
         log_y: Show y on a logarithmic axis; the traces must then hold log10 of their values.
@@ -34,7 +34,7 @@ def framed(
     names = [tick_labels([value])[0] for value in values] if log_y else tick_labels(values)
     y_ticks = tuple(zip(positions, names, strict=True))
     shown = (math.log10(y_range[0]), math.log10(y_range[1])) if log_y else y_range
-    xs = nice_ticks(*x_range, max(1, width // _CELLS_PER_TICK))
+    xs = nice_ticks(*x_range, max(1, width // _CELLS_PER_TICK), whole=True)
     labels = tick_labels(xs)
     if x_label and labels:
         labels[-1] = f"{labels[-1]} {x_label}"

@@ -38,6 +38,14 @@ def test_ticks_are_round(low: float, high: float, count: int, wanted: list[float
 
 
 @pytest.mark.parametrize(
+    ("high", "count", "wanted"),
+    [(12, 5, [0, 5, 10]), (3, 5, [0, 1, 2, 3]), (1, 9, [0, 1]), (100, 4, [0, 25, 50, 75, 100]), (0.5, 4, [0])],
+)
+def test_what_counts_has_whole_ticks(high: float, count: int, wanted: list[float]) -> None:
+    assert nice_ticks(0, high, count, whole=True) == wanted
+
+
+@pytest.mark.parametrize(
     ("ticks", "wanted"),
     [
         ([0, 500, 1000], ["0", "500", "1000"]),
