@@ -104,7 +104,7 @@ def predicted_peak_bytes(paths: RunPaths) -> int | None:
 
 def waits_for(paths: RunPaths, status: Status) -> str:
     """Return a request that the worker has not answered yet, in words."""
-    if status is Status.running and requested(paths, "pause"):
+    if status in (Status.starting, Status.running) and requested(paths, "pause"):
         return "pause asked for: after this step"
     if status is Status.paused:
         then = ", then saves a checkpoint" if requested(paths, "checkpoint-now") else ""

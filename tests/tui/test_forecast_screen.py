@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
+from textual.widgets import OptionList
 
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
@@ -232,7 +233,17 @@ def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
         assert asked.planned == ["A100 80GB"], "escape changes nothing"
         await pilot.press("g")
         await settle(pilot)
-        await pilot.press(*"no such card", "enter")
+        await pilot.press("pageup", "pageup", "pageup", "pageup")
+        cards = app.screen.query_one(OptionList)
+        assert cards.highlighted == 0
+        await pilot.press("pagedown")
+        assert cards.highlighted is not None
+        assert 5 < cards.highlighted < cards.option_count - 5
+        await pilot.press("pagedown", "pagedown", "pagedown", "pagedown")
+        assert cards.highlighted == cards.option_count - 1
+        await pilot.press(*"this mach")
+        assert str(cards.get_option_at_index(0).prompt) == "this machine, as it is"
+        await pilot.press("ctrl+u", *"no such card", "enter")
         assert isinstance(app.screen, CardScreen), "nothing to choose"
         await pilot.press("escape")
 

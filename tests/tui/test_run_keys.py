@@ -160,6 +160,21 @@ def test_pause_and_checkpoint_are_requests_that_stay_visible(tmp_path: Path) -> 
         play(story, tmp_path, open_run=paths)
 
 
+def test_a_pause_asked_for_before_the_process_is_there_is_seen_too(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "starting" in shown(app))
+        await pilot.press("p")
+        await settle(pilot)
+        assert "starting  pause asked for" in shown(app)
+        await pilot.press("p")
+        await settle(pilot)
+        assert "starting  waiting for the process" in shown(app)
+
+    play(story, tmp_path, open_run=paths)
+
+
 def test_resume_starts_a_worker_for_a_run_that_ended_early(tmp_path: Path) -> None:
     paths, asked = make_run(tmp_path), Asked()
     with LiveWorker(paths) as worker:

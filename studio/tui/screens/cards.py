@@ -13,6 +13,7 @@ from studio.core.gpu_catalogue import CATALOGUE, GIB
 from studio.tui.screens.dialog import Dialog
 
 THIS_MACHINE = ""
+_THIS = "this machine, as it is"
 
 
 class CardScreen(Dialog[str]):
@@ -21,6 +22,8 @@ class CardScreen(Dialog[str]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "move(1)", "Next", show=False, priority=True),
         Binding("up", "move(-1)", "Before", show=False, priority=True),
+        Binding("pagedown", "leap(1)", "Further", show=False, priority=True),
+        Binding("pageup", "leap(-1)", "Back by as much", show=False, priority=True),
     ]
 
     DEFAULT_CSS = """
@@ -74,12 +77,19 @@ class CardScreen(Dialog[str]):
         if self._offered:
             options.highlighted = ((options.highlighted or 0) + rows) % len(self._offered)
 
+    def action_leap(self, direction: int) -> None:
+        """Move by what is seen at once, to the ends at most."""
+        options = self.query_one(OptionList)
+        if self._offered:
+            row = (options.highlighted or 0) + direction * max(1, options.size.height - 1)
+            options.highlighted = min(max(row, 0), len(self._offered) - 1)
+
     def _narrow(self, text: str) -> None:
         words = text.lower().split()
         cards = [card for card in CATALOGUE.values() if all(w in f"{card.name} {card.kind}".lower() for w in words)]
         named = [(card.name, f"{card.name:26} {card.total_bytes / GIB:6.1f} GiB  {card.kind}") for card in cards]
-        if not words:
-            named.insert(0, (THIS_MACHINE, "this machine, as it is"))
+        if all(word in _THIS for word in words):
+            named.insert(0, (THIS_MACHINE, _THIS))
         options = self.query_one(OptionList)
         self._offered = [name for name, _ in named]
         options.clear_options()
