@@ -110,6 +110,7 @@ def test_the_choices_are_seen_at_a_glance(tmp_path: Path, size: tuple[int, int])
             assert words in text
         assert app.screen.query_one("#checkpoints", PickOne).chosen == 0
         assert "free disk" in text
+        assert str(tmp_path)[:40] in text, "the folder too, and at 80x24"
         assert "(•) step 20" in text
         assert_harmless(app)
 

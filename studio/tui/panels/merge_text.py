@@ -52,7 +52,7 @@ def totals_text(rows: Sequence[OutputEstimate], free_ram: int | None, free_disk:
     for needed, free, what in ((kept + meanwhile, free_disk, "disk"), (ram, free_ram, "RAM")):
         short = free is not None and needed > free
         parts += [(f"{size(needed)} of {size(free)} free {what}", "$text-error bold" if short else ""), ", "]
-    return Content.assemble(*parts, _all_seconds(rows), " (estimates)")
+    return Content.assemble(*parts, _all_seconds(rows))
 
 
 def is_short(rows: Sequence[OutputEstimate], free_disk: int | None) -> bool:

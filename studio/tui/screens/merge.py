@@ -59,7 +59,8 @@ class MergeScreen(Screen[None]):
         & #checkpoints { max-height: 5; }
         & #merge-out { margin: 0 1; }
         & #merge-totals, & #merge-refused { height: auto; padding: 0 1; }
-        & #merge-refused { color: $text-error; }
+        & #merge-refused { color: $text-error; display: none; }
+        & #merge-refused.-said { display: block; }
     }
     """
 
@@ -230,7 +231,9 @@ class MergeScreen(Screen[None]):
             self.query_one("#merge-totals", Static).update(text)
 
     def _refuse(self, why: str) -> None:
-        self.query_one("#merge-refused", Static).update(Content(plain(why)))
+        line = self.query_one("#merge-refused", Static)
+        line.update(Content(plain(why)))
+        line.set_class(bool(why), "-said")
 
 
 def _first_choice(facts: MergeFacts) -> int:
