@@ -18,7 +18,7 @@ class LogSearch(Vertical):
         Binding("slash", "open", "Search", show=False),
         Binding("n", "next(-1)", "Match before", show=False),
         Binding("N", "next(1)", "Match after", show=False),
-        Binding("escape", "close", "Close the search", show=False),
+        Binding("escape", "close", "End search"),
     ]
 
     DEFAULT_CSS = """

@@ -6,10 +6,24 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from studio.core.events import Failed, Finished, Phase, Sampled, Saved, Started, StepDone, Warned, event_to_dict
+from studio.core.events import (
+    Evaluated,
+    Failed,
+    Finished,
+    Phase,
+    Sampled,
+    Saved,
+    Started,
+    StepDone,
+    Warned,
+    event_to_dict,
+)
 from studio.runs.control import requested
+from studio.runs.history import History
 from studio.runs.layout import RunPaths
+from studio.runs.status import Status
 from studio.tui.app import StudioApp
+from studio.tui.panels.outcome import outcome_text
 from studio.tui.screens import run as run_module
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
@@ -279,3 +293,26 @@ def test_a_long_log_shows_its_curve_before_it_is_read_and_answers_keys_meanwhile
         assert "smoothed" in plots(app)
 
     play(story, tmp_path, open_run=paths)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "words"),
+    [((0,), "held-out loss 4.000 at step 0, not measured since"), ((0, 4), "held-out loss 4.000 -> 3.000")],
+)
+def test_a_held_out_loss_that_was_measured_once_is_no_progress(
+    tmp_path: Path, evaluated: tuple[int, ...], words: str
+) -> None:
+    paths = make_run(tmp_path)
+    history = History()
+    history.fold([Started(at=1.0, job="train"), Finished(at=9.0, outcome="stopped", step=4)])
+    for step in evaluated:
+        loss = 4.0 if step == 0 else 3.0
+        history.fold([Evaluated(at=2.0, step=step, loss=loss, loss_tokens=9, rows=1, seconds=1.0)])
+    assert words in outcome_text(paths, history, Status.stopped).plain
+
+
+@pytest.mark.parametrize(("outcome", "word"), [("done", "done"), ("stopped", "stopped")])
+def test_another_job_that_was_stopped_is_not_called_done(tmp_path: Path, outcome: str, word: str) -> None:
+    history = History()
+    history.fold([Started(at=1.0, job="merge"), Finished(at=2.0, outcome=outcome)])
+    assert outcome_text(make_run(tmp_path), history, Status.stopped).plain.startswith(word)

@@ -82,15 +82,15 @@ def _failed(failed: Failed, paths: RunPaths) -> Content:
 
 def _other_job_ended(history: History) -> Content:
     saved = [f"\n{plain(item.what, one_line=True)}: {plain(item.path, one_line=True)}" for item in history.saved]
-    return Content.assemble(("done", "bold"), *saved)
+    early = history.finished is not None and history.finished.outcome == "stopped"
+    return Content.assemble(("stopped" if early else "done", "bold"), *saved)
 
 
 def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Content:
     early = finished is not None and finished.outcome == "stopped"
     seconds = finished.seconds if finished else None
     took = f" in {duration(seconds)}" if seconds is not None else ""
-    losses = [event.loss for event in history.evals]
-    held_out = f"  held-out loss {number(losses[0])} -> {number(losses[-1])}" if losses else ""
+    held_out = _held_out(history)
     if paths.adapter.is_dir():
         where = f"\nThe adapter lies in {plain(str(paths.adapter), one_line=True)}"
     else:
@@ -98,3 +98,13 @@ def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Cont
     again = "\nR continues where it stopped." if early else ""
     head = f"{'stopped' if early else 'done'} after {history.last_step} steps{took}"
     return Content.assemble((head, "bold"), held_out, where, again)
+
+
+def _held_out(history: History) -> str:
+    """Return the first and the last held-out loss; a single one is no outcome, so it says when it was measured."""
+    if not history.evals:
+        return ""
+    first, last = history.evals[0], history.evals[-1]
+    if first.step == last.step:
+        return f"  held-out loss {number(first.loss)} at step {first.step}, not measured since"
+    return f"  held-out loss {number(first.loss)} -> {number(last.loss)}"
