@@ -25,7 +25,7 @@ test: setup
 	$(PYTEST) -n 2 --dist loadfile -m "not slow"
 
 test-slow: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 --dist loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from studio.core.events import Finished
-from studio.core.recipe import Recipe
+from studio.core.recipe import PATHS, Recipe
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import stop
@@ -41,12 +41,16 @@ def terminal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Termina
 def go_to(terminal: Terminal, path: str) -> None:
     """Walk down the form to a field; the words beside it name its path."""
     for _ in range(60):
-        if path in (before := terminal.screen()):
+        if path in (before := paths_on(terminal.screen())):
             return
         terminal.type("Down")
-        terminal.until(lambda text, before=before: text != before, "another field")
-        terminal.settle()
+        terminal.until(lambda text, before=before: paths_on(text) not in (before, set()), "another field")
     raise AssertionError(f"never came to {path}; the screen is:\n{terminal.screen()}")
+
+
+def paths_on(screen: str) -> set[str]:
+    """Every path of a recipe that is named: a half-painted screen names none that is new."""
+    return set(re.findall(r"[a-z]+\.[a-z_]+", screen)) & PATHS.keys()
 
 
 def turn_to(terminal: Terminal, path: str, value: str) -> None:

@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 TMUX = shutil.which("tmux")
@@ -15,15 +16,18 @@ STUDIO = f"{sys.executable} -m studio"
 
 
 class Terminal:
-    """A tmux session of one size with a shell in it."""
+    """A tmux session of one size with a shell in it.
+
+    Each has a server of its own: one that ends with its last session would be lost to a session that begins meanwhile.
+    """
 
     def __init__(self, columns: int, rows: int, home: Path) -> None:
-        self.name = f"story-{uuid.uuid4().hex[:8]}"
+        self._folder = tempfile.TemporaryDirectory(prefix="story-")
         shell = f"env LORA_STUDIO_HOME={home} PS1=ready: bash --norc --noprofile"
-        self._tmux("new-session", "-d", "-s", self.name, "-x", str(columns), "-y", str(rows), shell)
+        self._tmux("new-session", "-d", "-s", "story", "-x", str(columns), "-y", str(rows), shell)
 
     def type(self, *keys: str) -> None:
-        self._tmux("send-keys", "-t", self.name, *keys)
+        self._tmux("send-keys", "-t", "story", *keys)
 
     def settle(self) -> None:
         """Wait until the screen stands still."""
@@ -33,7 +37,7 @@ class Terminal:
             time.sleep(0.3)
 
     def screen(self) -> str:
-        return self._tmux("capture-pane", "-p", "-t", self.name)
+        return self._tmux("capture-pane", "-p", "-t", "story")
 
     def until(self, seen: Callable[[str], bool], what: str) -> str:
         end = time.monotonic() + PATIENCE_SECONDS
@@ -45,10 +49,12 @@ class Terminal:
         raise AssertionError(f"never saw {what}; the screen is:\n{self.screen()}")
 
     def close(self) -> None:
-        subprocess.run(["tmux", "kill-session", "-t", self.name], check=False, capture_output=True)
+        with suppress(subprocess.CalledProcessError):  # it has ended where the shell has
+            self._tmux("kill-server")
+        self._folder.cleanup()
 
-    @staticmethod
-    def _tmux(*words: str) -> str:
+    def _tmux(self, *words: str) -> str:
         environment = {**os.environ, "COLORTERM": "truecolor"}
         environment.pop("TMUX", None)
-        return subprocess.run(["tmux", *words], check=True, capture_output=True, text=True, env=environment).stdout
+        command = ["tmux", "-S", f"{self._folder.name}/socket", "-f", os.devnull, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
