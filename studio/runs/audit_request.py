@@ -2,8 +2,15 @@
 
 from dataclasses import dataclass
 
+from studio.core.errors import BadInput
+from studio.core.text import plain
+
 WHAT = ("base", "run", "race")
 """A base in several roundings; one adapter on everything it can be put on; two trainings of one recipe."""
+
+
+LANES = ("lora", "qlora", "qlora+loftq", "qlora+mixed")
+"""What can race: a method, and after the plus how its adapter begins or which of its blocks stay in 16 bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +64,16 @@ class AuditRequest:
     lm_eval_limit: str = "0"
     gguf: str = ""
     speed: str = "1"
+
+    @property
+    def lane_names(self) -> list[str]:
+        """The lanes of a race, in their order.
+
+        Raises:
+            BadInput: They are not two or more different ones of `LANES`.
+        """
+        names = [name.strip() for name in self.lanes.split(",") if name.strip()]
+        if len(set(names)) < 2 or len(set(names)) != len(names) or not set(names) <= set(LANES):
+            found = plain(self.lanes, one_line=True, limit=80) or "nothing"
+            raise BadInput(f"lanes: found {found}; wanted two or more of {', '.join(LANES)}, each once.")
+        return names

@@ -107,6 +107,9 @@ def test_a_race_carries_its_recipe(cli: Cli, recipe: Path) -> None:
         (("base", "--model", "MODEL", "--data", "rows.jsonl", "--keep", "worst"), "keep: found worst"),
         (("run", "nothing"), "there is no run 'nothing'"),
         (("race", "nothing"), "nothing"),
+        (("race", "demo", "--lanes", "lora,sideways"), "lanes: found lora,sideways; wanted two or more of lora, qlora"),
+        (("race", "demo", "--lanes", "lora"), "lanes: found lora; wanted two or more of lora, qlora"),
+        (("race", "demo", "--lanes", "qlora,qlora"), "wanted two or more of lora, qlora, qlora+loftq, qlora+mixed"),
         ((), "WHAT"),
     ],
 )

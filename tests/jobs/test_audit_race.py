@@ -55,7 +55,7 @@ def test_lanes_differ_in_the_method_alone(recipe: Recipe) -> None:
     among = ("qlora", "qlora+mixed")
     assert lane_recipe(keeping, "qlora", among).model.skip_modules == ""
     assert lane_recipe(keeping, "qlora+mixed", among).model.skip_modules == "model.layers.0"
-    with pytest.raises(BadInput, match="wanted some of lora, qlora"):
+    with pytest.raises(BadInput, match="wanted lora or qlora"):
         lane_recipe(recipe, "sideways")
 
 

@@ -39,9 +39,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """
     began = time.perf_counter()
     recipe = _recipe(request)
-    names = [name.strip() for name in request.lanes.split(",") if name.strip()]
-    if len(set(names)) < 2 or len(set(names)) != len(names):
-        raise BadInput(f"lanes: found {request.lanes!r}; wanted two or more different ones.")
+    names = request.lane_names
     for name in names:
         lane_recipe(recipe, name, names)
     lanes = run_lanes(worker, recipe, names, share=_TRAINING_SHARE)
