@@ -11,7 +11,7 @@ from studio.core.errors import BadInput
 from studio.core.events import Finished, Phase, Started
 from studio.core.recipe import Recipe
 from studio.runs.audit_request import AuditRequest
-from studio.runs.control import requested
+from studio.runs.control import requested, withdraw
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe
@@ -78,6 +78,8 @@ def test_without_an_audit_it_says_how_to_begin(tmp_path: Path, size: tuple[int, 
         await opened(pilot, app)
         await until(pilot, lambda: "No audit yet" in shown(app))
         assert "e Race" in shown(app) and "esc Back" in shown(app)
+        for key in ("Open run", "Stop", "Write report"):
+            assert key not in shown(app), "there is nothing to do it to"
 
     play(story, tmp_path, size=size)
 
@@ -250,16 +252,25 @@ def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> N
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600))
         await until(pilot, lambda: "answering 25%  base: 2 of 6" in shown(app))
+        assert "x Stop" in shown(app) and "Write report" not in shown(app)
         await pilot.press("x")
         await until(pilot, lambda: requested(paths, "stop"))
         told.append("stopped")
+        worker.emit(Finished, outcome="done")
+        paths.report.write_text(json.dumps(base_report("embedded")))
+        withdraw(paths, "stop")
+        assert isinstance(app.screen, AuditScreen)
+        app.screen.look()
+        await until(pilot, lambda: "Do it." in shown(app))
+        assert "finished " in shown(app), "not cut to the width of running"
+        assert "x Stop" not in shown(app) and "w Write report" in shown(app)
+        told.append("finished")
 
     with LiveWorker(paths) as worker:
         worker.emit(Started, job="audit", method="run", model="embedded")
         worker.emit(Phase, name="answering", fraction=0.25, detail="base: 2 of 6")
         play(story, tmp_path, size=WIDE)
-        worker.emit(Finished, outcome="stopped")
-    assert told == ["stopped"], "a worker keeps what is raised in it to itself"
+    assert told == ["stopped", "finished"], "a worker keeps what is raised in it to itself"
 
 
 def test_a_report_is_written_to_a_folder(tmp_path: Path) -> None:

@@ -150,7 +150,9 @@ class AuditScreen(Screen[None]):
             self._table.move_cursor(row=place)
         else:
             for name, info in self._infos.items():
-                self._table.update_cell(name, "status", Text(info.status.name))
+                if info.status is not before[name].status:
+                    self._table.update_cell(name, "status", Text(info.status.name), update_width=True)
+        self.refresh_bindings()
         now = self._chosen
         if now is not None and (now.name not in before or before[now.name].status is not now.status):
             self._load(now.paths)
@@ -162,6 +164,16 @@ class AuditScreen(Screen[None]):
         info = self._infos.get(str(event.row_key.value))
         if info is not None:
             self._load(info.paths)
+        self.refresh_bindings()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer keys only where they do something to the audit under the cursor."""
+        if action not in ("open", "stop", "write"):
+            return True
+        chosen = self._chosen if self.is_mounted else None
+        if chosen is None or action == "open":
+            return chosen is not None
+        return chosen.status.live if action == "stop" else chosen.paths.report.is_file()
 
     def on_audit_screen_loaded(self, message: Loaded) -> None:
         """Show a report, unless the cursor is elsewhere by now."""
@@ -194,18 +206,13 @@ class AuditScreen(Screen[None]):
 
     def action_stop(self) -> None:
         """Ask the audit under the cursor for an early end."""
-        chosen = self._chosen
-        if chosen is None or not chosen.status.live:
-            self.notify("No audit that runs is under the cursor.", markup=False)
-            return
-        self._engine.stop(chosen.paths)
-        self.notify("It stops after what it is at, and keeps what it has.", markup=False)
+        if (chosen := self._chosen) is not None:
+            self._engine.stop(chosen.paths)
+            self.notify("It stops after what it is at, and keeps what it has.", markup=False)
 
     def action_write(self) -> None:
         """Ask for a folder and write the report there: a page, its figures, its pictures."""
-        chosen = self._chosen
-        if chosen is None or not chosen.paths.report.is_file():
-            self.notify("No audit with a report is under the cursor.", markup=False)
+        if (chosen := self._chosen) is None:
             return
 
         def written(word: str) -> None:
