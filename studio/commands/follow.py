@@ -81,7 +81,10 @@ def follow(
             if interrupts.count and stops_on_interrupt and not asked:
                 asked = True
                 request(watch.paths, "stop")
-                say("stopping after this step and saving; Ctrl-C again leaves it to stop alone", to=to)
+                started = watch.history.started
+                # Only training has steps to save; other jobs stop between two pieces of their work.
+                how = "stopping after this step and saving" if started and started.job == "train" else "asked to stop"
+                say(f"{how}; Ctrl-C again leaves it to stop alone", to=to)
             if interrupts.count > patience:
                 progress.flush()
                 return End(run_status(watch.paths), left=True)
