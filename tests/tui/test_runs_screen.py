@@ -222,6 +222,21 @@ def test_a_run_is_deleted_after_a_question(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
+def test_deleting_a_merge_says_that_its_model_stays(tmp_path: Path) -> None:
+    write_log(make_run(tmp_path, "merged"), Started(at=1.0, job="merge"), Finished(at=3.0, outcome="done"))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("d")
+        await settle(pilot)
+        told = " ".join(shown(app).replace("│", " ").split())
+        assert "with its log and report? Models and files that it made stay." in told
+        await pilot.press("n")
+
+    play(story, tmp_path)
+
+
 def test_a_live_run_is_not_deleted(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     with LiveWorker(paths) as worker:

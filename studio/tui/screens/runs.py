@@ -189,7 +189,9 @@ class RunsScreen(Screen[None]):
             self.app.notify("The run is alive: stop it first.", markup=False)
             return
         name = plain(info.name, one_line=True, limit=LONGEST)
-        question = Content(f"Delete {name} with its log, checkpoints and adapter? This cannot be undone.")
+        trains = info.job in (None, TRAIN)
+        with_it = "log, checkpoints and adapter?" if trains else "log and report? Models and files that it made stay."
+        question = Content(f"Delete {name} with its {with_it} This cannot be undone.")
 
         def decide(answer: bool | None) -> None:
             if answer:
