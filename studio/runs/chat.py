@@ -81,7 +81,7 @@ class Sampling:
             "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1),
         }  # fmt: skip
         return [
-            f"{name} is {getattr(self, name)}; wanted {low:g} to {high:g}."
+            f"{name.replace('_', ' ')} is {getattr(self, name)}; wanted {low:,} to {high:,}."
             for name, (low, high) in ranges.items()
             if not low <= getattr(self, name) <= high
         ]
