@@ -77,7 +77,7 @@ class Sampling:
     def problems(self) -> list[str]:
         """Return what is wrong, one sentence a value."""
         ranges = {
-            "temperature": (0.0, 5.0), "top_p": (0.01, 1.0), "top_k": (0, 10**6), "repetition_penalty": (0.5, 3.0),
+            "temperature": (0, 5), "top_p": (0.01, 1), "top_k": (0, 10**6), "repetition_penalty": (0.5, 3),
             "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1),
         }  # fmt: skip
         return [

@@ -84,7 +84,7 @@ def test_a_process_that_dies_says_its_last_words(cli: Cli, run: str, monkeypatch
     ("words", "said"),
     [
         (("nowhere",), "nowhere"),
-        (("RUN", "--temperature", "9"), "temperature is 9.0; wanted 0.0 to 5.0"),
+        (("RUN", "--temperature", "9"), "temperature is 9.0; wanted 0 to 5"),
         (("RUN", "--max-tokens", "0", "--top-p", "2"), "top p is 2.0"),
         (("RUN", "--max-tokens", "0"), "max new tokens is 0; wanted 1 to 1,000,000."),
     ],
