@@ -14,12 +14,20 @@ _LONGEST_KEY = 100
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from nested tables and check it.
+def recipe_from_dict(table: Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
+    """Build a recipe from nested tables, apply `path=value` words to it, and check it once.
 
     Raises:
         BadInput: Names every unknown key (with the nearest known one) and every value that is not allowed.
     """
+    recipe, unknown = _read(table)
+    recipe, unread = _changed(recipe, settings)
+    refuse((*unknown, *unread, *recipe.problems()))
+    return recipe
+
+
+def _read(table: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
+    """Return the recipe of nested tables and what in them has no field."""
     recipe, unknown = Recipe(), []
     for path, value in _flat(table):
         if path in PATHS:
@@ -28,8 +36,7 @@ def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
             unknown.append(Problem(path, _kind_of(value), f"a table: [{path}] with its fields below"))
         else:
             unknown.append(_unknown_key(path, told=len(unknown) < _MOST_TOLD))
-    refuse((*unknown, *recipe.problems()))
-    return recipe
+    return recipe, unknown
 
 
 def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
@@ -38,6 +45,13 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     Raises:
         BadInput: A word has no `=`, its path is unknown, or the resulting recipe has problems.
     """
+    recipe, unknown = _changed(recipe, settings)
+    refuse((*unknown, *recipe.problems()))
+    return recipe
+
+
+def _changed(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, list[Problem]]:
+    """Return the recipe with `path=value` words applied and what of them says nothing."""
     unknown = []
     for word in settings:
         path, equals, text = (part.strip() for part in word.partition("="))
@@ -47,8 +61,7 @@ def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             unknown.append(_unknown_key(path))
         else:
             recipe = recipe.with_(path, value_from_text(path, text))
-    refuse((*unknown, *recipe.problems()))
-    return recipe
+    return recipe, unknown
 
 
 def value_from_text(path: str, text: str) -> Any:

@@ -36,6 +36,8 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
         raise BadInput(f"{shown} holds a number that is too long to be read.") from error
     try:
         settings = tuple(settings)
+        if settings:
+            recipe_from_dict(table, settings)  # the problems of both are told at once
         here, folder = Path.cwd(), path.absolute().parent
         recipe = resolve_paths(recipe_from_dict(table), (folder, here))
         return resolve_paths(apply_settings(recipe, settings), (here, folder)) if settings else recipe

@@ -43,6 +43,16 @@ def test_any_recipe_comes_back_from_toml_as_it_was(name: str, rate: float, targe
     assert recipe_from_dict(tomllib.loads(dump_recipe(recipe))) == recipe
 
 
+def test_the_problems_of_file_and_settings_are_told_at_once(tmp_path: Path) -> None:
+    path = _write(tmp_path, "mehtod = 'lora'\n[train]\nsteps = -1\n")
+    with pytest.raises(BadInput) as caught:
+        load_recipe(path, ["adapter.rank=0", "adapter.rnk=3"])
+    text = str(caught.value)
+    assert "4 problems" in text
+    for word in ("mehtod", "train.steps: found -1", "adapter.rank: found 0", "adapter.rnk"):
+        assert word in text
+
+
 def test_settings_are_applied_after_the_file(tmp_path: Path) -> None:
     path = _write(tmp_path, "[train]\nlearning_rate = 1e-4\n")
     assert load_recipe(path, ["train.learning_rate=3e-4", "adapter.rank=8"]).train.learning_rate == 3e-4
