@@ -76,17 +76,33 @@ def plain_model(folder: Path, name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def plain_figures(model: nn.Module, reference: nn.Module, rows: Sequence[Example]) -> tuple[float, float, float]:
-    """Mean loss, mean KL from the reference, share of equal top tokens: full logits, row by row."""
-    losses, kls, same = [], [], []
+def log_probabilities(model: nn.Module, rows: Sequence[Example]) -> list[Tensor]:
+    """Of every token at every place with a label, full logits in fp32, row by row."""
+    said = []
     for row in rows:
-        ids, labels = torch.from_numpy(row.input_ids).long()[None], torch.from_numpy(row.labels[1:]).long()
-        keep = labels != IGNORED
-        found, meant = (m(input_ids=ids).logits[0, :-1][keep].float().log_softmax(-1) for m in (model, reference))
-        losses.append(-found.gather(1, labels[keep][:, None])[:, 0])
-        kls.append((meant.exp() * (meant - found)).sum(-1))
-        same.append((found.argmax(-1) == meant.argmax(-1)).float())
+        ids = torch.from_numpy(row.input_ids).long()[None]
+        said.append(model(input_ids=ids).logits[0, :-1][_labelled(row)].float().log_softmax(-1))
+    return said
+
+
+def figures_of(found: Sequence[Tensor], meant: Sequence[Tensor], rows: Sequence[Example]) -> tuple[float, float, float]:
+    """Mean loss, mean KL from the reference, share of equal top tokens."""
+    losses, kls, same = [], [], []
+    for row, ours, theirs in zip(rows, found, meant, strict=True):
+        labels = torch.from_numpy(row.labels[1:]).long()[_labelled(row)]
+        losses.append(-ours.gather(1, labels[:, None])[:, 0])
+        kls.append((theirs.exp() * (theirs - ours)).sum(-1))
+        same.append((ours.argmax(-1) == theirs.argmax(-1)).float())
     return tuple(float(torch.cat(part).double().mean()) for part in (losses, kls, same))  # type: ignore[return-value]
+
+
+def plain_figures(model: nn.Module, reference: nn.Module, rows: Sequence[Example]) -> tuple[float, float, float]:
+    """The figures of a model beside another."""
+    return figures_of(log_probabilities(model, rows), log_probabilities(reference, rows), rows)
+
+
+def _labelled(row: Example) -> Tensor:
+    return torch.from_numpy(row.labels[1:]) != IGNORED
 
 
 def audit(root: Path, request: AuditRequest) -> tuple[RunPaths, dict[str, Any]]:

@@ -16,7 +16,7 @@ from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.job import write_job
 from tests.fakes.tiny_model import make_tiny_model
-from tests.jobs.audit_cases import audit, plain_figures, plain_model
+from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_model
 from tests.jobs.conftest import QUESTIONS, history_of
 
 FORMS = "nf4,nf4+dq,fp4,int8"
@@ -166,9 +166,9 @@ def test_the_embedded_model_has_the_figures_of_the_whole_model(tmp_path: Path) -
     request = asked(folder, shipped_data(), rows="3", kept="", text=str(text))
     _, report = audit(tmp_path / "audit", request)
     task = read_audit_rows(request, load_tokenizer(folder), lambda text: None).task
-    reference = plain_model(folder, "16-bit")
+    meant = log_probabilities(plain_model(folder, "16-bit"), task)
     for one in report["variants"]:
-        loss, kl, same = plain_figures(plain_model(folder, one["name"]), reference, task)
+        loss, kl, same = figures_of(log_probabilities(plain_model(folder, one["name"]), task), meant, task)
         assert one["task"]["loss"]["value"] == pytest.approx(loss, rel=1e-4), one["name"]
         assert one["task"]["kl"]["value"] == pytest.approx(kl, rel=1e-4, abs=1e-7), one["name"]
         assert one["task"]["same_top"]["value"] == pytest.approx(same, abs=1e-6), one["name"]

@@ -21,7 +21,7 @@ from studio.probe.audit import audit_of_run
 from studio.runs.layout import RunPaths
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.adapter_cases import FOUR, asked, cast, merged, plain_forms, save_merged, tuned, write_chats
-from tests.jobs.audit_cases import audit, plain_figures, rounded, whole_model
+from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_figures, rounded, whole_model
 from tests.jobs.conftest import Train, history_of
 
 
@@ -48,8 +48,9 @@ def assert_figures_of_the_whole_model(run: RunPaths, base: Path, folder: Path, *
     rows = read_audit_rows(request, load_tokenizer(run.adapter), lambda text: None).task
     forms = plain_forms(base, run)
     assert [one["name"] for one in report["variants"]] == list(forms)
+    meant = log_probabilities(forms["trained"], rows)
     for one in report["variants"]:
-        loss, kl, same = plain_figures(forms[one["name"]], forms["trained"], rows)
+        loss, kl, same = figures_of(log_probabilities(forms[one["name"]], rows), meant, rows)
         assert one["task"]["loss"]["value"] == pytest.approx(loss, rel=1e-4), one["name"]
         assert one["task"]["kl"]["value"] == pytest.approx(kl, rel=1e-4, abs=2e-6), one["name"]
         assert one["task"]["same_top"]["value"] == pytest.approx(same, abs=1e-6), one["name"]
