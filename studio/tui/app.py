@@ -208,7 +208,7 @@ class StudioApp(App[None]):
             for active in screen.active_bindings.values()
             if active.enabled
             and (active.node in (screen, self) or active.binding.show)
-            and not active.binding.key.startswith(("ctrl+", "super+"))
+            and (active.binding.show or not active.binding.key.startswith(("ctrl+", "super+")))
         ]
         self.push_screen(HelpScreen(keys, fields=screen is self._configure))
 

@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
+from studio.core.events import Started
 from studio.core.field_words import words_of
 from studio.core.recipe import PATHS
 from studio.tui.app import StudioApp
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen, help_text
 from studio.tui.screens.runs import RunsScreen
-from tests.tui.stories import NARROW, WIDE, play, settle, shown
+from tests.fakes.runs import make_run, write_log
+from tests.tui.stories import NARROW, WIDE, play, settle, shown, until
 
 
 def test_every_field_is_explained_with_its_limits() -> None:
@@ -24,8 +26,23 @@ def test_every_field_is_explained_with_its_limits() -> None:
     assert "On a slider" not in help_text((), fields=False).plain
 
 
+def test_a_key_with_control_that_the_foot_shows_is_explained_too(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("S")
+        await settle(pilot)
+        assert "^l Leave the set-up" in shown(app)
+        await pilot.press("question_mark")
+        await settle(pilot)
+        assert "ctrl+l        Leave the set-up" in shown(app)
+        assert "ctrl+c" not in shown(app)
+
+    play(story, tmp_path)
+
+
 @pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_help_is_of_the_screen_it_was_asked_on(tmp_path: Path, size: tuple[int, int]) -> None:
+    write_log(make_run(tmp_path), Started(at=1.0, job="train"))
+
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("question_mark")
         await settle(pilot)
@@ -38,7 +55,7 @@ def test_help_is_of_the_screen_it_was_asked_on(tmp_path: Path, size: tuple[int, 
         await settle(pilot)
         assert isinstance(app.screen, ConfigureScreen)
         await pilot.press("o")
-        await settle(pilot)
+        await until(pilot, lambda: "Compare" in shown(app))
         await pilot.press("question_mark")
         await settle(pilot)
         assert isinstance(app.screen, HelpScreen)

@@ -298,6 +298,7 @@ def test_no_runs_yet(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("o")
         await until(pilot, lambda: "No runs yet" in shown(app))
+        assert not any(key in shown(app) for key in ("Mark", "Compare", "Audit", "Merge", "Note"))
         await pilot.press("enter", "R", "d", "space", "c")
         await settle(pilot)
         assert isinstance(app.screen, RunsScreen)

@@ -24,6 +24,8 @@ from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.confirm import Confirm
 from widgets.key_footer import KeyFooter
 
+_OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
+
 
 class RunsScreen(Screen[None]):
     """The list of runs. Enter opens one."""
@@ -116,10 +118,12 @@ class RunsScreen(Screen[None]):
         return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer to resume only what has ended early."""
-        if action != "resume":
+        """Offer to resume only what has ended early, and without a run under the cursor nothing that needs one."""
+        if action not in _OF_A_RUN:
             return True
         info = self._chosen if self.is_mounted else None
+        if action != "resume":
+            return info is not None
         return info is not None and not info.status.live and info.status is not Status.finished
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
