@@ -21,7 +21,13 @@ _ASCII = str.maketrans(dict.fromkeys("┌┐└┘├┤┬┴┼", "+") | {"─
 def say(text: str = "", *, to: TextIO | None = None) -> None:
     """Write a line that people read, foreign control characters made visible; seen at once even through a pipe."""
     stream = to or sys.stdout
-    print(plain(text), file=stream, flush=True)
+    try:
+        print(plain(text), file=stream, flush=True)
+    except OSError:
+        if stream is not sys.stderr:
+            raise
+        # Diagnostics that nobody can take (`2>/dev/full`, a pipe whose reader left) must not cost the answer on stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def complain(text: str) -> None:

@@ -155,6 +155,20 @@ def test_the_first_interrupt_stops_the_run_and_saves(home: Path, recipe: Path) -
     assert "Ctrl-C again leaves it" in err
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_diagnostics_that_nobody_can_take_do_not_cost_the_document(home: Path, recipe: Path, full: bool) -> None:
+    if full:
+        sink = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, sink = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "tests.fakes.cli", "train", str(recipe), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=sink, text=True, check=False, timeout=60)
+    os.close(sink)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["status"] == "finished"
+
+
 def test_the_second_interrupt_leaves_the_run_to_stop_alone(home: Path, recipe: Path) -> None:
     process = _running_cli(recipe, "train", str(recipe), FAKE_DEAF="1")
     _wait_for_steps(home)
