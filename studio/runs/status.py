@@ -56,7 +56,9 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
         return _live_status(paths, tail)
     never_launched = not tail.data and worker is None and launched is None
     moment = time.time() if now is None else now
-    return Status.starting if never_launched and moment - _made_at(paths) < _MOMENT_SECONDS else Status.crashed
+    # A clock that was set back must not leave a folder starting, which nobody could remove, until it has caught up.
+    just_made = abs(moment - _made_at(paths)) < _MOMENT_SECONDS
+    return Status.starting if never_launched and just_made else Status.crashed
 
 
 def _live_status(paths: RunPaths, tail: LogEnd) -> Status:

@@ -86,6 +86,12 @@ def test_a_run_made_a_moment_ago_is_starting_and_later_crashed(paths: RunPaths) 
     assert run_status(paths, now=made + 3600) is Status.crashed
 
 
+def test_a_clock_that_was_set_back_leaves_no_folder_starting_for_good(paths: RunPaths) -> None:
+    made = paths.root.stat().st_mtime
+    assert run_status(paths, now=made - 5) is Status.starting, "two machines' clocks may differ a little"
+    assert run_status(paths, now=made - 86_400) is Status.crashed
+
+
 def test_a_launched_process_that_has_no_lock_yet_is_starting_even_over_an_old_end(paths: RunPaths) -> None:
     write_log(paths, STARTED, DONE)
     mark = mark_of(os.getpid())
