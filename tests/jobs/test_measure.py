@@ -19,6 +19,7 @@ from studio.jobs.measure.real import CardMeter, train_longest
 from studio.jobs.measure.storages import Peaks, Storages
 from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.probe.measure import read_measurement
+from studio.runs.control import request
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
@@ -211,6 +212,28 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
     assert run_job(paths.root, _body, explain=_explain) == 1
     (failed,) = (event for event in read_events(paths.events) if isinstance(event, Failed))
     assert "gptq" in failed.message
+
+
+def test_a_trace_that_is_asked_to_stop_does(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    write_job(paths, MeasureRequest(dump_recipe(recipe_of(model__base=str(tiny))), how="trace", device="cpu"))
+    stages = []
+
+    def stage(self: Storages, name: str, tell: Any = Storages.stage) -> None:
+        if name == "backward":
+            request(paths, "stop")
+        tell(self, name)
+        stages.append(name)
+
+    monkeypatch.setattr(Storages, "stage", stage)
+    assert run_job(paths.root, _body, explain=_explain) == 0
+    end = read_events(paths.events)[-1]
+    assert isinstance(end, Finished)
+    assert end.outcome == "stopped"
+    assert "forward" in stages
+    assert "backward" not in stages
+    assert not paths.report.exists()
 
 
 def test_the_job_leaves_a_report(tiny: Path, tmp_path: Path) -> None:

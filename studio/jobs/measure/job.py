@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from studio.core.errors import StudioError
 from studio.core.events import Finished, Phase, Started, Warned
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
@@ -40,21 +41,32 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
         seen = measure_card(worker, recipe)
     else:
         worker.emit(Phase, name="tracing the step without weights", detail=recipe.method)
-        seen = _traced(request, recipe)
+        try:
+            seen = _traced(worker, request, recipe)
+        except _Stopped:
+            return worker.emit(Finished, outcome="stopped", seconds=round(time.perf_counter() - began, 3))
     report = {**seen, "versions": versions, "seconds": round(time.perf_counter() - began, 3)}
     write_whole(worker.paths.report, json.dumps(report, indent=1))
     if why := remember_measurement(worker.paths, report, time.time()):
         worker.emit(Warned, topic="calibration", message=f"what was measured is not kept for later plans: {why}")
-    worker.emit(Finished, outcome="done", seconds=report["seconds"])
+    return worker.emit(Finished, outcome="done", seconds=report["seconds"])
 
 
-def _traced(request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
+class _Stopped(StudioError):
+    """The user asked for an early end: there is nothing to keep of half a trace."""
+
+
+def _traced(worker: Worker, request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
+    def look() -> None:
+        if worker.requested("stop"):
+            raise _Stopped
+
     major, _, minor = request.capability.partition(".")
     target = Target(request.device, request.dtype, (int(major), int(minor or 0)))
     values = base_config(recipe.model.base, recipe.model.revision)
     base = BaseFound("folder", recipe.model.base, None, values, 0)
     refuse_untrainable(base, recipe.method)
-    seen = trace(_as_it_lies(recipe, base.quantised), values, target)
+    seen = trace(_as_it_lies(recipe, base.quantised), values, target, on_stage=look)
     return {"source": "trace", "peaks": seen.log.peaks(), "trainable_parameters": seen.trainable_parameters}
 
 

@@ -4,7 +4,7 @@ What happens inside one operator is not seen; who knows what a kernel takes ther
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,20 +88,23 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         component: What newborn storages belong to until somebody claims them.
     """
 
-    def __init__(self, *, block_bytes: int = 1) -> None:
+    def __init__(self, *, block_bytes: int = 1, on_stage: Callable[[], None] = lambda: None) -> None:
         """Begin an empty log.
 
         Args:
             block_bytes: Sizes are rounded up to this: 512 as CUDA's allocator does, 1 for the tensors themselves.
+            on_stage: Called where a stage begins; what it raises ends the steps.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.log = StorageLog()
         self.component = "activations"
         self._block = block_bytes
+        self._on_stage = on_stage
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def stage(self, name: str) -> None:
         """Say that a stage begins; what is born around head and loss counts as logits."""
+        self._on_stage()
         self.component = "logits" if name == "loss" else "activations"
         self.log.stages.append((len(self.log.events), name))
 

@@ -4,6 +4,7 @@ The model is built from its config, adapted, and trained for two steps by `studi
 for what operators allocate; `studio.jobs.measure.card` says what of a card is put back and what is not known.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,20 +53,23 @@ class Traced:
     trainable_parameters: int
 
 
-def trace(recipe: Recipe, values: dict[str, Any], target: Target) -> Traced:
+def trace(
+    recipe: Recipe, values: dict[str, Any], target: Target, *, on_stage: Callable[[], None] = lambda: None
+) -> Traced:
     """Trace a recipe's training.
 
     Args:
         recipe: How it is trained.
         values: The base model's config.json.
         target: For what device.
+        on_stage: Called where a stage begins; what it raises ends the trace.
 
     Raises:
         BadInput: The model cannot be built.
         JobFailed: The recipe does not fit the model, or what it allocates depends on the weights' values.
     """
     config = config_of(values)
-    storages = Storages(block_bytes=_CUDA_BLOCK_BYTES if target.device_type == "cuda" else 1)
+    storages = Storages(block_bytes=_CUDA_BLOCK_BYTES if target.device_type == "cuda" else 1, on_stage=on_stage)
     with fake_world() as numbers, torch.random.fork_rng(devices=[]):
         parameters = run_engine(config, recipe, target, storages, numbers)
     return Traced(storages.log, parameters)
