@@ -173,6 +173,12 @@ def _start(request: MergeRequest, root: Path) -> RunPaths:
     return start_chain(request, root)
 
 
+def _resume(paths: RunPaths) -> None:
+    from studio.runs.supervise import resume  # noqa: PLC0415  0.1 s
+
+    resume(paths)
+
+
 def _chat(request: ChatRequest) -> ChatProcess:
     return ChatProcess(request)
 
@@ -184,9 +190,11 @@ class MergeWork:
     Attributes:
         facts: Looks at a run; raises StudioError.
         start: Checks and launches a merge, which launches its exports; raises StudioError.
+        resume: Starts a worker for a run that has ended early; raises StudioError.
         chat: Starts a chat's process; raises StudioError.
     """
 
     facts: Callable[[RunPaths], MergeFacts] = read_facts
     start: Callable[[MergeRequest, Path], RunPaths] = _start
+    resume: Callable[[RunPaths], None] = _resume
     chat: Callable[[ChatRequest], ChatProcess] = _chat

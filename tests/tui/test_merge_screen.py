@@ -213,6 +213,36 @@ def test_a_failed_merge_says_why_and_what_is_not_made(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
+def test_a_merge_that_was_killed_says_what_to_do_and_is_resumed_here(tmp_path: Path) -> None:
+    merge = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out"))
+    whole = merge.events.read_bytes()
+    merge.events.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    resumed: list[RunPaths] = []
+
+    def resume(paths: RunPaths) -> None:
+        resumed.append(paths)
+        if len(resumed) == 1:
+            raise BadInput(f"not now {HOSTILE}")
+        merge.events.write_bytes(whole)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        made = MergeProgressScreen(merge, work=MergeWork(resume=resume), poll_seconds=SELDOM)
+        await opened(pilot, app, made)
+        assert "crashed: the process ended without saying why. R goes on" in " ".join(shown(app).split())
+        assert "R Resume" in shown(app) and "Try it" not in shown(app)
+        await pilot.press("R")
+        await until(pilot, lambda: "not now" in shown(app))
+        assert_harmless(app)
+        await pilot.press("R")
+        await until(pilot, lambda: len(resumed) == 2)
+        made._look()
+        await until(pilot, lambda: "every bit equal" in shown(app))
+        assert "R Resume" not in shown(app) and "t Try it" in shown(app)
+
+    play(story, tmp_path)
+    assert resumed == [merge, merge]
+
+
 def test_exports_follow_the_merge_wherever_the_screen_is(tmp_path: Path) -> None:
     exports = [ExportRequest("/m", f"/m-{form}", form) for form in ("nf4", "int8")]
     merge = merge_run(tmp_path, MergeRequest("/a", "b", "/m", then=("nf4", "int8", "f16")))

@@ -61,25 +61,29 @@ def is_short(rows: Sequence[OutputEstimate], free_disk: int | None) -> bool:
     return free_disk is not None and kept > free_disk
 
 
-def progress_line(history: History, status: Status, seconds: float) -> Content:
+def progress_line(history: History, status: Status, seconds: float, ended: str = "") -> Content:
     """Return how far one output is.
 
     Args:
         history: What its run has told.
         status: What follows from the run's files.
         seconds: Since it began, or that it took.
+        ended: How its process ended, where that is known.
     """
-    if history.failed is not None:
+    if history.failed is not None and not status.live:
         why = (
             f"{plain(history.failed.message, one_line=True, limit=_LONGEST)} {plain(history.failed.advice, limit=200)}"
         )
         return Content.assemble(("failed: ", "$text-error bold"), why)
     if not status.live:
+        if status is Status.crashed:
+            why = ended or "the process ended without saying why"
+            return Content.assemble(("crashed: ", "$text-error bold"), f"{why}. R goes on with what is whole of it.")
         style = "$text-success" if status is Status.finished else "$text-warning"
         took = f" in {duration(seconds)}" if status is Status.finished else ""
         where = "".join(f"  {plain(item.path, one_line=True)}" for item in history.saved[-1:])
         return Content.assemble((str(status), style), took, where)
-    phase = history.phase
+    phase = history.phase if status is not Status.starting else None  # else it is of the worker before
     fraction = f" {phase.fraction:.0%}" if phase and phase.fraction is not None else ""
     doing = f"{phase.name} {phase.detail}" if phase else "starting"
     return Content(f"{plain(doing, one_line=True, limit=80)}{fraction}  {duration(seconds)}")

@@ -64,7 +64,9 @@ def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:
 
 
 def _crashed(paths: RunPaths) -> Content:
-    head = ("crashed: the process ended without saying why. ", "bold")
+    from studio.runs.supervise import how_it_ended  # noqa: PLC0415  0.1 s, needed only then
+
+    head = (f"crashed: {how_it_ended(paths) or 'the process ended without saying why'}. ", "bold")
     lines = [line for raw in last_output(paths, _LAST_LINES) for line in harmless(raw)]
     said = "Its last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else "It printed nothing."
     return Content.assemble(head, "R resumes from the last checkpoint. ", said)

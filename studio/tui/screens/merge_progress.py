@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
@@ -20,6 +21,7 @@ from studio.runs.history import History
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
+from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch
 from studio.tui.merging import MERGED, MergeWork
 from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
@@ -36,6 +38,7 @@ class MergeProgressScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("x", "stop", "Stop"),
+        Binding("R", "resume", "Resume"),
         Binding("t", "try_it", "Try it"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
@@ -61,7 +64,7 @@ class MergeProgressScreen(Screen[None]):
 
         Args:
             merge: Its run.
-            work: What starts a chat.
+            work: What starts a chat, and resumes what has ended early.
             poll_seconds: Pace.
             now: Unix seconds.
         """
@@ -71,7 +74,8 @@ class MergeProgressScreen(Screen[None]):
         self._waiting = _then(merge)
         self._work, self._poll_seconds, self._now = work or MergeWork(), poll_seconds, now
         self._seen: dict[str, float] = {}
-        self._live, self._has_result = True, False
+        self._statuses: dict[str, Status] = {}
+        self._has_result = self._resuming = False
 
     def compose(self) -> ComposeResult:
         """Head, a row for each output, later the result, keys."""
@@ -102,14 +106,16 @@ class MergeProgressScreen(Screen[None]):
 
     def _show(self, statuses: dict[str, Status]) -> None:
         for form, watch in self._watches.items():
-            line = progress_line(watch.history, statuses[form], self._seconds(form, watch.history, statuses[form]))
+            status = statuses[form]
+            ended = how_it_ended(watch.paths) if status is Status.crashed else ""
+            line = progress_line(watch.history, status, self._seconds(form, watch.history, status), ended)
             self._row(form).update(Content.assemble(line, said_text(form, watch.history)))
         for form in self._waiting:
             self._row(form).update(waits_line(statuses))
-        live, self._live = self._live, any(status.live for status in statuses.values())
-        if live is not self._live:
+        before, self._statuses = self._statuses, statuses
+        if before != statuses:
             self.refresh_bindings()
-        if not statuses[MERGED].live and not self._has_result:
+        if statuses[MERGED] is Status.finished and not self._has_result:
             self._has_result = True
             self.query_one(VerticalScroll).mount_all(_result_widgets(read_report(self._merge)))
 
@@ -123,8 +129,35 @@ class MergeProgressScreen(Screen[None]):
         return (now if status.live else history.last_at or now) - began
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer to stop only what runs."""
-        return self._live if action == "stop" else True
+        """Offer to stop only what runs, to resume only what has ended early, and to try only what is whole."""
+        live = any(status.live for status in self._statuses.values())
+        if action == "stop":
+            return live or not self._statuses
+        if action == "resume":
+            return not live and self._ended_early is not None
+        return self._statuses.get(MERGED) is Status.finished if action == "try_it" else True
+
+    @property
+    def _ended_early(self) -> RunPaths | None:
+        """The first output that is not whole and not being made; the others follow it."""
+        early = (form for form, status in self._statuses.items() if status is not Status.finished and not status.live)
+        form = next(early, None)
+        return None if form is None else self._watches[form].paths
+
+    def action_resume(self) -> None:
+        """Go on with what has ended early."""
+        if self._ended_early is not None and not self._resuming:
+            self._resuming = True
+            self._resume(self._ended_early)
+
+    @work(thread=True)
+    def _resume(self, paths: RunPaths) -> None:
+        try:
+            self._work.resume(paths)
+        except StudioError as error:
+            self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
+        finally:
+            self._resuming = False
 
     def action_stop(self) -> None:
         """Ask once, then ask what runs to stop; what waits is not started."""
@@ -144,10 +177,7 @@ class MergeProgressScreen(Screen[None]):
         """Chat with the merged model."""
         from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
 
-        if run_status(self._merge) is Status.finished:
-            self.app.push_screen(ChatScreen(self._merge, work=self._work))
-        else:
-            self.app.notify("The merged model is not whole yet.", markup=False)
+        self.app.push_screen(ChatScreen(self._merge, work=self._work))
 
     def action_leave(self) -> None:
         """Go back; what runs goes on."""
