@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from studio.commands.follow import End, conclude, exit_code, follow, tell_failure, tell_success
 from studio.commands.merge import request_for
-from studio.commands.open_studio import FIRST, open_studio
+from studio.commands.open_studio import first_recipe, open_studio
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
 from studio.commands.terminal import DONE, say, size, why_no_studio, width_of_terminal, write_json
 from studio.commands.train import tell_checked
@@ -17,7 +17,6 @@ from studio.core.text import plain
 from studio.probe.start import start_merge, start_training
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
-from studio.runs.recipe_file import find_recipe, load_recipe
 from studio.runs.status import Status
 from studio.runs.summary import folder_bytes, summary_of
 from studio.runs.watch import RunWatch
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StudioError: A part of it cannot be started.
     """
-    recipe = load_recipe(find_recipe(FIRST))
+    recipe = first_recipe(None)  # the shipped one, also where a file of this name lies in the current folder
     if not (args.no_tui or args.json or why_no_studio()):
         return open_studio(recipe, root_of(args), launch=True)
     to = sys.stderr if args.json else sys.stdout

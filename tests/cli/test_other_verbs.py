@@ -187,6 +187,11 @@ def test_the_demo_in_plain_lines(cli: Cli, home: Path) -> None:
     assert str(merged) in outcome.out
 
 
+def test_the_demo_is_the_shipped_one_wherever_it_is_started(cli: Cli, home: Path) -> None:
+    Path("demo").write_text("name = 'mine'\n")
+    assert cli("demo", "--json").document["run"].startswith("demo-")
+
+
 def test_the_demo_in_json(cli: Cli) -> None:
     outcome = cli("demo", "--json")
     assert outcome.code == 0
