@@ -26,6 +26,7 @@ from studio.runs.layout import RunPaths, new_run
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.supervise import launch
 
+_SHOWN = 40
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 
 
@@ -39,7 +40,7 @@ def prepare_run(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] |
         plan: The memory estimate at launch, ready for JSON; None where there is none.
 
     Raises:
-        BadInput: The folder cannot be made or written.
+        BadInput: The folder cannot be made or written, or a path of the job is no UTF-8.
     """
     paths = new_run(runs_root, _name_of(job), now)
     try:
@@ -49,6 +50,12 @@ def prepare_run(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] |
     except KeyboardInterrupt:
         shutil.rmtree(paths.root, ignore_errors=True)
         raise
+    except UnicodeEncodeError as error:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        near = plain(error.object[max(0, error.start - _SHOWN) : error.end + _SHOWN], one_line=True)
+        raise BadInput(
+            f"a run's recipe.toml is UTF-8, and this path is not: ... {near} ...; rename the file or folder."
+        ) from error
     except OSError as error:
         shutil.rmtree(paths.root, ignore_errors=True)
         shown = plain(str(paths.root), one_line=True)

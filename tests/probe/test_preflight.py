@@ -151,6 +151,16 @@ def test_who_interrupts_the_making_of_a_run_leaves_no_folder(tmp_path: Path, mon
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_a_path_that_is_no_utf8_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+    job = MergeRequest(adapter="/models/caf\udce9\x1b[31m/adapter", base="embedded", out="/o")
+    with pytest.raises(BadInput, match=r"this path is not: .*; rename") as caught:
+        prepare_run(job, tmp_path / "runs", 1e9)
+    assert "/models/caf\\udce9" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_the_estimate_at_launch_is_kept(data: Path, tmp_path: Path) -> None:
     paths = prepare_run(Recipe(), tmp_path / "runs", 1e9, {"peak_bytes": 7})
     assert json.loads(paths.plan.read_text()) == {"peak_bytes": 7}
