@@ -93,7 +93,7 @@ def test_enter_opens_the_chosen_run_and_escape_comes_back(tmp_path: Path) -> Non
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("o")
         await until(pilot, lambda: rows(app))
-        await pilot.press("down", "enter")
+        await pilot.press("end", "home", "down", "home", "end", "enter")
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert isinstance(app.screen, RunScreen)
         assert app.screen.paths == older

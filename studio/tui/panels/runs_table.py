@@ -24,7 +24,12 @@ _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green",
 class RunsTable(DataTable[Text]):
     """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Open")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "select_cursor", "Open"),
+        # Textual's table goes to the first and last column with these, which hides the names of the runs.
+        Binding("home", "scroll_top", "First run", show=False),
+        Binding("end", "scroll_bottom", "Last run", show=False),
+    ]
 
     def __init__(self) -> None:
         """Start empty."""
