@@ -90,6 +90,8 @@ def _told(error: Exception) -> tuple[str, int]:
     """Return what to say of an error, and the exit code."""
     if isinstance(error, StudioError):
         return str(error), 2 if isinstance(error, BadInput) else 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # as pathlib and platformdirs say it
+        return "no home folder is known for a path with ~, or for this user: give whole paths, set HOME, or both", 2
     if isinstance(error, FileNotFoundError) and not _has_current_folder():
         return "the current folder was deleted: change into another one first", 2
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

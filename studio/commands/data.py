@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.seq and not args.model:
         raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
-    data = inspect_data(Path(args.file), format=args.format)
+    data = inspect_data(Path(args.file).expanduser(), format=args.format)
     if args.model:
         _make_loadable(args.model)
     tokens = token_lengths(data.rows, args.model) if args.model else None

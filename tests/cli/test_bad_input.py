@@ -187,6 +187,21 @@ def test_a_word_that_the_verb_does_not_know_is_answered_with_the_verbs_help(
     _refused(cli(*words), home, said)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["runs", "list", "--runs-dir", "~nobody.here/runs"],
+        ["train", "~nobody.here/r.toml"],
+        ["merge", "~nobody.here/adapter", "--out", "x"],
+        ["export", "~nobody.here/adapter", "--format", "peft", "--out", "x"],
+        ["chat", "~nobody.here/model"],
+        ["data", "check", "~nobody.here/rows.jsonl"],
+    ],
+)
+def test_the_home_of_somebody_who_is_not_here(cli: Cli, home: Path, words: list[str]) -> None:
+    _refused(cli(*words), home, "no home folder is known")
+
+
 @pytest.mark.parametrize("verb", ["show", "attach", "stop", "pause", "resume", "rm"])
 @pytest.mark.parametrize("word", ["last", "nosuch", "../..", "\x1b]0;title\x07", ""])
 def test_a_run_that_is_not_there(cli: Cli, home: Path, verb: str, word: str) -> None:
