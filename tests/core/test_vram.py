@@ -108,11 +108,9 @@ def assert_no_less(shape: ModelShape, setup: Setup, larger: Setup, gpu: Gpu | No
     before, after = estimate_vram(shape, setup, gpu), estimate_vram(shape, larger, gpu)
     fall = max(0, saved(shape, larger) - saved(shape, setup))
     assert after.allocated.expected >= before.allocated.expected - fall
-    # Layers that keep more leave smaller blocks behind: seen to cost the card 0.1 % where layers are not what peaks.
-    share = 1 if setup.grad_checkpointing else 0.998
-    assert after.device.high >= share * before.device.high
+    assert after.device.high >= before.device.high
     if setup.device == "cuda":
-        assert after.device.expected >= share * before.device.expected
+        assert after.device.expected >= before.device.expected
 
 
 @settings(max_examples=400, deadline=None)
@@ -141,7 +139,8 @@ def test_more_never_takes_less_where_other_terms_once_fell():
     """By name: pages under doubt, 8-bit states of a loop that is not the expected one, and a peak at loading."""
     pages = Setup(rank=390, optimizer="paged_adamw_32bit")
     eight = stock_setup(Setup(rank=7, seq_len=128, optimizer="adamw_8bit", loss="full"))
-    mistral, loading = shapes()["Mistral-7B-v0.1"], Setup(rank=1, seq_len=8)
+    mistral = shapes()["Mistral-7B-v0.1"]
+    loading = stock_setup(Setup(rank=1, seq_len=8, loss="full"), kbit_prepare=False)
     for shape, setup in ((UNKNOWN, pages), (shapes()["SmolLM2-135M"], eight), (mistral, loading)):
         assert_no_less(shape, setup, replace(setup, rank=setup.rank + 1), None)
     assert estimate_vram(mistral, loading).stage == "load"

@@ -15,6 +15,7 @@ from studio.core.vram.reserve import (
     MOST_CONTEXT_BYTES,
     Range,
     device_range,
+    expected_reserved,
     reserved_range,
     unused_in_segments,
 )
@@ -57,9 +58,8 @@ class VramEstimate:
         allocated: Peak of live tensors (torch.cuda.max_memory_allocated). It may fall where a larger rank lets
             bitsandbytes page a state or keep it in 8 bits, by what that saves.
         reserved: Peak of the allocator's segments (torch.cuda.max_memory_reserved).
-        device: What nvidia-smi shows for this process. On a card with checkpointing neither what is expected nor the
-            high end falls when rank, batch, length or targets grow (without, by 0.1 % at most where seen); at the low
-            end all pages are on the host.
+        device: What nvidia-smi shows for this process. On a card neither what is expected nor the high end falls when
+            rank, batch, length or targets grow; at the low end all pages are on the host.
         trainable_parameters: Trained parameters.
         kernel: Which attention was assumed.
         host: Bytes of checkpoints that wait in the computer's own memory.
@@ -113,7 +113,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     reserved = reserved_range(stages, low, high, unused)
     # Pages are on the card while it has room for them.
     paged = stages.standing.paged
-    states = Range(0, paged + stages.steady_peak - stages.peak, int(paged * (1 + _doubt(shape))))
+    spared = expected_reserved(stages, unused, stages.standing.spared) - reserved.expected
+    states = Range(0, paged + spared, int(paged * (1 + _doubt(shape))))
     return VramEstimate(
         stage=stages.peak_stage,
         stages=tuple(stages.by_name.items()),

@@ -78,9 +78,6 @@ def _weight_sizes(shape: ModelShape, form: FrozenForm) -> list[int]:
 def reserved_range(stages: Stages, low: int, high: int, unused: int, *, fragmentation: float = FRAGMENTATION) -> Range:
     """Return what the allocator takes from the driver, in closed form.
 
-    Beside the live tensors these are the blocks that layers used on their way forward, too small for the logits, the
-    rest of the weights' segments, and fragments of what is allocated and freed again.
-
     Args:
         stages: Allocated bytes.
         low: Lowest peak of allocated bytes.
@@ -88,10 +85,28 @@ def reserved_range(stages: Stages, low: int, high: int, unused: int, *, fragment
         unused: Free remainder of the weights' segments.
         fragmentation: Share of the turnover that lies in blocks too small for what comes next.
     """
-    beside = unused + int(stages.work.layer_blocks)
     kept = max(0, stages.at_work - stages.fixed - stages.turnover)
     most = MOST_FRAGMENTATION * stages.turnover + MOST_KEPT_FRAGMENTATION * kept
-    return Range(low, int(stages.peak + beside + fragmentation * stages.turnover), int(high + beside + most))
+    expected = expected_reserved(stages, unused, fragmentation=fragmentation)
+    return Range(low, expected, max(expected, int(high + unused + int(stages.work.layer_blocks) + most)))
+
+
+def expected_reserved(stages: Stages, unused: int, more: int = 0, *, fragmentation: float = FRAGMENTATION) -> int:
+    """Return what the allocator is expected to take from the driver.
+
+    At work these are, beside the live tensors, the blocks that layers used on their way forward, too small for the
+    logits, the rest of the weights' segments, and fragments of what is allocated and freed again. Loading is over by
+    then: it leaves the rest of the weights' segments, and as much again as it held beside them.
+
+    Args:
+        stages: Allocated bytes.
+        unused: Free remainder of the weights' segments.
+        more: Bytes that are alive at work beside those.
+        fragmentation: Share of the turnover that lies in blocks too small for what comes next.
+    """
+    load = stages.peaks.load
+    at_work = stages.at_work + more + unused + int(stages.work.layer_blocks) + fragmentation * stages.turnover
+    return max(2 * load - stages.standing.base + unused, int(at_work))
 
 
 def device_range(reserved: Range, state: Range, context: int, most_context: int) -> Range:

@@ -239,9 +239,15 @@ def _whole_copy(shape: ModelShape, kind: Setup, part: AdaptedPart) -> int:
 
 @lru_cache(maxsize=256)
 def _load_extra(shape: ModelShape, setup: Setup) -> int:
-    """Return what loading needs: one weight in 16 bits beside its packed form; for peft's upcast an embedding twice."""
+    """Return what loading needs: the widest weight before it is quantised; for peft's upcast an embedding twice.
+
+    Our loop needs a transformers that quantises one weight after another (core_model_loading.py, 5.5 and later);
+    earlier ones held a second weight meanwhile. bitsandbytes 0.50 makes 8 bits of a copy in fp16 (nn/modules.py).
+    """
     if not setup.quantised:
         return 0
     widest = max((linear.inputs * linear.outputs for _, linear in shape.all_linears()), default=0)
+    copied = setup.quant_type == "int8" and setup.dtype != "fp16"
+    whole = setup.compute_itemsize + 2 * copied if setup.engine == "studio" else 4
     upcast = shape.embedding_parameters * 2 if setup.kbit_prepare else 0
-    return max(widest * 4, upcast)
+    return max(widest * whole, upcast)
