@@ -65,6 +65,8 @@ def test_the_folder_loads_quantised_and_answers_alike(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert not list(tmp_path.glob(".writing-*"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "who may read the folder may load the model"
 
 
 def _plain(folder: Path) -> torch.nn.Module:

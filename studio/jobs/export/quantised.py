@@ -46,6 +46,9 @@ def make_quantised(work: Work, merged: Path, form: str, folder: Path) -> Loss | 
     _require_quantised(model, form)
     work.say("saving")
     model.save_pretrained(str(folder))
+    for weights in folder.glob("*.safetensors"):
+        # safetensors writes for the owner alone; a model is for whoever may read the rest of its folder.
+        shutil.copymode(folder / "config.json", weights)
     del model
     keep_files(merged, folder)
     work.heed()
