@@ -64,6 +64,7 @@ def test_a_pissa_start_is_the_base_and_what_is_saved_is_the_trained_model(
     fresh = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(loaded), trained, rtol=1e-3, atol=1e-3)
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1, "a copy serves others too"
 
 
 def test_pissa_takes_the_largest_directions(tiny: Path) -> None:

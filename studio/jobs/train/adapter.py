@@ -101,6 +101,8 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | N
         model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
         if start:
             _rewrite_as_difference(model, aside, start)
+        # safetensors writes for the owner alone, which a copy of the folder for others would keep.
+        shutil.copymode(aside / _CONFIG, aside / _WEIGHTS)
         tokenizer.save_pretrained(str(aside))
         publish_folder(aside, folder)
     finally:
