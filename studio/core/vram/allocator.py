@@ -6,7 +6,7 @@ free block that is large enough is taken and split where enough remains; free ne
 segments stay until the cache is emptied. One stream, and no limits to splitting (torch's defaults).
 """
 
-import bisect
+from bisect import bisect_left, insort
 
 MIB = 2**20
 _ROUND = 512
@@ -70,8 +70,10 @@ class CachingAllocator:
         size += -size % _ROUND
         pool = 1 if size > _SMALL else 0
         free = self._free[pool]
-        index = bisect.bisect_left(free, (size,))
-        block = free.pop(index)[2] if index < len(free) else self._segment(size, pool)
+        index = bisect_left(free, (size,))
+        if index == len(free):
+            index = self._add_segment(size, pool)
+        block = free[index][2]
         remaining = block.size - size
         if remaining > _SMALL if pool else remaining:
             rest = Block(remaining, block.address + size, pool, block, block.after)
@@ -79,31 +81,50 @@ class CachingAllocator:
                 rest.after.before = rest
             block.size, block.after = size, rest
             rest.free = True
-            bisect.insort(free, (remaining, rest.address, rest))
+            entry = (remaining, rest.address, rest)
+            # Five rests in six stay in the block's place among the free ones; so do most blocks that grow (release).
+            if not index or free[index - 1] < entry:
+                free[index] = entry
+            else:
+                del free[index]
+                insort(free, entry, 0, index)
+        else:
+            del free[index]
         block.free = False
         self.allocated += block.size
-        self.most_allocated = max(self.most_allocated, self.allocated)
+        if self.allocated > self.most_allocated:  # noqa: PLR1730  max takes thrice as long, 50 000 times a plan
+            self.most_allocated = self.allocated
         return block
 
     def release(self, block: Block) -> None:
         """Take a block back and join it with free neighbours."""
         self.allocated -= block.size
         free, before, after = self._free[block.pool], block.before, block.after
+        index = -1
         if after and after.free:
-            del free[bisect.bisect_left(free, (after.size, after.address))]
+            index = bisect_left(free, (after.size, after.address))
             block.size += after.size
-            block.after = after.after
-            if block.after:
-                block.after.before = block
+            block.after = after = after.after
+            if after:
+                after.before = block
         if before and before.free:
-            del free[bisect.bisect_left(free, (before.size, before.address))]
+            if index >= 0:
+                del free[index]
+            index = bisect_left(free, (before.size, before.address))
             before.size += block.size
-            before.after = block.after
-            if before.after:
-                before.after.before = before
+            before.after = after
+            if after:
+                after.before = before
             block = before
         block.free = True
-        bisect.insort(free, (block.size, block.address, block))
+        entry = (block.size, block.address, block)
+        if index < 0:
+            insort(free, entry)
+        elif index + 1 == len(free) or entry < free[index + 1]:
+            free[index] = entry
+        else:
+            del free[index]
+            insort(free, entry, index)
 
     def empty_cache(self) -> None:
         """Give segments back in which nobody has anything (torch.cuda.empty_cache)."""
@@ -112,7 +133,8 @@ class CachingAllocator:
             pool[:] = [item for item in pool if item[2].before or item[2].after]
             self.reserved -= before - sum(item[0] for item in pool)
 
-    def _segment(self, size: int, pool: int) -> Block:
+    def _add_segment(self, size: int, pool: int) -> int:
+        """Take a segment from the driver; return where it is among the free blocks: last, for no other was enough."""
         whole = _SMALL_SEGMENT
         if pool:
             whole = _LARGE_SEGMENT if size < _OWN_SEGMENT else -(-size // _SEGMENT_ROUND) * _SEGMENT_ROUND
@@ -124,4 +146,5 @@ class CachingAllocator:
             address, self._low = self._low, self._low + whole
         else:
             address = self._high = self._high - whole
-        return Block(whole, address, pool)
+        self._free[pool].append((whole, address, Block(whole, address, pool)))
+        return len(self._free[pool]) - 1
