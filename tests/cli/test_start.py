@@ -1,0 +1,28 @@
+"""How a process of the command line starts: without looking for garbage, until its modules are there."""
+
+import gc
+import subprocess
+import sys
+
+from tests.cli.conftest import Cli
+
+_STARTED = """
+import gc, sys
+from studio.cli import main
+from studio.commands import gpus
+found = []
+gpus.run = lambda args: found.append((gc.isenabled(), gc.get_freeze_count() > 10_000)) or 0
+sys.argv = ["lora-studio", "gpus"]
+print(main(), found)
+"""
+
+
+def test_a_process_looks_for_garbage_among_what_its_verb_makes_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", _STARTED], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["0", "[(True, True)]\n"]
+
+
+def test_a_call_from_a_process_of_somebody_elses_freezes_nothing(cli: Cli) -> None:
+    before = gc.get_freeze_count()
+    assert cli("recipes").code == 0
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
