@@ -8,14 +8,17 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.json_size import MOST_VALUES, values_in
 from studio.probe.safetensors_header import CorruptSafetensors, SafetensorsHeader, read_header
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _MOST_JSON_BYTES, _MOST_INDEX_BYTES = 8 * 2**20, 50 * 2**20
-"""Configs of large mixtures that list every module left unquantised have some 3 MB, their indices some 25. Parsed, a
-hostile file takes 25 times its size."""
+"""Configs of large mixtures that list every module left unquantised have some 3 MB, their indices some 25."""
+
+_MOST_SHARDS = 10_000
+"""Checkpoints of a trillion parameters come in 62 to 191 files; each named file is looked for."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -125,14 +128,21 @@ def _shards(index: Path) -> dict[str, list[str]]:
         raise BadInput(f"{_shown(index)} has no weight_map from tensors to files. Copy or download it again.")
     shards: dict[str, list[str]] = {}
     for tensor, shard in table.items():
-        key = f"{_shown(index)}: weight_map has {plain(tensor, one_line=True, limit=120)}"
         if not isinstance(shard, str):
-            raise BadInput(f"{key} in {plain(repr(shard), one_line=True, limit=40)}; wanted the name of a file.")
+            shown = plain(repr(shard), one_line=True, limit=40)
+            raise _misplaced(index, tensor, f"{shown}; wanted the name of a file")
+        shards.setdefault(shard, []).append(tensor)
+        if len(shards) > _MOST_SHARDS:
+            raise BadInput(f"{_shown(index)} names more than {_MOST_SHARDS} files; wanted the index of one model.")
+    for shard, tensors in shards.items():
         if Path(shard).name != shard or "\\" in shard or "\0" in shard:
             shown = plain(shard, one_line=True, limit=120)
-            raise BadInput(f"{key} in {shown}, which points outside its folder; wanted a file beside it.")
-        shards.setdefault(shard, []).append(tensor)
+            raise _misplaced(index, tensors[0], f"{shown}, which points outside its folder; wanted a file beside it")
     return dict(sorted(shards.items()))
+
+
+def _misplaced(index: Path, tensor: str, found: str) -> BadInput:
+    return BadInput(f"{_shown(index)}: weight_map has {plain(tensor, one_line=True, limit=120)} in {found}.")
 
 
 def _json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
@@ -144,6 +154,9 @@ def _json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
         if raw.startswith(BOM_UTF8):
             found = "begins with a byte order mark, which transformers cannot read"
             raise BadInput(f"{_shown(path)} {found}. Save it as UTF-8 without one.")
+        if (values := values_in(raw)) > MOST_VALUES:
+            found = f"holds {values} values, and cannot be what its name says; wanted at most {MOST_VALUES}"
+            raise BadInput(f"{_shown(path)} {found}.")
         table = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise BadInput(f"{_shown(path)} cannot be read: {error.strerror or error}.") from None

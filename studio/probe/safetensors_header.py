@@ -1,8 +1,8 @@
 """Reads and checks the header of a safetensors file, without reading a weight and without any library.
 
 The format: 8 bytes of header length (little-endian), the header as JSON, then one buffer of tensors that the header's
-offsets cover completely, in order, without holes. The rules and the 100 MB cap are the safetensors library's own
-(`safetensors/src/tensor.rs`). It does not know what the tensors are for.
+offsets cover completely, in order, without holes. The rules are the safetensors library's own
+(`safetensors/src/tensor.rs`), but for a limit below its 100 MB. It does not know what the tensors are for.
 """
 
 import json
@@ -14,8 +14,12 @@ from typing import Any, Literal
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.json_size import MOST_VALUES, values_in
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 40_000_000
+"""The headers of mixtures with 100 000 tensors in one file have some 15 MB, and huggingface_hub reads none above 25 MB.
+One of the format's 100 MB can take a gigabyte when read."""
+
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -109,7 +113,7 @@ def header_length(first: bytes, name: str, file_bytes: int | None = None) -> int
     length = int(struct.unpack("<Q", first)[0])
     if length > MAX_HEADER_BYTES:
         raise CorruptSafetensors(
-            name, "header_too_large", f"its header claims {length} bytes; the format allows 100 MB"
+            name, "header_too_large", f"its header claims {length} bytes; wanted at most {MAX_HEADER_BYTES}"
         )
     if file_bytes is not None and length > file_bytes - 8:
         raise CorruptSafetensors(name, "header_cut", f"its header claims {length} bytes; {file_bytes - 8} are there")
@@ -120,8 +124,11 @@ def parse_header(raw: bytes, name: str) -> SafetensorsHeader:
     """Return the header from its own bytes (without the 8 before it).
 
     Raises:
-        CorruptSafetensors: Not UTF-8, not JSON, a wrong entry, or offsets with holes or overlaps.
+        CorruptSafetensors: Too many values, not UTF-8, not JSON, a wrong entry, or offsets with holes or overlaps.
     """
+    if (values := values_in(raw)) > MOST_VALUES:
+        found = f"its header holds {values} values; wanted at most {MOST_VALUES}, which is 150 000 tensors"
+        raise CorruptSafetensors(name, "header_too_large", found)
     try:
         table = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -140,20 +147,19 @@ def parse_header(raw: bytes, name: str) -> SafetensorsHeader:
 
 
 def _entry(key: str, value: Any, name: str) -> TensorEntry:
-    shown = plain(key, one_line=True, limit=80)
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise CorruptSafetensors(name, "bad_entry", f"tensor {shown} lacks dtype, shape or data_offsets") from None
+        raise _wrong(key, name, "bad_entry", "lacks dtype, shape or data_offsets") from None
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         found = plain(str(dtype), one_line=True, limit=40)
-        raise CorruptSafetensors(name, "bad_entry", f"tensor {shown} has the unknown dtype {found}")
+        raise _wrong(key, name, "bad_entry", f"has the unknown dtype {found}")
     if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
-        raise CorruptSafetensors(name, "bad_entry", f"tensor {shown} has a shape or offset that is not a whole number")
+        raise _wrong(key, name, "bad_entry", "has a shape or offset that is not a whole number")
     if end - begin != math.prod(shape) * bits / 8:
-        found = f"tensor {shown} takes {end - begin} bytes; its shape {list(shape)} and dtype {dtype} ask for other"
-        raise CorruptSafetensors(name, "bad_offsets", plain(found, limit=300))
+        found = f"takes {end - begin} bytes; its shape {list(shape)} and dtype {dtype} ask for other"
+        raise _wrong(key, name, "bad_offsets", plain(found, limit=200))
     return TensorEntry(dtype, shape, begin, end)
 
 
@@ -162,5 +168,9 @@ def _check_offsets(entries: dict[str, TensorEntry], name: str) -> None:
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != expected:
             found = "overlaps the one before it" if entry.begin < expected else "leaves a hole before it"
-            raise CorruptSafetensors(name, "bad_offsets", f"tensor {plain(key, one_line=True, limit=80)} {found}")
+            raise _wrong(key, name, "bad_offsets", found)
         expected = entry.end
+
+
+def _wrong(key: str, name: str, fault: Fault, found: str) -> CorruptSafetensors:
+    return CorruptSafetensors(name, fault, f"tensor {plain(key, one_line=True, limit=80)} {found}")

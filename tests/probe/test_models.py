@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from studio.core.errors import BadInput
+from studio.probe.json_size import MOST_VALUES
 from studio.probe.models import find_base
 from studio.probe.safetensors_header import CorruptSafetensors
 from tests.fakes.model import CONFIG, model_folder, safetensors_bytes
@@ -125,6 +126,17 @@ class TestShards:
     def test_an_index_that_points_outside(self, folder: Path, outside: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": outside}}))
         assert "points outside its folder" in refusal(folder)
+
+    @pytest.mark.parametrize(
+        ("weight_map", "found"),
+        [
+            ('"w":"a",' * MOST_VALUES, f"values, and cannot be what its name says; wanted at most {MOST_VALUES}"),
+            ("".join(f'"{n}":"{n}",' for n in range(10_001)), "names more than 10000 files"),
+        ],
+    )
+    def test_an_index_of_more_than_any_model_has(self, folder: Path, weight_map: str, found: str) -> None:
+        (folder / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{weight_map}"v":"model"}}}}')
+        assert found in refusal(folder)
 
     @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["w"]}])
     def test_an_index_without_a_map(self, folder: Path, index: object) -> None:

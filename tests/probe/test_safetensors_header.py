@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studio.probe.json_size import MOST_VALUES
 from studio.probe.safetensors_header import MAX_HEADER_BYTES, CorruptSafetensors, parse_header, read_header
 
 
@@ -115,6 +116,33 @@ def test_a_huge_claimed_header_is_never_read(file: Path) -> None:
     with pytest.raises(CorruptSafetensors) as caught:
         read_header(file)
     assert caught.value.fault == "header_too_large"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":{"dtype":"U8","shape":[' + b"1," * MOST_VALUES + b'1],"data_offsets":[0,1]}}',
+        b'{"a":[' + b"[]," * (MOST_VALUES // 2) + b"[]]}",
+        b'{"__metadata__":{"a":"' + b"," * MOST_VALUES + b'"}}',
+    ],
+    ids=["numbers", "lists", "commas in a text"],
+)
+def test_a_header_of_more_values_than_any_model_has_is_not_parsed(raw: bytes) -> None:
+    with pytest.raises(CorruptSafetensors, match=rf"values; wanted at most {MOST_VALUES}") as caught:
+        parse_header(raw, "x")
+    assert caught.value.fault == "header_too_large"
+
+
+def test_a_header_of_a_hundred_thousand_tensors_is_read() -> None:
+    """As a file of a large mixture in fp8 has them: a matrix for each expert and projection, with a long name."""
+    name = "model.language_model.layers.{}.mlp.experts.{}.down_proj.weight_scale_inv"
+    entries = (
+        f'"{name.format(number // 1000, number % 1000)}":{json.dumps(tensor(4 * number, 4 * number + 4, [1, 1]))}'
+        for number in range(100_000)
+    )
+    raw = f"{{{','.join(entries)}}}".encode()
+    assert 14_000_000 < len(raw) < MAX_HEADER_BYTES / 2
+    assert len(parse_header(raw, "x").tensors) == 100_000
 
 
 def test_names_from_the_file_are_made_harmless(file: Path) -> None:
