@@ -12,6 +12,7 @@ from studio.core.advice import Advice
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.machine import Machine, read_machine
 from studio.probe.models import find_base
@@ -77,6 +78,7 @@ def _answers(args: argparse.Namespace) -> Answers:
 
 
 def _write(path: Path, advice: Advice) -> None:
+    refuse(advice.recipe.problems())  # such as a data file whose name is no UTF-8, which TOML is
     if path.exists():
         raise BadInput(f"{plain(str(path), one_line=True)} is there already: choose another --out or remove it.")
     try:

@@ -31,6 +31,21 @@ def test_json_holds_machine_reasons_and_a_recipe_that_can_be_trained(cli: Cli, r
     assert "system prompt" in document["instead"]
 
 
+def test_data_whose_name_is_no_utf8_cannot_be_written_into_a_recipe(cli: Cli, rows: Path, tmp_path: Path) -> None:
+    odd = rows.rename(rows.with_name("caf\udce9.jsonl"))
+    outcome = cli("setup", "--data", str(odd), "--out", str(tmp_path / "mine.toml"))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "data.path: found" in outcome.err
+    assert "unexpected" not in outcome.err
+    assert not (tmp_path / "mine.toml").exists()
+
+
+def test_another_card_than_the_catalogues_is_for_verbs_that_take_a_size(cli: Cli, rows: Path) -> None:
+    outcome = cli("setup", "--data", str(rows), "--gpu", "voodoo2")
+    assert outcome.code == 2
+    assert "Any other: plan and fit take --vram-gib" in outcome.err
+
+
 def test_words_say_what_fits_the_card_that_is_planned_for(cli: Cli, rows: Path) -> None:
     outcome = cli("setup", "--data", str(rows), "--goal", "facts", "--gpu", "4090")
     assert outcome.code == 0
