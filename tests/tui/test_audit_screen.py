@@ -1,6 +1,7 @@
 """The audit screen: what was measured is shown with its intervals, and an audit is begun from recipe and run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ def test_the_recipe_is_audited(tmp_path: Path, key: str, what: str) -> None:
 
 def test_a_refusal_is_said(tmp_path: Path) -> None:
     def start(request: AuditRequest, runs_root: Path) -> RunPaths:
-        raise BadInput("the data are gone")
+        raise BadInput(f"the data are gone {HOSTILE}")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
@@ -187,11 +188,18 @@ def test_a_refusal_is_said(tmp_path: Path) -> None:
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
         await pilot.press("end", "0", "enter")
         await until(pilot, lambda: "the data are gone" in shown(app))
-        await pilot.press("b")
-        await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        assert isinstance(app.screen, AskAudit), "there it can be mended"
         assert app.screen.query_one("#wish-rows", Input).value == "1000", "what was chosen is there again"
+        assert_harmless(app)
+        await pilot.press("escape", "b")
+        await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        assert "the data are gone" not in shown(app)
 
     play(story, tmp_path)
+
+
+def _asks(app: StudioApp, words: str) -> bool:
+    return isinstance(app.screen, AskAudit) and words in shown(app)
 
 
 def test_a_race_has_the_steps_that_were_typed(tmp_path: Path) -> None:
@@ -204,12 +212,11 @@ def test_a_race_has_the_steps_that_were_typed(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
-        for typed in ("12", "many"):
-            await pilot.press("e")
-            await until(pilot, lambda: isinstance(app.screen, AskAudit))
+        await pilot.press("e")
+        for typed, before in (("12", "Race"), ("many", "enough")):
+            await until(pilot, partial(_asks, app, before))
             app.screen.query_one("#wish-steps", Input).value = typed
             await pilot.click("#audit-start")
-            await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await until(pilot, lambda: "steps: found many" in shown(app))
 
     play(story, tmp_path, size=NARROW)

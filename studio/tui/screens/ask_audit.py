@@ -28,21 +28,23 @@ class AskAudit(Dialog[dict[str, str]]):
         & .wish { height: 1; }
         & .wish Static { width: 36; }
         & .wish Input { width: 1fr; }
+        & #audit-refused { color: $text-error; }
         & #audit-keys { height: 1; margin-top: 1; }
         & Button { margin-right: 2; }
     }
     """
 
-    def __init__(self, title: str, wishes: Sequence[Wish], said: Mapping[str, str]) -> None:
+    def __init__(self, title: str, wishes: Sequence[Wish], said: Mapping[str, str], *, refused: str = "") -> None:
         """Ask.
 
         Args:
             title: What is going to be measured.
             wishes: The choices.
             said: What was chosen the last time.
+            refused: What was wrong with that.
         """
         super().__init__()
-        self._title, self._wishes, self._said = title, wishes, said
+        self._title, self._wishes, self._said, self._refused = title, wishes, said, refused
 
     def compose(self) -> ComposeResult:
         """Title, a line for each choice, what starts it."""
@@ -54,6 +56,8 @@ class AskAudit(Dialog[dict[str, str]]):
                     yield Static(wish.label, markup=False)
                     value = self._said.get(wish.key, wish.value)
                     yield Input(value, placeholder=wish.hint, compact=True, id=f"wish-{wish.key}")
+            if self._refused:
+                yield Static(Content(plain(self._refused)), id="audit-refused", markup=False)
             with Horizontal(id="audit-keys"):
                 yield Button("Start (enter)", variant="primary", compact=True, id="audit-start")
                 yield Button("Back (escape)", compact=True, id="audit-back")

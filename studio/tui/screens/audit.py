@@ -40,6 +40,7 @@ _EMPTY = (
 _WAITING = "This audit has no report yet: enter shows how far it is."
 _RUNNING = "It goes on if you leave. Enter shows its log, x stops it and keeps what it has."
 _LONGEST = 40
+_Make = Callable[[Mapping[str, str]], AuditRequest]
 
 
 class AuditScreen(Screen[None]):
@@ -116,6 +117,7 @@ class AuditScreen(Screen[None]):
         self._infos: dict[str, RunInfo] = {}
         self._phases: dict[str, Phase] = {}
         self._said: dict[str, dict[str, str]] = {}
+        self._ask_again: Callable[[str], None] | None = None
 
     def compose(self) -> ComposeResult:
         """Head, list, report, keys."""
@@ -182,12 +184,14 @@ class AuditScreen(Screen[None]):
             self.query_one(AuditReport).show(message.report, self._without(chosen))
 
     def on_audit_screen_started(self, message: Started) -> None:
-        """Watch the audit that was started, or say why there is none."""
+        """Watch the audit that was started, or ask again, saying why there is none."""
         self.query_one("#audit-head", Static).update("Audits")
-        if message.paths is None:
+        if message.paths is not None:
+            self.post_message(OpenRun(message.paths))
+        elif self.is_current and self._ask_again is not None:
+            self._ask_again(message.reason)
+        else:
             self.notify(message.reason, severity="error", timeout=10, markup=False)
-            return
-        self.post_message(OpenRun(message.paths))
 
     def action_open(self) -> None:
         """Watch the run of the audit under the cursor."""
@@ -260,17 +264,16 @@ class AuditScreen(Screen[None]):
     def _load(self, paths: RunPaths) -> None:
         self.post_message(self.Loaded(paths, self._engine.read(paths)))
 
-    def _ask(
-        self, what: str, title: str, wishes: Sequence[Wish], make: Callable[[Mapping[str, str]], AuditRequest]
-    ) -> None:
-        """Ask what is to be measured, then begin."""
+    def _ask(self, what: str, title: str, wishes: Sequence[Wish], make: _Make, refused: str = "") -> None:
+        """Ask what is to be measured, then begin; `refused` is what was wrong the last time."""
+        self._ask_again = partial(self._ask, what, title, wishes, make)
 
         def take(said: dict[str, str] | None) -> None:
             if said is not None:
                 self._said[what] = said
                 self._begin(lambda: make(said))
 
-        self.app.push_screen(AskAudit(title, wishes, self._said.get(what, {})), take)
+        self.app.push_screen(AskAudit(title, wishes, self._said.get(what, {}), refused=refused), take)
 
     def _begin(self, make: Callable[[], AuditRequest]) -> None:
         self.query_one("#audit-head", Static).update("Audits: checking and starting ...")
