@@ -206,9 +206,7 @@ def find_gpu(name: str) -> Gpu:
         near = difflib.get_close_matches(name.lower(), [known.lower() for known in CATALOGUE], n=3, cutoff=0.5)
         names = ", ".join(known for known in CATALOGUE if known.lower() in near) or "RTX 4090, A100 80GB, T4"
         shown = plain(name, one_line=True, limit=60)
-        raise BadInput(
-            f"no card called {shown!r} is known; perhaps {names}. Any other: plan and fit take --vram-gib X"
-        )
+        raise BadInput(f"no card called {shown!r} is known; perhaps {names}. Any other: plan and fit take --vram-gib X")
     return min(fitting, key=lambda gpu: (len(_words(gpu.name) - wanted - {_size(gpu)}), gpu.total_bytes))
 
 
