@@ -33,10 +33,10 @@ class LogSearch(Vertical):
     }
     """
 
-    def __init__(self, *, keep: int = 2000, id: str | None = None) -> None:  # noqa: A002  Textual's own name
-        """Show at most the newest `keep` lines."""
+    def __init__(self, *, keep: int = 2000, empty: str = "", id: str | None = None) -> None:  # noqa: A002  Textual's
+        """Show at most the newest `keep` lines, and `empty` where there is none."""
         super().__init__(id=id)
-        self._log_view = LogView(keep=keep)
+        self._log_view = LogView(keep=keep, empty=empty)
         self._opened = False
 
     def compose(self) -> ComposeResult:

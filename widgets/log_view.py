@@ -33,7 +33,7 @@ class LogView(ScrollView, can_focus=True):
         Binding("home,g", "scroll_home", "Oldest", show=False),
     ]
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"log-view--found"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"log-view--found", "log-view--empty"}
 
     DEFAULT_CSS = """
     LogView {
@@ -43,6 +43,7 @@ class LogView(ScrollView, can_focus=True):
         scrollbar-size-vertical: 1;
         scrollbar-size-horizontal: 1;
         & > .log-view--found { text-style: reverse; color: $text-warning; }
+        & > .log-view--empty { color: $text-muted; }
     }
     """
 
@@ -51,9 +52,17 @@ class LogView(ScrollView, can_focus=True):
     sought: reactive[str] = reactive("")
     """What is marked wherever it stands, in whatever case; empty marks nothing."""
 
-    def __init__(self, *, keep: int = 2000, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002
-        """Show at most the newest `keep` lines."""
+    def __init__(
+        self,
+        *,
+        keep: int = 2000,
+        empty: str = "",
+        id: str | None = None,  # noqa: A002  Textual's own name
+        classes: str | None = None,
+    ) -> None:
+        """Show at most the newest `keep` lines, and `empty` where there is none."""
         super().__init__(id=id, classes=classes)
+        self._empty = empty
         self._lines: deque[str] = deque(maxlen=keep)
         self._rows: list[str] = []
         self._match: int | None = None
@@ -78,6 +87,9 @@ class LogView(ScrollView, can_focus=True):
         column, row = self.scroll_offset.x, self.scroll_offset.y + y
         text = self._rows[row] if row < len(self._rows) else ""
         width = self.scrollable_content_region.width
+        if y == 0 and not self._rows:
+            told = Segment(self._empty, self.get_component_rich_style("log-view--empty"))
+            return Strip([told]).crop_extend(0, width, self.rich_style)
         return Strip(self._marked(text)).crop_extend(column, column + width, self.rich_style)
 
     def on_resize(self) -> None:

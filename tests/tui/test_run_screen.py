@@ -187,11 +187,13 @@ def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     with LiveWorker(paths) as worker:
         worker.emit(Started, job="merge", model="embedded")
-        paths.output.write_text("merging layer 3\n")
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
             assert screen_of(app).view == "log"
-            assert "merging layer 3" in shown(app)
+            assert "printed nothing so far" in shown(app), "no page is blank"
+            paths.output.write_text("merging layer 3\n")
+            await until(pilot, lambda: "merging layer 3" in shown(app))
+            assert "printed nothing" not in shown(app)
             assert "step 0" not in shown(app), "it has no steps, loss or speed"
             worker.emit(Saved, what="merged", path="/models/out")
             worker.emit(Finished, outcome="done")

@@ -101,7 +101,7 @@ class RunScreen(Screen[None]):
         with Container(id="views"):
             yield RunPlots(id="plots")
             yield Samples(id="samples")
-            yield LogSearch(id="log")
+            yield LogSearch(empty="The process has printed nothing so far.", id="log")
             yield Notes(id="notes")
             yield MemoryTable(self.paths, id="memory")
         yield KeyFooter()
