@@ -122,7 +122,9 @@ def legend(reading: Reading, width: int) -> list[list[Run]]:
 def headline(reading: Reading, unit: str, width: int) -> list[Run]:
     """Return the whole in figures, as fully as the width allows; the verdict goes last."""
     if not reading.parts:
-        return _clipped([(reading.verdict, reading.level or NOTE)], width)
+        cut = len(reading.verdict) > width > 0
+        told = f"{reading.verdict[: width - 1]}…" if cut else reading.verdict
+        return _clipped([(told, reading.level or NOTE)], width)
     whole = figure(reading.total)
     of = "" if reading.capacity is None else f" of {figure(reading.capacity)}"
     spread = "" if reading.low is None or reading.high is None else f" ({figure(reading.low)}-{figure(reading.high)})"

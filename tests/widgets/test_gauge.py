@@ -168,3 +168,10 @@ def test_thirty_columns_still_tell_stack_figures_and_verdict() -> None:
 def test_without_parts_it_says_why() -> None:
     assert rows_of(1, 40, Reading(verdict="reading the model"))[0] == "VRAM reading the model"
     assert rows_of(4, 40, Reading(verdict="reading the model")) == ["reading the model", "", "", ""]
+
+
+def test_a_reason_that_finds_no_room_is_seen_to_go_on() -> None:
+    reading = Reading(verdict="the model cannot be had")
+    assert text(headline(reading, "GiB", 23)) == "the model cannot be had"
+    assert text(headline(reading, "GiB", 10)) == "the model…"
+    assert text(headline(reading, "GiB", 0)) == ""
