@@ -6,10 +6,18 @@ from collections.abc import Iterator
 MOST_LAYERS = 10_000
 """A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
 
-PATTERN_FORM = "name=number with commas between, such as down_proj=32, layers.0.self_attn.q_proj=8"
+MOST_REPEATS = 4
+"""A regular expression with more, or with a repeated group, can take hours on the path of one module."""
+
+PATTERN_FORM = (
+    "name=number with commas between, such as down_proj=32, layers.0.self_attn.q_proj=8; in a regular expression no "
+    f"repeated group and at most {MOST_REPEATS} repeats"
+)
 MODULES_FORM = "module names with commas between, such as lm_head, embed_tokens; empty for none"
 LAYERS_FORM = "numbers and ranges from 0, such as 0-7, 12; empty for all"
 
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_REPEAT = re.compile(r"[*+?{]")
 _NAME = re.compile(r"\w+(\.\w+)*")
 _RANGE = re.compile(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?")
 
@@ -20,12 +28,13 @@ def pattern_of(text: str) -> dict[str, float]:
     A name is the end of a module's dotted path, or a regular expression for it (peft's `rank_pattern`).
 
     Raises:
-        ValueError: A part has no number, names nothing, is no regular expression or comes twice; says which.
+        ValueError: A part has no number, names nothing, is no regular expression, one that could take for ever, or
+            comes twice; says which.
     """
     found: dict[str, float] = {}
     for part in _parts(text):
         name, _, number = (piece.strip() for piece in part.partition("="))
-        if not name or name in found:
+        if not name or name in found or _REPEATED_GROUP.search(name) or len(_REPEAT.findall(name)) > MOST_REPEATS:
             raise ValueError(part)
         try:
             re.compile(name)

@@ -116,6 +116,8 @@ def test_problems_between_fields() -> None:
         ({"adapter.rank_pattern": "down_proj=2.5"}, "adapter.rank_pattern", "1 to 1024"),
         ({"adapter.rank_pattern": "a=1, a=2"}, "adapter.rank_pattern", "such as down_proj=32"),
         ({"adapter.rank_pattern": "*=2"}, "adapter.rank_pattern", "such as down_proj=32"),
+        ({"adapter.rank_pattern": "([a-z_.0-9]+)+!=2"}, "adapter.rank_pattern", "no repeated group"),
+        ({"adapter.rank_pattern": ".*.*.*.*.*!=2"}, "adapter.rank_pattern", "at most 4 repeats"),
         ({"adapter.alpha_pattern": "v_proj=nan"}, "adapter.alpha_pattern", "0.1 to 4096"),
         ({"adapter.layers": "7-3"}, "adapter.layers", "such as 0-7, 12"),
         ({"adapter.layers": "0-99999"}, "adapter.layers", "such as 0-7, 12"),
