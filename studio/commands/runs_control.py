@@ -81,7 +81,9 @@ def pause(args: argparse.Namespace) -> int:
             f"and go on with lora-studio runs resume {name}."
         )
     request(paths, "pause")
-    _answer(args, paths, status, "pauses after its current step; continue it with: lora-studio runs resume")
+    _answer(
+        args, paths, status, f"pauses after its current step; continue it with: lora-studio runs resume {paths.name}"
+    )
     return DONE
 
 
@@ -102,7 +104,7 @@ def resume_run(args: argparse.Namespace) -> int:
     watch.catch_up()
     resume(paths, module=module_of(args, kind_of(read_job(paths))))
     if args.detach:
-        _answer(args, paths, run_status(paths), "goes on; follow it with: lora-studio runs attach")
+        _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE
     end = follow(watch, to=sys.stderr if args.json else sys.stdout, stops_on_interrupt=True)
     return conclude(watch, end, as_json=args.json)

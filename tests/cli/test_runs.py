@@ -158,7 +158,11 @@ def test_a_run_whose_folder_is_deleted_is_gone_and_its_worker_ends(home: Path) -
 
 def test_stopping_pausing_and_resuming(cli: Cli, home: Path) -> None:
     paths = _slow(home)
-    assert cli("runs", "pause", "try").code == 0
+    told = cli("runs", "pause", "try")
+    assert (told.code, told.out.split(": ", 1)[1]) == (
+        0,
+        f"pauses after its current step; continue it with: lora-studio runs resume {paths.name}\n",
+    )
     wait_for(lambda: run_status(paths) is Status.paused)
     assert cli("runs", "resume", "try", "--json").document["message"] == "goes on"
     wait_for(lambda: run_status(paths) is Status.running)
