@@ -1,7 +1,7 @@
 """Reserved bytes by replay: a model is loaded and trained for two steps in the allocator's bookkeeping.
 
-Takes 20 to 27 ms for a model of 8 B parameters, half a microsecond a birth or death: it is for a plan, not for a slider.
-What the rows of three public archives reserved stands beside it in the table of `python -m tests.bench.bench_estimate`.
+Takes 20 to 27 ms for a model of 8 B parameters, half a microsecond a birth or death: for a plan, not for a slider. What
+the rows of three public archives reserved stands beside it in the table of `python -m tests.bench.bench_estimate`.
 """
 
 from functools import lru_cache
