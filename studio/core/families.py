@@ -41,12 +41,16 @@ class Family:
         embedding_norm: Whether the embedding is normed.
         final_norm: Whether the last layer's output is.
         scaled_residual: Granite's multiplier on each block's output.
+        dropout: Of embeddings, block outputs and attention weights where the config does not say.
+        holds_mask: Whether the model holds a causal mask of all its positions.
         alters_embedding: Whether the model multiplies what its embedding module gives (learnt positions alter it too).
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Soft cap of the logits where the config does not say.
         attention_softcap: Soft cap of attention scores where the config does not say.
         fused_attention: Whether transformers supports sdpa for it.
         grouped: Whether key and value heads may be fewer than query heads.
+        own_attention: Whether its layers call attention themselves, not by transformers' interface.
+        repeats_heads: Whether they repeat keys and values for every query head first (modeling_chatglm.py of THUDM).
         expert_inner: Config key of the width inside a routed expert.
         shared_inner: Config key of the width inside the expert that every token visits; empty without one.
         chooser: Name of the router or shared gate that peft's all-linear adapts; empty where it adapts none.
@@ -75,12 +79,16 @@ class Family:
     learnt_positions: str = ""
     embedding_norm: bool = False
     scaled_residual: bool = False
+    dropout: float = 0.0
+    holds_mask: bool = False
     alters_embedding: bool = False
     scaled_logits: bool = False
     logit_softcap: float = 0.0
     attention_softcap: float = 0.0
     fused_attention: bool = True
     grouped: bool = True
+    own_attention: bool = False
+    repeats_heads: bool = False
     expert_inner: str = "intermediate_size"
     shared_inner: str = ""
     chooser: str = ""
@@ -133,7 +141,16 @@ FAMILIES: Mapping[str, Family] = {
         head_bias=True,
     ),
     "phi3": replace(_NO_BIAS, qkv=("qkv_proj",), mlp=("gate_up_proj", "down_proj"), rotary_joined=True),
-    "falcon": replace(_GPT, wiring="parallel", norms=1, tied=True, qkv_bias="bias", out_bias="bias", mlp_bias="bias"),
+    "falcon": replace(
+        _GPT,
+        wiring="parallel",
+        norms=1,
+        tied=True,
+        qkv_bias="bias",
+        out_bias="bias",
+        mlp_bias="bias",
+        own_attention=True,
+    ),
     "gpt_neox": replace(
         _GPT,
         wiring="parallel",
@@ -154,6 +171,8 @@ FAMILIES: Mapping[str, Family] = {
         tied=True,
         rotary=0.0,
         learnt_positions="n_positions",
+        dropout=0.1,
+        holds_mask=True,
     ),
     "starcoder2": replace(
         _GPT,
@@ -185,6 +204,7 @@ FAMILIES: Mapping[str, Family] = {
         qkv_bias="add_qkv_bias",
         out_bias="add_bias_linear",
         mlp_bias="add_bias_linear",
+        repeats_heads=True,
     ),
     "cohere": _COHERE,
     "cohere2": _COHERE,

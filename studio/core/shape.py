@@ -90,6 +90,7 @@ class Layer:
             and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
         residual_dropout: Whether block outputs are dropped in training.
+        attention_dropout: Whether attention weights are.
         expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
         window: Keys that a token attends to at most; 0 for all.
         experts: The mixture of experts, where the layer has one.
@@ -111,6 +112,7 @@ class Layer:
     rotary_joined: bool = False
     scaled_residual: bool = False
     residual_dropout: bool = False
+    attention_dropout: bool = False
     window: int = 0
     experts: Experts | None = None
     expert_maps: tuple[Linear, ...] = ()
@@ -145,12 +147,17 @@ class ModelShape:
         head_bias: Whether the head has a bias.
         other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
         alters_embedding: Whether the first layer gets something else than what the embedding module gives.
+        embedding_norm: Whether the embedding is normed.
+        embedding_dropout: Whether what the first layer gets is dropped in training.
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
         attention_softcap: Whether attention scores go through the same.
         fused_attention: Whether transformers runs it with fused attention; capped scores, sinks and ALiBi rule it out.
+        own_attention: Whether its layers call attention themselves and leave heads that share a key to broadcasting.
+        repeats_heads: Whether they repeat keys and values for every query head, whatever the kernel can do.
         positions: Positions that its config allows, 0 where it does not say.
         buffers: Elements of tables that it holds beside its parameters, in the format it computes in.
+        mask_bytes: Bytes of a causal mask that it holds, a byte per pair of positions; 0 without one.
         doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
         quantised: How its weights lie on disk where they are quantised already.
     """
@@ -166,12 +173,17 @@ class ModelShape:
     head_bias: bool = False
     other_parameters: int = 0
     alters_embedding: bool = False
+    embedding_norm: bool = False
+    embedding_dropout: bool = False
     scaled_logits: bool = False
     logit_softcap: bool = False
     attention_softcap: bool = False
     fused_attention: bool = True
+    own_attention: bool = False
+    repeats_heads: bool = False
     positions: int = 0
     buffers: int = 0
+    mask_bytes: int = 0
     doubts: tuple[str, ...] = ()
     quantised: QuantisedBase | None = None
 

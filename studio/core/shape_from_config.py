@@ -66,8 +66,10 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
     capped = values.real("attn_logit_softcapping", family.attention_softcap) != 0
     norm_width = hidden * family.norm_terms
     other = norm_width * (2 if family.embedding_norm else 1)
+    learnt = 0
     if family.learnt_positions:
-        other += hidden * values.whole(family.learnt_positions, "max_position_embeddings", default=2048)
+        learnt = values.whole(family.learnt_positions, "max_position_embeddings", default=2048)
+    embedding_dropout = _drops(family, values, "embedding_dropout", "embd_pdrop")
     return ModelShape(
         family=name,
         hidden=hidden,
@@ -78,13 +80,18 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         groups=_groups(name, family, values, (hidden, layers, heads, kv_heads, head_dim)),
         tied=values.flag("tie_word_embeddings", family.tied),
         head_bias=family.head_bias,
-        other_parameters=other,
-        alters_embedding=family.alters_embedding or family.embedding_norm or family.learnt_positions != "",
+        other_parameters=other + hidden * learnt,
+        alters_embedding=family.alters_embedding or family.embedding_norm or learnt > 0 or embedding_dropout,
+        embedding_norm=family.embedding_norm,
+        embedding_dropout=embedding_dropout,
         scaled_logits=family.scaled_logits,
         logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
         attention_softcap=capped,
         fused_attention=family.fused_attention and not capped,
+        own_attention=family.own_attention,
+        repeats_heads=family.repeats_heads or (name == "falcon" and values.flag("new_decoder_architecture", False)),
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
+        mask_bytes=learnt * learnt if family.holds_mask else 0,
         doubts=tuple(doubts),
     )
 
@@ -160,12 +167,17 @@ def _layer(
         rotary_wide=family.rotary_wide,
         rotary_joined=0 < rotary < 1 or family.rotary_joined,
         scaled_residual=family.scaled_residual,
-        residual_dropout=any(
-            values.real(key, 0.0) > 0 for key in ("residual_dropout", "resid_pdrop", "hidden_dropout")
-        ),
+        residual_dropout=_drops(family, values, "residual_dropout", "resid_pdrop", "hidden_dropout"),
+        attention_dropout=_drops(family, values, "attention_dropout", "attn_pdrop"),
         window=_window(values),
         experts=experts,
     )
+
+
+def _drops(family: Family, values: ConfigValues, *keys: str) -> bool:
+    """Whether a dropout is above 0 by any of the names that families have for it."""
+    said = [key for key in keys if key in values]
+    return any(values.real(key, 0.0) > 0 for key in said) if said else family.dropout > 0
 
 
 def _window(values: ConfigValues) -> int:

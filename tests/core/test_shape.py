@@ -61,6 +61,23 @@ def test_a_window_that_is_switched_off_is_none():
     assert shape_from_config(off).groups[0].layer.window == 0
 
 
+def test_dropouts_of_the_model_itself():
+    """GPTBigCode drops a tenth where its config does not say so; others nothing."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 96}
+    config = {"model_type": "gpt_bigcode", **sizes}
+    for said, drops in (({}, True), ({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, False)):
+        shape = shape_from_config({**config, **said})
+        layer = shape.groups[0].layer
+        assert (shape.embedding_dropout, layer.residual_dropout, layer.attention_dropout) == (drops,) * 3
+        assert shape.mask_bytes == 96 * 96
+    phi = {**TINY, "model_type": "phi"}
+    for said, drops in (({}, False), ({"resid_pdrop": 0.1, "embd_pdrop": 0.1}, True)):
+        shape = shape_from_config({**phi, **said})
+        assert (shape.embedding_dropout, shape.groups[0].layer.residual_dropout) == (drops, drops)
+        assert shape.alters_embedding == drops
+        assert shape.mask_bytes == 0
+
+
 def test_sparse_and_dense_layers_are_two_groups():
     config = {
         **TINY,

@@ -126,9 +126,9 @@ SANTACODER = {
     ],
 )
 def test_gpt_bigcode(version: str, what: str, batch: int, measured: int) -> None:
-    """Its own loss, its cache under checkpointing, learnt positions and layer norms; rows of 2048 tokens.
+    """Its own loss and dropouts, its cache under checkpointing, learnt positions and layer norms; rows of 2048 tokens.
 
-    Some 36 MB of what lies still are unexplained.
+    That the estimate holds some 10 KB per token too much, and 28 MB too little of what lies still, is unexplained.
     """
     setup = replace(setup_of("qlora", what, version, batch, autocast=True), seq_len=2048, targets=("c_attn",))
-    assert abs(estimate_vram(shape_from_config(SANTACODER), setup, A100).allocated.expected / measured - 1) <= 0.012
+    assert abs(estimate_vram(shape_from_config(SANTACODER), setup, A100).allocated.expected / measured - 1) <= 0.009

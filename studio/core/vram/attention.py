@@ -8,7 +8,7 @@ from studio.core.shape import Layer
 from studio.core.vram import fused
 from studio.core.vram import operators as op
 from studio.core.vram.form import Form
-from studio.core.vram.modules import Run, linear, rms_norm
+from studio.core.vram.modules import Run, dropout, linear, rms_norm
 from studio.core.vram.tape import Tensor
 
 
@@ -32,7 +32,7 @@ def attention(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]
     query, key = turned, _rotate(run, key, layer)
     del turned
     query, key = op.cast(query, itemsize), op.cast(key, itemsize)
-    out, weights = _attend(run, query, key, value)
+    out, weights = _attend(run, layer, query, key, value)
     if layer.rotary_joined and run.form.kernel in ("flash", "cpu"):
         # These kernels lay their output out as the queries are; head by head, it must be copied token by token.
         out = op.clone(out)
@@ -81,12 +81,16 @@ def _rotate_whole(x: Tensor) -> Tensor:
     return op.add(straight, turned)
 
 
-def _attend(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+def _attend(run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the attention output and, for eager attention, its weights `[batch, heads, seq, seq]`."""
+    if run.form.kernel == "eager" and run.shape.own_attention:
+        return _broadcast(run, query, key, value)
     if run.form.kernel == "eager":
-        return _eager(run, query, key, value)
+        return _eager(run, layer, query, key, value)
     if run.form.arithmetic.autocast:
         query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
+    if run.form.plain_attention:
+        return _plain(run, query, key, value), None
     if run.form.kernel == "efficient" or run.form.repeats_heads:
         key, value = _widened(run, key), _widened(run, value)
     kernel = run.form.kernel
@@ -94,7 +98,7 @@ def _attend(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor
     return out, None
 
 
-def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _eager(run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Follow eager_attention_forward."""
     arithmetic = run.form.arithmetic
     key, value = _widened(run, key), _widened(run, value)
@@ -111,11 +115,57 @@ def _eager(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     if not run.form.half:
         weights = op.cast(weights, 4)
     weights = op.cast(op.softmax_in_fp32(weights, fused_backward=run.form.cpu), itemsize)
+    if layer.attention_dropout:
+        weights = dropout(run, weights)
     if arithmetic.autocast:
         value = op.cast(value, arithmetic.compute)
     out = op.matmul(weights, value, query.elements, copies_x=False, copies_y=strided)
     out = op.clone(op.laid_anew(out) if batched else out)  # .transpose(1, 2).contiguous()
     return out, weights
+
+
+def _plain(run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Follow aten/src/ATen/native/transformers/attention.cpp _scaled_dot_product_attention_math, torch 2.5 and newer.
+
+    All in fp32; its softmax makes its result twice, to empty rows that see nothing. It also hands back the weights in
+    the format that came in, and nobody takes them.
+    """
+    itemsize, square = query.itemsize, Form(per_square=run.shape.heads)
+    query, key, value = (op.cast(t, 4) for t in (query, key, value))
+    query, key = op.scale(query), op.scale(key)
+    scores = _product(run, query, key, square)
+    weights = op.softmax_in_fp32(scores, fused_backward=run.form.cpu)
+    run.tape.passing(square.times(4))
+    del scores
+    out = op.cast(_product(run, weights, value, query.elements), itemsize)
+    run.tape.passing(square.times(itemsize))
+    return op.clone(out)
+
+
+def _broadcast(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow FalconAttention.forward without sdpa: scores are scaled in place, and softmax keeps the input's format.
+
+    The input comes from a layer norm, which CUDA's autocast gives back in fp32.
+    """
+    square, autocast = Form(per_square=run.shape.heads), run.form.arithmetic.autocast
+    if autocast:
+        query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
+    itemsize = query.itemsize
+    wide = 4 if autocast and not run.form.cpu else itemsize
+    scores = op.add_number(_product(run, query, key, square))
+    if not run.form.half:
+        scores = op.cast(scores, wide)
+    weights = op.softmax(scores, wide, fused_backward=run.form.cpu)
+    del scores
+    out = _product(run, op.cast(weights, itemsize), value, query.elements)
+    return op.clone(out), weights
+
+
+def _product(run: Run, x: Tensor, y: Tensor, outputs: Form) -> Tensor:
+    """Return a batched product; where all heads share y, `matmul` copies it for each, but not for a single row."""
+    shared = run.shape.kv_heads < run.shape.heads
+    y = op.expanded(y, run.shape.heads / run.shape.kv_heads) if shared else y
+    return op.matmul(x, y, outputs, copies_x=False, copies_y=shared and run.form.batched)
 
 
 def _widened(run: Run, x: Tensor) -> Tensor:

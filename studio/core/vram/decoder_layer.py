@@ -6,7 +6,7 @@ from studio.core.vram import fused
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
 from studio.core.vram.form import Form
-from studio.core.vram.modules import Run, centred_norm, layer_norm, linear, rms_norm
+from studio.core.vram.modules import Run, centred_norm, dropout, layer_norm, linear, rms_norm
 from studio.core.vram.tape import Tensor
 
 
@@ -39,16 +39,20 @@ def _parallel(run: Run, layer: Layer, x: Tensor) -> Tensor:
     attended, weights = attention(run, layer, normed)
     if layer.input_norms == 2:
         normed = norm(run, layer, residual)
-    x = op.add(feed_forward(run, layer, normed), attended)
+    attended = _dropped(run, layer, attended)
+    x = op.add(_dropped(run, layer, feed_forward(run, layer, normed)), attended)
     x = op.add(x, residual)
     del residual, weights
     return x
 
 
 def _scaled(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    if layer.residual_dropout:
-        x = op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
+    x = _dropped(run, layer, x)
     return op.scale(x) if layer.scaled_residual else x
+
+
+def _dropped(run: Run, layer: Layer, x: Tensor) -> Tensor:
+    return dropout(run, x) if layer.residual_dropout else x
 
 
 def norm(run: Run, layer: Layer, x: Tensor) -> Tensor:

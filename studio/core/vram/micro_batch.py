@@ -87,10 +87,7 @@ def input_wants_gradient(setup: Setup) -> bool:
 def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
     """Return how a kind of set-up computes the layers of a model."""
     ours = setup.engine == "studio"
-    residual = setup.residual_itemsize
-    if setup.quantised and setup.autocast and setup.device == "cuda" and shape.groups[0].layer.norm == "layer":
-        # CUDA's autocast gives layer norms back in fp32, and quantised layers give back what they are given.
-        residual = 4
+    residual = _residual_itemsize(shape, setup)
     arithmetic = Arithmetic(setup.compute_itemsize, residual, setup.autocast, setup.embedding_itemsize)
     adapter = AdapterForm(
         targets=target_names(shape, setup.targets),
@@ -112,8 +109,28 @@ def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
         cpu=setup.device == "cpu",
         fused_kernels=setup.fused_kernels,
         reentrant=not ours and version_of(setup.transformers or NEWEST) < REENTRANT_BELOW,
-        repeats_heads=not ours and repeats_heads(shape, setup),
+        repeats_heads=shape.repeats_heads or (not ours and repeats_heads(shape, setup)),
+        plain_attention=_runs_plain(shape, setup, kernel),
     )
+
+
+def _residual_itemsize(shape: ModelShape, setup: Setup) -> int:
+    """Return the bytes per element of the residual stream.
+
+    CUDA's autocast gives layer norms back in fp32, and quantised layers give back what they are given.
+    """
+    widened = setup.quantised and setup.autocast and setup.device == "cuda" and shape.groups[0].layer.norm == "layer"
+    return 4 if widened else setup.residual_itemsize
+
+
+def _runs_plain(shape: ModelShape, setup: Setup, kernel: Kernel) -> bool:
+    """Whether torch has no fused kernel: for fewer key than query heads it has, but must be told (`enable_gqa`).
+
+    Falcon's own attention does not tell (modeling_falcon.py, ATen/native/transformers/sdp_utils_cpp.h
+    check_batch_size_and_num_heads_dense).
+    """
+    shares = shape.own_attention and shape.kv_heads == 1 < shape.heads
+    return shares and kernel != "eager" and setup.attention != "flash_attention_2"
 
 
 @lru_cache(maxsize=256)
@@ -142,13 +159,19 @@ def _head_trained(setup: Setup) -> bool:
 
 def _shared_per_token(shape: ModelShape, kind: Setup) -> int:
     """Return what all layers share for every token, in bytes: ids, labels and mask (int64), and odd embeddings."""
-    # Embeddings that went back to 16 bit make the first layer's input narrower than all others.
-    narrower = (kind.residual_itemsize - kind.embedding_itemsize) * shape.hidden
+    # Embeddings that went back to 16 bit make the first layer's input narrower than all others, and so does a stream
+    # that widens on its way through the layers, where no norm of the embedding has widened it before.
+    narrower = kind.residual_itemsize - kind.embedding_itemsize
+    widens = kind.grad_checkpointing * (_residual_itemsize(shape, kind) - kind.residual_itemsize)
+    narrower += 0 if shape.embedding_norm else widens
     # An embedding's output that asks for a gradient lives until it has one; where the model alters it first, it is not
     # what the first checkpoint keeps.
     wants = kind.engine == "hf" and kind.grad_checkpointing
     leaf = kind.embedding_itemsize * shape.hidden * (wants and shape.alters_embedding)
-    return 3 * 8 - narrower + leaf
+    # What a dropout and a norm of it save for that gradient: a mask, and the fp32 copy that autocast makes.
+    mask = (1 if kind.device == "cuda" else kind.residual_itemsize) * (wants and shape.embedding_dropout)
+    copy = 4 * (wants and shape.embedding_norm and widens > 0)
+    return 3 * 8 + leaf + (mask + copy - narrower) * shape.hidden
 
 
 def _cache_per_token(shape: ModelShape, kind: Setup) -> int:

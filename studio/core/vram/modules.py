@@ -54,6 +54,7 @@ class LayerForm:
         fused_kernels: Which fused kernels stand in for the model's own operators (studio.core.vram.fused).
         reentrant: Whether checkpoints are torch's older kind, a backward inside the backward.
         repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
+        plain_attention: Whether torch is left no kernel but its plain one, with S x S matrices in fp32.
     """
 
     arithmetic: Arithmetic
@@ -66,6 +67,7 @@ class LayerForm:
     fused_kernels: FusedKernels = "none"
     reentrant: bool = False
     repeats_heads: bool = False
+    plain_attention: bool = False
 
 
 @dataclass(slots=True)
@@ -177,8 +179,11 @@ def low_rank(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
 
 
 def _dropped(run: Run, x: Tensor) -> Tensor:
-    if not run.form.adapter.dropout:
-        return x
+    return dropout(run, x) if run.form.adapter.dropout else x
+
+
+def dropout(run: Run, x: Tensor) -> Tensor:
+    """Return `dropout(x)`: one fused kernel on a card, plain noise on a CPU."""
     return op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
 
 

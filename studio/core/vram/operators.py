@@ -275,13 +275,19 @@ def matmul(x: Tensor, y: Tensor, outputs: Form, *, copies_x: bool, copies_y: boo
 
 
 def softmax_in_fp32(x: Tensor, *, fused_backward: bool = False) -> Tensor:
-    """Return `softmax(x, dtype=torch.float32)`, which saves its result.
+    """Return `softmax(x, dtype=torch.float32)`, which saves its result."""
+    return softmax(x, 4, fused_backward=fused_backward)
 
-    Its backward makes `grad * output` in fp32 besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu), but for the
-    CPU's (`fused_backward`).
+
+def softmax(x: Tensor, itemsize: float | None = None, *, fused_backward: bool = False) -> Tensor:
+    """Return a softmax in x's format or another; it saves its result.
+
+    Its backward makes `grad * output` besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu), but for the CPU's
+    (`fused_backward`).
     """
-    node = node_of(x.tape, (x,), (_gradient(x),), (), () if fused_backward else (x.elements.times(4),))
-    out = Tensor(x.tape, x.elements, 4, node)
+    itemsize = itemsize or x.itemsize
+    node = node_of(x.tape, (x,), (_gradient(x),), (), () if fused_backward else (x.elements.times(itemsize),))
+    out = Tensor(x.tape, x.elements, itemsize, node)
     if node is not None:
         node.works_last = True
         node.saved.append(out)

@@ -107,7 +107,7 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
 
     Fused experts are never quantised: bitsandbytes converts `nn.Linear` only.
     """
-    tables = shape.buffers * form.compute
+    tables = shape.buffers * form.compute + shape.mask_bytes
     if not form.quant_type:
         return shape.parameters * form.itemsize + tables
     linears = list(_quantised_linears(shape, form.skipped))

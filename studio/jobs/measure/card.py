@@ -100,8 +100,8 @@ class Card(TorchFunctionMode):
     ) -> Tensor:
         """Return attention by the kernel that torch would choose.
 
-        Flash takes 16-bit heads of at most 256 without a mask, also grouped ones; the memory-efficient kernel takes
-        masks and fp32, but no grouped heads; the plain one takes all, with S x S matrices
+        Flash takes 16-bit heads of at most 256 without a mask, also grouped ones where it is told (`enable_gqa`); the
+        memory-efficient kernel takes masks and fp32, but no grouped heads; the plain one takes all, with S x S matrices
         (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
         """
         if torch.is_autocast_enabled("cpu"):
@@ -109,14 +109,15 @@ class Card(TorchFunctionMode):
             query, key, value = (t.to(lower) if t.is_floating_point() else t for t in (query, key, value))
         half, fits = query.dtype in _HALF, query.shape[-1] <= 256
         with torch.autocast("cpu", enabled=False):
-            if self._has_flash and half and fits and attn_mask is None:
+            grouped = key.shape[1] != query.shape[1]
+            if self._has_flash and half and fits and attn_mask is None and (enable_gqa or not grouped):
                 made = _aten._scaled_dot_product_flash_attention(
                     query, key, value, dropout_p, is_causal, False, scale=scale
                 )
                 return cast(Tensor, made[0])
-            if enable_gqa and key.shape[1] != query.shape[1]:
+            if grouped:
                 plain = _aten._scaled_dot_product_attention_math
-                made = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+                made = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
                 return cast(Tensor, made[0])
             mask = _additive(attn_mask, query)
             efficient = _aten._scaled_dot_product_efficient_attention
@@ -218,6 +219,7 @@ _TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     _aten._softmax_backward_data.default: _of_inputs_size,  # SoftMax.cu: grad * output
+    _aten._safe_softmax.default: _of_inputs_size,  # attention.cpp: its result, once more with empty rows
     _aten.logsumexp.default: _of_inputs_size,  # ReduceOps.cpp: exp(x - max)
 }
 
