@@ -128,8 +128,9 @@ def _setup(row: dict[str, Any]) -> Setup:
         seq_len=PEFT_LONGEST_BATCH if padded else row["seq_len"],
         optimizer=_optimizer(row["optimizer"]),
         grad_checkpointing=row["grad_checkpointing"],
-        # What the source calls sdpa ran on the flash-attn package, for which no mask is built.
-        attention="flash_attention_2" if row["kernel"] == "flash_attention_2" else row["attention"],
+        # What the source calls sdpa ran on the flash-attn package, for which no mask is built; and litgpt repeats
+        # Falcon's one key head, so that torch's flash takes it.
+        attention="flash_attention_2" if _flash(row) else row["attention"],
         loss="chunked" if chunked else "full",
         accumulation=8 if "Qwen" in row["framework"] else 1,
         modules_to_save=tuple(_OURS.get(name, name) for name in row.get("modules_to_save") or ()),
@@ -145,6 +146,10 @@ def _setup(row: dict[str, Any]) -> Setup:
         transformers=row.get("transformers") or "",
         fused_kernels="foak" if "foak" in row.get("framework_config", "") else "none",
     )
+
+
+def _flash(row: dict[str, Any]) -> bool:
+    return row["kernel"] == "flash_attention_2" or (row["model"] == "falcon-7b" and "litgpt" in row["framework"])
 
 
 def _optimizer(word: str) -> Any:
