@@ -13,6 +13,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.note import read_note
 from studio.tui.app import StudioApp
 from studio.tui.panels import runs_table
+from studio.tui.panels.runs_table import RunsTable
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
@@ -84,6 +85,26 @@ def test_figures_that_come_later_are_not_cut_to_the_width_of_the_first(tmp_path:
             assert f"{figure} " in shown(app)
 
     play(story, tmp_path, size=NARROW)
+
+
+def test_rows_that_were_drawn_before_they_were_measured_are_drawn_again(tmp_path: Path) -> None:
+    ended(tmp_path, "first", "done", 1_000_000)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        table = app.screen.query_one(RunsTable)
+        infos = list(table._infos.values())
+        table.show([], marked=set(), words=())
+        for column in table.columns.values():
+            column.content_width = 4
+        table.show(infos, marked=set(), words=())
+        for row in range(table.size.height):
+            table.render_line(row)  # as a busy machine does before the table is idle
+        await settle(pilot)
+        assert infos[0].name in shown(app)
+
+    play(story, tmp_path)
 
 
 def test_enter_opens_the_chosen_run_and_escape_comes_back(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from rich.text import Text
 from textual.binding import Binding, BindingType
-from textual.widgets import DataTable
 
 from studio.core.text import plain
 from studio.runs.status import Status
 from studio.runs.store import RunInfo
 from studio.tui.readable import UNKNOWN, number
+from widgets.whole_table import WholeTable
 
 LONGEST = 48
 _LONGEST_NOTE = 32
@@ -21,7 +21,7 @@ _COLUMNS = ("status", "name", "step", "loss", "held-out", "note", "started", "me
 _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green", Status.starting: "green"}
 
 
-class RunsTable(DataTable[Text]):
+class RunsTable(WholeTable):
     """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

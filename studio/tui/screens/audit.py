@@ -30,6 +30,7 @@ from studio.tui.panels.audit_report import AuditReport
 from studio.tui.screens.ask_audit import AskAudit
 from studio.tui.screens.ask_line import AskLine
 from widgets.key_footer import KeyFooter
+from widgets.whole_table import WholeTable
 
 _COLUMNS = ("what", "status", "of")
 _EMPTY = (
@@ -123,7 +124,7 @@ class AuditScreen(Screen[None]):
         """Head, list, report, keys."""
         yield Static("Audits", id="audit-head", markup=False)
         with Horizontal():
-            yield DataTable[Text](cursor_type="row", zebra_stripes=True)
+            yield WholeTable(cursor_type="row", zebra_stripes=True)
             yield AuditReport()
         yield KeyFooter()
 

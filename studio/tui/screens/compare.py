@@ -18,6 +18,7 @@ from widgets.key_footer import KeyFooter
 from widgets.line_picture import Hue
 from widgets.line_plot import Curve, LinePlot
 from widgets.smooth import Smoother
+from widgets.whole_table import WholeTable
 
 _STEPS_PER_LOOK_BACK = 25
 
@@ -63,7 +64,7 @@ class CompareScreen(Screen[None]):
         ]
         yield Static("Reading the runs ...", id="compare-head", markup=False)
         yield LinePlot(curves, title="", x_label="step")
-        yield DataTable[Text](cursor_type="row", zebra_stripes=True)
+        yield WholeTable(cursor_type="row", zebra_stripes=True)
         yield KeyFooter()
 
     def on_mount(self) -> None:
