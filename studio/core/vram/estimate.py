@@ -8,6 +8,7 @@ from studio.core.gpu_catalogue import Gpu
 from studio.core.quantised_base import note_on
 from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
+from studio.core.vram.micro_batch import runs_plain
 from studio.core.vram.modules import Kernel
 from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.reserve import (
@@ -197,8 +198,15 @@ def _allocated_bounds(
     if shape.expert_parameters:
         notes.extend(_expert_notes(shape, setup))
         low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover
-    grouped = shape.heads != shape.kv_heads and not 0 < shape.shortest_window <= setup.seq_len
-    if grouped and setup.engine == "hf" and attention_kernel(shape, setup, gpu) == "efficient":
+    kernel, windowed = attention_kernel(shape, setup, gpu), 0 < shape.shortest_window <= setup.seq_len
+    plain = runs_plain(shape, setup.kind, kernel)
+    if plain:
+        notes.append(
+            f"{shape.family} hands PyTorch one key for all heads, for which sdpa has no fused kernel: S x S matrices "
+            "in fp32 (seen in traces, not on a card)"
+        )
+    grouped = shape.heads != shape.kv_heads and not (plain or shape.repeats_heads or windowed)
+    if grouped and setup.engine == "hf" and kernel == "efficient":
         notes.append(
             "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "
             "(transformers issue 48633): the high end counts them"

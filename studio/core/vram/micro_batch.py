@@ -110,7 +110,7 @@ def layer_form(shape: ModelShape, setup: Setup, kernel: Kernel) -> LayerForm:
         fused_kernels=setup.fused_kernels,
         reentrant=not ours and version_of(setup.transformers or NEWEST) < REENTRANT_BELOW,
         repeats_heads=shape.repeats_heads or (not ours and repeats_heads(shape, setup)),
-        plain_attention=_runs_plain(shape, setup, kernel),
+        plain_attention=runs_plain(shape, setup, kernel),
     )
 
 
@@ -123,7 +123,7 @@ def _residual_itemsize(shape: ModelShape, setup: Setup) -> int:
     return 4 if widened else setup.residual_itemsize
 
 
-def _runs_plain(shape: ModelShape, setup: Setup, kernel: Kernel) -> bool:
+def runs_plain(shape: ModelShape, setup: Setup, kernel: Kernel) -> bool:
     """Whether torch has no fused kernel: for fewer key than query heads it has, but must be told (`enable_gqa`).
 
     Falcon's own attention does not tell (modeling_falcon.py, ATen/native/transformers/sdp_utils_cpp.h
