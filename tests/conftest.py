@@ -1,6 +1,7 @@
 """What every test process needs before any library is imported."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ from studio.runs.home import HOME_VARIABLE, cache_root
 # Two test processes share two cores: OpenMP threads that spin for each other would starve both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A full collection walks every object there is, and most are of the libraries: their imports are not searched.
+gc.disable()
 
 
 def _home_of_its_own() -> None:
@@ -27,3 +30,9 @@ def _home_of_its_own() -> None:
 
 
 _home_of_its_own()
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what all the imports have made, and look for garbage from here on."""
+    gc.freeze()
+    gc.enable()
