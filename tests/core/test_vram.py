@@ -279,7 +279,7 @@ def test_a_window_shorter_than_the_rows_makes_a_mask_and_rules_flash_out():
     mistral = shapes()["Mistral-7B-v0.1"]
     assert mistral.groups[0].layer.window == 4096
     assert attention_kernel(mistral, Setup(seq_len=2048), None) == "flash"
-    assert attention_kernel(mistral, Setup(seq_len=4096), None) == "efficient"
+    assert attention_kernel(mistral, Setup(seq_len=4096), None) == "efficient_masked"
 
 
 def test_grouped_heads_without_flash_widen_the_range():

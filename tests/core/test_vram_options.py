@@ -83,7 +83,7 @@ def test_liger_s_kernel_and_the_flash_attn_package():
     assert liger < full
     assert chunked < full
     mistral, long = shapes()["Mistral-7B-v0.1"], Setup(seq_len=8192)
-    assert attention_kernel(mistral, long, None) == "efficient"
+    assert attention_kernel(mistral, long, None) == "efficient_masked"
     assert attention_kernel(mistral, replace(long, attention="flash_attention_2"), None) == "flash"
     assert attention_kernel(LLAMA, replace(long, attention="flash_attention_2"), find_gpu("T4")) == "efficient"
 

@@ -51,6 +51,8 @@ CASES: list[tuple[str, dict[str, Any], Setup, dict[str, Any]]] = [
     ("gemma2", KNOWN["gemma-2-9b"], replace(WIDE, dropout=0.05), {}),
     ("gemma-upcast", KNOWN["gemma-2b"], QLORA, {"kbit_prepare": True}),
     ("phi3", PHI_3_MINI, WIDE, {}),
+    ("phi3-windowed", PHI_3_MINI, LONG, {}),
+    ("phi3-windowed-kept", PHI_3_MINI, replace(LONG, grad_checkpointing=False), {}),
 ]
 
 

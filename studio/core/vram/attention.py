@@ -91,10 +91,12 @@ def _attend(run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -
         query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
     if run.form.plain_attention:
         return _plain(run, query, key, value), None
-    if run.form.kernel == "efficient" or run.form.repeats_heads:
-        key, value = _widened(run, key), _widened(run, value)
     kernel = run.form.kernel
-    out = op.fused_attention(query, key, value, run.shape.heads, flash=kernel == "flash", workspaces=kernel != "cpu")
+    masked = kernel == "efficient_masked"
+    if masked or kernel == "efficient" or run.form.repeats_heads:
+        key, value = _widened(run, key), _widened(run, value)
+    flash, on_card = kernel == "flash", kernel != "cpu"
+    out = op.fused_attention(query, key, value, run.shape.heads, flash=flash, workspaces=on_card, masked=masked)
     return out, None
 
 

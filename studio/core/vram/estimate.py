@@ -23,7 +23,7 @@ from studio.core.vram.reserve import (
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, peaks_of, stages_of
 from studio.core.vram.static import frozen_form, trained_bytes
-from studio.core.vram.stock import ALWAYS_FUSED, COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built
+from studio.core.vram.stock import ALWAYS_FUSED, COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built, masks_are_truths
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -166,6 +166,8 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, kind: Set
     windowed = 0 < shape.shortest_window <= setup.seq_len
     able = gpu is None or gpu.compute_capability >= (8, 0)
     masked = windowed and kind.attention != "flash_attention_2"
+    if masked and masks_are_truths(kind):
+        return "efficient_masked"
     return "flash" if half and able and not masked and shape.head_dim <= 256 else "efficient"
 
 

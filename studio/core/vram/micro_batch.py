@@ -72,7 +72,7 @@ def micro_batch(shape: ModelShape, kind: Setup, kernel: Kernel) -> MicroBatch:
         copying=micro_batch(shape, copying_logits(kind), kernel) if unsaid else None,
         shared_per_token=_shared_per_token(shape, kind),
         shared_per_position=2 * shape.head_dim * kind.residual_itemsize,  # cos and sin
-        mask_itemsize=kind.residual_itemsize,
+        mask_itemsize=1 if kernel == "efficient_masked" else kind.residual_itemsize,
         cache_per_token=_cache_per_token(shape, kind),
         held_per_token=_held_per_token(shape, kind),
         offloads=kind.offload_checkpoints and kind.grad_checkpointing and kind.device == "cuda",

@@ -13,7 +13,8 @@ from studio.core.vram.form import Form
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.tape import Tape, Tensor
 
-Kernel = Literal["flash", "efficient", "eager", "cpu"]
+Kernel = Literal["flash", "efficient", "efficient_masked", "eager", "cpu"]
+"""Which attention runs. The memory-efficient kernel wants numbers for a mask; each layer makes them of truths."""
 FusedKernels = Literal["none", "liger", "foak"]
 
 

@@ -296,23 +296,33 @@ def softmax(x: Tensor, itemsize: float | None = None, *, fused_backward: bool = 
 
 
 def fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, *, flash: bool, workspaces: bool = True
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    flash: bool,
+    workspaces: bool = True,
+    masked: bool = False,
 ) -> Tensor:
     """Return scaled_dot_product_attention by a kernel without S x S matrices.
 
-    It saves query, key, value, output and log-sum-exp. The backward's workspaces: flash accumulates the query gradient
-    in fp32, and makes key and value gradients for every query head before it sums the heads of a group; both kernels
-    keep one fp32 number per row and head (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp mha_bwd,
-    mem_eff_attention/kernel_backward.h). What the CPU's kernel takes inside is not counted (`workspaces`).
+    It saves query, key, value, output and log-sum-exp, and where a mask of truths comes in, the numbers it makes of it,
+    the same for all heads (aten/src/ATen/native/transformers/attention.cpp convert_boolean_attn_mask). The backward's
+    workspaces: flash accumulates the query gradient in fp32, and makes key and value gradients for every query head
+    before it sums the heads of a group; both kernels keep one fp32 number per row and head (there,
+    cuda/flash_attn/flash_api.cpp mha_bwd, cuda/mem_eff_attention/kernel_backward.h). What the CPU's kernel takes inside
+    is not counted (`workspaces`).
     """
     tape = query.tape
     statistics = Form(per_token=heads)
     accumulator = (query.elements.times(4),) if query.itemsize < 4 else ()
     grouped = (query.bytes, query.bytes) if flash and key.elements != query.elements else ()
     works = (statistics.times(4), *accumulator, *grouped) if workspaces else ()
+    numbers = [Tensor(tape, Form(per_square=1), query.itemsize)] if masked else []
     saved_sums = Tensor(tape, statistics, 4)
     gradients = (_gradient(query), _gradient(key), _gradient(value))
-    node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums), works)
+    node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums, *numbers), works)
     out = Tensor(tape, query.elements, query.itemsize, node)
     if node is not None:
         node.works_last = True

@@ -11,7 +11,7 @@ from studio.core.shape import ModelShape
 from studio.core.vram.activations import chunk_bytes, mask_count
 from studio.core.vram.allocator import Block, CachingAllocator
 from studio.core.vram.loading import load
-from studio.core.vram.micro_batch import caches_copies, input_wants_gradient, layer_form, loss_form
+from studio.core.vram.micro_batch import caches_copies, input_wants_gradient, layer_form, loss_form, micro_batch
 from studio.core.vram.modules import Kernel
 from studio.core.vram.script import Events, Script, head_script, layer_script
 from studio.core.vram.setup import Setup
@@ -102,9 +102,10 @@ class _Training:
         self._trained = trained
         self._workspace = workspace
         self._input = setup.tokens * shape.hidden * setup.embedding_itemsize
+        mask_itemsize = micro_batch(shape, setup.kind, kernel).mask_itemsize
         rotary, mask = setup.seq_len * shape.head_dim, setup.squares * mask_count(shape, setup, kernel)
         self._shared = [8 * setup.tokens] * 3 + [setup.residual_itemsize * rotary] * 2  # ids, labels, mask; cos, sin
-        self._mask = [setup.residual_itemsize * mask] if mask else []
+        self._mask = [mask_itemsize * mask] if mask else []
         parts: dict[Script, _Part] = {}
 
         def part(script: Script) -> _Part:

@@ -32,6 +32,9 @@ _REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "sta
 sdpa's always (transformers pull request 39412), the flash-attn package's in these families (modeling_mistral.py of
 4.45.2, MistralFlashAttention2)."""
 
+TRUTHS_FROM = (4, 53)
+"""From this version on sdpa's masks are truths, not numbers (masking_utils.py; 4.52.4 has none of it)."""
+
 THREADED_FROM = (5, 0)
 """From this version on weights are read in threads, ahead of their quantisation (core_model_loading.py). 5.5 and later
 quantise one after another there; but seven rows that say 5.17 reserved what threads leave behind, so that those count
@@ -116,6 +119,11 @@ def _with_rotary_tables(shape: ModelShape) -> ModelShape:
 def loads_in_threads(setup: Setup) -> bool:
     """Whether a version of transformers reads weights in threads; one that is not said does."""
     return version_of(setup.transformers or NEWEST) >= THREADED_FROM
+
+
+def masks_are_truths(setup: Setup) -> bool:
+    """Whether sdpa is given masks of truths; one whose version is not said is."""
+    return version_of(setup.transformers or NEWEST) >= TRUTHS_FROM
 
 
 def repeats_heads(shape: ModelShape, setup: Setup) -> bool:
