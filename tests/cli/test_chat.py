@@ -129,6 +129,7 @@ class _Terminal:
     def __init__(self, *words: str, **environment: str) -> None:
         self.pid, self.fd = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a script ignores it
             os.environ.update(environment)
             os.execv(sys.executable, [sys.executable, "-m", "tests.fakes.cli", *words])  # noqa: S606
         self.seen = ""
