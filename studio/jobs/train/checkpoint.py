@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studio.jobs.train.optimizer import restore_state
 from studio.jobs.train.start import adapter_weights
 from studio.runs.atomic import publish_folder, write_whole
 
@@ -124,7 +125,7 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
     set_peft_model_state_dict(model, weights)
     state = json.loads((path / _STATE).read_text(encoding="utf-8"))
     tables = optimizer.state_dict()
-    optimizer.load_state_dict({**tables, "state": _unflatten(load_file(path / _OPTIMIZER), state["optimizer"])})
+    restore_state(optimizer, {**tables, "state": _unflatten(load_file(path / _OPTIMIZER), state["optimizer"])})
     _restore_random(load_file(path / _RANDOM))
     return Progress(**state["progress"])
 

@@ -3,16 +3,48 @@
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from studio.core.recipe import Optimizer
 
 _WITHOUT_PAGES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 
-
 _RATIO = "learning_rate_ratio"
 _SECOND = ("lora_B", "lora_embedding_B")
+_MOMENTS = ("state1", "state2")
+"""What bitsandbytes makes with `get_state_buffer`, and so may page; scales and tables always lie on the card."""
+
+
+class UnpagedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
+    """bitsandbytes' 8-bit AdamW without its wait for the card after every tensor, of which an adapter has hundreds.
+
+    The waits keep pages in order (optim/optimizer.py `step`). Without pages one kernel follows the other on one stream,
+    as with torch's own optimizers, and the host can prepare the next one meanwhile.
+    """
+
+    initialized: bool
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; as the library does, but for the waits."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, group_index, index)
+                self.update_step(group, parameter, group_index, index)
+        return loss
 
 
 def build_optimizer(
@@ -44,14 +76,39 @@ def build_optimizer(
         )
     if name == "adamw_torch":
         return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay, fused=device.type == "cuda")
-    import bitsandbytes as bnb  # noqa: PLC0415  only where it is asked for
-
     classes: dict[str, Any] = {
-        "adamw_8bit": bnb.optim.AdamW8bit,
+        "adamw_8bit": UnpagedAdamW8bit,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
     return cast(torch.optim.Optimizer, classes[name](trainable, lr=learning_rate, weight_decay=weight_decay))
+
+
+def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put a saved state back where a run that was never interrupted holds it: paged tensors into unified memory.
+
+    bitsandbytes' own way puts all of it on the card and forgets what was paged (optim/optimizer.py `load_state_dict`).
+    What is paged does not pass through the card here, not even for a moment.
+
+    Args:
+        optimizer: Of the parameters that the state belongs to.
+        saved: As `state_dict` gave it, tensors on the host.
+    """
+    if not getattr(optimizer, "is_paged", False):
+        optimizer.load_state_dict(saved)
+        return
+    paged: Any = optimizer
+    paged.load_state_dict(saved, move_to_device=False)
+    for group in paged.param_groups:
+        for parameter in group["params"]:
+            state = paged.state.get(parameter, {})
+            for name, value in state.items():
+                if name in _MOMENTS:
+                    # The library decides by size which ones are paged, and has waited for the card when it returns.
+                    state[name] = paged.get_state_buffer(parameter, dtype=value.dtype)
+                    state[name].copy_(value)
+                elif isinstance(value, Tensor):
+                    state[name] = value.to(parameter.device)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
