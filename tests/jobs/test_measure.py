@@ -140,6 +140,20 @@ def test_what_a_card_holds_is_known_by_its_tensors() -> None:
     assert peaks["optimizer"] == {"base": 400, "adapter": 100, "gradients": 100, "activations": 650}
 
 
+def test_a_card_counts_paged_state_apart_from_a_peak_that_never_held_it() -> None:
+    """`max_memory_allocated` counts torch's own allocations; bitsandbytes' pages come from CUDA's unified memory."""
+    page: Any = torch.zeros(200)
+    page.is_paged = True
+    meter = CardMeter(FakeCounters(0, 1000, 1300))
+    meter.stage("load")
+    meter.claim([torch.zeros(100)], "base")
+    meter.claim([page, torch.zeros(10), page], "optimizer")
+    meter.stage("eval")
+    peaks = meter.peaks()
+    assert peaks["eval"] == {"base": 400, "optimizer": 40, "paged": 800, "activations": 860}
+    assert height(peaks["eval"]) == 1300, "what the card's counter said"
+
+
 def test_a_peak_that_the_loop_read_and_reset_is_not_lost() -> None:
     meter = CardMeter(FakeCounters(0, 50))
     meter.stage("backward")

@@ -9,7 +9,7 @@ from torch import Tensor
 from studio.core.events import MemorySeen, RunEvent
 from studio.core.recipe import Recipe
 from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
-from studio.jobs.measure.storages import Peaks
+from studio.jobs.measure.storages import PAGED, Peaks
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.batches import collate
 from studio.jobs.train.memory import limit_memory
@@ -41,7 +41,7 @@ class CardMeter:
     """Reads the allocator's peak at the end of every stage, and keeps the highest of each.
 
     What weights, gradients and optimizer hold is known by their tensors; the rest of a peak is counted as activations,
-    around the loss as logits.
+    around the loss as logits. The allocator's peak never held what bitsandbytes pages: that is counted apart.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -58,11 +58,12 @@ class CardMeter:
 
     def claim(self, tensors: Iterable[Any], component: str) -> None:
         """Say what tensors belong to; of the adapter's gradients all are alive at the end of the backward."""
-        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
-        if component == "gradients":
-            self._held[component] = self._held.get(component, 0) + sum(seen.values())
-        else:
-            self._held[component] = sum(seen.values())
+        known = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        paged = [tensor for tensor in known if getattr(tensor, "is_paged", False)]
+        size = _bytes_of(known) - _bytes_of(paged)
+        self._held[component] = size + (self._held.get(component, 0) if component == "gradients" else 0)
+        if paged:
+            self._held[PAGED] = _bytes_of(paged)
 
     def seen(self, peak_bytes: int) -> None:
         """Take over a peak that somebody else read, and reset, within the stage."""
@@ -86,7 +87,13 @@ class CardMeter:
         if stage and height > self._heights.get(stage, -1):
             rest = "logits" if stage == "loss" else "activations"
             self._heights[stage] = height
-            self._parts[stage] = {**held, rest: max(0, height - sum(held.values()))}
+            on_card = sum(size for name, size in held.items() if name != PAGED)
+            self._parts[stage] = {**held, rest: max(0, height - on_card)}
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
