@@ -90,8 +90,9 @@ def walk(folder: Path, tokens: int, forms: Sequence[str] = ("16-bit", "nf4")) ->
     began = time.process_time()
     weights = FolderWeights(folder)
     parts, variants, rows = parts_of(weights.clean), folder_variants(weights, forms), rows_of(tokens)
-    expected = cost_of(parts, variants, rows, alone=False, stored_bytes=2).memory_bytes
-    sweep = Sweep(parts, variants, rows, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    expected = cost_of(parts, variants, rows, device=cpu, alone=False, stored_bytes=2).memory_bytes
+    sweep = Sweep(parts, variants, rows, device=cpu)
     sweep.run(lambda fraction, detail: None, lambda carried: False)
     scores = sweep.scores()
     hidden = sum(states.nbytes for batches in sweep.carried.hidden.values() for states in batches)

@@ -3,13 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from studio.core.audit_text import tables_of
+from studio.jobs.audit import base_audit
+from studio.jobs.audit.base_variants import folder_variants
+from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.rows import NEUTRAL
+from studio.jobs.audit.walk import Ground
+from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.data.rows import Example
 from studio.probe.model_folder import WEIGHTS
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
@@ -151,6 +161,41 @@ def test_too_little_memory_is_said_before_anything_is_read(
     monkeypatch.setattr("studio.jobs.audit.cost.psutil.Process.memory_info", lambda self: type("M", (), {"rss": 1})())
     paths, _ = audit(tmp_path / "audit", asked(tiny, rows))
     assert "Fewer --rows" in history_of(paths).failed.message  # type: ignore[union-attr]
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes on which devices products are made, and where tensors are copied to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products: set[str] = set()
+        self.copies: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.products.add(out.device.type)
+        elif func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            self.copies.add(out.device.type)
+        return out
+
+
+@pytest.mark.parametrize(("device", "copied"), [("cpu", set()), ("meta", {"meta"})])
+def test_the_time_is_taken_where_the_walk_will_be(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, device: str, copied: set[str]
+) -> None:
+    """The meta device in a card's place: a product of the CPU's told hours where the card took seconds."""
+    monkeypatch.setattr(base_audit, "device_of", lambda: torch.device(device))
+    weights = FolderWeights(tiny)
+    ids = np.arange(16, dtype=np.int32)
+    rows: Any = SimpleNamespace(all=[Example(ids, ids)])
+    worker: Any = SimpleNamespace(emit=lambda kind, **fields: None)
+    ground = Ground(worker, weights, parts_of(weights.clean), rows, "")
+    with Products() as seen:
+        cost = base_audit.check_cost(ground, folder_variants(weights, ["16-bit", "nf4"]), alone=False)
+    assert seen.products == {device}
+    assert seen.copies == copied
+    assert 0 < cost.low_seconds < cost.high_seconds
 
 
 @pytest.mark.slow

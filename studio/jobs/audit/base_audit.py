@@ -17,6 +17,7 @@ from studio.core.text import plain
 from studio.jobs.audit.base_variants import folder_variants, is_kept, rounded_linears
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.cost import Cost, check_room, cost_of
+from studio.jobs.audit.device import device_of
 from studio.jobs.audit.forms import FORMS, STORED
 from studio.jobs.audit.rows import check_ids, read_audit_rows
 from studio.jobs.audit.sweep import BlockSeen, Variant
@@ -116,7 +117,7 @@ def check_cost(ground: Ground, variants: Sequence[Variant], *, alone: bool) -> C
         BadInput: There is not.
     """
     stored_bytes = stored_bytes_of(ground.weights)
-    cost = cost_of(ground.parts, variants, ground.rows.all, alone=alone, stored_bytes=stored_bytes)
+    cost = cost_of(ground.parts, variants, ground.rows.all, device=device_of(), alone=alone, stored_bytes=stored_bytes)
     detail = (
         f"about {cost.memory_bytes / 2**30:.1f} GiB of memory, of which hidden states "
         f"{cost.hidden_bytes / 2**30:.2f} GiB; {cost.low_seconds:.0f} to {cost.high_seconds:.0f} s (estimates)"

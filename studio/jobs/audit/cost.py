@@ -1,7 +1,7 @@
-"""What an audit will take, before it begins: memory from sizes, time from a matrix product on this very machine."""
+"""What an audit will take, before it begins: memory from sizes, time from products and copies on the very device."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -10,6 +10,7 @@ import torch
 from studio.core.errors import BadInput
 from studio.jobs.audit.batches import TOKENS_AT_ONCE, batches_of
 from studio.jobs.audit.blocks import Parts
+from studio.jobs.audit.device import wait_for
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
@@ -25,8 +26,9 @@ synthetic Llamas, all constants together are 5 to 15 % above the peak (tests/ben
 _HEAD_BYTES = 6 * 2**24
 """Head rows and logits of two models (`scores`)."""
 _PROBE_TOKENS, _PROBE_WIDTH, _PROBE_ROUNDS = 512, 1024, 4
+_PROBE_COPY_NUMBERS = 2**22
 _SLOWER = (1.0, 2.0)
-"""Walk over bare products, a choice: casting, rounding, attention and reading come on top."""
+"""Walk over bare products and copies, a choice: casting, rounding, attention and reading come on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Cost:
     Attributes:
         memory_bytes: Resident at the peak, what the process takes already included.
         hidden_bytes: Of it, hidden states.
-        low_seconds: If products were all.
+        low_seconds: If products, and a card's copies, were all.
         high_seconds: With what comes on top.
     """
 
@@ -47,7 +49,13 @@ class Cost:
 
 
 def cost_of(
-    parts: Parts, variants: Sequence[Variant], examples: Sequence[Example], *, alone: bool, stored_bytes: int
+    parts: Parts,
+    variants: Sequence[Variant],
+    examples: Sequence[Example],
+    *,
+    device: torch.device,
+    alone: bool,
+    stored_bytes: int,
 ) -> Cost:
     """Return what a walk takes.
 
@@ -55,6 +63,7 @@ def cost_of(
         parts: The model.
         variants: All of them.
         examples: All rows.
+        device: Where the blocks will run.
         alone: Whether one variant's blocks are also run on the reference's hidden states.
         stored_bytes: Of a weight in the files.
     """
@@ -74,7 +83,11 @@ def cost_of(
         + hidden_bytes
     )
     products = 2 * tokens * sum(blocks)
-    seconds = products / _products_per_second()
+    seconds = products / _products_per_second(device)
+    if device.type != "cpu":
+        # Every variant's weights go there, and before and after each block the hidden states of all rows.
+        moved = sum(blocks) * stored_bytes * len(variants) + 2 * len(blocks) * int(tokens) * int(hidden) * _FP32_BYTES
+        seconds += moved / _bytes_moved_per_second(device)
     return Cost(memory, hidden_bytes, seconds * _SLOWER[0], seconds * _SLOWER[1])
 
 
@@ -93,12 +106,26 @@ def check_room(cost: Cost) -> None:
         )
 
 
-def _products_per_second() -> float:
-    """Return multiply-adds, counted as two, per second of an fp32 product on this machine, now."""
-    one, other = torch.randn(_PROBE_TOKENS, _PROBE_WIDTH), torch.randn(_PROBE_WIDTH, _PROBE_WIDTH)
-    torch.mm(one, other)
+def _products_per_second(device: torch.device) -> float:
+    """Return multiply-adds, counted as two, per second of an fp32 product on a device, now."""
+    one = torch.randn(_PROBE_TOKENS, _PROBE_WIDTH, device=device)
+    other = torch.randn(_PROBE_WIDTH, _PROBE_WIDTH, device=device)
+    took = _seconds_of(lambda: torch.mm(one, other), device)
+    return 2 * _PROBE_TOKENS * _PROBE_WIDTH**2 / took
+
+
+def _bytes_moved_per_second(device: torch.device) -> float:
+    """Return how fast pageable memory is copied to a device, now."""
+    numbers = torch.zeros(_PROBE_COPY_NUMBERS)
+    return numbers.nbytes / _seconds_of(lambda: numbers.to(device), device)
+
+
+def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return what one round takes: the first one is not counted, and the device has finished at both readings."""
+    work()
+    wait_for(device)
     began = time.perf_counter()
     for _ in range(_PROBE_ROUNDS):
-        torch.mm(one, other)
-    took = max(time.perf_counter() - began, 1e-9)
-    return 2 * _PROBE_TOKENS * _PROBE_WIDTH**2 * _PROBE_ROUNDS / took
+        work()
+    wait_for(device)
+    return max(time.perf_counter() - began, 1e-9) / _PROBE_ROUNDS

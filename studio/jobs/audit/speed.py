@@ -20,7 +20,7 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Phase
 from studio.core.text import plain
 from studio.jobs.audit.answer_models import TUNED, AnswerModels
-from studio.jobs.audit.device import device_of
+from studio.jobs.audit.device import device_of, wait_for
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.base.llama.tool_process import LlamaTool
@@ -133,18 +133,18 @@ def timed(model: Any, prompt: Sequence[int], heed: Callable[[], None] = lambda: 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     model(input_ids=ids, use_cache=True, **last)  # what libraries do once, at the first call
-    _wait(device)
+    wait_for(device)
     began = time.perf_counter()
     out = model(input_ids=ids, use_cache=True, **last)
     token: Tensor = out.logits[:, -1:].argmax(-1)
-    _wait(device)
+    wait_for(device)
     read = time.perf_counter()
     done = 0
     while done < NEW_TOKENS and time.perf_counter() - read < _MOST_SECONDS:
         heed()
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         token, done = out.logits[:, -1:].argmax(-1), done + 1
-        _wait(device)
+        wait_for(device)
     return Speed(
         "measured",
         len(prompt) / (read - began),
@@ -192,8 +192,3 @@ def serving_dtype() -> torch.dtype:
     if device_of().type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
