@@ -1,15 +1,103 @@
 """What an exception of a job is called in the run's log, and what the user can do about it."""
 
+import errno
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from studio.core.errors import BadInput, JobFailed
+from studio.core.text import plain
+from studio.runs.disk import RESUME, disk_failure, os_errno
 
 BAD_INPUT = "bad_input"
 """The kind of a failure whose reason is what the job was given."""
 
+OUT_OF_MEMORY = "out_of_memory"
+"""The kind of a failure of the card's or the computer's memory."""
+
 Explain = Callable[[BaseException], JobFailed | None]
-"""Gives an exception of the job's libraries (out of memory on the card ...) our name and advice, or None."""
+"""Gives an exception of the job's libraries (a lost card ...) our name and advice, or None."""
+
+Stage = Literal["load", "work", "optimizer", "eval", "save"]
+"""What a job was at, as far as advice depends on it; `work` is the job's own (a training's forward and backward)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a job was at when it failed.
+
+    Attributes:
+        job: Its kind: train, merge, export, audit, measure or chat; empty where it has not said.
+        phase: The name in its last `Phase` event.
+    """
+
+    job: str = ""
+    phase: str = ""
+
+
+_STAGE_OF_PHASE: tuple[tuple[str, Stage], ...] = (
+    ("finding", "load"),
+    ("reading", "load"),
+    ("loading", "load"),
+    ("starting", "load"),
+    ("converting the embedded", "load"),
+    ("evaluating", "eval"),
+    ("answering", "eval"),
+    ("saving", "save"),
+    ("writing", "save"),
+)
+_OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
+_WHILE: dict[Stage, str] = {
+    "load": " while loading",
+    "work": "",
+    "optimizer": " in the optimizer's step",
+    "eval": " while evaluating",
+    "save": " while saving",
+}
+_CLOSE = "close other programs that hold memory (see lora-studio gpus)"
+_TRAIN: dict[Stage, str] = {
+    "load": f"{_CLOSE}; use method qlora, which holds the base in 4 bits; or take a smaller base model",
+    "work": "cheapest first: halve train.micro_batch and double train.accumulation (same result); turn on "
+    "train.grad_checkpointing; shorten train.seq_len; use an 8-bit optimizer; use method qlora",
+    "optimizer": "use an 8-bit or paged optimizer (train.optimizer); lower adapter.rank; adapt fewer layers "
+    "(adapter.targets, adapter.layers)",
+    "eval": "halve train.micro_batch and double train.accumulation (same result); shorten train.seq_len; lower "
+    "eval.sample_tokens, or leave samples out with eval.samples = 0",
+    "save": f"{_CLOSE}: saving copies the adapter and the optimizer's numbers into the computer's memory; then "
+    f"continue with: {RESUME}",
+}
+_ADVICE: dict[str, dict[Stage, str]] = {
+    "train": _TRAIN,
+    "measure": {**_TRAIN, "work": f"the recipe does not fit here. {_TRAIN['work'].capitalize()}"},
+    "merge": {
+        "work": "close other programs, or merge on a computer with more memory; --dtype bf16 takes half of fp32's"
+    },
+    "export": {
+        "work": "close other programs, or export on a computer with more memory; of an adapter, merge first with "
+        "lora-studio merge, which needs the room of its largest tensors alone, and export the merged model"
+    },
+    "audit": {
+        "load": f"{_CLOSE}, or audit on a computer with more memory",
+        "eval": f"{_CLOSE}; audit with --answers 0 to leave answers out, then continue or start again",
+        "work": f"{_CLOSE}; shorten --seq; lower --rows; leave parts out with --no-speed and --answers 0",
+    },
+    "chat": {
+        "load": "close other programs, or use --device cpu, --tuned-only or a smaller model",
+        "work": "begin a new conversation, ask something shorter, or lower --max-tokens",
+    },
+}
+_ANY_JOB = "close other programs that hold memory, or use a smaller model"
+_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",  # torch's allocator on a CPU, a plain RuntimeError
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "status_alloc_failed",
+    "paging file is too small",
+)
 
 
 def not_explained(error: BaseException) -> JobFailed | None:
@@ -18,16 +106,60 @@ def not_explained(error: BaseException) -> JobFailed | None:
     return None
 
 
-def failure_of(error: BaseException | None, explain: Explain) -> JobFailed:
-    """Return the failure that an exception means; None stands for a job that ended without a terminal event."""
+def failure_of(error: BaseException | None, explain: Explain, doing: Doing = Doing()) -> JobFailed:
+    """Return the failure that an exception means; None stands for a job that ended without a terminal event.
+
+    Memory and disk come before the job's libraries: they mean the same whichever library met them.
+    """
     match error:
         case None:
-            failure = JobFailed("no_result", "the job ended without saying how", "Report this: it is a fault of ours.")
+            return JobFailed("no_result", "the job ended without saying how", "Report this: it is a fault of ours.")
         case JobFailed():
-            failure = error
-        case _:
-            failure = _explained(error, explain) or _by_type(error)
-    return failure
+            return error
+        case BadInput():
+            return JobFailed(BAD_INPUT, str(error), "Correct it and start a new run.")
+    if ran_out_of_memory(error):
+        return memory_failure(error, doing)
+    return disk_failure(error) or _explained(error, explain) or _by_type(error)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that the memory of the card or of the computer was not enough.
+
+    By name and text: torch's own class exists only for cards, and whoever asks may not want to import torch for it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if os_errno(error) == errno.ENOMEM:
+        return True
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(word in text for word in _MEMORY_WORDS)
+
+
+def memory_failure(error: BaseException, doing: Doing) -> JobFailed:
+    """Return the failure of an exception for which `ran_out_of_memory` holds, with advice for what the job was at."""
+    stage, text = stage_of(error, doing), str(error)
+    on_card = type(error).__name__ == "OutOfMemoryError" or any(word in text for word in ("CUDA", "CUBLAS", "CUDNN"))
+    said = plain(text, one_line=True, limit=400) if text else ""
+    whose = "the card's" if on_card else "the computer's"
+    during = f"{whose} memory is full{_WHILE[stage]}{f': {said}' if said else ''}"
+    return JobFailed(OUT_OF_MEMORY, during, memory_advice(doing.job, stage))
+
+
+def memory_advice(job: str, stage: Stage) -> str:
+    """Return what helps a kind of job that ran out of memory at a stage."""
+    known = _ADVICE.get(job, {})
+    return known.get(stage) or known.get("work") or _ANY_JOB
+
+
+def stage_of(error: BaseException | None, doing: Doing) -> Stage:
+    """Return what a job was at: the optimizer by where the exception came from, the rest by the phase it told."""
+    modules = [
+        str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__ if error else None)
+    ]
+    if any(f"{name}.".startswith(_OPTIMIZERS) for name in modules):
+        return "optimizer"
+    return next((stage for begins, stage in _STAGE_OF_PHASE if doing.phase.startswith(begins)), "work")
 
 
 def _explained(error: BaseException, explain: Explain) -> JobFailed | None:
@@ -39,13 +171,7 @@ def _explained(error: BaseException, explain: Explain) -> JobFailed | None:
 
 
 def _by_type(error: BaseException) -> JobFailed:
-    match error:
-        case BadInput():
-            return JobFailed(BAD_INPUT, str(error), "Correct it and start a new run.")
-        case KeyboardInterrupt():
-            message = "interrupted before the job could stop in order"
-            return JobFailed("interrupted", message, "Continue with: lora-studio runs resume RUN")
-        case MemoryError():
-            return JobFailed("out_of_memory", "the computer's memory is full", "Lower micro-batch or sequence length.")
+    if isinstance(error, KeyboardInterrupt):
+        return JobFailed("interrupted", "interrupted before the job could stop in order", f"Continue with: {RESUME}")
     what = "".join(traceback.format_exception_only(error)).strip()
     return JobFailed("error", what, "The traceback is at the end of output.log in the run's folder.")

@@ -4,7 +4,6 @@ The writer repairs what a killed predecessor left; a reader takes only whole lin
 A line that is not one of our events is kept as `Unknown`, never an error.
 """
 
-import errno
 import json
 import math
 import os
@@ -14,16 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from studio.core.errors import JobFailed
 from studio.core.events import Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
+from studio.runs.disk import disk_failure
 from studio.runs.events_check import is_moment, well_typed
-
-DISK_FULL = "disk_full"
-"""The kind of failure that a full disk is."""
 
 TERMINAL = (Failed, Finished)
 _DURABLE = (*TERMINAL, Saved)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POLL_BYTES = 4 * 2**20
 """What one poll reads at most: about 30 000 steps, a third of a second."""
 _LONGEST_LINE_BYTES = 2**20
@@ -35,6 +30,7 @@ class EventWriter:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Open the log for appending and end a torn last line, so that the next event starts a line of its own."""
+        self._path = path
         self._clock = clock
         self._lock = threading.Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
@@ -52,7 +48,7 @@ class EventWriter:
         """Append one event. Terminal events and `Saved` are on the disk when this returns.
 
         Raises:
-            JobFailed: The disk is full (kind `disk_full`); no part of the line is left behind.
+            JobFailed: The disk refuses (kind `disk_full` and others); no part of the line is left behind.
             OSError: The log cannot be written for another reason.
         """
         line = json.dumps(_finite(event_to_dict(event)), ensure_ascii=False, allow_nan=False) + "\n"
@@ -76,12 +72,8 @@ class EventWriter:
         except OSError as error:
             if written:
                 os.ftruncate(self._descriptor, self._size)
-            if error.errno in _NO_SPACE:
-                raise JobFailed(
-                    DISK_FULL,
-                    f"the disk is full: the run's log could not be written ({error.strerror})",
-                    "Free some space, then continue with: lora-studio runs resume RUN",
-                ) from error
+            if failure := disk_failure(error, place=self._path.parent, kept="the run's log could not be written"):
+                raise failure from error
             raise
         self._size += len(data)
 

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,13 +24,14 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from studio.core.errors import JobFailed, StudioError
-from studio.core.events import Failed, Finished, RunEvent
+from studio.core.events import Failed, Finished, Phase, RunEvent, Started
 from studio.core.text import plain
 from studio.runs.atomic import mend_folder, write_whole
 from studio.runs.control import Request, requested, withdraw
-from studio.runs.failure import Explain, failure_of, not_explained
+from studio.runs.disk import DISK_FULL
+from studio.runs.failure import Doing, Explain, failure_of, not_explained
 from studio.runs.layout import RunPaths
-from studio.runs.log import DISK_FULL, EventWriter
+from studio.runs.log import EventWriter
 from studio.runs.process import mark_of, mark_to_json
 from studio.runs.signals import StopOnSignal
 
@@ -73,6 +75,7 @@ class Worker:
         self._lock = FileLock(paths.lock, timeout=wait_seconds, mode=0o600, thread_local=False)
         self._reserve = paths.root / ".reserve"
         self._step: int | None = None
+        self._doing = Doing()
         self._ended = False
         self._signals = StopOnSignal(paths)
 
@@ -111,6 +114,10 @@ class Worker:
         """
         event = self._log.emit(kind, **fields)
         self._step = getattr(event, "step", None) or self._step
+        if isinstance(event, Started):
+            self._doing = Doing(job=event.job)
+        elif isinstance(event, Phase):
+            self._doing = replace(self._doing, phase=event.name)
         if isinstance(event, (Failed, Finished)):
             self._ended = True
             self.exit_code = 0 if isinstance(event, Finished) else 1
@@ -152,7 +159,7 @@ class Worker:
 
     def _fail(self, error: BaseException | None) -> None:
         """Who sees the failure finds the traceback; on a full disk the one line that must fit goes first."""
-        failure = failure_of(error, self._explain)
+        failure = failure_of(error, self._explain, self._doing)
         self.exit_code = 1
         self._reserve.unlink(missing_ok=True)
         full = failure.kind == DISK_FULL

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from studio.core.answers import Answer, Check, checks_for, score_answers
 from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Phase, Warned
@@ -26,6 +24,7 @@ from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import PlainText
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
+from studio.runs.failure import ran_out_of_memory
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 
@@ -124,7 +123,9 @@ class _Asking:
                 self._keep()
         except Stopped:
             raise
-        except (torch.OutOfMemoryError, MemoryError):
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not ran_out_of_memory(error):
+                raise
             return "memory was not enough"
         except StudioError as error:
             return str(error)

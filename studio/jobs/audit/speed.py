@@ -24,6 +24,7 @@ from studio.jobs.audit.device import device_of, wait_for
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.runs.failure import ran_out_of_memory
 from studio.runs.worker import Worker
 
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
@@ -104,7 +105,9 @@ def measured_speeds(
                 made |= _both(held, form.open().eval(), prompt, heed)
         except BadInput as error:
             why = str(error)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not ran_out_of_memory(error):
+                raise
             why = "there was not enough memory"
         models.release()
         if why:

@@ -23,6 +23,7 @@ from studio.jobs.base.attention import attention_for
 from studio.jobs.base.embedded import ensure_embedded
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
+from studio.runs.failure import ran_out_of_memory
 
 Progress = Callable[[str, float], None]
 
@@ -129,9 +130,11 @@ def load_base(
             output_loading_info=True,
             **options,
         )
-    except (torch.OutOfMemoryError, MemoryError, BadInput):
+    except BadInput:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise BadInput(f"The base model {_shown(folder)} cannot be loaded: {_advice(error)}") from error
     if missing := sorted(seen["missing_keys"]):
         lacking = f"{len(missing)} weights, such as {plain(missing[0], one_line=True)}"

@@ -8,8 +8,11 @@ import threading
 import traceback
 from typing import Any, TextIO
 
-from studio.core.errors import StudioError
+from studio.core.errors import JobFailed, StudioError
+from studio.jobs.base.failures import explain
 from studio.runs.chat import ChatEvent, ChatFailed, ChatRequest, Loading, Ready, Sampling, TurnDone, event_line
+from studio.runs.disk import disk_failure
+from studio.runs.failure import Doing, memory_failure, ran_out_of_memory
 
 
 class _Line:
@@ -72,12 +75,12 @@ def main() -> None:
 def _failure(error: BaseException, *, fatal: bool) -> ChatFailed:
     if isinstance(error, StudioError):
         return ChatFailed(str(error), fatal=fatal, bad_input=True)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ChatFailed(
-            "there is not enough memory for this model and this conversation",
-            "close other programs, begin a new conversation, or use --device cpu or a smaller model",
-            fatal,
-        )
+    if ran_out_of_memory(error):
+        failure: JobFailed | None = memory_failure(error, Doing("chat", "loading" if fatal else "chatting"))
+    else:
+        failure = disk_failure(error, advice="then start the chat again") or explain(error)
+    if failure:
+        return ChatFailed(str(failure), failure.advice, fatal)
     return ChatFailed(f"unexpected {type(error).__name__}: {error}", "report it, with what you asked", fatal)
 
 

@@ -25,6 +25,7 @@ from studio.jobs.chat.answering import Streamer, token_ids
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.models import BaseFound, find_base
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
+from studio.runs.failure import ran_out_of_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NF4_SHARE = 0.4
@@ -161,7 +162,9 @@ class Session:
                 device=device,
                 progress=tell,
             )
-        except (BadInput, torch.OutOfMemoryError) as error:
+        except (BadInput, MemoryError, RuntimeError, OSError) as error:
+            if not (isinstance(error, BadInput) or ran_out_of_memory(error)):
+                raise
             self.notes.append(f"Only the merged model answers. Its base cannot be loaded beside it: {error}")
             return None
         if len(model.get_input_embeddings().weight) < len(self._model.get_input_embeddings().weight):

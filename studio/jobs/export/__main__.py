@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from studio.core.errors import BadInput
+from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import ExportRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
@@ -24,7 +25,7 @@ def _body(worker: Worker) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.export RUN_DIR")
-    code = run_job(Path(sys.argv[1]), _body)
+    code = run_job(Path(sys.argv[1]), _body, explain=_explain)
     from studio.probe.chain import start_next  # when the run is over: what it starts needs none of it
 
     start_next(RunPaths(Path(sys.argv[1])))

@@ -32,14 +32,14 @@ from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.export import check_export
 from studio.runs.aside import export_aside, only_writer
 from studio.runs.atomic import publish_folder, sync_folder, write_whole
+from studio.runs.disk import RESUME, disk_failure
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, read_job
 from studio.runs.layout import RunPaths
-from studio.runs.log import DISK_FULL, read_events
+from studio.runs.log import read_events
 from studio.runs.store import left_over
 from studio.runs.worker import Worker
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL_BYTES = 10**6
 _GGUF = ".gguf"
 _MADE = "made"
@@ -86,14 +86,14 @@ def _export(work: Work, request: ExportRequest, out: Path) -> None:
     except Stopped:
         worker.emit(Finished, outcome="stopped")
         return
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise _disk_full(out) from error
     except JobFailed as failed:
         # llama.cpp's own words for it differ from step to step; what it has written so far still lies there.
         if failed.kind == "gguf_converter" and shutil.disk_usage(aside).free < _FULL_BYTES:
-            raise _disk_full(out) from failed
+            raise _refused(OSError(errno.ENOSPC, ""), out) or failed from failed
+        raise
+    except Exception as error:
+        if refused := _refused(error, out):
+            raise refused from error
         raise
     finally:
         work.aside.clear()
@@ -107,12 +107,11 @@ def _export(work: Work, request: ExportRequest, out: Path) -> None:
     worker.emit(Finished, outcome="done", result=report)
 
 
-def _disk_full(out: Path) -> JobFailed:
-    return JobFailed(
-        DISK_FULL,
-        f"the disk of {plain(str(out.parent), one_line=True)} is full: nothing of the export was kept",
-        "free some space, or choose another --out, and export again",
-    )
+def _refused(error: Exception, out: Path) -> JobFailed | None:
+    """Return our failure where a disk made the error."""
+    kept = "nothing of the export was kept"
+    advice = f"or export to another --out; to go on with this one: {RESUME}"
+    return disk_failure(error, place=out.parent, kept=kept, advice=advice)
 
 
 def _write(work: Work, request: ExportRequest) -> dict[str, Any]:

@@ -5,8 +5,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import BadInput
 from studio.core.recipe_parse import recipe_from_dict
+from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import read_job
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.worker import Worker, run_job
@@ -25,12 +26,6 @@ def _body(worker: Worker) -> None:
     from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the card is chosen
 
     measure_run(worker, request, recipe)
-
-
-def _explain(error: BaseException) -> JobFailed | None:
-    from studio.jobs.train.failures import explain  # noqa: PLC0415  torch is loaded by then, or never was
-
-    return explain(error)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 A QLoRA adapter is merged into the 16-bit base as well: adding it to 4-bit weights and rounding again loses most of it.
 """
 
-import errno
 import json
 import shutil
 import time
@@ -16,7 +15,6 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
 from studio.jobs.base.load import load_tokenizer
@@ -32,8 +30,8 @@ from studio.jobs.merge.verify import compare_logits, encode, make_again, read_ba
 from studio.jobs.merge.write_steps import Stopped, write_steps
 from studio.runs.aside import merge_aside, only_writer
 from studio.runs.atomic import publish_folder, write_whole
+from studio.runs.disk import RESUME, disk_failure
 from studio.runs.job import MergeRequest
-from studio.runs.log import DISK_FULL
 from studio.runs.worker import Worker
 
 _TEXTS = (
@@ -41,7 +39,7 @@ _TEXTS = (
     "def add(a, b):\n    return a + b\n\n\nassert add(2, 3) == 5\n",
     "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
 )
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_AGAIN = f"or merge to another --out; to go on with this one: {RESUME}"
 _CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _MOST_QUESTIONS = 2
 _FAR_KL = 0.05
@@ -81,14 +79,11 @@ def _merge_alone(worker: Worker, request: MergeRequest, parts: Parts, aside: Pat
         _merge(worker, request, parts, aside)
     except Stopped:
         worker.emit(Finished, outcome="stopped")
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:
+        failure = disk_failure(error, place=aside.parent, kept="nothing of the merged model was kept", advice=_AGAIN)
+        if failure is None:
             raise
-        raise JobFailed(
-            DISK_FULL,
-            f"the disk of {plain(str(aside.parent), one_line=True)} is full: nothing of the merged model was kept",
-            "free some space, or choose another --out, and merge again",
-        ) from error
+        raise failure from error
     finally:
         # Only a kill leaves the folder: the next merge of the same parts takes up its whole shards.
         shutil.rmtree(aside, ignore_errors=True)

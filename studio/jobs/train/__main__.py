@@ -4,8 +4,9 @@ import os
 import sys
 from pathlib import Path
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
+from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import read_job
 from studio.runs.worker import Worker, run_job
 
@@ -35,12 +36,6 @@ def _body(worker: Worker) -> None:
     from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the card is chosen and the lock is held
 
     train_run(worker, recipe)
-
-
-def _explain(error: BaseException) -> JobFailed | None:
-    from studio.jobs.train.failures import explain  # noqa: PLC0415  torch is loaded by then, or never was
-
-    return explain(error)
 
 
 if __name__ == "__main__":

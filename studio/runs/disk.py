@@ -1,0 +1,101 @@
+"""What a disk that refuses is called, whichever library met it, and what to do about it.
+
+The one place that turns such an error into our failure: the log, the jobs and the command line all ask here.
+"""
+
+import errno
+import re
+from pathlib import Path
+
+from studio.core.errors import JobFailed, StudioError
+from studio.core.text import plain
+
+DISK_FULL = "disk_full"
+"""The kind of failure that a disk without room is."""
+
+RESUME = "lora-studio runs resume RUN"
+"""How a failure advises to go on; readers put the run's name in."""
+
+_FULL = {
+    errno.ENOSPC: ("is full", "free some space"),
+    errno.EDQUOT: ("has no room left for you: your quota is used up", "free some space of yours, or ask for more"),
+    errno.EFBIG: (
+        "does not let the file grow further: a limit of its file system or of this session (`ulimit -f`)",
+        "raise the limit, or free some space by making the file's folder smaller",
+    ),
+}
+_REFUSES = {
+    errno.EROFS: ("read_only", "is read-only", "make it writable (a disk with faults is made read-only: see dmesg)"),
+    errno.EACCES: ("no_permission", "may not be used: permission denied", "give yourself the right to it"),
+    errno.EPERM: ("no_permission", "may not be used: operation not permitted", "give yourself the right to it"),
+    errno.ENAMETOOLONG: ("name_too_long", "has too long a name", "choose a shorter path"),
+    errno.EIO: ("disk_error", "has a read or write error: it may be failing", "look at dmesg, and save what you can"),
+    errno.ESTALE: ("disk_error", "is a network disk that was lost", "connect it again"),
+    errno.ENODEV: ("disk_error", "is gone", "connect it again"),
+}
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def os_errno(error: BaseException) -> int | None:
+    """Return the system's error number in an error, or in what it was raised from; None where there is none.
+
+    safetensors and tokenizers are Rust and raise classes of their own, with the number only in the text.
+    """
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return None
+        if isinstance(seen, OSError) and seen.errno:
+            return seen.errno
+        if found := _RUST.search(str(seen)):
+            return int(found.group(1))
+        seen = seen.__cause__
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error means that a disk has no room: full, over a quota, or past the largest file."""
+    return os_errno(error) in _FULL
+
+
+def refuses(error: BaseException) -> bool:
+    """Return whether an error is a disk's, one that may pass: no room, read-only, not reachable, not permitted."""
+    number = os_errno(error)
+    return number in _FULL or (number in _REFUSES and number != errno.ENAMETOOLONG)
+
+
+def disk_failure(
+    error: BaseException, *, place: Path | None = None, kept: str = "", advice: str = ""
+) -> JobFailed | None:
+    """Return our failure for an error that a disk made; None for any other error, and for one that has its words.
+
+    Args:
+        error: As a library raised it.
+        place: What was written to, where the error names no file, or one inside of it.
+        kept: What has become of the work, for the message.
+        advice: What to do after the disk was mended; empty continues the run.
+    """
+    number = None if isinstance(error, StudioError) else os_errno(error)
+    shown = plain(str(_place_of(error, place) or ""), one_line=True, limit=300)
+    more = f": {kept}" if kept else ""
+    then = advice or f"then continue with: {RESUME}"
+    if number in _FULL:
+        what, first = _FULL[number]
+        return JobFailed(DISK_FULL, f"the disk{f' of {shown}' if shown else ''} {what}{more}", f"{first}, {then}")
+    if number in _REFUSES:
+        kind, what, first = _REFUSES[number]
+        return JobFailed(kind, f"{shown or 'a file or folder of this run'} {what}{more}", f"{first}, {then}")
+    return None
+
+
+def disk_words(error: BaseException) -> str:
+    """Return what a disk's error means, for the middle of a sentence; any other error's own text."""
+    failure = disk_failure(error)
+    return plain(str(failure or error), one_line=True, limit=400)
+
+
+def _place_of(error: BaseException, place: Path | None) -> Path | None:
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if not isinstance(name, str) or (place and Path(name).is_relative_to(place)):
+        return place
+    return Path(name)
