@@ -2,13 +2,14 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base.data.labels import IGNORED
@@ -18,7 +19,7 @@ from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.choose_batching import batcher_for, can_pack
 from studio.jobs.train.packing import best_fit, packed
-from studio.jobs.train.row_attention import ROW_ATTENTION
+from studio.jobs.train.row_attention import ROW_ATTENTION, row_attention
 from studio.jobs.train.step_model import StepModel
 from studio.runs.control import request, withdraw_all
 from tests.jobs.conftest import Train, history_of
@@ -130,6 +131,71 @@ def test_lengths_that_are_ignored_are_found_out() -> None:
 
     step_model.causal.model.forward = dropping
     assert not can_pack(step_model, rows(12, 15), CPU)
+
+
+class WrongBackward(torch.autograd.Function):
+    """Right forward, and a gradient that is the neighbour's, or is not there."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, how: str) -> torch.Tensor:
+        ctx.how = how
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        return {"mixed": gradient.roll(12, dims=2), "lost": gradient * 0.5, "nan": gradient * torch.nan}[ctx.how], None
+
+
+@pytest.mark.parametrize("how", ["mixed", "lost", "nan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_whose_backward_alone_is_wrong_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, how: str, dtype: torch.dtype
+) -> None:
+    step_model = step_model_of("llama").to(dtype)
+    stir(step_model)
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, mask: Any, **named: Any) -> Any:
+        if named.get("row_lengths") is not None:
+            value = WrongBackward.apply(value, how)  # type: ignore[no-untyped-call]
+        return row_attention(module, query, key, value, mask, **named)
+
+    assert can_pack(step_model, rows(12, 15), CPU)
+    step_model.causal.set_attn_implementation("sdpa")  # type: ignore[operator]
+    monkeypatch.setitem(cast(Any, ALL_ATTENTION_FUNCTIONS)._global_mapping, ROW_ATTENTION, wrong)
+    assert not can_pack(step_model, rows(12, 15), CPU)
+    assert step_model.causal.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert all(parameter.grad is None for parameter in step_model.parameters())
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_the_proof_leaves_model_and_random_state_as_they_were(checkpointed: bool) -> None:
+    """Its backward computes checkpointed layers again, as training's does, and leaves dropout out."""
+    model = model_of("opt")
+    model.train()
+    if not checkpointed:
+        cast(Any, model).gradient_checkpointing_disable()
+    step_model = StepModel(model, "chunked", nullcontext)
+    before = {name: module.training for name, module in step_model.named_modules()}
+    random = torch.get_rng_state()
+    assert can_pack(step_model, rows(12, 15), CPU)
+    assert {name: module.training for name, module in step_model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("word", ["on", "auto"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_no_memory_for_the_proof_is_no_proof_that_rows_cannot_be_packed(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, word: str, where: str
+) -> None:
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(choose_batching, "packed" if where == "forward" else "_same_gradients", full)
+    history = history_of(train(recipe.with_("train.packing", word)))
+    assert history.failed is not None and history.failed.failure == "out_of_memory"
+    assert not history.warnings
+    assert history.phase is not None and history.phase.name == "choosing packed or padded rows"
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 60))
