@@ -15,9 +15,7 @@ from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.machine import Machine, read_machine
-from studio.probe.models import find_base
-from studio.probe.setup import Answers, advice_for, check_data, recall_answers
-from studio.probe.shape import shape_of_base
+from studio.probe.setup import Answers, advice_for, check_data, recall_answers, shape_for
 from studio.runs.atomic import write_whole
 from studio.runs.recipe_file import dump_recipe
 
@@ -59,13 +57,16 @@ def run(args: argparse.Namespace) -> int:
             f"{plain(str(checked.data.path), one_line=True)} must be corrected before training: lora-studio data check "
             "names the rows."
         )
-    advice = advice_for(answers, shape_of_base(find_base(answers.base)), checked.facts)
+    shape = shape_for(answers.base, answers.card)
+    advice = advice_for(answers, shape, checked.facts)
     if args.out:
         _write(Path(args.out), advice)
     if args.json:
         write_json(_document(answers, machine, advice, args.out))
     else:
         _tell(answers, machine, advice, args.out)
+        if shape.origin:
+            say(f"note: {shape.origin}")
     return NO if advice.verdict == "does not fit" else DONE
 
 
@@ -99,6 +100,7 @@ def _document(answers: Answers, machine: Machine, advice: Advice, saved: str | N
         "device_bytes": device.expected if advice.verdict else None,
         "low_bytes": device.low if advice.verdict else None,
         "high_bytes": device.high if advice.verdict else None,
+        "notes": list(advice.estimate.notes),
         "choices": [
             {"label": choice.label, "settings": dict(choice.settings), "why": choice.why, "source": choice.source}
             for choice in advice.choices

@@ -160,6 +160,7 @@ class ModelShape:
         mask_bytes: Bytes of a causal mask that it holds, a byte per pair of positions; 0 without one.
         doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
         quantised: How its weights lie on disk where they are quantised already.
+        origin: Which copy of the config this is, in words, where it is not the model's own of today; else empty.
     """
 
     family: str
@@ -186,6 +187,7 @@ class ModelShape:
     mask_bytes: int = 0
     doubts: tuple[str, ...] = ()
     quantised: QuantisedBase | None = None
+    origin: str = ""
 
     def __hash__(self) -> int:
         return self._hash

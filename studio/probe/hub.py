@@ -24,6 +24,18 @@ _PATTERNS: dict[str, Any] = {
 }
 
 
+class HubRefusal(BadInput):
+    """The hub says nothing of a model now.
+
+    Attributes:
+        why: The reason in a few words.
+    """
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 def is_hub_id(word: str) -> bool:
     """Return whether the word could be a hub id: `name` or `owner/name`."""
     return bool(_ID.fullmatch(word)) and ".." not in word and "--" not in word and len(word) <= 200
@@ -58,7 +70,8 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
         cached: Why the cache could not serve, for the message.
 
     Raises:
-        BadInput: No connection, no such model or revision, a gated model, or no safetensors or tokenizer in it.
+        HubRefusal: No connection, no such model or revision, or a gated model.
+        BadInput: There are no safetensors or no tokenizer in it.
     """
     from huggingface_hub import HfApi, hf_hub_download  # noqa: PLC0415
 
@@ -70,8 +83,27 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
     except BadInput:
         raise
     except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
-        raise BadInput(_refusal(repo, revision, cached, error)) from None
+        raise HubRefusal(*_refusal(repo, revision, cached, error)) from None
     return config, sum(size for name, size in names.items() if name.endswith(".safetensors") and "/" not in name)
+
+
+def cached_config(repo: str, revision: str) -> dict[str, Any] | None:
+    """Return the config that the hub gave when it was last asked; None where none lies in the cache.
+
+    Raises:
+        BadInput: It is damaged.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache  # noqa: PLC0415
+
+    found = try_to_load_from_cache(repo, CONFIG, revision=revision or None)
+    if isinstance(found, str):
+        return read_config(Path(found))
+    if revision:
+        return None
+    # A look asks for the newest commit by its number, and leaves no note that it was the newest.
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+    looked_at = [path for path in snapshots.glob(f"*/{CONFIG}") if path.is_file()]
+    return read_config(max(looked_at, key=lambda path: path.stat().st_mtime)) if looked_at else None
 
 
 def knows_token() -> bool:
@@ -129,23 +161,30 @@ def _require_trainable(names: Iterable[str], where: str) -> None:
     require_tokenizer(names, where)
 
 
-def _refusal(repo: str, revision: str, cached: str, error: Exception) -> str:
+def _refusal(repo: str, revision: str, cached: str, error: Exception) -> tuple[str, str]:
+    """Return what to tell the user, and the reason in a few words."""
     from huggingface_hub import errors  # noqa: PLC0415
 
     name = f"The model {repo}" + (f" at revision {plain(revision, one_line=True, limit=80)}" if revision else "")
     match error:
         case errors.GatedRepoError():
-            return f"{name} is gated: accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
+            way_out = f"accept its terms at https://huggingface.co/{repo}, then run: hf auth login"
+            return f"{name} is gated: {way_out}", "it is gated there"
         case errors.RevisionNotFoundError():
-            return f"{name} was not found: the hub has the model, not this revision. Empty means the newest."
+            words = f"{name} was not found: the hub has the model, not this revision. Empty means the newest."
+            return words, "it has no such revision"
         case errors.RepositoryNotFoundError():
-            return f"{name} is not on the hub, or it is private. Check the name; for a private model run: hf auth login"
+            words = (
+                f"{name} is not on the hub, or it is private. Check the name; for a private model run: hf auth login"
+            )
+            return words, "it is not there, or private"
         case errors.OfflineModeIsEnabled():
             why = "offline mode is on (HF_HUB_OFFLINE)"
         case _:
             why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=160)}"
-    return (
+    words = (
         f"{name} cannot be had: it is no folder here; {cached}; and the hub cannot be asked ({why}). "
         f"On a machine with a connection run: hf download {repo} --local-dir FOLDER, and give the path of its copy. "
         "Without any of it, the model 'embedded' is there."
     )
+    return words, why

@@ -10,13 +10,16 @@ from studio.core.advice import Advice, DataFacts, advise
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import Gpu, find_gpu
+from studio.core.quantised_base import refusal
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.probe.data import DataSet, inspect_data
 from studio.probe.data.lengths import texts_of, token_lengths
 from studio.probe.gpus import read_gpus
+from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import card_of, known_gpu
+from studio.probe.shape import find_shape, shape_of_base
 from studio.runs.atomic import write_whole
 from studio.runs.home import SETUP_FILE, studio_home
 
@@ -134,6 +137,32 @@ def card_for_advice(name: str) -> tuple[Gpu | None, int | None]:
     if reading is None or known is None:
         return None, None
     return known, known.total_bytes if reading.free_bytes is None else reading.free_bytes
+
+
+def shape_for(base: str, card: str) -> ModelShape:
+    """Return the shape of a model that can be trained on.
+
+    To plan for another card its config is enough: weights and tokenizer may lie on that card's machine.
+
+    Args:
+        base: The model: embedded, a folder or a hub id.
+        card: A card of the catalogue to plan for; empty for this machine's.
+
+    Raises:
+        BadInput: There is no such model, or it cannot be trained on.
+    """
+    try:
+        planned = bool(card) and not Path(base).expanduser().is_file()
+        if not planned:
+            found = find_base(base)
+            refuse_untrainable(found, "qlora")
+            return shape_of_base(found)
+        shape = find_shape(base)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such home, a NUL
+        raise BadInput(f"The model {plain(base, one_line=True, limit=80)} cannot be looked at: {error}.") from None
+    if why := refusal(shape.quantised, "qlora"):
+        raise BadInput(f"The base model {plain(base, one_line=True, limit=200)} is {why}.")
+    return shape
 
 
 def advice_for(answers: Answers, shape: ModelShape, data: DataFacts) -> Advice:

@@ -15,7 +15,9 @@ from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
+from studio.probe.hub import HubRefusal
 from studio.probe.hub_headers import hub_headers
+from studio.probe.known_models import config_without_hub
 from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import BaseFound, find_base
 from studio.probe.safetensors_header import SafetensorsHeader
@@ -39,7 +41,8 @@ def find_shape(word: str, revision: str = "") -> ModelShape:
     """Return the shape of the model that a word names: a folder, config.json, .gguf, hub id, or `embedded`.
 
     A folder or a hub repository needs no more than its config.json; where its safetensors are there too, their headers
-    settle how many parameters there really are (from the hub by range requests: no weight is downloaded).
+    settle how many parameters there really are (from the hub by range requests: no weight is downloaded). Where the hub
+    cannot be asked, the config that it gave last does, or the one that ships with this program: `origin` says so.
 
     Raises:
         BadInput: There is no such model, or its config or headers are damaged.
@@ -54,7 +57,11 @@ def find_shape(word: str, revision: str = "") -> ModelShape:
         raise BadInput(f"The model {_shown(word)} cannot be read: {error.strerror or error}.") from None
     except RuntimeError:
         raise BadInput(f"There is no home folder for {_shown(word)}; give the whole path.") from None
-    base = find_base(word, revision)
+    try:
+        base = find_base(word, revision)
+    except HubRefusal as refusal:
+        config, origin = config_without_hub(word, revision, refusal)
+        return replace(shape_from_config(config), origin=origin)
     shape = shape_of_base(base)
     if base.kind == "hub" and base.path is None:
         return _settled_by(shape, hub_headers(word, revision) or [])

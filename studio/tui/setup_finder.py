@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from studio.core.errors import BadInput
-from studio.core.text import plain
-
 if TYPE_CHECKING:  # together 0.2 s to import: threads bring them
     from studio.core.advice import Advice, DataFacts
     from studio.core.shape import ModelShape
@@ -34,16 +31,10 @@ def _search(words: str) -> list[str]:
     return search_hub(words)
 
 
-def _shape(base: str) -> "ModelShape":
-    from studio.probe.models import find_base, refuse_untrainable  # noqa: PLC0415
-    from studio.probe.shape import shape_of_base  # noqa: PLC0415
+def _shape(base: str, card: str) -> "ModelShape":
+    from studio.probe.setup import shape_for  # noqa: PLC0415
 
-    try:
-        found = find_base(base)
-        refuse_untrainable(found, "qlora")
-        return shape_of_base(found)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such home, a NUL
-        raise BadInput(f"The model {plain(base, one_line=True, limit=80)} cannot be looked at: {error}.") from None
+    return shape_for(base, card)
 
 
 def _files() -> list[Path]:
@@ -84,7 +75,7 @@ class Finder:
         machine: Reads the machine.
         models: Lists the models here.
         search: Asks the hub; raises BadInput.
-        shape: Looks at a model; raises BadInput.
+        shape: Looks at a model, for a card of the catalogue or (empty) this machine; raises BadInput.
         files: Lists data files nearby.
         check: Reads and measures a data file; raises BadInput.
         advise: Recommends a recipe; raises BadInput.
@@ -95,7 +86,7 @@ class Finder:
     machine: "Callable[[Path], Machine]" = _machine
     models: "Callable[[], list[Listed]]" = _models
     search: Callable[[str], list[str]] = _search
-    shape: "Callable[[str], ModelShape]" = _shape
+    shape: "Callable[[str, str], ModelShape]" = _shape
     files: Callable[[], list[Path]] = _files
     check: "Callable[[str, str], DataChecked]" = _check
     advise: "Callable[[Answers, ModelShape, DataFacts], Advice]" = _advise

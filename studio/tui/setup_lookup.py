@@ -35,7 +35,7 @@ class Lookup:
     def model(self, answers: Answers) -> Seen:
         """Look at the model of some answers."""
         try:
-            return Seen(model_text(answers.base, self._shape(answers.base)), answers)
+            return Seen(model_text(answers.base, self._shape(answers.base, answers.card)), answers)
         except StudioError as error:
             return Seen(refused_text(str(error)))
 
@@ -54,4 +54,4 @@ class Lookup:
             StudioError: Model, data or card cannot be used.
         """
         checked = self._checked(answers.data, answers.base)
-        return self._advise(answers, self._shape(answers.base), checked.facts)
+        return self._advise(answers, self._shape(answers.base, answers.card), checked.facts)

@@ -75,6 +75,7 @@ def model_text(base: str, shape: ModelShape) -> Content:
         f"\n{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers of width {shape.hidden}, "
         f"{count(shape.vocabulary)} words of vocabulary\n",
         f"16-bit weights {2 * shape.parameters / GIB:.1f} GiB",
+        (f"\n{plain(shape.origin, one_line=True)}" if shape.origin else "", "$text-warning"),
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from studio.commands import plan as verb
 from studio.core.gpu_catalogue import GIB, MIB
 from studio.probe.gpus import Gpu, GpuProcess
+from studio.runs.recipe_file import shipped_recipes
 from tests.cli.conftest import Cli
 from tests.core.published_rows import DATA
 
@@ -354,3 +355,18 @@ def test_an_unknown_architecture_has_a_wide_range_and_a_way_to_know(cli: Cli, ll
     assert any("brand_new" in note for note in guessed["notes"])
     assert any("lora-studio measure" in note for note in guessed["notes"])
     assert not any("measure" in note for note in known["notes"])
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_planned_offline_and_says_whose_config_that_was(cli: Cli, name: str) -> None:
+    plan = cli("plan", name, "--vram-gib", "80", "--json").document
+    assert plan["fits"]
+    assert plan["model"]["parameters"] > 10**8
+    own = [note for note in plan["notes"] if note.startswith("the config is this program's own copy")]
+    assert len(own) == (name != "demo")
+
+
+def test_the_config_of_another_hub_model_is_not_made_up(cli: Cli) -> None:
+    outcome = cli("plan", "--model", "meta-llama/Llama-3.1-8B-Instruct", "--gpu", "4090")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "cannot be had" in outcome.err

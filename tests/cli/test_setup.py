@@ -106,3 +106,15 @@ def test_bad_rows_and_a_recipe_that_is_there_already_are_refused(cli: Cli, rows:
     taken.write_text("mine")
     outcome = cli("setup", "--data", str(rows), "--out", str(taken))
     assert (outcome.code, taken.read_text()) == (2, "mine")
+
+
+def test_another_cards_recipe_follows_offline_from_a_model_that_the_program_knows(cli: Cli, rows: Path) -> None:
+    asked = ("setup", "--data", str(rows), "--goal", "task", "--model", "meta-llama/Llama-3.1-8B")
+    outcome = cli(*asked, "--gpu", "4090", "--json")
+    assert outcome.code == 0
+    assert outcome.document["fits"]
+    assert outcome.document["notes"][0].startswith("the config is this program's own copy, not asked of the hub now")
+    assert "note: the config is this program's own copy" in cli(*asked, "--gpu", "4090").out
+    here = cli(*asked)
+    assert (here.code, here.out) == (2, "")
+    assert "cannot be had" in here.err

@@ -9,6 +9,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED
 from studio.probe import setup as module
 from studio.probe.data.lengths import texts_of, token_lengths
+from studio.probe.known_models import known_models
 from studio.probe.setup import (
     Answers,
     advice_for,
@@ -17,6 +18,7 @@ from studio.probe.setup import (
     data_files,
     keep_answers,
     recall_answers,
+    shape_for,
 )
 from studio.probe.shape import find_shape
 from studio.runs.home import is_first_visit
@@ -103,3 +105,22 @@ def test_advice_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch:
     assert there.recipe.data.path == str(tmp_path / "rows.jsonl")
     with pytest.raises(BadInput):
         card_for_advice("no such card")
+
+
+def test_a_folder_with_its_config_alone_is_enough_to_plan_for_another_card(tmp_path: Path) -> None:
+    known = known_models()["meta-llama/Llama-3.1-8B"]
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(known["config"]))
+    assert shape_for(str(folder), "RTX 4090").parameters == known["parameters"]
+    with pytest.raises(BadInput, match="no weights"):
+        shape_for(str(folder), "")
+    with pytest.raises(BadInput, match="is a file"):
+        shape_for(str(folder / "config.json"), "RTX 4090")
+    (folder / "config.json").write_text(json.dumps(known["config"] | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(BadInput, match="already quantised"):
+        shape_for(str(folder), "RTX 4090")
+    for odd in ("\0", "~nobody-of-this-name/model", "x" * 5000):
+        for card in ("", "RTX 4090"):
+            with pytest.raises(BadInput):
+                shape_for(odd, card)

@@ -61,7 +61,7 @@ def finder_that(
 ) -> Finder:
     """A finder that looks at data files for real and at nothing else."""
 
-    def shape(base: str) -> ModelShape:
+    def shape(base: str, _: str) -> ModelShape:
         if "missing" in base:
             raise BadInput(f"There is no model {base}.")
         return shape_from_config(EIGHT_B)
@@ -331,4 +331,4 @@ def test_a_base_that_is_quantised_already_holds_the_models_step(tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(BadInput, match="already quantised"):
-        Finder().shape(str(tmp_path))
+        Finder().shape(str(tmp_path), "")

@@ -175,7 +175,7 @@ def _allocated_bounds(
     shape: ModelShape, setup: Setup, gpu: Gpu | None, stages: Stages, workspace: int
 ) -> tuple[int, int, tuple[str, ...]]:
     """Return lowest and highest peak of live tensors, and why they differ; the highest counts steady peaks."""
-    notes = list(shape.doubts)
+    notes = [*filter(None, (shape.origin,)), *shape.doubts]
     if shape.quantised:
         notes.insert(0, note_on(shape.quantised, setup.method, setup.engine))
     if 0 < shape.positions < setup.seq_len:
