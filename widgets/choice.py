@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from textual import events
 from textual.binding import Binding, BindingType
@@ -10,6 +11,8 @@ from textual.message import Message
 from textual.reactive import reactive
 from textual.strip import Strip
 from textual.widget import Widget
+
+_BEFORE, _AFTER = "◂ ", " ▸"
 
 
 class Choice(Widget, can_focus=True):
@@ -94,23 +97,24 @@ class Choice(Widget, can_focus=True):
         return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
 
     def _pieces(self) -> list[tuple[str, str]]:
-        """Return the texts of the row after the label, each with the value that a click on it chooses."""
+        """Return the texts of the row after the label, each with the value that a click on it chooses, if one."""
         whole = [(f"({'•' if value == self.value else ' '}) {shown}  ", value) for value, shown in self._options]
         if sum(len(text) for text, _ in whole) <= self.size.width - self._label_width:
             return whole
         shown = dict(self._options).get(self.value, self.value)
-        return [("◂ ", ""), (shown, self.value), (" ▸", "")]
+        return [(_BEFORE, ""), (shown, self.value), (_AFTER, "")]
 
     def on_click(self, event: events.Click) -> None:
-        """Choose what was clicked; on an arrow, or beside everything, the next."""
+        """Choose what was clicked, on an arrow the one before or the next; beside them a click chooses nothing."""
         position = event.x - self._label_width
         for text, value in self._pieces():
-            if 0 <= position < len(text) and value:
-                self._turn(value)
+            if 0 <= position < cell_len(text):
+                if value:
+                    self._turn(value)
+                else:
+                    self.action_turn(-1 if text == _BEFORE else 1)
                 return
-            position -= len(text)
-        if event.x >= self._label_width:
-            self.action_turn(1)
+            position -= cell_len(text)
 
     def action_turn(self, direction: int) -> None:
         """Choose the next or the one before, round and round."""

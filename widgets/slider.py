@@ -26,7 +26,9 @@ _CHARACTERS = (
 """Keys of which a number can be typed, by Textual's names. All are bindings: a key that a handler takes at once
 overtakes the bindings of the keys before it when a slow line delivers several together."""
 _BEGINS = frozenset("0123456789.")
+_WHILE_TYPING = ("take_typed", "forget_typed", "untype")
 _LEAST_TRACK = 5
+_LEFT_BUTTON = 1
 
 
 class Slider(Widget, can_focus=True):
@@ -39,8 +41,9 @@ class Slider(Widget, can_focus=True):
         Binding("shift+right,pageup", "turn_coarse(1)", "Much more", show=False),
         Binding("home", "turn_to_end(-1)", "Least", show=False),
         Binding("end", "turn_to_end(1)", "Most", show=False),
-        Binding("enter", "enter", "Type", show=False),
-        Binding("escape", "forget_typed", "Forget what was typed", show=False),
+        Binding("enter", "take_typed", "Take"),
+        Binding("enter", "begin_typing", "Type", show=False),
+        Binding("escape", "forget_typed", "As it was"),
         Binding("backspace", "untype", "Undo the last character", show=False),
         *(Binding(key, f"type('{character}')", character, show=False) for key, character in _CHARACTERS),
     ]
@@ -125,7 +128,7 @@ class Slider(Widget, can_focus=True):
         self.scale = scale
         self._label, self._whole, self._show = label, whole, show
         self._label_width, self._value_width = label_width, value_width
-        self._refused = False
+        self._refused = self._dragged = False
         self.set_reactive(Slider.value, value)
 
     def render_line(self, y: int) -> Strip:
@@ -162,19 +165,33 @@ class Slider(Widget, can_focus=True):
         """Give up a half-typed value."""
         self.typed = None
 
+    def watch_typed(self, before: str | None, typed: str | None) -> None:
+        """Name other keys below while a value is typed."""
+        if (before is None) != (typed is None):
+            self.refresh_bindings()
+
     def on_mouse_down(self, event: events.MouseDown) -> None:
-        """Jump to where the mouse is and follow it."""
-        self.capture_mouse()
-        self._turn_to_cell(event.x)
+        """Jump to where the mouse is on the track and follow it; beside the track a click turns nothing."""
+        begin, length = self._track()
+        if event.button == _LEFT_BUTTON and begin <= event.x < begin + length:
+            self._dragged, self.typed = True, None
+            self.capture_mouse()
+            self._turn_to_cell(event.x)
 
     def on_mouse_move(self, event: events.MouseMove) -> None:
-        """Follow a drag."""
-        if self.app.mouse_captured is self:
+        """Follow a drag, also beyond the ends of the track."""
+        if self._dragged:
             self._turn_to_cell(event.x)
 
     def on_mouse_up(self) -> None:
         """End a drag."""
-        self.release_mouse()
+        if self._dragged:
+            self._dragged = False
+            self.release_mouse()
+
+    def on_mouse_release(self) -> None:
+        """Something else took the mouse: the drag is over."""
+        self._dragged = False
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         """Turn up while focused; otherwise the wheel scrolls what the slider lies in."""
@@ -188,11 +205,15 @@ class Slider(Widget, can_focus=True):
             event.stop()
             self.action_turn(-1)
 
+    def check_consume_key(self, key: str, character: str | None) -> bool:
+        """Keep letters from starting anything while a value is typed."""
+        return self.typed is not None and character is not None and character.isprintable()
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Leave keys to others that mean something only while a value is typed, and turn nothing meanwhile."""
         if self.typed is None:
-            return action not in ("forget_typed", "untype") and (action != "type" or parameters[0] in _BEGINS)
-        return True
+            return action not in _WHILE_TYPING and (action != "type" or parameters[0] in _BEGINS)
+        return action != "begin_typing"
 
     def action_turn(self, stops: int) -> None:
         """Turn by stops; not while a value is typed."""
@@ -209,12 +230,9 @@ class Slider(Widget, can_focus=True):
         if self.typed is None:
             self._turn(self.scale.stops[-1 if direction > 0 else 0])
 
-    def action_enter(self) -> None:
-        """Begin to type a value, or take the typed one."""
-        if self.typed is None:
-            self.typed, self._refused = "", False
-        else:
-            self._take_typed()
+    def action_begin_typing(self) -> None:
+        """Begin to type a value."""
+        self.typed, self._refused = "", False
 
     def action_type(self, character: str) -> None:
         """Type a character."""
@@ -228,12 +246,7 @@ class Slider(Widget, can_focus=True):
         """Show the value again."""
         self.typed = None
 
-    def _turn_to_cell(self, x: int) -> None:
-        begin, length = self._track()
-        if length > 1:
-            self._turn(self.scale.nearest((x - begin) / (length - 1)))
-
-    def _take_typed(self) -> None:
+    def action_take_typed(self) -> None:
         """Turn to the typed value, or keep it on show with the limits when it is none of the scale's."""
         text = (self.typed or "").replace("_", "")
         try:
@@ -250,6 +263,11 @@ class Slider(Widget, can_focus=True):
             self._refused = True
             self.refresh()
             self.app.bell()
+
+    def _turn_to_cell(self, x: int) -> None:
+        begin, length = self._track()
+        if length > 1:
+            self._turn(self.scale.nearest((x - begin) / (length - 1)))
 
     def _turn(self, value: float) -> None:
         if value != self.value:

@@ -1,24 +1,131 @@
-"""A labelled line of text in one row."""
+"""A line of text that keys pass until it is edited, alone or with a label before it."""
+
+from typing import Any, ClassVar
 
 from textual import events
 from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 from textual.content import Content
 from textual.message import Message
 from textual.reactive import reactive
 from textual.widgets import Input, Static
 
+_BEGINS = ("enter", "f2")
+
+
+class TextLine(Input):
+    """An input that has two states, so that letters do not end up in a line that the arrows merely passed.
+
+    Passed: every key means what it means elsewhere on the screen; enter, F2, a click or a paste begins to edit.
+    Edited: letters are typed; enter takes the text and posts `Submitted`, escape brings the text of before back, and
+    leaving the line keeps what was typed.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "submit", "Take"),
+        Binding("enter,f2", "edit", "Edit"),
+        Binding("escape", "restore", "As it was"),
+    ]
+
+    DEFAULT_CSS = """
+    TextLine {
+        &:focus { background: $foreground 14%; }
+        &.-editing, &.-editing:focus { background: $primary 30%; }
+    }
+    """
+
+    editing: reactive[bool] = reactive(False)
+    """Whether letters are typed into it."""
+
+    def __init__(self, value: str = "", **input_options: Any) -> None:
+        """Hold `value`; options are those of `Input`."""
+        super().__init__(value, compact=True, select_on_focus=False, **input_options)
+        self._before = value
+
+    def watch_editing(self, editing: bool) -> None:
+        """Show the state, and other keys below."""
+        self.set_class(editing, "-editing")
+        self._restart_blink()
+        self.refresh_bindings()
+
+    async def _on_key(self, event: events.Key) -> None:
+        """Leave keys to others while passed.
+
+        What begins and ends the editing is taken here as well as by bindings: letters are taken here, and of a burst
+        of keys, as a slow line delivers it, a binding comes after all the letters.
+        """
+        if not self.editing:
+            event.prevent_default()
+            if event.key in _BEGINS and self.has_focus:
+                event.stop()
+                self.edit()
+        elif event.key in ("enter", "escape"):
+            event.prevent_default()
+            event.stop()
+            await (self.action_submit() if event.key == "enter" else self.action_restore())
+
+    async def _on_mouse_down(self, event: events.MouseDown) -> None:
+        """A click edits, with the cursor where it was."""
+        if not self.editing:
+            self.edit()
+
+    def _on_paste(self, event: events.Paste) -> None:
+        """What is pasted into a passed line takes the place of its text."""
+        if not self.editing:
+            self.edit()
+            self.action_select_all()
+
+    def _on_blur(self, event: events.Blur) -> None:
+        """Leaving ends the editing, unless only the terminal has lost the focus."""
+        if self.app.app_focus:
+            self.editing = False
+
+    def _restart_blink(self) -> None:
+        """Show a cursor only while edited."""
+        if self.editing:
+            super()._restart_blink()
+        else:
+            self._pause_blink()
+
+    def check_consume_key(self, key: str, character: str | None) -> bool:
+        """Take letters only while edited."""
+        return self.editing and super().check_consume_key(key, character)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave the keys of editing to others while passed."""
+        return self.editing != (action == "edit")
+
+    def action_edit(self) -> None:
+        """Begin to edit."""
+        self.edit()
+
+    async def action_submit(self) -> None:
+        """Take the text."""
+        self.editing = False
+        await super().action_submit()
+
+    async def action_restore(self) -> None:
+        """Bring the text of before back."""
+        self.value, self.editing = self._before, False
+
+    def edit(self) -> None:
+        """Take the focus and begin to edit, with the cursor at the end."""
+        if not self.has_focus:
+            self.focus()
+        self._before, self.editing = self.value, True
+        self.cursor_position = len(self.value)
+
 
 class TextField(Horizontal):
-    """A label and an input. `Changed` is posted when the user has finished: enter, or leaving the field."""
+    """A label and a line. `Changed` is posted when the user has finished: enter, or leaving the line."""
 
     DEFAULT_CSS = """
     TextField {
         width: 1fr;
         height: 1;
         & > Static { height: 1; }
-        & > Input { width: 1fr; height: 1; padding: 0; background: $foreground 6%; }
-        & > Input:focus { background: $foreground 14%; }
+        & > TextLine { width: 1fr; height: 1; padding: 0; background: $foreground 6%; }
     }
     """
 
@@ -48,22 +155,27 @@ class TextField(Horizontal):
         id: str | None = None,  # noqa: A002  Textual's own name
         classes: str | None = None,
     ) -> None:
-        """Show `label` and an input that holds `value`."""
+        """Show `label` and a line that holds `value`."""
         super().__init__(id=id, classes=classes)
         self._label, self._label_width = label, label_width
         self.set_reactive(TextField.value, value)
 
     def compose(self) -> ComposeResult:
-        """Label, input."""
+        """Label, line."""
         label = Static(Content(self._label), markup=False)
         label.styles.width = self._label_width
         yield label
-        yield Input(self.value, compact=True)
+        yield TextLine(self.value)
 
     def watch_value(self, value: str) -> None:
         """Show a text that the program set."""
-        if self.is_mounted and self.query_one(Input).value != value:
-            self.query_one(Input).value = value
+        if self.is_mounted and self.line.value != value:
+            self.line.value = value
+
+    def on_click(self) -> None:
+        """A click on the label takes the focus and changes nothing."""
+        if not self.line.has_focus:
+            self.line.focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Take the text on enter."""
@@ -72,7 +184,13 @@ class TextField(Horizontal):
 
     def on_descendant_blur(self, _: events.DescendantBlur) -> None:
         """Take the text on leaving."""
-        self._finish(self.query_one(Input).value)
+        if self.app.app_focus:
+            self._finish(self.line.value)
+
+    @property
+    def line(self) -> TextLine:
+        """Where the text is edited."""
+        return self.query_one(TextLine)
 
     def _finish(self, text: str) -> None:
         if text != self.value:

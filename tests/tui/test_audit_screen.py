@@ -186,14 +186,19 @@ def test_a_refusal_is_said(tmp_path: Path) -> None:
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await pilot.press("b")
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
-        await pilot.press("end", "0", "enter")
+        await pilot.press("up", "up", "up", "enter", "0", "r", "backspace")
+        assert isinstance(app.screen, AskAudit), "r is typed while a line is edited"
+        await pilot.press("enter", "r")
         await until(pilot, lambda: "the data are gone" in shown(app))
         assert isinstance(app.screen, AskAudit), "there it can be mended"
+        assert app.focused is app.screen.query_one("#wish-rows")
         assert app.screen.query_one("#wish-rows", Input).value == "1000", "what was chosen is there again"
         assert_harmless(app)
         await pilot.press("escape", "b")
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
         assert "the data are gone" not in shown(app)
+        await pilot.press("enter")
+        await until(pilot, lambda: "the data are gone" in shown(app))
 
     play(story, tmp_path)
 
@@ -239,8 +244,9 @@ def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
         app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, run=run, engine=engine))
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
         assert "Audit the adapter of trained" in shown(app)
-        await pilot.press("down", "end", "backspace", "2")
-        await pilot.press("down", *"^[A-Z]", "enter")
+        app.screen.query_one("#wish-answers").focus()
+        await pilot.press("enter", "backspace", "2")
+        await pilot.press("down", "x", "enter", *"^[A-Z]", "enter", "r")
         await until(pilot, lambda: "enough" in shown(app))
 
     play(story, tmp_path, size=NARROW)

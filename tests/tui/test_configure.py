@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input
 
 from studio.core.field_words import SECTIONS, words_of
 from studio.core.knobs import KNOBS
@@ -30,7 +29,7 @@ from tests.tui.stories import (
 )
 from widgets.choice import Choice
 from widgets.slider import Slider
-from widgets.text_field import TextField
+from widgets.text_field import TextField, TextLine
 
 
 def screen_of(app: StudioApp) -> ConfigureScreen:
@@ -122,7 +121,8 @@ def test_texts_become_values(tmp_path: Path) -> None:
         async def write(path: str, text: str) -> None:
             screen._form.focus_field(path)
             await pilot.pause()
-            assert isinstance(app.focused, Input)
+            assert isinstance(app.focused, TextLine)
+            await pilot.press("enter")
             app.focused.value = text
             await pilot.press("enter")
             await pilot.pause()
@@ -141,18 +141,59 @@ def test_texts_become_values(tmp_path: Path) -> None:
     play(story, tmp_path)
 
 
-def test_letters_go_into_a_text_field_and_start_nothing(tmp_path: Path) -> None:
+def test_letters_go_into_a_text_field_that_is_edited_and_start_nothing(tmp_path: Path) -> None:
     asked = Asked()
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen_of(app)._form.focus_field("name")
-        await pilot.press("end", "r", "m", "o", "q")
+        await pilot.press("enter", "r", "m", "o", "q")
         await settle(pilot)
         assert asked.started == []
-        assert isinstance(app.focused, Input)
+        assert isinstance(app.focused, TextLine)
         assert app.focused.value == "tryrmoq"
+        assert "⏎ Take" in shown(app)
+        assert "r Run" not in shown(app)
+        await pilot.press("down")
+        assert screen_of(app).recipe.name == "tryrmoq", "the arrows take what was typed"
 
     play(story, tmp_path, engine=engine_that(asked))
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_in_a_field_that_the_arrows_passed_the_keys_do_what_the_screen_says(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    recipe = Recipe(name="try").with_("train.seq_len", 65536).with_("train.micro_batch", 32)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+        await until(pilot, lambda: "f Fit" in shown(app))
+        screen._form.focus_field("model.base")
+        await pilot.press("up", "down")
+        await until(pilot, lambda: "f Fit" in shown(app))
+        assert "⏎ Edit" in shown(app)
+        await pilot.press("f")
+        await settle(pilot)
+        assert screen.recipe.train.seq_len < 65536 or screen.recipe.train.micro_batch < 32
+        assert screen.recipe.model.base == "embedded"
+        await pilot.press("m")
+        assert screen.recipe.method == "lora"
+
+    play(story, tmp_path, size=size, recipe=recipe)
+
+
+def test_a_click_on_a_label_focuses_its_field_and_changes_nothing(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        screen = screen_of(app)
+        for kind, path in ((Slider, "adapter.rank"), (Choice, "method"), (TextField, "adapter.targets")):
+            field = screen.query_one("#" + path.replace(".", "--"), kind)
+            await pilot.click(field, offset=(3, 0))
+            await pilot.pause()
+            assert app.focused in (field, *field.children), path
+            assert screen.recipe == recipe, path
+
+    recipe = Recipe(name="try")
+    play(story, tmp_path, recipe=recipe)
 
 
 def test_problems_are_listed_and_nothing_starts(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from textual.content import Content
 from textual.pilot import Pilot
+from textual.widgets import OptionList
 
 from studio.core.advice import DataFacts, advise
 from studio.core.errors import BadInput
@@ -20,7 +22,9 @@ from studio.probe.machine import Machine
 from studio.probe.setup import Answers, DataChecked, check_data
 from studio.tui.app import StudioApp
 from studio.tui.engine import Engine
+from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.help import HelpScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.setup import SetupScreen
 from studio.tui.setup_finder import Finder
@@ -38,6 +42,7 @@ from tests.tui.stories import (
     shown,
     until,
 )
+from widgets.text_field import TextLine
 
 GIB = 2**30
 CARD = Gpu(0, "NVIDIA GeForce RTX 3060", total_bytes=12 * GIB, free_bytes=11 * GIB, capability=(8, 6))
@@ -261,7 +266,7 @@ def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> N
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model")
-        await pilot.press("tab", *"small qwen", "enter")
+        await pilot.press("tab", "enter", *"small qwen", "enter")
         await until(pilot, lambda: "2 found on the hub" in shown(app) or "Qwen/small" in shown(app))
         await pilot.press("enter")
         await until(pilot, lambda: step_of(app) == "data")
@@ -271,10 +276,60 @@ def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> N
     play_setup(story, tmp_path, finder_that(told, hub=("Qwen/small", HOSTILE)))
 
 
+def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp_path: Path) -> None:
+    """They went into the line and not out of it, and there q, ? and all others were letters."""
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        step = app.screen.query_one("#step-model", SetupStep)
+        options, line = step.query_one(OptionList), step.query_one(TextLine)
+
+        async def at(key: str) -> tuple[bool, int | None]:
+            await pilot.press(key)
+            return line.has_focus, options.highlighted
+
+        assert [await at("down") for _ in range(4)] == [(False, 1), (True, 1), (False, 0), (False, 1)]
+        assert [await at("up") for _ in range(3)] == [(False, 0), (True, 0), (False, 1)]
+        assert await at("down") == (True, 1)
+        assert "? Help" in shown(app)
+        await pilot.press(*"abc", "question_mark")
+        await until(pilot, lambda: isinstance(app.screen, HelpScreen))
+        await pilot.press("escape")
+        assert line.value == ""
+        await pilot.press("enter", *"q?", "escape")
+        assert (line.value, step_of(app)) == ("", "model"), "escape leaves the line first"
+        await pilot.press("enter", "enter")
+        assert options.has_focus, "with nothing typed enter goes back to the list"
+        await pilot.press("down", "escape")
+        assert step_of(app) == "machine"
+
+    play_setup(story, tmp_path, finder_that(Told()), size=NARROW)
+
+
+def test_words_that_no_longer_fill_their_place_give_the_keys_back(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        step = app.screen.query_one("#step-model", SetupStep)
+        step.tell(Content("word\n" * 50))
+        await pilot.pause()
+        await pilot.press("tab", "tab")
+        assert app.focused is step.query_one("_Words")
+        await pilot.press("end", "up", "home", "up")
+        assert app.focused is step.query_one(TextLine), "at its end the arrow leaves it"
+        await pilot.press("down")
+        assert app.focused is step.query_one("_Words")
+        step.tell(Content("a word"))
+        await pilot.pause()
+        await pilot.pause()
+        assert step.query_one(OptionList).has_focus
+
+    play_setup(story, tmp_path, finder_that(Told()), size=NARROW)
+
+
 def test_without_a_line_the_search_says_so_and_stays(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model")
-        await pilot.press("tab", *"llama", "enter")
+        await pilot.press("tab", "enter", *"llama", "enter")
         await until(pilot, lambda: "cannot be asked" in shown(app))
         assert step_of(app) == "model"
         await pilot.press("escape")

@@ -116,6 +116,48 @@ def test_click_and_drag() -> None:
     play(story)
 
 
+def test_a_click_beside_the_track_takes_the_focus_and_turns_nothing() -> None:
+    async def story(pilot: Pilot[None], app: Host) -> None:
+        begin, length = app.slider._track()
+        for cell in (0, begin - 1, begin + length, begin + length + 2, app.slider.size.width - 1):
+            app.query_one("#other", Slider).focus()
+            await pilot.click(Slider, offset=(cell, 0))
+            assert app.slider.has_focus
+            assert (app.turns, app.slider.value) == ([], 16), f"cell {cell}"
+        await pilot.mouse_down(Slider, offset=(2, 0))
+        await pilot.hover(Slider, offset=(begin + 3, 0))
+        await pilot.mouse_up(Slider, offset=(begin + 3, 0))
+        assert app.turns == [], "nor does a drag that began there"
+        await pilot.click(Slider, offset=(begin + length - 1, 0))
+        assert app.turns == [256], "the last cell of the track is the last stop"
+        await pilot.click(Slider, offset=(begin, 0), button=3)
+        assert app.turns == [256]
+
+    play(story)
+
+
+def test_while_a_value_is_typed_letters_start_nothing_and_the_keys_below_are_those_of_typing() -> None:
+    async def story(pilot: Pilot[None], app: Host) -> None:
+        heard: list[str] = []
+        app.bind("r", "run_it", description="Run")
+        app.action_run_it = lambda: heard.append("r")  # type: ignore[attr-defined]
+
+        def keys() -> list[str]:
+            return [key.binding.description for key in app.screen.active_bindings.values() if key.binding.show]
+
+        assert "Run" in keys()
+        assert "Take" not in keys()
+        await pilot.press("4", "8", "r")
+        assert heard == []
+        assert keys()[:2] == ["Take", "As it was"]
+        assert "Run" not in keys()
+        await pilot.press("enter", "r")
+        assert (heard, app.turns) == (["r"], [48])
+        assert "Take" not in keys()
+
+    play(story)
+
+
 def test_the_wheel_turns_only_with_focus() -> None:
     async def story(pilot: Pilot[None], app: Host) -> None:
         await pilot._post_mouse_events([events.MouseScrollUp], Slider, offset=(30, 0))

@@ -8,6 +8,7 @@ from textual.widgets import Static
 from studio.core.field_words import words_of
 from studio.core.knobs import KNOBS
 from studio.core.text import plain
+from studio.tui.form_fields import options_of
 
 
 class Advice(Static):
@@ -67,4 +68,6 @@ def advice_text(path: str, problems: Sequence[str], busy: str) -> Content:
             parts.append(f"{words.cost}\n")
         if knob is not None:
             parts.append((f"{knob.allowed}. Type a number, or turn with the arrows.\n", "dim"))
+        elif not options_of(path):
+            parts.append(("Enter edits it; then enter takes it, and escape leaves it as it was.\n", "dim"))
     return Content.assemble(*parts)

@@ -109,7 +109,7 @@ class RecipeForm(VerticalScroll):
     def focus_field(self, path: str) -> None:
         """Put the cursor on a field."""
         field = self._fields[path]
-        (field.query_one("Input") if isinstance(field, TextField) else field).focus()
+        (field.line if isinstance(field, TextField) else field).focus()
 
     def on_slider_changed(self, message: Slider.Changed) -> None:
         """A slider was turned."""

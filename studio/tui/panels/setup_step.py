@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+from textual.actions import SkipAction
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
@@ -12,29 +13,66 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from studio.core.text import plain
+from widgets.text_field import TextLine
 
 
 class _Options(OptionList):
-    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
+    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it.
+
+    At its ends the arrows leave it.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Next")]
 
+    def action_cursor_down(self) -> None:
+        if self.highlighted in (None, self.option_count - 1):
+            raise SkipAction
+        super().action_cursor_down()
 
-class _Line(Input):
+    def action_cursor_up(self) -> None:
+        if not self.highlighted:
+            raise SkipAction
+        super().action_cursor_up()
+
+
+class _Line(TextLine):
     """As above."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "Next")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "Next"), Binding("enter", "edit", "Type")]
 
 
 class _Words(VerticalScroll):
-    """Takes the keys, to be scrolled, where it holds more than it shows."""
+    """Takes the keys, to be scrolled, where it holds more than it shows; at its ends the arrows leave it."""
+
+    class Emptied(Message):
+        """It holds no more than it shows, and had the focus."""
 
     def watch_show_vertical_scrollbar(self, shown: bool) -> None:
         self.can_focus = shown
+        if not shown and self.has_focus:
+            self.post_message(self.Emptied())
+
+    def action_scroll_down(self) -> None:
+        if self.scroll_target_y >= self.max_scroll_y:
+            raise SkipAction
+        super().action_scroll_down()
+
+    def action_scroll_up(self) -> None:
+        if self.scroll_target_y <= 0:
+            raise SkipAction
+        super().action_scroll_up()
 
 
 class SetupStep(Vertical):
-    """Asks; the screen decides what follows. Options and words may change while it is shown."""
+    """Asks; the screen decides what follows. Options and words may change while it is shown.
+
+    The arrows go round: through the options, to the line, through words that are longer than their place, and back.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("down", "go_round(1)", show=False),
+        Binding("up", "go_round(-1)", show=False),
+    ]
 
     DEFAULT_CSS = """
     SetupStep {
@@ -44,7 +82,7 @@ class SetupStep(Vertical):
         & > .found { height: auto; display: none; margin: 0 0 1 0; }
         & > .found.-shown { display: block; }
         & > OptionList { height: auto; max-height: 12; margin: 0 0 1 0; border: none; padding: 0; }
-        & > Input { margin: 0 0 1 0; }
+        & > TextLine { margin: 0 0 1 0; }
         & > _Words { height: 1fr; scrollbar-size-vertical: 1; }
         & > _Words:focus { background: $foreground 6%; }
         & > _Words > Static { height: auto; }
@@ -95,7 +133,7 @@ class SetupStep(Vertical):
         yield Static("", classes="found", markup=False)
         yield _Options(compact=True)
         if self._placeholder:
-            yield _Line(placeholder=self._placeholder, compact=True)
+            yield _Line(placeholder=self._placeholder)
         with _Words(can_focus=False):
             yield Static("", classes="words", markup=False)
 
@@ -113,10 +151,25 @@ class SetupStep(Vertical):
             self.post_message(self.Lit(self.key, self.lit))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Tell what was typed."""
+        """Tell what was typed; with nothing typed go back to the options."""
         event.stop()
         if event.value.strip():
             self.post_message(self.Typed(self.key, event.value.strip()))
+        else:
+            self.focus_options()
+
+    def on__words_emptied(self) -> None:
+        """What had the keys can take none any more: the options take them."""
+        self.focus_options()
+
+    def action_go_round(self, direction: int) -> None:
+        """Go on to the part below, or the one above; the options are entered at the end that lies nearer."""
+        parts = [part for part in self.children if part.can_focus]
+        place = next((place for place, part in enumerate(parts) if part.has_focus), -1)
+        part = parts[(place + direction) % len(parts)]
+        if isinstance(part, OptionList) and part.option_count:
+            part.highlighted = 0 if direction > 0 else part.option_count - 1
+        part.focus()
 
     def offer(self, options: Sequence[tuple[str, Content]], chosen: str) -> None:
         """Offer options, each a value and what is shown; the cursor stands on the chosen one."""

@@ -33,8 +33,13 @@ _SLIDER_KEYS = (
     ("PgDn PgUp", "several stops"),
     ("home end", "first, last stop"),
     ("0-9", "type a value, enter takes it"),
-    ("mouse", "drag, click or wheel"),
+    ("mouse", "drag or click on the track, wheel"),
     ("↑ ↓", "field before, next field"),
+)
+_LINE_KEYS = (
+    ("enter F2", "edit; a click does, too"),
+    ("enter", "take what was typed; so does leaving the line"),
+    ("esc", "leave it as it was"),
 )
 
 
@@ -72,6 +77,8 @@ def help_text(keys: tuple[tuple[str, str], ...], *, fields: bool) -> Content:
     if fields:
         parts.append(("\nOn a slider\n", "bold"))
         parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _SLIDER_KEYS]
+        parts.append(("\nIn a line of text\n", "bold"))
+        parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _LINE_KEYS]
         for heading, paths in SECTIONS:
             parts.append((f"\n{heading or 'The run'}\n", "bold"))
             for path in paths:

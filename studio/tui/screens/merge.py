@@ -38,6 +38,7 @@ from studio.tui.panels.merge_text import (
     totals_text,
 )
 from widgets.key_footer import KeyFooter
+from widgets.text_field import TextLine
 
 
 class MergeScreen(Screen[None]):
@@ -114,7 +115,7 @@ class MergeScreen(Screen[None]):
             yield Static(OUTPUTS_HEAD, classes="merge-label", markup=False)
             yield PickMany(id="outputs")
             yield Static("Folder of the merged model; the others lie beside it", classes="merge-label")
-            yield Input(str(proposed_out(self._paths)), compact=True, id="merge-out")
+            yield TextLine(str(proposed_out(self._paths)), id="merge-out")
         yield Static("Looking at the run ...", id="merge-totals", markup=False)
         yield Static("", id="merge-refused", markup=False)
         yield KeyFooter()
@@ -214,7 +215,7 @@ class MergeScreen(Screen[None]):
 
     @property
     def _out(self) -> Path:
-        return Path(self.query_one("#merge-out", Input).value.replace("\0", "") or ".").expanduser().absolute()
+        return Path(self.query_one("#merge-out", TextLine).value.replace("\0", "") or ".").expanduser().absolute()
 
     @property
     def _chosen(self) -> list[OutputEstimate]:

@@ -83,9 +83,11 @@ class SetupScreen(SetupThreads):
             yield SetupStep(
                 "model",
                 "Which model is to learn?",
-                placeholder="or type: a folder, a hub id, or words to search the hub",
+                placeholder="enter here to type: a folder, a hub id, or words to search the hub",
             )
-            yield SetupStep("data", "What is it to learn from?", placeholder="or type the path of a data file")
+            yield SetupStep(
+                "data", "What is it to learn from?", placeholder="enter here to type the path of a data file"
+            )
             yield SetupStep("goal", "What is it for?")
             yield SetupStep("recipe", "This is what we would do, and why")
         yield KeyFooter()
