@@ -101,7 +101,8 @@ def _warned(event: Warned) -> str:
 
 
 def _paused(event: Paused) -> str:
-    return f"paused after step {event.step}" if event.paused else f"goes on after step {event.step}"
+    why = f": {plain(event.reason, one_line=True, limit=400)}" if event.reason else ""
+    return f"paused after step {event.step}{why}" if event.paused else f"goes on after step {event.step}"
 
 
 def _phase_line(event: Phase) -> str:

@@ -115,7 +115,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     facts = {
         "run": summary["run"],
         "folder": summary["path"],
-        "status": summary["status"],
+        "status": f"{summary['status']}{f': {why}' if (why := summary['paused_for']) else ''}",
         "job": " ".join(str(summary[key]) for key in ("job", "method", "model", "device") if summary[key]),
         "steps" if trains else "time": f"{steps}{duration(summary['seconds'])}",
         **{key: text for key, (value, text) in known.items() if value is not None},

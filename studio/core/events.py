@@ -138,11 +138,15 @@ class Warned(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(RunEvent):
-    """The job waits between two steps (`paused` true) or goes on (`paused` false)."""
+    """The job waits between two steps (`paused` true) or goes on (`paused` false).
+
+    `reason` is why it waits where nobody asked for it: a disk that refuses.
+    """
 
     kind: ClassVar[str] = "Paused"
     step: int
     paused: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

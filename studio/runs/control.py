@@ -1,17 +1,47 @@
 """Requests to a live worker. A file in `control/` is the request, so they outlive every terminal."""
 
+import signal
 from typing import Literal, get_args
 
 from studio.runs.layout import RunPaths
+from studio.runs.process import read_mark, send_signal
 
 Request = Literal["stop", "pause", "checkpoint-now"]
 REQUESTS: tuple[Request, ...] = get_args(Request)
 
 
 def request(paths: RunPaths, what: Request) -> None:
-    """Ask the worker for something; asking twice is asking once."""
+    """Ask the worker for something; asking twice is asking once.
+
+    A stop reaches a worker of this machine also where the disk takes not even an empty file: a signal says the same.
+
+    Raises:
+        OSError: The request cannot be left.
+    """
+    try:
+        leave_request(paths, what)
+    except OSError:
+        worker = read_mark(paths.process)
+        if what != "stop" or worker is None or not send_signal(worker[0], signal.SIGTERM):
+            raise
+
+
+def leave_request(paths: RunPaths, what: Request) -> None:
+    """Leave the file that is the request.
+
+    Raises:
+        OSError: It cannot be made.
+    """
     paths.control.mkdir(mode=0o700, exist_ok=True)
     (paths.control / what).touch(mode=0o600)
+
+
+def asked_at(paths: RunPaths, what: Request) -> int | None:
+    """Return when something was asked for last, in nanoseconds of the disk's clock; None without a request."""
+    try:
+        return (paths.control / what).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def withdraw(paths: RunPaths, what: Request) -> None:

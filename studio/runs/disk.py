@@ -4,7 +4,10 @@ The one place that turns such an error into our failure: the log, the jobs and t
 """
 
 import errno
+import os
 import re
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from studio.core.errors import JobFailed, StudioError
@@ -15,6 +18,9 @@ DISK_FULL = "disk_full"
 
 RESUME = "lora-studio runs resume RUN"
 """How a failure advises to go on; readers put the run's name in."""
+
+RESERVE_BYTES = 32 * 1024
+"""Set aside on the disk of a live run: room for some hundred lines."""
 
 _FULL = {
     errno.ENOSPC: ("is full", "free some space"),
@@ -92,6 +98,45 @@ def disk_words(error: BaseException) -> str:
     """Return what a disk's error means, for the middle of a sentence; any other error's own text."""
     failure = disk_failure(error)
     return plain(str(failure or error), one_line=True, limit=400)
+
+
+class Reserve:
+    """Room that a worker sets aside on the disk of its run, so that its last words fit when the disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file; nothing is written yet."""
+        self._path = path
+
+    def fill(self) -> bool:
+        """Set aside what is missing and return whether all of it is there; what was there stays in any case.
+
+        Random bytes, so that a compressing file system sets the room aside too.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        except OSError:
+            return False
+        try:
+            before = written = os.fstat(descriptor).st_size
+            try:
+                while written < RESERVE_BYTES:
+                    written += os.write(descriptor, secrets.token_bytes(RESERVE_BYTES - written))
+            except OSError:
+                os.ftruncate(descriptor, before)
+                return False
+            return True
+        finally:
+            os.close(descriptor)
+
+    def give_half(self) -> None:
+        """Make room for a few lines, and keep half for the last one."""
+        with suppress(OSError):
+            os.truncate(self._path, min(RESERVE_BYTES // 2, self._path.stat().st_size))
+
+    def give_all(self) -> None:
+        """Make room for the last line."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
 
 def _place_of(error: BaseException, place: Path | None) -> Path | None:

@@ -42,6 +42,7 @@ class History:
         saved: What lies on disk, in the order of saving.
         warnings: The first thousand of them.
         paused: Whether the worker said that it waits.
+        paused_for: Why, where nobody asked for it: a disk that refuses.
         failed: The terminal failure, unless a later start made it void.
         finished: The terminal success, likewise.
         unknown: How many lines this version could not read.
@@ -57,6 +58,7 @@ class History:
     saved: list[Saved] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
     paused: bool = False
+    paused_for: str = ""
     failed: Failed | None = None
     finished: Finished | None = None
     unknown: int = 0
@@ -131,7 +133,7 @@ class History:
                 if len(self.warnings) < _MOST_WARNINGS:
                     self.warnings.append(event)
             case Paused():
-                self.paused = event.paused
+                self.paused, self.paused_for = event.paused, event.reason if event.paused else ""
             case Failed():
                 self.failed = event
             case Finished():
@@ -141,7 +143,7 @@ class History:
 
     def _start(self, event: Started) -> None:
         """A resumed worker does the steps after its checkpoint again: what was told of them is void."""
-        self.started, self.planned, self.phase, self.paused = event, None, None, False
+        self.started, self.planned, self.phase, self.paused, self.paused_for = event, None, None, False, ""
         self.failed = self.finished = None
         after = event.resumed_from + 1 if event.resumed_from else 0
         self.train.cut_from(after)

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,19 @@ class EventWriter:
             JobFailed: The disk refuses (kind `disk_full` and others); no part of the line is left behind.
             OSError: The log cannot be written for another reason.
         """
-        line = json.dumps(_finite(event_to_dict(event)), ensure_ascii=False, allow_nan=False) + "\n"
+        self.write_all([event])
+
+    def write_all(self, events: Iterable[RunEvent]) -> None:
+        """Append events that belong together: all of their lines or none; see `write`.
+
+        Raises:
+            JobFailed: As for `write`.
+            OSError: As for `write`.
+        """
+        kept = tuple(events)
+        data = b"".join(_line_of(event) for event in kept)
         with self._lock:
-            self._append(line.encode("utf-8", "backslashreplace"))
-            if isinstance(event, _DURABLE):
-                os.fsync(self._descriptor)
+            self._append(data, durable=any(isinstance(event, _DURABLE) for event in kept))
 
     def close(self) -> None:
         """Close the log; closing twice is closing once."""
@@ -64,11 +72,13 @@ class EventWriter:
                 os.close(self._descriptor)
                 self._descriptor = -1
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes, *, durable: bool = False) -> None:
         written = 0
         try:
             while written < len(data):
                 written += os.write(self._descriptor, data[written:])
+            if durable:
+                os.fsync(self._descriptor)  # where a network disk says that it is full
         except OSError as error:
             if written:
                 os.ftruncate(self._descriptor, self._size)
@@ -163,6 +173,11 @@ def event_from_line(line: bytes) -> RunEvent | None:
     except (ValueError, OverflowError, RecursionError):
         pass
     return Unknown(at=0.0, raw={"text": line[:_KEPT_OF_BAD_LINE].decode("utf-8", "replace")})
+
+
+def _line_of(event: RunEvent) -> bytes:
+    line = json.dumps(_finite(event_to_dict(event)), ensure_ascii=False, allow_nan=False) + "\n"
+    return line.encode("utf-8", "backslashreplace")
 
 
 def _finite(value: Any) -> Any:

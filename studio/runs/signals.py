@@ -2,19 +2,25 @@
 
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from studio.runs.control import request, requested
+from studio.runs.control import leave_request, requested
 from studio.runs.layout import RunPaths
 
 _NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
 
 
 class StopOnSignal:
-    """Turns SIGTERM or SIGINT into a stop request, and into `KeyboardInterrupt` where one stands already."""
+    """Turns SIGTERM or SIGINT into a stop request, and into `KeyboardInterrupt` where one stands already.
+
+    Attributes:
+        asked: Whether a signal asked for a stop: on a full disk the request may not become a file.
+    """
 
     def __init__(self, paths: RunPaths) -> None:
+        self.asked = False
         self._paths = paths
         self._before: dict[int, Any] = {}
 
@@ -40,6 +46,8 @@ class StopOnSignal:
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if requested(self._paths, "stop"):
+        if self.asked or requested(self._paths, "stop"):
             raise KeyboardInterrupt
-        request(self._paths, "stop")
+        self.asked = True
+        with suppress(OSError):
+            leave_request(self._paths, "stop")

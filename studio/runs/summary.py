@@ -21,6 +21,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "path": str(paths.root),
         "job": started.job if started else None,
         "status": str(status),
+        "paused_for": history.paused_for if status is Status.paused and history.paused_for else None,
         "method": started.method if started else None,
         "model": started.model if started else None,
         "device": history.planned.device if history.planned else None,

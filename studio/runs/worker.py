@@ -10,25 +10,27 @@ An exception in the body becomes a `Failed` event and exit code 1; its traceback
 """
 
 import faulthandler
+import io
 import os
-import secrets
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
 from studio.core.errors import JobFailed, StudioError
-from studio.core.events import Failed, Finished, Phase, RunEvent, Started
+from studio.core.events import Failed, Finished, Paused, Phase, RunEvent, Started, Warned
 from studio.core.text import plain
 from studio.runs.atomic import mend_folder, write_whole
-from studio.runs.control import Request, requested, withdraw
-from studio.runs.disk import DISK_FULL
+from studio.runs.control import Request, asked_at, requested, withdraw
+from studio.runs.disk import DISK_FULL, RESUME, Reserve, disk_failure, refuses
 from studio.runs.failure import Doing, Explain, failure_of, not_explained
 from studio.runs.layout import RunPaths
 from studio.runs.log import EventWriter
@@ -36,11 +38,25 @@ from studio.runs.process import mark_of, mark_to_json
 from studio.runs.signals import StopOnSignal
 
 _LOCK_WAIT_SECONDS = 2.0
-_RESERVE_BYTES = 32 * 1024
+_POLL_SECONDS = 0.2
+_ROOM_POLLS = 10
+"""A disk is tried again every two seconds."""
+
+_Made = TypeVar("_Made")
 
 
 class RunBusy(StudioError):
     """Another worker holds the run."""
+
+
+@dataclass(slots=True)
+class _Wait:
+    """A wait for a disk: why, whether it is told, and what stop stood already when it began."""
+
+    why: str
+    stop_before: int | None
+    signalled_before: bool
+    told: bool = False
 
 
 class Worker:
@@ -49,6 +65,9 @@ class Worker:
     Attributes:
         paths: The run.
         exit_code: What the process should exit with: 0 done or stopped on request, 1 anything else.
+        patient: Whether an event that the disk refuses makes the job wait for room, with what it has in memory, instead
+            of failing. For jobs that would lose hours.
+        sleep: Waits between two tries.
     """
 
     def __init__(
@@ -73,7 +92,10 @@ class Worker:
         self._explain = explain
         # Not thread-local: an event may be written, and the lock be asked for, by any thread of the job.
         self._lock = FileLock(paths.lock, timeout=wait_seconds, mode=0o600, thread_local=False)
-        self._reserve = paths.root / ".reserve"
+        self.patient = False
+        self.sleep: Callable[[float], None] = time.sleep
+        self._reserve = Reserve(paths.root / ".reserve")
+        self._writing = threading.RLock()
         self._step: int | None = None
         self._doing = Doing()
         self._ended = False
@@ -96,7 +118,7 @@ class Worker:
                 write_whole(self.paths.process, mark_to_json(mark, cwd=str(Path.cwd()), taken_at=self._clock()))
             self._log = EventWriter(self.paths.events, self._clock)
             mend_folder(self.paths.adapter)
-            self._keep_reserve()
+            self._reserve.fill()
         except BaseException:
             self._lock.release()
             raise
@@ -110,9 +132,14 @@ class Worker:
         """Write an event of this kind, stamped with the time.
 
         Raises:
-            JobFailed: The disk is full.
+            JobFailed: The disk is full, and the job is not patient or was stopped while it waited.
         """
-        event = self._log.emit(kind, **fields)
+        event = kind(at=self._clock(), **fields)
+        with self._writing:
+            if self.patient and not isinstance(event, Failed):
+                self.patiently("the run's log cannot be written", lambda: self._log.write(event))
+            else:
+                self._log.write(event)
         self._step = getattr(event, "step", None) or self._step
         if isinstance(event, Started):
             self._doing = Doing(job=event.job)
@@ -122,13 +149,81 @@ class Worker:
             self._ended = True
             self.exit_code = 0 if isinstance(event, Finished) else 1
 
+    def patiently(self, trouble: str, attempt: Callable[[], _Made]) -> _Made:
+        """Return what an attempt returns. As long as the disk refuses it is told and tried again.
+
+        It is tried again when there is room for the reserve too, which the telling may have used: else the run would
+        go on for a line or two at a time. A stop that is asked for while it waits gives up what waits.
+
+        Args:
+            trouble: What cannot be done, for the message.
+            attempt: Leaves nothing half-made when it fails.
+
+        Raises:
+            JobFailed: The user stopped it while it waited.
+        """
+        wait: _Wait | None = None
+        while True:
+            try:
+                made = attempt()
+            except Exception as error:
+                if not refuses(error):
+                    raise
+                wait = wait or _Wait(self._why(error), asked_at(self.paths, "stop"), self._signals.asked)
+            else:
+                if wait is not None:
+                    self.emit(Paused, step=self._step or 0, paused=False)
+                return made
+            self._wait(wait, trouble)
+            while not self._reserve.fill():
+                self._wait(wait, trouble)
+
+    def _wait(self, wait: "_Wait", trouble: str) -> None:
+        """Say that the run waits, if it is not said yet, and sleep.
+
+        Raises:
+            JobFailed: The user asked for a stop since.
+        """
+        if not wait.told:
+            wait.told = self._say_waiting(wait.why, trouble)
+        for _ in range(_ROOM_POLLS):
+            self.sleep(_POLL_SECONDS)
+            asked = self.requested("stop")
+            new = asked_at(self.paths, "stop") != wait.stop_before or self._signals.asked != wait.signalled_before
+            if asked and new:
+                raise JobFailed(
+                    DISK_FULL, f"stopped while it waited for its disk: {wait.why}; {trouble}",
+                    f"free some space; {RESUME} goes on after the last checkpoint",
+                )  # fmt: skip
+
+    def _why(self, error: Exception) -> str:
+        cause = error.__cause__ if isinstance(error, StudioError) and error.__cause__ else error
+        return str(disk_failure(cause, place=self.paths.root) or error)
+
+    def _say_waiting(self, why: str, trouble: str) -> bool:
+        """Return whether both lines are in the log: the disk may be so full that even the reserve's room is gone."""
+        advice = "Free some space: it goes on by itself. Stopping the run gives up what is not saved"
+        message = f"{why}; {trouble}. The run waits with all that it has in memory. {advice}"
+        lines = (Warned(at=self._clock(), topic="disk", message=message),
+                 Paused(at=self._clock(), step=self._step or 0, paused=True, reason=why))  # fmt: skip
+        with self._writing:
+            for give in (None, self._reserve.give_half):
+                if give is not None:
+                    give()
+                try:
+                    self._log.write_all(lines)
+                except (OSError, StudioError):
+                    continue
+                return True
+        return False
+
     def requested(self, what: Request) -> bool:
         """Return whether the user asks for this.
 
         Raises:
             JobFailed: The run's folder was deleted: there is nobody left to work for, and nowhere to save.
         """
-        if requested(self.paths, what):
+        if requested(self.paths, what) or (what == "stop" and self._signals.asked):
             return True
         if not self.paths.root.is_dir():
             raise JobFailed("folder_gone", "the run's folder was deleted while it ran", "")
@@ -152,7 +247,7 @@ class Worker:
                 self._fail(error)
         finally:
             self._signals.restore()
-            self._reserve.unlink(missing_ok=True)
+            self._reserve.give_all()
             self._log.close()
             self._lock.release()
         return True
@@ -161,7 +256,7 @@ class Worker:
         """Who sees the failure finds the traceback; on a full disk the one line that must fit goes first."""
         failure = failure_of(error, self._explain, self._doing)
         self.exit_code = 1
-        self._reserve.unlink(missing_ok=True)
+        self._reserve.give_all()
         full = failure.kind == DISK_FULL
         if not full:
             _print_traceback(error)
@@ -176,23 +271,40 @@ class Worker:
         except (OSError, StudioError) as error:
             _print_traceback(error)
 
-    def _keep_reserve(self) -> None:
-        """Random bytes, so that a compressing file system sets the room aside too; a full disk has none."""
-        with suppress(OSError):
-            self._reserve.touch(mode=0o600)
-            self._reserve.write_bytes(secrets.token_bytes(_RESERVE_BYTES))
-
 
 def run_job(run: Path, body: Callable[[Worker], None], *, explain: Explain = not_explained) -> int:
     """Run a job's body as the worker of a run and return the exit code of its process; a busy run is refused with 1."""
     worker = Worker(RunPaths(run.absolute()), explain=explain)
+    _forgive_full_output()
     try:
         with worker:
             body(worker)
-    except (RunBusy, OSError) as error:
+    except (StudioError, OSError) as error:
         _print_traceback(error)
         return 1
     return worker.exit_code
+
+
+class _ForgivingFile(io.FileIO):
+    """A stream's descriptor. What the libraries print is not worth a run: what a full disk does not take is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write what the disk takes, and say that it was all."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if not refuses(error):
+                raise
+            return memoryview(data).nbytes
+
+
+def _forgive_full_output() -> None:
+    """Let both streams of this process, which are a file on the run's disk, outlive a full one; captured ones stay."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            raw = _ForgivingFile(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True))
 
 
 def _print_traceback(error: BaseException | None) -> None:

@@ -24,6 +24,7 @@ def _number(name: str, otherwise: float) -> float:
 
 def main(worker: Worker) -> None:
     total = int(_number("STEPS", 10))
+    worker.patient = bool(_number("PATIENT", 0))
     if _number("SEGFAULT", 0):
         ctypes.string_at(0)
     done = _resumable(worker)

@@ -23,3 +23,29 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class Filler:
+    """A file that takes all the room that a disk has left, to the last byte."""
+
+    def __init__(self, disk: Path) -> None:
+        self._file = disk / "filler"
+
+    @property
+    def full(self) -> bool:
+        """Whether it holds the room now."""
+        return self._file.exists()
+
+    def fill(self) -> None:
+        """Take all the room."""
+        with self._file.open("ab", buffering=0) as file:
+            size = 64 * 1024
+            while size:
+                try:
+                    file.write(b"x" * size)
+                except OSError:
+                    size //= 2
+
+    def free(self) -> None:
+        """Give it back."""
+        self._file.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import run_job
+from tests.fakes.small_disk import small_disk
 from tests.fakes.tiny_model import CHAT_TEMPLATE, make_tiny_model
 from tests.jobs.conftest import Train, history_of
 
@@ -101,6 +102,19 @@ def test_a_full_disk_leaves_nothing(
     assert failed is not None
     assert failed.failure == "disk_full"
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_real_disk_that_fills_up_while_a_model_is_exported(
+    merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.probe.export.check_space", lambda *called: None)  # others may fill it later
+    with small_disk(tmp_path / "small", "100k") as disk:
+        paths = export(merged, disk / "out", "nf4")
+        failed = history_of(paths).failed
+        assert failed is not None
+        assert failed.failure == "disk_full", failed
+        assert f"disk of {disk} is full" in failed.message
+        assert list(disk.iterdir()) == []
 
 
 def test_a_memory_without_room_is_seen_before_the_model_is_loaded(

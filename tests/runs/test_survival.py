@@ -19,6 +19,7 @@ from studio.runs.log import EventTail, read_events
 from studio.runs.process import read_mark
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import resume, stop
+from studio.runs.watch import read_history
 from tests.fakes.runs import MODULE, fake_environment, launch_fake, make_run, wait_for
 from tests.fakes.small_disk import small_disk
 
@@ -77,6 +78,31 @@ def test_a_run_that_fills_the_disk_says_so_in_its_last_line(tmp_path: Path) -> N
     assert events[-1].step == sum(isinstance(event, StepDone) for event in events)
     assert not any(isinstance(event, Unknown) for event in events)
     assert status is Status.failed
+
+
+def test_a_patient_run_on_a_full_disk_waits_goes_on_and_can_be_stopped(tmp_path: Path) -> None:
+    """Two processes: who looks at the run, and stops it, is not the one that waits."""
+    with small_disk(tmp_path / "disk", "400k") as disk:
+        paths = make_run(disk)
+        handle = launch_fake(paths, steps=1_000_000, patient=1)
+        wait_for(lambda: run_status(paths) is Status.paused)
+        history = read_history(paths)
+        assert "full" in history.paused_for
+        assert "goes on by itself" in history.warnings[-1].message
+        before = history.last_step
+        subprocess.run(["mount", "-o", "remount,size=600k", str(disk)], check=True)
+        wait_for(lambda: read_history(paths).last_step > before)
+        wait_for(lambda: run_status(paths) is Status.paused)
+        stop(paths)
+        assert handle.process.wait(30) == 1
+        events = read_events(paths.events)
+        assert run_status(paths) is Status.failed
+    steps = [event.step for event in events if isinstance(event, StepDone)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert not any(isinstance(event, Unknown) for event in events)
+    assert isinstance(events[-1], Failed)
+    assert events[-1].failure == "disk_full"
+    assert "stopped while it waited" in events[-1].message
 
 
 _PARENT = """

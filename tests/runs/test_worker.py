@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from studio.core.errors import BadInput, JobFailed
-from studio.core.events import Failed, Finished, Phase, RunEvent, Started, StepDone
+from studio.core.events import Failed, Finished, Paused, Phase, RunEvent, Started, StepDone
 from studio.runs.control import request, requested
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
@@ -231,3 +232,62 @@ def test_a_worker_whose_folder_was_deleted_ends_at_its_next_look(paths: RunPaths
         looked.append(worker.requested("stop"))
     assert (worker.exit_code, looked) == (1, [False])
     assert not paths.root.exists()
+
+
+def _without_room_for_requests(paths: RunPaths) -> None:
+    """A disk that takes not even an empty file, as a file where the folder was does (root may write anywhere)."""
+    paths.control.rmdir()
+    paths.control.write_text("")
+
+
+def test_a_signal_asks_for_a_stop_also_where_no_request_can_be_left(paths: RunPaths) -> None:
+    _without_room_for_requests(paths)
+    with Worker(paths) as worker:
+        assert not worker.requested("stop")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert worker.requested("stop")
+        worker.emit(Finished, outcome="stopped")
+    assert worker.exit_code == 0
+
+
+def test_a_stop_reaches_a_worker_on_a_disk_that_takes_no_request(paths: RunPaths) -> None:
+    _without_room_for_requests(paths)
+    with pytest.raises(OSError):
+        request(paths, "stop")
+    with Worker(paths) as worker:
+        with pytest.raises(OSError):
+            request(paths, "pause")
+        request(paths, "stop")
+        assert worker.requested("stop")
+        worker.emit(Finished, outcome="stopped")
+
+
+def test_a_patient_worker_waits_for_other_troubles_of_a_disk_too(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is made read-only and writable again, as the system does with one that has faults."""
+    write, naps, refused = os.write, [], [errno.EROFS] * 2
+
+    def refusing(descriptor: int, data: bytes) -> int:
+        if refused and b"StepDone" in data:
+            raise OSError(refused.pop(), "Read-only file system")
+        return write(descriptor, data)
+
+    monkeypatch.setattr("studio.runs.log.os.write", refusing)
+    with Worker(paths) as worker:
+        worker.patient, worker.sleep = True, naps.append
+        worker.emit(StepDone, step=7, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens=1, seconds=1.0)
+        worker.emit(Finished, outcome="done")
+    told = read_events(paths.events)
+    assert [event.kind for event in told] == ["Warned", "Paused", "StepDone", "Paused", "Finished"]
+    assert isinstance(told[1], Paused)
+    assert "read-only" in told[1].reason
+    assert naps
+
+
+def test_what_is_no_trouble_of_a_disk_is_not_waited_for(paths: RunPaths) -> None:
+    with Worker(paths) as worker:
+        worker.patient = True
+        worker.sleep = lambda seconds: pytest.fail("it waited")
+        worker.patiently("it cannot be done", lambda: {}["missing"])
+    assert _failed(paths).failure == "error"

@@ -56,21 +56,28 @@ class KeptWalk:
         """Keep the state once a minute, or now.
 
         Raises:
-            OSError: The disk refuses.
+            OSError: The disk refuses; the state that was kept before stays.
+            SafetensorError: Likewise, in safetensors' own class.
         """
         if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
             return
         aside = self.folder.with_name(f".{self.folder.name}.part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+        try:
+            self._write(aside, carried)
+            publish_folder(aside, self.folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._kept_at = self._clock()
+
+    def _write(self, aside: Path, carried: Carried) -> None:
         for number, (name, batches) in enumerate(carried.hidden.items()):
             # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
             tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
             save_file(tensors, aside / f"{number:03d}-{_STATES}")
         seen = [asdict(one) for one in carried.seen]
         (aside / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
-        publish_folder(aside, self.folder)
-        self._kept_at = self._clock()
 
     def forget(self) -> None:
         """Take the state away."""

@@ -91,7 +91,8 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | N
 
     Raises:
         JobFailed: The adapter is broken or dead (see `check_adapter`); nothing is written then.
-        OSError: The disk is full or not writable.
+        Exception: The disk is full or not writable, in whichever class peft, safetensors or tokenizers say it (see
+            `studio.runs.disk.refuses`); nothing half-made is left.
     """
     check_adapter(adapter_weights(model))
     aside = folder.with_name(f".writing-{folder.name}")

@@ -20,10 +20,10 @@ from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.start import Pair
 from studio.jobs.train.step_model import StepModel
+from studio.runs.disk import disk_words, refuses
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
-_DISK_POLL_SECONDS = 5.0
 
 
 class _Stop(Exception):
@@ -120,12 +120,14 @@ class Between:
                 keep=self.recipe.train.keep_checkpoints,
                 start=self.start,
             )
-        except (OSError, StudioError) as error:
+        except Exception as error:
+            if not (refuses(error) or isinstance(error, (OSError, StudioError))):
+                raise
             self.worker.emit(
                 Warned,
                 topic="checkpoint",
-                message=f"the checkpoint of step {progress.step} could not be saved ({error}); training goes on. "
-                "Free disk space; an earlier checkpoint, if there is one, is untouched",
+                message=f"the checkpoint of step {progress.step} could not be saved ({disk_words(error)}); training "
+                "goes on. Free disk space; an earlier checkpoint, if there is one, is untouched",
             )
             return False
         finally:
@@ -140,25 +142,14 @@ class Between:
         """Leave `adapter/`. On a full disk the run waits for room, weights in memory, until it has some or is stopped.
 
         Raises:
-            JobFailed: The adapter is broken or does nothing.
-            OSError: The disk refuses and the user asked to stop.
+            JobFailed: The adapter is broken or does nothing, or the user asked for a stop while the disk refused.
         """
         folder = self.worker.paths.adapter
-        waiting = False
-        while True:
-            self.tell("saving the adapter")
-            try:
-                size = save_adapter(self.step_model.model, self.tokenizer, folder, self.start)
-                break
-            except OSError as error:
-                if self.stopping and waiting:
-                    raise
-                if not waiting:
-                    self._say_waiting(step, error)
-                waiting = True
-                self.sleep(_DISK_POLL_SECONDS)
-        if waiting:
-            self.worker.emit(Paused, step=step, paused=False)
+        self.tell("saving the adapter")
+        size = self.worker.patiently(
+            "the adapter cannot be saved",
+            lambda: save_adapter(self.step_model.model, self.tokenizer, folder, self.start),
+        )
         self.worker.emit(Saved, what="adapter", path=folder.name, step=step, size_bytes=size)
         self.memory.see("save", step)
 
@@ -166,15 +157,6 @@ class Between:
     def stopping(self) -> bool:
         """Whether the user asked for the end."""
         return self.worker.requested("stop")
-
-    def _say_waiting(self, step: int, error: OSError) -> None:
-        self.worker.emit(
-            Warned,
-            topic="disk",
-            message=f"the adapter cannot be saved ({error}). It is kept in memory and tried again every "
-            f"{_DISK_POLL_SECONDS:.0f} s: free disk space; stopping the run gives it up",
-        )
-        self.worker.emit(Paused, step=step, paused=True)
 
     def _evaluating(self, fraction: float) -> None:
         self.tell("evaluating", fraction)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,6 +66,7 @@ def save_checkpoint(
 
     Raises:
         OSError: The disk is full or not writable; nothing half-made is left.
+        SafetensorError: Likewise, in safetensors' own class.
     """
     final = folder / f"step-{progress.step:08d}"
     aside = folder / f".writing-{final.name}"
@@ -83,8 +83,6 @@ def save_checkpoint(
         files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
         write_whole(aside / _MARKER, json.dumps({"step": progress.step, "files": files}))
         publish_folder(aside, final)
-    except SafetensorError as error:
-        raise OSError(f"writing {final.name}: {error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in complete_checkpoints(folder)[:-keep]:

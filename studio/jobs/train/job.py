@@ -54,6 +54,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         JobFailed: A guard fired, or something of the user's cannot be used.
         BadInput: Model or data changed since they were checked.
     """
+    worker.patient = True
     checkpoint = newest_valid(worker.paths.checkpoints)
     worker.emit(
         Started,

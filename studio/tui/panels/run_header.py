@@ -101,6 +101,8 @@ def _phase(history: History, status: Status) -> str:
     """Return what the worker is busy with, where that is not plain training."""
     if status is Status.starting:  # what the log says is of the worker before
         return "waiting for the process"
+    if status is Status.paused and history.paused_for:
+        return f"{plain(history.paused_for, one_line=True, limit=120)}; it goes on by itself"
     phase = history.phase
     if phase is None or (phase.name in _QUIET_PHASES and phase.fraction is None):
         return ""
