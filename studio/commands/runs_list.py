@@ -72,6 +72,7 @@ def _listed(info: RunInfo) -> dict[str, Any]:
         "run": info.name,
         "path": str(info.paths.root),
         "status": str(info.status),
+        "failure": info.failure,
         "job": info.job,
         "method": info.method,
         "model": info.model,

@@ -18,12 +18,14 @@ from typing import Any, Literal, Self
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
+from studio.runs.failure import Doing
+from studio.runs.last_words import reason_in
 from studio.runs.supervise import child_environment
 
 MODULE = "studio.jobs.chat"
 Side = Literal["tuned", "base"]
 _LEAVE_SECONDS = 2.0
-_LAST_CHARACTERS = 2000
+_LAST_CHARACTERS = 16_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,7 @@ class ChatProcess:
             return None
         if event is None:
             self._events.put(None)
-            return ChatFailed(f"the chat's process has ended{self._last_words()}", "start the chat again")
+            return self._ended()
         return event
 
     def events(self, *, until: type[Any], poll: Callable[[], None] = lambda: None) -> Iterator[ChatEvent]:
@@ -298,7 +300,8 @@ class ChatProcess:
         self._process.wait()
         self._events.put(None)
 
-    def _last_words(self) -> str:
+    def _ended(self) -> ChatFailed:
+        """Say why the process is gone: what it printed last may tell, native code ends it without an event."""
         code = self._process.poll()
         killed = " (the system does that when its memory is full)" if code == -9 else ""
         try:
@@ -307,8 +310,11 @@ class ChatProcess:
             said = self._errors.read().decode("utf-8", "replace").strip()
         except (OSError, ValueError):
             said = ""
+        if reason := reason_in(said.splitlines(), Doing("chat"), then="then start the chat again"):
+            return ChatFailed(f"the chat's process has ended: {reason}", reason.advice)
         last = plain(said.splitlines()[-1], one_line=True, limit=300) if said else ""
-        return f", exit code {code}{killed}{': ' + last if last else ''}"
+        words = f", exit code {code}{killed}{': ' + last if last else ''}"
+        return ChatFailed(f"the chat's process has ended{words}", "start the chat again")
 
 
 def check_sampling(sampling: Sampling) -> Sampling:

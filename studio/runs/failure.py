@@ -9,6 +9,7 @@ from typing import Literal
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
 from studio.runs.disk import RESUME, disk_failure, os_errno
+from studio.runs.native import native_failure
 
 BAD_INPUT = "bad_input"
 """The kind of a failure whose reason is what the job was given."""
@@ -17,7 +18,7 @@ OUT_OF_MEMORY = "out_of_memory"
 """The kind of a failure of the card's or the computer's memory."""
 
 Explain = Callable[[BaseException], JobFailed | None]
-"""Gives an exception of the job's libraries (a lost card ...) our name and advice, or None."""
+"""Gives an exception of the job's libraries (weights that cannot be read ...) our name and advice, or None."""
 
 Stage = Literal["load", "work", "optimizer", "eval", "save"]
 """What a job was at, as far as advice depends on it; `work` is the job's own (a training's forward and backward)."""
@@ -109,7 +110,7 @@ def not_explained(error: BaseException) -> JobFailed | None:
 def failure_of(error: BaseException | None, explain: Explain, doing: Doing = Doing()) -> JobFailed:
     """Return the failure that an exception means; None stands for a job that ended without a terminal event.
 
-    Memory and disk come before the job's libraries: they mean the same whichever library met them.
+    Memory, disk and card mean the same whichever library met them.
     """
     match error:
         case None:
@@ -120,7 +121,8 @@ def failure_of(error: BaseException | None, explain: Explain, doing: Doing = Doi
             return JobFailed(BAD_INPUT, str(error), "Correct it and start a new run.")
     if ran_out_of_memory(error):
         return memory_failure(error, doing)
-    return disk_failure(error) or _explained(error, explain) or _by_type(error)
+    native = native_failure(str(error)) if isinstance(error, Exception) else None
+    return disk_failure(error) or _explained(error, explain) or native or _by_type(error)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -132,14 +134,32 @@ def ran_out_of_memory(error: BaseException) -> bool:
         return True
     if os_errno(error) == errno.ENOMEM:
         return True
-    text = str(error).lower()
-    return isinstance(error, (RuntimeError, OSError)) and any(word in text for word in _MEMORY_WORDS)
+    return isinstance(error, (RuntimeError, OSError)) and out_of_memory_in(str(error))
+
+
+def out_of_memory_in(text: str) -> bool:
+    """Return whether a library's words say so."""
+    lower = text.lower()
+    return any(word in lower for word in _MEMORY_WORDS)
 
 
 def memory_failure(error: BaseException, doing: Doing) -> JobFailed:
     """Return the failure of an exception for which `ran_out_of_memory` holds, with advice for what the job was at."""
-    stage, text = stage_of(error, doing), str(error)
+    text = str(error)
     on_card = type(error).__name__ == "OutOfMemoryError" or any(word in text for word in ("CUDA", "CUBLAS", "CUDNN"))
+    return memory_failure_of(text, doing, on_card=on_card, stage=stage_of(error, doing))
+
+
+def memory_failure_of(text: str, doing: Doing, *, on_card: bool, stage: Stage | None = None) -> JobFailed:
+    """Return the failure of a full memory.
+
+    Args:
+        text: What was said of it; may be empty.
+        doing: What the job was at.
+        on_card: Whether it is the card's memory, or the computer's.
+        stage: Where that is known better than from what the job told.
+    """
+    stage = stage or stage_of(None, doing)
     said = plain(text, one_line=True, limit=400) if text else ""
     whose = "the card's" if on_card else "the computer's"
     during = f"{whose} memory is full{_WHILE[stage]}{f': {said}' if said else ''}"

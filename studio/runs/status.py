@@ -73,13 +73,13 @@ def _live_status(paths: RunPaths, tail: LogEnd) -> Status:
 def _nothing_since(launched: tuple[ProcessMark, dict[str, Any]], events: Path) -> bool:
     """Whether the log is as long as at the launch, so that what it says is of an earlier worker."""
     before = launched[1].get("events_bytes")
-    return isinstance(before, int) and events_bytes(events) <= before
+    return isinstance(before, int) and file_bytes(events) <= before
 
 
-def events_bytes(events: Path) -> int:
-    """Return the length of a log, 0 where there is none."""
+def file_bytes(path: Path) -> int:
+    """Return the length of a file, 0 where there is none."""
     try:
-        return events.stat().st_size
+        return path.stat().st_size
     except OSError:
         return 0
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.errors import BadInput
-from studio.core.events import Evaluated, Finished, Planned, Started, StepDone
+from studio.core.events import Evaluated, Failed, Finished, Planned, Started, StepDone
 from studio.core.text import plain
 from studio.runs.aside import give_back, left_by
+from studio.runs.last_words import kind_of_crash
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.log_ends import log_head, log_tail
+from studio.runs.log_ends import LogEnd, log_head, log_tail
 from studio.runs.note import read_note
 from studio.runs.status import Status, run_status
 from studio.runs.summary import folder_bytes
@@ -35,6 +36,7 @@ class RunInfo:
     started_at: float | None
     last_at: float | None
     note: str = ""
+    failure: str | None = None
 
 
 def list_runs(root: Path) -> list[RunInfo]:
@@ -48,11 +50,12 @@ def run_info(paths: RunPaths) -> RunInfo:
     head, tail = log_head(paths.events), log_tail(paths.events)
     first = head.first(Started)
     start, planned = tail.last(Started) or first, tail.last(Planned) or head.last(Planned)
+    status = run_status(paths, tail=tail)
     step, evaluated, end = tail.last(StepDone), tail.last(Evaluated), tail.last(Finished)
     began = first or start
     return RunInfo(
         paths=paths,
-        status=run_status(paths, tail=tail),
+        status=status,
         name=paths.name,
         job=start.job if start else None,
         method=start.method if start else None,
@@ -64,7 +67,15 @@ def run_info(paths: RunPaths) -> RunInfo:
         started_at=began.at if began else None,
         last_at=tail.last_at,
         note=read_note(paths),
+        failure=_failure(paths, status, tail),
     )
+
+
+def _failure(paths: RunPaths, status: Status, tail: LogEnd) -> str | None:
+    """The kind of failure that a run ended with, None where it did not or where nothing tells it."""
+    if status is Status.failed and (failed := tail.last(Failed)):
+        return failed.failure
+    return kind_of_crash(paths) if status is Status.crashed else None
 
 
 def find_run(root: Path, word: str) -> RunPaths:

@@ -6,11 +6,13 @@ from typing import Any
 
 from studio.runs.aside import left_by
 from studio.runs.history import History
+from studio.runs.last_words import CRASHED, crash_of
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 
 _RESUME = "runs resume RUN"
 """How jobs, who need not know their run's name, advise to go on."""
+_UNSAID = "the worker's process ended without saying why; the last lines it printed are in output.log"
 
 
 def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
@@ -97,10 +99,11 @@ def _failure(paths: RunPaths, history: History, status: Status) -> dict[str, Any
         advice = failed.advice.replace(_RESUME, f"runs resume {run}")
         return {"kind": failed.failure, "message": failed.message, "advice": advice, "step": failed.step}
     if status is Status.crashed:
-        message = "the worker's process ended without saying why; the last lines it printed are in output.log"
-        advice = f"lora-studio runs resume {run}"
+        known = crash_of(paths, history)
+        kind, message = known.kind if known else CRASHED, str(known) if known else _UNSAID
+        advice = known.advice if known else f"lora-studio runs resume {run}"
         if aside := left_by(paths):
             left = sum(map(folder_bytes, aside.folders)) / 1e9
             advice += f"; or runs rm {run}, which deletes also what lies half-made beside its output ({left:.2f} GB)"
-        return {"kind": "crashed", "message": message, "advice": advice, "step": history.last_step}
+        return {"kind": kind, "message": message, "advice": advice, "step": history.last_step}
     return None

@@ -24,7 +24,7 @@ from studio.runs.job import MODULES, kind_of, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.process import mark_of, mark_to_json, read_mark, send_signal
-from studio.runs.status import Status, events_bytes, run_status
+from studio.runs.status import Status, file_bytes, run_status
 
 ENVIRONMENT = {
     "WANDB_MODE": "disabled",  # its login prompt hangs a process without a terminal
@@ -81,7 +81,7 @@ def launch(
     """
     if lock_held(paths.lock):
         raise StudioError(f"the run {plain(paths.name, one_line=True)} already has a worker; attach to it or stop it.")
-    before = events_bytes(paths.events)
+    before, printed = file_bytes(paths.events), file_bytes(paths.output)
     command = [sys.executable, "-m", module, str(paths.root.absolute())]
     descriptor = os.open(paths.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
@@ -103,7 +103,7 @@ def launch(
     # Without this file the start is only less well told; the worker itself says when the disk is full.
     with suppress(OSError):
         if mark is not None:
-            write_whole(paths.launch, mark_to_json(mark, events_bytes=before, module=module))
+            write_whole(paths.launch, mark_to_json(mark, events_bytes=before, output_bytes=printed, module=module))
     handle = Handle(paths, process)
     _CHILDREN[paths.root.absolute()] = process
     _until(lambda: _taken_by(handle) or process.poll() is not None, wait_seconds, clock, sleep)

@@ -53,6 +53,10 @@ def main(worker: Worker) -> None:
             raise ZeroDivisionError("a fault of the fake")
         if step == _number("DIE_AT", -1):
             _die()
+        if step == _number("NATIVE_EXIT_AT", -1):
+            # As bitsandbytes ends a process whose CUDA call failed: a line and `exit(1)`, and Python hears of neither.
+            os.write(2, f"{os.environ['FAKE_LAST']}\n".encode())
+            ctypes.CDLL(None).exit(1)
         time.sleep(_number("SECONDS", 0.0))
         worker.emit(
             StepDone,

@@ -183,17 +183,23 @@ def test_the_proof_leaves_model_and_random_state_as_they_were(checkpointed: bool
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("word", ["on", "auto"])
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_no_memory_for_the_proof_is_no_proof_that_rows_cannot_be_packed(
-    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, word: str, where: str
+@pytest.mark.parametrize(
+    ("word", "where", "error", "kind"),
+    [
+        ("on", "packed", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "out_of_memory"),
+        ("auto", "_same_gradients", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
+        ("auto", "packed", RuntimeError("CUDA error: an illegal memory access was encountered"), "gpu_fault"),
+    ],
+)
+def test_a_full_memory_or_a_failed_card_is_no_proof_that_rows_cannot_be_packed(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, word: str, where: str, error: Exception, kind: str
 ) -> None:
-    def full(*given: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    def fails(*given: Any) -> Any:
+        raise error
 
-    monkeypatch.setattr(choose_batching, "packed" if where == "forward" else "_same_gradients", full)
+    monkeypatch.setattr(choose_batching, where, fails)
     history = history_of(train(recipe.with_("train.packing", word)))
-    assert history.failed is not None and history.failed.failure == "out_of_memory"
+    assert history.failed is not None and history.failed.failure == kind
     assert not history.warnings
     assert history.phase is not None and history.phase.name == "choosing packed or padded rows"
 
@@ -278,6 +284,14 @@ def test_no_room_to_pack_means_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_batching, "_step_seconds", seconds)
     ways = {"seq_len": 15, "before": None, "tell": lambda *_, **__: None}
     assert batcher_for("auto", step_model_of("llama"), lambda way: rows(12, 15), PADDED, **ways) is PADDED  # type: ignore[arg-type]
+
+
+def test_a_kernel_that_the_card_lacks_means_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*given: Any) -> Any:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(choose_batching, "packed", lacks)
+    assert not can_pack(step_model_of("llama"), rows(12, 15), CPU)
 
 
 def test_measuring_leaves_no_gradient() -> None:

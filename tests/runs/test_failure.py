@@ -212,3 +212,49 @@ def test_an_error_names_the_file_that_lies_elsewhere() -> None:
     inside = OSError(errno.ENOSPC, "No space left on device", "/out/.merging-x/part")
     assert "disk of /out is full" in str(disk_failure(inside, place=Path("/out")))
     assert isinstance(disk_failure(inside), JobFailed)
+
+
+@pytest.mark.parametrize(
+    ("says", "kind", "word"),
+    [
+        ("CUDA error: device-side assert triggered\nCUDA kernel errors might", "device_assert", "data check"),
+        ("CUDA error: no kernel image is available for execution on the device", "gpu_not_supported", "pytorch.org"),
+        ("CUDA error: CUBLAS_STATUS_ARCH_MISMATCH when calling `cublasGemmEx`", "gpu_not_supported", "doctor"),
+        ("Failed to initialize NVML: Driver/library version mismatch", "gpu_driver", "restart"),
+        ("CUDA driver version is insufficient for CUDA runtime version", "gpu_driver", "update the driver"),
+        ("The NVIDIA driver on your system is too old (found version 12020).", "gpu_driver", "older CUDA"),
+        ("Found no NVIDIA driver on your system.", "gpu_driver", "nvidia-smi"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "gpu_busy", "lora-studio gpus"),
+        ("CUDA error: uncorrectable ECC error encountered", "gpu_memory_fault", "replaced"),
+        ("CUDA error: the launch timed out and was terminated", "gpu_timeout", "screen"),
+        ("CUDA error: an illegal memory access was encountered", "gpu_fault", "train.attention"),
+        ("CUDA error: misaligned address", "gpu_fault", "train.packing"),
+        ("CUDA error: unspecified launch failure", "gpu_fault", "overclocking"),
+        ("CUDA error: unknown error", "gpu_lost", "Xid"),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", "gpu_library", "free memory"),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`", "gpu_not_supported", "fp16"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling", "gpu_library", "CUDA_LAUNCH_BLOCKING"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "gpu_library", "free memory"),
+        ("NCCL error in: ProcessGroupNCCL.cpp:1970, ncclSystemError", "gpu_communication", "NCCL_DEBUG"),
+        ("Configured CUDA binary not found at /x/libbitsandbytes_cuda132.so", "bitsandbytes", "doctor"),
+        ("CUDA error: peer access is already enabled", "gpu_error", "Xid"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("job", ["train", "audit", "measure"])
+def test_what_a_card_and_its_libraries_say_is_named_for_every_job(job: str, says: str, kind: str, word: str) -> None:
+    failure = failure_of(RuntimeError(says), explain, Doing(job, "training"))
+    assert failure.kind == kind
+    assert says.splitlines()[0][:40] in str(failure)
+    assert word in failure.advice
+    assert "{" not in failure.advice
+
+
+def test_an_accelerators_own_error_is_named_and_others_are_not() -> None:
+    lost = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    assert failure_of(lost, explain).kind == "device_assert"
+    for error in (
+        RuntimeError("shape '[2]' is invalid for input of size 3"),
+        ValueError("no such thing"),
+        KeyError("x"),
+    ):
+        assert failure_of(error, explain).kind == "error"

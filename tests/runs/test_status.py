@@ -15,7 +15,7 @@ from studio.runs.control import request
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.process import mark_of, mark_to_json
-from studio.runs.status import Status, events_bytes, run_status
+from studio.runs.status import Status, file_bytes, run_status
 from tests.fakes.runs import make_run, write_log
 
 STARTED = Started(at=1.0, job="train")
@@ -96,9 +96,9 @@ def test_a_launched_process_that_has_no_lock_yet_is_starting_even_over_an_old_en
     write_log(paths, STARTED, DONE)
     mark = mark_of(os.getpid())
     assert mark is not None
-    paths.launch.write_text(mark_to_json(mark, events_bytes=events_bytes(paths.events)))
+    paths.launch.write_text(mark_to_json(mark, events_bytes=file_bytes(paths.events)))
     assert run_status(paths) is Status.starting
-    paths.launch.write_text(mark_to_json(replace(mark, started=1.0), events_bytes=events_bytes(paths.events)))
+    paths.launch.write_text(mark_to_json(replace(mark, started=1.0), events_bytes=file_bytes(paths.events)))
     assert run_status(paths) is Status.finished
 
 

@@ -52,6 +52,24 @@ def test_a_crash_is_told_with_the_last_lines(tmp_path: Path) -> None:
     worker._signals.restore()
 
 
+def test_a_crash_whose_last_line_says_why_is_told_with_advice(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    with pytest.raises(SystemExit), LiveWorker(paths) as worker:
+        train(worker, range(1, 4))
+        worker._ended = True  # native code ends the process: nobody writes how
+        raise SystemExit(1)
+    paths.output.write_text(f"{HOSTILE}\nError out of memory at line 228 in file /src/csrc/ops.cu\n")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await until(pilot, lambda: "crashed" in shown(app), seconds=3)
+        told = " ".join(shown(app).split())
+        assert "crashed: out_of_memory" in told
+        assert "What to do: cheapest first: halve train.micro_batch" in told
+        assert_harmless(app)
+
+    play(story, tmp_path, size=NARROW, open_run=paths)
+
+
 def test_a_failure_is_told_with_its_advice(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     with LiveWorker(paths) as worker:

@@ -1,5 +1,6 @@
 """The chat's process: `python -m studio.jobs.chat`, started by `studio.runs.chat`; JSON lines in and out."""
 
+import faulthandler
 import json
 import os
 import queue
@@ -13,6 +14,7 @@ from studio.jobs.base.failures import explain
 from studio.runs.chat import ChatEvent, ChatFailed, ChatRequest, Loading, Ready, Sampling, TurnDone, event_line
 from studio.runs.disk import disk_failure
 from studio.runs.failure import Doing, memory_failure, ran_out_of_memory
+from studio.runs.native import native_failure
 
 
 class _Line:
@@ -47,6 +49,7 @@ class _Line:
 
 def main() -> None:
     """Load, then answer until the other end is closed."""
+    faulthandler.enable()  # a fault in native code ends a process without a word
     line = _Line()
     request = ChatRequest(**line.asked.get()["load"])
     line.tell(Loading("starting"))
@@ -78,7 +81,8 @@ def _failure(error: BaseException, *, fatal: bool) -> ChatFailed:
     if ran_out_of_memory(error):
         failure: JobFailed | None = memory_failure(error, Doing("chat", "loading" if fatal else "chatting"))
     else:
-        failure = disk_failure(error, advice="then start the chat again") or explain(error)
+        again = "then start the chat again"
+        failure = disk_failure(error, advice=again) or explain(error) or native_failure(str(error), then=again)
     if failure:
         return ChatFailed(str(failure), failure.advice, fatal)
     return ChatFailed(f"unexpected {type(error).__name__}: {error}", "report it, with what you asked", fatal)

@@ -20,6 +20,8 @@ from studio.jobs.train.packing import packed
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.row_attention import packed_attentions
 from studio.jobs.train.step_model import StepModel
+from studio.runs.failure import ran_out_of_memory
+from studio.runs.native import NOT_SUPPORTED, native_failure
 
 _PHASE = "choosing packed or padded rows"
 _PROBE_TOKENS = 48
@@ -208,8 +210,9 @@ def _backward_as_in_training(step_model: StepModel) -> Iterator[None]:
 
 
 def _is_no_answer(error: BaseException) -> bool:
-    """Whether an exception is about memory or a card that is lost, and not about packed rows."""
-    return isinstance(error, torch.OutOfMemoryError)
+    """Whether an exception is about memory or a card that has failed, and not about packed rows."""
+    native = native_failure(str(error))
+    return ran_out_of_memory(error) or (native is not None and native.kind != NOT_SUPPORTED)
 
 
 def _short(row: Example) -> Example:

@@ -6,6 +6,7 @@ from textual.widgets import Static
 from studio.core.events import Failed, Finished
 from studio.core.text import plain
 from studio.runs.history import History
+from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 from studio.runs.watch import last_output
@@ -55,7 +56,7 @@ class Outcome(Static):
 def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:
     """Return what there is to say about a run that has ended."""
     if status is Status.crashed:
-        return _crashed(paths)
+        return _crashed(paths, history)
     if history.failed is not None:
         return _failed(history.failed, paths)
     if history.started is not None and history.started.job != TRAIN:
@@ -63,9 +64,11 @@ def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:
     return _ended(paths, history, history.finished)
 
 
-def _crashed(paths: RunPaths) -> Content:
+def _crashed(paths: RunPaths, history: History) -> Content:
     from studio.runs.supervise import how_it_ended  # noqa: PLC0415  0.1 s, needed only then
 
+    if known := crash_of(paths, history):
+        return _with_advice(f"crashed: {plain(known.kind, one_line=True)}", str(known), known.advice, paths)
     head = (f"crashed: {how_it_ended(paths) or 'the process ended without saying why'}. ", "bold")
     lines = [line for raw in last_output(paths, _LAST_LINES) for line in harmless(raw)]
     said = "Its last lines:\n" + "\n".join(f"  {line}" for line in lines) if lines else "It printed nothing."
@@ -74,12 +77,12 @@ def _crashed(paths: RunPaths) -> Content:
 
 def _failed(failed: Failed, paths: RunPaths) -> Content:
     at = f" at step {failed.step}" if failed.step else ""
-    advice = plain(failed.advice).replace("runs resume RUN", f"runs resume {plain(paths.name, one_line=True)}")
-    return Content.assemble(
-        (f"failed{at}: {plain(failed.failure, one_line=True)}", "bold"),
-        f"\n{plain(failed.message)}",
-        f"\nWhat to do: {advice}" if advice else "",
-    )
+    return _with_advice(f"failed{at}: {plain(failed.failure, one_line=True)}", failed.message, failed.advice, paths)
+
+
+def _with_advice(head: str, message: str, advice: str, paths: RunPaths) -> Content:
+    named = plain(advice).replace("runs resume RUN", f"runs resume {plain(paths.name, one_line=True)}")
+    return Content.assemble((head, "bold"), f"\n{plain(message)}", f"\nWhat to do: {named}" if named else "")
 
 
 def _other_job_ended(history: History) -> Content:

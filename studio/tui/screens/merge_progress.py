@@ -19,6 +19,7 @@ from studio.runs.chain import next_run
 from studio.runs.control import request
 from studio.runs.history import History
 from studio.runs.job import MergeRequest, read_job
+from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import how_it_ended
@@ -107,7 +108,7 @@ class MergeProgressScreen(Screen[None]):
     def _show(self, statuses: dict[str, Status]) -> None:
         for form, watch in self._watches.items():
             status = statuses[form]
-            ended = how_it_ended(watch.paths) if status is Status.crashed else ""
+            ended = self._why_crashed(watch) if status is Status.crashed else ""
             line = progress_line(watch.history, status, self._seconds(form, watch.history, status), ended)
             self._row(form).update(Content.assemble(line, said_text(form, watch.history)))
         for form in self._waiting:
@@ -118,6 +119,11 @@ class MergeProgressScreen(Screen[None]):
         if statuses[MERGED] is Status.finished and not self._has_result:
             self._has_result = True
             self.query_one(VerticalScroll).mount_all(_result_widgets(read_report(self._merge)))
+
+    @staticmethod
+    def _why_crashed(watch: RunWatch) -> str:
+        known = crash_of(watch.paths, watch.history)
+        return f"{known}. {known.advice}" if known else how_it_ended(watch.paths)
 
     def _row(self, form: str) -> LabelledText:
         return self.query_one(f"#output-{form}", LabelledText)

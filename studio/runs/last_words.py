@@ -1,0 +1,137 @@
+"""Why a process ended that told nothing: read from the last lines it printed.
+
+Native code can end a process without a Python exception (bitsandbytes prints a line and calls `exit(1)`, csrc/common.h;
+a fault in a kernel's host code is a signal), so that no event says why. What it printed is in `output.log`, for whoever
+looks at the run, its parent or not.
+"""
+
+import re
+from pathlib import Path
+
+from studio.core.errors import JobFailed
+from studio.core.text import plain
+from studio.runs.disk import RESUME
+from studio.runs.failure import Doing, memory_failure_of, out_of_memory_in
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+from studio.runs.native import native_failure
+from studio.runs.process import read_mark
+
+CRASHED = "crashed"
+"""The kind of a failure whose reason is not known."""
+
+_TAIL_BYTES = 64 * 1024
+_LAST_LINES = 20
+"""How far from the end a reason may stand: what is older was survived."""
+_LONGEST = 300
+
+_FATAL = re.compile(r"^Fatal Python error: (.+)")
+_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)')
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b(:|$)")
+_KILLED = re.compile(r"^Killed$|oom-kill|Out of memory: Killed process|Memory cgroup out of memory")
+_CUBLAS_ALLOC_FAILED = re.compile(r"(CUBLAS ERROR: Status|API failed with status) 3\b")
+_ON_CARD = re.compile(r"cuda|cublas|cudnn|^Error .+ at line \d+ in file", re.IGNORECASE)
+
+_THEN = f"then continue with: {RESUME}"
+_SIGNALS = {
+    "segmentation fault": "{then}. If it comes back, update the library that is named; device.device = cpu, another "
+    "train.attention or another train.optimizer narrow it down",
+    "bus error": "a file that was mapped into memory was cut, or lies on a full disk (/dev/shm is one): look at df -h, "
+    "{then}",
+    "illegal instruction": "the processor lacks an instruction that an installed library was built with: install a "
+    "build for it",
+}
+"""What to do about what Python's fault handler names."""
+_ABORTED = "the lines before it in output.log say more; {then}"
+
+
+def crash_of(paths: RunPaths, history: History) -> JobFailed | None:
+    """Return why a run's process ended without an event, from what it printed last; None where that tells nothing.
+
+    Args:
+        paths: The run, which has crashed.
+        history: What it had told: advice depends on what it was at.
+    """
+    job = history.started.job if history.started else ""
+    doing = Doing(job, history.phase.name if history.phase else "")
+    go_on = RESUME.replace("RUN", plain(paths.name, one_line=True))
+    found = reason_in(printed_since_launch(paths), doing, then=f"then continue with: {go_on}")
+    return found and JobFailed(found.kind, str(found), found.advice.replace(RESUME, go_on))
+
+
+def kind_of_crash(paths: RunPaths) -> str:
+    """Return the kind of failure of a run that has crashed, for a list."""
+    found = reason_in(printed_since_launch(paths), Doing())
+    return found.kind if found else CRASHED
+
+
+def printed_since_launch(paths: RunPaths) -> list[str]:
+    """Return the last lines of `output.log`, at most 64 KiB of them, and none that an earlier process printed."""
+    launched = read_mark(paths.launch)
+    before = launched[1].get("output_bytes") if launched else None
+    return _tail(paths.output, before if isinstance(before, int) else 0)
+
+
+def reason_in(lines: list[str], doing: Doing, *, then: str = _THEN) -> JobFailed | None:
+    """Return the failure that the last lines of a process mean: the last of its reasons, and of those the most telling.
+
+    Args:
+        lines: As printed.
+        doing: What the job was at.
+        then: How to go on once the cause is mended.
+    """
+    fatal = next((place for place in reversed(range(len(lines))) if _FATAL.match(lines[place])), None)
+    # Below a fatal error stand the threads' calls, which may be hundreds of lines.
+    end = len(lines) if fatal is None else fatal
+    for line in reversed(lines[max(0, end - _LAST_LINES) : end]):
+        if found := _specific(line, doing, then):
+            return found
+    if fatal is not None:
+        return _fatal(lines[fatal:], then)
+    return _exception(lines[-_LAST_LINES:])
+
+
+def _specific(line: str, doing: Doing, then: str) -> JobFailed | None:
+    if _KILLED.search(line) or out_of_memory_in(line) or _CUBLAS_ALLOC_FAILED.search(line):
+        return memory_failure_of(line, doing, on_card=bool(_ON_CARD.search(line)))
+    return native_failure(line, then=then)
+
+
+def _fatal(lines: list[str], then: str) -> JobFailed:
+    """What Python's fault handler printed: the signal, then the calls of every thread, the current one first."""
+    what = _FATAL.match(lines[0])
+    named = plain(what[1] if what else "", one_line=True, limit=_LONGEST)
+    current = next((place for place, line in enumerate(lines) if line.startswith("Current thread")), 0)
+    frame = next((found for line in lines[current:] if (found := _FRAME.match(line))), None)
+    where = ""
+    if frame:
+        parts = re.split(r"[/\\]", frame[1])[-3:]
+        where = f", called from {plain('/'.join(parts), one_line=True, limit=_LONGEST)} line {frame[2]}"
+    advice = _SIGNALS.get(named.lower(), _ABORTED).format(then=then).removeprefix("then ")
+    return JobFailed("native_crash", f"native code ended the process: {named}{where}", advice)
+
+
+def _exception(lines: list[str]) -> JobFailed | None:
+    """What Python printed of an exception that nobody caught, such as a library that cannot be imported."""
+    begins = next((p for p in reversed(range(len(lines))) if lines[p].startswith("Traceback (most recent")), None)
+    if begins is None:
+        return None
+    last = next((line for line in reversed(lines[begins:]) if _EXCEPTION.match(line)), None)
+    if last is None:
+        return None
+    said = plain(last, one_line=True, limit=_LONGEST)
+    advice = "lora-studio doctor --imports says whether the libraries can be loaded; the traceback is in output.log"
+    return JobFailed(CRASHED, f"the worker's process ended before it could say why: {said}", advice)
+
+
+def _tail(path: Path, begin: int) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            # A log that is shorter than it was at the launch is another one.
+            first = max(begin if begin <= size else 0, size - _TAIL_BYTES)
+            file.seek(first)
+            text = file.read(_TAIL_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
