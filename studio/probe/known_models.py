@@ -1,8 +1,9 @@
-"""What is known here of hub models when the hub cannot be asked: configs of an earlier look, and those that ship.
+"""What is known here of models that are not: configs of an earlier look at the hub, and those that ship.
 
 For planning alone, also where the hub wants its terms accepted first: what the hub says wins wherever it can be had.
-The configs of the models that the recipes name ship with the program. Each entry of the file holds the published number
-of parameters, which a test compares with what its config comes to, and where its sizes were read.
+The configs of the models that the recipes name ship with the program, the embedded one's with them. Each entry of the
+file holds the published number of parameters, which a test compares with what its config comes to, and where its sizes
+were read.
 """
 
 import json
@@ -10,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from studio.probe.embedded_model import HUB_ID, EmbeddedMissing
 from studio.probe.hub import HubRefusal, cached_config
 
 _FILE = Path(__file__).with_suffix(".json")
@@ -22,18 +24,20 @@ def known_models() -> dict[str, dict[str, Any]]:
     return found
 
 
-def config_without_hub(repo: str, revision: str, refusal: HubRefusal) -> tuple[dict[str, Any], str]:
-    """Return a config of a hub model that lies here, and in words which one it is.
+def config_instead(repo: str, revision: str, refusal: HubRefusal | EmbeddedMissing) -> tuple[dict[str, Any], str]:
+    """Return a config that lies here of a model that does not, and in words which one it is.
 
     Args:
-        repo: The hub id.
+        repo: The hub id, or `embedded`.
         revision: Branch, tag or commit; empty for the newest. No other than the newest ships.
-        refusal: Why the hub does not say it.
+        refusal: Why the hub does not say it, or that the embedded model is not here.
 
     Raises:
         HubRefusal: None lies here.
         BadInput: The one in the cache is damaged.
     """
+    if isinstance(refusal, EmbeddedMissing):
+        return known_models()[HUB_ID]["config"], "the config is this program's own copy: the model is not here yet"
     config = cached_config(repo, revision)
     which = "the hub's of an earlier look"
     if config is None and not revision and repo in known_models():

@@ -12,9 +12,10 @@ from studio.core.measured import measured_plan
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
+from studio.probe.embedded_model import EmbeddedMissing
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.hub import HubRefusal
-from studio.probe.known_models import config_without_hub
+from studio.probe.known_models import config_instead
 from studio.probe.model_folder import CONFIG, read_config
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.probe.setting import setting_of
@@ -76,8 +77,8 @@ def base_config(word: str, revision: str = "") -> dict[str, Any]:
         return read_config(path / CONFIG)
     try:
         config = find_base(word, revision).config
-    except HubRefusal as refusal:
-        config, _ = config_without_hub(word, revision, refusal)
+    except (HubRefusal, EmbeddedMissing) as refusal:
+        config, _ = config_instead(word, revision, refusal)
     if config is None:
         shown = plain(word, one_line=True, limit=200)
         raise BadInput(f"Nothing is known of {shown} before it is downloaded: it has no config.json.")

@@ -14,10 +14,11 @@ from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain
+from studio.probe.embedded_model import EmbeddedMissing
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
 from studio.probe.hub import HubRefusal
 from studio.probe.hub_headers import hub_headers
-from studio.probe.known_models import config_without_hub
+from studio.probe.known_models import config_instead
 from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import BaseFound, find_base
 from studio.probe.safetensors_header import SafetensorsHeader
@@ -59,8 +60,8 @@ def find_shape(word: str, revision: str = "") -> ModelShape:
         raise BadInput(f"There is no home folder for {_shown(word)}; give the whole path.") from None
     try:
         base = find_base(word, revision)
-    except HubRefusal as refusal:
-        config, origin = config_without_hub(word, revision, refusal)
+    except (HubRefusal, EmbeddedMissing) as refusal:
+        config, origin = config_instead(word, revision, refusal)
         return replace(shape_from_config(config), origin=origin)
     shape = shape_of_base(base)
     if base.kind == "hub" and base.path is None:

