@@ -22,6 +22,11 @@ _DURABLE = (*TERMINAL, Saved)
 POLL_BYTES = 4 * 2**20
 """What one poll reads at most: about 30 000 steps, a third of a second."""
 _LONGEST_LINE_BYTES = 2**20
+MOST_LINE_BYTES = 48 * 1024
+"""What the texts of an event may make its line; longer ones are cut. Whole texts belong into report.json."""
+_MOST_THINGS_BYTES = 2**19
+_SHORTER = (8192, 2048, 512, 128)
+"""Characters that are left of each text, one after another until the line is short enough."""
 _KEPT_OF_BAD_LINE = 2000
 
 
@@ -176,8 +181,36 @@ def event_from_line(line: bytes) -> RunEvent | None:
 
 
 def _line_of(event: RunEvent) -> bytes:
-    line = json.dumps(_finite(event_to_dict(event)), ensure_ascii=False, allow_nan=False) + "\n"
-    return line.encode("utf-8", "backslashreplace")
+    """Return an event's line, its longest texts cut where it would be longer than readers expect of an event."""
+    table = _finite(event_to_dict(event))
+    line = _as_line(table)
+    for characters in _SHORTER:
+        if len(line) <= MOST_LINE_BYTES:
+            return line
+        line = _as_line(_shortened(table, characters))
+    # Texts are as short as they get: what is left is many things, and those are needed whole, or not in a log at all.
+    for name in sorted(table, key=lambda name: -len(_as_line(table[name]))):
+        if len(line) <= _MOST_THINGS_BYTES:
+            return line
+        if isinstance(table[name], (dict, list)):
+            table[name] = type(table[name])()
+            line = _as_line(_shortened(table, _SHORTER[-1]))
+    return line
+
+
+def _as_line(table: Any) -> bytes:
+    return (json.dumps(table, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _shortened(value: Any, most: int) -> Any:
+    """Return a value with its texts cut after so many characters, which the cut ones say."""
+    if isinstance(value, dict):
+        return {_shortened(key, most): _shortened(inner, most) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shortened(inner, most) for inner in value]
+    if isinstance(value, str) and len(value) > most:
+        return f"{value[:most]} ... ({len(value) - most} more characters)"
+    return value
 
 
 def _finite(value: Any) -> Any:

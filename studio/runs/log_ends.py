@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from studio.core.events import RunEvent
-from studio.runs.log import event_from_line
+from studio.runs.log import POLL_BYTES, event_from_line
 
 _HEAD_BYTES = 8 * 1024
 _TAIL_BYTES = 64 * 1024
+_WIDER = 4
+_WIDEST_BYTES = POLL_BYTES
+"""Longer lines than these are none of ours: nothing writes them, and who reads the log in order skips them too."""
 
 _Kind = TypeVar("_Kind", bound=RunEvent)
 
@@ -53,25 +56,35 @@ class LogEnd:
 
 
 def log_tail(path: Path, limit: int = _TAIL_BYTES) -> LogEnd:
-    """Return the last whole lines of a log, `limit` bytes of them; a missing log has none."""
+    """Return the last whole lines of a log, `limit` bytes of them or one longer line; a missing log has none."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - limit))
-            chunk = file.read(limit)
+            while True:
+                file.seek(max(0, size - limit))
+                chunk = file.read(limit)
+                found = _whole_lines(chunk.partition(b"\n")[2] if size > limit else chunk)
+                if found or limit >= min(size, _WIDEST_BYTES):
+                    return LogEnd(found)
+                limit *= _WIDER
     except OSError:
         return LogEnd(b"")
-    return _whole_lines(chunk.partition(b"\n")[2] if size > limit else chunk)
 
 
 def log_head(path: Path, limit: int = _HEAD_BYTES) -> LogEnd:
-    """Return the first whole lines of a log, `limit` bytes of them; a missing log has none."""
+    """Return the first whole lines of a log, `limit` bytes of them or one longer line; a missing log has none."""
     try:
         with path.open("rb") as file:
-            return _whole_lines(file.read(limit))
+            while True:
+                file.seek(0)
+                chunk = file.read(limit)
+                found = _whole_lines(chunk)
+                if found or len(chunk) < limit or limit >= _WIDEST_BYTES:
+                    return LogEnd(found)
+                limit *= _WIDER
     except OSError:
         return LogEnd(b"")
 
 
-def _whole_lines(chunk: bytes) -> LogEnd:
-    return LogEnd(chunk[: chunk.rfind(b"\n") + 1])
+def _whole_lines(chunk: bytes) -> bytes:
+    return chunk[: chunk.rfind(b"\n") + 1]

@@ -42,6 +42,7 @@ _TEXTS = (
 _AGAIN = f"or merge to another --out; to go on with this one: {RESUME}"
 _CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _MOST_QUESTIONS = 2
+_SHOWN_CHARACTERS = 2000
 _FAR_KL = 0.05
 """Nats per token. Rounding a merged 135M model to bf16 gave .0013."""
 
@@ -151,7 +152,15 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
         **verified,
     }
     write_whole(worker.paths.report, json.dumps(report, indent=2))
-    worker.emit(Finished, outcome="done", result=report)
+    worker.emit(Finished, outcome="done", result=report | {"side_by_side": _short(report["side_by_side"])})
+
+
+def _short(written: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the texts of both sides as far as they are shown; report.json has them whole."""
+    return [
+        {name: text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…" for name, text in one.items()}
+        for one in written
+    ]
 
 
 def _verify(
