@@ -5,21 +5,25 @@ a fault in a kernel's host code is a signal), so that no event says why. What it
 looks at the run, its parent or not.
 """
 
+import math
 import re
 from pathlib import Path
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.runs.disk import RESUME
-from studio.runs.failure import Doing, memory_failure_of, out_of_memory_in
+from studio.runs.failure import OUT_OF_MEMORY, Doing, memory_failure_of, out_of_memory_in
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
+from studio.runs.memory_kills import MEMORY_KILLS, kills_since
 from studio.runs.native import native_failure
-from studio.runs.process import read_mark
+from studio.runs.process import of_this_boot, read_mark
 
 CRASHED = "crashed"
 """The kind of a failure whose reason is not known."""
 
+_KILLER = "the system's out-of-memory killer has ended a process since this one began, and this one is gone"
+_MORE_MEMORY = "close other programs, or give the container, batch job or machine more memory"
 _TAIL_BYTES = 64 * 1024
 _LAST_LINES = 20
 """How far from the end a reason may stand: what is older was survived."""
@@ -56,13 +60,35 @@ def crash_of(paths: RunPaths, history: History) -> JobFailed | None:
     doing = Doing(job, history.phase.name if history.phase else "")
     go_on = RESUME.replace("RUN", plain(paths.name, one_line=True))
     found = reason_in(printed_since_launch(paths), doing, then=f"then continue with: {go_on}")
+    if (found is None or found.kind == CRASHED) and memory_kills(paths):
+        full = memory_failure_of(f"{_KILLER}{_held(history)}", doing, on_card=False)
+        found = JobFailed(full.kind, str(full), f"{_MORE_MEMORY}; {full.advice}")
     return found and JobFailed(found.kind, str(found), found.advice.replace(RESUME, go_on))
 
 
 def kind_of_crash(paths: RunPaths) -> str:
     """Return the kind of failure of a run that has crashed, for a list."""
     found = reason_in(printed_since_launch(paths), Doing())
-    return found.kind if found else CRASHED
+    kind = found.kind if found else CRASHED
+    return OUT_OF_MEMORY if kind == CRASHED and memory_kills(paths) else kind
+
+
+def memory_kills(paths: RunPaths) -> int | None:
+    """Return how often the system's out-of-memory killer has struck where the worker lived since it began.
+
+    None where that is not known: of a run of another machine, or before this one was started last.
+    """
+    worker = read_mark(paths.process)
+    if worker is None or not of_this_boot(worker[0]):
+        return None
+    before = worker[1].get(MEMORY_KILLS)
+    return kills_since(before) if isinstance(before, dict) else None
+
+
+def _held(history: History) -> str:
+    """What the process held when it last said so."""
+    known = [value for value in history.memory.resident_bytes[-1:] if not math.isnan(value)]
+    return f"; the process held {known[0] / 1e9:.1f} GB when it last looked" if known else ""
 
 
 def printed_since_launch(paths: RunPaths) -> list[str]:

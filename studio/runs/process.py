@@ -42,6 +42,11 @@ def is_here(mark: ProcessMark) -> bool:
     return mark.host == platform.node()
 
 
+def of_this_boot(mark: ProcessMark) -> bool:
+    """Return whether the process is, or was, one of this machine since it was started last."""
+    return is_here(mark) and mark.boot == _boot()
+
+
 def is_alive(mark: ProcessMark) -> bool:
     """Return whether exactly this process lives here and now."""
     return is_here(mark) and mark_of(mark.pid) == mark

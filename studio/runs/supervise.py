@@ -21,6 +21,7 @@ from studio.core.text import plain
 from studio.runs.atomic import write_whole
 from studio.runs.control import request, withdraw_all
 from studio.runs.job import MODULES, kind_of, read_job
+from studio.runs.last_words import memory_kills
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.process import mark_of, mark_to_json, read_mark, send_signal
@@ -37,6 +38,11 @@ ENVIRONMENT = {
 }
 _CHILDREN: "dict[Path, subprocess.Popen[bytes]]" = {}
 """The last process that was started here for each run, so that its exit status can be collected."""
+_COUNTED = ", and has counted such a kill since the process began"
+_NOT_COUNTED = (
+    ", but has counted no such kill: someone (kill -9), a batch system at a limit, or a guard of the memory such as "
+    "earlyoom or systemd-oomd may have ended it"
+)
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
 _KILL_SECONDS = 10.0
@@ -186,8 +192,11 @@ def how_it_ended(paths: RunPaths) -> str:
     if code > 0:
         return f"its process ended with exit code {code}"
     name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
-    reason = "; the system does that when its memory is full" if name == "SIGKILL" else ""
-    return f"its process was ended by {name}{reason}"
+    if name != "SIGKILL":
+        return f"its process was ended by {name}"
+    counted = memory_kills(paths)
+    more = "" if counted is None else _COUNTED if counted else _NOT_COUNTED
+    return f"its process was ended by SIGKILL; the system does that when its memory is full{more}"
 
 
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:

@@ -34,6 +34,7 @@ from studio.runs.disk import DISK_FULL, RESUME, Reserve, disk_failure, refuses
 from studio.runs.failure import Doing, Explain, failure_of, not_explained
 from studio.runs.layout import RunPaths
 from studio.runs.log import EventWriter
+from studio.runs.memory_kills import MEMORY_KILLS, kill_counts
 from studio.runs.process import mark_of, mark_to_json
 from studio.runs.signals import StopOnSignal
 
@@ -115,7 +116,8 @@ class Worker:
         try:
             mark = mark_of(os.getpid())
             if mark is not None:
-                write_whole(self.paths.process, mark_to_json(mark, cwd=str(Path.cwd()), taken_at=self._clock()))
+                known = {"cwd": str(Path.cwd()), "taken_at": self._clock(), MEMORY_KILLS: kill_counts()}
+                write_whole(self.paths.process, mark_to_json(mark, **known))
             self._log = EventWriter(self.paths.events, self._clock)
             mend_folder(self.paths.adapter)
             self._reserve.fill()

@@ -57,6 +57,8 @@ def main(worker: Worker) -> None:
             # As bitsandbytes ends a process whose CUDA call failed: a line and `exit(1)`, and Python hears of neither.
             os.write(2, f"{os.environ['FAKE_LAST']}\n".encode())
             ctypes.CDLL(None).exit(1)
+        if step == _number("HOARD_AT", -1):
+            _hoard()
         time.sleep(_number("SECONDS", 0.0))
         worker.emit(
             StepDone,
@@ -114,5 +116,14 @@ def _resumable(worker: Worker) -> int:
     return int(saved.read_text()) if saved.is_file() else 0
 
 
+def _hoard() -> None:
+    """Take memory until somebody objects."""
+    held = []
+    while True:
+        held.append(b"x" * 2**24)
+
+
 if __name__ == "__main__":
+    if group := os.environ.get("FAKE_GROUP"):
+        Path(group).write_text(str(os.getpid()))
     sys.exit(run_job(Path(sys.argv[1]), main))

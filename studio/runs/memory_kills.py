@@ -1,0 +1,63 @@
+"""How often the system ended processes because memory was full, so that a run that was killed for it can say so.
+
+The kernel counts its out-of-memory kills: of a control group (a container, a batch job, a user's session), and of the
+whole machine. A worker writes the counts down when it begins; whoever looks later, the parent or not, compares.
+Guards that are ordinary programs (earlyoom, systemd-oomd) send a signal and count nowhere.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MEMORY_KILLS = "memory_kills"
+"""The field of `process.json` that holds the counts."""
+
+_GROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_MACHINE = Path("/proc/vmstat")
+
+
+def kill_counts() -> dict[str, int]:
+    """Return the counts that concern this process, by the file that holds them; empty where the system keeps none.
+
+    The group's alone where there is one: the machine's counts what happens in other containers too.
+    """
+    for file in (*_group_files(), _MACHINE):
+        count = _count_in(file)
+        if count is not None:
+            return {str(file): count}
+    return {}
+
+
+def kills_since(before: Mapping[str, Any]) -> int | None:
+    """Return how many processes were ended for memory since `kill_counts`; None where that is not known any more."""
+    for file, count in before.items():
+        now = _count_in(Path(file)) if file.startswith(("/sys/fs/cgroup/", "/proc/vmstat")) else None
+        if now is not None and isinstance(count, int) and now >= count:
+            return now - count
+    return None
+
+
+def _group_files() -> list[Path]:
+    """Return where the counts of this process's groups are, its own group first: version 2, then version 1."""
+    found: list[Path] = []
+    try:
+        lines = _MEMBERSHIP.read_text("utf-8").splitlines()
+    except (OSError, ValueError):
+        return found
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        group = Path(name.lstrip("/"))
+        if "memory" in controllers.split(","):
+            found += [_GROUPS / "memory" / part / "memory.oom_control" for part in (group, *group.parents)]
+        elif not controllers:
+            found += [_GROUPS / part / "memory.events" for part in (group, *group.parents)]
+    return found
+
+
+def _count_in(file: Path) -> int | None:
+    try:
+        words = dict(line.split(maxsplit=1) for line in file.read_text("ascii").splitlines() if " " in line)
+        return int(words["oom_kill"])
+    except (OSError, ValueError, KeyError):
+        return None
