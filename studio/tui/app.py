@@ -207,6 +207,7 @@ class StudioApp(App[None]):
             (active.binding.key, active.binding.description)
             for active in screen.active_bindings.values()
             if active.enabled
+            and active.binding.description
             and (active.node in (screen, self) or active.binding.show)
             and (active.binding.show or not active.binding.key.startswith(("ctrl+", "super+")))
         ]

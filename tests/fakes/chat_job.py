@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from studio.runs.chat import Answered, ChatFailed, Loading, Piece, Ready, TurnDone, event_line
 
@@ -23,6 +24,8 @@ def main() -> None:
     if how == "dies":
         print("something broke", file=sys.stderr)
         sys.exit(3)
+    while (waits_for := os.environ.get("FAKE_CHAT_WAITS_FOR")) and not Path(waits_for).exists():
+        time.sleep(0.02)
     tell(Ready(("tuned", "base") if load["adapter"] else ("tuned",), "cpu", "bfloat16", ("a note",)))
     for line in sys.stdin:
         asked = json.loads(line)

@@ -326,7 +326,7 @@ def test_a_run_without_an_adapter_is_not_audited(tmp_path: Path) -> None:
         await pilot.press("o")
         await until(pilot, lambda: app.screen.query(DataTable) and app.screen.query_one(DataTable).row_count == 1)
         await pilot.press("a")
-        await until(pilot, lambda: "Only a training run" in shown(app))
+        await until(pilot, lambda: "Only a training run has an adapter to audit" in shown(app))
 
     play(story, tmp_path, size=WIDE)
 

@@ -68,7 +68,7 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         assert "bfloat16 on cpu" in shown(app)
         assert "a note" in shown(app)
         assert "temperature 0 (the likeliest token)" in shown(app), "nothing of it is cut off"
-        assert "^b With base" in shown(app)
+        assert "^r With base" in shown(app)
         assert "Stop answer" not in shown(app), "there is none"
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: shown(app).count("4 tokens") == 2)
@@ -84,7 +84,7 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         assert "hello" not in shown(app)
         await pilot.press("ctrl+t")
         assert "temperature 0.3" in shown(app)
-        await pilot.press("ctrl+b", *"alone", "enter")
+        await pilot.press("ctrl+r", *"alone", "enter")
         await until(pilot, lambda: "tuned heard alone" in shown(app))
         assert "base heard" not in shown(app)
         await pilot.press("escape")
@@ -92,6 +92,34 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
         await until(pilot, lambda: processes.started[0]._process.poll() is not None)
 
     play(story, tmp_path, size=size)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_is_typed_while_the_model_loads_is_kept_and_asked(
+    run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bool
+) -> None:
+    go = tmp_path / "go"
+    monkeypatch.setenv("FAKE_CHAT_WAITS_FOR", str(go))
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await app.push_screen(ChatScreen(run, work=MergeWork(chat=_Processes().chat)))
+        await until(pilot, lambda: "loading the base model" in shown(app))
+        assert "The model is loading" in shown(app)
+        await pilot.press(*"hello")
+        if sent:
+            await pilot.press("enter")
+            assert "your question is asked then" in shown(app)
+        assert "hello" in shown(app)
+        go.touch()
+        if not sent:
+            await until(pilot, lambda: "bfloat16 on cpu" in shown(app))
+            assert app.screen.query_one(Input).value == "hello"
+            assert "heard" not in shown(app), "not before enter"
+            await pilot.press("enter")
+        await until(pilot, lambda: "tuned heard hello" in shown(app))
+        assert app.screen.query_one(Input).value == ""
+
+    play(story, tmp_path, size=NARROW)
 
 
 def test_a_model_alone_has_one_column_and_no_key_for_its_base(run: RunPaths, tmp_path: Path) -> None:
@@ -117,12 +145,13 @@ def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest
         await until(pilot, lambda: "Ask something" in shown(app))
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: "wait" in shown(app))
-        assert app.screen.query_one(Input).disabled
-        assert "^s Stop answer" in shown(app)
+        assert "^c Stop answer" in shown(app)
         assert "With base" not in shown(app), "not in the middle of an answer"
-        await pilot.press("ctrl+s")
+        await pilot.press(*"more")
+        await pilot.press("ctrl+c")
         await until(pilot, lambda: "stopped" in shown(app))
-        await until(pilot, lambda: not app.screen.query_one(Input).disabled)
+        await until(pilot, lambda: "Stop answer" not in shown(app))
+        assert app.screen.query_one(Input).value == "more", "what was typed meanwhile is there to be asked"
 
     play(story, tmp_path)
     processes.started[0]._process.wait(20)

@@ -11,6 +11,7 @@ from studio.core.events import (
     Failed,
     Finished,
     Phase,
+    Planned,
     Sampled,
     Saved,
     Started,
@@ -24,6 +25,8 @@ from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 from studio.tui.app import StudioApp
 from studio.tui.panels.outcome import outcome_text
+from studio.tui.panels.run_plots import RunPlots
+from studio.tui.panels.samples import why_none
 from studio.tui.screens import run as run_module
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
@@ -48,6 +51,11 @@ from widgets.log_view import LogView
 def screen_of(app: StudioApp) -> RunScreen:
     assert isinstance(app.screen, RunScreen)
     return app.screen
+
+
+def said(app: StudioApp) -> str:
+    """What stands on the screen, with the lines of a notice in one."""
+    return " ".join(shown(app).replace("▌", " ").split())
 
 
 def plots(app: StudioApp) -> str:
@@ -208,12 +216,16 @@ def test_another_job_shows_its_log_and_what_it_saved(tmp_path: Path) -> None:
     [("train", "xpcmt"), ("merge", "xmt"), ("export", "xt"), ("audit", "x"), ("measure", "x")],
 )
 def test_keys_are_offered_where_they_mean_something(tmp_path: Path, job: str, keys: str) -> None:
-    paths = make_run(tmp_path)
+    paths, made = make_run(tmp_path), tmp_path / "made"
+    for folder, config in ((paths.adapter, "adapter_config.json"), (made, "config.json")):
+        folder.mkdir()
+        (folder / config).write_text("{}")
 
     with LiveWorker(paths) as worker:
 
         async def story(pilot: Pilot[None], app: StudioApp) -> None:
             worker.emit(Started, job=job, model="embedded")
+            worker.emit(Saved, what="made", path=str(made))
             await settle(pilot)
             assert {key for key in "xpcmt" if f" {key} " in shown(app).splitlines()[-1]} == set(keys)
             await pilot.press("p")
@@ -221,6 +233,86 @@ def test_keys_are_offered_where_they_mean_something(tmp_path: Path, job: str, ke
             worker.emit(Finished, outcome="done")
 
         play(story, tmp_path, open_run=paths)
+
+
+@pytest.mark.parametrize(
+    ("job", "ends", "key", "why"),
+    [
+        ("train", "", "m", "This run has no adapter yet"),
+        ("train", "stopped", "t", "ended without an adapter. R resumes it."),
+        ("train", "", "R", "The run is alive"),
+        ("train", "done", "x", "The run has ended."),
+        ("merge", "", "t", "no model to chat with"),
+        ("export", "done", "t", "a GGUF file is tried in llama.cpp"),
+        ("export", "", "m", "Only a training run has an adapter to merge."),
+        ("audit", "", "p", "Only a training can be paused."),
+    ],
+)
+def test_a_key_that_does_nothing_is_not_offered_and_says_why(
+    tmp_path: Path, job: str, ends: str, key: str, why: str
+) -> None:
+    paths = make_run(tmp_path)
+    with LiveWorker(paths) as worker:
+        worker.emit(Started, job=job, model="embedded")
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            assert f" {key} " not in shown(app).splitlines()[-1]
+            await pilot.press(key)
+            await settle(pilot)
+            assert why in said(app)
+            assert isinstance(app.screen, RunScreen)
+            await pilot.press("question_mark")
+            await settle(pilot)
+            assert f"\n  {key}  " not in "\n".join(row.strip(" │▎▊") for row in shown(app).splitlines())
+
+        if ends:
+            worker.emit(Finished, outcome=ends)
+            worker.__exit__(None, None, None)
+        play(story, tmp_path, open_run=paths)
+
+
+def test_a_job_without_steps_offers_no_empty_pages(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    with LiveWorker(paths) as worker:
+        worker.emit(Started, job="export", model="embedded")
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            assert "3 Log   4 Notes" in shown(app)
+            assert not {"1 Plots", "2 Samples", "5 Memory"} & {name for name in _TABS if name in shown(app)}
+            assert not app.screen.query_one(RunPlots).display, "nor on a screen with room for plots and more"
+            await pilot.press("tab")
+            assert screen_of(app).view == "notes"
+            await pilot.press("tab", "2")
+            await settle(pilot)
+            assert screen_of(app).view == "log"
+            assert "fills no samples. It has log and notes" in said(app)
+
+        play(story, tmp_path, open_run=paths)
+
+
+_TABS = ("1 Plots", "2 Samples", "3 Log", "4 Notes", "5 Memory")
+
+
+@pytest.mark.parametrize(
+    ("evals", "held_out", "status", "why"),
+    [
+        (0, 5, Status.running, "No samples yet"),
+        (1, 5, Status.running, "No samples yet"),
+        (2, 5, Status.running, "eval.samples is 0"),
+        (1, 5, Status.finished, "eval.samples is 0"),
+        (1, 5, Status.stopped, "ended before the first"),
+        (0, 0, Status.running, "no row is held out"),
+    ],
+)
+def test_an_empty_page_of_samples_says_why(evals: int, held_out: int, status: Status, why: str) -> None:
+    history = History()
+    planned = Planned(
+        at=1.0, total_steps=9, trainable_parameters=1, rows=9, held_out_rows=held_out, device="cpu", dtype="fp32",
+        loss_path="chunked",
+    )  # fmt: skip
+    measured = [Evaluated(at=2.0, step=step, loss=1.0, loss_tokens=9, rows=5, seconds=1.0) for step in range(evals)]
+    history.fold([Started(at=1.0, job="train"), planned, *measured])
+    assert why in why_none(history, status)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20, 5), (40, 12), (300, 90)])

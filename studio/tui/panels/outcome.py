@@ -17,6 +17,7 @@ TRAIN = "train"
 """The job whose end is an adapter; others, such as merge, say what they saved."""
 
 _LAST_LINES = 4
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Outcome(Static):
@@ -51,6 +52,19 @@ class Outcome(Static):
         self.set_class(status is Status.stopped, "-early")
         if not status.live:
             self.update(outcome_text(paths, history, status))
+
+
+def has_adapter(paths: RunPaths) -> bool:
+    """Return whether a training run has an adapter that can be merged, audited or chatted with."""
+    return (paths.adapter / _ADAPTER_CONFIG).is_file()
+
+
+def no_adapter_words(status: Status) -> str:
+    """Return why a training run has none."""
+    if status.live:
+        return "This run has no adapter yet: it is saved when the training ends or is stopped."
+    again = "" if status is Status.finished else " R resumes it."
+    return f"This run has ended without an adapter.{again}"
 
 
 def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:

@@ -10,6 +10,7 @@ from textual.widgets import Static
 from studio.core.events import Sampled
 from studio.core.text import plain
 from studio.runs.history import History
+from studio.runs.status import Status
 from widgets.labelled_text import LabelledText
 
 _LONGEST = 4000
@@ -29,16 +30,31 @@ class Samples(VerticalScroll):
 
     def __init__(self, id: str | None = None) -> None:  # noqa: A002  Textual's own name
         """Start empty."""
-        super().__init__(Static("No samples yet.", markup=False), id=id)
+        self._none = Static("No samples yet.", markup=False)
+        super().__init__(self._none, id=id)
         self._shown: tuple[object, int] = (None, 0)
 
-    def show(self, history: History) -> None:
-        """Show the samples; does nothing unless there is another one."""
+    def show(self, history: History, status: Status) -> None:
+        """Show the samples, or why there are none; does nothing unless that has changed."""
         now = (history.started, len(history.samples))
-        if now != self._shown and history.samples:
-            self._shown = now
-            self.remove_children()
-            self.mount_all(rows_of(history.samples))
+        if history.samples:
+            if now != self._shown:
+                self._shown = now
+                self.remove_children()
+                self.mount_all(rows_of(history.samples))
+        elif (why := why_none(history, status)) != self._none.content:
+            self._none.update(why)
+
+
+def why_none(history: History, status: Status) -> str:
+    """Return why a run has no samples."""
+    if history.planned is not None and not history.planned.held_out_rows:
+        return "No samples: no row is held out, so there is none to ask."
+    if len(history.evals) > 1 or (history.evals and status is Status.finished):
+        return "No samples: the recipe asks for none (eval.samples is 0)."
+    if status.live:
+        return "No samples yet: they are written each time the held-out rows have been measured."
+    return "No samples: the run ended before the first were written."
 
 
 def rows_of(samples: list[Sampled]) -> Iterator[Widget]:

@@ -33,6 +33,7 @@ from widgets.key_footer import KeyFooter
 _TITLES = {"base": "base", "tuned": "tuned"}
 _STEPS = (0.0, 0.3, 0.7, 1.0)
 _LONGEST = 20_000
+_LOADING = "The model is loading; a question can be typed already"
 
 
 class Column(VerticalScroll):
@@ -91,12 +92,13 @@ class ChatScreen(Screen[None]):
     """A chat. The model's process lives as long as this screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("ctrl+s", "stop", "Stop answer", priority=True),
+        Binding("ctrl+c", "stop", "Stop answer", priority=True),
         Binding("ctrl+n", "forget", "New", priority=True),
         Binding("ctrl+t", "warmer", "Temperature", priority=True),
-        Binding("ctrl+b", "turn_base", "With base", priority=True),
+        Binding("ctrl+r", "turn_base", "With base", priority=True),
         Binding("escape", "leave", "Back"),
     ]
+    """None is a prefix of tmux (ctrl+b) or screen (ctrl+a), or holds a line's flow (ctrl+s, ctrl+q)."""
 
     DEFAULT_CSS = """
     ChatScreen {
@@ -124,6 +126,7 @@ class ChatScreen(Screen[None]):
         self._said, self._sampling = Conversation(), Sampling()
         self._sides: tuple[str, ...] = ()
         self._question = ""
+        self._sends_when_ready = False
         self._state = "starting the model's process"
         self._busy, self._with_base, self._closed, self._ended = True, True, False, False
 
@@ -135,12 +138,13 @@ class ChatScreen(Screen[None]):
                 yield Column("base")
                 yield Column("tuned")
             yield Static("", id="chat-notes", markup=False)
-            yield Input(placeholder="Loading ...", compact=True, disabled=True)
+            yield Input(placeholder=_LOADING, compact=True)
         yield KeyFooter()
 
     def on_mount(self) -> None:
-        """Start the process."""
+        """Start the process; a question can be typed meanwhile."""
         self._show_head()
+        self.query_one(Input).focus()
         self._talk()
 
     def on_unmount(self) -> None:
@@ -169,13 +173,27 @@ class ChatScreen(Screen[None]):
             self._set_busy(self._ended)
         self._show_head()
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Ask."""
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """A text that is changed waits for another enter."""
         event.stop()
-        question = event.value.strip()
-        if not question or self._busy or self._process is None:
+        self._sends_when_ready = False
+        self._show_head()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        """Ask; what cannot be asked yet stays in its line and is asked as soon as it can be."""
+        event.stop()
+        if self._busy or self._process is None:
+            self._sends_when_ready = bool(event.value.strip()) and not self._ended
+            self._show_head()
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        line = self.query_one(Input)
+        question, self._sends_when_ready = line.value.strip(), False
+        if not question or self._process is None:
             return
-        event.input.value = ""
+        line.value = ""
         self._note("")
         self._question = question
         self._set_busy(True)
@@ -247,21 +265,23 @@ class ChatScreen(Screen[None]):
     def _set_busy(self, busy: bool) -> None:
         self._busy = busy
         line = self.query_one(Input)
-        line.disabled = busy
+        line.disabled = self._ended
         if self._ended:
             line.placeholder = "It has ended: escape goes back"
         else:
-            answering = "ctrl+s stops the answer" if self._sides else "Loading ..."
+            answering = "ctrl+c stops the answer" if self._sides else _LOADING
             line.placeholder = answering if busy else "Ask something"
-        if not busy:
-            line.focus()
+        if not busy and self._sends_when_ready:
+            self._ask()
         self.refresh_bindings()
 
     def _show_head(self) -> None:
         name = plain(self._paths.name, one_line=True, limit=48)
         likeliest = "" if self._sampling.temperature else " (the likeliest token)"
         how = f"temperature {self._sampling.temperature:g}{likeliest}"
-        words = Content.assemble(("Try it", "bold"), f"  {plain(self._state, one_line=True)}  {how}  ", (name, "bold"))
+        waits = ("  your question is asked then", "$text-warning") if self._sends_when_ready else ""
+        state = plain(self._state, one_line=True)
+        words = Content.assemble(("Try it", "bold"), f"  {state}", waits, f"  {how}  ", (name, "bold"))
         self.query_one("#chat-head", Static).update(words)
 
     def _note(self, words: str) -> None:

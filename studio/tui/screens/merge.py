@@ -37,16 +37,18 @@ from studio.tui.panels.merge_text import (
     output_line,
     totals_text,
 )
+from studio.tui.panels.outcome import has_adapter, no_adapter_words
+from studio.tui.screens.offers import OfferingScreen, offered
 from widgets.key_footer import KeyFooter
 from widgets.text_field import TextLine
 
 
-class MergeScreen(Screen[None]):
+class MergeScreen(OfferingScreen[None]):
     """The choices of a merge. `r` starts it; nothing is written before."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("r", "start", "Merge"),
-        Binding("t", "try_it", "Try it"),
+        *offered("r", "start", "Merge"),
+        *offered("t", "try_it", "Try it"),
         Binding("tab", "app.focus_next", "Next list"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
@@ -145,6 +147,7 @@ class MergeScreen(Screen[None]):
             self._outputs.fill({row.form: output_line(row) for row in self._rows})
         self._refuse(f"This run cannot be merged here: {facts.why_not}" if facts.why_not else "")
         self._show_totals()
+        self.refresh_bindings()
         if before is None:
             checkpoints.focus()
 
@@ -169,12 +172,19 @@ class MergeScreen(Screen[None]):
         event.stop()
         self._show_totals()
 
+    def why_not(self, action: str) -> str:
+        """Return why nothing is merged, or why there is nothing to chat with."""
+        if action == "try_it":
+            return "" if has_adapter(self._paths) else no_adapter_words(self._standing[0])
+        if action != "start":
+            return ""
+        if self._facts is None or self._starting:
+            return "It starts now." if self._starting else "The run is being looked at."
+        return f"This run cannot be merged here: {self._facts.why_not}." if self._facts.why_not else ""
+
     def action_start(self) -> None:
         """Check and start."""
-        if self._facts is None or self._starting:
-            return
-        if self._facts.why_not:
-            self.app.bell()
+        if self._facts is None:
             return
         if is_short(self._chosen, free_disk(self._out)):
             self._refuse("The disk has no room for all of this: choose fewer outputs or another folder.")

@@ -9,7 +9,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -27,6 +26,7 @@ from studio.runs.watch import RunWatch
 from studio.tui.merging import MERGED, MergeWork
 from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
 from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.offers import OfferingScreen, offered
 from widgets.key_footer import KeyFooter
 from widgets.labelled_text import LabelledText
 
@@ -34,13 +34,13 @@ _FORM, _NAME = 8, 16
 """Cells of a name beside an output, and beside a row of the result."""
 
 
-class MergeProgressScreen(Screen[None]):
+class MergeProgressScreen(OfferingScreen[None]):
     """Watches a merge and what it makes of its result; all of it goes on without this screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("x", "stop", "Stop"),
-        Binding("R", "resume", "Resume"),
-        Binding("t", "try_it", "Try it"),
+        *offered("x", "stop", "Stop"),
+        *offered("R", "resume", "Resume"),
+        *offered("t", "try_it", "Try it"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
     ]
@@ -134,14 +134,17 @@ class MergeProgressScreen(Screen[None]):
         began = (history.started.at if history.started else 0.0) or self._seen.setdefault(form, now)
         return (now if status.live else history.last_at or now) - began
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer to stop only what runs, to resume only what has ended early, and to try only what is whole."""
+    def why_not(self, action: str) -> str:
+        """Return why there is nothing to stop, to resume or to try."""
         live = any(status.live for status in self._statuses.values())
         if action == "stop":
-            return live or not self._statuses
+            return "" if live or not self._statuses else "Nothing of it runs."
         if action == "resume":
-            return not live and self._ended_early is not None
-        return self._statuses.get(MERGED) is Status.finished if action == "try_it" else True
+            if live:
+                return "It is alive: there is nothing to resume."
+            return "" if self._ended_early is not None else "All of it is finished."
+        merged = self._statuses.get(MERGED) is Status.finished
+        return "" if merged or action != "try_it" else "The merged model is not whole yet."
 
     @property
     def _ended_early(self) -> RunPaths | None:

@@ -1,6 +1,7 @@
 """A run as it goes: figures, plots, samples, log, and the keys that act on it. Leaving it leaves it running."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar
 
 from textual import work
@@ -9,7 +10,6 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
 from textual.reactive import reactive
-from textual.screen import Screen
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
@@ -21,40 +21,44 @@ from studio.tui.engine import Engine
 from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes, waits_for
 from studio.tui.panels.memory_table import MemoryTable
 from studio.tui.panels.notes import Notes
-from studio.tui.panels.outcome import TRAIN, Outcome
+from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
 from studio.tui.panels.peak_gauge import PeakGauge
 from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.offers import OfferingScreen, offered
 from widgets.key_footer import KeyFooter
 from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
 
 _VIEWS = ("plots", "samples", "log", "notes", "memory")
+_VIEWS_OF = {TRAIN: _VIEWS, "measure": ("log", "notes", "memory")}
+"""Views that a job fills; of those that are not named, the log and the notes."""
+_FILLED_BY_ALL = ("log", "notes")
 _JOBS_OF = {
-    "pause": (TRAIN,),
-    "checkpoint": (TRAIN,),
-    "merge": (TRAIN, "merge"),
-    "try_it": (TRAIN, "merge", "export"),
+    "pause": ((TRAIN,), "Only a training can be paused."),
+    "checkpoint": ((TRAIN,), "Only a training writes checkpoints."),
+    "merge": ((TRAIN, "merge"), "Only a training run has an adapter to merge."),
+    "try_it": ((TRAIN, "merge", "export"), "This run makes no model to chat with."),
 }
-"""Jobs that a key means something for, where that is not all of them."""
+"""Jobs that a key means something for, where that is not all of them, and what is said for the others."""
 _SLICE_SECONDS = 0.004
 """How long a long log is read at a stretch, and then not read: a key's answer takes several turns of the loop, and
 each may have to wait for one stretch."""
 _SLICES_PER_LOOK = 50
 
 
-class RunScreen(Screen[None]):
+class RunScreen(OfferingScreen[None]):
     """Watches one run. Below 100 columns or 32 rows one view at a time, else plots above the chosen view."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("x", "stop", "Stop"),
-        Binding("p", "pause", "Pause"),
-        Binding("c", "checkpoint", "Checkpoint"),
-        Binding("R", "resume", "Resume"),
-        Binding("m", "merge", "Merge"),
-        Binding("t", "try_it", "Try it"),
+        *offered("x", "stop", "Stop"),
+        *offered("p", "pause", "Pause"),
+        *offered("c", "checkpoint", "Checkpoint"),
+        *offered("R", "resume", "Resume"),
+        *offered("m", "merge", "Merge"),
+        *offered("t", "try_it", "Try it"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
         Binding("tab", "next_view(1)", "View", priority=True),
@@ -74,6 +78,7 @@ class RunScreen(Screen[None]):
     }
     RunScreen.-wide.-tall {
         & #plots { display: block; height: 3fr; }
+        & #plots.-unfilled { display: none; }
         & #samples, & #log, & #notes, & #memory { height: 2fr; border-top: solid $foreground 20%; }
     }
     """
@@ -97,7 +102,7 @@ class RunScreen(Screen[None]):
         yield RunHeader(self.paths.name)
         yield Outcome()
         yield PeakGauge(self.paths)
-        yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(_VIEWS, start=1)], self.view)
+        yield TabRow(_names(self._views), self.view)
         with Container(id="views"):
             yield RunPlots(id="plots")
             yield Samples(id="samples")
@@ -124,12 +129,17 @@ class RunScreen(Screen[None]):
         self.view = message.key
 
     def action_view(self, key: str) -> None:
-        """Choose a view."""
-        self.view = key
+        """Choose a view, or say why this run has none of that name."""
+        if key in self._views:
+            self.view = key
+        else:
+            told = f"This run is no training: it fills no {key}. It has {' and '.join(self._views)}."
+            self.app.notify(told, markup=False)
 
     def action_next_view(self, direction: int) -> None:
         """Choose the next view or the one before."""
-        self.view = _VIEWS[(_VIEWS.index(self.view) + direction) % len(_VIEWS)]
+        views = self._views
+        self.view = views[(views.index(self.view) + direction) % len(views)] if self.view in views else views[0]
 
     def action_log_axis(self) -> None:
         """Show the loss on the other kind of axis."""
@@ -146,15 +156,36 @@ class RunScreen(Screen[None]):
             self.app.notify("The run goes on. Open it again from the list of runs (o).", markup=False)
         self.dismiss()
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer keys only where they do something."""
-        if self._job not in _JOBS_OF.get(action, self._job):
-            return False
+    def why_not(self, action: str) -> str:
+        """Return why a key does nothing now."""
+        jobs, told = _JOBS_OF.get(action, ((self._job,), ""))
+        if self._job not in jobs:
+            return told
         if action in ("stop", "pause", "checkpoint"):
-            return self._status.live
+            return "" if self._status.live else "The run has ended."
         if action == "resume":
-            return not self._status.live and self._status is not Status.finished
-        return True
+            return self._why_not_resumed()
+        return self._why_nothing_made(action) if action in ("merge", "try_it") else ""
+
+    def _why_not_resumed(self) -> str:
+        if self._status.live:
+            return "The run is alive: there is nothing to resume."
+        return "The run is finished: there is nothing to resume." if self._status is Status.finished else ""
+
+    def _why_nothing_made(self, action: str) -> str:
+        """Return why there is nothing to merge or to chat with; empty where there is."""
+        if self._job == TRAIN and not has_adapter(self.paths):
+            return no_adapter_words(self._status)
+        return self._why_no_model() if action == "try_it" and self._job != TRAIN else ""
+
+    def _why_no_model(self) -> str:
+        """Return why a merge or an export has left nothing to chat with."""
+        saved = self._glance.history.saved if self._glance else []
+        if any((Path(item.path) / "config.json").is_file() for item in saved):
+            return ""
+        if self._job == "export" and self._status is Status.finished:
+            return "What was made is no model folder: a GGUF file is tried in llama.cpp, Ollama or LM Studio."
+        return "There is no model to chat with: the run has left none."
 
     def action_stop(self) -> None:
         """Ask once, then ask the worker to stop; a worker that is stopping can be ended at once."""
@@ -211,6 +242,11 @@ class RunScreen(Screen[None]):
         self._engine.end_now(self.paths)
 
     @property
+    def _views(self) -> tuple[str, ...]:
+        """The views that this kind of job fills."""
+        return _VIEWS_OF.get(self._job, _FILLED_BY_ALL)
+
+    @property
     def _job(self) -> str:
         """What runs; training until the worker has said so."""
         started = self._glance.history.started if self._glance else None
@@ -219,6 +255,13 @@ class RunScreen(Screen[None]):
     @property
     def _status(self) -> Status:
         return self._glance.status if self._glance else Status.starting
+
+    def _offer_views(self) -> None:
+        """Offer what this kind of job fills: without steps there is nothing to plot."""
+        self.query_one(TabRow).names = _names(self._views)
+        self.query_one(RunPlots).set_class("plots" not in self._views, "-unfilled")
+        if self.view not in self._views:
+            self.view = self._views[0]
 
     def _choose(self, view: str) -> None:
         """Mark the views themselves: a class of the screen would have every part of it styled again."""
@@ -244,10 +287,10 @@ class RunScreen(Screen[None]):
             if self.query_one(PeakGauge).show(glance.history, self.query_one(MemoryTable).highest_bytes):
                 self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
             self.query_one(RunPlots).show(glance.history)
-            self.query_one(Samples).show(glance.history)
+            self.query_one(Samples).show(glance.history, glance.status)
             self.query_one(Notes).show(glance.history)
-        if job == TRAIN != self._job:
-            self.view = "log"  # without steps there is nothing to plot
+        if job != self._job:
+            self._offer_views()
         if glance.behind or self._slices_left is not None:
             self._catch_up(glance)
 
@@ -290,3 +333,8 @@ class RunScreen(Screen[None]):
 
     def _say(self, text: str, *, bad: bool = False) -> None:
         self.app.notify(plain(text), severity="error" if bad else "information", markup=False)
+
+
+def _names(views: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return views with the names that are shown; each keeps its number, whichever there are."""
+    return tuple((key, f"{number} {key.title()}") for number, key in enumerate(_VIEWS, start=1) if key in views)

@@ -9,7 +9,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.message import Message
-from textual.screen import Screen
 from textual.widgets import DataTable, Input, Static
 
 from studio.core.errors import StudioError
@@ -19,25 +18,26 @@ from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
-from studio.tui.panels.outcome import TRAIN
+from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.offers import OfferingScreen, offered
 from widgets.key_footer import KeyFooter
 
 _OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
 
 
-class RunsScreen(Screen[None]):
+class RunsScreen(OfferingScreen[None]):
     """The list of runs. Enter opens one."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("R", "resume", "Resume"),
-        Binding("space", "mark", "Mark"),
-        Binding("c", "compare", "Compare"),
-        Binding("a", "audit", "Audit"),
-        Binding("m", "merge", "Merge"),
-        Binding("n", "note", "Note"),
-        Binding("d", "remove", "Delete"),
+        *offered("R", "resume", "Resume"),
+        *offered("space", "mark", "Mark"),
+        *offered("c", "compare", "Compare"),
+        *offered("a", "audit", "Audit"),
+        *offered("m", "merge", "Merge"),
+        *offered("n", "note", "Note"),
+        *offered("d", "remove", "Delete"),
         Binding("slash", "filter", "Filter"),
         Binding("down", "to_table", "To the list", show=False),
         Binding("question_mark", "app.help", "Help", key_display="?"),
@@ -117,14 +117,17 @@ class RunsScreen(Screen[None]):
         fewer = f"{self._count} of " if self._count != count else ""
         return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer to resume only what has ended early, and without a run under the cursor nothing that needs one."""
+    def why_not(self, action: str) -> str:
+        """Return why a key does nothing: there is no run under the cursor, or nothing of it that it is for."""
         if action not in _OF_A_RUN:
-            return True
+            return ""
         info = self._chosen if self.is_mounted else None
-        if action != "resume":
-            return info is not None
-        return info is not None and not info.status.live and info.status is not Status.finished
+        if info is None:
+            return "There is no run to do that with."
+        if action == "resume" and (info.status.live or info.status is Status.finished):
+            return f"The run is {'alive' if info.status.live else 'finished'}: there is nothing to resume."
+        shows_result = action == "merge" and info.job == "merge"
+        return _why_no_adapter(info, action) if action in ("audit", "merge") and not shows_result else ""
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
         """Another run, other keys."""
@@ -169,13 +172,8 @@ class RunsScreen(Screen[None]):
 
     def action_audit(self) -> None:
         """Audit the chosen run's adapter."""
-        info = self._chosen
-        if info is None:
-            return
-        if info.status.live or not info.paths.adapter.is_dir():
-            self.app.notify("Only a training run that has ended with an adapter can be audited.", markup=False)
-            return
-        self.post_message(ShowAudits(info.paths))
+        if self._chosen is not None:
+            self.post_message(ShowAudits(self._chosen.paths))
 
     def action_merge(self) -> None:
         """Merge the chosen run's adapter; of a merge, show what came of it."""
@@ -278,3 +276,12 @@ class RunsScreen(Screen[None]):
     @property
     def _chosen(self) -> RunInfo | None:
         return self._table.chosen
+
+
+def _why_no_adapter(info: RunInfo, action: str) -> str:
+    """Return why a run has nothing to audit or to merge; empty where it has."""
+    if info.job not in (None, TRAIN):
+        return f"Only a training run has an adapter to {action}."
+    if action == "audit" and info.status.live:
+        return "A run is audited when it has ended."
+    return "" if has_adapter(info.paths) else no_adapter_words(info.status)
