@@ -10,12 +10,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.core.errors import BadInput, StudioError
+from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.text import plain
+from studio.runs.atomic import publish_new
 from studio.runs.job import ExportRequest, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.status import Status, run_status
+
+_MOST_TWINS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,37 @@ def only_writer(aside: Aside, out: Path) -> Iterator[None]:
         lock.release()
         with suppress(OSError):
             aside.lock.unlink()
+
+
+def publish_result(made: Path, out: Path, what: str) -> None:
+    """Give a result the name that was asked for; where something has appeared there meanwhile, both are kept.
+
+    Args:
+        made: The whole folder or file.
+        out: The name that was asked for.
+        what: The result in words, such as `the merged model`.
+
+    Raises:
+        JobFailed: The name was taken: the result has the next free one.
+        OSError: The disk refuses.
+    """
+    stem, suffix = (out.stem, out.suffix) if out.suffix == ".gguf" else (out.name, "")
+    for number in range(1, _MOST_TWINS):
+        place = out if number == 1 else out.with_name(f"{stem}-{number}{suffix}")
+        try:
+            publish_new(made, place)
+        except FileExistsError:
+            continue
+        if place == out:
+            return
+        taken, kept = (plain(str(path), one_line=True) for path in (out, place))
+        raise JobFailed(
+            "output_taken",
+            f"something appeared at {taken} while {what} was made, and was left as it is. The result lies in {kept}",
+            "look at both, and rename or delete one of them",
+        )
+    shown = plain(str(out), one_line=True)
+    raise JobFailed("output_taken", f"{shown} and all names like it are taken", "choose another --out")
 
 
 def left_by(paths: RunPaths) -> Aside | None:

@@ -3,12 +3,14 @@
 The order (write aside, fsync, rename, fsync the folder) is what makes a rename durable on POSIX file systems.
 """
 
+import errno
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 _OWNER_ONLY = 0o600
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 _REPLACED = ".{name}.replaced"
 
 
@@ -35,7 +37,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def publish_folder(aside: Path, final: Path) -> None:
-    """Give a finished folder its final name; what it held under that name before is replaced.
+    """Give a finished folder its final name in a place of ours; what it held under that name before is replaced.
 
     Everything in the folder is flushed to disk before the rename. A kill between taking the old folder away and
     naming the new one leaves the old one under a hidden name, from which `mend_folder` brings it back.
@@ -43,10 +45,7 @@ def publish_folder(aside: Path, final: Path) -> None:
     Raises:
         OSError: A file cannot be flushed or the rename is refused (`aside` on another file system, no permission).
     """
-    for folder, _, names in os.walk(aside):
-        for name in names:
-            _sync(Path(folder, name))
-        sync_folder(Path(folder))
+    _sync_all(aside)
     replaced = final.with_name(_REPLACED.format(name=final.name))
     if final.exists():
         _remove(replaced)
@@ -54,6 +53,43 @@ def publish_folder(aside: Path, final: Path) -> None:
     aside.replace(final)
     sync_folder(final.parent)
     _remove(replaced)
+
+
+def publish_new(aside: Path, final: Path) -> None:
+    """Give a finished folder or file its final name in a place of the user's, where nothing is ever replaced.
+
+    An empty folder is nothing. The system itself refuses a name that was taken a moment ago.
+
+    Raises:
+        FileExistsError: Something lies there; both are left as they are.
+        OSError: As for `publish_folder`.
+    """
+    if aside.is_dir():
+        _sync_all(aside)
+        try:
+            aside.rename(final)  # onto a folder that holds something, a file or a link, a folder cannot be renamed
+        except OSError as error:
+            if error.errno in _TAKEN or final.is_dir():  # Windows: permission denied
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
+            raise
+    else:
+        _sync(aside)
+        _rename_new_file(aside, final)
+    sync_folder(final.parent)
+
+
+def _rename_new_file(aside: Path, final: Path) -> None:
+    """A second name never replaces one; where a file system has no second names, looking first has to do."""
+    try:
+        final.hardlink_to(aside)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None
+        aside.rename(final)
+    else:
+        aside.unlink()
 
 
 def mend_folder(final: Path) -> None:
@@ -68,6 +104,13 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable, where the platform lets one open a folder at all (Windows does not)."""
     with suppress(OSError):
         _sync(folder)
+
+
+def _sync_all(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            _sync(Path(folder, name))
+        sync_folder(Path(folder))
 
 
 def _sync(path: Path) -> None:

@@ -283,6 +283,25 @@ def test_a_real_disk_that_fills_up_while_it_is_written(
         assert list(disk.iterdir()) == []
 
 
+def test_what_appears_at_the_output_meanwhile_is_kept_and_so_is_the_model(
+    base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = job.write_folder_files
+
+    def meanwhile(*called: Any, **more: Any) -> None:
+        written(*called, **more)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("the user's")
+
+    monkeypatch.setattr(job, "write_folder_files", meanwhile)
+    failed = history_of(merge(adapter, base, tmp_path / "out")).failed
+    assert failed is not None
+    assert failed.failure == "output_taken"
+    assert str(tmp_path / "out-2") in failed.message
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    assert (_merged_logits(tmp_path / "out-2") - _meant_logits(base, adapter)).abs().max() < 2e-2
+
+
 def _weights(adapter: Path, change: Any) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     change(weights)

@@ -1,9 +1,10 @@
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from studio.runs.atomic import mend_folder, publish_folder, write_whole
+from studio.runs.atomic import mend_folder, publish_folder, publish_new, write_whole
 
 
 def _folder(path: Path, word: str) -> Path:
@@ -73,3 +74,59 @@ def test_mending_removes_what_a_kill_after_both_renames_left(tmp_path: Path) -> 
 def test_mending_where_nothing_happened_changes_nothing(tmp_path: Path) -> None:
     mend_folder(tmp_path / "final")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_in_a_place_of_the_users_an_empty_folder_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    publish_new(_folder(tmp_path / ".one", "one"), tmp_path / "final")
+    assert (tmp_path / "final" / "inner" / "file").read_text() == "one"
+    (tmp_path / "made.gguf").write_text("model")
+    publish_new(tmp_path / "made.gguf", tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_text() == "model"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["final", "out.gguf"]
+
+
+def _users_folder(path: Path) -> None:
+    _folder(path, "the user's")
+
+
+@pytest.mark.parametrize(
+    "appears",
+    [
+        _users_folder,
+        lambda path: path.write_text("the user's"),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.symlink_to("elsewhere", target_is_directory=True),
+    ],
+)
+@pytest.mark.parametrize("made", ["folder", "file"])
+def test_what_is_the_users_is_never_replaced(tmp_path: Path, appears: Callable[[Path], object], made: str) -> None:
+    final, aside = tmp_path / "final", tmp_path / ".made"
+    (tmp_path / "elsewhere").mkdir()
+    appears(final)
+    before = final.lstat()
+    if made == "folder":
+        _folder(aside, "ours")
+    else:
+        aside.write_text("ours")
+    with pytest.raises(FileExistsError):
+        publish_new(aside, final)
+    assert (final.lstat().st_ino, final.lstat().st_size) == (before.st_ino, before.st_size)
+    assert aside.exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_file_system_without_second_names_replaces_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    (tmp_path / "made").write_text("ours")
+    (tmp_path / "taken").write_text("the user's")
+    with pytest.raises(FileExistsError):
+        publish_new(tmp_path / "made", tmp_path / "taken")
+    publish_new(tmp_path / "made", tmp_path / "free")
+    assert (tmp_path / "taken").read_text() == "the user's"
+    assert (tmp_path / "free").read_text() == "ours"

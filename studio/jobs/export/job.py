@@ -6,7 +6,6 @@ end, a full disk, the card, the upload.
 
 import errno
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +29,8 @@ from studio.jobs.export.whole_model import is_adapter, merge_first
 from studio.jobs.export.work import Stopped, Work
 from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.export import check_export
-from studio.runs.aside import export_aside, only_writer
-from studio.runs.atomic import publish_folder, sync_folder, write_whole
+from studio.runs.aside import export_aside, only_writer, publish_result
+from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, read_job
@@ -141,14 +140,7 @@ def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
 
 def _publish(made: Path, out: Path) -> None:
     """Give the result its name: the folder, or of it the one file where a file was asked for."""
-    if out.suffix != _GGUF:
-        publish_folder(made, out)
-        return
-    file = made / out.name
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
-    file.replace(out)
-    sync_folder(out.parent)
+    publish_result(made if out.suffix != _GGUF else made / out.name, out, "the export")
 
 
 def _file_name(out: Path, form: str) -> str:

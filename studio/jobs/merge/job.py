@@ -28,8 +28,8 @@ from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps
 from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back
 from studio.jobs.merge.write_steps import Stopped, write_steps
-from studio.runs.aside import merge_aside, only_writer
-from studio.runs.atomic import publish_folder, write_whole
+from studio.runs.aside import merge_aside, only_writer, publish_result
+from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.job import MergeRequest
 from studio.runs.worker import Worker
@@ -135,7 +135,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
         raise Stopped("stopped before the merged model was published")
     worker.emit(Phase, name="saving")
     out = Path(request.out)
-    publish_folder(aside, out)
+    publish_result(aside, out, "the merged model")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     worker.emit(Saved, what="merged", path=str(out), size_bytes=size)
     report = {
