@@ -3,12 +3,14 @@
 import asyncio
 import errno
 import http.client
+import http.server
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -330,3 +332,46 @@ def test_a_browser_shows_the_studio_and_takes_keys(served: Served, tmp_path: Pat
                 await page.picture(Path(kept) / "browser.png")
 
     asyncio.run(story())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+def test_a_browser_keeps_the_secrets_from_scripts_and_from_other_ports(served: Served, tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        """Another user's server, on another port of this machine."""
+
+        def do_GET(self) -> None:
+            heard.append(f"{self.path} {self.headers.get('Cookie')} {self.headers.get('Referer')}")
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def story(other: str) -> None:
+        async with browser(served.address, tmp_path / "profile") as page:
+
+            async def value(script: str) -> Any:
+                found = await page.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+                return found["result"]["value"]
+
+            await page.until(lambda: "Memory" in page.heard)
+            assert await value("document.cookie") == ""
+            assert "token" not in await value("location.href")
+            assert await value("fetch('/download/0123').then(answer => answer.status)") == 404
+            assert await value("fetch('/ws').then(answer => answer.status)") == 403
+            await page.call("Runtime.evaluate", expression=f"location.href = '{other}/'")
+            while not heard:
+                await asyncio.sleep(0.1)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        asyncio.run(story(f"http://127.0.0.1:{server.server_port}"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert heard[0] == "/ None None"
