@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
 
     found = fit(recipe, shape, gpu, card.budget_bytes, known)
-    setup = as_it_lies(replace(setup_of(found.recipe, bf16=gpu.bf16), device="cuda"), shape.quantised)
+    setup = as_it_lies(replace(setup_of(found.recipe, gpu), device="cuda"), shape.quantised)
     pace = pace_of(found.recipe, shape, setup, gpu)
     if args.json:
         plan = plan_to_dict(found.estimate, shape, setup, gpu=gpu, budget_bytes=card.budget_bytes)

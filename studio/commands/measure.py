@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("measure traces this program's own step: leave --engine out, or use plan for the stock loop")
     recipe = _recipe(args)
     card = card_for(args, recipe)
-    setup = setup_of(recipe, bf16=card.gpu is None or card.gpu.bf16)
+    setup = setup_of(recipe, card.gpu)
     data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
     plan = _plan(recipe, setup, card, data_known=data_known)
     paths = start_measure(

@@ -121,7 +121,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
-    setup = _held_as(args, setup_of(recipe, bf16=gpu is None or gpu.bf16))
+    setup = _held_as(args, setup_of(recipe, gpu))
     if gpu is not None:
         setup = replace(setup, device="cuda")
     wishes = {name: getattr(args, name) for name in _STOCK}

@@ -98,7 +98,7 @@ class _Ground:
     budget_bytes: int | None
 
     def estimate(self, recipe: Recipe) -> VramEstimate:
-        setup = setup_of(recipe, bf16=self.gpu is None or self.gpu.bf16)
+        setup = setup_of(recipe, self.gpu)
         check_adapted(self.shape, setup.adapted)
         return estimate_vram(self.shape, setup, self.gpu)
 

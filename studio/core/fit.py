@@ -126,7 +126,7 @@ class Search:
         return tuple(prices)
 
     def _setup(self, recipe: Recipe) -> Setup:
-        return setup_of(recipe, bf16=self.gpu is None or self.gpu.bf16)
+        return setup_of(recipe, self.gpu)
 
     def _fits(self, recipe: Recipe, changes: Sequence[Change]) -> bool:
         return self.estimate(applied(recipe, changes)).device.high <= self.budget_bytes
@@ -183,7 +183,7 @@ def fit(
     """
 
     def taken(candidate: Recipe) -> VramEstimate:
-        setup = setup_of(candidate, bf16=gpu.bf16)
+        setup = setup_of(candidate, gpu)
         return estimate(setup) if estimate else estimate_vram(shape, setup, gpu)
 
     search = Search(shape, taken, budget_bytes, gpu)
@@ -223,7 +223,7 @@ def _cards(recipe: Recipe, shape: ModelShape) -> tuple[Gpu, ...]:
     found: dict[int, Gpu] = {}
     for gpu in sorted(CATALOGUE.values(), key=lambda card: card.total_bytes):
         if gpu.total_bytes not in found:
-            needed = estimate_vram(shape, setup_of(recipe, bf16=gpu.bf16), gpu).device.high
+            needed = estimate_vram(shape, setup_of(recipe, gpu), gpu).device.high
             if needed <= gpu.total_bytes:
                 found[gpu.total_bytes] = gpu
         if len(found) == 3:

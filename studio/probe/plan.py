@@ -33,7 +33,7 @@ def plan_for(recipe: Recipe, base: BaseFound, *, cards: list[Reading] | None = N
         shape = shape_of_base(base)
         reading = card_of(recipe.device.device, read_gpus() if cards is None else cards)
         gpu = known_gpu(reading) if reading else None
-        setup = replace(setup_of(recipe, bf16=gpu is None or gpu.bf16), device="cuda" if reading else "cpu")
+        setup = replace(setup_of(recipe, gpu), device="cuda" if reading else "cpu")
         setup = as_it_lies(setup, shape.quantised)
         estimate = calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
         plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))

@@ -70,7 +70,6 @@ class Forecaster:
             correct: What this machine's own runs make of an estimate.
         """
         self.shape, self.card, self._correct = shape, card, correct
-        self._bf16 = card.gpu is None or card.gpu.bf16
         self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
         self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
 
@@ -80,7 +79,7 @@ class Forecaster:
         Raises:
             BadInput: Its targets or its rank do not suit the model.
         """
-        return Outlook(self._estimate(setup_of(recipe, bf16=self._bf16)), self.budget_bytes(recipe))
+        return Outlook(self._estimate(setup_of(recipe, self.card.gpu)), self.budget_bytes(recipe))
 
     def budget_bytes(self, recipe: Recipe) -> int | None:
         """Return what is free on the card, and no more than the recipe's own budget; None without either."""
@@ -94,7 +93,7 @@ class Forecaster:
             BadInput: Targets or rank do not suit the model.
         """
         budget = self.budget_bytes(recipe)
-        setup = replace(setup_of(recipe, bf16=self._bf16), micro_batch=1)
+        setup = replace(setup_of(recipe, self.card.gpu), micro_batch=1)
         return None if budget is None else self._largest(setup, budget)
 
     def _worked_out(self, setup: Setup) -> VramEstimate:

@@ -68,7 +68,7 @@ def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[M
 
 def _pace(recipe: Recipe, forecaster: Forecaster) -> Pace:
     gpu = forecaster.card.gpu
-    return pace_of(recipe, forecaster.shape, setup_of(recipe, bf16=gpu is None or gpu.bf16), gpu)
+    return pace_of(recipe, forecaster.shape, setup_of(recipe, gpu), gpu)
 
 
 def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str, str]]:

@@ -23,6 +23,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from studio.core.recipe import AdapterSection, TrainSection
 from studio.jobs.base.data.rows import Example, encode_rows
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.precision import choose_precision
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
@@ -31,7 +32,6 @@ from studio.jobs.train.choose_batching import can_pack
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
-from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.step_model import StepModel
 from studio.probe.data import read_data
 from studio.probe.models import find_base

@@ -44,7 +44,7 @@ def test_the_result_fits_at_the_high_end_and_every_change_is_needed(card: str):
         without = found.recipe
         for path, _ in change.change.settings:
             without = without.with_(path, wanted.get(path))
-        assert estimate_vram(LLAMA, setup_of(without, bf16=gpu.bf16), gpu).device.high > gpu.total_bytes
+        assert estimate_vram(LLAMA, setup_of(without, gpu), gpu).device.high > gpu.total_bytes
 
 
 def test_time_is_spent_before_quality_and_quality_before_data():
@@ -83,7 +83,7 @@ def test_where_nothing_fits_there_is_a_card_that_would():
     sizes = [card.total_bytes for card in found.cards]
     assert sizes == sorted(set(sizes))
     assert min(sizes) > gpu.total_bytes
-    needed = estimate_vram(LLAMA, setup_of(found.recipe, bf16=found.cards[0].bf16), found.cards[0]).device.high
+    needed = estimate_vram(LLAMA, setup_of(found.recipe, found.cards[0]), found.cards[0]).device.high
     assert needed <= found.cards[0].total_bytes
     assert found.most_parameters is not None
     assert found.most_parameters < LLAMA.parameters

@@ -320,7 +320,7 @@ def test_a_recipe_becomes_a_set_up():
     setup = setup_of(recipe)
     assert (setup.engine, setup.rank, setup.optimizer, setup.dtype) == ("studio", 8, "paged_adamw_8bit", "bf16")
     assert (setup.kbit_prepare, setup.outputs_kept, setup.autocast) == (False, False, True)
-    assert setup_of(recipe, bf16=False).dtype == "fp16"
+    assert setup_of(recipe, find_gpu("t4")).dtype == "fp16"
 
 
 def test_an_unsaid_stock_loop_is_taken_as_those_that_were_measured():

@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from studio.core.adapter_text import layers_of, modules_of, pattern_of
+from studio.core.gpu_catalogue import Gpu, sixteen_bit
 from studio.core.recipe import ALL_LINEAR, Attention, Loss, Method, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
 from studio.core.vram.modules import FusedKernels
@@ -142,16 +143,16 @@ def _kind(choices: tuple[Any, ...], batched: bool) -> Setup:
     return Setup(**dict(zip(_CHOICES, choices, strict=True)), micro_batch=1 + batched)
 
 
-def setup_of(recipe: Recipe, *, bf16: bool = True) -> Setup:
+def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
     """Return the set-up of this program's own engine for a recipe.
 
     Args:
         recipe: What is wanted.
-        bf16: Whether the device computes in bf16, for a dtype of `auto`.
+        gpu: The card, for a dtype of `auto`; None where it is not known, or there is none.
     """
     dtype = recipe.model.dtype
     if dtype == "auto":
-        dtype = "bf16" if bf16 else "fp16"
+        dtype = sixteen_bit(gpu.compute_capability if gpu else None)
     train = recipe.train
     return Setup(
         engine="studio",

@@ -17,6 +17,7 @@ from studio.jobs.audit.adapter_variants import AdapterForms
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_base
+from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.models import BaseFound, find_base
@@ -155,7 +156,7 @@ class AnswerModels:
 def _dtype(device: torch.device, parameters: int) -> torch.dtype:
     """Return fp32, the audit's arithmetic, where a whole model fits in it; on a card its 16-bit format."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return half_dtype(device)
     return torch.float32 if parameters * 4 + _WORK_BYTES < _free_bytes(device) else torch.bfloat16
 
 

@@ -21,13 +21,15 @@ from studio.jobs.audit.base_audit import check_cost, known_tokens
 from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.delta import block_deltas
+from studio.jobs.audit.device import device_of
 from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
 from studio.jobs.audit.rows import check_ids, read_audit_rows
 from studio.jobs.audit.run_report import RunReport, handiest
-from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of, serving_dtype
+from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
 from studio.jobs.audit.walk import Ground, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
+from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
 from studio.probe.fingerprint import fingerprint
@@ -90,7 +92,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     speeds: dict[tuple[str, bool], Speed] = {}
     prompt = prompt_of(rows) if request.speed != "0" else []
     if prompt:
-        models = AnswerModels(base, adapter, recipe, dtype=serving_dtype())
+        models = AnswerModels(base, adapter, recipe, dtype=half_dtype(device_of()))
         speeds = measured_speeds(worker, models, prompt, forms.form.name)
     shown = [report.walked(one, speeds) for one in named]
     shown += [report.gguf(name, file, gguf, gguf.speed(name, prompt)) for name, file in gguf.files.items()]

@@ -20,7 +20,7 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Phase
 from studio.core.text import plain
 from studio.jobs.audit.answer_models import TUNED, AnswerModels
-from studio.jobs.audit.device import device_of, wait_for
+from studio.jobs.audit.device import wait_for
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.base.llama.tool_process import LlamaTool
@@ -188,10 +188,3 @@ def timed_gguf(tool: LlamaTool, gguf: Path, prompt: Sequence[int], work: Path) -
         int(seconds["threads"]),
         LLAMA,
     )
-
-
-def serving_dtype() -> torch.dtype:
-    """Return the 16-bit format that this device has: what the chat serves in."""
-    if device_of().type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16

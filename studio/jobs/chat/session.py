@@ -20,6 +20,7 @@ from studio.core.recipe import QuantType
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.generation import Watch, stop_ids
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.precision import DTYPES, half_dtype
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
 from studio.jobs.chat.answering import Streamer, token_ids
 from studio.probe.adapter_folder import find_adapter
@@ -27,7 +28,6 @@ from studio.probe.models import BaseFound, find_base
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
 from studio.runs.failure import ran_out_of_memory
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NF4_SHARE = 0.4
 """Of the 16-bit size: 4.5 bits a weight, embeddings and head in 16 bits, and one layer in both forms while loading."""
 _WORK_BYTES = 5e8
@@ -53,7 +53,7 @@ class Session:
         self.notes: list[str] = []
         base = find_base(request.base, request.revision)
         device = _device(request.device)
-        dtype = _dtype(request, base, device)
+        dtype = _dtype(request, device)
         if device.type == "cpu":
             check_memory(base, request.method, dtype, device)
         loaded: Any = load_base(
@@ -223,9 +223,5 @@ def _quant(request: ChatRequest) -> FourBit:
     return FourBit(code, request.double_quant, modules_of(request.skip_modules))
 
 
-def _dtype(request: ChatRequest, base: BaseFound, device: torch.device) -> torch.dtype:
-    if request.dtype != "auto":
-        return _DTYPES[request.dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16
+def _dtype(request: ChatRequest, device: torch.device) -> torch.dtype:
+    return half_dtype(device) if request.dtype == "auto" else DTYPES[request.dtype]

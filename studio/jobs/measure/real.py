@@ -8,6 +8,7 @@ from torch import Tensor
 
 from studio.core.events import MemorySeen, RunEvent
 from studio.core.recipe import Recipe
+from studio.jobs.base.precision import choose_precision
 from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
 from studio.jobs.measure.storages import PAGED, Peaks
 from studio.jobs.measure.weightless import frozen_tensors
@@ -15,7 +16,6 @@ from studio.jobs.train.batches import collate
 from studio.jobs.train.memory import limit_memory
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.precision import choose_precision
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.gpus import read_gpus

@@ -13,6 +13,7 @@ import torch
 
 from studio.core.recipe import Recipe
 from studio.core.vram.setup import ITEMSIZES
+from studio.jobs.base.precision import Precision
 from studio.jobs.measure.card import TracedCopies, card_habits
 from studio.jobs.measure.fake import Numbers, fake_world
 from studio.jobs.measure.step import PlacedBatcher, run_steps
@@ -21,7 +22,6 @@ from studio.jobs.measure.weightless import config_of, weightless_base
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.offload import offload_checkpoints
 from studio.jobs.train.optimizer import build_optimizer
-from studio.jobs.train.precision import Precision
 from studio.jobs.train.step_model import StepModel
 
 _CUDA_BLOCK_BYTES = 512

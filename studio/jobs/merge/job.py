@@ -18,11 +18,12 @@ from torch import Tensor
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
 from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.precision import DTYPES
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
 from studio.jobs.merge.memory import check_memory
-from studio.jobs.merge.parts import DTYPES, Parts, change_of, find_parts, plan_of, shown_by
+from studio.jobs.merge.parts import Parts, change_of, find_parts, plan_of, shown_by
 from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
 from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps

@@ -13,6 +13,7 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.events import Phase, Sampled, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of
+from studio.jobs.base.precision import DTYPES
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits, turned_parameters
 from studio.jobs.base.weights.pissa import write_difference
 from studio.jobs.base.weights.skeleton import Skeleton, Weighted
@@ -32,7 +33,6 @@ from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.worker import Worker
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MOST_TEXTS = 6
 
 

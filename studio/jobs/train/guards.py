@@ -15,8 +15,13 @@ MOST_SKIPPED = 10
 """Overflowing fp16 steps in a row that the loss scaler may skip; it halves its scale each time, 2**16 falls to 64."""
 
 
-def check_loss(loss: float, step: int) -> None:
+def check_loss(loss: float, step: int, steadier: str = "") -> None:
     """Stop on a loss that is not a number or exactly 0.
+
+    Args:
+        loss: Of the step.
+        step: Its number.
+        steadier: Which number format would bear more, as advice; empty where none would.
 
     Raises:
         JobFailed: `nonfinite_loss` or `zero_loss`.
@@ -25,7 +30,7 @@ def check_loss(loss: float, step: int) -> None:
         raise JobFailed(
             "nonfinite_loss",
             f"the loss is {loss} at step {step}; every later step would be worthless",
-            "lower the learning rate, or use bf16 instead of fp16; look at the rows of this step in the data",
+            f"{_lower(steadier)}; look at the rows of this step in the data",
         )
     if loss == 0.0:
         raise JobFailed(
@@ -49,8 +54,15 @@ def check_labels(loss_tokens: int, step: int) -> None:
         )
 
 
-def check_gradient(grad_norm: float, step: int, skipped: int, scaled: bool) -> None:
+def check_gradient(grad_norm: float, step: int, skipped: int, *, scaled: bool, steadier: str = "") -> None:
     """Stop on a gradient that is not a number; with fp16 scaling only after the scaler had its chances.
+
+    Args:
+        grad_norm: Of the step.
+        step: Its number.
+        skipped: How many steps in a row it was not finite.
+        scaled: Whether a scaler lowers its scale for it.
+        steadier: As for `check_loss`.
 
     Raises:
         JobFailed: `nonfinite_gradient`.
@@ -61,8 +73,12 @@ def check_gradient(grad_norm: float, step: int, skipped: int, scaled: bool) -> N
     raise JobFailed(
         "nonfinite_gradient",
         f"the gradient norm is {grad_norm} at step {step}{times}",
-        "lower the learning rate, or use bf16 instead of fp16",
+        _lower(steadier),
     )
+
+
+def _lower(steadier: str) -> str:
+    return "lower the learning rate" + (f", or {steadier}" if steadier else "")
 
 
 class MovementGuard:

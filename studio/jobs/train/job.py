@@ -17,6 +17,7 @@ from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
 from studio.jobs.base.load import base_folder, load_tokenizer
+from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
@@ -27,7 +28,6 @@ from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.precision import Precision, choose_precision
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
@@ -67,7 +67,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     )
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = _device(recipe)
-    precision = choose_precision(recipe.model.dtype, device)
+    precision = _precision(worker, recipe, device)
     memory = MemoryWatch(worker.emit, device)
 
     tell = PhaseTeller(worker.emit)
@@ -155,9 +155,17 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         device=device,
         memory=memory,
         emit=worker.emit,
+        steadier=steadier_format(precision, device),
     )
     end = train(parts, recipe.train, total, start, Hooks(between.after_step))
     _finish(worker, between, end, trained_on)
+
+
+def _precision(worker: Worker, recipe: Recipe, device: torch.device) -> Precision:
+    precision = choose_precision(recipe.model.dtype, device)
+    if why := without_own_format(precision, device):
+        worker.emit(Warned, topic="dtype", message=why)
+    return precision
 
 
 def _step_model(worker: Worker, recipe: Recipe, model: PeftModel, batch: Batch, precision: Precision) -> StepModel:

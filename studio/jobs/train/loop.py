@@ -23,7 +23,10 @@ from studio.jobs.train.optimizer import set_learning_rate
 
 @dataclass(slots=True)
 class LoopParts:
-    """What the loop works with. `step_model` returns the summed loss of a batch."""
+    """What the loop works with. `step_model` returns the summed loss of a batch.
+
+    `steadier` is which number format would bear more than the one in use, for advice.
+    """
 
     step_model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -33,6 +36,7 @@ class LoopParts:
     memory: MemoryWatch
     emit: Callable[..., None]
     backward: Callable[[torch.Tensor], None] = field(default=lambda loss: loss.backward())
+    steadier: str = ""
 
 
 @dataclass(slots=True)
@@ -75,13 +79,13 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
             parts.backward(parts.scaler.scale(part))
             loss += part.detach()
         loss_value = float(loss)
-        check_loss(loss_value, step)
+        check_loss(loss_value, step, parts.steadier)
 
         parts.scaler.unscale_(parts.optimizer)
         limit = section.max_grad_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        check_gradient(grad_norm, step, skipped, parts.scaler.is_enabled())
+        check_gradient(grad_norm, step, skipped, scaled=parts.scaler.is_enabled(), steadier=parts.steadier)
         if step == start.step + 1:
             parts.memory.see("backward", step)
         parts.scaler.step(parts.optimizer)
