@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.cookies import SimpleCookie
 from pathlib import Path
@@ -187,9 +187,9 @@ class Served:
         return headers["Location"], kept
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
+@contextmanager
+def serving(folder: Path) -> Iterator[Served]:
+    """A server whose user was never here before."""
     environment = {**os.environ, "LORA_STUDIO_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
     log = folder / "log"
     with log.open("wb") as output:
@@ -210,6 +210,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("served")) as server:
+        yield server
 
 
 def answers(server: Served) -> bool:
@@ -317,8 +323,8 @@ def test_no_process_and_no_log_holds_a_secret(served: Served) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
-def test_a_browser_shows_the_studio_and_takes_keys(served: Served, tmp_path: Path) -> None:
-    async def story() -> None:
+def test_a_browser_shows_the_studio_and_takes_keys(tmp_path: Path) -> None:
+    async def story(served: Served) -> None:
         async with browser(served.address, tmp_path / "profile") as page:
             await page.until(lambda: "What will it train on?" in page.heard)
             await page.until(lambda: "Memory" in page.heard)
@@ -331,7 +337,8 @@ def test_a_browser_shows_the_studio_and_takes_keys(served: Served, tmp_path: Pat
                 await asyncio.sleep(1)
                 await page.picture(Path(kept) / "browser.png")
 
-    asyncio.run(story())
+    with serving(tmp_path) as served:
+        asyncio.run(story(served))
 
 
 @pytest.mark.slow
