@@ -20,7 +20,6 @@ from studio.runs.atomic import write_whole
 from studio.runs.job import (
     ADAPTER_FORMATS,
     EXPORT_FORMATS,
-    GGUF_FORMATS,
     MODULES,
     ExportRequest,
     MergeRequest,
@@ -34,8 +33,11 @@ WHOLE_FORMATS = tuple(form for form in EXPORT_FORMATS if form not in ADAPTER_FOR
 
 
 def beside(merged: Path, form: str) -> Path:
-    """Return where an export of a merged model lies: a folder or file beside it."""
-    return merged.with_name(f"{merged.name}-{form}{'.gguf' if form in GGUF_FORMATS else ''}")
+    """Return where an export of a merged model lies: a folder beside it.
+
+    Also for GGUF: of a file alone there would be no card, and no Modelfile for Ollama.
+    """
+    return merged.with_name(f"{merged.name}-{form}")
 
 
 def start_chain(request: MergeRequest, runs_root: Path, **starting: Any) -> RunPaths:

@@ -64,7 +64,7 @@ def test_exports_follow_a_merge_by_themselves(
     asked = [read_job(one) for one in seen]
     trained = str(Path(merge["path"]).parent / run)
     assert asked == [
-        ExportRequest(str(out), f"{out}-q8_0.gguf", "q8_0", trained, then=("int8",)),
+        ExportRequest(str(out), f"{out}-q8_0", "q8_0", trained, then=("int8",)),
         ExportRequest(str(out), f"{out}-int8", "int8", trained),
     ]
     assert [str(run_status(one)) for one in seen] == ["failed", "finished"]

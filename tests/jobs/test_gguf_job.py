@@ -24,6 +24,7 @@ from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE
 from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import answers, job
 from studio.jobs.export.work import Work
+from studio.probe.chain import beside
 from studio.runs.aside import export_aside
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
@@ -115,6 +116,17 @@ def _failure(paths: RunPaths) -> Any:
 
 def _nothing_left(tmp_path: Path) -> bool:
     return not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_what_a_merge_is_followed_by_has_a_modelfile_and_a_card_too(
+    merged: Path, export: Export, tools: Path, tmp_path: Path
+) -> None:
+    """As the merge screen and `merge --export` ask for it."""
+    out = beside(merged, "q4_k_m")
+    paths = export(merged, out, "q4_k_m")
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "README.md", "merged-Q4_K_M.gguf"]
+    assert "FROM ./merged-Q4_K_M.gguf" in (out / "Modelfile").read_text()
 
 
 def test_a_folder_with_model_card_and_modelfile(merged: Path, export: Export, tools: Path, tmp_path: Path) -> None:

@@ -144,7 +144,11 @@ def _publish(made: Path, out: Path) -> None:
 
 
 def _file_name(out: Path, form: str) -> str:
-    return out.name if out.suffix == _GGUF else f"{out.name}-{form.upper().replace('LORA-GGUF', 'LoRA')}{_GGUF}"
+    """Return the name of the GGUF file: what was asked for, else the folder's, which may end with the format."""
+    if out.suffix == _GGUF:
+        return out.name
+    stem = out.name.removesuffix(f"-{form}") or out.name
+    return f"{stem}-{form.upper().replace('LORA-GGUF', 'LoRA')}{_GGUF}"
 
 
 def _write_card(
