@@ -276,6 +276,28 @@ def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> N
     play_setup(story, tmp_path, finder_that(told, hub=("Qwen/small", HOSTILE)))
 
 
+def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data", "goal", "recipe")
+        await until(pilot, lambda: "Start training now" in shown(app))
+
+        async def reasons(columns: int) -> list[str]:
+            await pilot.resize_terminal(columns, 90)
+            await pilot.pause()
+            await pilot.pause()
+            rows = [row.rstrip() for row in shown(app).splitlines()]
+            return rows[next(place for place, row in enumerate(rows) if row.startswith(" Method")) : -1]
+
+        wide, narrow = await reasons(120), await reasons(80)
+        assert max(map(len, wide)) > 80
+        flush = [[row for row in rows if row.strip() and row[1] != " "] for rows in (wide, narrow)]
+        assert flush[0] == flush[1], "the labels stand before the reasons, and nothing else"
+        assert " ".join(" ".join(wide).split()) == " ".join(" ".join(narrow).split())
+        assert await reasons(120) == wide
+
+    play_setup(story, tmp_path, finder_that(Told()), size=(120, 90))
+
+
 def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp_path: Path) -> None:
     """They went into the line and not out of it, and there q, ? and all others were letters."""
 

@@ -183,7 +183,11 @@ class SetupScreen(SetupThreads):
         step = self._step("recipe")
         step.tell_found(verdict_text(message.advice, self.answers.card))
         step.offer(end_options(), likely_end(message.advice, self.answers.card))
-        step.tell(Content.assemble(goal_text(self.answers.goal), "\n\n", advice_text(message.advice, step.room)))
+        self._tell_advice()
+
+    def on_resize(self) -> None:
+        """Wrap the reasons anew: their lines are made for the width."""
+        self._tell_advice()
 
     def action_back(self) -> None:
         """Go one step back, from the first to the configure screen; nothing is forgotten."""
@@ -217,6 +221,11 @@ class SetupScreen(SetupThreads):
         if self._advice is not None:
             self._keep(replace(self.answers, done=True, step=""))
             self.dismiss(SetupDone(self._advice.recipe, then, self.answers.card))
+
+    def _tell_advice(self) -> None:
+        if self._advice is not None and self.step == "recipe":
+            step = self._step("recipe")
+            step.tell(Content.assemble(goal_text(self.answers.goal), "\n\n", advice_text(self._advice, step.room)))
 
     def _choose_card(self) -> None:
         from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame
