@@ -25,6 +25,33 @@ def plain(text: str, *, one_line: bool = False, limit: int | None = None) -> str
     return "".join(_visible(character, one_line) for character in text)
 
 
+def plain_path(path: str, cells: int) -> str:
+    """Return a path made harmless, in one line of at most `cells` cells of a terminal, with its end in sight.
+
+    What is cut is on the left, up to a separator where one is near: the name is what tells paths apart. A name that
+    is too long alone is cut in its middle.
+    """
+    shown = plain(path, one_line=True)
+    if _cells(shown) <= cells:
+        return shown
+    place = shown.find("/", 1)
+    while place >= 0:
+        if _cells(tail := shown[place:]) < cells and len(tail) > 1:
+            return f"…{tail}"
+        place = shown.find("/", place + 1)
+    name = shown.rstrip("/").rpartition("/")[2]
+    end = name
+    while name and _cells(name) > (cells - 1) // 2:
+        name = name[:-1]
+    while end and _cells(name) + _cells(end) >= cells:
+        end = end[1:]
+    return f"{name}…{end}"
+
+
+def _cells(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
 def _visible(character: str, one_line: bool) -> str:
     if character in _KEPT:
         return repr(character)[1:-1] if one_line else character

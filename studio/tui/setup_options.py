@@ -12,13 +12,14 @@ from studio.core.goals import GOALS, Goal
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.text import plain
 from studio.probe.hub import is_hub_id
+from studio.tui.panels.setup_step import Shown, path_line
 from studio.tui.setup_texts import goal_line
 
 HERE, OTHER = "here", "other"
 """The machine step's answers beside the name of a card."""
 
 Then = Literal["launch", "configure", "save"]
-Options = list[tuple[str, Content]]
+Options = list[tuple[str, Shown]]
 """Values and what is shown for them."""
 
 
@@ -45,9 +46,9 @@ def card_options(card: str) -> Options:
 
 def data_options(files: Sequence[str], chosen: str) -> Options:
     """Offer the embedded data and the files that were found; before them another file that was chosen."""
-    options = [(EMBEDDED, Content("embedded: questions about Python's standard library"))]
-    options += [(file, _named(file)) for file in files]
-    return options if chosen in (EMBEDDED, *files) else [(chosen, _named(chosen)), *options]
+    options: Options = [(EMBEDDED, Content("embedded: questions about Python's standard library"))]
+    options += [(file, path_line(file)) for file in files]
+    return options if chosen in (EMBEDDED, *files) else [(chosen, path_line(chosen)), *options]
 
 
 def goal_options() -> Options:
@@ -90,7 +91,3 @@ def is_model(word: str) -> bool:
     except OSError:
         return False
     return "/" in word and (is_hub_id(word) or word.startswith("/"))
-
-
-def _named(file: str) -> Content:
-    return Content(plain(file, one_line=True, limit=100))

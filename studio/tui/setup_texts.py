@@ -10,7 +10,7 @@ from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
-from studio.core.text import plain
+from studio.core.text import plain, plain_path
 from studio.probe.data import Conversation
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
@@ -23,6 +23,7 @@ _WORD = 15
 _MOST_FINDINGS = 8
 _EXAMPLE = 160
 _TWO_COLUMNS = 60
+_LEAST_NAME, _NAME_ABOVE = 20, 76
 _LEVELS = {"fits": "$text-success bold", "tight": "$text-warning bold", "does not fit": "$text-error bold"}
 
 Parts = list[str | tuple[str, str]]
@@ -57,21 +58,22 @@ def machine_text(machine: Machine, runs_root: Path) -> Content:
     return Content.assemble(*parts)
 
 
-def model_line(model: Listed) -> Content:
-    """Return one model of the list."""
-    word = plain(model.word, one_line=True, limit=60)
-    if model.word == EMBEDDED:
+def model_line(model: Listed, cells: int) -> Content:
+    """Return one model of the list, in a number of cells."""
+    word = model.word
+    if word == EMBEDDED:
         word = f"embedded: SmolLM2-135M-Instruct{'' if model.problem else ', comes with the program'}"
     size = f"  {model.size_bytes / GIB:.1f} GiB" if model.size_bytes else ""
     note = "  cannot be used" if model.problem else ""
     where = {"hub": "  in the cache" if model.path else "  on the hub", "folder": "", "embedded": ""}[model.kind]
-    return Content.assemble(word, (f"{size}{where}{note}", "$text-muted"))
+    about = f"{size}{where}{note}"
+    return Content.assemble(plain_path(word, max(_LEAST_NAME, cells - len(about))), (about, "$text-muted"))
 
 
 def model_text(base: str, shape: ModelShape) -> Content:
     """Return what is known of a model that was looked at."""
     return Content.assemble(
-        (plain(base, one_line=True, limit=100), "bold"),
+        (plain_path(base, _NAME_ABOVE), "bold"),
         f"\n{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {shape.layers} layers of width {shape.hidden}, "
         f"{count(shape.vocabulary)} words of vocabulary\n",
         f"16-bit weights {2 * shape.parameters / GIB:.1f} GiB",
@@ -82,7 +84,7 @@ def model_text(base: str, shape: ModelShape) -> Content:
 def data_text(checked: DataChecked) -> Content:
     """Return what a data file is, what is wrong with it, and one row."""
     data, facts = checked.data, checked.facts
-    parts: Parts = [(plain(data.path.name, one_line=True, limit=100), "bold")]
+    parts: Parts = [(plain_path(data.path.name, _NAME_ABOVE), "bold")]
     parts.append(f"\n{plain(data.described(), one_line=True) if data.rows else 'no row can be used'}\n")
     if facts.rows:
         about = "" if facts.counted else "about "

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.core.text import plain
+from studio.core.text import plain, plain_path
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,28 @@ def test_limit(text: str, limit: int) -> None:
 def test_ordinary_text_is_untouched() -> None:
     text = "Grüße, 漢字 🙂 [bold]not markup[/bold]\n\tend"
     assert plain(text) == text
+
+
+@pytest.mark.parametrize(
+    ("path", "cells", "shown"),
+    [
+        ("/a/model", 40, "/a/model"),
+        ("/home/someone/models/Llama-3.1-8B", 33, "/home/someone/models/Llama-3.1-8B"),
+        ("/home/someone/models/Llama-3.1-8B", 32, "…/someone/models/Llama-3.1-8B"),
+        ("/home/someone/models/Llama-3.1-8B", 15, "…/Llama-3.1-8B"),
+        ("/home/someone/models/Llama-3.1-8B", 11, "Llama….1-8B"),
+        ("a-very-long-name.jsonl", 12, "a-ver….jsonl"),
+        ("/data/漢字漢字/rows.jsonl", 21, "…/漢字漢字/rows.jsonl"),
+        ("/data/漢字漢字/rows.jsonl", 20, "…/rows.jsonl"),
+        ("/a\x1b[31m/rows.jsonl", 40, "/a\\x1b[31m/rows.jsonl"),
+        ("/long/folder/", 9, "…/folder/"),
+    ],
+)
+def test_a_path_that_is_too_long_shows_its_name(path: str, cells: int, shown: str) -> None:
+    assert plain_path(path, cells) == shown
+
+
+@given(st.text(), st.integers(2, 30))
+def test_a_path_has_room(text: str, cells: int) -> None:
+    wide = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in plain_path(text, cells))
+    assert wide <= cells

@@ -89,7 +89,7 @@ def test_texts_of_the_set_up_are_harmless(text: str) -> None:
     from studio.core.advice import DataFacts
 
     shown = [data_text(DataChecked(data, DataFacts("a", 1, 1, 1))), refused_text(text)]
-    shown += [model_line(Listed(text, "folder", GIB, text, text))]
+    shown += [model_line(Listed(text, "folder", GIB, text, text), 70)]
     for content in shown:
         assert not raw(content.plain)
         assert len(content.spans) < 200

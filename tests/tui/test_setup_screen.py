@@ -298,6 +298,36 @@ def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None
     play_setup(story, tmp_path, finder_that(Told()), size=(120, 90))
 
 
+def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -> None:
+    file = tmp_path / "a-folder-with-a-long-name-that-fills-most-of-a-row" / "another-one-below-it" / "the-rows.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    model = str(file.parent / "the-model")
+    finder = replace(finder_that(Told(), files=(file,)), models=lambda: [Listed(model, "folder", GIB)])
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        async def rows(name: str) -> list[str]:
+            await pilot.pause()
+            await pilot.pause()
+            return [row for row in shown(app).splitlines() if name in row]
+
+        await through(pilot, app, "model")
+        row = (await rows("the-model  1.0 GiB"))[0]
+        assert row.startswith(" …/")
+        step = app.screen.query_one("#step-model OptionList", OptionList)
+        assert step.size.height == 1, "in one row"
+        await pilot.resize_terminal(200, 40)
+        assert model in (await rows("the-model  1.0 GiB"))[0]
+        await pilot.resize_terminal(40, 24)
+        assert (await rows("…/the-model  1.0 GiB"))[0]
+        assert step.size.height == 1
+        await pilot.resize_terminal(80, 24)
+        await through(pilot, app, "data")
+        assert (await rows("/the-rows.jsonl"))[0].startswith(" …/")
+
+    play_setup(story, tmp_path, finder, size=NARROW)
+
+
 def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp_path: Path) -> None:
     """They went into the line and not out of it, and there q, ? and all others were letters."""
 

@@ -1,6 +1,6 @@
 """One step of the set-up: a question, options to choose from, a line to type in, and words on what is chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from textual.actions import SkipAction
@@ -12,8 +12,16 @@ from textual.message import Message
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from studio.core.text import plain
+from studio.core.text import plain_path
 from widgets.text_field import TextLine
+
+Shown = Content | Callable[[int], Content]
+"""What stands for an option: words, or what makes them for a number of cells."""
+
+
+def path_line(path: str) -> Shown:
+    """Return what shows a path, or another word that was typed, with its end in sight."""
+    return lambda cells: Content(plain_path(path, cells))
 
 
 class _Options(OptionList):
@@ -124,7 +132,7 @@ class SetupStep(Vertical):
         super().__init__(id=f"step-{key}")
         self.key = key
         self._question, self._placeholder = question, placeholder
-        self._options: list[tuple[str, Content]] = []
+        self._options: list[tuple[str, Shown]] = []
         self.lit = ""
 
     def compose(self) -> ComposeResult:
@@ -171,12 +179,19 @@ class SetupStep(Vertical):
             part.highlighted = 0 if direction > 0 else part.option_count - 1
         part.focus()
 
-    def offer(self, options: Sequence[tuple[str, Content]], chosen: str) -> None:
+    def on_resize(self) -> None:
+        """Show options for the room that there is now."""
+        listed = self.query_one(OptionList)
+        for place, (_, shown) in enumerate(self._options):
+            if not isinstance(shown, Content):
+                listed.replace_option_prompt_at_index(place, shown(self.room))
+
+    def offer(self, options: Sequence[tuple[str, Shown]], chosen: str) -> None:
         """Offer options, each a value and what is shown; the cursor stands on the chosen one."""
         listed, self._options = self.query_one(OptionList), list(options)
         values = [value for value, _ in options]
         listed.clear_options()
-        listed.add_options([Option(shown) for _, shown in options])
+        listed.add_options([Option(shown if isinstance(shown, Content) else shown(self.room)) for _, shown in options])
         if options:
             listed.highlighted = values.index(chosen) if chosen in values else 0
             self.lit = values[listed.highlighted]
@@ -184,7 +199,7 @@ class SetupStep(Vertical):
     def offer_first(self, word: str) -> None:
         """Offer what was typed before the others and put the cursor on it."""
         others = [(value, shown) for value, shown in self._options if value != word]
-        self.offer([(word, Content(plain(word, one_line=True, limit=100))), *others], word)
+        self.offer([(word, path_line(word)), *others], word)
         self.focus_options()
 
     def tell_found(self, words: Content) -> None:

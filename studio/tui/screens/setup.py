@@ -170,7 +170,7 @@ class SetupScreen(SetupThreads):
         self._models = [*new, *self._models] if message.words is not None else [*self._models, *new]
         wanted = new[0].word if new and message.words is not None else self.answers.base
         step = self._step("model")
-        step.offer([(model.word, model_line(model)) for model in self._models], wanted)
+        step.offer([(model.word, partial(model_line, model)) for model in self._models], wanted)
         if message.words is not None:
             step.tell(message.words)
             step.focus_options()
