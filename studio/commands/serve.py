@@ -83,7 +83,9 @@ def listen(word: str) -> socket.socket:
         raise BadInput(f"--port is {word!r}; wanted a whole number from 0 to 65535.")
     listening = socket.socket()
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Without it a port stays taken for a minute after its server; on Windows it would let another program share it.
+        if sys.platform != "win32":
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((HOST, int(word)))
         listening.listen(_BACKLOG)
     except OSError as error:

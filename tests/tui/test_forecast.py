@@ -14,6 +14,7 @@ from studio.core.shape_from_config import shape_from_config
 from studio.probe.gpus import GpuProcess
 from studio.runs.quality import Outcome
 from studio.tui import kept, trade
+from studio.tui.engine import Engine
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Card, Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import (
@@ -52,6 +53,14 @@ def test_the_reading_adds_up_to_what_the_card_will_show() -> None:
     paged = reading_of(on_4090().outlook(SMALL.with_("train.optimizer", "paged_adamw_32bit")))
     states = {part.label: part.value for part in paged.parts}
     assert states["optimizer"] == pytest.approx({p.label: p.value for p in reading.parts}["optimizer"], rel=0.02)
+
+
+def test_a_shipped_recipes_model_is_weighed_without_the_hub_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    forecaster = Engine().forecaster(SMALL.with_("model.base", "meta-llama/Llama-3.1-8B"), "RTX 4090")
+    outlook = forecaster.outlook(SMALL)
+    assert outlook.estimate.components == on_4090().outlook(SMALL).estimate.components
+    assert any(line.startswith("the config is this program's own copy") for line in peak_words(outlook, card_of()))
 
 
 def test_a_turn_is_not_worked_out_twice() -> None:
