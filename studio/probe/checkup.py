@@ -173,7 +173,10 @@ def _cards(machine: Machine) -> list[Check]:
                 Check(f"card {card.index}", "note", f"compute capability {old}: 4-bit training is slow there")
             )
     if machine.spills:
-        advice = "what does not fit spills into main memory, many times slower: keep a margin (device.budget_gib)"
+        advice = (
+            "what does not fit spills into main memory, many times slower: training keeps to what is free on the card "
+            "when it starts; device.budget_gib keeps a margin for others"
+        )
         checks.append(Check("driver", "note", "Windows or WSL", advice))
     return checks
 

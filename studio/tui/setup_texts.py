@@ -52,8 +52,8 @@ def machine_text(machine: Machine, runs_root: Path) -> Content:
     parts += _row("System", plain(machine.system, one_line=True, limit=80))
     if machine.spills:
         parts.append(
-            "\nOn Windows and WSL the driver moves what does not fit into main memory instead of failing: a run that "
-            "is too large becomes many times slower. Leave some room, and watch the gauge.\n"
+            "\nOn Windows and WSL the driver moves what does not fit into main memory, many times slower. A run keeps "
+            "to what is free on the card when it starts, and fails beyond it: close what else uses the card.\n"
         )
     return Content.assemble(*parts)
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from studio.core.recipe import Recipe
 from studio.core.vram.reserve import CONTEXT_BYTES
 from studio.jobs.train import memory
+from tests.jobs.conftest import Train, history_of
 
 GIB, MIB = 2**30, 2**20
 CUDA = torch.device("cuda:0")
@@ -61,6 +63,40 @@ def test_without_a_budget_or_a_card_nothing_is_limited(card: Card) -> None:
     memory.limit_memory(0.0, CUDA)
     memory.limit_memory(8.0, torch.device("cpu"))
     assert fractions == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "free_gib", "share", "said"),
+    [(0.0, 10.0, 9.75, True), (8.0, 10.0, 8.0, False), (8.0, 6.0, 5.75, True), (0.0, 0.1, 0.0, True)],
+)
+def test_where_the_driver_spills_a_run_keeps_to_what_is_free_on_the_card(
+    card: Card, monkeypatch: pytest.MonkeyPatch, budget: float, free_gib: float, share: float, said: bool
+) -> None:
+    """Under WSL a run without a budget took main memory for the card's and crawled instead of failing."""
+    fractions = card(2 * MIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * GIB) - 2 * MIB, 24 * GIB))
+    monkeypatch.setattr(memory, "spills_to_ram", lambda: True)
+    note = memory.limit_memory(budget, CUDA)
+    assert fractions == [pytest.approx(share / 24)]
+    assert ("device.budget_gib" in note) == said
+    if said and share:
+        assert f"{share:.1f} GiB that are free now" in note
+
+
+def test_where_it_does_not_spill_nothing_is_said(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions = card(None)
+    monkeypatch.setattr(memory, "spills_to_ram", lambda: False)
+    assert memory.limit_memory(0.0, CUDA) == memory.limit_memory(8.0, CUDA) == ""
+    assert len(fractions) == 1
+    assert memory.limit_memory(0.0, torch.device("cpu"), spills=True) == ""
+
+
+def test_a_run_tells_the_limit_that_nobody_asked_for(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("studio.jobs.train.job.limit_memory", lambda budget, device: "kept to 5.8 GiB")
+    warnings = history_of(train(recipe.with_("train.steps", 1))).warnings
+    assert [(event.topic, event.message) for event in warnings] == [("memory", "kept to 5.8 GiB")]
 
 
 def test_only_the_own_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:

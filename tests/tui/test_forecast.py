@@ -207,7 +207,7 @@ def test_the_words_name_stage_room_card_and_others() -> None:
     assert "no NVIDIA card" in peak_words(on(Card()).outlook(SMALL), Card())[1]
 
 
-@pytest.mark.parametrize(("spills", "fate"), [(False, "out of memory"), (True, "main memory")])
+@pytest.mark.parametrize(("spills", "fate"), [(False, "out of memory.\n"), (True, "spill into main memory")])
 def test_the_question_before_a_launch(spills: bool, fate: str) -> None:
     forecaster = on(card_of(used_gib=3))
     outlook = forecaster.outlook(LARGE)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from studio.core.events import MemorySeen, RunEvent
+from studio.core.events import MemorySeen, RunEvent, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.precision import choose_precision
 from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
@@ -107,7 +107,8 @@ def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
     used_before = (before.used_bytes if before else None) or 0
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    limit_memory(recipe.device.budget_gib, device)
+    if note := limit_memory(recipe.device.budget_gib, device):
+        worker.emit(Warned, topic="memory", message=note)
     peaks, parameters, shown = train_longest(worker, recipe, device, torch.cuda)
     reserved = torch.cuda.max_memory_reserved(device)
     properties = torch.cuda.get_device_properties(device)

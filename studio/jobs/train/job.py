@@ -66,7 +66,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         versions={name: version(name) for name in _LIBRARIES},
     )
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    device = _device(recipe)
+    device = _device(worker, recipe)
     precision = _precision(worker, recipe, device)
     memory = MemoryWatch(worker.emit, device)
 
@@ -256,13 +256,14 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _device(recipe: Recipe) -> torch.device:
+def _device(worker: Worker, recipe: Recipe) -> torch.device:
     device: torch.device = accelerate.Accelerator(cpu=recipe.device.device == "cpu").device
     if recipe.device.device.startswith("cuda") and device.type != "cuda":
         raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
     if recipe.train.loss == "liger":
         require_liger(device)
-    limit_memory(recipe.device.budget_gib, device)
+    if note := limit_memory(recipe.device.budget_gib, device):
+        worker.emit(Warned, topic="memory", message=note)
     return device
 
 

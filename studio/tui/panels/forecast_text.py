@@ -74,9 +74,8 @@ def over_budget_text(outlook: Outlook, card: Card, first: Fix | None, *, spills:
         ("This does not fit.\n", "$text-error bold"),
         f"Estimated peak {gib(device.expected)} GiB ({gib(device.low)}-{gib(device.high)}) {stage}; this run can get "
         f"{gib(outlook.budget_bytes)} GiB of {name}: {gib(outlook.over_bytes)} GiB too much.{held}\n",
-        "It would probably run slowly in main memory instead of failing: the driver here spills.\n"
-        if spills
-        else "It would probably end with out of memory.\n",
+        "It would probably end with out of memory"
+        + (": it keeps to the card, since the driver here would spill into main memory.\n" if spills else ".\n"),
         f"n, then f: {first.words} ({_saving(first)}).\n" if first else "",
         "\nLaunch it all the same?",
     ]
