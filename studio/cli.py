@@ -99,6 +99,11 @@ def _told(error: Exception) -> tuple[str, int]:
         return "the current folder was deleted: change into another one first", 2
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk, or what the output goes to, is full", 1
+    if isinstance(error, OSError):
+        from studio.runs.disk import DISK_FULL, disk_failure  # noqa: PLC0415  3 ms that no command pays that works
+
+        if failure := disk_failure(error, advice="or choose another place"):
+            return f"{failure}: {failure.advice}", 1 if failure.kind == DISK_FULL else 2
     return f"unexpected {type(error).__name__}: {error} (set {_DEBUG}=1 for the traceback)", 1
 
 

@@ -1,5 +1,9 @@
-"""Room on the disk of a run, before it begins."""
+"""Whether a run can be kept where it is to lie: room on its disk, the right to write there, a path that libraries take.
 
+Asked before a run begins: what is found out at the end of a training is found out too late.
+"""
+
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +11,14 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 
 _LEAST_FREE_BYTES = 200 * 10**6
+_LONGEST_INSIDE_BYTES = 320
+"""Of a path below a folder of runs or beside an output.
+
+A run's name (68), an export's merge in it, a checkpoint that is being written, a file of it (names in models are under
+100), and what is added to a name while it is incomplete.
+"""
+_MOST_PATH_BYTES = 4096
+_MOST_NAME_BYTES = 255 - len(".merging-.merged-for-.lock")
 
 
 def check_space(folder: Path, needed_bytes: int = _LEAST_FREE_BYTES, option: str = "--runs-dir") -> None:
@@ -18,11 +30,9 @@ def check_space(folder: Path, needed_bytes: int = _LEAST_FREE_BYTES, option: str
         option: Of the command line, that chooses another place.
 
     Raises:
-        BadInput: Less is free there.
+        BadInput: Less is free there, nothing can be written there, or the path is none that all libraries take.
     """
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = check_place(folder, option)
     try:
         free = shutil.disk_usage(place).free
     except OSError:
@@ -34,3 +44,79 @@ def check_space(folder: Path, needed_bytes: int = _LEAST_FREE_BYTES, option: str
             f"only {free / 1e6:.0f} MB are free on the disk of {shown}; a run needs at least "
             f"{needed / 1e6:.0f} MB. Free some space or choose another place with {option}."
         )
+
+
+def check_place(folder: Path, option: str = "--runs-dir") -> Path:
+    """Make sure that files can be kept in a folder, or in the first one above it that exists; return that one.
+
+    safetensors and tokenizers take only paths in UTF-8, and a path has a longest length: both would end a training at
+    its last step, when the adapter is saved.
+
+    Args:
+        folder: Need not exist yet.
+        option: Of the command line, that chooses another place.
+
+    Raises:
+        BadInput: It is no UTF-8, too long, no folder, or not writable.
+    """
+    place = folder.absolute()
+    shown = plain(str(place), one_line=True, limit=300)
+    other = f"Choose another place with {option}{' or LORA_STUDIO_HOME' if option == '--runs-dir' else ''}."
+    if any("\udc80" <= character <= "\udcff" for character in str(place)):
+        raise BadInput(
+            f"the path {shown} is not UTF-8, and the libraries that write weights and tokenizers take no other: rename "
+            f"the folder. {other}"
+        )
+    most = _most_path_bytes() - 1 - _LONGEST_INSIDE_BYTES
+    length = len(os.fsencode(place))
+    if length > most:
+        raise BadInput(
+            f"the path {shown} is too long: it has {length} bytes, and {most} leave room for the files in it. {other}"
+        )
+    while not _exists(place) and place != place.parent:
+        place = place.parent
+    said = plain(str(place), one_line=True, limit=300)
+    if not place.is_dir():
+        raise BadInput(f"{said} is no folder, so nothing can be kept in {shown}. {other}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        why = "its disk is read-only" if _read_only(place) else "permission denied"
+        raise BadInput(f"nothing can be written in {said}: {why}. {other}")
+    return place
+
+
+def check_name(path: Path, option: str = "--out") -> None:
+    """Make sure that an output's name leaves room for the hidden names that it has while it is made.
+
+    Raises:
+        BadInput: It does not, or is no UTF-8.
+    """
+    shown = plain(path.name, one_line=True, limit=300)
+    if any("\udc80" <= character <= "\udcff" for character in path.name):
+        raise BadInput(f"the name {shown} is not UTF-8, and the libraries take no other: choose another {option}.")
+    length = len(os.fsencode(path.name))
+    if length > _MOST_NAME_BYTES:
+        raise BadInput(
+            f"the name {shown} is too long: it has {length} bytes; wanted at most {_MOST_NAME_BYTES}, since it gets a "
+            f"longer one while it is made. Choose another {option}."
+        )
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a part of its path has too long a name
+        return False
+
+
+def _most_path_bytes() -> int:
+    try:
+        return os.pathconf("/", "PC_PATH_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows has none
+        return _MOST_PATH_BYTES
+
+
+def _read_only(place: Path) -> bool:
+    try:
+        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    except (AttributeError, OSError):
+        return False

@@ -1,7 +1,6 @@
 """From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
 
 import json
-import os
 import re
 import shutil
 import time
@@ -17,7 +16,7 @@ from studio.probe.fingerprint import difference, fingerprint, recorded_fingerpri
 from studio.probe.models import BaseFound, find_base
 from studio.probe.plan import plan_for
 from studio.probe.preflight import PreflightReport, check_training
-from studio.probe.space import check_space
+from studio.probe.space import check_name, check_place, check_space
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request
@@ -88,8 +87,8 @@ def start_training(
         BadInput: The recipe, the model or the data cannot be used; no folder was made.
         StudioError: The worker cannot be started; no folder is left.
     """
-    report = check_training(recipe)
     check_space(runs_root)
+    report = check_training(recipe)
     on_checked(report)
     plan = plan_for(report.recipe, report.base) if plan is None else plan
     return launch_prepared(prepare_run(report.recipe, runs_root, now(), plan), module, launching)
@@ -127,6 +126,7 @@ def check_out(out: Path) -> None:
     Raises:
         BadInput: Something does, or it cannot.
     """
+    check_name(out)
     shown = plain(str(out), one_line=True)
     try:
         if out.is_symlink():  # a finished folder cannot be renamed over it
@@ -135,10 +135,10 @@ def check_out(out: Path) -> None:
             raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
     except OSError as error:
         raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
-    place = next(folder for folder in out.absolute().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        said = plain(str(place), one_line=True)
-        raise BadInput(f"the output {shown} cannot be made: {said} is not writable. Choose another --out.")
+    try:
+        check_place(out.absolute().parent, "--out")
+    except BadInput as error:
+        raise BadInput(f"the output {shown} cannot be made: {error}") from error
 
 
 def _name_of(job: Job) -> str:

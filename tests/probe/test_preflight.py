@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,15 @@ from studio.core.recipe import Recipe
 from studio.probe import preflight
 from studio.probe.gpus import Gpu
 from studio.probe.preflight import check_training
-from studio.probe.space import check_space
-from studio.probe.start import check_merge, prepare_run, start_training
+from studio.probe.space import _LONGEST_INSIDE_BYTES, check_place, check_space
+from studio.probe.start import check_merge, check_out, prepare_run, start_training
 from studio.probe.torch_cards import torch_cards
 from studio.runs.control import requested
 from studio.runs.job import MergeRequest, read_job
-from studio.runs.layout import RunPaths
+from studio.runs.layout import RunPaths, new_run
 from studio.runs.recipe_file import load_recipe, shipped_recipes
 from tests.fakes.runs import MODULE, fake_environment
+from tests.fakes.small_disk import small_disk
 
 
 @pytest.fixture
@@ -113,6 +116,55 @@ def test_a_nearly_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
     with pytest.raises(BadInput, match="1 MB are free"):
         check_space(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (os.fsdecode(b"na\xefve"), "not UTF-8"),
+        ("/".join(["d" * 200] * 19), "too long"),
+        ("d" * 300 + "/" + "d" * 300, ""),  # the system refuses the name itself, where the folder is made
+        ("file/runs", "no folder"),
+    ],
+)
+def test_a_place_where_the_last_save_would_fail_is_refused_before_the_start(
+    data: Path, tmp_path: Path, place: str, said: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=said):
+        start_training(Recipe().with_("data.path", str(data)), tmp_path / place, module=MODULE)
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("file", data.name)] == []
+
+
+def test_as_long_a_path_as_is_taken_holds_everything_that_a_run_writes(tmp_path: Path) -> None:
+    """The longest names of a checkpoint, an adapter and an export's merge, made for real."""
+    room = os.pathconf("/", "PC_PATH_MAX") - 1 - _LONGEST_INSIDE_BYTES - len(os.fsencode(tmp_path))
+    root = tmp_path.joinpath(*["d" * 99] * (room // 100), "d" * (room % 100 - 1))
+    check_place(root)
+    paths = new_run(root, "n" * 100, 0.0)
+    for longest in (
+        paths.root / "merge" / "checkpoints" / ".writing-step-00000120" / f"{'f' * 100}.safetensors",
+        paths.root / "audit" / ".walk-of-a-variant.part" / f"{'f' * 100}.{'a' * 8}.part",
+    ):
+        longest.parent.mkdir(parents=True)
+        longest.write_text("")
+    with pytest.raises(BadInput, match="too long"):
+        check_place(root / "d")
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"mod\xefl"), "m" * 250])
+def test_an_output_whose_hidden_name_cannot_be_made_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInput, match=r"not UTF-8|too long"):
+        check_out(tmp_path / name)
+
+
+def test_a_read_only_disk_is_named_before_the_start(data: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1g") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(BadInput, match=r"its disk is read-only. Choose another place with --runs-dir or LORA_"):
+            start_training(Recipe().with_("data.path", str(data)), disk / "runs", module=MODULE)
+        with pytest.raises(BadInput, match=r"cannot be made.*read-only.*--out"):
+            check_out(disk / "out")
 
 
 def test_starting_leaves_a_live_run_and_a_failure_to_start_leaves_nothing(data: Path, tmp_path: Path) -> None:
