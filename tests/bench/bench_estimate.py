@@ -5,6 +5,7 @@ Errors come twice: with each row's own loop and library version, and from its fl
 chosen on the other sources.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -138,7 +139,41 @@ def left_out() -> None:
     summary("reserved in closed form, each source left out in turn", errors)
 
 
+def held(engine: str, rounds: int) -> None:
+    """Replay random set-ups of a loop; print how often the closed form's high end of reserved bytes falls short."""
+    draw, gpu, misses, errors = random.Random(17), find_gpu("4090"), [], []  # noqa: S311
+    models = [name for name, shape in sorted(shapes().items()) if not any(g.layer.experts for g in shape.groups)]
+    for _ in range(rounds):
+        shape = shapes()[draw.choice(models)]
+        setup = Setup(
+            engine=engine,
+            method=draw.choice(("lora", "qlora")),
+            rank=draw.choice((1, 8, 16, 32, 64, 128, 256)),
+            micro_batch=draw.choice((1, 1, 1, 2, 3, 4, 8)),
+            seq_len=draw.choice((64, 128, 256, 512, 700, 1024, 2048, 4096)),
+            accumulation=draw.choice((1, 4)),
+            optimizer=draw.choice(("adamw_torch", "adamw_8bit", "paged_adamw_8bit")),
+            grad_checkpointing=draw.random() < 0.7,
+            double_quant=draw.random() < 0.5,
+            loss="chunked" if engine == "studio" else draw.choice(("chunked", "full")),
+            transformers="" if engine == "studio" else "5.24",
+        )
+        estimate = estimate_vram(shape, setup, gpu)
+        if estimate.device.expected > 60 * GIB:
+            continue
+        workspace = estimate.components.workspace
+        peak = replayed.__wrapped__(built(shape, setup), setup, estimate.kernel, workspace=workspace)
+        errors.append(estimate.reserved.expected / peak.reserved - 1)
+        if estimate.reserved.high < peak.reserved:
+            misses.append(peak.reserved - estimate.reserved.high)
+    summary(f"reserved in closed form beside a replay, random set-ups of {engine}", errors)
+    worst = f", by {max(misses) / 2**20:.0f} MiB at most" if misses else ""
+    print(f"  beyond the high end: {len(misses)} of {len(errors)}{worst}")
+
+
 if __name__ == "__main__":
     speed()
     table()
     left_out()
+    held("studio", 1000)
+    held("hf", 500)

@@ -159,8 +159,10 @@ class _Training:
         normed = events.index(source) if source in events else 0
         head.play(events[:normed], blocks)
         if not self._setup.grad_checkpointing:
-            # The model holds its input and the mask until its last norm is done; checkpoints hold both longer.
-            self._release([*mask, embedded])
+            # The model holds its input and the mask until its last norm is done; checkpoints hold both longer, and so
+            # does a first layer without a norm in front (Olmo 2 and 3), whose adapters save the input itself.
+            saved = alive[0].get(self._layers[0].script.source) is embedded
+            self._release(mask if saved else [*mask, embedded])
             mask = []
         head.play(events[normed:], blocks)
         if self._chunk:
