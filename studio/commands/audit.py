@@ -9,7 +9,7 @@ from textwrap import indent
 from typing import Any, TextIO
 
 from studio.commands.follow import End, exit_code, follow, tell_failure
-from studio.commands.options import add_json, add_run, add_runs_dir, add_set, module_of, root_of, run_of
+from studio.commands.options import add_device, add_json, add_run, add_runs_dir, add_set, module_of, root_of, run_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import duration, say, table, write_json
 from studio.core.answer_text import shown_answers
@@ -78,6 +78,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         kind.add_argument("--rows", metavar="N", help="most held-out rows")
         kind.add_argument("--seq", metavar="N", help="longest row, tokens")
         kind.add_argument("--text", metavar="FILE", help="a neutral text (default: a built-in one)")
+        add_device(kind)
     race = kinds.add_parser("race", help="LoRA and QLoRA trained from one recipe, seed and data")
     race.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     race.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")
@@ -173,6 +174,7 @@ def _base(args: argparse.Namespace) -> AuditRequest:
         forms=args.forms,
         kept="" if args.keep.strip() == "0" else args.keep,
         seed=args.seed,
+        device=args.device,
     )
     return replace(request, **_limits(args))
 
@@ -183,6 +185,8 @@ def _run(args: argparse.Namespace) -> AuditRequest:
         changes |= {"model": word_anywhere(args.base), "revision": ""}
     if args.data:
         changes |= {"data": data_path(args.data), "format": "auto"}
+    if args.device != "auto":
+        changes["device"] = args.device
     asked = ("answers", "answer_tokens", "check_regex", "lm_eval", "lm_eval_limit")
     changes |= {name: value for name in asked if (value := getattr(args, name)) is not None}
     changes |= {"merged": _places(args.merged), "gguf": _places(args.gguf), "speed": "0" if args.no_speed else "1"}

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from studio.commands.chat_prompt import Command, read_command
 from studio.commands.interrupts import Interrupts
-from studio.commands.options import add_json, add_runs_dir, root_of
+from studio.commands.options import add_device, add_json, add_runs_dir, root_of
 from studio.commands.terminal import BAD_INPUT, DONE, NO, complain, say, write_json
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -54,7 +54,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty)
     parser.add_argument("--max-tokens", type=int, default=defaults.max_new_tokens, help="of an answer")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="the same for both sides")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(parser)
     add_json(parser)
     add_runs_dir(parser)
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from studio.core.recipe_check import DEVICE, DEVICE_FORM
+from studio.core.text import plain
 from studio.runs.home import runs_root
 from studio.runs.layout import RunPaths
 
@@ -29,9 +31,27 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument(
+        "--device",
+        type=_device,
+        metavar="WORD",
+        default="auto",
+        help="auto (default: the run's own card where it is visible, else the card with the most memory), cpu, cuda or "
+        "cuda:N, the N-th visible card",
+    )
+
+
 def add_run(parser: argparse.ArgumentParser, count: str | int | None = None) -> None:
     """Add the argument that names a run."""
     parser.add_argument("run", metavar="RUN", nargs=count, help="a run's name, its beginning, its folder, or: last")
+
+
+def _device(word: str) -> str:
+    if not DEVICE.fullmatch(word):
+        raise argparse.ArgumentTypeError(f"found {plain(word, one_line=True, limit=40)!r}; wanted {DEVICE_FORM}")
+    return word
 
 
 def root_of(args: argparse.Namespace) -> Path:

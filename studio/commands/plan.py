@@ -1,6 +1,7 @@
 """`lora-studio plan`: how much memory a recipe takes, before it runs."""
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
@@ -22,10 +23,10 @@ from studio.core.vram.refine import refined
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stock import stock_setup
+from studio.probe.device import look, place_of
 from studio.probe.gpus import Gpu as Reading
-from studio.probe.gpus import read_gpus
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
-from studio.probe.plan import budget_of, card_of, known_gpu
+from studio.probe.plan import budget_of, known_gpu
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
@@ -41,11 +42,19 @@ _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """The card that a plan is for, where there is one, what the run may use of it, and its reading if it is here."""
+    """The card that a plan is for.
+
+    Attributes:
+        gpu: The card; None where there is none.
+        budget_bytes: What the run may use of it.
+        reading: The card as it is now; None where another was named.
+        refusal: Why a run could not start on it here; empty where it could, or where another was named.
+    """
 
     gpu: Gpu | None
     budget_bytes: int | None
     reading: Reading | None = None
+    refusal: str = ""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -104,12 +113,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
         write_json({**plan, **pace_to_dict(pace), "card": asdict(card.reading) if card.reading else None})
+        _warn(card)
     else:
         _print(estimate, shape, setup, card)
         for line in pace_lines(pace, setup):
             say(line)
         for note in estimate.notes:
             say(f"note: {note}")
+        _warn(card)
     return DONE if card.budget_bytes is None or estimate.verdict(card.budget_bytes) == "fits" else NO
 
 
@@ -162,8 +173,14 @@ def card_for(args: argparse.Namespace, recipe: Recipe) -> Card:
         gpu = find_gpu(args.gpu) if args.gpu else card_of_size(_number(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
         budget = int(recipe.device.budget_gib * GIB) or gpu.total_bytes
         return Card(gpu, min(budget, gpu.total_bytes))
-    reading = card_of(recipe.device.device, read_gpus())
-    return Card(known_gpu(reading) if reading else None, budget_of(recipe, reading), reading)
+    place = place_of(recipe.device.device, look())
+    reading = place.card
+    return Card(known_gpu(reading) if reading else None, budget_of(recipe, reading), reading, place.refusal)
+
+
+def _warn(card: Card) -> None:
+    if card.refusal:
+        say(f"note: a run would not start here: {card.refusal}", to=sys.stderr)
 
 
 def _number(text: str, flag: str, low: float, high: float) -> float:

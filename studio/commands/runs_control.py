@@ -19,7 +19,7 @@ from studio.runs.note import read_note, write_note
 from studio.runs.status import Status, run_status
 from studio.runs.store import find_run, remove_run
 from studio.runs.summary import summary_of
-from studio.runs.supervise import resume, stop
+from studio.runs.supervise import stop
 from studio.runs.watch import RunWatch
 
 _POLL_SECONDS = 0.1
@@ -99,10 +99,12 @@ def resume_run(args: argparse.Namespace) -> int:
         withdraw(paths, "pause")
         _answer(args, paths, run_status(paths), "goes on")
         return DONE
+    from studio.probe.start import resume_run as start_again  # noqa: PLC0415  0.1 s that other verbs need not pay
+
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()
-    resume(paths, module=module_of(args, kind_of(read_job(paths))))
+    start_again(paths, module=module_of(args, kind_of(read_job(paths))))
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE

@@ -40,6 +40,7 @@ class Planned(RunEvent):
     """What data and model turned out to be, once both are loaded. Rows are counted after dropping and splitting.
 
     `batch_tokens` are those of the largest micro-batch of the first step, padding included: the longest row is in it.
+    `card` names the card for good: `name`, `uuid`, `pci`; nothing on a CPU.
     """
 
     kind: ClassVar[str] = "Planned"
@@ -51,6 +52,7 @@ class Planned(RunEvent):
     dtype: str
     loss_path: str
     batch_tokens: int | None = None
+    card: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,7 +126,11 @@ _WORDS: dict[str, tuple[str, str]] = {
         "Where packing is off, rows of similar length go through the model together: less padding, other steps.",
     ),
     "train.compile": ("Compile", "torch.compile of every layer; the run says what that cost at the start."),
-    "device.device": ("Device", "auto takes the first CUDA card, else the CPU; or cpu, cuda, cuda:1."),
+    "device.device": (
+        "Device",
+        "auto: the visible card with the most memory, else the CPU; or cpu, cuda, cuda:1: the second card, as "
+        "nvidia-smi or, where it is set, CUDA_VISIBLE_DEVICES lists them.",
+    ),
 }
 
 

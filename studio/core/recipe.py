@@ -111,7 +111,7 @@ class EvalSection:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSection:
-    """Where it runs. `auto` takes the first CUDA card, else the CPU. A budget of 0 GiB means the whole card."""
+    """Where it runs. `auto` takes a CUDA card, else the CPU. A budget of 0 GiB means the whole card."""
 
     device: str = "auto"
     budget_gib: float = 0.0

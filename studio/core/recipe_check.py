@@ -16,7 +16,9 @@ _LISTS: dict[str, tuple[Callable[[str], object], str]] = {
     "adapter.modules_to_save": (modules_of, MODULES_FORM),
     "model.skip_modules": (modules_of, MODULES_FORM),
 }
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+"""What `device.device` may say; `studio.probe.device` says what it means."""
+DEVICE_FORM = "auto, cpu, cuda or cuda:N"
 
 
 def check(recipe: Recipe) -> tuple[Problem, ...]:
@@ -65,8 +67,8 @@ def _text(path: str, value: Any) -> Iterator[Problem]:
         yield Problem(path, "nothing", "a name or path")
     elif "\0" in value or not _encodable(value):
         yield Problem(path, found_value(value), "text without NUL characters and lone surrogates")
-    elif path == "device.device" and not _DEVICE.fullmatch(value):
-        yield Problem(path, found_value(value), "auto, cpu, cuda or cuda:N")
+    elif path == "device.device" and not DEVICE.fullmatch(value):
+        yield Problem(path, found_value(value), DEVICE_FORM)
     elif path in _LISTS:
         read, form = _LISTS[path]
         try:

@@ -16,7 +16,7 @@ from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import inspect_data, shipped_data
 from studio.probe.models import find_base
 from studio.probe.space import check_space
-from studio.probe.start import launch_prepared, prepare_run, refuse_another_base
+from studio.probe.start import launch_prepared, place_of_job, prepare_run, refuse_another_base
 from studio.runs.audit_request import WHAT, AuditRequest
 from studio.runs.job import MODULES, read_job
 from studio.runs.layout import RunPaths
@@ -49,7 +49,8 @@ def start_audit(
     """
     check_audit(request)
     check_space(runs_root)
-    return launch_prepared(prepare_run(request, runs_root, now()), module, launching)
+    place = place_of_job(request).or_refuse()
+    return launch_prepared(prepare_run(request, runs_root, now()), module, launching, place)
 
 
 def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
@@ -76,6 +77,8 @@ def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
         "rows": str(job.eval.rows or _DEFAULT_ROWS),
         "seq_len": str(job.train.seq_len),
         "seed": str(job.train.seed),
+        # Who trained on the CPU on purpose means the same here; any other run says itself which card it used.
+        "device": "cpu" if job.device.device == "cpu" else "auto",
     }
     return AuditRequest("run", run=str(paths.root.absolute()), **{**fields, **changes})
 

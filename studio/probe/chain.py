@@ -12,6 +12,7 @@ from typing import Any
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
+from studio.probe.device import CPU_PLACE
 from studio.probe.export import check_memory, export_estimate, refuse_on_the_grid
 from studio.probe.models import find_base
 from studio.probe.space import check_space
@@ -90,7 +91,7 @@ def start_next(paths: RunPaths, *, module: str = MODULES["export"], now: Callabl
             return
         run = prepare_run(_following(job), paths.root.parent, now())
         write_whole(paths.next, run.name)
-        launch_prepared(run, module, {})
+        launch_prepared(run, module, {}, CPU_PLACE)
     except (StudioError, OSError) as error:
         sys.stderr.write(f"the export that should follow could not be started: {error}\n")
 

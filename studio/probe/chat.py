@@ -1,11 +1,13 @@
 """What a chat is with: a run, an adapter or a model, as a request for the chat's process."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.device import place_of, recorded_card
 from studio.probe.model_folder import CONFIG
 from studio.probe.models import find_base, word_anywhere
 from studio.runs.chat import ChatRequest
@@ -24,23 +26,24 @@ def chat_request(
         root: Where runs live.
         base: The base model, where it is not the one that the adapter or the merge names.
         base_only: The base alone.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is as the run was told, on the run's own card where it is
+            visible.
 
     Raises:
-        BadInput: It means nothing that can answer.
+        BadInput: It means nothing that can answer, or nothing that can compute.
     """
     folder = Path(word).expanduser().absolute() if "\0" not in word else Path()
     if (folder / ADAPTER_CONFIG).is_file():
         run = RunPaths(folder.parent)
         recipe = _recipe(run) if run.recipe.is_file() else None
-        return _with_adapter(folder, recipe, base, base_only, device)
+        return _placed(_with_adapter(folder, recipe, base, base_only, device), run)
     if (folder / CONFIG).is_file() or word == "embedded":
-        return _alone(word, device, beside=base)
+        return _placed(_alone(word, device, beside=base))
     try:
         paths = find_run(root, word)
     except BadInput:
         if "/" in word and not word.startswith((".", "/", "~")):
-            return _alone(word, device, beside=base)
+            return _placed(_alone(word, device, beside=base))
         raise
     return request_of_run(paths, base=base, base_only=base_only, device=device)
 
@@ -49,7 +52,7 @@ def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, 
     """Return the chat with what a run made.
 
     Raises:
-        BadInput: It made nothing that can answer.
+        BadInput: It made nothing that can answer, or its card cannot be used.
     """
     name = plain(paths.name, one_line=True)
     job = read_job(paths)
@@ -57,16 +60,17 @@ def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, 
         if not (Path(job.out) / CONFIG).is_file():
             raise BadInput(f"the run {name} has left no model in {plain(job.out, one_line=True)}.")
         known, revision = (job.base, job.revision) if isinstance(job, MergeRequest) and not base else (base, "")
+        trained = RunPaths(Path(job.run)) if job.run else None
         if base_only and known:
-            return _alone(known, device, revision=revision)
-        return _alone(job.out, device, beside=known, beside_revision=revision)
+            return _placed(_alone(known, device, revision=revision), trained)
+        return _placed(_alone(job.out, device, beside=known, beside_revision=revision), trained)
     if not isinstance(job, Recipe):
         raise BadInput(f"the run {name} made no model to chat with.")
     if not (paths.adapter / ADAPTER_CONFIG).is_file() and not base_only:
         raise BadInput(
             f"the run {name} has no adapter yet: it must be trained or stopped first. --base-only asks its base alone."
         )
-    return _with_adapter(paths.adapter, job, base, base_only, device)
+    return _placed(_with_adapter(paths.adapter, job, base, base_only, device), paths)
 
 
 def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: bool, device: str) -> ChatRequest:
@@ -79,6 +83,8 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
     if recipe is None:
         return ChatRequest(base=word, adapter=adapter, device=device)
     model = recipe.model
+    if device == "auto" and recipe.device.device == "cpu":
+        device = "cpu"
     return ChatRequest(
         base=word,
         adapter=adapter,
@@ -93,6 +99,17 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
         data_format=recipe.data.format if recipe.data.format != "auto" else "chat",
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def _placed(request: ChatRequest, run: RunPaths | None = None) -> ChatRequest:
+    """Return the request with the card that it computes on: of `auto` the run's, where it is visible.
+
+    Raises:
+        BadInput: The card cannot be used.
+    """
+    card = recorded_card(run) if request.device == "auto" else ""
+    place = place_of(request.device, run_card=card, setting="--device").or_refuse()
+    return replace(request, environment=place.environment)
 
 
 def _alone(word: str, device: str, *, revision: str = "", beside: str = "", beside_revision: str = "") -> ChatRequest:

@@ -10,6 +10,7 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, AdapterFound, find_adapter
+from studio.probe.device import CPU_PLACE
 from studio.probe.hub import knows_token
 from studio.probe.model_folder import check_folder
 from studio.probe.models import find_base
@@ -54,7 +55,7 @@ def start_export(
             "HF_TOKEN; or leave --push out."
         )
     check_space(runs_root)
-    return launch_prepared(prepare_run(request, runs_root, now()), module, launching)
+    return launch_prepared(prepare_run(request, runs_root, now()), module, launching, CPU_PLACE)
 
 
 def check_export(request: ExportRequest) -> None:

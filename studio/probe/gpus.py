@@ -31,11 +31,43 @@ class GpuProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class Instance:
+    """A part of a card that is cut into some (MIG): what a process gets of it.
+
+    Attributes:
+        uuid: Its lasting name, `MIG-...`.
+        number: The ids of its GPU instance and compute instance, as older names of it end: `MIG-GPU-.../1/0`.
+        total_bytes: All of its memory.
+        used_bytes: In use by any process.
+        free_bytes: What a new process could still take.
+    """
+
+    uuid: str | None = None
+    number: tuple[int, int] | None = None
+    total_bytes: int | None = None
+    used_bytes: int | None = None
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The NVIDIA driver; None is "not available".
+
+    Attributes:
+        version: Such as `580.65.06`; under WSL that of Windows.
+        cuda: The newest CUDA that it serves, such as (13, 0); a compatibility package may raise it above the version.
+    """
+
+    version: str | None = None
+    cuda: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
     """One card at one moment; None is "not available" (unified memory, WSL, a lost card ...).
 
     Attributes:
-        index: Its number in NVML's order, which `CUDA_VISIBLE_DEVICES` may change for CUDA.
+        index: Its number in NVML's order, by PCI bus; CUDA's own order may be another (`studio.probe.device`).
         name: As the driver names it.
         uuid: Its lasting name.
         total_bytes: All of its memory.
@@ -48,6 +80,8 @@ class Gpu:
         processes: Who uses it, largest first; None where the driver does not tell.
         mig: Whether it is cut into instances; memory is then that of the first, which is what a process gets.
         unified: Whether its memory is the machine's main memory.
+        pci: Its place on the bus, such as `00000000:01:00.0`.
+        instances: What it is cut into.
     """
 
     index: int
@@ -63,6 +97,8 @@ class Gpu:
     processes: tuple[GpuProcess, ...] | None = None
     mig: bool | None = None
     unified: bool = False
+    pci: str | None = None
+    instances: tuple[Instance, ...] = ()
 
     def others(self, own: Container[int] = ()) -> tuple[GpuProcess, ...]:
         """Return the processes on it that are not one's own; none where the driver does not tell."""
@@ -106,6 +142,15 @@ class GpuReader:
         self._retry_at = None
         return [self._gpu(index) for index in range(count)]
 
+    def driver(self) -> Driver:
+        """Return what the driver says of itself; nothing where none works."""
+        if not self._ready and self.read() is None:
+            return Driver()
+        # The second version of the call asks the library that a process would load, compatibility packages included.
+        served = self._value("nvmlSystemGetCudaDriverVersion_v2") or self._value("nvmlSystemGetCudaDriverVersion")
+        cuda = (served // 1000, served % 1000 // 10) if _positive(served) else None
+        return Driver(_text(self._value("nvmlSystemGetDriverVersion")), cuda)
+
     def close(self) -> None:
         """Let go of the driver."""
         if self._ready:
@@ -120,7 +165,8 @@ class GpuReader:
         name = _text(name) or _UNNAMED
         mode = self._value("nvmlDeviceGetMigMode", handle)
         mig = None if mode is None else bool(mode[0])
-        memory = self._memory(self._instance(handle) if mig else handle)
+        instances = self._instances(handle) if mig else ()
+        memory = _first_size(instances) if mig else self._memory(handle)
         unified = memory is None and any(part in name for part in _UNIFIED_PARTS)
         memory = main_memory() if unified else memory
         capability = self._value("nvmlDeviceGetCudaComputeCapability", handle)
@@ -140,15 +186,28 @@ class GpuReader:
             processes=self._processes(handle),
             mig=mig,
             unified=unified,
+            pci=_text(getattr(self._value("nvmlDeviceGetPciInfo", handle), "busId", None)),
+            instances=instances,
         )
 
-    def _instance(self, handle: Any) -> Any:
-        """Return the first instance of a card that is cut into some; None where there is none yet."""
+    def _instances(self, handle: Any) -> tuple[Instance, ...]:
+        found = []
         for index in range(self._value("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
             instance = self._value("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-            if instance is not None:
-                return instance
-        return None
+            if instance is None:
+                continue
+            memory = self._memory(instance)
+            number = [self._value(f"nvmlDeviceGet{kind}InstanceId", instance) for kind in ("Gpu", "Compute")]
+            found.append(
+                Instance(
+                    uuid=_text(self._value("nvmlDeviceGetUUID", instance)),
+                    number=None if None in number else (number[0], number[1]),
+                    total_bytes=_positive(getattr(memory, "total", None)),
+                    used_bytes=getattr(memory, "used", None),
+                    free_bytes=getattr(memory, "free", None),
+                )
+            )
+        return tuple(found)
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
         """Return who computes or draws on a card; a process that does both is listed once."""
@@ -209,6 +268,23 @@ def read_gpus(reader: GpuReader | None = None) -> list[Gpu] | None:
         return once.read()
     finally:
         once.close()
+
+
+def read_driver() -> Driver:
+    """Return what the driver says of itself; opens and closes NVML."""
+    once = GpuReader()
+    try:
+        return once.driver()
+    finally:
+        once.close()
+
+
+def _first_size(instances: tuple[Instance, ...]) -> Any:
+    """Return total, used and free of the first instance, which is what a process gets that asks for the card."""
+    first = instances[0] if instances else None
+    if first is None or first.total_bytes is None:
+        return None
+    return SimpleNamespace(total=first.total_bytes, used=first.used_bytes, free=first.free_bytes)
 
 
 def _pynvml() -> Any:

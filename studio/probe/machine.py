@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.probe.gpus import Gpu, read_gpus
+from studio.probe.gpus import Driver, Gpu, read_driver, read_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Machine:
         cores: Cores that this process may use.
         system: Operating system in words.
         spills: Whether a full card moves into main memory instead of failing (Windows and WSL drivers do).
+        cuda: The newest CUDA that the driver serves, such as (13, 0).
     """
 
     cards: list[Gpu] | None
@@ -33,6 +34,7 @@ class Machine:
     cores: int | None
     system: str
     spills: bool
+    cuda: tuple[int, int] | None = None
 
 
 def read_machine(folder: Path) -> Machine:
@@ -42,16 +44,18 @@ def read_machine(folder: Path) -> Machine:
         folder: Where runs are kept; need not exist yet.
     """
     cards = read_gpus()
+    driver = Driver() if cards is None else read_driver()
     ram, free_ram = _ram()
     return Machine(
         cards=cards,
-        driver=_driver() if cards is not None else None,
+        driver=driver.version,
         ram_bytes=ram,
         free_ram_bytes=free_ram,
         disk_bytes=free_disk_bytes(folder),
         cores=_cores(),
         system=f"{platform.system()} {platform.release()}",
         spills=spills_to_ram(),
+        cuda=driver.cuda,
     )
 
 
@@ -88,17 +92,3 @@ def _ram() -> tuple[int | None, int | None]:
 
 def _cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml  # noqa: PLC0415  60 ms, and only where a driver answered
-
-        pynvml.nvmlInit()
-        try:
-            version = pynvml.nvmlSystemGetDriverVersion()
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # noqa: BLE001  a driver that has gone meanwhile has no version
-        return None
-    return version.decode("utf-8", "replace") if isinstance(version, bytes) else str(version)

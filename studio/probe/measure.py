@@ -21,7 +21,7 @@ from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.probe.setting import setting_of
 from studio.probe.shape import config_of_gguf
 from studio.probe.space import check_space
-from studio.probe.start import launch_prepared, prepare_run
+from studio.probe.start import launch_prepared, place_of_job, prepare_run
 from studio.runs.calibration import remember
 from studio.runs.job import MODULES
 from studio.runs.layout import RunPaths
@@ -59,7 +59,10 @@ def start_measure(
     config = base_config(recipe.model.base, recipe.model.revision)
     refuse_untrainable(BaseFound("folder", recipe.model.base, None, config, 0), recipe.method)
     check_space(runs_root)
-    return launch_prepared(prepare_run(request, runs_root, now(), plan), module, launching)
+    place = place_of_job(request)
+    if place.refusal:
+        raise BadInput(f"{place.refusal} Or trace the step, which needs no card: --trace.")
+    return launch_prepared(prepare_run(request, runs_root, now(), plan), module, launching, place)
 
 
 def base_config(word: str, revision: str = "") -> dict[str, Any]:

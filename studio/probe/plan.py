@@ -11,15 +11,15 @@ from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import setup_of
+from studio.probe.device import Place, place_of
 from studio.probe.gpus import Gpu as Reading
-from studio.probe.gpus import read_gpus
 from studio.probe.models import BaseFound
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.setting import CARD_USED
 from studio.probe.shape import shape_of_base
 
 
-def plan_for(recipe: Recipe, base: BaseFound, *, cards: list[Reading] | None = None) -> dict[str, Any]:
+def plan_for(recipe: Recipe, base: BaseFound, *, place: Place | None = None) -> dict[str, Any]:
     """Return the plan of a recipe as `plan.json` holds it.
 
     A model that cannot be sized gives `{"estimate": None, "why": ...}`; nothing is raised.
@@ -27,17 +27,18 @@ def plan_for(recipe: Recipe, base: BaseFound, *, cards: list[Reading] | None = N
     Args:
         recipe: What will run.
         base: Its base model.
-        cards: The cards of this machine; None asks the driver.
+        place: Where it will run; None looks.
     """
     try:
         shape = shape_of_base(base)
-        reading = card_of(recipe.device.device, read_gpus() if cards is None else cards)
+        reading = (place_of(recipe.device.device) if place is None else place).card
         gpu = known_gpu(reading) if reading else None
         setup = replace(setup_of(recipe, gpu), device="cuda" if reading else "cpu")
         setup = as_it_lies(setup, shape.quantised)
         estimate = calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
         plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))
-        return {**plan, **pace_to_dict(pace_of(recipe, shape, setup, gpu)), CARD_USED: _used(reading)}
+        pace = pace_to_dict(pace_of(recipe, shape, setup, gpu))
+        return {**plan, **pace, CARD_USED: _used(reading), "card": _named(reading)}
     except StudioError as error:
         return {"estimate": None, "why": plain(str(error))}
     except Exception as error:  # noqa: BLE001  an odd model must never keep a run from starting
@@ -48,12 +49,9 @@ def _used(reading: Reading | None) -> int | None:
     return reading.used_bytes if reading else None
 
 
-def card_of(device: str, cards: list[Reading] | None) -> Reading | None:
-    """Return the card that a recipe's device means, None on a CPU or where no driver answers."""
-    if not cards or device == "cpu":
-        return None
-    number = int(device[5:]) if device.startswith("cuda:") and device[5:].isdecimal() else 0
-    return cards[number] if number < len(cards) else None
+def _named(reading: Reading | None) -> dict[str, Any] | None:
+    """Return what names a card for good, as the run records the one that it used."""
+    return None if reading is None else {"name": reading.name, "uuid": reading.uuid, "pci": reading.pci}
 
 
 def known_gpu(reading: Reading) -> Gpu | None:

@@ -7,9 +7,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
 from studio.probe.data import DataSet, read_data, split
-from studio.probe.gpus import Gpu, read_gpus
+from studio.probe.device import Place, Sight, place_of
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
-from studio.probe.torch_cards import torch_cards
 from studio.runs.recipe_file import resolve_paths
 
 
@@ -23,6 +22,7 @@ class PreflightReport:
         data: The rows to train on and, without a file for it, to hold out.
         eval_data: The rows of `data.eval_path`, None without one.
         notes: What the user should know, though it stops nothing.
+        place: Where it will run.
     """
 
     recipe: Recipe
@@ -30,21 +30,23 @@ class PreflightReport:
     data: DataSet
     eval_data: DataSet | None
     notes: tuple[str, ...]
+    place: Place
 
 
-def check_training(recipe: Recipe, *, gpus: list[Gpu] | None = None) -> PreflightReport:
+def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightReport:
     """Check a recipe against this machine: its fields, its card, the base model and every row of its data.
 
     Args:
         recipe: What is asked for; relative paths are taken from the current folder.
-        gpus: The cards; None asks the driver.
+        sight: What is known of the machine's cards; None looks.
 
     Raises:
         BadInput: Something would keep the run from starting; says what, and what to do.
     """
     refuse(recipe.problems())
     recipe = resolve_paths(recipe, (Path.cwd(),))
-    notes = _device_notes(recipe.device.device, gpus)
+    place = place_of(recipe.device.device, sight).or_refuse()
+    notes: tuple[str, ...] = (place.note,) if place.note else ()
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
     data = _read(recipe, "data.path")
@@ -57,7 +59,7 @@ def check_training(recipe: Recipe, *, gpus: list[Gpu] | None = None) -> Prefligh
                 "rows, name a file in data.eval_path, or set eval.rows and eval.samples to 0."
             )
         notes += parts.notes
-    return PreflightReport(recipe, base, data, eval_data, notes)
+    return PreflightReport(recipe, base, data, eval_data, notes, place)
 
 
 def _read(recipe: Recipe, field: str) -> DataSet:
@@ -67,21 +69,3 @@ def _read(recipe: Recipe, field: str) -> DataSet:
         return read_data(path, format=recipe.data.format)
     except BadInput as error:
         raise BadInput(f"{field}: {error}") from error
-
-
-def _device_notes(device: str, gpus: list[Gpu] | None) -> tuple[str, ...]:
-    if not device.startswith("cuda"):
-        return ()
-    found = read_gpus() if gpus is None else gpus
-    number = int(device[5:] or 0)
-    if found is None:
-        silent = f"device.device is {device}, but no NVIDIA driver answers on this machine"
-        cards = torch_cards()
-        if cards is None or number < cards:
-            return (silent,)
-        there = f"torch finds {cards} card(s)" if cards else "torch finds no card"
-        raise BadInput(f"{silent} and {there}. Set it to auto or cpu; lora-studio doctor says what is missing.")
-    if number >= len(found):
-        names = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in found) or "no card"
-        raise BadInput(f"device.device is {device}; this machine has {names}. Choose one of them, auto or cpu.")
-    return ()

@@ -16,9 +16,9 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.probe.data import DataSet, inspect_data
 from studio.probe.data.lengths import texts_of, token_lengths
-from studio.probe.gpus import read_gpus
+from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
-from studio.probe.plan import card_of, known_gpu
+from studio.probe.plan import known_gpu
 from studio.probe.shape import find_shape, shape_of_base
 from studio.runs.atomic import write_whole
 from studio.runs.home import SETUP_FILE, studio_home
@@ -124,7 +124,7 @@ def card_for_advice(name: str) -> tuple[Gpu | None, int | None]:
     """Return the card that advice is for and what is free on it; None and None on a CPU.
 
     Args:
-        name: A card of the catalogue; empty for this machine's first.
+        name: A card of the catalogue; empty for the one that `auto` takes here.
 
     Raises:
         BadInput: The catalogue has no such card.
@@ -132,7 +132,7 @@ def card_for_advice(name: str) -> tuple[Gpu | None, int | None]:
     if name:
         gpu = find_gpu(name)
         return gpu, gpu.total_bytes
-    reading = card_of("auto", read_gpus())
+    reading = place_of("auto").card
     known = known_gpu(reading) if reading else None
     if reading is None or known is None:
         return None, None

@@ -4,14 +4,17 @@ import json
 import re
 import shutil
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
+from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.device import CPU_PLACE, Place, place_of, recorded_card
 from studio.probe.fingerprint import difference, fingerprint, recorded_fingerprint
 from studio.probe.models import BaseFound, find_base
 from studio.probe.plan import plan_for
@@ -20,10 +23,10 @@ from studio.probe.space import check_name, check_place, check_space
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request
-from studio.runs.job import MODULES, ONTO, Job, MergeRequest, write_job
+from studio.runs.job import MODULES, ONTO, ExportRequest, Job, MergeRequest, read_job, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.measure_request import MeasureRequest
-from studio.runs.supervise import launch
+from studio.runs.supervise import Handle, launch, resume
 
 _SHOWN = 40
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
@@ -90,8 +93,8 @@ def start_training(
     check_space(runs_root)
     report = check_training(recipe)
     on_checked(report)
-    plan = plan_for(report.recipe, report.base) if plan is None else plan
-    return launch_prepared(prepare_run(report.recipe, runs_root, now(), plan), module, launching)
+    plan = plan_for(report.recipe, report.base, place=report.place) if plan is None else plan
+    return launch_prepared(prepare_run(report.recipe, runs_root, now(), plan), module, launching, report.place)
 
 
 def start_merge(
@@ -117,7 +120,7 @@ def start_merge(
     """
     check_merge(request)
     check_space(runs_root)
-    return launch_prepared(prepare_run(request, runs_root, now()), module, launching)
+    return launch_prepared(prepare_run(request, runs_root, now()), module, launching, CPU_PLACE)
 
 
 def check_out(out: Path) -> None:
@@ -226,14 +229,14 @@ def refuse_another_base(run: str, folder: Path) -> None:
         )
 
 
-def launch_prepared(paths: RunPaths, module: str, launching: dict[str, Any]) -> RunPaths:
-    """Launch the worker of a prepared run; where that fails, no folder is left.
+def launch_prepared(paths: RunPaths, module: str, launching: Mapping[str, Any], place: Place) -> RunPaths:
+    """Launch the worker of a prepared run where it shall run; where that fails, no folder is left.
 
     Raises:
         StudioError: The process cannot be started.
     """
     try:
-        launch(paths, module, **launching)
+        launch(paths, module, **_placed(launching, place))
     except KeyboardInterrupt:
         # The process may have been started a moment ago: who interrupts the start wants no run.
         request(paths, "stop")
@@ -242,3 +245,45 @@ def launch_prepared(paths: RunPaths, module: str, launching: dict[str, Any]) -> 
         shutil.rmtree(paths.root, ignore_errors=True)
         raise
     return paths
+
+
+def resume_run(paths: RunPaths, **launching: Any) -> Handle:
+    """Start a worker in the folder of a run that was stopped, failed or crashed, on the card that it ran on.
+
+    Args:
+        paths: The run.
+        launching: As for `studio.runs.supervise.resume`.
+
+    Raises:
+        BadInput: The run is live or finished, its `recipe.toml` is unreadable, or its card cannot be used.
+        StudioError: The process cannot be started.
+    """
+    place = place_of_job(read_job(paths), paths).or_refuse()
+    return resume(paths, **_placed(launching, place))
+
+
+def place_of_job(job: Job, paths: RunPaths | None = None) -> Place:
+    """Return where a job runs: on the card that it, or the run that it is about, ran on before, where that is visible.
+
+    Merges and exports run on the CPU: the card may be busy with a training.
+
+    Args:
+        job: What is asked for.
+        paths: Its run, where that has begun already.
+
+    Raises:
+        BadInput: The recipe of a race or a measurement is damaged.
+    """
+    if isinstance(job, Recipe):
+        return place_of(job.device.device, run_card=recorded_card(paths))
+    if isinstance(job, MergeRequest | ExportRequest) or (isinstance(job, MeasureRequest) and job.how == "trace"):
+        return CPU_PLACE
+    if isinstance(job, AuditRequest) and not job.recipe:
+        about = RunPaths(Path(job.run)) if job.run and job.device == "auto" else None
+        return place_of(job.device, run_card=recorded_card(about), setting="--device")
+    return place_of(recipe_from_dict(tomllib.loads(job.recipe)).device.device)
+
+
+def _placed(launching: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Return the arguments of a launch whose environment names the place; what the caller sets goes before it."""
+    return {**launching, "environment": {**place.environment, **(launching.get("environment") or {})}}

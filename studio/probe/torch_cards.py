@@ -1,30 +1,267 @@
-"""How many cards the installed torch can use, without importing it here.
+"""What the installed torch can use of this machine's cards, without importing it here.
 
-Only for machines on which NVML does not answer: a container without it, or a chip that has none.
+Its build is read as text. Only where NVML does not answer, or where CUDA alone knows the order of the cards, is torch
+itself asked, in a process of its own, which takes seconds.
 """
 
+import ast
+import json
+import os
+import platform
+import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-_ASK = "import torch; print(torch.cuda.device_count())"
+from studio.core.text import plain
+from studio.probe.gpus import Driver, Gpu
+
+_ASK = """
+import json, torch
+seen = []
+for i in range(torch.cuda.device_count()):
+    p = torch.cuda.get_device_properties(i)
+    seen.append([p.name, f"GPU-{p.uuid}", p.total_memory, p.major, p.minor])
+print(json.dumps(seen))
+"""
 _ASK_SECONDS = 60.0
+_NODES = ("nvidiactl", "nvidia0", "dxg", "nvgpu", "nvhost-gpu", "nvmap")
+"""What a driver that CUDA can use has under /dev: on a PC, under WSL, on Tegra chips."""
+_LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
+"""Of each CUDA major on Linux, any minor of it included (CUDA release notes, "CUDA Toolkit and Minimum Required Driver
+Version for CUDA Minor Version Compatibility")."""
+_ALONE = (53, 62, 72, 87)
+"""Capabilities of integrated chips: they run no other's code, and no other runs theirs (torch/cuda/__init__.py
+DEVICE_REQUIREMENT)."""
 
 
-def torch_cards(python: str = sys.executable) -> int | None:
-    """Return how many cards torch can use; None where it cannot be asked.
+@dataclass(frozen=True, slots=True)
+class TorchBuild:
+    """What an installed torch was built for.
 
-    A build for CPUs says so in its version; any other is asked in a process of its own, which takes seconds.
+    Attributes:
+        version: Such as `2.13.0+cu130`.
+        cuda: CUDA's version, such as (13, 0); None for a build without.
+        hip: ROCm's version; None for a build without.
+        releases: By CUDA version, the capabilities (10 x major + minor) that the published builds of this release have
+            code for; empty where the release does not say.
+    """
+
+    version: str
+    cuda: tuple[int, int] | None = None
+    hip: str | None = None
+    releases: Mapping[tuple[int, int], frozenset[int]] = field(default_factory=dict)
+
+    @property
+    def capabilities(self) -> frozenset[int]:
+        """What this build has code for; empty where that is not known: a build of somebody else has its own list."""
+        local = self.version.partition("+")[2]
+        published = "a0" not in self.version and (not local or re.fullmatch(r"cu\d+", local))
+        return self.releases.get(self.cuda, frozenset()) if self.cuda and published else frozenset()
+
+    def __str__(self) -> str:
+        return f"torch {plain(self.version, one_line=True, limit=40)}"
+
+
+def torch_build() -> TorchBuild | None:
+    """Return what the installed torch was built for, read from its files; None where there is none to read."""
+    spec = find_spec("torch")
+    places = spec.submodule_search_locations if spec else None
+    return read_build(Path(next(iter(places)))) if places else None
+
+
+@lru_cache(maxsize=4)
+def read_build(folder: Path) -> TorchBuild | None:
+    """Return what a torch was built for.
+
+    Args:
+        folder: Of the package, with `version.py` and `cuda/__init__.py` in it.
+    """
+    try:
+        text = (folder / "version.py").read_text("utf-8")
+    except (OSError, ValueError):
+        return None
+    version = _assigned(text, "__version__")
+    if not isinstance(version, str):
+        return None
+    cuda, hip = _assigned(text, "cuda"), _assigned(text, "hip")
+    return TorchBuild(version, numbers_of(cuda), hip if isinstance(hip, str) else None, _releases(folder))
+
+
+def why_unusable(card: Gpu, driver: Driver, build: TorchBuild | None) -> str:
+    """Return why the installed torch cannot compute on a card that the driver shows, and what would help.
+
+    Nothing is returned where it can, and where that cannot be told from here: the job itself looks again.
+
+    Args:
+        card: As NVML shows it.
+        driver: Of this machine.
+        build: The installed torch; None where it cannot be read.
+    """
+    name = plain(card.name, one_line=True, limit=80)
+    if card.mig and not card.instances and card.total_bytes is None:
+        return f"{name} has MIG on and is cut into no instance that could be used: make one with nvidia-smi mig"
+    if build is None:
+        return ""
+    if build.cuda is None:
+        made_for = f"AMD's ROCm {plain(build.hip, one_line=True, limit=40)}" if build.hip else "CPUs only"
+        return f"{name} cannot be used: {build} is built for {made_for}. To use it, {_install(card, driver, build)}"
+    if not serves(driver, build.cuda):
+        least = _LEAST_DRIVER.get(build.cuda[0])
+        wanted = f"a driver of version {least[0]} or newer" if least else "a newer driver"
+        return (
+            f"{name} cannot be used: {build} is built for CUDA {_dotted(build.cuda)}, which needs {wanted}; the driver "
+            f"here is {driver_words(driver)}. Update the driver, or {_install(card, driver, build)}"
+        )
+    codes = build.capabilities
+    if card.capability and codes and _runs(card.capability, codes) is False:
+        return (
+            f"{name} is too old for this torch: it has compute capability {_dotted(card.capability)}, and {build} has "
+            f"code for {_dotted(divmod(min(codes), 10))} and newer. To use it, {_install(card, driver, build)}"
+        )
+    return ""
+
+
+def serves(driver: Driver, cuda: tuple[int, int]) -> bool:
+    """Return whether a driver serves programs built for a CUDA version; true where that is not known.
+
+    Within a major any minor runs on any driver of it ("minor version compatibility"). What the driver says of CUDA
+    comes first: a compatibility package, as servers and Jetsons have it, serves more than the version tells.
+    """
+    if driver.cuda is not None:
+        return driver.cuda[0] >= cuda[0]
+    found, least = numbers_of(driver.version), _LEAST_DRIVER.get(cuda[0])
+    return found is None or least is None or found >= least
+
+
+def driver_words(driver: Driver) -> str:
+    """Return a driver's version and the CUDA that it serves, for a message."""
+    version = plain(driver.version or "", one_line=True, limit=40) or "of unknown version"
+    return f"{version} (CUDA {_dotted(driver.cuda)} at most)" if driver.cuda else version
+
+
+def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Gpu] | None:
+    """Return the cards that torch sees, in CUDA's order; None where it cannot be asked.
+
+    A build without CUDA sees none; any other is asked in a process of its own, which takes seconds. What it said is
+    kept: neither the cards nor this process's environment change.
 
     Args:
         python: The interpreter that jobs run in.
+        masked: Whether `CUDA_VISIBLE_DEVICES` holds for it.
     """
-    try:
-        if "+cpu" in version("torch"):
-            return 0
-        done = subprocess.run(
-            [python, "-c", _ASK], stdin=subprocess.DEVNULL, capture_output=True, timeout=_ASK_SECONDS, check=True
-        )
-        return int(done.stdout.split()[-1])
-    except (PackageNotFoundError, OSError, subprocess.SubprocessError, ValueError, IndexError):
+    build = torch_build()
+    if build is None:
         return None
+    if build.cuda is None and build.hip is None:
+        return []
+    return _asked(python, None if masked else "CUDA_VISIBLE_DEVICES")
+
+
+@lru_cache(maxsize=4)
+def _asked(python: str, without: str | None) -> list[Gpu] | None:
+    environment = {name: value for name, value in os.environ.items() if name != without}
+    try:
+        done = subprocess.run(
+            [python, "-c", _ASK],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_ASK_SECONDS,
+            check=True,
+            env=environment,
+        )
+        return [
+            Gpu(index, plain(str(name), one_line=True), str(uuid), int(total), capability=(int(major), int(minor)))
+            for index, (name, uuid, total, major, minor) in enumerate(json.loads(done.stdout.splitlines()[-1]))
+        ]
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
+        return None
+
+
+def may_have_card() -> bool:
+    """Return whether anything speaks for a card though NVML does not answer: else torch need not be asked."""
+    return sys.platform == "win32" or any(Path("/dev", name).exists() for name in _NODES)
+
+
+def numbers_of(text: object) -> tuple[int, int] | None:
+    """Return the first two numbers of a version."""
+    found = re.match(r"(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Return whether code that torch was built with runs on a card.
+
+    `sm_XY` is machine code: for its own major capability, from its minor on. `compute_XY` is compiled for whatever is
+    newer. Builds of ROCm name their chips otherwise: the card was found by them, so it is theirs.
+
+    Args:
+        code: As `torch.cuda.get_arch_list` has it, such as `sm_86` or `compute_90a`.
+        capability: Of the card.
+    """
+    kind, _, text = code.partition("_")
+    number = text.rstrip("af")
+    if kind not in ("sm", "compute") or not number.isdecimal():
+        return True
+    own, built = 10 * capability[0] + capability[1], int(number)
+    if kind == "compute":
+        return own >= built
+    if own in _ALONE or built in _ALONE:
+        return own == built
+    return own // 10 == built // 10 and own >= built
+
+
+def _runs(capability: tuple[int, int], codes: frozenset[int]) -> bool | None:
+    """Return whether code for some capabilities runs on a card; None for a newer card, for which it may be compiled."""
+    own = 10 * capability[0] + capability[1]
+    if any(runs_on(f"sm_{code}", capability) for code in codes):
+        return True
+    return None if own > max(codes) or own in _ALONE else False
+
+
+def _install(card: Gpu, driver: Driver, build: TorchBuild) -> str:
+    """Return which torch to install for a card under the driver that is there."""
+    release = build.version.partition("+")[0]
+    fitting = [
+        cuda
+        for cuda, codes in build.releases.items()
+        if serves(driver, cuda) and (card.capability is None or _runs(card.capability, codes) is not False)
+    ]
+    if not fitting:
+        return f"install a torch that suits this card and driver ({driver_words(driver)}): see pytorch.org"
+    best = max([cuda for cuda in fitting if driver.cuda is None or cuda <= driver.cuda] or [min(fitting)])
+    tag = f"cu{best[0]}{best[1]}"
+    return (
+        f"install its build for CUDA {_dotted(best)}: pip install --force-reinstall torch=={release} "
+        f"--index-url https://download.pytorch.org/whl/{tag}"
+    )
+
+
+def _releases(folder: Path) -> dict[tuple[int, int], frozenset[int]]:
+    """Return which capabilities the published builds of a release have code for, as its own source lists them."""
+    try:
+        text = (folder / "cuda" / "__init__.py").read_text("utf-8")
+        table = _assigned(text, "PYTORCH_RELEASES_CODE_CC", end=r"^\}")
+        machine = "aarch64" if platform.machine().lower() in ("aarch64", "arm64") else "x86_64"
+        found = {numbers_of(cuda): frozenset(by_machine[machine]) for cuda, by_machine in table.items()}
+        return {cuda: codes for cuda, codes in found.items() if cuda is not None and codes}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _assigned(text: str, name: str, *, end: str = r"$") -> Any:
+    """Return the literal that a module's text assigns to a name; None where it does not."""
+    match = re.search(rf"^{name}\b[^=\n]*=\s*(.*?{end})", text, re.MULTILINE | re.DOTALL)
+    try:
+        return ast.literal_eval(match[1].strip()) if match else None
+    except (ValueError, SyntaxError):
+        return None
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}.{numbers[1]}"

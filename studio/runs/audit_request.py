@@ -40,6 +40,7 @@ class AuditRequest:
         lm_eval_limit: Most documents of each such task; 0 for all.
         gguf: Absolute paths of GGUF files that are measured beside a run's other forms, a line each.
         speed: 1 where the tokens a second of serving a run's forms are measured, 0 where not.
+        device: Where a base or a run is measured, as in a recipe; `auto` takes the run's own card where it is visible.
     """
 
     what: str
@@ -64,6 +65,7 @@ class AuditRequest:
     lm_eval_limit: str = "0"
     gguf: str = ""
     speed: str = "1"
+    device: str = "auto"
 
     @property
     def lane_names(self) -> list[str]:

@@ -42,11 +42,12 @@ class ChatRequest:
         double_quant: Whether its scales are quantised again.
         skip_modules: What stays in 16 bit, as in a recipe.
         attention: Which attention implementation.
-        device: `auto`, `cpu` or `cuda`.
+        device: As in a recipe.
         data_format: Of the training data: which plain template serves a model that has none.
         trust_remote_code: Run Python code that the base brings.
         beside: Another model, which answers as the base where `base` is a merged model; empty for none.
         beside_revision: Of it.
+        environment: What its process's environment must hold, so that it computes on the card that is meant.
     """
 
     base: str
@@ -63,6 +64,7 @@ class ChatRequest:
     trust_remote_code: bool = False
     beside: str = ""
     beside_revision: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +217,7 @@ class ChatProcess:
                 stderr=self._errors,
                 text=True,
                 encoding="utf-8",
-                env=child_environment({}),
+                env=child_environment(request.environment),
                 cwd=Path.home(),
                 **group,  # Ctrl-C is the parent's to understand: it stops an answer, not the model
             )

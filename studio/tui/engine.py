@@ -34,9 +34,9 @@ def _start(recipe: Recipe, runs_root: Path) -> RunPaths:
 
 
 def _resume(paths: RunPaths) -> None:
-    from studio.runs.supervise import resume  # noqa: PLC0415  0.1 s
+    from studio.probe.start import resume_run  # noqa: PLC0415  0.1 s
 
-    resume(paths)
+    resume_run(paths)
 
 
 def _end_now(paths: RunPaths) -> None:
@@ -79,9 +79,9 @@ def _hub_shape(base: str, revision: str) -> "ModelShape":
 
 def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     from studio.core.gpu_catalogue import find_gpu  # noqa: PLC0415  0.15 s with the rest
-    from studio.probe.gpus import read_gpus  # noqa: PLC0415
+    from studio.probe.device import place_of  # noqa: PLC0415
     from studio.probe.pace import calibrated  # noqa: PLC0415
-    from studio.probe.plan import card_of, known_gpu  # noqa: PLC0415
+    from studio.probe.plan import known_gpu  # noqa: PLC0415
     from studio.tui.forecast import Card, Forecaster  # noqa: PLC0415
     from studio.tui.reading import process_words  # noqa: PLC0415
 
@@ -89,7 +89,7 @@ def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     if planned:
         gpu = find_gpu(planned)
         return Forecaster(shape, Card(gpu, gpu.total_bytes, planned=True), calibrated)
-    reading = card_of(recipe.device.device, read_gpus())
+    reading = place_of(recipe.device.device).card
     known = known_gpu(reading) if reading else None
     if reading is None or known is None:
         return Forecaster(shape, Card())

@@ -174,9 +174,9 @@ def _start(request: MergeRequest, root: Path) -> RunPaths:
 
 
 def _resume(paths: RunPaths) -> None:
-    from studio.runs.supervise import resume  # noqa: PLC0415  0.1 s
+    from studio.probe.start import resume_run  # noqa: PLC0415  0.1 s
 
-    resume(paths)
+    resume_run(paths)
 
 
 def _chat(request: ChatRequest) -> ChatProcess:

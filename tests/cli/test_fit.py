@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from studio.commands import plan as plan_verb
+from studio.probe.device import Sight
 from tests.cli.conftest import Cli
 from tests.core.published_rows import DATA
 
 
 @pytest.fixture
 def heavy(home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(plan_verb, "read_gpus", lambda: None)
+    monkeypatch.setattr(plan_verb, "look", lambda: Sight(None))
     configs = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
     Path("config.json").write_text(json.dumps(configs["Llama-3.1-8B"]))
     path = Path("heavy.toml")

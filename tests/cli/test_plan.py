@@ -12,6 +12,7 @@ import pytest
 
 from studio.commands import plan as verb
 from studio.core.gpu_catalogue import GIB, MIB
+from studio.probe.device import Sight
 from studio.probe.gpus import Gpu, GpuProcess
 from studio.runs.recipe_file import shipped_recipes
 from tests.cli.conftest import Cli
@@ -26,7 +27,7 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "read_gpus", lambda: None)
+    monkeypatch.setattr(verb, "look", lambda: Sight(None))
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_people_get_the_same_numbers_in_words(cli: Cli, llama: str) -> None:
 
 def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = Gpu(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 4564 * MIB, 20000 * MIB, (8, 9))
-    monkeypatch.setattr(verb, "read_gpus", lambda: [reading])
+    monkeypatch.setattr(verb, "look", lambda: Sight([reading]))
     document = cli("plan", "--model", llama, "--json").document
     assert document["budget_bytes"] == 20000 * MIB
     assert document["gpu"] == {"name": "NVIDIA GeForce RTX 4090", "total_bytes": 24564 * MIB}
@@ -158,7 +159,7 @@ def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkey
 def test_who_else_is_on_the_card_is_named(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = (GpuProcess(1200, "Xorg", 312 * MIB), GpuProcess(77, None, None))
     reading = Gpu(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 564 * MIB, 24000 * MIB, (8, 9), processes=others)
-    monkeypatch.setattr(verb, "read_gpus", lambda: [reading])
+    monkeypatch.setattr(verb, "look", lambda: Sight([reading]))
     assert "used by Xorg (pid 1200, 312.0 MiB), unnamed (pid 77, ?)" in cli("plan", "--model", llama).out
     document = cli("plan", "--model", llama, "--json").document
     assert document["card"]["processes"][0] == {"pid": 1200, "name": "Xorg", "used_bytes": 312 * MIB}
@@ -170,7 +171,7 @@ def test_an_instance_of_a_card_has_its_share_of_speed(cli: Cli, llama: str, monk
     part = replace(whole, total_bytes=20480 * MIB, free_bytes=20480 * MIB, mig=True)
     speeds = []
     for reading in (whole, part):
-        monkeypatch.setattr(verb, "read_gpus", lambda: [reading])  # noqa: B023  used at once
+        monkeypatch.setattr(verb, "look", lambda: Sight([reading]))  # noqa: B023  used at once
         document = cli("plan", "--model", llama, "--method", "qlora", "--batch", "4", "--json").document
         speeds.append(document["tokens_per_second"]["expected"])
     assert speeds[0] / speeds[1] == pytest.approx(4, rel=0.05)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from studio.commands import plan as verb
+from studio.probe.device import Sight
 from studio.probe.embedded_model import find_embedded
 from tests.cli.conftest import Cli
 from tests.core.published_rows import DATA
@@ -17,7 +18,7 @@ CONFIGS: dict[str, dict[str, Any]] = json.loads((DATA / "model_configs.json").re
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "read_gpus", lambda: None)
+    monkeypatch.setattr(verb, "look", lambda: Sight(None))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from safetensors.numpy import save_file
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
-from studio.probe import preflight
+from studio.probe.device import Sight
 from studio.probe.gpus import Gpu
 from studio.probe.preflight import check_training
 from studio.probe.space import _LONGEST_INSIDE_BYTES, check_place, check_space
 from studio.probe.start import check_merge, check_out, prepare_run, start_training
-from studio.probe.torch_cards import torch_cards
 from studio.runs.control import requested
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths, new_run
@@ -77,37 +76,26 @@ def test_the_file_of_held_out_rows_is_checked_too(data: Path) -> None:
     assert report.eval_data is not None
 
 
-def test_without_a_driver_only_a_card_that_torch_finds_will_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_only_a_card_that_torch_finds_will_do(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data))
-    monkeypatch.setattr(preflight, "read_gpus", lambda: None)
-    for cards, device in ((0, "cuda"), (0, "cuda:0"), (1, "cuda:1")):
-        monkeypatch.setattr(preflight, "torch_cards", lambda: cards)  # noqa: B023  used at once
+    two = [Gpu(0, "Orin", capability=(8, 7)), Gpu(1, "Orin", capability=(8, 7))]
+    for cards, device in (([], "cuda"), ([], "cuda:0"), (two[:1], "cuda:1")):
+        sight = Sight(None, ask=lambda masked: cards)  # noqa: B023  used at once
         with pytest.raises(BadInput, match=r"no NVIDIA driver answers .* and torch finds .* Set it to auto or cpu"):
-            check_training(recipe.with_("device.device", device))
-        assert check_training(recipe).notes == check_training(recipe.with_("device.device", "cpu")).notes
-    for cards in (2, None):
-        monkeypatch.setattr(preflight, "torch_cards", lambda: cards)  # noqa: B023
-        notes = check_training(recipe.with_("device.device", "cuda:1")).notes
+            check_training(recipe.with_("device.device", device), sight=sight)
+        assert check_training(recipe, sight=sight).notes == check_training(recipe.with_("device.device", "cpu")).notes
+    for there in (two, None):
+        sight = Sight(None, ask=lambda masked: there)  # noqa: B023
+        notes = check_training(recipe.with_("device.device", "cuda:1"), sight=sight).notes
         assert any("no NVIDIA driver answers" in note for note in notes), "and it may start"
-
-
-def test_what_torch_says_of_its_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "python"
-    monkeypatch.setattr("studio.probe.torch_cards.version", lambda name: "2.13.0+cpu")
-    assert torch_cards(str(python)) == 0, "without asking"
-    monkeypatch.setattr("studio.probe.torch_cards.version", lambda name: "2.13.0+cu130")
-    assert torch_cards(str(python)) is None
-    for answer, expected in (("echo 2", 2), ("echo warning; echo 0", 0), ("echo", None), ("exit 1", None)):
-        python.write_text(f"#!/bin/sh\n{answer}\n")
-        python.chmod(0o755)
-        assert torch_cards(str(python)) == expected
 
 
 def test_a_card_that_is_not_there_is_refused(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data)).with_("device.device", "cuda:1")
     with pytest.raises(BadInput, match=r"cuda:0 \(Card\)"):
-        check_training(recipe, gpus=[Gpu(0, "Card")])
-    check_training(recipe, gpus=[Gpu(0, "Card"), Gpu(1, "Card")])
+        check_training(recipe, sight=Sight([Gpu(0, "Card")]))
+    report = check_training(recipe, sight=Sight([Gpu(0, "Card", "GPU-a"), Gpu(1, "Card", "GPU-b")]))
+    assert report.place.environment["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 
 def test_a_nearly_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_data_files_nearby_are_offered(tmp_path: Path) -> None:
 
 
 def test_advice_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "read_gpus", lambda: None)
+    monkeypatch.setattr("studio.probe.device.read_gpus", lambda: None)
     checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), EMBEDDED)
     shape = find_shape(EMBEDDED)
     here = advice_for(Answers(data=checked.facts.path), shape, checked.facts)

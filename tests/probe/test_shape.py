@@ -11,6 +11,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
+from studio.probe.device import Place
 from studio.probe.embedded_model import embedded_header, find_embedded
 from studio.probe.gguf_header import GgufHeader
 from studio.probe.gpus import Gpu
@@ -129,18 +130,18 @@ def test_a_gguf_of_another_family() -> None:
 
 def test_the_plan_of_a_run(tmp_path: Path) -> None:
     card = Gpu(0, "Tesla T4", None, 15360 * 2**20, 0, 15000 * 2**20, (7, 5))
-    plan = plan_for(Recipe(), find_base("embedded"), cards=[card])
+    plan = plan_for(Recipe(), find_base("embedded"), place=Place(card))
     assert plan["peak_bytes"] > 0
     assert plan["fits"] is True
     assert plan["setup"]["dtype"] == "fp16"
     assert plan["budget_bytes"] == 15000 * 2**20
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
-    assert plan_for(Recipe(), find_base("embedded"), cards=[])["budget_bytes"] is None
+    assert plan_for(Recipe(), find_base("embedded"), place=Place())["budget_bytes"] is None
 
 
 @pytest.mark.parametrize("config", [None, {}, {"model_type": "odd"}, {**CONFIG, "hidden_size": "x"}])
 def test_an_odd_model_never_keeps_a_run_from_starting(config: dict[str, Any] | None) -> None:
-    plan = plan_for(Recipe(), BaseFound("hub", "owner/name", None, config, 0), cards=[])
+    plan = plan_for(Recipe(), BaseFound("hub", "owner/name", None, config, 0), place=Place())
     assert plan["estimate"] is None
     assert plan["why"]
 
@@ -150,7 +151,7 @@ def test_an_unforeseen_fault_is_an_answer_too(monkeypatch: pytest.MonkeyPatch) -
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("studio.probe.plan.shape_of_base", broken)
-    assert plan_for(Recipe(), BaseFound("hub", "o/n", None, CONFIG, 0), cards=[]) == {
+    assert plan_for(Recipe(), BaseFound("hub", "o/n", None, CONFIG, 0), place=Place()) == {
         "estimate": None,
         "why": "ZeroDivisionError: oops",
     }

@@ -135,7 +135,7 @@ class AnswerModels:
         if self._vocabulary is not None:
             base.resize_token_embeddings(self._vocabulary)
         try:
-            return PeftModel.from_pretrained(base, str(self._adapter.folder))
+            return PeftModel.from_pretrained(base, str(self._adapter.folder), torch_device=str(self.device))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             said = plain(str(error), one_line=True, limit=300)
             raise BadInput(f"the adapter does not fit the base: {said}") from error

@@ -2,10 +2,12 @@
 
 import torch
 
+from studio.jobs.base.device import job_device
+
 
 def device_of() -> torch.device:
-    """Return where blocks are run: the first CUDA card, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return where blocks are run: the card that the audit was launched on, else the CPU."""
+    return job_device("auto")
 
 
 def wait_for(device: torch.device) -> None:

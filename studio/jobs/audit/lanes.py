@@ -13,7 +13,7 @@ from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.audit.stopped import Stopped
-from studio.probe.start import start_training
+from studio.probe.start import resume_run, start_training
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import LANES
 from studio.runs.control import request
@@ -21,7 +21,6 @@ from studio.runs.job import MODULES
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.summary import summary_of
-from studio.runs.supervise import resume
 from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
 
@@ -106,7 +105,7 @@ def run_lanes(
             known[name] = str(paths.root)
             write_whole(Path(worker.paths.root) / _KEPT, json.dumps(known))
         elif run_status(paths) in (Status.crashed, Status.stopped, Status.failed):
-            resume(paths, module=module)
+            resume_run(paths, module=module)
         watch = RunWatch(paths)
 
         _wait(worker, watch, partial(_tell, worker, watch, name, (place, len(names)), share), sleep)

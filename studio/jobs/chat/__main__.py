@@ -76,6 +76,8 @@ def main() -> None:
 
 
 def _failure(error: BaseException, *, fatal: bool) -> ChatFailed:
+    if isinstance(error, JobFailed):
+        return ChatFailed(str(error), error.advice, fatal)
     if isinstance(error, StudioError):
         return ChatFailed(str(error), fatal=fatal, bad_input=True)
     if ran_out_of_memory(error):

@@ -18,6 +18,7 @@ from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
 from studio.core.recipe import QuantType
 from studio.jobs.base.data.template import ensure_template
+from studio.jobs.base.device import job_device
 from studio.jobs.base.generation import Watch, stop_ids
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.base.precision import DTYPES, half_dtype
@@ -49,10 +50,11 @@ class Session:
 
         Raises:
             BadInput: One of them cannot be loaded, or memory is short.
+            JobFailed: The card that was chosen or asked for cannot be used.
         """
         self.notes: list[str] = []
         base = find_base(request.base, request.revision)
-        device = _device(request.device)
+        device = job_device(request.device)
         dtype = _dtype(request, device)
         if device.type == "cpu":
             check_memory(base, request.method, dtype, device)
@@ -179,7 +181,7 @@ class Session:
         if vocabulary and vocabulary != loaded.get_input_embeddings().weight.shape[0]:
             loaded.resize_token_embeddings(vocabulary)
         try:
-            adapted = PeftModel.from_pretrained(loaded, str(adapter))
+            adapted = PeftModel.from_pretrained(loaded, str(adapter), torch_device=str(loaded.device))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             raise BadInput(f"the adapter {adapter.name} does not fit this base model: {error}") from error
         own = (adapter / "tokenizer_config.json").is_file()
@@ -209,13 +211,6 @@ def check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch
             f"the model needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other "
             "programs, or chat with a smaller model or, on a computer with a card, with --device cuda."
         )
-
-
-def _device(wanted: str) -> torch.device:
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise BadInput("--device cuda: torch sees no CUDA device here. Use --device cpu.")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
 
 
 def _quant(request: ChatRequest) -> FourBit:

@@ -1,6 +1,5 @@
 """The export job: `python -m studio.jobs.export RUN_DIR`, started by `studio.runs.supervise`."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,8 +14,6 @@ def _body(worker: Worker) -> None:
     request = read_job(worker.paths)
     if not isinstance(request, ExportRequest):
         raise BadInput("this run is not an export")
-    # The card, if there is one, may be busy with a training run; rounding weights needs none.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from studio.jobs.export.job import export_run  # noqa: PLC0415  torch, after the lock is held
 
     export_run(worker, request)

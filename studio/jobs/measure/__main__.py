@@ -1,6 +1,5 @@
 """The measuring job: `python -m studio.jobs.measure RUN_DIR`, started by `studio.runs.supervise`."""
 
-import os
 import sys
 import tomllib
 from pathlib import Path
@@ -18,12 +17,7 @@ def _body(worker: Worker) -> None:
     if not isinstance(request, MeasureRequest):
         raise BadInput("this run is not a measurement")
     recipe = recipe_from_dict(tomllib.loads(request.recipe))
-    if request.how == "trace" or recipe.device.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif recipe.device.device.startswith("cuda:"):
-        # Before torch is imported: the job then sees one card, called cuda:0.
-        os.environ["CUDA_VISIBLE_DEVICES"] = recipe.device.device.removeprefix("cuda:")
-    from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the card is chosen
+    from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the lock is held
 
     measure_run(worker, request, recipe)
 

@@ -14,6 +14,7 @@ from studio.core.errors import StudioError
 from studio.core.events import Finished, Phase, Started, Warned
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
+from studio.jobs.base.device import job_device
 from studio.jobs.measure.real import measure_card
 from studio.jobs.measure.trace import Target, trace
 from studio.probe.measure import base_config, remember_measurement
@@ -36,9 +37,11 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
     worker.emit(Started, job="measure", method=recipe.method, model=recipe.model.base, versions=versions)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     began = time.perf_counter()
-    if request.how == "auto" and request.device == "cuda" and torch.cuda.is_available():
+    on_card = request.how == "auto" and request.device == "cuda"
+    device = job_device(recipe.device.device) if on_card else torch.device("cpu")
+    if device.type == "cuda":
         worker.emit(Phase, name="training three steps on the longest rows")
-        seen = measure_card(worker, recipe)
+        seen = measure_card(worker, recipe, device)
     else:
         worker.emit(Phase, name="tracing the step without weights", detail=recipe.method)
         try:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from studio.core.events import MemorySeen, RunEvent, Warned
 from studio.core.recipe import Recipe
+from studio.jobs.base.device import card_used
 from studio.jobs.base.precision import choose_precision
 from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
 from studio.jobs.measure.storages import PAGED, Peaks
@@ -18,9 +19,8 @@ from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
-from studio.probe.gpus import read_gpus
+from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
-from studio.probe.plan import card_of
 from studio.runs.worker import Worker
 
 _STEPS = 3
@@ -96,17 +96,20 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
+def measure_card(worker: Worker, recipe: Recipe, device: torch.device) -> Mapping[str, Any]:
     """Train three steps and one held-out batch on the longest rows and return what the card held.
+
+    Args:
+        worker: Of the measurement.
+        recipe: What is measured.
+        device: The card, with its number; it is torch's current one.
 
     Raises:
         BadInput: The model cannot be loaded.
         JobFailed: The recipe does not fit the model.
     """
-    before = card_of(recipe.device.device, read_gpus())
+    before = place_of(recipe.device.device).card
     used_before = (before.used_bytes if before else None) or 0
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
     if note := limit_memory(recipe.device.budget_gib, device):
         worker.emit(Warned, topic="memory", message=note)
     peaks, parameters, shown = train_longest(worker, recipe, device, torch.cuda)
@@ -123,6 +126,7 @@ def measure_card(worker: Worker, recipe: Recipe) -> Mapping[str, Any]:
             "total_bytes": properties.total_memory,
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
+            **card_used(device),
         },
     }
 

@@ -1,7 +1,6 @@
 """The merge job: `python -m studio.jobs.merge RUN_DIR`, started by `studio.runs.supervise`."""
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,8 +32,6 @@ def _body(worker: Worker) -> None:
     request = read_job(worker.paths)
     if not isinstance(request, MergeRequest):
         raise BadInput("this run is not a merge")
-    # A merge is additions; the card, if there is one, may be busy with a training run.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # peft asks for it as late as when the adapter is put on the base.
     with without_bitsandbytes() if request.onto == "original" else nullcontext():
         from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held

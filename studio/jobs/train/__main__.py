@@ -27,13 +27,8 @@ def _body(worker: Worker) -> None:
     recipe = read_job(worker.paths)
     if not isinstance(recipe, Recipe):
         raise BadInput("this run is not a training run")
-    if recipe.device.device.startswith("cuda:"):
-        # Before torch is imported: the job then sees one card, called cuda:0.
-        os.environ["CUDA_VISIBLE_DEVICES"] = recipe.device.device.removeprefix("cuda:")
-    elif recipe.device.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _bound_caches()
-    from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the card is chosen and the lock is held
+    from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the lock is held
 
     train_run(worker, recipe)
 

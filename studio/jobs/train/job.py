@@ -5,17 +5,16 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import transformers
 from peft import PeftModel
 
-from studio.core.errors import BadInput
 from studio.core.events import Finished, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
+from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
@@ -51,7 +50,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     """Train as the recipe says and leave `adapter/`; continues after the newest whole checkpoint if there is one.
 
     Raises:
-        JobFailed: A guard fired, or something of the user's cannot be used.
+        JobFailed: A guard fired, or something of the user's cannot be used, the card included.
         BadInput: Model or data changed since they were checked.
     """
     worker.patient = True
@@ -119,6 +118,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         rows=len(rows.train),
         held_out_rows=len(rows.held_out),
         device=_device_name(device),
+        card=card_used(device),
         dtype=precision.name,
         loss_path=step_model.loss_path,
         batch_tokens=max(batches.batch(group)["input_ids"].numel() for group in batches.of_step(1)),
@@ -257,9 +257,7 @@ def _seed(seed: int) -> None:
 
 
 def _device(worker: Worker, recipe: Recipe) -> torch.device:
-    device: torch.device = accelerate.Accelerator(cpu=recipe.device.device == "cpu").device
-    if recipe.device.device.startswith("cuda") and device.type != "cuda":
-        raise BadInput(f"device.device is {recipe.device.device}, but torch finds no CUDA card; use auto or cpu")
+    device = job_device(recipe.device.device)
     if recipe.train.loss == "liger":
         require_liger(device)
     if note := limit_memory(recipe.device.budget_gib, device):

@@ -11,6 +11,7 @@ import torch
 from studio.core.events import MemorySeen
 from studio.core.gpu_catalogue import GIB
 from studio.core.vram.reserve import CONTEXT_BYTES
+from studio.jobs.base.device import card_used
 from studio.probe.machine import spills_to_ram
 
 Emit = Callable[..., None]
@@ -111,9 +112,8 @@ def _nvml_handle(device: torch.device) -> Any | None:
         import pynvml  # noqa: PLC0415  only with a card
 
         pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except Exception:  # noqa: BLE001  a missing driver, MIG or WSL all mean "not available"
+        return pynvml.nvmlDeviceGetHandleByUUID(card_used(device)["uuid"])
+    except Exception:  # noqa: BLE001  a missing driver or WSL mean "not available"
         return None
 
 

@@ -1,0 +1,104 @@
+"""Where a job computes: the card that its launcher chose (`studio.probe.device`), asked of torch itself, else the CPU.
+
+Not asked of accelerate: its `Accelerator` gives a card without a number, which torch's memory limit refuses
+(torch/cuda/memory.py set_per_process_memory_fraction), takes MPS, XPU and others where there is no CUDA, keeps its
+first answer for the whole process, and reads `ACCELERATE_*` variables.
+"""
+
+import os
+from contextlib import suppress
+
+import torch
+
+from studio.core.errors import JobFailed
+from studio.core.text import plain
+from studio.probe.device import CHOSEN, look, visible_cards
+from studio.probe.torch_cards import runs_on, why_unusable
+
+NO_CARD = "no_card"
+"""The kind of a failure: the card that a job was to run on cannot be used by torch."""
+_TO_CPU = "to run on the CPU instead, ask for it: device.device = cpu in a recipe, --device cpu elsewhere"
+
+
+def job_device(word: str) -> torch.device:
+    """Return where the job computes: a CUDA card with its number, or the CPU; never anything else.
+
+    A job that was launched on a card sees that card alone, whatever the word was; one that was started by hand reads
+    the word as CUDA counts.
+
+    Args:
+        word: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        JobFailed: A card was chosen or asked for, and torch cannot compute on it.
+    """
+    chosen = os.environ.get(CHOSEN)
+    if word == "cpu" or chosen == "":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if chosen or word.startswith("cuda"):
+            raise JobFailed(NO_CARD, f"torch finds no card: {_why()}", _TO_CPU)
+        return torch.device("cpu")
+    number = int(word[5:]) if chosen is None and word.startswith("cuda:") else 0
+    if number >= torch.cuda.device_count():
+        message = f"{word} is asked for, and torch finds {torch.cuda.device_count()} card(s)"
+        raise JobFailed(NO_CARD, message, f"choose another card; {_TO_CPU}")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    _check(device, chosen)
+    return device
+
+
+def card_used(device: torch.device) -> dict[str, str]:
+    """Return what names the card for good: `name`, `uuid` and, where torch tells it, `pci`; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    seen = torch.cuda.get_device_properties(device)
+    chosen = os.environ.get(CHOSEN, "")
+    # CUDA may give an instance the UUID of the card that it is cut from: the launcher knows better.
+    uuid = chosen if chosen.startswith("MIG-") else _uuid(device)
+    card = {"name": plain(str(seen.name), one_line=True, limit=200), "uuid": uuid}
+    parts = [getattr(seen, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    numbers = [part for part in parts if isinstance(part, int)]
+    if len(numbers) == len(parts):
+        card["pci"] = "{:08X}:{:02X}:{:02X}.0".format(*numbers)
+    return card
+
+
+def _uuid(device: torch.device) -> str:
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    return uuid if not uuid or uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
+def _check(device: torch.device, chosen: str | None) -> None:
+    """Make sure that the card is the chosen one, and that torch has code for it: what lacks it fails at its first step.
+
+    Raises:
+        JobFailed: It is another, or torch has none.
+    """
+    found = _uuid(device)
+    if chosen and chosen.startswith("GPU-") and found and not found.startswith(chosen):
+        message = f"the job was to run on {plain(chosen, one_line=True)}, and torch computes on {found}"
+        raise JobFailed(NO_CARD, message, "report this, with the output of lora-studio doctor --imports")
+    codes, own = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    if codes and not any(runs_on(code, own) for code in codes):
+        message = (
+            f"{torch.cuda.get_device_name(device)} has compute capability {own[0]}.{own[1]}, and torch "
+            f"{torch.__version__} has code for {', '.join(codes)} only"
+        )
+        raise JobFailed(NO_CARD, message, f"install a torch that has (see pytorch.org); {_TO_CPU}")
+
+
+def _why() -> str:
+    """Return why torch finds no card: what the driver's own figures say, else what torch says."""
+    sight = look()
+    for card in visible_cards(sight).cards:
+        if why := why_unusable(card, sight.driver, sight.build):
+            return why
+    said = "it does not say why"
+    with suppress(Exception):
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except (RuntimeError, AssertionError) as error:
+            said = plain(str(error).splitlines()[0] if str(error) else type(error).__name__, one_line=True, limit=300)
+    return f"{said} (torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, driver {sight.driver.version})"

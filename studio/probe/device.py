@@ -1,0 +1,357 @@
+"""Which card a job runs on: one answer for the plan, the launch and the job itself.
+
+A recipe's `device` word is resolved here against the cards that the driver shows and the mask that this process has
+inherited, to one card or none, and handed to the job as that card's lasting name (its UUID, a MIG instance's its own).
+The job then sees that card alone, whatever CUDA would have counted first.
+
+    auto, cuda   of the visible cards that torch can use, the one with the most memory; of equals the first
+    cuda:N       the N-th visible card, from 0: without a mask as nvidia-smi and `lora-studio gpus` number them (by PCI
+                 bus), under `CUDA_VISIBLE_DEVICES` the N-th that it names, as in any CUDA program
+    cpu          none
+
+The mask is read as CUDA does (CUDA C++ Programming Guide, "CUDA Environment Variables"; torch/cuda/__init__.py
+_parse_visible_devices): numbers, UUIDs or beginnings of them, in their order; the first that is none ends the list.
+Numbers in it count by PCI bus where `CUDA_DEVICE_ORDER` says so or all cards are alike, else as CUDA itself orders
+them.
+`NVIDIA_VISIBLE_DEVICES` is the container's: what it hides, the driver does not show.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from studio.core.errors import BadInput
+from studio.core.events import Planned
+from studio.core.text import plain
+from studio.probe.gpus import Driver, Gpu, read_driver, read_gpus
+from studio.probe.torch_cards import TorchBuild, ask_torch, may_have_card, torch_build, why_unusable
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
+
+MASK, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+CHOSEN = "LORA_STUDIO_CARD"
+"""Tells a job, and whatever it starts, that its card was chosen: its UUID or number, nothing for the CPU."""
+_BY_BUS = "PCI_BUS_ID"
+_NUMBER = re.compile(r"[+-]?[0-9]+")
+_LONGEST_SHOWN = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What can be known of this machine's cards without importing torch.
+
+    Attributes:
+        cards: What the driver shows; None where none answers.
+        driver: The driver's versions.
+        build: The installed torch.
+        environ: This process's environment: what a job would inherit.
+        ask: Returns the cards that torch sees in CUDA's own order, with or without the mask, None where it cannot be
+            asked; takes seconds.
+        hinted: Whether something speaks for a card where no driver answers.
+    """
+
+    cards: list[Gpu] | None
+    driver: Driver = field(default_factory=Driver)
+    build: TorchBuild | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+    ask: Callable[[bool], list[Gpu] | None] = lambda masked: None
+    hinted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job runs.
+
+    Attributes:
+        card: The card as it was read; None for the CPU, and where nothing can be read.
+        visible: What `CUDA_VISIBLE_DEVICES` must be for the job to see that card alone; empty to see none, None to
+            leave it as it is.
+        refusal: Why a job must not be started so; empty where it may.
+        note: What the user should know, though it stops nothing.
+        by_bus: Whether a number in `visible` counts by PCI bus; else as CUDA counts in this environment.
+    """
+
+    card: Gpu | None = None
+    visible: str | None = None
+    refusal: str = ""
+    note: str = ""
+    by_bus: bool = True
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the job's environment must hold, so that it means the same card."""
+        if self.visible is None:
+            return {}
+        return {MASK: self.visible, CHOSEN: self.visible, **({ORDER: _BY_BUS} if self.by_bus else {})}
+
+    def or_refuse(self) -> "Place":
+        """Return it.
+
+        Raises:
+            BadInput: A job must not be started so; says why, and the ways out.
+        """
+        if self.refusal:
+            raise BadInput(self.refusal)
+        return self
+
+
+CPU_PLACE = Place(visible="")
+"""Where a job runs that needs no card, so that it leaves those of others alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """The cards that a job would see, in the order in which `cuda:N` counts them.
+
+    Attributes:
+        cards: A card that is cut into instances stands for the one that it was asked for by, else for its first.
+        why_none: Why there are none though the mask names some.
+        refusal: Why their order cannot be known.
+    """
+
+    cards: tuple[Gpu, ...]
+    why_none: str = ""
+    refusal: str = ""
+
+
+def look() -> Sight:
+    """Return what can be known of this machine's cards."""
+    cards = read_gpus()
+    return Sight(
+        cards,
+        read_driver() if cards else Driver(),
+        torch_build(),
+        os.environ,
+        lambda masked: ask_torch(masked=masked),
+        hinted=cards is None and may_have_card(),
+    )
+
+
+def place_of(word: str, sight: Sight | None = None, *, run_card: str = "", setting: str = "device.device") -> Place:
+    """Return where a job runs that asks for a device.
+
+    Args:
+        word: `auto`, `cpu`, `cuda` or `cuda:N`.
+        sight: What is known of the machine; None looks.
+        run_card: UUID of the card of the run that the job belongs to: taken where it is visible, whatever the word.
+        setting: What the word was given in, for messages: a field of a recipe or a flag.
+    """
+    if word == "cpu":
+        return CPU_PLACE
+    sight = look() if sight is None else sight
+    if CHOSEN in sight.environ:
+        return _inherited(sight)
+    if sight.cards is None:
+        return _without_driver(word, sight, setting)
+    seen = visible_cards(sight)
+    if seen.refusal or not seen.cards:
+        return _none_visible(word, sight, seen, setting)
+    return _among(seen, word, sight, run_card, setting)
+
+
+def _among(seen: Visible, word: str, sight: Sight, run_card: str, setting: str) -> Place:
+    number = int(word[5:]) if word.startswith("cuda:") else None
+    own = next((card for card in seen.cards if run_card and card.uuid == run_card), None)
+    if own is None and number is not None and number >= len(seen.cards):
+        return Place(refusal=f"{setting} is {word}; {_choices(seen, sight)}. Choose one of them, auto or cpu.")
+    chosen = own or (_best(seen.cards, sight) if number is None else seen.cards[number])
+    why = why_unusable(chosen, sight.driver, sight.build)
+    refusal = f"{why}. {_to_cpu(setting)}." if why else ""
+    return Place(chosen, _name_of(chosen), refusal, _other_card(run_card, own, chosen))
+
+
+def recorded_card(paths: RunPaths | None) -> str:
+    """Return the UUID of the card that a run used last; nothing for a run that used none, or has not got so far."""
+    if paths is None:
+        return ""
+    planned = (event for event in reversed(read_events(paths.events)) if isinstance(event, Planned))
+    last = next(planned, None)
+    found = last.card.get("uuid") if last else None
+    return found if isinstance(found, str) else ""
+
+
+def visible_cards(sight: Sight) -> Visible:
+    """Return the cards that a job would see under the inherited mask."""
+    cards, mask = sight.cards or [], sight.environ.get(MASK)
+    if mask is None:
+        return Visible(tuple(_instance(card) for card in cards))
+    entries = _entries(mask)
+    by_number = bool(entries) and not entries[0].startswith(("GPU-", "MIG-"))
+    numbered = cards
+    if by_number and sight.environ.get(ORDER) != _BY_BUS and len({card.name for card in cards}) > 1:
+        asked = _as_cuda_orders(cards, sight)
+        if asked is None:
+            return Visible((), refusal=_unknown_order(mask, cards))
+        numbered = asked
+    found: list[Gpu] = []
+    for entry in entries:
+        card = _numbered(entry, numbered) if by_number else _named(entry, cards)
+        if card is None:
+            break
+        if any(card.uuid == other.uuid and card.index == other.index for other in found):
+            return Visible((), f"{MASK}={_shown(mask)} names a card twice, and CUDA then shows none")
+        found.append(card)
+    if entries and not found:
+        return Visible((), f"{MASK}={_shown(mask)} names no card of this machine, which has {_listed(cards)}")
+    return Visible(tuple(found))
+
+
+def _entries(mask: str) -> list[str]:
+    """Return the entries of a mask up to the first that is no number or, after a UUID, no UUID of the same kind.
+
+    A number is what an entry begins with (`1gpu` is 1); a negative one ends the list.
+    """
+    for prefix in ("GPU-", "MIG-"):
+        if mask.startswith(prefix):
+            words = mask.split(",")
+            return words[: next((place for place, word in enumerate(words) if not word.startswith(prefix)), None)]
+    entries = []
+    for word in mask.split(","):
+        number = _NUMBER.match(word.strip())
+        if number is None or int(number[0]) < 0:
+            break
+        entries.append(str(int(number[0])))
+    return entries
+
+
+def _numbered(entry: str, cards: list[Gpu]) -> Gpu | None:
+    number = int(entry)
+    return _instance(cards[number]) if number < len(cards) else None
+
+
+def _named(entry: str, cards: list[Gpu]) -> Gpu | None:
+    """Return the card, or the instance of one, that a UUID or the beginning of one names; None for none or several."""
+    if entry.startswith("GPU-"):
+        found = [_instance(card) for card in cards if (card.uuid or "").startswith(entry)]
+    else:
+        found = [
+            _instance(card, place)
+            for card in cards
+            for place, instance in enumerate(card.instances)
+            if (instance.uuid or "").startswith(entry) or entry == _old_name(card, instance.number)
+        ]
+    return found[0] if len(found) == 1 else None
+
+
+def _old_name(card: Gpu, number: tuple[int, int] | None) -> str | None:
+    return f"MIG-{card.uuid}/{number[0]}/{number[1]}" if number else None
+
+
+def _instance(card: Gpu, place: int = 0) -> Gpu:
+    """Return a card as a process sees it: of one that is cut into instances, one of them."""
+    if not card.instances:
+        return card
+    own = card.instances[place]
+    return replace(
+        card,
+        uuid=own.uuid or card.uuid,
+        total_bytes=own.total_bytes,
+        used_bytes=own.used_bytes,
+        free_bytes=own.free_bytes,
+    )
+
+
+def _as_cuda_orders(cards: list[Gpu], sight: Sight) -> list[Gpu] | None:
+    """Return the cards in CUDA's own order, fastest first by a rule that only CUDA knows."""
+    asked = sight.ask(False) or []
+    known = {card.uuid: card for card in cards if card.uuid}
+    ordered = [known[card.uuid] for card in asked if card.uuid in known]
+    return ordered if len(ordered) == len(cards) else None
+
+
+def _unknown_order(mask: str, cards: list[Gpu]) -> str:
+    return (
+        f"{MASK}={_shown(mask)} counts cards from the fastest on, and which of {_listed(cards)} CUDA takes for the "
+        f"fastest cannot be found out here. Set {ORDER}={_BY_BUS}, and the numbers are those of nvidia-smi; or name "
+        "the card by its UUID (nvidia-smi -L)."
+    )
+
+
+def _best(cards: tuple[Gpu, ...], sight: Sight) -> Gpu:
+    """Return the first of the cards with the most memory, among those that torch can use, if there are some."""
+    usable = [card for card in cards if not why_unusable(card, sight.driver, sight.build)]
+    return max(usable or cards, key=lambda card: card.total_bytes or 0)
+
+
+def _name_of(card: Gpu) -> str:
+    """Return what a mask calls a card; a card without a UUID has its number by PCI bus."""
+    return card.uuid or str(card.index)
+
+
+def _inherited(sight: Sight) -> Place:
+    """Return the place of a process that was itself started on a card: what it starts runs there too."""
+    chosen = sight.environ[CHOSEN]
+    if not chosen:
+        return CPU_PLACE
+    everything = [_instance(card, place) for card in sight.cards or () for place in range(max(1, len(card.instances)))]
+    # The mask and the order are in the environment already.
+    return Place(next((card for card in everything if _name_of(card) == chosen), None))
+
+
+def _without_driver(word: str, sight: Sight, setting: str) -> Place:
+    """Return the place where no driver answers: the number of a card, as CUDA counts under this environment.
+
+    torch may see cards all the same: under WSL, in a container without NVML, on a chip that has none.
+    """
+    number = int(word[5:]) if word.startswith("cuda:") else 0
+    silent = f"{setting} is {word}, but no NVIDIA driver answers on this machine"
+    asked = sight.ask(True) if word != "auto" or sight.hinted else []
+    if asked is None:
+        return Place(visible=_one_of_mask(sight, number), note=silent, by_bus=False) if word != "auto" else Place()
+    if number < len(asked):
+        note = silent if word != "auto" else ""
+        return Place(asked[number], _one_of_mask(sight, number), note=note, by_bus=False)
+    if word == "auto":
+        return Place()
+    there = f"torch finds {len(asked)} card(s)" if asked else "torch finds no card"
+    return Place(refusal=f"{silent} and {there}. Set it to auto or cpu; lora-studio doctor says what is missing.")
+
+
+def _one_of_mask(sight: Sight, number: int) -> str:
+    mask = sight.environ.get(MASK)
+    if mask is None:
+        return str(number)
+    entries = _entries(mask)
+    return entries[number] if number < len(entries) else ""
+
+
+def _none_visible(word: str, sight: Sight, seen: Visible, setting: str) -> Place:
+    """An empty mask, or one that begins with -1, hides every card on purpose: `auto` is then the CPU."""
+    if seen.refusal:
+        return Place(refusal=seen.refusal)
+    if word == "auto" and not (seen.why_none and sight.cards):
+        return CPU_PLACE
+    if not sight.cards:
+        return Place(refusal=f"{setting} is {word}, but the NVIDIA driver shows no card. Choose auto or cpu.")
+    why = seen.why_none or f"{MASK} is {_shown(sight.environ.get(MASK, ''))!r}, which hides every card"
+    return Place(refusal=f"{setting} is {word}, but {why}. Change or unset {MASK}. {_to_cpu(setting)}.")
+
+
+def _to_cpu(setting: str) -> str:
+    return f"To run on the CPU all the same, ask for it: {setting} {'' if setting.startswith('--') else '= '}cpu"
+
+
+def _other_card(run_card: str, own: Gpu | None, chosen: Gpu) -> str:
+    if not run_card or own is not None:
+        return ""
+    return (
+        f"the run's card {plain(run_card, one_line=True, limit=80)} is not visible here: "
+        f"{plain(chosen.name, one_line=True, limit=80)} ({plain(_name_of(chosen), one_line=True)}) is taken"
+    )
+
+
+def _choices(seen: Visible, sight: Sight) -> str:
+    named = ", ".join(
+        f"cuda:{number} ({plain(card.name, one_line=True, limit=80)})" for number, card in enumerate(seen.cards)
+    )
+    mask = sight.environ.get(MASK)
+    return f"under {MASK}={_shown(mask)} there are {named}" if mask is not None else f"this machine has {named}"
+
+
+def _listed(cards: list[Gpu]) -> str:
+    return ", ".join(f"{card.index} ({plain(card.name, one_line=True, limit=80)})" for card in cards) or "none"
+
+
+def _shown(mask: str) -> str:
+    return plain(mask, one_line=True, limit=_LONGEST_SHOWN)
