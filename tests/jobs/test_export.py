@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from studio.core.events import Started
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
-from studio.jobs.export import quantised
+from studio.jobs.export import quantised, whole_model
 from studio.jobs.export.model_card import Training, adapter_card
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.safetensors_header import SafetensorsHeader
 from studio.runs.control import request
+from studio.runs.history import History
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import run_job
@@ -232,3 +234,14 @@ def test_rslora_is_said_and_the_widest_rank_counts() -> None:
     assert "on a, b." in text
     assert "vllm serve owner/name --enable-lora --lora-modules tuned=./tuned --max-lora-rank 32" in text
     assert "sqrt(rank)" in text
+
+
+def test_a_merge_that_native_code_ended_is_told_with_its_reason(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "export" / "merge")
+    paths.root.mkdir(parents=True)
+    history = History(started=Started(at=1.0, job="merge"))
+    assert whole_model._ended_early(paths, history).kind == "merge_crashed"
+    paths.output.write_text("Fatal Python error: Segmentation fault\n")
+    failure = whole_model._ended_early(paths, history)
+    assert failure.kind == "native_crash"
+    assert "lora-studio runs resume RUN" in failure.advice, "the export's name is put in by its reader"

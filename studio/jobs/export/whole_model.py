@@ -13,7 +13,9 @@ from studio.core.text import plain
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import ADAPTER_CONFIG
 from studio.runs.aside import merged_for
+from studio.runs.history import History
 from studio.runs.job import MODULES, ExportRequest, MergeRequest, write_job
+from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import launch, resume, stop
@@ -69,6 +71,15 @@ def merge_first(work: Work, asked: ExportRequest) -> Path:
     if failed := watch.history.failed:
         raise JobFailed(failed.failure, f"the merge before the export failed: {failed.message}", failed.advice)
     if watch.history.finished is None or not out.is_dir():
-        where = plain(str(paths.output), one_line=True)
-        raise JobFailed("merge_crashed", "the merge before the export ended early", f"look at the end of {where}")
+        raise _ended_early(paths, watch.history)
     return out
+
+
+def _ended_early(paths: RunPaths, history: History) -> JobFailed:
+    """Why the merge's process is gone without an event: what it printed last, where that tells it."""
+    if known := crash_of(paths, history):
+        # What goes on is the export, whose name its reader puts in.
+        advice = known.advice.replace(f"resume {paths.name}", "resume RUN")
+        return JobFailed(known.kind, f"the merge before the export ended early: {known}", advice)
+    where = plain(str(paths.output), one_line=True)
+    return JobFailed("merge_crashed", "the merge before the export ended early", f"look at the end of {where}")
