@@ -9,7 +9,7 @@ from typing import Literal
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
 from studio.runs.disk import RESUME, disk_failure, os_errno
-from studio.runs.native import native_failure
+from studio.runs.native import CARD_LOST, native_failure
 
 BAD_INPUT = "bad_input"
 """The kind of a failure whose reason is what the job was given."""
@@ -135,6 +135,17 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if os_errno(error) == errno.ENOMEM:
         return True
     return isinstance(error, (RuntimeError, OSError)) and out_of_memory_in(str(error))
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Return whether an exception is about memory or the card, and so says nothing about what was being tried."""
+    return ran_out_of_memory(error) or (isinstance(error, Exception) and native_failure(str(error)) is not None)
+
+
+def leaves_no_other_way(error: BaseException) -> bool:
+    """Return whether to try another way is useless: the memory is full, or the card is lost to this process."""
+    native = native_failure(str(error)) if isinstance(error, Exception) else None
+    return ran_out_of_memory(error) or (native is not None and native.kind in CARD_LOST)
 
 
 def out_of_memory_in(text: str) -> bool:

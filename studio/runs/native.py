@@ -11,8 +11,8 @@ from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.runs.disk import RESUME
 
-NOT_SUPPORTED = "gpu_not_supported"
-"""The kind of what a card cannot do, which leaves it well."""
+CARD_LOST = frozenset(["device_assert", "gpu_memory_fault", "gpu_lost", "gpu_timeout", "gpu_fault"])
+"""Kinds after which a process cannot use the card any more (CUDA Runtime API, error handling: "sticky" errors)."""
 _LONGEST = 300
 
 
@@ -48,7 +48,7 @@ _FAULTS = (
         "with CUDA_LAUNCH_BLOCKING=1 in the environment, says where it happens. The card is not at fault",
     ),
     _fault(
-        NOT_SUPPORTED,
+        "gpu_not_supported",
         r"no kernel image|invalid device function|device kernel image is invalid|unsupported toolchain"
         r"|CUBLAS_STATUS_ARCH_MISMATCH|CUDNN_STATUS_ARCH_MISMATCH|not compatible with the current PyTorch",
         "the installed libraries hold no code for this card: it is too old or too new for their build",
@@ -118,7 +118,7 @@ _FAULTS = (
         "doctor says whether driver and torch build fit; {then}",
     ),
     _fault(
-        NOT_SUPPORTED,
+        "gpu_not_supported",
         r"CUBLAS_STATUS_NOT_SUPPORTED|CUDNN_STATUS_NOT_SUPPORTED|CUBLAS ERROR: Status 15|API failed with status 15\b",
         "a CUDA library does not offer this product on this card or in this format",
         "on cards before compute capability 8.0 set model.dtype to fp16 or auto; otherwise update torch and the driver",

@@ -127,14 +127,24 @@ def test_what_fails_or_is_wrong_runs_as_written(
     assert all(torch.equal(got[1][name], gradient) for name, gradient in wanted[1].items())
 
 
-def test_a_batch_that_does_not_fit_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_a_batch_that_does_not_fit_or_a_lost_card_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     step_model = step_model_of("untied", "lora", "chunked")
 
     def full(self: StepModel, batch: dict[str, Any]) -> torch.Tensor:
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
     monkeypatch.setattr(StepModel, "forward", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match=str(error)):
         compile_step(step_model, PADDED.batch(rows(20, 5)), told()[1], CPU)
 
 

@@ -216,3 +216,17 @@ def test_modules_that_the_recipe_skips_stay_in_16_bit(tiny: Path) -> None:
     skipped = {f"{name}.weight" for name, kind in kinds.items() if kind == "Linear4bit"}
     assert quantised_parameters(build_clean(tiny), ("model.layers.1", "layers.0.mlp.up_proj")) == skipped
     assert four_bit_parameters(model) < four_bit_parameters(whole)
+
+
+@pytest.mark.parametrize(
+    "says", ["CUDA error: no kernel image is available for execution on the device", "CUDA error: GPU is lost"]
+)
+def test_a_card_that_fails_while_a_model_is_loaded_is_not_blamed_on_the_model(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, says: str
+) -> None:
+    def fails(*given: object, **named: object) -> None:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        load(tiny, "lora")

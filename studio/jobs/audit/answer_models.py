@@ -21,6 +21,7 @@ from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.models import BaseFound, find_base
+from studio.runs.failure import of_the_machine
 
 BASE, TUNED, MERGED = "base", "tuned, 16-bit", "merged, 16-bit"
 _WORK_BYTES = 5e8
@@ -137,6 +138,8 @@ class AnswerModels:
         try:
             return PeftModel.from_pretrained(base, str(self._adapter.folder), torch_device=str(self.device))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            if of_the_machine(error):
+                raise
             said = plain(str(error), one_line=True, limit=300)
             raise BadInput(f"the adapter does not fit the base: {said}") from error
 

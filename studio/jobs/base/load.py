@@ -23,7 +23,7 @@ from studio.jobs.base.attention import attention_for
 from studio.jobs.base.embedded import ensure_embedded
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
-from studio.runs.failure import ran_out_of_memory
+from studio.runs.failure import of_the_machine
 
 Progress = Callable[[str, float], None]
 
@@ -133,7 +133,7 @@ def load_base(
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
-        if ran_out_of_memory(error):
+        if of_the_machine(error):
             raise
         raise BadInput(f"The base model {_shown(folder)} cannot be loaded: {_advice(error)}") from error
     if missing := sorted(seen["missing_keys"]):

@@ -27,7 +27,7 @@ from studio.jobs.chat.answering import Streamer, token_ids
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.models import BaseFound, find_base
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
-from studio.runs.failure import ran_out_of_memory
+from studio.runs.failure import of_the_machine, ran_out_of_memory
 
 _NF4_SHARE = 0.4
 """Of the 16-bit size: 4.5 bits a weight, embeddings and head in 16 bits, and one layer in both forms while loading."""
@@ -183,6 +183,8 @@ class Session:
         try:
             adapted = PeftModel.from_pretrained(loaded, str(adapter), torch_device=str(loaded.device))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            if of_the_machine(error):
+                raise
             raise BadInput(f"the adapter {adapter.name} does not fit this base model: {error}") from error
         own = (adapter / "tokenizer_config.json").is_file()
         return adapter if own else base, adapted

@@ -17,6 +17,7 @@ from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, row
 from studio.jobs.export.work import Work
 from studio.probe.export import check_memory
 from studio.probe.model_folder import check_folder
+from studio.runs.failure import of_the_machine
 
 _KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md", ".py")
 _WRITTEN_ANEW = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -81,6 +82,8 @@ def _load(folder: Path, bits: BitsAndBytesConfig | None = None) -> Any:
     try:
         return from_pretrained(folder, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, **options).eval()
     except (ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        if of_the_machine(error):
+            raise
         raise BadInput(f"the model cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -20,8 +20,7 @@ from studio.jobs.train.packing import packed
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.row_attention import packed_attentions
 from studio.jobs.train.step_model import StepModel
-from studio.runs.failure import ran_out_of_memory
-from studio.runs.native import NOT_SUPPORTED, native_failure
+from studio.runs.failure import leaves_no_other_way
 
 _PHASE = "choosing packed or padded rows"
 _PROBE_TOKENS = 48
@@ -57,7 +56,7 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
             if causal.config._attn_implementation == name and _proven(step_model, rows[0], rows[1], device):
                 return True
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-            if _is_no_answer(error):
+            if leaves_no_other_way(error):
                 raise
             # Otherwise this model's forward does not take packed rows, or this torch has no such kernel.
         finally:
@@ -207,12 +206,6 @@ def _backward_as_in_training(step_model: StepModel) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
-
-
-def _is_no_answer(error: BaseException) -> bool:
-    """Whether an exception is about memory or a card that has failed, and not about packed rows."""
-    native = native_failure(str(error))
-    return ran_out_of_memory(error) or (native is not None and native.kind != NOT_SUPPORTED)
 
 
 def _short(row: Example) -> Example:

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from studio.jobs.train.head import TOLERANCE
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.step_model import StepModel
+from studio.runs.failure import leaves_no_other_way
 
 BACKEND = "inductor"
 """torch's own code generator: C++ on a processor, which needs a compiler there, and Triton on a card."""
@@ -43,7 +44,7 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
         Why the layers run as written, or nothing where they run compiled.
 
     Raises:
-        torch.OutOfMemoryError: The batch does not fit.
+        RuntimeError: The batch does not fit, or the card has failed.
     """
     tell(_PHASE)
     was_training = step_model.training
@@ -59,9 +60,10 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
             loss.backward()
             compiled = float(loss.detach())
             seconds = time.perf_counter() - began
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  compilers fail in many ways; every layer can run as it is written
+    except Exception as error:
+        # Compilers fail in many ways, and every layer can run as it is written.
+        if leaves_no_other_way(error):
+            raise
         undo()
         return f"{type(error).__name__}: {error}"
     finally:
