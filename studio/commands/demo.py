@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if not _has_model(args):
         return NO
-    recipe = first_recipe(None)  # the shipped one, also where a file of this name lies in the current folder
+    recipe = first_recipe()  # the shipped one, also where a file of this name lies in the current folder
     if not (args.no_tui or args.json or why_no_studio()):
         return open_studio(recipe, root_of(args), launch=True)
     to = sys.stderr if args.json else sys.stdout

@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     """
     told = any((args.goal, args.model, args.data, args.gpu, args.out, args.json))
     if not told and not why_no_studio():
-        from studio.commands.open_studio import first_recipe, open_studio  # noqa: PLC0415  0.3 s of screens
+        from studio.commands.open_studio import open_on_last  # noqa: PLC0415  0.3 s of screens
 
-        return open_studio(first_recipe(None), root_of(args), setup=True)
+        return open_on_last(root_of(args), setup=True)
     answers = _answers(args)
     machine = read_machine(root_of(args))
     checked = check_data(answers.data, answers.base)

@@ -33,11 +33,13 @@ from studio.tui.themes import OURS, SIXTEEN
 from widgets.output_filter import SafeOutput, drawable
 
 if TYPE_CHECKING:
+    from studio.runs.last_recipe import RecipeSource
     from studio.tui.setup_options import SetupDone
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
 _SETTLED_SECONDS = 1.0
+_NOTE_SECONDS = 15.0
 _ASCII_VARIABLE = "LORA_STUDIO_ASCII"
 
 
@@ -80,6 +82,8 @@ class StudioApp(App[None]):
         poll_seconds: float = _POLL_SECONDS,
         theme: str = "",
         can_draw: Callable[[str], bool] | None = None,
+        source: "RecipeSource | None" = None,
+        note: str = "",
     ) -> None:
         """Open on a recipe.
 
@@ -95,6 +99,8 @@ class StudioApp(App[None]):
             theme: The theme to begin with; Textual's own where it is empty or unknown, or that of a terminal of sixteen
                 colours.
             can_draw: Whether the terminal can draw a character; None where it draws all.
+            source: The user's file that the recipe came from.
+            note: What is to be said of the recipe first.
         """
         super().__init__()
         self._output_filter = SafeOutput(can_draw)
@@ -106,7 +112,8 @@ class StudioApp(App[None]):
         self._runs_root, self._open_run, self._launch_at_once = runs_root, open_run, launch
         self._set_up_first = setup
         self._poll_seconds = poll_seconds
-        self._configure = ConfigureScreen(recipe, runs_root=runs_root, engine=self._engine)
+        self._configure = ConfigureScreen(recipe, runs_root=runs_root, engine=self._engine, source=source)
+        self._note = note
         self._seen: dict[Path, RunPaths] = {}
 
     def get_default_screen(self) -> Screen[None]:
@@ -138,6 +145,8 @@ class StudioApp(App[None]):
         """Open what was asked for, else look for runs that an earlier visit left alive."""
         if hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.exit)
+        if self._note:
+            self.notify(self._note, severity="warning", timeout=_NOTE_SECONDS, markup=False)
         if self._open_run is not None:
             self._open(RunPaths(self._open_run))
         elif self._launch_at_once:
@@ -229,7 +238,14 @@ class StudioApp(App[None]):
 
 
 def run_studio(
-    recipe: Recipe, *, runs_root: Path, open_run: Path | None = None, launch: bool = False, setup: bool = False
+    recipe: Recipe,
+    *,
+    runs_root: Path,
+    open_run: Path | None = None,
+    launch: bool = False,
+    setup: bool = False,
+    source: "RecipeSource | None" = None,
+    note: str = "",
 ) -> int:
     """Show the studio until the user leaves it; return the exit code. The caller has made sure of a terminal.
 
@@ -239,6 +255,8 @@ def run_studio(
         open_run: A run to watch first.
         launch: Start the recipe at once.
         setup: Begin with the guided set-up.
+        source: The user's file that the recipe came from.
+        note: What is to be said of the recipe first.
     """
     from studio.tui.kept import recall_theme  # noqa: PLC0415  platformdirs, which tests of the screens do without
 
@@ -252,6 +270,8 @@ def run_studio(
         poll_seconds=_POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS,
         theme=recall_theme(),
         can_draw=_can_draw(),
+        source=source,
+        note=note,
     )
     if remote:
         app.animation_level = "none"

@@ -16,6 +16,7 @@ from studio.runs.layout import RunPaths
 
 if TYPE_CHECKING:
     from studio.core.shape import ModelShape
+    from studio.runs.last_recipe import LastRecipe
     from studio.tui.forecast import Forecaster
 
 _NO_GRACE = 0.0
@@ -128,6 +129,12 @@ def _keep_theme(name: str) -> None:
     keep_theme(name)
 
 
+def _keep_recipe(last: "LastRecipe") -> None:
+    from studio.runs.last_recipe import keep_last_recipe  # noqa: PLC0415  with platformdirs
+
+    keep_last_recipe(last)
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """Starting, continuing and ending runs, and a look at the card. All may take seconds: call them from a thread.
@@ -143,6 +150,7 @@ class Engine:
         recall_planned: Returns the card of the catalogue that was planned for last, or nothing.
         keep_planned: Keeps it for the next visit; raises OSError.
         keep_theme: Keeps a theme's name for the next visit; raises OSError.
+        keep_recipe: Keeps the recipe that was turned last for the next visit; raises OSError and BadInput.
     """
 
     start: Callable[[Recipe, Path], RunPaths] = _start
@@ -155,3 +163,4 @@ class Engine:
     recall_planned: Callable[[], str] = _recall_planned
     keep_planned: Callable[[str], None] = _keep_planned
     keep_theme: Callable[[str], None] = _keep_theme
+    keep_recipe: "Callable[[LastRecipe], None]" = _keep_recipe

@@ -6,6 +6,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
+from studio.runs.last_recipe import RecipeSource, source_of_users
 from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe
 
 _SUFFIX = ".toml"
@@ -50,3 +51,12 @@ def open_recipe(word: str) -> Recipe:
         BadInput: There is none, or it is damaged.
     """
     return load_recipe(find_recipe(word.strip()))
+
+
+def source_of_word(word: str) -> RecipeSource | None:
+    """Return the user's file that a word means; None for a shipped recipe.
+
+    Raises:
+        BadInput: There is none.
+    """
+    return source_of_users(find_recipe(word.strip()))

@@ -63,8 +63,8 @@ class BusyStudio(StudioApp):
     """The studio on the busy screen."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(first_recipe(None), runs_root=root)
-        self._configure = BusyConfigure(first_recipe(None), runs_root=root, engine=self._engine)
+        super().__init__(first_recipe(), runs_root=root)
+        self._configure = BusyConfigure(first_recipe(), runs_root=root, engine=self._engine)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from studio.core.events import Evaluated, MemorySeen, Phase, Planned, Sampled, S
 from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.runs.last_recipe import LastRecipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
@@ -65,6 +66,7 @@ class Asked:
     resumed: list[RunPaths] = field(default_factory=list)
     ended: list[RunPaths] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
+    kept: list[LastRecipe] = field(default_factory=list)
 
 
 def engine_that(
@@ -101,6 +103,7 @@ def engine_that(
         free_ram_bytes=lambda: free_ram_bytes,
         recall_planned=lambda: planned,
         keep_planned=asked.planned.append,
+        keep_recipe=asked.kept.append,
     )
 
 

@@ -1,14 +1,20 @@
 """A good citizen of terminals: without colour, without glyphs, in other themes, over SSH, and quiet when idle."""
 
 import asyncio
+import importlib
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich._palettes import STANDARD_PALETTE
+from textual.binding import BindingsMap
 from textual.color import Color
+from textual.dom import DOMNode
 from textual.pilot import Pilot
 
+import widgets
+from studio import tui
 from studio.core.recipe import Recipe
 from studio.tui import app as app_module
 from studio.tui.app import StudioApp, run_studio
@@ -168,6 +174,23 @@ def test_over_ssh_nothing_moves_by_itself(
     run_studio(Recipe(), runs_root=tmp_path / "runs")
     assert seen[0].animation_level == level
     assert seen[0]._poll_seconds == pace
+
+
+def test_no_key_is_a_prefix_of_a_multiplexer_or_holds_the_line() -> None:
+    """ctrl+b is tmux's own and ctrl+a screen's; ctrl+s and ctrl+q stop and start a line; ctrl+z leaves the program."""
+    for package in (tui, widgets):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    kinds: list[type[DOMNode]] = [DOMNode]
+    seen: set[tuple[str, str]] = set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.__module__.startswith(("studio.", "widgets.")):
+            seen |= {(key, binding.action) for key, binding in BindingsMap(kind.__dict__.get("BINDINGS", []))}
+    assert ("ctrl+r", "turn_base") in seen
+    taken = {"ctrl+a", "ctrl+b", "ctrl+s", "ctrl+q", "ctrl+z"}
+    assert [pair for pair in sorted(seen) if pair[0] in taken] == [("ctrl+q", "quit")], "which is q's, where q is typed"
 
 
 def test_an_idle_screen_writes_nothing(with_a_run: Path) -> None:

@@ -1,19 +1,25 @@
 """Saving and opening recipes from the configure screen."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
+from studio.cli import main
+from studio.commands import open_studio
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
+from studio.runs.last_recipe import LastRecipe, keep_last_recipe, source_of
 from studio.runs.recipe_file import load_recipe
 from studio.tui.app import StudioApp
 from studio.tui.recipe_files import open_recipe, save_recipe, target_of
+from studio.tui.screens import configure
 from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
-from tests.tui.stories import HOSTILE, assert_harmless, play, settle, shown, until
+from tests.tui.stories import HOSTILE, Asked, assert_harmless, engine_that, play, settle, shown, until
 
 
 def recipe_of(app: StudioApp) -> Recipe:
@@ -83,3 +89,93 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be written"):
         save_recipe(Recipe(), tmp_path / "missing" / "r.toml")
     assert open_recipe("demo").name
+
+
+def test_what_is_turned_is_kept_after_a_moment_and_when_the_studio_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 0.02)
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        assert asked.kept == [], "what is only looked at is not turned"
+        await pilot.press("right")
+        await until(pilot, lambda: asked.kept)
+        assert asked.kept[-1].recipe.adapter.rank == 32
+        monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 600.0)
+        await pilot.press("right", "m")
+        assert len(asked.kept) == 1
+
+    play(story, tmp_path, engine=engine_that(asked))
+    assert len(asked.kept) == 2
+    assert (asked.kept[-1].recipe.adapter.rank, asked.kept[-1].recipe.method) == (64, "lora")
+
+
+def test_the_file_that_a_recipe_is_saved_to_or_opened_from_is_kept_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 0.02)
+    asked = Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("s", "enter")
+        await until(pilot, lambda: asked.kept and asked.kept[-1].source == source_of(tmp_path / "try.toml"))
+        await pilot.press("O", *"demo", "enter")
+        await until(pilot, lambda: asked.kept[-1].source is None)  # a shipped one changes with the program
+        await pilot.press("O", *"try.toml", "enter")
+        await until(pilot, lambda: asked.kept[-1].source == source_of(tmp_path / "try.toml"))
+
+    play(story, tmp_path, engine=engine_that(asked))
+
+
+def test_a_recipe_that_cannot_be_kept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configure, "_KEEP_AFTER_SECONDS", 0.02)
+
+    def refuse(last: LastRecipe) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("right")
+        await until(pilot, lambda: "not kept for the next" in shown(app))
+
+    play(story, tmp_path, engine=replace(engine_that(Asked()), keep_recipe=refuse))
+
+
+def test_the_studio_opens_on_the_recipe_turned_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Recipe, str]] = []
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(open_studio, "why_no_studio", lambda: "")
+    monkeypatch.setattr("studio.tui.app.run_studio", lambda recipe, *, note, **_: opened.append((recipe, note)) or 0)
+    file = tmp_path / "mine.toml"
+    save_recipe(Recipe(name="mine"), file)
+
+    def start(*words: str) -> tuple[Recipe, str]:
+        assert main(words) == 0
+        return opened[-1]
+
+    assert start() == (open_recipe("demo"), "")
+    turned = Recipe(name="turned").with_("adapter.rank", 48)
+    keep_last_recipe(LastRecipe(turned, source_of(file)))
+    assert start() == (turned, "")
+    assert start("--recipe", str(file)) == (Recipe(name="mine"), ""), "what is asked for wins"
+    save_recipe(Recipe(name="edited"), file)
+    recipe, note = start()
+    assert recipe == turned
+    assert "has changed since your last visit" in note
+    (tmp_path / "home" / "last_recipe.json").write_text("{")
+    recipe, note = start()
+    assert recipe == open_recipe("demo")
+    assert "damaged" in note
+
+
+def test_the_note_on_the_recipe_is_shown(tmp_path: Path) -> None:
+    note = f"the file has changed {HOSTILE}"
+
+    async def run() -> None:
+        app = StudioApp(Recipe(), runs_root=tmp_path, engine=engine_that(Asked()), note=note, poll_seconds=3600)
+        async with app.run_test(size=(120, 40), notifications=True) as pilot:
+            await until(pilot, lambda: "the file has changed" in shown(app))
+            assert_harmless(app)
+
+    asyncio.run(run())

@@ -1,13 +1,17 @@
 """The recipe under the user's hands."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 
+from studio.core.errors import StudioError
 from studio.core.recipe import PATHS, Recipe
+from studio.core.text import plain
 from studio.tui.asks import ShowAudits, ShowRuns, ShowSetup
 from studio.tui.engine import Engine
 from studio.tui.panels.advice import Advice
@@ -19,9 +23,13 @@ from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
 
 if TYPE_CHECKING:
+    from textual.timer import Timer
+
+    from studio.runs.last_recipe import LastRecipe, RecipeSource
     from studio.tui.fixes import Changes
 
 _FIRST_FIELD = "adapter.rank"
+_KEEP_AFTER_SECONDS = 1.0
 
 
 class ConfigureScreen(LaunchScreen):
@@ -65,9 +73,13 @@ class ConfigureScreen(LaunchScreen):
     }
     """
 
-    def __init__(self, recipe: Recipe, *, runs_root: Path, engine: Engine) -> None:
-        """Open on a recipe."""
+    def __init__(
+        self, recipe: Recipe, *, runs_root: Path, engine: Engine, source: "RecipeSource | None" = None
+    ) -> None:
+        """Open on a recipe; `source` is the user's file that it came from."""
         super().__init__(recipe, runs_root=runs_root, engine=engine)
+        self._source, self._sound = source, recipe
+        self._keep_timer: Timer | None = None
         self._undo: Changes = ()
         self._left_field = _FIRST_FIELD
 
@@ -96,10 +108,7 @@ class ConfigureScreen(LaunchScreen):
 
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
         """A field has another value: so has the recipe."""
-        self.recipe = self.recipe.with_(message.path, message.value)
-        self._form.show_what_follows(self.recipe)
-        self._forecast.follow(self.recipe)
-        self._show_problems()
+        self._change(self.recipe.with_(message.path, message.value), shown=True)
 
     def on_forecast_told(self, message: Forecast.Told) -> None:
         """Keep the row in sight up to date with the gauge, and the keys with what they can do."""
@@ -158,7 +167,7 @@ class ConfigureScreen(LaunchScreen):
             self.app.notify("Nothing here makes it fit: take a smaller model or a larger card.", markup=False)
             return
         self._undo = tuple((path, self.recipe.get(path)) for path, _ in fix.changes)
-        self._take(applied(self.recipe, fix.changes))
+        self._change(applied(self.recipe, fix.changes))
         self.app.notify(applied_text(fix), markup=False)
 
     def action_undo_fit(self) -> None:
@@ -168,7 +177,7 @@ class ConfigureScreen(LaunchScreen):
             for path, value in self._undo:
                 recipe = recipe.with_(path, value)
             self._undo = ()
-            self._take(recipe)
+            self._change(recipe)
             self.app.notify("Undone.", markup=False)
 
     def action_choose_card(self) -> None:
@@ -185,7 +194,11 @@ class ConfigureScreen(LaunchScreen):
         """Save the recipe."""
         from studio.tui.screens.recipe_dialogs import ask_to_save  # noqa: PLC0415  not needed for the first frame
 
-        ask_to_save(self.app, self.recipe)
+        def saved(source: "RecipeSource") -> None:
+            self._source = source
+            self._keep_soon()
+
+        ask_to_save(self.app, self.recipe, saved)
 
     def action_open(self) -> None:
         """Show another recipe; u brings the one of before back."""
@@ -193,9 +206,10 @@ class ConfigureScreen(LaunchScreen):
 
         ask_to_open(self.app, self._open)
 
-    def _open(self, recipe: Recipe) -> None:
+    def _open(self, recipe: Recipe, source: "RecipeSource | None" = None) -> None:
         self._undo = tuple((path, self.recipe.get(path)) for path in PATHS)
-        self._take(recipe)
+        self._source = source
+        self._change(recipe)
 
     def action_turn_view(self) -> None:
         """Give the memory all room there is and the arrows, or take them back: of the recipe's where one column is."""
@@ -207,13 +221,54 @@ class ConfigureScreen(LaunchScreen):
         else:
             self._form.focus_field(self._left_field)
 
-    def _take(self, recipe: Recipe) -> None:
-        """Show another recipe in every part of the screen."""
+    def _change(self, recipe: Recipe, *, shown: bool = False) -> None:
+        """Take another recipe: the one place where it changes, so that what is to know of changes hears of all.
+
+        Args:
+            recipe: What it is now.
+            shown: Whether the form shows its values already, because the user turned them there.
+        """
         self.recipe = recipe
-        self._form.show(recipe)
+        if shown:
+            self._form.show_what_follows(recipe)
+        else:
+            self._form.show(recipe)
+            self.refresh_bindings()
         self._forecast.follow(recipe)
         self._show_problems()
-        self.refresh_bindings()
+        self._keep_soon()
+
+    def _keep_soon(self) -> None:
+        """Keep the recipe for the next visit once it has stood still for a moment, or when the studio is left."""
+        if self._keep_timer is not None:
+            self._keep_timer.stop()
+        self._keep_timer = self.set_timer(_KEEP_AFTER_SECONDS, self._keep_now)
+
+    def on_unmount(self) -> None:
+        """Keep what was turned in the last moment."""
+        if self._keep_timer is not None:
+            with contextlib.suppress(OSError, StudioError):
+                self._engine.keep_recipe(self._left())
+
+    def _keep_now(self) -> None:
+        self._keep_timer = None
+        self._keep(self._left())
+
+    @work(thread=True, group="keep")
+    def _keep(self, last: "LastRecipe") -> None:
+        try:
+            self._engine.keep_recipe(last)
+        except (OSError, StudioError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            told = f"The recipe is not kept for the next visit: {plain(reason)} s saves it to a file."
+            self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
+
+    def _left(self) -> "LastRecipe":
+        """Return the recipe as it would be found on the next visit."""
+        from studio.runs.last_recipe import LastRecipe, sound_part  # noqa: PLC0415  not needed for the first frame
+
+        self._sound = sound_part(self.recipe, self._sound)
+        return LastRecipe(self._sound, self._source)
 
     @property
     def _form(self) -> RecipeForm:
