@@ -30,6 +30,8 @@ _LAST_LINES = 20
 _LONGEST = 300
 
 _FATAL = re.compile(r"^Fatal Python error: (.+)")
+_TIMER = re.compile(r"^Timeout \(\d+:\d\d:\d\d(\.\d+)?\)!")
+_TEMPLATE = "in apply_template"
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (\S+)')
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b(:|$)")
 _KILLED = re.compile(r"^Killed$|oom-kill|Out of memory: Killed process|Memory cgroup out of memory")
@@ -106,6 +108,8 @@ def reason_in(lines: list[str], doing: Doing, *, then: str = _THEN) -> JobFailed
         doing: What the job was at.
         then: How to go on once the cause is mended.
     """
+    if found := _endless(lines):
+        return found
     fatal = next((place for place in reversed(range(len(lines))) if _FATAL.match(lines[place])), None)
     # Below a fatal error stand the threads' calls, which may be hundreds of lines.
     end = len(lines) if fatal is None else fatal
@@ -121,6 +125,18 @@ def _specific(line: str, doing: Doing, then: str) -> JobFailed | None:
     if _KILLED.search(line) or out_of_memory_in(line) or _CUBLAS_ALLOC_FAILED.search(line):
         return memory_failure_of(line, doing, on_card=bool(_ON_CARD.search(line)))
     return native_failure(line, then=then)
+
+
+def _endless(lines: list[str]) -> JobFailed | None:
+    """What the timer around a chat template prints when it ends a process that Python no longer leads."""
+    timer = next((place for place in reversed(range(len(lines))) if _TIMER.match(lines[place])), None)
+    if timer is None or not any(_TEMPLATE in line for line in lines[timer:]):
+        return None
+    return JobFailed(
+        "endless_template",
+        "the model's chat template did not end, in a computation that cannot be interrupted: the process was ended",
+        "use the tokenizer of another copy of this model",
+    )
 
 
 def _fatal(lines: list[str], then: str) -> JobFailed:

@@ -1,11 +1,18 @@
 """Chat templates of every temper: that rewrite history, mark their answers, refuse rows, or are not there at all."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from studio.core.errors import JobFailed
+from studio.core.errors import BadInput, JobFailed
+from studio.jobs.base.data import bounded
+from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.rows import sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from tests.fakes.tokenizers import ASK, CHATML, LOOP, MARKED, ONE, TWO, byte_tokenizer, chat, encode, learnt
@@ -176,3 +183,89 @@ def test_an_existing_template_is_left_alone() -> None:
     tokenizer = byte_tokenizer()
     ensure_template(tokenizer, "alpaca", lambda _: pytest.fail("nothing to say"))
     assert tokenizer.chat_template == CHATML
+
+
+# Templates that never end
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+FOREVER = (
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_loops_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "_SECONDS", 0.3)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(BadInput, match="has not ended after"):
+        apply_template(byte_tokenizer(FOREVER), [TURNS], tokenize=False)
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+    with pytest.raises(BadInput, match="has not ended after"):
+        encode(ONE, byte_tokenizer(FOREVER))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the address space is limited on Linux alone")
+@pytest.mark.parametrize(
+    "template", ["{{ 'x' * (10 ** 11) }}", "{{ '%99999999999d' % 1 }}", "{{ 'x'|center(10 ** 11) }}"]
+)
+def test_a_template_that_grows_without_end_is_ended(template: str) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(BadInput, match="GiB of memory"):
+        apply_template(byte_tokenizer(template), [TURNS], tokenize=False)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_a_template_that_writes_far_more_than_it_was_given_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"makes 9,999,900 characters of a conversation of 15"):
+        apply_template(
+            byte_tokenizer("{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}"), [TURNS], tokenize=False
+        )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content.nothing.more }}",
+    ],
+)
+def test_a_template_that_fails_by_itself_has_refused(template: str) -> None:
+    with pytest.raises(TemplateError):
+        apply_template(byte_tokenizer(template), [TURNS], tokenize=False)
+    with pytest.raises(JobFailed):
+        encode(ONE, byte_tokenizer(template))
+
+
+_STUCK = """
+import sys
+from studio.jobs.base.data import bounded
+from tests.fakes.tokenizers import byte_tokenizer
+bounded._SECONDS = 0.2
+turns = [{"role": "user", "content": "a"}]
+bounded.apply_template(byte_tokenizer("{{ 9 ** (9 ** 9) }}"), [turns], tokenize=False)
+"""
+
+
+def test_a_computation_that_python_cannot_interrupt_ends_the_process_with_a_reason() -> None:
+    from studio.runs.failure import Doing
+    from studio.runs.last_words import reason_in
+
+    done = subprocess.run(
+        [sys.executable, "-c", _STUCK], capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 1
+    found = reason_in(done.stderr.splitlines(), Doing("train", "reading the data"))
+    assert found is not None
+    assert found.kind == "endless_template"
+
+
+def test_every_template_of_a_model_is_run_within_limits() -> None:
+    """One place calls it; a new one that did so would have no limit."""
+    root = Path(bounded.__file__).parents[3]
+    callers = [path.name for path in root.rglob("*.py") if "tokenizer.apply_chat_template(" in path.read_text("utf-8")]
+    assert callers == ["bounded.py"]

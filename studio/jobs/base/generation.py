@@ -8,6 +8,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from studio.jobs.base.data.bounded import apply_template
+
 _MARK = "ANSWER"
 
 
@@ -68,7 +70,7 @@ def greedy(
 def _end_of_turn(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        text = str(apply_template(tokenizer, [turns], tokenize=False)[0])
     except (TemplateError, ValueError, TypeError, IndexError):
         return None
     after = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False).input_ids[:1]

@@ -8,6 +8,7 @@ from transformers import TextStreamer
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.jobs.base.data.bounded import apply_template
 
 
 class Streamer(TextStreamer):
@@ -44,4 +45,4 @@ def token_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    return str(apply_template(tokenizer, [messages], tokenize=False, add_generation_prompt=True)[0])

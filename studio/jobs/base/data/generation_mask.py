@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.template import Turns
 
 _BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -25,7 +26,7 @@ def masked_rows(
     A stop token that the template writes after a block is counted to the answer; one that it leaves out is added.
     """
     tables = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
-    encoded = tokenizer.apply_chat_template(tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = apply_template(tokenizer, tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in stops}
     rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
     return [_with_stops(ids, mask, stop_ids, tokenizer.eos_token_id) for ids, mask in rows]

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from studio.jobs.base.data.bounded import apply_template
 from studio.probe.data import Message
 
 Warn = Callable[[str], None]
@@ -71,7 +72,7 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
     if not tables:
         return []
     try:
-        texts: list[str | None] = tokenizer.apply_chat_template(tables, tokenize=False, add_generation_prompt=ask)
+        texts: list[str | None] = apply_template(tokenizer, tables, tokenize=False, add_generation_prompt=ask)
     except (TemplateError, ValueError, TypeError, IndexError):
         return [_render_one(tokenizer, table, ask) for table in tables]
     return texts
@@ -88,7 +89,7 @@ def why_refused(tokenizer: Any, messages: Turns) -> str:
     """Return what the template says when it refuses this conversation."""
     table = [{"role": turn.role, "content": turn.content} for turn in messages]
     try:
-        tokenizer.apply_chat_template(table, tokenize=False)
+        apply_template(tokenizer, [table], tokenize=False)
     except (TemplateError, ValueError, TypeError, IndexError) as error:
         return str(error)
     return ""
@@ -96,7 +97,7 @@ def why_refused(tokenizer: Any, messages: Turns) -> str:
 
 def _render_one(tokenizer: Any, table: list[dict[str, str]], ask: bool) -> str | None:
     try:
-        return str(tokenizer.apply_chat_template(table, tokenize=False, add_generation_prompt=ask))
+        return str(apply_template(tokenizer, [table], tokenize=False, add_generation_prompt=ask)[0])
     except (TemplateError, ValueError, TypeError, IndexError):
         return None
 
