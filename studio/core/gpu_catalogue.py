@@ -35,6 +35,17 @@ def sixteen_bit(capability: tuple[int, int] | None) -> Literal["bf16", "fp16"]:
     return "bf16" if capability is None or capability >= _BF16_FROM else "fp16"
 
 
+def emulated(dtype: str, name: str, capability: tuple[int, int] | None) -> str:
+    """Return what is to be said where a card computes in a format that it does not have; empty where it has it."""
+    if dtype != "bf16" or capability is None or sixteen_bit(capability) == "bf16":
+        return ""
+    number = ".".join(map(str, capability))
+    return (
+        f"{name or 'this card'} (compute capability {number}) has no bf16 of its own, which begins with 8.0: torch "
+        "emulates it, slowly. model.dtype auto takes fp16 there"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A card, or what is known of one.

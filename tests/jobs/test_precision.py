@@ -8,12 +8,15 @@ import torch
 from studio.core.errors import JobFailed
 from studio.core.gpu_catalogue import CATALOGUE, card_of_size, find_gpu, sixteen_bit
 from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
 from studio.jobs.audit import answer_models
 from studio.jobs.base.precision import choose_precision, half_dtype, steadier_format, without_own_format
 from studio.jobs.chat import session
 from studio.jobs.train.guards import check_gradient, check_loss
 from studio.runs.chat import ChatRequest
+from tests.fakes.tiny_model import tiny_config
 
 T4, A10 = torch.device("cuda", 1), torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -80,6 +83,14 @@ def test_a_card_without_bf16_is_not_advised_to_use_it(device: torch.device, word
     for advice in told:
         assert wanted in advice
         assert never not in advice
+
+
+def test_a_plan_says_what_the_run_will_say() -> None:
+    shape = shape_from_config(tiny_config().to_dict())
+    for card, word, told in (("t4", "bf16", True), ("t4", "auto", False), ("a10", "bf16", False)):
+        recipe = Recipe().with_("model.dtype", word)
+        notes = estimate_vram(shape, setup_of(recipe, find_gpu(card)), find_gpu(card)).notes
+        assert any("no bf16 of its own" in note for note in notes) == told
 
 
 def test_a_run_says_it_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

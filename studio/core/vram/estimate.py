@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from studio.core.gpu_catalogue import Gpu
+from studio.core.gpu_catalogue import Gpu, emulated
 from studio.core.quantised_base import note_on
 from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
@@ -218,6 +218,8 @@ def _allocated_bounds(
         notes.append(
             f"{shape.family} runs eager attention in transformers, whatever is asked for: S x S matrices per head"
         )
+    if gpu and (said := emulated(setup.dtype, gpu.name, gpu.compute_capability)):
+        notes.append(said)
     return int(max(low, base)), int(high), tuple(notes)
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from studio.core.gpu_catalogue import sixteen_bit
+from studio.core.gpu_catalogue import emulated, sixteen_bit
 from studio.core.recipe import Dtype
+from studio.core.text import plain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """torch's formats by the words of recipes and flags."""
@@ -59,13 +60,10 @@ def half_dtype(device: torch.device) -> torch.dtype:
 
 def without_own_format(precision: Precision, device: torch.device) -> str:
     """Return what is to be said where a card computes in a format that it does not have; empty where it has it."""
-    if device.type != "cuda" or precision.name != "bf16" or half_format(device) == "bf16":
+    if device.type != "cuda":
         return ""
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bf16 of its own, which "
-        "begins with 8.0: torch emulates it, slowly. model.dtype auto takes fp16 here"
-    )
+    name = plain(torch.cuda.get_device_name(device), one_line=True)
+    return emulated(precision.name, name, torch.cuda.get_device_capability(device))
 
 
 def steadier_format(precision: Precision, device: torch.device) -> str:
