@@ -113,7 +113,8 @@ def is_ours(host: str, origin: str | None, port: int) -> bool:
         origin: Its `Origin` header, which browsers add to web sockets; None where there is none.
         port: The port that is listened on.
     """
-    names = [f"{name}:{port}" for name in _NAMES]
+    # Browsers leave out the port that a scheme has by itself.
+    names = [shown for name in _NAMES for shown in ((f"{name}:{port}", name) if port == 80 else (f"{name}:{port}",))]
     return host in names and (origin is None or origin in [f"http://{name}" for name in names])
 
 
@@ -200,7 +201,7 @@ def _server(command: str, door: Door) -> Any:
 
     async def change_token(request: Any) -> Any:
         # textual-serve's page speaks to this name, whichever of the machine's names it was opened by.
-        if request.headers["Host"] != f"{HOST}:{door.port}":
+        if request.headers["Host"].partition(":")[0] != HOST:
             raise web.HTTPSeeOther(door.address)
         response = web.HTTPSeeOther(f"{door.page}/")
         for path, value in door.cookies.items():

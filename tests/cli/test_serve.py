@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from studio.cli import main
-from studio.commands.serve import Door, is_ours, listen, why_refused
+from studio.commands.serve import Door, _first_free_port, is_ours, listen, why_refused
 from studio.core.errors import BadInput
 from tests.fakes.browser import CHROMIUM, browser
 from tests.fakes.runs import wait_for
@@ -57,6 +57,12 @@ needs_root = pytest.mark.skipif(
 )
 def test_only_pages_of_this_server_are_let_in(host: str, origin: str | None, ours: bool) -> None:
     assert is_ours(host, origin, 8765) is ours
+
+
+def test_browsers_leave_out_the_port_of_plain_http() -> None:
+    assert is_ours("127.0.0.1", "http://127.0.0.1", 80)
+    assert is_ours("localhost:80", None, 80)
+    assert not is_ours("127.0.0.1", None, 8765)
 
 
 def test_each_secret_opens_its_own_place_alone() -> None:
@@ -123,6 +129,21 @@ def as_nobody(attack: Callable[[], Any]) -> Any:
     os.waitpid(child, 0)
     assert answer.get("uid") == NOBODY, answer
     return answer["returned"]
+
+
+@needs_root
+def test_another_user_is_told_that_a_port_is_for_root() -> None:
+    if _first_free_port() <= 1:
+        pytest.skip("this machine gives every port to every user")
+
+    def refused() -> str:
+        try:
+            listen("1")
+        except BadInput as error:
+            return str(error)
+        return "it was given"
+
+    assert f"is only for root: ports below {_first_free_port()} are" in as_nobody(refused)
 
 
 @needs_root
