@@ -13,7 +13,7 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.events import MemorySeen, Planned
 from studio.core.recipe import Recipe
 from studio.jobs.audit.device import device_of
-from studio.jobs.base.device import NO_CARD, card_used, job_device
+from studio.jobs.base.device import NO_CARD, card_used, job_device, room_on_card
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.probe import device as device_module
 from studio.probe.chat import chat_request
@@ -269,6 +269,21 @@ def test_torch_starts_once_and_a_mask_that_comes_later_is_ignored(monkeypatch: p
     assert torch.cuda.is_available()
     _environ(monkeypatch, "2")
     assert card_used(job_device("auto"))["uuid"] == TWINS[1].uuid
+
+
+@pytest.mark.parametrize("spills", [True, False])
+def test_every_job_keeps_to_the_card_where_the_driver_would_spill(
+    monkeypatch: pytest.MonkeyPatch, spills: bool
+) -> None:
+    """Under WSL a chat or an audit that is too large would crawl in main memory; 23 of the 24 GiB are free here."""
+    machine = FakeMachine([LARGE])
+    machine.start(monkeypatch)
+    monkeypatch.setattr("studio.jobs.base.device.spills_to_ram", lambda: spills)
+    device = device_of()
+    kept = (23 * GIB + 2**21 - 2**28) / (24 * GIB)
+    assert machine.fractions == ({0: pytest.approx(kept)} if spills else {})
+    assert room_on_card(torch.device("cpu")) is None
+    assert (room_on_card(device) is not None) == spills
 
 
 def test_a_budget_is_set_on_the_card_where_accelerate_s_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

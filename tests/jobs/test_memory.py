@@ -10,6 +10,7 @@ import torch
 
 from studio.core.recipe import Recipe
 from studio.core.vram.reserve import CONTEXT_BYTES
+from studio.jobs.base import device as base_device
 from studio.jobs.train import memory
 from tests.jobs.conftest import Train, history_of
 
@@ -75,7 +76,7 @@ def test_where_the_driver_spills_a_run_keeps_to_what_is_free_on_the_card(
     """Under WSL a run without a budget took main memory for the card's and crawled instead of failing."""
     fractions = card(2 * MIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * GIB) - 2 * MIB, 24 * GIB))
-    monkeypatch.setattr(memory, "spills_to_ram", lambda: True)
+    monkeypatch.setattr(base_device, "spills_to_ram", lambda: True)
     note = memory.limit_memory(budget, CUDA)
     assert fractions == [pytest.approx(share / 24)]
     assert ("device.budget_gib" in note) == said
@@ -85,10 +86,11 @@ def test_where_the_driver_spills_a_run_keeps_to_what_is_free_on_the_card(
 
 def test_where_it_does_not_spill_nothing_is_said(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     fractions = card(None)
-    monkeypatch.setattr(memory, "spills_to_ram", lambda: False)
+    monkeypatch.setattr(base_device, "spills_to_ram", lambda: False)
     assert memory.limit_memory(0.0, CUDA) == memory.limit_memory(8.0, CUDA) == ""
     assert len(fractions) == 1
-    assert memory.limit_memory(0.0, torch.device("cpu"), spills=True) == ""
+    monkeypatch.setattr(base_device, "spills_to_ram", lambda: True)
+    assert memory.limit_memory(0.0, torch.device("cpu")) == ""
 
 
 def test_a_run_tells_the_limit_that_nobody_asked_for(

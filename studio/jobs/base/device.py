@@ -13,10 +13,14 @@ import torch
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.probe.device import CHOSEN, look, visible_cards
+from studio.probe.machine import spills_to_ram
 from studio.probe.torch_cards import runs_on, why_unusable
 
 NO_CARD = "no_card"
 """The kind of a failure: the card that a job was to run on cannot be used by torch."""
+_SPILL_MARGIN_BYTES = 256 * 2**20
+"""Left free where the driver spills, for what torch does not allocate (kernels that are loaded later, bitsandbytes'
+pages): a choice, measured on no card."""
 _TO_CPU = "to run on the CPU instead, ask for it: device.device = cpu in a recipe, --device cpu elsewhere"
 
 
@@ -24,7 +28,7 @@ def job_device(word: str) -> torch.device:
     """Return where the job computes: a CUDA card with its number, or the CPU; never anything else.
 
     A job that was launched on a card sees that card alone, whatever the word was; one that was started by hand reads
-    the word as CUDA counts.
+    the word as CUDA counts. Where the driver spills, the job is held to what is free on the card.
 
     Args:
         word: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -46,7 +50,22 @@ def job_device(word: str) -> torch.device:
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     _check(device, chosen)
+    if (room := room_on_card(device)) is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, room / total), device)
     return device
+
+
+def room_on_card(device: torch.device) -> int | None:
+    """Return what torch may take in all of a card whose driver would move the rest into main memory (Windows, WSL).
+
+    What is too large would not fail there but crawl: a job keeps to what is free now. None on a CPU, and where a driver
+    refuses what does not fit.
+    """
+    if device.type != "cuda" or not spills_to_ram():
+        return None
+    free = torch.cuda.mem_get_info(device)[0]  # it makes the context, which is then no longer free
+    return max(0, free + torch.cuda.memory_reserved(device) - _SPILL_MARGIN_BYTES)
 
 
 def card_used(device: torch.device) -> dict[str, str]:

@@ -11,50 +11,43 @@ import torch
 from studio.core.events import MemorySeen
 from studio.core.gpu_catalogue import GIB
 from studio.core.vram.reserve import CONTEXT_BYTES
-from studio.jobs.base.device import card_used
-from studio.probe.machine import spills_to_ram
+from studio.jobs.base.device import card_used, room_on_card
 
 Emit = Callable[..., None]
 
 
-_SPILL_MARGIN_BYTES = 256 * 2**20
-"""Left free where the driver spills, for what torch does not allocate (kernels that are loaded later, bitsandbytes'
-pages): a choice, measured on no card."""
-
-
-def limit_memory(budget_gib: float, device: torch.device, *, spills: bool | None = None) -> str:
+def limit_memory(budget_gib: float, device: torch.device) -> str:
     """Hold the process to its budget: torch then raises out-of-memory instead of taking the desktop's share.
 
-    Where the driver moves what does not fit into main memory (Windows, WSL), a run that is too large would not fail but
-    crawl: there it is held to what is free on the card now, with a budget or without.
-
-    torch limits its allocator alone; the CUDA context comes on top and is taken off the budget first.
+    Where the driver spills, the process is held to what is free on the card, with a budget or without
+    (`jobs.base.device`). torch limits its allocator alone; the CUDA context comes on top and is taken off the budget
+    first.
 
     Args:
         budget_gib: Most that the card may show for this process; 0 sets no limit of the user's.
         device: Where it runs; nothing is limited on a CPU.
-        spills: Whether the driver spills; None looks.
 
     Returns:
         What to say of a limit that nobody asked for; empty where there is none.
     """
-    spills = spills_to_ram() if spills is None else spills
-    if device.type != "cuda" or not (budget_gib or spills):
+    room = room_on_card(device)
+    if device.type != "cuda" or not (budget_gib or room is not None):
         return ""
     torch.zeros(1, device=device)  # makes the context, so that it can be seen
-    total, reserved = torch.cuda.get_device_properties(device).total_memory, torch.cuda.memory_reserved(device)
-    wanted = there = float(total)
+    total = torch.cuda.get_device_properties(device).total_memory
+    wanted = float(total)
     if budget_gib:
         context = _own_device_bytes(_nvml_handle(device))
-        wanted = budget_gib * GIB - (CONTEXT_BYTES if context is None else max(0, context - reserved))
-    if spills:
-        there = torch.cuda.mem_get_info(device)[0] + reserved - _SPILL_MARGIN_BYTES
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, min(wanted, there) / total)), device)
-    if there >= wanted:
+        wanted = budget_gib * GIB - (
+            CONTEXT_BYTES if context is None else max(0, context - torch.cuda.memory_reserved(device))
+        )
+    share = (wanted if room is None else min(wanted, room)) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
+    if room is None or room >= wanted:
         return ""
     return (
         "the driver here moves what does not fit on the card into main memory, many times slower: this run keeps to "
-        f"the {max(0.0, there) / GIB:.1f} GiB that are free now and stops with out of memory beyond them. "
+        f"the {room / GIB:.1f} GiB that are free now and stops with out of memory beyond them. "
         "device.budget_gib sets less; close what else uses the card for more"
     )
 
