@@ -1,6 +1,7 @@
 """What a job tells the world: one frozen value per line of `events.jsonl`.
 
-Kinds and fields that a reader does not know are kept, not errors: see `Unknown`.
+Kinds that a reader does not know are kept, not errors: see `Unknown`. Of a kind that it knows, fields that it does not
+know are left out.
 """
 
 import math
@@ -175,7 +176,7 @@ class Finished(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unknown(RunEvent):
-    """A line of a kind, or with fields, that this version does not know; `raw` keeps all of it."""
+    """A line of a kind that this version does not know, or that lacks what its kind needs; `raw` keeps all of it."""
 
     kind: ClassVar[str] = "Unknown"
     raw: dict[str, Any]

@@ -22,6 +22,8 @@ AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 ALL_LINEAR = "all-linear"
 EMBEDDED = "embedded"
 _LONGEST_FOUND, _MOST_LISTED = 100, 20
+_MOST_WHOLE = 10**300
+"""Larger whole numbers, which TOML and JSON allow, are no float; the checks refuse them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +153,16 @@ class Recipe:
         return value
 
     def with_(self, path: str, value: Any) -> "Recipe":
-        """Return a copy with the value at a dotted path replaced; the value's type is the caller's business.
+        """Return a copy with the value at a dotted path replaced, in the field's own type where it means the same.
+
+        So 4.0 is 4 in a field of whole numbers, and the list `["all-linear"]` is that word. What means nothing there is
+        kept as it is, for `problems` to tell.
 
         Raises:
             KeyError: No field has this path.
         """
         self.get(path)
+        value = _shaped(path, value)
         section, _, name = path.rpartition(".")
         if not section:
             return replace(self, **{name: value})
@@ -177,6 +183,15 @@ class Recipe:
         from studio.core.recipe_check import check  # noqa: PLC0415  the checks know the recipe, not the reverse
 
         return check(self)
+
+
+def _shaped(path: str, value: Any) -> Any:
+    kind = PATHS[path]
+    if path == "adapter.targets" and isinstance(value, (list, tuple)):
+        return ALL_LINEAR if list(value) == [ALL_LINEAR] else tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if abs(value) < _MOST_WHOLE else value
+    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True, slots=True)

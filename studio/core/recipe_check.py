@@ -43,7 +43,7 @@ def _field(path: str, value: Any) -> Iterator[Problem]:
         yield from _text(path, value)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         yield Problem(path, found_value(value), knob.allowed if knob else "a number")
-    elif not math.isfinite(value) or (PATHS[path] is int and value != int(value)):
+    elif (isinstance(value, float) and not math.isfinite(value)) or (PATHS[path] is int and not isinstance(value, int)):
         yield Problem(path, found_value(value), knob.allowed if knob else "a whole number")
     elif knob and not knob.low <= value <= knob.high:
         yield Problem(path, found_value(value), knob.allowed)

@@ -14,24 +14,22 @@ _LONGEST_KEY = 100
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def recipe_from_dict(table: Mapping[str, Any], settings: Iterable[str] = ()) -> Recipe:
-    """Build a recipe from nested tables, apply `path=value` words to it, and check it once.
+def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from nested tables and check it.
 
     Raises:
         BadInput: Names every unknown key (with the nearest known one) and every value that is not allowed.
     """
-    recipe, unknown = _read(table)
-    recipe, unread = _changed(recipe, settings)
-    refuse((*unknown, *unread, *recipe.problems()))
-    return recipe
+    recipe, unknown = read_table(table)
+    return apply_settings(recipe, (), also=unknown)
 
 
-def _read(table: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
-    """Return the recipe of nested tables and what in them has no field."""
+def read_table(table: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
+    """Return the recipe of nested tables, not checked, and what in them has no field."""
     recipe, unknown = Recipe(), []
     for path, value in _flat(table):
         if path in PATHS:
-            recipe = recipe.with_(path, _shaped(path, value))
+            recipe = recipe.with_(path, value)
         elif path in _SECTIONS:
             unknown.append(Problem(path, _kind_of(value), f"a table: [{path}] with its fields below"))
         else:
@@ -39,29 +37,28 @@ def _read(table: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
     return recipe, unknown
 
 
-def apply_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Apply `path=value` words, as `--set` takes them, and check the result.
+def apply_settings(recipe: Recipe, settings: Iterable[str], *, also: Iterable[Problem] = ()) -> Recipe:
+    """Apply `path=value` words, as `--set` takes them, and check the result: a setting may mend what was wrong.
+
+    Args:
+        recipe: Need not be sound.
+        settings: The words.
+        also: Problems that were found before, told with the others.
 
     Raises:
         BadInput: A word has no `=`, its path is unknown, or the resulting recipe has problems.
     """
-    recipe, unknown = _changed(recipe, settings)
-    refuse((*unknown, *recipe.problems()))
-    return recipe
-
-
-def _changed(recipe: Recipe, settings: Iterable[str]) -> tuple[Recipe, list[Problem]]:
-    """Return the recipe with `path=value` words applied and what of them says nothing."""
-    unknown = []
+    unread = []
     for word in settings:
         path, equals, text = (part.strip() for part in word.partition("="))
         if not equals:
-            unknown.append(Problem(word, "no '='", "path=value, such as train.learning_rate=2e-4"))
+            unread.append(Problem(word, "no '='", "path=value, such as train.learning_rate=2e-4"))
         elif path not in PATHS:
-            unknown.append(_unknown_key(path))
+            unread.append(_unknown_key(path))
         else:
             recipe = recipe.with_(path, value_from_text(path, text))
-    return recipe, unknown
+    refuse((*also, *unread, *recipe.problems()))
+    return recipe
 
 
 def value_from_text(path: str, text: str) -> Any:
@@ -102,15 +99,6 @@ def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 def _kind_of(value: Any) -> str:
     tables = isinstance(value, list) and value and isinstance(value[0], Mapping)
     return "a list of tables" if tables else found_value(value)
-
-
-def _shaped(path: str, value: Any) -> Any:
-    """TOML has one list type and writes 1 where a float is meant: adapt these, leave wrong types for the checks."""
-    if isinstance(value, list) and path == "adapter.targets":
-        return tuple(value)
-    if PATHS[path] is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value
 
 
 def _number(kind: Any, text: str) -> Any:

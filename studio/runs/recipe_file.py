@@ -6,7 +6,7 @@ from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
-from studio.core.recipe_parse import apply_settings, recipe_from_dict
+from studio.core.recipe_parse import apply_settings, read_table
 from studio.core.text import plain
 
 _PATH_FIELDS = ("data.path", "data.eval_path", "model.base")
@@ -36,22 +36,20 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
     except ValueError as error:  # Python reads no integer of more than 4300 digits
         raise BadInput(f"{shown} holds a number that is too long to be read.") from error
     try:
-        settings = tuple(settings)
-        if settings:
-            recipe_from_dict(table, settings)  # the problems of both are told at once
         here, folder = Path.cwd(), path.absolute().parent
-        recipe = resolve_paths(recipe_from_dict(table), (folder, here))
-        return resolve_paths(apply_settings(recipe, settings), (here, folder)) if settings else recipe
+        recipe, unknown = read_table(table)
+        recipe = apply_settings(resolve_paths(recipe, (folder, here)), settings, also=unknown)
+        return resolve_paths(recipe, (here, folder))
     except BadInput as error:
         raise BadInput(f"{shown}: {error}") from error
 
 
 def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
-    """Make relative data and model paths absolute, by the first folder that has them; other words stay as they are."""
+    """Make relative data and model paths absolute, by the first folder that has them; all else stays as it is."""
     folders = tuple(folders)
     for field in _PATH_FIELDS:
         word = recipe.get(field)
-        if not word or word == EMBEDDED or "\0" in word:
+        if not isinstance(word, str) or not word or word == EMBEDDED or "\0" in word:
             continue
         given = Path(word).expanduser() if word.startswith("~") else Path(word)
         for folder in folders:

@@ -38,6 +38,18 @@ def test_with_replaces_one_value_and_shares_the_rest() -> None:
             recipe.with_(path, 1)
 
 
+def test_a_value_that_means_a_fields_own_is_taken_as_that() -> None:
+    table = {"adapter": {"targets": ["all-linear"], "alpha": 16}, "train": {"micro_batch": 4.0, "steps": 3.0}}
+    recipe = recipe_from_dict(table)
+    assert recipe.adapter.targets == "all-linear"
+    numbers = (recipe.train.micro_batch, recipe.train.steps, recipe.adapter.alpha)
+    assert [(type(number), number) for number in numbers] == [(int, 4), (int, 3), (float, 16.0)]
+    for value in (2.5, float("inf"), float("nan"), True, "4", 10**400):
+        assert [problem.path for problem in Recipe().with_("train.micro_batch", value).problems()] == [
+            "train.micro_batch"
+        ]
+
+
 def test_every_problem_is_listed_with_field_found_and_allowed() -> None:
     table = {
         "metod": "lora",

@@ -1,10 +1,12 @@
 """Files that are broken, foreign or made to hurt: one message with the place in it, nothing else."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import unicodedata
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,15 @@ def test_the_offset_counts_the_byte_order_mark(file: Path) -> None:
     assert "offset 10 (line 1)" in refusal(file)
     (file.parent / "x.json").write_bytes(b"\xef\xbb\xbf[\n" + b'{"a": "\xff"}]\n')
     assert "offset 12 (line 2)" in refusal(file.parent / "x.json")
+
+
+def test_a_refused_file_is_closed(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf\xff" + ROW)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert "at offset 3 (line 1)" in refusal(file)
+        gc.collect()
+    assert not seen
 
 
 def test_utf16_is_named(file: Path) -> None:

@@ -53,6 +53,14 @@ def test_the_problems_of_file_and_settings_are_told_at_once(tmp_path: Path) -> N
         assert word in text
 
 
+def test_settings_mend_a_file_whose_own_fields_contradict_each_other(tmp_path: Path) -> None:
+    path = _write(tmp_path, 'method = "qlora"\n[eval]\nrows = 0\nsamples = 3\n[adapter]\ninit = "pissa"\nrank = "x"\n')
+    recipe = load_recipe(path, ["eval.samples=0", "method=lora", "adapter.rank=8"])
+    assert (recipe.eval.samples, recipe.method, recipe.adapter.rank) == (0, "lora", 8)
+    with pytest.raises(BadInput, match="3 problems"):
+        load_recipe(path)
+
+
 def test_settings_are_applied_after_the_file(tmp_path: Path) -> None:
     path = _write(tmp_path, "[train]\nlearning_rate = 1e-4\n")
     assert load_recipe(path, ["train.learning_rate=3e-4", "adapter.rank=8"]).train.learning_rate == 3e-4

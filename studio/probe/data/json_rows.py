@@ -94,13 +94,14 @@ def decoded(raw: bytes, path: Path, *, offset: int, line: int) -> str:
     Raises:
         BadInput: The bytes are not UTF-8; says where.
     """
-    if offset == 0:
+    marked = offset == 0 and raw.startswith(BOM)
+    if marked:
         raw = raw.removeprefix(BOM)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
-        cut = len(BOM) if offset == 0 and path.open("rb").read(3) == BOM else 0
+        cut = len(BOM) if marked else 0
         at = offset + error.start + cut
         utf16 = offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         guess = "It looks like UTF-16. " if utf16 else ""
