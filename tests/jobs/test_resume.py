@@ -176,6 +176,23 @@ def test_stopped_before_the_first_step(train: Train, recipe: Recipe, tmp_path: P
     assert not paths.adapter.exists()
 
 
+def test_a_stop_is_heeded_while_the_data_are_read(
+    train: Train, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio.jobs.train import job
+
+    paths = RunPaths(tmp_path / "early")
+    paths.root.mkdir()
+    write_job(paths, recipe)
+    request(paths, "stop")
+    monkeypatch.setattr(job, "trainable_model", lambda *called, **more: pytest.fail("the stop was not heeded"))
+    train(recipe, again=paths)
+    finished = history_of(paths).finished
+    assert finished is not None
+    assert finished.outcome == "stopped"
+    assert run_status(paths) is Status.stopped
+
+
 def test_pause_waits_and_goes_on(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     naps: list[float] = []
 

@@ -27,7 +27,7 @@ from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.read_rows import Rows, check_fit, read_rows
+from studio.jobs.train.read_rows import Rows, Stopped, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.calibrate import remember_run
@@ -54,6 +54,13 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
         BadInput: Model or data changed since they were checked.
     """
     worker.patient = True
+    try:
+        _train_run(worker, recipe)
+    except Stopped:
+        worker.emit(Finished, outcome="stopped", seconds=0.0)
+
+
+def _train_run(worker: Worker, recipe: Recipe) -> None:
     checkpoint = newest_valid(worker.paths.checkpoints)
     worker.emit(
         Started,

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from studio.core.errors import JobFailed
+from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
@@ -15,6 +15,10 @@ from studio.jobs.base.data.template import ensure_template
 from studio.jobs.train.phase import PhaseTeller
 from studio.probe.data import Row, known_rows, read_data, split
 from studio.runs.worker import Worker
+
+
+class Stopped(StudioError):
+    """The user asked for a stop before there was anything to train on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +36,26 @@ def read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any)
     Raises:
         BadInput: A file changed since it was checked and cannot be used any more.
         JobFailed: No row is left with anything to learn.
+        Stopped: The user asked for a stop.
     """
+
+    def read(fraction: float) -> None:
+        tell("reading the data", fraction)
+        if worker.requested("stop"):
+            raise Stopped("stopped while the data were read")
+
+    def file_read(done: int, total: int) -> None:
+        read(done / max(1, total))
+
     tell("reading the data")
-    data = read_data(Path(recipe.data.path), format=recipe.data.format)
+    data = read_data(Path(recipe.data.path), format=recipe.data.format, progress=file_read)
     tell("reading the data", detail=data.described())
 
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
 
     if recipe.data.eval_path:
-        held = list(read_data(Path(recipe.data.eval_path), format=recipe.data.format).rows)
+        held = list(read_data(Path(recipe.data.eval_path), format=recipe.data.format, progress=file_read).rows)
         train_rows = list(data.rows)
         held = held[: recipe.eval.rows] if recipe.eval.rows else held
         if known := known_rows(train_rows, held):
@@ -60,7 +74,7 @@ def read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any)
             seq_len=recipe.train.seq_len,
             answers_only=recipe.data.answers_only,
             warn=warn,
-            progress=lambda fraction: tell("reading the data", fraction),
+            progress=read,
         )[0]
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)

@@ -1,4 +1,8 @@
-"""Raw rows of Parquet files, in batches, only the columns that some format knows."""
+"""Raw rows of Parquet files, in batches, only the columns that some format knows, within limits.
+
+A Parquet file of a few hundred bytes may hold a million rows of a megabyte each: one text in a dictionary, and a count.
+So texts are read as their dictionary, which is no larger than what was compressed, and counted before they are made.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,20 +10,28 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.data.json_rows import Progress
+from studio.probe.data.json_rows import MAX_LINE_BYTES, Progress
 from studio.probe.data.shapes import KNOWN_COLUMNS, wrong_columns
 
 MAGIC = b"PAR1"
+MAX_ROWS = 20_000_000
+"""More than any fine-tuning set. A row of nothing takes no room in the file, but time and memory when it is read."""
+MAX_VALUES = 200_000_000
+"""Of one column in one row group, which is decoded at once where it is no text: 1.6 GB of 64-bit numbers."""
 _BATCH_ROWS = 1024
+_MOST_BATCH_BYTES = 256 * 2**20
+_MEMORY_SHARE = 0.5
+"""Of what is free: the texts, and then their tokens, stay in memory."""
 
 
 def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any]]:
-    """Yield (row from 1, columns as a dict); `progress` gets (rows read, rows in all).
+    """Yield (row from 1, columns as a dict); `progress` gets (rows read, rows in all) and may raise to end it.
 
     Columns that no format knows are there as keys with the value None, so that they can be named.
 
     Raises:
-        BadInput: pyarrow is not installed, the file is no whole Parquet file, or it has no column that we know.
+        BadInput: pyarrow is not installed, the file is no whole Parquet file, it has no column that we know, or what it
+            holds is more than fits: a row above 64 MiB, as in JSON Lines, or rows above half of the free memory.
     """
     try:
         import pyarrow as pa  # noqa: PLC0415  0.2 s that only readers of Parquet pay
@@ -34,18 +46,126 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
             if not known:
                 raise BadInput(f"{name}: {wrong_columns(columns)}")
             others = dict.fromkeys(column for column in columns if column not in KNOWN_COLUMNS)
-            yield from _batches(file, known, others, progress)
+            limits = _Limits(name, _free_bytes())
+            limits.check_sizes(file, known)
+            wanted = pa.schema([file.schema_arrow.field(column) for column in known])
+            texts = [leaf.path for leaf in _leaves(file) if leaf.physical_type == "BYTE_ARRAY"]
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            for number, row in _rows(file, wanted, limits, progress):
+                yield number, others | row
+    except pa.ArrowNotImplementedError as error:
+        said = plain(str(error), one_line=True, limit=200)
+        raise BadInput(
+            f"{name} cannot be read by pyarrow: {said}. Write it again with smaller row groups (row_group_size=10000)."
+        ) from None
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{name} is not a whole Parquet file: {plain(str(error), one_line=True, limit=200)}") from None
 
 
-def _batches(
-    file: Any, known: list[str], others: dict[str, None], progress: Progress | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+class _Limits:
+    """What a file may hold, and what was read of it so far."""
+
+    def __init__(self, name: str, free_bytes: float) -> None:
+        self._name = name
+        self._most_bytes = free_bytes * _MEMORY_SHARE
+        self._read_bytes = 0
+
+    def check_sizes(self, file: Any, known: list[str]) -> None:
+        """Compare what the file says of itself.
+
+        Raises:
+            BadInput: It says that it is too much.
+        """
+        if file.metadata.num_rows > MAX_ROWS:
+            raise BadInput(
+                f"{self._name} says that it holds {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read. Take "
+                "a part of them."
+            )
+        for group in range(file.metadata.num_row_groups):
+            row_group = file.metadata.row_group(group)
+            for place in range(row_group.num_columns):
+                column = row_group.column(place)
+                if column.path_in_schema.partition(".")[0] not in known:
+                    continue
+                if column.num_values > MAX_VALUES or column.total_uncompressed_size > self._most_bytes:
+                    self._refuse(max(8 * column.num_values, column.total_uncompressed_size), "one of its columns")
+
+    def take(self, size_bytes: int, number: int) -> None:
+        """Count the rows of a group, up to one of this number, before they are made.
+
+        Raises:
+            BadInput: All rows so far are too large.
+        """
+        self._read_bytes += size_bytes
+        if self._read_bytes > self._most_bytes:
+            self._refuse(self._read_bytes, f"its rows up to {number:,}")
+
+    def check_row(self, size_bytes: int, number: int) -> None:
+        """Compare one row with the longest line of JSON.
+
+        Raises:
+            BadInput: It is longer.
+        """
+        if size_bytes > MAX_LINE_BYTES:
+            raise BadInput(
+                f"{self._name}, row {number:,} holds {size_bytes / 1e6:,.0f} MB when it is unpacked; at most "
+                f"{MAX_LINE_BYTES / 2**20:.0f} MiB are a row."
+            )
+
+    def _refuse(self, size_bytes: int, what: str) -> None:
+        raise BadInput(
+            f"{self._name} unpacks to more than fits: {what} alone hold {size_bytes / 1e9:,.1f} GB, and at most "
+            f"{self._most_bytes / 1e9:,.1f} GB, half of the free memory, are read. Take a part of the rows."
+        )
+
+
+def _rows(file: Any, wanted: Any, limits: _Limits, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
     total, done = file.metadata.num_rows, 0
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=known):
-        for row in batch.to_pylist():
-            done += 1
-            yield done, others | row
-        if progress:
-            progress(done, total)
+    for group in range(file.metadata.num_row_groups):
+        # A whole group at once: read batch by batch, each would carry the dictionary of all before it.
+        batches = file.read_row_group(group, columns=wanted.names).to_batches(max_chunksize=_BATCH_ROWS)
+        sizes = [_unpacked_bytes(batch) for batch in batches]
+        limits.take(sum(sizes), done + sum(map(len, batches)))
+        for batch, size_bytes in zip(batches, sizes, strict=True):
+            # Ordinary rows are made together, which is fast; of long ones each is looked at first.
+            together = size_bytes <= _MOST_BATCH_BYTES
+            for some in [batch] if together else (batch.slice(place, 1) for place in range(len(batch))):
+                if not together:
+                    limits.check_row(_unpacked_bytes(some), done + 1)
+                for row in some.select(wanted.names).cast(wanted).to_pylist():
+                    done += 1
+                    yield done, row
+                if progress:
+                    progress(done, total)
+
+
+def _unpacked_bytes(batch: Any) -> int:
+    """Return what the texts of a batch, and the rest of it, are when each row has its own."""
+    return sum(_column_bytes(column) for column in batch.columns)
+
+
+def _column_bytes(array: Any) -> int:
+    import pyarrow as pa  # noqa: PLC0415  as above
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
+        return int(pc.sum(lengths).as_py() or 0) + 8 * len(array)
+    if pa.types.is_struct(kind):
+        return sum(_column_bytes(field) for field in array.flatten())
+    if pa.types.is_map(kind):
+        return _column_bytes(array.keys) + _column_bytes(array.items) + 8 * len(array)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _column_bytes(array.flatten()) + 8 * len(array)
+    return int(array.nbytes)
+
+
+def _leaves(file: Any) -> Iterator[Any]:
+    return (file.schema.column(place) for place in range(len(file.schema)))
+
+
+def _free_bytes() -> float:
+    import psutil  # noqa: PLC0415  20 ms that only readers of Parquet pay
+
+    return float(psutil.virtual_memory().available)
