@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -15,6 +16,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.train import between, trainable_model
 from studio.jobs.train.batches import Batcher, StepBatches, collate
+from studio.jobs.train.evaluate import held_out_loss
 from studio.probe.data import read_data
 from tests.jobs.conftest import Train, history_of
 
@@ -185,6 +187,25 @@ def test_events_tell_the_whole_story(train: Train, recipe: Recipe) -> None:
     assert max(history.memory.resident_bytes) > 50 * 2**20
     assert history.finished is not None
     assert history.finished.outcome == "done"
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_first_batch_that_is_too_large_to_evaluate_is_told_as_evaluating(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    calls = []
+
+    def full(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return held_out_loss(*args, **named)
+
+    monkeypatch.setattr(between, "held_out_loss", full)
+    failed = history_of(train(recipe.with_("eval.rows", 1).with_("train.steps", 2))).failed
+    assert failed is not None
+    assert failed.failure == "out_of_memory"
+    assert "the card's memory is full while evaluating" in failed.message
 
 
 def test_unknown_target_names_the_nearest(train: Train, recipe: Recipe) -> None:

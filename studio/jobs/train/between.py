@@ -69,6 +69,7 @@ class Between:
         """Measure the held-out loss and say it; nothing happens without held-out rows or when a stop is asked for."""
         if not self.held_out:
             return
+        self.tell("evaluating", 0.0)  # at once: the first batch may be the one that finds the memory full
         began = time.perf_counter()
         try:
             seen = held_out_loss(
