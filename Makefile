@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint bench gpu-check clean
+.PHONY: setup demo test test-slow lint bench gpu-check gpu-rehearsal clean
 
 setup: $(READY)
 
@@ -38,9 +38,14 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.bench
 
-# Needs a CUDA card; runs offline, on whatever Python has the dependencies (PYTHON=...).
+# Needs a CUDA card; runs offline. By the environment of `make setup` where there is one, else by any Python that has the
+# dependencies; PYTHON=... names another. ARGS="--minutes 9 --rest" and so on: see `python -m tests.gpu --help`.
+CHECKER := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 gpu-check:
-	$(PYTHON) -m tests.gpu
+	$(CHECKER) -m tests.gpu cuda $(ARGS)
+
+gpu-rehearsal:
+	$(CHECKER) -m tests.gpu cpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

