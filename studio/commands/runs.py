@@ -31,6 +31,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         if verb == "stop":
             parser.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for it")
             parser.add_argument("--force", action="store_true", help="end the process when the wait is over")
+        if verb == "rm":
+            parser.add_argument("--yes", action="store_true", help="do not ask (without a terminal nothing is asked)")
         if verb == "resume":
             parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
         if verb == "note":

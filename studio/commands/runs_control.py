@@ -8,7 +8,7 @@ from contextlib import suppress
 from studio.commands.follow import End, conclude, follow
 from studio.commands.options import module_of, root_of, run_of
 from studio.commands.progress import event_line
-from studio.commands.terminal import DONE, NO, duration, number, say, write_json
+from studio.commands.terminal import DONE, NO, agreed, complain, duration, number, say, write_json
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.space import check_space
@@ -17,7 +17,7 @@ from studio.runs.job import kind_of, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.note import read_note, write_note
 from studio.runs.status import Status, run_status
-from studio.runs.store import find_run, remove_run
+from studio.runs.store import contents_of, find_run, remove_run
 from studio.runs.summary import summary_of
 from studio.runs.supervise import stop
 from studio.runs.watch import RunWatch
@@ -115,6 +115,8 @@ def resume_run(args: argparse.Namespace) -> int:
 def remove(args: argparse.Namespace) -> int:
     """Delete runs; all names are looked up before the first is deleted.
 
+    Who types the words is asked, with `--yes` not; a script is not, since it cannot answer and said what it wants.
+
     Raises:
         BadInput: A run is not there or live.
     """
@@ -122,10 +124,18 @@ def remove(args: argparse.Namespace) -> int:
     live = [paths.name for paths in doomed if run_status(paths).live]
     if live:
         raise BadInput(f"still live: {plain(', '.join(live), one_line=True)}; stop first what is to be removed.")
+    inside = {paths: contents_of(paths) for paths in doomed}
+    if not (args.yes or args.json) and sys.stdin.isatty() and sys.stderr.isatty():
+        for paths in doomed:
+            complain(f"{plain(paths.name, one_line=True)}: {inside[paths]}")
+        these = "this run" if len(doomed) == 1 else f"these {len(doomed)} runs"
+        if not agreed(f"Delete {these}? This cannot be undone. [y/N] "):
+            complain("nothing was removed")
+            return NO
     for paths in doomed:
         remove_run(paths)
         if not args.json:
-            say(f"removed {paths.name}")
+            say(f"removed {paths.name}: {inside[paths]}")
     if args.json:
         write_json({"removed": [paths.name for paths in doomed]})
     return DONE

@@ -35,6 +35,15 @@ def complain(text: str) -> None:
     say(text, to=sys.stderr)
 
 
+def agreed(question: str) -> bool:
+    """Ask on stderr, so that no question gets into what is piped on; return whether the answer is yes."""
+    print(plain(question), end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        say(to=sys.stderr)
+    return line.strip().lower() in ("y", "yes")
+
+
 def write_json(document: Any) -> None:
     """Write the one JSON document of `--json`; ASCII only, so that no encoding can spoil it."""
     print(json.dumps(document, indent=2, allow_nan=False, default=str), flush=True)

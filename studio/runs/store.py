@@ -144,6 +144,24 @@ def left_over(root: Path) -> list[LeftOver]:
     ]
 
 
+def contents_of(paths: RunPaths) -> str:
+    """Return what a run's folder holds that goes with it, in words and with its size."""
+    checkpoints = len(list(paths.checkpoints.glob("step-*"))) if paths.checkpoints.is_dir() else 0
+    parts = [
+        "its log",
+        f"{checkpoints} checkpoint{'s' if checkpoints > 1 else ''}" if checkpoints else "",
+        "its adapter" if paths.adapter.is_dir() else "",
+        "its report" if paths.report.is_file() else "",
+    ]
+    size_bytes = folder_bytes(paths.root)
+    if aside := left_by(paths):
+        parts.append("what lies half-made beside its output")
+        size_bytes += sum(map(folder_bytes, aside.folders))
+    *most, last = [part for part in parts if part]
+    listed = f"{', '.join(most)} and {last}" if most else last
+    return f"{listed}, {size_bytes / 1e6:,.1f} MB"
+
+
 def remove_run(paths: RunPaths) -> None:
     """Delete a run's folder with its checkpoints and adapter, and what a killed one left beside its output.
 

@@ -1,7 +1,10 @@
+import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -277,6 +280,52 @@ def test_removing_runs(cli: Cli, home: Path) -> None:
     stop(live, 10)
     assert cli("runs", "rm", "dead", "try", "dead", "--json").code == 0
     assert list((home / "runs").iterdir()) == []
+
+
+def _removed_at_a_terminal(home: Path, answer: bytes, *flags: str) -> tuple[int, str, str]:
+    """`runs rm last` where stdin and stderr are a terminal and stdout goes into a pipe: exit code, stdout, stderr."""
+    keyboard, screen = pty.openpty()
+    os.write(keyboard, answer)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.fakes.cli", "runs", "rm", "last", *flags],
+        stdin=screen, stderr=screen, stdout=subprocess.PIPE, env={**os.environ, "LORA_STUDIO_HOME": str(home)},
+    )  # fmt: skip
+    os.close(screen)
+    told = process.communicate(timeout=60)[0].decode()
+    shown = b""
+    with suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(keyboard, 4096):
+            shown += part
+    os.close(keyboard)
+    return process.returncode, told, shown.decode()
+
+
+def test_who_types_the_words_is_asked_before_a_run_is_removed(home: Path) -> None:
+    doomed = make_run(home, "trained", now=1e9)
+    write_log(doomed, Started(at=1e9, job="train"), Finished(at=2e9, outcome="done"))
+    for folder in ("adapter", "checkpoints/step-00000001", "checkpoints/step-00000002"):
+        (doomed.root / folder).mkdir(parents=True)
+    (doomed.adapter / "weights").write_bytes(bytes(3 * 10**6))
+    for answer in (b"\n", b"n\n", b"\x04"):
+        code, told, shown = _removed_at_a_terminal(home, answer)
+        assert (code, told) == (1, "")
+        assert f"{doomed.name}: its log, 2 checkpoints and its adapter, 3.0 MB" in shown
+        assert "Delete this run? This cannot be undone. [y/N]" in shown
+        assert "nothing was removed" in shown
+        assert doomed.root.exists()
+    code, told, _ = _removed_at_a_terminal(home, b"y\n")
+    assert (code, told) == (0, f"removed {doomed.name}: its log, 2 checkpoints and its adapter, 3.0 MB\n")
+    assert not doomed.root.exists()
+
+
+@pytest.mark.parametrize("flag", ["--yes", "--json"])
+def test_a_yes_or_json_is_not_asked(home: Path, flag: str) -> None:
+    doomed = make_run(home, "trained", now=1e9)
+    write_log(doomed, Started(at=1e9, job="train"), Finished(at=2e9, outcome="done"))
+    code, told, shown = _removed_at_a_terminal(home, b"", flag)
+    assert (code, shown) == (0, "")
+    assert doomed.name in told
+    assert not doomed.root.exists()
 
 
 def test_comparing_two_runs(cli: Cli, trained: RunPaths, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

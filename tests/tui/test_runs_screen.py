@@ -252,7 +252,7 @@ def test_deleting_a_merge_says_that_its_model_stays(tmp_path: Path) -> None:
         await pilot.press("d")
         await settle(pilot)
         told = " ".join(shown(app).replace("│", " ").split())
-        assert "with its log and report? Models and files that it made stay." in told
+        assert ": its log, 0.0 MB? Models and files that it made stay." in told
         await pilot.press("n")
 
     play(story, tmp_path)

@@ -15,7 +15,7 @@ from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
-from studio.runs.store import RunInfo, list_runs, remove_run
+from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
@@ -191,9 +191,8 @@ class RunsScreen(OfferingScreen[None]):
             self.app.notify("The run is alive: stop it first.", markup=False)
             return
         name = plain(info.name, one_line=True, limit=LONGEST)
-        trains = info.job in (None, TRAIN)
-        with_it = "log, checkpoints and adapter?" if trains else "log and report? Models and files that it made stay."
-        question = Content(f"Delete {name} with its {with_it} This cannot be undone.")
+        stays = "" if info.job in (None, TRAIN) else " Models and files that it made stay."
+        question = Content(f"Delete {name}: {contents_of(info.paths)}?{stays} This cannot be undone.")
 
         def decide(answer: bool | None) -> None:
             if answer:
