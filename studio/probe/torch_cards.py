@@ -30,6 +30,7 @@ for i in range(torch.cuda.device_count()):
 print(json.dumps(seen))
 """
 _ASK_SECONDS = 60.0
+_MASK, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _NODES = ("nvidiactl", "nvidia0", "dxg", "nvgpu", "nvhost-gpu", "nvmap")
 """What a driver that CUDA can use has under /dev: on a PC, under WSL, on Tegra chips."""
 _LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
@@ -149,7 +150,7 @@ def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Gpu]
     """Return the cards that torch sees, in CUDA's order; None where it cannot be asked.
 
     A build without CUDA sees none; any other is asked in a process of its own, which takes seconds. What it said is
-    kept: neither the cards nor this process's environment change.
+    kept.
 
     Args:
         python: The interpreter that jobs run in.
@@ -160,12 +161,13 @@ def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Gpu]
         return None
     if build.cuda is None and build.hip is None:
         return []
-    return _asked(python, None if masked else "CUDA_VISIBLE_DEVICES")
+    return _asked(python, os.environ.get(_MASK) if masked else None, os.environ.get(_ORDER))
 
 
 @lru_cache(maxsize=4)
-def _asked(python: str, without: str | None) -> list[Gpu] | None:
-    environment = {name: value for name, value in os.environ.items() if name != without}
+def _asked(python: str, mask: str | None, order: str | None) -> list[Gpu] | None:
+    environment = {name: text for name, text in os.environ.items() if name not in (_MASK, _ORDER)}
+    environment |= {name: text for name, text in ((_MASK, mask), (_ORDER, order)) if text is not None}
     try:
         done = subprocess.run(
             [python, "-c", _ASK],

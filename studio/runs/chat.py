@@ -48,6 +48,7 @@ class ChatRequest:
         beside: Another model, which answers as the base where `base` is a merged model; empty for none.
         beside_revision: Of it.
         environment: What its process's environment must hold, so that it computes on the card that is meant.
+        note: What the user should know of that.
     """
 
     base: str
@@ -65,6 +66,7 @@ class ChatRequest:
     beside: str = ""
     beside_revision: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,13 +47,15 @@ def _end_now(paths: RunPaths) -> None:
 
 
 def _card() -> str:
-    from studio.probe.gpus import read_gpus  # noqa: PLC0415  0.06 s
+    from studio.probe.device import look, place_of  # noqa: PLC0415  0.06 s
 
-    gpus = read_gpus()
-    if not gpus:
-        return "no NVIDIA card: the CPU"
-    gpu = gpus[0]
-    more = f" (+{len(gpus) - 1})" if len(gpus) > 1 else ""
+    sight = look()
+    place = place_of("auto", sight)
+    gpu, more = place.card, f" (+{len(sight.cards) - 1})" if sight.cards and len(sight.cards) > 1 else ""
+    if gpu is None:
+        return "no card can be used: lora-studio doctor" if place.refusal else "no NVIDIA card: the CPU"
+    if place.refusal:
+        return f"{gpu.name}{more} cannot be used: lora-studio doctor"
     total = f" {gpu.total_bytes / 2**30:.1f} GiB" if gpu.total_bytes else ""
     used = f" · {gpu.used_bytes / 2**30:.1f} in use" if gpu.used_bytes is not None else ""
     heat = f" · {gpu.celsius} C" if gpu.celsius is not None else ""

@@ -31,6 +31,8 @@ Parts = list[str | tuple[str, str]]
 
 def machine_text(machine: Machine, runs_root: Path) -> Content:
     """Return the machine as it was found."""
+    from studio.probe.checkup import trouble_of  # noqa: PLC0415  0.05 s that no other text pays
+
     parts: Parts = []
     for number, gpu in enumerate(machine.cards or ()):
         total = f"{gib(gpu.total_bytes)} GiB" if gpu.total_bytes else "size not available"
@@ -44,6 +46,8 @@ def machine_text(machine: Machine, runs_root: Path) -> Content:
     elif not machine.cards:
         parts += _row("Card", "the driver answers, but shows no card")
     parts += _row("Driver", machine.driver or UNKNOWN)
+    if trouble := trouble_of(machine):
+        parts.append((f"\n{trouble}\n\n", "$text-error"))
     ram = f"{gib(machine.ram_bytes)} GiB, {gib(machine.free_ram_bytes)} free" if machine.ram_bytes else UNKNOWN
     parts += _row("Memory", ram)
     where = plain(str(runs_root), one_line=True)

@@ -16,6 +16,7 @@ from studio.probe import checkup
 from studio.probe.gpus import Gpu, GpuProcess
 from studio.probe.machine import Machine
 from studio.probe.setting import setting_of
+from studio.probe.torch_cards import TorchBuild
 from studio.runs.calibration import remember
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import new_run
@@ -32,13 +33,18 @@ CARD = Gpu(
     (8, 9),
     processes=(GpuProcess(1, "Xorg", GIB),),
 )
+CUDA_13 = TorchBuild("2.13.0", (13, 0), None, {(13, 0): frozenset({75, 86, 90}), (12, 6): frozenset({61, 75, 86})})
+CPU_BUILD = TorchBuild("2.13.0+cpu")
+SERVED: dict[str, Any] = {"driver": "580.95.05", "cuda": (13, 0)}
 BARE = Machine(None, None, 16 * GIB, 8 * GIB, 10**11, 8, "Linux 6", False)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the machine is said to have; a test changes it."""
-    told: dict[str, Any] = {"machine": BARE, "torch": "2.13.0"}
+    told: dict[str, Any] = {"machine": BARE, "torch": "2.13.0", "build": CUDA_13}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(checkup, "torch_build", lambda: told["build"])
     monkeypatch.setattr(doctor, "read_machine", lambda root: told["machine"])
     real = checkup.version
 
@@ -63,7 +69,7 @@ def test_a_sound_machine_without_a_card(cli: Cli, machine: dict[str, Any], home:
 
 
 def test_the_document(cli: Cli, machine: dict[str, Any]) -> None:
-    machine["machine"] = replace(BARE, cards=[CARD], driver="560.35")
+    machine["machine"] = replace(BARE, cards=[CARD], **SERVED)
     document = cli("doctor", "--json").document
     assert document["ok"] is True
     names = [check["name"] for check in document["checks"]]
@@ -80,7 +86,14 @@ def test_the_document(cli: Cli, machine: dict[str, Any]) -> None:
     [
         ({"torch": "2.9.1"}, "older than 2.10"),
         ({"peft": None}, "not installed"),
-        ({"torch": "2.13.0+cpu", "machine": replace(BARE, cards=[CARD])}, "built for CPUs"),
+        ({"build": CPU_BUILD, "machine": replace(BARE, cards=[CARD])}, "built for CPUs"),
+        (
+            {"machine": replace(BARE, cards=[CARD], driver="560.35.03", cuda=(12, 6))},
+            "a driver of version 580 or newer",
+        ),
+        ({"machine": replace(BARE, cards=[CARD], driver="560.35.03")}, "Update the driver"),
+        ({"machine": replace(BARE, cards=[replace(CARD, capability=(6, 1))], **SERVED)}, "is too old for this torch"),
+        ({"build": None}, "not installed"),
         ({"machine": replace(BARE, cards=[])}, "shows no card"),
         ({"machine": replace(BARE, disk_bytes=10**8)}, "a run needs 200 MB"),
     ],
@@ -101,7 +114,8 @@ def test_what_keeps_a_run_from_starting_is_exit_1(
         ({"cards": [replace(CARD, total_bytes=None, free_bytes=None)]}, "memory not available"),
         ({"cards": [replace(CARD, mig=True)]}, "MIG is on"),
         ({"cards": [replace(CARD, unified=True)]}, "main memory"),
-        ({"cards": [replace(CARD, capability=(6, 1))]}, "compute capability 6.1"),
+        ({"cards": [replace(CARD, capability=(6, 1)), replace(CARD, index=1)], **SERVED}, "torch cannot use it"),
+        ({"cards": [CARD], **SERVED}, "NVIDIA GeForce RTX 4090 (GPU-0)"),
         ({"cards": [CARD], "spills": True}, "spills into main memory"),
         ({"ram_bytes": None, "free_ram_bytes": None}, "not available"),
         ({"disk_bytes": None}, "free room not available"),
@@ -175,6 +189,35 @@ def test_imports_happen_in_a_process_of_their_own(
         assert check["name"] == "imports"
         assert "1 card(s)" in check["found"] if code == 0 else "ImportError" in check["found"]
         assert "\x1b" not in check["found"]
+
+
+def test_a_card_that_only_the_driver_sees_is_a_problem_in_torch_s_own_words(
+    cli: Cli, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, str]] = []
+    seen = {"torch": "2.13", "cuda": "13.0", "cards": [], "why": "The NVIDIA driver on your system is too old \x1b[2J"}
+
+    def run(*words: Any, env: dict[str, str], **how: Any) -> Any:
+        asked.append(env)
+        return subprocess.CompletedProcess([], 0, json.dumps(seen), "")
+
+    monkeypatch.setattr(checkup.subprocess, "run", run)
+    machine["machine"] = replace(BARE, cards=[CARD], **SERVED)
+    outcome = cli("doctor", "--imports", "--json")
+    assert outcome.code == 1
+    check = outcome.document["checks"][-1]
+    assert "torch does not see NVIDIA GeForce RTX 4090" in check["found"]
+    assert "too old" in check["found"]
+    assert "\x1b" not in check["found"]
+    assert asked[0]["CUDA_VISIBLE_DEVICES"] == "GPU-0", "it looks as a job would"
+
+
+def test_where_runs_go_under_a_mask(cli: Cli, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    machine["machine"] = replace(BARE, cards=[CARD], **SERVED)
+    for mask, code, words in (("", 0, "the CPU under CUDA_VISIBLE_DEVICES=''"), ("5", 1, "names no card")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+        outcome = cli("doctor")
+        assert (outcome.code, words in outcome.out) == (code, True), outcome.out
 
 
 def test_it_imports_nothing_heavy_itself(home: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from studio.probe import gpus as module
-from studio.probe.gpus import Gpu, GpuProcess, GpuReader, read_gpus
+from studio.probe.gpus import Driver, Gpu, GpuProcess, GpuReader, Instance, read_driver, read_gpus
 
 GIB = 2**30
 
@@ -133,6 +133,12 @@ class _CutNvml(_Nvml):
             raise _Refusal
         return 99
 
+    def nvmlDeviceGetGpuInstanceId(self, handle: int) -> int:  # noqa: N802
+        return 5
+
+    def nvmlDeviceGetComputeInstanceId(self, handle: int) -> int:  # noqa: N802
+        return 0
+
     def nvmlDeviceGetMemoryInfo(self, handle: int, version: int = 1) -> Any:  # noqa: N802
         if handle != 99:
             return SimpleNamespace(total=80 * GIB, used=0, free=80 * GIB)
@@ -142,6 +148,7 @@ class _CutNvml(_Nvml):
 def test_a_process_gets_one_instance_of_a_card_that_is_cut() -> None:
     card = (GpuReader(nvml=_CutNvml()).read() or [])[0]
     assert (card.mig, card.total_bytes, card.free_bytes) == (True, 20 * GIB, 19 * GIB)
+    assert card.instances == (Instance("GPU-99", (5, 0), 20 * GIB, 1 * GIB, 19 * GIB),)
     without = (GpuReader(nvml=_CutNvml("instances")).read() or [])[0]
     assert (without.mig, without.total_bytes) == (True, None), "80 GiB that nobody can have are not promised"
 
@@ -231,6 +238,17 @@ def test_a_missing_or_foreign_module_is_no_driver() -> None:
 
     assert GpuReader(load=missing).read() is None
     assert GpuReader(nvml=SimpleNamespace()).read() is None
+
+
+def test_a_driver_says_its_version_and_the_cuda_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GpuReader(nvml=_Nvml()).driver() == Driver(), "one that tells neither"
+    assert GpuReader(nvml=_Nvml("init")).driver() == Driver()
+    monkeypatch.setattr(_Nvml, "nvmlSystemGetDriverVersion", lambda self: b"580.65.06", raising=False)
+    monkeypatch.setattr(_Nvml, "nvmlSystemGetCudaDriverVersion", lambda self: 12040, raising=False)
+    assert GpuReader(nvml=_Nvml()).driver() == Driver("580.65.06", (12, 4)), "an old one has the first call alone"
+    monkeypatch.setattr(_Nvml, "nvmlSystemGetCudaDriverVersion_v2", lambda self: 13000, raising=False)
+    assert GpuReader(nvml=_Nvml()).driver() == Driver("580.65.06", (13, 0))
+    assert isinstance(read_driver(), Driver)
 
 
 def test_on_this_machine_reading_raises_nothing() -> None:

@@ -9,6 +9,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED
 from studio.probe import setup as module
 from studio.probe.data.lengths import texts_of, token_lengths
+from studio.probe.device import Sight
 from studio.probe.known_models import known_models
 from studio.probe.setup import (
     Answers,
@@ -95,7 +96,7 @@ def test_data_files_nearby_are_offered(tmp_path: Path) -> None:
 
 
 def test_advice_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("studio.probe.device.read_gpus", lambda: None)
+    monkeypatch.setattr("studio.probe.device.look", lambda: Sight(None))
     checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), EMBEDDED)
     shape = find_shape(EMBEDDED)
     here = advice_for(Answers(data=checked.facts.path), shape, checked.facts)

@@ -11,7 +11,9 @@ from studio.core.events import Finished, Started, Warned
 from studio.jobs.audit.kept import KeptPart
 from studio.jobs.audit.report import write_report
 from studio.jobs.audit.stopped import Stopped
+from studio.probe.device import other_card_note
 from studio.runs.audit_request import WHAT, AuditRequest
+from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 
 _AUDITS = {
@@ -33,6 +35,8 @@ def audit_run(worker: Worker, request: AuditRequest) -> None:
         JobFailed: The model cannot be measured.
     """
     worker.emit(Started, job="audit", method=request.what, model=request.model or None)
+    if request.run and (note := other_card_note(RunPaths(Path(request.run)))):
+        worker.emit(Warned, topic="card", message=note)
     if request.what not in _AUDITS:
         raise BadInput(f"an audit of the kind {request.what!r} is not known here; wanted one of {', '.join(WHAT)}.")
     module, name = _AUDITS[request.what]

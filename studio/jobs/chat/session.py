@@ -52,7 +52,7 @@ class Session:
             BadInput: One of them cannot be loaded, or memory is short.
             JobFailed: The card that was chosen or asked for cannot be used.
         """
-        self.notes: list[str] = []
+        self.notes: list[str] = [request.note] if request.note else []
         base = find_base(request.base, request.revision)
         device = job_device(request.device)
         dtype = _dtype(request, device)

@@ -31,6 +31,7 @@ from studio.jobs.train.read_rows import Rows, Stopped, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.calibrate import remember_run
+from studio.probe.device import other_card_note
 from studio.probe.fingerprint import FINGERPRINT, fingerprint
 from studio.probe.models import find_base, refuse_untrainable
 from studio.runs.worker import Worker
@@ -264,6 +265,8 @@ def _seed(seed: int) -> None:
 
 
 def _device(worker: Worker, recipe: Recipe) -> torch.device:
+    if note := other_card_note(worker.paths):
+        worker.emit(Warned, topic="card", message=note)
     device = job_device(recipe.device.device)
     if recipe.train.loss == "liger":
         require_liger(device)
