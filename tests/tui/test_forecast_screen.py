@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_sized_says_why_and_another_is_looked_at(tmp_path
         assert_harmless(app)
         screen = screen_of(app)
         screen._form.focus_field("model.base")
-        await pilot.press("ctrl+u", *"embedded", "enter")
+        await pilot.press("enter", "ctrl+u", *"embedded", "enter")
         await forecast(pilot, app)
 
     odd = Recipe().with_("model.base", HOSTILE)
@@ -293,7 +293,7 @@ def test_a_late_answer_about_another_model_is_passed_over(tmp_path: Path) -> Non
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         screen = screen_of(app)
         screen._form.focus_field("model.base")
-        await pilot.press("ctrl+u", *"embedded", "enter")
+        await pilot.press("enter", "ctrl+u", *"embedded", "enter")
         while not gauge_of(app).reading.parts:
             await pilot.pause(0.02)
         gate.set()
