@@ -11,7 +11,7 @@ from studio.commands.loss_plot import loss_plot
 from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, duration, is_rich, number, say, size, table, width_of_terminal, write_json
 from studio.core.errors import BadInput
-from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe import Recipe, differing_fields, field_text
 from studio.core.text import plain
 from studio.runs.job import Job, read_job
 from studio.runs.layout import RunPaths
@@ -60,23 +60,16 @@ def compare(args: argparse.Namespace) -> int:
     if len(set(runs)) < 2:
         raise BadInput(f"found {len(set(runs))} run to compare; wanted two or more different ones.")
     outcomes = [_outcome(paths) for paths in runs]
-    differences = recipe_differences([_job(paths) for paths in runs])
+    jobs = [_job(paths) for paths in runs]
+    differences = differing_fields([job if isinstance(job, Recipe) else None for job in jobs])
     if args.json:
         write_json({"runs": outcomes, "recipe_differences": differences})
         return DONE
-    rows = [[path, *(str(value) for value in values)] for path, values in differences.items()]
+    rows = [[path, *map(field_text, values)] for path, values in differences.items()]
     say(table([["recipe", *(paths.name for paths in runs)], *(rows or [["no difference", *["" for _ in runs]]])]))
     say()
     say(table([["outcome", *(paths.name for paths in runs)], *_outcome_rows(outcomes)]))
     return DONE
-
-
-def recipe_differences(jobs: list[Job | None]) -> dict[str, list[Any]]:
-    """Return the fields in which recipes differ with their values; what is no readable recipe has None everywhere."""
-    values = {
-        path: [job.get(path) if isinstance(job, Recipe) else None for job in jobs] for path in PATHS if path != "name"
-    }
-    return {path: found for path, found in values.items() if any(value != found[0] for value in found)}
 
 
 def _outcome(paths: RunPaths) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A recipe says what is wanted. It does not know the machine, the model's shape or the length of the data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -22,6 +23,7 @@ AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 ALL_LINEAR = "all-linear"
 EMBEDDED = "embedded"
 _LONGEST_FOUND, _MOST_LISTED = 100, 20
+_LONGEST_IN_TABLE = 40
 _MOST_WHOLE = 10**300
 """Larger whole numbers, which TOML and JSON allow, are no float; the checks refuse them."""
 
@@ -235,3 +237,27 @@ PATHS: dict[str, Any] = _paths()
 def choices_of(path: str) -> tuple[str, ...]:
     """Return the words that a field allows, or nothing where it is not a choice."""
     return get_args(PATHS[path]) if str(PATHS[path]).startswith("typing.Literal") else ()
+
+
+def differing_fields(recipes: "Sequence[Recipe | None]") -> dict[str, list[Any]]:
+    """Return the fields in which recipes differ, each with its values in order; the name is no difference.
+
+    Where a recipe is missing (another kind of job, or an unreadable file) its values are None, and are no difference.
+    """
+    values = {path: [None if recipe is None else recipe.get(path) for recipe in recipes] for path in PATHS}
+    known = [place for place, recipe in enumerate(recipes) if recipe is not None]
+    return {
+        path: found
+        for path, found in values.items()
+        if path != "name" and any(found[place] != found[known[0]] for place in known)
+    }
+
+
+def field_text(value: Any) -> str:
+    """Return a field's value for a table: yes and no as on and off, lists joined, nothing as such."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return plain(text or "(empty)", one_line=True, limit=_LONGEST_IN_TABLE)

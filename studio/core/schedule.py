@@ -30,12 +30,14 @@ def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: Sche
 def total_steps_of(*, steps: int, epochs: float, rows: int, rows_per_step: int) -> int:
     """Return the optimizer steps of a run: `steps` where given, else what the epochs need, never less than 1.
 
+    A step never takes more than all rows, so that few rows make as many steps as there are epochs.
+
     Args:
         steps: Wanted steps; 0 lets `epochs` decide.
         epochs: Passes over the rows, fractions allowed.
         rows: Training rows.
-        rows_per_step: Rows in one optimizer step.
+        rows_per_step: Rows of an optimizer step as the recipe asks for them.
     """
     if steps:
         return steps
-    return max(1, math.ceil(epochs * rows / rows_per_step))
+    return max(1, math.ceil(epochs * rows / min(rows, rows_per_step)))

@@ -82,7 +82,7 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     duration = None
     if speed is not None:
         # Rows that are padded, not packed, make small batches: the slow end counts on them.
-        row = max(1, round(tokens[1] / (steps * recipe.rows_per_step)))
+        row = max(1, round(guess.tokens_per_row(recipe.train.seq_len)[1]))
         slowest = _speed(shape, replace(setup, seq_len=row), gpu, seen) or speed
         fast, slow = duration_of(speed, tokens[0]).low, duration_of(slowest, tokens[2]).high
         usual = duration_of(speed if recipe.train.packing == "on" else slowest, tokens[1]).expected
@@ -145,11 +145,12 @@ def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Obse
 
 def _run_tokens(recipe: Recipe, guess: "RowsGuess") -> tuple[int, tuple[float, float, float]]:
     """Return the steps of a run and its tokens, a row being as long as those at the beginning of the file."""
-    rows = max(1, guess.rows - (0 if recipe.data.eval_path else recipe.eval.rows))
+    from studio.probe.data.split import most_held_out  # noqa: PLC0415  as above
+
+    held_out = 0 if recipe.data.eval_path else most_held_out(guess.rows, recipe.eval.rows)
+    rows = max(1, guess.rows - held_out)
     train = recipe.train
-    steps = total_steps_of(
-        steps=train.steps, epochs=train.epochs, rows=rows, rows_per_step=min(recipe.rows_per_step, rows)
-    )
+    steps = total_steps_of(steps=train.steps, epochs=train.epochs, rows=rows, rows_per_step=recipe.rows_per_step)
     seen_rows = steps * min(recipe.rows_per_step, rows)
     least, usual, most = guess.tokens_per_row(train.seq_len)
     return steps, (seen_rows * least, seen_rows * usual, seen_rows * most)

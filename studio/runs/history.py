@@ -46,6 +46,8 @@ class History:
         failed: The terminal failure, unless a later start made it void.
         finished: The terminal success, likewise.
         unknown: How many lines this version could not read.
+        last_at: Unix seconds of the last event.
+        earlier_seconds: How long the workers before the last one were at it.
     """
 
     started: Started | None = None
@@ -63,6 +65,7 @@ class History:
     finished: Finished | None = None
     unknown: int = 0
     last_at: float | None = None
+    earlier_seconds: float = 0.0
 
     def fold(self, events: Iterable[RunEvent]) -> None:
         """Take in further events, in the order of the log."""
@@ -81,6 +84,17 @@ class History:
         """The last optimizer step done; after a resume at least the one it continues from."""
         resumed = self.started.resumed_from if self.started else 0
         return max(resumed, self.train.steps[-1] if self.train.steps else 0)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds from each worker's start to its last word, pauses included; None before the first start.
+
+        What lies between two workers does not count. The time of the steps alone is shorter: a run also loads,
+        evaluates and saves.
+        """
+        if self.started is None or self.last_at is None:
+            return None
+        return self.earlier_seconds + max(0.0, self.last_at - self.started.at)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -103,6 +117,8 @@ class History:
         return None if pace is None or total is None else max(0, total - self.last_step) * pace
 
     def _take(self, event: RunEvent) -> None:
+        if isinstance(event, Started):
+            self.earlier_seconds = self.seconds or 0.0
         self.last_at = event.at or self.last_at
         match event:
             case StepDone():

@@ -35,7 +35,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "eval_loss": _eval_ends(history),
         "tokens": sum(history.train.tokens),
         "tokens_per_second": _number(history.tokens_per_second),
-        "seconds": _seconds(history),
+        "seconds": _number(history.seconds),
         "peak_bytes": peak_bytes(history),
         "warnings": [event.message for event in history.warnings],
         "failure": _failure(paths, history, status),
@@ -82,14 +82,6 @@ def _eval_ends(history: History) -> dict[str, Any]:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _seconds(history: History) -> float | None:
-    if history.finished and history.finished.seconds is not None:
-        return _number(history.finished.seconds)
-    if history.started is None or history.last_at is None:
-        return None
-    return max(0.0, history.last_at - history.started.at)
 
 
 def _failure(paths: RunPaths, history: History, status: Status) -> dict[str, Any] | None:

@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe import Recipe, differing_fields, field_text
 from studio.core.text import plain
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.summary import peak_bytes
 from studio.runs.watch import read_history
-from studio.tui.readable import UNKNOWN, gib, number
+from studio.tui.readable import UNKNOWN, duration, gib, number
 
 MOST = 4
 """Runs that a plot tells apart by colour."""
-
-_LONGEST = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +38,8 @@ def read_compared(paths: RunPaths) -> Compared:
 
 def difference_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
     """Return the fields in which the recipes differ, each with one value per run; the name is no difference."""
-    rows = []
-    for path in PATHS:
-        values = [None if run.recipe is None else run.recipe.get(path) for run in runs]
-        if path != "name" and any(value != values[0] for value in values):
-            rows.append((path, *(_shown(value) for value in values)))
-    return rows
+    differing = differing_fields([run.recipe for run in runs])
+    return [(path, *map(field_text, values)) for path, values in differing.items()]
 
 
 def outcome_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
@@ -55,19 +49,7 @@ def outcome_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
         ("steps", *(f"{history.last_step}/{history.total_steps or '?'}" for history in histories)),
         ("held-out loss", *(number(h.evals[-1].loss) if h.evals else UNKNOWN for h in histories)),
         ("training loss", *(number(h.train.losses[-1]) if h.train.losses else UNKNOWN for h in histories)),
-        ("peak, GiB", *(gib(_peak(history)) for history in histories)),
+        ("tokens/s", *(number(h.tokens_per_second) for h in histories)),
+        ("peak, GiB", *(gib(peak_bytes(history)) for history in histories)),
+        ("time", *(duration(history.seconds) for history in histories)),
     ]
-
-
-def _peak(history: History) -> float | None:
-    peaks = [peak for peak in history.memory.peak_bytes if peak == peak]  # noqa: PLR0124  NaN is no reading
-    return max(peaks, default=None)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return UNKNOWN
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return plain(text or "(empty)", one_line=True, limit=_LONGEST)

@@ -39,3 +39,6 @@ def test_total_steps() -> None:
     assert total_steps_of(steps=0, epochs=1, rows=100, rows_per_step=8) == 13
     assert total_steps_of(steps=0, epochs=0.5, rows=100, rows_per_step=8) == 7
     assert total_steps_of(steps=0, epochs=1, rows=1, rows_per_step=64) == 1
+    # A step takes each row once at most: twenty epochs of four rows are twenty steps, not five.
+    assert total_steps_of(steps=0, epochs=20, rows=4, rows_per_step=16) == 20
+    assert total_steps_of(steps=0, epochs=0.5, rows=4, rows_per_step=16) == 1

@@ -9,8 +9,10 @@ import pytest
 from studio.core.calibration import Observation
 from studio.core.gpu_catalogue import GIB, MIB, card_of_size, find_gpu
 from studio.core.recipe import Recipe
+from studio.core.schedule import total_steps_of
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup, setup_of
+from studio.probe.data import read_data, split
 from studio.probe.data.sampled import guess_rows
 from studio.probe.device import Place
 from studio.probe.gpus import Gpu as Reading
@@ -92,6 +94,28 @@ def test_hours_follow_from_the_data(rows: Path) -> None:
     longer = pace_of(recipe.with_("train.steps", 400), LLAMA, setup_of(recipe), CARD)
     assert longer.duration is not None
     assert longer.duration.high == pytest.approx(2 * pace.duration.high)
+
+
+@pytest.mark.parametrize(("rows", "epochs", "steps"), [(4, 20.0, 20), (60, 3.0, 9), (1, 2.0, 2)])
+def test_a_plan_counts_the_steps_that_a_run_on_few_rows_takes(
+    tmp_path: Path, rows: int, epochs: float, steps: int
+) -> None:
+    """A step takes no row twice, and at most a fifth of the rows are held out, whatever the recipe asks for."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"ask {n}", "completion": f"say {n}"}) + "\n" for n in range(rows)))
+    recipe = RECIPE
+    for field, value in {
+        "data.path": str(path),
+        "train.epochs": epochs,
+        "train.micro_batch": 2,
+        "train.accumulation": 8,
+        "eval.rows": 100 if rows > 1 else 0,
+        "eval.samples": 0,
+    }.items():
+        recipe = recipe.with_(field, value)
+    kept = len(split(read_data(path).rows, recipe.eval.rows, recipe.train.seed).train)
+    run = total_steps_of(steps=0, epochs=epochs, rows=kept, rows_per_step=recipe.rows_per_step)
+    assert pace_of(recipe, LLAMA, setup_of(recipe), CARD).steps == run == steps
 
 
 def test_without_readable_data_there_are_no_hours() -> None:

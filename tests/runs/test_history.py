@@ -64,6 +64,19 @@ def test_folding_in_parts_equals_folding_at_once() -> None:
     assert at_once == in_parts
 
 
+def test_a_run_takes_no_less_time_for_being_finished() -> None:
+    history = History()
+    assert history.seconds is None
+    history.fold([_started(), _step(1), _step(90)])
+    assert history.seconds == 90.0
+    history.fold([Finished(at=95.0, outcome="done", step=90, seconds=45.0)])
+    assert history.seconds == 95.0
+    history.fold([Started(at=500.0, job="train", resumed_from=90), _step(503)])
+    assert history.seconds == 98.0
+    history.fold([Started(at=400.0, job="train", resumed_from=90)])  # the clock was set back
+    assert history.seconds == 98.0
+
+
 def test_speed_and_time_left_come_from_the_last_steps() -> None:
     history = History()
     history.fold([_started(total=100), *(_step(step, seconds=10.0) for step in range(1, 41))])

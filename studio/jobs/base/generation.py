@@ -1,12 +1,13 @@
 """Where an answer ends, and a model's greedy answer up to there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from studio.jobs.base.data.bounded import apply_template
 
@@ -43,6 +44,9 @@ def greedy(
 ) -> list[int]:
     """Return the tokens that a model finds most likely one after another, the stop token last where it ends by itself.
 
+    The model's own generation config has no say: many push likely tokens away, forbid some or search with beams, and
+    then the answer would not be the greedy one.
+
     Args:
         model: A causal model with `generate`, in evaluation mode.
         ids: Of the prompt, one or more.
@@ -51,20 +55,30 @@ def greedy(
         cancelled: Asked after every token; true ends the answer there.
     """
     prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    made: Tensor = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        # Some models' own settings push the most likely token away; then the answer would not be the greedy one.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        eos_token_id=list(stops) or None,
-        pad_token_id=stops[0] if stops else 0,
-        stopping_criteria=[Watch(cancelled)],
-    )
+    with _without_own_settings(model):
+        made: Tensor = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=list(stops) or None,
+            pad_token_id=stops[0] if stops else 0,
+            stopping_criteria=[Watch(cancelled)],
+        )
     return [int(token) for token in made[0, len(ids) :]]
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Take a model's generation config away: `generate` reads from it whatever its caller leaves unsaid."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = causal.generation_config
+    causal.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal.generation_config = own
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

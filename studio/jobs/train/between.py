@@ -100,8 +100,15 @@ class Between:
                 return
             self.tell("answering", index / len(self.prompts))
             text = answer(
-                model, self.tokenizer, prompt, new_tokens=self.recipe.eval.sample_tokens, autocast=self.autocast
+                model,
+                self.tokenizer,
+                prompt,
+                new_tokens=self.recipe.eval.sample_tokens,
+                autocast=self.autocast,
+                cancelled=lambda: self.stopping,
             )
+            if self.stopping:
+                return
             self.worker.emit(Sampled, step=step, index=index, prompt=prompt.text, answer=text, expected=prompt.expected)
 
     def checkpoint(self, progress: Progress) -> bool:

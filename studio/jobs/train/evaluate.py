@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from studio.jobs.base.data.rows import Example, Prompt
+from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.train.batches import Batcher, loss_tokens
 
 
@@ -58,7 +59,15 @@ def held_out_loss(
     return HeldOutLoss(total / tokens if tokens else math.nan, tokens)
 
 
-def answer(model: nn.Module, tokenizer: Any, prompt: Prompt, *, new_tokens: int, autocast: Callable[[], Any]) -> str:
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    new_tokens: int,
+    autocast: Callable[[], Any],
+    cancelled: Callable[[], bool],
+) -> str:
     """Return the model's greedy continuation of one prompt as text, special tokens left out.
 
     Args:
@@ -67,27 +76,9 @@ def answer(model: nn.Module, tokenizer: Any, prompt: Prompt, *, new_tokens: int,
         prompt: Token ids up to where the answer starts.
         new_tokens: Most tokens to generate.
         autocast: Maker of the arithmetic's context.
+        cancelled: Asked after every token; true ends the answer there.
     """
-    device = next(model.parameters()).device
-    ids = torch.tensor([prompt.input_ids], device=device)
-    stops = sorted({*_as_list(getattr(model, "generation_config", None)), *_one(tokenizer.eos_token_id)})
+    stops = stop_ids(tokenizer, getattr(model, "generation_config", None))
     with evaluating(model), autocast():
-        made: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=stops or None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0],
-        )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _as_list(config: Any) -> list[int]:
-    stop = getattr(config, "eos_token_id", None)
-    return list(stop) if isinstance(stop, (list, tuple)) else _one(stop)
-
-
-def _one(stop: int | None) -> list[int]:
-    return [] if stop is None else [int(stop)]
+        made = greedy(model, prompt.input_ids, stops=stops, new_tokens=new_tokens, cancelled=cancelled)
+    return str(tokenizer.decode(made, skip_special_tokens=True)).strip()

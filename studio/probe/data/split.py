@@ -29,8 +29,7 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
         held_out_rows: How many to hold out; fewer where the rows are too few or too alike.
         seed: Another seed gives another choice.
     """
-    allowed = len(rows) // LARGEST_SHARE or int(len(rows) > 1)
-    wanted = min(held_out_rows, allowed)
+    wanted = most_held_out(len(rows), held_out_rows)
     notes = (
         [f"{held_out_rows} held-out rows were asked for; {wanted} of {len(rows)} are held out"]
         if wanted < held_out_rows
@@ -48,6 +47,16 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
             notes.append(f"{len(held)} rows are held out instead of {wanted}: the others repeat one another")
     train = tuple(row for place, row in enumerate(rows) if place not in held)
     return Split(train, tuple(rows[place] for place in sorted(held)), tuple(notes))
+
+
+def most_held_out(rows: int, wanted: int) -> int:
+    """Return how many rows a split holds out at most; fewer where they repeat one another.
+
+    Args:
+        rows: All rows.
+        wanted: How many were asked for.
+    """
+    return min(wanted, rows // LARGEST_SHARE or int(rows > 1))
 
 
 def known_rows(train: Sequence[Row], held_out: Sequence[Row]) -> int:

@@ -107,8 +107,7 @@ def _other_job_ended(history: History) -> Content:
 
 def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Content:
     early = finished is not None and finished.outcome == "stopped"
-    seconds = finished.seconds if finished else None
-    took = f" in {duration(seconds)}" if seconds is not None else ""
+    took = f" in {duration(history.seconds)}" if finished else ""
     held_out = _held_out(history)
     if paths.adapter.is_dir():
         where = f"\nThe adapter lies in {plain(str(paths.adapter), one_line=True)}"

@@ -105,7 +105,7 @@ class CompareScreen(Screen[None]):
         differ = (
             f"{count} field{'s' * (count != 1)} of the recipes differ{'s' * (count == 1)}"
             if count
-            else "the recipes are alike"
+            else "no field of their recipes differs"
         )
         self.query_one("#compare-head", Static).update(f"{what} of {len(self._runs)} runs; {differ}")
 
