@@ -10,11 +10,13 @@ from studio.commands.options import module_of, root_of, run_of
 from studio.commands.progress import event_line
 from studio.commands.terminal import DONE, NO, agreed, complain, duration, number, say, write_json
 from studio.core.errors import BadInput
+from studio.core.events import Paused
 from studio.core.text import plain
 from studio.probe.space import check_space
 from studio.runs.control import request, requested, withdraw
 from studio.runs.job import kind_of, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.log_ends import log_tail
 from studio.runs.note import read_note, write_note
 from studio.runs.status import Status, run_status
 from studio.runs.store import contents_of, find_run, remove_run
@@ -99,6 +101,12 @@ def resume_run(args: argparse.Namespace) -> int:
         withdraw(paths, "pause")
         _answer(args, paths, run_status(paths), "goes on")
         return DONE
+    waits = log_tail(paths.events).last(Paused)
+    if run_status(paths) is Status.paused and waits is not None and waits.reason:
+        _answer(
+            args, paths, Status.paused, f"{plain(waits.reason, one_line=True)}: it goes on by itself when there is room"
+        )
+        return NO
     from studio.probe.start import resume_run as start_again  # noqa: PLC0415  0.1 s that other verbs need not pay
 
     check_space(paths.root)

@@ -139,7 +139,7 @@ class Worker:
         event = kind(at=self._clock(), **fields)
         with self._writing:
             if self.patient and not isinstance(event, Failed):
-                self.patiently("the run's log cannot be written", lambda: self._log.write(event))
+                self._write_patiently(event)
             else:
                 self._log.write(event)
         self._step = getattr(event, "step", None) or self._step
@@ -154,8 +154,7 @@ class Worker:
     def patiently(self, trouble: str, attempt: Callable[[], _Made]) -> _Made:
         """Return what an attempt returns. As long as the disk refuses it is told and tried again.
 
-        It is tried again when there is room for the reserve too, which the telling may have used: else the run would
-        go on for a line or two at a time. A stop that is asked for while it waits gives up what waits.
+        A stop that is asked for while it waits gives up what waits.
 
         Args:
             trouble: What cannot be done, for the message.
@@ -164,18 +163,34 @@ class Worker:
         Raises:
             JobFailed: The user stopped it while it waited.
         """
+        made, waited = self._tried(trouble, lambda waited: attempt())
+        if waited:
+            self.emit(Paused, step=self._step or 0, paused=False)
+        return made
+
+    def _write_patiently(self, event: RunEvent) -> None:
+        """Write an event; where it had to wait, that the run goes on stands before it: nothing follows the last one."""
+
+        def write(waited: bool) -> None:
+            goes_on = (Paused(at=self._clock(), step=self._step or 0, paused=False),) if waited else ()
+            self._log.write_all((*goes_on, event))
+
+        self._tried("the run's log cannot be written", write)
+
+    def _tried(self, trouble: str, attempt: Callable[[bool], _Made]) -> tuple[_Made, bool]:
+        """Return what the first attempt returns that the disk lets through, and whether it had to wait for that.
+
+        It is tried again when there is room for the reserve too, which the telling may have used: else the run would
+        go on for a line or two at a time.
+        """
         wait: _Wait | None = None
         while True:
             try:
-                made = attempt()
+                return attempt(wait is not None), wait is not None
             except Exception as error:
                 if not refuses(error):
                     raise
                 wait = wait or _Wait(self._why(error), asked_at(self.paths, "stop"), self._signals.asked)
-            else:
-                if wait is not None:
-                    self.emit(Paused, step=self._step or 0, paused=False)
-                return made
             self._wait(wait, trouble)
             while not self._reserve.fill():
                 self._wait(wait, trouble)

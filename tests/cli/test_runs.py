@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 
 from studio.commands.runs_list import fitted
-from studio.core.events import Evaluated, Finished, Saved, Started, StepDone
+from studio.core.events import Evaluated, Finished, Paused, Saved, Started, StepDone
 from studio.runs.control import requested
 from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
@@ -280,6 +280,23 @@ def test_removing_runs(cli: Cli, home: Path) -> None:
     stop(live, 10)
     assert cli("runs", "rm", "dead", "try", "dead", "--json").code == 0
     assert list((home / "runs").iterdir()) == []
+
+
+def test_a_run_that_waits_for_its_disk_says_so_and_needs_no_resume(cli: Cli, home: Path) -> None:
+    paths = make_run(home)
+    why = "the disk of /runs is full"
+    with LiveWorker(paths) as worker:
+        worker.emit(Started, job="train")
+        worker.emit(Paused, step=3, paused=True, reason=why)
+        document = cli("runs", "show", "try", "--json").document
+        assert (document["status"], document["paused_for"]) == ("paused", why)
+        assert f"paused: {why}" in cli("runs", "show", "try").out
+        outcome = cli("runs", "resume", "try")
+        assert outcome.code == 1
+        assert "goes on by itself when there is room" in outcome.out
+        worker.emit(Paused, step=3, paused=False)
+        assert cli("runs", "show", "try", "--json").document["paused_for"] is None
+        worker.emit(Finished, outcome="done")
 
 
 def _removed_at_a_terminal(home: Path, answer: bytes, *flags: str) -> tuple[int, str, str]:

@@ -110,6 +110,7 @@ def test_every_event_finds_a_full_disk_and_none_is_lost(
     assert set(naps) == {Status.paused, Status.starting} or set(naps) == {Status.paused}
     assert run_status(paths) is Status.finished
     assert not (paths.root / ".reserve").exists()
+    assert isinstance(events[-1], Finished)
 
 
 def _full_after(monkeypatch: pytest.MonkeyPatch, filler: Filler, phase: str, naps: list[Status]) -> None:
@@ -146,6 +147,28 @@ def test_the_adapter_waits_for_room_and_is_the_one_that_was_trained(
     ours, theirs = (load_file(one.adapter / "adapter_model.safetensors") for one in (paths, room))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_statistics_without_room_cost_themselves(
+    train: Train, wanted: Recipe, with_room: list[RunEvent], disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is written after the adapter is saved, before the end is told."""
+    emit, filler = Worker.emit, Filler(disk)
+
+    def full(self: Worker, kind: type[RunEvent], **fields: Any) -> None:
+        emit(self, kind, **fields)
+        self.sleep = lambda seconds: filler.free()
+        if fields.get("what") == "adapter":
+            filler.fill()
+
+    monkeypatch.setattr(Worker, "emit", full)
+    paths = _run_on(disk, train, wanted)
+    events = read_events(paths.events)
+    warnings = [event.message for event in events if isinstance(event, Warned) and event.topic == "calibration"]
+    assert len(warnings) == 1
+    assert "No space left" in warnings[0]
+    assert isinstance(events[-1], Finished)
+    assert _losses(events) == _losses(with_room)
 
 
 def test_a_checkpoint_without_room_costs_itself_and_says_what_is_full(

@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from studio.jobs.merge import job, memory, shards, write_steps
+from studio.jobs.merge.__main__ import _body
 from studio.runs.control import request
 from studio.runs.job import MergeRequest, write_job
 from studio.runs.layout import RunPaths
+from studio.runs.worker import run_job
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.small_disk import small_disk
 from tests.jobs.conftest import Merge, history_of
@@ -276,11 +278,17 @@ def test_a_real_disk_that_fills_up_while_it_is_written(
 ) -> None:
     monkeypatch.setattr(shards, "_SPARE_BYTES", -(10**9))  # others may fill a disk after it was looked at
     with small_disk(tmp_path / "small", "160k") as disk:
-        failed = history_of(merge(adapter, base, disk / "out")).failed
+        paths = merge(adapter, base, disk / "out")
+        failed = history_of(paths).failed
         assert failed is not None
         assert failed.failure == "disk_full"
         assert "free some space" in failed.advice
+        assert "runs resume RUN" in failed.advice
         assert list(disk.iterdir()) == []
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        run_job(paths.root, _body)  # as a resume does
+        assert history_of(paths).finished is not None
+        assert tensors_of(disk / "out")
 
 
 def test_what_appears_at_the_output_meanwhile_is_kept_and_so_is_the_model(

@@ -279,7 +279,7 @@ def test_a_patient_worker_waits_for_other_troubles_of_a_disk_too(
         worker.emit(StepDone, step=7, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens=1, seconds=1.0)
         worker.emit(Finished, outcome="done")
     told = read_events(paths.events)
-    assert [event.kind for event in told] == ["Warned", "Paused", "StepDone", "Paused", "Finished"]
+    assert [event.kind for event in told] == ["Warned", "Paused", "Paused", "StepDone", "Finished"]
     assert isinstance(told[1], Paused)
     assert "read-only" in told[1].reason
     assert naps
