@@ -74,7 +74,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
     """Take a model's generation config away: `generate` reads from it whatever its caller leaves unsaid."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = causal.generation_config
-    causal.generation_config = GenerationConfig()
+    causal.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
