@@ -194,14 +194,20 @@ def _checkpoint(word: str, request: MergeRequest) -> str:
     if not request.run:
         raise BadInput("--checkpoint needs a run: an adapter folder alone has no checkpoints.")
     found = list_checkpoints(RunPaths(Path(request.run)))
+    damaged = {str(one.step): one.damage for one in found if one.damage}
+    if word in damaged:
+        raise BadInput(f"the checkpoint of step {word} is damaged: {damaged[word]}. Choose another one.")
+    for step, why in damaged.items():
+        complain(f"note: the checkpoint of step {step} is damaged and left out: {why}")
     if word == "best":
         chosen = best_of(found)
         if chosen is None:
             raise BadInput("no checkpoint of this run has a held-out loss: name a step, or leave --checkpoint out.")
         return "" if chosen.folder is None else str(chosen.folder)
-    match = [one for one in found if one.folder is not None and str(one.step) == word]
+    whole = [one for one in found if one.folder is not None and not one.damage]
+    match = [one for one in whole if str(one.step) == word]
     if not match:
-        steps = ", ".join(str(one.step) for one in found if one.folder is not None) or "none"
+        steps = ", ".join(str(one.step) for one in whole) or "none"
         raise BadInput(f"there is no checkpoint {plain(word, one_line=True, limit=40)}; there are: {steps}, best.")
     return str(match[0].folder)
 

@@ -35,6 +35,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             parser.add_argument("--yes", action="store_true", help="do not ask (without a terminal nothing is asked)")
         if verb == "resume":
             parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
+            parser.add_argument(
+                "--from-start",
+                action="store_true",
+                help="train from the first step again where every checkpoint is damaged or gone",
+            )
         if verb == "note":
             parser.add_argument("text", nargs="?", help='the words; "" takes the note away; none shows it')
         add_json(parser)

@@ -93,7 +93,8 @@ def resume_run(args: argparse.Namespace) -> int:
     """Continue a run: one that waits goes on, one whose worker has ended gets a new one.
 
     Raises:
-        BadInput: There is no such run, or nothing to continue.
+        BadInput: There is no such run, nothing to continue, no whole checkpoint, or another base, data or recipe than
+            the run began with.
         StudioError: The worker cannot be started.
     """
     paths = run_of(args)
@@ -112,7 +113,7 @@ def resume_run(args: argparse.Namespace) -> int:
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()
-    start_again(paths, module=module_of(args, kind_of(read_job(paths))))
+    start_again(paths, module=module_of(args, kind_of(read_job(paths))), from_start=args.from_start)
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE

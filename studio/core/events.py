@@ -24,7 +24,9 @@ class RunEvent:
 class Started(RunEvent):
     """A process took the run. `resumed_from` is the optimizer step that it continues after, 0 for a fresh start.
 
-    `total_steps` is known this early only where the recipe counts steps; `Planned` has it in any case.
+    `total_steps` is known this early only where the recipe counts steps; `Planned` has it in any case. `recipe` are the
+    tables of a training run's recipe and `versions` its libraries: what the run is made from, as far as that is known
+    before base and data are read; `Identified` has the rest. A resume goes by the first of both in the log.
     """
 
     kind: ClassVar[str] = "Started"
@@ -34,6 +36,20 @@ class Started(RunEvent):
     total_steps: int | None = None
     resumed_from: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identified(RunEvent):
+    """Base and data by content, once both have been read and before anything is trained: at every start.
+
+    `base` is the fingerprint of the base without its single tensors. `rows` holds `train` and `held_out`, how many
+    rows each has, and `train_sum` and `held_out_sum`, checksums over their contents in order.
+    """
+
+    kind: ClassVar[str] = "Identified"
+    base: dict[str, Any]
+    rows: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +202,7 @@ KINDS: dict[str, type[RunEvent]] = {
     kind.kind: kind
     for kind in (
         Started,
+        Identified,
         Planned,
         Phase,
         StepDone,

@@ -11,12 +11,14 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.safetensors_header import SafetensorsHeader, read_header
+from studio.runs.checkpoints import checkpoint_folders, damage_of, step_of
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_CHECKPOINT_WEIGHTS, _CHECKPOINT_START, _COMPLETE = "adapter.safetensors", "start.safetensors", "complete.json"
+_CHECKPOINT_WEIGHTS, _CHECKPOINT_START = "adapter.safetensors", "start.safetensors"
+_FILES_OF_ADAPTER = (_CHECKPOINT_WEIGHTS, _CHECKPOINT_START)
 _PICKLE = "adapter_model.bin"
 _MOST_CONFIG_BYTES = 10 * 2**20
 
@@ -92,23 +94,28 @@ class Checkpoint:
         step: Optimizer steps.
         folder: Of the checkpoint; None for the adapter that the run saved at its end.
         loss: Held-out loss after the same step; None where none was measured then.
+        damage: What is wrong with the files that the adapter is made of; empty where nothing is.
     """
 
     step: int
     folder: Path | None
     loss: float | None
+    damage: str = ""
 
 
 def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
-    """Return a training run's whole checkpoints by step, then its adapter, with the losses of their steps."""
+    """Return a training run's checkpoints by step, then its adapter, with the losses of their steps.
+
+    Of each checkpoint the adapter's files are read and compared with what was saved.
+    """
     history = History()
     if paths.events.is_file():
         history.fold(read_events(paths.events))
     losses = {event.step: event.loss for event in history.evals if math.isfinite(event.loss)}
     found = [
-        Checkpoint(step, folder, losses.get(step))
-        for folder in sorted(paths.checkpoints.glob("step-*"))
-        if (folder / _COMPLETE).is_file() and (step := int(folder.name.removeprefix("step-") or 0))
+        Checkpoint(step, folder, losses.get(step), damage_of(folder, _FILES_OF_ADAPTER))
+        for folder in checkpoint_folders(paths.checkpoints)
+        if (step := step_of(folder))
     ]
     if (paths.adapter / ADAPTER_CONFIG).is_file():
         last = history.last_step or 0
@@ -117,8 +124,8 @@ def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
 
 
 def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Return the one with the lowest held-out loss, None where none has any."""
-    measured = [(one.loss, -one.step, one) for one in checkpoints if one.loss is not None]
+    """Return the undamaged one with the lowest held-out loss, None where none has any."""
+    measured = [(one.loss, -one.step, one) for one in checkpoints if one.loss is not None and not one.damage]
     return min(measured, key=lambda item: item[:2])[2] if measured else None
 
 
@@ -139,8 +146,8 @@ def adapter_of_checkpoint(
         OSError: The disk refuses.
     """
     shown = plain(str(checkpoint), one_line=True)
-    if not (checkpoint / _COMPLETE).is_file() or not (checkpoint / _CHECKPOINT_WEIGHTS).is_file():
-        raise BadInput(f"{shown} is no whole checkpoint: it has no {_COMPLETE}. Choose another one.")
+    if why := damage_of(checkpoint, _FILES_OF_ADAPTER):
+        raise BadInput(f"the checkpoint {shown} is damaged: {why}. Choose another one.")
     find_adapter(adapter)
     shutil.rmtree(into, ignore_errors=True)
     shutil.copytree(adapter, into, ignore=shutil.ignore_patterns(ADAPTER_WEIGHTS))

@@ -14,6 +14,7 @@ from studio.core.recipe import EMBEDDED, Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import inspect_data, shipped_data
+from studio.probe.fingerprint import known_fingerprint
 from studio.probe.models import find_base
 from studio.probe.space import check_space
 from studio.probe.start import launch_prepared, place_of_job, prepare_run, refuse_another_base
@@ -125,7 +126,7 @@ def check_audit(request: AuditRequest) -> None:
     if request.run:
         find_adapter(Path(request.run) / "adapter")
         if base.path is not None:
-            refuse_another_base(request.run, base.path)
+            refuse_another_base(request.run, base.path, known_fingerprint)
     inspect_data(Path(request.data), format=request.format)
 
 

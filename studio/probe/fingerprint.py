@@ -1,97 +1,150 @@
-"""What tells one base model from another of equal shape: hashes of its config and of a few of its weights.
+"""What tells one base model from another of equal shape: checksums of its config, its tokenizer and all its weights.
 
-Read straight from the files; the split into shards does not matter, the format of the weights does.
+Read straight from the files. The split into shards does not matter, the format of the weights does. Every tensor is
+read, once: see `studio.probe.weight_sums`.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from studio.core.events import Finished
 from studio.core.text import plain
-from studio.probe.model_folder import CONFIG, INDEX, WEIGHTS, read_config
-from studio.probe.safetensors_header import TensorEntry, read_header
+from studio.probe.model_folder import CONFIG, read_config, weight_files
+from studio.probe.weight_sums import Tell, weight_sums
+from studio.runs.identity import read_identity
 from studio.runs.layout import RunPaths
-from studio.runs.log import read_events
 
-FINGERPRINT = "base_fingerprint"
-"""Under this name a training run keeps the fingerprint of its base in the result of its last event."""
-_SAMPLED_TENSORS = 8
-_SAMPLED_BYTES = 2**20
+AT_ONCE_BYTES = 2**28
+"""What is read at once, a second at most, where nobody waits for more: a longer reading belongs into a job."""
+
 _OF_NO_ACCOUNT = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja"),
+    *("chat_template.json", "processor_config.json"),
+)
+"""What decides into which tokens a row is turned: tokenizer and chat template."""
+_CODE = "*.py"
+_NAMED = 3
+_MOST_JSON_BYTES = 2**20
+"""Above this a file is compared byte by byte: parsing a tokenizer of 17 MB takes most of a second."""
 
 
-def fingerprint(folder: Path) -> dict[str, Any]:
-    """Return the fingerprint of a model folder, ready for JSON.
+def fingerprint(folder: Path, tell: Tell | None = None) -> dict[str, Any]:
+    """Return the fingerprint of a model folder, ready for JSON; the first time, every weight is read for it.
+
+    Args:
+        folder: A whole model folder.
+        tell: Told the fraction of the weights that is read, and able to end the reading by raising.
 
     Raises:
-        BadInput: A file of it is damaged.
+        BadInput: A file of it is damaged, or was changed meanwhile.
         OSError: A file cannot be read.
     """
-    config = {key: value for key, value in read_config(folder / CONFIG).items() if key not in _OF_NO_ACCOUNT}
-    places = _places(folder)
-    shapes = sorted((name, list(entry.shape)) for name, (_, _, entry) in places.items())
-    matrices = sorted(name for name, (_, _, entry) in places.items() if len(entry.shape) > 1) or sorted(places)
-    apart = max(1, len(matrices) // _SAMPLED_TENSORS)
-    return {
-        "config": _hash(json.dumps(config, sort_keys=True).encode()),
-        "shapes": _hash(json.dumps(shapes).encode()),
-        "tensors": {name: _sum(*places[name]) for name in matrices[::apart][:_SAMPLED_TENSORS]},
-        "quantized": "quantization_config" in config,
-    }
+    return _fingerprint(folder, tell, None)
 
 
-def recorded_fingerprint(run: str) -> dict[str, Any] | None:
-    """Return the fingerprint of the base that a training run kept; None where it kept none.
+def known_fingerprint(folder: Path) -> dict[str, Any]:
+    """Return the same without a wait: where more than 256 MiB would have to be read, `tensors` and `weights` are None.
+
+    Raises:
+        BadInput: A file of it is damaged, or was changed meanwhile.
+        OSError: A file cannot be read.
+    """
+    return _fingerprint(folder, None, AT_ONCE_BYTES)
+
+
+def short_fingerprint(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a fingerprint without what only names the differences: enough to tell whether there is one."""
+    return {key: value for key, value in found.items() if key not in ("tensors", "config_fields")}
+
+
+def recorded_fingerprint(run: str) -> Mapping[str, Any] | None:
+    """Return the fingerprint of the base that a training run began with; None where it recorded none.
 
     Args:
         run: The run's folder; empty for none.
     """
-    paths = RunPaths(Path(run))
-    if not run or not paths.events.is_file():
-        return None
-    kept = None
-    for event in read_events(paths.events):
-        if isinstance(event, Finished) and isinstance(event.result.get(FINGERPRINT), dict):
-            kept = event.result[FINGERPRINT]
-    return kept
+    return read_identity(RunPaths(Path(run))).base if run else None
 
 
-def difference(trained: dict[str, Any], found: dict[str, Any]) -> str:
-    """Return how the weights of a base differ from those that were trained on, in words; empty where they do not."""
-    if trained.get("shapes") != found.get("shapes"):
-        return "its tensors have other names or shapes"
+def difference(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return how the weights of a base differ from those that were trained on, in words; empty where they do not.
+
+    What one of the two does not know is not compared, and names no tensor.
+    """
     wanted, there = trained.get("tensors"), found.get("tensors")
     if not isinstance(wanted, dict) or not isinstance(there, dict):
-        return ""
-    other = [name for name, value in wanted.items() if there.get(name) != value]
-    if other:
-        shown = plain(str(other[0]), one_line=True, limit=120)
-        return f"{len(other)} of {len(wanted)} compared tensors hold other numbers, the first is {shown}"
-    return ""
+        wanted = there = {}
+    if trained.get("shapes") != found.get("shapes"):
+        gone, new = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+        words = [f"{len(names)} {what} ({_some(names)})" for names, what in ((gone, "missing"), (new, "new")) if names]
+        return "its tensors have other names, formats or shapes" + (f": {', '.join(words)}" if words else "")
+    if other := [name for name, value in wanted.items() if there.get(name) != value]:
+        return f"{len(other)} of its {len(wanted)} tensors hold other numbers ({_some(other)})"
+    known = isinstance(trained.get("weights"), str) and isinstance(found.get("weights"), str)
+    return "its tensors hold other numbers" if known and trained["weights"] != found["weights"] else ""
 
 
-def _places(folder: Path) -> dict[str, tuple[Path, int, TensorEntry]]:
-    """Return file, offset in the file and entry of every tensor."""
-    if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    else:
-        files = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-    places: dict[str, tuple[Path, int, TensorEntry]] = {}
-    for name in files:
-        header = read_header(folder / name)
-        start = 8 + header.header_bytes
-        places |= {key: (folder / name, start + entry.begin, entry) for key, entry in header.tensors.items()}
-    return places
+def other_files(trained: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return what differs besides weights: config with its fields, tokenizer, chat template, code; safe to print."""
+    names = [plain(name, one_line=True, limit=80) for name in _differing(trained.get("files"), found.get("files"))]
+    if trained.get("config") == found.get("config"):
+        return names
+    fields = _differing(trained.get("config_fields"), found.get("config_fields"))
+    return [f"{CONFIG} ({_some(fields)})" if fields else CONFIG, *names]
 
 
-def _sum(path: Path, offset: int, entry: TensorEntry) -> str:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return _hash(entry.dtype.encode() + file.read(min(entry.size_bytes, _SAMPLED_BYTES)))
+def _fingerprint(folder: Path, tell: Tell | None, most_bytes: int | None) -> dict[str, Any]:
+    config = {key: value for key, value in read_config(folder / CONFIG).items() if key not in _OF_NO_ACCOUNT}
+    seen = weight_sums(weight_files(folder), tell, most_bytes=most_bytes)
+    fields = {key: _sum_json(value) for key, value in config.items()}
+    return {
+        "config": _sum_json(fields),
+        "config_fields": fields,
+        "files": {path.name: _sum_file(path) for path in _text_files(folder)},
+        "shapes": _sum_json(seen.shapes),
+        "tensors": seen.sums,
+        "weights": None if seen.sums is None else _sum_json(seen.sums),
+        "quantized": "quantization_config" in config,
+    }
 
 
-def _hash(data: bytes) -> str:
-    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
+def _text_files(folder: Path) -> list[Path]:
+    there = [folder / name for name in _TEXT_FILES if (folder / name).is_file()]
+    return [*there, *sorted(path for path in folder.glob(_CODE) if path.is_file())]
 
-    return hashlib.sha256(data).hexdigest()[:32]
+
+def _differing(one: object, other: object) -> list[str]:
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return []
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    shown = [plain(str(name), one_line=True, limit=120) for name in listed[:_NAMED]]
+    more = len(listed) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _sum_file(path: Path) -> str:
+    """Return a checksum of a file; of JSON that of its values, whatever the white space and the order."""
+    data = path.read_bytes()
+    if path.suffix == ".json" and len(data) <= _MOST_JSON_BYTES:
+        try:
+            return _sum_json(json.loads(data))
+        except (ValueError, RecursionError):
+            pass
+    return _sum(data)
+
+
+def _sum_json(value: object) -> str:
+    return _sum(json.dumps(value, sort_keys=True).encode())
+
+
+def _sum(data: bytes) -> str:
+    import xxhash  # noqa: PLC0415  not needed for the first frame
+
+    return xxhash.xxh3_128(data).hexdigest()

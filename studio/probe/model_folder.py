@@ -65,6 +65,17 @@ def weight_headers(folder: Path) -> list[SafetensorsHeader]:
     return _sharded(folder) if (folder / INDEX).is_file() else []
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the weights that transformers loads from a folder.
+
+    Raises:
+        BadInput: There are none, or the index is damaged.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in _shards(folder / INDEX)]
+
+
 def require_safetensors(names: Iterable[str], where: str) -> None:
     """Check that among the file names are the weights that transformers loads.
 

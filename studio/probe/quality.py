@@ -1,13 +1,14 @@
 """What a race measured on a recipe's model and data, found again by fingerprints of both."""
 
-import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from studio.core.errors import StudioError
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.probe.data import shipped_data
-from studio.probe.fingerprint import fingerprint
+from studio.probe.fingerprint import fingerprint, known_fingerprint
 from studio.probe.models import find_base
 from studio.runs.quality import Outcome, read_outcomes
 
@@ -15,7 +16,8 @@ from studio.runs.quality import Outcome, read_outcomes
 def audited(recipe: Recipe) -> dict[str, Outcome]:
     """Return the newest outcome of each lane for this model and data; empty where none was measured.
 
-    Takes milliseconds, and longer the first time for large data: call it from a thread.
+    Takes milliseconds, and longer the first time for large data: call it from a thread. A base whose weights nobody has
+    read yet is one that nothing was measured of: they are not read for it.
     """
     known = read_outcomes()
     if not known:
@@ -25,7 +27,7 @@ def audited(recipe: Recipe) -> dict[str, Outcome]:
         if base.path is None:
             return {}
         word = recipe.data.path
-        model = model_fingerprint(base.path)
+        model = _short(known_fingerprint(base.path))
         data = data_fingerprint(shipped_data() if word == EMBEDDED else Path(word).expanduser())
     except (StudioError, OSError, ValueError, RuntimeError):
         return {}
@@ -39,7 +41,7 @@ def model_fingerprint(folder: Path) -> str:
         BadInput: A file of it is damaged.
         OSError: A file cannot be read.
     """
-    return _model(folder, max(path.stat().st_mtime_ns for path in folder.iterdir()))
+    return _short(fingerprint(folder))
 
 
 def data_fingerprint(path: Path) -> str:
@@ -52,16 +54,14 @@ def data_fingerprint(path: Path) -> str:
     return _data(path, seen.st_size, seen.st_mtime_ns)
 
 
-@lru_cache(maxsize=16)
-def _model(folder: Path, changed_at: int) -> str:
-    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
-
-    return hashlib.sha256(json.dumps(fingerprint(folder), sort_keys=True).encode()).hexdigest()[:32]
+def _short(found: Mapping[str, Any]) -> str:
+    """Return the fingerprint as a word: of config and weights, as another tokenizer file is no other model."""
+    return f"{found['config'][:12]}-{(found['weights'] or '')[:20]}"
 
 
 @lru_cache(maxsize=16)
 def _data(path: Path, size_bytes: int, changed_at: int) -> str:
-    import hashlib  # noqa: PLC0415  as above
+    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]

@@ -15,10 +15,11 @@ from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
 from studio.probe.device import CPU_PLACE, Place, place_of, recorded_card
-from studio.probe.fingerprint import difference, fingerprint, recorded_fingerprint
+from studio.probe.fingerprint import difference, known_fingerprint, recorded_fingerprint
 from studio.probe.models import BaseFound, find_base
 from studio.probe.plan import plan_for
 from studio.probe.preflight import PreflightReport, check_training
+from studio.probe.resume import check_resume
 from studio.probe.space import check_name, check_place, check_space
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import AuditRequest
@@ -26,6 +27,7 @@ from studio.runs.control import request
 from studio.runs.job import MODULES, ONTO, ExportRequest, Job, MergeRequest, read_job, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.measure_request import MeasureRequest
+from studio.runs.status import Status, run_status
 from studio.runs.supervise import Handle, launch, resume
 
 _SHOWN = 40
@@ -174,7 +176,7 @@ def check_merge(request: MergeRequest) -> None:
         base = base_of_merge(request.base, request.revision)
         refuse_quantised(base)
         if base.path is not None:
-            refuse_another_base(request.run, base.path)
+            refuse_another_base(request.run, base.path, known_fingerprint)
     check_out(out)
     for folder, _ in request.weighted:
         find_adapter(Path(folder))
@@ -209,12 +211,13 @@ def refuse_quantised(base: BaseFound) -> None:
         )
 
 
-def refuse_another_base(run: str, folder: Path) -> None:
+def refuse_another_base(run: str, folder: Path, look: Callable[[Path], Mapping[str, Any]]) -> None:
     """Refuse a base other than the one that a run trained on, also where the shapes are equal.
 
     Args:
         run: The training run's folder; empty where it is not known: then nothing can be compared.
         folder: The base.
+        look: Returns its fingerprint: `known_fingerprint` where nobody can wait, a job reads every weight.
 
     Raises:
         BadInput: The weights differ.
@@ -222,10 +225,10 @@ def refuse_another_base(run: str, folder: Path) -> None:
     trained = recorded_fingerprint(run)
     if trained is None or trained.get("quantized"):
         return
-    if differs := difference(trained, fingerprint(folder)):
+    if differs := difference(trained, look(folder)):
         raise BadInput(
             f"{plain(str(folder), one_line=True)} is not the base that this adapter was trained on: {differs}. "
-            "The merged model would not be the one that was trained. Name the right one with --base."
+            "With it, the model would not be the one that was trained. Name the right one with --base."
         )
 
 
@@ -247,19 +250,26 @@ def launch_prepared(paths: RunPaths, module: str, launching: Mapping[str, Any], 
     return paths
 
 
-def resume_run(paths: RunPaths, **launching: Any) -> Handle:
+def resume_run(paths: RunPaths, *, from_start: bool = False, **launching: Any) -> Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed, on the card that it ran on.
 
     Args:
         paths: The run.
+        from_start: Whether training may start over where no checkpoint is whole.
         launching: As for `studio.runs.supervise.resume`.
 
     Raises:
-        BadInput: The run is live or finished, its `recipe.toml` is unreadable, or its card cannot be used.
+        NoWholeCheckpoint: The run had checkpoints and none is whole; nothing was changed.
+        BadInput: The run is live or finished, its `recipe.toml` is unreadable, its base, data or recipe is another one
+            than it began with, or its card cannot be used.
         StudioError: The process cannot be started.
     """
-    place = place_of_job(read_job(paths), paths).or_refuse()
-    return resume(paths, **_placed(launching, place))
+    job = read_job(paths)
+    status = run_status(paths)
+    if isinstance(job, Recipe) and not status.live and status is not Status.finished:
+        check_resume(paths, job)
+    place = place_of_job(job, paths).or_refuse()
+    return resume(paths, from_start=from_start, **_placed(launching, place))
 
 
 def place_of_job(job: Job, paths: RunPaths | None = None) -> Place:

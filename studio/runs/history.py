@@ -10,6 +10,7 @@ from studio.core.events import (
     Evaluated,
     Failed,
     Finished,
+    Identified,
     MemorySeen,
     Paused,
     Phase,
@@ -154,6 +155,8 @@ class History:
                 self.failed = event
             case Finished():
                 self.finished = event
+            case Identified():
+                pass  # of use only to a resume, which reads the first one in the log
             case _:
                 self.unknown += 1
 

@@ -15,7 +15,7 @@ _LONGEST_SLUG = 48
 _MOST_TWINS = 1000
 _READ = (
     *("recipe.toml", "events.jsonl", "plan.json", "output.log", "process.json", "launch.json", "report.json"),
-    *("next.txt", "note.txt"),
+    *("next.txt", "note.txt", "identity.json"),
 )
 
 
@@ -79,6 +79,11 @@ class RunPaths:
     def adapter(self) -> Path:
         """The result of training: a PEFT folder."""
         return self.root / "adapter"
+
+    @property
+    def identity(self) -> Path:
+        """What a training run was made from, tensor by tensor and row by row; written at its first start."""
+        return self.root / "identity.json"
 
     @property
     def report(self) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
+from studio.runs.checkpoints import resumption
 from studio.runs.control import request, withdraw_all
 from studio.runs.job import MODULES, kind_of, read_job
 from studio.runs.last_words import memory_kills
@@ -26,6 +27,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.process import mark_of, mark_to_json, read_mark, send_signal
 from studio.runs.status import Status, file_bytes, run_status
+from studio.runs.watch import read_history
 
 ENVIRONMENT = {
     "WANDB_MODE": "disabled",  # its login prompt hangs a process without a terminal
@@ -156,15 +158,17 @@ def stop(
     return run_status(paths)
 
 
-def resume(paths: RunPaths, *, module: str | None = None, **options: Any) -> Handle:
+def resume(paths: RunPaths, *, module: str | None = None, from_start: bool = False, **options: Any) -> Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed; it continues after its checkpoint.
 
     Args:
         paths: The run.
         module: The job's module; None takes that of the run's kind of job.
+        from_start: Whether training may start over where no checkpoint is whole.
         options: As for `launch`.
 
     Raises:
+        NoWholeCheckpoint: The run had checkpoints and none is whole; nothing was changed.
         BadInput: The run is live or finished, or its `recipe.toml` is unreadable.
         StudioError: The process cannot be started.
     """
@@ -178,9 +182,15 @@ def resume(paths: RunPaths, *, module: str | None = None, **options: Any) -> Han
         raise BadInput(
             f"the run {name} is finished: there is nothing left to do. Start a new run from its recipe.toml."
         )
-    job_module = module or MODULES[kind_of(read_job(paths))]
+    kind = kind_of(read_job(paths))
+    if kind == "train":
+        resumption(paths, read_history(paths), from_start=from_start)
+    elif from_start:
+        raise BadInput(f"the run {name} is of the kind {kind}: only training starts over. Resume it as it is.")
     withdraw_all(paths)
-    return launch(paths, job_module, **options)
+    if from_start:
+        request(paths, "from-start")
+    return launch(paths, module or MODULES[kind], **options)
 
 
 def how_it_ended(paths: RunPaths) -> str:

@@ -40,6 +40,12 @@ def _resume(paths: RunPaths) -> None:
     resume_run(paths)
 
 
+def _start_over(paths: RunPaths) -> None:
+    from studio.probe.start import resume_run  # noqa: PLC0415  0.1 s
+
+    resume_run(paths, from_start=True)
+
+
 def _end_now(paths: RunPaths) -> None:
     from studio.runs.supervise import stop  # noqa: PLC0415  0.1 s
 
@@ -143,7 +149,9 @@ class Engine:
 
     Attributes:
         start: Checks a recipe, makes its run and launches it; raises StudioError.
-        resume: Launches the worker of a stopped or crashed run again; raises StudioError.
+        resume: Launches the worker of a stopped or crashed run again; raises StudioError, NoWholeCheckpoint where that
+            wants a yes.
+        start_over: The same after that yes; raises StudioError.
         end_now: Ends a worker that does not stop when asked.
         card: Says in a few words what the run will run on.
         forecaster: Finds model and card (a name of the catalogue, or empty for this machine's); raises StudioError.
@@ -157,6 +165,7 @@ class Engine:
 
     start: Callable[[Recipe, Path], RunPaths] = _start
     resume: Callable[[RunPaths], None] = _resume
+    start_over: Callable[[RunPaths], None] = _start_over
     end_now: Callable[[RunPaths], None] = _end_now
     card: Callable[[], str] = _card
     forecaster: "Callable[[Recipe, str], Forecaster]" = _forecaster

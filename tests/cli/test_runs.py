@@ -258,6 +258,36 @@ def test_a_stopped_run_is_resumed_and_followed(cli: Cli, home: Path, monkeypatch
     assert "finished" in refused.err
 
 
+def test_starting_over_with_damaged_checkpoints_wants_a_flag(cli: Cli, home: Path) -> None:
+    paths = make_run(home, "broken", now=1e9)
+    write_log(
+        paths,
+        Started(at=1e9, job="train"),
+        StepDone(at=1e9, step=1, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens=1, seconds=1.0),
+        Saved(at=1e9, what="checkpoint", path="checkpoints/step-00000001", step=1),
+    )
+    (paths.checkpoints / "step-00000001").mkdir(parents=True)
+    before = paths.events.read_bytes()
+    refused = cli("runs", "resume", "broken")
+    assert refused.code == 2
+    assert "every checkpoint of the run" in refused.err
+    assert "step 1 (it has no complete.json)" in refused.err
+    assert f"lora-studio runs resume {paths.name} --from-start" in refused.err
+    assert paths.events.read_bytes() == before
+    agreed = cli("runs", "resume", "broken", "--from-start")
+    assert agreed.code == 0
+    assert "finished" in agreed.out
+
+
+def test_starting_over_is_refused_where_nothing_is_lost(cli: Cli, home: Path) -> None:
+    paths = make_run(home, "merging", now=1e9)
+    write_job(paths, MergeRequest("/a", "embedded", "/out"))
+    write_log(paths, Started(at=1e9, job="merge"))
+    refused = cli("runs", "resume", "merging", "--from-start")
+    assert refused.code == 2
+    assert "only training starts over" in refused.err
+
+
 def test_resuming_detached_returns_at_once(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = _slow(home)
     stop(paths, 10)

@@ -1,6 +1,7 @@
 """Several adapters, each with a weight, into one base; a checkpoint in place of a run's last adapter."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -198,5 +199,31 @@ def test_a_broken_checkpoint_is_refused(recipe: Recipe, train: Train, merge: Mer
     (chosen / "complete.json").unlink()
     failed = history_of(merge(run.adapter, tiny, tmp_path / "out", checkpoint=str(chosen))).failed
     assert failed is not None
-    assert "is no whole checkpoint" in failed.message
+    assert "is damaged: it has no complete.json" in failed.message
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_checkpoint_whose_weights_were_damaged_is_refused_and_is_not_the_best(
+    recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path
+) -> None:
+    run = train(
+        recipe.with_("train.checkpoint_every", 2)
+        .with_("train.keep_checkpoints", 5)
+        .with_("eval.rows", 2)
+        .with_("eval.every", 2)
+    )
+    folders = sorted(run.checkpoints.glob("step-*"))
+    for folder in folders:
+        with (folder / "adapter.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x7f")
+    found = list_checkpoints(run)
+    assert [(one.step, one.damage) for one in found] == [
+        (2, "adapter.safetensors is not what was saved"),
+        (4, "adapter.safetensors is not what was saved"),
+        (5, ""),
+    ]
+    assert best_of(found) == found[-1]
+    failed = history_of(merge(run.adapter, tiny, tmp_path / "out", checkpoint=str(folders[0]))).failed
+    assert failed is not None
+    assert "is damaged: adapter.safetensors is not what was saved" in failed.message

@@ -2,18 +2,20 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from studio.core.recipe import Recipe
 from studio.jobs.train import between, checkpoint
-from studio.jobs.train.checkpoint import complete_checkpoints, newest_valid
+from studio.runs.checkpoints import complete_checkpoints, damage_of
 from studio.runs.control import request, requested, withdraw_all
-from studio.runs.job import write_job
+from studio.runs.history import History
+from studio.runs.job import read_job, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from tests.jobs.conftest import Train, history_of
@@ -117,15 +119,6 @@ def damage_json(folder: Path) -> None:
     (folder / "complete.json").write_text("[]")
 
 
-@pytest.mark.parametrize("damage", [damage_marker, damage_weights, damage_length, damage_json])
-def test_a_damaged_checkpoint_is_passed_over(train: Train, recipe: Recipe, damage: Callable[[Path], None]) -> None:
-    paths = train(recipe.with_("train.checkpoint_every", 2))
-    newest = paths.checkpoints / "step-00000006"
-    assert newest_valid(paths.checkpoints) == newest
-    damage(newest)
-    assert newest_valid(paths.checkpoints) == paths.checkpoints / "step-00000004"
-
-
 def test_a_checkpoint_that_cannot_be_written_costs_itself_not_the_run(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,3 +219,222 @@ def test_checkpoints_hold_no_pickle(train: Train, recipe: Recipe) -> None:
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     marker = json.loads((folder / "complete.json").read_text())
     assert set(marker["files"]) == {path.name for path in folder.iterdir()} - {"complete.json"}
+
+
+@pytest.fixture
+def stopped(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path) -> RunPaths:
+    """A run on a base of its own that was stopped after step 3 and has a checkpoint of step 2 too."""
+    shutil.copytree(tiny, tmp_path / "base")
+    at_step(monkeypatch, 3, lambda self: request(self.worker.paths, "stop"))
+    paths = train(recipe.with_("model.base", str(tmp_path / "base")).with_("train.checkpoint_every", 2))
+    assert [path.name for path in complete_checkpoints(paths.checkpoints)] == ["step-00000002", "step-00000003"]
+    withdraw_all(paths)
+    return paths
+
+
+def again(train: Train, paths: RunPaths, **changes: object) -> History:
+    """Go on with a run, its recipe.toml edited where something is to be changed."""
+    job = read_job(paths)
+    assert isinstance(job, Recipe)
+    for path, value in changes.items():
+        job = job.with_(path.replace("__", "."), value)
+    write_job(paths, job)
+    train(job, again=paths)
+    return history_of(paths)
+
+
+def refused(history: History) -> str:
+    assert history.failed is not None, "it went on"
+    assert history.failed.failure == "bad_input"
+    return history.failed.message
+
+
+def replace_tensors(base: Path, count: int) -> list[str]:
+    """Give some of a base's tensors other numbers, and the file its old time."""
+    path = base / "model.safetensors"
+    seen = path.stat()
+    tensors = load_file(path)
+    names = sorted(tensors)[:count]
+    for name in names:
+        tensors[name] = tensors[name] + 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    return names
+
+
+def test_another_base_is_refused_and_told_tensor_by_tensor(train: Train, stopped: RunPaths, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    shutil.copytree(tmp_path / "base", saved)
+    names = replace_tensors(tmp_path / "base", 2)
+    said = refused(again(train, stopped))
+    assert f"2 of its {len(load_file(saved / 'model.safetensors'))} tensors hold other numbers" in said
+    assert all(name in said for name in names)
+    # The same base at another place goes on: nothing of the refused attempt is in the way.
+    history = again(train, stopped, model__base=str(saved))
+    assert history.finished is not None, history.failed
+    assert history.finished.outcome == "done"
+    assert history.started is not None
+    assert history.started.resumed_from == 3
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda base: edit_json(base / "config.json", rope_theta=5.0), "config.json (rope_"),
+        (lambda base: edit_json(base / "tokenizer_config.json", chat_template="{{ 1 }}"), "tokenizer_config.json"),
+        (lambda base: (base / "chat_template.jinja").write_text("{{ messages }}"), "chat_template.jinja"),
+    ],
+)
+def test_another_config_tokenizer_or_template_is_refused_by_name(
+    train: Train, stopped: RunPaths, tmp_path: Path, edit: Callable[[Path], object], said: str
+) -> None:
+    edit(tmp_path / "base")
+    message = refused(again(train, stopped))
+    assert said in message
+    assert "tensors" not in message
+
+
+def test_other_rows_are_refused_and_told(train: Train, stopped: RunPaths, data: Path) -> None:
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:-1], lines[-1].replace("seis", "SEIS")]))
+    said = refused(again(train, stopped))
+    assert "rows are not those that it began with" in said
+    data.write_text("\n".join(reversed(lines)))
+    assert "in another order" in refused(again(train, stopped))
+    moved = data.with_name("moved.jsonl")
+    moved.write_text("\n".join(lines) + "\n")
+    assert again(train, stopped, data__path=str(moved)).finished is not None
+
+
+def test_a_recipe_that_trains_something_else_is_refused_and_others_go_on(train: Train, stopped: RunPaths) -> None:
+    said = refused(again(train, stopped, train__learning_rate=0.1, adapter__alpha=3.0))
+    assert "train.learning_rate: 0.005 -> 0.1" in said
+    assert "adapter.alpha: 8.0 -> 3.0" in said
+    again_at_first = {"train__learning_rate": 5e-3, "adapter__alpha": 8.0}
+    said = refused(again(train, stopped, **again_at_first, train__micro_batch=1))
+    assert "rows of a step (train.micro_batch x train.accumulation): 4 -> 2" in said
+    free = {"train__micro_batch": 1, "train__accumulation": 4, "eval__every": 0, "train__checkpoint_every": 0}
+    history = again(train, stopped, **free)
+    assert history.finished is not None, history.failed
+    (warning,) = [one.message for one in history.warnings if one.topic == "resume"]
+    assert "train.micro_batch: 2 -> 1" in warning
+    assert "not bit by bit" in warning
+
+
+def test_other_libraries_are_named_and_do_not_keep_a_run_from_going_on(
+    train: Train, stopped: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio.jobs.train import job
+
+    real = job.version
+    monkeypatch.setattr(job, "version", lambda name: "99.0" if name == "peft" else real(name))
+    history = again(train, stopped)
+    assert history.finished is not None
+    (warning,) = [one.message for one in history.warnings if one.topic == "resume"]
+    assert f"peft {real('peft')} -> 99.0" in warning
+    assert "torch" not in warning
+
+
+def test_a_run_that_does_not_say_what_it_was_made_from_is_refused(train: Train, stopped: RunPaths) -> None:
+    lines = [line for line in stopped.events.read_text().splitlines() if '"Identified"' not in line]
+    stopped.events.write_text("\n".join(lines) + "\n")
+    assert "does not say what it was made from" in refused(again(train, stopped))
+
+
+@pytest.mark.parametrize("damage", [damage_marker, damage_weights, damage_length, damage_json])
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, stopped: RunPaths, damage: Callable[[Path], None]
+) -> None:
+    newest = stopped.checkpoints / "step-00000003"
+    assert damage_of(newest) == ""
+    damage(newest)
+    why = damage_of(newest)
+    assert why
+    history = again(train, stopped, train__checkpoint_every=1)
+    assert history.finished is not None
+    assert history.started is not None
+    assert history.started.resumed_from == 2
+    (warning,) = [one.message for one in history.warnings if one.topic == "checkpoint"]
+    assert f"step 3 ({why})" in warning
+    assert "going on after step 2" in warning
+    # It is out of the way of the new ones, whose number is bounded, and still there.
+    assert [path.name for path in complete_checkpoints(stopped.checkpoints)] == ["step-00000006", "step-00000007"]
+    assert (stopped.checkpoints / "damaged-step-00000003").is_dir()
+
+
+def test_starting_over_with_every_checkpoint_damaged_wants_a_yes(train: Train, stopped: RunPaths) -> None:
+    for folder in complete_checkpoints(stopped.checkpoints):
+        damage_weights(folder)
+    before = history_of(stopped)
+    history = again(train, stopped)
+    said = refused(history)
+    assert "step 3 (adapter.safetensors is not what was saved), step 2 (" in said
+    assert f"runs resume {stopped.name} --from-start" in said
+    assert list(history.train.losses) == list(before.train.losses)
+    assert len(list(stopped.checkpoints.glob("step-*"))) == 2
+    request(stopped, "from-start")
+    history = again(train, stopped)
+    assert history.finished is not None
+    assert history.started is not None
+    assert history.started.resumed_from == 0
+    assert list(history.train.steps) == list(range(1, 9))
+    assert not requested(stopped, "from-start")
+    assert any("starting over at step 0, as was asked for" in one.message for one in history.warnings)
+    assert len(list(stopped.checkpoints.glob("damaged-step-*"))) == 2
+
+
+def test_checkpoints_that_are_gone_want_a_yes_too(train: Train, stopped: RunPaths) -> None:
+    shutil.rmtree(stopped.checkpoints)
+    assert "saved a checkpoint after step 3, and none is left" in refused(again(train, stopped))
+    assert "saved a checkpoint after step 3, and none is left" in refused(again(train, stopped))
+
+
+def test_a_yes_does_not_throw_a_whole_checkpoint_away(train: Train, stopped: RunPaths) -> None:
+    request(stopped, "from-start")
+    assert "has a whole checkpoint after step 3" in refused(again(train, stopped))
+    withdraw_all(stopped)
+    assert again(train, stopped).finished is not None
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_says_so(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(self: between.Between) -> None:
+        raise RuntimeError("power cut")
+
+    at_step(monkeypatch, 2, crash)
+    paths = train(recipe)
+    assert run_status(paths) is Status.failed
+    history = again(train, paths)
+    assert history.finished is not None
+    assert list(history.train.steps) == list(range(1, 9))
+    assert any("no checkpoint was saved before the run ended after step 2" in one.message for one in history.warnings)
+
+
+def test_reading_the_base_is_told_and_a_stop_ends_it(
+    train: Train, recipe: Recipe, stopped: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from studio.jobs.base import reading
+
+    real = reading.fingerprint
+
+    def asking(folder: Path, tell: Callable[[float], None]) -> dict[str, object]:
+        tell(0.5)
+        request(stopped, "stop")
+        tell(0.6)
+        return real(folder, tell)
+
+    monkeypatch.setattr(reading, "fingerprint", asking)
+    history = again(train, stopped)
+    assert run_status(stopped) is Status.stopped
+    assert history.finished is not None
+    assert history.finished.step == 3
+    assert history.phase is not None
+    assert (history.phase.name, history.phase.fraction) == (reading.READING, 0.5)
+    monkeypatch.setattr(reading, "fingerprint", real)
+    withdraw_all(stopped)
+    assert again(train, stopped).finished.outcome == "done"  # type: ignore[union-attr]

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from studio.core.errors import BadInput
-from studio.core.events import Finished, event_to_dict
-from studio.probe.fingerprint import FINGERPRINT, difference, fingerprint, recorded_fingerprint
+from studio.core.events import Identified, event_to_dict
+from studio.probe.fingerprint import difference, fingerprint, recorded_fingerprint, short_fingerprint
 from studio.probe.start import refuse_another_base
+from studio.runs.identity import write_identity
+from studio.runs.layout import RunPaths
 
 NAMES = ("embed.weight", "layer.0.weight", "layer.1.weight", "norm.weight")
 
@@ -47,7 +49,7 @@ def test_the_same_weights_in_other_shards_are_the_same_base(tmp_path: Path) -> N
 def test_other_numbers_in_equal_shapes_are_another_base(tmp_path: Path) -> None:
     one, other = fingerprint(_base(tmp_path / "one")), fingerprint(_base(tmp_path / "other", 9))
     assert one["shapes"] == other["shapes"]
-    assert "3 of 3 compared tensors hold other numbers" in difference(one, other)
+    assert "4 of its 4 tensors hold other numbers (embed.weight" in difference(one, other)
 
 
 def test_versions_and_paths_in_the_config_do_not_count_and_sizes_do(tmp_path: Path) -> None:
@@ -59,7 +61,9 @@ def test_versions_and_paths_in_the_config_do_not_count_and_sizes_do(tmp_path: Pa
 
 def _run(folder: Path, base: Path) -> str:
     folder.mkdir()
-    event = Finished(at=1.0, outcome="done", result={FINGERPRINT: fingerprint(base)})
+    found = fingerprint(base)
+    write_identity(RunPaths(folder), found, [])
+    event = Identified(at=1.0, base=short_fingerprint(found), rows={"train": 0})
     (folder / "events.jsonl").write_text(json.dumps(event_to_dict(event)) + "\n")
     return str(folder)
 
@@ -68,14 +72,14 @@ def test_a_run_refuses_another_base_and_takes_its_own(tmp_path: Path) -> None:
     base = _base(tmp_path / "base")
     run = _run(tmp_path / "run", base)
     assert recorded_fingerprint(run) == fingerprint(base)
-    refuse_another_base(run, base)
+    refuse_another_base(run, base, fingerprint)
     with pytest.raises(BadInput, match="is not the base that this adapter was trained on"):
-        refuse_another_base(run, _base(tmp_path / "other", 9))
+        refuse_another_base(run, _base(tmp_path / "other", 9), fingerprint)
 
 
 def test_nothing_is_refused_where_nothing_is_known_or_the_run_had_a_quantised_base(tmp_path: Path) -> None:
     other = _base(tmp_path / "other", 9)
-    refuse_another_base("", other)
-    refuse_another_base(str(tmp_path / "gone"), other)
+    refuse_another_base("", other, fingerprint)
+    refuse_another_base(str(tmp_path / "gone"), other, fingerprint)
     quantised = _base(tmp_path / "four", quantization_config={"quant_method": "bitsandbytes"})
-    refuse_another_base(_run(tmp_path / "run", quantised), other)
+    refuse_another_base(_run(tmp_path / "run", quantised), other, fingerprint)

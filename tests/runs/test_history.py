@@ -4,6 +4,7 @@ from studio.core.events import (
     Evaluated,
     Failed,
     Finished,
+    Identified,
     MemorySeen,
     Paused,
     Phase,
@@ -158,3 +159,9 @@ def test_loss_that_is_not_finite_stays_what_it_was() -> None:
     history.fold([_step(1, loss=math.nan), _step(2, loss=math.inf)])
     assert math.isnan(history.train.losses[0])
     assert history.train.losses[1] == math.inf
+
+
+def test_what_a_run_was_made_from_is_no_unknown_line() -> None:
+    history = History()
+    history.fold([Started(at=1.0, job="train"), Identified(at=2.0, base={}, rows={})])
+    assert history.unknown == 0

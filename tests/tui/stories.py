@@ -15,6 +15,7 @@ from studio.core.events import Evaluated, MemorySeen, Phase, Planned, Sampled, S
 from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.last_recipe import LastRecipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
@@ -64,6 +65,7 @@ class Asked:
 
     started: list[Recipe] = field(default_factory=list)
     resumed: list[RunPaths] = field(default_factory=list)
+    started_over: list[RunPaths] = field(default_factory=list)
     ended: list[RunPaths] = field(default_factory=list)
     planned: list[str] = field(default_factory=list)
     kept: list[LastRecipe] = field(default_factory=list)
@@ -73,6 +75,7 @@ def engine_that(
     asked: Asked,
     *,
     refuses: str = "",
+    damaged: str = "",
     makes: Callable[[], RunPaths] | None = None,
     card: str = "a card",
     forecaster: Callable[[Recipe, str], Forecaster] | None = None,
@@ -90,12 +93,15 @@ def engine_that(
 
     def resume(paths: RunPaths) -> None:
         asked.resumed.append(paths)
+        if damaged:
+            raise NoWholeCheckpoint(paths.name, damaged)
         if refuses:
             raise BadInput(refuses)
 
     return Engine(
         start=start,
         resume=resume,
+        start_over=asked.started_over.append,
         end_now=asked.ended.append,
         card=lambda: card,
         forecaster=forecaster or forecaster_on(card_of()),

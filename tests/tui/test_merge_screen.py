@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,28 @@ def test_it_starts_what_is_chosen(tmp_path: Path) -> None:
         (merge,) = fake.started
         assert merge.then == ("nf4", "q4_k_m")
         assert (merge.onto, merge.checkpoint, merge.out) == ("dequantized", "/c/step-20", str(tmp_path / "models/mine"))
+
+    play(story, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_shown_as_one_and_not_merged(tmp_path: Path) -> None:
+    fake = _Fake(tmp_path)
+    looked = fake.facts
+
+    def facts(paths: RunPaths) -> MergeFacts:
+        found = looked(paths)
+        return replace(found, checkpoints=(replace(found.checkpoints[0], damage="it is gone"), *found.checkpoints[1:]))
+
+    fake.facts = facts  # type: ignore[method-assign]
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app, screen(tmp_path, fake))
+        assert "step 20     damaged: it is gone" in shown(app)
+        assert app.screen.query_one("#checkpoints", PickOne).chosen == 1, "the best of the others"
+        app.screen.query_one("#checkpoints", PickOne).highlighted = 0
+        await pilot.press("r")
+        await until(pilot, lambda: "The checkpoint of step 20 is damaged: it is gone." in shown(app))
+        assert fake.started == []
 
     play(story, tmp_path)
 

@@ -207,6 +207,29 @@ def test_resume_starts_a_worker_for_a_run_that_ended_early(tmp_path: Path) -> No
     play(story, tmp_path, open_run=paths, engine=engine_that(asked))
 
 
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_to_start_over_where_every_checkpoint_is_damaged_is_asked_first(tmp_path: Path, answer: str) -> None:
+    paths, asked = make_run(tmp_path), Asked()
+    with LiveWorker(paths) as worker:
+        train(worker, range(1, 4))
+        worker.emit(Finished, outcome="stopped", step=3)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("R")
+        await until(pilot, lambda: isinstance(app.screen, Confirm) and "y  start over" in shown(app))
+        assert "every checkpoint is damaged" in shown(app)
+        assert_harmless(app)
+        assert asked.started_over == []
+        await pilot.press(answer)
+        await settle(pilot)
+        if answer == "y":
+            await until(pilot, lambda: asked.started_over)
+        assert asked.started_over == ([paths] if answer == "y" else [])
+        assert asked.resumed == [paths]
+
+    play(story, tmp_path, engine=engine_that(asked, damaged=f"every checkpoint is damaged {HOSTILE}"), open_run=paths)
+
+
 def test_a_refused_resume_is_told(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     with LiveWorker(paths) as worker:

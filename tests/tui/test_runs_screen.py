@@ -15,6 +15,7 @@ from studio.tui.app import StudioApp
 from studio.tui.panels import runs_table
 from studio.tui.panels.runs_table import RunsTable
 from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import LiveWorker, write_log
@@ -139,6 +140,22 @@ def test_resume_from_the_list(tmp_path: Path) -> None:
         assert asked.resumed == [stopped]
 
     play(story, tmp_path, engine=engine_that(asked))
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_to_start_over_is_asked_from_the_list_too(tmp_path: Path, answer: str) -> None:
+    stopped, asked = ended(tmp_path, "first", "stopped", 1_000_000), Asked()
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await pilot.press("o")
+        await until(pilot, lambda: rows(app))
+        await pilot.press("R")
+        await until(pilot, lambda: isinstance(app.screen, Confirm) and "y  start over" in shown(app))
+        await pilot.press(answer)
+        await until(pilot, lambda: isinstance(app.screen, RunScreen if answer == "y" else RunsScreen))
+        assert asked.started_over == ([stopped] if answer == "y" else [])
+
+    play(story, tmp_path, engine=engine_that(asked, damaged="every checkpoint is damaged"))
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:

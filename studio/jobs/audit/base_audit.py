@@ -20,11 +20,13 @@ from studio.jobs.audit.cost import Cost, check_room, cost_of
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.forms import FORMS, STORED
 from studio.jobs.audit.rows import check_ids, read_audit_rows
+from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.probe.fingerprint import fingerprint
+from studio.jobs.base.reading import read_fingerprint
+from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
 from studio.runs.worker import Worker
@@ -53,7 +55,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         request, load_tokenizer(folder), lambda text: worker.emit(Warned, topic="data", message=text)
     )
     weights = FolderWeights(folder)
-    ground = Ground(worker, weights, parts_of(weights.clean), rows, _about(request, folder))
+    ground = Ground(worker, weights, parts_of(weights.clean), rows, _about(worker, request, folder))
     check_ids(rows, known_tokens(weights))
     names = forms_of(request.forms)
     asked = PREFERRED if PREFERRED in names else names[0]
@@ -138,8 +140,9 @@ def stored_bytes_of(weights: FolderWeights) -> int:
     return max(stored.dtype.itemsize for stored in weights.files.tensors.values())
 
 
-def _about(request: AuditRequest, folder: Path) -> str:
-    return json.dumps([asdict(request), fingerprint(folder)], sort_keys=True)
+def _about(worker: Worker, request: AuditRequest, folder: Path) -> str:
+    found = short_fingerprint(read_fingerprint(worker, folder, Stopped))
+    return json.dumps([asdict(request), found], sort_keys=True)
 
 
 def _mixed_plans(

@@ -13,14 +13,16 @@ from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.lanes import Lane
 from studio.jobs.audit.rows import check_ids, read_audit_rows
+from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
+from studio.jobs.base.reading import read_fingerprint
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import audit_of_run
-from studio.probe.fingerprint import fingerprint
+from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
 from studio.runs.worker import Worker
@@ -47,7 +49,8 @@ def measure_lanes(
         answers_only=first.recipe.data.answers_only,
     )
     weights = FolderWeights(folder)
-    about = json.dumps([asdict(request), fingerprint(folder), [str(lane.paths.root) for lane in lanes]], sort_keys=True)
+    found = short_fingerprint(read_fingerprint(worker, folder, Stopped))
+    about = json.dumps([asdict(request), found, [str(lane.paths.root) for lane in lanes]], sort_keys=True)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
     check_ids(rows, known_tokens(weights))
     variants = [_variant(weights, folder, lane) for lane in lanes]

@@ -26,13 +26,15 @@ from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
 from studio.jobs.audit.rows import check_ids, read_audit_rows
 from studio.jobs.audit.run_report import RunReport, handiest
 from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
+from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.walk import Ground, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.precision import half_dtype
+from studio.jobs.base.reading import read_fingerprint
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
-from studio.probe.fingerprint import fingerprint
+from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
 from studio.probe.start import refuse_another_base
 from studio.runs.audit_request import AuditRequest
@@ -62,7 +64,8 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
             f"{plain(base.word, one_line=True)} is quantised already ({how}): name the 16-bit original with --base."
         )
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
-    refuse_another_base(request.run, folder)
+    base_seen = read_fingerprint(worker, folder, Stopped)
+    refuse_another_base(request.run, folder, lambda _: base_seen)
     adapter = find_adapter(trained.adapter)
     worker.emit(Phase, name="reading the data")
     rows = read_audit_rows(
@@ -74,7 +77,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     )
     skeleton = build_skeleton(folder, adapter)
     weights = FolderWeights(folder, skeleton.vocabulary)
-    about = json.dumps([asdict(request), fingerprint(folder), _stamp(trained)], sort_keys=True)
+    about = json.dumps([asdict(request), short_fingerprint(base_seen), _stamp(trained)], sort_keys=True)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
     check_ids(rows, known_tokens(weights))
     gguf = GgufForms(ground, gguf_files(trained, request.gguf))

@@ -22,10 +22,13 @@ from studio.jobs.base.device import job_device
 from studio.jobs.base.generation import Watch, stop_ids
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.base.precision import DTYPES, half_dtype
+from studio.jobs.base.reading import READING
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
 from studio.jobs.chat.answering import Streamer, token_ids
-from studio.probe.adapter_folder import find_adapter
+from studio.probe.adapter_folder import find_adapter, run_of_adapter
+from studio.probe.fingerprint import fingerprint
 from studio.probe.models import BaseFound, find_base
+from studio.probe.start import refuse_another_base
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
 from studio.runs.failure import of_the_machine, ran_out_of_memory
 
@@ -49,11 +52,18 @@ class Session:
         """Load base, adapter and tokenizer.
 
         Raises:
-            BadInput: One of them cannot be loaded, or memory is short.
+            BadInput: One of them cannot be loaded, the base is not the one that the adapter was trained on, or memory
+                is short.
             JobFailed: The card that was chosen or asked for cannot be used.
         """
         self.notes: list[str] = [request.note] if request.note else []
         base = find_base(request.base, request.revision)
+        if request.adapter:
+            refuse_another_base(
+                run_of_adapter(Path(request.adapter)),
+                base_folder(base, tell),
+                lambda folder: fingerprint(folder, lambda fraction: tell(READING, fraction)),
+            )
         device = job_device(request.device)
         dtype = _dtype(request, device)
         if device.type == "cpu":

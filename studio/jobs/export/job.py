@@ -17,6 +17,7 @@ from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Finished, Phase, Saved, Started
 from studio.core.recipe import Recipe
 from studio.core.text import plain
+from studio.jobs.base.reading import read_fingerprint
 from studio.jobs.export.answers import Loss
 from studio.jobs.export.gguf import base_of, make_gguf
 from studio.jobs.export.gguf_folder import write_lora_files, write_model_files
@@ -27,8 +28,9 @@ from studio.jobs.export.peft_folder import CARD, write_peft_folder
 from studio.jobs.export.quantised import make_quantised
 from studio.jobs.export.whole_model import is_adapter, merge_first
 from studio.jobs.export.work import Stopped, Work
-from studio.probe.adapter_folder import AdapterFound, find_adapter
+from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
 from studio.probe.export import check_export
+from studio.probe.start import refuse_another_base
 from studio.runs.aside import export_aside, only_writer, publish_result
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
@@ -130,6 +132,8 @@ def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
     file = made / _file_name(out, request.format)
     if request.format == "lora-gguf" and adapter:
         base = base_of(work, request)
+        run = request.run or run_of_adapter(source)
+        refuse_another_base(run, base, lambda folder: read_fingerprint(work.worker, folder, Stopped))
         lora = make_lora_gguf(work, adapter, base, file)
         write_lora_files(file, adapter, base, training, lora)
         return lora.report

@@ -68,7 +68,11 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
     """
     worker.emit(Started, job="merge", model=request.base or None)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    parts = find_parts(worker, request)
+    try:
+        parts = find_parts(worker, request)
+    except Stopped:
+        worker.emit(Finished, outcome="stopped")
+        return
     out = Path(request.out)
     aside = merge_aside(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor
 from studio.core.errors import BadInput, StudioError
 from studio.core.events import Phase, Sampled, Warned
 from studio.core.recipe import Recipe
+from studio.core.text import plain
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of
 from studio.jobs.base.precision import DTYPES
+from studio.jobs.base.reading import read_fingerprint
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits, turned_parameters
 from studio.jobs.base.weights.pissa import write_difference
 from studio.jobs.base.weights.skeleton import Skeleton, Weighted
+from studio.jobs.merge.write_steps import Stopped
 from studio.probe.adapter_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,7 +29,7 @@ from studio.probe.adapter_folder import (
     find_adapter,
     run_of_adapter,
 )
-from studio.probe.fingerprint import fingerprint, recorded_fingerprint
+from studio.probe.fingerprint import recorded_fingerprint
 from studio.probe.models import BaseFound
 from studio.probe.start import base_of_merge, check_merge, refuse_another_base, refuse_quantised
 from studio.runs.job import MergeRequest, read_job
@@ -63,6 +67,7 @@ def find_parts(worker: Worker, request: MergeRequest) -> Parts:
 
     Raises:
         BadInput: No whole adapter, no base that it can be merged into, or an output folder that holds something.
+        Stopped: The user asked for it while the base was read.
     """
     worker.emit(Phase, name="finding the base model")
     adapters = tuple((find_adapter(_folder_of(worker, request, folder)), by) for folder, by in request.weighted)
@@ -74,10 +79,15 @@ def find_parts(worker: Worker, request: MergeRequest) -> Parts:
     base = base_of_merge(word, request.revision)
     refuse_quantised(base)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
-    for run in {request.run, *(run_of_adapter(Path(path)) for path, _ in request.weighted)}:
-        refuse_another_base(run, folder)
+    look = cache(lambda place: read_fingerprint(worker, place, Stopped))
+    for run in {request.run, *(run_of_adapter(Path(path)) for path, _ in request.weighted)} - {""}:
+        refuse_another_base(run, folder, look)
+        if recorded_fingerprint(run) is None:
+            name = plain(Path(run).name, one_line=True)
+            message = f"the run {name} does not say which weights it was trained on: the base could not be compared"
+            worker.emit(Warned, topic="base", message=message)
     trained_on = recorded_fingerprint(request.run)
-    if trained_on and not trained_on.get("quantized") and trained_on.get("config") != fingerprint(folder)["config"]:
+    if trained_on and not trained_on.get("quantized") and trained_on.get("config") != look(folder)["config"]:
         worker.emit(
             Warned,
             topic="base",

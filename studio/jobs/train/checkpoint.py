@@ -1,10 +1,8 @@
 """Checkpoints that are whole or not there: adapter, optimizer and random state in safetensors, a marker written last.
 
-A checkpoint is `checkpoints/step-00000120/`. It counts only with `complete.json`, which lists every file's size and
-SHA-256; a folder without it, or whose files differ, is passed over. Nothing is pickled.
+Which of them are whole is told by `studio.runs.checkpoints`. Nothing is pickled.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,8 +18,8 @@ from torch import Tensor
 from studio.jobs.train.optimizer import restore_state
 from studio.jobs.train.start import adapter_weights
 from studio.runs.atomic import publish_folder, write_whole
+from studio.runs.checkpoints import MARKER, complete_checkpoints, file_stamp
 
-_MARKER = "complete.json"
 _ADAPTER, _START, _OPTIMIZER, _RANDOM, _STATE = (
     "adapter.safetensors",
     "start.safetensors",
@@ -80,29 +78,14 @@ def save_checkpoint(
         save_file(_on_host(tensors), aside / _OPTIMIZER)
         save_file(_random_state(), aside / _RANDOM)
         write_whole(aside / _STATE, json.dumps({"progress": asdict(progress), "optimizer": numbers}))
-        files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
-        write_whole(aside / _MARKER, json.dumps({"step": progress.step, "files": files}))
+        files = {path.name: file_stamp(path) for path in sorted(aside.iterdir())}
+        write_whole(aside / MARKER, json.dumps({"step": progress.step, "files": files}))
         publish_folder(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders that carry a marker, oldest step first (their files are not verified)."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{_MARKER}"))
-
-
-def newest_valid(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all as its marker says, or None."""
-    return next((path for path in reversed(complete_checkpoints(folder)) if _is_valid(path)), None)
-
-
-def step_of(path: Path) -> int:
-    """Return the optimizer step that a checkpoint's folder is named after."""
-    return int(path.name.removeprefix("step-"))
 
 
 def load_start(path: Path) -> dict[str, Tensor]:
@@ -169,16 +152,3 @@ def _restore_random(states: dict[str, Tensor]) -> None:
     for name, state in states.items():
         if name != "cpu" and torch.cuda.is_available() and int(name[4:]) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, int(name[4:]))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _is_valid(path: Path) -> bool:
-    try:
-        files = json.loads((path / _MARKER).read_text(encoding="utf-8"))["files"]
-        return bool(files) and all(_fingerprint(path / name) == seen for name, seen in files.items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return False

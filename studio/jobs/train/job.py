@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 import transformers
 from peft import PeftModel
 
-from studio.core.events import Finished, Planned, Started, Warned
+from studio.core.errors import BadInput
+from studio.core.events import Finished, Identified, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
 from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
+from studio.jobs.base.reading import read_fingerprint
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.between import Between
-from studio.jobs.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
+from studio.jobs.train.checkpoint import Progress, load_checkpoint
 from studio.jobs.train.choose_batching import batcher_for
 from studio.jobs.train.compiled import compile_step
 from studio.jobs.train.liger import require_liger
@@ -31,9 +34,14 @@ from studio.jobs.train.read_rows import Rows, Stopped, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.calibrate import remember_run
+from studio.probe.data import Row
 from studio.probe.device import other_card_note
-from studio.probe.fingerprint import FINGERPRINT, fingerprint
+from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base, refuse_untrainable
+from studio.probe.resume import RowsFound, changed_libraries, refuse_other_base, refuse_other_recipe, refuse_other_rows
+from studio.runs.checkpoints import Resumption, resumption, set_aside
+from studio.runs.identity import Identity, read_identity, write_identity
+from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
 _CANNOT_PACK = (
@@ -52,26 +60,20 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
 
     Raises:
         JobFailed: A guard fired, or something of the user's cannot be used, the card included.
-        BadInput: Model or data changed since they were checked.
+        BadInput: Model or data changed since they were checked, or since the run first began; or no checkpoint is
+            whole and nobody agreed that it starts over.
     """
     worker.patient = True
+    going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))
     try:
-        _train_run(worker, recipe)
+        _train(worker, recipe, going_on)
     except Stopped:
-        worker.emit(Finished, outcome="stopped", seconds=0.0)
+        worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
 
 
-def _train_run(worker: Worker, recipe: Recipe) -> None:
-    checkpoint = newest_valid(worker.paths.checkpoints)
-    worker.emit(
-        Started,
-        job="train",
-        method=recipe.method,
-        model=recipe.model.base,
-        total_steps=recipe.train.steps or None,
-        resumed_from=step_of(checkpoint) if checkpoint else 0,
-        versions={name: version(name) for name in _LIBRARIES},
-    )
+def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
+    checkpoint, first = going_on.checkpoint, read_identity(worker.paths)
+    _begin(worker, recipe, going_on, first)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = _device(worker, recipe)
     precision = _precision(worker, recipe, device)
@@ -82,9 +84,13 @@ def _train_run(worker: Worker, recipe: Recipe) -> None:
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
     folder = base_folder(base, tell)
-    trained_on = fingerprint(folder)
+    trained_on = read_fingerprint(worker, folder, Stopped)
+    refuse_other_base(worker.paths, first, folder, trained_on)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
-    rows = read_rows(worker, tell, recipe, tokenizer)
+    rows = read_rows(
+        worker, tell, recipe, tokenizer, lambda train, held: _identify(worker, first, trained_on, train, held)
+    )
+    set_aside(going_on.damaged)
 
     tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)
@@ -150,7 +156,7 @@ def _train_run(worker: Worker, recipe: Recipe) -> None:
         between.evaluate(0)
         between.sample(0)
     if between.stopping:
-        _finish(worker, between, start, trained_on)
+        _finish(worker, between, start)
         return
     if recipe.train.compile:
         _compile(worker, tell, step_model, batches, start.step + 1, device)
@@ -166,7 +172,53 @@ def _train_run(worker: Worker, recipe: Recipe) -> None:
         steadier=steadier_format(precision, device),
     )
     end = train(parts, recipe.train, total, start, Hooks(between.after_step))
-    _finish(worker, between, end, trained_on)
+    _finish(worker, between, end)
+
+
+def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity) -> None:
+    """Say that the run is taken, what a resume passes over, and in what it is not quite what it was.
+
+    Raises:
+        BadInput: The recipe is not the one that the run began with.
+    """
+    if going_on.checkpoint and first.base is None:
+        raise BadInput(
+            "this run's log does not say what it was made from (an older version wrote it, or it is cut): whether base "
+            "and data are still the same cannot be known. Start a new run from its recipe.toml."
+        )
+    rounded = refuse_other_recipe(worker.paths, first, recipe)
+    versions = {name: version(name) for name in _LIBRARIES}
+    worker.emit(
+        Started,
+        job="train",
+        method=recipe.method,
+        model=recipe.model.base,
+        total_steps=recipe.train.steps or None,
+        resumed_from=going_on.step,
+        versions=versions,
+        recipe=recipe.to_dict(),
+    )
+    worker.served("from-start")
+    if going_on.note:
+        worker.emit(Warned, topic="checkpoint", message=going_on.note)
+    if changed := [*rounded, *changed_libraries(first, versions)]:
+        message = f"changed since the run began: {'; '.join(changed)}. It goes on, but not bit by bit as it would have"
+        worker.emit(Warned, topic="resume", message=message)
+
+
+def _identify(
+    worker: Worker, first: Identity, base: dict[str, Any], train: Sequence[Row], held_out: Sequence[Row]
+) -> None:
+    """Say what the run is made from; keep it where this is the first time, else compare.
+
+    Raises:
+        BadInput: The rows are not those that the run began with.
+    """
+    rows = RowsFound.of(train, held_out)
+    refuse_other_rows(worker.paths, first, rows)
+    if first.base is None:
+        write_identity(worker.paths, base, rows.hashes)
+    worker.emit(Identified, base=short_fingerprint(base), rows=rows.table())
 
 
 def _precision(worker: Worker, recipe: Recipe, device: torch.device) -> Precision:
@@ -230,7 +282,7 @@ def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBat
         tell("grouping rows by length", detail=detail)
 
 
-def _finish(worker: Worker, between: Between, end: Progress, trained_on: dict[str, Any]) -> None:
+def _finish(worker: Worker, between: Between, end: Progress) -> None:
     """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
     early = end.step < between.total_steps
     if end.step == 0:
@@ -253,7 +305,6 @@ def _finish(worker: Worker, between: Between, end: Progress, trained_on: dict[st
             "adapter": "adapter",
             "eval_loss": between.last_eval,
             "tokens": end.tokens,
-            FINGERPRINT: trained_on,
         },
     )
 

@@ -1,6 +1,6 @@
 """A recipe's data as examples: read, split, encoded, compared with the model; everything odd about it is said."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,21 @@ class Rows:
     prompts: Sequence[Prompt]
 
 
-def read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any) -> Rows:
+def read_rows(
+    worker: Worker,
+    tell: PhaseTeller,
+    recipe: Recipe,
+    tokenizer: Any,
+    identify: Callable[[Sequence[Row], Sequence[Row]], None],
+) -> Rows:
     """Read, split and encode the rows, and say what was recognised and what was cut or dropped.
+
+    Args:
+        worker: Told everything odd.
+        tell: Told the progress.
+        recipe: Names the data.
+        tokenizer: Of the base.
+        identify: Gets the rows to train on and those held out before they are encoded, and may refuse them.
 
     Raises:
         BadInput: A file changed since it was checked and cannot be used any more.
@@ -65,6 +78,7 @@ def read_rows(worker: Worker, tell: PhaseTeller, recipe: Recipe, tokenizer: Any)
         train_rows, held = list(parts.train), list(parts.held_out)
         for note in parts.notes:
             warn(note)
+    identify(train_rows, held)
     ensure_template(tokenizer, data.format, warn)
 
     def encoded(rows: Sequence[Row]) -> list[Example]:

@@ -29,6 +29,8 @@ OUTPUTS_HEAD = f"{'Make (space chooses)':<35}{'leaves':>10}{'disk':>10}{'RAM':>1
 
 def checkpoint_line(one: Checkpoint, best: Checkpoint | None) -> str:
     """Return a checkpoint in a list."""
+    if one.damage:
+        return f"step {one.step:<6} damaged: {one.damage}"
     loss = "no held-out loss" if one.loss is None else f"held-out {one.loss:.3f}"
     what = "  the run's adapter" if one.folder is None else ""
     return f"step {one.step:<6} {loss}{'  best' if one == best else ''}{what}"

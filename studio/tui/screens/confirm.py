@@ -8,7 +8,14 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Static
 
+from studio.core.text import plain
+from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.tui.screens.dialog import Dialog
+
+
+def start_over_question(error: NoWholeCheckpoint) -> str:
+    """Return what to ask where going on would mean to start over."""
+    return f"{plain(error.found, one_line=True)}. Start over at step 0? What is damaged stays beside it."
 
 
 class Confirm(Dialog[bool]):

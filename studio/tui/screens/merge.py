@@ -186,12 +186,15 @@ class MergeScreen(OfferingScreen[None]):
         """Check and start."""
         if self._facts is None:
             return
+        checkpoint = self._facts.checkpoints[self.query_one("#checkpoints", PickOne).chosen]
+        if checkpoint.damage:
+            self._refuse(f"The checkpoint of step {checkpoint.step} is damaged: {checkpoint.damage}.")
+            return
         if is_short(self._chosen, free_disk(self._out)):
             self._refuse("The disk has no room for all of this: choose fewer outputs or another folder.")
             return
         self._starting = True
         self._refuse("Starting ...")
-        checkpoint = self._facts.checkpoints[self.query_one("#checkpoints", PickOne).chosen]
         onto = ONTO[self.query_one("#onto", PickOne).chosen]
         self._start(checkpoint, onto, self._out, [row.form for row in self._chosen if row.form != MERGED])
 

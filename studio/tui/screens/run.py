@@ -13,6 +13,7 @@ from textual.reactive import reactive
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.control import request, requested, withdraw
 from studio.runs.layout import RunPaths
 from studio.runs.log_sample import sample_steps
@@ -26,7 +27,7 @@ from studio.tui.panels.peak_gauge import PeakGauge
 from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.confirm import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from widgets.key_footer import KeyFooter
 from widgets.log_search import LogSearch
@@ -228,9 +229,12 @@ class RunScreen(OfferingScreen[None]):
         self.app.push_screen(ChatScreen(self.paths))
 
     @work(thread=True)
-    def _resume(self) -> None:
+    def _resume(self, *, over: bool = False) -> None:
         try:
-            self._engine.resume(self.paths)
+            (self._engine.start_over if over else self._engine.resume)(self.paths)
+        except NoWholeCheckpoint as error:
+            question = start_over_question(error)
+            self.app.call_from_thread(self._confirm, question, "start over", lambda: self._resume(over=True))
         except StudioError as error:
             self.app.call_from_thread(self._say, str(error), bad=True)
         finally:

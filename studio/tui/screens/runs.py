@@ -13,6 +13,7 @@ from textual.widgets import DataTable, Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
@@ -20,7 +21,7 @@ from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.engine import Engine
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.confirm import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from widgets.key_footer import KeyFooter
 
@@ -236,13 +237,23 @@ class RunsScreen(OfferingScreen[None]):
             self.post_message(OpenRun(self._chosen.paths))
 
     @work(thread=True, exclusive=True, group="resume")
-    def _resume(self, info: RunInfo) -> None:
+    def _resume(self, info: RunInfo, *, over: bool = False) -> None:
         try:
-            self._engine.resume(info.paths)
+            (self._engine.start_over if over else self._engine.resume)(info.paths)
+        except NoWholeCheckpoint as error:
+            self.app.call_from_thread(self._ask_to_start_over, info, start_over_question(error))
+            return
         except StudioError as error:
             self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
             return
         self.post_message(OpenRun(info.paths))
+
+    def _ask_to_start_over(self, info: RunInfo, question: str) -> None:
+        def decide(answer: bool | None) -> None:
+            if answer:
+                self._resume(info, over=True)
+
+        self.app.push_screen(Confirm(Content(question), "start over"), decide)
 
     @work(thread=True, group="remove")
     def _remove(self, info: RunInfo) -> None:

@@ -1,0 +1,94 @@
+"""What a resumed run may differ in from its first start, and the words for what it may not.
+
+A resume promises that what comes out is what an uninterrupted run would have made. So whatever decides which numbers
+are trained on which rows must be as it was: base, rows, and every field of the recipe that is not listed here. Another
+place of the same content is no other base and no other data: paths are not compared.
+
+**Libraries may differ**, and are named in a warning. Another version does the same arithmetic in another order, so bits
+are lost, not the meaning; a major version too. To refuse would strand a run of days behind an update that is often the
+reason to resume (a fault mended, a security fix, another machine), and who reads the warning can still go back.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from studio.core.recipe import PATHS, Recipe, found_value
+from studio.core.text import plain
+
+_BY_CONTENT = {"model.base", "model.revision", "data.path", "data.eval_path", "data.format"}
+_OF_THE_RUN = {
+    *("name", "eval.every", "eval.samples", "eval.sample_tokens", "device.device", "device.budget_gib"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.offload_checkpoints"),
+}
+"""What is seen and kept of the training, and where it runs."""
+_SAME_ARITHMETIC = {
+    *("train.grad_checkpointing", "train.attention", "train.loss", "train.packing", "train.compile"),
+    *("train.micro_batch", "train.accumulation"),
+}
+"""The same sums in another order. Micro-batch and accumulation as long as a step sees as many rows."""
+_LONGEST = 80
+
+
+def recipe_changes(before: Mapping[str, Any], now: Recipe) -> tuple[list[str], list[str]]:
+    """Return in words which fields change what is trained, and which only how it is rounded.
+
+    Args:
+        before: The tables of the recipe at the first start; a field that they lack had its default.
+        now: The recipe of the resume.
+    """
+    trained: list[str] = []
+    rounded: list[str] = []
+    first, plain_recipe, table = _flat(before), Recipe(), _flat(now.to_dict())
+    for path in PATHS:
+        was = first.get(path, _flat(plain_recipe.to_dict())[path])
+        if was == table[path] or path in _BY_CONTENT | _OF_THE_RUN:
+            continue
+        (rounded if path in _SAME_ARITHMETIC else trained).append(f"{path}: {_shown(was)} -> {_shown(table[path])}")
+    rows = [first.get(f"train.{name}", getattr(plain_recipe.train, name)) for name in ("micro_batch", "accumulation")]
+    before_rows = rows[0] * rows[1] if all(type(count) is int for count in rows) else 0
+    if before_rows != now.rows_per_step:
+        trained.append(f"rows of a step (train.micro_batch x train.accumulation): {before_rows} -> {now.rows_per_step}")
+    return trained, rounded
+
+
+def version_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return in words which libraries have another version than at the first start."""
+    names = sorted({*before, *now})
+    pairs = ((name, before.get(name, "none"), now.get(name, "none")) for name in names)
+    return [f"{_word(name)} {_word(was)} -> {_word(there)}" for name, was, there in pairs if was != there]
+
+
+def row_changes(before: Sequence[str] | None, now: Sequence[str]) -> str:
+    """Return in words how training rows differ from those of the first start.
+
+    Args:
+        before: A hash of each row then, in order; None where they are not known one by one.
+        now: The same now.
+    """
+    if before is None:
+        return "they have another content or order"
+    gone, new = Counter(before) - Counter(now), Counter(now) - Counter(before)
+    first = next((place for place, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
+    place = min(len(before), len(now)) if first is None else first
+    where = f"the first difference is at training row {place + 1}"
+    if not gone and not new:
+        return f"the same {len(now)} rows in another order; {where}"
+    counts = f"{len(before)} rows then, {len(now)} now" if len(before) != len(now) else f"{len(now)} rows as before"
+    parts = [f"{sum(rows.values())} {word}" for rows, word in ((gone, "no longer there"), (new, "new")) if rows]
+    return f"{counts}: {', '.join(parts)}; {where}"
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return plain(found_value(value), one_line=True, limit=_LONGEST)
+
+
+def _word(text: object) -> str:
+    return plain(str(text), one_line=True, limit=_LONGEST)

@@ -1,0 +1,146 @@
+"""What a run may go on with, checked by the one who resumes it and again by the training job itself.
+
+What comes out of a resumed run is said to be what an uninterrupted one would have made. So base, rows and recipe are
+compared with those of the run's first start, by content; `studio.core.identity` says what may differ.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.identity import recipe_changes, row_changes, version_changes
+from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.probe.data import Conversation, Row
+from studio.probe.fingerprint import difference, known_fingerprint, other_files
+from studio.probe.models import find_base
+from studio.runs.identity import Identity, read_identity
+from studio.runs.layout import RunPaths
+
+_BEGAN = "that it began with"
+_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFound:
+    """The rows of a run, by content.
+
+    Attributes:
+        hashes: Of every training row, in order: 16 characters of XXH3.
+        held_out: How many rows are held out.
+        held_out_sum: A checksum of those, in order.
+    """
+
+    hashes: Sequence[str]
+    held_out: int
+    held_out_sum: str
+
+    @classmethod
+    def of(cls, train: Sequence[Row], held_out: Sequence[Row]) -> "RowsFound":
+        """Return the rows as they were read."""
+        held = [_hash(row) for row in held_out]
+        return cls([_hash(row) for row in train], len(held), _sum(held))
+
+    def table(self) -> dict[str, Any]:
+        """Return counts and checksums, ready for JSON."""
+        return {
+            "train": len(self.hashes),
+            "train_sum": _sum(self.hashes),
+            "held_out": self.held_out,
+            "held_out_sum": self.held_out_sum,
+        }
+
+
+def check_resume(paths: RunPaths, recipe: Recipe) -> None:
+    """Refuse what can be known without a long wait: another recipe, base or data than the run began with.
+
+    Weights that nobody has read yet are left to the job.
+
+    Raises:
+        BadInput: Says what differs.
+    """
+    first = read_identity(paths)
+    refuse_other_recipe(paths, first, recipe)
+    if first.base is not None:
+        base = find_base(recipe.model.base, recipe.model.revision)
+        if base.path is not None:
+            refuse_other_base(paths, first, base.path, known_fingerprint(base.path))
+
+
+def refuse_other_recipe(paths: RunPaths, first: Identity, recipe: Recipe) -> list[str]:
+    """Refuse a recipe that trains something else than the run's first one; return what changes only the rounding.
+
+    Raises:
+        BadInput: Names the fields.
+    """
+    if not first.recipe:
+        return []
+    trained, rounded = recipe_changes(first.recipe, recipe)
+    if trained:
+        listed = ", ".join(trained[:_NAMED]) + (f" and {len(trained) - _NAMED} more" if len(trained) > _NAMED else "")
+        raise _other(paths, f"its recipe.toml is not the one {_BEGAN}: {listed}", "Put recipe.toml back as it was")
+    return rounded
+
+
+def refuse_other_base(paths: RunPaths, first: Identity, folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse a base other than the one that the run began with: weights, config, tokenizer, chat template or code.
+
+    Raises:
+        BadInput: Names tensors and files.
+    """
+    if first.base is None:
+        return
+    files = other_files(first.base, found)
+    changed = f"{', '.join(files)} {'is' if len(files) == 1 else 'are'} changed" if files else ""
+    if differs := "; ".join(filter(None, (difference(first.base, found), changed))):
+        shown = plain(str(folder), one_line=True)
+        raise _other(paths, f"the base model {shown} is not the one {_BEGAN}: {differs}", "Put it back as it was")
+
+
+def refuse_other_rows(paths: RunPaths, first: Identity, found: RowsFound) -> None:
+    """Refuse other rows than the run began with, wherever their files lie now.
+
+    Raises:
+        BadInput: Says how they changed.
+    """
+    if first.rows is None:
+        return
+    now = found.table()
+    if now["train_sum"] != first.rows.get("train_sum"):
+        words = f"the training rows are not those {_BEGAN}: {row_changes(first.train_hashes, found.hashes)}"
+        raise _other(paths, words, "Put the data back as they were")
+    if now["held_out_sum"] != first.rows.get("held_out_sum"):
+        counts = f"{first.rows.get('held_out')} then, {now['held_out']} now"
+        words = f"the held-out rows are not those {_BEGAN} ({counts}), and their losses could not be compared"
+        raise _other(paths, words, "Put the data back as they were")
+
+
+def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]:
+    """Return in words which libraries have another version than when the run began; see `studio.core.identity`."""
+    return version_changes(first.versions, versions) if first.versions else []
+
+
+def _other(paths: RunPaths, what: str, way_back: str) -> BadInput:
+    name = plain(paths.name, one_line=True)
+    return BadInput(
+        f"the run {name} cannot go on: {what}. {way_back} and resume it, or start a new run. Its checkpoints are "
+        "untouched."
+    )
+
+
+def _hash(row: Row) -> str:
+    """Return a hash of all that is trained of a row, to the letter; not of where it stands."""
+    import xxhash  # noqa: PLC0415  not needed for the first frame
+
+    turns = [(one.role, one.content) for one in row.messages] if isinstance(row, Conversation) else [("", row.text)]
+    # The lengths keep apart what would read the same when joined.
+    text = "\0".join(f"{len(role)}:{role}{len(content)}:{content}" for role, content in turns)
+    return xxhash.xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _sum(hashes: Sequence[str]) -> str:
+    import xxhash  # noqa: PLC0415  as above
+
+    return xxhash.xxh3_128("".join(hashes).encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""Checksums of every tensor in safetensors files, read once and kept: by inode, size and times of each file.
+
+A checksum is XXH3 of 128 bits over format, shape and all bytes of a tensor, so it does not see in which file or where
+in it the tensor lies. It tells copies from other numbers; it proves nothing against who makes two tensors of one sum.
+
+Kept are the sums of a file under its device, inode, size, time of change and, which `touch` and `cp -p` cannot set
+back, time of its inode's change: one small file each in the cache's `weight-sums/`, written whole, so that several
+processes need no lock. What cannot be read there, or is not what was written, counts as not there. The files of a hub
+snapshot are links to blobs that are named by their SHA-256; the name is not used: a blob may be damaged, and only
+reading tells.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from studio.runs.atomic import write_whole
+from studio.runs.home import cache_root
+
+Tell = Callable[[float], None]
+"""Told the fraction done, 0 to 1, ten times a second; what it raises ends the reading."""
+
+_FOLDER, _SCHEMA = "weight-sums", 1
+_MOST_KEPT, _MOST_KEPT_BYTES = 512, 16 * 2**20
+"""Kept files, the oldest go first; and bytes of one, of which a tensor takes about a hundred."""
+_YOUNG_SECONDS = 2.0
+"""A file that was changed so short a time ago may be changed again within one tick of its file system's clock."""
+_READ_BYTES = 2**22
+_MOST_THREADS = 4
+_TELL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSums:
+    """What the weights of a model are.
+
+    Attributes:
+        shapes: Format and shape of every tensor by name, such as `BF16 [64, 32]`.
+        sums: The checksum of every tensor by name; None where a file would have to be read for it.
+    """
+
+    shapes: dict[str, str]
+    sums: dict[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file as it was when its header was read."""
+
+    path: Path
+    header: SafetensorsHeader
+    status: os.stat_result
+    looked_ns: int
+
+    @property
+    def key(self) -> str:
+        seen = self.status
+        return f"{seen.st_dev}-{seen.st_ino}-{seen.st_size}-{seen.st_mtime_ns}-{seen.st_ctime_ns}"
+
+    @property
+    def kept_at(self) -> Path:
+        return cache_root() / _FOLDER / f"{self.status.st_dev:x}-{self.status.st_ino:x}.json"
+
+    @property
+    def settled(self) -> bool:
+        """Whether its last change lies far enough back for its times to tell it from a later one."""
+        return self.looked_ns - max(self.status.st_mtime_ns, self.status.st_ctime_ns) > _YOUNG_SECONDS * 1e9
+
+
+def weight_sums(paths: Sequence[Path], tell: Tell | None = None, *, most_bytes: int | None = None) -> WeightSums:
+    """Return the checksums of all tensors in some files.
+
+    Args:
+        paths: The files of one model; a tensor's name occurs once.
+        tell: Told how far the reading is, and able to end it; not called where all is known.
+        most_bytes: How much may be read of what is not known; None reads all of it.
+
+    Raises:
+        BadInput: A file is damaged, or was changed while it was read.
+        OSError: A file cannot be read.
+    """
+    files = [_File(path, read_header(path), path.stat(), time.time_ns()) for path in paths]
+    shapes = {name: f"{one.dtype} {list(one.shape)}" for file in files for name, one in file.header.tensors.items()}
+    sums: dict[str, str] = {}
+    unknown: list[_File] = []
+    for file in files:
+        known = _recall(file)
+        sums |= known or {}
+        if known is None:
+            unknown.append(file)
+    needed = sum(file.header.buffer_bytes for file in unknown)
+    if most_bytes is not None and needed > most_bytes:
+        return WeightSums(shapes, None)
+    for file, found in _read(unknown, tell or (lambda fraction: None), needed):
+        sums |= found
+        _keep(file, found)
+    return WeightSums(shapes, sums)
+
+
+class _Reading:
+    """Tensors that wait to be read, and what came of those that were; shared by the threads."""
+
+    def __init__(self, files: Sequence[_File]) -> None:
+        self._waiting = iter([(file, name) for file in files for name in _in_order(file.header)])
+        self._lock = Lock()
+        self.ended = Event()
+        self.read_bytes = 0
+        self.sums: dict[Path, dict[str, str]] = {file.path: {} for file in files}
+
+    def work(self) -> None:
+        """Read tensor after tensor until none is left, or it is ended."""
+        room = memoryview(bytearray(_READ_BYTES))
+        while not self.ended.is_set():
+            with self._lock:
+                file, name = next(self._waiting, (None, ""))
+            if file is None:
+                return
+            found = self._sum(file, file.header.tensors[name], room)
+            with self._lock:
+                self.sums[file.path][name] = found
+
+    def _sum(self, file: _File, entry: TensorEntry, room: memoryview) -> str:
+        import xxhash  # noqa: PLC0415  not needed for the first frame
+
+        made = xxhash.xxh3_128(f"{entry.dtype} {list(entry.shape)}\n".encode())
+        left = entry.size_bytes
+        with file.path.open("rb", buffering=0) as source:
+            source.seek(8 + file.header.header_bytes + entry.begin)
+            while left and not self.ended.is_set():
+                count = source.readinto(room[: min(left, len(room))])
+                if not count:
+                    raise _changed(file.path)
+                made.update(room[:count])
+                left -= count
+                with self._lock:
+                    self.read_bytes += count
+        return made.hexdigest()
+
+
+def _read(files: Sequence[_File], tell: Tell, needed: int) -> list[tuple[_File, dict[str, str]]]:
+    if not files:
+        return []
+    from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  as above
+
+    reading = _Reading(files)
+    threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
+    with ThreadPoolExecutor(threads, "weight-sums") as pool:
+        running = {pool.submit(reading.work) for _ in range(threads)}
+        try:
+            while running:
+                tell(min(1.0, reading.read_bytes / max(1, needed)))
+                done, running = wait(running, _TELL_SECONDS)
+                for one in done:
+                    one.result()
+        finally:
+            reading.ended.set()
+    for file in files:
+        if _content_of(file.path.stat()) != _content_of(file.status):
+            raise _changed(file.path)
+    return [(file, {name: reading.sums[file.path][name] for name in _in_order(file.header)}) for file in files]
+
+
+def _in_order(header: SafetensorsHeader) -> list[str]:
+    return sorted(header.tensors, key=lambda name: header.tensors[name].begin)
+
+
+def _content_of(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _changed(path: Path) -> BadInput:
+    return BadInput(f"{plain(str(path), one_line=True)} was changed while it was read. Try again when it is whole.")
+
+
+def _recall(file: _File) -> dict[str, str] | None:
+    """Return the kept sums of a file; None where there are none, or they are damaged or of another content."""
+    try:
+        if file.kept_at.stat().st_size > _MOST_KEPT_BYTES:
+            return None
+        table = json.loads(file.kept_at.read_bytes())
+        sums = table["sums"]
+        if table["schema"] != _SCHEMA or table["key"] != file.key or table["proof"] != _proof(file.key, sums):
+            return None
+        if sums.keys() != file.header.tensors.keys():
+            return None
+        os.utime(file.kept_at)  # what is used is not the oldest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return dict(sums)
+
+
+def _keep(file: _File, sums: dict[str, str]) -> None:
+    """Keep the sums of a file; a cache that cannot be written to costs reading the file again."""
+    with suppress(OSError):
+        if not file.settled or file.key != _File(file.path, file.header, file.path.stat(), 0).key:
+            return
+        text = json.dumps({"schema": _SCHEMA, "key": file.key, "proof": _proof(file.key, sums), "sums": sums})
+        if len(text) > _MOST_KEPT_BYTES:
+            return
+        file.kept_at.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file.kept_at, text)
+        _forget_oldest(file.kept_at.parent)
+
+
+def _forget_oldest(folder: Path) -> None:
+    kept = [(path.stat().st_mtime_ns, path) for path in folder.iterdir()]
+    for _, path in sorted(kept)[:-_MOST_KEPT]:
+        path.unlink(missing_ok=True)
+
+
+def _proof(key: str, sums: Any) -> str:
+    """Return a checksum of what is kept: a flipped bit in the cache must not make another base of the right one."""
+    import xxhash  # noqa: PLC0415  as above
+
+    return xxhash.xxh3_128(json.dumps([key, sums], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,203 @@
+"""A run's checkpoints as they lie on the disk: which are whole, which are damaged and why, and where a resume begins.
+
+A checkpoint is `checkpoints/step-00000120/`. It counts with its marker `complete.json`, which is written last and
+lists every file's size and SHA-256. What the files hold only `studio.jobs.train.checkpoint` knows.
+"""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.runs.history import History
+from studio.runs.layout import RunPaths
+
+MARKER = "complete.json"
+_STEP, _ASIDE = "step-", "damaged-"
+_MOST_MARKER_BYTES = 2**20
+_NAMED = 4
+
+
+class NoWholeCheckpoint(BadInput):
+    """A run that had checkpoints has none that is whole: going on would mean to start over, which wants a yes.
+
+    Attributes:
+        found: What is wrong with them, without what to do.
+    """
+
+    def __init__(self, name: str, found: str) -> None:
+        super().__init__(
+            f"{found}. Restore one from a copy, or let the run start over at step 0, with what is damaged kept beside "
+            f"it: lora-studio runs resume {name} --from-start"
+        )
+        self.found = found
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A checkpoint that cannot be gone on from, and why not."""
+
+    folder: Path
+    why: str
+
+    @property
+    def words(self) -> str:
+        """For a person."""
+        return f"step {step_of(self.folder)} ({self.why})"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Where a run goes on.
+
+    Attributes:
+        checkpoint: The newest whole one; None starts at step 0.
+        damaged: Those that are newer, the newest first; they are passed over.
+        done: The last step that the log tells of.
+        saved: Steps of the checkpoints that the log tells of.
+    """
+
+    checkpoint: Path | None
+    damaged: tuple[Damaged, ...]
+    done: int
+    saved: tuple[int, ...]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step that it goes on after."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether steps that were done are done again from the first one on."""
+        return self.checkpoint is None and bool(self.done or self.damaged or self.saved)
+
+    @property
+    def note(self) -> str:
+        """What to say before it goes on; empty where nothing is out of order."""
+        if self.checkpoint and self.damaged:
+            return f"damaged and passed over: checkpoint {_listed(self.damaged)}; going on after step {self.step}"
+        if not self.starts_over:
+            return ""
+        if self.damaged:
+            return f"every checkpoint is damaged: {_listed(self.damaged)}; starting over at step 0, as was asked for"
+        if self.saved:
+            return "no checkpoint is left; starting over at step 0, as was asked for"
+        return f"no checkpoint was saved before the run ended after step {self.done}; starting over at step 0"
+
+
+def resumption(paths: RunPaths, history: History, *, from_start: bool) -> Resumption:
+    """Return where a training run goes on: after its newest whole checkpoint, and at 0 where it never had one.
+
+    Args:
+        paths: The run.
+        history: What it has told so far.
+        from_start: Whether the user agreed that it starts over.
+
+    Raises:
+        NoWholeCheckpoint: It had checkpoints, none is whole, and nobody agreed.
+        BadInput: Somebody agreed to start over though there is a whole one.
+    """
+    newer: list[Damaged] = []
+    whole = None
+    for folder in reversed(checkpoint_folders(paths.checkpoints)):
+        if not (why := damage_of(folder)):
+            whole = folder
+            break
+        newer.append(Damaged(folder, why))
+    saved = tuple(event.step or 0 for event in history.saved if event.what == "checkpoint")
+    found = Resumption(whole, tuple(newer), history.last_step, saved)
+    name = plain(paths.name, one_line=True)
+    if whole is not None and from_start:
+        raise BadInput(
+            f"the run {name} has a whole checkpoint after step {found.step}: resume it without --from-start. To train "
+            "from the first step, start a new run from its recipe.toml."
+        )
+    if whole is None and (newer or saved) and not from_start:
+        lost = f"the run {name} saved a checkpoint after step {saved[-1]}, and none is left" if saved else ""
+        raise NoWholeCheckpoint(
+            name, f"every checkpoint of the run {name} is damaged: {_listed(newer)}" if newer else lost
+        )
+    return found
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders that are named as checkpoints, whole or not, the oldest step first."""
+    found = [path for path in folder.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return those that carry a marker, the oldest step first (their files are not verified)."""
+    return [path for path in checkpoint_folders(folder) if (path / MARKER).is_file()]
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer step that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix(_STEP))
+
+
+def damage_of(folder: Path, only: Collection[str] = ()) -> str:
+    """Return what is wrong with a checkpoint, in a few words that are safe to print; empty where it is whole.
+
+    Args:
+        folder: The checkpoint.
+        only: The files to verify; empty for all. One that the checkpoint never had is none of them.
+    """
+    try:
+        if (folder / MARKER).stat().st_size > _MOST_MARKER_BYTES:
+            return f"its {MARKER} is damaged"
+        files = json.loads((folder / MARKER).read_bytes())["files"]
+        listed = {name: files[name] for name in files if not only or name in only}
+        if not listed or any(Path(name).name != name for name in listed):
+            return f"its {MARKER} is damaged"
+    except FileNotFoundError:
+        return f"it has no {MARKER}"
+    except OSError as error:
+        return f"{MARKER} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"its {MARKER} is damaged"
+    return next((why for name, seen in listed.items() if (why := _damage_of_file(folder / name, seen))), "")
+
+
+def file_stamp(path: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of a file, as the marker lists them."""
+    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
+
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def set_aside(damaged: Collection[Damaged]) -> None:
+    """Take damaged checkpoints out of the way of new ones, under names that nothing counts; none is deleted.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    for one in damaged:
+        place = one.folder.with_name(f"{_ASIDE}{one.folder.name}")
+        twin = 1
+        while place.exists():
+            twin += 1
+            place = one.folder.with_name(f"{_ASIDE}{one.folder.name}-{twin}")
+        one.folder.rename(place)
+
+
+def _damage_of_file(path: Path, seen: object) -> str:
+    name = plain(path.name, one_line=True, limit=80)
+    try:
+        if isinstance(seen, dict) and path.stat().st_size != seen.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes instead of {plain(str(seen.get('bytes')), limit=20)}"
+        return "" if file_stamp(path) == seen else f"{name} is not what was saved"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+
+
+def _listed(damaged: Collection[Damaged]) -> str:
+    words = [one.words for one in damaged]
+    return ", ".join(words[:_NAMED]) + (f" and {len(words) - _NAMED} more" if len(words) > _NAMED else "")

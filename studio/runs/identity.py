@@ -1,0 +1,102 @@
+"""What a training run was made from, by content: in its log in short, in `identity.json` down to tensors and rows.
+
+The log alone tells whether something is another; the file, which the first start writes, names what. A file that is
+not what the log's checksums are of counts as not there. Knows neither models nor data: both come as plain tables.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from studio.core.events import Identified, RunEvent, Started
+from studio.runs.atomic import write_whole
+from studio.runs.layout import RunPaths
+from studio.runs.log import EventTail
+
+_SCHEMA = 1
+_MOST_BYTES = 256 * 2**20
+_HASH_CHARACTERS = 16
+_MOST_ROWS = 1_000_000
+
+_Kind = TypeVar("_Kind", bound=RunEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a run was made from when it first began; None or empty where it never said.
+
+    Attributes:
+        recipe: The recipe's tables.
+        versions: Of the libraries.
+        base: The fingerprint of its base; short where `identity.json` is lost.
+        rows: Counts and checksums of the rows, as in `Identified`.
+        train_hashes: Of every training row, in order; None where they are not known.
+    """
+
+    recipe: Mapping[str, Any]
+    versions: Mapping[str, str]
+    base: Mapping[str, Any] | None
+    rows: Mapping[str, Any] | None
+    train_hashes: Sequence[str] | None
+
+
+def read_identity(paths: RunPaths) -> Identity:
+    """Return what a run said of itself at its first start, and of base and rows as soon as it had read them."""
+    started, identified = _first(paths, Started), _first(paths, Identified)
+    recipe, versions = (started.recipe, started.versions) if started else ({}, {})
+    if identified is None:
+        return Identity(recipe, versions, None, None, None)
+    kept = _read(paths)
+    base, hashes = kept.get("base"), kept.get("train_rows")
+    long = isinstance(base, dict) and all(base.get(key) == value for key, value in identified.base.items())
+    return Identity(
+        recipe=recipe,
+        versions=versions,
+        base=base if isinstance(base, dict) and long else identified.base,
+        rows=identified.rows,
+        train_hashes=_cut(hashes, identified.rows.get("train")),
+    )
+
+
+def write_identity(paths: RunPaths, base: Mapping[str, Any], train_hashes: Sequence[str]) -> None:
+    """Keep what names differences later; more than a million rows are not kept one by one.
+
+    Args:
+        paths: The run.
+        base: The whole fingerprint of its base.
+        train_hashes: Of every training row, 16 characters each.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    rows = "".join(train_hashes) if len(train_hashes) <= _MOST_ROWS else None
+    write_whole(paths.identity, json.dumps({"schema": _SCHEMA, "base": base, "train_rows": rows}))
+
+
+def _first(paths: RunPaths, kind: type[_Kind]) -> _Kind | None:
+    """Return the first event of a kind; reads no further than that."""
+    tail = EventTail(paths.events)
+    before = -1
+    while tail.behind_bytes != before:
+        before = tail.behind_bytes
+        found = next((event for event in tail.poll() if isinstance(event, kind)), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _read(paths: RunPaths) -> dict[str, Any]:
+    try:
+        if paths.identity.stat().st_size > _MOST_BYTES:
+            return {}
+        table = json.loads(paths.identity.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) and table.get("schema") == _SCHEMA else {}
+
+
+def _cut(hashes: object, count: object) -> list[str] | None:
+    if not isinstance(hashes, str) or not isinstance(count, int) or len(hashes) != count * _HASH_CHARACTERS:
+        return None
+    return [hashes[place : place + _HASH_CHARACTERS] for place in range(0, len(hashes), _HASH_CHARACTERS)]
