@@ -39,7 +39,6 @@ class Family:
         rotary_joined: Whether rotated and other parts are joined even where all is rotated.
         learnt_positions: Config key of the number of learnt positions.
         embedding_norm: Whether the embedding is normed.
-        final_norm: Whether the last layer's output is.
         scaled_residual: Granite's multiplier on each block's output.
         dropout: Of embeddings, block outputs and attention weights where the config does not say.
         holds_mask: Whether the model holds a causal mask of all its positions.

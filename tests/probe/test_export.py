@@ -32,8 +32,7 @@ def test_larger_formats_are_larger_and_a_merge_needs_more_room() -> None:
     assert sizes == sorted(sizes, reverse=True)
     for form in (*GGUF_FORMATS, "nf4", "int8"):
         alone, merging = export_estimate(form, 10**10), export_estimate(form, 10**10, merges=True)
-        assert alone.out_bytes <= alone.disk_bytes < merging.disk_bytes or form.startswith("q")
-        assert merging.disk_bytes >= alone.disk_bytes
+        assert alone.out_bytes <= alone.disk_bytes < merging.disk_bytes
     # The 16-bit file in between is there beside the quantised one, and beside the merged model before that.
     assert export_estimate("q4_k_m", 10**10).disk_bytes > 1.3 * 10**10
     assert export_estimate("q4_k_m", 10**10, merges=True).disk_bytes == pytest.approx(2 * 10**10, rel=0.02)

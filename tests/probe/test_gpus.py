@@ -251,6 +251,8 @@ def test_a_driver_says_its_version_and_the_cuda_that_it_serves(monkeypatch: pyte
     assert isinstance(read_driver(), Driver)
 
 
-def test_on_this_machine_reading_raises_nothing() -> None:
-    cards = read_gpus()
-    assert cards is None or all(isinstance(card, Gpu) for card in cards)
+def test_on_this_machine_the_driver_is_asked_or_answers_none() -> None:
+    """The real library: without a driver it cannot begin, and both readings say so in their own way."""
+    cards, driver = read_gpus(), read_driver()
+    assert (cards is None) == (driver == Driver())
+    assert all(card.name and card.index == place for place, card in enumerate(cards or ()))
