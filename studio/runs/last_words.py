@@ -97,7 +97,7 @@ def printed_since_launch(paths: RunPaths) -> list[str]:
     """Return the last lines of `output.log`, at most 64 KiB of them, and none that an earlier process printed."""
     launched = read_mark(paths.launch)
     before = launched[1].get("output_bytes") if launched else None
-    return _tail(paths.output, before if isinstance(before, int) else 0)
+    return printed_lines(paths.output, _TAIL_BYTES, before if isinstance(before, int) else 0)
 
 
 def reason_in(lines: list[str], doing: Doing, *, then: str = _THEN) -> JobFailed | None:
@@ -166,14 +166,22 @@ def _exception(lines: list[str]) -> JobFailed | None:
     return JobFailed(CRASHED, f"the worker's process ended before it could say why: {said}", advice)
 
 
-def _tail(path: Path, begin: int) -> list[str]:
+def printed_lines(path: Path, most_bytes: int, begin: int = 0) -> list[str]:
+    """Return the last lines of what a process printed, as they are: foreign text, to be made plain.
+
+    Args:
+        path: Its output.
+        most_bytes: How much of its end is read.
+        begin: Where to begin at the earliest.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             # A log that is shorter than it was at the launch is another one.
-            first = max(begin if begin <= size else 0, size - _TAIL_BYTES)
-            file.seek(first)
-            text = file.read(_TAIL_BYTES).decode("utf-8", "replace")
+            file.seek(max(begin if begin <= size else 0, size - most_bytes))
+            text = file.read(most_bytes).decode("utf-8", "replace")
     except OSError:
         return []
-    return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
+    # A progress bar redraws its line after each carriage return: only its last state is worth a line.
+    shown = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+    return [line for line in shown if line.strip()]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from studio.core.events import RunEvent
 from studio.runs.history import History
+from studio.runs.last_words import printed_lines
 from studio.runs.layout import RunPaths
 from studio.runs.log import POLL_BYTES, EventTail
 
@@ -57,13 +58,4 @@ def read_history(paths: RunPaths) -> History:
 
 def last_output(paths: RunPaths, lines: int = 12) -> list[str]:
     """Return the last lines that the worker's process printed, as they are: foreign text, to be made plain."""
-    try:
-        with paths.output.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _LAST_LINES_BYTES))
-            text = file.read(_LAST_LINES_BYTES).decode("utf-8", "replace")
-    except OSError:
-        return []
-    # A progress bar redraws its line after each carriage return: only its last state is worth a line.
-    shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-    return [line for line in shown if line.strip()][-lines:] if lines > 0 else []
+    return printed_lines(paths.output, _LAST_LINES_BYTES)[-lines:] if lines > 0 else []
