@@ -275,15 +275,21 @@ def test_auto_takes_the_faster_way_and_draws_no_random_number(
     assert told[-1].endswith("packed" if packs else "padded")
 
 
-def test_no_room_to_pack_means_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_no_room_to_pack_means_padded(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def seconds(model: StepModel, some: Any, batcher: Batcher) -> float:
         if batcher.packed_tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return 1.0
 
     monkeypatch.setattr(choose_batching, "_step_seconds", seconds)
-    ways = {"seq_len": 15, "before": None, "tell": lambda *_, **__: None}
-    assert batcher_for("auto", step_model_of("llama"), lambda way: rows(12, 15), PADDED, **ways) is PADDED  # type: ignore[arg-type]
+    told: list[str] = []
+    ways: dict[str, Any] = {"seq_len": 15, "before": None}
+    ways["tell"] = lambda name, fraction=None, detail="": told.append(detail)
+    assert batcher_for("auto", step_model_of("llama"), lambda way: rows(12, 15), PADDED, **ways) is PADDED
+    assert "memory was full" in told[-1]
 
 
 def test_a_kernel_that_the_card_lacks_means_padded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from studio.jobs.train.packing import packed
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.row_attention import packed_attentions
 from studio.jobs.train.step_model import StepModel
-from studio.runs.failure import leaves_no_other_way
+from studio.runs.failure import leaves_no_other_way, ran_out_of_memory
 
 _PHASE = "choosing packed or padded rows"
 _PROBE_TOKENS = 48
@@ -85,7 +85,9 @@ def choose(step_model: StepModel, rows_of: RowsOf, padded: Batcher, tight: Batch
                     seconds[batcher is tight].append(_step_seconds(step_model, rows, batcher))
                 if seconds[False][-1] + seconds[True][-1] > _LONG_SECONDS:
                     break  # long measurements need no second one
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
+            raise
         # Padded batches of short rows are smaller; where they are too large as well, step 1 says so.
         step_model.zero_grad(set_to_none=True)
         tell(_PHASE, 1.0, detail="the memory was full while both were tried: padded, whose batches are smaller")
