@@ -66,10 +66,13 @@ def publish_new(aside: Path, final: Path) -> None:
     """
     if aside.is_dir():
         _sync_all(aside)
+        if final.is_dir() and not final.is_symlink():
+            with suppress(OSError):
+                final.rmdir()  # only an empty one can be; Windows renames onto no folder at all
         try:
             aside.rename(final)  # onto a folder that holds something, a file or a link, a folder cannot be renamed
         except OSError as error:
-            if error.errno in _TAKEN or final.is_dir():  # Windows: permission denied
+            if error.errno in _TAKEN or os.path.lexists(final):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
             raise
     else:

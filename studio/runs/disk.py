@@ -27,7 +27,7 @@ _FULL = {
     errno.EDQUOT: ("has no room left for you: your quota is used up", "free some space of yours, or ask for more"),
     errno.EFBIG: (
         "does not let the file grow further: a limit of its file system or of this session (`ulimit -f`)",
-        "raise the limit, or free some space by making the file's folder smaller",
+        "raise the limit, or use a file system that takes large files (FAT32 ends at 4 GB)",
     ),
 }
 _REFUSES = {

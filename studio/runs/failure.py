@@ -81,7 +81,7 @@ _ADVICE: dict[str, dict[Stage, str]] = {
     "audit": {
         "load": f"{_CLOSE}, or audit on a computer with more memory",
         "eval": f"{_CLOSE}; audit with --answers 0 to leave answers out, then continue or start again",
-        "work": f"{_CLOSE}; shorten --seq; lower --rows; leave parts out with --no-speed and --answers 0",
+        "work": f"{_CLOSE}; shorten --seq; lower --rows; of a run, leave parts out with --no-speed and --answers 0",
     },
     "chat": {
         "load": "close other programs, or use --device cpu, --tuned-only or a smaller model",

@@ -1,6 +1,8 @@
 """Whatever a user gives us that cannot be used: one message on stderr, exit 2, no traceback, no run folder."""
 
+import errno
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from studio.cli import _told
 from tests.cli.conftest import Cli, Outcome
 
 ROW = '{"prompt": "a", "completion": "b"}\n'
@@ -261,3 +264,20 @@ def test_closed_streams_and_a_deleted_current_folder(home: Path, shell: str, cod
     assert out in done.stdout
     assert bool(out) == bool(done.stdout)
     assert err in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (errno.EROFS, 2, "/home/x/setup.json is read-only"),
+        (errno.EACCES, 2, "permission denied"),
+        (errno.ENAMETOOLONG, 2, "too long a name"),
+        (errno.EDQUOT, 1, "quota"),
+        (errno.EIO, 2, "read or write error"),
+        (errno.EBADF, 1, "unexpected OSError"),
+    ],
+)
+def test_a_disk_that_refuses_is_told_in_words(number: int, code: int, said: str) -> None:
+    told, exit_code = _told(OSError(number, os.strerror(number), "/home/x/setup.json"))
+    assert said in told
+    assert exit_code == code

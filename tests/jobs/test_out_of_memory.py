@@ -110,3 +110,15 @@ def test_a_merge_and_an_export(tmp_path: Path, merge: Merge, refuse_at: Callable
     run_job(paths.root, _body)
     assert "export on a computer with more memory" in _failed(paths).advice
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(("fatal", "advised"), [(True, "--device cpu"), (False, "new conversation")])
+def test_a_chat(fatal: bool, advised: str) -> None:
+    from studio.jobs.chat.__main__ import _failure
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**14)
+    told = _failure(caught.value, fatal=fatal)
+    assert "memory is full" in told.message
+    assert advised in told.advice
+    assert told.fatal is fatal

@@ -142,6 +142,21 @@ def test_stop_is_asked_once_and_can_be_forced(tmp_path: Path) -> None:
         play(story, tmp_path, open_run=paths, engine=engine_that(asked))
 
 
+def test_a_run_that_waits_for_its_disk_says_why_and_that_no_key_is_needed(tmp_path: Path) -> None:
+    paths = make_run(tmp_path)
+    with LiveWorker(paths) as worker:
+        train(worker, range(1, 4))
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            worker.emit(Paused, step=3, paused=True, reason="the disk of /runs is full")
+            await until(pilot, lambda: "paused  it goes on by itself: the disk of /runs is full" in shown(app))
+            worker.emit(Paused, step=3, paused=False)
+            await until(pilot, lambda: "goes on by itself" not in shown(app))
+
+        play(story, tmp_path, open_run=paths)
+        worker.emit(Finished, outcome="done")
+
+
 def test_pause_and_checkpoint_are_requests_that_stay_visible(tmp_path: Path) -> None:
     paths = make_run(tmp_path)
     with LiveWorker(paths) as worker:

@@ -89,7 +89,7 @@ class RunHeader(Container):
             waits_for: A request that the worker has not answered yet, such as "pause asked for".
         """
         self.set_class(history.started is not None and history.started.job != TRAIN, "-no-steps")
-        phase = "" if not status.live else waits_for or _phase(history, status)
+        phase = "" if not status.live else _disk(history, status) or waits_for or _phase(history, status)
         self.words = Content.assemble(
             (self._run_name, "bold"), "  ", (str(status), f"{_COLOURS.get(status, '')} bold".strip()), f"  {phase}"
         )
@@ -97,12 +97,17 @@ class RunHeader(Container):
             self._figures[key].value = text
 
 
+def _disk(history: History, status: Status) -> str:
+    """Return what a run waits for that nobody asked to wait."""
+    if status is not Status.paused or not history.paused_for:
+        return ""
+    return f"it goes on by itself: {plain(history.paused_for, one_line=True, limit=200)}"
+
+
 def _phase(history: History, status: Status) -> str:
     """Return what the worker is busy with, where that is not plain training."""
     if status is Status.starting:  # what the log says is of the worker before
         return "waiting for the process"
-    if status is Status.paused and history.paused_for:
-        return f"{plain(history.paused_for, one_line=True, limit=120)}; it goes on by itself"
     phase = history.phase
     if phase is None or (phase.name in _QUIET_PHASES and phase.fraction is None):
         return ""

@@ -26,10 +26,13 @@ except ImportError:  # Windows
 
 _SECONDS = 20.0
 _SECONDS_PER_CHAT = 0.02
-"""A conversation of thousands of words takes about a millisecond."""
+_SECONDS_PER_CHARACTER = 1e-5
+"""A conversation of thousands of words takes about a millisecond, and its tokens, which some calls make too, ten."""
 _LAST_RESORT = 3.0
 """The timer without Python waits so many times as long."""
 _MORE_BYTES = 2 * 2**30
+_BYTES_PER_CHARACTER = 500
+"""Tokens with their places in the text, as Python lists: 4 characters a token, a dozen numbers each."""
 _LEAST_CHARACTERS = 2**20
 _LONGER = 64
 """How much longer than its messages a text may be: templates add some dozen characters a turn, and a prompt."""
@@ -46,15 +49,17 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
         ValueError: As above, and so are TypeError and IndexError, which transformers raises.
         BadInput: It takes too long, or too much memory, or writes without end.
     """
+    given = sum(map(_characters, chats))
+    seconds = _SECONDS + _SECONDS_PER_CHAT * len(chats) + _SECONDS_PER_CHARACTER * given
+    more_bytes = _MORE_BYTES + _BYTES_PER_CHARACTER * given
     try:
-        with _limits(_SECONDS + _SECONDS_PER_CHAT * len(chats)):
+        with _limits(seconds, more_bytes):
             made = tokenizer.apply_chat_template(list(chats), **options)
     except (TemplateError, ValueError, TypeError, IndexError, StudioError):
         raise
     except MemoryError as error:
         raise BadInput(
-            f"the model's chat template takes more than {_MORE_BYTES / 2**30:.0f} GiB of memory for a conversation, "
-            f"{_ANOTHER}"
+            f"the model's chat template takes more than {more_bytes / 2**30:.0f} GiB of memory, {_ANOTHER}"
         ) from error
     except Exception as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from error
@@ -64,19 +69,23 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
 
 
 def _refuse_endless(chat: Table, text: object) -> None:
-    asked = sum(len(str(value)) for turn in chat for value in turn.values())
+    asked = _characters(chat)
     if isinstance(text, str) and len(text) > _LEAST_CHARACTERS + _LONGER * asked:
         raise BadInput(
             f"the model's chat template makes {len(text):,} characters of a conversation of {asked:,}, {_ANOTHER}"
         )
 
 
+def _characters(chat: Table) -> int:
+    return sum(len(str(value)) for turn in chat for value in turn.values())
+
+
 @contextmanager
-def _limits(seconds: float) -> Iterator[None]:
+def _limits(seconds: float, more_bytes: int) -> Iterator[None]:
     with suppress(ValueError, OSError, AttributeError):  # a stderr without a file
         faulthandler.dump_traceback_later(seconds * _LAST_RESORT, exit=True)
     try:
-        with _memory(), _time(seconds):
+        with _memory(more_bytes), _time(seconds):
             yield
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -104,13 +113,13 @@ def _time(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _memory() -> Iterator[None]:
+def _memory(more_bytes: int) -> Iterator[None]:
     held = _address_space_bytes()
     if resource is None or held is None:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = held + _MORE_BYTES
+    most = held + more_bytes
     if any(limit != resource.RLIM_INFINITY and limit <= most for limit in (soft, hard)):
         yield
         return
