@@ -11,9 +11,9 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.identity import recipe_changes, row_changes, version_changes
-from studio.core.recipe import Recipe
+from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.text import plain
-from studio.probe.data import Conversation, Row
+from studio.probe.data import Conversation, Row, read_data, split
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
 from studio.probe.models import find_base
 from studio.runs.identity import Identity, read_identity
@@ -21,6 +21,8 @@ from studio.runs.layout import RunPaths
 
 _BEGAN = "that it began with"
 _NAMED = 8
+_AT_ONCE_BYTES = 2**26
+"""Of data that are read at once: a few seconds at most. A longer reading belongs into the job, which tells of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class RowsFound:
 def check_resume(paths: RunPaths, recipe: Recipe) -> None:
     """Refuse what can be known without a long wait: another recipe, base or data than the run began with.
 
-    Weights that nobody has read yet are left to the job.
+    Weights that nobody has read yet, and data of more than 64 MiB, are left to the job.
 
     Raises:
         BadInput: Says what differs.
@@ -67,6 +69,8 @@ def check_resume(paths: RunPaths, recipe: Recipe) -> None:
         base = find_base(recipe.model.base, recipe.model.revision)
         if base.path is not None:
             refuse_other_base(paths, first, base.path, known_fingerprint(base.path))
+    if first.rows is not None and _data_bytes(recipe) <= _AT_ONCE_BYTES:
+        refuse_other_rows(paths, first, RowsFound.of(*_rows_of(recipe)))
 
 
 def refuse_other_recipe(paths: RunPaths, first: Identity, recipe: Recipe) -> list[str]:
@@ -120,6 +124,22 @@ def refuse_other_rows(paths: RunPaths, first: Identity, found: RowsFound) -> Non
 def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]:
     """Return in words which libraries have another version than when the run began; see `studio.core.identity`."""
     return version_changes(first.versions, versions) if first.versions else []
+
+
+def _rows_of(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Return the rows to train on and those held out, as training takes them."""
+    data = read_data(Path(recipe.data.path), format=recipe.data.format).rows
+    if not recipe.data.eval_path:
+        parts = split(data, recipe.eval.rows, recipe.train.seed)
+        return parts.train, parts.held_out
+    held_out = read_data(Path(recipe.data.eval_path), format=recipe.data.format).rows
+    return data, held_out[: recipe.eval.rows] if recipe.eval.rows else held_out
+
+
+def _data_bytes(recipe: Recipe) -> int:
+    """Return the size of the data; a file that is not there has none, and reading it says what is wrong."""
+    words = [word for word in (recipe.data.path, recipe.data.eval_path) if word and word != EMBEDDED]
+    return sum(path.stat().st_size for path in map(Path, words) if path.is_file())
 
 
 def _other(paths: RunPaths, what: str, way_back: str) -> BadInput:

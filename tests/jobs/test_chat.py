@@ -31,7 +31,7 @@ from studio.runs.chat import (
     event_line,
     read_event,
 )
-from tests.fakes.tiny_model import tiny_tokenizer
+from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.conftest import Merge, Train
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
 
@@ -92,6 +92,13 @@ def test_a_trained_answer_ends_at_the_stop_token(recipe: Recipe, train: Train) -
     text, end = _answer(session, "tuned", [{"role": "user", "content": "three"}])
     assert (text, end.reason, end.tokens) == ("tres", "stop", 4)
     assert _answer(session, "base", [{"role": "user", "content": "three"}])[0] != "tres"
+
+
+def test_a_run_does_not_answer_on_another_base(recipe: Recipe, train: Train, tmp_path: Path) -> None:
+    run = train(recipe.with_("train.steps", 1))
+    other = make_tiny_model(tmp_path / "other", seed=7)
+    with pytest.raises(BadInput, match=r"is not the base that this adapter was trained on: .* other numbers"):
+        _load(request_of_run(run, base=str(other)))
 
 
 def test_a_merged_model_answers_as_base_and_adapter(base: Path, adapter: Path, merge: Merge, tmp_path: Path) -> None:

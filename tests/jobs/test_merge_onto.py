@@ -1,16 +1,24 @@
 """Which base a QLoRA adapter is merged into: the original one, what it was trained against, never another one."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.core.recipe import Recipe
+from studio.jobs.base import reading
 from studio.jobs.base.load import FourBit, load_base
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
 from studio.probe.models import find_base
+from studio.runs.control import request
+from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Merge, Train, history_of
 from tests.jobs.merge_cases import ATTENTION, IDS, make_adapter, make_base, our_merge, our_steps, tensors_of
@@ -88,6 +96,53 @@ def test_another_base_of_equal_shape_is_refused(
     paths = merge(run.adapter, tiny, tmp_path / "out", run=str(run.root))
     assert history_of(paths).finished is not None
     assert history_of(paths).warnings == []
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_other_tensor_is_enough_also_for_the_base_of_a_second_adapter(
+    recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path, weighted: bool
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    run = train(recipe.with_("model.base", str(base)))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    first = make_adapter(tmp_path / "first", base, target_modules=ATTENTION) if weighted else run.adapter
+    more = {"more": (f"1={run.adapter}",)} if weighted else {"run": str(run.root)}
+    failed = history_of(merge(first, base, tmp_path / "out", **more)).failed
+    assert failed is not None
+    assert failed.failure == "bad_input"
+    assert f"1 of its {len(tensors)} tensors hold other numbers (model.norm.weight)" in failed.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_does_not_say_what_it_was_trained_on_is_merged_with_a_word(
+    recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path
+) -> None:
+    run = train(recipe)
+    lines = [line for line in run.events.read_text().splitlines() if '"Identified"' not in line]
+    run.events.write_text("\n".join(lines) + "\n")
+    history = history_of(merge(run.adapter, tiny, tmp_path / "out", run=str(run.root)))
+    assert history.finished is not None
+    assert ["the base could not be compared" in event.message for event in history.warnings] == [True]
+
+
+def test_a_stop_ends_the_reading_of_the_base(
+    recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(recipe)
+    real = reading.fingerprint
+
+    def asking(folder: Path, tell: Any) -> Any:
+        request(RunPaths(tmp_path / "merge-0"), "stop")
+        tell(0.5)
+        return real(folder, tell)
+
+    monkeypatch.setattr(reading, "fingerprint", asking)
+    paths = merge(run.adapter, tiny, tmp_path / "out", run=str(run.root))
+    assert run_status(paths) is Status.stopped
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_config_of_the_right_base_is_said(recipe: Recipe, train: Train, merge: Merge, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from studio.core.errors import BadInput
 from studio.core.events import Identified, Started, event_to_dict
 from studio.core.recipe import Recipe
 from studio.probe import fingerprint as module
+from studio.probe import resume as resume_module
 from studio.probe.data import Conversation, Message, PlainText
 from studio.probe.fingerprint import fingerprint, short_fingerprint
 from studio.probe.resume import RowsFound, check_resume, refuse_other_rows
@@ -33,15 +34,25 @@ def base_in(folder: Path, fill: int = 1) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    return Recipe(name="try").with_("model.base", str(base_in(tmp_path / "base")))
+def data(tmp_path: Path) -> Path:
+    """The training rows as a file."""
+    path = tmp_path / "data.jsonl"
+    rows = [{"messages": [{"role": one.role, "content": one.content} for one in row.messages]} for row in ROWS[:4]]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path) -> Recipe:
+    made = Recipe(name="try").with_("model.base", str(base_in(tmp_path / "base")))
+    return made.with_("data.path", str(data)).with_("eval.rows", 0).with_("eval.samples", 0)
 
 
 @pytest.fixture
 def paths(tmp_path: Path, recipe: Recipe) -> RunPaths:
     """A run that has told what it is made from, and then ended without a word."""
     paths = make_run(tmp_path, recipe=recipe)
-    rows = RowsFound.of(ROWS[:4], ROWS[4:])
+    rows = RowsFound.of(ROWS[:4], [])
     found = fingerprint(tmp_path / "base")
     write_identity(paths, found, rows.hashes)
     events = [
@@ -71,6 +82,23 @@ def test_another_base_is_refused_before_anything_is_started(paths: RunPaths, rec
         check_resume(paths, recipe)
 
 
+def test_other_rows_are_refused_before_anything_is_started_and_moved_ones_go_on(
+    paths: RunPaths, recipe: Recipe, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(BadInput, match="the training rows are not those that it began with: 4 rows then, 3 now: 1 no"):
+        resume_run(paths)
+    moved = data.with_name("moved.jsonl")
+    moved.write_text("\n".join(lines))
+    check_resume(paths, recipe.with_("data.path", str(moved)))
+    monkeypatch.setattr(resume_module, "_AT_ONCE_BYTES", 10)
+    check_resume(paths, recipe)
+    data.unlink()
+    with pytest.raises(BadInput, match=r"data\.jsonl"):
+        check_resume(paths, recipe)
+
+
 def test_weights_that_would_take_long_to_read_are_left_to_the_job(
     paths: RunPaths, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +114,7 @@ def test_a_lost_or_damaged_record_names_less_and_refuses_the_same(
     paths: RunPaths, recipe: Recipe, tmp_path: Path
 ) -> None:
     base_in(tmp_path / "base", fill=2)
-    rows = RowsFound.of(ROWS[:3], ROWS[4:])
+    rows = RowsFound.of(ROWS[:3], [])
     for damage in (lambda: paths.identity.write_text("{"), paths.identity.unlink):
         damage()
         with pytest.raises(BadInput, match="its tensors hold other numbers"):
@@ -98,14 +126,14 @@ def test_a_lost_or_damaged_record_names_less_and_refuses_the_same(
 def test_rows_are_known_by_content_and_order_and_nothing_else(paths: RunPaths) -> None:
     first = read_identity(paths)
     renumbered = [Conversation(row.messages, row.number + 7) for row in ROWS]
-    refuse_other_rows(paths, first, RowsFound.of(renumbered[:4], renumbered[4:]))
+    refuse_other_rows(paths, first, RowsFound.of(renumbered[:4], []))
     with pytest.raises(BadInput, match="in another order; the first difference is at training row 1"):
-        refuse_other_rows(paths, first, RowsFound.of(ROWS[3::-1], ROWS[4:]))
+        refuse_other_rows(paths, first, RowsFound.of(ROWS[3::-1], []))
     shouted = Conversation((Message("user", "QUESTION 1"), Message("assistant", "answer 1")))
     with pytest.raises(BadInput, match="1 no longer there, 1 new; the first difference is at training row 1"):
-        refuse_other_rows(paths, first, RowsFound.of([shouted, *ROWS[1:4]], ROWS[4:]))
-    with pytest.raises(BadInput, match=r"held-out rows are not those that it began with \(1 then, 0 now\)"):
-        refuse_other_rows(paths, first, RowsFound.of(ROWS[:4], []))
+        refuse_other_rows(paths, first, RowsFound.of([shouted, *ROWS[1:4]], []))
+    with pytest.raises(BadInput, match=r"held-out rows are not those that it began with \(0 then, 1 now\)"):
+        refuse_other_rows(paths, first, RowsFound.of(ROWS[:4], ROWS[4:]))
 
 
 def test_rows_that_read_alike_when_joined_are_different() -> None:
