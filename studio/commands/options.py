@@ -31,15 +31,19 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
+def add_device(parser: argparse.ArgumentParser, auto: str = "the run's own card where it is visible, else the") -> None:
+    """Add `--device`.
+
+    Args:
+        parser: Of the verb.
+        auto: How what `auto` takes begins, in words.
+    """
     parser.add_argument(
         "--device",
         type=_device,
         metavar="WORD",
         default="auto",
-        help="auto (default: the run's own card where it is visible, else the card with the most memory), cpu, cuda or "
-        "cuda:N, the N-th visible card",
+        help=f"auto (default: {auto} visible card with the most memory), cpu, cuda or cuda:N, counted from 0",
     )
 
 

@@ -27,6 +27,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "method": started.method if started else None,
         "model": started.model if started else None,
         "device": history.planned.device if history.planned else None,
+        "card": (history.planned.card or None) if history.planned else None,
         "adapter": str(paths.adapter) if paths.adapter.is_dir() else None,
         "out": _merged(history),
         "steps": history.last_step,

@@ -13,8 +13,12 @@ import tokenizers
 from studio import __version__
 from studio.cli import VERBS
 from studio.commands import demo, terminal
+from studio.commands import gpus as gpus_verb
 from studio.commands.loss_plot import loss_plot, thinned, ticks
 from studio.core.events import Evaluated, Sampled, StepDone
+from studio.probe.device import Sight
+from studio.probe.gpus import Driver, Gpu
+from studio.probe.torch_cards import TorchBuild
 from studio.runs.history import History
 from studio.runs.store import list_runs
 from tests.cli.conftest import Cli
@@ -85,6 +89,22 @@ def test_colours_only_where_they_are_welcome() -> None:
     assert not terminal.is_rich(_Terminal("utf-8"), {"TERM": "dumb"})
     assert not terminal.is_rich(_Terminal("ascii"), {"TERM": "xterm"})
     assert not terminal.is_rich(io.StringIO(), {"TERM": "xterm"})
+
+
+def test_what_a_recipe_calls_each_card_and_which_cannot_be_used(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [Gpu(0, "NVIDIA T400", "GPU-a"), Gpu(1, "NVIDIA A10", "GPU-b"), Gpu(2, "NVIDIA A10", "GPU-c")]
+    build = TorchBuild("2.13.0", (13, 0))
+    masked = {"CUDA_VISIBLE_DEVICES": "GPU-c,GPU-a"}
+    monkeypatch.setattr(gpus_verb, "look", lambda: Sight(cards, Driver("560.35.03", (12, 6)), build, masked))
+    rows = cli("gpus", "--json").document["gpus"]
+    assert [row["devices"] for row in rows] == [["cuda:1"], [], ["cuda:0"]]
+    assert all("580 or newer" in row["unusable"] for row in rows)
+    out = cli("gpus").out
+    assert "gpu 1: CUDA_VISIBLE_DEVICES hides it" in out
+    assert "gpu 0: NVIDIA T400 cannot be used" in out
+    monkeypatch.setattr(gpus_verb, "look", lambda: Sight(cards, Driver("580.65.06", (13, 0)), build))
+    rows = cli("gpus", "--json").document["gpus"]
+    assert [(row["devices"], row["unusable"]) for row in rows] == [([f"cuda:{index}"], None) for index in range(3)]
 
 
 def test_cards_recipes_and_models_are_listed(cli: Cli) -> None:

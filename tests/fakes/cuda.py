@@ -61,6 +61,7 @@ class FakeMachine:
         nvml: Whether NVML answers.
         fractions: Memory limits that torch set, by device number.
         seen: Once the driver has started: the cards that the process sees.
+        contexts: Where a tensor was made with `torch.zeros`, and with it a context.
     """
 
     cards: list[FakeCard]
@@ -71,6 +72,7 @@ class FakeMachine:
     nvml: bool = True
     fractions: dict[int, float] = field(default_factory=dict)
     seen: list[tuple[FakeCard, str | None]] | None = None
+    contexts: list[torch.device] = field(default_factory=list)
 
     def sight(self) -> Sight:
         """What the program sees of the machine from a process without torch, in the environment as it is now."""
@@ -150,6 +152,16 @@ class FakeMachine:
         }
         for name, function in below.items():
             patch.setattr(torch._C, name, function, raising=False)
+        zeros = torch.zeros
+
+        def made(*size: int, device: torch.device | None = None, **options: Any) -> torch.Tensor:
+            if device is None or device.type != "cuda":
+                return zeros(*size, device=device, **options)
+            torch.cuda.get_device_properties(device)
+            self.contexts.append(device)
+            return zeros(*size, **options)
+
+        patch.setattr(torch, "zeros", made)
 
     def _started(self) -> list[tuple[FakeCard, str | None]]:
         """The driver reads the environment when it starts, and never again."""

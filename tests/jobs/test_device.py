@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,12 @@ from studio.core.events import MemorySeen, Planned
 from studio.core.recipe import Recipe
 from studio.jobs.audit.device import device_of
 from studio.jobs.base.device import NO_CARD, card_used, job_device, room_on_card
+from studio.jobs.train.job import _device as train_device
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.probe import device as device_module
+from studio.probe.audit import audit_of_run
 from studio.probe.chat import chat_request
-from studio.probe.device import CHOSEN, CPU_PLACE, MASK, ORDER, place_of, recorded_card
+from studio.probe.device import CHOSEN, CPU_PLACE, MASK, ORDER, other_card_note, place_of, recorded_card
 from studio.probe.models import find_base
 from studio.probe.plan import plan_for
 from studio.probe.start import place_of_job, start_training
@@ -289,19 +293,11 @@ def test_every_job_keeps_to_the_card_where_the_driver_would_spill(
 def test_a_budget_is_set_on_the_card_where_accelerate_s_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine([LARGE])
     machine.start(monkeypatch)
-    zeros = torch.zeros
-    made: list[torch.device] = []
-
-    def on_card(*size: int, device: torch.device) -> torch.Tensor:
-        made.append(device)
-        return zeros(*size)
-
-    monkeypatch.setattr(torch, "zeros", on_card)
     with pytest.raises(ValueError, match="specified index"):
         torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda"))
     device = job_device("auto")
     limit_memory(12, device)
-    assert made == [torch.device("cuda", 0)]
+    assert machine.contexts == [torch.device("cuda", 0)]
     assert machine.fractions[0] == pytest.approx(0.5, abs=0.05)
     limit_memory(1000.0, device)
     assert machine.fractions[0] == 1.0
@@ -313,6 +309,43 @@ def test_a_budget_is_set_on_the_card_where_accelerate_s_device_is_refused(monkey
     monkeypatch.setattr(torch._C, "_cuda_resetPeakMemoryStats", lambda number: None, raising=False)
     watch.see("load", 0)
     assert seen[0][0] is MemorySeen
+
+
+def test_a_training_with_a_budget_gets_its_card_and_its_limit(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = FakeMachine([LARGE])
+    machine.start(monkeypatch)
+    said: list[Any] = []
+    worker: Any = SimpleNamespace(paths=RunPaths(tmp_path), emit=lambda kind, **fields: said.append(fields))
+    budgeted = recipe.with_("device.device", "auto").with_("device.budget_gib", 12.0)
+    for _ in range(2):
+        assert train_device(worker, budgeted) == torch.device("cuda", 0)
+        assert machine.fractions[0] == pytest.approx(0.5, abs=0.05)
+        assert train_device(worker, recipe.with_("device.device", "cpu")) == torch.device("cpu"), "in one process"
+    assert said == []
+
+
+@pytest.mark.parametrize("kind", ["train", "measure", "merge", "export", "audit"])
+def test_no_job_writes_what_cuda_reads(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever launches it does: in the job itself it is too late for a library that has started CUDA, and it leaks."""
+    recipe = Recipe().with_("device.device", "cuda:1")
+    asked: dict[str, Any] = {
+        "train": recipe,
+        "measure": MeasureRequest(dump_recipe(recipe), how="trace"),
+        "merge": MergeRequest("a", "b", "c"),
+        "export": ExportRequest("a", "b", "q8_0"),
+        "audit": AuditRequest("base"),
+    }
+    paths = new_run(tmp_path, kind, 1e9)
+    write_job(paths, asked[kind])
+    began: list[str] = []
+    monkeypatch.setattr(f"studio.jobs.{kind}.job.{kind}_run", lambda *words: began.append(kind))
+    module = import_module(f"studio.jobs.{kind}.__main__")
+    before = {name: text for name, text in os.environ.items() if name.startswith(("CUDA", "LORA_STUDIO"))}
+    module._body(SimpleNamespace(paths=paths))
+    assert began == [kind]
+    assert {name: text for name, text in os.environ.items() if name.startswith(("CUDA", "LORA_STUDIO"))} == before
 
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "npu", "hpu"])
@@ -397,6 +430,33 @@ def test_a_chat_with_a_run_is_on_the_run_s_card(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(device_module, "look", FakeMachine(TWINS, **OLD_DRIVER).sight)
     with pytest.raises(BadInput, match=r"580 or newer.*--device cpu"):
         chat_request(paths.name, **asked)
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = _trained_on(TWINS[1], tmp_path)
+    assert other_card_note(new_run(tmp_path, "fresh", 1e9)) == ""
+    for chosen, words in ((TWINS[1].uuid, ""), (TWINS[0].uuid, "this is on GPU-aaaa-0"), ("", "this is on the CPU")):
+        monkeypatch.setenv(CHOSEN, chosen)
+        note = other_card_note(paths)
+        assert words in note
+        assert bool(note) == bool(words)
+
+
+def test_a_card_without_a_uuid_is_passed_by_its_number_on_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = FakeMachine([replace(card, uuid="") for card in MIXED])
+    place = place_of("cuda:1", machine.sight()).or_refuse()
+    assert place.environment == {MASK: "1", ORDER: "PCI_BUS_ID", CHOSEN: "1"}
+    _environ(monkeypatch, None, **place.environment)
+    machine.start(monkeypatch)
+    assert card_used(job_device("cuda:1"))["name"] == LARGE.name, "not QUICK, which CUDA would count before it"
+
+
+def test_what_chats_and_audits_take_by_default_is_what_the_run_was_told(tmp_path: Path) -> None:
+    paths = _trained_on(TWINS[0], tmp_path, device="cpu")
+    paths.adapter.mkdir()
+    assert audit_of_run(paths).device == "cpu"
+    assert audit_of_run(paths, device="cuda").device == "cuda"
+    assert chat_request(paths.name, tmp_path, base_only=True).device == "cpu"
 
 
 def test_a_job_passes_its_card_on_to_what_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
