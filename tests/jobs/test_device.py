@@ -33,6 +33,7 @@ from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe
 from tests.fakes.cuda import GIB, FakeCard, FakeMachine
 from tests.fakes.runs import write_log
+from tests.jobs.conftest import Train, history_of
 
 SMALL = FakeCard("NVIDIA T400", "GPU-5ma11-0001", 4, (7, 5), speed=1)
 LARGE = FakeCard("NVIDIA GeForce RTX 4090", "GPU-1a49e-0002", 24, (8, 9), speed=9)
@@ -360,6 +361,29 @@ def test_nothing_but_cuda_is_ever_taken_and_accelerate_has_no_say(name: str, mon
     assert job_device("auto") == torch.device("cuda", 0)
     assert job_device("cpu") == torch.device("cpu"), "also after a card was taken"
     assert dict(PartialState._shared_state) == before, "its singleton was not made"
+
+
+def test_a_training_is_the_same_whatever_accelerate_was_told(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch` and `torchrun` leave such variables in what they start, and people in their shells."""
+    plain = history_of(train(recipe))
+    told = {
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "ACCELERATE_MIXED_PRECISION": "fp8",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_USE_FSDP": "true",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+    }
+    for name, text in told.items():
+        monkeypatch.setenv(name, text)
+    before = dict(PartialState._shared_state)
+    seen = history_of(train(recipe))
+    assert seen.failed is None, seen.failed
+    assert (seen.planned and seen.planned.device, seen.planned and seen.planned.card) == ("cpu", {})
+    assert list(seen.train.losses) == list(plain.train.losses)
+    assert dict(PartialState._shared_state) == before
 
 
 def test_the_launched_process_has_the_card_in_its_environment(
