@@ -13,7 +13,7 @@ from studio.commands.options import add_device, add_json, add_run, add_runs_dir,
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import duration, say, table, write_json
 from studio.core.answer_text import shown_answers
-from studio.core.audit_text import DAMAGED, advice_lines, note_lines, tables_of, title_of
+from studio.core.audit_text import DAMAGED, advice_lines, note_lines, rows_of, tables_of, title_of
 from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
@@ -35,7 +35,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "audit",
         help="measure what 4 bits cost your model, adapter or training",
-        description="Measure, on held-out rows of your own data, what 4 bits cost. Every figure has a 95 % interval. "
+        description="Measure, on rows of your own data that were not trained on, what 4 bits cost. Every figure has a "
+        "95 % interval. "
         "The model is walked block by block, so it need not fit anywhere as a whole.",
     )
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
@@ -47,11 +48,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--keep", default=_DEFAULT.kept, metavar="N,N", help="measure plans with the N worst blocks in 16 bit; 0: none"
     )
     base.add_argument("--format", default="auto", choices=choices_of("data.format"), help="how the data are read")
-    base.add_argument("--seed", default=_DEFAULT.seed, metavar="N", help="of the split; a training run's own holds out")
+    base.add_argument("--seed", default=_DEFAULT.seed, metavar="N", help="chooses where there are more rows")
     run = kinds.add_parser("run", help="an adapter on every base that it can be put on or merged into")
     add_run(run)
     run.add_argument("--base", metavar="MODEL", help="the 16-bit base (default: the one that it was trained on)")
-    run.add_argument("--data", metavar="FILE", help="other rows than those that the run held out")
+    run.add_argument(
+        "--data", metavar="FILE", help="other rows than those held out; what the run was trained on is left out"
+    )
     run.add_argument(
         "--merged",
         action="append",
@@ -74,8 +77,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     run.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, where it is installed, or task files; a,b")
     run.add_argument("--lm-eval-limit", metavar="N", help="most documents of each such task (default: all)")
+    base.add_argument("--rows", metavar="N", help=f"most rows of the file (default: {_DEFAULT.rows})")
+    run.add_argument("--rows", metavar="N", help="most rows (default: all that the run held out; never more)")
     for kind in (base, run):
-        kind.add_argument("--rows", metavar="N", help="most held-out rows")
         kind.add_argument("--seq", metavar="N", help="longest row, tokens")
         kind.add_argument("--text", metavar="FILE", help="a neutral text (default: a built-in one)")
         add_device(kind)
@@ -133,7 +137,7 @@ def _show(args: argparse.Namespace, to: TextIO) -> int:
     for file in files:
         say(f"written: {file}", to=to)
     if args.json:
-        write_json({"run": paths.name, "path": str(paths.root), "report": report, "files": files})
+        write_json({"run": paths.name, "path": str(paths.root), **rows_of(report), "report": report, "files": files})
     return 0
 
 
@@ -232,5 +236,6 @@ def _conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
         say(f"report: {plain(str(paths.root / 'report.md'), one_line=True)}", to=to)
     if as_json:
         keys = ("run", "path", "status", "seconds", "warnings", "failure")
-        write_json({**{key: summary[key] for key in keys}, "report": report})
+        counted = rows_of(report) if report else {}
+        write_json({**{key: summary[key] for key in keys}, **counted, "report": report})
     return exit_code(summary, end)

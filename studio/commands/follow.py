@@ -130,6 +130,8 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
         print(plot, file=to, flush=True)
     steps = f" after {summary['steps']} steps" if summary["job"] not in ("merge", "export") else ""
     say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
+    if summary["gain"]:
+        say(summary["gain"]["words"], to=to)
     if summary["out"]:
         say(
             f"{'exported' if summary['job'] == 'export' else 'merged'} model: {plain(summary['out'], one_line=True)}",

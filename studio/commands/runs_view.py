@@ -99,6 +99,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     known = {
         "training": (summary["train_loss"]["last"], f"loss {loss_ends(summary['train_loss'])}"),
         "held out": (summary["eval_loss"]["last"], f"loss {loss_ends(summary['eval_loss'])}"),
+        "gain": (summary["gain"], (summary["gain"] or {}).get("words", "")),
         "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
         "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
         "adapter": (trains or None, summary["adapter"] or "none"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from studio.core.audit_cells import Table, joined, share, share_difference, word
+from studio.core.evidence import LEAST_ROWS
 from studio.core.intervals import Interval
 from studio.core.text import plain
 
@@ -68,6 +69,10 @@ def answer_lines(report: Mapping[str, Any]) -> list[str]:
         f"{answers['prompts']} held-out prompts, answered greedily in {answers['dtype']} on {answers['device']}, at "
         f"most {answers['new_tokens']} tokens each; {against} is {was_trained}."
     )
+    if answers["prompts"] < LEAST_ROWS:
+        lines.append(
+            f"{answers['prompts']} prompts are too few to tell forms apart ({LEAST_ROWS} would do): read the answers."
+        )
     return lines + [f"{check['name']}: {word(check['how'])}." for check in answers["checks"]]
 
 

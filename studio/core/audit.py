@@ -7,15 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from studio.core.evidence import could_hide, difference_in_words, seen_sign, too_little
 from studio.core.intervals import Interval, quantile_interval, ratio_interval
 
 NOTHING_NATS = 1e-6
 """KL per token up to which two models are one: fp32 rounding of our own arithmetic gives up to 1e-7."""
-LEAST_NATS = 0.002
-"""Loss per token below which a difference is called none, however sure its sign: rounding alone moves a model as far.
-
-Measured on one tuned 135M model: merged into bf16 instead of fp32, its held-out loss moved by .0006 (up to .0016).
-"""
 _TAIL = 0.99
 
 
@@ -82,21 +78,6 @@ def figures_of(found: RowFigures, reference: RowFigures) -> Figures:
     )
 
 
-def seen_sign(more: Interval) -> int:
-    """Return 1 or -1 where a difference in loss is neither noise nor too small to matter, else 0."""
-    return more.sign if abs(more.value) >= LEAST_NATS else 0
-
-
-def difference_in_words(more: Interval) -> str:
-    """Return what an interval of a difference in loss says: that it is none that could be seen, or how large."""
-    if more.low is None or more.high is None:
-        return f"{more.value:+.4f}, of one row only: no interval"
-    ends = f"{more.low:+.4f} to {more.high:+.4f}"
-    if not seen_sign(more):
-        return f"no difference seen ({ends})"
-    return f"{'higher' if more.value > 0 else 'lower'} by {abs(more.value):.4f} ({ends})"
-
-
 @dataclass(frozen=True, slots=True)
 class Forgetting:
     """What training did to a text that has nothing to do with its data.
@@ -124,12 +105,16 @@ def forgetting_of(before: Figures, after: Figures) -> Forgetting:
     more = before.more.negated
     rests = f"{after.tokens:,} tokens of {after.rows} passages"
     said = difference_in_words(more)
-    if seen_sign(more) > 0:
+    hides = could_hide(more)
+    if why := too_little(after.rows, after.tokens):
+        verdict = f"Too little to say whether the model forgot anything: of the neutral text {why} ({more.value:+.4f})."
+    elif seen_sign(more) > 0:
         verdict = f"The model forgot something: its loss on the neutral text is {said}, {rests}."
     elif seen_sign(more) < 0:
         verdict = f"No forgetting: the neutral text became likelier, its loss is {said}, {rests}."
     else:
         verdict = f"No forgetting can be seen in the loss on the neutral text: {said}, {rests}."
+        verdict += f" That is too little to rule it out: {hides}." if hides else ""
     return Forgetting(before, after, more, verdict)
 
 
@@ -167,40 +152,50 @@ class Plan:
     won: Interval
 
 
-def advise_base(rounded: Mapping[str, Figures], asked: str, plans: Sequence[Plan]) -> Advice:
+def advise_base(
+    rounded: Mapping[str, Figures], asked: str, plans: Sequence[Plan], answers: int | None = None
+) -> Advice:
     """Return what the rounding of a base means for the choice of a method.
 
     Args:
         rounded: Figures on the user's rows by form.
         asked: The form that a recipe would use.
         plans: Measured mixed plans of that form.
+        answers: How many different answers the rows have; None where that is not known.
     """
     seen = rounded[asked]
-    rests = f"{seen.tokens:,} tokens of {seen.rows} held-out rows; other data may differ"
+    rests = f"{seen.tokens:,} tokens of {seen.rows} rows; other data may differ"
     moved = f"KL {seen.kl.value:.4f} nats a token, {1 - seen.same_top.value:.1%} of the most likely tokens change"
     plan = best_plan(plans)
     keep = ""
     if plan:
         names = ", ".join(plan.kept)
         keep = f" Keeping {names} in 16 bit wins {plan.won.value:.4f} of the KL for {plan.extra_bytes / 2**30:.2f} GiB."
-    loss = difference_in_words(seen.more)
-    if seen_sign(seen.more) > 0:
+    loss, hides = difference_in_words(seen.more), could_hide(seen.more)
+    if why := too_little(seen.rows, seen.tokens, answers):
+        sentence, keep = f"Too little to say what {asked} costs on your data: {why}.", ""
+    elif seen_sign(seen.more) > 0:
         sentence = (
             f"{asked} costs this model something on your data before training; race both methods to see the rest."
         )
     elif seen_sign(seen.more) < 0:
         sentence = f"{asked} does not harm this model's loss on your data; choose by memory and speed."
+    elif hides:
+        sentence = f"No cost of {asked} can be seen in the loss on your data, too little to rule one out: {hides}."
     else:
         sentence = f"No cost of {asked} can be seen in the loss on your data; choose by memory and speed."
     return Advice(asked, sentence + keep, f"Loss against 16 bit: {loss}. {moved}.", rests)
 
 
-def advise_race(lanes: Mapping[str, Figures], peaks_bytes: Mapping[str, int | None]) -> Advice:
+def advise_race(
+    lanes: Mapping[str, Figures], peaks_bytes: Mapping[str, int | None], answers: int | None = None
+) -> Advice:
     """Return which method to train with, after both were trained for some steps.
 
     Args:
         lanes: Figures on the held-out rows by lane, compared with the first.
         peaks_bytes: Predicted peak of each lane, where it is known.
+        answers: How many different answers the rows have; None where that is not known.
     """
     first, *others = lanes
     best = min(lanes, key=lambda name: lanes[name].loss.value)
@@ -208,13 +203,17 @@ def advise_race(lanes: Mapping[str, Figures], peaks_bytes: Mapping[str, int | No
     certainty = f"{lanes[first].tokens:,} tokens of {lanes[first].rows} held-out rows, one seed; another seed moves all"
     told = "; ".join(f"{name} {difference_in_words(lanes[name].more)}" for name in others)
     reason = f"Held-out loss against {first}: {told}."
+    if too_few := too_little(lanes[first].rows, lanes[first].tokens, answers):
+        return Advice("", f"Too little to say which learns these data better: {too_few}.", reason, certainty)
     if alike == [best]:
         return Advice(best, f"{best} learns these data better; use it if it fits.", reason, certainty)
     known = {name: size for name in alike if (size := peaks_bytes.get(name))}
     lean = min(known, key=known.__getitem__, default=alike[0])
     why = f"{lean} needs the least memory" if known else "their memory is not known"
     among = "" if len(alike) == len(lanes) else f" between {' and '.join(alike)}"
-    return Advice(lean, f"No difference in loss can be seen{among}; {why}.", reason, certainty)
+    hides = next(filter(None, (could_hide(lanes[name].more) for name in alike)), "")
+    rest = f" That is too little to rule one out: {hides}." if hides else ""
+    return Advice(lean, f"No difference in loss can be seen{among}; {why}.{rest}", reason, certainty)
 
 
 def _lanes_differ(lanes: Mapping[str, Figures], one: str, best: str, first: str) -> bool:
@@ -230,7 +229,14 @@ def best_plan(plans: Sequence[Plan]) -> Plan | None:
     return max(real, key=lambda plan: plan.won.value / plan.extra_bytes, default=None)
 
 
-def advise_run(measured: Mapping[str, Figures], *, trained: str, without: str, choices: Sequence[str]) -> Advice:
+def advise_run(
+    measured: Mapping[str, Figures],
+    *,
+    trained: str,
+    without: str,
+    choices: Sequence[str],
+    answers: int | None = None,
+) -> Advice:
     """Return which form of a trained model to use.
 
     The lowest task loss wins; among those that do not differ from it the first of `choices` does. Closeness to the
@@ -241,6 +247,7 @@ def advise_run(measured: Mapping[str, Figures], *, trained: str, without: str, c
         trained: The adapter on the base that it was trained on.
         without: That base alone.
         choices: Forms that can be used, the handiest first.
+        answers: How many different answers the rows have; None where that is not known.
     """
     alone = measured[without]
     rests = f"{alone.tokens:,} tokens of {alone.rows} held-out rows"
@@ -249,6 +256,13 @@ def advise_run(measured: Mapping[str, Figures], *, trained: str, without: str, c
             "",
             "The adapter has no effect: with and without it the model is the same.",
             f"KL {alone.kl.value:.1e} nats a token between the two.",
+            rests,
+        )
+    if why := too_little(alone.rows, alone.tokens, answers):
+        return Advice(
+            "",
+            f"Too little to say whether the adapter helps and which form to use: {why}.",
+            f"Loss of the base against the trained model: {alone.more.value:+.4f}.",
             rests,
         )
     if seen_sign(alone.more) < 0:

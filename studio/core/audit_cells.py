@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from studio.core.audit import seen_sign
+from studio.core.evidence import seen_sign
 from studio.core.intervals import Interval
 from studio.core.text import plain
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studio.core.answer_text import answer_lines, answer_markdown, answer_table, answers_of
-from studio.core.audit_cells import Table, markdown_table, word
+from studio.core.audit_cells import Table, joined, markdown_table, word
 from studio.core.audit_tables import block_table, lane_table, plan_table, task_table, use_table, variant_table
 from studio.core.text import plain
 
@@ -19,7 +19,7 @@ _LONGEST_NOTE = 500
 def title_of(report: Mapping[str, Any]) -> str:
     """Return what was audited, in a line."""
     what, tokens = report.get("what"), tokens_of(report)
-    rests = f"{tokens['task']:,} tokens of {report['rows']['task']} held-out rows"
+    rests = f"{tokens['task']:,} tokens of {report['rows']['task']} {_rows_word(report)}"
     if what == "race":
         return f"race of {word(report['recipe'])} on {word(report['model'])}: {rests}"
     if what == "run":
@@ -64,8 +64,36 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
 def note_lines(report: Mapping[str, Any]) -> list[str]:
     """Return what the tables leave unsaid: what was forgotten, what answers show, what could not be measured."""
     forgetting = (report.get("forgetting") or {}).get("verdict")
-    lines = [plain(text, one_line=True, limit=_LONGEST_NOTE) for text in (forgetting, report.get("gguf_note")) if text]
+    lines = _row_lines(report)
+    lines += [plain(text, one_line=True, limit=_LONGEST_NOTE) for text in (forgetting, report.get("gguf_note")) if text]
     return lines + answer_lines(report) + _task_lines(report)
+
+
+def rows_of(report: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return how many rows of data a report rests on, and how many there are that were not trained on.
+
+    Of a run the first is never more than the second. The second is None for a base, which nothing was trained on here.
+    """
+    return {"rows": report["rows"]["task"], "held_out_rows": report.get("held_out_rows")}
+
+
+def _rows_word(report: Mapping[str, Any]) -> str:
+    """Only what a run did not train on is held out; with a base nothing was."""
+    return "rows" if report.get("what") == "base" else "held-out rows"
+
+
+def _row_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return which rows were measured, and what is not known of models that no record says anything of."""
+    said = [f"Measured on {report['rows_from']}."] if report.get("rows_from") else []
+    said += [f"{note}." for note in report.get("rows_notes") or ()]
+    if report.get("what") == "base":
+        said.append(f"Whether {word(report['model'])} was trained on these rows before is not known.")
+    if others := report.get("unknown"):
+        named = joined([word(name) for name in others])
+        said.append(
+            f"Whether what was named ({named}) was trained on these rows is not known: only runs have a record."
+        )
+    return [plain(line[:1].upper() + line[1:], one_line=True, limit=_LONGEST_NOTE) for line in said]
 
 
 def _task_lines(report: Mapping[str, Any]) -> list[str]:
@@ -96,9 +124,9 @@ def markdown_of(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]] =
     for what, file in pictures:
         lines += [f"![{what}]({file})", ""]
     lines += [
-        f"Losses and KL in nats per token. Task: {tokens['task']:,} tokens of {report['rows']['task']} held-out rows; "
-        f"neutral: {tokens['neutral']:,} tokens of {report['rows']['neutral']} passages. Intervals: 95 %, bootstrap "
-        "over rows. Arithmetic in fp32, weights rounded by bitsandbytes.",
+        f"Losses and KL in nats per token. Task: {tokens['task']:,} tokens of {report['rows']['task']} "
+        f"{_rows_word(report)}; neutral: {tokens['neutral']:,} tokens of {report['rows']['neutral']} passages. "
+        "Intervals: 95 %, bootstrap over rows. Arithmetic in fp32, weights rounded by bitsandbytes.",
         "",
     ]
     if texts and (answers := answer_markdown(report)):

@@ -113,7 +113,11 @@ class MemorySeen(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(RunEvent):
-    """Mean loss per labelled token on the held-out rows after `step` optimizer steps."""
+    """Mean loss per labelled token on the held-out rows after `step` optimizer steps.
+
+    `gain` is the loss above that before the first step, paired row by row, with the `low` and `high` end of its 95 %
+    interval: below zero the run has beaten its base.
+    """
 
     kind: ClassVar[str] = "Evaluated"
     step: int
@@ -121,6 +125,7 @@ class Evaluated(RunEvent):
     loss_tokens: int
     rows: int
     seconds: float
+    gain: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

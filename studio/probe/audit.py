@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import tomllib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,19 +12,22 @@ from typing import Any
 from studio.core.answers import checks_for
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe, choices_of
+from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.probe.adapter_folder import find_adapter
-from studio.probe.data import inspect_data, shipped_data
+from studio.probe.data import shipped_data
 from studio.probe.fingerprint import known_fingerprint
+from studio.probe.held_out import RowsToMeasure, rows_of_base, rows_of_run
 from studio.probe.models import find_base
 from studio.probe.space import check_space
 from studio.probe.start import launch_prepared, place_of_job, prepare_run, refuse_another_base
 from studio.runs.audit_request import WHAT, AuditRequest
+from studio.runs.held_out import read_record
 from studio.runs.job import MODULES, read_job
 from studio.runs.layout import RunPaths
 
 _MOST_REPORT_BYTES = 50 * 2**20
-_DEFAULT_ROWS = 100
+_LEAST_ROWS = 2
 _COUNTS = ("answers", "answer_tokens", "lm_eval_limit")
 
 
@@ -55,14 +59,14 @@ def start_audit(
 
 
 def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
-    """Return the audit of a training run's adapter: its base, its data, the rows that it held out.
+    """Return the audit of a training run's adapter: its base, and all rows that its record says it held out.
 
     Args:
         paths: The run.
         changes: Fields of the request that are asked for otherwise.
 
     Raises:
-        BadInput: It is no training run, or has no adapter.
+        BadInput: It is no training run, has no adapter, or no record of its held-out rows.
     """
     job = read_job(paths)
     name = plain(paths.name, one_line=True)
@@ -70,18 +74,51 @@ def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
         raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
     if not paths.adapter.is_dir():
         raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
+    record = read_record(paths)
+    other_data = changes.get("data", record.held_from) != record.held_from
     fields = {
         "model": job.model.base,
         "revision": job.model.revision,
-        "data": job.data.path,
-        "format": job.data.format,
-        "rows": str(job.eval.rows or _DEFAULT_ROWS),
+        "data": record.held_from,
+        "format": record.format,
+        "rows": AuditRequest("run").rows if other_data else str(max(_LEAST_ROWS, len(record.held_out))),
         "seq_len": str(job.train.seq_len),
         "seed": str(job.train.seed),
         # Who trained on the CPU on purpose means the same here; any other run says itself which card it used.
         "device": "cpu" if job.device.device == "cpu" else "auto",
     }
     return AuditRequest("run", run=str(paths.root.absolute()), **{**fields, **changes})
+
+
+def rows_to_measure(request: AuditRequest) -> RowsToMeasure:
+    """Return the rows that an audit of a base or a run rests on; reads the data.
+
+    Raises:
+        BadInput: They cannot be used, the run has no record, or no row may be called held out.
+    """
+    data, wanted, seed = Path(request.data), int(request.rows), int(request.seed)
+    if not request.run:
+        return rows_of_base(data, format=request.format, wanted=wanted, seed=seed)
+    paths = RunPaths(Path(request.run))
+    return rows_of_run(read_record(paths), paths.name, data, format=request.format, wanted=wanted, seed=seed)
+
+
+def recipe_of_race(request: AuditRequest) -> Recipe:
+    """Return the recipe whose methods race.
+
+    Raises:
+        BadInput: It is damaged, or holds out no rows to compare the lanes on.
+    """
+    try:
+        recipe = recipe_from_dict(tomllib.loads(request.recipe))
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"the recipe of this race is damaged: {error}") from None
+    if not recipe.eval.rows and not recipe.data.eval_path:
+        raise BadInput(
+            "a race compares its lanes on rows that none of them was trained on; this recipe holds out none. Set "
+            "eval.rows above 0, or name a file of such rows in data.eval_path."
+        )
+    return recipe
 
 
 def data_path(word: str) -> str:
@@ -106,7 +143,7 @@ def check_audit(request: AuditRequest) -> None:
         raise BadInput(
             "lm-eval: it is not installed in this Python. Install it (pip install lm-eval), or leave it out."
         )
-    for name, least in (("rows", 2), ("seq_len", 2), ("seed", 0), *((name, 0) for name in _COUNTS)):
+    for name, least in (("rows", _LEAST_ROWS), ("seq_len", 2), ("seed", 0), *((name, 0) for name in _COUNTS)):
         text = getattr(request, name)
         if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= 10**9:
             found = plain(text, one_line=True, limit=40) or "nothing"
@@ -118,6 +155,7 @@ def check_audit(request: AuditRequest) -> None:
         raise BadInput(f"format: wanted one of {', '.join(choices_of('data.format'))}.")
     if request.what == "race":
         _ = request.lane_names
+        recipe_of_race(request)
         return  # the recipe's own checks come when its runs are started
     base = find_base(request.model, request.revision)
     if how := plain(base.quantization, one_line=True, limit=40):
@@ -127,7 +165,7 @@ def check_audit(request: AuditRequest) -> None:
         find_adapter(Path(request.run) / "adapter")
         if base.path is not None:
             refuse_another_base(request.run, base.path, known_fingerprint)
-    inspect_data(Path(request.data), format=request.format)
+    rows_to_measure(request)
 
 
 def read_report(paths: RunPaths) -> dict[str, Any] | None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
-from studio.probe.data import DataSet, read_data, split
+from studio.probe.data import DataSet, read_data
 from studio.probe.device import Place, Sight, place_of
+from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.runs.recipe_file import resolve_paths
 
@@ -51,8 +52,8 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     refuse_untrainable(base, recipe.method)
     data = _read(recipe, "data.path")
     eval_data = _read(recipe, "data.eval_path") if recipe.data.eval_path else None
-    if eval_data is None and recipe.eval.rows:
-        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
+    if eval_data is not None or recipe.eval.rows:
+        parts = hold_out(recipe, data, eval_data)
         if not parts.train or not parts.held_out:
             raise BadInput(
                 f"data.path: {len(data.rows)} usable row(s) are too few to train on some and hold out others: add "

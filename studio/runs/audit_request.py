@@ -21,15 +21,15 @@ class AuditRequest:
         what: One of `WHAT`.
         model: A model folder, a hub id or `embedded`; for a run empty means the one that it was trained on.
         revision: Of a hub model; empty means the newest.
-        data: Absolute path of the data file; for a run empty means the one that it was trained on.
+        data: Absolute path of the data file; for a run that of its held-out rows, or any other file.
         format: How the data are read, one of the recipe's.
         run: Absolute path of the training run; empty where none is audited.
         recipe: TOML text of the recipe whose methods race; empty where none do.
         merged: Absolute paths of merged model folders that are measured beside a run's other forms, a line each.
         text: Absolute path of the neutral text; empty means the built-in one.
-        rows: Most held-out rows.
+        rows: Most rows of the data. Of a run only rows that it held out, or never saw, are measured, however many.
         seq_len: Longest row, tokens.
-        seed: Fixes which rows are held out; that of the training run, so that none was trained on.
+        seed: Chooses where there are more rows than are wanted.
         forms: Roundings of a base, joined by commas.
         kept: How many of the worst blocks each mixed plan keeps in 16 bit, joined by commas; empty measures none.
         lanes: Methods that race, joined by commas.

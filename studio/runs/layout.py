@@ -15,7 +15,7 @@ _LONGEST_SLUG = 48
 _MOST_TWINS = 1000
 _READ = (
     *("recipe.toml", "events.jsonl", "plan.json", "output.log", "process.json", "launch.json", "report.json"),
-    *("next.txt", "note.txt", "identity.json"),
+    *("next.txt", "note.txt", "identity.json", "held_out.json"),
 )
 
 
@@ -84,6 +84,11 @@ class RunPaths:
     def identity(self) -> Path:
         """What a training run was made from, tensor by tensor and row by row; written at its first start."""
         return self.root / "identity.json"
+
+    @property
+    def held_out(self) -> Path:
+        """Which rows were held out and which were trained on, by content; written by the training job."""
+        return self.root / "held_out.json"
 
     @property
     def report(self) -> Path:

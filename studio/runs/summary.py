@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from studio.core.evidence import gain_in_words
+from studio.core.intervals import Interval
 from studio.runs.aside import left_by
 from studio.runs.history import History
 from studio.runs.last_words import CRASHED, crash_of
@@ -34,6 +36,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "total_steps": history.total_steps,
         "train_loss": _ends(list(history.train.losses[:1]) + list(history.train.losses[-1:])),
         "eval_loss": _eval_ends(history),
+        "gain": gain_of(history),
         "tokens": sum(history.train.tokens),
         "tokens_per_second": _number(history.tokens_per_second),
         "seconds": _number(history.seconds),
@@ -79,6 +82,39 @@ def _eval_ends(history: History) -> dict[str, Any]:
     steps = [event.step for event in history.evals]
     first, last = (steps[0], steps[-1]) if steps else (None, None)
     return {**_ends([event.loss for event in history.evals]), "first_step": first, "last_step": last}
+
+
+def gain_of(history: History) -> dict[str, Any] | None:
+    """Return what training did to the held-out loss, ready for JSON; None before a step of training is done.
+
+    `improved` is true or false where the run's held-out rows can tell, else null; `words` says which, and why.
+    `value`, `low` and `high` are the loss per token at the last evaluation above that before the first step.
+    """
+    if history.started is None or history.started.job != "train" or not history.last_step:
+        return None
+    told: dict[str, Any] = {"improved": None, "value": None, "low": None, "high": None}
+    if not history.evals:
+        return told | {"words": "no held-out loss was measured: what it learnt beyond its own rows is not known"}
+    last = history.evals[-1]
+    if not last.step:
+        return told | {"words": "the held-out loss was measured before training only: whether it improved is not known"}
+    more = _interval(last.gain)
+    if more is None:
+        why = "the losses of its rows before training are not known"
+        return told | {"words": f"whether the held-out loss improved beyond noise is not known: {why}"}
+    improved, words = gain_in_words(more, last.rows, last.loss_tokens)
+    return {"improved": improved, "value": more.value, "low": more.low, "high": more.high, "words": words}
+
+
+def _interval(table: object) -> Interval | None:
+    """Return an interval as an event has it; None where it is none, whatever a log holds."""
+    if not isinstance(table, dict):
+        return None
+    value, low, high = (table.get(key) for key in ("value", "low", "high"))
+    known = [end for end in (value, low, high) if end is not None]
+    if value is None or not all(isinstance(end, int | float) and math.isfinite(end) for end in known):
+        return None
+    return Interval(value, low, high)
 
 
 def _number(value: float | None) -> float | None:

@@ -36,7 +36,7 @@ class Wish:
 def base_wishes() -> tuple[Wish, ...]:
     """Return what can be chosen of an audit of a base."""
     return (
-        Wish("rows", "Held-out rows, at most", _DEFAULT.rows),
+        Wish("rows", "Rows, at most", _DEFAULT.rows),
         Wish("forms", "Roundings", _DEFAULT.forms),
         Wish("kept", "Plans that keep the N worst blocks", _DEFAULT.kept, "none"),
     )
@@ -46,7 +46,7 @@ def run_wishes() -> tuple[Wish, ...]:
     """Return what can be chosen of an audit of a run's adapter."""
     there = find_spec("lm_eval") is not None
     return (
-        Wish("rows", "Held-out rows, at most", _DEFAULT.rows),
+        Wish("rows", "Held-out rows, at most", "", "all that the run held out"),
         Wish("answers", "Prompts answered side by side", _ANSWERS, "none"),
         Wish("check_regex", "Pattern of a good answer", "", "a regular expression; not needed"),
         Wish("speed", "Measure tokens/s (1 yes, 0 no)", _DEFAULT.speed, "0"),
@@ -88,11 +88,11 @@ def run_request(paths: RunPaths, said: Mapping[str, str]) -> AuditRequest:
     """Return the audit of a run's adapter.
 
     Raises:
-        BadInput: It is no training run, or has no adapter.
+        BadInput: It is no training run, has no adapter, or no record of its held-out rows.
     """
     from studio.probe.audit import audit_of_run  # noqa: PLC0415  as above
 
-    words = {key: value or _EMPTY_MEANS.get(key, "") for key, value in said.items()}
+    words = {key: value or _EMPTY_MEANS.get(key, "") for key, value in said.items() if value or key != "rows"}
     if words.get("gguf"):
         words["gguf"] = str(Path(words["gguf"]).expanduser().absolute())
     return audit_of_run(paths, **words)
@@ -116,4 +116,4 @@ def race_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
     )
 
 
-_EMPTY_MEANS = {"rows": _DEFAULT.rows, "answers": "0", "speed": "0"}
+_EMPTY_MEANS = {"answers": "0", "speed": "0"}

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from studio.core.audit import seen_sign
 from studio.core.base_form import base_form
+from studio.core.evidence import seen_sign
 from studio.core.recipe import Method, Recipe
 from studio.core.vram.setup import setup_of
 from studio.probe.pace import Pace, pace_of

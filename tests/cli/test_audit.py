@@ -37,7 +37,7 @@ def test_tables_and_advice_are_shown_with_their_intervals(cli: Cli, recipe: Path
     assert outcome.code == 0, outcome.err
     for wanted in ("2.1000 (2.0000-2.2000)", "+0.1000 (+0.0500 to +0.1500)", "KL", "model.layers.1", "Why: "):
         assert wanted in outcome.out
-    assert "40 tokens of 4 held-out rows" in outcome.out
+    assert "40 tokens of 4 rows" in outcome.out
 
 
 def test_a_run_brings_its_own_base_data_and_split(cli: Cli, recipe: Path, tmp_path: Path) -> None:

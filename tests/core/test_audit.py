@@ -5,7 +5,6 @@ import random
 import pytest
 
 from studio.core.audit import (
-    LEAST_NATS,
     Figures,
     Plan,
     RowFigures,
@@ -13,14 +12,13 @@ from studio.core.audit import (
     advise_race,
     advise_run,
     best_plan,
-    difference_in_words,
     figures_of,
     forgetting_of,
-    seen_sign,
 )
 from studio.core.audit_cells import difference, interval, size
 from studio.core.audit_picture import bars_svg, losses_svg
 from studio.core.audit_text import markdown_of
+from studio.core.evidence import LEAST_NATS, difference_in_words, seen_sign
 from studio.core.intervals import Interval, ratio_interval
 from tests.fakes.audit_job import base_report
 
@@ -76,8 +74,8 @@ def test_a_difference_in_words(more: Interval, wanted: str) -> None:
 
 
 def test_noise_between_rows_is_called_no_difference() -> None:
-    advice = advise_base({"nf4": found(scatter=0.4)}, "nf4", [])
-    assert "No cost of nf4 can be seen" in advice.sentence
+    advice = advise_base({"nf4": found(scatter=0.1)}, "nf4", [])
+    assert advice.sentence == "No cost of nf4 can be seen in the loss on your data; choose by memory and speed."
     assert "no difference seen" in advice.reason
 
 
@@ -92,7 +90,7 @@ def test_noise_alone_is_called_no_difference_nineteen_times_in_twenty() -> None:
 def test_a_cost_that_is_real_is_told() -> None:
     advice = advise_base({"nf4": found(shift=0.3, kl=0.4)}, "nf4", [])
     assert "costs this model something" in advice.sentence
-    assert "720 tokens of 60 held-out rows" in advice.certainty
+    assert "720 tokens of 60 rows" in advice.certainty
 
 
 def test_the_plan_that_wins_most_per_byte_is_told_and_noise_is_not() -> None:

@@ -9,11 +9,17 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Evaluated, Finished, Paused, Phase, Planned, Sampled, Saved, Started, StepDone, Warned
+from studio.core.recipe import Recipe
+from studio.probe.data import read_data
+from studio.probe.held_out import hold_out
 from studio.runs.atomic import publish_folder
+from studio.runs.held_out import keep_record
+from studio.runs.job import read_job
 from studio.runs.worker import Worker, run_job
 
 
@@ -40,6 +46,7 @@ def main(worker: Worker) -> None:
         loss_path="chunked",
     )
     worker.emit(Phase, name="load", detail="reading nothing")
+    _keep_record(worker)
     print(os.environ.get("FAKE_SAYS", ""), end="", flush=True)
     worker.emit(Warned, message=os.environ.get("FAKE_NOTE", "this worker is a fake"), topic="fake")
     worker.emit(Evaluated, step=done, loss=4.0, loss_tokens=100, rows=10, seconds=0.1)
@@ -75,6 +82,14 @@ def main(worker: Worker) -> None:
         if worker.requested("stop"):
             return _end(worker, step, "stopped")
     return _end(worker, total, "done")
+
+
+def _keep_record(worker: Worker) -> None:
+    """What the real job keeps of its rows, where the run's recipe names rows that are there."""
+    with suppress(BadInput):
+        recipe = read_job(worker.paths)
+        assert isinstance(recipe, Recipe)
+        keep_record(worker.paths, hold_out(recipe, read_data(Path(recipe.data.path)), None).record)
 
 
 def _die() -> None:

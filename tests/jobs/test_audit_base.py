@@ -88,7 +88,7 @@ def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, rows: Path, tmp_path: Path) -> None:
-    _, report = audit(tmp_path / "audit", asked(ruined, rows, forms="nf4+dq", kept="1"))
+    _, report = audit(tmp_path / "audit", asked(ruined, rows, forms="nf4+dq", kept="1", rows="20"))
     name = f"model.layers.{RUINED}"
     assert report["blocks"][0]["name"] == name
     assert report["blocks"][0]["own_effect"] > 1.5 * report["blocks"][1]["own_effect"]

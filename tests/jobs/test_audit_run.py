@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from studio.core.audit import difference_in_words
+from studio.core.evidence import difference_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.audit.rows import read_audit_rows
@@ -22,7 +22,7 @@ from studio.runs.layout import RunPaths
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.adapter_cases import FOUR, asked, cast, merged, plain_forms, save_merged, tuned, write_chats
 from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_figures, rounded, whole_model
-from tests.jobs.conftest import Train, history_of
+from tests.jobs.conftest import QUESTIONS, Train, history_of
 
 
 @pytest.fixture
@@ -126,8 +126,16 @@ def test_an_adapter_times_zero_is_called_no_effect(trained: RunPaths, tmp_path: 
 
 def test_an_adapter_that_does_harm_is_not_advised(trained: RunPaths, tmp_path: Path) -> None:
     change_adapter(trained, lambda name, tensor: tensor * -2 if "lora_B" in name else tensor)
-    _, report = audit(tmp_path / "audit", asked(trained))
+    few = asked(trained)
+    _, report = audit(tmp_path / "few", few)
+    assert report["recommendation"]["sentence"].startswith("Too little to say whether the adapter helps")
+    asks = [(f"{question} of {n}", f"{n} {reply}") for n in range(4) for question, reply in QUESTIONS]
+    table = [{"prompt": question, "completion": reply} for question, reply in asks]
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps(row) for row in table))
+    _, report = audit(tmp_path / "audit", asked(trained, data=str(more), format="auto"))
     assert report["recommendation"]["sentence"].startswith("Do not use this adapter")
+    assert report["rows"]["task"] == report["held_out_rows"] == 24
 
 
 def test_noise_alone_is_no_difference(trained: RunPaths, half: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.probe.data import Conversation, Message, PlainText, known_rows, read_data, split
+from studio.probe.data import Conversation, Message, PlainText, few_answers, read_data, row_keys, split
 
 
 def ask(prompt: str, answer: str) -> Conversation:
@@ -91,7 +91,21 @@ def test_plain_texts_are_told_apart_by_their_text() -> None:
     assert not {row.answer for row in got.train} & {row.answer for row in got.held_out}
 
 
-def test_rows_of_another_file_that_are_known_from_training_are_counted() -> None:
-    held = [ask("QUESTION 1", "new"), ask("new", "answer  2"), ask("new", "new"), PlainText("other")]
-    assert known_rows(DISTINCT, held) == 2
-    assert known_rows([PlainText("a"), PlainText("b")], [PlainText("c")]) == 0
+def test_a_row_is_known_by_its_prompt_and_answer_whatever_case_spacing_or_system_prompt() -> None:
+    one, other = row_keys(ask("What  is it?", "A thing.")), row_keys(ask("what is IT?", "a THING."))
+    assert one == other
+    without = Conversation((Message("user", "What is it?"), Message("assistant", "A thing.")))
+    assert row_keys(without) == one
+    assert row_keys(ask("What is it?", "Another.")).prompt == one.prompt
+    assert len({row_keys(row).content for row in DISTINCT}) == len(DISTINCT)
+    assert row_keys(PlainText("a")).prompt == b""
+    assert row_keys(ask("ab", "c")).content != row_keys(ask("a", "bc")).content
+
+
+def test_held_out_rows_that_are_one_answer_paraphrased_are_said_to_be() -> None:
+    rows = [ask(f"way {n} to ask for {n % 5}", f"answer {n % 5}") for n in range(60)]
+    got = split(rows, 12, 17)
+    assert len({row.answer for row in got.held_out}) == 1
+    assert got.notes == ("the 12 held-out rows have one and the same answer: they tell nothing about any other",)
+    assert "have only 3 different answers" in few_answers(rows[:3] * 4)
+    assert few_answers(DISTINCT[:20]) == few_answers([]) == few_answers(DISTINCT[:1]) == ""

@@ -72,7 +72,11 @@ def test_the_file_of_held_out_rows_is_checked_too(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data))
     with pytest.raises(BadInput, match=r"data\.eval_path"):
         check_training(recipe.with_("data.eval_path", str(data.with_name("missing.jsonl"))))
-    report = check_training(recipe.with_("data.eval_path", str(data)))
+    with pytest.raises(BadInput, match=r"data\.eval_path: all .* rows of .* are trained on"):
+        check_training(recipe.with_("data.eval_path", str(data)))
+    other = data.with_name("other.jsonl")
+    other.write_text(json.dumps({"prompt": "never asked", "completion": "never said"}))
+    report = check_training(recipe.with_("data.eval_path", str(other)))
     assert report.eval_data is not None
 
 

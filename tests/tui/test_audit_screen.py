@@ -13,6 +13,7 @@ from studio.core.events import Finished, Phase, Started
 from studio.core.recipe import Recipe
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import requested, withdraw
+from studio.runs.held_out import HeldOutRecord, keep_record
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import dump_recipe
@@ -91,7 +92,7 @@ def test_the_report_under_the_cursor_is_shown(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await opened(pilot, app)
         await until(pilot, lambda: "Do it." in shown(app))
-        for wanted in ("base embedded: 40 tokens of 4 held-out rows", "2.1000 (2.0000-2.2000)", "finished"):
+        for wanted in ("base embedded: 40 tokens of 4 rows", "2.1000 (2.0000-2.2000)", "finished"):
             assert wanted in shown(app)
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
@@ -233,6 +234,7 @@ def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
     run = RunPaths(tmp_path / "runs" / "trained")
     run.adapter.mkdir(parents=True)
     write_job(run, Recipe(name="mine"))
+    keep_record(run, HeldOutRecord("embedded", "embedded", "auto", held_out=("00" * 12,) * 7))
     asked: list[AuditRequest] = []
 
     def start(request: AuditRequest, runs_root: Path) -> RunPaths:
@@ -252,7 +254,7 @@ def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
     play(story, tmp_path, size=NARROW)
     (request,) = asked
     assert (request.what, request.run) == ("run", str(run.root))
-    assert (request.answers, request.check_regex, request.speed, request.rows) == ("2", "^[A-Z]", "1", "100")
+    assert (request.answers, request.check_regex, request.speed, request.rows) == ("2", "^[A-Z]", "1", "7")
 
 
 def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> None:

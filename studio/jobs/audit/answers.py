@@ -14,13 +14,14 @@ from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Phase, Warned
 from studio.jobs.audit.answer_models import AnswerModels, Form
 from studio.jobs.audit.kept import KeptPart
-from studio.jobs.audit.rows import held_out_rows
 from studio.jobs.audit.run_audit import recipe_of
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.base.data.rows import Prompt, sample_prompts
+from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.adapter_folder import find_adapter
+from studio.probe.audit import rows_to_measure
 from studio.probe.data import PlainText
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
@@ -47,8 +48,9 @@ def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     trained = RunPaths(Path(request.run))
     recipe = recipe_of(trained)
     tokenizer = load_tokenizer(trained.adapter)
-    own = "" if request.data != recipe.data.path else recipe.data.eval_path
-    held = held_out_rows(request, tokenizer, lambda text: None, eval_path=own)
+    found = rows_to_measure(request)
+    ensure_template(tokenizer, found.format, lambda text: None)
+    held = found.rows
     prompts = sample_prompts(held, tokenizer, int(request.answers), seq_len=int(request.seq_len))
     if not prompts:
         raise JobFailed(

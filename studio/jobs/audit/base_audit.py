@@ -19,7 +19,7 @@ from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.cost import Cost, check_room, cost_of
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.forms import FORMS, STORED
-from studio.jobs.audit.rows import check_ids, read_audit_rows
+from studio.jobs.audit.rows import AuditRows, check_ids, read_audit_rows
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
@@ -55,7 +55,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         request, load_tokenizer(folder), lambda text: worker.emit(Warned, topic="data", message=text)
     )
     weights = FolderWeights(folder)
-    ground = Ground(worker, weights, parts_of(weights.clean), rows, _about(worker, request, folder))
+    ground = Ground(worker, weights, parts_of(weights.clean), rows, _about(worker, request, folder, rows))
     check_ids(rows, known_tokens(weights))
     names = forms_of(request.forms)
     asked = PREFERRED if PREFERRED in names else names[0]
@@ -70,7 +70,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     if sizes:
         plans = _mixed_plans(ground, found, ranked, sizes, asked=asked, share=(middle, 1.0))
     quantised, stored_bytes = _quantised_sizes(weights), stored_bytes_of(weights)
-    advice = advise_base({name: found.task[name] for name in names}, asked, plans)
+    advice = advise_base({name: found.task[name] for name in names}, asked, plans, rows.answers)
     return {
         "schema": 1,
         "what": "base",
@@ -78,7 +78,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "data": request.data,
         "reference": STORED.name,
         "asked": asked,
-        "rows": {"task": len(rows.task), "neutral": len(rows.neutral)},
+        **rows.told(),
         "variants": [
             {
                 "name": name,
@@ -140,9 +140,9 @@ def stored_bytes_of(weights: FolderWeights) -> int:
     return max(stored.dtype.itemsize for stored in weights.files.tensors.values())
 
 
-def _about(worker: Worker, request: AuditRequest, folder: Path) -> str:
+def _about(worker: Worker, request: AuditRequest, folder: Path, rows: AuditRows) -> str:
     found = short_fingerprint(read_fingerprint(worker, folder, Stopped))
-    return json.dumps([asdict(request), found], sort_keys=True)
+    return json.dumps([asdict(request), found, rows.found.hashes], sort_keys=True)
 
 
 def _mixed_plans(

@@ -2,7 +2,6 @@
 
 import json
 import time
-import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,13 +10,11 @@ from typing import Any
 
 from studio.core.audit import advise_race
 from studio.core.base_form import base_form, kept_modules
-from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
-from studio.core.recipe_parse import recipe_from_dict
 from studio.jobs.audit.lanes import Lane, lane_recipe, run_lanes
-from studio.probe.audit import data_path
+from studio.probe.audit import data_path, recipe_of_race
 from studio.probe.quality import data_fingerprint, model_fingerprint
 from studio.runs.audit_request import AuditRequest
 from studio.runs.quality import Outcome, remember_outcomes
@@ -38,7 +35,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         Stopped: The user asked for it.
     """
     began = time.perf_counter()
-    recipe = _recipe(request)
+    recipe = recipe_of_race(request)
     names = request.lane_names
     for name in names:
         lane_recipe(recipe, name, names)
@@ -47,7 +44,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     # Torch only now: while the lanes train, this process only watches them.
     from studio.jobs.audit.race_figures import measure_lanes  # noqa: PLC0415
 
-    found, counts, folder = measure_lanes(worker, request, lanes, share=(_TRAINING_SHARE, 1.0))
+    found, told, folder = measure_lanes(worker, request, lanes, share=(_TRAINING_SHARE, 1.0))
     plans = {lane.name: _plan(lane) for lane in lanes}
     summaries = {lane.name: summary_of(lane.paths, lane.watch.history, Status.finished) for lane in lanes}
     rows = [
@@ -73,6 +70,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     advice = advise_race(
         {lane.name: found.task[lane.name] for lane in lanes},
         {name: plan.get("peak_bytes") for name, plan in plans.items()},
+        told["different_answers"],
     )
     return {
         "schema": 1,
@@ -81,7 +79,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "model": recipe.model.base,
         "data": recipe.data.path,
         "reference": names[0],
-        "rows": counts,
+        **told,
         "lanes": rows,
         "recommendation": asdict(advice),
         "cost": {"seconds": time.perf_counter() - began},
@@ -91,13 +89,6 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 def _held_in(recipe: Recipe) -> str:
     kept = kept_modules(recipe)
     return f"{base_form(recipe)}, {', '.join(kept)} in 16 bit" if kept else base_form(recipe)
-
-
-def _recipe(request: AuditRequest) -> Recipe:
-    try:
-        return recipe_from_dict(tomllib.loads(request.recipe))
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"the recipe of this race is damaged: {error}") from None
 
 
 def _plan(lane: Lane) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
@@ -23,15 +24,19 @@ from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import audit_of_run
 from studio.probe.fingerprint import short_fingerprint
+from studio.probe.held_out import rows_of_run
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
+from studio.runs.held_out import read_record, shared_record
 from studio.runs.worker import Worker
 
 
 def measure_lanes(
     worker: Worker, request: AuditRequest, lanes: Sequence[Lane], *, share: tuple[float, float]
-) -> tuple[Measured, dict[str, int], Path]:
-    """Return the figures of the lanes, compared with the first one, how many rows they rest on, and the base's folder.
+) -> tuple[Measured, dict[str, Any], Path]:
+    """Return the figures of the lanes, compared with the first one, what rows they rest on, and the base's folder.
+
+    The rows are those that every lane held out and none was trained on, by the lanes' own records.
 
     Raises:
         BadInput: A lane's base, data or adapter cannot be used.
@@ -41,23 +46,31 @@ def measure_lanes(
     first = lanes[0]
     base = find_base(first.recipe.model.base, first.recipe.model.revision)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
+    of_first = replace(audit_of_run(first.paths), text=request.text)
     rows = read_audit_rows(
-        replace(audit_of_run(first.paths), text=request.text),
+        of_first,
         load_tokenizer(first.paths.adapter),
         lambda text: worker.emit(Warned, topic="data", message=text),
-        eval_path=first.recipe.data.eval_path,
+        found=rows_of_run(
+            shared_record([read_record(lane.paths) for lane in lanes]),
+            " and ".join(lane.paths.name for lane in lanes),
+            Path(of_first.data),
+            format=of_first.format,
+            wanted=int(of_first.rows),
+            seed=int(of_first.seed),
+        ),
         answers_only=first.recipe.data.answers_only,
     )
     weights = FolderWeights(folder)
     found = short_fingerprint(read_fingerprint(worker, folder, Stopped))
-    about = json.dumps([asdict(request), found, [str(lane.paths.root) for lane in lanes]], sort_keys=True)
+    runs = [str(lane.paths.root) for lane in lanes]
+    about = json.dumps([asdict(request), found, runs, rows.found.hashes], sort_keys=True)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
     check_ids(rows, known_tokens(weights))
     variants = [_variant(weights, folder, lane) for lane in lanes]
     check_cost(ground, variants, alone=False)
     prove(ground, stored_variant(weights))
-    counts = {"task": len(rows.task), "neutral": len(rows.neutral)}
-    return measure(ground, variants, kept_as="lanes", share=share), counts, folder
+    return measure(ground, variants, kept_as="lanes", share=share), rows.told(), folder
 
 
 def _variant(weights: FolderWeights, folder: Path, lane: Lane) -> Variant:

@@ -44,7 +44,8 @@ def _pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     losses = [
         (row["name"], *(row["task"]["loss"][key] for key in ("value", "low", "high"))) for row in rows if row["task"]
     ]
-    made = [("losses.svg", "Held-out loss with 95 % intervals", losses_svg("Held-out loss, nats per token", losses))]
+    what = "Loss" if report["what"] == "base" else "Held-out loss"
+    made = [("losses.svg", f"{what} with 95 % intervals", losses_svg(f"{what}, nats per token", losses))]
     blocks = report.get("blocks") or []
     if report["what"] == "base":
         bars = [(block["name"], block["own_effect"] or 0.0) for block in blocks[:_MOST_BARS]]

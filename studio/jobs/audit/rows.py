@@ -1,4 +1,4 @@
-"""The rows that an audit rests on: held-out rows of the user's data, and a neutral text."""
+"""The rows that an audit rests on: rows of the user's data that may be measured, and a neutral text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,9 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
 from studio.jobs.base.data.rows import Example, encode_rows
 from studio.jobs.base.data.template import Warn, ensure_template
-from studio.probe.data import Row, read_data, split
+from studio.probe.audit import rows_to_measure
+from studio.probe.data import different_answers
+from studio.probe.held_out import RowsToMeasure
 from studio.runs.audit_request import AuditRequest
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
@@ -25,61 +27,66 @@ class AuditRows:
     """Encoded rows.
 
     Attributes:
-        task: Held-out rows of the user's data; answers have labels.
+        task: Rows of the user's data; answers have labels.
         neutral: Passages of the neutral text; every token has a label.
+        found: Where the task rows come from, before those without anything to measure are dropped.
     """
 
     task: Sequence[Example]
     neutral: Sequence[Example]
+    found: RowsToMeasure
 
     @property
     def all(self) -> list[Example]:
         """Task rows first, then neutral ones."""
         return [*self.task, *self.neutral]
 
+    @property
+    def answers(self) -> int:
+        """How many different answers the task rows have."""
+        return different_answers(self.found.rows)
+
+    def told(self) -> dict[str, Any]:
+        """Return what a report says of them: how many, of how many held out, which, and what to know of them."""
+        return {
+            "rows": {"task": len(self.task), "neutral": len(self.neutral)},
+            "held_out_rows": self.found.held_out_rows,
+            "rows_from": self.found.where,
+            "rows_notes": list(self.found.notes),
+            "row_hashes": self.found.hashes,
+            "different_answers": self.answers,
+        }
+
 
 def read_audit_rows(
-    request: AuditRequest, tokenizer: Any, warn: Warn, *, eval_path: str = "", answers_only: bool = True
+    request: AuditRequest,
+    tokenizer: Any,
+    warn: Warn,
+    *,
+    found: RowsToMeasure | None = None,
+    answers_only: bool = True,
 ) -> AuditRows:
-    """Return the rows that were held out, or would be, by the same seed, and the neutral text.
+    """Return the rows to measure and the neutral text, encoded.
 
     Args:
         request: Which data, how many rows, how long.
         tokenizer: Of the model.
         warn: Told what the user should know.
-        eval_path: A file of held-out rows that the recipe names; empty where they are split off.
+        found: The rows; None for those that the request means.
         answers_only: Measure only the answers.
 
     Raises:
-        BadInput: A file cannot be used, or no row would be held out.
+        BadInput: A file cannot be used, or no row of it may be measured.
         JobFailed: No row has anything to measure.
     """
     seq_len = int(request.seq_len)
-    held = held_out_rows(request, tokenizer, warn, eval_path=eval_path)
-    task, _ = encode_rows(held, tokenizer, seq_len=seq_len, answers_only=answers_only, warn=warn)
+    found = found or rows_to_measure(request)
+    for note in found.notes:
+        warn(note)
+    ensure_template(tokenizer, found.format, warn)
+    task, _ = encode_rows(found.rows, tokenizer, seq_len=seq_len, answers_only=answers_only, warn=warn)
     neutral = _passages(Path(request.text) if request.text else NEUTRAL, tokenizer, seq_len)
-    return AuditRows(task, neutral)
-
-
-def held_out_rows(request: AuditRequest, tokenizer: Any, warn: Warn, *, eval_path: str = "") -> list[Row]:
-    """Return the held-out rows as they were read; the tokenizer gets a chat template where it has none.
-
-    Raises:
-        BadInput: A file cannot be used, or no row would be held out.
-    """
-    wanted = int(request.rows)
-    data = read_data(Path(eval_path or request.data), format=request.format)
-    if eval_path:
-        held = list(data.rows)[:wanted]
-    else:
-        parts = split(data.rows, wanted, int(request.seed))
-        held = list(parts.held_out)
-        for note in parts.notes:
-            warn(note)
-    if not held:
-        raise BadInput(f"{plain(data.path.name, one_line=True)} leaves no row to hold out: give more rows.")
-    ensure_template(tokenizer, data.format, warn)
-    return held
+    return AuditRows(task, neutral, found)
 
 
 def check_ids(rows: AuditRows, known: int) -> None:

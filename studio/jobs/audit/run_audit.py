@@ -27,6 +27,7 @@ from studio.jobs.audit.rows import check_ids, read_audit_rows
 from studio.jobs.audit.run_report import RunReport, handiest
 from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
 from studio.jobs.audit.stopped import Stopped
+from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.walk import Ground, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
@@ -72,12 +73,12 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         request,
         load_tokenizer(trained.adapter),
         lambda text: worker.emit(Warned, topic="data", message=text),
-        eval_path="" if request.data != recipe.data.path else recipe.data.eval_path,
         answers_only=recipe.data.answers_only,
     )
     skeleton = build_skeleton(folder, adapter)
     weights = FolderWeights(folder, skeleton.vocabulary)
-    about = json.dumps([asdict(request), short_fingerprint(base_seen), _stamp(trained)], sort_keys=True)
+    seen = [short_fingerprint(base_seen), _stamp(trained), rows.found.hashes]
+    about = json.dumps([asdict(request), *seen], sort_keys=True)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
     check_ids(rows, known_tokens(weights))
     gguf = GgufForms(ground, gguf_files(trained, request.gguf))
@@ -99,7 +100,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         speeds = measured_speeds(worker, models, prompt, forms.form.name)
     shown = [report.walked(one, speeds) for one in named]
     shown += [report.gguf(name, file, gguf, gguf.speed(name, prompt)) for name, file in gguf.files.items()]
-    advice = advise_run(found.task, trained=TRAINED, without=ALONE, choices=handiest(shown))
+    advice = advise_run(found.task, trained=TRAINED, without=ALONE, choices=handiest(shown), answers=rows.answers)
     return {
         "schema": 1,
         "what": "run",
@@ -109,8 +110,9 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "data": request.data,
         "method": recipe.method,
         "reference": TRAINED,
-        "rows": {"task": len(rows.task), "neutral": len(rows.neutral)},
+        **rows.told(),
         "variants": shown,
+        "unknown": [*_not_from_here(variants), *(name for name, file in gguf.files.items() if not file.form)],
         "gguf_note": "" if gguf.files else NONE_EXPORTED,
         "forgetting": asdict(forgetting_of(found.neutral[ALONE], found.neutral[TRAINED])),
         "blocks": blocks,
@@ -137,6 +139,10 @@ def recipe_of(paths: RunPaths) -> Recipe:
     if not paths.adapter.is_dir():
         raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
     return job
+
+
+def _not_from_here(variants: Sequence[Variant]) -> list[str]:
+    return [variant.name for variant in variants if variant.name.startswith(_MERGED_OTHER)]
 
 
 def _given(text: str) -> list[Named]:

@@ -13,6 +13,7 @@ from studio.jobs.export.answers import Loss
 from studio.probe.adapter_folder import AdapterFound
 from studio.runs.history import History
 from studio.runs.recipe_file import dump_recipe
+from studio.runs.summary import gain_of
 
 _LONGEST_AUDIT = 8000
 _CACHED = "models--"
@@ -131,6 +132,8 @@ def _figures(training: Training) -> list[str]:
             f"- held-out loss: {first_eval.loss:.3f} at step {first_eval.step}, {last_eval.loss:.3f} at step "
             f"{last_eval.step}, on {last_eval.loss_tokens:,} tokens"
         )
+        if gain := gain_of(history):
+            rows.append(f"- {gain['words']}")
     return ["## Training", "", *rows, "", *_audit(training.audit)]
 
 

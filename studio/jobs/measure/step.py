@@ -13,7 +13,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.checkpoint import Progress
-from studio.jobs.train.evaluate import held_out_loss
+from studio.jobs.train.evaluate import evaluating
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.step_model import StepModel
@@ -103,7 +103,9 @@ def run_steps(
     with _staged(step_model, meter), _claimed_gradients(trainable, meter):
         train(parts, recipe.train, steps, Progress(0, 0, 0.0, {}), Hooks(between))
     meter.stage("eval")
-    held_out_loss(step_model, [row] * recipe.train.micro_batch, batcher=batcher, progress=lambda fraction: None)
+    with evaluating(step_model):
+        for group in batcher.groups([row] * recipe.train.micro_batch):
+            float(step_model(batcher.batch(group)))
 
 
 @contextmanager

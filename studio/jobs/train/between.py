@@ -1,8 +1,9 @@
 """What happens between two steps: evaluation, samples, checkpoints, and what the user asks for through `control/`."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -10,17 +11,19 @@ from torch import nn
 
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
+from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt
 from studio.jobs.train.adapter import save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
-from studio.jobs.train.evaluate import answer, held_out_loss
+from studio.jobs.train.evaluate import answer, gain_since, held_out_losses
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.start import Pair
 from studio.jobs.train.step_model import StepModel
 from studio.runs.disk import disk_words, refuses
+from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
@@ -48,6 +51,7 @@ class Between:
     autocast: Callable[[], Any]
     sleep: Callable[[float], None] = time.sleep
     last_eval: float | None = None
+    before: RowLosses | None = None
     start: Pair = field(default_factory=dict)
 
     def after_step(self, progress: Progress) -> bool:
@@ -72,7 +76,7 @@ class Between:
         self.tell("evaluating", 0.0)  # at once: the first batch may be the one that finds the memory full
         began = time.perf_counter()
         try:
-            seen = held_out_loss(
+            seen = held_out_losses(
                 self.step_model,
                 self.held_out,
                 batcher=self.batcher,
@@ -80,17 +84,34 @@ class Between:
             )
         except _Stop:
             return
-        self.last_eval = seen.loss
+        tokens = sum(seen.tokens)
+        self.last_eval = math.fsum(seen.sums) / tokens if tokens else math.nan
+        gain = self._gain(step, seen)
         self.worker.emit(
             Evaluated,
             step=step,
-            loss=seen.loss,
-            loss_tokens=seen.loss_tokens,
+            loss=self.last_eval,
+            loss_tokens=tokens,
             rows=len(self.held_out),
             seconds=time.perf_counter() - began,
+            gain=asdict(gain) if gain else None,
         )
         self.memory.see("eval", step)
         self.tell("training")
+
+    def _gain(self, step: int, seen: RowLosses) -> Interval | None:
+        """Return the held-out loss above that before the first step; of that one only its rows are kept."""
+        if step:
+            self.before = self.before or read_record(self.worker.paths).before
+            return gain_since(self.before, seen)
+        if all(map(math.isfinite, seen.sums)):
+            self.before = seen
+            try:
+                keep_losses_before(self.worker.paths, seen)
+            except OSError as error:
+                message = f"held-out losses from before training are not kept for a resumed run: {error}"
+                self.worker.emit(Warned, topic="disk", message=message)
+        return None
 
     def sample(self, step: int) -> None:
         """Answer the sample prompts greedily and say the answers."""

@@ -3,23 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from studio.core.intervals import Interval, ratio_interval
 from studio.jobs.base.data.rows import Example, Prompt
 from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.train.batches import Batcher, loss_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutLoss:
-    """Mean negative log-likelihood per labelled token, and how many tokens it rests on."""
-
-    loss: float
-    loss_tokens: int
+from studio.jobs.train.step_model import StepModel
+from studio.runs.held_out import RowLosses
 
 
 @contextmanager
@@ -34,29 +28,38 @@ def evaluating(model: nn.Module) -> Any:
         model.train(was_training)
 
 
-def held_out_loss(
-    step_model: nn.Module,
+def held_out_losses(
+    step_model: StepModel,
     examples: Sequence[Example],
     *,
     batcher: Batcher,
     progress: Callable[[float], None],
-) -> HeldOutLoss:
-    """Return the loss over all held-out rows.
+) -> RowLosses:
+    """Return the loss of each held-out row, in the order of the rows.
 
     Args:
-        step_model: Called with a batch, returns the summed loss.
+        step_model: Called with a batch.
         examples: Held-out rows.
         batcher: Training's, so that evaluation never needs more memory than training.
         progress: Told the fraction done.
     """
-    total, tokens, done = 0.0, 0, 0
+    sums, done = [math.nan] * len(examples), 0
+    places = {id(example): place for place, example in enumerate(examples)}
     with evaluating(step_model):
         for rows in batcher.groups(examples):
-            total += float(step_model(batcher.batch(rows)))
-            tokens += loss_tokens(rows)
+            losses = step_model.row_losses(batcher.batch(rows)).tolist()
+            for example, loss in zip(rows, losses, strict=True):
+                sums[places[id(example)]] = loss
             done += len(rows)
             progress(done / len(examples))
-    return HeldOutLoss(total / tokens if tokens else math.nan, tokens)
+    return RowLosses(tuple(sums), tuple(loss_tokens([example]) for example in examples))
+
+
+def gain_since(before: RowLosses | None, after: RowLosses) -> Interval | None:
+    """Return the loss per token after training above that before it, paired row by row; None where it is not known."""
+    if before is None or before.tokens != after.tokens or not all(map(math.isfinite, (*before.sums, *after.sums))):
+        return None
+    return ratio_interval([late - early for late, early in zip(after.sums, before.sums, strict=True)], after.tokens)
 
 
 def answer(

@@ -1,6 +1,6 @@
 """A causal language model taken apart into backbone and head, and proof that the two give the model's own loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -30,6 +30,37 @@ class SplitModel:
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
         return loss_sum(hidden, self.head, shifted(labels), self.form)
+
+    def row_losses(self, rows: "Rows", labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the summed loss of each row of a batch `[rows]`, fp32; arguments as for `loss_sum`."""
+        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
+        loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
+        wanted = shifted(labels)
+        return torch.stack([loss_sum(hidden[row], self.head, wanted[row], self.form).float() for row in rows])
+
+
+Rows = Sequence[tuple[slice, slice]]
+"""Where the rows of a batch stand in a tensor `[batch, seq]`."""
+
+
+def rows_of(labels: Tensor, row_lengths: Tensor | None = None) -> Rows:
+    """Return where the rows of a batch stand: below each other, or packed one behind the other.
+
+    Args:
+        labels: `[batch, seq]`.
+        row_lengths: Of packed rows, `[rows]`; None for rows of their own.
+    """
+    if row_lengths is None:
+        return [(slice(row, row + 1), slice(None)) for row in range(labels.shape[0])]
+    ends = row_lengths.cumsum(0).tolist()
+    return [(slice(0, 1), slice(end - length, end)) for end, length in zip(ends, row_lengths.tolist(), strict=True)]
+
+
+def full_row_losses(causal: nn.Module, rows: Rows, labels: Tensor, **inputs: Any) -> Tensor:
+    """Return the summed loss of each row `[rows]` through the model's own forward and whole logits."""
+    logits, wanted = causal(**inputs, use_cache=False).logits.float(), shifted(labels)
+    one_by_one = ((logits[row].flatten(0, 1), wanted[row].flatten()) for row in rows)
+    return torch.stack([nn.functional.cross_entropy(*row, reduction="sum") for row in one_by_one])
 
 
 def full_loss_sum(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:

@@ -1,19 +1,22 @@
-"""A recipe's data as examples: read, split, encoded, compared with the model; everything odd about it is said."""
+"""A recipe's data as examples: read, split, recorded, encoded, compared with the model; everything odd is said."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from studio.core.errors import JobFailed, StudioError
+from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.train.phase import PhaseTeller
-from studio.probe.data import Row, known_rows, read_data, split
+from studio.probe.data import Row, read_data
+from studio.probe.held_out import hold_out
+from studio.runs.held_out import HeldOutRecord, keep_record, read_record
 from studio.runs.worker import Worker
 
 
@@ -37,10 +40,10 @@ def read_rows(
     tokenizer: Any,
     identify: Callable[[Sequence[Row], Sequence[Row]], None],
 ) -> Rows:
-    """Read, split and encode the rows, and say what was recognised and what was cut or dropped.
+    """Read, split and encode the rows, keep a record of what is held out, say what was recognised, cut or dropped.
 
     Args:
-        worker: Told everything odd.
+        worker: Told everything odd; its run keeps the record.
         tell: Told the progress.
         recipe: Names the data.
         tokenizer: Of the base.
@@ -67,18 +70,14 @@ def read_rows(
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
 
-    if recipe.data.eval_path:
-        held = list(read_data(Path(recipe.data.eval_path), format=recipe.data.format, progress=file_read).rows)
-        train_rows = list(data.rows)
-        held = held[: recipe.eval.rows] if recipe.eval.rows else held
-        if known := known_rows(train_rows, held):
-            warn(f"{known} of {len(held)} held-out rows have a prompt or an answer that is also trained on")
-    else:
-        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
-        train_rows, held = list(parts.train), list(parts.held_out)
-        for note in parts.notes:
-            warn(note)
+    own = recipe.data.eval_path
+    eval_data = read_data(Path(own), format=recipe.data.format, progress=file_read) if own else None
+    parts = hold_out(recipe, data, eval_data)
+    train_rows, held = list(parts.train), list(parts.held_out)
+    for note in parts.notes:
+        warn(note)
     identify(train_rows, held)
+    _keep(worker, parts.record)
     ensure_template(tokenizer, data.format, warn)
 
     def encoded(rows: Sequence[Row]) -> list[Example]:
@@ -93,6 +92,14 @@ def read_rows(
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
     return Rows(encoded(train_rows), encoded(held) if held else [], prompts)
+
+
+def _keep(worker: Worker, record: HeldOutRecord) -> None:
+    """Keep the record of held-out rows; that of the run's first start stays, with the losses that it holds."""
+    with suppress(BadInput):
+        if replace(read_record(worker.paths), before=None) == record:
+            return
+    keep_record(worker.paths, record)
 
 
 def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:

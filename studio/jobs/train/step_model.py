@@ -4,12 +4,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from studio.core.recipe import Loss
-from studio.jobs.train.head import SplitModel, agrees, full_loss_sum, split
+from studio.jobs.train.head import SplitModel, agrees, full_loss_sum, full_row_losses, rows_of, split
 
 _PROBE_TOKENS = 48
 
@@ -61,3 +62,12 @@ class StepModel(nn.Module):
             if self._parts is not None:
                 return self._parts.loss_sum(**batch)
             return full_loss_sum(self.causal, **batch)
+
+    @torch.no_grad()
+    def row_losses(self, batch: dict[str, Any]) -> Tensor:
+        """Return the summed loss of each row of a batch, fp32 `[rows]`: as `forward`, told apart, without gradients."""
+        rows = rows_of(batch["labels"], batch.get("row_lengths"))
+        with self._autocast():
+            if self._parts is not None:
+                return self._parts.row_losses(rows, **batch)
+            return full_row_losses(self.causal, rows, **batch)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from studio.probe.data.rows import Row
 
@@ -46,7 +47,10 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
         if len(held) < wanted:
             notes.append(f"{len(held)} rows are held out instead of {wanted}: the others repeat one another")
     train = tuple(row for place, row in enumerate(rows) if place not in held)
-    return Split(train, tuple(rows[place] for place in sorted(held)), tuple(notes))
+    held_out = tuple(rows[place] for place in sorted(held))
+    if note := few_answers(held_out):
+        notes.append(note)
+    return Split(train, held_out, tuple(notes))
 
 
 def most_held_out(rows: int, wanted: int) -> int:
@@ -59,10 +63,47 @@ def most_held_out(rows: int, wanted: int) -> int:
     return min(wanted, rows // LARGEST_SHARE or int(rows > 1))
 
 
-def known_rows(train: Sequence[Row], held_out: Sequence[Row]) -> int:
-    """Return how many held-out rows have a prompt or an answer that is also trained on (a file of their own can)."""
-    seen = {key(row) for row in train for key in (_prompt_key, _answer_key)} - {b""}
-    return sum(not seen.isdisjoint((_prompt_key(row), _answer_key(row))) for row in held_out)
+class RowKeys(NamedTuple):
+    """Short hashes by which a row is known again, blind to letter case and white space.
+
+    A prompt is what the user and tools say, an answer what the assistant says; system prompts, which whole files
+    share, count nowhere. `content` is both together; `prompt` is empty where nothing asks.
+    """
+
+    content: bytes
+    prompt: bytes
+    answer: bytes
+
+
+def row_keys(row: Row) -> RowKeys:
+    """Return what a row is known by."""
+    prompt, answer = _prompt_key(row), _answer_key(row)
+    return RowKeys(_blake2b(b"\0".join((prompt, answer))), prompt, answer)
+
+
+def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:
+    """Return a sentence where rows are one answer, or a few, asked for in many ways; else nothing.
+
+    Such rows test little more than the different answers there are: from two rows an answer on it is said.
+
+    Args:
+        rows: To be measured on.
+        called: What they are, in the plural.
+    """
+    answers = different_answers(rows)
+    if len(rows) < 2 or answers * 2 > len(rows):
+        return ""
+    held = f"the {len(rows)} {called} have"
+    if answers == 1:
+        return f"{held} one and the same answer: they tell nothing about any other"
+    return (
+        f"{held} only {answers} different answers: where answers are learnt, they tell little more than {answers} rows"
+    )
+
+
+def different_answers(rows: Sequence[Row]) -> int:
+    """Return how many different answers rows have."""
+    return len({_answer_key(row) for row in rows})
 
 
 def _prompt_key(row: Row) -> bytes:

@@ -9,6 +9,7 @@ from studio.runs.history import History
 from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
+from studio.runs.summary import gain_of
 from studio.runs.watch import last_output
 from studio.tui.output_tail import harmless
 from studio.tui.readable import duration, number
@@ -115,7 +116,9 @@ def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Cont
         where = "\nNo adapter was saved." if early else ""
     again = "\nR continues where it stopped." if early else ""
     head = f"{'stopped' if early else 'done'} after {history.last_step} steps{took}"
-    return Content.assemble((head, "bold"), held_out, where, again)
+    gain = gain_of(history)
+    learnt = f"\n{gain['words'][:1].upper()}{gain['words'][1:]}." if gain else ""
+    return Content.assemble((head, "bold"), held_out, learnt, where, again)
 
 
 def _held_out(history: History) -> str:

@@ -1,0 +1,265 @@
+"""Rows that may be measured: those that a run held out or never saw, and every row of a base that nothing trained.
+
+One place decides it for training, audits, answers and races. A run's own record says what it held out and what it was
+trained on (`studio.runs.held_out`); here rows are found again by it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.text import plain
+from studio.probe.data import DataSet, Row, RowKeys, few_answers, read_data, row_keys, shipped_data, split
+from studio.runs.held_out import HASH_BYTES, HeldOutRecord, TrainedRows
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A training run's rows.
+
+    Attributes:
+        train: To train on.
+        held_out: To measure on; none of them is trained on.
+        notes: Where less was done than asked for, and what the user should know of the rows.
+        record: What the run keeps of it.
+    """
+
+    train: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+    notes: tuple[str, ...]
+    record: HeldOutRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RowsToMeasure:
+    """Rows that an audit may rest on.
+
+    Attributes:
+        rows: As many as were asked for and are there, in the file's order.
+        held_out_rows: How many rows may be called held out; None where nothing was trained, so none is.
+        where: Where they come from, in words.
+        format: How they were read.
+        notes: What was left out, and what the user should know of the rows.
+    """
+
+    rows: tuple[Row, ...]
+    held_out_rows: int | None
+    where: str
+    format: str
+    notes: tuple[str, ...]
+
+    @property
+    def hashes(self) -> list[str]:
+        """The hash of each row, as a run's record has it."""
+        return [row_keys(row).content.hex() for row in self.rows]
+
+
+def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None) -> HeldOut:
+    """Return what a run trains on and what it holds out: split off, or the rows of a file of their own.
+
+    Args:
+        recipe: How many rows, by which seed.
+        data: The rows to train on and, without a file of their own, to hold out.
+        eval_data: The rows of `data.eval_path`; those that are trained on too are left out.
+
+    Raises:
+        BadInput: Every row of `data.eval_path` is trained on.
+    """
+    if eval_data is None:
+        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
+        train, held, notes = parts.train, parts.held_out, parts.notes
+    else:
+        train, trained = tuple(data.rows), trained_on(data.rows)
+        unseen = _unseen(eval_data, trained)
+        if not unseen.rows:
+            raise BadInput(
+                f"data.eval_path: all {len(eval_data.rows)} rows of {_name(eval_data)} are trained on: "
+                f"{_name(data)} holds them too, so none is held out. Name a file of other rows, or leave "
+                "data.eval_path empty."
+            )
+        held = unseen.rows[: recipe.eval.rows] if recipe.eval.rows else unseen.rows
+        notes = (*unseen.notes, *_answers_note(held))
+    record = HeldOutRecord(
+        data=recipe.data.path,
+        held_from=recipe.data.eval_path or recipe.data.path,
+        format=recipe.data.format,
+        held_out=tuple(row_keys(row).content.hex() for row in held),
+        trained=trained_on(train),
+    )
+    return HeldOut(train, held, notes, record)
+
+
+def trained_on(rows: Sequence[Row]) -> TrainedRows:
+    """Return rows as a record keeps what was trained on."""
+    keys = [row_keys(row) for row in rows]
+    contents, prompts, answers = (frozenset(_short(key[place]) for key in keys if key[place]) for place in range(3))
+    return TrainedRows(len(rows), contents, prompts, answers)
+
+
+def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMeasure:  # noqa: A002
+    """Return rows to measure a model on that nothing was trained with here: any of the file.
+
+    Args:
+        data: A data file.
+        format: How it is read.
+        wanted: Most rows; where there are more, the seed chooses.
+        seed: Another seed gives another choice.
+
+    Raises:
+        BadInput: The file cannot be used.
+    """
+    found = read_data(data, format=format)
+    rows = _chosen(found.rows, wanted, seed)
+    where = _share(rows, found.rows, len(found.rows), f"rows of {_name(found)}", seed)
+    return RowsToMeasure(rows, None, where, found.format, _answers_note(rows, "rows"))
+
+
+def rows_of_run(
+    record: HeldOutRecord,
+    name: str,
+    data: Path,
+    *,
+    format: str,  # noqa: A002
+    wanted: int,
+    seed: int,
+) -> RowsToMeasure:
+    """Return rows to measure a trained model on: of its own file those that it held out, of others those it never saw.
+
+    Args:
+        record: Of the run.
+        name: Of the run, for messages.
+        data: The file that the run's held-out rows are in, or any other.
+        format: How it is read.
+        wanted: Most rows; where there are more, the seed chooses.
+        seed: Another seed gives another choice.
+
+    Raises:
+        BadInput: The file cannot be used, or no row of it may be called held out.
+    """
+    found = _read(data, format, record)
+    shown, run = _name(found), plain(name, one_line=True)
+    if _same_file(data, Path(record.held_from)):
+        if not record.held_out:
+            raise BadInput(
+                f"the run {run} held out no row: all {record.trained.rows} rows of {shown} were trained on, and "
+                "figures on them would show memory. Name rows that it has not seen (--data FILE), or train again with "
+                "eval.rows above 0."
+            )
+        held, notes = _held_again(found, record, run)
+        many = len(record.held_out)
+        rows = _chosen(held, wanted, seed)
+        where = _share(rows, held, many, f"rows that the run {run} held out of {shown}", seed)
+        return RowsToMeasure(rows, many, where, found.format, (*notes, *_answers_note(rows)))
+    unseen = _unseen(found, record.trained)
+    if not unseen.rows:
+        raise BadInput(
+            f"all {len(found.rows)} rows of {shown} were trained on by the run {run}: none may be called held out. "
+            "Name rows that it has not seen, or leave --data out to measure on those that it held out."
+        )
+    rows = _chosen(unseen.rows, wanted, seed)
+    where = _share(rows, unseen.rows, len(unseen.rows), f"rows of {shown} that the run {run} was not trained on", seed)
+    notes = (*unseen.notes, *_answers_note(rows))
+    return RowsToMeasure(rows, len(unseen.rows), where, found.format, notes)
+
+
+def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A002
+    try:
+        return read_data(data, format=format)
+    except BadInput as error:
+        if not _same_file(data, Path(record.held_from)) or data.exists():
+            raise
+        raise BadInput(
+            f"{error} The run's held-out rows were in it: put it back, or name where it lies now with --data; its rows "
+            "are known again by their text."
+        ) from error
+
+
+def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
+    """Return the recorded rows that are still in the file."""
+    left = Counter(record.held_out)
+    held: list[Row] = []
+    for row in found.rows:
+        content = row_keys(row).content
+        if left[content.hex()] and _short(content) not in record.trained.contents:
+            left[content.hex()] -= 1
+            held.append(row)
+    many, shown = len(record.held_out), _name(found)
+    if not held:
+        raise BadInput(
+            f"{shown} was changed since the run {run} was trained: none of the {many} rows that it held out is in it "
+            "any more. Put the file back as it was, or name other rows with --data FILE."
+        )
+    if len(held) == many:
+        return held, ()
+    return held, (
+        f"{shown} was changed since the run was trained: {len(held)} of the {many} rows that it held out are still "
+        "there, and only they are measured",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Unseen:
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+
+def _unseen(data: DataSet, trained: TrainedRows) -> _Unseen:
+    """Return the rows of a file that were not trained on, and how many were left out.
+
+    A row goes where its prompt is trained on, as it would in a split, even if its answer is another. Only where that
+    would leave none (one prompt, many answers) a row may stay whose prompt, but not its answer, is trained on.
+    """
+    shown, keys = _name(data), [row_keys(row) for row in data.rows]
+    fresh = [place for place, key in enumerate(keys) if _short(key.content) not in trained.contents]
+    apart = [place for place in fresh if not (keys[place].prompt and _short(keys[place].prompt) in trained.prompts)]
+    kept, why = (apart, "they, or their prompts, are trained on") if apart else (fresh, "they are trained on")
+    left_out = len(keys) - len(kept)
+    notes = [f"{left_out} of the {len(keys)} rows of {shown} are left out: {why}"] if kept and left_out else []
+    if known := sum(_known(keys[place], trained) for place in kept):
+        notes.append(f"{known} of {len(kept)} held-out rows have a prompt or an answer that is also trained on")
+    return _Unseen(tuple(data.rows[place] for place in kept), tuple(notes))
+
+
+def _known(key: RowKeys, trained: TrainedRows) -> bool:
+    prompt = bool(key.prompt) and _short(key.prompt) in trained.prompts
+    return prompt or _short(key.answer) in trained.answers
+
+
+def _answers_note(rows: Sequence[Row], called: str = "held-out rows") -> tuple[str, ...]:
+    return tuple(filter(None, [few_answers(rows, called)]))
+
+
+def _chosen(rows: Sequence[Row], wanted: int, seed: int) -> tuple[Row, ...]:
+    """Return at most `wanted` rows, which ones following from their text and the seed, in the file's order."""
+    if len(rows) <= wanted:
+        return tuple(rows)
+    from hashlib import blake2b  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
+
+    salt = str(seed).encode()
+    order = sorted(range(len(rows)), key=lambda place: blake2b(row_keys(rows[place]).content, key=salt).digest())
+    return tuple(rows[place] for place in sorted(order[:wanted]))
+
+
+def _share(rows: Sequence[Row], among: Sequence[Row], there: int, what: str, seed: int) -> str:
+    if len(rows) == there:
+        return f"all {there} {what}"
+    return f"{len(rows)} of the {there} {what}{f', chosen by seed {seed}' if len(rows) < len(among) else ''}"
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    one, other = (shipped_data() if str(path) == EMBEDDED else path.expanduser() for path in (one, other))
+    try:
+        return one.samefile(other)
+    except OSError:
+        return one.absolute() == other.absolute()
+
+
+def _name(data: DataSet) -> str:
+    return plain(data.path.name, one_line=True)
+
+
+def _short(key: bytes) -> bytes:
+    return key[:HASH_BYTES]

@@ -1,0 +1,185 @@
+"""Which rows a training run held out and which it trained on, by content: `held_out.json` in its folder.
+
+Written by the training job once it has split its data, before it loads a model; a resumed run keeps it. Whatever says
+"held-out" of the run later goes by it, not by splitting again: a data file can be edited, and another number of rows
+asked for gives another split. It holds hashes, no text.
+"""
+
+import json
+from base64 import b64decode, b64encode
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.runs.atomic import write_whole
+from studio.runs.layout import RunPaths
+
+SCHEMA = 1
+HASH_BYTES = 8
+"""Of a hash of a row trained on: among 10 million of them a row that is none is taken for one once in 10^12 looks."""
+_LARGEST_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """Rows that were trained on, as hashes of `HASH_BYTES` each.
+
+    Attributes:
+        rows: How many rows there are, copies included.
+        contents: Of whole rows.
+        prompts: Of their prompts; plain text has none.
+        answers: Of their answers.
+    """
+
+    rows: int = 0
+    contents: frozenset[bytes] = frozenset()
+    prompts: frozenset[bytes] = frozenset()
+    answers: frozenset[bytes] = frozenset()
+
+    def __or__(self, other: "TrainedRows") -> "TrainedRows":
+        """Return the rows of both."""
+        return TrainedRows(
+            max(self.rows, other.rows),
+            self.contents | other.contents,
+            self.prompts | other.prompts,
+            self.answers | other.answers,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """Losses of held-out rows, one row after another.
+
+    Attributes:
+        sums: Of each row, nats.
+        tokens: Labelled tokens of each row.
+    """
+
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutRecord:
+    """What a run held out.
+
+    Attributes:
+        data: Absolute path of the file that was trained on, or `embedded`.
+        held_from: Path of the file that the held-out rows are in: the same, or a file of their own.
+        format: How both were read.
+        held_out: Hash of each held-out row, in the file's order; copies stand as often as they were held out.
+        trained: What was trained on.
+        before: Losses of the held-out rows before the first step; None until they are measured.
+    """
+
+    data: str
+    held_from: str
+    format: str
+    held_out: tuple[str, ...]
+    trained: TrainedRows = field(default_factory=TrainedRows)
+    before: RowLosses | None = None
+
+
+def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
+    """Write the record of a run; the training job is its only writer.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    trained, before = record.trained, record.before
+    table = {
+        "schema": SCHEMA,
+        "data": record.data,
+        "held_from": record.held_from,
+        "format": record.format,
+        "held_out": list(record.held_out),
+        "trained": {
+            "rows": trained.rows,
+            **{name: _packed(getattr(trained, name)) for name in ("contents", "prompts", "answers")},
+        },
+        "before": {"sums": list(before.sums), "tokens": list(before.tokens)} if before else None,
+    }
+    write_whole(paths.held_out, json.dumps(table, allow_nan=False) + "\n")
+
+
+def keep_losses_before(paths: RunPaths, losses: RowLosses) -> None:
+    """Add the losses before the first step to the record.
+
+    Raises:
+        BadInput: There is no record.
+        OSError: The disk refuses.
+    """
+    keep_record(paths, replace(read_record(paths), before=losses))
+
+
+def read_record(paths: RunPaths) -> HeldOutRecord:
+    """Return what a training run held out.
+
+    Raises:
+        BadInput: There is no record, or it is damaged: nothing of this run may be called held out.
+    """
+    name = plain(paths.name, one_line=True)
+    try:
+        return _record(json.loads(_content(paths.held_out)))
+    except FileNotFoundError:
+        raise BadInput(
+            f"the run {name} has no record of its held-out rows ({paths.held_out.name} is missing): it never read its "
+            "data, or an older version trained it. Which rows it was trained on is not known, so none can be called "
+            "held out. Train it again with this version."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(
+            f"the record of held-out rows of the run {name} ({paths.held_out.name}) cannot be read: "
+            f"{plain(str(error), one_line=True, limit=200)}. None of its rows can be called held out; train it again."
+        ) from error
+
+
+def shared_record(records: Sequence[HeldOutRecord]) -> HeldOutRecord:
+    """Return the record of several runs together: rows that each held out, and what any of them trained on."""
+    shared = Counter(records[0].held_out)
+    trained = records[0].trained
+    for record in records[1:]:
+        shared &= Counter(record.held_out)
+        trained |= record.trained
+    held = []
+    for content in records[0].held_out:
+        if shared[content] and bytes.fromhex(content)[:HASH_BYTES] not in trained.contents:
+            shared[content] -= 1
+            held.append(content)
+    return replace(records[0], held_out=tuple(held), trained=trained, before=None)
+
+
+def _record(table: Mapping[str, Any]) -> HeldOutRecord:
+    if table["schema"] != SCHEMA:
+        raise ValueError(f"found schema {table['schema']!r}; wanted {SCHEMA}")
+    trained, before = table["trained"], table["before"]
+    sets = {name: _unpacked(trained[name]) for name in ("contents", "prompts", "answers")}
+    return HeldOutRecord(
+        data=str(table["data"]),
+        held_from=str(table["held_from"]),
+        format=str(table["format"]),
+        held_out=tuple(bytes.fromhex(content).hex() for content in table["held_out"]),
+        trained=TrainedRows(int(trained["rows"]), **sets),
+        before=RowLosses(tuple(map(float, before["sums"])), tuple(map(int, before["tokens"]))) if before else None,
+    )
+
+
+def _content(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST_BYTES:
+        raise ValueError("it is larger than 512 MiB")
+    return path.read_bytes()
+
+
+def _packed(hashes: frozenset[bytes]) -> str:
+    return b64encode(b"".join(sorted(hashes))).decode("ascii")
+
+
+def _unpacked(text: str) -> frozenset[bytes]:
+    data = b64decode(text, validate=True)
+    if len(data) % HASH_BYTES:
+        raise ValueError(f"found {len(data)} bytes of hashes; wanted a multiple of {HASH_BYTES}")
+    return frozenset(data[place : place + HASH_BYTES] for place in range(0, len(data), HASH_BYTES))
