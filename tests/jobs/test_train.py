@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import encode_rows
-from studio.jobs.train import between, trainable_model
+from studio.jobs.train import adapter, between, trainable_model
 from studio.jobs.train.batches import Batcher, StepBatches, collate
 from studio.jobs.train.evaluate import held_out_loss
 from studio.probe.data import read_data
@@ -206,6 +206,31 @@ def test_a_first_batch_that_is_too_large_to_evaluate_is_told_as_evaluating(
     assert failed is not None
     assert failed.failure == "out_of_memory"
     assert "the card's memory is full while evaluating" in failed.message
+
+
+class _OnAFullCard(torch.Tensor):
+    """Weights on a card that has no byte left: they can be copied away, and nothing can be computed of them."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in ("detach", "to", "cpu", "__get__"):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        with torch._C.DisableTorchFunctionSubclass():
+            made = func(*args, **(kwargs or {}))
+            copied = "cpu" in args or getattr(func, "__name__", "") == "cpu"
+            return made.as_subclass(torch.Tensor if copied else cls) if isinstance(made, torch.Tensor) else made
+
+
+def test_saving_takes_nothing_of_the_card(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = adapter.adapter_weights
+    monkeypatch.setattr(
+        adapter,
+        "adapter_weights",
+        lambda model: {name: weight.as_subclass(_OnAFullCard) for name, weight in weights(model).items()},
+    )
+    paths = train(recipe.with_("train.steps", 2))
+    assert history_of(paths).failed is None
+    assert (paths.adapter / "adapter_model.safetensors").is_file()
 
 
 def test_unknown_target_names_the_nearest(train: Train, recipe: Recipe) -> None:

@@ -94,7 +94,8 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | N
         Exception: The disk is full or not writable, in whichever class peft, safetensors or tokenizers say it (see
             `studio.runs.disk.refuses`); nothing half-made is left.
     """
-    check_adapter(adapter_weights(model))
+    # On the host: the card may have no room for the comparisons, and a whole training would be lost over them.
+    check_adapter({name: weight.detach().to("cpu") for name, weight in adapter_weights(model).items()})
     aside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
