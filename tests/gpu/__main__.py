@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from studio.probe.device import place_of
 from studio.runs.home import HOME_VARIABLE, cache_root, studio_home
 from studio.runs.supervise import child_environment
 from tests.gpu.catalogue import CHECKS, IDENTITY, PARTS, PREPARE
@@ -121,6 +122,11 @@ def _checked(args: argparse.Namespace, checks: list[Check], runner: Runner) -> i
     identity = runner.run(IDENTITY)
     print(line_of(identity), flush=True)
     report = open_report(args.out, _machine(identity, args.device))
+    place = place_of("cpu" if args.device == "cpu" else "auto")
+    if place.refusal:
+        print(place.refusal, file=sys.stderr)
+        return 2
+    runner.chosen = place.environment
     prepared = runner.run(PREPARE)
     _tell(report, identity, args.out, names)
     print(line_of(prepared), flush=True)
@@ -161,10 +167,13 @@ def _tell(report: Report, result: Result, folder: Path, names: Sequence[str]) ->
 
 
 def _machine(identity: Result, device: str) -> dict[str, Any]:
-    cards = identity.figures.get("torch") or [{}]
+    chosen = identity.figures.get("auto")
+    cards = [card for card in identity.figures.get("torch") or [] if card["uuid"] == chosen or chosen is None]
     return {
         "device": device,
-        "card": cards[0].get("name") if device != "cpu" else None,
+        "card": " ".join((cards or [{"name": str(chosen), "uuid": ""}])[0][key] for key in ("name", "uuid"))
+        if device != "cpu"
+        else None,
         "driver": (identity.figures.get("driver") or {}).get("driver"),
         "versions": identity.figures.get("versions") or {},
         "identity": json.loads(json.dumps(identity.figures, default=str)),

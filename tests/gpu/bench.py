@@ -45,6 +45,14 @@ class Seen:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+class Wrong(AssertionError):
+    """Something is not as it must be, and what was seen shall be shown all the same."""
+
+    def __init__(self, message: str, seen: Seen) -> None:
+        super().__init__(message)
+        self.seen = seen
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
     """Where a check works.
@@ -68,10 +76,10 @@ class Bench:
 
     @property
     def place(self) -> Any:
-        """The torch device."""
-        import torch
+        """The torch device, chosen as every job chooses it."""
+        from studio.jobs.base.device import job_device
 
-        return torch.device("cpu") if self.rehearsed else torch.device("cuda", 0)
+        return job_device(self.device)
 
     def tiny(self, **changes: Any) -> Recipe:
         """Return five steps on the tiny model, in fp32; names of fields with `__` for the dot."""
@@ -104,7 +112,7 @@ class Bench:
     def long(self, **changes: Any) -> Recipe:
         """Return steps on long rows: of the embedded model on a card, of the tiny one in a rehearsal."""
         size: dict[str, Any] = {"model.base": "embedded", "data.path": "embedded", "model.dtype": "auto"}
-        size |= {"train.micro_batch": 8, "train.seq_len": 1024, "train.packing": "on"}
+        size |= {"train.micro_batch": 4, "train.seq_len": 1024, "train.packing": "on"}
         if self.rehearsed:
             size = {"train.micro_batch": 2, "train.seq_len": 128}
         return _with(self.tiny(), {"train.steps": 2, **size}, changes)

@@ -7,7 +7,9 @@ OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bi
 STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval", "save")
 METHODS = ("lora", "qlora")
 
-IDENTITY = Check("which card, driver and libraries these are", "identity", "tests.gpu.identity:identity", (), 120)
+IDENTITY = Check(
+    "which card, driver and libraries these are", "identity", "tests.gpu.identity:identity", inherited=True
+)
 PREPARE = Check("models and rows for the checks", "prepare", "tests.gpu.bench:prepare", (), 300)
 
 
@@ -16,7 +18,13 @@ def _named(part: str, function: str, name: str, *arguments: str, limit: float = 
 
 
 CHECKS: tuple[Check, ...] = (
-    _named("identity", "identity:device_chosen", "the card of the plan is the card of the run"),
+    Check(
+        "the card of the plan is the card of the run",
+        "identity",
+        "tests.gpu.identity:device_chosen",
+        limit_seconds=240,
+        inherited=True,
+    ),
     _named("identity", "identity:context_bytes", "context bytes at three moments"),
     _named("numbers", "numbers:flash_kernel", "packed rows go through one flash kernel"),
     *(

@@ -10,10 +10,11 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.bench import Bench, Seen, Skip, as_json
+from tests.gpu.bench import Bench, Seen, Skip, Wrong, as_json
 
 
 def surroundings() -> dict[str, Any]:
@@ -55,7 +56,8 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         seen, outcome = Seen(str(why)), "SKIP"
     except Exception as error:
         traceback.print_exc()
-        seen, outcome = Seen(_words(error)), "FAILED"
+        shown = error.seen if isinstance(error, Wrong) else Seen("")
+        seen, outcome = replace(shown, said=_words(error)), "FAILED"
     after = surroundings()
     if "gradients" not in before:
         after = {name: value for name, value in after.items() if name in before or name.startswith("variable ")}

@@ -7,17 +7,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from studio.core.text import plain
+from studio.jobs.base.device import card_used
 from studio.jobs.train.memory import _nvml_handle, _own_device_bytes
+from studio.probe.device import look, place_of
+from studio.probe.gpus import Gpu
 from studio.probe.start import start_training
+from studio.probe.torch_cards import driver_words, runs_on, why_unusable
 from studio.runs.status import run_status
-from tests.gpu.bench import Bench, Seen, mib
+from tests.gpu.bench import GIB, Bench, Seen, Wrong, mib
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "datasets", "triton")
 OTHERS = ("trl", "unsloth", "liger_kernel", "flash_attn", "nvidia-ml-py")
@@ -32,148 +36,79 @@ _MASKS = (
 
 
 def identity(bench: Bench) -> Seen:
-    """Print everything that tells this card and this software from others."""
-    cards, driver = nvml_cards()
-    seen = torch_cards()
+    """Print everything that tells this card and this software from others, in the environment that was inherited."""
+    sight = look()
+    cards, seen, place = sight.cards or [], torch_cards(), place_of("auto", sight)
+    codes = torch.cuda.get_arch_list()
+    refused = [why for card in cards if (why := why_unusable(card, sight.driver, sight.build))]
     lines = [
         f"system    {platform.platform()}, Python {platform.python_version()} ({sys.executable})",
         f"WSL       {'yes' if is_wsl() else 'no'}",
-        f"driver    {driver.get('driver') or 'no answer from NVML'}, made for CUDA {driver.get('cuda') or '-'}",
+        f"driver    {driver_words(sight.driver) if sight.cards else 'no answer from NVML'}",
         f"torch     {torch.__version__}, built for CUDA {torch.version.cuda or '- (a build for CPUs)'}",
-        f"verdict   {driver_verdict(driver.get('cuda'), torch.version.cuda)}",
-        f"archs     {' '.join(torch.cuda.get_arch_list()) or '-'}",
+        f"archs     {' '.join(codes) or '-'}",
         *(f"inherited {name}={os.environ[name]}" for name in _MASKS if name in os.environ),
-        *(f"NVML {card['index']}    {card_line(card)}" for card in cards),
-        *(f"torch {card['index']}   {card_line(card)}" for card in seen),
+        *(f"NVML {card.index}    {nvml_line(card)}" for card in cards),
+        *(f"torch {index}   {card['name']}  {card['uuid']}  PCI {card['pci']}" for index, card in enumerate(seen)),
         *(f"pair      {line}" for line in pairs(cards, seen)),
+        *(f"unusable  {why}" for why in refused),
+        f"auto is   {place.refusal or (nvml_line(place.card) if place.card else 'the CPU')}",
         f"bitsandbytes {version('bitsandbytes')}, loaded {native_library()}",
         f"compiler  {compiler()}; Triton {installed('triton')}",
         "packages  " + "  ".join(f"{name} {installed(name)}" for name in (*PACKAGES, *OTHERS)),
     ]
-    figures = {"nvml": cards, "torch": seen, "driver": driver, "versions": {n: installed(n) for n in PACKAGES + OTHERS}}
-    figures |= {"torch_cuda": torch.version.cuda, "native_library": native_library(), "wsl": is_wsl()}
-    if bench.rehearsed:
-        return Seen(
-            "a CPU in the card's place" + (", although there is a card" if cards else ""), tuple(lines), figures
-        )
-    assert seen, f"torch can use no card: {driver_verdict(driver.get('cuda'), torch.version.cuda)}"
-    name = seen[0]["name"]
-    unpaired = [line for line in pairs(cards, seen) if "not in" in line]
-    assert not unpaired or not cards, f"NVML and torch name different cards: {unpaired}"
-    assert has_kernels(seen[0]["capability"], torch.cuda.get_arch_list()), (
-        f"this torch has no kernels for compute capability {seen[0]['capability']}: {torch.cuda.get_arch_list()}"
-    )
-    return Seen(f"{name}, compute capability {seen[0]['capability']}", tuple(lines), figures)
-
-
-def nvml_cards(nvml: Any = None) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
-    """Return all cards of this machine as NVML numbers them, and the driver's versions; nothing where it is silent."""
-    try:
-        if nvml is None:
-            import pynvml as nvml  # type: ignore[no-redef]
-        nvml.nvmlInit()
-    except Exception:
-        return [], {}
-
-    def ask(name: str, *words: Any) -> Any:
-        try:
-            value = getattr(nvml, name)(*words)
-        except Exception:
-            return None
-        return (
-            plain(value.decode() if isinstance(value, bytes) else value) if isinstance(value, (bytes, str)) else value
-        )
-
-    number = ask("nvmlSystemGetCudaDriverVersion_v2") or ask("nvmlSystemGetCudaDriverVersion")
-    driver = {
-        "driver": ask("nvmlSystemGetDriverVersion"),
-        "cuda": f"{number // 1000}.{number % 1000 // 10}" if number else None,
+    figures = {
+        "nvml": [asdict(card) for card in cards],
+        "torch": seen,
+        "driver": {"driver": sight.driver.version, "cuda": sight.driver.cuda},
+        "versions": {name: installed(name) for name in PACKAGES + OTHERS},
+        "torch_cuda": torch.version.cuda,
+        "archs": codes,
+        "native_library": native_library(),
+        "wsl": is_wsl(),
+        "auto": place.card.uuid if place.card else None,
     }
-    cards = []
-    for index in range(ask("nvmlDeviceGetCount") or 0):
-        handle = ask("nvmlDeviceGetHandleByIndex", index)
-        memory, mode = ask("nvmlDeviceGetMemoryInfo", handle), ask("nvmlDeviceGetMigMode", handle)
-        major_minor = ask("nvmlDeviceGetCudaComputeCapability", handle)
-        pci = ask("nvmlDeviceGetPciInfo", handle)
-        cards.append(
-            {
-                "index": index,
-                "name": ask("nvmlDeviceGetName", handle),
-                "uuid": ask("nvmlDeviceGetUUID", handle),
-                "pci": _pci(getattr(pci, "busId", None)),
-                "capability": ".".join(map(str, major_minor)) if major_minor else None,
-                "total_bytes": getattr(memory, "total", None),
-                "used_bytes": getattr(memory, "used", None),
-                "mig": None if mode is None else bool(mode[0]),
-            }
-        )
-    return cards, driver
+    shown = Seen("", tuple(lines), figures)
+    if bench.rehearsed:
+        return replace(shown, said=f"a CPU in the card's place{', although there is a card' if cards else ''}")
+    silent = "" if sight.cards else "no NVIDIA driver answers"
+    if not seen:
+        raise Wrong(f"torch can use no card: {'; '.join(refused) or place.refusal or silent or 'unknown why'}", shown)
+    strange = [line for line in pairs(cards, seen) if "not in" in line]
+    if cards and strange:
+        raise Wrong(f"NVML and torch name different cards: {strange}", shown)
+    for index, card in enumerate(seen):
+        own = torch.cuda.get_device_capability(index)
+        if codes and not any(runs_on(code, own) for code in codes):
+            raise Wrong(f"torch has no code for {card['name']}: {codes}", shown)
+    taken = nvml_line(place.card) if place.card else seen[0]["name"]
+    return replace(shown, said=f"{len(seen)} card(s) for torch; {taken} is taken")
 
 
-def torch_cards(cuda: Any = torch.cuda) -> list[dict[str, Any]]:
-    """Return all cards that torch can use, as it numbers them."""
-    if not cuda.is_available():
+def torch_cards() -> list[dict[str, str]]:
+    """Return name, UUID and PCI address of all cards that torch can use, as it numbers them."""
+    if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(cuda.device_count()):
-        card = cuda.get_device_properties(index)
-        uuid = str(getattr(card, "uuid", "") or "")
-        bus = [getattr(card, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-        found.append(
-            {
-                "index": index,
-                "name": plain(card.name),
-                "uuid": uuid if uuid.startswith(("GPU-", "MIG-")) or not uuid else f"GPU-{uuid}",
-                "pci": None if None in bus else _pci("{:08x}:{:02x}:{:02x}.0".format(*bus)),
-                "capability": f"{card.major}.{card.minor}",
-                "total_bytes": card.total_memory,
-                "mig": None,
-            }
-        )
-    return found
+    found = (card_used(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return [{"pci": "-", **card} for card in found]
 
 
-def pairs(nvml: list[dict[str, Any]], seen: list[dict[str, Any]]) -> list[str]:
-    """Return which of NVML's numbers is which of torch's, by UUID, or by PCI address where torch has no UUID."""
+def pairs(nvml: Sequence[Gpu], seen: Sequence[dict[str, str]]) -> list[str]:
+    """Return which of NVML's numbers is which of torch's, by UUID, or by PCI address: an instance has its card's."""
     lines = []
-    for card in seen:
-        same = [one for one in nvml if card["uuid"] and one["uuid"] == card["uuid"]]
-        same = same or [one for one in nvml if card["pci"] and one["pci"] == card["pci"]]
-        other = f"NVML {same[0]['index']}" if same else "not in NVML's list"
-        lines.append(f"torch {card['index']} is {other}")
+    for index, card in enumerate(seen):
+        same = [one for one in nvml if card["uuid"] and one.uuid == card["uuid"]]
+        same = same or [one for one in nvml if one.pci and one.pci.lower().endswith(card["pci"].lower())]
+        lines.append(f"torch {index} is {f'NVML {same[0].index}' if same else 'not in NVML' + chr(39) + 's list'}")
     return lines
 
 
-def driver_verdict(driver: str | None, built: str | None) -> str:
-    """Return in words whether a driver can run what torch was built for; CUDA runs on drivers of its major version."""
-    if built is None:
-        return "this torch is a build for CPUs: install one for CUDA"
-    if driver is None:
-        return f"NVML does not answer: whether the driver can run CUDA {built} is not known"
-    if int(driver.split(".")[0]) < int(built.split(".")[0]):
-        return (
-            f"too old: the driver is made for CUDA {driver}, torch for {built}; update the driver or take another build"
-        )
-    return f"the driver's CUDA {driver} runs torch's {built}"
-
-
-def has_kernels(capability: str, archs: list[str]) -> bool:
-    """Whether a build has kernels for a card: of its major version up to its minor one, or code that is compiled."""
-    major, minor = (int(part) for part in capability.split("."))
-    for arch in archs:
-        kind, _, number = arch.partition("_")
-        digits = number.rstrip("af")
-        one = (int(digits[:-1]), int(digits[-1])) if digits.isdecimal() else (99, 0)
-        if (kind == "sm" and one[0] == major and one[1] <= minor) or (kind == "compute" and one <= (major, minor)):
-            return True
-    return False
-
-
-def card_line(card: dict[str, Any]) -> str:
+def nvml_line(card: Gpu) -> str:
     """Return a card in one line."""
-    total = f"{card['total_bytes'] / 2**30:.1f} GiB" if card.get("total_bytes") else "memory unknown"
-    mig = {True: ", MIG on", False: ", MIG off", None: ""}[card.get("mig")]
-    return f"{card['name']}  {card['uuid'] or 'no UUID'}  PCI {card['pci'] or '-'}  {card['capability']}  {total}{mig}"
+    total = f"{card.total_bytes / GIB:.1f} GiB" if card.total_bytes else "memory unknown"
+    mig = {True: f", MIG with {len(card.instances)} instances", False: ", MIG off", None: ""}[card.mig]
+    own = ".".join(map(str, card.capability)) if card.capability else "?"
+    return f"{card.name}  {card.uuid or 'no UUID'}  PCI {card.pci or '-'}  capability {own}  {total}{mig}"
 
 
 def is_wsl() -> bool:
@@ -208,35 +143,29 @@ def installed(name: str) -> str:
         return "-"
 
 
-def _pci(bus: Any) -> str | None:
-    if bus is None:
-        return None
-    text = bus.decode() if isinstance(bus, bytes) else str(bus)
-    return text.lower().rjust(16, "0")
-
-
 def context_bytes(bench: Bench) -> Seen:
-    """What the process holds beside tensors: after the context, the first matrix product, bitsandbytes' first use."""
+    """What a process holds beside tensors: after the context, the first matrix product, bitsandbytes' first use."""
     device = bench.place
-    moments = [("before", _held(bench))]
-    torch.zeros(1, device=device)
-    moments.append(("context", _held(bench)))
+    moments: list[tuple[str, int | None]] = []
+
+    def note(name: str) -> None:
+        held, reserved = _held(bench), 0 if bench.rehearsed else torch.cuda.memory_reserved(device)
+        moments.append((name, None if held is None else held - reserved))
+
+    kept = [torch.zeros(1, device=device)]
+    note("context")
     one = torch.randn(256, 256, device=device)
-    float((one @ one).sum())
-    moments.append(("matrix product", _held(bench)))
+    kept.append(one @ one)
+    note("first matrix product")
     import bitsandbytes.functional as bnb
 
-    packed, state = bnb.quantize_4bit(one.to(torch.float16 if not bench.rehearsed else torch.float32))
-    float(bnb.dequantize_4bit(packed, state).sum())
-    moments.append(("bitsandbytes", _held(bench)))
-    reserved = 0 if bench.rehearsed else torch.cuda.memory_reserved(device)
+    packed, state = bnb.quantize_4bit(one.to(torch.float32 if bench.rehearsed else torch.float16))
+    kept.append(bnb.dequantize_4bit(packed, state))
+    note("first use of bitsandbytes")
     told = ", ".join(f"{name} {mib(size)}" for name, size in moments)
-    figures = {f"{name.replace(' ', '_')}_bytes": size for name, size in moments} | {"reserved_bytes": reserved}
-    word = "rehearsed: the process's resident set" if bench.rehearsed else "what the driver counts"
-    if not bench.rehearsed and moments[1][1] is not None:
-        sizes = [size or 0 for _, size in moments]
-        assert sizes == sorted(sizes), f"the driver counts less later: {told}"
-    return Seen(f"MiB, {word}: {told}; torch reserved {mib(reserved)}", (), figures)
+    whose = "rehearsed: the resident set" if bench.rehearsed else f"{_whose(bench)}, less what torch reserved"
+    assert bench.rehearsed or all(size and size > 0 for _, size in moments), f"no reading: {told}"
+    return Seen(f"MiB of {whose}: {told}", (), {f"{name.replace(' ', '_')}_bytes": size for name, size in moments})
 
 
 def _held(bench: Bench) -> int | None:
@@ -253,8 +182,12 @@ def _held(bench: Bench) -> int | None:
     return total - free
 
 
+def _whose(bench: Bench) -> str:
+    return "all processes" if _own_device_bytes(_nvml_handle(bench.place)) is None else "this process"
+
+
 def device_chosen(bench: Bench) -> Seen:
-    """A run that is started as a user starts it trains on the card that its plan is for."""
+    """A run that is started as a user starts it, under the inherited mask, trains on the card that its plan is for."""
     shown = []
     for word in ("cpu",) if bench.rehearsed else ("auto", "cuda", "cuda:0"):
         paths = start_training(bench.tiny(train__steps=3, device__device=word), bench.folder / "runs")
@@ -263,11 +196,11 @@ def device_chosen(bench: Bench) -> Seen:
             time.sleep(0.2)
         history = bench.history(paths)
         assert history.finished is not None and history.planned is not None, f"{word}: {history.failed or 'no end'}"
-        plan = json.loads(paths.plan.read_text("utf-8"))
-        planned, ran = (plan.get("gpu") or {}).get("name"), history.planned.device
+        planned, ran = json.loads(paths.plan.read_text("utf-8")).get("card"), history.planned.card
         if word == "cpu":
-            assert planned is None and ran == "cpu", (planned, ran)
-            return Seen(f"rehearsed: planned for no card, trained on {ran}")
-        assert planned and ran.startswith(planned), f"{word}: planned for {planned}, trained on {ran}"
-        shown.append(f"{word}: {ran}")
+            assert not planned and not ran and history.planned.device == "cpu", (planned, ran)
+            return Seen(f"rehearsed: planned for no card, trained on {history.planned.device}")
+        assert planned and ran, f"{word}: planned for {planned}, trained on {ran}"
+        assert planned["uuid"] == ran["uuid"], f"{word}: planned for {planned}, trained on {ran}"
+        shown.append(f"{word}: {ran['name']} {ran['uuid']}")
     return Seen("; ".join(shown))

@@ -3,10 +3,10 @@
 The references are computed in fp64 on the CPU, from the same bytes, in the plainest way: whole logits, one row at a
 time, weights taken out of their 4 bits. Differences are taken in the largest number of a tensor (`apart`).
 
-The tolerances, and why: fp32 has 24 bits; sums of some thousand products in another order lose up to 1e-5, 1e-4 leaves
-room for TF32 being off but kernels blocking differently. bf16 has 8 bits (4e-3 a rounding) and fp16 11 (5e-4); through
-the few layers here roundings add up to some units: 4e-2 and 1e-2, which still tells a wrong kernel, mask, scale or
-transposition, whose differences are of order 1.
+The tolerances, and why. fp32 has 24 bits; sums of some thousand products in another order lose up to 1e-5, and 1e-4
+leaves room for a card's other blocking (TF32 is off, as torch has it). bf16 has 8 bits and fp16 11; the roundings of
+the few layers here add up to 2e-2 and 5e-3 on a CPU, and four times that is allowed: still far from a wrong kernel,
+mask, scale or transposition, whose differences are of order 1.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from studio.core import loss_chunk
 from studio.core.recipe import AdapterSection
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
@@ -31,9 +32,9 @@ from studio.jobs.train.packing import packed
 from studio.jobs.train.row_attention import VARLEN_ATTENTION, packed_attentions
 from studio.jobs.train.step_model import StepModel
 from tests.fakes.tiny_model import tiny_config
-from tests.gpu.bench import Bench, Seen, Skip, capability, need_dtype, table
+from tests.gpu.bench import Bench, Seen, Skip, capability, need_dtype, replaced, table
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 4e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 """Of a tensor's largest number; see above."""
 ROWS = (1, 8, 64, 512, 2048)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -193,7 +194,8 @@ def _reference(
 def chunked_loss(bench: Bench, dtype: str) -> Seen:
     """The chunked loss and its gradients against whole logits in fp64: plain, capped and scaled, a trained head."""
     need_dtype(bench, dtype)
-    hidden_size, vocabulary = (128, 1000) if bench.rehearsed else (2048, 128_256)
+    # On a card as large as fp64 on a CPU allows in a minute; a workspace for 64 tokens at once makes many chunks of it.
+    hidden_size, vocabulary = (128, 1000) if bench.rehearsed else (512, 32_768)
     cases = {
         "plain": (HeadForm(), False),
         "soft cap and scale": (HeadForm(softcap=30.0, scale=0.5), False),
@@ -214,8 +216,9 @@ def chunked_loss(bench: Bench, dtype: str) -> Seen:
             copied = nn.Linear(hidden_size, vocabulary, bias=False, device=bench.place, dtype=_DTYPES[dtype])
             copied.weight.data.copy_(head.weight.data)
             copied.requires_grad_(trained)
-            loss = chunked_loss_sum(there, copied, shifted(labels.to(bench.place)), form)
-            loss.backward()
+            with replaced(loss_chunk, "WORKSPACE_BYTES", 64 * loss_chunk.LOGIT_BYTES * vocabulary):
+                loss = chunked_loss_sum(there, copied, shifted(labels.to(bench.place)), form)
+                loss.backward()
             found = [loss, there.grad, *([copied.weight.grad] if trained else [])]
             for what, one, other in zip(("loss", "hidden", "head"), found, wanted, strict=False):
                 key = f"{name} {what}"
@@ -245,7 +248,7 @@ def four_bit_products(bench: Bench, rows: str, dtype: str) -> Seen:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     need_dtype(bench, dtype)
-    count, width, out = int(rows), *((128, 192) if bench.rehearsed else (2048, 5632))
+    count, width, out = int(rows), *((128, 192) if bench.rehearsed else (1024, 2816))
     seen: dict[str, float] = {}
     for code in ("nf4", "fp4"):
         for nested in (False, True):

@@ -49,6 +49,7 @@ class Check:
         function: Where it is, as `module:function`.
         arguments: What the function gets beside the bench.
         limit_seconds: After this it counts as hanging and is ended.
+        inherited: Whether it sees all cards that the mask of this process leaves, not only the chosen one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Check:
     function: str
     arguments: tuple[str, ...] = ()
     limit_seconds: float = 120.0
+    inherited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,8 @@ class Runner:
     Attributes:
         device: `cuda` or `cpu`.
         session: A folder of this run of checks; the caller deletes it.
-        environment: All of the environment of every check.
+        environment: The environment of every check.
+        chosen: What is added to it so that a check sees the chosen card alone.
         watched: Folders whose files no check may touch.
         server: The socket of the server that forks the processes; empty where each has its own interpreter.
         leaving_seconds: How long what a check started may take to end by itself once the check has ended.
@@ -141,6 +144,7 @@ class Runner:
     device: str
     session: Path
     environment: Mapping[str, str]
+    chosen: dict[str, str] = field(default_factory=dict)
     watched: Sequence[Path] = ()
     server: str = ""
     leaving_seconds: float = 10.0
@@ -192,7 +196,12 @@ class Runner:
             "tests.gpu.child",
             [str(asked), str(answered)],
             server=self.server,
-            environment={**self.environment, TOKEN: self.token, "TMPDIR": str(folder / "tmp")},
+            environment={
+                **self.environment,
+                **({} if check.inherited else self.chosen),
+                TOKEN: self.token,
+                "TMPDIR": str(folder / "tmp"),
+            },
             output=folder / "output.log",
             folder=work,
         )

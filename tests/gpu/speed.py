@@ -22,7 +22,7 @@ from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.step_model import StepModel
 from tests.fakes.tiny_model import tiny_config
-from tests.gpu.bench import Bench, Seen, need_embedded, replaced, table
+from tests.gpu.bench import Bench, Seen, Skip, need_embedded, replaced, table
 from tests.gpu.numbers import _adapted, _in_four_bits, batcher_of, some_rows
 
 _LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
@@ -40,6 +40,8 @@ def launches(bench: Bench, method: str) -> Seen:
         for _ in range(2):  # the first one chooses kernels and takes memory
             counts[layers] = _counted(bench, step_model, batch)
     each = {name: (counts[4][name] - counts[2][name]) / 2 for name in ("forward", "backward")}
+    if not any(counts[2].values()):
+        raise Skip("torch's profiler sees no launches here: CUPTI is missing or not permitted")
     assert all(value > 0 for value in each.values()), counts
     word = "operators that compute (rehearsed)" if bench.rehearsed else "kernel launches"
     said = f"{each['forward']:.0f} forward and {each['backward']:.0f} backward {word} a layer"

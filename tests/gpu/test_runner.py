@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.gpu import processes
-from tests.gpu.bench import Bench, Seen, Skip
+from tests.gpu.bench import Bench, Seen, Skip, Wrong
 from tests.gpu.runner import FAILED, NOT_RUN, OK, SKIP, Check, Result, Runner, Surroundings, run_all
 
 HERE = "tests.gpu.test_runner"
@@ -33,6 +33,10 @@ def wrong(bench: Bench) -> Seen:
 
 def raises(bench: Bench) -> Seen:
     raise ZeroDivisionError("a fault")
+
+
+def shows(bench: Bench) -> Seen:
+    raise Wrong("the trace is off", Seen("", ("a table",), {"bytes": 7}))
 
 
 def hangs(bench: Bench) -> Seen:
@@ -98,7 +102,9 @@ def watched(tmp_path: Path) -> Path:
 @pytest.fixture
 def runner(tmp_path: Path, watched: Path) -> Runner:
     root = str(Path(__file__).parents[2])
-    return Runner("cpu", tmp_path / "session", {**os.environ, "PYTHONPATH": root}, [watched], leaving_seconds=0.3)
+    return Runner(
+        "cpu", tmp_path / "session", {**os.environ, "PYTHONPATH": root}, watched=[watched], leaving_seconds=0.3
+    )
 
 
 def check(function: str, *arguments: str, limit: float = 60.0) -> Check:
@@ -111,6 +117,7 @@ SAID = {
     "lacks": (SKIP, "no bf16: compute capability 7.5"),
     "wrong": (FAILED, "the losses differ (test_runner.py:"),
     "raises": (FAILED, "ZeroDivisionError: a fault (test_runner.py:"),
+    "shows": (FAILED, "the trace is off (test_runner.py:"),
     "hangs": (FAILED, HUNG),
     "hangs_with_a_child": (FAILED, HUNG),
     "crashes": (FAILED, "ended by SIGSEGV"),
@@ -157,6 +164,7 @@ def test_whatever_a_check_does_the_others_run(runner: Runner, watched: Path) -> 
         seen = all_judged(runner, watched, list(SAID), limit=2.0)
     assert seen["good"].lines == ("more",)
     assert seen["good"].figures == {"seconds": 1.5}
+    assert (seen["shows"].lines, seen["shows"].figures) == (("a table",), {"bytes": 7})
     assert seen["leaks_a_variable"].changed[0].startswith("variable CUDA_VISIBLE_DEVICES")
     assert seen["leaks_a_file"].changed == (f"file {watched / 'stray'} new",)
     assert "time.sleep(600)" in seen["leaks_a_process"].changed[0]

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from studio.core.events import Failed
+from studio.probe.torch_cards import TorchBuild
 from studio.runs.history import History
+from tests.fakes.cuda import FakeCard, FakeMachine
 from tests.fakes.tiny_model import make_tiny_model
 from tests.gpu import bench, faults, identity, memory, numbers, speed, training
-from tests.gpu.bench import GIB, Bench, Skip
+from tests.gpu.bench import GIB, Bench, Seen, Skip
 
 HERE = Path(__file__).parent
-T4 = {"name": "Tesla T4", "uuid": "GPU-4", "pci": "00000000:3b:00.0", "capability": "7.5", "total_bytes": 15 * GIB}
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def chains(tree: ast.AST) -> set[str]:
 
 def test_every_name_of_torch_cuda_exists() -> None:
     used = set().union(*(chains(ast.parse(path.read_text("utf-8"))) for path in HERE.glob("*.py")))
-    assert len(used) >= 14
+    assert len(used) >= 12
     for name in used:
         owner: Any = torch
         for part in name.split("."):
@@ -55,79 +56,63 @@ def test_every_name_of_torch_cuda_exists() -> None:
             owner = getattr(owner, part)
 
 
-def nvml(*cards: dict[str, Any], cuda: int = 12040) -> Any:
-    """An NVML that knows these cards and answers nothing else."""
-    return SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlSystemGetDriverVersion=lambda: b"550.54.15",
-        nvmlSystemGetCudaDriverVersion=lambda: cuda,
-        nvmlDeviceGetCount=lambda: len(cards),
-        nvmlDeviceGetHandleByIndex=lambda index: cards[index],
-        nvmlDeviceGetName=lambda card: card["name"].encode(),
-        nvmlDeviceGetUUID=lambda card: card["uuid"],
-        nvmlDeviceGetPciInfo=lambda card: SimpleNamespace(busId=card["pci"].upper().encode()),
-        nvmlDeviceGetCudaComputeCapability=lambda card: [int(part) for part in card["capability"].split(".")],
-        nvmlDeviceGetMemoryInfo=lambda card: SimpleNamespace(total=card["total_bytes"], used=GIB),
-    )
+A100 = FakeCard("NVIDIA A100-SXM4-40GB", "GPU-8", gib=40, capability=(8, 0), speed=9)
+T4 = FakeCard("Tesla T4", "GPU-4", gib=15, capability=(7, 5))
 
 
-def cuda(*cards: dict[str, Any], uuids: bool = True) -> Any:
-    """A `torch.cuda` that sees these cards, in this order; older torch tells no UUID."""
-
-    def properties(index: int) -> Any:
-        one = cards[index]
-        major, minor = (int(part) for part in one["capability"].split("."))
-        domain, bus, place = (int(part.partition(".")[0], 16) for part in one["pci"].split(":"))
-        seen = {"name": one["name"], "major": major, "minor": minor, "total_memory": one["total_bytes"]}
-        seen |= {"pci_domain_id": domain, "pci_bus_id": bus, "pci_device_id": place}
-        return SimpleNamespace(**seen, **({"uuid": one["uuid"].removeprefix("GPU-")} if uuids else {}))
-
-    return SimpleNamespace(
-        is_available=lambda: bool(cards), device_count=lambda: len(cards), get_device_properties=properties
-    )
+def identified(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, card: Bench) -> Seen:
+    """What the identity says of a machine, as a process that has just begun on it finds it."""
+    machine.start(monkeypatch)
+    monkeypatch.setattr(identity, "look", machine.sight)
+    return identity.identity(card)
 
 
-@pytest.mark.parametrize("uuids", [True, False])
-def test_cards_that_nvml_and_torch_number_differently_are_paired(uuids: bool) -> None:
-    fast = {**T4, "name": "NVIDIA A100", "uuid": "GPU-8", "pci": "00000000:5e:00.0", "capability": "8.0"}
-    listed, driver = identity.nvml_cards(nvml(T4, fast))
-    seen = identity.torch_cards(cuda(fast, T4, uuids=uuids))
-    assert driver == {"driver": "550.54.15", "cuda": "12.4"}
-    assert [one["uuid"] for one in listed] == ["GPU-4", "GPU-8"]
-    assert identity.pairs(listed, seen) == ["torch 0 is NVML 1", "torch 1 is NVML 0"]
-    assert identity.card_line(listed[0]).startswith("Tesla T4  GPU-4  PCI 00000000:3b:00.0  7.5  15.0 GiB")
-    assert identity.pairs([], seen)[0] == "torch 0 is not in NVML's list"
-    assert identity.torch_cards(cuda()) == []
+def test_cards_that_nvml_and_torch_number_differently_are_paired(card: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = identified(FakeMachine([T4, A100]), monkeypatch, card)
+    shown = "\n".join(seen.lines)
+    assert "pair      torch 0 is NVML 1" in shown
+    assert "pair      torch 1 is NVML 0" in shown
+    assert "NVML 0    Tesla T4  GPU-4  PCI 00000000:01:00.0  capability 7.5  15.0 GiB" in shown
+    assert "auto is   NVIDIA A100-SXM4-40GB  GPU-8" in shown
+    assert seen.said.startswith("2 card(s) for torch; NVIDIA A100-SXM4-40GB  GPU-8")
+    json.dumps(seen.figures)
+
+
+def test_the_inherited_mask_is_shown_and_obeyed(card: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-4")
+    seen = identified(FakeMachine([A100, T4]), monkeypatch, card)
+    assert "inherited CUDA_VISIBLE_DEVICES=GPU-4" in seen.lines
+    assert "pair      torch 0 is NVML 1" in seen.lines
+    assert seen.figures["auto"] == "GPU-4"
+
+
+def test_an_instance_is_paired_with_its_card(card: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cut = FakeCard("NVIDIA A100", "GPU-8", capability=(8, 0), instances=("MIG-a", "MIG-b"))
+    seen = identified(FakeMachine([cut]), monkeypatch, card)
+    assert "pair      torch 0 is NVML 0" in seen.lines
+    assert any("MIG with 2 instances" in line for line in seen.lines)
 
 
 @pytest.mark.parametrize(
-    ("driver", "built", "words"),
+    ("machine", "words"),
     [
-        ("12.4", "12.8", "runs"),
-        ("13.0", "12.8", "runs"),
-        ("12.4", "13.0", "too old"),
-        (None, "13.0", "not known"),
-        ("13.0", None, "a build for CPUs"),
+        (FakeMachine([A100], driver="550.54.15", serves=(12, 4)), "torch can use no card: NVIDIA A100.*driver"),
+        (
+            FakeMachine([A100], build=TorchBuild("2.13.0+cpu")),
+            "no card: NVIDIA A100.*built for CPUs only",
+        ),
+        (FakeMachine([FakeCard("Tesla P100", "GPU-6", capability=(6, 0))]), "torch has no code for Tesla P100"),
     ],
+    ids=["old driver", "wrong build", "old card"],
 )
-def test_the_drivers_verdict(driver: str | None, built: str | None, words: str) -> None:
-    assert words in identity.driver_verdict(driver, built)
-
-
-@pytest.mark.parametrize(
-    ("capability", "archs", "runs"),
-    [
-        ("7.5", "sm_75 sm_80 sm_90", True),
-        ("8.6", "sm_80 sm_90", True),
-        ("8.9", "sm_90", False),
-        ("6.1", "sm_75 sm_80", False),
-        ("12.0", "sm_90 compute_90", True),
-        ("12.0", "sm_100 sm_120a", True),
-        ("9.0", "sm_90a", True),
-    ],
-)
-def test_whether_a_build_has_kernels(capability: str, archs: str, runs: bool) -> None:
-    assert identity.has_kernels(capability, archs.split()) is runs
+def test_a_card_that_torch_cannot_use_fails_with_the_reason(
+    card: Bench, monkeypatch: pytest.MonkeyPatch, machine: FakeMachine, words: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(AssertionError, match=words):
+        identified(machine, monkeypatch, card)
 
 
 class Pool:
@@ -174,14 +159,9 @@ def test_a_full_card_has_no_block_left_and_is_made_full_once(monkeypatch: pytest
     assert len(full.held) == held
 
 
-def turing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card of compute capability 7.5 under the names of `torch.cuda` that the checks ask."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (4 * GIB, 15 * GIB))
-
-
 def test_what_a_t4_lacks_is_skipped_with_its_reason(card: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    turing(monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    FakeMachine([FakeCard("Tesla T4", "GPU-4", gib=5, capability=(7, 5))]).start(monkeypatch)
     with pytest.raises(Skip, match=r"no bf16: compute capability 7\.5"):
         numbers.packed_rows(card, "lora", "bf16")
     with pytest.raises(Skip, match="no bf16"):
@@ -258,6 +238,7 @@ def test_a_cards_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_device_used", lambda handle: 900)
     for name in ("max_memory_allocated", "max_memory_reserved", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: 70)
+    monkeypatch.setattr(memory.torch, "zeros", lambda *size, device: size)
     for own, whose, told in ((500, "this process", 500), (None, "all processes", 900)):
         monkeypatch.setattr(memory, "_own_device_bytes", lambda handle, own=own: own)
         counters = memory.CardCounters(torch.device("cuda", 0))

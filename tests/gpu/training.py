@@ -6,6 +6,8 @@ the bit" is printed where it is so. fp32 runs may be 5e-3 apart after five steps
 """
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +95,8 @@ def compiled(bench: Bench) -> Seen:
     """Compiled layers have the plain losses; what compiling costs is printed."""
     if not bench.rehearsed:
         need_package("triton", what="torch.compile writes its kernels in it")
+        if not shutil.which(os.environ.get("CC", "cc")) and not shutil.which("gcc"):
+            raise Skip("no C compiler: Triton builds the launchers of its kernels with one")
     recipe = bench.tiny()
     plain = bench.run(recipe)
     words = ("traced", "cpu") if bench.rehearsed else ()
@@ -147,9 +151,9 @@ def named_fault(bench: Bench, fault: str, failure: str) -> Seen:
     paths = bench.job(bench.tiny(), fault, bench.device, module=FAULTS)
     failed = bench.history(paths).failed
     if failed is not None:
-        assert fault != "native", f"bitsandbytes raised an exception where it used to end the process: {failed}"
         assert failed.failure == failure, f"named {failed.failure} ({failed.message}), wanted {failure}"
-        return Seen(f"{failed.failure}: {failed.message}")
+        word = "raised, not ended by exit(1); " if fault == "native" else ""
+        return Seen(f"{word}{failed.failure}: {failed.message}")
     assert fault == "native", f"the run ended without an event: {paths.output.read_text('utf-8', 'replace')[-500:]}"
     assert run_status(paths) is Status.crashed, run_status(paths)
     kind = kind_of_crash(paths)
