@@ -83,7 +83,7 @@ _FAULTS = (
     ),
     _fault(
         "gpu_memory_fault",
-        r"uncorrectable (ECC|NVLink) error|ECC error|hardware stack error",
+        r"uncorrectable (ECC|NVLink) error|\bECC error|hardware stack error",
         "the card's memory or its connection has an error that it could not correct",
         "look at nvidia-smi -q -d ECC,PAGE_RETIREMENT and at the kernel log for Xid errors; restart the computer; a "
         "card that does it again has to be replaced. Checkpoints from before are sound: {then}",
