@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from studio.core.recipe_check import DEVICE, DEVICE_FORM
 from studio.core.text import plain
 from studio.runs.home import runs_root
 from studio.runs.layout import RunPaths
@@ -53,6 +52,8 @@ def add_run(parser: argparse.ArgumentParser, count: str | int | None = None) -> 
 
 
 def _device(word: str) -> str:
+    from studio.core.recipe_check import DEVICE, DEVICE_FORM  # noqa: PLC0415  10 ms that most verbs need not pay
+
     if not DEVICE.fullmatch(word):
         raise argparse.ArgumentTypeError(f"found {plain(word, one_line=True, limit=40)!r}; wanted {DEVICE_FORM}")
     return word

@@ -104,9 +104,9 @@ def why_unusable(card: Gpu, driver: Driver, build: TorchBuild | None) -> str:
         driver: Of this machine.
         build: The installed torch; None where it cannot be read.
     """
+    if why := _why_silent(card):
+        return why
     name = plain(card.name, one_line=True, limit=80)
-    if card.mig and not card.instances and card.total_bytes is None:
-        return f"{name} has MIG on and is cut into no instance that could be used: make one with nvidia-smi mig"
     if build is None:
         return ""
     if build.cuda is None:
@@ -125,6 +125,18 @@ def why_unusable(card: Gpu, driver: Driver, build: TorchBuild | None) -> str:
             f"{name} is too old for this torch: it has compute capability {_dotted(card.capability)}, and {build} has "
             f"code for {_dotted(divmod(min(codes), 10))} and newer. To use it, {_install(card, driver, build)}"
         )
+    return ""
+
+
+def _why_silent(card: Gpu) -> str:
+    """Return why nothing could compute on a card, whatever the torch."""
+    if card.uuid is None and card.total_bytes is None and card.capability is None:
+        return (
+            f"the driver shows card {card.index}, which answers nothing: look at nvidia-smi and the kernel's log (Xid)"
+        )
+    if card.mig and not card.instances and card.total_bytes is None:
+        name = plain(card.name, one_line=True, limit=80)
+        return f"{name} has MIG on and is cut into no instance that could be used: make one with nvidia-smi mig"
     return ""
 
 

@@ -11,7 +11,12 @@ from studio.core.gpu_catalogue import GIB
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
-from studio.probe.gpus import GpuProcess
+from studio.probe.checkup import trouble_of
+from studio.probe.device import Sight
+from studio.probe.gpus import Driver, GpuProcess
+from studio.probe.gpus import Gpu as Reading
+from studio.probe.machine import Machine
+from studio.probe.torch_cards import TorchBuild
 from studio.runs.quality import Outcome
 from studio.tui import kept, trade
 from studio.tui.engine import Engine
@@ -25,6 +30,7 @@ from studio.tui.panels.forecast_text import (
     table_text,
 )
 from studio.tui.reading import peak_words, process_words, reading_of
+from studio.tui.setup_texts import machine_text
 from studio.tui.trade import footnote, rows_of, sides_of
 from tests.tui.stories import EIGHT_B, ESCAPES, card_of
 
@@ -244,3 +250,25 @@ def test_who_else_uses_the_card_is_named_and_harmless() -> None:
     assert "3.0 used by Xorg (11) 0.5, evil" in words
     assert "process (13) 1.0 and 1 more" in words
     assert "\x1b" not in words.replace("\\x1b", "")
+
+
+@pytest.mark.parametrize(
+    ("cards", "driver", "bar", "trouble"),
+    [
+        (None, Driver(), "no NVIDIA card: the CPU", ""),
+        ([Reading(0, "A", "GPU-a", 8 * GIB), Reading(1, "B", "GPU-b", 9 * GIB)], Driver("580.1", (13, 0)), "B 9.0", ""),
+        ([Reading(0, "A", "GPU-a", 8 * GIB)], Driver("560.1", (12, 6)), "A cannot be used", "A cannot be used: torch"),
+        ([Reading(0, "A", "GPU-a", 8 * GIB)], Driver("560.1"), "A cannot be used", "Update the driver"),
+    ],
+)
+def test_the_screens_name_the_card_that_a_run_would_take(
+    cards: list[Reading] | None, driver: Driver, bar: str, trouble: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build = TorchBuild("2.13.0", (13, 0))
+    monkeypatch.setattr("studio.probe.device.look", lambda: Sight(cards, driver, build))
+    monkeypatch.setattr("studio.probe.checkup.torch_build", lambda: build)
+    assert Engine().card().startswith(bar)
+    machine = Machine(cards, driver.version, None, None, None, None, "Linux", spills=False, cuda=driver.cuda)
+    assert trouble_of(machine).startswith(trouble) or trouble in trouble_of(machine)
+    assert bool(trouble_of(machine)) == bool(trouble)
+    assert trouble in machine_text(machine, tmp_path).plain
