@@ -16,7 +16,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.train import adapter, between, trainable_model
 from studio.jobs.train.batches import Batcher, StepBatches, collate
-from studio.jobs.train.evaluate import held_out_loss
+from studio.jobs.train.evaluate import held_out_losses
 from studio.probe.data import read_data
 from tests.jobs.conftest import Train, history_of
 
@@ -199,9 +199,9 @@ def test_a_first_batch_that_is_too_large_to_evaluate_is_told_as_evaluating(
         calls.append(1)
         if len(calls) == fails_at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return held_out_loss(*args, **named)
+        return held_out_losses(*args, **named)
 
-    monkeypatch.setattr(between, "held_out_loss", full)
+    monkeypatch.setattr(between, "held_out_losses", full)
     failed = history_of(train(recipe.with_("eval.rows", 1).with_("train.steps", 2))).failed
     assert failed is not None
     assert failed.failure == "out_of_memory"
