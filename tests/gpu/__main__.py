@@ -8,9 +8,9 @@ environment (variables, files, processes) must be as before. Speed is printed an
 list on a processor: what it can compute is computed, what only a card has is played and said to be rehearsed.
 
 WORDs choose checks that have one of them in their name; `--part` those of a part; `--minutes 9` begins only what surely
-ends in that time, and `--rest` leaves out what the results file already has: together, repeated until nothing is left,
-they take the whole in pieces. Results are printed and kept in build/gpu-check: results-cuda.json for machines and
-results-cuda.md, a section to be pasted into tests/gpu/results.md. Exit code 0: nothing failed; 1: something did;
+ends in that time, and `--rest` leaves out whatever has a result already, good or bad: together, repeated until nothing
+is left, they take the whole in pieces. Results are printed and kept in build/gpu-check: results-cuda.json for machines
+and results-cuda.md, a section to be pasted into tests/gpu/results.md. Exit code 0: nothing failed; 1: something did;
 2: no card that torch can use, or nothing of that name.
 
 A machine without network. On one that has it and the same Python and system:
@@ -137,7 +137,8 @@ def _checked(args: argparse.Namespace, checks: list[Check], runner: Runner) -> i
     if prepared.outcome == FAILED:
         return 1
     if args.rest:
-        checks = [check for check in checks if check.name not in report.results or _again(report.results[check.name])]
+        done = {name for name, result in report.results.items() if result.outcome != NOT_RUN}
+        checks = [check for check in checks if check.name not in done]
     limit = sum(check.limit_seconds for check in checks) / 60
     budget = f", {args.minutes:.0f} minutes" if args.minutes else ""
     print(f"{len(checks)} checks{budget}; if every one of them hung, {limit:.0f} minutes", flush=True)
@@ -151,14 +152,13 @@ def _checked(args: argparse.Namespace, checks: list[Check], runner: Runner) -> i
     results = [identity, prepared, *run_all(runner, checks, tell, seconds=seconds)]
     files = report.save(args.out, names)
     print(f"{summary(results)}; {sum(result.seconds for result in results):.0f} s")
+    ordered = report.ordered(names)
+    if len(ordered) > len(results):
+        print(f"with what earlier calls saw: {summary(ordered)}; {len(names) - len(ordered)} of {len(names)} missing")
     print(f"results: {files[0]}, {files[1]} (to be pasted into tests/gpu/results.md)")
     if any(result.outcome == NOT_RUN for result in results):
         print("not all were run: the same command with --rest goes on")
     return int(any(result.outcome == FAILED for result in results))
-
-
-def _again(result: Result) -> bool:
-    return result.outcome in (NOT_RUN, FAILED)
 
 
 def _tell(report: Report, result: Result, folder: Path, names: Sequence[str]) -> None:
@@ -187,7 +187,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("words", metavar="WORD", nargs="*", help="cuda (default) or cpu first; then words of names")
     parser.add_argument("--part", metavar="NAME", action="append", choices=PARTS, help=f"one of {', '.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin only what ends within this time")
-    parser.add_argument("--rest", action="store_true", help="leave out what went well or was skipped before")
+    parser.add_argument("--rest", action="store_true", help="leave out what has a result already, good or bad")
     parser.add_argument("--list", action="store_true", help="print names, parts and time limits, and run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder of the results")
     args = parser.parse_intermixed_args(words)

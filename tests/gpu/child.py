@@ -16,10 +16,14 @@ from typing import Any
 
 from tests.gpu.bench import Bench, Seen, Skip, Wrong, as_json
 
+OF_LIBRARIES = frozenset({"CUDA_MODULE_LOADING", "DISABLE_CUPTI_LAZY_REINIT", "TEARDOWN_CUPTI"})
+"""Variables that torch sets by itself: as it starts CUDA (torch/cuda/__init__.py before 2.13), in its profiler."""
+
 
 def surroundings() -> dict[str, Any]:
     """Return what a check must leave as it is, in its own process."""
-    noted: dict[str, Any] = {f"variable {name}": value for name, value in os.environ.items()}
+    names = os.environ.keys() - OF_LIBRARIES
+    noted: dict[str, Any] = {f"variable {name}": os.environ[name] for name in names}
     noted["working directory"] = str(Path.cwd())
     torch = sys.modules.get("torch")
     if torch is None:
@@ -27,7 +31,7 @@ def surroundings() -> dict[str, Any]:
     return noted | {
         "torch's default dtype": str(torch.get_default_dtype()),
         "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "TF32 of matrix products": torch.backends.cuda.matmul.allow_tf32,
+        "precision of matrix products": torch.get_float32_matmul_precision(),
         "gradients": torch.is_grad_enabled(),
     }
 

@@ -48,6 +48,18 @@ def test_the_list_is_sound() -> None:
     assert PARTS[0] == "identity" and PARTS[-1] == "speed"
 
 
+@pytest.mark.slow
+def test_the_checks_need_no_pytest() -> None:
+    """They run on a Python that has the program's dependencies and nothing else."""
+    modules = sorted(
+        path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("test_", "__"))
+    )
+    names = ", ".join(f"tests.gpu.{name}" for name in modules)
+    code = f"import sys; sys.modules['pytest'] = None; import {names}, tests.bench.engines, tests.bench.bench_train"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def listed(*words: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu", *words, "--list"], check=True, capture_output=True, text=True, cwd=ROOT

@@ -1,6 +1,7 @@
 """The runner of the checks: whatever a check does, the next one runs, and what it did not leave as it was is named."""
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from tests.gpu import processes
 from tests.gpu.bench import Bench, Seen, Skip, Wrong
+from tests.gpu.report import open_report
 from tests.gpu.runner import FAILED, NOT_RUN, OK, SKIP, Check, Result, Runner, Surroundings, run_all
 
 HERE = "tests.gpu.test_runner"
@@ -180,6 +182,41 @@ def test_what_does_not_fit_the_time_is_not_begun(runner: Runner) -> None:
     results = run_all(runner, [check("good", "x", limit=20), check("hangs", limit=4000)], lambda _: None, seconds=300)
     assert [result.outcome for result in results] == [OK, NOT_RUN]
     assert "its limit of 4000 s does not fit" in results[1].said
+
+
+MACHINE = {"device": "cuda", "card": "Tesla T4 GPU-4", "driver": "580.65", "versions": {"torch": "2.13.0"}}
+
+
+def test_calls_fill_one_report_and_what_ran_again_is_replaced(tmp_path: Path) -> None:
+    names = ["one", "two", "three", "four"]
+    first = open_report(tmp_path, MACHINE)
+    first.add(Result("two", "p", FAILED, 2.0, "off by | half", ("a row",), {"bytes": 7}, (), ("Traceback",)))
+    first.add(Result("one", "p", OK, 1.0, "fine"))
+    first.add(Result("three", "p", NOT_RUN, said="no time"))
+    first.save(tmp_path, names)
+    again = open_report(tmp_path, dict(MACHINE))
+    assert [result.name for result in again.ordered(names)] == ["one", "two", "three"]
+    assert again.results["two"].figures == {"bytes": 7}
+    again.add(Result("two", "p", OK, 2.0, "fine now"))
+    again.add(Result("one", "p", NOT_RUN, said="no time"))
+    machine, section = again.save(tmp_path, names)
+    table = json.loads(machine.read_text())
+    assert [(one["name"], one["outcome"]) for one in table["checks"]] == [("one", OK), ("two", OK), ("three", NOT_RUN)]
+    assert table["missing"] == ["four"]
+    assert f"## {again.date}, Tesla T4 GPU-4" in section.read_text()
+    assert "2 ok, 1 not run; 1 not yet run." in section.read_text()
+
+
+def test_another_card_gets_a_report_of_its_own_and_the_older_one_is_kept(tmp_path: Path) -> None:
+    report = open_report(tmp_path, MACHINE)
+    report.add(Result("one", "p", FAILED, 1.0, "a | b", ("a row",), {}, ("file x new",), ("Traceback",)))
+    _, section = report.save(tmp_path, ["one"])
+    text = section.read_text()
+    assert "| p | one | FAILED | 1 | a \\| b; not as before: file x new |" in text
+    assert "a row\nprinted: Traceback\n```" in text
+    other = open_report(tmp_path, {**MACHINE, "card": "NVIDIA A100 GPU-8"})
+    assert not other.results
+    assert len(list(tmp_path.glob("results-cuda-until-*"))) == 2
 
 
 if __name__ == "__main__":
