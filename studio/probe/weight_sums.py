@@ -152,7 +152,7 @@ def _read(files: Sequence[_File], tell: Tell, needed: int) -> list[tuple[_File, 
     from concurrent.futures import ThreadPoolExecutor, wait  # noqa: PLC0415  as above
 
     reading = _Reading(files)
-    threads = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
+    threads = _threads()
     with ThreadPoolExecutor(threads, "weight-sums") as pool:
         running = {pool.submit(reading.work) for _ in range(threads)}
         try:
@@ -167,6 +167,11 @@ def _read(files: Sequence[_File], tell: Tell, needed: int) -> list[tuple[_File, 
         if _content_of(file.path.stat()) != _content_of(file.status):
             raise _changed(file.path)
     return [(file, {name: reading.sums[file.path][name] for name in _in_order(file.header)}) for file in files]
+
+
+def _threads() -> int:
+    """Return how many read at once: on two cores no number was faster than one (tests/bench/weights_results.md)."""
+    return max(1, min(_MOST_THREADS, os.cpu_count() or 1))
 
 
 def _in_order(header: SafetensorsHeader) -> list[str]:
