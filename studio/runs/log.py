@@ -9,13 +9,14 @@ import math
 import os
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from studio.core.events import Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
+from studio.core.events import KINDS, Failed, Finished, RunEvent, Saved, Unknown, event_from_dict, event_to_dict
 from studio.runs.disk import disk_failure
-from studio.runs.events_check import is_moment, well_typed
 
 TERMINAL = (Failed, Finished)
 _DURABLE = (*TERMINAL, Saved)
@@ -227,3 +228,41 @@ def _finite(value: Any) -> Any:
 def _ends_with_newline(descriptor: int, size: int) -> bool:
     os.lseek(descriptor, size - 1, os.SEEK_SET)
     return os.read(descriptor, 1) == b"\n"
+
+
+_LARGEST = 2**53
+_LATEST_SECONDS = 2.5e11
+"""Unix seconds in the year 9892: later moments have no date, and asking for one ends the program that asks."""
+
+
+def well_typed(event: RunEvent) -> bool:
+    """Return whether every field holds its declared type and every whole number fits a 64-bit float exactly."""
+    if not is_moment(event.at):
+        return False
+    if isinstance(event, Unknown):
+        return True
+    for name, allowed in _ALLOWED[event.kind]:
+        value = getattr(event, name)
+        kind = type(value)
+        if kind not in allowed or (kind is int and not -_LARGEST <= value <= _LARGEST):
+            return False
+    return True
+
+
+def is_moment(at: float) -> bool:
+    """Return whether unix seconds have a date."""
+    return math.isfinite(at) and abs(at) <= _LATEST_SECONDS
+
+
+def _types(hint: Any) -> set[type]:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return set().union(*(_types(part) for part in get_args(hint)))
+    plain_type = origin or hint
+    return {int, float} if plain_type is float else {plain_type}
+
+
+_ALLOWED = {
+    name: tuple((item.name, frozenset(_types(get_type_hints(kind)[item.name]))) for item in fields(kind))
+    for name, kind in KINDS.items()
+}

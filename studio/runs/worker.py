@@ -12,6 +12,7 @@ An exception in the body becomes a `Failed` event and exit code 1; its traceback
 import faulthandler
 import io
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
@@ -29,14 +30,13 @@ from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Failed, Finished, Paused, Phase, RunEvent, Started, Warned
 from studio.core.text import plain
 from studio.runs.atomic import mend_folder, write_whole
-from studio.runs.control import Request, asked_at, requested, withdraw
+from studio.runs.control import Request, asked_at, leave_request, requested, withdraw
 from studio.runs.disk import DISK_FULL, RESUME, Reserve, disk_failure, refuses
 from studio.runs.failure import Doing, Explain, failure_of, not_explained
 from studio.runs.layout import RunPaths
 from studio.runs.log import EventWriter
 from studio.runs.memory_kills import MEMORY_KILLS, kill_counts
 from studio.runs.process import mark_of, mark_to_json
-from studio.runs.signals import StopOnSignal
 
 _LOCK_WAIT_SECONDS = 2.0
 _POLL_SECONDS = 0.2
@@ -329,3 +329,47 @@ def _print_traceback(error: BaseException | None) -> None:
     if error is not None:
         with suppress(OSError):
             traceback.print_exception(error)
+
+
+_NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
+
+
+class StopOnSignal:
+    """Turns SIGTERM or SIGINT into a stop request, and into `KeyboardInterrupt` where one stands already.
+
+    Attributes:
+        asked: Whether a signal asked for a stop: on a full disk the request may not become a file.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self.asked = False
+        self._paths = paths
+        self._before: dict[int, Any] = {}
+
+    def catch(self) -> None:
+        """Take the handlers; outside the main thread, where Python allows none, nothing happens."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in _NAMES:
+            number = getattr(signal, name)
+            self._before[number] = signal.signal(number, self._on_signal)
+        if hasattr(signal, "SIGHUP"):
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def ignore(self) -> None:
+        """Let nothing interrupt the worker's last words."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def restore(self) -> None:
+        """Give the handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or requested(self._paths, "stop"):
+            raise KeyboardInterrupt
+        self.asked = True
+        with suppress(OSError):
+            leave_request(self._paths, "stop")

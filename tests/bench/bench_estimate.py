@@ -13,14 +13,13 @@ from dataclasses import replace
 
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.vram.estimate import VramEstimate, attention_kernel, estimate_vram
-from studio.core.vram.micro_batch import micro_batch
+from studio.core.vram.micro_batch import head_forms, layers_forms, micro_batch
 from studio.core.vram.refine import refined
 from studio.core.vram.replay import replayed
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import stages_of
 from studio.core.vram.static import frozen_form
-from studio.core.vram.step import head_forms, layers_forms
 from studio.core.vram.stock import built
 from tests.core.published_rows import GIB, Compared, card, compared, from_flags, measured_bytes, shapes
 

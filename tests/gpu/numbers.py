@@ -27,7 +27,7 @@ from studio.jobs.base.precision import Precision
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, collate
 from studio.jobs.train.choose_batching import can_pack
-from studio.jobs.train.loss import chunked_loss_sum, shifted
+from studio.jobs.train.head import chunked_loss_sum, shifted
 from studio.jobs.train.packing import packed
 from studio.jobs.train.row_attention import VARLEN_ATTENTION, packed_attentions
 from studio.jobs.train.step_model import StepModel

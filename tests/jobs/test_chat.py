@@ -13,8 +13,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base.generation import stop_ids
 from studio.jobs.chat import session as sessions
-from studio.jobs.chat.answering import token_ids
-from studio.jobs.chat.session import Session
+from studio.jobs.chat.session import Session, token_ids
 from studio.probe.chat import chat_request, request_of_run
 from studio.runs.chat import (
     Answered,

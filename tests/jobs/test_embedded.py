@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from studio.cli import main
 from studio.core.errors import StudioError
 from studio.jobs.base import embedded as module
-from studio.jobs.base.embedded import ensure_embedded
-from studio.jobs.base.gguf_weights import _as_in_transformers
+from studio.jobs.base.embedded import _as_in_transformers, ensure_embedded
 from studio.probe.embedded_model import find_embedded, unpack_embedded
 from studio.probe.models import find_base
 from tests.fakes.model import model_folder

@@ -38,9 +38,9 @@ from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools, is_w
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export import work as export_work
+from studio.jobs.export.gguf import ask_llama
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.golden import CONVERSATIONS, golden_texts
-from studio.jobs.export.reading import ask_llama
 from studio.probe.data import Message
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths

@@ -102,7 +102,7 @@ def merged(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def readable_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in writes no real file."""
-    from studio.jobs.export import reading
+    from studio.jobs.export import gguf as reading
     from studio.probe.gguf_header import GgufHeader
 
     monkeypatch.setattr(reading, "read_gguf_header", lambda path: GgufHeader({}, {}))

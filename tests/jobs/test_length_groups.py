@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example
-from studio.jobs.train.batches import Batcher, StepBatches
-from studio.jobs.train.length_groups import padding_share
+from studio.jobs.train.batches import Batcher, StepBatches, padding_share
 from studio.runs.control import request, withdraw_all
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events

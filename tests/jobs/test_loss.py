@@ -7,7 +7,7 @@ from torch import nn
 from studio.core import loss_chunk
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm
-from studio.jobs.train.loss import chunked_loss_sum, shifted
+from studio.jobs.train.head import chunked_loss_sum, shifted
 
 
 def reference(hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, form: HeadForm) -> torch.Tensor:

@@ -14,11 +14,11 @@ from studio.core.recipe import Recipe
 from studio.runs.last_recipe import LastRecipe, keep_last_recipe, source_of
 from studio.runs.recipe_file import load_recipe
 from studio.tui.app import StudioApp
-from studio.tui.recipe_files import open_recipe, save_recipe, target_of
 from studio.tui.screens import configure
 from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.recipe_dialogs import open_recipe, save_recipe, target_of
 from tests.tui.stories import HOSTILE, Asked, assert_harmless, engine_that, play, settle, shown, until
 
 

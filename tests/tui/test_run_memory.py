@@ -14,11 +14,9 @@ from studio.core.events import (
 )
 from studio.core.gpu_catalogue import GIB
 from studio.runs.history import History
-from studio.tui.against_plan import planned_reading
 from studio.tui.app import StudioApp
-from studio.tui.memory_stages import StagePeaks, planned_stages
-from studio.tui.panels.memory_table import table_text
-from studio.tui.panels.peak_gauge import PeakGauge
+from studio.tui.panels.memory_table import StagePeaks, planned_stages, table_text
+from studio.tui.panels.peak_gauge import PeakGauge, planned_reading
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     make_run,

@@ -5,8 +5,8 @@ import math
 import plotext
 import pytest
 
+from widgets.line_picture import framed
 from widgets.plot_canvas import FRAME, CellRow, Frame, Trace, draw, level
-from widgets.plot_frame import framed
 
 RISING = Trace(([(float(x), float(x)) for x in range(11)],), 1)
 

@@ -11,7 +11,7 @@ from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
 
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
-"""Bytes per logit of a chunk in studio/jobs/train/loss.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
+"""Bytes per logit of a chunk in studio/jobs/train/head.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
 
 What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not counted there.
 """

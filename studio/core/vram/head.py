@@ -1,6 +1,6 @@
 """The end of the model: final norm, head and loss, forward and backward.
 
-Sources: transformers/loss/loss_utils.py ForCausalLMLoss, studio/jobs/train/loss.py, liger_kernel
+Sources: transformers/loss/loss_utils.py ForCausalLMLoss, studio/jobs/train/head.py, liger_kernel
 fused_linear_cross_entropy.
 """
 
@@ -213,7 +213,7 @@ def _recomputed_rows(hidden: Tensor) -> Tensor:
 
 
 def _chunk_marks(run: Run, around: Form) -> ChunkMarks:
-    """Run a chunk as studio/jobs/train/loss.py does: forward without a graph, then again with one, and backward."""
+    """Run a chunk as studio/jobs/train/head.py does: forward without a graph, then again with one, and backward."""
     shape, form = run.shape, run.form
     copy, compute = NOTHING, form.arithmetic.compute
     if HEAD in form.adapter.whole and form.arithmetic.autocast and compute < form.adapter.whole_itemsize:

@@ -20,11 +20,10 @@ from studio.jobs.audit.answer_models import AnswerModels
 from studio.jobs.audit.base_audit import check_cost, known_tokens
 from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.delta import block_deltas
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
 from studio.jobs.audit.rows import check_ids, read_audit_rows
-from studio.jobs.audit.run_report import RunReport, handiest
+from studio.jobs.audit.run_report import RunReport, block_deltas, handiest
 from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import Variant

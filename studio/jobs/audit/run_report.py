@@ -1,20 +1,28 @@
-"""The rows of an adapter's report: what each form showed, its size on disk, memory and speed of serving it."""
+"""The rows of an adapter's report: what each form showed, its size on disk, memory and speed of serving it.
+
+Besides, what the adapter adds to the weights, beside what rounding to 4 bits takes from them, block by block.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from studio.core.events import Phase
+from studio.core.vram.reserve import CONTEXT_BYTES, LEAST_CONTEXT_BYTES, MOST_CONTEXT_BYTES
 from studio.jobs.audit.adapter_variants import AdapterForms, Named
 from studio.jobs.audit.base_audit import stored_bytes_of
+from studio.jobs.audit.blocks import Parts
 from studio.jobs.audit.forms import FORMS
 from studio.jobs.audit.gguf_variants import GgufForms
-from studio.jobs.audit.serving import serving
 from studio.jobs.audit.speed import NOT_ASKED, Speed, unmeasured
 from studio.jobs.audit.walk import Measured
 from studio.jobs.audit.weights import FolderWeights
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.probe.exported import GgufFile
+from studio.runs.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +80,91 @@ def handiest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the names of the forms that can be used, the smallest first."""
     usable = [row for row in rows if row["usable"] and row["task"]]
     return [row["name"] for row in sorted(usable, key=lambda row: row["disk_bytes"])]
+
+
+@torch.no_grad()
+def block_deltas(parts: Parts, forms: AdapterForms, worker: Worker) -> list[dict[str, Any]]:
+    """Return for each block the Frobenius norms of rounding error and adapter delta, relative to the weights'.
+
+    Only linear layers that are both rounded and adapted are compared.
+    """
+    merged = forms.merged(forms.stored)
+    rows = []
+    for place, (name, _) in enumerate(parts.blocks):
+        worker.emit(Phase, name="comparing adapter and rounding", fraction=0.9 + 0.05 * place / len(parts.blocks))
+        errors, deltas, wholes = list[float](), list[float](), list[float]()
+        for weight in sorted(forms.both(f"{name}.")):
+            stored = forms.stored(weight).float()
+            deltas.append(_squared(merged(weight) - stored))
+            errors.append(_squared(forms.dequantized(weight).float() - stored))
+            wholes.append(_squared(stored))
+        whole = sum(wholes)
+        if whole:
+            rows.append(
+                {
+                    "name": name,
+                    "rounding": _root(errors, whole),
+                    "adapter": _root(deltas, whole),
+                    "ratio": (sum(errors) / sum(deltas)) ** 0.5 if sum(deltas) else None,
+                }
+            )
+    return rows
+
+
+def _squared(tensor: torch.Tensor) -> float:
+    return float(tensor.square().sum())
+
+
+def _root(parts: Sequence[float], whole: float) -> float:
+    return float((sum(parts) / whole) ** 0.5)
+
+
+CONTEXT_TOKENS = 2048
+_KEY_BYTES = 2
+_WORKSPACE_SHARE = 0.1
+"""Activations and allocator on top of weights and cache at the high end: a choice, not a measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Memory on a CUDA card for one conversation; an estimate.
+
+    Attributes:
+        context_tokens: Length of the conversation.
+        cache_bytes: Keys and values of that length in 16 bit.
+        low_bytes: Weights, cache and the smallest CUDA context seen.
+        expected_bytes: With a usual context.
+        high_bytes: With the largest context seen, and a tenth for activations and allocator.
+        read_bytes_per_token: What must be read from memory for each new token: weights and, at full length, the cache.
+            A card's bandwidth over it bounds the tokens per second of one conversation from above.
+    """
+
+    context_tokens: int
+    cache_bytes: int
+    low_bytes: int
+    expected_bytes: int
+    high_bytes: int
+    read_bytes_per_token: int
+
+
+def serving(config: Any, weight_bytes: int) -> Serving:
+    """Return the estimate for weights of a size.
+
+    Args:
+        config: Of the model.
+        weight_bytes: Of all weights, in the form in which they are held.
+    """
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    cache = 2 * int(text.num_hidden_layers) * keys * width * _KEY_BYTES * CONTEXT_TOKENS
+    held = weight_bytes + cache
+    return Serving(
+        CONTEXT_TOKENS,
+        cache,
+        held + LEAST_CONTEXT_BYTES,
+        held + CONTEXT_BYTES,
+        int(held * (1 + _WORKSPACE_SHARE)) + MOST_CONTEXT_BYTES,
+        held,
+    )

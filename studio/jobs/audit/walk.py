@@ -1,26 +1,33 @@
-"""One walk of an audit from start to figures: checked, told, kept on disk, stopped when asked."""
+"""One walk of an audit from start to figures: checked, told, kept on disk, stopped when asked.
 
+An audit that was stopped or killed goes on after the last block that was kept.
+"""
+
+import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.core.audit import Figures, RowFigures, figures_of
 from studio.core.errors import JobFailed
 from studio.core.events import Phase
-from studio.jobs.audit.blocks import Parts
+from studio.jobs.audit.blocks import Parts, Rounding
 from studio.jobs.audit.calls import disagreement, renumbered
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.scores import TokenScores
-from studio.jobs.audit.state import KeptWalk
 from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Carried, Sweep, Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.labels import IGNORED
+from studio.runs.atomic import mend_folder, publish_folder
 from studio.runs.worker import Worker
 
 _PROOF_TOKENS = 24
@@ -159,3 +166,88 @@ def _by_row(scores: TokenScores, part: str, rows: AuditRows) -> RowFigures:
     split = (torch.split(one.double().cpu(), counts) for one in (scores.loss, scores.kl, scores.same))
     loss, kl, same = ([row.tolist() for row in one[first:last]] for one in split)
     return RowFigures(loss, kl, same)
+
+
+_EVERY_SECONDS = 60.0
+_STATES, _WALK = "states.safetensors", "walk.json"
+
+
+class KeptWalk:
+    """The kept state of one walk.
+
+    Attributes:
+        folder: Where it lies; it appears whole.
+    """
+
+    def __init__(self, folder: Path, about: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Look for the state of an earlier process.
+
+        Args:
+            folder: Where it lies.
+            about: Says what is measured; a state of something else is thrown away.
+            clock: Seconds.
+        """
+        self.folder, self._about, self._clock = folder, about, clock
+        self._kept_at = clock()
+        mend_folder(folder)
+
+    def load(self) -> Carried | None:
+        """Return the state; None where there is none that can be used."""
+        try:
+            table = json.loads((self.folder / _WALK).read_text("utf-8"))
+            if table["about"] == self._about:
+                hidden: dict[str, list[Tensor]] = {}
+                for number, _ in enumerate(table["variants"]):
+                    hidden |= _by_variant(load_file(self.folder / f"{number:03d}-{_STATES}"))
+                return Carried(hidden, [_seen(entry) for entry in table["seen"]])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+            pass  # as good as none: the walk begins again
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return None
+
+    def keep(self, carried: Carried, *, now: bool = False) -> None:
+        """Keep the state once a minute, or now.
+
+        Raises:
+            OSError: The disk refuses; the state that was kept before stays.
+            SafetensorError: Likewise, in safetensors' own class.
+        """
+        if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
+            return
+        aside = self.folder.with_name(f".{self.folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            self._write(aside, carried)
+            publish_folder(aside, self.folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._kept_at = self._clock()
+
+    def _write(self, aside: Path, carried: Carried) -> None:
+        for number, (name, batches) in enumerate(carried.hidden.items()):
+            # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
+            tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
+            save_file(tensors, aside / f"{number:03d}-{_STATES}")
+        seen = [asdict(one) for one in carried.seen]
+        (aside / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
+
+    def forget(self) -> None:
+        """Take the state away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _by_variant(tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    hidden: dict[str, list[Tensor]] = {}
+    for key in sorted(tensors):
+        hidden.setdefault(key.rpartition("|")[0], []).append(tensors[key])
+    return hidden
+
+
+def _seen(entry: dict[str, object]) -> BlockSeen:
+    roundings: dict[str, dict[str, dict[str, float]]] = entry.pop("roundings")  # type: ignore[assignment]
+    made = {
+        variant: {name: Rounding(**values) for name, values in linears.items()}  # type: ignore[arg-type]
+        for variant, linears in roundings.items()
+    }
+    return BlockSeen(roundings=made, **entry)  # type: ignore[arg-type]

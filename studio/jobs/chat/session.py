@@ -11,12 +11,16 @@ from typing import Any
 
 import psutil
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor
+from transformers import TextStreamer
 
 from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
 from studio.core.recipe import QuantType
+from studio.core.text import plain
+from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.device import job_device
 from studio.jobs.base.generation import Watch, stop_ids
@@ -24,7 +28,6 @@ from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenize
 from studio.jobs.base.precision import DTYPES, half_dtype
 from studio.jobs.base.reading import READING
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
-from studio.jobs.chat.answering import Streamer, token_ids
 from studio.probe.adapter_folder import find_adapter, run_of_adapter
 from studio.probe.fingerprint import fingerprint
 from studio.probe.models import BaseFound, find_base
@@ -232,3 +235,40 @@ def _quant(request: ChatRequest) -> FourBit:
 
 def _dtype(request: ChatRequest, device: torch.device) -> torch.dtype:
     return half_dtype(device) if request.dtype == "auto" else DTYPES[request.dtype]
+
+
+class Streamer(TextStreamer):
+    """Gives out text as soon as no later token can change it: whole words, never half a character."""
+
+    def __init__(self, tokenizer: Any, give: Callable[[str], None]) -> None:
+        """Give pieces to `give`."""
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._give = give
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by the library."""
+        if text:
+            self._give(text)
+
+
+def token_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Return the messages through the chat template, ending where the answer begins: as training wrote them.
+
+    A template that knows no system turn gets its text before the first question.
+
+    Raises:
+        BadInput: The template refuses them.
+    """
+    try:
+        text = _render(tokenizer, messages)
+    except (TemplateError, ValueError, TypeError, IndexError) as error:
+        if messages[0]["role"] != "system":
+            raise BadInput(f"the chat template refuses this: {plain(str(error), one_line=True, limit=200)}") from None
+        system, first = messages[0], messages[1]
+        folded = {"role": "user", "content": f"{system['content']}\n\n{first['content']}"}
+        return token_ids(tokenizer, [folded, *messages[2:]])
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    return str(apply_template(tokenizer, [messages], tokenize=False, add_generation_prompt=True)[0])

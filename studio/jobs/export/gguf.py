@@ -1,7 +1,9 @@
 """GGUF files for llama.cpp, Ollama and LM Studio: converted, quantised, loaded again and compared before they count.
 
-The order matters: whether llama.cpp knows the architecture and reads the tokenizer as we do is found out first, from
-config and tokenizer alone, before minutes of merging.
+The order matters: whether llama.cpp knows the architecture, has a place for every tensor and makes the tokens of the
+training run of five conversations is found out first, from config, tokenizer and the names of tensors alone, before
+minutes of merging. Where a SentencePiece vocabulary gets a space before a text and after each special token in one of
+the two and not in the other, the file is told to do as the run did.
 """
 
 import json
@@ -17,15 +19,70 @@ from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, rows_of
-from studio.jobs.export.gguf_view import make_view
+from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.golden import Golden, check_golden, golden_texts
-from studio.jobs.export.reading import Reading, ask_llama
 from studio.jobs.export.whole_model import is_adapter, merge_first
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import find_adapter
-from studio.probe.model_folder import check_folder
+from studio.probe.gguf_header import read_gguf_header
+from studio.probe.model_folder import CONFIG, check_folder, read_config
 from studio.probe.models import find_base
 from studio.runs.job import ExportRequest
+
+_KIND = "tokenizer.ggml.model"
+_PHI3 = ("phi-3", "phi3")
+"""llama.cpp drops white space after special tokens where `general.name` has one of these (llama-vocab.cpp)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a file must say so that llama.cpp reads texts as the training run did.
+
+    Attributes:
+        name: `general.name`.
+        space: Whether a space is read before a text: `true`, `false`, or `default` for what the converter writes.
+    """
+
+    name: str
+    space: str = "default"
+
+
+def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary: Path) -> Reading:
+    """Return how the file is to be written.
+
+    Args:
+        tool: Runs llama.cpp.
+        view: From `make_view`; where it has weights, every tensor is looked up, too.
+        trained: The tokenizer of the training run.
+        title: What the file is called.
+        vocabulary: A new file that holds the vocabulary meanwhile.
+
+    Raises:
+        JobFailed: llama.cpp does not know the model, or makes other tokens.
+    """
+    phi3 = read_config(view / CONFIG).get("model_type") == "phi3" and strips_after_tokens(view)
+    name = f"{title} (Phi-3)" if phi3 and not any(word in title.lower() for word in _PHI3) else title
+    tool.run("vocab", view, vocabulary, name)
+    try:
+        check_golden(tool, vocabulary, [trained])
+    except JobFailed:
+        if read_gguf_header(vocabulary).metadata.get(_KIND) != "llama":
+            raise
+        if space := _right_space(tool, vocabulary, trained):
+            return Reading(name, space)
+        raise
+    return Reading(name)
+
+
+def _right_space(tool: LlamaTool, vocabulary: Path, trained: Any) -> str:
+    for space in ("false", "true"):
+        try:
+            check_golden(tool, vocabulary, [trained], space)
+        except JobFailed:
+            continue
+        return space
+    return ""
+
 
 _FILE_TYPES = {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
 """`enum llama_ftype` in llama.h, of those that only llama.cpp's own quantiser writes."""

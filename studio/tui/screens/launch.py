@@ -12,8 +12,10 @@ from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun
 from studio.tui.engine import Engine
+from studio.tui.fixes import fix_that_fits
 from studio.tui.panels.advice import Advice
 from studio.tui.panels.forecast import Forecast
+from studio.tui.panels.forecast_text import cpu_text, over_budget_text
 from studio.tui.screens.confirm import Confirm
 
 _CHECKING = "Checking recipe, model and data, then starting ..."
@@ -87,7 +89,6 @@ class LaunchScreen(Screen[None]):
 
     @work(thread=True)
     def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
-        from studio.tui.launch_check import question_before_launch  # noqa: PLC0415  with the estimator
 
         try:
             question = None if sure else question_before_launch(recipe, self._engine, planned)
@@ -109,3 +110,26 @@ class LaunchScreen(Screen[None]):
         problems = [str(problem) for problem in self.recipe.problems()]
         self.query_one(Advice).show_problems(problems)
         return bool(problems)
+
+
+def question_before_launch(recipe: Recipe, engine: Engine, planned: str = "") -> Content | None:
+    """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
+
+    The card is this machine's, whatever is planned for; on a CPU a recipe that was planned for a card is asked about
+    as well. A model that cannot be sized yet asks nothing: the start says what is wrong with it.
+
+    Raises:
+        BadInput: The recipe's targets or rank do not suit the model.
+    """
+    try:
+        forecaster = engine.forecaster(recipe, "")
+    except StudioError:
+        return None
+    outlook = forecaster.outlook(recipe)
+    if forecaster.card.gpu is None:
+        free_bytes = engine.free_ram_bytes()
+        too_large = free_bytes is not None and outlook.estimate.device.low > free_bytes
+        return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
+    if outlook.verdict != "does not fit":
+        return None
+    return over_budget_text(outlook, forecaster.card, fix_that_fits(recipe, forecaster), spills=engine.spills())

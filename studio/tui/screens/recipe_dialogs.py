@@ -1,4 +1,4 @@
-"""The questions around saving and opening a recipe."""
+"""Saving and opening recipes: the questions, and the files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from textual.app import App
 from textual.content import Content
 
-from studio.core.errors import StudioError
+from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.runs.last_recipe import RecipeSource, source_of
-from studio.runs.recipe_file import shipped_recipes
-from studio.tui.recipe_files import open_recipe, save_recipe, source_of_word, target_of
+from studio.runs.atomic import write_whole
+from studio.runs.last_recipe import RecipeSource, source_of, source_of_users
+from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe, shipped_recipes
 from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.confirm import Confirm
 
@@ -58,3 +58,56 @@ def _save(app: App[None], recipe: Recipe, path: Path) -> bool:
         return False
     app.notify(f"Saved as {plain(str(path), one_line=True)}.", markup=False)
     return True
+
+
+_SUFFIX = ".toml"
+
+
+def target_of(word: str) -> Path:
+    """Return the file that a typed word means; without a suffix it gets `.toml`.
+
+    Raises:
+        BadInput: It names no file.
+    """
+    if not word.strip() or "\0" in word:
+        raise BadInput("found no file name; wanted one such as my-recipe.toml.")
+    try:
+        path = Path(word.strip()).expanduser()
+    except RuntimeError:
+        raise BadInput(f"there is no home folder for {plain(word, one_line=True, limit=200)}.") from None
+    if not path.suffix and not path.is_dir():
+        path = path.with_name(path.name + _SUFFIX)
+    if path.is_dir():
+        raise BadInput(f"{plain(str(path), one_line=True, limit=200)} is a folder; wanted a file in it.")
+    return path
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe so that it is there whole or not at all.
+
+    Raises:
+        BadInput: The folder is not there or refuses.
+    """
+    try:
+        write_whole(path, dump_recipe(recipe))
+    except OSError as error:
+        shown = plain(str(path), one_line=True, limit=200)
+        raise BadInput(f"the recipe {shown} cannot be written: {error.strerror or error}.") from error
+
+
+def open_recipe(word: str) -> Recipe:
+    """Return the recipe in a file, or the shipped one of that name.
+
+    Raises:
+        BadInput: There is none, or it is damaged.
+    """
+    return load_recipe(find_recipe(word.strip()))
+
+
+def source_of_word(word: str) -> RecipeSource | None:
+    """Return the user's file that a word means; None for a shipped recipe.
+
+    Raises:
+        BadInput: There is none.
+    """
+    return source_of_users(find_recipe(word.strip()))

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studio.core.errors import JobFailed
-from studio.jobs.base.data.generation_mask import marks_answers, masked_rows
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
-from studio.jobs.base.data.spans import Located, Locator, Rendered, stop_tokens
+from studio.jobs.base.data.spans import Located, Locator, Rendered, marks_answers, masked_rows, stop_tokens
 from studio.jobs.base.data.template import Warn, render, why_refused, with_system_folded
 from studio.probe.data import Conversation, PlainText, Row
 
