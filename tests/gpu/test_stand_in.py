@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from studio.core.events import Failed
+from studio.jobs.train.packing import packed
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.history import History
 from tests.fakes.cuda import FakeCard, FakeMachine
@@ -285,3 +286,51 @@ def test_unsloths_engine_runs_against_a_stand_in(tmp_path: Path) -> None:
     report = json.loads(line.removeprefix("RESULT "))
     assert report["engine"] == "unsloth"
     assert len(report["losses"]) == len(report["wall_seconds"]) == len(report["step_tokens"]) == 2
+
+
+@pytest.fixture
+def cpu(tmp_path: Path) -> Bench:
+    """A rehearsal's bench."""
+    return Bench("cpu", tmp_path, tmp_path)
+
+
+def test_a_packed_row_that_sees_another_is_found(cpu: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_one_row(rows: Any, device: torch.device) -> dict[str, Any]:
+        whole = packed(rows, device)
+        return {**whole, "row_lengths": whole["row_lengths"].sum()[None]}
+
+    monkeypatch.setattr(numbers, "packed", as_one_row)
+    with pytest.raises(AssertionError, match="apart, allowed"):
+        numbers.packed_rows(cpu, "lora", "fp32")
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_chunked_loss_whose_value_or_gradient_is_off_is_found(
+    cpu: Bench, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    from studio.jobs.train import loss
+
+    chunk = loss._chunk
+
+    def off(*args: Any, **named: Any) -> Any:
+        made = list(chunk(*args, **named))
+        made[part] = made[part] * 1.001
+        return tuple(made)
+
+    monkeypatch.setattr(loss, "_chunk", off)
+    with pytest.raises(AssertionError, match="apart, allowed"):
+        numbers.chunked_loss(cpu, "fp32")
+
+
+def test_a_4_bit_product_whose_gradient_is_off_is_found(cpu: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.autograd import _functions
+
+    backward = _functions.MatMul4Bit.backward
+
+    def off(ctx: Any, upstream: Any) -> Any:
+        first, *rest = backward(ctx, upstream)
+        return first * 1.001, *rest
+
+    monkeypatch.setattr(_functions.MatMul4Bit, "backward", staticmethod(off))
+    with pytest.raises(AssertionError, match=r"gradient is .* apart, allowed"):
+        numbers.four_bit_products(cpu, "8", "fp32")
