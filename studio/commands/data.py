@@ -94,8 +94,8 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
 
 def _tell(data: DataSet, report: dict[str, Any]) -> None:
     say(f"{plain(str(data.path), one_line=True)}: {data.described() if data.rows else 'no usable row'}")
-    if data.ignored_columns:
-        say(f"columns not used: {', '.join(plain(column, one_line=True) for column in data.ignored_columns)}")
+    for note in data.notes():
+        say(note)
     for unit, spread in report["lengths"].items():
         if spread:
             parts = (f"{key} {_count(value)}" for key, value in spread.items())

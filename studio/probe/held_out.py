@@ -114,7 +114,7 @@ def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMe
     found = read_data(data, format=format)
     rows = _chosen(found.rows, wanted, seed)
     where = _share(rows, found.rows, len(found.rows), f"rows of {_name(found)}", seed)
-    return RowsToMeasure(rows, None, where, found.format, _answers_note(rows, "rows"))
+    return RowsToMeasure(rows, None, where, found.format, (*found.notes(), *_answers_note(rows, "rows")))
 
 
 def rows_of_run(
@@ -152,7 +152,7 @@ def rows_of_run(
         many = len(record.held_out)
         rows = _chosen(held, wanted, seed)
         where = _share(rows, held, many, f"rows that the run {run} held out of {shown}", seed)
-        return RowsToMeasure(rows, many, where, found.format, (*notes, *_answers_note(rows)))
+        return RowsToMeasure(rows, many, where, found.format, (*found.notes(), *notes, *_answers_note(rows)))
     unseen = _unseen(found, record.trained)
     if not unseen.rows:
         raise BadInput(
@@ -161,7 +161,7 @@ def rows_of_run(
         )
     rows = _chosen(unseen.rows, wanted, seed)
     where = _share(rows, unseen.rows, len(unseen.rows), f"rows of {shown} that the run {run} was not trained on", seed)
-    notes = (*unseen.notes, *_answers_note(rows))
+    notes = (*found.notes(), *unseen.notes, *_answers_note(rows))
     return RowsToMeasure(rows, len(unseen.rows), where, found.format, notes)
 
 

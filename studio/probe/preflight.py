@@ -52,6 +52,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     refuse_untrainable(base, recipe.method)
     data = _read(recipe, "data.path")
     eval_data = _read(recipe, "data.eval_path") if recipe.data.eval_path else None
+    notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
     if eval_data is not None or recipe.eval.rows:
         parts = hold_out(recipe, data, eval_data)
         if not parts.train or not parts.held_out:
@@ -67,6 +68,6 @@ def _read(recipe: Recipe, field: str) -> DataSet:
     word = str(recipe.get(field))
     path = Path(word) if word == EMBEDDED else Path(word).expanduser()
     try:
-        return read_data(path, format=recipe.data.format)
+        return read_data(path, format=recipe.data.format, answers_only=recipe.data.answers_only)
     except BadInput as error:
         raise BadInput(f"{field}: {error}") from error

@@ -96,12 +96,16 @@ def data_text(checked: DataChecked) -> Content:
         parts.append(
             f"{about}{count(facts.tokens)} tokens, the longest row {about}{count(facts.longest_tokens)}{how}\n"
         )
-    for finding in data.findings[:_MOST_FINDINGS]:
-        word, style = ("error", "$text-error bold") if finding.fatal else ("note", "$text-warning")
-        parts += [(f"{word}  ", style), f"row {finding.row}: {plain(finding.message, one_line=True, limit=200)}\n"]
-    more = sum(data.finding_counts.values()) - len(data.findings[:_MOST_FINDINGS])
-    if more > 0:
-        parts.append(f"... and {more} more; all of them: lora-studio data check FILE\n")
+    for note in data.notes():
+        parts += [("note  ", "$text-warning"), f"{plain(note, one_line=True, limit=400)}\n"]
+    fatal = [finding for finding in data.findings if finding.fatal][:_MOST_FINDINGS]
+    for finding in fatal:
+        parts += [
+            ("error  ", "$text-error bold"),
+            f"row {finding.row}: {plain(finding.message, one_line=True, limit=300)}\n",
+        ]
+    if sum(data.finding_counts.values()) > len(fatal):
+        parts.append("all that was found, row by row: lora-studio data check FILE\n")
     if not checked.sound:
         parts.append(("Correct the file before training, or choose another.\n", "$text-error"))
     elif data.rows:

@@ -198,7 +198,6 @@ def test_wrong_messages_are_refused(file: Path, messages: Any, kind: str, expect
         ([{"role": "user", "content": "Why?"}], "no_answer", False),
         ([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " "}], "empty_answer", False),
         ([*CHAT["messages"], {"role": "user", "content": "Thanks"}], "last_turn_not_assistant", True),
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}], "tool_calls", False),
     ],
 )
 def test_rows_that_teach_nothing_are_said_but_do_not_stop(file: Path, messages: Any, kind: str, kept: bool) -> None:

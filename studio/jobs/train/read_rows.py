@@ -14,7 +14,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.train.phase import PhaseTeller
-from studio.probe.data import Row, read_data
+from studio.probe.data import DataSet, Row, read_data
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
 from studio.runs.worker import Worker
@@ -63,15 +63,20 @@ def read_rows(
     def file_read(done: int, total: int) -> None:
         read(done / max(1, total))
 
-    tell("reading the data")
-    data = read_data(Path(recipe.data.path), format=recipe.data.format, progress=file_read)
-    tell("reading the data", detail=data.described())
-
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
 
-    own = recipe.data.eval_path
-    eval_data = read_data(Path(own), format=recipe.data.format, progress=file_read) if own else None
+    def rows_of(path: str) -> DataSet:
+        answers_only = recipe.data.answers_only
+        found = read_data(Path(path), format=recipe.data.format, answers_only=answers_only, progress=file_read)
+        for note in found.notes():
+            warn(note)
+        return found
+
+    tell("reading the data")
+    data = rows_of(recipe.data.path)
+    tell("reading the data", detail=data.described())
+    eval_data = rows_of(recipe.data.eval_path) if recipe.data.eval_path else None
     parts = hold_out(recipe, data, eval_data)
     train_rows, held = list(parts.train), list(parts.held_out)
     for note in parts.notes:

@@ -1,13 +1,15 @@
 """Counts all that is found in a file and keeps the first of each kind: a file may have a million bad rows."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.data.rows import Finding
+from studio.probe.data.rows import Finding, counted
 
 KEPT_PER_KIND = 100
 SHOWN = 5
+_LISTED_UNUSED = 50
 
 
 class Findings:
@@ -16,15 +18,27 @@ class Findings:
     def __init__(self, *, row_word: str = "row") -> None:
         self.row_word = row_word
         self.counts: Counter[str] = Counter()
-        self.fatal_count = 0
+        self.fatal_counts: Counter[str] = Counter()
         self._kept: list[Finding] = []
+        self._unused: dict[str, None] = {}
 
     def add(self, kind: str, row: int, message: str, *, field: str = "", fatal: bool = True) -> None:
         """Count a finding and keep it if few of its kind are kept yet; foreign text in it is made harmless."""
         self.counts[kind] += 1
-        self.fatal_count += fatal
+        if fatal:
+            self.fatal_counts[kind] += 1
         if self.counts[kind] <= KEPT_PER_KIND:
             self._kept.append(Finding(kind, row, plain(field, one_line=True), plain(message, one_line=True), fatal))
+
+    def leave(self, columns: Iterable[str]) -> None:
+        """Note columns, and fields of messages, that are not used; the first fifty are kept."""
+        if len(self._unused) < _LISTED_UNUSED:
+            self._unused |= dict.fromkeys(columns)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """What is not used, in the order in which it was met."""
+        return tuple(plain(name, one_line=True) for name in self._unused)
 
     @property
     def kept(self) -> tuple[Finding, ...]:
@@ -35,16 +49,18 @@ class Findings:
         """Raise if anything fatal was found.
 
         Raises:
-            BadInput: With the first five fatal findings and how many there are.
+            BadInput: With the first five fatal findings, and how many there are of each kind.
         """
-        if not self.fatal_count:
+        total = self.fatal_counts.total()
+        if not total:
             return
         fatal = [finding for finding in self.kept if finding.fatal]
         lines = [self._line(finding) for finding in fatal[:SHOWN]]
-        if self.fatal_count == 1:
+        if total == 1:
             raise BadInput(f"{name}, {lines[0]}")
-        more = f" The first {SHOWN}:" if self.fatal_count > SHOWN else ""
-        raise BadInput(f"{name}: {self.fatal_count} problems.{more}\n" + "\n".join(f"  {line}" for line in lines))
+        kinds = f" ({counted(self.fatal_counts)})" if len(self.fatal_counts) > 1 else ""
+        more = f" The first {SHOWN}:" if total > SHOWN else ""
+        raise BadInput(f"{name}: {total} problems{kinds}.{more}\n" + "\n".join(f"  {line}" for line in lines))
 
     def _line(self, finding: Finding) -> str:
         where = f"{self.row_word} {finding.row}" + (f", {finding.field}" if finding.field else "")

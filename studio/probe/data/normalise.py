@@ -7,6 +7,15 @@ from typing import Any
 from studio.core.text import plain
 from studio.probe.data.findings import Findings
 from studio.probe.data.json_rows import json_kind
+from studio.probe.data.misreads import (
+    CALL_ROLES,
+    UNDERSTOOD_FIELDS,
+    note_placeholder,
+    refuse_call,
+    refuse_columns,
+    refuse_message,
+    refuse_parts,
+)
 from studio.probe.data.rows import Conversation, Message, PlainText, Row
 from studio.probe.data.shapes import Shape
 
@@ -23,18 +32,22 @@ class _Unusable(Exception):
     """This row cannot become anything; the finding is already recorded."""
 
 
-def normalised(value: Mapping[str, Any], shape: Shape, number: int, findings: Findings) -> Row | None:
+def normalised(
+    value: Mapping[str, Any], shape: Shape, number: int, findings: Findings, *, answers_only: bool
+) -> Row | None:
     """Return the row in our one form, or None where it cannot be used; either way `findings` knows why.
 
-    Fatal: wrong types, unknown roles. Not fatal, row left out: no answer in it. Not fatal, row kept: turns after the
-    last answer, which teach nothing.
+    Fatal: wrong types, unknown roles, and what would be trained otherwise than the row says (see `misreads`). Not
+    fatal, row left out: no answer in it. Not fatal, row kept: turns after the last answer, which teach nothing.
     """
+    if refuse_columns(value, shape, number, findings):
+        return None
     try:
         match shape.format:
             case "text":
                 return _plain_text(value, shape, number, findings)
             case "chat":
-                messages = _turns(value, shape, number, findings)
+                messages = _turns(value, shape, number, findings, answers_only=answers_only)
             case "alpaca":
                 messages = _alpaca(value, shape, number, findings)
             case _:
@@ -49,6 +62,7 @@ def _plain_text(value: Mapping[str, Any], shape: Shape, number: int, findings: F
     if not text.strip():
         findings.add("empty_text", number, "empty; the row is left out", field=shape.needed[0], fatal=False)
         return None
+    note_placeholder([text], number, findings)
     return PlainText(text, number)
 
 
@@ -64,32 +78,44 @@ def _alpaca(value: Mapping[str, Any], shape: Shape, number: int, findings: Findi
     return [*_system(value, number, findings), Message("user", prompt), Message("assistant", answer)]
 
 
-def _turns(value: Mapping[str, Any], shape: Shape, number: int, findings: Findings) -> list[Message]:
+def _turns(
+    value: Mapping[str, Any], shape: Shape, number: int, findings: Findings, *, answers_only: bool
+) -> list[Message]:
     column = shape.needed[0]
     turns = value[column]
     if not isinstance(turns, list):
         findings.add("wrong_type", number, f"found {json_kind(turns)}; wanted a list of messages", field=column)
         raise _Unusable
-    messages = [_turn(turn, f"{column}[{place}]", number, findings) for place, turn in enumerate(turns)]
+    messages = [
+        _turn(turn, f"{column}[{place}]", number, findings, answers_only=answers_only)
+        for place, turn in enumerate(turns)
+    ]
     system_above = "system" in shape.optional and not (messages and messages[0].role == "system")
     return [*(_system(value, number, findings) if system_above else ()), *messages]
 
 
-def _turn(turn: object, field: str, number: int, findings: Findings) -> Message:
-    if isinstance(turn, dict) and "role" in turn:
-        return Message(_role(turn["role"], f"{field}.role", number, findings), _content(turn, field, number, findings))
-    if isinstance(turn, dict) and "from" in turn:
-        content = _text(turn, "value", number, findings, prefix=f"{field}.")
-        return Message(_role(turn["from"], f"{field}.from", number, findings), content)
-    findings.add(
-        "wrong_type", number, f"found {json_kind(turn)}; wanted role and content, or from and value", field=field
-    )
-    raise _Unusable
+def _turn(turn: object, field: str, number: int, findings: Findings, *, answers_only: bool) -> Message:
+    if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
+        found = f"found {json_kind(turn)}; wanted role and content, or from and value"
+        findings.add("wrong_type", number, found, field=field)
+        raise _Unusable
+    speaker, text = ("role", "content") if "role" in turn else ("from", "value")
+    role = _role(turn[speaker], f"{field}.{speaker}", number, findings)
+    if refuse_message(turn, role, field, number, findings, answers_only=answers_only):
+        raise _Unusable
+    if len(turn) > len((speaker, text)):
+        used = {speaker, text, *UNDERSTOOD_FIELDS}
+        column = field.partition("[")[0]
+        findings.leave(f"{column}[].{key}" for key, said in turn.items() if key not in used and said is not None)
+    return Message(role, _content(turn, text, field, number, findings))
 
 
 def _role(role: object, field: str, number: int, findings: Findings) -> str:
     if isinstance(role, str) and role in ROLES:
         return ROLES[role]
+    if role in CALL_ROLES:
+        refuse_call(field, number, findings)
+        raise _Unusable
     found = f"'{plain(role, one_line=True, limit=40)}'" if isinstance(role, str) else json_kind(role)
     close = difflib.get_close_matches(role.strip().lower(), ROLES, n=1) if isinstance(role, str) else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -99,17 +125,15 @@ def _role(role: object, field: str, number: int, findings: Findings) -> str:
     raise _Unusable
 
 
-def _content(turn: Mapping[str, Any], field: str, number: int, findings: Findings) -> str:
+def _content(turn: Mapping[str, Any], column: str, field: str, number: int, findings: Findings) -> str:
     """Return a message's text; content in parts (as vision chats have it) is joined when every part is text."""
-    parts = turn.get("content")
-    if isinstance(parts, list) and parts and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
-        return _text(
-            {"content": "".join(part["text"] for part in parts)}, "content", number, findings, prefix=f"{field}."
-        )
-    if turn.get("tool_calls"):
-        findings.add("tool_calls", number, "tool calls are not trained; the row is left out", field=field, fatal=False)
-        raise _Unusable
-    return _text(turn, "content", number, findings, prefix=f"{field}.")
+    parts = turn.get(column)
+    if isinstance(parts, list):
+        if refuse_parts(parts, f"{field}.{column}", number, findings):
+            raise _Unusable
+        if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+            turn = {column: "".join(part["text"] for part in parts)}
+    return _text(turn, column, number, findings, prefix=f"{field}.")
 
 
 def _system(value: Mapping[str, Any], number: int, findings: Findings) -> list[Message]:
@@ -153,4 +177,5 @@ def _checked(messages: list[Message], number: int, findings: Findings) -> Conver
         findings.add("last_turn_not_assistant", number, last, fatal=False)
         while messages[-1].role != "assistant":
             messages.pop()
+    note_placeholder((message.content for message in messages), number, findings)
     return Conversation(tuple(messages), number)

@@ -4,13 +4,15 @@ A Parquet file of a few hundred bytes may hold a million rows of a megabyte each
 So texts are read as their dictionary, which is no larger than what was compressed, and counted before they are made.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.data.json_rows import MAX_LINE_BYTES, Progress
+from studio.probe.data.misreads import LABEL_COLUMNS, MEDIA_COLUMNS, PAIR_COLUMNS
 from studio.probe.data.shapes import KNOWN_COLUMNS, wrong_columns
 
 MAGIC = b"PAR1"
@@ -18,6 +20,7 @@ MAX_ROWS = 20_000_000
 """More than any fine-tuning set. A row of nothing takes no room in the file, but time and memory when it is read."""
 MAX_VALUES = 200_000_000
 """Of one column in one row group, which is decoded at once where it is no text: 1.6 GB of 64-bit numbers."""
+_PRESENCE = (*MEDIA_COLUMNS, *PAIR_COLUMNS)
 _BATCH_ROWS = 1024
 _MOST_BATCH_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.5
@@ -27,7 +30,8 @@ _MEMORY_SHARE = 0.5
 def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any]]:
     """Yield (row from 1, columns as a dict); `progress` gets (rows read, rows in all) and may raise to end it.
 
-    Columns that no format knows are there as keys with the value None, so that they can be named.
+    Columns that no format knows are there as keys with the value None, so that they can be named; those that change
+    what a row means without being text (`_PRESENCE`) have True or None, for something or nothing.
 
     Raises:
         BadInput: pyarrow is not installed, the file is no whole Parquet file, it has no column that we know, or what it
@@ -42,17 +46,20 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
     try:
         with pq.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
-            known = [column for column in columns if column in KNOWN_COLUMNS]
-            if not known:
+            flat = {field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)}
+            known = [c for c in columns if c in KNOWN_COLUMNS or (c in LABEL_COLUMNS and c in flat)]
+            seen = [column for column in columns if column in _PRESENCE]
+            if not KNOWN_COLUMNS.intersection(known) and not set(PAIR_COLUMNS) <= set(columns):
                 raise BadInput(f"{name}: {wrong_columns(columns)}")
-            others = dict.fromkeys(column for column in columns if column not in KNOWN_COLUMNS)
+            unread = dict.fromkeys(columns)
+            leaves = {column: _smallest_leaf(file, column) for column in seen}
             limits = _Limits(name, _free_bytes())
-            limits.check_sizes(file, known)
+            limits.check_sizes(file, known, leaves)
             wanted = pa.schema([file.schema_arrow.field(column) for column in known])
             texts = [leaf.path for leaf in _leaves(file) if leaf.physical_type == "BYTE_ARRAY"]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
-            for number, row in _rows(file, wanted, limits, progress):
-                yield number, others | row
+            for number, row in _rows(file, wanted, leaves, limits, progress):
+                yield number, unread | row
     except pa.ArrowNotImplementedError as error:
         said = plain(str(error), one_line=True, limit=200)
         raise BadInput(
@@ -70,8 +77,13 @@ class _Limits:
         self._most_bytes = free_bytes * _MEMORY_SHARE
         self._read_bytes = 0
 
-    def check_sizes(self, file: Any, known: list[str]) -> None:
-        """Compare what the file says of itself.
+    def check_sizes(self, file: Any, known: list[str], leaves: Mapping[str, str]) -> None:
+        """Compare what the file says of itself with what fits.
+
+        Args:
+            file: The Parquet file.
+            known: Columns that are read whole.
+            leaves: Columns of which one leaf is read, and its path.
 
         Raises:
             BadInput: It says that it is too much.
@@ -85,7 +97,8 @@ class _Limits:
             row_group = file.metadata.row_group(group)
             for place in range(row_group.num_columns):
                 column = row_group.column(place)
-                if column.path_in_schema.partition(".")[0] not in known:
+                leaf = column.path_in_schema
+                if leaf.partition(".")[0] not in known and leaf not in leaves.values():
                     continue
                 if column.num_values > MAX_VALUES or column.total_uncompressed_size > self._most_bytes:
                     self._refuse(max(8 * column.num_values, column.total_uncompressed_size), "one of its columns")
@@ -119,24 +132,58 @@ class _Limits:
         )
 
 
-def _rows(file: Any, wanted: Any, limits: _Limits, progress: Progress | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(
+    file: Any, wanted: Any, leaves: Mapping[str, str], limits: _Limits, progress: Progress | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     total, done = file.metadata.num_rows, 0
     for group in range(file.metadata.num_row_groups):
         # A whole group at once: read batch by batch, each would carry the dictionary of all before it.
-        batches = file.read_row_group(group, columns=wanted.names).to_batches(max_chunksize=_BATCH_ROWS)
-        sizes = [_unpacked_bytes(batch) for batch in batches]
+        read = file.read_row_group(group, columns=[*wanted.names, *leaves.values()])
+        batches = read.to_batches(max_chunksize=_BATCH_ROWS)
+        sizes = [_unpacked_bytes(batch.select(wanted.names)) for batch in batches]
         limits.take(sum(sizes), done + sum(map(len, batches)))
         for batch, size_bytes in zip(batches, sizes, strict=True):
             # Ordinary rows are made together, which is fast; of long ones each is looked at first.
             together = size_bytes <= _MOST_BATCH_BYTES
             for some in [batch] if together else (batch.slice(place, 1) for place in range(len(batch))):
                 if not together:
-                    limits.check_row(_unpacked_bytes(some), done + 1)
-                for row in some.select(wanted.names).cast(wanted).to_pylist():
+                    limits.check_row(_unpacked_bytes(some.select(wanted.names)), done + 1)
+                there = {column: _says_something(some.column(column)) for column in leaves}
+                rows = some.select(wanted.names).cast(wanted).to_pylist() if wanted.names else [{}] * len(some)
+                for place, row in enumerate(rows):
                     done += 1
-                    yield done, row
+                    yield done, row | {column: says[place] or None for column, says in there.items()}
                 if progress:
                     progress(done, total)
+
+
+def _smallest_leaf(file: Any, column: str) -> str:
+    """Return the path of the part of a column that is read fastest: of a picture its name rather than its bytes."""
+    sizes: Counter[str] = Counter()
+    for group in range(file.metadata.num_row_groups):
+        row_group = file.metadata.row_group(group)
+        for place in range(row_group.num_columns):
+            leaf = row_group.column(place)
+            if leaf.path_in_schema.partition(".")[0] == column:
+                sizes[leaf.path_in_schema] += leaf.total_uncompressed_size
+    return min(sizes, key=sizes.__getitem__) if sizes else column
+
+
+def _says_something(array: Any) -> list[bool]:
+    """Return for each row whether it has a value that is no empty text and no empty list."""
+    import pyarrow as pa  # noqa: PLC0415  as above
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind):
+        lengths = pc.binary_length(array)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = pc.list_value_length(array)
+    else:
+        return list(array.is_valid().to_pylist())
+    return [bool(length) for length in lengths.to_pylist()]
 
 
 def _unpacked_bytes(batch: Any) -> int:

@@ -10,13 +10,13 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.data.findings import Findings
 from studio.probe.data.json_rows import BOM, Progress, document_rows, json_kind, line_rows
+from studio.probe.data.misreads import refuse_pair
 from studio.probe.data.normalise import normalised
 from studio.probe.data.parquet_rows import MAGIC, parquet_rows
-from studio.probe.data.rows import DataSet, Row
+from studio.probe.data.rows import DataSet, Row, counted
 from studio.probe.data.shapes import FORMATS, Shape, recognise, wrong_columns
 from studio.probe.data.shipped import EMBEDDED, shipped_data
 
-_LISTED_COLUMNS = 50
 # Things that people point at instead of rows, by their first bytes.
 _FOREIGN = {
     b"\x1f\x8b": "compressed with gzip; unpack it first: gunzip -k",
@@ -28,31 +28,44 @@ _FOREIGN = {
 }
 
 
-def read_data(path: Path, *, format: str = "auto", progress: Progress | None = None) -> DataSet:  # noqa: A002
+def read_data(
+    path: Path,
+    *,
+    format: str = "auto",  # noqa: A002
+    answers_only: bool = True,
+    progress: Progress | None = None,
+) -> DataSet:
     """Return the usable rows of a data file, and what was found on the way.
 
     Args:
         path: A JSON Lines, JSON or Parquet file; `embedded` names the data set that ships with us.
         format: `auto`, or the format that the file must have.
+        answers_only: Whether only the answers will be trained; else no message may be marked as untrained.
         progress: Gets (done, total), in bytes of a JSON file or rows of a Parquet file.
 
     Raises:
         BadInput: The file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
     """
-    data, findings = _inspected(path, format, progress)
+    data, findings = _inspected(path, format, answers_only, progress)
     findings.refuse(plain(data.path.name, one_line=True))
     if not data.rows:
         raise BadInput(f"{plain(data.path.name, one_line=True)}: no row can be used. {_summary(data)}")
     return data
 
 
-def inspect_data(path: Path, *, format: str = "auto", progress: Progress | None = None) -> DataSet:  # noqa: A002
+def inspect_data(
+    path: Path,
+    *,
+    format: str = "auto",  # noqa: A002
+    answers_only: bool = True,
+    progress: Progress | None = None,
+) -> DataSet:
     """Return the same as `read_data`, with fatal findings listed in the result instead of raised.
 
     Raises:
         BadInput: The file cannot be read at all.
     """
-    return _inspected(path, format, progress)[0]
+    return _inspected(path, format, answers_only, progress)[0]
 
 
 @dataclass(slots=True)
@@ -60,10 +73,10 @@ class _Reading:
     """What is known so far of a file that is being read."""
 
     wanted: str
+    answers_only: bool
     findings: Findings
     shape: Shape | None = None
     rows: list[Row] = field(default_factory=list)
-    ignored: dict[str, None] = field(default_factory=dict)
 
     def take(self, number: int, value: Any) -> None:
         """Normalise one raw row."""
@@ -72,12 +85,14 @@ class _Reading:
             return
         if self.shape is None:
             self.shape = recognise(value, self.wanted)
+        if refuse_pair(value, number, self.findings):
+            return
         if self.shape is None or not value.keys() >= set(self.shape.needed):
             self._misfit(number, value)
             return
-        if len(value) > len(self.shape.needed) and len(self.ignored) < _LISTED_COLUMNS:
-            self.ignored |= dict.fromkeys(key for key in value if key not in self.shape.columns)
-        if row := normalised(value, self.shape, number, self.findings):
+        if len(value) > len(self.shape.needed):
+            self.findings.leave(key for key in value if key not in self.shape.columns)
+        if row := normalised(value, self.shape, number, self.findings, answers_only=self.answers_only):
             self.rows.append(row)
 
     def _misfit(self, number: int, value: dict[str, Any]) -> None:
@@ -91,11 +106,11 @@ class _Reading:
         self.findings.add("mixed_formats", number, found)
 
 
-def _inspected(path: Path, wanted: str, progress: Progress | None) -> tuple[DataSet, Findings]:
+def _inspected(path: Path, wanted: str, answers_only: bool, progress: Progress | None) -> tuple[DataSet, Findings]:
     if wanted not in FORMATS:
         raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(FORMATS)}.")
     path = shipped_data() if str(path) == EMBEDDED else path
-    reading = _Reading(wanted, Findings())
+    reading = _Reading(wanted, answers_only, Findings())
     try:
         size_bytes = _size(path)
         for number, value in _raw_rows(path, reading.findings, progress):
@@ -110,7 +125,7 @@ def _inspected(path: Path, wanted: str, progress: Progress | None) -> tuple[Data
         path=path,
         format=shape.format if shape else "unknown",
         columns=tuple(shape.needed) if shape else (),
-        ignored_columns=tuple(plain(name, one_line=True) for name in reading.ignored),
+        ignored_columns=findings.unused,
         rows=tuple(reading.rows),
         findings=findings.kept,
         finding_counts=dict(findings.counts),
@@ -168,4 +183,4 @@ def _raw_rows(path: Path, findings: Findings, progress: Progress | None) -> Iter
 
 
 def _summary(data: DataSet) -> str:
-    return "Found: " + ", ".join(f"{count} x {kind}" for kind, count in data.finding_counts.items()) + "."
+    return f"Found: {counted(data.finding_counts)}."

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from studio.core.text import plain
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -51,6 +53,18 @@ class PlainText:
 
 Row = Conversation | PlainText
 
+_LEFT_OUT = {
+    "no_answer": "without an answer",
+    "empty_answer": "with an empty answer",
+    "empty_text": "with an empty text",
+}
+_KEPT = {
+    "last_turn_not_assistant": "what follows the last answer is left out",
+    "media_placeholder": "'<image>' stands in the text and is trained as these characters; no picture is read",
+}
+"""Words for the findings that stop nothing."""
+_NAMED_UNUSED = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -79,7 +93,7 @@ class DataSet:
         path: The file that was read.
         format: `chat`, `prompt_completion`, `alpaca` or `text`.
         columns: The columns that were used, as the file calls them.
-        ignored_columns: Columns of the file that were not used.
+        ignored_columns: Columns of the file that were not used, and fields of messages as `messages[].name`.
         rows: The usable rows, in the file's order.
         findings: The first findings of each kind, in the file's order.
         finding_counts: How often each kind was found, in all.
@@ -97,5 +111,40 @@ class DataSet:
 
     def described(self) -> str:
         """Return what was recognised, for a person: `chat (messages), 591 rows`."""
-        rows = "1 row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
-        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {rows}"
+        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {_rows(len(self.rows))}"
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what must be corrected, what is left out and what is not used of the file, a sentence for each."""
+        name = plain(self.path.name, one_line=True)
+        fatal = {finding.kind for finding in self.findings if finding.fatal}
+        counts = self.finding_counts
+        said = []
+        if wrong := {kind: count for kind, count in counts.items() if kind in fatal}:
+            said.append(f"{name}: {_rows(sum(wrong.values()))} must be corrected: {counted(wrong)}.")
+        if left := [kind for kind in _LEFT_OUT if kind in counts]:
+            total = sum(counts[kind] for kind in left)
+            reasons = ", ".join(f"{counts[kind]} {_LEFT_OUT[kind]}{self._first(kind)}" for kind in left)
+            verb = "is" if total == 1 else "are"
+            said.append(f"{name}: {_rows(total)} {verb} left out, {len(self.rows)} stay: {reasons}.")
+        said += [
+            f"{name}: in {_rows(counts[kind])} {words}{self._first(kind)}."
+            for kind, words in _KEPT.items()
+            if kind in counts
+        ]
+        if self.ignored_columns:
+            named = [plain(column, one_line=True, limit=40) for column in self.ignored_columns[:_NAMED_UNUSED]]
+            more = len(self.ignored_columns) - len(named)
+            said.append(f"{name}: columns not used: {', '.join(named)}{f' and {more} more' if more else ''}.")
+        return tuple(said)
+
+    def _first(self, kind: str) -> str:
+        return next((f" (the first: row {finding.row})" for finding in self.findings if finding.kind == kind), "")
+
+
+def counted(kinds: Mapping[str, int]) -> str:
+    """Return how often each kind was found: `2 x no_answer, 1 x not_text`."""
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"

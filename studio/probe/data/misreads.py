@@ -1,0 +1,194 @@
+"""What a row may say that is not learnt as it says it: refused by name, since read without it the row teaches wrongly.
+
+Each refusal says what was found, what would be trained wrongly, and what to do. Knows the spellings of OpenAI, TRL,
+axolotl, LLaMA-Factory, ms-swift, LLaVA and Anthropic; a value that is null or empty says nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from studio.core.text import plain
+from studio.probe.data.findings import Findings
+from studio.probe.data.json_rows import json_kind
+from studio.probe.data.shapes import Shape
+
+PAIR_COLUMNS = ("chosen", "rejected")
+LABEL_COLUMNS = ("label", "kto_tag")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+PLACEHOLDER = "<image>"
+
+_LABEL_WORDS = ("true", "false", "desirable", "undesirable")
+"""A text label of any other kind is a class, an author, a topic: a column that is not used."""
+_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_CALL_FIELDS = ("tool_calls", "tool_call", "function_call")
+_WEIGHT_FIELDS = ("weight", "train", "training")
+"""1 and true ask for what is done anyway."""
+_SHARE_FIELDS = ("train_detail", "training_detail")
+_MEDIA_FIELDS = (*MEDIA_COLUMNS, "image_url", "video_url", "audio_url", "input_audio")
+UNDERSTOOD_FIELDS = frozenset({*_REASONING_FIELDS, *_CALL_FIELDS, *_WEIGHT_FIELDS, *_SHARE_FIELDS, *_MEDIA_FIELDS})
+"""Fields of messages that are refused here, or say nothing."""
+
+_MEDIA_PARTS = frozenset({"image", "video", "audio", "file", "document"})
+_REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
+_CALL_PARTS = ("tool_use", "tool_result", "tool_call", "tool_calls", "function_call")
+CALL_ROLES = _CALL_PARTS
+"""Roles of turns that are calls, in ShareGPT's form."""
+
+_CALLS = (
+    "calls of tools are not learnt yet: the answer would be trained without its call. Take the row out, or write the "
+    "call into the text of the answer"
+)
+_REASONING = (
+    "reasoning beside the text is not learnt yet: the answer would be trained without it. Write it into the text where "
+    "the model is to say it, in the form of its chat template; else remove the field"
+)
+_MEDIA = (
+    "pictures, sound and films are not read: the row would be trained as if its text stood alone. Take the row out; "
+    "where the text does stand alone, remove it"
+)
+_WEIGHT = (
+    "not every answer of a row can be trained differently yet: this one would be trained in full. End the row before "
+    "it or take the row out; where it is to be learnt, remove the field"
+)
+_UNTRAINED_PROMPT = (
+    "with data.answers_only = false this message would be trained all the same. Set data.answers_only to true, or "
+    "remove the field"
+)
+
+
+def refuse_pair(value: Mapping[str, Any], number: int, findings: Findings) -> bool:
+    """Refuse a row of two answers, of which one is preferred (DPO, ORPO, reward models); return whether it is one."""
+    if not all(filled(value.get(column)) for column in PAIR_COLUMNS):
+        return False
+    findings.add(
+        "preference_pair",
+        number,
+        "found a preferred and a rejected answer; preferences are not learnt yet: the row would be trained without "
+        "either. To learn the preferred answers alone, write prompt and chosen as prompt and completion",
+        field="chosen, rejected",
+    )
+    return True
+
+
+def refuse_columns(value: Mapping[str, Any], shape: Shape, number: int, findings: Findings) -> bool:
+    """Refuse a row for a column beside its texts; return whether that was done.
+
+    `label` means "desirable or not" (KTO) where it is true or false beside an answer. A number or any other text is
+    taken for a class, and so is every label of a plain text.
+    """
+    for column in LABEL_COLUMNS if shape.format != "text" else ():
+        label = value.get(column)
+        if isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in _LABEL_WORDS):
+            findings.add(
+                "desirable_label",
+                number,
+                f"found {_shown(label)} beside an answer; which answers are desirable (KTO) is not learnt yet: "
+                "undesired ones would be trained like the others. Keep the rows with desirable answers and remove the "
+                "column; where it means something else, rename it",
+                field=column,
+            )
+            return True
+    for column in MEDIA_COLUMNS:
+        if column not in shape.needed and filled(value.get(column)):
+            findings.add("media", number, f"found the column {column}; {_MEDIA} (the column)", field=column)
+            return True
+    return False
+
+
+def refuse_message(
+    turn: Mapping[str, Any], role: str, field: str, number: int, findings: Findings, *, answers_only: bool
+) -> bool:
+    """Refuse a message for a field beside its text; return whether that was done.
+
+    Args:
+        turn: The message as it stands in the file.
+        role: Its role, in our words.
+        field: Its place in the row.
+        number: The row.
+        findings: Gets the refusal.
+        answers_only: Whether only answers are trained: then a prompt that is marked as untrained is no contradiction.
+    """
+    for name in _CALL_FIELDS:
+        if filled(turn.get(name)):
+            findings.add("tool_calls", number, f"found {name}; {_CALLS}", field=f"{field}.{name}")
+            return True
+    for name in _REASONING_FIELDS:
+        if filled(turn.get(name)):
+            findings.add("reasoning", number, f"found {name}; {_REASONING}", field=f"{field}.{name}")
+            return True
+    for name in _MEDIA_FIELDS:
+        if filled(turn.get(name)):
+            findings.add("media", number, f"found {name}; {_MEDIA} (the field)", field=f"{field}.{name}")
+            return True
+    if role != "assistant" and answers_only:
+        return False
+    if mark := _mark_against(turn):
+        what = _WEIGHT if role == "assistant" else _UNTRAINED_PROMPT
+        findings.add("untrained_message", number, f"found {_shown(turn[mark])}; {what}", field=f"{field}.{mark}")
+        return True
+    return False
+
+
+def refuse_parts(parts: Iterable[object], field: str, number: int, findings: Findings) -> bool:
+    """Refuse content in parts of which one is no text; return whether that was done."""
+    for place, part in enumerate(parts):
+        if not isinstance(part, dict):
+            continue
+        where = f"{field}[{place}]"
+        kind = part["type"] if isinstance(part.get("type"), str) else ""
+        shown = f"found a part of type {plain(kind, one_line=True, limit=40)}"
+        if kind in _CALL_PARTS:
+            findings.add("tool_calls", number, f"{shown}; {_CALLS}", field=where)
+        elif kind in _REASONING_PARTS:
+            findings.add("reasoning", number, f"{shown}; {_REASONING} (the part)", field=where)
+        elif not _MEDIA_PARTS.isdisjoint(kind.split("_")):  # image, image_url, input_audio ...
+            findings.add("media", number, f"{shown}; {_MEDIA} (the part)", field=where)
+        elif names := [name for name in _MEDIA_FIELDS if filled(part.get(name))]:
+            findings.add("media", number, f"found {names[0]} in a part; {_MEDIA} (the part)", field=where)
+        else:
+            continue
+        return True
+    return False
+
+
+def refuse_call(field: str, number: int, findings: Findings) -> None:
+    """Refuse a turn that is a call by its role."""
+    findings.add("tool_calls", number, f"found a turn that is a call; {_CALLS}", field=field)
+
+
+def note_placeholder(texts: Iterable[str], number: int, findings: Findings) -> None:
+    """Say that a text speaks of a picture where the row has none."""
+    if any(PLACEHOLDER in text for text in texts):
+        found = f"found {PLACEHOLDER} in the text, and no column of images; it is trained as these characters"
+        findings.add("media_placeholder", number, found, fatal=False)
+
+
+def filled(value: object, depth: int = 8) -> bool:
+    """Return whether a value says anything: null, blank texts, and lists and objects of nothing else do not.
+
+    Args:
+        value: As JSON has it.
+        depth: What is nested deeper says something, whatever it is.
+    """
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return any(not depth or filled(one, depth - 1) for one in inner)
+    return bool(value)
+
+
+def _mark_against(turn: Mapping[str, Any]) -> str | None:
+    """Return the field of a message that asks for other training than in full."""
+    marks = (
+        *(name for name in _WEIGHT_FIELDS if turn.get(name) not in (None, 1)),
+        *(name for name in _SHARE_FIELDS if filled(turn.get(name))),
+        *(["loss"] if turn.get("loss") is False else []),
+    )
+    return marks[0] if marks else None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return plain(str(value), one_line=True, limit=40) if isinstance(value, int | float | str) else json_kind(value)

@@ -1,0 +1,80 @@
+"""`data check` and `train` on rows that say more than their texts: both refuse, and both tell what is not used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Cli
+from tests.fakes.misreads import ANSWER, ASKED, MISREADS, PAIR
+
+
+def write(*rows: dict[str, Any]) -> str:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "rows.jsonl"
+
+
+def recipe_of(**data: Any) -> str:
+    settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in data.items())
+    Path("mine.toml").write_text(
+        f"name = 'mine'\n[data]\npath = 'rows.jsonl'\n{settings}[eval]\nrows = 0\nsamples = 0\n"
+    )
+    return "mine.toml"
+
+
+@pytest.mark.parametrize("name", MISREADS)
+def test_what_would_be_trained_wrongly_is_refused_by_name(cli: Cli, name: str) -> None:
+    row, kind, field = MISREADS[name]
+    outcome = cli("data", "check", write(row), "--json")
+    assert outcome.code == 1
+    assert outcome.document["ok"] is False
+    (finding,) = outcome.document["findings"]
+    assert (finding["kind"], finding["field"], finding["fatal"]) == (kind, field, True)
+    assert finding["row"] == 1
+    assert finding["message"].startswith("found ")
+    assert outcome.document["counts"] == {kind: 1}
+    assert f"1 x {kind}" in cli("data", "check", "rows.jsonl").out
+
+
+def test_training_refuses_as_the_check_does_and_counts_by_reason(cli: Cli, home: Path) -> None:
+    bad = [{"messages": [ASKED, ANSWER | {"weight": 0}]}] * 6 + [{"messages": [ASKED, ANSWER | {"thinking": "Hm."}]}]
+    write(*[{"messages": [ASKED, ANSWER]}] * 20, *bad)
+    outcome = cli("train", recipe_of())
+    assert outcome.code == 2
+    assert "7 problems (6 x untrained_message, 1 x reasoning). The first 5:" in outcome.err
+    assert "line 21, messages[1].weight: found 0;" in outcome.err
+    assert not list((home / "runs").glob("*"))
+
+
+def test_training_says_what_is_left_out_and_not_used_as_the_check_does(cli: Cli) -> None:
+    rows: list[dict[str, Any]] = [{"messages": [ASKED | {"name": "Ann"}, ANSWER], "id": n} for n in range(20)]
+    write(*rows, {"messages": [ASKED]}, {"messages": [ASKED, ANSWER | {"content": ""}]})
+    checked = cli("data", "check", "rows.jsonl")
+    trained = cli("train", recipe_of())
+    assert (checked.code, trained.code) == (0, 0)
+    for said in (
+        "rows.jsonl: 2 rows are left out, 20 stay: 1 without an answer (the first: row 21), 1 with an empty answer "
+        "(the first: row 22).",
+        "rows.jsonl: columns not used: id, messages[].name.",
+    ):
+        assert f"{said}\n" in checked.out
+        assert f"note: {said}\n" in trained.err
+    assert cli("data", "check", "rows.jsonl", "--json").document["ignored_columns"] == ["id", "messages[].name"]
+
+
+def test_a_prompt_marked_as_untrained_is_refused_only_where_prompts_are_trained(cli: Cli) -> None:
+    write(*[{"messages": [ASKED | {"train": False, "weight": 0}, ANSWER | {"train": True, "weight": 1.0}]}] * 20)
+    assert cli("data", "check", "rows.jsonl", "--json").document["counts"] == {}
+    assert cli("train", recipe_of()).code == 0
+    refused = cli("train", recipe_of(answers_only=False))
+    assert refused.code == 2
+    assert "messages[0].weight: found 0; with data.answers_only = false" in refused.err
+
+
+def test_an_audit_refuses_such_rows_before_it_starts(cli: Cli, home: Path) -> None:
+    write(*[PAIR | {"label": False}] * 20)
+    outcome = cli("audit", "base", "--model", "embedded", "--data", "rows.jsonl")
+    assert outcome.code == 2
+    assert "found false beside an answer" in outcome.err
+    assert not list((home / "runs").glob("*"))
