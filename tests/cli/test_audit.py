@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> str:
     return str(model_folder(tmp_path / "model"))
 
 
-def test_a_base_is_measured_on_rows_that_training_would_hold_out(cli: Cli, recipe: Path, model: str) -> None:
+def test_a_base_is_measured_on_the_rows_of_a_file(cli: Cli, recipe: Path, model: str) -> None:
     outcome = cli("audit", "base", "--model", model, "--data", "rows.jsonl", "--rows", "7", "--json")
     assert outcome.code == 0, outcome.err
     request = asked(outcome.document)
@@ -47,7 +47,22 @@ def test_a_run_brings_its_own_base_data_and_split(cli: Cli, recipe: Path, tmp_pa
     request = asked(outcome.document)
     assert (request.what, request.model, request.rows) == ("run", "embedded", "4")
     assert Path(request.run).name == run
+    assert (outcome.document["rows"], outcome.document["held_out_rows"]) == (4, 5)
+    shown = cli("audit", "show", outcome.document["run"], "--json").document
+    assert (shown["rows"], shown["held_out_rows"]) == (4, 5)
+    page = " ".join(cli("audit", "show", outcome.document["run"]).out.split())
+    assert "Measured on 4 of the 5 rows that the run mine held out of rows.jsonl" in page
+    assert "was trained on these rows is not known" in page and "\x1b" not in page
     assert request.data == str(Path("rows.jsonl").absolute())
+
+
+def test_a_run_that_says_nothing_of_its_rows_is_not_audited(cli: Cli, recipe: Path, home: Path) -> None:
+    run = cli("train", str(recipe), "--json").document["run"]
+    (home / "runs" / run / "held_out.json").unlink()
+    outcome = cli("audit", "run", run)
+    assert outcome.code == 2
+    assert "has no record of its held-out rows" in outcome.err and "Train it again" in outcome.err
+    assert not list(home.glob("runs/audit*"))
 
 
 def test_answers_are_asked_for_and_shown(cli: Cli, recipe: Path, tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ from studio.core.audit import (
 from studio.core.audit_cells import difference, interval, size
 from studio.core.audit_picture import bars_svg, losses_svg
 from studio.core.audit_text import markdown_of
-from studio.core.evidence import LEAST_NATS, difference_in_words, seen_sign
+from studio.core.evidence import (
+    DECIDES_NATS,
+    LEAST_NATS,
+    LEAST_ROWS,
+    LEAST_TOKENS,
+    difference_in_words,
+    gain_in_words,
+    seen_sign,
+)
 from studio.core.intervals import Interval, ratio_interval
 from tests.fakes.audit_job import base_report
 
@@ -183,3 +191,101 @@ def test_forgetting_is_the_loss_after_training_above_that_before(shift: float, s
     assert forgetting.more.value == pytest.approx(-before.more.value)
     assert (forgetting.more.low, forgetting.more.high) == (-before.more.high, -before.more.low)  # type: ignore[operator]
     assert Interval(1.0).negated == Interval(-1.0)
+
+
+def some(rows: int, tokens: int, shift: float, scatter: float = 0.0) -> Figures:
+    """Figures of a few rows, all moved by `shift`."""
+    draw = random.Random(5)  # noqa: S311
+    reference = [[draw.uniform(1, 3) for _ in range(tokens)] for _ in range(rows)]
+    own = [[loss + shift + scatter * (-1) ** place for loss in row] for place, row in enumerate(reference)]
+    kl, same = [[0.1] * tokens] * rows, [[1.0] * tokens] * rows
+    return figures_of(RowFigures(own, kl, same), RowFigures(reference, kl, same))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "why"),
+    [
+        (10, 2, "10 rows are too few"),
+        (LEAST_ROWS - 1, 50, f"{LEAST_ROWS - 1} rows are too few for an interval to be trusted, wanted {LEAST_ROWS}"),
+        (1, 500, "1 row is too few"),
+        (20, 1, f"20 tokens are too few for an interval to be trusted, wanted {LEAST_TOKENS} or more"),
+    ],
+)
+@pytest.mark.parametrize("shift", [-0.3, 0.0, 0.3])
+def test_too_little_passes_no_verdict(rows: int, tokens: int, why: str, shift: float) -> None:
+    """Also where every row agrees: so few could have agreed by chance, and their interval would not tell."""
+    few, zero = some(rows, tokens, shift), some(rows, tokens, 0.0)
+    plan = Plan(("model.layers.1",), 2**30, few, Interval(0.2, 0.1, 0.3))
+    run = {"trained": zero, "alone": some(rows, tokens, shift)}
+    said = [
+        advise_base({"nf4": few}, "nf4", [plan]).sentence,
+        advise_race({"lora": zero, "qlora": few}, {"lora": 2, "qlora": 1}).sentence,
+        advise_run(run, trained="trained", without="alone", choices=["trained"]).sentence,
+        forgetting_of(few, zero).verdict,
+    ]
+    for sentence in said:
+        assert sentence.startswith("Too little to say") and why in sentence
+    for advice in (
+        advise_race({"lora": zero, "qlora": few}, {}),
+        advise_run(run, trained="trained", without="alone", choices=["trained"]),
+    ):
+        assert advice.best == "", "nothing is advised"
+    assert "does not harm" not in said[0] and "Keeping" not in said[0]
+
+
+def test_enough_passes_one() -> None:
+    enough = some(LEAST_ROWS, 8, -0.3, 0.05)
+    assert "nf4 does not harm" in advise_base({"nf4": enough}, "nf4", []).sentence
+    one_answer = advise_base({"nf4": enough}, "nf4", [], answers=1).sentence
+    assert f"all {LEAST_ROWS} rows have one and the same answer" in one_answer
+
+
+def test_a_difference_that_could_hide_is_said() -> None:
+    wide = some(20, 10, 0.0, 0.3)
+    hidden = max(abs(wide.more.low or 0), abs(wide.more.high or 0))
+    assert hidden > DECIDES_NATS
+    advice = advise_base({"nf4": wide}, "nf4", [])
+    assert f"too little to rule one out: up to {hidden:.2f} nats a token" in advice.sentence
+    assert "choose by memory" not in advice.sentence and "too wide to rule one out" in advice.reason
+    race = advise_race({"lora": some(20, 10, 0.0), "qlora": wide}, {"lora": 2, "qlora": 1})
+    assert race.best == "qlora" and f"up to {hidden:.2f} nats a token" in race.sentence
+    assert f"up to {hidden:.2f} nats a token" in forgetting_of(wide, some(20, 10, 0.0)).verdict
+    narrow = some(20, 10, 0.0, 0.01)
+    assert "could hide" not in advise_base({"nf4": narrow}, "nf4", []).sentence
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "tokens", "improved", "words"),
+    [
+        (Interval(-1.0, -1.2, -0.8), 50, 600, True, "the held-out loss improved: lower by 1.0000"),
+        (Interval(0.2, 0.1, 0.3), 50, 600, False, "the held-out loss got worse: higher by 0.2000"),
+        (Interval(-0.01, -0.03, 0.01), 50, 600, False, "did not improve beyond noise: no difference seen"),
+        (Interval(-0.0001, -0.0002, -0.00005), 50, 600, False, "did not improve beyond noise"),
+        (
+            Interval(-1.0, -1.2, -0.8),
+            5,
+            600,
+            None,
+            "too little to tell whether the held-out loss improved (-1.0000): 5 rows",
+        ),
+        (Interval(-1.0, -1.2, -0.8), 50, 60, None, "60 tokens are too few"),
+    ],
+)
+def test_what_training_did_to_the_held_out_loss(
+    more: Interval, rows: int, tokens: int, improved: bool | None, words: str
+) -> None:
+    found, said = gain_in_words(more, rows, tokens)
+    assert found is improved and words in said
+
+
+def test_our_interval_holds_the_truth_about_as_often_as_it_says_from_the_least_rows_on() -> None:
+    """The count behind LEAST_ROWS, smaller: mean losses of one or two tokens a row, exponentially spread."""
+    draw, held = random.Random(3), {3: 0, LEAST_ROWS: 0}  # noqa: S311
+    trials = 200
+    for rows in held:
+        for trial in range(trials):
+            tokens = [draw.choice((1, 2)) for _ in range(rows)]
+            sums = [count * (draw.expovariate(1.0) - 1.0) for count in tokens]
+            one = ratio_interval(sums, tokens, seed=trial, resamples=300)
+            held[rows] += (one.low or 0.0) <= 0.0 <= (one.high or 0.0)
+    assert held[3] / trials < 0.8 < 0.84 < held[LEAST_ROWS] / trials

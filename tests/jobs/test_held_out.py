@@ -32,6 +32,7 @@ from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
 from studio.tui.audit_wishes import run_request
+from tests.fakes.runs import LiveWorker
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.adapter_cases import write_chats
 from tests.jobs.audit_cases import audit, examples
@@ -178,11 +179,11 @@ def test_lanes_of_a_race_are_compared_on_rows_that_none_was_trained_on(
     root = tmp_path / "race"
     root.mkdir()
     request = AuditRequest("race", recipe=dump_recipe(recipe))
-    with Worker(RunPaths(root)) as worker:
+    with LiveWorker(RunPaths(root)) as worker:
         _, told, _ = race_figures.measure_lanes(worker, request, lanes, share=(0.0, 1.0))
-        assert not measured_on & trained_on
-        assert measured_on == whole_rows(data) - trained_on
-        assert told["rows"]["task"] == told["held_out_rows"] == len(measured_on) > 0
+    assert not measured_on & trained_on
+    assert measured_on == whole_rows(data) - trained_on
+    assert told["rows"]["task"] == told["held_out_rows"] == len(measured_on) > 0
 
 
 def test_a_run_without_held_out_rows_is_not_audited(recipe: Recipe, train: Train, tmp_path: Path) -> None:
