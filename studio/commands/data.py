@@ -32,7 +32,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("file", metavar="FILE", help="JSON Lines, JSON or Parquet; or: embedded")
     parser.add_argument("--format", default="auto", choices=choices_of("data.format"), help="what the file must be")
     parser.add_argument("--model", help="measure tokens with the tokenizer of this model")
-    parser.add_argument("--seq", type=_positive, metavar="N", help="name the rows longer than N tokens (with --model)")
+    parser.add_argument(
+        "--seq", type=_positive, metavar="N", help="name the rows whose texts are longer than N tokens (with --model)"
+    )
     add_json(parser)
 
 
@@ -66,8 +68,11 @@ def _make_loadable(model: str) -> None:
 
 
 def _longer(rows: Any, tokens: list[int], seq: int) -> list[Finding]:
+    told = (
+        f"tokens of text; {seq} are kept with the chat template's own, which are not counted here, the rest is cut off"
+    )
     return [
-        Finding("longer_than_seq", row.number, "", f"{length} tokens; {seq} are kept, the rest is cut off", fatal=False)
+        Finding("longer_than_seq", row.number, "", f"{length} {told}", fatal=False)
         for row, length in zip(rows, tokens, strict=True)
         if length > seq
     ]
@@ -99,7 +104,7 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
     for unit, spread in report["lengths"].items():
         if spread:
             parts = (f"{key} {_count(value)}" for key, value in spread.items())
-            told = "tokens (the chat template's own not counted)" if unit == "tokens" else unit
+            told = "tokens of text (the chat template's own not counted)" if unit == "tokens" else unit
             say(f"{told} per row: {', '.join(parts)}".replace("total", "in all"))
     for finding in report["findings"]:
         place = f" {finding['field']}" if finding["field"] else ""

@@ -37,12 +37,14 @@ _LONGEST_ADVISED = 2048
 _TOKENS_PER_PARAMETER = 2
 """Trained tokens that one adapter parameter holds: 2 bits a parameter, 1 bit a token at most (Schulman et al.)."""
 _WORTHWHILE_SHARE = 0.9
+_TEMPLATE_TOKENS = 32
+"""What a chat template adds to a row: the roles of a few turns and a system line, generously."""
 _MICRO_BATCHES = (16, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What a data file is, as far as advice depends on it.
+    """What a data file is, as far as advice depends on it. Tokens are those of the texts, without a chat template's.
 
     Attributes:
         path: The file, or `embedded`.
@@ -162,11 +164,15 @@ _ORDER = ("Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows
 
 def _length(draft: _Draft, data: DataFacts) -> None:
     stops = KNOBS["train.seq_len"].stops
-    fitting = next((int(stop) for stop in stops if stop >= data.longest_tokens), int(stops[-1]))
+    needed = data.longest_tokens + _TEMPLATE_TOKENS
+    fitting = next((int(stop) for stop in stops if stop >= needed), int(stops[-1]))
     length = min(fitting, _LONGEST_ADVISED)
     about = "" if data.counted else "about "
-    longest = f"the longest row has {about}{data.longest_tokens} tokens"
-    if data.longest_tokens > length:
+    longest = (
+        f"the longest row has {about}{data.longest_tokens} tokens of text, and {_TEMPLATE_TOKENS} more are for what a "
+        "chat template adds"
+    )
+    if needed > length:
         longest += "; what is longer is cut there"
     draft.choose({"train.seq_len": length}, "Length", f"{length} tokens", longest, YOUR_DATA)
 

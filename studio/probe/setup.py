@@ -28,8 +28,6 @@ _COUNTED_ROWS = 2000
 _LONGEST_COUNTED = 50
 _CHARACTERS_PER_TOKEN = 3.0
 """Low on purpose (English has about four, code about three): a length that is too long cuts no row."""
-_TEMPLATE_TOKENS = 32
-"""What a chat template adds to a row: the roles of a few turns and a system line, generously."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +174,10 @@ def advice_for(answers: Answers, shape: ModelShape, data: DataFacts) -> Advice:
 
 
 def _facts(path: str, data: DataSet, base: str) -> DataFacts:
-    """Count the tokens of some rows and of the longest, and take the others by their characters."""
+    """Count the tokens of some rows and of the longest, and take the others by their characters.
+
+    All without the model's chat template: it is a program of strangers, and runs in jobs alone, within limits.
+    """
     characters = [sum(map(len, texts_of(row))) for row in data.rows]
     if not characters:
         return DataFacts(path, 0, 0, 0)
@@ -186,12 +187,11 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
     try:
         counted = token_lengths([data.rows[place] for place in (*chosen, *longest)], base)
     except BadInput:
-        most = int(max(characters) / _CHARACTERS_PER_TOKEN) + _TEMPLATE_TOKENS
+        most = int(max(characters) / _CHARACTERS_PER_TOKEN)
         total = int(sum(characters) / _CHARACTERS_PER_TOKEN)
         return DataFacts(path, len(characters), total, most, counted=False)
     share = sum(counted[: len(chosen)]) / max(1, sum(characters[place] for place in chosen))
-    most = max(counted) + _TEMPLATE_TOKENS
-    return DataFacts(path, len(characters), int(share * sum(characters)), most)
+    return DataFacts(path, len(characters), int(share * sum(characters)), max(counted))
 
 
 def _sound_answers(table: Mapping[str, Any]) -> Answers:

@@ -94,7 +94,8 @@ def data_text(checked: DataChecked) -> Content:
         about = "" if facts.counted else "about "
         how = "" if facts.counted else " (from the characters: this model's tokenizer is not here yet)"
         parts.append(
-            f"{about}{count(facts.tokens)} tokens, the longest row {about}{count(facts.longest_tokens)}{how}\n"
+            f"{about}{count(facts.tokens)} tokens of text, the longest row {about}{count(facts.longest_tokens)}{how}; "
+            f"what a chat template adds to each is not counted\n"
         )
     for note in data.notes():
         parts += [("note  ", "$text-warning"), f"{plain(note, one_line=True, limit=400)}\n"]

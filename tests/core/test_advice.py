@@ -76,6 +76,8 @@ def test_without_a_card_nothing_is_said_of_fitting() -> None:
 
 def test_the_length_is_the_stop_above_the_longest_row_and_has_an_end() -> None:
     assert advise("style", "base", TINY, ROWS).recipe.train.seq_len == 768
+    templated = advise("style", "base", TINY, replace(ROWS, longest_tokens=760))
+    assert templated.recipe.train.seq_len > 768, "a chat template adds to 760 tokens of text"
     endless = replace(ROWS, longest_tokens=50_000)
     advice = advise("style", "base", TINY, endless)
     assert advice.recipe.train.seq_len == 2048

@@ -28,6 +28,7 @@ from studio.tui.screens.help import HelpScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.setup import SetupScreen
 from studio.tui.setup_finder import Finder
+from studio.tui.setup_texts import data_text
 from tests.tui.stories import (
     EIGHT_B,
     HOSTILE,
@@ -407,6 +408,22 @@ def test_bad_rows_are_named_and_hold_the_step(tmp_path: Path) -> None:
 
 
 MARK = "[b]x[@click=app.quit]"
+
+
+def test_what_is_not_used_is_told_as_the_check_tells_it_and_tokens_all_without_the_chat_template(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "completion": "b", "id": 1}, {"prompt": "a", "completion": ""}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked = check_data(str(path), "no/such-model")
+    text = data_text(replace(checked, facts=DataFacts(str(path), 1, 400, 300))).plain
+    assert all(f"note  {note}\n" in text for note in checked.data.notes())
+    assert "rows.jsonl: columns not used: id." in text
+    assert "400 tokens of text, the longest row 300; what a chat template adds to each is not counted" in text
+    path.write_text(json.dumps(rows[0] | {"label": False}))
+    text = data_text(check_data(str(path), "no/such-model")).plain
+    assert "error  row 1: found false beside an answer" in text
 
 
 def test_hostile_answers_of_an_earlier_visit_stay_harmless(tmp_path: Path) -> None:
