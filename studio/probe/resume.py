@@ -13,8 +13,9 @@ from studio.core.errors import BadInput
 from studio.core.identity import recipe_changes, row_changes, version_changes
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.text import plain
-from studio.probe.data import Conversation, Row, read_data, split
+from studio.probe.data import Conversation, Row, read_data
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
+from studio.probe.held_out import hold_out
 from studio.probe.models import find_base
 from studio.runs.identity import Identity, read_identity
 from studio.runs.layout import RunPaths
@@ -128,12 +129,10 @@ def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]
 
 def _rows_of(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return the rows to train on and those held out, as training takes them."""
-    data = read_data(Path(recipe.data.path), format=recipe.data.format).rows
-    if not recipe.data.eval_path:
-        parts = split(data, recipe.eval.rows, recipe.train.seed)
-        return parts.train, parts.held_out
-    held_out = read_data(Path(recipe.data.eval_path), format=recipe.data.format).rows
-    return data, held_out[: recipe.eval.rows] if recipe.eval.rows else held_out
+    own = recipe.data.eval_path
+    data = read_data(Path(recipe.data.path), format=recipe.data.format)
+    parts = hold_out(recipe, data, read_data(Path(own), format=recipe.data.format) if own else None)
+    return parts.train, parts.held_out
 
 
 def _data_bytes(recipe: Recipe) -> int:

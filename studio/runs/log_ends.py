@@ -11,7 +11,8 @@ from typing import TypeVar
 from studio.core.events import RunEvent
 from studio.runs.log import POLL_BYTES, event_from_line
 
-_HEAD_BYTES = 8 * 1024
+_HEAD_BYTES = 16 * 1024
+"""What a run is made from takes 3 KB, and reading a base or its data tens of lines, before `Planned` comes."""
 _TAIL_BYTES = 64 * 1024
 _WIDER = 4
 _WIDEST_BYTES = POLL_BYTES

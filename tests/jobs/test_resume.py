@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.train import between, checkpoint
+from studio.probe.resume import check_resume
 from studio.runs.checkpoints import complete_checkpoints, damage_of
 from studio.runs.control import request, requested, withdraw_all
 from studio.runs.history import History
@@ -221,6 +223,12 @@ def test_checkpoints_hold_no_pickle(train: Train, recipe: Recipe) -> None:
     assert set(marker["files"]) == {path.name for path in folder.iterdir()} - {"complete.json"}
 
 
+OTHER_ROWS = [
+    json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
+    for asked, told in (("seven", "siete"), ("eight", "ocho"), ("nine", "nueve"))
+]
+
+
 @pytest.fixture
 def stopped(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path) -> RunPaths:
     """A run on a base of its own that was stopped after step 3 and has a checkpoint of step 2 too."""
@@ -308,6 +316,26 @@ def test_other_rows_are_refused_and_told(train: Train, stopped: RunPaths, data: 
     moved = data.with_name("moved.jsonl")
     moved.write_text("\n".join(lines) + "\n")
     assert again(train, stopped, data__path=str(moved)).finished is not None
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_who_resumes_and_the_job_take_the_same_rows(
+    train: Train, recipe: Recipe, data: Path, monkeypatch: pytest.MonkeyPatch, own_file: bool
+) -> None:
+    """Also where rows of `data.eval_path` are left out because they are trained on."""
+    lines = data.read_text().splitlines()
+    held_out = data.with_name("held_out.jsonl")
+    held_out.write_text("\n".join([lines[0], *OTHER_ROWS]))
+    at_step(monkeypatch, 3, lambda self: request(self.worker.paths, "stop"))
+    paths = train(recipe.with_("data.eval_path", str(held_out)) if own_file else recipe)
+    job = read_job(paths)
+    assert isinstance(job, Recipe)
+    check_resume(paths, job)
+    target = held_out if own_file else data
+    first, _, *rest = target.read_text().splitlines()
+    target.write_text("\n".join([first, *rest]))
+    with pytest.raises(BadInput, match="rows are not those that it began with"):
+        check_resume(paths, job)
 
 
 def test_a_recipe_that_trains_something_else_is_refused_and_others_go_on(train: Train, stopped: RunPaths) -> None:
