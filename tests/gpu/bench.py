@@ -24,6 +24,7 @@ from tests.gpu import processes
 WORDS = ("uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho")
 MIB, GIB = 2**20, 2**30
 _LONGEST_JOB = 540.0
+_SHOWN = 3000
 
 
 class Skip(Exception):
@@ -139,6 +140,8 @@ class Bench:
             write_job(paths, job)
         code = self.start(module, str(paths.root), *words, output=paths.output).wait(_LONGEST_JOB)
         assert code is not None, f"{module} took more than {_LONGEST_JOB:.0f} s"
+        if code:
+            print(paths.output.read_text("utf-8", "replace")[-_SHOWN:])  # shown where the check fails
         return paths
 
     def start(self, module: str, *words: str, output: Path) -> processes.Process:

@@ -111,7 +111,7 @@ def _full_at(card: FullCard) -> None:
         if len(evaluations) > 1:  # the first one comes before the first step
             card.stage("eval")
 
-    _before(between, "held_out_loss", evaluating)
+    _before(between, "held_out_losses", evaluating)
     _before(between.Between, "save_adapter", lambda *_: card.stage("save"))
     register_optimizer_step_pre_hook(lambda *_: card.stage("optimizer"))
     loop = job.train

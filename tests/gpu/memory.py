@@ -288,6 +288,7 @@ def full_card(bench: Bench, stage: str) -> Seen:
     recipe = bench.long(method="lora", eval__rows=2)
     paths = bench.job(recipe, f"oom:{stage}", bench.device, module="tests.gpu.faults")
     history = bench.history(paths)
+    assert history.failed or history.finished, "the run ended without saying how"
     if stage == "save":
         assert history.failed is None, f"saving took memory of the card: {history.failed}"
         assert history.finished is not None and paths.adapter.is_dir()

@@ -37,9 +37,8 @@ class Report:
             self.results[result.name] = result
 
     def ordered(self, names: Sequence[str]) -> list[Result]:
-        """Return the results in the order of some names, others last."""
-        place = {name: index for index, name in enumerate(names)}
-        return sorted(self.results.values(), key=lambda result: place.get(result.name, len(place)))
+        """Return the results of some names, in their order; a check that is no longer in the list has none."""
+        return [self.results[name] for name in names if name in self.results]
 
     def save(self, folder: Path, names: Sequence[str]) -> tuple[Path, Path]:
         """Write both files and return them."""

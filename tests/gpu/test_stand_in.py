@@ -160,6 +160,25 @@ def test_a_full_card_has_no_block_left_and_is_made_full_once(monkeypatch: pytest
     assert len(full.held) == held
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [*(f"oom:{stage}" for stage in faults.STAGES), "stop:3", "overflow", "pages", "assert", "native", "traced"],
+)
+def test_every_fault_finds_what_it_changes(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed: list[str] = []
+    owners = (faults.job, faults.between, faults.between.Between, faults.precision.Precision, faults.compiled)
+    before = [dict(vars(owner)) for owner in owners]
+    monkeypatch.setattr(faults, "register_optimizer_step_pre_hook", lambda hook: None)
+    try:
+        faults.inject(fault, tmp_path, "cpu")
+    finally:
+        for owner, names in zip(owners, before, strict=True):
+            for name in [name for name, value in vars(owner).items() if names.get(name) is not value]:
+                changed.append(name)
+                setattr(owner, name, names[name])
+    assert changed
+
+
 def test_what_a_t4_lacks_is_skipped_with_its_reason(card: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     FakeMachine([FakeCard("Tesla T4", "GPU-4", gib=5, capability=(7, 5))]).start(monkeypatch)
@@ -308,7 +327,7 @@ def test_a_packed_row_that_sees_another_is_found(cpu: Bench, monkeypatch: pytest
 def test_a_chunked_loss_whose_value_or_gradient_is_off_is_found(
     cpu: Bench, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    from studio.jobs.train import loss
+    from studio.jobs.base import loss
 
     chunk = loss._chunk
 
