@@ -27,6 +27,7 @@ from studio.probe.plan import plan_for
 from studio.probe.start import place_of_job, start_training
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.audit_request import AuditRequest
+from studio.runs.held_out import HeldOutRecord, keep_record
 from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.measure_request import MeasureRequest
@@ -480,6 +481,7 @@ def test_a_card_without_a_uuid_is_passed_by_its_number_on_the_bus(monkeypatch: p
 def test_what_chats_and_audits_take_by_default_is_what_the_run_was_told(tmp_path: Path) -> None:
     paths = _trained_on(TWINS[0], tmp_path, device="cpu")
     paths.adapter.mkdir()
+    keep_record(paths, HeldOutRecord("embedded", "embedded", "auto", held_out=()))
     assert audit_of_run(paths).device == "cpu"
     assert audit_of_run(paths, device="cuda").device == "cuda"
     assert chat_request(paths.name, tmp_path, base_only=True).device == "cpu"
