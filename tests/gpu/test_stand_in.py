@@ -327,16 +327,16 @@ def test_a_packed_row_that_sees_another_is_found(cpu: Bench, monkeypatch: pytest
 def test_a_chunked_loss_whose_value_or_gradient_is_off_is_found(
     cpu: Bench, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    from studio.jobs.base import loss
+    from studio.jobs.train import head
 
-    chunk = loss._chunk
+    chunk = head._chunk
 
     def off(*args: Any, **named: Any) -> Any:
         made = list(chunk(*args, **named))
         made[part] = made[part] * 1.001
         return tuple(made)
 
-    monkeypatch.setattr(loss, "_chunk", off)
+    monkeypatch.setattr(head, "_chunk", off)
     with pytest.raises(AssertionError, match="apart, allowed"):
         numbers.chunked_loss(cpu, "fp32")
 
