@@ -54,8 +54,8 @@ def test_training_says_what_is_left_out_and_not_used_as_the_check_does(cli: Cli)
     trained = cli("train", recipe_of())
     assert (checked.code, trained.code) == (0, 0)
     for said in (
-        "rows.jsonl: 2 rows are left out, 20 stay: 1 without an answer (the first: row 21), 1 with an empty answer "
-        "(the first: row 22).",
+        "rows.jsonl: 2 rows are left out, 20 rows kept: 1 without an answer (the first: row 21), 1 with an empty "
+        "answer (the first: row 22).",
         "rows.jsonl: columns not used: id, messages[].name.",
     ):
         assert f"{said}\n" in checked.out

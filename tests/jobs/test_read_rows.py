@@ -49,5 +49,5 @@ def test_the_run_keeps_what_is_left_out_and_not_used(tmp_path: Path) -> None:
     good = {"messages": [ASKED | {"name": "Ann"}, ANSWER], "id": 7}
     rows = read(worker, tmp_path / "rows.jsonl", good, good, {"messages": [ASKED]})
     assert len(rows.train) == 2
-    assert "rows.jsonl: 1 row is left out, 2 stay: 1 without an answer (the first: row 3)." in worker.warnings
+    assert "rows.jsonl: 1 row is left out, 2 rows kept: 1 without an answer (the first: row 3)." in worker.warnings
     assert "rows.jsonl: columns not used: id, messages[].name." in worker.warnings

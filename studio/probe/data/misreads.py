@@ -40,15 +40,15 @@ _CALLS = (
 )
 _REASONING = (
     "reasoning beside the text is not learnt yet: the answer would be trained without it. Write it into the text where "
-    "the model is to say it, in the form of its chat template; else remove the field"
+    "the model is to say it, in the form of its chat template; else remove the"
 )
 _MEDIA = (
     "pictures, sound and films are not read: the row would be trained as if its text stood alone. Take the row out; "
-    "where the text does stand alone, remove it"
+    "where the text does stand alone, remove the"
 )
 _WEIGHT = (
-    "not every answer of a row can be trained differently yet: this one would be trained in full. End the row before "
-    "it or take the row out; where it is to be learnt, remove the field"
+    "answers cannot be weighted one by one yet: this one would be trained in full. End the row before it or take the "
+    "row out; where it is to be learnt, remove the field"
 )
 _UNTRAINED_PROMPT = (
     "with data.answers_only = false this message would be trained all the same. Set data.answers_only to true, or "
@@ -90,7 +90,7 @@ def refuse_columns(value: Mapping[str, Any], shape: Shape, number: int, findings
             return True
     for column in MEDIA_COLUMNS:
         if column not in shape.needed and filled(value.get(column)):
-            findings.add("media", number, f"found the column {column}; {_MEDIA} (the column)", field=column)
+            findings.add("media", number, f"found the column {column}; {_MEDIA} column", field=column)
             return True
     return False
 
@@ -114,11 +114,11 @@ def refuse_message(
             return True
     for name in _REASONING_FIELDS:
         if filled(turn.get(name)):
-            findings.add("reasoning", number, f"found {name}; {_REASONING}", field=f"{field}.{name}")
+            findings.add("reasoning", number, f"found {name}; {_REASONING} field", field=f"{field}.{name}")
             return True
     for name in _MEDIA_FIELDS:
         if filled(turn.get(name)):
-            findings.add("media", number, f"found {name}; {_MEDIA} (the field)", field=f"{field}.{name}")
+            findings.add("media", number, f"found {name}; {_MEDIA} field", field=f"{field}.{name}")
             return True
     if role != "assistant" and answers_only:
         return False
@@ -140,11 +140,11 @@ def refuse_parts(parts: Iterable[object], field: str, number: int, findings: Fin
         if kind in _CALL_PARTS:
             findings.add("tool_calls", number, f"{shown}; {_CALLS}", field=where)
         elif kind in _REASONING_PARTS:
-            findings.add("reasoning", number, f"{shown}; {_REASONING} (the part)", field=where)
+            findings.add("reasoning", number, f"{shown}; {_REASONING} part", field=where)
         elif not _MEDIA_PARTS.isdisjoint(kind.split("_")):  # image, image_url, input_audio ...
-            findings.add("media", number, f"{shown}; {_MEDIA} (the part)", field=where)
+            findings.add("media", number, f"{shown}; {_MEDIA} part", field=where)
         elif names := [name for name in _MEDIA_FIELDS if filled(part.get(name))]:
-            findings.add("media", number, f"found {names[0]} in a part; {_MEDIA} (the part)", field=where)
+            findings.add("media", number, f"found {names[0]} in a part; {_MEDIA} part", field=where)
         else:
             continue
         return True

@@ -124,8 +124,8 @@ class DataSet:
         if left := [kind for kind in _LEFT_OUT if kind in counts]:
             total = sum(counts[kind] for kind in left)
             reasons = ", ".join(f"{counts[kind]} {_LEFT_OUT[kind]}{self._first(kind)}" for kind in left)
-            verb = "is" if total == 1 else "are"
-            said.append(f"{name}: {_rows(total)} {verb} left out, {len(self.rows)} stay: {reasons}.")
+            are = "is" if total == 1 else "are"
+            said.append(f"{name}: {_rows(total)} {are} left out, {_rows(len(self.rows))} kept: {reasons}.")
         said += [
             f"{name}: in {_rows(counts[kind])} {words}{self._first(kind)}."
             for kind, words in _KEPT.items()
