@@ -20,7 +20,7 @@ from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.probe.audit import audit_of_run
 from studio.runs.layout import RunPaths
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
-from tests.jobs.adapter_cases import FOUR, asked, cast, merged, plain_forms, save_merged, tuned, write_chats
+from tests.jobs.adapter_cases import FOUR, adapted, asked, cast, merged, plain_forms, save_merged, tuned, write_chats
 from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_figures, rounded, whole_model
 from tests.jobs.conftest import QUESTIONS, Train, history_of
 
@@ -69,6 +69,28 @@ def test_every_form_of_the_embedded_model_has_the_figures_of_the_whole_model(
     text = tmp_path / "short.txt"
     text.write_text("A short passage, since only the rows are compared here.")
     assert_figures_of_the_whole_model(train(few), base, tmp_path / "audit", text=str(text))
+
+
+def test_forms_of_a_base_stored_in_fp32_do_not_change_each_other(
+    recipe: Recipe, tiny: Path, train: Train, tmp_path: Path
+) -> None:
+    """Its weights need no cast, so that a merge in place would change what the base alone is made from."""
+    run = train(tuned(recipe, tiny))
+    request = asked(run)
+    _, report = audit(tmp_path / "audit", request)
+    rows = read_audit_rows(request, load_tokenizer(run.adapter), lambda text: None).task
+    forms = {"trained": adapted(whole_model(tiny), run), "base alone": whole_model(tiny)}
+    forms["merged 16-bit"] = merged(whole_model(tiny), run)
+    meant = log_probabilities(forms["trained"], rows)
+    by_name = {one["name"]: one["task"] for one in report["variants"]}
+    for name, model in forms.items():
+        loss, kl, _ = figures_of(log_probabilities(model, rows), meant, rows)
+        assert by_name[name]["loss"]["value"] == pytest.approx(loss, rel=1e-4), name
+        assert by_name[name]["kl"]["value"] == pytest.approx(kl, rel=1e-4, abs=2e-6), name
+    # The training's own losses of the same rows, before and after.
+    evals = history_of(run).evals
+    assert by_name["base alone"]["loss"]["value"] == pytest.approx(evals[0].loss, rel=1e-4)
+    assert by_name["trained"]["loss"]["value"] == pytest.approx(evals[-1].loss, rel=1e-4)
 
 
 def test_what_it_leaves_in_the_run(trained: RunPaths, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ class AdapterForms:
             return None
         if unit.name not in made:
             made.clear()
-            made[unit.name] = merge_unit(unit, base)
+            made[unit.name] = merge_unit(unit, _copies(base))
         return made[unit.name][name]
 
     def _variant(self, name: str, read: Read) -> Variant:
@@ -152,6 +152,16 @@ class AdapterForms:
     def _base(self, name: str, in_4_bits: bool) -> Variant:
         plain = replace(stored_variant(self._weights, self.stored), name=name)
         return in_form(plain, self.form, self._rounded, name=name) if in_4_bits else plain
+
+
+def _copies(read: Read) -> Read:
+    """Return the same weights to be written to: peft merges in place, and other variants read what is remembered."""
+
+    def copied(name: str) -> Tensor:
+        value = read(name)
+        return value.clone() if value.dtype == torch.float32 else value  # others are cast, and so copied, anyway
+
+    return copied
 
 
 def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collection[str]) -> Read:
