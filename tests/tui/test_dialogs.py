@@ -47,3 +47,21 @@ def test_a_box_in_the_middle_that_escape_leaves(
         assert answers == [None]
 
     play(story, tmp_path, size=size)
+
+
+@pytest.mark.parametrize(("keys", "answer"), [(("enter", "n"), None), (("enter", "space", "y"), True)])
+def test_only_y_is_a_yes(tmp_path: Path, keys: tuple[str, ...], answer: bool | None) -> None:
+    answers: list[object] = []
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        app.push_screen(Confirm(Content("Delete it?"), "delete it"), answers.append)
+        await settle(pilot)
+        for key in keys[:-1]:
+            await pilot.press(key)
+        await settle(pilot)
+        assert answers == [], "enter is pressed from habit, and the box does not offer it"
+        await pilot.press(keys[-1])
+        await settle(pilot)
+        assert answers == [answer]
+
+    play(story, tmp_path)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.content import Content
 from textual.pilot import Pilot
 from textual.widgets import OptionList
@@ -327,6 +328,20 @@ def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -
         assert (await rows("/the-rows.jsonl"))[0].startswith(" …/")
 
     play_setup(story, tmp_path, finder, size=NARROW)
+
+
+def test_enter_in_a_burst_opens_the_line_that_the_arrow_before_it_reached(tmp_path: Path) -> None:
+    """As a slow line delivers them: all in one read. Enter took the option above instead, and the step was gone."""
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        line = app.screen.query_one("#step-model TextLine", TextLine)
+        for key in ("down", "down", "enter"):
+            app.post_message(events.Key(key, None))
+        await settle(pilot)
+        assert (step_of(app), line.has_focus, line.editing) == ("model", True, True)
+
+    play_setup(story, tmp_path, finder_that(Told()))
 
 
 def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp_path: Path) -> None:

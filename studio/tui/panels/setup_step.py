@@ -177,7 +177,7 @@ class SetupStep(Vertical):
         part = parts[(place + direction) % len(parts)]
         if isinstance(part, OptionList) and part.option_count:
             part.highlighted = 0 if direction > 0 else part.option_count - 1
-        part.focus()
+        self.screen.set_focus(part)  # at once: focus() waits, and the next key of a burst would go to the part before
 
     def on_resize(self) -> None:
         """Show options for the room that there is now."""

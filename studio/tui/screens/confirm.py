@@ -19,10 +19,10 @@ def start_over_question(error: NoWholeCheckpoint) -> str:
 
 
 class Confirm(Dialog[bool]):
-    """Asks once; `y` or enter is yes, `n` or escape is no."""
+    """Asks once; `y` is yes, `n` or escape is no. Enter is neither: what was typed ahead must not delete anything."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter", "agree", "Yes"),
+        Binding("y", "agree", "Yes"),
         Binding("n,q", "leave", "No"),
     ]
 

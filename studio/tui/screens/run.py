@@ -55,6 +55,7 @@ class RunScreen(OfferingScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *offered("x", "stop", "Stop"),
+        Binding("p", "go_on", "Go on"),
         *offered("p", "pause", "Pause"),
         *offered("c", "checkpoint", "Checkpoint"),
         *offered("R", "resume", "Resume"),
@@ -94,7 +95,7 @@ class RunScreen(OfferingScreen[None]):
         self._engine, self._poll_seconds = engine, poll_seconds
         self._feed = RunFeed(paths)
         self._glance: Glance | None = None
-        self._resuming = False
+        self._resuming = self._pause_asked = False
         self._slices_left: int | None = None
         """Until the next look at a long log that is read on; None while nothing is."""
 
@@ -157,6 +158,12 @@ class RunScreen(OfferingScreen[None]):
             self.app.notify("The run goes on. Open it again from the list of runs (o).", markup=False)
         self.dismiss()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Name the same key after what it does: pause, or go on."""
+        if action in ("go_on", "pause") and self._status.live and self._pause_asked:
+            return action == "go_on"
+        return action != "go_on" and super().check_action(action, parameters)
+
     def why_not(self, action: str) -> str:
         """Return why a key does nothing now."""
         jobs, told = _JOBS_OF.get(action, ((self._job,), ""))
@@ -198,12 +205,23 @@ class RunScreen(OfferingScreen[None]):
             self._confirm(question, "stop it", lambda: request(self.paths, "stop"))
 
     def action_pause(self) -> None:
-        """Pause, or go on."""
-        if requested(self.paths, "pause"):
-            withdraw(self.paths, "pause")
-        else:
-            request(self.paths, "pause")
+        """Ask for a pause."""
+        request(self.paths, "pause")
+        self._see_pause()
         self._look()
+
+    def action_go_on(self) -> None:
+        """Take the pause back: before it has begun, or to go on."""
+        withdraw(self.paths, "pause")
+        self._see_pause()
+        self._look()
+
+    def _see_pause(self) -> None:
+        """Know whether a pause is asked for, here or by another terminal."""
+        asked = requested(self.paths, "pause")
+        if asked != self._pause_asked:
+            self._pause_asked = asked
+            self.refresh_bindings()
 
     def action_checkpoint(self) -> None:
         """Ask for a checkpoint now."""
@@ -282,6 +300,7 @@ class RunScreen(OfferingScreen[None]):
         job, before, self._glance = self._job, self._glance, glance
         if before is None or before.status is not glance.status or job != self._job:
             self.refresh_bindings()
+        self._see_pause()
         self.query_one(RunHeader).show(glance.history, glance.status, waits_for(self.paths, glance.status))
         self.query_one(Outcome).show(self.paths, glance.history, glance.status)
         if glance.output:
