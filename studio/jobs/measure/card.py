@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES
 from studio.jobs.base import attention
+from studio.jobs.base.swapped import swapped
 from studio.jobs.measure.storages import HOST, PAGED, Storages
 
 _aten = torch.ops.aten
@@ -236,8 +236,9 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
             return torch.zeros_like(p, dtype=dtype)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Optimizer8bit, "get_state_buffer", state_buffer))
-        stack.enter_context(patch.object(attention, "has_grouped_kernel", card.has_grouped_kernel))
+        # Both go by the device that a tensor says, which is "cpu" here.
+        stack.enter_context(swapped(Optimizer8bit, "get_state_buffer", state_buffer))
+        stack.enter_context(swapped(attention, "has_grouped_kernel", card.has_grouped_kernel))
         stack.enter_context(Kernels(storages, card.cublas_bytes))
         stack.enter_context(card)
         yield

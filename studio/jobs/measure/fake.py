@@ -7,7 +7,6 @@ beside their fake tensors, since how many tokens are labelled, or whether anythi
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import bitsandbytes.functional as bitsandbytes_functional
 import torch
@@ -20,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import import_utils
 
 from studio.core.errors import JobFailed
+from studio.jobs.base.swapped import swapped
 
 _aten = torch.ops.aten
 _MOST_ELEMENTS = 2**27
@@ -150,13 +150,13 @@ def fake_world() -> Iterator[Numbers]:
     """Let every tensor made inside be fake; yields what makes fake tensors of real whole numbers."""
     numbers = Numbers()
     with ExitStack() as stack:
-        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(swapped(nn.Module, "_apply", _apply))  # its docstring says why
         # transformers would leave out what it looks up in masks; here they can be looked at.
-        stack.enter_context(patch.object(import_utils, "is_fake_tensor", lambda tensor: False))
+        stack.enter_context(swapped(import_utils, "is_fake_tensor", lambda tensor: False))
         # bitsandbytes keeps its tables for good: fake ones must not stay, real ones must not be met.
-        stack.enter_context(patch.dict(bitsandbytes_functional.name2qmap, clear=True))
+        stack.enter_context(swapped(bitsandbytes_functional, "name2qmap", {}))
         # peft knows 4-bit weights by the name of their class, which a fake tensor cannot have.
-        stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantised))
+        stack.enter_context(swapped(dora, "dequantize_module_weight", _dequantised))
         stack.enter_context(_OneMode())
         stack.enter_context(numbers)
         yield numbers

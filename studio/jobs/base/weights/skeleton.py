@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +23,7 @@ from transformers.initialization import no_init_weights
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.jobs.base.swapped import swapped
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, AdapterFound
 
 ADAPTER = "default"
@@ -172,7 +172,7 @@ def _stays_where_it_is() -> Iterator[None]:
     with ExitStack() as patches:
         for kind in [BaseTunerLayer, *_below(BaseTunerLayer)]:
             if name in vars(kind):
-                patches.enter_context(patch.object(kind, name, lambda self, adapter_name, device=None: None))
+                patches.enter_context(swapped(kind, name, lambda self, adapter_name, device=None: None))
         yield
 
 
