@@ -22,12 +22,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from studio.core.errors import BadInput
-from studio.core.events import Planned
 from studio.core.text import plain
 from studio.probe.gpus import Driver, Gpu, GpuReader
 from studio.probe.torch_cards import TorchBuild, ask_torch, may_have_card, torch_build, why_unusable
 from studio.runs.layout import RunPaths
-from studio.runs.log import read_events
 
 MASK, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 CHOSEN = "LORA_STUDIO_CARD"
@@ -44,7 +42,7 @@ class Sight:
     Attributes:
         cards: What the driver shows; None where none answers.
         driver: The driver's versions.
-        build: The installed torch.
+        build: The installed torch; None where there is no card for it.
         environ: This process's environment: what a job would inherit.
         ask: Returns the cards that torch sees in CUDA's own order, with or without the mask, None where it cannot be
             asked; takes seconds.
@@ -126,7 +124,7 @@ def look() -> Sight:
     return Sight(
         cards,
         driver,
-        torch_build(),
+        torch_build() if cards else None,
         os.environ,
         lambda masked: ask_torch(masked=masked),
         hinted=cards is None and may_have_card(),
@@ -170,6 +168,9 @@ def recorded_card(paths: RunPaths | None) -> str:
     """Return the UUID of the card that a run used last; nothing for a run that used none, or has not got so far."""
     if paths is None:
         return ""
+    from studio.core.events import Planned  # noqa: PLC0415  a plan asks of no run, and need not pay for its log
+    from studio.runs.log import read_events  # noqa: PLC0415  as above
+
     planned = (event for event in reversed(read_events(paths.events)) if isinstance(event, Planned))
     last = next(planned, None)
     found = last.card.get("uuid") if last else None

@@ -7,7 +7,6 @@ itself asked, in a process of its own, which takes seconds.
 import ast
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -258,6 +257,8 @@ def _install(card: Gpu, driver: Driver, build: TorchBuild) -> str:
 
 def _releases(folder: Path) -> dict[tuple[int, int], frozenset[int]]:
     """Return which capabilities the published builds of a release have code for, as its own source lists them."""
+    import platform  # noqa: PLC0415  its patterns take 4 ms, and only a refusal asks
+
     try:
         text = (folder / "cuda" / "__init__.py").read_text("utf-8")
         table = _assigned(text, "PYTORCH_RELEASES_CODE_CC", end=r"^\}")

@@ -6,7 +6,6 @@ The one place that turns such an error into our failure: the log, the jobs and t
 import errno
 import os
 import re
-import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,7 +119,7 @@ class Reserve:
             before = written = os.fstat(descriptor).st_size
             try:
                 while written < RESERVE_BYTES:
-                    written += os.write(descriptor, secrets.token_bytes(RESERVE_BYTES - written))
+                    written += os.write(descriptor, os.urandom(RESERVE_BYTES - written))
             except OSError:
                 os.ftruncate(descriptor, before)
                 return False

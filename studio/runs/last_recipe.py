@@ -1,6 +1,5 @@
 """The recipe that was turned last, kept from one visit of the studio to the next. Knows no screen."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +47,11 @@ class LastRecipe:
 def source_of(path: Path) -> RecipeSource:
     """Return a recipe's file as it is now."""
     absolute = path.absolute()
+    import xxhash  # noqa: PLC0415  not needed for the first frame; hashlib brings OpenSSL, 5 MiB
+
     try:
         with absolute.open("rb") as file:
-            return RecipeSource(str(absolute), hashlib.sha256(file.read(_MOST_READ)).hexdigest())
+            return RecipeSource(str(absolute), xxhash.xxh3_128(file.read(_MOST_READ)).hexdigest())
     except (OSError, ValueError):
         return RecipeSource(str(absolute), "")
 

@@ -138,9 +138,10 @@ _LIGHT = {
     [
         (["--version"], _LIGHT | {"tomlkit", "platformdirs"}),
         (["--help"], _LIGHT | {"tomlkit", "platformdirs"}),
-        (["runs", "list"], _LIGHT),
+        (["runs", "list"], _LIGHT | {"hashlib"}),
         (["runs", "list", "--json"], _LIGHT),
         (["recipes"], _LIGHT),
+        (["plan", "demo", "--json"], _LIGHT - {"pynvml"} | {"hashlib", "platform"}),
         (["gpus"], _LIGHT - {"pynvml"}),
         (["data", "check", "embedded"], _LIGHT),
         (["train", "demo", "--json"], _LIGHT - {"plotext", "pynvml"}),  # the plan at launch asks which card there is
