@@ -67,10 +67,11 @@ def difference_in_words(more: Interval) -> str:
     """Return what an interval of a difference in loss says: that it is none that could be seen, or how large."""
     if more.low is None or more.high is None:
         return f"{more.value:+.4f}, of one row only: no interval"
-    ends = f"{more.low:+.4f} to {more.high:+.4f}"
     if not seen_sign(more):
+        ends = f"{more.low:+.4f} to {more.high:+.4f}"
         return f"no difference seen ({ends}{', too wide to rule one out' if could_hide(more) else ''})"
-    return f"{'higher' if more.value > 0 else 'lower'} by {abs(more.value):.4f} ({ends})"
+    least, most = sorted((abs(more.low), abs(more.high)))
+    return f"{'higher' if more.value > 0 else 'lower'} by {abs(more.value):.4f} ({least:.4f} to {most:.4f})"
 
 
 def gain_in_words(more: Interval, rows: int, tokens: int) -> tuple[bool | None, str]:

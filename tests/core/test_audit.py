@@ -70,9 +70,9 @@ def test_other_rows_than_the_references_are_refused() -> None:
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
-        (Interval(0.5, 0.4, 0.6), "higher by 0.5000 (+0.4000 to +0.6000)"),
-        (Interval(-0.5, -0.6, -0.4), "lower by 0.5000"),
-        (Interval(0.1, -0.1, 0.3), "no difference seen"),
+        (Interval(0.5, 0.4, 0.6), "higher by 0.5000 (0.4000 to 0.6000)"),
+        (Interval(-0.5, -0.6, -0.4), "lower by 0.5000 (0.4000 to 0.6000)"),
+        (Interval(0.1, -0.1, 0.3), "no difference seen (-0.1000 to +0.3000"),
         (Interval(LEAST_NATS / 2, LEAST_NATS / 4, LEAST_NATS), "no difference seen"),
         (Interval(0.1), "of one row only"),
     ],

@@ -165,6 +165,7 @@ def test_the_table_by_stage_is_a_view(tmp_path: Path) -> None:
             table = " ".join(shown(app).split())
             assert "eval 4.0 4.4 +10%" in table
             assert "later steps 6.0 6.0 +0%" in table
+            assert "bracketed ones are measured together" in table
 
         play(story, tmp_path, open_run=paths)
         worker.emit(Finished, outcome="done")
@@ -183,6 +184,7 @@ def test_a_cpu_run_says_why_nothing_is_measured() -> None:
     text = table_text(peaks.rows(PLANNED), history).plain
     assert "A CPU counts no tensors" in text
     assert "2.0 GiB" in text
+    assert "bracketed" not in text, "nothing is bracketed"
     assert table_text([], history).plain == "This run has no estimate by stage."
 
 

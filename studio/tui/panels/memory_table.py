@@ -151,17 +151,17 @@ def table_text(rows: list[StageRow], history: History) -> Content:
         for place, (name, predicted) in enumerate(zip(row.stages, row.predicted, strict=True)):
             last = place == len(row.stages) - 1
             bracket = _BRACKETS.get(len(row.stages), " ")[min(place, 2)] if row.measured is not None else " "
-            measured, style = _measured(row) if last else ("", "")
-            parts += [f"{name:14}{gib(predicted):>11} {bracket}", (f"{measured}\n", style)]
-    if all(row.measured is None for row in rows):
+            figure, style = _measured(row) if last else ("", "")
+            parts += [f"{name:14}{gib(predicted):>11} {bracket}", (f"{figure}\n", style)]
+    measured = any(row.measured is not None for row in rows)
+    if not measured:
         resident = history.memory.last.resident_peak_bytes if history.memory.last is not None else None
         on_cpu = device == "cpu"
         seen = f" The process held {gib(resident)} GiB at most, libraries included." if resident else ""
         why = "A CPU counts no tensors." if on_cpu else "Nothing was measured yet."
         parts.append((f"{why}{seen}\n", "$text-muted"))
-    parts.append(
-        ("GiB of live tensors at the peak of each stage; bracketed ones are measured together.", "$text-muted")
-    )
+    together = "; bracketed ones are measured together" if measured else ""
+    parts.append((f"GiB of live tensors at the peak of each stage{together}.", "$text-muted"))
     return Content.assemble(*parts)
 
 
