@@ -33,6 +33,8 @@ from studio.tui.themes import OURS, SIXTEEN
 from widgets.output_filter import SafeOutput, drawable
 
 if TYPE_CHECKING:
+    from textual.notifications import SeverityLevel
+
     from studio.runs.last_recipe import RecipeSource
     from studio.tui.setup_options import SetupDone
 
@@ -40,6 +42,8 @@ _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
 _SETTLED_SECONDS = 1.0
 _NOTE_SECONDS = 15.0
+_READ_PER_SECOND = 15.0
+"""Characters that are read in a second, slowly and for the first time."""
 _ASCII_VARIABLE = "LORA_STUDIO_ASCII"
 
 
@@ -155,6 +159,19 @@ class StudioApp(App[None]):
             self.on_show_setup()
         else:
             self.call_after_refresh(self._find_live)
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: "SeverityLevel" = "information",
+        timeout: float | None = None,
+        markup: bool = True,
+    ) -> None:
+        """Say something in the corner for as long as reading it takes, where no other time is given."""
+        seconds = max(self.NOTIFICATION_TIMEOUT, len(message) / _READ_PER_SECOND) if timeout is None else timeout
+        super().notify(message, title=title, severity=severity, timeout=seconds, markup=markup)
 
     def on_open_run(self, message: OpenRun) -> None:
         """Watch a run."""

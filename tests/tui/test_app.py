@@ -96,6 +96,19 @@ def test_launch_at_once(tmp_path: Path) -> None:
     play(story, tmp_path, recipe=Recipe(name="at once"), engine=engine, launch=True)
 
 
+def test_a_long_message_stays_as_long_as_it_takes_to_read(tmp_path: Path) -> None:
+    """Why a resume was refused is nine lines in a narrow terminal, and was gone after five seconds."""
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        for message in ("Undone.", "x" * 300):
+            app.screen.notify(message, markup=False)
+        app.notify("y" * 300, timeout=3, markup=False)
+        await settle(pilot)
+        assert [note.timeout for note in app._notifications] == [app.NOTIFICATION_TIMEOUT, 20.0, 3]
+
+    play(story, tmp_path)
+
+
 def test_the_command_palette_and_help_open_on_every_screen(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("ctrl+p")

@@ -192,7 +192,7 @@ class AuditScreen(Screen[None]):
         elif self.is_current and self._ask_again is not None:
             self._ask_again(message.reason)
         else:
-            self.notify(message.reason, severity="error", timeout=10, markup=False)
+            self.notify(message.reason, severity="error", markup=False)
 
     def action_open(self) -> None:
         """Watch the run of the audit under the cursor."""

@@ -15,7 +15,8 @@ from studio.tui.screens.dialog import Dialog
 
 def start_over_question(error: NoWholeCheckpoint) -> str:
     """Return what to ask where going on would mean to start over."""
-    return f"{plain(error.found, one_line=True)}. Start over at step 0? What is damaged stays beside it."
+    found = plain(error.found, one_line=True)
+    return f"{found[:1].upper()}{found[1:]}. Start over at step 0? What is damaged stays beside it."
 
 
 class Confirm(Dialog[bool]):
