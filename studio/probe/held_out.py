@@ -132,16 +132,18 @@ def rows_of_run(
         record: Of the run.
         name: Of the run, for messages.
         data: The file that the run's held-out rows are in, or any other.
-        format: How it is read.
+        format: How another file is read; its own is read as it was then.
         wanted: Most rows; where there are more, the seed chooses.
         seed: Another seed gives another choice.
 
     Raises:
         BadInput: The file cannot be used, or no row of it may be called held out.
     """
-    found = _read(data, format, record)
+    own = _same_file(data, Path(record.held_from))
+    # Rows that are read otherwise than in the training would be other rows, and none of them would be known again.
+    found = _read(data, record.format if own else format, record)
     shown, run = _name(found), plain(name, one_line=True)
-    if _same_file(data, Path(record.held_from)):
+    if own:
         if not record.held_out:
             raise BadInput(
                 f"the run {run} held out no row: all {record.trained.rows} rows of {shown} were trained on, and "

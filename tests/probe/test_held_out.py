@@ -116,6 +116,20 @@ def test_the_same_rows_in_whatever_file(tmp_path: Path, data: Path, how: str) ->
         assert found.notes[0].startswith(f"{ALL - HELD} of the {ALL} rows of copy.jsonl are left out")
 
 
+def test_the_runs_own_file_named_again_is_read_as_it_was_for_the_training(tmp_path: Path) -> None:
+    """A file that is text and pairs at once: by default it would be read as pairs."""
+    both = tmp_path / "both.jsonl"
+    rows = [{"text": f"story {n}", "prompt": f"question {n}", "completion": f"answer {n}"} for n in range(ALL)]
+    both.write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe().with_("data.path", str(both)).with_("data.format", "text").with_("eval.rows", HELD)
+    paths = RunPaths(tmp_path / "a-run")
+    paths.adapter.mkdir(parents=True)
+    write_job(paths, recipe)
+    parts = hold_out(recipe, read_data(both, format="text"), None)
+    keep_record(paths, parts.record)
+    assert of(measured(paths, data=str(both), format="auto").rows) == of(parts.held_out)
+
+
 def test_other_data_loses_what_was_trained_on_and_says_how_much(tmp_path: Path, data: Path) -> None:
     paths, parts = a_run(tmp_path, data)
     trained = [(row.prompt, row.answer) for row in parts.train[:8]]
