@@ -85,7 +85,7 @@ def _rows_word(report: Mapping[str, Any]) -> str:
 def _row_lines(report: Mapping[str, Any]) -> list[str]:
     """Return which rows were measured, and what is not known of models that no record says anything of."""
     said = [f"Measured on {report['rows_from']}."] if report.get("rows_from") else []
-    said += [f"{note}." for note in report.get("rows_notes") or ()]
+    said += [f"{note.rstrip('.')}." for note in report.get("rows_notes") or ()]
     if report.get("what") == "base":
         said.append(f"Whether {word(report['model'])} was trained on these rows before is not known.")
     if others := report.get("unknown"):
@@ -93,7 +93,7 @@ def _row_lines(report: Mapping[str, Any]) -> list[str]:
         said.append(
             f"Whether what was named ({named}) was trained on these rows is not known: only runs have a record."
         )
-    return [plain(line[:1].upper() + line[1:], one_line=True, limit=_LONGEST_NOTE) for line in said]
+    return [plain(line, one_line=True, limit=_LONGEST_NOTE) for line in said]
 
 
 def _task_lines(report: Mapping[str, Any]) -> list[str]:

@@ -53,7 +53,12 @@ def test_a_form_that_could_not_be_measured_says_why() -> None:
 
 
 def test_notes_of_forgetting() -> None:
-    assert note_lines(run_report())[0] == "No forgetting can be seen."
+    assert "No forgetting can be seen." in note_lines(run_report())
+
+
+def test_notes_of_rows_end_in_one_stop_and_leave_file_names_as_they_are() -> None:
+    report = run_report() | {"rows_from": "all 9 rows of x.jsonl", "rows_notes": ["x.jsonl: columns not used: a."]}
+    assert note_lines(report)[:2] == ["Measured on all 9 rows of x.jsonl.", "x.jsonl: columns not used: a."]
 
 
 def test_texts_stay_texts_on_the_page_and_off_a_card() -> None:
