@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -49,6 +49,7 @@ def follow(
     *,
     to: TextIO,
     stops_on_interrupt: bool,
+    told: Collection[str] = (),
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> End:
@@ -58,13 +59,14 @@ def follow(
         watch: The run; what it has folded already is not told again.
         to: Where lines go.
         stops_on_interrupt: The first Ctrl-C asks the run to stop and the second leaves it; else the first one leaves.
+        told: Warnings that were said before the start and are not said again.
         sleep: Waits between two looks.
         clock: Seconds, for the pace of lines.
 
     Raises:
         StudioError: The run's folder was deleted meanwhile.
     """
-    progress = Progress(lambda line: say(line, to=to), clock=clock)
+    progress = Progress(lambda line: say(line, to=to), clock=clock, told=told)
     asked, patience = False, 1 if stops_on_interrupt else 0
     with Interrupts() as interrupts:
         while True:
@@ -165,8 +167,10 @@ def _given_bad_input(summary: dict[str, Any]) -> bool:
 
 
 def loss_ends(ends: Mapping[str, Any]) -> str:
-    """Return the first and last loss; of a held-out loss that was measured once, at which step that was."""
+    """Return the first and last loss; where it was measured once, at which step, and a dash where never."""
     first, last = number(ends["first"]), number(ends["last"])
+    if ends["last"] is None and ends["first"] is None:
+        return last
     step = ends.get("last_step")
     if step is not None and step == ends["first_step"]:
         return f"{last} (only at step {step})"

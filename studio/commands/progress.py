@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from studio.commands.terminal import duration, size
@@ -16,9 +16,13 @@ _SECONDS_BETWEEN = 1.0
 class Progress:
     """Turns events into lines. Steps in between are held back; the last one before anything else is told."""
 
-    def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic, told: Collection[str] = ()
+    ) -> None:
+        """Have told nothing yet but these warnings, which were said before the start."""
         self._say = say
         self._clock = clock
+        self._told = told
         self._next_at = 0.0
         self._held: str | None = None
         self._phase = ""
@@ -51,7 +55,7 @@ class Progress:
         if isinstance(event, Phase):
             self._phase = event.name
             return _phase_line(event)
-        return event_line(event)
+        return "" if isinstance(event, Warned) and event.message in self._told else event_line(event)
 
 
 def step_line(event: StepDone, history: History) -> str:

@@ -43,7 +43,13 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     recipe = load_recipe(find_recipe(args.recipe), settings_of(args))
-    paths = start_training(recipe, root_of(args), module=module_of(args, "train"), on_checked=tell_checked)
+    told: list[str] = []
+
+    def checked(report: PreflightReport) -> None:
+        tell_checked(report)
+        told.extend(report.notes)
+
+    paths = start_training(recipe, root_of(args), module=module_of(args, "train"), on_checked=checked)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     if args.detach:
@@ -52,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             write_json(summary)
         return DONE
-    end = follow(watch, to=to, stops_on_interrupt=True)
+    end = follow(watch, to=to, stops_on_interrupt=True, told=told)
     return conclude(watch, end, as_json=args.json)
 
 

@@ -38,6 +38,17 @@ def test_training_in_plain_lines(cli: Cli, home: Path, recipe: Path) -> None:
     assert "fewer" in outcome.err or "note:" in outcome.err or outcome.err == ""
 
 
+def test_what_was_noticed_before_the_start_is_not_told_a_second_time(
+    cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train", str(recipe), "--json", "--set", "eval.rows=1000")
+    (line,) = [line for line in cli(*words).err.splitlines() if "were asked for" in line]
+    monkeypatch.setenv("FAKE_NOTE", line.removeprefix("note: "))
+    outcome = cli(*words)
+    assert outcome.err.count(line.removeprefix("note: ")) == 1
+    assert outcome.document["warnings"] == [line.removeprefix("note: ")]
+
+
 def test_lines_come_about_once_a_second(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_STEPS", "3000")
     outcome = cli("train", str(recipe))
@@ -94,6 +105,7 @@ def test_a_crash_says_so_and_shows_the_last_output(cli: Cli, recipe: Path, monke
     assert outcome.code == 1
     assert "crashed" in outcome.err
     assert "its process ended with exit code 9" in outcome.err
+    assert "ended without saying why; it printed nothing" in outcome.err
     assert "what to do: lora-studio runs resume mine-" in outcome.err
     monkeypatch.setenv("FAKE_KILLED", "1")
     assert "was ended by SIGKILL; the system does that when its memory is full" in cli("train", str(recipe)).err
