@@ -118,7 +118,8 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def _files(paths: RunPaths) -> dict[str, int]:
-    places = (paths.recipe, paths.events, paths.output, paths.plan, paths.report, paths.checkpoints, paths.adapter)
+    read = (paths.recipe, paths.plan, paths.identity, paths.held_out)
+    places = (*read, paths.events, paths.output, paths.report, paths.checkpoints, paths.adapter)
     return {
         place.name: folder_bytes(place) if place.is_dir() else place.stat().st_size
         for place in places

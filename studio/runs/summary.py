@@ -8,13 +8,13 @@ from studio.core.evidence import gain_in_words
 from studio.core.intervals import Interval
 from studio.runs.aside import left_by
 from studio.runs.history import History
-from studio.runs.last_words import CRASHED, crash_of
+from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 
 _RESUME = "runs resume RUN"
 """How jobs, who need not know their run's name, advise to go on."""
-_UNSAID = "the worker's process ended without saying why; the last lines it printed are in output.log"
+_UNSAID = "the worker's process ended without saying why"
 
 
 def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
@@ -129,7 +129,8 @@ def _failure(paths: RunPaths, history: History, status: Status) -> dict[str, Any
         return {"kind": failed.failure, "message": failed.message, "advice": advice, "step": failed.step}
     if status is Status.crashed:
         known = crash_of(paths, history)
-        kind, message = known.kind if known else CRASHED, str(known) if known else _UNSAID
+        said = "the last lines it printed are in output.log" if printed_since_launch(paths) else "it printed nothing"
+        kind, message = known.kind if known else CRASHED, str(known) if known else f"{_UNSAID}; {said}"
         advice = known.advice if known else f"lora-studio runs resume {run}"
         if aside := left_by(paths):
             left = sum(map(folder_bytes, aside.folders)) / 1e9

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from studio.commands.follow import loss_ends
 from studio.commands.runs_list import fitted
 from studio.core.events import Evaluated, Finished, Paused, Saved, Started, StepDone
 from studio.runs.control import requested
@@ -105,7 +106,7 @@ def test_showing_a_run(cli: Cli, trained: RunPaths) -> None:
     assert document["recipe"]["name"] == "mine"
     assert [event["step"] for event in document["evals"]] == [0, 5]
     assert document["samples"][0]["prompt"] == "what?"
-    assert document["files"]["events.jsonl"] > 0
+    assert document["files"]["events.jsonl"] > 0 and document["files"]["held_out.json"] > 0
 
 
 def test_showing_a_damaged_run_is_no_error(cli: Cli, home: Path) -> None:
@@ -387,6 +388,10 @@ def test_comparing_two_runs(cli: Cli, trained: RunPaths, recipe: Path, monkeypat
     document = cli("runs", "compare", trained.name, other, "--json").document
     assert document["recipe_differences"] == {"method": ["qlora", "lora"], "adapter.rank": [16, 64]}
     assert [run["steps"] for run in document["runs"]] == [5, 8]
+
+
+def test_a_loss_that_was_never_measured_is_one_dash() -> None:
+    assert loss_ends({"first": None, "last": None, "first_step": None, "last_step": None}) == "-"
 
 
 def test_comparing_needs_two_different_runs(cli: Cli, trained: RunPaths) -> None:
