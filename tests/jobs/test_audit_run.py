@@ -14,6 +14,7 @@ from studio.core.evidence import difference_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.audit.rows import read_audit_rows
+from studio.jobs.audit.speed import NEW_TOKENS, timed
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS
@@ -242,3 +243,9 @@ def _delta(run: RunPaths, name: str) -> Tensor:
     tensors = load_file(run.adapter / ADAPTER_WEIGHTS)
     stem = f"base_model.model.{name.removesuffix('.weight')}"
     return 2.0 * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_a_model_is_timed_by_names_that_its_library_will_keep(tiny: Path) -> None:
+    speed = timed(whole_model(tiny).eval(), [1, 2, 3])
+    assert (speed.prompt_tokens, speed.tokens) == (3, NEW_TOKENS)

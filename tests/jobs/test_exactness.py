@@ -70,7 +70,7 @@ def result_of(step_model: StepModel, batcher: Batcher) -> tuple[float, dict[str,
     values = [step_model(batcher.batch(group)) for group in batcher.groups(rows(17, 9, 20, 4))]
     torch.stack(values).sum().backward()
     gradients = {name: p.grad.clone() for name, p in step_model.named_parameters() if p.grad is not None}
-    return float(torch.stack(values).sum()), gradients
+    return float(torch.stack(values).sum().detach()), gradients
 
 
 @pytest.mark.parametrize("method", ["lora", "nf4"])

@@ -38,6 +38,7 @@ def test_ranks_and_alphas_by_module(tiny: Path) -> None:
     assert seen["model.layers.1.self_attn.v_proj"] == (4, 8.0)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # peft says it too
 @pytest.mark.parametrize(
     ("section", "words"),
     [

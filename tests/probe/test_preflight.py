@@ -115,7 +115,7 @@ def test_a_nearly_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (os.fsdecode(b"na\xefve"), "not UTF-8"),
         ("/".join(["d" * 200] * 19), "too long"),
-        ("d" * 300 + "/" + "d" * 300, ""),  # the system refuses the name itself, where the folder is made
+        ("d" * 300 + "/" + "d" * 300, "(?i)too long"),  # the system refuses the name itself, where the folder is made
         ("file/runs", "no folder"),
     ],
 )

@@ -134,7 +134,9 @@ def timed(model: Any, prompt: Sequence[int], heed: Callable[[], None] = lambda: 
     ids = torch.tensor([list(prompt)], device=device)
     # As `generate` does: of a prompt only the last token needs the head.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    known = inspect.signature(base.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    cache = "cache" if "cache" in known else "past_key_values"  # the old name, which transformers 5.40 drops
     model(input_ids=ids, use_cache=True, **last)  # what libraries do once, at the first call
     wait_for(device)
     began = time.perf_counter()
@@ -145,7 +147,7 @@ def timed(model: Any, prompt: Sequence[int], heed: Callable[[], None] = lambda: 
     done = 0
     while done < NEW_TOKENS and time.perf_counter() - read < _MOST_SECONDS:
         heed()
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
         token, done = out.logits[:, -1:].argmax(-1), done + 1
         wait_for(device)
     return Speed(
