@@ -65,15 +65,21 @@ def answer_lines(report: Mapping[str, Any]) -> list[str]:
     was_trained = (
         "the model as it was trained" if against == answers["trained"] else "compared with, the trained gave none"
     )
+    asked = prompts_in_words(answers["prompts"], "held-out")
     lines.append(
-        f"{answers['prompts']} held-out prompts, answered greedily in {answers['dtype']} on {answers['device']}, at "
+        f"{asked}, answered greedily in {answers['dtype']} on {answers['device']}, at "
         f"most {answers['new_tokens']} tokens each; {against} is {was_trained}."
     )
     if answers["prompts"] < LEAST_ROWS:
-        lines.append(
-            f"{answers['prompts']} prompts are too few to tell forms apart ({LEAST_ROWS} would do): read the answers."
-        )
+        verb = "is" if answers["prompts"] == 1 else "are"
+        too_few = f"{prompts_in_words(answers['prompts'])} {verb} too few to tell forms apart"
+        lines.append(f"{too_few} ({LEAST_ROWS} would do): read the answers.")
     return lines + [f"{check['name']}: {word(check['how'])}." for check in answers["checks"]]
+
+
+def prompts_in_words(count: int, kind: str = "") -> str:
+    """Return how many prompts, such as `1 prompt` or `20 held-out prompts`."""
+    return f"{count}{kind and ' '}{kind} prompt{'' if count == 1 else 's'}"
 
 
 def shown_answers(report: Mapping[str, Any]) -> Iterator[Shown]:

@@ -281,7 +281,7 @@ def advise_run(
     certainty = f"{rests}; 95 % intervals"
     if not seen_sign(alone.more):
         certainty += "; whether the adapter helps at all on these rows is not certain"
-    same = f" {', '.join(others)} cannot be told from it." if others else ""
+    same = f" What cannot be told from it: {', '.join(others)}." if others else ""
     reason = f"Loss against the trained model ({trained}): {difference_in_words(measured[best].more)}.{same}"
     return Advice(best, f"Use {best}.", reason, certainty)
 

@@ -6,7 +6,7 @@ Reads the report's plain values (`report.json`). Names of models, runs and files
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from studio.core.answer_text import answer_lines, answer_markdown, answer_table, answers_of
+from studio.core.answer_text import answer_lines, answer_markdown, answer_table, answers_of, prompts_in_words
 from studio.core.audit_cells import Table, joined, markdown_table, word
 from studio.core.audit_tables import block_table, lane_table, plan_table, task_table, use_table, variant_table
 from studio.core.text import plain
@@ -54,7 +54,7 @@ def tables_of(report: Mapping[str, Any]) -> list[tuple[str, Table]]:
         found = [
             ("Forms of the trained model: what they know, measured", variant_table(report)),
             ("What they take and what they are for", use_table(report)),
-            (f"Answers to {prompts} held-out prompts, measured", answer_table(report)),
+            (f"Answers to {prompts_in_words(prompts, 'held-out')}, measured", answer_table(report)),
             ("Tasks of lm-eval, measured", task_table(report)),
             ("Rounding beside adapter, relative to the weights, measured", block_table(report)),
         ]

@@ -24,7 +24,7 @@ class RecipeSource:
 
     Attributes:
         path: Where it lies.
-        digest: SHA-256 of what it held then, in hexadecimal; empty where it could not be read.
+        digest: 128-bit xxh3 of what it held then, in hexadecimal; empty where it could not be read.
     """
 
     path: str

@@ -26,6 +26,16 @@ def test_words_say_which_differences_are_seen() -> None:
     assert "exact match: equal." in lines
 
 
+def test_a_single_prompt_is_called_one() -> None:
+    report = run_report()
+    report["answers"] = answers_report("base", "tuned, nf4+dq") | {"prompts": 1}
+    told = "\n".join([*answer_lines(report), *(heading for heading, _ in tables_of(report))])
+    assert "1 held-out prompt, answered greedily" in told
+    assert "1 prompt is too few to tell forms apart" in told
+    assert "Answers to 1 held-out prompt, measured" in told
+    assert "1 prompts" not in told and "1 held-out prompts" not in told
+
+
 def test_a_report_without_answers_has_nothing_of_them() -> None:
     report = base_report()
     assert answer_table(report) == [] and answer_lines(report) == [] and list(shown_answers(report)) == []

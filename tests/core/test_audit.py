@@ -143,7 +143,7 @@ def test_among_those_that_cannot_be_told_apart_the_handiest_wins() -> None:
     seen = measured(small=found(shift=0.01, scatter=0.1), large=found(scatter=0.1, seed=4))
     advice = advise_run(seen, trained="trained", without="alone", choices=["small", "large", "trained"])
     assert advice.best == "small"
-    assert "cannot be told from it" in advice.reason
+    assert advice.reason.endswith("What cannot be told from it: large, trained.")
 
 
 def test_no_effect_and_harm_are_said() -> None:

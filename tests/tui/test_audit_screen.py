@@ -26,7 +26,7 @@ from studio.tui.screens.audit import AuditScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.audit_job import answers_report, base_report, figures, run_report
 from tests.fakes.runs import LiveWorker
-from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, play, shown, until
+from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, play, settle, shown, until
 
 
 def an_audit(root: Path, name: str = "audit-base", report: dict[str, object] | None = None) -> RunPaths:
@@ -124,6 +124,25 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
         assert_harmless(app)
 
     play(story, tmp_path, size=(160, 50))
+
+
+@pytest.mark.parametrize("reached", [(), ("tab",)])
+def test_the_page_keys_turn_the_report_wherever_the_cursor_stands(tmp_path: Path, reached: tuple[str, ...]) -> None:
+    """In a narrow terminal the report is longer than its place, and the list took the keys without a sign."""
+    an_audit(tmp_path, "audit-run", run_report())
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await opened(pilot, app)
+        await until(pilot, lambda: "Use it." in shown(app))
+        words = app.screen.query_one("#audit-words")
+        await pilot.press(*reached, "pagedown")
+        await settle(pilot)
+        assert words.scroll_offset.y > 0
+        await pilot.press("pageup")
+        await settle(pilot)
+        assert words.scroll_offset.y == 0
+
+    play(story, tmp_path, size=NARROW)
 
 
 def test_answers_are_shown_side_by_side_and_harmless(tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ class AuditReport(Vertical):
                 yield Static("", markup=False, id=f"audit-{part}")
         yield Vertical(id="audit-plot")
 
+    def turn(self, pages: int) -> None:
+        """Scroll a page down, or up where it is negative."""
+        words = self.query_one("#audit-words", ScrollableContainer)
+        words.scroll_relative(y=pages * words.scrollable_content_region.height, animate=False)
+
     def show(self, report: Mapping[str, Any] | None, otherwise: str = "") -> None:
         """Show a report, or a few words where there is none."""
         parts = {"advice": Content(plain(otherwise))}

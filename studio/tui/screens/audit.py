@@ -55,6 +55,9 @@ class AuditScreen(Screen[None]):
         Binding("w", "write", "Write report"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
+        # Before the list's own: it is short, and what one comes to read is the report beside it.
+        Binding("pagedown", "turn_report(1)", "Report down", show=False, priority=True),
+        Binding("pageup", "turn_report(-1)", "Report up", show=False, priority=True),
     ]
 
     DEFAULT_CSS = """
@@ -228,6 +231,10 @@ class AuditScreen(Screen[None]):
         folder = f"{plain(chosen.name, one_line=True)}-report"
         hint = "Markdown, JSON and SVG pictures."
         self.app.push_screen(AskLine("Write the report to which folder?", folder, hint=hint, check=written))
+
+    def action_turn_report(self, direction: int) -> None:
+        """Scroll the report a page, wherever the cursor stands."""
+        self.query_one(AuditReport).turn(direction)
 
     def action_leave(self) -> None:
         """Go back."""
