@@ -10,6 +10,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.read_rows import read_rows
+from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.layout import RunPaths
 from tests.fakes.misreads import ANSWER, ASKED, MISREADS
 from tests.fakes.tokenizers import CHATML, byte_tokenizer
@@ -51,3 +52,17 @@ def test_the_run_keeps_what_is_left_out_and_not_used(tmp_path: Path) -> None:
     assert len(rows.train) == 2
     assert "rows.jsonl: 1 row is left out, 2 rows kept: 1 without an answer (the first: row 3)." in worker.warnings
     assert "rows.jsonl: columns not used: id, messages[].name." in worker.warnings
+
+
+def test_losses_from_before_the_training_outlive_a_move_of_the_data(tmp_path: Path) -> None:
+    worker = Listener(tmp_path)
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(20)]
+    read(worker, tmp_path / "rows.jsonl", *rows, eval_rows=2)
+    keep_losses_before(worker.paths, RowLosses((1.0, 2.0), (3, 4)))
+    read(worker, tmp_path / "moved.jsonl", *rows, eval_rows=2)
+    record = read_record(worker.paths)
+    assert record.before == RowLosses((1.0, 2.0), (3, 4))
+    assert record.held_from == str(tmp_path / "moved.jsonl")
+    other = [{"prompt": f"another {n}", "completion": f"one {n}"} for n in range(20)]
+    read(worker, tmp_path / "moved.jsonl", *other, eval_rows=2)
+    assert read_record(worker.paths).before is None

@@ -100,9 +100,12 @@ def read_rows(
 
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:
-    """Keep the record of held-out rows; that of the run's first start stays, with the losses that it holds."""
+    """Keep the record of held-out rows, and of the run's first start the losses of the same rows."""
     with suppress(BadInput):
-        if replace(read_record(worker.paths), before=None) == record:
+        kept = read_record(worker.paths)
+        if kept.held_out == record.held_out:  # their file may have been moved
+            record = replace(record, before=kept.before)
+        if kept == record:
             return
     keep_record(worker.paths, record)
 
