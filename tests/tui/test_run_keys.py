@@ -235,7 +235,7 @@ def test_to_start_over_where_every_checkpoint_is_damaged_is_asked_first(tmp_path
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("R")
         await until(pilot, lambda: isinstance(app.screen, Confirm) and "y  start over" in shown(app))
-        assert "every checkpoint is damaged" in shown(app)
+        assert "Every checkpoint is damaged" in shown(app)
         assert_harmless(app)
         assert asked.started_over == []
         await pilot.press(answer)

@@ -405,6 +405,22 @@ def test_a_held_out_loss_that_was_measured_once_is_no_progress(
     assert words in outcome_text(paths, history, Status.stopped).plain
 
 
+def test_an_only_measurement_before_training_is_told_once(tmp_path: Path) -> None:
+    history = History()
+    step = StepDone(at=3.0, step=1, loss=2.0, learning_rate=1e-4, grad_norm=1.0, tokens=9, seconds=1.0)
+    history.fold(
+        [
+            Started(at=1.0, job="train"),
+            Evaluated(at=2.0, step=0, loss=4.0, loss_tokens=9, rows=1, seconds=1.0),
+            step,
+            Finished(at=9.0, outcome="stopped", step=1),
+        ]
+    )
+    head, told = outcome_text(make_run(tmp_path), history, Status.stopped).plain.splitlines()[:2]
+    assert head == "stopped after 1 step in 8 s  held-out loss 4.000 at step 0"
+    assert told == "The held-out loss was measured before training only: whether it improved is not known."
+
+
 @pytest.mark.parametrize(("outcome", "word"), [("done", "done"), ("stopped", "stopped")])
 def test_another_job_that_was_stopped_is_not_called_done(tmp_path: Path, outcome: str, word: str) -> None:
     history = History()

@@ -109,23 +109,30 @@ def _other_job_ended(history: History) -> Content:
 def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Content:
     early = finished is not None and finished.outcome == "stopped"
     took = f" in {duration(history.seconds)}" if finished else ""
-    held_out = _held_out(history)
+    gain = gain_of(history)
+    held_out = _held_out(history, told=gain is not None)
     if paths.adapter.is_dir():
         where = f"\nThe adapter lies in {plain(str(paths.adapter), one_line=True)}"
     else:
         where = "\nNo adapter was saved." if early else ""
     again = "\nR continues where it stopped." if early else ""
-    head = f"{'stopped' if early else 'done'} after {history.last_step} steps{took}"
-    gain = gain_of(history)
+    steps = f"{history.last_step} step{'' if history.last_step == 1 else 's'}"
+    head = f"{'stopped' if early else 'done'} after {steps}{took}"
     learnt = f"\n{gain['words'][:1].upper()}{gain['words'][1:]}." if gain else ""
     return Content.assemble((head, "bold"), held_out, learnt, where, again)
 
 
-def _held_out(history: History) -> str:
-    """Return the first and the last held-out loss; a single one is no outcome, so it says when it was measured."""
+def _held_out(history: History, *, told: bool) -> str:
+    """Return the first and the last held-out loss; a single one is no outcome, so it says when it was measured.
+
+    Args:
+        history: What the run told.
+        told: Whether a sentence on what the loss proves follows: of a loss before training it says so itself.
+    """
     if not history.evals:
         return ""
     first, last = history.evals[0], history.evals[-1]
     if first.step == last.step:
-        return f"  held-out loss {number(first.loss)} at step {first.step}, not measured since"
+        since = "" if told and not first.step else ", not measured since"
+        return f"  held-out loss {number(first.loss)} at step {first.step}{since}"
     return f"  held-out loss {number(first.loss)} -> {number(last.loss)}"
