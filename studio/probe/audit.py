@@ -100,7 +100,8 @@ def rows_to_measure(request: AuditRequest) -> RowsToMeasure:
     if not request.run:
         return rows_of_base(data, format=request.format, wanted=wanted, seed=seed)
     paths = RunPaths(Path(request.run))
-    return rows_of_run(read_record(paths), paths.name, data, format=request.format, wanted=wanted, seed=seed)
+    name = f"the run {paths.name}"
+    return rows_of_run(read_record(paths), name, data, format=request.format, wanted=wanted, seed=seed)
 
 
 def recipe_of_race(request: AuditRequest) -> Recipe:

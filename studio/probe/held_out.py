@@ -130,7 +130,7 @@ def rows_of_run(
 
     Args:
         record: Of the run.
-        name: Of the run, for messages.
+        name: Of the run, for messages, such as `the run mine`; or of several whose record it is.
         data: The file that the run's held-out rows are in, or any other.
         format: How another file is read; its own is read as it was then.
         wanted: Most rows; where there are more, the seed chooses.
@@ -146,23 +146,23 @@ def rows_of_run(
     if own:
         if not record.held_out:
             raise BadInput(
-                f"the run {run} held out no row: all {record.trained.rows} rows of {shown} were trained on, and "
+                f"{run} held out no row: all {record.trained.rows} rows of {shown} were trained on, and "
                 "figures on them would show memory. Name rows that it has not seen (--data FILE), or train again with "
                 "eval.rows above 0."
             )
         held, notes = _held_again(found, record, run)
         many = len(record.held_out)
         rows = _chosen(held, wanted, seed)
-        where = _share(rows, held, many, f"rows that the run {run} held out of {shown}", seed)
+        where = _share(rows, held, many, f"rows that {run} held out of {shown}", seed)
         return RowsToMeasure(rows, many, where, found.format, (*found.notes(), *notes, *_answers_note(rows)))
     unseen = _unseen(found, record.trained)
     if not unseen.rows:
         raise BadInput(
-            f"all {len(found.rows)} rows of {shown} were trained on by the run {run}: none may be called held out. "
+            f"all {len(found.rows)} rows of {shown} were trained on by {run}: none may be called held out. "
             "Name rows that it has not seen, or leave --data out to measure on those that it held out."
         )
     rows = _chosen(unseen.rows, wanted, seed)
-    where = _share(rows, unseen.rows, len(unseen.rows), f"rows of {shown} that the run {run} was not trained on", seed)
+    where = _share(rows, unseen.rows, len(unseen.rows), f"rows of {shown} that {run} was not trained on", seed)
     notes = (*found.notes(), *unseen.notes, *_answers_note(rows))
     return RowsToMeasure(rows, len(unseen.rows), where, found.format, notes)
 
@@ -191,7 +191,7 @@ def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[R
     many, shown = len(record.held_out), _name(found)
     if not held:
         raise BadInput(
-            f"{shown} was changed since the run {run} was trained: none of the {many} rows that it held out is in it "
+            f"{shown} was changed since {run} was trained: none of the {many} rows that it held out is in it "
             "any more. Put the file back as it was, or name other rows with --data FILE."
         )
     if len(held) == many:

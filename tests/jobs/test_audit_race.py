@@ -84,6 +84,7 @@ def test_two_lanes_one_page_and_the_next_recipe_knows(racing: Recipe, tmp_path: 
         assert lane["task"]["loss"]["value"] == pytest.approx(lane["held_out"][-1][1], rel=1e-4)
     assert report["lanes"][0]["task"]["more"]["value"] == 0.0
     assert "| held-out loss, measured |" in markdown_of(report)
+    assert f"that the runs {' and '.join(lane['run'] for lane in report['lanes'])} held out" in report["rows_from"]
     known = audited(racing)
     assert known["qlora"].loss.value == report["lanes"][1]["task"]["loss"]["value"]
     assert known["qlora"].more.value == report["lanes"][1]["task"]["more"]["value"]

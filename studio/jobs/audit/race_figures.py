@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from studio.core.audit_cells import joined
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.jobs.audit.adapter_variants import AdapterForms
@@ -53,7 +54,7 @@ def measure_lanes(
         lambda text: worker.emit(Warned, topic="data", message=text),
         found=rows_of_run(
             shared_record([read_record(lane.paths) for lane in lanes]),
-            " and ".join(lane.paths.name for lane in lanes),
+            f"the runs {joined([lane.paths.name for lane in lanes])}",
             Path(of_first.data),
             format=of_first.format,
             wanted=int(of_first.rows),
