@@ -96,6 +96,7 @@ def test_an_instance_is_paired_with_its_card(card: Bench, monkeypatch: pytest.Mo
     assert any("MIG with 2 instances" in line for line in seen.lines)
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*(which is of compute capability|is not compatible with):UserWarning")
 @pytest.mark.parametrize(
     ("machine", "words"),
     [

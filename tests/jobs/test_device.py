@@ -236,7 +236,7 @@ FAILS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*(which is of compute capability|is not compatible with):UserWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*(which is of compute capability|is not compatible with):UserWarning")
 @pytest.mark.parametrize(("environ", "machine", "card", "words"), FAILS)
 def test_the_job_looks_again_with_torch_itself_and_never_falls_back_to_the_cpu(
     environ: dict[str, str],
@@ -257,7 +257,7 @@ def test_the_job_looks_again_with_torch_itself_and_never_falls_back_to_the_cpu(
     assert "cpu" in caught.value.advice or "report" in caught.value.advice
 
 
-@pytest.mark.filterwarnings("ignore:.*(which is of compute capability|is not compatible with):UserWarning")
+@pytest.mark.filterwarnings("ignore:(?s).*(which is of compute capability|is not compatible with):UserWarning")
 @pytest.mark.parametrize(
     ("codes", "capability"),
     [(("sm_80",), (8, 9)), (("compute_90",), (12, 1)), (("sm_120a",), (12, 1)), (("sm_87",), (8, 7)), ((), (3, 5))],

@@ -56,7 +56,7 @@ def step(model: Any, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tensor
     torch.manual_seed(3)  # OPT and GPT-2 have dropout of their own
     loss = step_model(inputs)
     loss.backward()
-    return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

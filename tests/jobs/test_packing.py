@@ -174,7 +174,7 @@ def test_the_proof_leaves_model_and_random_state_as_they_were(checkpointed: bool
     model = model_of("opt")
     model.train()
     if not checkpointed:
-        cast(Any, model).gradient_checkpointing_disable()
+        cast(Any, model).activation_checkpointing_disable()
     step_model = StepModel(model, "chunked", nullcontext)
     before = {name: module.training for name, module in step_model.named_modules()}
     random = torch.get_rng_state()
