@@ -1,5 +1,6 @@
 """PiSSA and LoftQ: what they promise at the start, and that what is saved works on the ordinary base."""
 
+import shutil
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -185,13 +186,24 @@ def test_resumed_equals_uninterrupted(
 def test_a_checkpoint_of_another_start_is_refused(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A changed recipe is refused before anything is loaded; under its own recipe a foreign checkpoint is."""
     from studio.runs.job import write_job
 
-    at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
-    paths = train(recipe)
-    withdraw_all(paths)
-    write_job(paths, changed := recipe.with_("adapter.init", "pissa"))
+    changed, runs = recipe.with_("adapter.init", "pissa"), []
+    for each in (recipe, changed):
+        at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
+        runs.append(train(each))
+        withdraw_all(runs[-1])
+    paths, other = runs
+    write_job(paths, changed)
     train(changed, again=paths)
     failed = history_of(paths).failed
+    assert failed is not None
+    assert failed.failure == "bad_input"
+    assert "adapter.init: 'default' -> 'pissa'" in failed.message
+    shutil.rmtree(other.checkpoints)
+    shutil.copytree(paths.checkpoints, other.checkpoints)
+    train(changed, again=other)
+    failed = history_of(other).failed
     assert failed is not None
     assert failed.failure == "checkpoint_mismatch"

@@ -75,7 +75,16 @@ def test_a_word_for_a_picture_without_pictures_is_a_note(file: Path) -> None:
     (note,) = data.notes()
     assert note.startswith("train.jsonl: in 1 row '<image>' stands in the text")
     assert note.endswith("(the first: row 2).")
-    assert read_data(lines(file, {"text": "<image>"})).finding_counts == {"media_placeholder": 1}
+    svg = "Draw it as <svg><image href='a.png'/></svg> or <image> and so on."
+    assert read_data(lines(file, {"text": svg})).finding_counts == {"media_placeholder": 1}
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it? <image>", " <image> "])
+def test_the_place_of_a_picture_is_refused_where_the_row_has_none(file: Path, text: str) -> None:
+    rows = ({"messages": [ASKED | {"content": text}, ANSWER]}, {"prompt": text, "completion": "A cat."}, {"text": text})
+    for row in rows:
+        (finding,) = inspect_data(lines(file, row)).findings
+        assert (finding.kind, finding.row, finding.fatal) == ("media", 1, True)
 
 
 def test_what_is_nested_without_end_is_something(file: Path) -> None:

@@ -156,9 +156,18 @@ def refuse_call(field: str, number: int, findings: Findings) -> None:
     findings.add("tool_calls", number, f"found a turn that is a call; {_CALLS}", field=field)
 
 
-def note_placeholder(texts: Iterable[str], number: int, findings: Findings) -> None:
-    """Say that a text speaks of a picture where the row has none."""
-    if any(PLACEHOLDER in text for text in texts):
+def check_placeholder(texts: Iterable[str], number: int, findings: Findings) -> None:
+    """Refuse a text that begins or ends with the place of a picture, as LLaVA's and ShareGPT's rows do.
+
+    One that only speaks of it within a sentence, or of an SVG's element, is kept, and said.
+    """
+    said = [text.strip() for text in texts if PLACEHOLDER in text]
+    if any(text.startswith(PLACEHOLDER) or text.endswith(PLACEHOLDER) for text in said):
+        found = (
+            f"found {PLACEHOLDER} at the beginning or end of a text: the place of a picture, which is not in the row"
+        )
+        findings.add("media", number, f"{found}; it would be trained as these characters. Leave such rows out")
+    elif said:
         found = f"found {PLACEHOLDER} in the text, and no column of images; it is trained as these characters"
         findings.add("media_placeholder", number, found, fatal=False)
 

@@ -10,7 +10,7 @@ from studio.probe.data.json_rows import json_kind
 from studio.probe.data.misreads import (
     CALL_ROLES,
     UNDERSTOOD_FIELDS,
-    note_placeholder,
+    check_placeholder,
     refuse_call,
     refuse_columns,
     refuse_message,
@@ -62,7 +62,7 @@ def _plain_text(value: Mapping[str, Any], shape: Shape, number: int, findings: F
     if not text.strip():
         findings.add("empty_text", number, "empty; the row is left out", field=shape.needed[0], fatal=False)
         return None
-    note_placeholder([text], number, findings)
+    check_placeholder([text], number, findings)
     return PlainText(text, number)
 
 
@@ -177,5 +177,5 @@ def _checked(messages: list[Message], number: int, findings: Findings) -> Conver
         findings.add("last_turn_not_assistant", number, last, fatal=False)
         while messages[-1].role != "assistant":
             messages.pop()
-    note_placeholder((message.content for message in messages), number, findings)
+    check_placeholder((message.content for message in messages), number, findings)
     return Conversation(tuple(messages), number)
