@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0
 _SETTLED_SECONDS = 1.0
 _NOTE_SECONDS = 15.0
+_LEAVE_SECONDS = 5.0
+"""How long leaving a terminal that is gone may take."""
 _READ_PER_SECOND = 15.0
 """Characters that are read in a second, slowly and for the first time."""
 _ASCII_VARIABLE = "LORA_STUDIO_ASCII"
@@ -119,6 +122,7 @@ class StudioApp(App[None]):
         self._configure = ConfigureScreen(recipe, runs_root=runs_root, engine=self._engine, source=source)
         self._note = note
         self._seen: dict[Path, RunPaths] = {}
+        self._before_hangup: Any = None
 
     def get_default_screen(self) -> Screen[None]:
         """Return the configure screen: the first frame needs nothing else."""
@@ -148,7 +152,8 @@ class StudioApp(App[None]):
     def on_mount(self) -> None:
         """Open what was asked for, else look for runs that an earlier visit left alive."""
         if hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.exit)
+            leave = partial(self._leave_lost_terminal, asyncio.get_running_loop())
+            self._before_hangup = signal.signal(signal.SIGHUP, leave)
         if self._note:
             self.notify(self._note, severity="warning", timeout=_NOTE_SECONDS, markup=False)
         if self._open_run is not None:
@@ -172,6 +177,23 @@ class StudioApp(App[None]):
         """Say something in the corner for as long as reading it takes, where no other time is given."""
         seconds = max(self.NOTIFICATION_TIMEOUT, len(message) / _READ_PER_SECOND) if timeout is None else timeout
         super().notify(message, title=title, severity=severity, timeout=seconds, markup=markup)
+
+    def on_unmount(self) -> None:
+        """Leave the hang-up of the terminal to who had it before."""
+        if self._before_hangup is not None:
+            signal.signal(signal.SIGHUP, self._before_hangup)
+
+    def _leave_lost_terminal(self, loop: asyncio.AbstractEventLoop, number: int, _: object) -> None:
+        """Leave when the terminal is closed or its line is lost, and end all the same where that takes too long.
+
+        The kernel sends SIGCONT after it, at which Textual would begin anew, with another thread to write; that dies of
+        the first write to a terminal that is gone, and what is written waits for it without an end.
+        """
+        signal.signal(signal.SIGCONT, signal.SIG_IGN)
+        end = threading.Timer(_LEAVE_SECONDS, os._exit, (128 + number,))
+        end.daemon = True
+        end.start()
+        loop.call_soon_threadsafe(self.exit)
 
     def on_open_run(self, message: OpenRun) -> None:
         """Watch a run."""

@@ -1,5 +1,7 @@
 """The app as a whole: what it opens on, what it leaves alone, what it never imports."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,42 @@ def test_the_command_palette_and_help_open_on_every_screen(tmp_path: Path) -> No
         assert isinstance(app.screen, ConfigureScreen)
 
     play(story, tmp_path)
+
+
+CHANGING = """
+import sys
+from pathlib import Path
+from studio.core.recipe import Recipe
+from studio.tui.app import StudioApp, show
+from tests.tui.stories import Asked, engine_that
+
+class Changing(StudioApp):
+    def on_mount(self):
+        self.set_interval(0.005, lambda: self.screen.set_class(not self.screen.has_class("-odd"), "-odd"))
+    CSS = "Screen.-odd { background: red; }"
+
+show(Changing(Recipe(name="try"), runs_root=Path(sys.argv[1]), engine=engine_that(Asked())))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind")
+def test_no_process_is_left_of_a_terminal_that_is_lost(tmp_path: Path) -> None:
+    """As when a window is closed or an SSH line drops, while the screen changes: it waited for its writer for ever."""
+    import pty
+
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, [sys.executable, "-c", CHANGING, str(tmp_path)])  # noqa: S606  no shell
+    seen = b""
+    while b"Rank" not in seen:
+        seen += os.read(terminal, 65536)
+    os.close(terminal)
+    try:
+        wait_for(lambda: os.waitpid(process, os.WNOHANG)[0] == process, seconds=20)
+    except AssertionError:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        raise
 
 
 @pytest.mark.slow
