@@ -187,7 +187,7 @@ def _reference(
         logits = adapted(input_ids=ids).logits
         loss = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum")
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, {f"model.{name}": p.grad for name, p in adapted.named_parameters() if p.grad is not None}
 
 

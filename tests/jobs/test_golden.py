@@ -168,7 +168,7 @@ def test_a_lora_file_acts_as_the_adapter_on_its_base(home: Path, tool: LlamaTool
     assert _kl(adapted, wanted) < 1e-3
     assert _kl(without, wanted) > 0.05, "the adapter must change the answers"
     assert report["tensors"] == 420
-    assert "ADAPTER ./out-lora-gguf-LoRA.gguf" in (out / "Modelfile").read_text()
+    assert "ADAPTER ./out-LoRA.gguf" in (out / "Modelfile").read_text()
 
 
 def test_nf4_loads_in_transformers_and_answers_alike(home: Path, merged: Path) -> None:

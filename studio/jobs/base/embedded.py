@@ -120,13 +120,6 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
         ) from error
 
 
-if __name__ == "__main__":
-    try:
-        ensure_embedded()
-    except StudioError as failed:
-        sys.exit(str(failed))
-
-
 _PERMUTED = ("q_proj.weight", "k_proj.weight")
 """llama.cpp holds their rows with the two halves of each rotated pair side by side."""
 
@@ -172,3 +165,10 @@ def _as_in_transformers(weight: Any, heads: int) -> Any:
     """Return a weight `[heads * head size, width]` with the first halves of all pairs of a head before the second."""
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+if __name__ == "__main__":
+    try:
+        ensure_embedded()
+    except StudioError as failed:
+        sys.exit(str(failed))
