@@ -39,13 +39,13 @@ def recipe_changes(before: Mapping[str, Any], now: Recipe) -> tuple[list[str], l
     """
     trained: list[str] = []
     rounded: list[str] = []
-    first, plain_recipe, table = _flat(before), Recipe(), _flat(now.to_dict())
+    first, table = {**_flat(Recipe().to_dict()), **_flat(before)}, _flat(now.to_dict())
     for path in PATHS:
-        was = first.get(path, _flat(plain_recipe.to_dict())[path])
+        was = first[path]
         if was == table[path] or path in _BY_CONTENT | _OF_THE_RUN:
             continue
         (rounded if path in _SAME_ARITHMETIC else trained).append(f"{path}: {_shown(was)} -> {_shown(table[path])}")
-    rows = [first.get(f"train.{name}", getattr(plain_recipe.train, name)) for name in ("micro_batch", "accumulation")]
+    rows = [first[f"train.{name}"] for name in ("micro_batch", "accumulation")]
     before_rows = rows[0] * rows[1] if all(type(count) is int for count in rows) else 0
     if before_rows != now.rows_per_step:
         trained.append(f"rows of a step (train.micro_batch x train.accumulation): {before_rows} -> {now.rows_per_step}")
