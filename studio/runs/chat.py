@@ -283,7 +283,7 @@ class ChatProcess:
             for stream in (self._process.stdin, self._errors):
                 try:
                     stream.close()
-                except OSError:
+                except (OSError, ValueError):  # ValueError: another thread has closed it meanwhile
                     continue
 
     def _send(self, table: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ class _Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "tests.fakes.cli", *words])  # noqa: S606
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 30.0) -> None:
+    def until(self, text: str, seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < end, self.seen

@@ -55,7 +55,7 @@ def test_exports_follow_a_merge_by_themselves(
     words = ("--export", "q8_0", "--export", "int8", "--export", "q8_0", "--json")
     merge = cli("merge", run, "--out", str(out), *words).document
     paths, seen = RunPaths(Path(merge["path"])), []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(seen) < 2 or run_status(seen[-1]).live:
         assert time.monotonic() < deadline, paths.output.read_text()
         if following := next_run(seen[-1] if seen else paths):

@@ -54,7 +54,7 @@ def write_log(paths: RunPaths, *events: RunEvent) -> None:
     paths.events.write_text("".join(f"{line}\n" for line in lines))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Look until something is true; fails the test after the time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -210,7 +210,7 @@ def test_the_demo_asks_in_a_terminal_and_takes_a_no(installed: Installed) -> Non
         os.close(ours)
 
 
-def read_until(terminal: int, words: str, seconds: float = 30.0) -> str:
+def read_until(terminal: int, words: str, seconds: float = 60.0) -> str:
     """Return what a terminal shows once it shows some words."""
     shown = ""
     while words not in shown:

@@ -151,7 +151,7 @@ def test_no_process_is_left_of_a_terminal_that_is_lost(tmp_path: Path) -> None:
         seen += os.read(terminal, 65536)
     os.close(terminal)
     try:
-        wait_for(lambda: os.waitpid(process, os.WNOHANG)[0] == process, seconds=20)
+        wait_for(lambda: os.waitpid(process, os.WNOHANG)[0] == process, seconds=60)
     except AssertionError:
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
@@ -181,7 +181,7 @@ def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_pat
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         await until(pilot, lambda: "running" in shown(app))
         await pilot.press("x", "y")
-        await until(pilot, lambda: "stopped after" in shown(app), seconds=30)
+        await until(pilot, lambda: "stopped after" in shown(app), seconds=60)
         assert "The adapter lies in" in shown(app)
 
     play(first_visit, tmp_path, recipe=recipe, engine=engine)

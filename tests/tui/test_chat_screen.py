@@ -51,7 +51,7 @@ class _Processes:
 
 
 async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, shown(pilot.app)  # type: ignore[arg-type]
         await asyncio.sleep(0.05)

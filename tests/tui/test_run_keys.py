@@ -40,7 +40,7 @@ def test_a_crash_is_told_with_the_last_lines(tmp_path: Path) -> None:
         worker._log.close()
         worker._lock.release()  # as the kernel does when the process is killed
         paths.process.write_text('{"pid": 999999999, "started": 1, "boot": "none", "host": "elsewhere"}')
-        await until(pilot, lambda: "crashed" in shown(app), seconds=3)
+        await until(pilot, lambda: "crashed" in shown(app))
         told = shown(app)
         assert "the process ended without saying why" in told
         assert "line 49" in told
@@ -61,7 +61,7 @@ def test_a_crash_whose_last_line_says_why_is_told_with_advice(tmp_path: Path) ->
     paths.output.write_text(f"{HOSTILE}\nError out of memory at line 228 in file /src/csrc/ops.cu\n")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await until(pilot, lambda: "crashed" in shown(app), seconds=3)
+        await until(pilot, lambda: "crashed" in shown(app))
         told = " ".join(shown(app).split())
         assert "crashed: out_of_memory" in told
         assert "What to do: cheapest first: halve train.micro_batch" in told

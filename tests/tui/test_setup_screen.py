@@ -278,6 +278,19 @@ def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> N
     play_setup(story, tmp_path, finder_that(told, hub=("Qwen/small", HOSTILE)))
 
 
+def test_enter_goes_on_though_the_look_that_follows_the_cursor_takes_the_place_of_its_own(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data")
+        screen = app.screen
+        assert isinstance(screen, SetupScreen)
+        lit = screen.query_one("#step-data", SetupStep).lit
+        screen.on_setup_step_chosen(SetupStep.Chosen("data", lit))
+        screen._look("data", lit, screen.answers)  # what its timer does; the look of enter has not begun and never will
+        await until(pilot, lambda: step_of(app) == "goal")
+
+    play_setup(story, tmp_path, finder_that(Told()))
+
+
 def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await through(pilot, app, "model", "data", "goal", "recipe")

@@ -72,6 +72,9 @@ class SetupScreen(SetupThreads):
         self._models: list[Listed] = []
         self._advice: Advice | None = None
         self._look_timer: Timer | None = None
+        # The option that the user wants to go on with. Whichever look at it ends first goes on: a look that follows the
+        # cursor may take the place of the one that enter began.
+        self._wanted: tuple[str, str] | None = None
 
     def compose(self) -> ComposeResult:
         """Head with the steps, the steps, keys."""
@@ -106,7 +109,7 @@ class SetupScreen(SetupThreads):
 
     def show_step(self, key: str) -> None:
         """Show a step and put the cursor into its options."""
-        self.step = key
+        self.step, self._wanted = key, None
         self._reached = max(self._reached, STEPS.index(key))
         for other in STEPS:
             self._step(other).set_class(other == key, "-shown")
@@ -127,6 +130,8 @@ class SetupScreen(SetupThreads):
 
     def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
         """Say what there is to say of the option under the cursor."""
+        if self._wanted not in (None, (message.step, message.value)):
+            self._wanted = None
         if message.step == "goal":
             self._step("goal").tell(goal_text(goal_of(message.value)))
         elif message.step in ("model", "data") and self.step == message.step:
@@ -144,7 +149,8 @@ class SetupScreen(SetupThreads):
             case "recipe":
                 self._finish(end_of(message.value))
             case _:
-                self._look(message.step, message.value, self._answers_with(message.step, message.value), onward=True)
+                self._wanted = (message.step, message.value)
+                self._look(message.step, message.value, self._answers_with(message.step, message.value))
 
     def on_setup_step_typed(self, message: SetupStep.Typed) -> None:
         """Take a line: a model, words to search the hub for, or a file."""
@@ -160,7 +166,8 @@ class SetupScreen(SetupThreads):
         if step.lit != message.value or self.step != message.step:
             return
         step.tell(message.seen.words)
-        if message.onward and message.seen.answers is not None:
+        wanted, self._wanted = self._wanted == (message.step, message.value), None
+        if wanted and message.seen.answers is not None:
             self._go_on(message.seen.answers)
 
     def on_setup_threads_models(self, message: SetupThreads.Models) -> None:
@@ -214,7 +221,7 @@ class SetupScreen(SetupThreads):
         if self._look_timer is not None:
             self._look_timer.stop()
         self._step(step).tell(Content(_BUSY))
-        look = partial(self._look, step, value, self._answers_with(step, value), onward=False)
+        look = partial(self._look, step, value, self._answers_with(step, value))
         self._look_timer = self.set_timer(_LOOK_AFTER_SECONDS, look)
 
     def _finish(self, then: Then) -> None:

@@ -74,10 +74,10 @@ class SetupThreads(Screen[SetupDone | None]):
     class Looked(Message):
         """A thread has looked at a model or a file."""
 
-        def __init__(self, step: str, value: str, seen: Seen, *, onward: bool) -> None:
-            """Carry what was looked at, what was seen, and whether the user wants to go on with it."""
+        def __init__(self, step: str, value: str, seen: Seen) -> None:
+            """Carry what was looked at, and what was seen."""
             super().__init__()
-            self.step, self.value, self.seen, self.onward = step, value, seen, onward
+            self.step, self.value, self.seen = step, value, seen
 
     class Models(Message):
         """Models were found."""
@@ -129,9 +129,9 @@ class SetupThreads(Screen[SetupDone | None]):
         self.post_message(self.Models(found, Content(told)))
 
     @work(thread=True, exclusive=True, group="look")
-    def _look(self, step: str, value: str, answers: Answers, *, onward: bool) -> None:
+    def _look(self, step: str, value: str, answers: Answers) -> None:
         seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
-        self.post_message(self.Looked(step, value, seen, onward=onward))
+        self.post_message(self.Looked(step, value, seen))
 
     @work(thread=True, exclusive=True, group="advice")
     def _recommend(self, answers: Answers) -> None:
