@@ -19,10 +19,10 @@ from studio.core.shape import Linear
 from studio.core.vram import fused
 from studio.core.vram import operators as op
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.form import Form, largest
 from studio.core.vram.head import LossForm, head_pass
 from studio.core.vram.modules import AdapterForm, LayerForm, Run
 from studio.core.vram.operators import Arithmetic
+from studio.core.vram.polynomial import Polynomial, largest
 from studio.core.vram.setup import Setup
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 from studio.jobs.measure.storages import Storages
@@ -111,7 +111,7 @@ def counted(work: Callable[[Run, Tensor], Tensor]) -> float:
     """Return the same of symbolic tensors."""
     tape = Tape()
     run = Run(tape, LLAMA, FORM)
-    x = Tensor(tape, Form(per_token=HIDDEN), 2, Node(tape.next_sequence(), (), ()))
+    x = Tensor(tape, Polynomial(per_token=HIDDEN), 2, Node(tape.next_sequence(), (), ()))
     out = work(run, x)
     gradient = [Tensor(tape, out.elements, out.itemsize)]
     held = list(gradient)  # as the caller of torch's backward does
@@ -230,7 +230,7 @@ def test_a_loss_that_overwrites_its_logits() -> None:
     """16-bit logits that the model's forward holds, fp32 ones, and a copy that drops a token and becomes a gradient."""
     shape = replace(LLAMA, hidden=HIDDEN, vocabulary=VOCABULARY)
     tape = Tape()
-    x = Tensor(tape, Form(per_token=HIDDEN), 2, Node(tape.next_sequence(), (), ()))
+    x = Tensor(tape, Polynomial(per_token=HIDDEN), 2, Node(tape.next_sequence(), (), ()))
     marks = head_pass(Run(tape, shape, FORM), LossForm("model", shift_copied=True, overwrites=True), x)
     peak = largest((*marks.forward, *marks.backward), TOKENS, 0, 0)
     per_logit = peak / TOKENS / VOCABULARY

@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studio.core.vram import operators as op
-from studio.core.vram.form import NOTHING, Form, largest, ranked, uncovered
+from studio.core.vram.polynomial import NOTHING, Polynomial, largest, ranked, uncovered
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
-ROW = Form(per_token=8)
+ROW = Polynomial(per_token=8)
 
 
 def leaf(tape: Tape) -> Tensor:
@@ -23,7 +23,7 @@ def test_a_tensor_dies_with_its_last_name():
     x = leaf(tape)
     y = x
     del x
-    assert tape.live == Form(per_token=16)
+    assert tape.live == Polynomial(per_token=16)
     del y
     assert tape.live == NOTHING
 
@@ -33,7 +33,7 @@ def test_a_view_counts_nothing_and_keeps_its_base():
     x = leaf(tape)
     half = op.slice_last(x, 0.5)
     del x
-    assert tape.live == Form(per_token=16)
+    assert tape.live == Polynomial(per_token=16)
     del half
     assert tape.live == NOTHING
 
@@ -43,7 +43,7 @@ def test_an_activation_saves_its_input_until_its_backward_has_run():
     x = leaf(tape)
     out = op.activate(x)
     del x
-    assert tape.live == Form(per_token=32)
+    assert tape.live == Polynomial(per_token=32)
     node, out.node = out.node, None
     gradient = [Tensor(tape, ROW, 2)]
     del out
@@ -64,8 +64,8 @@ def test_a_frozen_product_saves_no_input_and_a_trained_one_does():
     assert tape.live == frozen.bytes
     arithmetic = op.Arithmetic(compute=2, residual=2, autocast=True)
     kept: list[Tensor] = []
-    trained = op.trained_linear(leaf(tape), ROW, Form(per_rank=8), kept, arithmetic)
-    assert tape.live == frozen.bytes.plus(trained.bytes).plus(Form(per_token=16, per_rank=16))
+    trained = op.trained_linear(leaf(tape), ROW, Polynomial(per_rank=8), kept, arithmetic)
+    assert tape.live == frozen.bytes.plus(trained.bytes).plus(Polynomial(per_token=16, per_rank=16))
 
 
 def test_a_shared_gradient_is_added_out_of_place_and_a_lone_one_in_place():
@@ -102,11 +102,11 @@ def test_bytes_in_flight_before_something_saved_is_read():
     node, out.node = out.node, None
     del out
     in_flight = run_backward(tape, node, [Tensor(tape, ROW, 4)])
-    assert in_flight == Form(per_token=16 - 32), "the 16-bit gradient has replaced the 32-bit one"
+    assert in_flight == Polynomial(per_token=16 - 32), "the 16-bit gradient has replaced the 32-bit one"
 
 
-def test_only_forms_that_can_be_the_largest_stay():
-    small, tokens, rank = Form(per_token=1), Form(per_token=3), Form(per_token=1, per_rank=5)
+def test_only_polynomials_that_can_be_the_largest_stay():
+    small, tokens, rank = Polynomial(per_token=1), Polynomial(per_token=3), Polynomial(per_token=1, per_rank=5)
     kept = uncovered([small, tokens, rank, tokens])
     assert set(kept) == {tokens, rank}
     assert largest(kept, 10, 0, 1) == 30
@@ -114,15 +114,18 @@ def test_only_forms_that_can_be_the_largest_stay():
 
 
 @given(
-    st.lists(st.builds(Form, *[st.integers(-9, 9)] * 5), min_size=1, max_size=12),
+    st.lists(st.builds(Polynomial, *[st.integers(-9, 9)] * 5), min_size=1, max_size=12),
     st.integers(1, 99),
     st.integers(1, 9),
     st.integers(1, 64),
 )
-def test_forms_left_out_for_a_rank_are_never_the_largest(forms, tokens, length, rank):
+def test_polynomials_left_out_for_a_rank_are_never_the_largest(polynomials, tokens, length, rank):
     numbers = tokens, tokens * length
-    kept = max(form.per_token * numbers[0] + form.per_square * numbers[1] + form.fixed for form in ranked(forms, rank))
-    assert kept == largest(forms, *numbers, rank)
+    kept = max(
+        polynomial.per_token * numbers[0] + polynomial.per_square * numbers[1] + polynomial.fixed
+        for polynomial in ranked(polynomials, rank)
+    )
+    assert kept == largest(polynomials, *numbers, rank)
 
 
 SIZES = st.tuples(*[st.integers(0, 40)] * 5)
@@ -137,7 +140,7 @@ STEPS = st.tuples(*[st.integers(-3, 3)] * 5)
     STEPS,
     st.tuples(st.integers(1, 5000), st.integers(0, 5000), st.integers(1, 300)),
 )
-def test_of_many_forms_in_a_steady_row_only_the_ends_are_kept_and_none_that_can_be_largest_is_lost(
+def test_of_many_polynomials_in_a_steady_row_only_the_ends_are_kept_and_none_that_can_be_largest_is_lost(
     first: list[tuple[int, ...]],
     rise: tuple[int, ...],
     second: list[tuple[int, ...]],
@@ -145,7 +148,7 @@ def test_of_many_forms_in_a_steady_row_only_the_ends_are_kept_and_none_that_can_
     numbers: tuple[int, int, int],
 ) -> None:
     rows = [
-        Form(*base).plus(Form(*step).times(turn / 7))
+        Polynomial(*base).plus(Polynomial(*step).times(turn / 7))
         for bases, step in ((first, rise), (second, fall))
         for turn in range(700 // len(bases))
         for base in bases

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
-from studio.core.vram.form import largest
 from studio.core.vram.head import HeadMarks
 from studio.core.vram.micro_batch import micro_batch
 from studio.core.vram.modules import Kernel
+from studio.core.vram.polynomial import largest
 from studio.core.vram.setup import Setup
 
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8

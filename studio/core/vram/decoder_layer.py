@@ -8,8 +8,8 @@ from studio.core.shape import Experts, Layer
 from studio.core.trainable import EXPERTS
 from studio.core.vram import fused
 from studio.core.vram import operators as op
-from studio.core.vram.form import Form
 from studio.core.vram.modules import Run, centred_norm, dropout, layer_norm, linear, rms_norm
+from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
 
 
@@ -119,7 +119,7 @@ def _separate_experts(run: Run, layer: Layer, experts: Experts, x: Tensor) -> Te
         inner = op.activate(linear(run, gate, rows, share))
         inner = op.multiply(inner, linear(run, up, rows, share))
         out = linear(run, down, inner, share)
-        weight = op.mean_last(rows, Form(per_token=share))
+        weight = op.mean_last(rows, Polynomial(per_token=share))
         total = op.add_rows(total, op.cast(op.multiply_rows(out, weight), total.itemsize))
         del rows, inner, out, weight
     return total
@@ -135,16 +135,16 @@ def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
     if EXPERTS in run.form.adapter.targets and experts.adapted_by_all:
         # peft adds the adapter's whole product to the fused weights before they are used (ParamWrapper): gate and up
         # are one tensor, down another, and both live until the layer is done.
-        third = Form(fixed=experts.weights(run.shape.hidden) / 3)
+        third = Polynomial(fixed=experts.weights(run.shape.hidden) / 3)
         merged = [Tensor(run.tape, third.times(share), run.form.arithmetic.compute) for share in (2, 1)]
     rows = op.gather(x, experts.per_token)
-    both = op.frozen_linear(rows, Form(per_token=2 * experts.inner * experts.per_token))
+    both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
     _saves_merged(both, rows, merged[:1])
     gates, ups = op.split_last(both, (0.5, 0.5))
     product = op.multiply(op.activate(gates), ups)
-    out = op.frozen_linear(product, Form(per_token=run.shape.hidden * experts.per_token))
+    out = op.frozen_linear(product, Polynomial(per_token=run.shape.hidden * experts.per_token))
     _saves_merged(out, product, merged[1:])
-    shares = op.mean_last(x, Form(per_token=experts.per_token))  # what the router gives each chosen expert
+    shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
     out = op.gather(op.multiply_rows(out, shares), 1 / experts.per_token)
     return out
 
@@ -254,7 +254,9 @@ def _eager(run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor) ->
     # Heads of several rows lie apart; keys and values that were repeated lie together.
     batched = run.form.batched
     strided = batched and run.shape.kv_heads in (1, run.shape.heads)
-    weights = op.scale(op.matmul(query, key, Form(per_square=run.shape.heads), copies_x=batched, copies_y=strided))
+    weights = op.scale(
+        op.matmul(query, key, Polynomial(per_square=run.shape.heads), copies_x=batched, copies_y=strided)
+    )
     if run.shape.attention_softcap:
         weights = op.scale(op.activate_saving_result(op.scale(weights)))
     weights = op.add_number(weights)  # the causal mask
@@ -276,7 +278,7 @@ def _plain(run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     All in fp32; its softmax makes its result twice, to empty rows that see nothing. It also hands back the weights in
     the format that came in, and nobody takes them.
     """
-    itemsize, square = query.itemsize, Form(per_square=run.shape.heads)
+    itemsize, square = query.itemsize, Polynomial(per_square=run.shape.heads)
     query, key, value = (op.cast(t, 4) for t in (query, key, value))
     query, key = op.scale(query), op.scale(key)
     scores = _product(run, query, key, square)
@@ -293,7 +295,7 @@ def _broadcast(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
 
     The input comes from a layer norm, which CUDA's autocast gives back in fp32.
     """
-    square, autocast = Form(per_square=run.shape.heads), run.form.arithmetic.autocast
+    square, autocast = Polynomial(per_square=run.shape.heads), run.form.arithmetic.autocast
     if autocast:
         query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
     itemsize = query.itemsize
@@ -307,7 +309,7 @@ def _broadcast(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Ten
     return op.clone(out), weights
 
 
-def _product(run: Run, x: Tensor, y: Tensor, outputs: Form) -> Tensor:
+def _product(run: Run, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
     """Return a batched product; where all heads share y, `matmul` copies it for each, but not for a single row."""
     shared = run.shape.kv_heads < run.shape.heads
     y = op.expanded(y, run.shape.heads / run.shape.kv_heads) if shared else y

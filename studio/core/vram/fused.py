@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from studio.core.errors import BadInput
 from studio.core.shape import Linear, ModelShape
-from studio.core.vram.form import Form, total
 from studio.core.vram.modules import FusedKernels, Run
 from studio.core.vram.operators import node_of
+from studio.core.vram.polynomial import Polynomial, total
 from studio.core.vram.tape import Node, Tensor
 
 KERNEL_FAMILIES: Mapping[str, frozenset[str]] = {
@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, groups: float, *, over_gradient: bool) -> Tensor:
         over_gradient: Whether its gradient is written over the one that comes in; a norm after a block, whose incoming
             gradient the residual still needs, gets a new one.
     """
-    inverse = Tensor(x.tape, Form(per_token=groups), 4)
+    inverse = Tensor(x.tape, Polynomial(per_token=groups), 4)
     gradient = None if over_gradient else (x.elements, x.itemsize)
     return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (gradient,), (x, inverse)))
 
@@ -86,8 +86,8 @@ def _product(run: Run, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     The weight is dequantised whole for its product; each map drops x anew, and its copy is kept.
     """
     tape, compute = run.tape, run.form.arithmetic.compute
-    weight = Form(fixed=compute * linear.inputs * linear.outputs)
-    out = Form(per_token=linear.outputs)
+    weight = Polynomial(fixed=compute * linear.inputs * linear.outputs)
+    out = Polynomial(per_token=linear.outputs)
     dequantised = Tensor(tape, weight, 1)
     result = Tensor(tape, out, x.itemsize)
     del dequantised
@@ -99,16 +99,16 @@ def _product(run: Run, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
 def _trained_node(
     run: Run,
     maps: tuple[Linear, ...],
-    gradient: tuple[Form, float] | int,
+    gradient: tuple[Polynomial, float] | int,
     saved: tuple[Tensor, ...],
-    works: tuple[Form, ...],
+    works: tuple[Polynomial, ...],
 ) -> Node | None:
     """Return a node that makes the adapters' gradients, and the input's, which it saves first, where that wants one."""
     tape = run.tape
     if not tape.records:
         return None
     tape.saving()
-    trained = total(Form(per_rank=linear.inputs + linear.outputs) for linear in maps), run.gradients
+    trained = total(Polynomial(per_rank=linear.inputs + linear.outputs) for linear in maps), run.gradients
     return Node(tape.next_sequence(), (saved[0].node,), (gradient,), list(saved), works, trained=trained, unpacks=True)
 
 

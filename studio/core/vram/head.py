@@ -11,8 +11,8 @@ from studio.core.shape import Linear
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.decoder_layer import norm
-from studio.core.vram.form import NOTHING, Form, uncovered
 from studio.core.vram.modules import Run, linear
+from studio.core.vram.polynomial import NOTHING, Polynomial, uncovered
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 LossKind = Literal["model", "whole", "chunked"]
@@ -49,19 +49,19 @@ class LossForm:
 
 @dataclass(frozen=True, slots=True)
 class ChunkMarks:
-    """High-water marks of one chunk of a trained head, in forms of the chunk's own tokens, and what stands beside it.
+    """High-water marks of one chunk of a trained head, in the chunk's own tokens, and what stands beside it.
 
     Attributes:
         forward: Marks of its forward.
-        forward_beside: What stands beside it, in a form of all tokens.
+        forward_beside: What stands beside it, in a polynomial of all tokens.
         backward: Marks of computing it again and of its backward.
-        backward_beside: What stands beside that, in a form of all tokens.
+        backward_beside: What stands beside that, in a polynomial of all tokens.
     """
 
-    forward: tuple[Form, ...]
-    forward_beside: Form
-    backward: tuple[Form, ...]
-    backward_beside: Form
+    forward: tuple[Polynomial, ...]
+    forward_beside: Polynomial
+    backward: tuple[Polynomial, ...]
+    backward_beside: Polynomial
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,11 +76,11 @@ class HeadMarks:
         evaluation: Marks without a graph, where logits are whole; the same as forward where they are not.
     """
 
-    forward: tuple[Form, ...]
-    backward: tuple[Form, ...]
-    around_chunk: Form = NOTHING
+    forward: tuple[Polynomial, ...]
+    backward: tuple[Polynomial, ...]
+    around_chunk: Polynomial = NOTHING
     chunk: ChunkMarks | None = None
-    evaluation: tuple[Form, ...] = ()
+    evaluation: tuple[Polynomial, ...] = ()
 
 
 def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
@@ -137,7 +137,7 @@ def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     kept = []
     if arithmetic.autocast and arithmetic.weights > arithmetic.compute and HEAD not in run.form.adapter.whole:
         # A head upcast to fp32 is cast back to 16 bits by autocast, and that copy is what the product saves.
-        kept.append(Tensor(run.tape, Form(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
+        kept.append(Tensor(run.tape, Polynomial(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
     logits = _head(run, hidden)
     if shape.scaled_logits:
         logits = op.scale(logits)
@@ -151,7 +151,9 @@ def _head(run: Run, hidden: Tensor) -> Tensor:
     layer, arithmetic = Linear(HEAD, run.shape.hidden, run.shape.vocabulary), run.form.arithmetic
     if HEAD in run.form.adapter.targets | run.form.adapter.whole:
         return linear(replace(run, form=replace(run.form, quantised="")), layer, hidden)
-    return op.frozen_linear(hidden, Form(per_token=layer.outputs), arithmetic.compute if arithmetic.autocast else None)
+    return op.frozen_linear(
+        hidden, Polynomial(per_token=layer.outputs), arithmetic.compute if arithmetic.autocast else None
+    )
 
 
 def _whole_loss(logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
@@ -212,14 +214,14 @@ def _recomputed_rows(hidden: Tensor) -> Tensor:
     )
 
 
-def _chunk_marks(run: Run, around: Form) -> ChunkMarks:
+def _chunk_marks(run: Run, around: Polynomial) -> ChunkMarks:
     """Run a chunk as studio/jobs/train/head.py does: forward without a graph, then again with one, and backward."""
     shape, form = run.shape, run.form
     copy, compute = NOTHING, form.arithmetic.compute
     if HEAD in form.adapter.whole and form.arithmetic.autocast and compute < form.adapter.whole_itemsize:
         # Autocast's 16-bit copy of the weight is one for all chunks: its gradient is summed up and cast at the end.
         form = replace(form, adapter=replace(form.adapter, whole_itemsize=compute))
-        copy = Form(fixed=shape.vocabulary * shape.hidden * compute)
+        copy = Polynomial(fixed=shape.vocabulary * shape.hidden * compute)
     tape = Tape(records=False)
     _chunk_loss(Run(tape, shape, form))
     forward = [mark.plus(copy) for mark in tape.marks]
@@ -233,11 +235,11 @@ def _chunk_marks(run: Run, around: Form) -> ChunkMarks:
     in_flight = run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
     marks = [*(mark.plus(in_flight) for mark in recomputing), *tape.marks]
     if HEAD in form.adapter.whole:
-        weights = Form(fixed=shape.vocabulary * shape.hidden)
+        weights = Polynomial(fixed=shape.vocabulary * shape.hidden)
         sums = weights.times(form.adapter.whole_itemsize).plus(copy)
         marks = [mark.plus(sums) for mark in marks]
         marks.append(weights.times(compute + run.form.adapter.whole_itemsize))
-    rows = Form(per_token=shape.hidden * form.arithmetic.residual)
+    rows = Polynomial(per_token=shape.hidden * form.arithmetic.residual)
     return ChunkMarks(uncovered(forward), around, uncovered(marks), rows.times(2))
 
 
@@ -245,7 +247,7 @@ def _chunk_loss(run: Run) -> Tensor:
     """Return the loss of one chunk, whose rows are a view."""
     tape, shape = run.tape, run.shape
     node = Node(tape.next_sequence(), (), ()) if tape.records else None
-    elements = Form(per_token=shape.hidden)
+    elements = Polynomial(per_token=shape.hidden)
     rows = Tensor(tape, elements, run.form.arithmetic.residual, node, base=Tensor(tape, NOTHING, 1))
     logits = op.scale(op.cast(_head(run, rows), 4))
     if shape.logit_softcap:

@@ -1,4 +1,4 @@
-"""A micro-batch before its numbers are known: which forms describe its layers, its head and what they share.
+"""A micro-batch before its numbers are known: which polynomials describe its layers, its head and what they share.
 
 They are worked out once for a model and a way to compute it; then only numbers are put in.
 """
@@ -9,11 +9,11 @@ from functools import lru_cache
 from studio.core.shape import ModelShape
 from studio.core.trainable import HEAD, target_names
 from studio.core.vram.decoder_layer import decoder_layer
-from studio.core.vram.form import NOTHING, Form, Heights, heights, total, uncovered
 from studio.core.vram.fused import check_kernels
 from studio.core.vram.head import HeadMarks, LossForm, head_forward, head_pass
 from studio.core.vram.modules import AdapterForm, Kernel, LayerForm, Run, held_apart
 from studio.core.vram.operators import Arithmetic
+from studio.core.vram.polynomial import NOTHING, Heights, Polynomial, heights, total, uncovered
 from studio.core.vram.setup import Setup
 from studio.core.vram.stock import (
     COPIES_LOGITS,
@@ -41,9 +41,9 @@ class GroupForms:
     """
 
     count: int
-    kept: Form
-    forward: tuple[Form, ...]
-    backward: tuple[Form, ...]
+    kept: Polynomial
+    forward: tuple[Polynomial, ...]
+    backward: tuple[Polynomial, ...]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -61,20 +61,20 @@ class LayersForms:
         evaluation: Marks of any layer's forward without a graph and without dropout, beside nothing.
     """
 
-    kept: Form
-    checkpoint: Form
-    forward: tuple[Form, ...]
-    blocks: tuple[Form, ...]
-    backward: tuple[Form, ...]
-    first_backward: tuple[Form, ...]
-    evaluation: tuple[Form, ...]
+    kept: Polynomial
+    checkpoint: Polynomial
+    forward: tuple[Polynomial, ...]
+    blocks: tuple[Polynomial, ...]
+    backward: tuple[Polynomial, ...]
+    first_backward: tuple[Polynomial, ...]
+    evaluation: tuple[Polynomial, ...]
 
 
 @lru_cache(maxsize=256)
 def layers_forms(
     shape: ModelShape, form: LayerForm, grad_checkpointing: bool, input_wants_gradient: bool
 ) -> LayersForms:
-    """Return the forms of a step's layers; cached, since sliders of batch, length and rank do not change them.
+    """Return the polynomials of a step's layers; cached, since sliders of batch, length and rank do not change them.
 
     Args:
         shape: The model.
@@ -129,7 +129,7 @@ def head_forms(shape: ModelShape, form: LayerForm, loss: LossForm) -> HeadMarks:
 
 def _input(tape: Tape, shape: ModelShape, form: LayerForm, *, wants_gradient: bool = True) -> Tensor:
     node = Node(tape.next_sequence(), (), ()) if wants_gradient else None
-    return Tensor(tape, Form(per_token=shape.hidden), form.arithmetic.residual, node)
+    return Tensor(tape, Polynomial(per_token=shape.hidden), form.arithmetic.residual, node)
 
 
 def _checkpointed(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
@@ -139,14 +139,14 @@ def _checkpointed(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
     backward = _recomputed(shape, form, index)
     if held:
         # What was held since the forward goes piece by piece while the layer goes backward.
-        apart = kept.minus(Form(per_token=shape.hidden * form.arithmetic.residual))
+        apart = kept.minus(Polynomial(per_token=shape.hidden * form.arithmetic.residual))
         backward = tuple(mark.plus(apart) for mark in backward)
     return GroupForms(shape.groups[index].count, kept, forward, backward)
 
 
 def _without_graph(
     shape: ModelShape, form: LayerForm, index: int, held: list[Tensor] | None = None
-) -> tuple[tuple[Form, ...], Form]:
+) -> tuple[tuple[Polynomial, ...], Polynomial]:
     """Return the marks of a layer's forward that keeps no graph, its input included, and the bytes that stay."""
     tape = Tape(records=False)
     x = _input(tape, shape, form)
@@ -155,14 +155,16 @@ def _without_graph(
     return uncovered(tape.marks), tape.live if held else x.bytes
 
 
-def _evaluated(shape: ModelShape, form: LayerForm) -> tuple[Form, ...]:
+def _evaluated(shape: ModelShape, form: LayerForm) -> tuple[Polynomial, ...]:
     """Return the marks of any layer's forward in an evaluation."""
     form = replace(form, adapter=replace(form.adapter, dropout=False))
     every = range(len(shape.groups))
     return uncovered(mark for index in every for mark in _without_graph(shape, form, index)[0])
 
 
-def _recomputed(shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool = True) -> tuple[Form, ...]:
+def _recomputed(
+    shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool = True
+) -> tuple[Polynomial, ...]:
     tape = Tape()
     run = Run(tape, shape, form, held=held_apart(form))
     x = _input(tape, shape, form, wants_gradient=wants_gradient)
@@ -191,7 +193,7 @@ def _kept_whole(shape: ModelShape, form: LayerForm, index: int) -> GroupForms:
 
 def _kept(
     shape: ModelShape, form: LayerForm, index: int, *, wants_gradient: bool
-) -> tuple[Form, tuple[Form, ...], tuple[Form, ...]]:
+) -> tuple[Polynomial, tuple[Polynomial, ...], tuple[Polynomial, ...]]:
     tape = Tape()
     run = Run(tape, shape, form)
     x = _input(tape, shape, form, wants_gradient=wants_gradient)

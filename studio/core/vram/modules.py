@@ -9,8 +9,8 @@ from typing import Literal
 
 from studio.core.shape import Linear, ModelShape
 from studio.core.vram import operators as op
-from studio.core.vram.form import Form
 from studio.core.vram.operators import Arithmetic
+from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "efficient_masked", "eager", "cpu"]
@@ -108,21 +108,21 @@ def linear(run: Run, layer: Linear, x: Tensor, visits: float = 1) -> Tensor:
 
 def _whole(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """peft.utils.ModulesToSaveWrapper around a linear layer; autocast casts the weight, and its gradient back."""
-    arithmetic, elements = run.form.arithmetic, Form(fixed=layer.inputs * layer.outputs)
+    arithmetic, elements = run.form.arithmetic, Polynomial(fixed=layer.inputs * layer.outputs)
     weight = op.whole_weight(run.tape, elements, run.form.adapter.whole_itemsize, run.gradients)
     weight = op.cast(weight, arithmetic.compute if arithmetic.autocast else weight.itemsize)
-    return op.cast(op.whole_linear(x, Form(per_token=layer.outputs * visits), weight), x.itemsize)
+    return op.cast(op.whole_linear(x, Polynomial(per_token=layer.outputs * visits), weight), x.itemsize)
 
 
 def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     arithmetic = run.form.arithmetic
-    outputs = Form(per_token=layer.outputs * visits)
+    outputs = Polynomial(per_token=layer.outputs * visits)
     if not run.form.quantised:
         return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
     if run.form.quantised == "int8":
         return _int8_linear(run, layer, x, visits)
     # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
-    weight = Form(fixed=layer.inputs * layer.outputs * arithmetic.compute)
+    weight = Polynomial(fixed=layer.inputs * layer.outputs * arithmetic.compute)
     narrow = op.cast(x, arithmetic.compute)
     return op.cast(op.frozen_linear(narrow, outputs, works=(weight,)), x.itemsize)
 
@@ -135,13 +135,13 @@ def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     weight. It keeps its input on its own context: a checkpoint of torch's newer kind, which drops what is saved by the
     rules, never sees it, and the input of every layer stays (seen on a CPU, tests/jobs/test_int8_keeps.py).
     """
-    outputs, narrow = Form(per_token=layer.outputs * visits), run.form.half and x.itemsize == 2
+    outputs, narrow = Polynomial(per_token=layer.outputs * visits), run.form.half and x.itemsize == 2
     copied, kept = 0 if narrow else 2, run.held is not None
     run.tape.passing(x.elements.times(copied + 4))  # beside its copy: 8-bit rows, magnitudes, where they are outliers
     run.tape.passing(x.elements, outputs.times(4 if narrow else 6))
     if run.held is not None and not run.tape.records:
         run.held.append(x)
-    weight = Form(fixed=layer.inputs * layer.outputs * x.itemsize)
+    weight = Polynomial(fixed=layer.inputs * layer.outputs * x.itemsize)
     return op.frozen_linear(x, outputs, works=(weight,), works_forward=False, keeps_input=not kept)
 
 
@@ -176,7 +176,7 @@ def _adapted_quantised(run: Run, layer: Linear, x: Tensor, visits: float) -> Ten
 def low_rank(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
     """Return `lora_B(lora_A(dropout(x)))`."""
     x = _dropped(run, x)
-    return _pair(run, layer, x, Form(per_token_rank=visits), Form(per_token=layer.outputs * visits))
+    return _pair(run, layer, x, Polynomial(per_token_rank=visits), Polynomial(per_token=layer.outputs * visits))
 
 
 def _dropped(run: Run, x: Tensor) -> Tensor:
@@ -188,9 +188,9 @@ def dropout(run: Run, x: Tensor) -> Tensor:
     return op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
 
 
-def _pair(run: Run, layer: Linear, x: Tensor, narrow: Form, outputs: Form) -> Tensor:
+def _pair(run: Run, layer: Linear, x: Tensor, narrow: Polynomial, outputs: Polynomial) -> Tensor:
     """Return `lora_B(lora_A(x))`: `narrow` elements on its way, `outputs` at its end."""
-    into, back = Form(per_rank=layer.inputs), Form(per_rank=layer.outputs)
+    into, back = Polynomial(per_rank=layer.inputs), Polynomial(per_rank=layer.outputs)
     inner = op.trained_linear(x, narrow, into, run.gradients, run.form.arithmetic)
     del x
     return op.trained_linear(inner, outputs, back, run.gradients, run.form.arithmetic)
@@ -204,10 +204,10 @@ def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> 
     to the end. Dropout makes the base's product anew from the dropped input, and the weight is saved for it. The
     magnitude's gradient keeps the base result and the update.
     """
-    tape, matrix = run.tape, Form(fixed=layer.inputs * layer.outputs)
+    tape, matrix = run.tape, Polynomial(fixed=layer.inputs * layer.outputs)
     given, x = x, _dropped(run, x)
-    identity = Tensor(tape, Form(fixed=layer.inputs * layer.inputs), 4)
-    product = _pair(run, layer, identity, Form(per_rank=layer.inputs), matrix)
+    identity = Tensor(tape, Polynomial(fixed=layer.inputs * layer.inputs), 4)
+    product = _pair(run, layer, identity, Polynomial(per_rank=layer.inputs), matrix)
     del identity
     product = op.cast(product, x.itemsize)
     held = run.form.arithmetic.compute if run.form.quantised else run.form.arithmetic.weights
@@ -215,7 +215,7 @@ def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> 
     if weight is not None and held != x.itemsize and run.form.quantised:
         tape.passing(matrix.times(held))
     tape.passing(matrix.times(x.itemsize), matrix.times(x.itemsize))
-    update = _pair(run, layer, x, Form(per_token_rank=visits), Form(per_token=layer.outputs * visits))
+    update = _pair(run, layer, x, Polynomial(per_token_rank=visits), Polynomial(per_token=layer.outputs * visits))
     base = result
     if run.form.adapter.dropout:
         base = op.frozen_linear(x, result.elements)
@@ -236,7 +236,7 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
     """
     itemsize = x.itemsize
     x = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(x), Form(per_token=groups)))
+    inverse = op.activate_saving_result(op.mean_last(op.power(x), Polynomial(per_token=groups)))
     x = op.multiply_rows(x, inverse)
     del inverse
     if weight_in_fp32:
@@ -248,8 +248,8 @@ def centred_norm(x: Tensor) -> Tensor:
     """Return a layer norm composed of plain operators in fp32; both differences from the mean are saved."""
     itemsize = x.itemsize
     x = op.cast(x, 4)
-    mean = op.mean_last(x, Form(per_token=1))
-    inverse = op.activate_saving_result(op.mean_last(op.power(op.subtract_rows(x, mean)), Form(per_token=1)))
+    mean = op.mean_last(x, Polynomial(per_token=1))
+    inverse = op.activate_saving_result(op.mean_last(op.power(op.subtract_rows(x, mean)), Polynomial(per_token=1)))
     x = op.multiply_rows(op.subtract_rows(x, mean), inverse)
     del mean, inverse
     return op.cast(op.times_constant(x), itemsize)

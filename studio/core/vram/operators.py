@@ -5,7 +5,7 @@ Sources: torch/csrc/autograd derivatives.yaml (what is saved), aten/src/ATen/aut
 
 from dataclasses import dataclass
 
-from studio.core.vram.form import NOTHING, Form
+from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Node, Tape, Tensor
 
 
@@ -29,9 +29,9 @@ class Arithmetic:
 def node_of(
     tape: Tape,
     inputs: tuple[Tensor, ...],
-    gradients: tuple[tuple[Form, float] | int | None, ...],
+    gradients: tuple[tuple[Polynomial, float] | int | None, ...],
     saved: tuple[Tensor, ...] = (),
-    works: tuple[Form, ...] = (),
+    works: tuple[Polynomial, ...] = (),
 ) -> Node | None:
     """Return the backward node of an operator, or None when none of its inputs wants a gradient."""
     edges = tuple([tensor.node for tensor in inputs])
@@ -42,7 +42,7 @@ def node_of(
     return Node(tape.next_sequence(), edges, gradients, list(saved), works, unpacks=bool(saved))
 
 
-def _gradient(tensor: Tensor) -> tuple[Form, float]:
+def _gradient(tensor: Tensor) -> tuple[Polynomial, float]:
     return tensor.elements, tensor.itemsize
 
 
@@ -150,7 +150,7 @@ def times_vector(x: Tensor) -> Tensor:
     return Tensor(x.tape, x.elements, 4, node_of(x.tape, (x,), (_gradient(x),), (x,), (wide, wide)))
 
 
-def mean_last(x: Tensor, per_row: Form) -> Tensor:
+def mean_last(x: Tensor, per_row: Polynomial) -> Tensor:
     """Return the mean over the last dimension, `per_row` elements; its gradient is spread and divided: of x's size."""
     return Tensor(x.tape, per_row, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
 
@@ -197,16 +197,16 @@ def split_last(x: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, ...]:
 
 def join(parts: tuple[Tensor, ...]) -> Tensor:
     """Return `torch.cat(parts)`; gradients are views of the joined one."""
-    elements = Form(*(sum(values) for values in zip(*(part.elements for part in parts), strict=True)))
+    elements = Polynomial(*(sum(values) for values in zip(*(part.elements for part in parts), strict=True)))
     tape = parts[0].tape
     return Tensor(tape, elements, parts[0].itemsize, node_of(tape, parts, (None,) * len(parts)))
 
 
 def frozen_linear(
     x: Tensor,
-    outputs: Form,
+    outputs: Polynomial,
     compute: int | None = None,
-    works: tuple[Form, ...] = (),
+    works: tuple[Polynomial, ...] = (),
     *,
     works_forward: bool = True,
     keeps_input: bool = False,
@@ -232,7 +232,9 @@ def frozen_linear(
     return out
 
 
-def trained_linear(x: Tensor, outputs: Form, weight: Form, gradients: list[Tensor], arithmetic: Arithmetic) -> Tensor:
+def trained_linear(
+    x: Tensor, outputs: Polynomial, weight: Polynomial, gradients: list[Tensor], arithmetic: Arithmetic
+) -> Tensor:
     """Return `x @ W.T` for a trained fp32 weight: the input is saved, and under autocast 16-bit copies of both.
 
     Args:
@@ -253,20 +255,20 @@ def trained_linear(x: Tensor, outputs: Form, weight: Form, gradients: list[Tenso
     return Tensor(tape, outputs, itemsize, node)
 
 
-def whole_weight(tape: Tape, elements: Form, itemsize: float, gradients: list[Tensor]) -> Tensor:
+def whole_weight(tape: Tape, elements: Polynomial, itemsize: float, gradients: list[Tensor]) -> Tensor:
     """Return a weight that is trained whole: its bytes count with what is always there, its gradient is kept."""
     node = Node(tape.next_sequence(), (), (), keeps=gradients) if tape.records else None
     return Tensor(tape, elements, itemsize, node, base=Tensor(tape, NOTHING, 1))
 
 
-def whole_linear(x: Tensor, outputs: Form, weight: Tensor) -> Tensor:
+def whole_linear(x: Tensor, outputs: Polynomial, weight: Tensor) -> Tensor:
     """Return `x @ W.T` for a weight that is trained whole: input and weight are saved."""
     x = cast(x, weight.itemsize)
     sizes = (_gradient(x), _gradient(weight))
     return Tensor(x.tape, outputs, weight.itemsize, node_of(x.tape, (x, weight), sizes, (x, weight)))
 
 
-def matmul(x: Tensor, y: Tensor, outputs: Form, *, copies_x: bool, copies_y: bool) -> Tensor:
+def matmul(x: Tensor, y: Tensor, outputs: Polynomial, *, copies_x: bool, copies_y: bool) -> Tensor:
     """Return a batched product of activations, of copies where an operand's layout makes `matmul` make one."""
     x, y = clone(x) if copies_x else x, clone(y) if copies_y else y
     # The second operand's gradient is made first (BmmBackward0 goes by the names of arguments: mat2, self).
@@ -315,11 +317,11 @@ def fused_attention(
     is not counted (`workspaces`).
     """
     tape = query.tape
-    statistics = Form(per_token=heads)
+    statistics = Polynomial(per_token=heads)
     accumulator = (query.elements.times(4),) if query.itemsize < 4 else ()
     grouped = (query.bytes, query.bytes) if flash and key.elements != query.elements else ()
     works = (statistics.times(4), *accumulator, *grouped) if workspaces else ()
-    numbers = [Tensor(tape, Form(per_square=1), query.itemsize)] if masked else []
+    numbers = [Tensor(tape, Polynomial(per_square=1), query.itemsize)] if masked else []
     saved_sums = Tensor(tape, statistics, 4)
     gradients = (_gradient(query), _gradient(key), _gradient(value))
     node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums, *numbers), works)

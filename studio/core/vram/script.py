@@ -8,9 +8,9 @@ from functools import lru_cache
 
 from studio.core.shape import Layer, ModelShape
 from studio.core.vram.decoder_layer import decoder_layer
-from studio.core.vram.form import NOTHING, Form
 from studio.core.vram.head import LossForm, head_forward
 from studio.core.vram.modules import LayerForm, Run, held_apart
+from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Node, Tape, Tensor, run_backward
 
 Events = tuple[int, ...]
@@ -30,17 +30,17 @@ class Recorder(Tape):
     def __init__(self, *, records: bool = True) -> None:
         super().__init__(records=records)
         self.events: list[int] = []
-        self.sizes: list[Form] = []
+        self.sizes: list[Polynomial] = []
         self.saved_until = self.read_from = 0
         self._numbers: dict[int, int] = {}
 
-    def born(self, size: Form) -> None:
+    def born(self, size: Polynomial) -> None:
         """Write down a birth. Each tensor has a size object of its own, by which its death is known."""
         self._numbers[id(size)] = len(self.sizes)
         self.events.append(len(self.sizes))
         self.sizes.append(size)
 
-    def died(self, size: Form) -> None:
+    def died(self, size: Polynomial) -> None:
         """Write down a death."""
         self.events.append(~self._numbers.pop(id(size)))
 
@@ -79,7 +79,7 @@ class Script:
         lasting: Adapter gradients, and logits that the loop holds: alive after the backward.
     """
 
-    sizes: tuple[Form, ...]
+    sizes: tuple[Polynomial, ...]
     forward: Events
     backward: Events
     source: int
@@ -130,7 +130,7 @@ def head_script(shape: ModelShape, form: LayerForm, loss: LossForm, seq_len: int
 
 def _source(tape: Recorder, shape: ModelShape, form: LayerForm, wants_gradient: bool) -> Tensor:
     node = Node(tape.next_sequence(), (), ()) if wants_gradient else None
-    return Tensor(tape, Form(per_token=shape.hidden), form.arithmetic.residual, node)
+    return Tensor(tape, Polynomial(per_token=shape.hidden), form.arithmetic.residual, node)
 
 
 def _recomputed(run: Run, tape: Recorder, layer: Layer, x: Tensor) -> Script:

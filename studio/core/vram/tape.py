@@ -13,7 +13,7 @@ import heapq
 import sys
 from dataclasses import dataclass, field
 
-from studio.core.vram.form import NOTHING, Form
+from studio.core.vram.polynomial import NOTHING, Polynomial
 
 _ONLY_HERE = 2
 """`sys.getrefcount` of a tensor that one list holds: that list and the call's own argument."""
@@ -31,33 +31,33 @@ class Tape:
 
     def __init__(self, *, records: bool = True) -> None:
         self.records = records
-        self.live: Form = NOTHING
+        self.live: Polynomial = NOTHING
         self.marks_at_last_saving = 0
-        self._marks: list[Form] = []
+        self._marks: list[Polynomial] = []
         self._rising = False
         self._sequence = 0
 
     @property
-    def marks(self) -> list[Form]:
+    def marks(self) -> list[Polynomial]:
         """What was alive at each high-water mark, that is before something died, and now."""
         if self._rising:
             self._rising = False
             self._marks.append(self.live)
         return self._marks
 
-    def born(self, size: Form) -> None:
+    def born(self, size: Polynomial) -> None:
         """Count bytes that came alive."""
         self.live = self.live.plus(size)
         self._rising = True
 
-    def died(self, size: Form) -> None:
+    def died(self, size: Polynomial) -> None:
         """Uncount bytes whose last reference went."""
         if self._rising:
             self._rising = False
             self._marks.append(self.live)
         self.live = self.live.minus(size)
 
-    def passing(self, *sizes: Form) -> None:
+    def passing(self, *sizes: Polynomial) -> None:
         """Count tensors that an operator makes one after another and lets go of before it returns."""
         made = [Tensor(self, size, 1) for size in sizes]
         del made
@@ -96,7 +96,7 @@ class Tensor:
     def __init__(
         self,
         tape: Tape,
-        elements: Form,
+        elements: Polynomial,
         itemsize: float,
         node: "Node | None" = None,
         base: "Tensor | None" = None,
@@ -135,17 +135,17 @@ class Node:
 
     sequence: int
     edges: "tuple[Node | None, ...]"
-    gradients: tuple[tuple[Form, float] | int | None, ...]
+    gradients: tuple[tuple[Polynomial, float] | int | None, ...]
     saved: list[Tensor] = field(default_factory=list)
-    works: tuple[Form, ...] = ()
+    works: tuple[Polynomial, ...] = ()
     works_last: bool = False
     apart: bool = False
     unpacks: bool = False
-    trained: "tuple[Form, list[Tensor]] | None" = None
+    trained: "tuple[Polynomial, list[Tensor]] | None" = None
     keeps: list[Tensor] | None = None
 
 
-def run_backward(tape: Tape, node: Node, gradient: list[Tensor]) -> Form:
+def run_backward(tape: Tape, node: Node, gradient: list[Tensor]) -> Polynomial:
     """Run the graph below `node`, marking what is alive on the way; every saved tensor of the graph is released.
 
     Args:
