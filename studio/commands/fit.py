@@ -6,7 +6,7 @@ from typing import Any
 
 from studio.commands.options import add_json, add_set
 from studio.commands.pace_text import pace_lines
-from studio.commands.plan import add_card, card_for
+from studio.commands.plan import add_card, device_for
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
@@ -38,22 +38,22 @@ def run(args: argparse.Namespace) -> int:
     """
     recipe = load_recipe(find_recipe(args.recipe_word), args.set)
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
-    card = card_for(args, recipe)
-    if card.gpu is None or card.budget_bytes is None:
+    device = device_for(args, recipe)
+    gpu, budget = device.gpu, device.budget_bytes(recipe)
+    if gpu is None or budget is None:
         raise BadInput("no NVIDIA card answers on this machine: name one with --gpu NAME or --vram-gib X")
-    gpu = card.gpu
 
     def known(setup: Setup) -> VramEstimate:
         return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
 
-    found = fit(recipe, shape, gpu, card.budget_bytes, known)
+    found = fit(recipe, shape, gpu, budget, known)
     setup = as_it_lies(replace(setup_of(found.recipe, gpu), device="cuda"), shape.quantised)
     pace = pace_of(found.recipe, shape, setup, gpu)
     if args.json:
-        plan = plan_to_dict(found.estimate, shape, setup, gpu=gpu, budget_bytes=card.budget_bytes)
+        plan = plan_to_dict(found.estimate, shape, setup, gpu=gpu, budget_bytes=budget)
         write_json({"fits": found.fits, **_document(found), "plan": {**plan, **pace_to_dict(pace)}})
     else:
-        _print(found, gpu, card.budget_bytes)
+        _print(found, gpu, budget)
         for line in pace_lines(pace, setup) if found.fits else ():
             say(line)
         for note in found.estimate.notes:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from studio.commands.follow import End, exit_code, follow, tell_failure
 from studio.commands.options import add_json, add_runs_dir, add_set, module_of, root_of
-from studio.commands.plan import Card, add_card, card_for
+from studio.commands.plan import add_card, device_for
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, duration, say, size, table, write_json
 from studio.core.errors import BadInput
@@ -24,6 +24,7 @@ from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.measure import read_measurement, start_measure
 from studio.probe.pace import pace_of, pace_to_dict
+from studio.probe.plan import PlanDevice
 from studio.probe.shape import find_shape
 from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe, resolve_paths
@@ -67,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
     if args.engine == "hf":
         raise BadInput("measure traces this program's own step: leave --engine out, or use plan for the stock loop")
     recipe = _recipe(args)
-    card = card_for(args, recipe)
-    setup = setup_of(recipe, card.gpu)
+    device = device_for(args, recipe)
+    setup = setup_of(recipe, device.gpu)
     data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
-    plan = _plan(recipe, setup, card, data_known=data_known)
+    plan = _plan(recipe, setup, device, data_known=data_known)
     paths = start_measure(
-        _request(args, recipe, setup, card.gpu), recipe, plan, root_of(args), module=module_of(args, "measure")
+        _request(args, recipe, setup, device.gpu), recipe, plan, root_of(args), module=module_of(args, "measure")
     )
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
@@ -87,7 +88,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return resolve_paths(recipe, (Path.cwd(),))
 
 
-def _plan(recipe: Recipe, setup: Setup, card: Card, *, data_known: bool) -> dict[str, Any]:
+def _plan(recipe: Recipe, setup: Setup, device: PlanDevice, *, data_known: bool) -> dict[str, Any]:
     """Return the estimate, or why there is none.
 
     Raises:
@@ -95,9 +96,9 @@ def _plan(recipe: Recipe, setup: Setup, card: Card, *, data_known: bool) -> dict
     """
     shape = find_shape(recipe.model.base, recipe.model.revision)
     check_adapted(shape, setup.adapted)
-    estimate = estimate_vram(shape, setup, card.gpu)
-    pace = pace_of(recipe, shape, setup, card.gpu, data_known=data_known)
-    plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
+    estimate = estimate_vram(shape, setup, device.gpu)
+    pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)
+    plan = plan_to_dict(estimate, shape, setup, gpu=device.gpu, budget_bytes=device.budget_bytes(recipe))
     return {**plan, **pace_to_dict(pace)}
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import get_args
 
 from studio.commands.gpus import notes_on
@@ -11,7 +11,7 @@ from studio.commands.pace_text import pace_lines
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
-from studio.core.gpu_catalogue import GIB, Gpu, card_of_size, find_gpu
+from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
 from studio.core.recipe import Loss, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
@@ -24,9 +24,8 @@ from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.stock import stock_setup
 from studio.probe.device import look, place_of
-from studio.probe.gpus import Gpu as Reading
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
-from studio.probe.plan import budget_of, known_gpu
+from studio.probe.plan import PlanDevice, device_from_catalogue, device_of
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
 
@@ -38,23 +37,6 @@ _EIGHT_BIT = (
     "compare with, and how many inputs are outliers, multiplied in 16 bit besides, is not known"
 )
 _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces the real model and knows better"
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """The card that a plan is for.
-
-    Attributes:
-        gpu: The card; None where there is none.
-        budget_bytes: What the run may use of it.
-        reading: The card as it is now; None where another was named.
-        refusal: Why a run could not start on it here; empty where it could, or where another was named.
-    """
-
-    gpu: Gpu | None
-    budget_bytes: int | None
-    reading: Reading | None = None
-    refusal: str = ""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -99,29 +81,30 @@ def run(args: argparse.Namespace) -> int:
     """Estimate, print, and return 0 when it fits or no card is known, 1 when it may not fit."""
     recipe = _recipe(args)
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
-    card = card_for(args, recipe)
-    setup = as_it_lies(_setup(args, recipe, card.gpu), shape.quantised)
+    device = device_for(args, recipe)
+    budget = device.budget_bytes(recipe)
+    setup = as_it_lies(_setup(args, recipe, device.gpu), shape.quantised)
     check_adapted(shape, setup.adapted)
-    estimate = refined(estimate_vram(shape, setup, card.gpu), shape, setup, card.gpu)
-    estimate = calibrated(estimate, setup, card.gpu)
+    estimate = refined(estimate_vram(shape, setup, device.gpu), shape, setup, device.gpu)
+    estimate = calibrated(estimate, setup, device.gpu)
     if setup.quantised and setup.quant_type == "int8":
         estimate = replace(estimate, notes=(*estimate.notes, _EIGHT_BIT))
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
     data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
-    pace = pace_of(recipe, shape, setup, card.gpu, data_known=data_known)
+    pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)
     if args.json:
-        plan = plan_to_dict(estimate, shape, setup, gpu=card.gpu, budget_bytes=card.budget_bytes)
-        write_json({**plan, **pace_to_dict(pace), "card": asdict(card.reading) if card.reading else None})
-        _warn(card)
+        plan = plan_to_dict(estimate, shape, setup, gpu=device.gpu, budget_bytes=budget)
+        write_json({**plan, **pace_to_dict(pace), "card": asdict(device.card) if device.card else None})
+        _warn(device)
     else:
-        _print(estimate, shape, setup, card)
+        _print(estimate, shape, setup, device, budget)
         for line in pace_lines(pace, setup):
             say(line)
         for note in estimate.notes:
             say(f"note: {note}")
-        _warn(card)
-    return DONE if card.budget_bytes is None or estimate.verdict(card.budget_bytes) == "fits" else NO
+        _warn(device)
+    return DONE if budget is None or estimate.verdict(budget) == "fits" else NO
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -163,7 +146,7 @@ def _held_as(args: argparse.Namespace, setup: Setup) -> Setup:
     return replace(setup, quant_type=args.quant_type)
 
 
-def card_for(args: argparse.Namespace, recipe: Recipe) -> Card:
+def device_for(args: argparse.Namespace, recipe: Recipe) -> PlanDevice:
     """Return the card that was named, else the one of this machine that the recipe would run on.
 
     Raises:
@@ -171,16 +154,13 @@ def card_for(args: argparse.Namespace, recipe: Recipe) -> Card:
     """
     if args.gpu or args.vram_gib:
         gpu = find_gpu(args.gpu) if args.gpu else card_of_size(_number(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
-        budget = int(recipe.device.budget_gib * GIB) or gpu.total_bytes
-        return Card(gpu, min(budget, gpu.total_bytes))
-    place = place_of(recipe.device.device, look())
-    reading = place.card
-    return Card(known_gpu(reading) if reading else None, budget_of(recipe, reading), reading, place.refusal)
+        return device_from_catalogue(gpu)
+    return device_of(place_of(recipe.device.device, look()))
 
 
-def _warn(card: Card) -> None:
-    if card.refusal:
-        say(f"note: a run would not start here: {card.refusal}", to=sys.stderr)
+def _warn(device: PlanDevice) -> None:
+    if device.refusal:
+        say(f"note: a run would not start here: {device.refusal}", to=sys.stderr)
 
 
 def _number(text: str, flag: str, low: float, high: float) -> float:
@@ -195,7 +175,7 @@ def _number(text: str, flag: str, low: float, high: float) -> float:
     return value
 
 
-def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) -> None:
+def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: PlanDevice, budget: int | None) -> None:
     engine = "this studio" if setup.engine == "studio" else "the stock Trainer with peft"
     method = f"{setup.method} on {setup.quant_type}" if setup.quant_type == "int8" and setup.quantised else setup.method
     if setup.fused_kernels != "none":
@@ -210,15 +190,15 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, card: Card) 
     say(table([["stage", "peak of tensors"], *([name, size(value)] for name, value in estimate.stages)]))
     tensors, allocator = size(estimate.allocated.expected), size(estimate.reserved.expected)
     say(f"peak in stage {estimate.stage}: tensors {tensors}, allocator {allocator}")
-    device = estimate.device
+    peak = estimate.device
     if setup.device == "cpu":
         process = process_of(estimate, setup)
         if process:
             say(f"the process will take {size(process.expected)} (range {size(process.low)} to {size(process.high)})")
     else:
-        say(f"the card will show {size(device.expected)} (range {size(device.low)} to {size(device.high)})")
-    if card.budget_bytes is not None:
-        name = card.gpu.name if card.gpu and card.gpu.name else "the card"
-        say(f"{estimate.verdict(card.budget_bytes)}: {name} has {size(card.budget_bytes)} for it")
-    for line in notes_on(card.reading) if card.reading else ():
+        say(f"the card will show {size(peak.expected)} (range {size(peak.low)} to {size(peak.high)})")
+    if budget is not None:
+        name = device.gpu.name if device.gpu and device.gpu.name else "the card"
+        say(f"{estimate.verdict(budget)}: {name} has {size(budget)} for it")
+    for line in notes_on(device.card) if device.card else ():
         say(f"the card: {line}")

@@ -1,6 +1,6 @@
 """The plan of a run on this machine: the estimate for a recipe and the card it will use."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from studio.core.errors import StudioError
@@ -12,11 +12,47 @@ from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import setup_of
 from studio.probe.device import Place, place_of
-from studio.probe.gpus import Gpu as Reading
+from studio.probe.gpus import Gpu as Card
 from studio.probe.models import BaseFound
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.setting import CARD_USED
 from studio.probe.shape import shape_of_base
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDevice:
+    """The device that a plan is for: a card of this machine, a card of the catalogue, or the CPU.
+
+    Attributes:
+        gpu: What is known of the card; None for the CPU, and for a card that does not tell its size.
+        free_bytes: What a run can get of it now; None where that is not known.
+        card: The card of this machine as it is now; None for one of the catalogue, and for the CPU.
+        refusal: Why a run could not start on it here; empty where it could, and for a card of the catalogue.
+    """
+
+    gpu: Gpu | None = None
+    free_bytes: int | None = None
+    card: Card | None = None
+    refusal: str = ""
+
+    def budget_bytes(self, recipe: Recipe) -> int | None:
+        """Return what a run may use of it: what is free, at most the recipe's own budget; None without either."""
+        wanted = int(recipe.device.budget_gib * GIB) or None
+        return min((limit for limit in (self.free_bytes, wanted) if limit is not None), default=None)
+
+
+def device_of(place: Place) -> PlanDevice:
+    """Return the device of this machine on which a job would run."""
+    card = place.card
+    if card is None:
+        return PlanDevice(refusal=place.refusal)
+    free = card.total_bytes if card.free_bytes is None else card.free_bytes
+    return PlanDevice(known_gpu(card), free, card, place.refusal)
+
+
+def device_from_catalogue(gpu: Gpu) -> PlanDevice:
+    """Return a card of the catalogue with nothing else on it."""
+    return PlanDevice(gpu, gpu.total_bytes)
 
 
 def plan_for(recipe: Recipe, base: BaseFound, *, place: Place | None = None) -> dict[str, Any]:
@@ -31,52 +67,40 @@ def plan_for(recipe: Recipe, base: BaseFound, *, place: Place | None = None) -> 
     """
     try:
         shape = shape_of_base(base)
-        reading = (place_of(recipe.device.device) if place is None else place).card
-        gpu = known_gpu(reading) if reading else None
-        setup = replace(setup_of(recipe, gpu), device="cuda" if reading else "cpu")
+        device = device_of(place_of(recipe.device.device) if place is None else place)
+        gpu, card = device.gpu, device.card
+        setup = replace(setup_of(recipe, gpu), device="cuda" if card else "cpu")
         setup = as_it_lies(setup, shape.quantised)
         estimate = calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
-        plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=budget_of(recipe, reading))
+        plan = plan_to_dict(estimate, shape, setup, gpu=gpu, budget_bytes=device.budget_bytes(recipe))
         pace = pace_to_dict(pace_of(recipe, shape, setup, gpu))
-        return {**plan, **pace, CARD_USED: _used(reading), "card": _named(reading)}
+        return {**plan, **pace, CARD_USED: card.used_bytes if card else None, "card": _named(card)}
     except StudioError as error:
         return {"estimate": None, "why": plain(str(error))}
     except Exception as error:  # noqa: BLE001  an odd model must never keep a run from starting
         return {"estimate": None, "why": plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)}
 
 
-def _used(reading: Reading | None) -> int | None:
-    return reading.used_bytes if reading else None
-
-
-def _named(reading: Reading | None) -> dict[str, Any] | None:
+def _named(card: Card | None) -> dict[str, Any] | None:
     """Return what names a card for good, as the run records the one that it used."""
-    return None if reading is None else {"name": reading.name, "uuid": reading.uuid, "pci": reading.pci}
+    return None if card is None else {"name": card.name, "uuid": card.uuid, "pci": card.pci}
 
 
-def known_gpu(reading: Reading) -> Gpu | None:
+def known_gpu(card: Card) -> Gpu | None:
     """Return what is known of a real card: its own total and capability, the rest from the catalogue.
 
     An instance of a card that is cut into some computes and moves about as large a share as it has of the memory.
     """
-    if reading.total_bytes is None:
+    if card.total_bytes is None:
         return None
     try:
-        listed = find_gpu(reading.name)
+        listed = find_gpu(card.name)
     except StudioError:
-        listed = Gpu(reading.name, reading.total_bytes)
+        listed = Gpu(card.name, card.total_bytes)
     return replace(
         listed,
-        name=reading.name,
-        share=min(1.0, reading.total_bytes / listed.total_bytes) if reading.mig else 1.0,
-        total_bytes=reading.total_bytes,
-        compute_capability=reading.capability or listed.compute_capability,
+        name=card.name,
+        share=min(1.0, card.total_bytes / listed.total_bytes) if card.mig else 1.0,
+        total_bytes=card.total_bytes,
+        compute_capability=card.capability or listed.compute_capability,
     )
-
-
-def budget_of(recipe: Recipe, reading: Reading | None) -> int | None:
-    """Return the bytes that a run may use: what is free on the card now, and no more than the recipe's budget."""
-    free = None if reading is None else reading.free_bytes if reading.free_bytes is not None else reading.total_bytes
-    wanted = int(recipe.device.budget_gib * GIB) or None
-    limits = [limit for limit in (free, wanted) if limit is not None]
-    return min(limits, default=None)

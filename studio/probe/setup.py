@@ -9,7 +9,7 @@ from typing import Any
 from studio.core.advice import Advice, DataFacts, advise
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
-from studio.core.gpu_catalogue import Gpu, find_gpu
+from studio.core.gpu_catalogue import find_gpu
 from studio.core.quantised_base import refusal
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
@@ -18,7 +18,7 @@ from studio.probe.data import DataSet, inspect_data
 from studio.probe.data.lengths import texts_of, token_lengths
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
-from studio.probe.plan import known_gpu
+from studio.probe.plan import device_from_catalogue, device_of
 from studio.probe.shape import find_shape, shape_of_base
 from studio.runs.atomic import write_whole
 from studio.runs.home import SETUP_FILE, studio_home
@@ -118,25 +118,6 @@ def check_data(word: str, base: str) -> DataChecked:
     return DataChecked(data, _facts(word if word == EMBEDDED else str(path.absolute()), data, base))
 
 
-def card_for_advice(name: str) -> tuple[Gpu | None, int | None]:
-    """Return the card that advice is for and what is free on it; None and None on a CPU.
-
-    Args:
-        name: A card of the catalogue; empty for the one that `auto` takes here.
-
-    Raises:
-        BadInput: The catalogue has no such card.
-    """
-    if name:
-        gpu = find_gpu(name)
-        return gpu, gpu.total_bytes
-    reading = place_of("auto").card
-    known = known_gpu(reading) if reading else None
-    if reading is None or known is None:
-        return None, None
-    return known, known.total_bytes if reading.free_bytes is None else reading.free_bytes
-
-
 def shape_for(base: str, card: str) -> ModelShape:
     """Return the shape of a model that can be trained on.
 
@@ -169,8 +150,8 @@ def advice_for(answers: Answers, shape: ModelShape, data: DataFacts) -> Advice:
     Raises:
         BadInput: There is no such card, or the model cannot be adapted.
     """
-    gpu, free = card_for_advice(answers.card)
-    return advise(answers.goal, answers.base, shape, data, gpu=gpu, budget_bytes=free)
+    device = device_from_catalogue(find_gpu(answers.card)) if answers.card else device_of(place_of("auto"))
+    return advise(answers.goal, answers.base, shape, data, gpu=device.gpu, budget_bytes=device.free_bytes)
 
 
 def _facts(path: str, data: DataSet, base: str) -> DataFacts:

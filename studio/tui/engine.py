@@ -90,21 +90,12 @@ def _forecaster(recipe: Recipe, planned: str) -> "Forecaster":
     from studio.core.gpu_catalogue import find_gpu  # noqa: PLC0415  0.15 s with the rest
     from studio.probe.device import place_of  # noqa: PLC0415
     from studio.probe.pace import calibrated  # noqa: PLC0415
-    from studio.probe.plan import known_gpu  # noqa: PLC0415
-    from studio.tui.forecast import Card, Forecaster  # noqa: PLC0415
-    from studio.tui.reading import process_words  # noqa: PLC0415
+    from studio.probe.plan import device_from_catalogue, device_of  # noqa: PLC0415
+    from studio.tui.forecast import Forecaster  # noqa: PLC0415
 
     shape = _shape(recipe.model.base, recipe.model.revision)
-    if planned:
-        gpu = find_gpu(planned)
-        return Forecaster(shape, Card(gpu, gpu.total_bytes, planned=True), calibrated)
-    reading = place_of(recipe.device.device).card
-    known = known_gpu(reading) if reading else None
-    if reading is None or known is None:
-        return Forecaster(shape, Card())
-    free = known.total_bytes if reading.free_bytes is None else reading.free_bytes
-    others = tuple(process_words(process) for process in reading.others())
-    return Forecaster(shape, Card(known, free, reading.used_bytes or 0, others), calibrated)
+    device = device_from_catalogue(find_gpu(planned)) if planned else device_of(place_of(recipe.device.device))
+    return Forecaster(shape, device, calibrated)
 
 
 def _spills() -> bool:

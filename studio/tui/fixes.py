@@ -106,12 +106,12 @@ def fix_that_fits(recipe: Recipe, forecaster: Forecaster) -> Fix | None:
 
 
 def _search(recipe: Recipe, forecaster: Forecaster) -> Search:
-    budget = forecaster.budget_bytes(recipe)
+    budget = forecaster.device.budget_bytes(recipe)
     return Search(
         shape=forecaster.shape,
         estimate=lambda candidate: forecaster.outlook(candidate).estimate,
         budget_bytes=0 if budget is None else budget,
-        gpu=forecaster.card.gpu,
+        gpu=forecaster.device.gpu,
     )
 
 

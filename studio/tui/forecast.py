@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from studio.core.errors import BadInput
-from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.gpu_catalogue import Gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup, setup_of
+from studio.probe.plan import PlanDevice
 
 ADAPTER_BYTES_PER_PARAMETER = 4
 """Adapters are trained and saved in fp32 (peft's autocast_adapter_dtype)."""
@@ -19,25 +20,6 @@ Correction = Callable[[VramEstimate, Setup, Gpu | None], VramEstimate]
 
 _MOST_ROWS = 4096
 _REMEMBERED = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What the forecast is for.
-
-    Attributes:
-        gpu: The card; None where there is none.
-        free_bytes: What a run can get of it now; None where there is none.
-        others_bytes: What other processes hold of it.
-        others: Who they are, largest first, as far as the driver tells.
-        planned: Whether it was chosen from the catalogue and is not in this machine.
-    """
-
-    gpu: Gpu | None = None
-    free_bytes: int | None = None
-    others_bytes: int = 0
-    others: tuple[str, ...] = ()
-    planned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +43,15 @@ class Outlook:
 class Forecaster:
     """Estimates recipes for one model and one card and remembers what it has worked out."""
 
-    def __init__(self, shape: ModelShape, card: Card, correct: Correction | None = None) -> None:
-        """Estimate for a model on a card.
+    def __init__(self, shape: ModelShape, device: PlanDevice, correct: Correction | None = None) -> None:
+        """Estimate for a model on a device.
 
         Args:
             shape: The model.
-            card: The card.
+            device: Its card, or the CPU.
             correct: What this machine's own runs make of an estimate.
         """
-        self.shape, self.card, self._correct = shape, card, correct
+        self.shape, self.device, self._correct = shape, device, correct
         self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
         self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
 
@@ -79,12 +61,7 @@ class Forecaster:
         Raises:
             BadInput: Its targets or its rank do not suit the model.
         """
-        return Outlook(self._estimate(setup_of(recipe, self.card.gpu)), self.budget_bytes(recipe))
-
-    def budget_bytes(self, recipe: Recipe) -> int | None:
-        """Return what is free on the card, and no more than the recipe's own budget; None without either."""
-        wanted = int(recipe.device.budget_gib * GIB) or None
-        return min((limit for limit in (self.card.free_bytes, wanted) if limit is not None), default=None)
+        return Outlook(self._estimate(setup_of(recipe, self.device.gpu)), self.device.budget_bytes(recipe))
 
     def largest_batch(self, recipe: Recipe) -> int | None:
         """Return the largest micro-batch that fits at the high end of its range; 0 for none, None without a budget.
@@ -92,14 +69,14 @@ class Forecaster:
         Raises:
             BadInput: Targets or rank do not suit the model.
         """
-        budget = self.budget_bytes(recipe)
-        setup = replace(setup_of(recipe, self.card.gpu), micro_batch=1)
+        budget = self.device.budget_bytes(recipe)
+        setup = replace(setup_of(recipe, self.device.gpu), micro_batch=1)
         return None if budget is None else self._largest(setup, budget)
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
         check_adapted(self.shape, setup.adapted)
-        estimate = estimate_vram(self.shape, setup, self.card.gpu)
-        return self._correct(estimate, setup, self.card.gpu) if self._correct else estimate
+        estimate = estimate_vram(self.shape, setup, self.device.gpu)
+        return self._correct(estimate, setup, self.device.gpu) if self._correct else estimate
 
     def _searched(self, setup: Setup, budget: int) -> int:
         """Double until it is too much, then halve the gap."""

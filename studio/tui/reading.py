@@ -1,8 +1,10 @@
 """An outlook in the words and parts that the screen shows."""
 
 from studio.core.text import plain
+from studio.probe.gpus import Gpu as Card
 from studio.probe.gpus import GpuProcess
-from studio.tui.forecast import Card, Outlook
+from studio.probe.plan import PlanDevice
+from studio.tui.forecast import Outlook
 from studio.tui.readable import gib, to_gib
 from widgets.gauge_picture import Level, Part, Reading
 
@@ -48,7 +50,7 @@ def reading_of(outlook: Outlook | str) -> Reading:
     )
 
 
-def peak_words(outlook: Outlook, card: Card) -> list[str]:
+def peak_words(outlook: Outlook, device: PlanDevice) -> list[str]:
     """Return the lines below the gauge: where the peak is, what is left, which card is meant, any doubts."""
     stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
     room = ""
@@ -56,7 +58,7 @@ def peak_words(outlook: Outlook, card: Card) -> list[str]:
         left = outlook.estimate.headroom_bytes(outlook.budget_bytes)
         room = f", {gib(left)} GiB free" if left >= 0 else f", {gib(-left)} GiB over"
     notes = [plain(note, one_line=True) for note in outlook.estimate.notes[:_MOST_NOTES]]
-    return [f"Estimated peak {stage}{room}; rows taken as full.", card_words(card), *notes]
+    return [f"Estimated peak {stage}{room}; rows taken as full.", device_words(device), *notes]
 
 
 def process_words(process: GpuProcess) -> str:
@@ -67,20 +69,22 @@ def process_words(process: GpuProcess) -> str:
 
 
 def others_words(card: Card) -> str:
-    """Return who uses the card beside a run."""
-    if not card.others:
+    """Return who uses a card beside a run: the largest by name, as far as the driver tells."""
+    words = [process_words(process) for process in card.others()]
+    if not words:
         return "other processes"
-    more = len(card.others) - _MOST_NAMED
-    return ", ".join(card.others[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(words) - _MOST_NAMED
+    return ", ".join(words[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def card_words(card: Card) -> str:
+def device_words(device: PlanDevice) -> str:
     """Return which card the estimate is for."""
-    if card.gpu is None:
+    if device.gpu is None:
         return "This run has no NVIDIA card: g plans for one."
-    name = plain(card.gpu.name, one_line=True, limit=60)
-    total = f"{gib(card.gpu.total_bytes)} GiB"
-    if card.planned:
+    name = plain(device.gpu.name, one_line=True, limit=60)
+    total = f"{gib(device.gpu.total_bytes)} GiB"
+    if device.card is None:
         return f"Planned for {name}, {total}, with nothing else on it; g changes it."
-    others = f", {gib(card.others_bytes)} used by {others_words(card)}" if card.others_bytes else ""
+    used = device.card.used_bytes
+    others = f", {gib(used)} used by {others_words(device.card)}" if used else ""
     return f"On this {name}, {total}{others}; g plans for another."

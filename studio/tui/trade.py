@@ -67,7 +67,7 @@ def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[M
 
 
 def _pace(recipe: Recipe, forecaster: Forecaster) -> Pace:
-    gpu = forecaster.card.gpu
+    gpu = forecaster.device.gpu
     return pace_of(recipe, forecaster.shape, setup_of(recipe, gpu), gpu)
 
 

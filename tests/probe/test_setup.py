@@ -14,7 +14,6 @@ from studio.probe.known_models import known_models
 from studio.probe.setup import (
     Answers,
     advice_for,
-    card_for_advice,
     check_data,
     data_files,
     keep_answers,
@@ -105,7 +104,7 @@ def test_advice_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch:
     assert there.verdict == "fits"
     assert there.recipe.data.path == str(tmp_path / "rows.jsonl")
     with pytest.raises(BadInput):
-        card_for_advice("no such card")
+        advice_for(Answers(card="no such card"), shape, checked.facts)
 
 
 def test_a_folder_with_its_config_alone_is_enough_to_plan_for_another_card(tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ from studio.core.events import Evaluated, MemorySeen, Phase, Planned, Sampled, S
 from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.probe.gpus import Gpu as Card
+from studio.probe.gpus import GpuProcess
+from studio.probe.plan import PlanDevice, device_from_catalogue
 from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.last_recipe import LastRecipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.engine import Engine
-from studio.tui.forecast import Card, Forecaster
+from studio.tui.forecast import Forecaster
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import make_run
@@ -48,15 +51,21 @@ EIGHT_B = {
 """The config.json of Llama-3.1-8B, as far as its size goes."""
 
 
-def card_of(name: str = "RTX 4090", *, planned: bool = False, used_gib: float = 0.0) -> Card:
+def card_of(
+    name: str = "RTX 4090", *, planned: bool = False, used_gib: float = 0.0, processes: tuple[GpuProcess, ...] = ()
+) -> PlanDevice:
     gpu, used = find_gpu(name), int(used_gib * GIB)
-    return Card(gpu, gpu.total_bytes - used, used, planned=planned)
+    if planned:
+        return device_from_catalogue(gpu)
+    free = gpu.total_bytes - used
+    card = Card(0, gpu.name, "GPU-1", gpu.total_bytes, used, free, gpu.compute_capability, processes=processes)
+    return PlanDevice(gpu, free, card)
 
 
-def forecaster_on(card: Card) -> Callable[[Recipe, str], Forecaster]:
+def forecaster_on(device: PlanDevice) -> Callable[[Recipe, str], Forecaster]:
     """An eight-billion model on a card, or on the one that is planned for."""
     shape = shape_from_config(EIGHT_B)
-    return lambda recipe, planned: Forecaster(shape, card_of(planned, planned=True) if planned else card)
+    return lambda recipe, planned: Forecaster(shape, card_of(planned, planned=True) if planned else device)
 
 
 @dataclass

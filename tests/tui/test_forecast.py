@@ -1,7 +1,6 @@
 """The forecast without a screen: estimates, budgets, largest batches, fixes, and the words they become."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,13 @@ from studio.probe.device import Sight
 from studio.probe.gpus import Driver, GpuProcess
 from studio.probe.gpus import Gpu as Reading
 from studio.probe.machine import Machine
+from studio.probe.plan import PlanDevice
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.quality import Outcome
 from studio.tui import kept, trade
 from studio.tui.engine import Engine
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
-from studio.tui.forecast import Card, Forecaster, outlook_or_reason
+from studio.tui.forecast import Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import (
     applied_text,
     first_fix_text,
@@ -29,7 +29,7 @@ from studio.tui.panels.forecast_text import (
     over_budget_text,
     table_text,
 )
-from studio.tui.reading import peak_words, process_words, reading_of
+from studio.tui.reading import peak_words, reading_of
 from studio.tui.setup_texts import machine_text
 from studio.tui.trade import footnote, rows_of, sides_of
 from tests.tui.stories import EIGHT_B, ESCAPES, card_of
@@ -38,8 +38,8 @@ SMALL = Recipe(method="qlora").with_("train.micro_batch", 2)
 LARGE = Recipe(method="lora").with_("train.micro_batch", 12).with_("train.accumulation", 2)
 
 
-def on(card: Card) -> Forecaster:
-    return Forecaster(shape_from_config(EIGHT_B), card)
+def on(device: PlanDevice) -> Forecaster:
+    return Forecaster(shape_from_config(EIGHT_B), device)
 
 
 def on_4090() -> Forecaster:
@@ -86,15 +86,15 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
         assert forecaster.outlook(recipe.with_("train.micro_batch", largest)).verdict == "fits"
         assert forecaster.outlook(recipe.with_("train.micro_batch", largest + 1)).verdict != "fits"
     assert on(card_of("GTX 1660 Ti")).largest_batch(LARGE) == 0
-    assert on(Card()).largest_batch(SMALL) is None
+    assert on(PlanDevice()).largest_batch(SMALL) is None
 
 
 def test_a_budget_is_the_less_of_what_is_free_and_what_the_recipe_allows() -> None:
     busy = on(card_of(used_gib=4))
-    assert busy.budget_bytes(SMALL) == busy.card.free_bytes
-    assert busy.budget_bytes(SMALL.with_("device.budget_gib", 8.0)) == 8 * GIB
-    assert on(Card()).budget_bytes(SMALL) is None
-    assert on(Card()).outlook(SMALL).verdict is None
+    assert busy.device.budget_bytes(SMALL) == busy.device.free_bytes
+    assert busy.device.budget_bytes(SMALL.with_("device.budget_gib", 8.0)) == 8 * GIB
+    assert on(PlanDevice()).device.budget_bytes(SMALL) is None
+    assert on(PlanDevice()).outlook(SMALL).verdict is None
 
 
 def test_what_cannot_be_estimated_says_why() -> None:
@@ -145,7 +145,7 @@ def test_several_fixes_together_where_none_is_enough() -> None:
 
 
 def test_where_nothing_helps_it_says_so() -> None:
-    forecaster = on(Card(card_of().gpu, 2 * GIB))
+    forecaster = on(PlanDevice(card_of().gpu, 2 * GIB))
     assert fix_that_fits(LARGE, forecaster) is None
     assert "Nothing here makes it fit" in first_fix_text(None).plain
     assert "not enough alone" in other_fixes_text(single_fixes(LARGE, forecaster), None).plain
@@ -176,7 +176,7 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
     assert rows["time, est."][0].endswith("min")
     assert "Speed: a roofline" in footnote(sides)
     assert waiting["tok/s, est."] == ("...", "...")
-    unknown = sides_of(SMALL, on(Card()), batches=True)
+    unknown = sides_of(SMALL, on(PlanDevice()), batches=True)
     assert {row[0]: row[1:] for row in rows_of(unknown, waiting=False)}["tok/s, est."] == ("not known", "not known")
     bare = [row[0] for row in rows_of(unknown, waiting=False)]
     assert "on this card" not in bare
@@ -203,14 +203,14 @@ def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: 
 
 def test_the_words_name_stage_room_card_and_others() -> None:
     forecaster = on(card_of(used_gib=3))
-    words = "\n".join(peak_words(forecaster.outlook(SMALL), forecaster.card))
+    words = "\n".join(peak_words(forecaster.outlook(SMALL), forecaster.device))
     assert "Estimated peak in the backward pass, " in words
     assert "GiB free" in words
     assert "3.0 used by other processes" in words
     planned = peak_words(on_4090().outlook(LARGE), card_of("RTX 4090", planned=True))
     assert "GiB over" in planned[0]
     assert "Planned for RTX 4090" in planned[1]
-    assert "no NVIDIA card" in peak_words(on(Card()).outlook(SMALL), Card())[1]
+    assert "no NVIDIA card" in peak_words(on(PlanDevice()).outlook(SMALL), PlanDevice())[1]
 
 
 @pytest.mark.parametrize(("spills", "fate"), [(False, "out of memory.\n"), (True, "spill into main memory")])
@@ -219,7 +219,7 @@ def test_the_question_before_a_launch(spills: bool, fate: str) -> None:
     outlook = forecaster.outlook(LARGE)
     first = fix_that_fits(LARGE, forecaster)
     assert first is not None
-    told = over_budget_text(outlook, forecaster.card, first, spills=spills).plain
+    told = over_budget_text(outlook, forecaster.device, first, spills=spills).plain
     for part in ("does not fit", "GiB too much", "Other processes hold 3.0 GiB", fate, first.words):
         assert part in told
     assert "u undoes it" in applied_text(first)
@@ -236,8 +236,8 @@ def test_the_planned_card_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_who_else_uses_the_card_is_named_and_harmless() -> None:
-    named = tuple(
-        process_words(GpuProcess(pid, name, used))
+    processes = tuple(
+        GpuProcess(pid, name, used)
         for pid, name, used in (
             (11, "/usr/lib/Xorg", 512 * 2**20),
             (12, f"evil{ESCAPES}", None),
@@ -245,8 +245,8 @@ def test_who_else_uses_the_card_is_named_and_harmless() -> None:
             (14, "chrome", GIB),
         )
     )
-    card = replace(card_of(used_gib=3.0), others=named)
-    words = peak_words(on(card).outlook(SMALL), card)[1]
+    device = card_of(used_gib=3.0, processes=processes)
+    words = peak_words(on(device).outlook(SMALL), device)[1]
     assert "3.0 used by Xorg (11) 0.5, evil" in words
     assert "process (13) 1.0 and 1 more" in words
     assert "\x1b" not in words.replace("\\x1b", "")

@@ -12,9 +12,10 @@ from textual.widgets import OptionList
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
+from studio.probe.plan import PlanDevice
 from studio.tui.app import StudioApp
 from studio.tui.engine import Engine
-from studio.tui.forecast import Card, Forecaster
+from studio.tui.forecast import Forecaster
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
@@ -187,7 +188,7 @@ def test_a_cpu_is_asked_about_where_a_card_was_planned_for_or_memory_is_short(
     engine = engine_that(
         asked,
         makes=lambda: make_run(tmp_path),
-        forecaster=forecaster_on(Card()),
+        forecaster=forecaster_on(PlanDevice()),
         planned=planned,
         free_ram_bytes=free_gib * GIB,
     )
@@ -247,7 +248,7 @@ def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
         assert isinstance(app.screen, CardScreen), "nothing to choose"
         await pilot.press("escape")
 
-    play(story, tmp_path, engine=engine_that(asked, forecaster=forecaster_on(Card())))
+    play(story, tmp_path, engine=engine_that(asked, forecaster=forecaster_on(PlanDevice())))
 
 
 def test_a_model_that_cannot_be_sized_says_why_and_another_is_looked_at(tmp_path: Path) -> None:
@@ -333,10 +334,10 @@ def test_the_real_engine_sizes_a_folder_and_keeps_the_card(tmp_path: Path, monke
     engine, recipe = Engine(), Recipe().with_("model.base", str(folder))
     found = engine.forecaster(recipe, "RTX 4090")
     assert found.shape.parameters == pytest.approx(8.03e9, rel=0.01)
-    assert found.card.planned
+    assert found.device.card is None
     assert found.outlook(recipe).verdict == "fits"
     here = engine.forecaster(recipe.with_("device.device", "cpu"), "")
-    assert here.card == Card()
+    assert here.device == PlanDevice()
     for word in (str(tmp_path / "none"), "~nobody-of-that-name/x", "a" * 5000, "a\0b"):
         with pytest.raises(BadInput):
             engine.forecaster(recipe.with_("model.base", word), "")

@@ -199,7 +199,7 @@ class Forecast(VerticalScroll):
         from studio.tui.reading import peak_words  # noqa: PLC0415  with the estimator
         from studio.tui.trade import sides_of  # noqa: PLC0415
 
-        self._update("#peak", Content("\n".join(peak_words(outlook, forecaster.card))))
+        self._update("#peak", Content("\n".join(peak_words(outlook, forecaster.device))))
         if outlook.verdict in (None, "fits"):
             self._show_fixes([], None)
         self._show_table(sides_of(recipe, forecaster, batches=False), waiting=True)

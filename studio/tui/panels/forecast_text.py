@@ -6,8 +6,9 @@ from textual.content import Content
 
 from studio.core.recipe import Method
 from studio.core.text import plain
+from studio.probe.plan import PlanDevice
 from studio.tui.fixes import Fix
-from studio.tui.forecast import Card, Outlook
+from studio.tui.forecast import Outlook
 from studio.tui.form_fields import SHOWN
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES, others_words
@@ -56,23 +57,25 @@ def applied_text(fix: Fix) -> str:
     return f"{fix.words}: now {gib(after)} GiB, {fix.outlook.verdict}. u undoes it."
 
 
-def over_budget_text(outlook: Outlook, card: Card, first: Fix | None, *, spills: bool) -> Content:
+def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *, spills: bool) -> Content:
     """Return the question before a launch that does not fit.
 
     Args:
         outlook: What the recipe needs on this machine's card.
-        card: That card.
+        device: That card.
         first: What `f` would do, where anything helps.
         spills: Whether the driver moves what does not fit into main memory.
     """
     stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
-    name = plain(card.gpu.name, one_line=True, limit=60) if card.gpu else "the card"
-    who = f" ({others_words(card)})" if card.others else ""
-    held = f" Other processes hold {gib(card.others_bytes)} GiB of it{who}." if card.others_bytes else ""
-    device = outlook.estimate.device
+    name = plain(device.gpu.name, one_line=True, limit=60) if device.gpu else "the card"
+    held, card = "", device.card
+    if card is not None and card.used_bytes:
+        who = f" ({others_words(card)})" if card.others() else ""
+        held = f" Other processes hold {gib(card.used_bytes)} GiB of it{who}."
+    peak = outlook.estimate.device
     parts: _Parts = [
         ("This does not fit.\n", "$text-error bold"),
-        f"Estimated peak {gib(device.expected)} GiB ({gib(device.low)}-{gib(device.high)}) {stage}; this run can get "
+        f"Estimated peak {gib(peak.expected)} GiB ({gib(peak.low)}-{gib(peak.high)}) {stage}; this run can get "
         f"{gib(outlook.budget_bytes)} GiB of {name}: {gib(outlook.over_bytes)} GiB too much.{held}\n",
         "It would probably end with out of memory"
         + (": it keeps to the card, since the driver here would spill into main memory.\n" if spills else ".\n"),

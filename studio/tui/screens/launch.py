@@ -126,10 +126,10 @@ def question_before_launch(recipe: Recipe, engine: Engine, planned: str = "") ->
     except StudioError:
         return None
     outlook = forecaster.outlook(recipe)
-    if forecaster.card.gpu is None:
+    if forecaster.device.gpu is None:
         free_bytes = engine.free_ram_bytes()
         too_large = free_bytes is not None and outlook.estimate.device.low > free_bytes
         return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
     if outlook.verdict != "does not fit":
         return None
-    return over_budget_text(outlook, forecaster.card, fix_that_fits(recipe, forecaster), spills=engine.spills())
+    return over_budget_text(outlook, forecaster.device, fix_that_fits(recipe, forecaster), spills=engine.spills())
