@@ -1,10 +1,14 @@
-"""Names and advice for what torch and its friends raise, for every job.
+"""How a job ends early: what the user asked for, and what torch and its friends raise, with a name and advice.
 
 Memory, disks and cards are not here: `studio.runs` knows them (`failure`, `disk`, `native`). By name and text, so that
 nothing has to be imported to explain that an import failed.
 """
 
-from studio.core.errors import JobFailed
+from studio.core.errors import JobFailed, StudioError
+
+
+class Cancelled(StudioError):
+    """The user asked a job to end before there was anything to keep, or all of it is kept."""
 
 
 def explain(error: BaseException) -> JobFailed | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.events import Phase
+from studio.jobs.base.failures import Cancelled
 from studio.probe.fingerprint import fingerprint
 from studio.runs.worker import Worker
 
@@ -12,7 +13,7 @@ READING = "reading the base's weights"
 _TWENTIETHS = 20
 
 
-def read_fingerprint(worker: Worker, folder: Path, stopped: Callable[[str], Exception]) -> dict[str, Any]:
+def read_fingerprint(worker: Worker, folder: Path, stopped: Callable[[str], Exception] = Cancelled) -> dict[str, Any]:
     """Return the fingerprint of a base; says how far the reading is, in twentieths, where its weights must be read.
 
     Args:

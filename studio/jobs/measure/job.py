@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import transformers
 
-from studio.core.errors import StudioError
 from studio.core.events import Finished, Phase, Started, Warned
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
 from studio.jobs.base.device import job_device
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.measure.real import measure_card
 from studio.jobs.measure.trace import Target, trace
 from studio.probe.measure import base_config, remember_measurement
@@ -46,7 +46,7 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
         worker.emit(Phase, name="tracing the step without weights", detail=recipe.method)
         try:
             seen = _traced(worker, request, recipe)
-        except _Stopped:
+        except Cancelled:
             return worker.emit(Finished, outcome="stopped", seconds=round(time.perf_counter() - began, 3))
     report = {**seen, "versions": versions, "seconds": round(time.perf_counter() - began, 3)}
     write_whole(worker.paths.report, json.dumps(report, indent=1))
@@ -55,14 +55,10 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
     return worker.emit(Finished, outcome="done", seconds=report["seconds"])
 
 
-class _Stopped(StudioError):
-    """The user asked for an early end: there is nothing to keep of half a trace."""
-
-
 def _traced(worker: Worker, request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
     def look() -> None:
         if worker.requested("stop"):
-            raise _Stopped
+            raise Cancelled("stopped while the step was traced")
 
     major, _, minor = request.capability.partition(".")
     target = Target(request.device, request.dtype, (int(major), int(minor or 0)))

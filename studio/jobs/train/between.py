@@ -14,6 +14,7 @@ from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.train.adapter import save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
@@ -27,10 +28,6 @@ from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
-
-
-class _Stop(Exception):
-    """The user asked for the end in the middle of a measurement."""
 
 
 @dataclass(slots=True)
@@ -82,7 +79,7 @@ class Between:
                 batcher=self.batcher,
                 progress=self._evaluating,
             )
-        except _Stop:
+        except Cancelled:
             return
         tokens = sum(seen.tokens)
         self.last_eval = math.fsum(seen.sums) / tokens if tokens else math.nan
@@ -190,7 +187,7 @@ class Between:
     def _evaluating(self, fraction: float) -> None:
         self.tell("evaluating", fraction)
         if self.stopping:
-            raise _Stop
+            raise Cancelled("stopped while the held-out rows were measured")
 
     def _pause(self, progress: Progress) -> None:
         if self.worker.requested("pause") and not self.stopping:

@@ -17,6 +17,7 @@ from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
 from studio.jobs.base.device import card_used, job_device
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.base.reading import read_fingerprint
@@ -30,7 +31,7 @@ from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.phase import PhaseTeller
-from studio.jobs.train.read_rows import Rows, Stopped, check_fit, read_rows
+from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.calibrate import remember_run
@@ -67,7 +68,7 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))
     try:
         _train(worker, recipe, going_on)
-    except Stopped:
+    except Cancelled:
         worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
 
 
@@ -84,7 +85,7 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
     folder = base_folder(base, tell)
-    trained_on = read_fingerprint(worker, folder, Stopped)
+    trained_on = read_fingerprint(worker, folder)
     refuse_other_base(worker.paths, first, folder, trained_on)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     rows = read_rows(

@@ -8,20 +8,17 @@ from typing import Any
 
 from peft import PeftModel
 
-from studio.core.errors import BadInput, JobFailed, StudioError
+from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
 from studio.jobs.base.data.template import ensure_template
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.train.phase import PhaseTeller
 from studio.probe.data import DataSet, Row, read_data
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
 from studio.runs.worker import Worker
-
-
-class Stopped(StudioError):
-    """The user asked for a stop before there was anything to train on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +49,13 @@ def read_rows(
     Raises:
         BadInput: A file changed since it was checked and cannot be used any more.
         JobFailed: No row is left with anything to learn.
-        Stopped: The user asked for a stop.
+        Cancelled: The user asked for a stop.
     """
 
     def read(fraction: float) -> None:
         tell("reading the data", fraction)
         if worker.requested("stop"):
-            raise Stopped("stopped while the data were read")
+            raise Cancelled("stopped while the data were read")
 
     def file_read(done: int, total: int) -> None:
         read(done / max(1, total))
