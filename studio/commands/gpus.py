@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 from studio.commands.options import add_json
 from studio.commands.terminal import DONE, say, size, table, write_json
+from studio.probe.cards import Card
 from studio.probe.device import MASK, Sight, look, visible_cards
-from studio.probe.gpus import Gpu
 from studio.probe.torch_cards import why_unusable
 
 _NONE = "no NVIDIA driver answers on this machine: jobs run on the CPU"
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def notes_on(card: Gpu) -> list[str]:
+def notes_on(card: Card) -> list[str]:
     """Return what else is worth knowing of a card: how it is cut or shared, and who uses it."""
     notes = []
     if card.mig:
@@ -53,7 +53,7 @@ def notes_on(card: Gpu) -> list[str]:
     return notes
 
 
-def words_for(card: Gpu, sight: Sight) -> tuple[str, ...]:
+def words_for(card: Card, sight: Sight) -> tuple[str, ...]:
     """Return what a recipe's `device.device` calls a card here; nothing where a mask hides it.
 
     A card that is cut into instances has a word for each that the mask names.
@@ -62,7 +62,7 @@ def words_for(card: Gpu, sight: Sight) -> tuple[str, ...]:
     return tuple(f"cuda:{number}" for number, other in enumerate(seen) if other.index == card.index)
 
 
-def _row(card: Gpu, words: tuple[str, ...]) -> list[str]:
+def _row(card: Card, words: tuple[str, ...]) -> list[str]:
     capability = ".".join(map(str, card.capability)) if card.capability else "?"
     busy = "?" if card.busy_percent is None else f"{card.busy_percent} %"
     heat = "?" if card.celsius is None else f"{card.celsius} °C"

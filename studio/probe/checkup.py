@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.cards import Driver
 from studio.probe.device import MASK, Place, Sight, place_of
 from studio.probe.embedded_model import find_embedded
-from studio.probe.gpus import Driver
 from studio.probe.machine import Machine
 from studio.probe.torch_cards import ask_torch, driver_words, serves, torch_build, why_unusable
 from studio.runs.store import left_over

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.gpus import Driver, Gpu, GpuReader
+from studio.probe.cards import Card, CardReader, Driver
 from studio.probe.torch_cards import TorchBuild, ask_torch, may_have_card, torch_build, why_unusable
 from studio.runs.layout import RunPaths
 
@@ -49,11 +49,11 @@ class Sight:
         hinted: Whether something speaks for a card where no driver answers.
     """
 
-    cards: list[Gpu] | None
+    cards: list[Card] | None
     driver: Driver = field(default_factory=Driver)
     build: TorchBuild | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
-    ask: Callable[[bool], list[Gpu] | None] = lambda masked: None
+    ask: Callable[[bool], list[Card] | None] = lambda masked: None
     hinted: bool = False
 
 
@@ -70,7 +70,7 @@ class Place:
         by_bus: Whether a number in `visible` counts by PCI bus; else as CUDA counts in this environment.
     """
 
-    card: Gpu | None = None
+    card: Card | None = None
     visible: str | None = None
     refusal: str = ""
     note: str = ""
@@ -108,14 +108,14 @@ class Visible:
         refusal: Why their order cannot be known.
     """
 
-    cards: tuple[Gpu, ...]
+    cards: tuple[Card, ...]
     why_none: str = ""
     refusal: str = ""
 
 
 def look() -> Sight:
     """Return what can be known of this machine's cards."""
-    reader = GpuReader()
+    reader = CardReader()
     try:
         cards = reader.read()
         driver = reader.driver() if cards else Driver()
@@ -204,7 +204,7 @@ def visible_cards(sight: Sight) -> Visible:
         if asked is None:
             return Visible((), refusal=_unknown_order(mask, cards))
         numbered = asked
-    found: list[Gpu] = []
+    found: list[Card] = []
     for entry in entries:
         card = _numbered(entry, numbered) if by_number else _named(entry, cards)
         if card is None:
@@ -235,12 +235,12 @@ def _entries(mask: str) -> list[str]:
     return entries
 
 
-def _numbered(entry: str, cards: list[Gpu]) -> Gpu | None:
+def _numbered(entry: str, cards: list[Card]) -> Card | None:
     number = int(entry)
     return _instance(cards[number]) if number < len(cards) else None
 
 
-def _named(entry: str, cards: list[Gpu]) -> Gpu | None:
+def _named(entry: str, cards: list[Card]) -> Card | None:
     """Return the card, or the instance of one, that a UUID or the beginning of one names; None for none or several."""
     if entry.startswith("GPU-"):
         found = [_instance(card) for card in cards if (card.uuid or "").startswith(entry)]
@@ -254,11 +254,11 @@ def _named(entry: str, cards: list[Gpu]) -> Gpu | None:
     return found[0] if len(found) == 1 else None
 
 
-def _old_name(card: Gpu, number: tuple[int, int] | None) -> str | None:
+def _old_name(card: Card, number: tuple[int, int] | None) -> str | None:
     return f"MIG-{card.uuid}/{number[0]}/{number[1]}" if number else None
 
 
-def _instance(card: Gpu, place: int = 0) -> Gpu:
+def _instance(card: Card, place: int = 0) -> Card:
     """Return a card as a process sees it: of one that is cut into instances, one of them."""
     if not card.instances:
         return card
@@ -272,7 +272,7 @@ def _instance(card: Gpu, place: int = 0) -> Gpu:
     )
 
 
-def _as_cuda_orders(cards: list[Gpu], sight: Sight) -> list[Gpu] | None:
+def _as_cuda_orders(cards: list[Card], sight: Sight) -> list[Card] | None:
     """Return the cards in CUDA's own order, fastest first by a rule that only CUDA knows."""
     asked = sight.ask(False) or []
     known = {card.uuid: card for card in cards if card.uuid}
@@ -280,7 +280,7 @@ def _as_cuda_orders(cards: list[Gpu], sight: Sight) -> list[Gpu] | None:
     return ordered if len(ordered) == len(cards) else None
 
 
-def _unknown_order(mask: str, cards: list[Gpu]) -> str:
+def _unknown_order(mask: str, cards: list[Card]) -> str:
     return (
         f"{MASK}={_shown(mask)} counts cards from the fastest on, and which of {_listed(cards)} CUDA takes for the "
         f"fastest cannot be found out here. Set {ORDER}={_BY_BUS}, and the numbers are those of nvidia-smi; or name "
@@ -288,13 +288,13 @@ def _unknown_order(mask: str, cards: list[Gpu]) -> str:
     )
 
 
-def _best(cards: tuple[Gpu, ...], sight: Sight) -> Gpu:
+def _best(cards: tuple[Card, ...], sight: Sight) -> Card:
     """Return the first of the cards with the most memory, among those that torch can use, if there are some."""
     usable = [card for card in cards if not why_unusable(card, sight.driver, sight.build)]
     return max(usable or cards, key=lambda card: card.total_bytes or 0)
 
 
-def _name_of(card: Gpu) -> str:
+def _name_of(card: Card) -> str:
     """Return what a mask calls a card; a card without a UUID has its number by PCI bus."""
     return card.uuid or str(card.index)
 
@@ -354,7 +354,7 @@ def _to_cpu(setting: str) -> str:
     return f"To run on the CPU all the same, ask for it: {setting} = cpu (train --set {setting}=cpu, demo --device cpu)"
 
 
-def _other_card(run_card: str, own: Gpu | None, chosen: Gpu) -> str:
+def _other_card(run_card: str, own: Card | None, chosen: Card) -> str:
     if not run_card or own is not None:
         return ""
     return (
@@ -371,7 +371,7 @@ def _choices(seen: Visible, sight: Sight) -> str:
     return f"under {MASK}={_shown(mask)} there are {named}" if mask is not None else f"this machine has {named}"
 
 
-def _listed(cards: list[Gpu]) -> str:
+def _listed(cards: list[Card]) -> str:
     return ", ".join(f"{card.index} ({plain(card.name, one_line=True, limit=80)})" for card in cards) or "none"
 
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.probe.gpus import Driver, Gpu, read_driver, read_gpus
+from studio.probe.cards import Card, Driver, read_cards, read_driver
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Machine:
         cuda: The newest CUDA that the driver serves, such as (13, 0).
     """
 
-    cards: list[Gpu] | None
+    cards: list[Card] | None
     driver: str | None
     ram_bytes: int | None
     free_ram_bytes: int | None
@@ -43,7 +43,7 @@ def read_machine(folder: Path) -> Machine:
     Args:
         folder: Where runs are kept; need not exist yet.
     """
-    cards = read_gpus()
+    cards = read_cards()
     driver = Driver() if cards is None else read_driver()
     ram, free_ram = _ram()
     return Machine(

@@ -11,8 +11,8 @@ from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import setup_of
+from studio.probe.cards import Card
 from studio.probe.device import Place, place_of
-from studio.probe.gpus import Gpu as Card
 from studio.probe.models import BaseFound
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.setting import CARD_USED

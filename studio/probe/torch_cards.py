@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.text import plain
-from studio.probe.gpus import Driver, Gpu
+from studio.probe.cards import Card, Driver
 
 _ASK = """
 import json, torch
@@ -93,7 +93,7 @@ def read_build(folder: Path) -> TorchBuild | None:
     return TorchBuild(version, numbers_of(cuda), hip if isinstance(hip, str) else None, _releases(folder))
 
 
-def why_unusable(card: Gpu, driver: Driver, build: TorchBuild | None) -> str:
+def why_unusable(card: Card, driver: Driver, build: TorchBuild | None) -> str:
     """Return why the installed torch cannot compute on a card that the driver shows, and what would help.
 
     Nothing is returned where it can, and where that cannot be told from here: the job itself looks again.
@@ -127,7 +127,7 @@ def why_unusable(card: Gpu, driver: Driver, build: TorchBuild | None) -> str:
     return ""
 
 
-def _why_silent(card: Gpu) -> str:
+def _why_silent(card: Card) -> str:
     """Return why nothing could compute on a card, whatever the torch."""
     if card.uuid is None and card.total_bytes is None and card.capability is None:
         return (
@@ -157,7 +157,7 @@ def driver_words(driver: Driver) -> str:
     return f"{version} (CUDA {_dotted(driver.cuda)} at most)" if driver.cuda else version
 
 
-def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Gpu] | None:
+def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Card] | None:
     """Return the cards that torch sees, in CUDA's order; None where it cannot be asked.
 
     A build without CUDA sees none; any other is asked in a process of its own, which takes seconds. What it said is
@@ -176,7 +176,7 @@ def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Gpu]
 
 
 @lru_cache(maxsize=4)
-def _asked(python: str, mask: str | None, order: str | None) -> list[Gpu] | None:
+def _asked(python: str, mask: str | None, order: str | None) -> list[Card] | None:
     environment = {name: text for name, text in os.environ.items() if name not in (_MASK, _ORDER)}
     environment |= {name: text for name, text in ((_MASK, mask), (_ORDER, order)) if text is not None}
     try:
@@ -189,7 +189,7 @@ def _asked(python: str, mask: str | None, order: str | None) -> list[Gpu] | None
             env=environment,
         )
         return [
-            Gpu(index, plain(str(name), one_line=True), str(uuid), int(total), capability=(int(major), int(minor)))
+            Card(index, plain(str(name), one_line=True), str(uuid), int(total), capability=(int(major), int(minor)))
             for index, (name, uuid, total, major, minor) in enumerate(json.loads(done.stdout.splitlines()[-1]))
         ]
     except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError):
@@ -237,7 +237,7 @@ def _runs(capability: tuple[int, int], codes: frozenset[int]) -> bool | None:
     return None if own > max(codes) or own in _ALONE else False
 
 
-def _install(card: Gpu, driver: Driver, build: TorchBuild) -> str:
+def _install(card: Card, driver: Driver, build: TorchBuild) -> str:
     """Return which torch to install for a card under the driver that is there."""
     release = build.version.partition("+")[0]
     fitting = [

@@ -1,8 +1,7 @@
 """An outlook in the words and parts that the screen shows."""
 
 from studio.core.text import plain
-from studio.probe.gpus import Gpu as Card
-from studio.probe.gpus import GpuProcess
+from studio.probe.cards import Card, CardProcess
 from studio.probe.plan import PlanDevice
 from studio.tui.forecast import Outlook
 from studio.tui.readable import gib, to_gib
@@ -61,7 +60,7 @@ def peak_words(outlook: Outlook, device: PlanDevice) -> list[str]:
     return [f"Estimated peak {stage}{room}; rows taken as full.", device_words(device), *notes]
 
 
-def process_words(process: GpuProcess) -> str:
+def process_words(process: CardProcess) -> str:
     """Return who uses a card: name, number, and how much of it where the driver tells."""
     name = plain((process.name or "process").rpartition("/")[2], one_line=True, limit=_LONGEST_NAME)
     held = f" {gib(process.used_bytes)}" if process.used_bytes is not None else ""

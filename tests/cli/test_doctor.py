@@ -13,7 +13,7 @@ import pytest
 from studio.commands import doctor
 from studio.core.calibration import Observation
 from studio.probe import checkup
-from studio.probe.gpus import Gpu, GpuProcess
+from studio.probe.cards import Card, CardProcess
 from studio.probe.machine import Machine
 from studio.probe.setting import setting_of
 from studio.probe.torch_cards import TorchBuild
@@ -23,7 +23,7 @@ from studio.runs.layout import new_run
 from tests.cli.conftest import Cli
 
 GIB = 2**30
-CARD = Gpu(
+CARD = Card(
     0,
     "NVIDIA GeForce RTX 4090",
     "GPU-0",
@@ -31,7 +31,7 @@ CARD = Gpu(
     2 * GIB,
     22 * GIB,
     (8, 9),
-    processes=(GpuProcess(1, "Xorg", GIB),),
+    processes=(CardProcess(1, "Xorg", GIB),),
 )
 CUDA_13 = TorchBuild("2.13.0", (13, 0), None, {(13, 0): frozenset({75, 86, 90}), (12, 6): frozenset({61, 75, 86})})
 CPU_BUILD = TorchBuild("2.13.0+cpu")

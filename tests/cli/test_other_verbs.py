@@ -16,8 +16,8 @@ from studio.commands import demo, terminal
 from studio.commands import gpus as gpus_verb
 from studio.commands.loss_plot import loss_plot, thinned, ticks
 from studio.core.events import Evaluated, Sampled, StepDone
+from studio.probe.cards import Card, Driver
 from studio.probe.device import Sight
-from studio.probe.gpus import Driver, Gpu
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.history import History
 from studio.runs.store import list_runs
@@ -92,7 +92,7 @@ def test_colours_only_where_they_are_welcome() -> None:
 
 
 def test_what_a_recipe_calls_each_card_and_which_cannot_be_used(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = [Gpu(0, "NVIDIA T400", "GPU-a"), Gpu(1, "NVIDIA A10", "GPU-b"), Gpu(2, "NVIDIA A10", "GPU-c")]
+    cards = [Card(0, "NVIDIA T400", "GPU-a"), Card(1, "NVIDIA A10", "GPU-b"), Card(2, "NVIDIA A10", "GPU-c")]
     build = TorchBuild("2.13.0", (13, 0))
     masked = {"CUDA_VISIBLE_DEVICES": "GPU-c,GPU-a"}
     monkeypatch.setattr(gpus_verb, "look", lambda: Sight(cards, Driver("560.35.03", (12, 6)), build, masked))

@@ -12,8 +12,8 @@ import pytest
 
 from studio.commands import plan as verb
 from studio.core.gpu_catalogue import GIB, MIB
+from studio.probe.cards import Card, CardProcess
 from studio.probe.device import Sight
-from studio.probe.gpus import Gpu, GpuProcess
 from studio.runs.recipe_file import shipped_recipes
 from tests.cli.conftest import Cli
 from tests.core.published_rows import DATA
@@ -146,7 +146,7 @@ def test_people_get_the_same_numbers_in_words(cli: Cli, llama: str) -> None:
 
 
 def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading = Gpu(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 4564 * MIB, 20000 * MIB, (8, 9))
+    reading = Card(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 4564 * MIB, 20000 * MIB, (8, 9))
     monkeypatch.setattr(verb, "look", lambda: Sight([reading]))
     document = cli("plan", "--model", llama, "--json").document
     assert document["budget_bytes"] == 20000 * MIB
@@ -157,8 +157,8 @@ def test_this_machine_s_card_and_what_is_free_on_it(cli: Cli, llama: str, monkey
 
 
 def test_who_else_is_on_the_card_is_named(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    others = (GpuProcess(1200, "Xorg", 312 * MIB), GpuProcess(77, None, None))
-    reading = Gpu(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 564 * MIB, 24000 * MIB, (8, 9), processes=others)
+    others = (CardProcess(1200, "Xorg", 312 * MIB), CardProcess(77, None, None))
+    reading = Card(0, "NVIDIA GeForce RTX 4090", None, 24564 * MIB, 564 * MIB, 24000 * MIB, (8, 9), processes=others)
     monkeypatch.setattr(verb, "look", lambda: Sight([reading]))
     assert "used by Xorg (pid 1200, 312.0 MiB), unnamed (pid 77, ?)" in cli("plan", "--model", llama).out
     document = cli("plan", "--model", llama, "--json").document
@@ -167,7 +167,7 @@ def test_who_else_is_on_the_card_is_named(cli: Cli, llama: str, monkeypatch: pyt
 
 
 def test_an_instance_of_a_card_has_its_share_of_speed(cli: Cli, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Gpu(0, "NVIDIA A100-SXM4-80GB", None, 81920 * MIB, 0, 81920 * MIB, (8, 0), mig=False)
+    whole = Card(0, "NVIDIA A100-SXM4-80GB", None, 81920 * MIB, 0, 81920 * MIB, (8, 0), mig=False)
     part = replace(whole, total_bytes=20480 * MIB, free_bytes=20480 * MIB, mig=True)
     speeds = []
     for reading in (whole, part):

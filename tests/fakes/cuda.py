@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from studio.probe.cards import Card, CardReader
 from studio.probe.device import Sight
-from studio.probe.gpus import Gpu, GpuReader
 from studio.probe.torch_cards import TorchBuild
 
 GIB = 2**30
@@ -76,16 +76,16 @@ class FakeMachine:
 
     def sight(self) -> Sight:
         """What the program sees of the machine from a process without torch, in the environment as it is now."""
-        reader = GpuReader(nvml=FakeNvml(self))
+        reader = CardReader(nvml=FakeNvml(self))
         cards = reader.read()
         return Sight(cards, reader.driver(), self.build, dict(os.environ), self.ask, hinted=not self.nvml)
 
-    def ask(self, masked: bool) -> list[Gpu] | None:
+    def ask(self, masked: bool) -> list[Card] | None:
         """What a torch in a process of its own says of its cards."""
         environ = {key: text for key, text in os.environ.items() if masked or key != "CUDA_VISIBLE_DEVICES"}
         seen = self.visible(environ) if self.works() else []
         return [
-            Gpu(place, card.name, instance or card.uuid, card.gib * GIB, capability=card.capability)
+            Card(place, card.name, instance or card.uuid, card.gib * GIB, capability=card.capability)
             for place, (card, instance) in enumerate(seen)
         ]
 

@@ -16,8 +16,8 @@ import torch
 
 from studio.jobs.base.device import card_used
 from studio.jobs.train.memory import _nvml_handle, _own_device_bytes
+from studio.probe.cards import Card
 from studio.probe.device import look, place_of
-from studio.probe.gpus import Gpu
 from studio.probe.start import start_training
 from studio.probe.torch_cards import driver_words, runs_on, why_unusable
 from studio.runs.status import run_status
@@ -93,7 +93,7 @@ def torch_cards() -> list[dict[str, str]]:
     return [{"pci": "-", **card} for card in found]
 
 
-def pairs(nvml: Sequence[Gpu], seen: Sequence[dict[str, str]]) -> list[str]:
+def pairs(nvml: Sequence[Card], seen: Sequence[dict[str, str]]) -> list[str]:
     """Return which of NVML's numbers is which of torch's, by UUID, or by PCI address: an instance has its card's."""
     lines = []
     for index, card in enumerate(seen):
@@ -103,7 +103,7 @@ def pairs(nvml: Sequence[Gpu], seen: Sequence[dict[str, str]]) -> list[str]:
     return lines
 
 
-def nvml_line(card: Gpu) -> str:
+def nvml_line(card: Card) -> str:
     """Return a card in one line."""
     total = f"{card.total_bytes / GIB:.1f} GiB" if card.total_bytes else "memory unknown"
     mig = {True: f", MIG with {len(card.instances)} instances", False: ", MIG off", None: ""}[card.mig]

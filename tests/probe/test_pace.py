@@ -12,10 +12,10 @@ from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup, setup_of
+from studio.probe.cards import Card
 from studio.probe.data import read_data, split
 from studio.probe.data.sampled import guess_rows
 from studio.probe.device import Place
-from studio.probe.gpus import Gpu as Reading
 from studio.probe.models import find_base
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import plan_for
@@ -184,7 +184,7 @@ def test_a_card_that_no_table_lists_is_known_after_its_first_run() -> None:
 
 def test_a_run_keeps_its_speed_and_what_others_held(rows: Path) -> None:
     recipe = Recipe().with_("data.path", str(rows))
-    card = Reading(0, "NVIDIA GeForce RTX 4090", "GPU-1", 24 * GIB, 2 * GIB, 22 * GIB, (8, 9))
+    card = Card(0, "NVIDIA GeForce RTX 4090", "GPU-1", 24 * GIB, 2 * GIB, 22 * GIB, (8, 9))
     plan = plan_for(recipe, find_base("embedded"), place=Place(card))
     assert plan["tokens_per_second"]["low"] < plan["tokens_per_second"]["high"]
     assert plan["hours"]["low"] < plan["hours"]["high"]

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
+from studio.probe.cards import Card
 from studio.probe.device import Sight
-from studio.probe.gpus import Gpu
 from studio.probe.preflight import check_training
 from studio.probe.space import _LONGEST_INSIDE_BYTES, check_place, check_space
 from studio.probe.start import check_merge, check_out, prepare_run, start_training
@@ -82,7 +82,7 @@ def test_the_file_of_held_out_rows_is_checked_too(data: Path) -> None:
 
 def test_without_a_driver_only_a_card_that_torch_finds_will_do(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data))
-    two = [Gpu(0, "Orin", capability=(8, 7)), Gpu(1, "Orin", capability=(8, 7))]
+    two = [Card(0, "Orin", capability=(8, 7)), Card(1, "Orin", capability=(8, 7))]
     for cards, device in (([], "cuda"), ([], "cuda:0"), (two[:1], "cuda:1")):
         sight = Sight(None, ask=lambda masked: cards)  # noqa: B023  used at once
         with pytest.raises(BadInput, match=r"no NVIDIA driver answers .* and torch finds .* Set it to auto or cpu"):
@@ -97,8 +97,8 @@ def test_without_a_driver_only_a_card_that_torch_finds_will_do(data: Path) -> No
 def test_a_card_that_is_not_there_is_refused(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data)).with_("device.device", "cuda:1")
     with pytest.raises(BadInput, match=r"cuda:0 \(Card\)"):
-        check_training(recipe, sight=Sight([Gpu(0, "Card")]))
-    report = check_training(recipe, sight=Sight([Gpu(0, "Card", "GPU-a"), Gpu(1, "Card", "GPU-b")]))
+        check_training(recipe, sight=Sight([Card(0, "Card")]))
+    report = check_training(recipe, sight=Sight([Card(0, "Card", "GPU-a"), Card(1, "Card", "GPU-b")]))
     assert report.place.environment["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 

@@ -11,10 +11,10 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
+from studio.probe.cards import Card
 from studio.probe.device import Place
 from studio.probe.embedded_model import embedded_header, find_embedded
 from studio.probe.gguf_header import GgufHeader
-from studio.probe.gpus import Gpu
 from studio.probe.models import BaseFound, find_base
 from studio.probe.plan import plan_for
 from studio.probe.shape import config_of_gguf, find_shape
@@ -129,7 +129,7 @@ def test_a_gguf_of_another_family() -> None:
 
 
 def test_the_plan_of_a_run(tmp_path: Path) -> None:
-    card = Gpu(0, "Tesla T4", None, 15360 * 2**20, 0, 15000 * 2**20, (7, 5))
+    card = Card(0, "Tesla T4", None, 15360 * 2**20, 0, 15000 * 2**20, (7, 5))
     plan = plan_for(Recipe(), find_base("embedded"), place=Place(card))
     assert plan["peak_bytes"] > 0
     assert plan["fits"] is True

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from studio.probe import torch_cards
-from studio.probe.gpus import Driver, Gpu
+from studio.probe.cards import Card, Driver
 from studio.probe.torch_cards import (
     TorchBuild,
     ask_torch,
@@ -18,7 +18,7 @@ from studio.probe.torch_cards import (
     why_unusable,
 )
 
-CARD = Gpu(0, "NVIDIA GeForce RTX 3090", "GPU-1", 24 * 2**30, capability=(8, 6))
+CARD = Card(0, "NVIDIA GeForce RTX 3090", "GPU-1", 24 * 2**30, capability=(8, 6))
 TABLE = """
 PYTORCH_RELEASES_CODE_CC: dict[str, dict[str, set[int]]] = {
     "12.6": {"x86_64": {50, 61, 75, 86}, "aarch64": {50, 61, 75, 86}},
@@ -145,7 +145,7 @@ def test_what_torch_says_of_its_cards(tmp_path: Path, monkeypatch: pytest.Monkey
         assert ask_torch(str(python)) == seen
         ask_torch(str(python), masked=False)
         assert Path(f"{python}.mask").read_text() == "3\n\n", "once with the mask, once without"
-    assert ask_torch(str(tmp_path / "python0")) == [Gpu(0, "Orin", "GPU-1", 64, capability=(8, 7))]
+    assert ask_torch(str(tmp_path / "python0")) == [Card(0, "Orin", "GPU-1", 64, capability=(8, 7))]
 
 
 def test_without_a_device_nothing_speaks_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

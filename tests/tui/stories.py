@@ -15,8 +15,7 @@ from studio.core.events import Evaluated, MemorySeen, Phase, Planned, Sampled, S
 from studio.core.gpu_catalogue import GIB, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
-from studio.probe.gpus import Gpu as Card
-from studio.probe.gpus import GpuProcess
+from studio.probe.cards import Card, CardProcess
 from studio.probe.plan import PlanDevice, device_from_catalogue
 from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.last_recipe import LastRecipe
@@ -52,7 +51,7 @@ EIGHT_B = {
 
 
 def card_of(
-    name: str = "RTX 4090", *, planned: bool = False, used_gib: float = 0.0, processes: tuple[GpuProcess, ...] = ()
+    name: str = "RTX 4090", *, planned: bool = False, used_gib: float = 0.0, processes: tuple[CardProcess, ...] = ()
 ) -> PlanDevice:
     gpu, used = find_gpu(name), int(used_gib * GIB)
     if planned:

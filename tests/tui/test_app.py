@@ -41,7 +41,7 @@ def test_the_screens_never_import_what_jobs_need() -> None:
         if path.name != "__init__.py"
     )
     assert "studio.tui.screens.run" in every
-    loaded = imported_by(every + "\nimport studio.probe.start, studio.probe.gpus, studio.runs.supervise, plotext")
+    loaded = imported_by(every + "\nimport studio.probe.start, studio.probe.cards, studio.runs.supervise, plotext")
     assert loaded.isdisjoint(NEVER)
     assert "textual" in loaded
 

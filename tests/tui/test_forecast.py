@@ -10,10 +10,9 @@ from studio.core.gpu_catalogue import GIB
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
+from studio.probe.cards import Card, CardProcess, Driver
 from studio.probe.checkup import trouble_of
 from studio.probe.device import Sight
-from studio.probe.gpus import Driver, GpuProcess
-from studio.probe.gpus import Gpu as Reading
 from studio.probe.machine import Machine
 from studio.probe.plan import PlanDevice
 from studio.probe.torch_cards import TorchBuild
@@ -237,7 +236,7 @@ def test_the_planned_card_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_who_else_uses_the_card_is_named_and_harmless() -> None:
     processes = tuple(
-        GpuProcess(pid, name, used)
+        CardProcess(pid, name, used)
         for pid, name, used in (
             (11, "/usr/lib/Xorg", 512 * 2**20),
             (12, f"evil{ESCAPES}", None),
@@ -256,13 +255,13 @@ def test_who_else_uses_the_card_is_named_and_harmless() -> None:
     ("cards", "driver", "bar", "trouble"),
     [
         (None, Driver(), "no NVIDIA card: the CPU", ""),
-        ([Reading(0, "A", "GPU-a", 8 * GIB), Reading(1, "B", "GPU-b", 9 * GIB)], Driver("580.1", (13, 0)), "B 9.0", ""),
-        ([Reading(0, "A", "GPU-a", 8 * GIB)], Driver("560.1", (12, 6)), "A cannot be used", "A cannot be used: torch"),
-        ([Reading(0, "A", "GPU-a", 8 * GIB)], Driver("560.1"), "A cannot be used", "Update the driver"),
+        ([Card(0, "A", "GPU-a", 8 * GIB), Card(1, "B", "GPU-b", 9 * GIB)], Driver("580.1", (13, 0)), "B 9.0", ""),
+        ([Card(0, "A", "GPU-a", 8 * GIB)], Driver("560.1", (12, 6)), "A cannot be used", "A cannot be used: torch"),
+        ([Card(0, "A", "GPU-a", 8 * GIB)], Driver("560.1"), "A cannot be used", "Update the driver"),
     ],
 )
 def test_the_screens_name_the_card_that_a_run_would_take(
-    cards: list[Reading] | None, driver: Driver, bar: str, trouble: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cards: list[Card] | None, driver: Driver, bar: str, trouble: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     build = TorchBuild("2.13.0", (13, 0))
     monkeypatch.setattr("studio.probe.device.look", lambda: Sight(cards, driver, build))

@@ -17,7 +17,7 @@ from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
-from studio.probe.gpus import Gpu
+from studio.probe.cards import Card
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
 from studio.probe.setup import Answers, DataChecked, check_data
@@ -47,7 +47,7 @@ from tests.tui.stories import (
 from widgets.text_field import TextLine
 
 GIB = 2**30
-CARD = Gpu(0, "NVIDIA GeForce RTX 3060", total_bytes=12 * GIB, free_bytes=11 * GIB, capability=(8, 6))
+CARD = Card(0, "NVIDIA GeForce RTX 3060", total_bytes=12 * GIB, free_bytes=11 * GIB, capability=(8, 6))
 
 
 @dataclass
@@ -62,7 +62,7 @@ def finder_that(
     told: Told,
     *,
     recalled: Answers | None = None,
-    cards: list[Gpu] | None = None,
+    cards: list[Card] | None = None,
     files: tuple[Path, ...] = (),
     hub: tuple[str, ...] | str = (),
 ) -> Finder:

@@ -116,7 +116,7 @@ def _device_used(handle: Any | None) -> int | None:
     try:
         import pynvml  # noqa: PLC0415
 
-        # Version 2 leaves out the driver's own reserve, as studio.probe.gpus does; old drivers lack it.
+        # Version 2 leaves out the driver's own reserve, as studio.probe.cards does; old drivers lack it.
         version = getattr(pynvml, "nvmlMemory_v2", None)
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version).used)

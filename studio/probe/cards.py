@@ -22,7 +22,7 @@ does not answer for another reason must not be taken for one of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class GpuProcess:
+class CardProcess:
     """Somebody who uses a card; None is "not available" (Windows and WSL do not say how much)."""
 
     pid: int
@@ -63,7 +63,7 @@ class Driver:
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class Card:
     """One card at one moment; None is "not available" (unified memory, WSL, a lost card ...).
 
     Attributes:
@@ -94,18 +94,18 @@ class Gpu:
     busy_percent: int | None = None
     celsius: int | None = None
     watts: float | None = None
-    processes: tuple[GpuProcess, ...] | None = None
+    processes: tuple[CardProcess, ...] | None = None
     mig: bool | None = None
     unified: bool = False
     pci: str | None = None
     instances: tuple[Instance, ...] = ()
 
-    def others(self, own: Container[int] = ()) -> tuple[GpuProcess, ...]:
+    def others(self, own: Container[int] = ()) -> tuple[CardProcess, ...]:
         """Return the processes on it that are not one's own; none where the driver does not tell."""
         return tuple(item for item in self.processes or () if item.pid not in own)
 
 
-class GpuReader:
+class CardReader:
     """Reads all cards as often as asked; without a driver it looks again every ten seconds only."""
 
     def __init__(
@@ -124,7 +124,7 @@ class GpuReader:
         self._ready = False
         self._retry_at: float | None = None
 
-    def read(self) -> list[Gpu] | None:
+    def read(self) -> list[Card] | None:
         """Return all cards now, None where there is no working driver."""
         if self._retry_at is not None and self._clock() < self._retry_at:
             return None
@@ -140,7 +140,7 @@ class GpuReader:
             self._retry_at = self._clock() + _RETRY_SECONDS
             return None
         self._retry_at = None
-        return [self._gpu(index) for index in range(count)]
+        return [self._card(index) for index in range(count)]
 
     def driver(self) -> Driver:
         """Return what the driver says of itself; nothing where none works."""
@@ -157,10 +157,10 @@ class GpuReader:
             self._ready = False
             self._value("nvmlShutdown")
 
-    def _gpu(self, index: int) -> Gpu:
+    def _card(self, index: int) -> Card:
         handle = self._value("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
-            return Gpu(index, _UNNAMED)
+            return Card(index, _UNNAMED)
         name, uuid = self._value("nvmlDeviceGetName", handle), self._value("nvmlDeviceGetUUID", handle)
         name = _text(name) or _UNNAMED
         mode = self._value("nvmlDeviceGetMigMode", handle)
@@ -172,7 +172,7 @@ class GpuReader:
         capability = self._value("nvmlDeviceGetCudaComputeCapability", handle)
         rates = self._value("nvmlDeviceGetUtilizationRates", handle)
         milliwatts = self._value("nvmlDeviceGetPowerUsage", handle)
-        return Gpu(
+        return Card(
             index=index,
             name=name,
             uuid=_text(uuid),
@@ -209,7 +209,7 @@ class GpuReader:
             )
         return tuple(found)
 
-    def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
+    def _processes(self, handle: Any) -> tuple[CardProcess, ...] | None:
         """Return who computes or draws on a card; a process that does both is listed once."""
         lists = [self._value(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "Graphics")]
         if all(found is None for found in lists):
@@ -218,7 +218,7 @@ class GpuReader:
         for process in (item for found in lists for item in found or ()):
             used = _positive(getattr(process, "usedGpuMemory", None))
             sizes[process.pid] = max(filter(None, (used, sizes.get(process.pid))), default=None)
-        found = (GpuProcess(pid, self._process_name(pid), used) for pid, used in sizes.items())
+        found = (CardProcess(pid, self._process_name(pid), used) for pid, used in sizes.items())
         return tuple(sorted(found, key=lambda item: (-(item.used_bytes or 0), item.pid)))
 
     def _process_name(self, pid: int) -> str | None:
@@ -259,11 +259,11 @@ def main_memory() -> Any:
     )
 
 
-def read_gpus(reader: GpuReader | None = None) -> list[Gpu] | None:
+def read_cards(reader: CardReader | None = None) -> list[Card] | None:
     """Return all cards now, None where there is no working driver; opens and closes NVML unless given a reader."""
     if reader is not None:
         return reader.read()
-    once = GpuReader()
+    once = CardReader()
     try:
         return once.read()
     finally:
@@ -272,7 +272,7 @@ def read_gpus(reader: GpuReader | None = None) -> list[Gpu] | None:
 
 def read_driver() -> Driver:
     """Return what the driver says of itself; opens and closes NVML."""
-    once = GpuReader()
+    once = CardReader()
     try:
         return once.driver()
     finally:

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from studio.probe import gpus as module
-from studio.probe.gpus import Driver, Gpu, GpuProcess, GpuReader, Instance, read_driver, read_gpus
+from studio.probe import cards as module
+from studio.probe.cards import Card, CardProcess, CardReader, Driver, Instance, read_cards, read_driver
 
 GIB = 2**30
 
@@ -81,14 +81,14 @@ class _Nvml:
         return int(self._answer("power", handle, 25_500))
 
 
-def _read(*broken: str | tuple[str, int]) -> list[Gpu]:
-    found = GpuReader(nvml=_Nvml(*broken)).read()
+def _read(*broken: str | tuple[str, int]) -> list[Card]:
+    found = CardReader(nvml=_Nvml(*broken)).read()
     assert found is not None
     return found
 
 
 def test_all_readings_of_a_healthy_card() -> None:
-    assert _read()[0] == Gpu(
+    assert _read()[0] == Card(
         index=0,
         name="NVIDIA GeForce RTX 4090",
         uuid="GPU-0",
@@ -100,9 +100,9 @@ def test_all_readings_of_a_healthy_card() -> None:
         celsius=40,
         watts=25.5,
         processes=(
-            GpuProcess(72, r"Xorg\x1b[2J", 3 * GIB),
-            GpuProcess(70, "python3", 2 * GIB),
-            GpuProcess(71, "a game.exe", None),
+            CardProcess(72, r"Xorg\x1b[2J", 3 * GIB),
+            CardProcess(70, "python3", 2 * GIB),
+            CardProcess(71, "a game.exe", None),
         ),
         mig=False,
     )
@@ -111,7 +111,7 @@ def test_all_readings_of_a_healthy_card() -> None:
 def test_others_are_those_who_are_not_oneself() -> None:
     card = _read()[0]
     assert [item.pid for item in card.others({70})] == [72, 71]
-    assert Gpu(0, "x").others() == ()
+    assert Card(0, "x").others() == ()
 
 
 def test_a_driver_that_tells_one_list_of_processes_is_believed() -> None:
@@ -146,10 +146,10 @@ class _CutNvml(_Nvml):
 
 
 def test_a_process_gets_one_instance_of_a_card_that_is_cut() -> None:
-    card = (GpuReader(nvml=_CutNvml()).read() or [])[0]
+    card = (CardReader(nvml=_CutNvml()).read() or [])[0]
     assert (card.mig, card.total_bytes, card.free_bytes) == (True, 20 * GIB, 19 * GIB)
     assert card.instances == (Instance("GPU-99", (5, 0), 20 * GIB, 1 * GIB, 19 * GIB),)
-    without = (GpuReader(nvml=_CutNvml("instances")).read() or [])[0]
+    without = (CardReader(nvml=_CutNvml("instances")).read() or [])[0]
     assert (without.mig, without.total_bytes) == (True, None), "80 GiB that nobody can have are not promised"
 
 
@@ -200,13 +200,13 @@ def test_a_card_that_tells_no_memory_has_no_sizes_and_no_zeros() -> None:
 
 def test_a_lost_card_does_not_hide_the_other() -> None:
     cards = _read(("handle", 0))
-    assert cards[0] == Gpu(0, "NVIDIA GPU")
+    assert cards[0] == Card(0, "NVIDIA GPU")
     assert cards[1].total_bytes == 24 * GIB
 
 
 def test_without_a_driver_there_is_no_reading_and_ten_seconds_of_peace() -> None:
     now, nvml = [0.0], _Nvml("init")
-    reader = GpuReader(nvml=nvml, clock=lambda: now[0])
+    reader = CardReader(nvml=nvml, clock=lambda: now[0])
     assert reader.read() is None
     now[0] = 9.0
     assert reader.read() is None
@@ -219,7 +219,7 @@ def test_without_a_driver_there_is_no_reading_and_ten_seconds_of_peace() -> None
 
 def test_a_driver_that_goes_away_is_opened_anew() -> None:
     now, nvml = [0.0], _Nvml()
-    reader = GpuReader(nvml=nvml, clock=lambda: now[0])
+    reader = CardReader(nvml=nvml, clock=lambda: now[0])
     assert len(reader.read() or []) == 2
     nvml.broken.add("count")
     assert reader.read() is None
@@ -236,23 +236,23 @@ def test_a_missing_or_foreign_module_is_no_driver() -> None:
     def missing() -> Any:
         raise ImportError
 
-    assert GpuReader(load=missing).read() is None
-    assert GpuReader(nvml=SimpleNamespace()).read() is None
+    assert CardReader(load=missing).read() is None
+    assert CardReader(nvml=SimpleNamespace()).read() is None
 
 
 def test_a_driver_says_its_version_and_the_cuda_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert GpuReader(nvml=_Nvml()).driver() == Driver(), "one that tells neither"
-    assert GpuReader(nvml=_Nvml("init")).driver() == Driver()
+    assert CardReader(nvml=_Nvml()).driver() == Driver(), "one that tells neither"
+    assert CardReader(nvml=_Nvml("init")).driver() == Driver()
     monkeypatch.setattr(_Nvml, "nvmlSystemGetDriverVersion", lambda self: b"580.65.06", raising=False)
     monkeypatch.setattr(_Nvml, "nvmlSystemGetCudaDriverVersion", lambda self: 12040, raising=False)
-    assert GpuReader(nvml=_Nvml()).driver() == Driver("580.65.06", (12, 4)), "an old one has the first call alone"
+    assert CardReader(nvml=_Nvml()).driver() == Driver("580.65.06", (12, 4)), "an old one has the first call alone"
     monkeypatch.setattr(_Nvml, "nvmlSystemGetCudaDriverVersion_v2", lambda self: 13000, raising=False)
-    assert GpuReader(nvml=_Nvml()).driver() == Driver("580.65.06", (13, 0))
+    assert CardReader(nvml=_Nvml()).driver() == Driver("580.65.06", (13, 0))
     assert isinstance(read_driver(), Driver)
 
 
 def test_on_this_machine_the_driver_is_asked_or_answers_none() -> None:
     """The real library: without a driver it cannot begin, and both readings say so in their own way."""
-    cards, driver = read_gpus(), read_driver()
+    cards, driver = read_cards(), read_driver()
     assert (cards is None) == (driver == Driver())
     assert all(card.name and card.index == place for place, card in enumerate(cards or ()))
