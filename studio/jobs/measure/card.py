@@ -37,7 +37,7 @@ _INTO_FP32 = {"softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod"}
 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE)."""
 
 
-class Card(TorchFunctionMode):
+class CudaFunctions(TorchFunctionMode):
     """Lets functions do on fake tensors what they would do on a card."""
 
     def __init__(self, storages: Storages, capability: tuple[int, int]) -> None:
@@ -227,7 +227,7 @@ _TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
 @contextmanager
 def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[None]:
     """Let everything inside behave as on a CUDA card, and count what its kernels take."""
-    card = Card(storages, capability)
+    functions = CudaFunctions(storages, capability)
 
     def state_buffer(self: Any, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if not self.is_paged or p.numel() < _PAGED_FROM:
@@ -238,9 +238,9 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
     with ExitStack() as stack:
         # Both go by the device that a tensor says, which is "cpu" here.
         stack.enter_context(swapped(Optimizer8bit, "get_state_buffer", state_buffer))
-        stack.enter_context(swapped(attention, "has_grouped_kernel", card.has_grouped_kernel))
-        stack.enter_context(Kernels(storages, card.cublas_bytes))
-        stack.enter_context(card)
+        stack.enter_context(swapped(attention, "has_grouped_kernel", functions.has_grouped_kernel))
+        stack.enter_context(Kernels(storages, functions.cublas_bytes))
+        stack.enter_context(functions)
         yield
 
 
