@@ -8,15 +8,15 @@ from typing import Any
 
 from studio.commands.options import add_json, add_runs_dir, root_of
 from studio.commands.terminal import DONE, NO, say, size, table, why_no_studio, width_of_terminal, write_json
-from studio.core.advice import Advice
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe_parse import refuse
+from studio.core.recommendation import Recommendation
 from studio.core.text import plain
 from studio.probe.checkup import trouble_of
 from studio.probe.machine import Machine, read_machine
-from studio.probe.setup import Answers, advice_for, check_data, recall_answers, shape_for
+from studio.probe.setup import Answers, check_data, recall_answers, recommendation_for, shape_for
 from studio.runs.atomic import write_whole
 from studio.runs.recipe_file import dump_recipe
 
@@ -59,16 +59,16 @@ def run(args: argparse.Namespace) -> int:
             "names the rows."
         )
     shape = shape_for(answers.base, answers.card)
-    advice = advice_for(answers, shape, checked.facts)
+    recommendation = recommendation_for(answers, shape, checked.facts)
     if args.out:
-        _write(Path(args.out), advice)
+        _write(Path(args.out), recommendation)
     if args.json:
-        write_json(_document(answers, machine, advice, args.out))
+        write_json(_document(answers, machine, recommendation, args.out))
     else:
-        _tell(answers, machine, advice, args.out)
+        _tell(answers, machine, recommendation, args.out)
         if shape.origin:
             say(f"note: {shape.origin}")
-    return NO if advice.verdict == "does not fit" else DONE
+    return NO if recommendation.verdict == "does not fit" else DONE
 
 
 def _answers(args: argparse.Namespace) -> Answers:
@@ -79,39 +79,39 @@ def _answers(args: argparse.Namespace) -> Answers:
     return replace(recall_answers(), **said)
 
 
-def _write(path: Path, advice: Advice) -> None:
-    refuse(advice.recipe.problems())  # such as a data file whose name is no UTF-8, which TOML is
+def _write(path: Path, recommendation: Recommendation) -> None:
+    refuse(recommendation.recipe.problems())  # such as a data file whose name is no UTF-8, which TOML is
     if path.exists():
         raise BadInput(f"{plain(str(path), one_line=True)} is there already: choose another --out or remove it.")
     try:
-        write_whole(path, dump_recipe(advice.recipe))
+        write_whole(path, dump_recipe(recommendation.recipe))
     except OSError as error:
         raise BadInput(f"{plain(str(path), one_line=True)} cannot be written: {error.strerror or error}.") from error
 
 
-def _document(answers: Answers, machine: Machine, advice: Advice, saved: str | None) -> dict[str, Any]:
-    device = advice.estimate.device
+def _document(answers: Answers, machine: Machine, recommendation: Recommendation, saved: str | None) -> dict[str, Any]:
+    device = recommendation.estimate.device
     return {
         "machine": asdict(machine),
         "answers": {"model": answers.base, "data": answers.data, "goal": answers.goal, "card": answers.card or None},
-        "instead": advice.instead,
-        "fits": None if advice.verdict is None else advice.verdict == "fits",
-        "verdict": advice.verdict,
-        "budget_bytes": advice.budget_bytes,
-        "device_bytes": device.expected if advice.verdict else None,
-        "low_bytes": device.low if advice.verdict else None,
-        "high_bytes": device.high if advice.verdict else None,
-        "notes": list(advice.estimate.notes),
+        "instead": recommendation.instead,
+        "fits": None if recommendation.verdict is None else recommendation.verdict == "fits",
+        "verdict": recommendation.verdict,
+        "budget_bytes": recommendation.budget_bytes,
+        "device_bytes": device.expected if recommendation.verdict else None,
+        "low_bytes": device.low if recommendation.verdict else None,
+        "high_bytes": device.high if recommendation.verdict else None,
+        "notes": list(recommendation.estimate.notes),
         "choices": [
             {"label": choice.label, "settings": dict(choice.settings), "why": choice.why, "source": choice.source}
-            for choice in advice.choices
+            for choice in recommendation.choices
         ],
-        "recipe": advice.recipe.to_dict(),
+        "recipe": recommendation.recipe.to_dict(),
         "saved": saved,
     }
 
 
-def _tell(answers: Answers, machine: Machine, advice: Advice, saved: str | None) -> None:
+def _tell(answers: Answers, machine: Machine, recommendation: Recommendation, saved: str | None) -> None:
     cards = machine.cards or []
     for card in cards:
         say(f"card:    {card.name}, {size(card.total_bytes)}, {size(card.free_bytes)} free")
@@ -126,18 +126,19 @@ def _tell(answers: Answers, machine: Machine, advice: Advice, saved: str | None)
     say(f"data:    {answers.data}")
     say(f"goal:    {GOALS[answers.goal].label}")
     say()
-    _say_wrapped(advice.instead)
+    _say_wrapped(recommendation.instead)
     say()
-    rows = [[choice.label, choice.shown, choice.why, choice.source] for choice in advice.choices]
+    rows = [[choice.label, choice.shown, choice.why, choice.source] for choice in recommendation.choices]
     say(table([["choice", "", "why", "source"], *rows]))
     say()
-    if advice.verdict is None or advice.budget_bytes is None:
+    if recommendation.verdict is None or recommendation.budget_bytes is None:
         say("It runs on this machine's CPU: slow, and sure to fit only for small models. --gpu NAME plans for a card.")
     else:
-        device = advice.estimate.device
+        device = recommendation.estimate.device
         say(
-            f"{advice.verdict}: {size(device.expected)} expected ({size(device.low)} to {size(device.high)}) of "
-            f"{size(advice.budget_bytes)} on {answers.card or 'this card'}"
+            f"{recommendation.verdict}: {size(device.expected)} expected "
+            f"({size(device.low)} to {size(device.high)}) of "
+            f"{size(recommendation.budget_bytes)} on {answers.card or 'this card'}"
         )
     if saved:
         say(f"saved as {saved}; start it with: lora-studio train {saved}")

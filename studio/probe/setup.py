@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from studio.core.advice import Advice, DataFacts, advise
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.quantised_base import refusal
 from studio.core.recipe import EMBEDDED
+from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.probe.data import DataSet, inspect_data
@@ -57,7 +57,7 @@ class DataChecked:
 
     Attributes:
         data: What it became.
-        facts: What advice needs of it.
+        facts: What a recommendation needs of it.
     """
 
     data: DataSet
@@ -144,14 +144,14 @@ def shape_for(base: str, card: str) -> ModelShape:
     return shape
 
 
-def advice_for(answers: Answers, shape: ModelShape, data: DataFacts) -> Advice:
+def recommendation_for(answers: Answers, shape: ModelShape, data: DataFacts) -> Recommendation:
     """Return the recommendation for the answers, on the card that they mean.
 
     Raises:
         BadInput: There is no such card, or the model cannot be adapted.
     """
     device = device_from_catalogue(find_gpu(answers.card)) if answers.card else device_of(place_of("auto"))
-    return advise(answers.goal, answers.base, shape, data, gpu=device.gpu, budget_bytes=device.free_bytes)
+    return recommend(answers.goal, answers.base, shape, data, gpu=device.gpu, budget_bytes=device.free_bytes)
 
 
 def _facts(path: str, data: DataSet, base: str) -> DataFacts:

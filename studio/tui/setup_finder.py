@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # together 0.2 s to import: threads bring them
-    from studio.core.advice import Advice, DataFacts
+    from studio.core.recommendation import DataFacts, Recommendation
     from studio.core.shape import ModelShape
     from studio.probe.local_models import Listed
     from studio.probe.machine import Machine
@@ -49,10 +49,10 @@ def _check(word: str, base: str) -> "DataChecked":
     return check_data(word, base)
 
 
-def _advise(answers: "Answers", shape: "ModelShape", data: "DataFacts") -> "Advice":
-    from studio.probe.setup import advice_for  # noqa: PLC0415
+def _recommend(answers: "Answers", shape: "ModelShape", data: "DataFacts") -> "Recommendation":
+    from studio.probe.setup import recommendation_for  # noqa: PLC0415
 
-    return advice_for(answers, shape, data)
+    return recommendation_for(answers, shape, data)
 
 
 def _recall() -> "Answers":
@@ -78,7 +78,7 @@ class Finder:
         shape: Looks at a model, for a card of the catalogue or (empty) this machine; raises BadInput.
         files: Lists data files nearby.
         check: Reads and measures a data file; raises BadInput.
-        advise: Recommends a recipe; raises BadInput.
+        recommend: Recommends a recipe; raises BadInput.
         recall: Returns the answers of the last visit.
         keep: Keeps the answers; raises OSError.
     """
@@ -89,6 +89,6 @@ class Finder:
     shape: "Callable[[str, str], ModelShape]" = _shape
     files: Callable[[], list[Path]] = _files
     check: "Callable[[str, str], DataChecked]" = _check
-    advise: "Callable[[Answers, ModelShape, DataFacts], Advice]" = _advise
+    recommend: "Callable[[Answers, ModelShape, DataFacts], Recommendation]" = _recommend
     recall: "Callable[[], Answers]" = _recall
     keep: "Callable[[Answers], None]" = _keep

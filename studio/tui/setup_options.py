@@ -7,9 +7,9 @@ from typing import Literal
 
 from textual.content import Content
 
-from studio.core.advice import Advice
 from studio.core.goals import GOALS, Goal
 from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.recommendation import Recommendation
 from studio.core.text import plain
 from studio.probe.hub import is_hub_id
 from studio.tui.panels.setup_step import Shown, path_line
@@ -66,9 +66,9 @@ def end_options() -> Options:
     return [(then, Content(text)) for then, text in words.items()]
 
 
-def likely_end(advice: Advice, card: str) -> Then:
+def likely_end(recommendation: Recommendation, card: str) -> Then:
     """Return which of them stands under the cursor: a start, where the recipe runs here and fits."""
-    return "launch" if advice.verdict in (None, "fits") and not card else "configure"
+    return "launch" if recommendation.verdict in (None, "fits") and not card else "configure"
 
 
 def goal_of(word: str) -> Goal:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from textual.content import Content
 
-from studio.core.advice import Advice
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import EMBEDDED
+from studio.core.recommendation import Recommendation
 from studio.core.shape import ModelShape
 from studio.core.text import plain, plain_path
 from studio.probe.data import Conversation
@@ -131,10 +131,10 @@ def goal_text(goal: Goal) -> Content:
     return Content.assemble((f"{head}\n", "$text-warning bold" if not words.fits else "bold"), words.instead)
 
 
-def advice_text(advice: Advice, width: int) -> Content:
+def recommendation_text(recommendation: Recommendation, width: int) -> Content:
     """Return every choice with its reason and source, for a text of `width` columns."""
     parts: Parts = []
-    for choice in advice.choices:
+    for choice in recommendation.choices:
         parts += [(f"{choice.label:{_WORD}}", "bold"), f"{choice.shown}\n"]
         for words, style in ((_sentence(choice.why), "$text-muted"), (choice.source, "$text-muted italic")):
             lines = textwrap.wrap(plain(words, one_line=True), max(20, width - _WORD)) if width > _TWO_COLUMNS else []
@@ -144,23 +144,23 @@ def advice_text(advice: Advice, width: int) -> Content:
     return Content.assemble(*parts)
 
 
-def verdict_text(advice: Advice, card: str) -> Content:
+def verdict_text(recommendation: Recommendation, card: str) -> Content:
     """Return whether the recommendation fits, in one or two lines.
 
     Args:
-        advice: The recommendation.
+        recommendation: What the set-up recommends.
         card: The card that is planned for; empty for this machine's.
     """
-    if advice.verdict is None or advice.budget_bytes is None:
+    if recommendation.verdict is None or recommendation.budget_bytes is None:
         return Content("It runs on this machine's CPU: slow, and sure to fit only for small models.")
-    device = advice.estimate.device
+    device = recommendation.estimate.device
     where = f"planned for {plain(card, one_line=True)}" if card else "on this machine's card"
-    stage = STAGES.get(advice.estimate.stage, advice.estimate.stage)
+    stage = STAGES.get(recommendation.estimate.stage, recommendation.estimate.stage)
     return Content.assemble(
-        (advice.verdict, _LEVELS[advice.verdict]),
-        f": {gib(device.expected)} GiB expected ({gib(device.low)}-{gib(device.high)}) of {gib(advice.budget_bytes)}, "
-        f"highest {stage}; {where}.",
-        "" if advice.verdict == "fits" else " On the next screen f looks for what fits.",
+        (recommendation.verdict, _LEVELS[recommendation.verdict]),
+        f": {gib(device.expected)} GiB expected ({gib(device.low)}-{gib(device.high)}) of "
+        f"{gib(recommendation.budget_bytes)}, highest {stage}; {where}.",
+        "" if recommendation.verdict == "fits" else " On the next screen f looks for what fits.",
     )
 
 

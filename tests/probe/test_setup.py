@@ -13,11 +13,11 @@ from studio.probe.device import Sight
 from studio.probe.known_models import known_models
 from studio.probe.setup import (
     Answers,
-    advice_for,
     check_data,
     data_files,
     keep_answers,
     recall_answers,
+    recommendation_for,
     shape_for,
 )
 from studio.probe.shape import find_shape
@@ -94,17 +94,17 @@ def test_data_files_nearby_are_offered(tmp_path: Path) -> None:
     assert data_files(tmp_path / "missing") == []
 
 
-def test_advice_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recommendation_is_for_the_card_that_is_planned_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("studio.probe.device.look", lambda: Sight(None))
     checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), EMBEDDED)
     shape = find_shape(EMBEDDED)
-    here = advice_for(Answers(data=checked.facts.path), shape, checked.facts)
-    there = advice_for(Answers(data=checked.facts.path, card="RTX 4090"), shape, checked.facts)
+    here = recommendation_for(Answers(data=checked.facts.path), shape, checked.facts)
+    there = recommendation_for(Answers(data=checked.facts.path, card="RTX 4090"), shape, checked.facts)
     assert here.verdict is None
     assert there.verdict == "fits"
     assert there.recipe.data.path == str(tmp_path / "rows.jsonl")
     with pytest.raises(BadInput):
-        advice_for(Answers(card="no such card"), shape, checked.facts)
+        recommendation_for(Answers(card="no such card"), shape, checked.facts)
 
 
 def test_a_folder_with_its_config_alone_is_enough_to_plan_for_another_card(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_texts_of_the_set_up_are_harmless(text: str) -> None:
     row = Conversation((Message("user", text), Message("assistant", text)), 1)
     finding = Finding("kind", 1, text, text, fatal=True)
     data = DataSet(Path("a"), text, (text,), (text,), (row,), (finding,), {"kind": 1}, 1)
-    from studio.core.advice import DataFacts
+    from studio.core.recommendation import DataFacts
 
     shown = [data_text(DataChecked(data, DataFacts("a", 1, 1, 1))), refused_text(text)]
     shown += [model_line(Listed(text, "folder", GIB, text, text), 70)]

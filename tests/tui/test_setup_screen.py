@@ -11,10 +11,10 @@ from textual.content import Content
 from textual.pilot import Pilot
 from textual.widgets import OptionList
 
-from studio.core.advice import DataFacts, advise
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe import EMBEDDED
+from studio.core.recommendation import DataFacts, recommend
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.probe.cards import Card
@@ -82,9 +82,9 @@ def finder_that(
     def check(word: str, base: str) -> DataChecked:
         return check_data(word, "no tokenizer here")
 
-    def recommend(answers: Answers, model: ModelShape, data: DataFacts) -> object:
+    def recommended(answers: Answers, model: ModelShape, data: DataFacts) -> object:
         gpu = find_gpu(answers.card) if answers.card else None
-        return advise(answers.goal, answers.base, model, data, gpu=gpu)
+        return recommend(answers.goal, answers.base, model, data, gpu=gpu)
 
     return Finder(
         machine=lambda root: Machine(cards, "555.1", 32 * GIB, 20 * GIB, 100 * GIB, 8, "Linux", spills=False),
@@ -93,7 +93,7 @@ def finder_that(
         shape=shape,
         files=lambda: list(files),
         check=check,
-        advise=recommend,  # type: ignore[arg-type]
+        recommend=recommended,  # type: ignore[arg-type]
         recall=lambda: told.kept[-1] if told.kept else recalled or Answers(),
         keep=told.kept.append,
     )

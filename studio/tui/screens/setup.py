@@ -29,12 +29,12 @@ from studio.tui.setup_options import (
     is_model,
     likely_end,
 )
-from studio.tui.setup_texts import advice_text, goal_text, model_line, verdict_text
+from studio.tui.setup_texts import goal_text, model_line, recommendation_text, verdict_text
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
 if TYPE_CHECKING:
-    from studio.core.advice import Advice
+    from studio.core.recommendation import Recommendation
     from studio.probe.local_models import Listed
 
 STEPS = ("machine", "model", "data", "goal", "recipe")
@@ -70,7 +70,7 @@ class SetupScreen(SetupThreads):
         self.step = STEPS[0]
         self._reached = 0
         self._models: list[Listed] = []
-        self._advice: Advice | None = None
+        self._recommendation: Recommendation | None = None
         self._look_timer: Timer | None = None
         # The option that the user wants to go on with. Whichever look at it ends first goes on: a look that follows the
         # cursor may take the place of the one that enter began.
@@ -117,7 +117,7 @@ class SetupScreen(SetupThreads):
         self._step(key).focus_options()
         self._keep(replace(self.answers, step=key))
         if key == "recipe":
-            self._advice = None
+            self._recommendation = None
             self._step("recipe").tell(Content(_BUSY))
             self._recommend(self.answers)
         elif key in ("model", "data"):
@@ -186,15 +186,15 @@ class SetupScreen(SetupThreads):
         """Show the recommendation, unless an answer has changed meanwhile."""
         if message.answers != self.answers:
             return
-        self._advice = message.advice
+        self._recommendation = message.recommendation
         step = self._step("recipe")
-        step.tell_found(verdict_text(message.advice, self.answers.card))
-        step.offer(end_options(), likely_end(message.advice, self.answers.card))
-        self._tell_advice()
+        step.tell_found(verdict_text(message.recommendation, self.answers.card))
+        step.offer(end_options(), likely_end(message.recommendation, self.answers.card))
+        self._tell_recommendation()
 
     def on_resize(self) -> None:
         """Wrap the reasons anew: their lines are made for the width."""
-        self._tell_advice()
+        self._tell_recommendation()
 
     def action_back(self) -> None:
         """Go one step back, from the first to the configure screen; nothing is forgotten."""
@@ -225,14 +225,18 @@ class SetupScreen(SetupThreads):
         self._look_timer = self.set_timer(_LOOK_AFTER_SECONDS, look)
 
     def _finish(self, then: Then) -> None:
-        if self._advice is not None:
+        if self._recommendation is not None:
             self._keep(replace(self.answers, done=True, step=""))
-            self.dismiss(SetupDone(self._advice.recipe, then, self.answers.card))
+            self.dismiss(SetupDone(self._recommendation.recipe, then, self.answers.card))
 
-    def _tell_advice(self) -> None:
-        if self._advice is not None and self.step == "recipe":
+    def _tell_recommendation(self) -> None:
+        if self._recommendation is not None and self.step == "recipe":
             step = self._step("recipe")
-            step.tell(Content.assemble(goal_text(self.answers.goal), "\n\n", advice_text(self._advice, step.room)))
+            step.tell(
+                Content.assemble(
+                    goal_text(self.answers.goal), "\n\n", recommendation_text(self._recommendation, step.room)
+                )
+            )
 
     def _choose_card(self) -> None:
         from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame

@@ -18,7 +18,7 @@ from studio.tui.setup_options import SetupDone, data_options
 from studio.tui.setup_texts import data_text, machine_text, model_text, refused_text
 
 if TYPE_CHECKING:
-    from studio.core.advice import Advice
+    from studio.core.recommendation import Recommendation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Lookup:
 
     def __init__(self, finder: Finder) -> None:
         """Look through a finder."""
-        self._advise = finder.advise
+        self._recommend = finder.recommend
         self._shape = lru_cache(maxsize=32)(finder.shape)
         self._checked = lru_cache(maxsize=8)(finder.check)
 
@@ -53,18 +53,18 @@ class Lookup:
             return Seen(refused_text(str(error)))
         return Seen(data_text(checked), replace(answers, data=checked.facts.path) if checked.sound else None)
 
-    def advice(self, answers: Answers) -> "Advice":
+    def recommendation(self, answers: Answers) -> "Recommendation":
         """Return the recommendation.
 
         Raises:
             StudioError: Model, data or card cannot be used.
         """
         checked = self._checked(answers.data, answers.base)
-        return self._advise(answers, self._shape(answers.base, answers.card), checked.facts)
+        return self._recommend(answers, self._shape(answers.base, answers.card), checked.facts)
 
 
 if TYPE_CHECKING:
-    from studio.core.advice import Advice
+    from studio.core.recommendation import Recommendation
     from studio.probe.local_models import Listed
 
 
@@ -90,10 +90,10 @@ class SetupThreads(Screen[SetupDone | None]):
     class Recommended(Message):
         """The recommendation is there."""
 
-        def __init__(self, answers: Answers, advice: "Advice") -> None:
+        def __init__(self, answers: Answers, recommendation: "Recommendation") -> None:
             """Carry it with the answers that it is for."""
             super().__init__()
-            self.answers, self.advice = answers, advice
+            self.answers, self.recommendation = answers, recommendation
 
     def __init__(self, finder: Finder, runs_root: Path) -> None:
         """Look through a finder."""
@@ -133,10 +133,10 @@ class SetupThreads(Screen[SetupDone | None]):
         seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
         self.post_message(self.Looked(step, value, seen))
 
-    @work(thread=True, exclusive=True, group="advice")
+    @work(thread=True, exclusive=True, group="recommendation")
     def _recommend(self, answers: Answers) -> None:
         try:
-            self.post_message(self.Recommended(answers, self._lookup.advice(answers)))
+            self.post_message(self.Recommended(answers, self._lookup.recommendation(answers)))
         except StudioError as error:
             words = refused_text(f"{error}\nescape goes back to the question.")
             self.app.call_from_thread(self._step("recipe").tell, words)

@@ -1,4 +1,4 @@
-"""Advice: sound recipes for any ground, and each rule where it decides."""
+"""Recommendations: sound recipes for any ground, and each rule where it decides."""
 
 from dataclasses import replace
 
@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from studio.core.advice import Advice, DataFacts, advise
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
 from studio.core.quantised_base import QuantisedBase
+from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape_from_config import shape_from_config
 
 EIGHT_B = shape_from_config(
@@ -39,13 +39,13 @@ TINY = shape_from_config(
 ROWS = DataFacts("rows.jsonl", rows=1000, tokens=300_000, longest_tokens=700)
 
 
-def shown(advice: Advice, label: str) -> str:
-    return next(choice.shown for choice in advice.choices if choice.label == label)
+def shown(recommendation: Recommendation, label: str) -> str:
+    return next(choice.shown for choice in recommendation.choices if choice.label == label)
 
 
 def test_16_bit_where_it_fits_and_4_bit_where_only_they_do() -> None:
-    roomy = advise("style", "base", EIGHT_B, ROWS, gpu=find_gpu("4090"))
-    small = advise("style", "base", EIGHT_B, ROWS, gpu=find_gpu("3060"))
+    roomy = recommend("style", "base", EIGHT_B, ROWS, gpu=find_gpu("4090"))
+    small = recommend("style", "base", EIGHT_B, ROWS, gpu=find_gpu("3060"))
     assert (roomy.recipe.method, roomy.verdict) == ("lora", "fits")
     assert (small.recipe.method, small.verdict) == ("qlora", "fits")
 
@@ -53,41 +53,41 @@ def test_16_bit_where_it_fits_and_4_bit_where_only_they_do() -> None:
 def test_a_base_that_is_quantised_already_leaves_qlora_or_nothing() -> None:
     four = replace(EIGHT_B, quantised=QuantisedBase("bitsandbytes", 4))
     for gpu in (None, find_gpu("4090")):
-        assert advise("style", "base", four, ROWS, gpu=gpu).recipe.method == "qlora"
+        assert recommend("style", "base", four, ROWS, gpu=gpu).recipe.method == "qlora"
     with pytest.raises(BadInput, match=r"the model base\\x1b is already quantised \(gptq, 4 bit\)"):
-        advise("style", "base\x1b", replace(EIGHT_B, quantised=QuantisedBase("gptq", 4)), ROWS)
+        recommend("style", "base\x1b", replace(EIGHT_B, quantised=QuantisedBase("gptq", 4)), ROWS)
 
 
 def test_what_fits_nowhere_is_not_called_fitting() -> None:
-    advice = advise("style", "base", EIGHT_B, ROWS, gpu=card_of_size(4))
-    assert advice.recipe.method == "qlora"
-    assert advice.verdict == "does not fit"
+    recommendation = recommend("style", "base", EIGHT_B, ROWS, gpu=card_of_size(4))
+    assert recommendation.recipe.method == "qlora"
+    assert recommendation.verdict == "does not fit"
 
 
 def test_a_full_card_counts_as_what_is_free_on_it() -> None:
     gpu = find_gpu("4090")
-    assert advise("style", "base", EIGHT_B, ROWS, gpu=gpu, budget_bytes=10 * GIB).recipe.method == "qlora"
+    assert recommend("style", "base", EIGHT_B, ROWS, gpu=gpu, budget_bytes=10 * GIB).recipe.method == "qlora"
 
 
 def test_without_a_card_nothing_is_said_of_fitting() -> None:
-    advice = advise("task", "base", TINY, ROWS)
-    assert (advice.recipe.method, advice.verdict, advice.budget_bytes) == ("lora", None, None)
+    recommendation = recommend("task", "base", TINY, ROWS)
+    assert (recommendation.recipe.method, recommendation.verdict, recommendation.budget_bytes) == ("lora", None, None)
 
 
 def test_the_length_is_the_stop_above_the_longest_row_and_has_an_end() -> None:
-    assert advise("style", "base", TINY, ROWS).recipe.train.seq_len == 768
-    templated = advise("style", "base", TINY, replace(ROWS, longest_tokens=760))
+    assert recommend("style", "base", TINY, ROWS).recipe.train.seq_len == 768
+    templated = recommend("style", "base", TINY, replace(ROWS, longest_tokens=760))
     assert templated.recipe.train.seq_len > 768, "a chat template adds to 760 tokens of text"
     endless = replace(ROWS, longest_tokens=50_000)
-    advice = advise("style", "base", TINY, endless)
-    assert advice.recipe.train.seq_len == 2048
-    assert any("cut" in choice.why for choice in advice.choices)
+    recommendation = recommend("style", "base", TINY, endless)
+    assert recommendation.recipe.train.seq_len == 2048
+    assert any("cut" in choice.why for choice in recommendation.choices)
 
 
 def test_much_text_widens_the_adapter() -> None:
     much = replace(ROWS, rows=40_000, tokens=400_000_000)
-    assert advise("style", "base", EIGHT_B, ROWS).recipe.adapter.rank == 16
-    assert advise("style", "base", EIGHT_B, much).recipe.adapter.rank > 16
+    assert recommend("style", "base", EIGHT_B, ROWS).recipe.adapter.rank == 16
+    assert recommend("style", "base", EIGHT_B, much).recipe.adapter.rank > 16
 
 
 def test_a_short_run_and_a_large_model_have_their_own_rates() -> None:
@@ -103,13 +103,13 @@ def test_a_short_run_and_a_large_model_have_their_own_rates() -> None:
         }
     )
     long_run = replace(ROWS, rows=20_000)
-    assert advise("style", "base", EIGHT_B, long_run).recipe.train.learning_rate == 2e-4
-    assert advise("style", "base", EIGHT_B, replace(ROWS, rows=200)).recipe.train.learning_rate == 3e-4
-    assert advise("style", "base", wide, replace(ROWS, rows=200)).recipe.train.learning_rate == 1e-4
+    assert recommend("style", "base", EIGHT_B, long_run).recipe.train.learning_rate == 2e-4
+    assert recommend("style", "base", EIGHT_B, replace(ROWS, rows=200)).recipe.train.learning_rate == 3e-4
+    assert recommend("style", "base", wide, replace(ROWS, rows=200)).recipe.train.learning_rate == 1e-4
 
 
 def test_facts_are_sent_to_retrieval() -> None:
-    assert "Retrieval" in advise("facts", "base", TINY, ROWS).instead
+    assert "Retrieval" in recommend("facts", "base", TINY, ROWS).instead
     assert [goal for goal, words in GOALS.items() if not words.fits] == ["facts"]
 
 
@@ -126,11 +126,11 @@ def test_every_advice_is_a_sound_recipe_with_a_reason_for_each_choice(
     goal: Goal, shape: object, card: str | None, rows: int, tokens: int, longest: int
 ) -> None:
     data = DataFacts("rows.jsonl", rows, tokens, longest)
-    advice = advise(goal, "base", shape, data, gpu=find_gpu(card) if card else None)  # type: ignore[arg-type]
-    assert advice.recipe.problems() == ()
-    assert advice.recipe.rows_per_step == 16
-    assert all(choice.why and choice.source and choice.shown for choice in advice.choices)
-    for choice in advice.choices:
-        assert all(advice.recipe.get(path) == value for path, value in choice.settings)
-    if advice.budget_bytes is not None and advice.verdict == "fits":
-        assert advice.estimate.device.high <= advice.budget_bytes
+    recommendation = recommend(goal, "base", shape, data, gpu=find_gpu(card) if card else None)  # type: ignore[arg-type]
+    assert recommendation.recipe.problems() == ()
+    assert recommendation.recipe.rows_per_step == 16
+    assert all(choice.why and choice.source and choice.shown for choice in recommendation.choices)
+    for choice in recommendation.choices:
+        assert all(recommendation.recipe.get(path) == value for path, value in choice.settings)
+    if recommendation.budget_bytes is not None and recommendation.verdict == "fits":
+        assert recommendation.estimate.device.high <= recommendation.budget_bytes

@@ -44,7 +44,7 @@ _MICRO_BATCHES = (16, 8, 4, 2, 1)
 
 @dataclass(frozen=True, slots=True)
 class DataFacts:
-    """What a data file is, as far as advice depends on it. Tokens are those of the texts, without a chat template's.
+    """What a recommendation needs to know of a data file. Tokens are those of the texts, without a chat template's.
 
     Attributes:
         path: The file, or `embedded`.
@@ -62,7 +62,7 @@ class DataFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Advised:
+class ReasonedChoice:
     """One choice: the fields it sets, what is shown for it, why, and on whose word."""
 
     settings: tuple[tuple[str, Any], ...]
@@ -73,7 +73,7 @@ class Advised:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class Recommendation:
     """A whole recipe with its reasons.
 
     Attributes:
@@ -86,7 +86,7 @@ class Advice:
     """
 
     recipe: Recipe
-    choices: tuple[Advised, ...]
+    choices: tuple[ReasonedChoice, ...]
     instead: str
     estimate: VramEstimate
     verdict: Verdict | None
@@ -111,15 +111,15 @@ class _Ground:
 @dataclass(slots=True)
 class _Draft:
     recipe: Recipe
-    choices: list[Advised] = field(default_factory=list)
+    choices: list[ReasonedChoice] = field(default_factory=list)
 
     def choose(self, settings: dict[str, Any], label: str, shown: str, why: str, source: str) -> None:
         for path, value in settings.items():
             self.recipe = self.recipe.with_(path, value)
-        self.choices.append(Advised(tuple(settings.items()), label, shown, why, source))
+        self.choices.append(ReasonedChoice(tuple(settings.items()), label, shown, why, source))
 
 
-def advise(
+def recommend(
     goal: Goal,
     base: str,
     shape: ModelShape,
@@ -127,7 +127,7 @@ def advise(
     *,
     gpu: Gpu | None = None,
     budget_bytes: int | None = None,
-) -> Advice:
+) -> Recommendation:
     """Return a recipe for a goal and the reasons for it.
 
     Args:
@@ -156,7 +156,7 @@ def advise(
     draft.choices.sort(key=lambda choice: _ORDER.index(choice.label))
     estimate = ground.estimate(draft.recipe)
     verdict = None if budget is None else estimate.verdict(budget)
-    return Advice(draft.recipe, tuple(draft.choices), GOALS[goal].instead, estimate, verdict, budget)
+    return Recommendation(draft.recipe, tuple(draft.choices), GOALS[goal].instead, estimate, verdict, budget)
 
 
 _ORDER = ("Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows a step", "Epochs", "Held out")
