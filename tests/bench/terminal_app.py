@@ -9,7 +9,7 @@ from textual.containers import Vertical
 
 from studio.commands.open_studio import first_recipe
 from studio.tui.app import StudioApp, show
-from studio.tui.panels.advice import Advice
+from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
@@ -40,7 +40,7 @@ class BusyConfigure(ConfigureScreen):
                 yield Forecast(self.recipe, engine=self._engine)
                 for name in ("loss", "memory"):
                     yield LinePlot([Curve("a", "raw", "faint"), Curve("b", "mean")], title=name, id=f"plot-{name}")
-                yield Advice()
+                yield FieldHelp()
 
     def on_mount(self) -> None:
         """Begin to feed."""

@@ -14,7 +14,7 @@ from studio.core.recipe import PATHS, Recipe
 from studio.core.text import plain
 from studio.tui.asks import ShowAudits, ShowRuns, ShowSetup
 from studio.tui.engine import Engine
-from studio.tui.panels.advice import Advice
+from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
@@ -58,7 +58,7 @@ class ConfigureScreen(LaunchScreen):
         & RecipeForm { height: 2fr; }
         & #side { height: 1fr; layout: vertical; border-top: solid $foreground 20%; }
         & Forecast { display: none; }
-        &.-memory RecipeForm, &.-memory Advice { display: none; }
+        &.-memory RecipeForm, &.-memory FieldHelp { display: none; }
         &.-memory Forecast { display: block; }
     }
     ConfigureScreen.-wide {
@@ -67,9 +67,9 @@ class ConfigureScreen(LaunchScreen):
         & RecipeForm { width: 1fr; height: 1fr; display: block; }
         & #side { width: 1fr; border-top: none; border-left: solid $foreground 20%; }
         & Forecast { display: block; height: auto; max-height: 80%; }
-        & Advice { display: block; border-top: solid $foreground 20%; }
+        & FieldHelp { display: block; border-top: solid $foreground 20%; }
         &.-memory Forecast { max-height: 100%; }
-        &.-memory Advice { display: none; }
+        &.-memory FieldHelp { display: none; }
     }
     """
 
@@ -91,7 +91,7 @@ class ConfigureScreen(LaunchScreen):
             yield RecipeForm(self.recipe)
             with Container(id="side"):
                 yield Forecast(self.recipe, engine=self._engine)
-                yield Advice()
+                yield FieldHelp()
         yield KeyFooter()
 
     def on_mount(self) -> None:
@@ -124,7 +124,7 @@ class ConfigureScreen(LaunchScreen):
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
         """Explain the field."""
         self._left_field = message.path
-        self.query_one(Advice).show_field(message.path)
+        self.query_one(FieldHelp).show_field(message.path)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something."""

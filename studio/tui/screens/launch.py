@@ -13,7 +13,7 @@ from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun
 from studio.tui.engine import Engine
 from studio.tui.fixes import fix_that_fits
-from studio.tui.panels.advice import Advice
+from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.forecast_text import cpu_text, over_budget_text
 from studio.tui.screens.confirm import Confirm
@@ -59,7 +59,7 @@ class LaunchScreen(Screen[None]):
     def on_launch_screen_refused(self, message: Refused) -> None:
         """Say why nothing was started."""
         self._end_launch()
-        self.query_one(Advice).show_problems(message.reason.splitlines())
+        self.query_one(FieldHelp).show_problems(message.reason.splitlines())
 
     def on_launch_screen_launched(self, message: Launched) -> None:
         """Watch what was started."""
@@ -84,7 +84,7 @@ class LaunchScreen(Screen[None]):
 
     def _begin_launch(self, *, sure: bool) -> None:
         self._launching = True
-        self.query_one(Advice).show_busy(_CHECKING)
+        self.query_one(FieldHelp).show_busy(_CHECKING)
         self._launch(self.recipe, sure, self.query_one(Forecast).planned)
 
     @work(thread=True)
@@ -103,12 +103,12 @@ class LaunchScreen(Screen[None]):
 
     def _end_launch(self) -> None:
         self._launching = False
-        self.query_one(Advice).show_busy("")
+        self.query_one(FieldHelp).show_busy("")
 
     def _show_problems(self) -> bool:
         """List what is wrong with the recipe and return whether anything is."""
         problems = [str(problem) for problem in self.recipe.problems()]
-        self.query_one(Advice).show_problems(problems)
+        self.query_one(FieldHelp).show_problems(problems)
         return bool(problems)
 
 

@@ -11,11 +11,11 @@ from studio.core.text import plain
 from studio.tui.form_fields import options_of
 
 
-class Advice(Static):
+class FieldHelp(Static):
     """Words on the current field, below problems or what is going on."""
 
     DEFAULT_CSS = """
-    Advice {
+    FieldHelp {
         width: 1fr;
         height: 1fr;
         padding: 0 1;
@@ -46,12 +46,12 @@ class Advice(Static):
         self._show()
 
     def _show(self) -> None:
-        text = advice_text(self._path, self._problems, self._busy)
+        text = field_help_text(self._path, self._problems, self._busy)
         if text != self.content:  # every turn comes by here, and an update lays the whole screen out anew
             self.update(text)
 
 
-def advice_text(path: str, problems: Sequence[str], busy: str) -> Content:
+def field_help_text(path: str, problems: Sequence[str], busy: str) -> Content:
     """Return what stands beside the form; problems are foreign text and never read as markup."""
     parts: list[str | tuple[str, str]] = []
     if busy:
