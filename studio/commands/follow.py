@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from studio.commands.event_lines import EventLines
 from studio.commands.interrupts import Interrupts
 from studio.commands.loss_plot import loss_plot
-from studio.commands.progress import Progress
 from studio.commands.terminal import (
     BAD_INPUT,
     DONE,
@@ -66,17 +66,17 @@ def follow(
     Raises:
         StudioError: The run's folder was deleted meanwhile.
     """
-    progress = Progress(lambda line: say(line, to=to), clock=clock, told=told)
+    lines = EventLines(lambda line: say(line, to=to), clock=clock, told=told)
     asked, patience = False, 1 if stops_on_interrupt else 0
     with Interrupts() as interrupts:
         while True:
             events = watch.poll()
-            progress.tell(events, watch.history)
+            lines.tell(events, watch.history)
             status = run_status(watch.paths)
             if not events and not status.live:
                 if status is Status.crashed:
                     sleep(_POLL_SECONDS)  # a folder that is being deleted looks like a crash until it is gone
-                _drain(watch, progress)
+                _drain(watch, lines)
                 if not watch.paths.root.is_dir():
                     raise StudioError(f"the run {plain(watch.paths.name, one_line=True)} is gone: {_GONE}.")
                 return End(run_status(watch.paths), left=False)
@@ -88,7 +88,7 @@ def follow(
                 how = "stopping after this step and saving" if started and started.job == "train" else "asked to stop"
                 say(f"{how}; Ctrl-C again leaves it to stop alone", to=to)
             if interrupts.count > patience:
-                progress.flush()
+                lines.flush()
                 return End(run_status(watch.paths), left=True)
             if not events:
                 sleep(_POLL_SECONDS)
@@ -183,7 +183,7 @@ def _losses(summary: dict[str, Any]) -> str:
     return f": {', '.join(told)}" if told else ""
 
 
-def _drain(watch: RunWatch, progress: Progress) -> None:
+def _drain(watch: RunWatch, lines: EventLines) -> None:
     while events := watch.poll():
-        progress.tell(events, watch.history)
-    progress.flush()
+        lines.tell(events, watch.history)
+    lines.flush()

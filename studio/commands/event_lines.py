@@ -13,7 +13,7 @@ from studio.runs.history import History
 _SECONDS_BETWEEN = 1.0
 
 
-class Progress:
+class EventLines:
     """Turns events into lines. Steps in between are held back; the last one before anything else is told."""
 
     def __init__(
