@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, whatever is killed in between.
 
-The order (write aside, fsync, rename, fsync the folder) is what makes a rename durable on POSIX file systems.
+The order (write a scratch file, fsync, rename, fsync the folder) is what makes a rename durable on POSIX file systems.
 """
 
 import errno
@@ -21,41 +21,41 @@ def write_whole(path: Path, data: bytes | str) -> None:
         OSError: The disk or the folder refuses; the old file is untouched and nothing is left beside it.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
-    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+    scratch = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        scratch.replace(path)
     except BaseException:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def publish_folder(aside: Path, final: Path) -> None:
+def publish_folder(scratch: Path, final: Path) -> None:
     """Give a finished folder its final name in a place of ours; what it held under that name before is replaced.
 
     Everything in the folder is flushed to disk before the rename. A kill between taking the old folder away and
     naming the new one leaves the old one under a hidden name, from which `mend_folder` brings it back.
 
     Raises:
-        OSError: A file cannot be flushed or the rename is refused (`aside` on another file system, no permission).
+        OSError: A file cannot be flushed or the rename is refused (`scratch` on another file system, no permission).
     """
-    _sync_all(aside)
+    _sync_all(scratch)
     replaced = final.with_name(_REPLACED.format(name=final.name))
     if final.exists():
         _remove(replaced)
         final.replace(replaced)
-    aside.replace(final)
+    scratch.replace(final)
     sync_folder(final.parent)
     _remove(replaced)
 
 
-def publish_new(aside: Path, final: Path) -> None:
+def publish_new(scratch: Path, final: Path) -> None:
     """Give a finished folder or file its final name in a place of the user's, where nothing is ever replaced.
 
     An empty folder is nothing. The system itself refuses a name that was taken a moment ago.
@@ -64,35 +64,35 @@ def publish_new(aside: Path, final: Path) -> None:
         FileExistsError: Something lies there; both are left as they are.
         OSError: As for `publish_folder`.
     """
-    if aside.is_dir():
-        _sync_all(aside)
+    if scratch.is_dir():
+        _sync_all(scratch)
         if final.is_dir() and not final.is_symlink():
             with suppress(OSError):
                 final.rmdir()  # only an empty one can be; Windows renames onto no folder at all
         try:
-            aside.rename(final)  # onto a folder that holds something, a file or a link, a folder cannot be renamed
+            scratch.rename(final)  # onto a folder that holds something, a file or a link, a folder cannot be renamed
         except OSError as error:
             if error.errno in _TAKEN or os.path.lexists(final):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
             raise
     else:
-        _sync(aside)
-        _rename_new_file(aside, final)
+        _sync(scratch)
+        _rename_new_file(scratch, final)
     sync_folder(final.parent)
 
 
-def _rename_new_file(aside: Path, final: Path) -> None:
+def _rename_new_file(scratch: Path, final: Path) -> None:
     """A second name never replaces one; where a file system has no second names, looking first has to do."""
     try:
-        final.hardlink_to(aside)
+        final.hardlink_to(scratch)
     except FileExistsError:
         raise
     except OSError:
         if os.path.lexists(final):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from None
-        aside.rename(final)
+        scratch.rename(final)
     else:
-        aside.unlink()
+        scratch.unlink()
 
 
 def mend_folder(final: Path) -> None:

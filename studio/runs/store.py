@@ -7,12 +7,12 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.events import Evaluated, Failed, Finished, Planned, Started, StepDone
 from studio.core.text import plain
-from studio.runs.aside import give_back, left_by
 from studio.runs.last_words import kind_of_crash
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.log_ends import LogEnd, log_head, log_tail
 from studio.runs.note import read_note
+from studio.runs.scratch import give_back, left_by
 from studio.runs.status import Status, run_status
 from studio.runs.summary import folder_bytes
 
@@ -138,9 +138,10 @@ class LeftOver:
 
 def left_over(root: Path) -> list[LeftOver]:
     """Return what killed runs have left; where several wrote to one place, it is the newest one's."""
-    found = {aside: paths for paths in sorted(_runs_in(root), key=_folder_time) if (aside := left_by(paths))}
+    found = {scratch: paths for paths in sorted(_runs_in(root), key=_folder_time) if (scratch := left_by(paths))}
     return [
-        LeftOver(paths, tuple(aside.folders), sum(map(folder_bytes, aside.folders))) for aside, paths in found.items()
+        LeftOver(paths, tuple(scratch.folders), sum(map(folder_bytes, scratch.folders)))
+        for scratch, paths in found.items()
     ]
 
 
@@ -154,9 +155,9 @@ def contents_of(paths: RunPaths) -> str:
         "its report" if paths.report.is_file() else "",
     ]
     size_bytes = folder_bytes(paths.root)
-    if aside := left_by(paths):
+    if scratch := left_by(paths):
         parts.append("what lies half-made beside its output")
-        size_bytes += sum(map(folder_bytes, aside.folders))
+        size_bytes += sum(map(folder_bytes, scratch.folders))
     *most, last = [part for part in parts if part]
     listed = f"{', '.join(most)} and {last}" if most else last
     return f"{listed}, {size_bytes / 1e6:,.1f} MB"
@@ -176,8 +177,8 @@ def remove_run(paths: RunPaths) -> None:
     if run_status(paths).live or lock_held(paths.lock):
         raise BadInput(f"the run {name} is live: stop it first (lora-studio runs stop {name}).")
     doomed = paths.root.with_name(f".{paths.name}.removed")
-    if aside := left_by(paths):
-        give_back(aside)
+    if scratch := left_by(paths):
+        give_back(scratch)
     try:
         paths.root.replace(doomed)
         shutil.rmtree(doomed)

@@ -6,10 +6,10 @@ from typing import Any
 
 from studio.core.evidence import gain_in_words
 from studio.core.intervals import Interval
-from studio.runs.aside import left_by
 from studio.runs.history import History
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
 from studio.runs.layout import RunPaths
+from studio.runs.scratch import left_by
 from studio.runs.status import Status
 
 _RESUME = "runs resume RUN"
@@ -132,8 +132,8 @@ def _failure(paths: RunPaths, history: History, status: Status) -> dict[str, Any
         said = "the last lines it printed are in output.log" if printed_since_launch(paths) else "it printed nothing"
         kind, message = known.kind if known else CRASHED, str(known) if known else f"{_UNSAID}; {said}"
         advice = known.advice if known else f"lora-studio runs resume {run}"
-        if aside := left_by(paths):
-            left = sum(map(folder_bytes, aside.folders)) / 1e9
+        if scratch := left_by(paths):
+            left = sum(map(folder_bytes, scratch.folders)) / 1e9
             advice += f"; or runs rm {run}, which deletes also what lies half-made beside its output ({left:.2f} GB)"
         return {"kind": kind, "message": message, "advice": advice, "step": history.last_step}
     return None

@@ -112,11 +112,11 @@ def _wait_while_paused(worker: Worker, step: int) -> None:
 def _end(worker: Worker, step: int, outcome: str) -> None:
     worker.emit(Evaluated, step=step, loss=2.0, loss_tokens=100, rows=10, seconds=0.1)
     worker.emit(Sampled, step=step, index=0, prompt="what?", answer="this", expected="this")
-    aside = worker.paths.root / ".adapter.part"
-    aside.mkdir(exist_ok=True)
-    (aside / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (aside / "adapter_model.safetensors").write_bytes(_weights())
-    publish_folder(aside, worker.paths.adapter)
+    scratch = worker.paths.root / ".adapter.part"
+    scratch.mkdir(exist_ok=True)
+    (scratch / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (scratch / "adapter_model.safetensors").write_bytes(_weights())
+    publish_folder(scratch, worker.paths.adapter)
     (worker.paths.root / "step.txt").write_text(str(step))
     worker.emit(Saved, what="adapter", path="adapter", step=step)
     worker.emit(Finished, outcome=outcome, step=step, seconds=1.0)

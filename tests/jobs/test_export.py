@@ -82,8 +82,8 @@ def test_a_stopped_export_leaves_nothing(
 ) -> None:
     keep = quantised.keep_files
 
-    def stopping(source: Path, aside: Path) -> None:
-        keep(source, aside)
+    def stopping(source: Path, scratch: Path) -> None:
+        keep(source, scratch)
         request(RunPaths(tmp_path / "export-0"), "stop")
 
     monkeypatch.setattr(quantised, "keep_files", stopping)
@@ -96,7 +96,7 @@ def test_a_stopped_export_leaves_nothing(
 def test_a_full_disk_leaves_nothing(
     merged: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(source: Path, aside: Path) -> None:
+    def full(source: Path, scratch: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(quantised, "keep_files", full)

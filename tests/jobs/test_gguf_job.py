@@ -25,10 +25,10 @@ from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import answers, job
 from studio.jobs.export.work import Work
 from studio.probe.chain import beside
-from studio.runs.aside import export_aside
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths
+from studio.runs.scratch import export_scratch
 from studio.runs.status import run_status
 from studio.runs.store import left_over, remove_run
 from studio.runs.worker import run_job
@@ -354,7 +354,7 @@ def test_an_export_that_was_killed_and_is_not_wanted_any_more_gives_its_room_bac
     _kill_while_it_converts(killed, ExportRequest(str(adapter), str(tmp_path / "out"), "q8_0", base=str(base)), tools)
     (found,) = left_over(tmp_path)
     assert found.run == killed
-    assert export_aside(tmp_path / "out").owner == killed.name
+    assert export_scratch(tmp_path / "out").owner == killed.name
     model = (tmp_path / ".merged-for-out" / "model.safetensors").stat().st_size
     assert found.size_bytes > model > 100_000
     # Another export into the same folder says so, and goes its own way.
@@ -378,13 +378,13 @@ def test_an_export_that_was_killed_and_is_not_wanted_any_more_gives_its_room_bac
 def test_two_exports_to_one_place_do_not_write_over_each_other(
     merged: Path, export: Export, tools: Path, tmp_path: Path
 ) -> None:
-    aside = export_aside(tmp_path / "out")
-    aside.folder.mkdir()
-    (aside.folder / "of another").touch()
-    with FileLock(aside.lock):
+    scratch = export_scratch(tmp_path / "out")
+    scratch.folder.mkdir()
+    (scratch.folder / "of another").touch()
+    with FileLock(scratch.lock):
         failed = _failure(export(merged, tmp_path / "out", "f16"))
     assert "another job is writing out already" in failed.message
-    assert [path.name for path in aside.folder.iterdir()] == ["of another"]
+    assert [path.name for path in scratch.folder.iterdir()] == ["of another"]
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.merge.job import write_steps
 from studio.probe.start import check_merge
-from studio.runs.aside import merge_aside
 from studio.runs.history import History
 from studio.runs.job import MergeRequest
 from studio.runs.layout import RunPaths
+from studio.runs.scratch import merge_scratch
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Merge, Train, history_of
 
@@ -140,13 +140,13 @@ def test_while_it_writes_the_folder_is_the_runs_own(
     owners: list[str] = []
 
     def write_all(*words: Any, **named: Any) -> None:
-        owners.append(merge_aside(tmp_path / "out").owner)
+        owners.append(merge_scratch(tmp_path / "out").owner)
         write_steps(*words, **named)
 
     monkeypatch.setattr("studio.jobs.merge.job.write_steps", write_all)
     paths = merge(adapter, tiny, tmp_path / "out")
     assert owners == [paths.name]
-    assert not merge_aside(tmp_path / "out").owner
+    assert not merge_scratch(tmp_path / "out").owner
 
 
 def test_a_missing_base_is_named(adapter: Path, merge: Merge, tmp_path: Path) -> None:

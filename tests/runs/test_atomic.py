@@ -45,17 +45,17 @@ def test_a_folder_is_published_and_replaces_the_one_before(tmp_path: Path) -> No
 
 def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish_folder(_folder(tmp_path / ".one", "one"), tmp_path / "final")
-    aside = _folder(tmp_path / ".two", "two")
+    scratch = _folder(tmp_path / ".two", "two")
     rename = Path.replace
 
     def dies_at_the_second(self: Path, target: Path) -> Path:
-        if self == aside:
+        if self == scratch:
             raise KeyboardInterrupt
         return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        publish_folder(aside, tmp_path / "final")
+        publish_folder(scratch, tmp_path / "final")
     monkeypatch.undo()
     assert not (tmp_path / "final").exists()
     mend_folder(tmp_path / "final")
@@ -101,18 +101,18 @@ def _users_folder(path: Path) -> None:
 )
 @pytest.mark.parametrize("made", ["folder", "file"])
 def test_what_is_the_users_is_never_replaced(tmp_path: Path, appears: Callable[[Path], object], made: str) -> None:
-    final, aside = tmp_path / "final", tmp_path / ".made"
+    final, scratch = tmp_path / "final", tmp_path / ".made"
     (tmp_path / "elsewhere").mkdir()
     appears(final)
     before = final.lstat()
     if made == "folder":
-        _folder(aside, "ours")
+        _folder(scratch, "ours")
     else:
-        aside.write_text("ours")
+        scratch.write_text("ours")
     with pytest.raises(FileExistsError):
-        publish_new(aside, final)
+        publish_new(scratch, final)
     assert (final.lstat().st_ino, final.lstat().st_size) == (before.st_ino, before.st_size)
-    assert aside.exists()
+    assert scratch.exists()
     assert not list((tmp_path / "elsewhere").iterdir())
 
 

@@ -199,7 +199,7 @@ def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path,
     tell = _seldom(lambda fraction: work.say("converting", fraction))
     words = (view, out, form, reading.name, reading.space)
     tool.run("convert", *words, out=out, expected_bytes=int(expected), tell=tell)
-    if merged == work.aside.merged:
+    if merged == work.scratch.merged:
         shutil.rmtree(merged, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
 """Writes an adapter or a merged model in the format that was asked for, whole or not at all.
 
-What each format is, and how it is checked, stands in its own module; here is what they share: a folder aside, an early
-end, a full disk, the card, the upload.
+What each format is, and how it is checked, stands in its own module; here is what they share: the scratch
+directory, an early end, a full disk, the card, the upload.
 """
 
 import errno
@@ -31,13 +31,13 @@ from studio.jobs.export.work import Stopped, Work
 from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
 from studio.probe.export import check_export
 from studio.probe.start import refuse_another_base
-from studio.runs.aside import export_aside, only_writer, publish_result
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from studio.runs.scratch import export_scratch, only_writer, publish_result
 from studio.runs.store import left_over
 from studio.runs.worker import Worker
 
@@ -60,10 +60,10 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     check_export(request)
     out = Path(request.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = export_aside(out)
-    with only_writer(aside, out):
-        aside.claim(worker.paths)
-        work = Work(worker, aside)
+    scratch = export_scratch(out)
+    with only_writer(scratch, out):
+        scratch.claim(worker.paths)
+        work = Work(worker, scratch)
         _tell_left_over(work, out.parent)
         _export(work, request, out)
 
@@ -76,20 +76,20 @@ def _tell_left_over(work: Work, folder: Path) -> None:
 
 
 def _export(work: Work, request: ExportRequest, out: Path) -> None:
-    worker, aside = work.worker, work.folder
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    worker, scratch = work.worker, work.folder
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
         found = _write(work, request)
         work.heed()
         work.say("saving")
-        _publish(aside / _MADE, out)
+        _publish(scratch / _MADE, out)
     except Stopped:
         worker.emit(Finished, outcome="stopped")
         return
     except JobFailed as failed:
         # llama.cpp's own words for it differ from step to step; what it has written so far still lies there.
-        if failed.kind == "gguf_converter" and shutil.disk_usage(aside).free < _FULL_BYTES:
+        if failed.kind == "gguf_converter" and shutil.disk_usage(scratch).free < _FULL_BYTES:
             raise _refused(OSError(errno.ENOSPC, ""), out) or failed from failed
         raise
     except Exception as error:
@@ -97,7 +97,7 @@ def _export(work: Work, request: ExportRequest, out: Path) -> None:
             raise refused from error
         raise
     finally:
-        work.aside.clear()
+        work.scratch.clear()
     size = sum(path.stat().st_size for path in [out, *out.rglob("*")] if path.is_file())
     worker.emit(Saved, what="exported", path=str(out), size_bytes=size)
     report = {"exported": str(out), "source": request.source, "format": request.format, **found}

@@ -12,11 +12,11 @@ from studio.core.events import Phase, Warned
 from studio.core.text import plain
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import ADAPTER_CONFIG
-from studio.runs.aside import merged_for
 from studio.runs.history import History
 from studio.runs.job import MODULES, ExportRequest, MergeRequest, write_job
 from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
+from studio.runs.scratch import merged_for
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import launch, resume, stop
 from studio.runs.watch import RunWatch

@@ -8,7 +8,7 @@ from studio.core.events import Phase, Warned
 from studio.core.text import plain
 from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.tool_process import LlamaTool
-from studio.runs.aside import Aside
+from studio.runs.scratch import Scratch
 from studio.runs.worker import Worker
 
 
@@ -22,16 +22,16 @@ class Work:
 
     Attributes:
         worker: Of the export's run.
-        aside: Where it writes; gone at the end.
+        scratch: Where it writes; gone at the end.
     """
 
     worker: Worker
-    aside: Aside
+    scratch: Scratch
 
     @property
     def folder(self) -> Path:
         """For what lies about meanwhile."""
-        return self.aside.folder
+        return self.scratch.folder
 
     def say(self, name: str, fraction: float | None = None, detail: str = "") -> None:
         """Tell what is being done."""

@@ -29,10 +29,10 @@ from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps
 from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back
 from studio.jobs.merge.write_steps import Stopped, write_steps
-from studio.runs.aside import merge_aside, only_writer, publish_result
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.job import MergeRequest
+from studio.runs.scratch import merge_scratch, only_writer, publish_result
 from studio.runs.worker import Worker
 
 _TEXTS = (
@@ -74,28 +74,28 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
         worker.emit(Finished, outcome="stopped")
         return
     out = Path(request.out)
-    aside = merge_aside(out)
+    scratch = merge_scratch(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with only_writer(aside, out):
-        _merge_alone(worker, request, parts, aside.folder)
+    with only_writer(scratch, out):
+        _merge_alone(worker, request, parts, scratch.folder)
 
 
-def _merge_alone(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> None:
+def _merge_alone(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -> None:
     try:
-        _merge(worker, request, parts, aside)
+        _merge(worker, request, parts, scratch)
     except Stopped:
         worker.emit(Finished, outcome="stopped")
     except Exception as error:
-        failure = disk_failure(error, place=aside.parent, kept="nothing of the merged model was kept", advice=_AGAIN)
+        failure = disk_failure(error, place=scratch.parent, kept="nothing of the merged model was kept", advice=_AGAIN)
         if failure is None:
             raise
         raise failure from error
     finally:
         # Only a kill leaves the folder: the next merge of the same parts takes up its whole shards.
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> None:
+def _merge(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -> None:
     worker.emit(Phase, name="reading the adapter")
     (adapter, weight), *more = parts.adapters
     skeleton = build_skeleton(parts.folder, adapter, weight, *more)
@@ -110,9 +110,9 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
 
     shards = lay_out((output for step in steps.steps for output in step.outputs), SHARD_BYTES)
     tell = _teller(worker)
-    merge_aside(Path(request.out)).claim(worker.paths)
+    merge_scratch(Path(request.out)).claim(worker.paths)
     writer = ShardWriter(
-        aside,
+        scratch,
         shards,
         plan_of(request, parts),
         lambda fraction: tell("checking", fraction, "shards of a merge that was killed"),
@@ -125,7 +125,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
     )
     worker.emit(Phase, name="writing config and tokenizer")
     write_folder_files(
-        aside,
+        scratch,
         parts.folder,
         adapter.folder,
         dtype=str(dtype).removeprefix("torch.") if dtype else None,
@@ -134,13 +134,13 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, aside: Path) -> 
     )
     writer.finish()
     began = time.monotonic()
-    verified = _verify(worker, steps, writer, prompts, tell) | _written(steps, parts, aside, prompts, tell)
+    verified = _verify(worker, steps, writer, prompts, tell) | _written(steps, parts, scratch, prompts, tell)
     verified["check_seconds"] = round(time.monotonic() - began, 2)
     if worker.requested("stop"):
         raise Stopped("stopped before the merged model was published")
     worker.emit(Phase, name="saving")
     out = Path(request.out)
-    publish_result(aside, out, "the merged model")
+    publish_result(scratch, out, "the merged model")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     worker.emit(Saved, what="merged", path=str(out), size_bytes=size)
     report = {
@@ -201,7 +201,7 @@ def _verify(
 
 
 def _written(
-    steps: MergeSteps, parts: Parts, aside: Path, prompts: _Prompts, tell: Callable[[str, float, str], None]
+    steps: MergeSteps, parts: Parts, scratch: Path, prompts: _Prompts, tell: Callable[[str, float, str], None]
 ) -> dict[str, Any]:
     """Text of both sides, where the model is small enough to be loaded whole."""
     if why := why_not(steps):
@@ -210,7 +210,7 @@ def _written(
         written = side_by_side(
             steps,
             parts.adapters,
-            aside,
+            scratch,
             prompts.tokenizer,
             questions=prompts.questions,
             tell=lambda fraction, words: tell("checking", fraction, words),

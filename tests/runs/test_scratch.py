@@ -8,10 +8,10 @@ from filelock import FileLock
 
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Started
-from studio.runs.aside import Aside, export_aside, left_by, merge_aside, only_writer
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
+from studio.runs.scratch import Scratch, export_scratch, left_by, merge_scratch, only_writer
 from studio.runs.status import Status
 from studio.runs.store import left_over, remove_run
 from studio.runs.summary import summary_of
@@ -28,12 +28,12 @@ def _killed(root: Path, job: MergeRequest | ExportRequest, name: str = "job") ->
     return paths
 
 
-def _fill(aside: Aside, size_bytes: int = 1000) -> None:
-    for folder in (aside.folder, aside.merged, merge_aside(aside.merged).folder if aside.merged else None):
+def _fill(scratch: Scratch, size_bytes: int = 1000) -> None:
+    for folder in (scratch.folder, scratch.merged, merge_scratch(scratch.merged).folder if scratch.merged else None):
         if folder is not None:
             (folder / "deep").mkdir(parents=True)
             (folder / "deep" / "weights").write_bytes(bytes(size_bytes))
-    aside.lock.touch()
+    scratch.lock.touch()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def export(tmp_path: Path, out: Path) -> RunPaths:
     paths = _killed(tmp_path, ExportRequest("/adapter", str(out), "q8_0"))
-    _fill(export_aside(out))
+    _fill(export_scratch(out))
     return paths
 
 
@@ -68,7 +68,7 @@ def test_a_killed_merge_is_found_too(tmp_path: Path, out: Path) -> None:
     paths = _killed(tmp_path, MergeRequest("/adapter", "", str(out)))
     assert left_over(tmp_path / "runs") == []
     assert "half-made" not in summary_of(paths, History(), Status.crashed)["failure"]["advice"]
-    _fill(merge_aside(out))
+    _fill(merge_scratch(out))
     (found,) = left_over(tmp_path / "runs")
     assert (found.run, found.size_bytes, len(found.folders)) == (paths, 1000, 1)
 
@@ -84,9 +84,9 @@ def test_an_output_that_can_have_nothing_beside_it_breaks_no_list_and_no_removal
 
 
 def test_what_a_living_job_writes_is_no_left_over(tmp_path: Path, export: RunPaths, out: Path) -> None:
-    aside = export_aside(out)
-    merging = merge_aside(out.with_name(".merged-for-tuned"))
-    for lock in (aside.lock, merging.lock):  # another export to the same place; the merge that outlived this one
+    scratch = export_scratch(out)
+    merging = merge_scratch(out.with_name(".merged-for-tuned"))
+    for lock in (scratch.lock, merging.lock):  # another export to the same place; the merge that outlived this one
         with FileLock(lock):
             assert left_by(export) is None
     with FileLock(export.lock):
@@ -115,7 +115,7 @@ def test_removing_the_run_gives_the_room_back_and_touches_nothing_else(
 ) -> None:
     out.mkdir()
     (out / "kept").touch()
-    other = export_aside(out.with_name("other"))
+    other = export_scratch(out.with_name("other"))
     _fill(other)
     remove_run(export)
     assert not export.root.exists()
@@ -124,45 +124,45 @@ def test_removing_the_run_gives_the_room_back_and_touches_nothing_else(
 
 
 def test_removing_a_run_leaves_alone_what_another_job_has_taken_up(tmp_path: Path, export: RunPaths, out: Path) -> None:
-    aside = export_aside(out)
-    with FileLock(aside.lock):
+    scratch = export_scratch(out)
+    with FileLock(scratch.lock):
         remove_run(export)
-        assert len(aside.folders) == 3
+        assert len(scratch.folders) == 3
 
 
 @pytest.mark.parametrize("kind", ["merge", "export"])
 def test_a_run_that_was_killed_takes_along_only_what_it_wrote_last(tmp_path: Path, out: Path, kind: str) -> None:
     merges = kind == "merge"
     request = MergeRequest("/adapter", "", str(out)) if merges else ExportRequest("/adapter", str(out), "q8_0")
-    aside = merge_aside(out) if merges else export_aside(out)
+    scratch = merge_scratch(out) if merges else export_scratch(out)
     first, second = (_killed(tmp_path, request, name) for name in ("first", "second"))
-    _fill(aside)
-    aside.claim(first)
-    aside.claim(second)
+    _fill(scratch)
+    scratch.claim(first)
+    scratch.claim(second)
     assert left_by(first) is None
     remove_run(first)
-    assert len(aside.folders) == (1 if merges else 3)
+    assert len(scratch.folders) == (1 if merges else 3)
     assert [found.run for found in left_over(tmp_path / "runs")] == [second]
     remove_run(second)
     assert list(out.parent.iterdir()) == []
 
 
 def test_nobody_owns_a_folder_that_is_gone_or_became_the_result(tmp_path: Path, out: Path) -> None:
-    aside = merge_aside(out)
-    aside.folder.mkdir(parents=True)
-    with only_writer(aside, out):
-        aside.claim(new_run(tmp_path / "runs", "merge", DAY))
-        assert aside.owner
-        aside.folder.replace(out)
+    scratch = merge_scratch(out)
+    scratch.folder.mkdir(parents=True)
+    with only_writer(scratch, out):
+        scratch.claim(new_run(tmp_path / "runs", "merge", DAY))
+        assert scratch.owner
+        scratch.folder.replace(out)
     assert list(out.parent.iterdir()) == [out]
 
 
 def test_only_one_writes_at_a_time_and_no_lock_is_left(out: Path) -> None:
     out.parent.mkdir()
-    aside = merge_aside(out)
-    with only_writer(aside, out):
-        assert aside.held
-        with pytest.raises(BadInput, match="another job is writing tuned"), only_writer(aside, out):
+    scratch = merge_scratch(out)
+    with only_writer(scratch, out):
+        assert scratch.held
+        with pytest.raises(BadInput, match="another job is writing tuned"), only_writer(scratch, out):
             raise AssertionError
-    assert not aside.held
+    assert not scratch.held
     assert list(out.parent.iterdir()) == []

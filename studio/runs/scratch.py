@@ -22,7 +22,7 @@ _MOST_TWINS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Aside:
+class Scratch:
     """What a job writes beside its output.
 
     Attributes:
@@ -54,12 +54,12 @@ class Aside:
     @property
     def held(self) -> bool:
         """Whether a living job writes here; the merge before an export outlives a killed export."""
-        return lock_held(self.lock) or (self.merged is not None and merge_aside(self.merged).held)
+        return lock_held(self.lock) or (self.merged is not None and merge_scratch(self.merged).held)
 
     @property
     def folders(self) -> list[Path]:
         """Those that exist, also that of the merge before an export."""
-        merged = [self.merged, merge_aside(self.merged).folder] if self.merged else []
+        merged = [self.merged, merge_scratch(self.merged).folder] if self.merged else []
         return [folder for folder in (self.folder, *merged) if folder.is_dir()]
 
     def claim(self, paths: RunPaths) -> None:
@@ -79,20 +79,20 @@ class Aside:
         """Delete all of it, as far as the disk allows."""
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
-        if self.merged is not None and not merge_aside(self.merged).held:
-            merge_aside(self.merged).disclaim()
+        if self.merged is not None and not merge_scratch(self.merged).held:
+            merge_scratch(self.merged).disclaim()
             with suppress(OSError):
-                merge_aside(self.merged).lock.unlink()
+                merge_scratch(self.merged).lock.unlink()
 
 
-def merge_aside(out: Path) -> Aside:
+def merge_scratch(out: Path) -> Scratch:
     """Return where a merge writes before its model appears at `out`."""
-    return Aside(out.with_name(f".merging-{out.name}"))
+    return Scratch(out.with_name(f".merging-{out.name}"))
 
 
-def export_aside(out: Path) -> Aside:
+def export_scratch(out: Path) -> Scratch:
     """Return where an export writes before its result appears at `out`."""
-    return Aside(out.with_name(f".writing-{out.name}"), merged_for(out))
+    return Scratch(out.with_name(f".writing-{out.name}"), merged_for(out))
 
 
 def merged_for(out: Path) -> Path:
@@ -101,7 +101,7 @@ def merged_for(out: Path) -> Path:
 
 
 @contextmanager
-def only_writer(aside: Aside, out: Path) -> Iterator[None]:
+def only_writer(scratch: Scratch, out: Path) -> Iterator[None]:
     """Be the only job that writes there, for the output of that name; its parent exists.
 
     Raises:
@@ -109,11 +109,11 @@ def only_writer(aside: Aside, out: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # noqa: PLC0415  0.1 s to import, which who only looks need not wait for
 
-    lock = FileLock(aside.lock)
+    lock = FileLock(scratch.lock)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        if not aside.lock.exists():
+        if not scratch.lock.exists():
             shown = plain(str(out.parent), one_line=True)
             raise BadInput(f"nothing can be written in {shown}: choose another --out") from None
         shown = plain(out.name, one_line=True)
@@ -121,11 +121,11 @@ def only_writer(aside: Aside, out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not aside.folder.exists():
-            aside.disclaim()
+        if not scratch.folder.exists():
+            scratch.disclaim()
         lock.release()
         with suppress(OSError):
-            aside.lock.unlink()
+            scratch.lock.unlink()
 
 
 def publish_result(made: Path, out: Path, what: str) -> None:
@@ -159,7 +159,7 @@ def publish_result(made: Path, out: Path, what: str) -> None:
     raise JobFailed("output_taken", f"{shown} and all names like it are taken", "choose another --out")
 
 
-def left_by(paths: RunPaths) -> Aside | None:
+def left_by(paths: RunPaths) -> Scratch | None:
     """Return where a killed merge or export has left something; None for any other run, or where there is nothing.
 
     What another run has taken up or made anew since is that run's.
@@ -169,16 +169,16 @@ def left_by(paths: RunPaths) -> Aside | None:
         if not isinstance(job, MergeRequest | ExportRequest):
             return None
         out = Path(job.out)
-        aside = export_aside(out) if isinstance(job, ExportRequest) else merge_aside(out)
-        if not aside.folders or aside.held or aside.owner not in ("", paths.name):
+        scratch = export_scratch(out) if isinstance(job, ExportRequest) else merge_scratch(out)
+        if not scratch.folders or scratch.held or scratch.owner not in ("", paths.name):
             return None
     except (StudioError, OSError, ValueError):  # ValueError: out is no path that has a name, as in a run edited by hand
         return None
     status = run_status(paths)
-    return None if status.live or status is Status.finished else aside
+    return None if status.live or status is Status.finished else scratch
 
 
-def give_back(aside: Aside) -> None:
+def give_back(scratch: Scratch) -> None:
     """Delete what a killed job has left, unless another one has taken it up meanwhile."""
-    with suppress(BadInput, OSError), only_writer(aside, aside.folder):
-        aside.clear()
+    with suppress(BadInput, OSError), only_writer(scratch, scratch.folder):
+        scratch.clear()
