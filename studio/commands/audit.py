@@ -12,8 +12,7 @@ from studio.commands.follow import End, exit_code, follow, tell_failure
 from studio.commands.options import add_device, add_json, add_run, add_runs_dir, add_set, module_of, root_of, run_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import duration, say, table, write_json
-from studio.core.answer_text import shown_answers
-from studio.core.audit_text import DAMAGED, advice_lines, note_lines, rows_of, tables_of, title_of
+from studio.core.audit_text import DAMAGED, advice_lines, note_lines, rows_of, shown_answers, tables_of, title_of
 from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain

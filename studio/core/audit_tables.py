@@ -1,12 +1,92 @@
-"""An audit's figures as tables: what was lost by form, what each form takes, block by block, lane by lane.
+"""An audit's figures as tables: what each form lost, takes and answers; the same by block and by lane.
 
 Every table says which of its figures are measured and which are estimates. Reads the report's plain values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from studio.core.audit_cells import GIB, Table, difference, interval, number, plain_difference, size, word
+from studio.core.evidence import seen_sign
+from studio.core.intervals import Interval
+from studio.core.text import plain
+
+Table = list[list[str]]
+"""Rows of cells, the first row being the head."""
+
+GIB = 2**30
+_LONGEST_WORD = 120
+
+
+def interval(value: Mapping[str, float | None]) -> str:
+    """Return a figure with the ends of its interval."""
+    if value["low"] is None or value["high"] is None:
+        return f"{value['value']:.4f}"
+    return f"{value['value']:.4f} ({value['low']:.4f}-{value['high']:.4f})"
+
+
+def difference(value: Mapping[str, Any]) -> str:
+    """Return a difference in loss with the ends of its interval, marked where it is within the noise."""
+    if value["low"] is None or value["high"] is None:
+        return f"{value['value']:+.4f}"
+    noise = "" if seen_sign(Interval(**value)) else ", noise"
+    return f"{value['value']:+.4f} ({value['low']:+.4f} to {value['high']:+.4f}{noise})"
+
+
+def share(value: Mapping[str, Any]) -> str:
+    """Return a share of answers with the ends of its interval."""
+    if value["low"] is None or value["high"] is None:
+        return f"{value['value']:.0%}"
+    return f"{value['value']:.0%} ({value['low']:.0%}-{value['high']:.0%})"
+
+
+def share_difference(value: Mapping[str, Any]) -> str:
+    """Return a difference of shares in words: that none can be seen, or how large it is, in percentage points."""
+    return _difference(Interval(**value), lambda share: f"{round(100 * share):+d}", " points")
+
+
+def plain_difference(value: Mapping[str, Any]) -> str:
+    """Return a difference of a score in words: that none can be seen, or how large it is."""
+    return _difference(Interval(**value), lambda score: f"{score:+.4f}", "")
+
+
+def _difference(seen: Interval, written: Callable[[float], str], unit: str) -> str:
+    if seen.low is None or seen.high is None:
+        return f"{written(seen.value)}{unit}"
+    ends = f"{written(seen.low)} to {written(seen.high)}"
+    return f"{written(seen.value)}{unit} ({ends})" if seen.sign else f"no difference seen ({ends})"
+
+
+def size(size_bytes: float | None) -> str:
+    """Return bytes in MiB, or GiB from one of them on; a question mark where they are not known."""
+    if size_bytes is None:
+        return "?"
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes < GIB else f"{size_bytes / GIB:.2f} GiB"
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a number in a form of `format`; a question mark where it is not known."""
+    return "?" if value is None else format(value, form)
+
+
+def word(text: object) -> str:
+    """Return a word from outside as a cell or a line may show it."""
+    return plain(str(text), one_line=True, limit=_LONGEST_WORD)
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Return a table as lines of Markdown."""
+    head, *rows = ([_cell(text) for text in row] for row in table)
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return words as a list that is read: commas, and an "and" before the last one."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _cell(text: str) -> str:
+    return plain(text, one_line=True).replace("|", "\\|")
+
 
 _MOST_BLOCKS = 8
 
@@ -73,6 +153,33 @@ def task_table(report: Mapping[str, Any]) -> Table:
         more = ("-" if name == against else plain_difference(scores[name]["more"]) for name in names)
         rows.append([f"  against {against}", *more])
     return rows
+
+
+def answers_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a report's answers; empty where it has none."""
+    found = report.get("answers") or {}
+    return {} if found.get("why_not") else found
+
+
+def answer_table(report: Mapping[str, Any]) -> Table:
+    """Return how every form fares under every rule; nothing where nobody answered."""
+    answers = answers_of(report)
+    if not answers:
+        return []
+    against = answers["reference"]
+    names = list(answers["rows"][0]["answers"])
+    rows = [["", *names]]
+    for check in answers["checks"]:
+        scores = check["scores"]
+        rows.append([check["name"], *(share(scores[name]["mean"]) for name in names)])
+        more = ("-" if name == against else share_difference(scores[name]["more"]) for name in names)
+        rows.append([f"  against {against}", *more])
+    return rows
+
+
+def prompts_in_words(count: int, kind: str = "") -> str:
+    """Return how many prompts, such as `1 prompt` or `20 held-out prompts`."""
+    return f"{count}{kind and ' '}{kind} prompt{'' if count == 1 else 's'}"
 
 
 def block_table(report: Mapping[str, Any], most: int = _MOST_BLOCKS) -> Table:

@@ -1,19 +1,36 @@
 """An audit's report as tables and words: the same for command line, screen and exported page.
 
-Reads the report's plain values (`report.json`). Names of models, runs and files in it came from outside.
+Reads the report's plain values (`report.json`). Names of models, runs and files, prompts and answers in it came from
+outside: whoever shows a text makes it harmless; cells and lines are so already.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from studio.core.answer_text import answer_lines, answer_markdown, answer_table, answers_of, prompts_in_words
-from studio.core.audit_cells import Table, joined, markdown_table, word
-from studio.core.audit_tables import block_table, lane_table, plan_table, task_table, use_table, variant_table
+from studio.core.audit_tables import (
+    Table,
+    answer_table,
+    answers_of,
+    block_table,
+    joined,
+    lane_table,
+    markdown_table,
+    plan_table,
+    prompts_in_words,
+    task_table,
+    use_table,
+    variant_table,
+    word,
+)
+from studio.core.evidence import LEAST_ROWS
+from studio.core.intervals import Interval
 from studio.core.text import plain
 
 DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 """What the functions here raise for a report that another version wrote, or that was changed."""
 _LONGEST_NOTE = 500
+_LONGEST_SHOWN = 2000
 
 
 def title_of(report: Mapping[str, Any]) -> str:
@@ -77,6 +94,96 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, int | None]:
     return {"rows": report["rows"]["task"], "held_out_rows": report.get("held_out_rows")}
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A prompt and what is said to it.
+
+    Attributes:
+        prompt: Harmless, with its line breaks.
+        said: Who, what, and how it fares, the held-out answer first.
+    """
+
+    prompt: str
+    said: tuple[tuple[str, str, str], ...]
+
+
+def answer_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return in words what the answers show, what each rule compares, and who gave none."""
+    if why_not := (report.get("answers") or {}).get("why_not"):
+        return [f"No answers: {word(why_not)}"]
+    answers = answers_of(report)
+    if not answers:
+        return []
+    against, names = answers["reference"], list(answers["rows"][0]["answers"])
+    lines = [_verdict(name, answers) for name in names if name != against]
+    lines += [
+        f"{form['name']} gave no answers: {word(form['why_not'])}." for form in answers["forms"] if form["why_not"]
+    ]
+    was_trained = (
+        "the model as it was trained" if against == answers["trained"] else "compared with, the trained gave none"
+    )
+    asked = prompts_in_words(answers["prompts"], "held-out")
+    lines.append(
+        f"{asked}, answered greedily in {answers['dtype']} on {answers['device']}, at "
+        f"most {answers['new_tokens']} tokens each; {against} is {was_trained}."
+    )
+    if answers["prompts"] < LEAST_ROWS:
+        verb = "is" if answers["prompts"] == 1 else "are"
+        too_few = f"{prompts_in_words(answers['prompts'])} {verb} too few to tell forms apart"
+        lines.append(f"{too_few} ({LEAST_ROWS} would do): read the answers.")
+    return lines + [f"{check['name']}: {word(check['how'])}." for check in answers["checks"]]
+
+
+def shown_answers(report: Mapping[str, Any]) -> Iterator[Shown]:
+    """Yield every prompt with what each form says to it."""
+    answers = answers_of(report)
+    checks = [check["name"] for check in answers.get("checks") or ()]
+    for row in answers.get("rows") or ():
+        said = [("held-out answer", _text(row["expected"]), "")]
+        said += [
+            (name, _text(given["text"]), ", ".join(_mark(given["scores"][check], check) for check in checks))
+            for name, given in row["answers"].items()
+        ]
+        yield Shown(_text(row["prompt"]), tuple(said))
+
+
+def answer_markdown(report: Mapping[str, Any]) -> list[str]:
+    """Return the prompts and answers as lines of Markdown."""
+    lines: list[str] = []
+    for place, one in enumerate(shown_answers(report), start=1):
+        lines += [f"### Prompt {place}", "", *_quoted(one.prompt), ""]
+        for who, text, marks in one.said:
+            lines += [f"**{plain(who, one_line=True)}**{f' ({marks})' if marks else ''}", "", *_quoted(text), ""]
+    return lines
+
+
+def markdown_of(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]] = (), *, texts: bool = True) -> str:
+    """Return the report as a Markdown page.
+
+    Args:
+        report: Its plain values.
+        pictures: Files beside the page, each with what it shows.
+        texts: Whether prompts and answers are quoted: rows of the user's data, which are nobody else's business.
+    """
+    tokens = tokens_of(report)
+    lines = [f"# Audit: {title_of(report)}", "", *advice_lines(report), ""]
+    for heading, table in tables_of(report):
+        lines += [f"## {heading}", "", *markdown_table(table), ""]
+    if notes := note_lines(report):
+        lines += ["## Notes", "", *(f"- {line}" for line in notes), ""]
+    for what, file in pictures:
+        lines += [f"![{what}]({file})", ""]
+    lines += [
+        f"Losses and KL in nats per token. Task: {tokens['task']:,} tokens of {report['rows']['task']} "
+        f"{_rows_word(report)}; neutral: {tokens['neutral']:,} tokens of {report['rows']['neutral']} passages. "
+        "Intervals: 95 %, bootstrap over rows. Arithmetic in fp32, weights rounded by bitsandbytes.",
+        "",
+    ]
+    if texts and (answers := answer_markdown(report)):
+        lines += ["## Answers side by side", "", *answers]
+    return "\n".join(lines)
+
+
 def _rows_word(report: Mapping[str, Any]) -> str:
     """Only what a run did not train on is held out; with a base nothing was."""
     return "rows" if report.get("what") == "base" else "held-out rows"
@@ -107,28 +214,26 @@ def _task_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def markdown_of(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]] = (), *, texts: bool = True) -> str:
-    """Return the report as a Markdown page.
-
-    Args:
-        report: Its plain values.
-        pictures: Files beside the page, each with what it shows.
-        texts: Whether prompts and answers are quoted: rows of the user's data, which are nobody else's business.
-    """
-    tokens = tokens_of(report)
-    lines = [f"# Audit: {title_of(report)}", "", *advice_lines(report), ""]
-    for heading, table in tables_of(report):
-        lines += [f"## {heading}", "", *markdown_table(table), ""]
-    if notes := note_lines(report):
-        lines += ["## Notes", "", *(f"- {line}" for line in notes), ""]
-    for what, file in pictures:
-        lines += [f"![{what}]({file})", ""]
-    lines += [
-        f"Losses and KL in nats per token. Task: {tokens['task']:,} tokens of {report['rows']['task']} "
-        f"{_rows_word(report)}; neutral: {tokens['neutral']:,} tokens of {report['rows']['neutral']} passages. "
-        "Intervals: 95 %, bootstrap over rows. Arithmetic in fp32, weights rounded by bitsandbytes.",
-        "",
+def _verdict(name: str, answers: Mapping[str, Any]) -> str:
+    against = answers["reference"]
+    signs = {check["name"]: Interval(**check["scores"][name]["more"]).sign for check in answers["checks"]}
+    words = [
+        f"{side} in {joined(found)}"
+        for side, wanted in (("higher", 1), ("lower", -1))
+        if (found := [check for check, sign in signs.items() if sign == wanted])
     ]
-    if texts and (answers := answer_markdown(report)):
-        lines += ["## Answers side by side", "", *answers]
-    return "\n".join(lines)
+    return f"{name} against {against}: {joined(words) if words else 'no difference seen under any rule'}."
+
+
+def _mark(score: float, check: str) -> str:
+    shown = "yes" if score == 1 else "no" if score == 0 else f"{score:.2f}"
+    return f"{check}: {shown}"
+
+
+def _text(text: object) -> str:
+    return plain(str(text), limit=_LONGEST_SHOWN)
+
+
+def _quoted(text: str) -> list[str]:
+    """Return a text as a block that no Markdown in it can leave: indented by four, it is code."""
+    return [f"    {line}" for line in text.split("\n")]

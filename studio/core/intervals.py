@@ -1,7 +1,9 @@
-"""Confidence intervals by the bootstrap over rows: how far a figure would move had other rows been held out.
+"""Confidence intervals: how far a figure would move had other rows been held out, or other prompts been asked.
 
-Tokens of one row are alike, so rows are drawn, not tokens. The percentiles are widened for few rows as Student's t is
-wider than the normal (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", expanded percentile interval).
+Means and quantiles are bootstrapped. Tokens of one row are alike, so rows are drawn, not tokens. The percentiles are
+widened for few rows as Student's t is wider than the normal (Hesterberg 2015, "What Teachers Should Know About the
+Bootstrap", expanded percentile interval). Shares have formulas instead: where all answers are right, or all wrong, a
+bootstrap would be sure of itself.
 """
 
 import math
@@ -13,6 +15,7 @@ from statistics import NormalDist
 RESAMPLES = 1000
 LEVEL = 0.95
 _NORMAL = NormalDist()
+_Z = _NORMAL.inv_cdf((1 + LEVEL) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,46 @@ def quantile_interval(
     return _interval(drawn(range(len(rows))), len(rows), drawn, seed, resamples)
 
 
+def share_interval(hits: Sequence[bool]) -> Interval:
+    """Return the share of hits with its 95 % interval (Wilson 1927, JASA 22: the score interval).
+
+    Raises:
+        ValueError: There is nothing to count.
+    """
+    count = len(hits)
+    if not count:
+        raise ValueError("found no answer; wanted one or more")
+    share = sum(hits) / count
+    if count == 1:
+        return Interval(share)
+    middle = share + _Z**2 / (2 * count)
+    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    whole = 1 + _Z**2 / count
+    # At both ends one bound is the share itself, which rounding must not pass.
+    return Interval(share, min(share, max(0.0, (middle - half) / whole)), max(share, min(1.0, (middle + half) / whole)))
+
+
+def paired_interval(hits: Sequence[bool], others: Sequence[bool]) -> Interval:
+    """Return how much larger a share is than another one on the same questions, with its 95 % interval.
+
+    Adjusted Wald: one more question of each discordant kind (Bonett and Price 2012, J. Educ. Behav. Stat. 37(4)).
+
+    Raises:
+        ValueError: The questions are not the same, or there are none.
+    """
+    count = len(hits)
+    if count != len(others) or not count:
+        raise ValueError(f"found {count} and {len(others)} answers; wanted as many of both, one or more")
+    won = sum(one and not other for one, other in zip(hits, others, strict=True))
+    lost = sum(other and not one for one, other in zip(hits, others, strict=True))
+    value = (won - lost) / count
+    if count == 1:
+        return Interval(value)
+    up, down = (won + 1) / (count + 2), (lost + 1) / (count + 2)
+    middle, half = up - down, _Z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
+    return Interval(value, max(-1.0, min(value, middle - half)), min(1.0, max(value, middle + half)))
+
+
 def student_t(tail: float, degrees: int) -> float:
     """Return the quantile of Student's t above which `tail` of it lies.
 
@@ -134,6 +177,3 @@ def _at(ordered: Sequence[float], share: float) -> float:
     place = share * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2)
     return ordered[below] + (place - below) * (ordered[below + 1] - ordered[below])
-
-
-__all__ = ["Interval", "quantile_interval", "ratio_interval", "student_t"]

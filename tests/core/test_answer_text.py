@@ -1,8 +1,7 @@
 """Answers and the other parts of a run's report as tables and words, whatever stands in prompts and answers."""
 
-from studio.core.answer_text import answer_lines, answer_table, shown_answers
-from studio.core.audit_tables import use_table, variant_table
-from studio.core.audit_text import markdown_of, note_lines, tables_of
+from studio.core.audit_tables import answer_table, use_table, variant_table
+from studio.core.audit_text import answer_lines, markdown_of, note_lines, shown_answers, tables_of
 from tests.fakes.audit_job import answers_report, base_report, run_report
 
 NASTY = "a\x1b[2J\n# head\n| cell |\n```\n[bold]"

@@ -5,8 +5,7 @@ import random
 
 import pytest
 
-from studio.core.answers import paired_interval, share_interval
-from studio.core.intervals import Interval
+from studio.core.intervals import Interval, paired_interval, share_interval
 
 
 @pytest.mark.parametrize(("count", "share"), [(10, 0.5), (20, 0.1), (40, 0.95), (100, 0.3)])

@@ -16,6 +16,7 @@ from studio.core.audit_text import tables_of
 from studio.jobs.audit import base_audit
 from studio.jobs.audit.base_variants import folder_variants
 from studio.jobs.audit.blocks import parts_of
+from studio.jobs.audit.report import bars_svg, losses_svg
 from studio.jobs.audit.rows import NEUTRAL
 from studio.jobs.audit.walk import Ground
 from studio.jobs.audit.weights import FolderWeights
@@ -58,6 +59,13 @@ def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(model: Path, data: Path, **more: str) -> AuditRequest:
     fields = {"rows": "8", "forms": FORMS, "kept": "1,2", **more}
     return AuditRequest("base", model=str(model), data=str(data), **fields)
+
+
+def test_names_from_outside_do_not_break_a_picture() -> None:
+    name = "a|b\x1b[2J<script>\n# head"
+    for picture in (losses_svg(name, [(name, 1.0, 0.5, 1.5)]), bars_svg(name, [(name, 0.5)])):
+        assert "<script>" not in picture and "\x1b" not in picture
+    assert "nan" not in losses_svg("one", [("same", 1.0, None, None)])
 
 
 def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:

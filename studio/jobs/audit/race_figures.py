@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from studio.core.audit_cells import joined
+from studio.core.audit_tables import joined
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.jobs.audit.adapter_variants import AdapterForms

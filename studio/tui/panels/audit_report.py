@@ -8,9 +8,8 @@ from textual.containers import ScrollableContainer, Vertical
 from textual.content import Content
 from textual.widgets import Static
 
-from studio.core.answer_text import shown_answers
-from studio.core.audit_cells import Table
-from studio.core.audit_text import DAMAGED, advice_lines, note_lines, tables_of, title_of
+from studio.core.audit_tables import Table
+from studio.core.audit_text import DAMAGED, advice_lines, note_lines, shown_answers, tables_of, title_of
 from studio.core.text import plain
 from studio.tui.readable import number
 from widgets.line_picture import Hue
