@@ -9,14 +9,15 @@ from textwrap import indent
 from typing import Any, TextIO
 
 from studio.commands.follow import End, exit_code, follow, tell_failure
-from studio.commands.options import add_device, add_json, add_run, add_runs_dir, add_set, module_of, root_of, run_of
+from studio.commands.options import add_device, add_json, add_run, add_runs_dir, add_set, root_of, run_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import duration, say, table, write_json
 from studio.core.audit_text import DAMAGED, advice_lines, note_lines, rows_of, shown_answers, tables_of, title_of
 from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
-from studio.probe.audit import audit_of_run, copy_report, data_path, read_report, start_audit
+from studio.launch.start import start
+from studio.probe.audit import audit_of_run, copy_report, data_path, read_report
 from studio.probe.models import word_anywhere
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "show":
         return _show(args, to)
     makers = {"base": _base, "run": _run, "race": _race}
-    paths = start_audit(makers[args.what](args), root_of(args), module=module_of(args, "audit"))
+    paths = start(makers[args.what](args), root_of(args), module=args.modules.get("audit"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     return _conclude(watch, follow(watch, to=to, stops_on_interrupt=True), as_json=args.json)

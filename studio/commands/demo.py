@@ -9,14 +9,14 @@ from typing import Any, TextIO
 from studio.commands.follow import End, conclude, exit_code, follow, tell_failure, tell_success
 from studio.commands.merge import request_for
 from studio.commands.open_studio import first_recipe, open_studio
-from studio.commands.options import add_device, add_json, add_runs_dir, module_of, root_of
+from studio.commands.options import add_device, add_json, add_runs_dir, root_of
 from studio.commands.terminal import DONE, NO, say, size, why_no_studio, width_of_terminal, write_json
 from studio.commands.train import tell_checked
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
+from studio.launch.start import start
 from studio.probe.embedded_fetch import PINNED, fetch_embedded
 from studio.probe.embedded_model import INSTALL, PACKAGE, EmbeddedMissing, fetched_folder, find_embedded
-from studio.probe.start import start_merge, start_training
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.no_tui or args.json or why_no_studio()):
         return open_studio(recipe, root_of(args), launch=True)
     to = sys.stderr if args.json else sys.stdout
-    paths = start_training(recipe, root_of(args), module=module_of(args, "train"), on_checked=tell_checked)
+    paths = start(recipe, root_of(args), module=args.modules.get("train"), on_checked=tell_checked)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
@@ -154,7 +154,7 @@ def before_and_after(history: History) -> list[dict[str, str]]:
 def _merge(paths: RunPaths, args: argparse.Namespace, to: TextIO) -> tuple[str | None, dict[str, Any], int]:
     """Merge into the 16-bit base beside the adapter, and look whether a model lies there."""
     out = paths.root / "merged"
-    merge_paths = start_merge(request_for(paths, str(out)), root_of(args), module=module_of(args, "merge"))
+    merge_paths = start(request_for(paths, str(out)), root_of(args), module=args.modules.get("merge"))
     watch = RunWatch(merge_paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
     summary = summary_of(merge_paths, watch.history, end.status)

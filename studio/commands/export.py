@@ -7,13 +7,13 @@ from pathlib import Path
 
 from studio.commands.follow import conclude, follow
 from studio.commands.merge import merge_request
-from studio.commands.options import add_json, add_runs_dir, module_of, root_of
+from studio.commands.options import add_json, add_runs_dir, root_of
 from studio.commands.terminal import say
 from studio.core.errors import BadInput
 from studio.core.export_text import export_checks
 from studio.core.text import plain
+from studio.launch.start import start
 from studio.probe.adapter_folder import ADAPTER_CONFIG
-from studio.probe.export import start_export
 from studio.probe.model_folder import CONFIG
 from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, ONTO, ExportRequest, MergeRequest, read_job
 from studio.runs.store import find_run
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     to = sys.stderr if args.json else sys.stdout
     request = export_request(args.model, root_of(args), out=args.out, form=args.format, base=args.base)
     request = replace(request, onto=args.onto or request.onto, push=args.push)
-    paths = start_export(request, root_of(args), module=module_of(args, "export"))
+    paths = start(request, root_of(args), module=args.modules.get("export"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
@@ -111,5 +111,4 @@ def merged_model(word: str, root: Path) -> MergeRequest | Path | None:
         return folder
     if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
         return None
-    job = read_job(find_run(root, word))
-    return job if isinstance(job, MergeRequest) else None
+    return read_job(find_run(root, word), MergeRequest)

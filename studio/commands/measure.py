@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from studio.commands.follow import End, exit_code, follow, tell_failure
-from studio.commands.options import add_json, add_runs_dir, add_set, module_of, root_of
+from studio.commands.options import add_json, add_runs_dir, add_set, root_of
 from studio.commands.plan import add_card, device_for
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, duration, say, size, table, write_json
@@ -22,7 +22,8 @@ from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
-from studio.probe.measure import read_measurement, start_measure
+from studio.launch.start import start
+from studio.probe.measure import read_measurement
 from studio.probe.pace import pace_of, pace_to_dict
 from studio.probe.plan import PlanDevice
 from studio.probe.shape import find_shape
@@ -72,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
     setup = setup_of(recipe, device.gpu)
     data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
     plan = _plan(recipe, setup, device, data_known=data_known)
-    paths = start_measure(
-        _request(args, recipe, setup, device.gpu), recipe, plan, root_of(args), module=module_of(args, "measure")
-    )
+    request = _request(args, recipe, setup, device.gpu)
+    paths = start(request, root_of(args), module=args.modules.get("measure"), plan=plan)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     return _conclude(watch, follow(watch, to=to, stops_on_interrupt=True), plan, as_json=args.json)

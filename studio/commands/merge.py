@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from studio.commands.follow import conclude, follow
-from studio.commands.options import add_json, add_runs_dir, module_of, root_of
+from studio.commands.options import add_json, add_runs_dir, root_of
 from studio.commands.terminal import complain, say
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
+from studio.launch.start import start
 from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoints
-from studio.probe.chain import WHOLE_FORMATS, beside, start_chain
 from studio.probe.models import word_anywhere
-from studio.runs.job import ONTO, MergeRequest, read_job
+from studio.runs.chain import beside
+from studio.runs.job import ONTO, WHOLE_FORMATS, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 from studio.runs.store import find_run
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if request.onto == "dequantized" and request.run and _trained_in_16_bits(RunPaths(Path(request.run))):
         complain(_NOTHING_WON)
-    paths = start_chain(request, root_of(args), module=module_of(args, "merge"))
+    paths = start(request, root_of(args), module=args.modules.get("merge"))
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     end = follow(watch, to=to, stops_on_interrupt=True)
@@ -154,8 +155,8 @@ def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto
     Raises:
         BadInput: The run's `recipe.toml` is damaged or of another kind of job.
     """
-    job = read_job(paths)
-    if not isinstance(job, Recipe):
+    job = read_job(paths, Recipe)
+    if job is None:
         raise BadInput(f"the run {plain(paths.name, one_line=True)} is no training run: it has no adapter to merge.")
     own = not base
     return MergeRequest(
@@ -170,10 +171,10 @@ def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto
 
 def _trained_in_16_bits(paths: RunPaths) -> bool:
     try:
-        job = read_job(paths)
+        job = read_job(paths, Recipe)
     except BadInput:
         return False
-    return isinstance(job, Recipe) and job.method == "lora"
+    return job is not None and job.method == "lora"
 
 
 def _further(word: str, root: Path) -> str:

@@ -74,10 +74,3 @@ def run_of(args: argparse.Namespace) -> RunPaths:
     from studio.runs.store import find_run  # noqa: PLC0415  10 ms that a plan should not pay
 
     return find_run(root_of(args), args.run)
-
-
-def module_of(args: argparse.Namespace, kind: str) -> str:
-    """Return the module that does a kind of job: the one that `main` was given, else the real one."""
-    from studio.runs.job import MODULES  # noqa: PLC0415  20 ms that a list of runs should not pay
-
-    return str(args.modules.get(kind) or MODULES[kind])

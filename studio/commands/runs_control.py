@@ -7,14 +7,14 @@ from contextlib import suppress
 
 from studio.commands.event_lines import event_line
 from studio.commands.follow import End, conclude, follow
-from studio.commands.options import module_of, root_of, run_of
+from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, NO, agreed, complain, duration, number, say, write_json
 from studio.core.errors import BadInput
 from studio.core.events import Paused
 from studio.core.text import plain
 from studio.probe.space import check_space
 from studio.runs.control import request, requested, withdraw
-from studio.runs.job import kind_of, read_job
+from studio.runs.job import TRAIN, kind_of_run
 from studio.runs.layout import RunPaths
 from studio.runs.log_ends import log_tail
 from studio.runs.note import read_note, write_note
@@ -73,10 +73,10 @@ def pause(args: argparse.Namespace) -> int:
     status = run_status(paths)
     if not status.live:
         raise BadInput(f"the run {plain(paths.name, one_line=True)} is {status}: only a live run can be paused.")
-    kind = "train"
+    kind = TRAIN
     with suppress(BadInput):  # a damaged recipe.toml keeps no live run from pausing
-        kind = kind_of(read_job(paths))
-    if kind != "train":
+        kind = kind_of_run(paths)
+    if kind != TRAIN:
         name = plain(paths.name, one_line=True)
         raise BadInput(
             f"the run {name} is of the kind {kind}: only training pauses. Stop it with lora-studio runs stop {name}, "
@@ -108,12 +108,12 @@ def resume_run(args: argparse.Namespace) -> int:
             args, paths, Status.paused, f"{plain(waits.reason, one_line=True)}: it goes on by itself when there is room"
         )
         return NO
-    from studio.probe.start import resume_run as start_again  # noqa: PLC0415  0.1 s that other verbs need not pay
+    from studio.launch.start import resume as start_again  # noqa: PLC0415  0.1 s that other verbs need not pay
 
     check_space(paths.root)
     watch = RunWatch(paths)
     watch.catch_up()
-    start_again(paths, module=module_of(args, kind_of(read_job(paths))), from_start=args.from_start)
+    start_again(paths, module=args.modules.get(kind_of_run(paths)), from_start=args.from_start)
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
         return DONE

@@ -13,7 +13,7 @@ from studio.commands.terminal import DONE, duration, is_rich, number, say, size,
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, differing_fields, field_text
 from studio.core.text import plain
-from studio.runs.job import Job, read_job
+from studio.runs.job import job_table, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import run_status
 from studio.runs.store import find_run
@@ -60,8 +60,7 @@ def compare(args: argparse.Namespace) -> int:
     if len(set(runs)) < 2:
         raise BadInput(f"found {len(set(runs))} run to compare; wanted two or more different ones.")
     outcomes = [_outcome(paths) for paths in runs]
-    jobs = [_job(paths) for paths in runs]
-    differences = differing_fields([job if isinstance(job, Recipe) else None for job in jobs])
+    differences = differing_fields([_recipe(paths) for paths in runs])
     if args.json:
         write_json({"runs": outcomes, "recipe_differences": differences})
         return DONE
@@ -127,16 +126,19 @@ def _files(paths: RunPaths) -> dict[str, int]:
     }
 
 
-def _job(paths: RunPaths) -> Job | None:
+def _recipe(paths: RunPaths) -> Recipe | None:
     try:
-        return read_job(paths)
+        return read_job(paths, Recipe)
     except BadInput:
         return None
 
 
 def _recipe_table(paths: RunPaths) -> dict[str, Any] | None:
-    job = _job(paths)
-    return None if job is None else job.to_dict() if isinstance(job, Recipe) else asdict(job)
+    """Return what a run was asked to do, ready for JSON; None where that is damaged."""
+    try:
+        return job_table(paths)
+    except BadInput:
+        return None
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,12 +4,13 @@ import argparse
 import sys
 
 from studio.commands.follow import conclude, follow
-from studio.commands.options import add_json, add_runs_dir, add_set, module_of, root_of
+from studio.commands.options import add_json, add_runs_dir, add_set, root_of
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, say, write_json
+from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.probe.preflight import PreflightReport
-from studio.probe.start import start_training
+from studio.launch.kinds import Checked
+from studio.launch.start import start
 from studio.runs.recipe_file import find_recipe, load_recipe
 from studio.runs.status import run_status
 from studio.runs.summary import summary_of
@@ -45,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(find_recipe(args.recipe), settings_of(args))
     told: list[str] = []
 
-    def checked(report: PreflightReport) -> None:
+    def checked(report: Checked[Recipe]) -> None:
         tell_checked(report)
         told.extend(report.notes)
 
-    paths = start_training(recipe, root_of(args), module=module_of(args, "train"), on_checked=checked)
+    paths = start(recipe, root_of(args), module=args.modules.get("train"), on_checked=checked)
     say(f"run {paths.name} in {plain(str(paths.root), one_line=True)}", to=to)
     watch = RunWatch(paths)
     if args.detach:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return conclude(watch, end, as_json=args.json)
 
 
-def tell_checked(report: PreflightReport) -> None:
+def tell_checked(report: Checked[Recipe]) -> None:
     """Say on stderr what was noticed before the start."""
     for note in report.notes:
         say(f"note: {note}", to=sys.stderr)

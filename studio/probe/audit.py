@@ -1,10 +1,8 @@
-"""From a wish to measure to a running audit: check, make the run's folder, launch."""
+"""What an audit rests on and what it left: its request checked, its rows, its report read."""
 
 import json
 import shutil
-import time
 import tomllib
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,46 +14,17 @@ from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import shipped_data
-from studio.probe.fingerprint import known_fingerprint
+from studio.probe.fingerprint import known_fingerprint, refuse_another_base
 from studio.probe.held_out import RowsToMeasure, rows_of_base, rows_of_run
 from studio.probe.models import find_base
-from studio.probe.space import check_space
-from studio.probe.start import launch_prepared, place_of_job, prepare_run, refuse_another_base
 from studio.runs.audit_request import WHAT, AuditRequest
 from studio.runs.held_out import read_record
-from studio.runs.job import MODULES, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 
 _MOST_REPORT_BYTES = 50 * 2**20
 _LEAST_ROWS = 2
 _COUNTS = ("answers", "answer_tokens", "lm_eval_limit")
-
-
-def start_audit(
-    request: AuditRequest,
-    runs_root: Path,
-    *,
-    module: str = MODULES["audit"],
-    now: Callable[[], float] = time.time,
-    **launching: Any,
-) -> RunPaths:
-    """Check an audit, make its run and launch the worker; return when the worker holds the run.
-
-    Args:
-        request: What to measure.
-        runs_root: Where runs live.
-        module: The job's module.
-        now: Unix seconds.
-        launching: As for `launch`.
-
-    Raises:
-        BadInput: Model, data or run cannot be used; no folder was made.
-        StudioError: The worker cannot be started; no folder is left.
-    """
-    check_audit(request)
-    check_space(runs_root)
-    place = place_of_job(request).or_refuse()
-    return launch_prepared(prepare_run(request, runs_root, now()), module, launching, place)
 
 
 def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
@@ -68,9 +37,9 @@ def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
     Raises:
         BadInput: It is no training run, has no adapter, or no record of its held-out rows.
     """
-    job = read_job(paths)
+    job = read_job(paths, Recipe)
     name = plain(paths.name, one_line=True)
-    if not isinstance(job, Recipe):
+    if job is None:
         raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
     if not paths.adapter.is_dir():
         raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")

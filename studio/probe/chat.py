@@ -55,22 +55,23 @@ def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, 
         BadInput: It made nothing that can answer, or its card cannot be used.
     """
     name = plain(paths.name, one_line=True)
-    job = read_job(paths)
-    if isinstance(job, MergeRequest | ExportRequest):
-        if not (Path(job.out) / CONFIG).is_file():
-            raise BadInput(f"the run {name} has left no model in {plain(job.out, one_line=True)}.")
-        known, revision = (job.base, job.revision) if isinstance(job, MergeRequest) and not base else (base, "")
-        trained = RunPaths(Path(job.run)) if job.run else None
+    merge = read_job(paths, MergeRequest)
+    if made := merge or read_job(paths, ExportRequest):
+        if not (Path(made.out) / CONFIG).is_file():
+            raise BadInput(f"the run {name} has left no model in {plain(made.out, one_line=True)}.")
+        known, revision = (merge.base, merge.revision) if merge and not base else (base, "")
+        trained = RunPaths(Path(made.run)) if made.run else None
         if base_only and known:
             return _placed(_alone(known, device, revision=revision), trained)
-        return _placed(_alone(job.out, device, beside=known, beside_revision=revision), trained)
-    if not isinstance(job, Recipe):
+        return _placed(_alone(made.out, device, beside=known, beside_revision=revision), trained)
+    recipe = read_job(paths, Recipe)
+    if recipe is None:
         raise BadInput(f"the run {name} made no model to chat with.")
     if not (paths.adapter / ADAPTER_CONFIG).is_file() and not base_only:
         raise BadInput(
             f"the run {name} has no adapter yet: it must be trained or stopped first. --base-only asks its base alone."
         )
-    return _placed(_with_adapter(paths.adapter, job, base, base_only, device), paths)
+    return _placed(_with_adapter(paths.adapter, recipe, base, base_only, device), paths)
 
 
 def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: bool, device: str) -> ChatRequest:
@@ -127,7 +128,6 @@ def _alone(word: str, device: str, *, revision: str = "", beside: str = "", besi
 
 def _recipe(run: RunPaths) -> Recipe | None:
     try:
-        job = read_job(run)
+        return read_job(run, Recipe)
     except BadInput:
         return None
-    return job if isinstance(job, Recipe) else None

@@ -1,8 +1,6 @@
-"""From a wish for another format to a running export: check, make the run's folder, launch."""
+"""What an export needs: a model, a format that it can have, room on disk and in memory. Asked before and in the job."""
 
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,13 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.adapter_folder import ADAPTER_CONFIG, AdapterFound, find_adapter
-from studio.probe.device import CPU_PLACE
 from studio.probe.hub import knows_token
+from studio.probe.merge import check_merge
 from studio.probe.model_folder import check_folder
 from studio.probe.models import find_base
-from studio.probe.space import check_space
-from studio.probe.start import check_merge, check_out, launch_prepared, prepare_run
-from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, MODULES, ExportRequest, MergeRequest
-from studio.runs.layout import RunPaths
+from studio.probe.space import check_out, check_space
+from studio.runs.chain import beside
+from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, WHOLE_FORMATS, ExportRequest, MergeRequest
 
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
@@ -25,37 +22,6 @@ _STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Kinds whose adapters on fused experts were tried in llama.cpp; others order gate and up otherwise, or transpose."""
 QUANTISED_GGUF = ("q6_k", "q5_k_m", "q4_k_m")
 """Formats that are made of a 16-bit GGUF file."""
-
-
-def start_export(
-    request: ExportRequest,
-    runs_root: Path,
-    *,
-    module: str = MODULES["export"],
-    now: Callable[[], float] = time.time,
-    **launching: Any,
-) -> RunPaths:
-    """Check an export, make its run and launch the worker; return when the worker holds the run.
-
-    Args:
-        request: What to write in which format.
-        runs_root: Where runs live.
-        module: The job's module.
-        now: Unix seconds.
-        launching: As for `launch`.
-
-    Raises:
-        BadInput: The model, the format or the output folder cannot be used; no folder was made.
-        StudioError: The worker cannot be started; no folder is left.
-    """
-    check_export(request)
-    if request.push and not knows_token():
-        raise BadInput(
-            "to upload, the hub wants a token, and none is known on this computer: log in with hf auth login, or set "
-            "HF_TOKEN; or leave --push out."
-        )
-    check_space(runs_root)
-    return launch_prepared(prepare_run(request, runs_root, now()), module, launching, CPU_PLACE)
 
 
 def check_export(request: ExportRequest) -> None:
@@ -101,6 +67,43 @@ def check_export(request: ExportRequest) -> None:
     check_out(out)
     check_memory(form, size_bytes)
     check_space(out.parent, export_estimate(form, size_bytes).disk_bytes, "--out")
+
+
+def check_token(request: ExportRequest) -> None:
+    """Check that an upload can be made, where one is asked for.
+
+    Raises:
+        BadInput: No token for the hub is known.
+    """
+    if request.push and not knows_token():
+        raise BadInput(
+            "to upload, the hub wants a token, and none is known on this computer: log in with hf auth login, or set "
+            "HF_TOKEN; or leave --push out."
+        )
+
+
+def check_exports(request: MergeRequest) -> None:
+    """Check the exports that follow a merge, and that the disk has room for all of them together.
+
+    Raises:
+        BadInput: One of them cannot be made so.
+    """
+    if not request.then:
+        return
+    merged = Path(request.out)
+    size = find_base(request.base, request.revision).size_bytes if request.base else 0
+    kept = most = size
+    for form in request.then:
+        if form not in WHOLE_FORMATS:
+            shown = plain(form, one_line=True, limit=40)
+            raise BadInput(f"a merged model cannot be exported as {shown}: wanted one of {', '.join(WHOLE_FORMATS)}.")
+        refuse_on_the_grid(request.onto, form)
+        check_out(beside(merged, form))
+        check_memory(form, size)
+        taken = export_estimate(form, size)
+        most = max(most, kept + taken.disk_bytes)
+        kept += taken.out_bytes
+    check_space(merged.parent, max(kept, most), "--out")
 
 
 def check_memory(form: str, size_bytes: int) -> None:

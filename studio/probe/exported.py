@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.probe.gguf_header import read_gguf_header
-from studio.runs.job import GGUF_FORMATS, ExportRequest, MergeRequest, read_job
+from studio.runs.job import GGUF_FORMATS, ExportRequest, MergeRequest, R, read_job
 from studio.runs.layout import RunPaths
 
 _SUFFIX = ".gguf"
@@ -36,12 +35,14 @@ def exported_gguf(trained: RunPaths) -> list[GgufFile]:
 
     Of several exports of one format the newest counts. Runs that cannot be read are passed over.
     """
-    jobs = [(paths, job) for paths in _siblings(trained) if (job := _job(paths)) is not None]
     root = str(trained.root.absolute())
-    merged = {job.out for _, job in jobs if isinstance(job, MergeRequest) and job.run == root}
+    runs = list(_siblings(trained))
+    merges = (_job(paths, MergeRequest) for paths in runs)
+    merged = {merge.out for merge in merges if merge and merge.run == root}
     found: dict[str, GgufFile] = {}
-    for paths, job in jobs:
-        if not isinstance(job, ExportRequest) or job.format not in GGUF_FORMATS:
+    for paths in runs:
+        job = _job(paths, ExportRequest)
+        if job is None or job.format not in GGUF_FORMATS:
             continue
         if job.run == root or job.source in merged:
             for path in _files(_exported(paths)):
@@ -70,9 +71,9 @@ def _siblings(trained: RunPaths) -> Iterator[RunPaths]:
     yield from (RunPaths(folder) for folder in ordered)
 
 
-def _job(paths: RunPaths) -> Any:
+def _job(paths: RunPaths, wanted: type[R]) -> R | None:
     try:
-        return read_job(paths)
+        return read_job(paths, wanted)
     except (StudioError, OSError):
         return None
 

@@ -5,10 +5,11 @@ read, once: see `studio.probe.weight_sums`.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.model_folder import CONFIG, read_config, weight_files
 from studio.probe.weight_sums import Tell, weight_sums
@@ -94,6 +95,27 @@ def other_files(trained: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
         return names
     fields = _differing(trained.get("config_fields"), found.get("config_fields"))
     return [f"{CONFIG} ({_some(fields)})" if fields else CONFIG, *names]
+
+
+def refuse_another_base(run: str, folder: Path, look: Callable[[Path], Mapping[str, Any]]) -> None:
+    """Refuse a base other than the one that a run trained on, also where the shapes are equal.
+
+    Args:
+        run: The training run's folder; empty where it is not known: then nothing can be compared.
+        folder: The base.
+        look: Returns its fingerprint: `known_fingerprint` where nobody can wait, a job reads every weight.
+
+    Raises:
+        BadInput: The weights differ.
+    """
+    trained = recorded_fingerprint(run)
+    if trained is None or trained.get("quantized"):
+        return
+    if differs := difference(trained, look(folder)):
+        raise BadInput(
+            f"{plain(str(folder), one_line=True)} is not the base that this adapter was trained on: {differs}. "
+            "With it, the model would not be the one that was trained. Name the right one with --base."
+        )
 
 
 def _fingerprint(folder: Path, tell: Tell | None, most_bytes: int | None) -> dict[str, Any]:

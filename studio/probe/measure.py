@@ -1,68 +1,27 @@
-"""From a wish to measure a training step to a running job: check, make the run's folder, launch."""
+"""What a measurement of a training step needs and what it left."""
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from studio.core.calibration import Observation
 from studio.core.errors import BadInput
 from studio.core.measured import measured_plan
-from studio.core.recipe import EMBEDDED, Recipe
-from studio.core.recipe_parse import refuse
+from studio.core.recipe import EMBEDDED
 from studio.core.text import plain
 from studio.probe.embedded_model import EmbeddedMissing
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.hub import HubRefusal
 from studio.probe.known_models import config_instead
 from studio.probe.model_folder import CONFIG, read_config
-from studio.probe.models import BaseFound, find_base, refuse_untrainable
+from studio.probe.models import find_base
 from studio.probe.setting import setting_of
 from studio.probe.shape import config_of_gguf
-from studio.probe.space import check_space
-from studio.probe.start import launch_prepared, place_of_job, prepare_run
 from studio.runs.calibration import remember
-from studio.runs.job import MODULES
 from studio.runs.layout import RunPaths
-from studio.runs.measure_request import MeasureRequest
 
 _MOST_REPORT_BYTES = 2**20
-
-
-def start_measure(
-    request: MeasureRequest,
-    recipe: Recipe,
-    plan: Mapping[str, Any],
-    runs_root: Path,
-    *,
-    module: str = MODULES["measure"],
-    now: Callable[[], float] = time.time,
-    **launching: Any,
-) -> RunPaths:
-    """Check a measurement, make its run and launch the worker; return when the worker holds the run.
-
-    Args:
-        request: What to measure.
-        recipe: The request's.
-        plan: The estimate, kept in the run.
-        runs_root: Where runs live.
-        module: The job's module.
-        now: Unix seconds.
-        launching: As for `launch`.
-
-    Raises:
-        BadInput: The recipe or the model cannot be used; no folder was made.
-        StudioError: The worker cannot be started; no folder is left.
-    """
-    refuse(recipe.problems())
-    config = base_config(recipe.model.base, recipe.model.revision)
-    refuse_untrainable(BaseFound("folder", recipe.model.base, None, config, 0), recipe.method)
-    check_space(runs_root)
-    place = place_of_job(request)
-    if place.refusal:
-        raise BadInput(f"{place.refusal} Or trace the step, which needs no card: --trace.")
-    return launch_prepared(prepare_run(request, runs_root, now(), plan), module, launching, place)
 
 
 def base_config(word: str, revision: str = "") -> dict[str, Any]:

@@ -101,6 +101,27 @@ def check_name(path: Path, option: str = "--out") -> None:
         )
 
 
+def check_out(out: Path) -> None:
+    """Check that nothing lies where a model is to be written, and that it can be written there.
+
+    Raises:
+        BadInput: Something does, or it cannot.
+    """
+    check_name(out)
+    shown = plain(str(out), one_line=True)
+    try:
+        if out.is_symlink():  # a finished folder cannot be renamed over it
+            raise BadInput(f"the output {shown} is a symbolic link: name the place that it points to.")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise BadInput(f"the output {shown} already exists and is not empty: choose another --out or remove it.")
+    except OSError as error:
+        raise BadInput(f"the output {shown} cannot be used: {error.strerror}.") from error
+    try:
+        check_place(out.absolute().parent, "--out")
+    except BadInput as error:
+        raise BadInput(f"the output {shown} cannot be made: {error}") from error
+
+
 def _exists(place: Path) -> bool:
     try:
         return place.exists()

@@ -1,6 +1,7 @@
 """What an audit was asked to measure."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -43,6 +44,7 @@ class AuditRequest:
         device: Where a base or a run is measured, as in a recipe; `auto` takes the run's own card where it is visible.
     """
 
+    kind: ClassVar[str] = "audit"
     what: str
     model: str = ""
     revision: str = ""

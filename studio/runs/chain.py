@@ -1,10 +1,42 @@
-"""Which run follows another: an export that a merge named, started by the merge's own process at its end."""
+"""A merge and the exports of what it makes, one after another: each is a run, and names those that follow it."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from studio.runs.job import ExportRequest, MergeRequest, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.status import Status, run_status
 
 _LONGEST_NAME = 255
+
+
+def beside(merged: Path, form: str) -> Path:
+    """Return where an export of a merged model lies: a folder beside it.
+
+    Also for GGUF: of a file alone there would be no card, and no Modelfile for Ollama.
+    """
+    return merged.with_name(f"{merged.name}-{form}")
+
+
+def following(paths: RunPaths) -> ExportRequest | None:
+    """Return the export that a merge or an export which has ended names to follow it, unless it was started already.
+
+    After a failed export the next one follows all the same; after a failed merge, or a stop, none does.
+
+    Raises:
+        BadInput: `recipe.toml` is missing or damaged.
+    """
+    merge = read_job(paths, MergeRequest)
+    job = merge or read_job(paths, ExportRequest)
+    if job is None or not job.then or paths.next.exists():
+        return None
+    if run_status(paths) not in ((Status.finished,) if merge else (Status.finished, Status.failed)):
+        return None
+    form, *rest = job.then
+    if isinstance(job, ExportRequest):
+        return replace(job, format=form, out=str(beside(Path(job.source), form)), then=tuple(rest))
+    merged = Path(job.out)
+    return ExportRequest(str(merged), str(beside(merged, form)), form, run=job.run, onto=job.onto, then=tuple(rest))
 
 
 def next_run(paths: RunPaths) -> RunPaths | None:

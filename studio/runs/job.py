@@ -2,8 +2,9 @@
 
 import math
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import tomlkit
 
@@ -12,13 +13,30 @@ from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
-from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
-from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import dump_recipe
 
-MODULES = {kind: f"studio.jobs.{kind}" for kind in ("train", "merge", "export", "audit", "measure")}
-"""The module that does each kind of job, started as `python -m MODULE RUN`."""
+TRAIN = "train"
+"""The kind of job whose request is a recipe."""
+_KIND = "job"
+
+
+class Request(Protocol):
+    """What a job other than a training is asked to do: a frozen dataclass.
+
+    Attributes:
+        kind: The short name of its kind of job, and of its table in `recipe.toml`.
+    """
+
+    kind: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Job = Recipe | Request
+"""What any run was asked to do."""
+
+J = TypeVar("J", bound=Job)
+R = TypeVar("R", bound=Request)
 
 ONTO = ("original", "dequantized")
 """What an adapter can be merged into: the base's weights, or those after quantising to 4 bits and back."""
@@ -43,6 +61,7 @@ class MergeRequest:
         then: Formats that the merged model is exported to afterwards, each as a run of its own, one after another.
     """
 
+    kind: ClassVar[str] = "merge"
     adapter: str
     base: str
     out: str
@@ -83,6 +102,7 @@ class ExportRequest:
         then: Formats that the same model is exported to afterwards, as for a merge.
     """
 
+    kind: ClassVar[str] = "export"
     source: str
     out: str
     format: str
@@ -98,8 +118,11 @@ GGUF_FORMATS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 """llama.cpp's file types for whole models, by size."""
 ADAPTER_FORMATS = ("peft", "lora-gguf")
 """Formats of an adapter alone: transformers' and llama.cpp's."""
-EXPORT_FORMATS = (*ADAPTER_FORMATS, "nf4", "int8", *GGUF_FORMATS)
-"""Besides those, bitsandbytes' 4-bit NormalFloat with double quantisation, and its 8-bit integers, outliers apart."""
+WHOLE_FORMATS = ("nf4", "int8", *GGUF_FORMATS)
+"""What a merged model can be exported to: besides llama.cpp's types bitsandbytes' 4-bit NormalFloat with double
+quantisation, and its 8-bit integers, outliers apart."""
+EXPORT_FORMATS = (*ADAPTER_FORMATS, *WHOLE_FORMATS)
+"""What a run's adapter can be exported to, merged first where the format is of a whole model."""
 
 
 def _weight(word: str) -> float:
@@ -112,21 +135,23 @@ def _weight(word: str) -> float:
     return weight
 
 
-Request = MergeRequest | ExportRequest | AuditRequest | MeasureRequest
-Job = Recipe | Request
-_REQUESTS: dict[str, type[Request]] = {
-    "merge": MergeRequest,
-    "export": ExportRequest,
-    "audit": AuditRequest,
-    "measure": MeasureRequest,
-}
-
-
 def kind_of(job: Job) -> str:
-    """Return the short name of a job's kind, a key of `MODULES`."""
-    if isinstance(job, Recipe):
-        return "train"
-    return next(kind for kind, request in _REQUESTS.items() if isinstance(job, request))
+    """Return the short name of a job's kind."""
+    return TRAIN if isinstance(job, Recipe) else job.kind
+
+
+def kind_in(table: Mapping[str, Any]) -> str:
+    """Return the short name of the kind of job that is asked for in TOML which `job_text` made, known or not."""
+    return str(table.get(_KIND, TRAIN))
+
+
+def kind_of_run(paths: RunPaths) -> str:
+    """Return the short name of the kind of job that a run is; of any kind, also one that this version does not know.
+
+    Raises:
+        BadInput: `recipe.toml` is missing or no TOML.
+    """
+    return kind_in(_table_of(paths))
 
 
 def write_job(paths: RunPaths, job: Job) -> None:
@@ -135,45 +160,81 @@ def write_job(paths: RunPaths, job: Job) -> None:
     Raises:
         OSError: The folder cannot be written.
     """
-    kind = kind_of(job)
-    text = dump_recipe(job) if isinstance(job, Recipe) else tomlkit.dumps({"job": kind, kind: asdict(job)})
-    write_whole(paths.recipe, text)
+    write_whole(paths.recipe, job_text(job))
 
 
-def read_job(paths: RunPaths) -> Job:
-    """Return what the run was asked to do.
+def job_text(job: Job) -> str:
+    """Return a job as TOML: a recipe as it is, a request as a table named by its kind."""
+    return dump_recipe(job) if isinstance(job, Recipe) else tomlkit.dumps({_KIND: job.kind, job.kind: asdict(job)})
+
+
+def read_job(paths: RunPaths, wanted: type[J]) -> J | None:
+    """Return what the run was asked to do; None where it is another kind of job.
+
+    Args:
+        paths: The run.
+        wanted: `Recipe` for a training, or the request of another kind.
 
     Raises:
-        BadInput: `recipe.toml` is missing, damaged or of an unknown kind of job.
+        BadInput: `recipe.toml` is missing or damaged.
     """
+    table = _table_of(paths)
+    if kind_in(table) != (TRAIN if issubclass(wanted, Recipe) else wanted.kind):
+        return None
+    return job_from_table(table, wanted, f"recipe.toml of the run {plain(paths.name, one_line=True)}")
+
+
+def job_table(paths: RunPaths) -> dict[str, Any]:
+    """Return what a run of any kind was asked to do, ready for JSON: every field of a recipe, or the request's table.
+
+    Raises:
+        BadInput: `recipe.toml` is missing or damaged.
+    """
+    table = _table_of(paths)
+    kind = kind_in(table)
+    if kind == TRAIN:
+        return recipe_from_dict(table).to_dict()
+    asked = table.get(kind)
+    return asked if isinstance(asked, dict) else {}
+
+
+def job_from_table(table: Mapping[str, Any], wanted: type[J], where: str) -> J:
+    """Return a job from TOML that `job_text` made.
+
+    Args:
+        table: The whole text's.
+        wanted: What its kind is asked by: `Recipe`, or a request.
+        where: Where it was read, for messages.
+
+    Raises:
+        BadInput: It is damaged.
+    """
+    if issubclass(wanted, Recipe):
+        return cast("J", recipe_from_dict(table))
+    return _request(wanted, table.get(wanted.kind), where)
+
+
+def _table_of(paths: RunPaths) -> dict[str, Any]:
     name = plain(paths.name, one_line=True)
     try:
-        table = tomllib.loads(paths.recipe.read_text("utf-8"))
+        return tomllib.loads(paths.recipe.read_text("utf-8"))
     except OSError as error:
         raise BadInput(f"the run {name} has no readable recipe.toml: {error.strerror}. Is it a run folder?") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"recipe.toml of the run {name} is damaged: {plain(str(error), one_line=True)}") from error
-    kind = table.get("job", "train")
-    if kind == "train":
-        return recipe_from_dict(table)
-    if not isinstance(kind, str) or kind not in _REQUESTS:
-        raise BadInput(f"the run {name} is a job of the kind {kind!r}, which this version does not know: update it.")
-    return _request(_REQUESTS[kind], name, table.get(kind))
 
 
-def _request(kind: type[Request], name: str, table: object) -> Request:
+def _request(wanted: type[R], table: object, where: str) -> R:
+    declared = fields(wanted)
     found = table if isinstance(table, dict) else {}
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-    lists = {item.name for item in fields(kind) if isinstance(item.default, tuple)}
+    lists = {item.name for item in declared if isinstance(item.default, tuple)}
     values = {key: value for key, value in values.items() if _is_text(value, several=key in lists)}
-    known = {item.name for item in fields(kind)}
-    needed = {item.name for item in fields(kind) if item.default is MISSING}
+    known = {item.name for item in declared}
+    needed = {item.name for item in declared if item.default is MISSING}
     if not needed <= values.keys() <= known:
-        wanted = ", ".join(sorted(known))
-        raise BadInput(
-            f"the table of the job in recipe.toml of the run {name} is damaged: wanted texts named {wanted}."
-        )
-    return kind(**values)
+        raise BadInput(f"the table of the job in {where} is damaged: wanted texts named {', '.join(sorted(known))}.")
+    return wanted(**values)
 
 
 def _is_text(value: object, *, several: bool) -> bool:

@@ -1,6 +1,7 @@
 """What a measurement of a training step was asked to measure."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 HOW = ("auto", "trace")
 """`auto` measures on the card where there is one; `trace` never needs one."""
@@ -18,6 +19,7 @@ class MeasureRequest:
         capability: Compute capability of the card, such as `8.0`.
     """
 
+    kind: ClassVar[str] = "measure"
     recipe: str
     how: str = "auto"
     device: str = "cuda"

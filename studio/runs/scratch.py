@@ -165,11 +165,12 @@ def left_by(paths: RunPaths) -> Scratch | None:
     What another run has taken up or made anew since is that run's.
     """
     try:
-        job = read_job(paths)
-        if not isinstance(job, MergeRequest | ExportRequest):
+        if merge := read_job(paths, MergeRequest):
+            scratch = merge_scratch(Path(merge.out))
+        elif export := read_job(paths, ExportRequest):
+            scratch = export_scratch(Path(export.out))
+        else:
             return None
-        out = Path(job.out)
-        scratch = export_scratch(out) if isinstance(job, ExportRequest) else merge_scratch(out)
         if not scratch.folders or scratch.held or scratch.owner not in ("", paths.name):
             return None
     except (StudioError, OSError, ValueError):  # ValueError: out is no path that has a name, as in a run edited by hand

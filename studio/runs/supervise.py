@@ -21,7 +21,7 @@ from studio.core.text import plain
 from studio.runs.atomic import write_whole
 from studio.runs.checkpoints import resumption
 from studio.runs.control import request, withdraw_all
-from studio.runs.job import MODULES, kind_of, read_job
+from studio.runs.job import TRAIN, kind_of_run
 from studio.runs.last_words import memory_kills
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
@@ -158,12 +158,12 @@ def stop(
     return run_status(paths)
 
 
-def resume(paths: RunPaths, *, module: str | None = None, from_start: bool = False, **options: Any) -> Handle:
+def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options: Any) -> Handle:
     """Start a worker in the folder of a run that was stopped, failed or crashed; it continues after its checkpoint.
 
     Args:
         paths: The run.
-        module: The job's module; None takes that of the run's kind of job.
+        module: The job's module.
         from_start: Whether training may start over where no checkpoint is whole.
         options: As for `launch`.
 
@@ -182,15 +182,15 @@ def resume(paths: RunPaths, *, module: str | None = None, from_start: bool = Fal
         raise BadInput(
             f"the run {name} is finished: there is nothing left to do. Start a new run from its recipe.toml."
         )
-    kind = kind_of(read_job(paths))
-    if kind == "train":
+    kind = kind_of_run(paths)
+    if kind == TRAIN:
         resumption(paths, read_history(paths), from_start=from_start)
     elif from_start:
         raise BadInput(f"the run {name} is of the kind {kind}: only training starts over. Resume it as it is.")
     withdraw_all(paths)
     if from_start:
         request(paths, "from-start")
-    return launch(paths, module or MODULES[kind], **options)
+    return launch(paths, module, **options)
 
 
 def how_it_ended(paths: RunPaths) -> str:

@@ -13,9 +13,9 @@ from studio.runs.layout import RunPaths
 
 
 def _start(request: AuditRequest, runs_root: Path) -> RunPaths:
-    from studio.probe.audit import start_audit  # noqa: PLC0415  see above
+    from studio.launch.start import start  # noqa: PLC0415  see above
 
-    return start_audit(request, runs_root)
+    return start(request, runs_root)
 
 
 def _read(paths: RunPaths) -> dict[str, Any] | None:

@@ -29,10 +29,9 @@ class Compared:
 def read_compared(paths: RunPaths) -> Compared:
     """Read a run to the end of its log. Takes about a second for 100 000 steps."""
     try:
-        job = read_job(paths)
+        recipe = read_job(paths, Recipe)
     except BadInput:
-        job = None
-    recipe = job if isinstance(job, Recipe) else None
+        recipe = None
     return Compared(plain(paths.name, one_line=True), recipe, read_history(paths))
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from studio.core.errors import BadInput, StudioError
+from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
@@ -23,27 +23,21 @@ _NO_GRACE = 0.0
 
 
 def _start(recipe: Recipe, runs_root: Path) -> RunPaths:
-    from studio.probe.models import find_base  # noqa: PLC0415  0.15 s with the next two
-    from studio.probe.plan import plan_for  # noqa: PLC0415
-    from studio.probe.start import start_training  # noqa: PLC0415
+    from studio.launch.start import start  # noqa: PLC0415  0.15 s
 
-    try:
-        plan = plan_for(recipe, find_base(recipe.model.base, recipe.model.revision))
-    except StudioError:
-        plan = None  # the checks of the start say why, with everything else that is wrong
-    return start_training(recipe, runs_root, plan=plan)
+    return start(recipe, runs_root)
 
 
 def _resume(paths: RunPaths) -> None:
-    from studio.probe.start import resume_run  # noqa: PLC0415  0.1 s
+    from studio.launch.start import resume  # noqa: PLC0415  0.1 s
 
-    resume_run(paths)
+    resume(paths)
 
 
 def _start_over(paths: RunPaths) -> None:
-    from studio.probe.start import resume_run  # noqa: PLC0415  0.1 s
+    from studio.launch.start import resume  # noqa: PLC0415  0.1 s
 
-    resume_run(paths, from_start=True)
+    resume(paths, from_start=True)
 
 
 def _end_now(paths: RunPaths) -> None:

@@ -9,13 +9,13 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint, list_checkpoints
 from studio.runs.chat import ChatProcess, ChatRequest
-from studio.runs.job import EXPORT_FORMATS, GGUF_FORMATS, MergeRequest, read_job
+from studio.runs.job import GGUF_FORMATS, WHOLE_FORMATS, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 
 MERGED = "merged"
 """The output that all others are made from: the 16-bit model."""
-FORMATS = tuple(form for form in EXPORT_FORMATS if form in ("nf4", "int8", *GGUF_FORMATS))
+FORMATS = WHOLE_FORMATS
 _WORDS = {
     MERGED: "16-bit model folder",
     "nf4": "4-bit folder (bitsandbytes)",
@@ -70,8 +70,8 @@ def read_facts(paths: RunPaths) -> MergeFacts:
 
     from studio.probe.models import find_base  # noqa: PLC0415
 
-    job = read_job(paths)
-    if not isinstance(job, Recipe):
+    job = read_job(paths, Recipe)
+    if job is None:
         raise BadInput("this run is no training run: there is no adapter to merge. Choose one that is.")
     why, size = "", None
     try:
@@ -168,15 +168,15 @@ def merge_request(
 
 
 def _start(request: MergeRequest, root: Path) -> RunPaths:
-    from studio.probe.chain import start_chain  # noqa: PLC0415
+    from studio.launch.start import start  # noqa: PLC0415
 
-    return start_chain(request, root)
+    return start(request, root)
 
 
 def _resume(paths: RunPaths) -> None:
-    from studio.probe.start import resume_run  # noqa: PLC0415  0.1 s
+    from studio.launch.start import resume  # noqa: PLC0415  0.1 s
 
-    resume_run(paths)
+    resume(paths)
 
 
 def _chat(request: ChatRequest) -> ChatProcess:

@@ -12,7 +12,7 @@ from tests.fakes.model import model_folder
 
 
 def asked(document: dict[str, str]) -> AuditRequest:
-    request = read_job(RunPaths(Path(document["path"])))
+    request = read_job(RunPaths(Path(document["path"])), AuditRequest)
     assert isinstance(request, AuditRequest)
     return request
 

@@ -33,7 +33,9 @@ def test_a_merged_folder_is_exported(cli: Cli, merged: Path, tmp_path: Path, for
     document = outcome.document
     assert (document["job"], document["status"], document["out"]) == ("export", "finished", str(tmp_path / "out"))
     assert document["run"].startswith(f"export-{form}-merged-20")
-    assert read_job(RunPaths(Path(document["path"]))) == ExportRequest(str(merged), str(tmp_path / "out"), form)
+    assert read_job(RunPaths(Path(document["path"])), ExportRequest) == ExportRequest(
+        str(merged), str(tmp_path / "out"), form
+    )
 
 
 def test_a_merge_run_names_its_model(cli: Cli, recipe: Path, merged: Path, tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_exports_follow_a_merge_by_themselves(
         if following := next_run(seen[-1] if seen else paths):
             seen.append(following)
         time.sleep(0.05)
-    asked = [read_job(one) for one in seen]
+    asked = [read_job(one, ExportRequest) for one in seen]
     trained = str(Path(merge["path"]).parent / run)
     assert asked == [
         ExportRequest(str(out), f"{out}-q8_0", "q8_0", trained, then=("int8",)),
@@ -123,7 +125,7 @@ def test_a_run_names_its_adapter_for_every_format(
     outcome = cli("export", run["run"], "--format", form, *words)
     assert outcome.code == 0, outcome.err
     adapter = str(Path(run["path"]) / "adapter")
-    asked = read_job(RunPaths(Path(outcome.document["path"])))
+    asked = read_job(RunPaths(Path(outcome.document["path"])), ExportRequest)
     wanted = ExportRequest(adapter, str(tmp_path / "out"), form, run["path"], str(merged), onto="dequantized")
     assert asked == wanted
     assert outcome.document["run"].startswith(f"export-{form}-mine-20")
@@ -159,7 +161,7 @@ def test_what_was_checked_is_said_at_the_end(cli: Cli, merged: Path, tmp_path: P
 def test_a_repository_to_push_to(cli: Cli, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("studio.probe.export.knows_token", lambda: True)
     words = ("--format", "q8_0", "--out", str(tmp_path / "out"), "--push", "me/tuned", "--json")
-    asked = read_job(RunPaths(Path(cli("export", str(merged), *words).document["path"])))
+    asked = read_job(RunPaths(Path(cli("export", str(merged), *words).document["path"])), ExportRequest)
     assert isinstance(asked, ExportRequest)
     assert asked.push == "me/tuned"
     refused = cli("export", str(merged), "--format", "q8_0", "--out", str(tmp_path / "out-2"), "--push", "tuned")

@@ -12,7 +12,7 @@ from tests.cli.conftest import Cli
 
 
 def _asked(document: dict[str, str]) -> MergeRequest:
-    request = read_job(RunPaths(Path(document["path"])))
+    request = read_job(RunPaths(Path(document["path"])), MergeRequest)
     assert isinstance(request, MergeRequest)
     return request
 

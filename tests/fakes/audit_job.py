@@ -141,7 +141,7 @@ def run_report(model: str = "a model") -> dict[str, Any]:
 
 
 def main(worker: Worker) -> None:
-    request = read_job(worker.paths)
+    request = read_job(worker.paths, AuditRequest)
     assert isinstance(request, AuditRequest)
     worker.emit(Started, job="audit", method=request.what, model=request.model)
     worker.emit(Phase, name="auditing", fraction=0.5, detail="model.layers.1")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Saved, Started
-from studio.probe.chain import start_next
 from studio.runs.job import GGUF_FORMATS, ExportRequest, read_job
+from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
 
 
 def main(worker: Worker) -> None:
-    request = read_job(worker.paths)
-    assert isinstance(request, ExportRequest)
+    request = read_job(worker.paths, ExportRequest)
+    assert request
     worker.emit(Started, job="export", model=request.source)
     if request.format in os.environ.get("FAKE_EXPORT_FAILS", "").split():
         raise JobFailed("disk_full", f"no room for {request.format}", "Free some space.")

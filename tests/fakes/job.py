@@ -89,7 +89,7 @@ def _keep_record(worker: Worker) -> None:
     if worker.paths.held_out.is_file():
         return
     with suppress(BadInput):
-        recipe = read_job(worker.paths)
+        recipe = read_job(worker.paths, Recipe)
         assert isinstance(recipe, Recipe)
         keep_record(worker.paths, hold_out(recipe, read_data(Path(recipe.data.path)), None).record)
 

@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def main(worker: Worker) -> None:
-    request = read_job(worker.paths)
+    request = read_job(worker.paths, MeasureRequest)
     assert isinstance(request, MeasureRequest)
     worker.emit(Started, job="measure")
     if os.environ.get("FAKE_MEASURE_FAILS"):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
-from studio.probe.chain import start_next
 from studio.runs.job import MergeRequest, read_job
+from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
 
 
 def main(worker: Worker) -> None:
-    request = read_job(worker.paths)
-    assert isinstance(request, MergeRequest)
+    request = read_job(worker.paths, MergeRequest)
+    assert request
     worker.emit(Started, job="merge", model=request.base)
     worker.emit(Phase, name="merging", fraction=0.5)
     if os.environ.get("FAKE_MERGE_FAILS"):

@@ -16,9 +16,9 @@ import torch
 
 from studio.jobs.base.device import card_used
 from studio.jobs.train.memory import _nvml_handle, _own_device_bytes
+from studio.launch.start import start
 from studio.probe.cards import Card
 from studio.probe.device import look, place_of
-from studio.probe.start import start_training
 from studio.probe.torch_cards import driver_words, runs_on, why_unusable
 from studio.runs.status import run_status
 from tests.gpu.bench import GIB, Bench, Seen, Wrong, mib
@@ -190,7 +190,7 @@ def device_chosen(bench: Bench) -> Seen:
     """A run that is started as a user starts it, under the inherited mask, trains on the card that its plan is for."""
     shown = []
     for word in ("cpu",) if bench.rehearsed else ("auto", "cuda", "cuda:0"):
-        paths = start_training(bench.tiny(train__steps=3, device__device=word), bench.folder / "runs")
+        paths = start(bench.tiny(train__steps=3, device__device=word), bench.folder / "runs")
         end = time.monotonic() + _START_SECONDS
         while run_status(paths).live and time.monotonic() < end:
             time.sleep(0.2)

@@ -84,6 +84,7 @@ def test_core_loads_the_standard_library_and_itself_only() -> None:
     [
         ("studio.runs", {"studio.core"}),
         ("studio.probe", {"studio.core", "studio.runs"}),
+        ("studio.launch", {"studio.core", "studio.runs", "studio.probe"}),
     ],
 )
 def test_lower_rooms_know_neither_screens_nor_jobs(room: str, rooms_below: set[str]) -> None:
@@ -109,7 +110,7 @@ def test_jobs_never_load_the_screens() -> None:
     loaded = _loaded_by([*_room("studio.jobs"), "studio.jobs.train.__main__"])
     assert "torch" in loaded
     assert _tops(loaded) & SCREEN_LIBRARIES == set()
-    assert _rooms(loaded) & {"studio.tui", "studio.cli", "studio.commands"} == set()
+    assert _rooms(loaded) & {"studio.launch", "studio.tui", "studio.cli", "studio.commands"} == set()
 
 
 @pytest.mark.parametrize("job", ["studio.jobs.train", "studio.jobs.merge", "studio.jobs.export", "studio.jobs.measure"])

@@ -74,7 +74,7 @@ def test_two_lanes_one_page_and_the_next_recipe_knows(racing: Recipe, tmp_path: 
     assert [lane["name"] for lane in report["lanes"]] == ["lora", "qlora"]
     for lane in report["lanes"]:
         paths = RunPaths(runs / lane["run"])
-        job = read_job(paths)
+        job = read_job(paths, Recipe)
         assert isinstance(job, Recipe) and job.method == lane["name"] and job.train == racing.train
         assert run_status(paths) is Status.finished
         assert [step for step, _ in lane["curve"]] == [1, 2, 3, 4, 5, 6]

@@ -18,13 +18,14 @@ from studio.jobs.audit.device import device_of
 from studio.jobs.base.device import NO_CARD, card_used, job_device, room_on_card
 from studio.jobs.train.job import _device as train_device
 from studio.jobs.train.memory import MemoryWatch, limit_memory
+from studio.launch.kinds import kind_for
+from studio.launch.start import start
 from studio.probe import device as device_module
 from studio.probe.audit import audit_of_run
 from studio.probe.chat import chat_request
 from studio.probe.device import CHOSEN, CPU_PLACE, MASK, ORDER, other_card_note, place_of, recorded_card
 from studio.probe.models import find_base
 from studio.probe.plan import plan_for
-from studio.probe.start import place_of_job, start_training
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.audit_request import AuditRequest
 from studio.runs.held_out import HeldOutRecord, keep_record
@@ -402,7 +403,7 @@ def test_the_launched_process_has_the_card_in_its_environment(
 
     recipe = Recipe().with_("data.path", str(data)).with_("eval.rows", 2).with_("device.device", "cuda:1")
     with pytest.raises(Exception, match="not really"):
-        start_training(recipe, tmp_path / "runs", popen=popen)
+        start(recipe, tmp_path / "runs", popen=popen)
     assert {name: launched[0][name] for name in (MASK, ORDER, CHOSEN)} == {
         MASK: TWINS[0].uuid,
         ORDER: "PCI_BUS_ID",
@@ -425,7 +426,7 @@ def test_what_belongs_to_a_run_goes_to_the_run_s_card(tmp_path: Path, monkeypatc
     monkeypatch.setattr(device_module, "look", FakeMachine(TWINS).sight)
     assert recorded_card(paths) == TWINS[1].uuid
     audit = AuditRequest("run", run=str(paths.root))
-    recipe = Recipe().with_("device.device", "cuda:2")
+    recipe, fresh = Recipe().with_("device.device", "cuda:2"), new_run(tmp_path, "fresh", 1e9)
     for job, about, wanted in [
         (recipe, paths, TWINS[1].uuid),  # taken up again
         (recipe, None, TWINS[2].uuid),
@@ -439,9 +440,9 @@ def test_what_belongs_to_a_run_goes_to_the_run_s_card(tmp_path: Path, monkeypatc
         (MergeRequest("a", "b", "c", run=str(paths.root)), None, ""),
         (ExportRequest("a", "b", "q8_0"), None, ""),
     ]:
-        assert place_of_job(job, about).or_refuse().visible == wanted, job
+        assert kind_for(job).check_resume(job, about or fresh).or_refuse().visible == wanted, job
     monkeypatch.setenv(MASK, "0")
-    hidden = place_of_job(audit)
+    hidden = kind_for(audit).check_resume(audit, fresh)
     assert hidden.visible == TWINS[0].uuid
     assert "the run's card GPU-aaaa-1 is not visible here" in hidden.note
 

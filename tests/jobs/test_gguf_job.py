@@ -24,7 +24,7 @@ from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE
 from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import answers, job
 from studio.jobs.export.work import Work
-from studio.probe.chain import beside
+from studio.runs.chain import beside
 from studio.runs.control import request
 from studio.runs.job import ExportRequest, write_job
 from studio.runs.layout import RunPaths

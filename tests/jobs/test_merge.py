@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.merge.job import write_steps
-from studio.probe.start import check_merge
+from studio.probe.merge import check_merge
 from studio.runs.history import History
 from studio.runs.job import MergeRequest
 from studio.runs.layout import RunPaths

@@ -141,7 +141,7 @@ def test_a_request_with_several_adapters_is_read_as_it_was_written(tmp_path: Pat
     request = MergeRequest("/a", "base", "/out", weight="0.5", more=("2=/b=c", "-1=/d"))
     paths = RunPaths(tmp_path)
     write_job(paths, request)
-    assert read_job(paths) == request
+    assert read_job(paths, MergeRequest) == request
     assert request.weighted == (("/a", 0.5), ("/b=c", 2.0), ("/d", -1.0))
     with pytest.raises(BadInput, match="wanted a number"):
         _ = MergeRequest("/a", "b", "/o", weight="much").weighted

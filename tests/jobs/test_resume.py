@@ -242,7 +242,7 @@ def stopped(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tiny:
 
 def again(train: Train, paths: RunPaths, **changes: object) -> History:
     """Go on with a run, its recipe.toml edited where something is to be changed."""
-    job = read_job(paths)
+    job = read_job(paths, Recipe)
     assert isinstance(job, Recipe)
     for path, value in changes.items():
         job = job.with_(path.replace("__", "."), value)
@@ -328,7 +328,7 @@ def test_who_resumes_and_the_job_take_the_same_rows(
     held_out.write_text("\n".join([lines[0], *OTHER_ROWS]))
     at_step(monkeypatch, 3, lambda self: request(self.worker.paths, "stop"))
     paths = train(recipe.with_("data.eval_path", str(held_out)) if own_file else recipe)
-    job = read_job(paths)
+    job = read_job(paths, Recipe)
     assert isinstance(job, Recipe)
     check_resume(paths, job)
     target = held_out if own_file else data

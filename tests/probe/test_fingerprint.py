@@ -8,8 +8,13 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.core.events import Identified, event_to_dict
-from studio.probe.fingerprint import difference, fingerprint, recorded_fingerprint, short_fingerprint
-from studio.probe.start import refuse_another_base
+from studio.probe.fingerprint import (
+    difference,
+    fingerprint,
+    recorded_fingerprint,
+    refuse_another_base,
+    short_fingerprint,
+)
 from studio.runs.identity import write_identity
 from studio.runs.layout import RunPaths
 

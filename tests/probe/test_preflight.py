@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from studio.core.errors import BadInput, StudioError
+from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
+from studio.launch.start import prepare, start
 from studio.probe.cards import Card
 from studio.probe.device import Sight
+from studio.probe.merge import check_merge
 from studio.probe.preflight import check_training
-from studio.probe.space import _LONGEST_INSIDE_BYTES, check_place, check_space
-from studio.probe.start import check_merge, check_out, prepare_run, start_training
-from studio.runs.control import requested
+from studio.probe.space import _LONGEST_INSIDE_BYTES, check_out, check_place, check_space
 from studio.runs.job import MergeRequest, read_job
-from studio.runs.layout import RunPaths, new_run
+from studio.runs.layout import new_run
 from studio.runs.recipe_file import load_recipe, shipped_recipes
-from tests.fakes.runs import MODULE, fake_environment
+from tests.fakes.runs import MODULE
 from tests.fakes.small_disk import small_disk
 
 
@@ -45,8 +45,8 @@ def test_what_is_checked_is_what_is_written_with_absolute_paths(
     monkeypatch.chdir(tmp_path)
     report = check_training(Recipe().with_("data.path", data.name))
     assert report.recipe.data.path == str(data)
-    paths = prepare_run(report.recipe, tmp_path / "runs", 1e9)
-    assert read_job(paths) == report.recipe
+    paths = prepare(report.recipe, tmp_path / "runs", 1e9)
+    assert read_job(paths, Recipe) == report.recipe
 
 
 def test_all_problems_of_the_recipe_come_at_once() -> None:
@@ -110,24 +110,6 @@ def test_a_nearly_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         check_space(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("place", "said"),
-    [
-        (os.fsdecode(b"na\xefve"), "not UTF-8"),
-        ("/".join(["d" * 200] * 19), "too long"),
-        ("d" * 300 + "/" + "d" * 300, "(?i)too long"),  # the system refuses the name itself, where the folder is made
-        ("file/runs", "no folder"),
-    ],
-)
-def test_a_place_where_the_last_save_would_fail_is_refused_before_the_start(
-    data: Path, tmp_path: Path, place: str, said: str
-) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=said):
-        start_training(Recipe().with_("data.path", str(data)), tmp_path / place, module=MODULE)
-    assert [path.name for path in tmp_path.iterdir() if path.name not in ("file", data.name)] == []
-
-
 def test_as_long_a_path_as_is_taken_holds_everything_that_a_run_writes(tmp_path: Path) -> None:
     """The longest names of a checkpoint, an adapter and an export's merge, made for real."""
     room = os.pathconf("/", "PC_PATH_MAX") - 1 - _LONGEST_INSIDE_BYTES - len(os.fsencode(tmp_path))
@@ -154,60 +136,9 @@ def test_a_read_only_disk_is_named_before_the_start(data: Path, tmp_path: Path) 
     with small_disk(tmp_path / "disk", "1g") as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(BadInput, match=r"its disk is read-only. Choose another place with --runs-dir or LORA_"):
-            start_training(Recipe().with_("data.path", str(data)), disk / "runs", module=MODULE)
+            start(Recipe().with_("data.path", str(data)), disk / "runs", module=MODULE)
         with pytest.raises(BadInput, match=r"cannot be made.*read-only.*--out"):
             check_out(disk / "out")
-
-
-def test_starting_leaves_a_live_run_and_a_failure_to_start_leaves_nothing(data: Path, tmp_path: Path) -> None:
-    recipe = Recipe(name="mine").with_("data.path", str(data))
-    root = tmp_path / "runs"
-
-    def popen(*_: Any, **__: Any) -> Any:
-        raise OSError("no processes left")
-
-    with pytest.raises(StudioError, match="no processes left"):
-        start_training(recipe, root, module=MODULE, popen=popen)
-    assert list(root.iterdir()) == []
-    seen = []
-    paths = start_training(recipe, root, module=MODULE, environment=fake_environment(steps=1), on_checked=seen.append)
-    assert paths.name.startswith("mine-")
-    assert len(seen) == 1
-
-
-def test_who_interrupts_the_start_wants_no_run(data: Path, tmp_path: Path) -> None:
-    def popen(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        start_training(Recipe().with_("data.path", str(data)), tmp_path / "runs", module=MODULE, popen=popen)
-    (paths,) = (RunPaths(folder) for folder in (tmp_path / "runs").iterdir())
-    assert requested(paths, "stop")
-
-
-def test_who_interrupts_the_making_of_a_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("studio.probe.start.write_job", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_run(Recipe(), tmp_path / "runs", 1e9)
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
-def test_a_path_that_is_no_utf8_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
-    job = MergeRequest(adapter="/models/caf\udce9\x1b[31m/adapter", base="embedded", out="/o")
-    with pytest.raises(BadInput, match=r"this path is not: .*; rename") as caught:
-        prepare_run(job, tmp_path / "runs", 1e9)
-    assert "/models/caf\\udce9" in str(caught.value)
-    assert "\x1b" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
-def test_the_estimate_at_launch_is_kept(data: Path, tmp_path: Path) -> None:
-    paths = prepare_run(Recipe(), tmp_path / "runs", 1e9, {"peak_bytes": 7})
-    assert json.loads(paths.plan.read_text()) == {"peak_bytes": 7}
 
 
 def test_a_merge_needs_an_adapter_a_base_and_an_empty_place(tmp_path: Path) -> None:

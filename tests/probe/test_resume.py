@@ -9,12 +9,12 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.events import Identified, Started, event_to_dict
 from studio.core.recipe import Recipe
+from studio.launch.start import resume
 from studio.probe import fingerprint as module
 from studio.probe import resume as resume_module
 from studio.probe.data import Conversation, Message, PlainText
 from studio.probe.fingerprint import fingerprint, short_fingerprint
 from studio.probe.resume import RowsFound, check_resume, refuse_other_rows
-from studio.probe.start import resume_run
 from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.identity import read_identity, write_identity
 from studio.runs.layout import RunPaths
@@ -75,7 +75,7 @@ def test_another_recipe_is_refused_before_anything_is_started(paths: RunPaths, r
 def test_another_base_is_refused_before_anything_is_started(paths: RunPaths, recipe: Recipe, tmp_path: Path) -> None:
     base_in(tmp_path / "base", fill=2)
     with pytest.raises(BadInput, match=r"4 of its 4 tensors hold other numbers \(layer.0, layer.1, layer.2 and 1 more"):
-        resume_run(paths)
+        resume(paths)
     base_in(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(BadInput, match=r"tokenizer\.json is changed"):
@@ -88,7 +88,7 @@ def test_other_rows_are_refused_before_anything_is_started_and_moved_ones_go_on(
     lines = data.read_text().splitlines()
     data.write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(BadInput, match="the training rows are not those that it began with: 4 rows then, 3 now: 1 no"):
-        resume_run(paths)
+        resume(paths)
     moved = data.with_name("moved.jsonl")
     moved.write_text("\n".join(lines))
     check_resume(paths, recipe.with_("data.path", str(moved)))
@@ -153,5 +153,5 @@ def test_damaged_checkpoints_refuse_before_a_process_is_started(paths: RunPaths)
     os.utime(paths.root, (1.0, 1.0))
     before = sorted(path.name for path in paths.root.iterdir())
     with pytest.raises(NoWholeCheckpoint, match=r"it has no complete\.json"):
-        resume_run(paths)
+        resume(paths)
     assert sorted(path.name for path in paths.root.iterdir()) == before

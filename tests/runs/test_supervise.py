@@ -49,7 +49,7 @@ def test_launch_returns_when_the_worker_holds_the_run(paths: RunPaths) -> None:
     with pytest.raises(StudioError, match="already has a worker"):
         launch_fake(paths)
     with pytest.raises(BadInput, match="cannot be resumed while its worker lives"):
-        resume(paths)
+        resume(paths, module=MODULE)
     with pytest.raises(BadInput, match="stop it first"):
         remove_run(paths)
     assert stop(paths, 10) is Status.stopped
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_where_it_was(paths: RunPaths) -> None:
     assert starts == [0, before]
     assert _steps(paths) == list(range(1, before + 4))
     with pytest.raises(BadInput, match="finished"):
-        resume(paths)
+        resume(paths, module=MODULE)
 
 
 def test_a_stale_stop_request_does_not_end_a_resumed_run(paths: RunPaths) -> None:
@@ -137,18 +137,6 @@ def test_a_stale_stop_request_does_not_end_a_resumed_run(paths: RunPaths) -> Non
     assert resume(paths, module=MODULE, environment=fake_environment(steps=2)).process.wait(20) == 0
     assert not requested(paths, "stop")
     assert run_status(paths) is Status.finished
-
-
-def test_resume_knows_the_module_of_each_kind_of_job(paths: RunPaths) -> None:
-    write_log(paths, Started(at=1.0, job="train"))
-    seen: list[list[str]] = []
-
-    def popen(command: list[str], **_: Any) -> "subprocess.Popen[bytes]":
-        seen.append(command)
-        return subprocess.Popen([sys.executable, "-c", ""])
-
-    resume(paths, popen=popen)
-    assert seen[0][2] == "studio.jobs.train"
 
 
 def test_pausing_and_going_on(paths: RunPaths) -> None:

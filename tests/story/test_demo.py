@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import encode_rows
 from studio.probe.data import read_data, split
 from studio.runs.history import History
@@ -81,7 +82,7 @@ def test_it_says_where_everything_lies(demo: Demo) -> None:
 
 def held_out_loss(model: torch.nn.Module, tokenizer: object, demo: Demo) -> float:
     """The loss of the run's held-out rows one by one, through whole logits in fp32: no code of the training loop."""
-    recipe = read_job(demo.paths)
+    recipe = read_job(demo.paths, Recipe)
     data = read_data(Path(recipe.data.path))
     held = split(data.rows, recipe.eval.rows, recipe.train.seed).held_out
     examples, _ = encode_rows(held, tokenizer, seq_len=recipe.train.seq_len, warn=print)

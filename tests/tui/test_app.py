@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 
 from studio.core.events import Finished
 from studio.core.recipe import Recipe
-from studio.probe.start import start_training
+from studio.launch.start import start as start_job
 from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
@@ -41,7 +41,7 @@ def test_the_screens_never_import_what_jobs_need() -> None:
         if path.name != "__init__.py"
     )
     assert "studio.tui.screens.run" in every
-    loaded = imported_by(every + "\nimport studio.probe.start, studio.probe.cards, studio.runs.supervise, plotext")
+    loaded = imported_by(every + "\nimport studio.launch.start, studio.probe.cards, studio.runs.supervise, plotext")
     assert loaded.isdisjoint(NEVER)
     assert "textual" in loaded
 
@@ -165,7 +165,7 @@ def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_pat
 
     def start(recipe: Recipe, runs_root: Path) -> RunPaths:
         environment = fake_environment(steps=2000, seconds=0.02)
-        seen.append(start_training(recipe, runs_root, module=MODULE, environment=environment))
+        seen.append(start_job(recipe, runs_root, module=MODULE, environment=environment))
         return seen[-1]
 
     engine = Engine(start=start, card=lambda: "a card")

@@ -12,8 +12,8 @@ from studio.runs.worker import Worker, run_job
 
 
 def _body(worker: Worker) -> None:
-    request = read_job(worker.paths)
-    if not isinstance(request, AuditRequest):
+    request = read_job(worker.paths, AuditRequest)
+    if request is None:
         raise BadInput("this run is not an audit")
     from studio.jobs.audit.job import audit_run  # noqa: PLC0415  torch, after the lock is held
 

@@ -13,11 +13,10 @@ from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.audit.stopped import Stopped
-from studio.probe.start import resume_run, start_training
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import LANES
 from studio.runs.control import request
-from studio.runs.job import MODULES
+from studio.runs.launched import resume_run, start_run
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.summary import summary_of
@@ -76,7 +75,7 @@ def run_lanes(
     names: Sequence[str],
     *,
     share: float,
-    module: str = MODULES["train"],
+    module: str = "",
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Lane]:
     """Train every lane to its end; one that a killed race left is taken up again.
@@ -86,7 +85,7 @@ def run_lanes(
         recipe: Of all lanes.
         names: Of `LANES`.
         share: The part of the whole audit that the lanes are.
-        module: Of the training job.
+        module: Of the training job; empty means the real one.
         sleep: Waits between two looks.
 
     Raises:
@@ -101,7 +100,7 @@ def run_lanes(
         turned = lane_recipe(recipe, name, names)
         paths = RunPaths(Path(known[name])) if name in known else None
         if paths is None or not paths.exists:
-            paths = start_training(turned, runs_root, module=module)
+            paths = start_run(turned, runs_root, module=module)
             known[name] = str(paths.root)
             write_whole(Path(worker.paths.root) / _KEPT, json.dumps(known))
         elif run_status(paths) in (Status.crashed, Status.stopped, Status.failed):

@@ -28,8 +28,8 @@ def run(paths: RunPaths, name: str) -> dict[str, Any]:
     Raises:
         BadInput: The run is no audit, or has no such form.
     """
-    request = read_job(paths)
-    if not isinstance(request, AuditRequest):
+    request = read_job(paths, AuditRequest)
+    if request is None:
         raise BadInput("this run is not an audit")
     models = models_of(request)
     form = next((one for one in models.forms(request.merged) if one.name == name), None)

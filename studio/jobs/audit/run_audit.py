@@ -34,9 +34,8 @@ from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.reading import read_fingerprint
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
-from studio.probe.fingerprint import short_fingerprint
+from studio.probe.fingerprint import refuse_another_base, short_fingerprint
 from studio.probe.models import find_base
-from studio.probe.start import refuse_another_base
 from studio.runs.audit_request import AuditRequest
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
@@ -131,9 +130,9 @@ def recipe_of(paths: RunPaths) -> Recipe:
     Raises:
         BadInput: It is none, or has none.
     """
-    job = read_job(paths)
+    job = read_job(paths, Recipe)
     name = plain(paths.name, one_line=True)
-    if not isinstance(job, Recipe):
+    if job is None:
         raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
     if not paths.adapter.is_dir():
         raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")

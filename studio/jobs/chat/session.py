@@ -29,9 +29,8 @@ from studio.jobs.base.precision import DTYPES, half_dtype
 from studio.jobs.base.reading import READING
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
 from studio.probe.adapter_folder import find_adapter, run_of_adapter
-from studio.probe.fingerprint import fingerprint
+from studio.probe.fingerprint import fingerprint, refuse_another_base
 from studio.probe.models import BaseFound, find_base
-from studio.probe.start import refuse_another_base
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
 from studio.runs.failure import of_the_machine, ran_out_of_memory
 

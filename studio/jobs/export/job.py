@@ -30,7 +30,7 @@ from studio.jobs.export.whole_model import is_adapter, merge_first
 from studio.jobs.export.work import Stopped, Work
 from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
 from studio.probe.export import check_export
-from studio.probe.start import refuse_another_base
+from studio.probe.fingerprint import refuse_another_base
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.history import History
@@ -178,11 +178,11 @@ def _training(run: str) -> Training:
         return Training()
     paths, history = RunPaths(Path(run)), History()
     try:
-        job = read_job(paths)
+        recipe = read_job(paths, Recipe)
         history.fold(read_events(paths.events))
     except (StudioError, OSError):
         return Training()
-    return Training(job if isinstance(job, Recipe) else None, history, _audit(paths.root / _AUDIT))
+    return Training(recipe, history, _audit(paths.root / _AUDIT))
 
 
 def _audit(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from studio.core.text import plain
 from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import ADAPTER_CONFIG
 from studio.runs.history import History
-from studio.runs.job import MODULES, ExportRequest, MergeRequest, write_job
+from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
 from studio.runs.scratch import merged_for
@@ -21,6 +21,8 @@ from studio.runs.status import Status, run_status
 from studio.runs.supervise import launch, resume, stop
 from studio.runs.watch import RunWatch
 
+_MERGE = "studio.jobs.merge"
+"""By name, as jobs do not import each other."""
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
 
@@ -50,9 +52,9 @@ def merge_first(work: Work, asked: ExportRequest) -> Path:
         paths.root.mkdir(mode=0o700, exist_ok=True)
         merge = MergeRequest(asked.source, asked.base, str(out), asked.revision, onto=asked.onto, run=asked.run)
         write_job(paths, merge)
-        launch(paths, MODULES["merge"])
+        launch(paths, _MERGE)
     elif not run_status(paths).live:
-        resume(paths, module=MODULES["merge"])  # of an export that was killed: whole shards are taken up again
+        resume(paths, module=_MERGE)  # of an export that was killed: whole shards are taken up again
     watch = RunWatch(paths)
     try:
         while (events := watch.poll()) or run_status(paths).live:

@@ -13,8 +13,8 @@ from studio.runs.worker import Worker, run_job
 
 
 def _body(worker: Worker) -> None:
-    request = read_job(worker.paths)
-    if not isinstance(request, MeasureRequest):
+    request = read_job(worker.paths, MeasureRequest)
+    if request is None:
         raise BadInput("this run is not a measurement")
     recipe = recipe_from_dict(tomllib.loads(request.recipe))
     from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the lock is held

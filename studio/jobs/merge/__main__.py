@@ -10,6 +10,7 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import MergeRequest, read_job
+from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
 
@@ -29,8 +30,8 @@ def without_bitsandbytes() -> Iterator[None]:
 
 
 def _body(worker: Worker) -> None:
-    request = read_job(worker.paths)
-    if not isinstance(request, MergeRequest):
+    request = read_job(worker.paths, MergeRequest)
+    if request is None:
         raise BadInput("this run is not a merge")
     # peft asks for it as late as when the adapter is put on the base.
     with without_bitsandbytes() if request.onto == "original" else nullcontext():
@@ -46,7 +47,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m studio.jobs.merge RUN_DIR")
     code = run_job(Path(sys.argv[1]), _body, explain=_explain)
-    from studio.probe.chain import start_next  # when the run is over: what it starts needs none of it
-
     start_next(RunPaths(Path(sys.argv[1])))
     sys.exit(code)

@@ -29,9 +29,9 @@ from studio.probe.adapter_folder import (
     find_adapter,
     run_of_adapter,
 )
-from studio.probe.fingerprint import recorded_fingerprint
+from studio.probe.fingerprint import recorded_fingerprint, refuse_another_base
+from studio.probe.merge import base_of_merge, check_merge, refuse_quantised
 from studio.probe.models import BaseFound
-from studio.probe.start import base_of_merge, check_merge, refuse_another_base, refuse_quantised
 from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
@@ -154,7 +154,6 @@ def _recipe_of(run: str) -> Recipe | None:
     if not run:
         return None
     try:
-        job = read_job(RunPaths(Path(run)))
+        return read_job(RunPaths(Path(run)), Recipe)
     except (StudioError, OSError):
         return None
-    return job if isinstance(job, Recipe) else None

@@ -24,8 +24,8 @@ def _bound_caches() -> None:
 
 
 def _body(worker: Worker) -> None:
-    recipe = read_job(worker.paths)
-    if not isinstance(recipe, Recipe):
+    recipe = read_job(worker.paths, Recipe)
+    if recipe is None:
         raise BadInput("this run is not a training run")
     _bound_caches()
     from studio.jobs.train.job import train_run  # noqa: PLC0415  torch, after the lock is held

@@ -260,7 +260,7 @@ def merge_screen_for(paths: RunPaths, *, poll_seconds: float = 0.5) -> Screen[No
     from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only for a merge
 
     try:
-        is_merge = isinstance(read_job(paths), MergeRequest)
+        is_merge = read_job(paths, MergeRequest) is not None
     except StudioError:
         is_merge = False
     if is_merge:

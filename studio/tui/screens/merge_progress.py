@@ -206,7 +206,7 @@ def _result_widgets(report: dict[str, Any]) -> Iterator[Widget]:
 
 def _then(merge: RunPaths) -> list[str]:
     try:
-        job = read_job(merge)
+        request = read_job(merge, MergeRequest)
     except StudioError:
         return []
-    return list(job.then) if isinstance(job, MergeRequest) else []
+    return list(request.then) if request else []

@@ -1,0 +1,166 @@
+"""The table of job kinds: how a job of each kind is asked for, which module does it, what is checked before."""
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
+from studio.core.recipe_parse import recipe_from_dict, refuse
+from studio.core.text import plain
+from studio.probe.audit import check_audit
+from studio.probe.device import CPU_PLACE, Place, place_of, recorded_card
+from studio.probe.export import check_export, check_exports, check_token
+from studio.probe.measure import base_config
+from studio.probe.merge import check_merge
+from studio.probe.models import BaseFound, refuse_untrainable
+from studio.probe.plan import plan_for
+from studio.probe.preflight import check_training
+from studio.probe.resume import check_resume
+from studio.runs.audit_request import AuditRequest
+from studio.runs.job import TRAIN, ExportRequest, J, Job, MergeRequest, kind_of
+from studio.runs.layout import RunPaths
+from studio.runs.measure_request import MeasureRequest
+
+_STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked(Generic[J]):
+    """A job that can be started.
+
+    Attributes:
+        job: As it is written into the run, with absolute paths.
+        place: Where it will run.
+        notes: What the user should know, though it stops nothing.
+        plan: The memory estimate at launch, ready for JSON; None where there is none.
+    """
+
+    job: J
+    place: Place = CPU_PLACE
+    notes: tuple[str, ...] = ()
+    plan: Mapping[str, Any] | None = None
+
+
+def _on_the_cpu(job: Job, paths: RunPaths) -> Place:
+    """Merges and exports never ask for a card: it may be busy with a training."""
+    return CPU_PLACE
+
+
+@dataclass(frozen=True, slots=True)
+class JobKind(Generic[J]):
+    """A kind of job: a row of the table.
+
+    Attributes:
+        request: The type of what it is asked.
+        module: What does it, started as `python -m MODULE RUN`.
+        title: Returns what a run of it is called, before the time of its start.
+        check: Returns the job as it can be started; raises BadInput for everything that can be known to be wrong.
+        check_resume: Returns where a run of it goes on; raises BadInput where it cannot.
+    """
+
+    request: type[J]
+    module: str
+    title: Callable[[J], str]
+    check: Callable[[J], Checked[J]]
+    check_resume: Callable[[J, RunPaths], Place] = _on_the_cpu
+
+
+def kind_named(name: str) -> JobKind[Any]:
+    """Return the kind of job of this name.
+
+    Raises:
+        BadInput: There is none.
+    """
+    if name not in KINDS:
+        shown = plain(name, one_line=True, limit=40)
+        raise BadInput(f"{shown!r} is a kind of job that this version does not know: update it.")
+    return KINDS[name]
+
+
+def kind_for(job: J) -> JobKind[J]:
+    """Return the kind that a job is of."""
+    return KINDS[kind_of(job)]
+
+
+def _named_after(folder: str) -> str:
+    return _STAMP.sub("", Path(folder).name)
+
+
+def _check_training(recipe: Recipe) -> Checked[Recipe]:
+    report = check_training(recipe)
+    plan = plan_for(report.recipe, report.base, place=report.place)
+    return Checked(report.recipe, report.place, report.notes, plan)
+
+
+def _check_training_again(recipe: Recipe, paths: RunPaths) -> Place:
+    check_resume(paths, recipe)
+    return place_of(recipe.device.device, run_card=recorded_card(paths))
+
+
+def _check_merge(request: MergeRequest) -> Checked[MergeRequest]:
+    check_merge(request)
+    check_exports(request)
+    return Checked(request)
+
+
+def _check_export(request: ExportRequest) -> Checked[ExportRequest]:
+    check_export(request)
+    check_token(request)
+    return Checked(request)
+
+
+def _check_measure(request: MeasureRequest) -> Checked[MeasureRequest]:
+    recipe = recipe_from_dict(tomllib.loads(request.recipe))
+    refuse(recipe.problems())
+    config = base_config(recipe.model.base, recipe.model.revision)
+    refuse_untrainable(BaseFound("folder", recipe.model.base, None, config, 0), recipe.method)
+    place = _measured_on(request)
+    if place.refusal:
+        raise BadInput(f"{place.refusal} Or trace the step, which needs no card: --trace.")
+    return Checked(request, place)
+
+
+def _measured_on(request: MeasureRequest, paths: RunPaths | None = None) -> Place:
+    if request.how == "trace":
+        return CPU_PLACE
+    return place_of(recipe_from_dict(tomllib.loads(request.recipe)).device.device)
+
+
+def _check_audit(request: AuditRequest) -> Checked[AuditRequest]:
+    check_audit(request)
+    return Checked(request, _audited_on(request).or_refuse())
+
+
+def _audited_on(request: AuditRequest, paths: RunPaths | None = None) -> Place:
+    """On the card that the audited run ran on, where that is visible; a race where its recipe says."""
+    if request.recipe:
+        return place_of(recipe_from_dict(tomllib.loads(request.recipe)).device.device)
+    about = RunPaths(Path(request.run)) if request.run and request.device == "auto" else None
+    return place_of(request.device, run_card=recorded_card(about), setting="--device")
+
+
+KINDS: dict[str, JobKind[Any]] = {
+    TRAIN: JobKind(Recipe, "studio.jobs.train", lambda recipe: recipe.name, _check_training, _check_training_again),
+    "merge": JobKind(
+        MergeRequest, "studio.jobs.merge", lambda job: f"merge-{_named_after(job.run or job.adapter)}", _check_merge
+    ),
+    "export": JobKind(
+        ExportRequest,
+        "studio.jobs.export",
+        lambda job: f"export-{job.format}-{_named_after(job.run or job.source)}",
+        _check_export,
+    ),
+    "audit": JobKind(
+        AuditRequest,
+        "studio.jobs.audit",
+        lambda job: f"audit-{job.what}-{_named_after(job.run or job.model)}",
+        _check_audit,
+        _audited_on,
+    ),
+    "measure": JobKind(MeasureRequest, "studio.jobs.measure", lambda job: "measure", _check_measure, _measured_on),
+}
+"""By name, which is the `kind` of the request."""

@@ -1,0 +1,157 @@
+"""From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.text import plain
+from studio.launch.kinds import Checked, kind_for, kind_named
+from studio.probe.device import CPU_PLACE, Place
+from studio.probe.space import check_space
+from studio.runs import supervise
+from studio.runs.atomic import write_whole
+from studio.runs.chain import following
+from studio.runs.control import request
+from studio.runs.job import J, Job, kind_of_run, read_job, write_job
+from studio.runs.layout import RunPaths, new_run
+from studio.runs.status import Status, run_status
+
+_SHOWN = 40
+
+
+def start(
+    job: J,
+    runs_root: Path,
+    *,
+    module: str | None = None,
+    now: Callable[[], float] = time.time,
+    plan: Mapping[str, Any] | None = None,
+    on_checked: Callable[[Checked[J]], None] = lambda checked: None,
+    **launching: Any,
+) -> RunPaths:
+    """Check a job, make its run and launch the worker; return when the worker holds the run.
+
+    Args:
+        job: A recipe to train, or the request of another kind of job.
+        runs_root: Where runs live.
+        module: The job's module; None takes that of its kind.
+        now: Unix seconds.
+        plan: The memory estimate, kept in the run; None takes the one that the check made.
+        on_checked: Gets what was found, before anything is made.
+        launching: As for `studio.runs.supervise.launch`.
+
+    Raises:
+        BadInput: The job cannot be done so; no folder was made.
+        StudioError: The worker cannot be started; no folder is left.
+    """
+    check_space(runs_root)
+    kind = kind_for(job)
+    checked = kind.check(job)
+    on_checked(checked)
+    paths = prepare(checked.job, runs_root, now(), checked.plan if plan is None else plan)
+    return _launch(paths, module or kind.module, checked.place, launching)
+
+
+def prepare(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] | None = None) -> RunPaths:
+    """Make a run's folder and write what it is asked to do; nothing is left behind when that fails.
+
+    Args:
+        job: What to do, with absolute paths.
+        runs_root: Where runs live.
+        now: Unix seconds; becomes part of the name.
+        plan: The memory estimate at launch, ready for JSON; None where there is none.
+
+    Raises:
+        BadInput: The folder cannot be made or written, or a path of the job is no UTF-8.
+    """
+    paths = new_run(runs_root, kind_for(job).title(job), now)
+    try:
+        write_job(paths, job)
+        if plan is not None:
+            write_whole(paths.plan, json.dumps(plan, indent=1, allow_nan=False) + "\n")
+    except KeyboardInterrupt:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        raise
+    except UnicodeEncodeError as error:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        near = plain(error.object[max(0, error.start - _SHOWN) : error.end + _SHOWN], one_line=True)
+        raise BadInput(
+            f"a run's recipe.toml is UTF-8, and this path is not: ... {near} ...; rename the file or folder."
+        ) from error
+    except OSError as error:
+        shutil.rmtree(paths.root, ignore_errors=True)
+        shown = plain(str(paths.root), one_line=True)
+        raise BadInput(f"the run folder {shown} cannot be written: {error.strerror}.") from error
+    return paths
+
+
+def start_next(paths: RunPaths, *, module: str | None = None, now: Callable[[], float] = time.time) -> RunPaths | None:
+    """Start the export that a run which has ended names to follow it; None where none follows.
+
+    It is not checked before: what is wrong with it then stands in a run that can be looked at.
+
+    Args:
+        paths: The run that has ended.
+        module: The export's module; None takes that of its kind.
+        now: Unix seconds.
+
+    Raises:
+        StudioError: The run is damaged, or the worker cannot be started; no folder is left.
+        OSError: The run that has ended cannot be written to.
+    """
+    job = following(paths)
+    if job is None:
+        return None
+    run = prepare(job, paths.root.parent, now())
+    write_whole(paths.next, run.name)
+    return _launch(run, module or kind_for(job).module, CPU_PLACE, {})
+
+
+def resume(
+    paths: RunPaths, *, module: str | None = None, from_start: bool = False, **launching: Any
+) -> supervise.Handle:
+    """Start a worker in the folder of a run that was stopped, failed or crashed, on the card that it ran on.
+
+    Args:
+        paths: The run.
+        module: The job's module; None takes that of its kind.
+        from_start: Whether training may start over where no checkpoint is whole.
+        launching: As for `studio.runs.supervise.launch`.
+
+    Raises:
+        NoWholeCheckpoint: The run had checkpoints and none is whole; nothing was changed.
+        BadInput: The run is live or finished, its `recipe.toml` is unreadable, its base, data or recipe is another one
+            than it began with, or its card cannot be used.
+        StudioError: The process cannot be started.
+    """
+    kind = kind_named(kind_of_run(paths))
+    job = read_job(paths, kind.request)
+    status = run_status(paths)
+    place = CPU_PLACE
+    if not status.live and status is not Status.finished:
+        place = kind.check_resume(job, paths).or_refuse()
+    # Why a live or a finished run cannot be resumed is said there.
+    return supervise.resume(paths, module=module or kind.module, from_start=from_start, **_placed(launching, place))
+
+
+def _launch(paths: RunPaths, module: str, place: Place, launching: Mapping[str, Any]) -> RunPaths:
+    """Launch the worker of a prepared run where it shall run; where that fails, no folder is left."""
+    try:
+        supervise.launch(paths, module, **_placed(launching, place))
+    except KeyboardInterrupt:
+        # The process may have been started a moment ago: who interrupts the start wants no run.
+        request(paths, "stop")
+        raise
+    except (StudioError, OSError):
+        shutil.rmtree(paths.root, ignore_errors=True)
+        raise
+    return paths
+
+
+def _placed(launching: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Return the arguments of a launch whose environment names the place; what the caller sets goes before it."""
+    return {**launching, "environment": {**place.environment, **(launching.get("environment") or {})}}

@@ -1,0 +1,125 @@
+"""From a job that was asked for to a worker that holds its run, and what is left where that fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.core.errors import BadInput, StudioError
+from studio.core.events import Started
+from studio.core.recipe import Recipe
+from studio.launch.kinds import KINDS
+from studio.launch.start import prepare, resume, start
+from studio.runs.control import requested
+from studio.runs.job import MergeRequest
+from studio.runs.layout import RunPaths
+from tests.fakes.runs import MODULE, fake_environment, write_log
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = ({"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(20))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (os.fsdecode(b"na\xefve"), "not UTF-8"),
+        ("/".join(["d" * 200] * 19), "too long"),
+        ("d" * 300 + "/" + "d" * 300, "(?i)too long"),  # the system refuses the name itself, where the folder is made
+        ("file/runs", "no folder"),
+    ],
+)
+def test_a_place_where_the_last_save_would_fail_is_refused_before_the_start(
+    data: Path, tmp_path: Path, place: str, said: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=said):
+        start(Recipe().with_("data.path", str(data)), tmp_path / place, module=MODULE)
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("file", data.name)] == []
+
+
+def test_starting_leaves_a_live_run_and_a_failure_to_start_leaves_nothing(data: Path, tmp_path: Path) -> None:
+    recipe = Recipe(name="mine").with_("data.path", str(data))
+    root = tmp_path / "runs"
+
+    def popen(*_: Any, **__: Any) -> Any:
+        raise OSError("no processes left")
+
+    with pytest.raises(StudioError, match="no processes left"):
+        start(recipe, root, module=MODULE, popen=popen)
+    assert list(root.iterdir()) == []
+    seen = []
+    paths = start(recipe, root, module=MODULE, environment=fake_environment(steps=1), on_checked=seen.append)
+    assert paths.name.startswith("mine-")
+    assert len(seen) == 1
+
+
+def test_who_interrupts_the_start_wants_no_run(data: Path, tmp_path: Path) -> None:
+    def popen(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(Recipe().with_("data.path", str(data)), tmp_path / "runs", module=MODULE, popen=popen)
+    (paths,) = (RunPaths(folder) for folder in (tmp_path / "runs").iterdir())
+    assert requested(paths, "stop")
+
+
+def test_who_interrupts_the_making_of_a_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("studio.launch.start.write_job", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Recipe(), tmp_path / "runs", 1e9)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_path_that_is_no_utf8_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
+    job = MergeRequest(adapter="/models/caf\udce9\x1b[31m/adapter", base="embedded", out="/o")
+    with pytest.raises(BadInput, match=r"this path is not: .*; rename") as caught:
+        prepare(job, tmp_path / "runs", 1e9)
+    assert "/models/caf\\udce9" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_the_estimate_at_launch_is_kept(tmp_path: Path) -> None:
+    paths = prepare(Recipe(), tmp_path / "runs", 1e9, {"peak_bytes": 7})
+    assert json.loads(paths.plan.read_text()) == {"peak_bytes": 7}
+
+
+def test_resume_knows_the_module_of_each_kind_of_job(tmp_path: Path) -> None:
+    paths = prepare(MergeRequest("/a", "embedded", "/o"), tmp_path, 1e9)
+    write_log(paths, Started(at=1.0, job="merge"))
+    seen: list[list[str]] = []
+
+    def popen(command: list[str], **_: Any) -> "subprocess.Popen[bytes]":
+        seen.append(command)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    resume(paths, popen=popen)
+    assert seen[0][2] == "studio.jobs.merge"
+
+
+def test_a_kind_of_job_from_a_newer_version_is_refused(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    for text in ("job = 'dance'", "job = 7"):
+        paths.recipe.write_text(text)
+        with pytest.raises(BadInput, match="does not know: update it"):
+            resume(paths)
+
+
+def test_every_kind_is_found_by_the_name_that_its_requests_are_written_under() -> None:
+    assert {name: kind.request for name, kind in KINDS.items()} == {
+        "train": Recipe,
+        **{kind.request.kind: kind.request for name, kind in KINDS.items() if name != "train"},
+    }
