@@ -4,15 +4,13 @@ Nothing here raises without a driver, and nothing here changes a card.
 """
 
 import re
-import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from studio.core.text import plain
 
-_RETRY_SECONDS = 10.0
 _UNNAMED = "NVIDIA GPU"
 
 
@@ -100,78 +98,36 @@ class Card:
     pci: str | None = None
     instances: tuple[Instance, ...] = ()
 
-    def others(self, own: Container[int] = ()) -> tuple[CardProcess, ...]:
-        """Return the processes on it that are not one's own; none where the driver does not tell."""
-        return tuple(item for item in self.processes or () if item.pid not in own)
 
+class _Nvml:
+    """The NVML module; a call that fails gives None, so that each reading may fail alone."""
 
-class CardReader:
-    """Reads all cards as often as asked; without a driver it looks again every ten seconds only."""
-
-    def __init__(
-        self, *, nvml: Any = None, load: Callable[[], Any] | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Prepare to read; nothing is loaded yet.
-
-        Args:
-            nvml: The NVML module; None loads `pynvml` when it is first needed.
-            load: Loads the module, in place of the usual import.
-            clock: Seconds.
-        """
-        self._nvml = nvml
-        self._load = load or _pynvml
-        self._clock = clock
-        self._ready = False
-        self._retry_at: float | None = None
-
-    def read(self) -> list[Card] | None:
-        """Return all cards now, None where there is no working driver."""
-        if self._retry_at is not None and self._clock() < self._retry_at:
-            return None
-        try:
-            if self._nvml is None:
-                self._nvml = self._load()
-            if not self._ready:
-                self._nvml.nvmlInit()
-                self._ready = True
-            count = self._nvml.nvmlDeviceGetCount()
-        except Exception:  # noqa: BLE001  import and driver faults of every kind mean the same: no reading
-            self._ready = False
-            self._retry_at = self._clock() + _RETRY_SECONDS
-            return None
-        self._retry_at = None
-        return [self._card(index) for index in range(count)]
+    def __init__(self, module: Any) -> None:
+        self._module = module
 
     def driver(self) -> Driver:
-        """Return what the driver says of itself; nothing where none works."""
-        if not self._ready and self.read() is None:
-            return Driver()
+        """Return what the driver says of itself."""
         # The second version of the call asks the library that a process would load, compatibility packages included.
-        served = self._value("nvmlSystemGetCudaDriverVersion_v2") or self._value("nvmlSystemGetCudaDriverVersion")
+        served = self.value("nvmlSystemGetCudaDriverVersion_v2") or self.value("nvmlSystemGetCudaDriverVersion")
         cuda = (served // 1000, served % 1000 // 10) if _positive(served) else None
-        return Driver(_text(self._value("nvmlSystemGetDriverVersion")), cuda)
+        return Driver(_text(self.value("nvmlSystemGetDriverVersion")), cuda)
 
-    def close(self) -> None:
-        """Let go of the driver."""
-        if self._ready:
-            self._ready = False
-            self._value("nvmlShutdown")
-
-    def _card(self, index: int) -> Card:
-        handle = self._value("nvmlDeviceGetHandleByIndex", index)
+    def card(self, index: int) -> Card:
+        """Return one card as it is now."""
+        handle = self.value("nvmlDeviceGetHandleByIndex", index)
         if handle is None:
             return Card(index, _UNNAMED)
-        name, uuid = self._value("nvmlDeviceGetName", handle), self._value("nvmlDeviceGetUUID", handle)
+        name, uuid = self.value("nvmlDeviceGetName", handle), self.value("nvmlDeviceGetUUID", handle)
         name = _text(name) or _UNNAMED
-        mode = self._value("nvmlDeviceGetMigMode", handle)
+        mode = self.value("nvmlDeviceGetMigMode", handle)
         mig = None if mode is None else bool(mode[0])
         instances = self._instances(handle) if mig else ()
         memory = _first_size(instances) if mig else self._memory(handle)
         unified = memory is None and any(part in name for part in _UNIFIED_PARTS)
         memory = main_memory() if unified else memory
-        capability = self._value("nvmlDeviceGetCudaComputeCapability", handle)
-        rates = self._value("nvmlDeviceGetUtilizationRates", handle)
-        milliwatts = self._value("nvmlDeviceGetPowerUsage", handle)
+        capability = self.value("nvmlDeviceGetCudaComputeCapability", handle)
+        rates = self.value("nvmlDeviceGetUtilizationRates", handle)
+        milliwatts = self.value("nvmlDeviceGetPowerUsage", handle)
         return Card(
             index=index,
             name=name,
@@ -181,26 +137,26 @@ class CardReader:
             free_bytes=getattr(memory, "free", None),
             capability=(int(capability[0]), int(capability[1])) if capability else None,
             busy_percent=getattr(rates, "gpu", None),
-            celsius=self._value("nvmlDeviceGetTemperature", handle, getattr(self._nvml, "NVML_TEMPERATURE_GPU", 0)),
+            celsius=self.value("nvmlDeviceGetTemperature", handle, getattr(self._module, "NVML_TEMPERATURE_GPU", 0)),
             watts=None if milliwatts is None else milliwatts / 1000,
             processes=self._processes(handle),
             mig=mig,
             unified=unified,
-            pci=_text(getattr(self._value("nvmlDeviceGetPciInfo", handle), "busId", None)),
+            pci=_text(getattr(self.value("nvmlDeviceGetPciInfo", handle), "busId", None)),
             instances=instances,
         )
 
     def _instances(self, handle: Any) -> tuple[Instance, ...]:
         found = []
-        for index in range(self._value("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-            instance = self._value("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+        for index in range(self.value("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+            instance = self.value("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
             if instance is None:
                 continue
             memory = self._memory(instance)
-            number = [self._value(f"nvmlDeviceGet{kind}InstanceId", instance) for kind in ("Gpu", "Compute")]
+            number = [self.value(f"nvmlDeviceGet{kind}InstanceId", instance) for kind in ("Gpu", "Compute")]
             found.append(
                 Instance(
-                    uuid=_text(self._value("nvmlDeviceGetUUID", instance)),
+                    uuid=_text(self.value("nvmlDeviceGetUUID", instance)),
                     number=None if None in number else (number[0], number[1]),
                     total_bytes=_positive(getattr(memory, "total", None)),
                     used_bytes=getattr(memory, "used", None),
@@ -211,7 +167,7 @@ class CardReader:
 
     def _processes(self, handle: Any) -> tuple[CardProcess, ...] | None:
         """Return who computes or draws on a card; a process that does both is listed once."""
-        lists = [self._value(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "Graphics")]
+        lists = [self.value(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "Graphics")]
         if all(found is None for found in lists):
             return None
         sizes: dict[int, int | None] = {}
@@ -223,7 +179,7 @@ class CardReader:
 
     def _process_name(self, pid: int) -> str | None:
         """Return the last part of a program's path; other users' programs may have no name here."""
-        path = _decoded(self._value("nvmlSystemGetProcessName", pid)) or ""
+        path = _decoded(self.value("nvmlSystemGetProcessName", pid)) or ""
         program = path.split(" ")[0] if path.startswith("/") else path
         return _text(re.split(r"[/\\]", program)[-1]) or None
 
@@ -234,14 +190,15 @@ class CardReader:
         """
         if handle is None:
             return None
-        version = getattr(self._nvml, "nvmlMemory_v2", None)
-        memory = None if version is None else self._value("nvmlDeviceGetMemoryInfo", handle, version)
-        memory = memory or self._value("nvmlDeviceGetMemoryInfo", handle)
+        version = getattr(self._module, "nvmlMemory_v2", None)
+        memory = None if version is None else self.value("nvmlDeviceGetMemoryInfo", handle, version)
+        memory = memory or self.value("nvmlDeviceGetMemoryInfo", handle)
         return memory if _positive(getattr(memory, "total", None)) else None
 
-    def _value(self, name: str, *arguments: Any) -> Any:
+    def value(self, name: str, *arguments: Any) -> Any:
+        """Return what a function of NVML answers, None where it fails."""
         try:
-            return getattr(self._nvml, name)(*arguments)
+            return getattr(self._module, name)(*arguments)
         except Exception:  # noqa: BLE001  each reading may fail alone: not supported, lost card, missing function
             return None
 
@@ -259,24 +216,29 @@ def main_memory() -> Any:
     )
 
 
-def read_cards(reader: CardReader | None = None) -> list[Card] | None:
-    """Return all cards now, None where there is no working driver; opens and closes NVML unless given a reader."""
-    if reader is not None:
-        return reader.read()
-    once = CardReader()
-    try:
-        return once.read()
-    finally:
-        once.close()
+def _pynvml() -> Any:
+    import pynvml  # noqa: PLC0415  60 ms, and not needed where no card is asked for
+
+    return pynvml
 
 
-def read_driver() -> Driver:
-    """Return what the driver says of itself; opens and closes NVML."""
-    once = CardReader()
+def read_cards(load: Callable[[], Any] = _pynvml) -> tuple[list[Card] | None, Driver]:
+    """Return all cards as they are now, None where no driver works, and what the driver says of itself.
+
+    Args:
+        load: Returns the NVML module.
+    """
     try:
-        return once.driver()
+        module = load()
+        module.nvmlInit()
+    except Exception:  # noqa: BLE001  import and driver faults of every kind mean the same: no reading
+        return None, Driver()
+    nvml = _Nvml(module)
+    try:
+        count = nvml.value("nvmlDeviceGetCount")
+        return (None, Driver()) if count is None else ([nvml.card(index) for index in range(count)], nvml.driver())
     finally:
-        once.close()
+        nvml.value("nvmlShutdown")
 
 
 def _first_size(instances: tuple[Instance, ...]) -> Any:
@@ -285,12 +247,6 @@ def _first_size(instances: tuple[Instance, ...]) -> Any:
     if first is None or first.total_bytes is None:
         return None
     return SimpleNamespace(total=first.total_bytes, used=first.used_bytes, free=first.free_bytes)
-
-
-def _pynvml() -> Any:
-    import pynvml  # noqa: PLC0415  60 ms, and not needed where no card is asked for
-
-    return pynvml
 
 
 def _text(value: Any) -> str | None:

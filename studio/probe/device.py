@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.cards import Card, CardReader, Driver
+from studio.probe.cards import Card, Driver, read_cards
 from studio.probe.torch_cards import TorchBuild, ask_torch, may_have_card, torch_build, why_unusable
 from studio.runs.layout import RunPaths
 
@@ -115,12 +115,7 @@ class Visible:
 
 def look() -> Sight:
     """Return what can be known of this machine's cards."""
-    reader = CardReader()
-    try:
-        cards = reader.read()
-        driver = reader.driver() if cards else Driver()
-    finally:
-        reader.close()
+    cards, driver = read_cards()
     return Sight(
         cards,
         driver,

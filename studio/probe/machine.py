@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.probe.cards import Card, Driver, read_cards, read_driver
+from studio.probe.cards import Card, read_cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,7 @@ def read_machine(folder: Path) -> Machine:
     Args:
         folder: Where runs are kept; need not exist yet.
     """
-    cards = read_cards()
-    driver = Driver() if cards is None else read_driver()
+    cards, driver = read_cards()
     ram, free_ram = _ram()
     return Machine(
         cards=cards,

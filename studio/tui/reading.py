@@ -69,7 +69,7 @@ def process_words(process: CardProcess) -> str:
 
 def others_words(card: Card) -> str:
     """Return who uses a card beside a run: the largest by name, as far as the driver tells."""
-    words = [process_words(process) for process in card.others()]
+    words = [process_words(process) for process in card.processes or ()]
     if not words:
         return "other processes"
     more = len(words) - _MOST_NAMED

@@ -39,7 +39,7 @@ def machine_text(machine: Machine, runs_root: Path) -> Content:
         free = f", {gib(gpu.free_bytes)} free now" if gpu.free_bytes is not None else ""
         level = f", compute capability {'.'.join(map(str, gpu.capability))}" if gpu.capability else ""
         parts += _row("Card" if not number else "", f"{gpu.name}, {total}{free}{level}")
-        if others := [process_words(process) for process in gpu.others()[:_MOST_FINDINGS]]:
+        if others := [process_words(process) for process in (gpu.processes or ())[:_MOST_FINDINGS]]:
             parts += _row("", f"in use by {', '.join(others)}")
     if machine.cards is None:
         parts += _row("Card", "no NVIDIA driver answers: training runs on the CPU")

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from studio.probe.cards import Card, CardReader
+from studio.probe.cards import Card, read_cards
 from studio.probe.device import Sight
 from studio.probe.torch_cards import TorchBuild
 
@@ -76,9 +76,8 @@ class FakeMachine:
 
     def sight(self) -> Sight:
         """What the program sees of the machine from a process without torch, in the environment as it is now."""
-        reader = CardReader(nvml=FakeNvml(self))
-        cards = reader.read()
-        return Sight(cards, reader.driver(), self.build, dict(os.environ), self.ask, hinted=not self.nvml)
+        cards, driver = read_cards(lambda: FakeNvml(self))
+        return Sight(cards, driver, self.build, dict(os.environ), self.ask, hinted=not self.nvml)
 
     def ask(self, masked: bool) -> list[Card] | None:
         """What a torch in a process of its own says of its cards."""

@@ -1,10 +1,11 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
 from studio.probe import cards as module
-from studio.probe.cards import Card, CardProcess, CardReader, Driver, Instance, read_cards, read_driver
+from studio.probe.cards import Card, CardProcess, Driver, Instance, read_cards
 
 GIB = 2**30
 
@@ -82,7 +83,7 @@ class _Nvml:
 
 
 def _read(*broken: str | tuple[str, int]) -> list[Card]:
-    found = CardReader(nvml=_Nvml(*broken)).read()
+    found, _ = read_cards(lambda: _Nvml(*broken))
     assert found is not None
     return found
 
@@ -106,12 +107,6 @@ def test_all_readings_of_a_healthy_card() -> None:
         ),
         mig=False,
     )
-
-
-def test_others_are_those_who_are_not_oneself() -> None:
-    card = _read()[0]
-    assert [item.pid for item in card.others({70})] == [72, 71]
-    assert Card(0, "x").others() == ()
 
 
 def test_a_driver_that_tells_one_list_of_processes_is_believed() -> None:
@@ -146,10 +141,10 @@ class _CutNvml(_Nvml):
 
 
 def test_a_process_gets_one_instance_of_a_card_that_is_cut() -> None:
-    card = (CardReader(nvml=_CutNvml()).read() or [])[0]
+    card = (read_cards(_CutNvml)[0] or [])[0]
     assert (card.mig, card.total_bytes, card.free_bytes) == (True, 20 * GIB, 19 * GIB)
     assert card.instances == (Instance("GPU-99", (5, 0), 20 * GIB, 1 * GIB, 19 * GIB),)
-    without = (CardReader(nvml=_CutNvml("instances")).read() or [])[0]
+    without = (read_cards(lambda: _CutNvml("instances"))[0] or [])[0]
     assert (without.mig, without.total_bytes) == (True, None), "80 GiB that nobody can have are not promised"
 
 
@@ -204,55 +199,43 @@ def test_a_lost_card_does_not_hide_the_other() -> None:
     assert cards[1].total_bytes == 24 * GIB
 
 
-def test_without_a_driver_there_is_no_reading_and_ten_seconds_of_peace() -> None:
-    now, nvml = [0.0], _Nvml("init")
-    reader = CardReader(nvml=nvml, clock=lambda: now[0])
-    assert reader.read() is None
-    now[0] = 9.0
-    assert reader.read() is None
-    assert nvml.inits == 1
-    nvml.broken.clear()
-    now[0] = 11.0
-    assert len(reader.read() or []) == 2
-    assert nvml.inits == 2
+@pytest.mark.parametrize("broken", ["init", "count"])
+def test_without_a_working_driver_there_is_no_reading(broken: str) -> None:
+    assert read_cards(lambda: _Nvml(broken)) == (None, Driver())
 
 
-def test_a_driver_that_goes_away_is_opened_anew() -> None:
-    now, nvml = [0.0], _Nvml()
-    reader = CardReader(nvml=nvml, clock=lambda: now[0])
-    assert len(reader.read() or []) == 2
-    nvml.broken.add("count")
-    assert reader.read() is None
-    nvml.broken.clear()
-    now[0] = 60.0
-    assert len(reader.read() or []) == 2
-    assert nvml.inits == 2
-    reader.close()
-    reader.close()
-    assert nvml.shutdowns == 1
+@pytest.mark.parametrize("broken", [(), ("count",)])
+def test_a_driver_that_was_opened_is_closed(broken: tuple[str, ...]) -> None:
+    nvml = _Nvml(*broken)
+    read_cards(lambda: nvml)
+    assert (nvml.inits, nvml.shutdowns) == (1, 1)
 
 
 def test_a_missing_or_foreign_module_is_no_driver() -> None:
     def missing() -> Any:
         raise ImportError
 
-    assert CardReader(load=missing).read() is None
-    assert CardReader(nvml=SimpleNamespace()).read() is None
+    assert read_cards(missing) == (None, Driver())
+    assert read_cards(SimpleNamespace) == (None, Driver())
 
 
 def test_a_driver_says_its_version_and_the_cuda_that_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert CardReader(nvml=_Nvml()).driver() == Driver(), "one that tells neither"
-    assert CardReader(nvml=_Nvml("init")).driver() == Driver()
+    assert read_cards(_Nvml)[1] == Driver(), "one that tells neither"
     monkeypatch.setattr(_Nvml, "nvmlSystemGetDriverVersion", lambda self: b"580.65.06", raising=False)
     monkeypatch.setattr(_Nvml, "nvmlSystemGetCudaDriverVersion", lambda self: 12040, raising=False)
-    assert CardReader(nvml=_Nvml()).driver() == Driver("580.65.06", (12, 4)), "an old one has the first call alone"
+    assert read_cards(_Nvml)[1] == Driver("580.65.06", (12, 4)), "an old one has the first call alone"
     monkeypatch.setattr(_Nvml, "nvmlSystemGetCudaDriverVersion_v2", lambda self: 13000, raising=False)
-    assert CardReader(nvml=_Nvml()).driver() == Driver("580.65.06", (13, 0))
-    assert isinstance(read_driver(), Driver)
+    assert read_cards(_Nvml)[1] == Driver("580.65.06", (13, 0))
 
 
-def test_on_this_machine_the_driver_is_asked_or_answers_none() -> None:
-    """The real library: without a driver it cannot begin, and both readings say so in their own way."""
-    cards, driver = read_cards(), read_driver()
-    assert (cards is None) == (driver == Driver())
-    assert all(card.name and card.index == place for place, card in enumerate(cards or ()))
+def test_on_this_machine_the_real_library_answers_as_it_does_by_itself() -> None:
+    try:
+        pynvml.nvmlInit()
+        counted, version = pynvml.nvmlDeviceGetCount(), pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        assert read_cards() == (None, Driver())
+        return
+    cards, driver = read_cards()
+    assert [card.index for card in cards or ()] == list(range(counted))
+    assert driver.version == version

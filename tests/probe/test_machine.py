@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from studio.probe import machine
+from studio.probe.cards import Driver
 from studio.probe.machine import free_disk_bytes, read_machine
 
 
@@ -24,7 +25,7 @@ def test_what_cannot_be_read_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setattr(psutil, "virtual_memory", refuse)
     monkeypatch.setattr(machine.shutil, "disk_usage", refuse)
-    monkeypatch.setattr(machine, "read_cards", lambda: None)
+    monkeypatch.setattr(machine, "read_cards", lambda: (None, Driver()))
     found = read_machine(tmp_path)
     assert (found.cards, found.driver, found.ram_bytes, found.disk_bytes) == (None, None, None, None)
     assert free_disk_bytes(tmp_path) is None

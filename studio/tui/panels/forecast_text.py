@@ -70,7 +70,7 @@ def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *,
     name = plain(device.gpu.name, one_line=True, limit=60) if device.gpu else "the card"
     held, card = "", device.card
     if card is not None and card.used_bytes:
-        who = f" ({others_words(card)})" if card.others() else ""
+        who = f" ({others_words(card)})" if card.processes else ""
         held = f" Other processes hold {gib(card.used_bytes)} GiB of it{who}."
     peak = outlook.estimate.device
     parts: _Parts = [
