@@ -61,12 +61,6 @@ class ColumnExtremes:
             pieces[-1].extend((low,) if low == high else sorted((low, high)))
         return pieces
 
-    def y_span(self) -> tuple[float, float] | None:
-        """Return the lowest and highest y of all columns, or None without a finite point."""
-        lows = [point[1] for point in self._lowest if point is not None]
-        highs = [point[1] for point in self._highest if point is not None]
-        return (min(lows), max(highs)) if lows else None
-
 
 class Series:
     """All points of one curve, kept so that another width or range can decimate them again.

@@ -74,7 +74,7 @@ class Gauge(Widget):
     def render_line(self, y: int) -> Strip:
         """Return a row."""
         width, height = self.size
-        runs = self._one_row(width) if height == 1 else self._row(y, width, height)
+        runs = self._one_row(width) if height == 1 else self._row(y, width)
         segments = [Segment(text, self.get_component_rich_style(f"gauge--{look}")) for text, look in runs if text]
         return Strip(segments).adjust_cell_length(width, self.rich_style)
 
@@ -88,7 +88,7 @@ class Gauge(Widget):
         stack = bar(self.reading, length) if length > 0 else []
         return [(name, "strong"), *stack, (" ", "note"), *figures]
 
-    def _row(self, y: int, width: int, height: int) -> list[Run]:
+    def _row(self, y: int, width: int) -> list[Run]:
         if y == 0:
             return headline(self.reading, self._unit, width)
         if not self.reading.parts or width < 1:

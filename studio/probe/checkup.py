@@ -87,19 +87,15 @@ def check_up(machine: Machine, runs_root: Path) -> list[Check]:
     ]
 
 
-def import_libraries(machine: Machine, python: str = sys.executable) -> tuple[Check, dict[str, Any] | None]:
+def import_libraries(machine: Machine) -> tuple[Check, dict[str, Any] | None]:
     """Return whether torch, transformers, peft and bitsandbytes can be imported, and what torch sees of the cards.
 
     Takes seconds: it happens in a process of its own, as a job's would begin, so that nothing of it stays here.
-
-    Args:
-        machine: As it was found.
-        python: The interpreter that jobs run in.
     """
     place = _place(machine)
     try:
         done = subprocess.run(
-            [python, "-c", _IMPORTS],
+            [sys.executable, "-c", _IMPORTS],
             capture_output=True,
             text=True,
             timeout=_IMPORT_SECONDS,

@@ -72,19 +72,16 @@ def _embedded_at(gguf: Path, version: str) -> EmbeddedModel:
     return EmbeddedModel(gguf, cache_root() / "models" / f"{gguf.stem.split('.')[0]}-bf16-{version}")
 
 
-def unpack_embedded(module: str = _UNPACKER) -> None:
+def unpack_embedded() -> None:
     """Convert the model into its folder, where that has not been done, in a process of its own: torch stays there.
 
-    Args:
-        module: What the process runs; it prints what went wrong last, and ends with 0 once the folder is there.
-
     Raises:
-        StudioError: The process failed; with its last line.
+        StudioError: The process failed; with the last line that it printed.
     """
     import subprocess  # noqa: PLC0415  2 ms that plans of other models do not pay
 
     done = subprocess.run(
-        [sys.executable, "-m", module], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        [sys.executable, "-m", _UNPACKER], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason is known"])[-1]

@@ -84,7 +84,7 @@ def check_place(folder: Path, option: str = "--runs-dir") -> Path:
     return place
 
 
-def check_name(path: Path, option: str = "--out") -> None:
+def check_name(path: Path) -> None:
     """Make sure that an output's name leaves room for the hidden names that it has while it is made.
 
     Raises:
@@ -92,12 +92,12 @@ def check_name(path: Path, option: str = "--out") -> None:
     """
     shown = plain(path.name, one_line=True, limit=300)
     if any("\udc80" <= character <= "\udcff" for character in path.name):
-        raise BadInput(f"the name {shown} is not UTF-8, and the libraries take no other: choose another {option}.")
+        raise BadInput(f"the name {shown} is not UTF-8, and the libraries take no other: choose another --out.")
     length = len(os.fsencode(path.name))
     if length > _MOST_NAME_BYTES:
         raise BadInput(
             f"the name {shown} is too long: it has {length} bytes; wanted at most {_MOST_NAME_BYTES}, since it gets a "
-            f"longer one while it is made. Choose another {option}."
+            f"longer one while it is made. Choose another --out."
         )
 
 

@@ -200,9 +200,7 @@ class Conversation:
 class ChatProcess:
     """The parent's end of a chat. Use as a context: leaving it ends the process."""
 
-    def __init__(
-        self, request: ChatRequest, *, module: str = MODULE, popen: Callable[..., Any] = subprocess.Popen
-    ) -> None:
+    def __init__(self, request: ChatRequest, *, module: str = MODULE) -> None:
         """Start the process; it loads the model at once.
 
         Raises:
@@ -210,9 +208,8 @@ class ChatProcess:
         """
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
         self._events: queue.Queue[ChatEvent | None] = queue.Queue()
-        group = {} if sys.platform == "win32" else {"start_new_session": True}
         try:
-            self._process = popen(
+            self._process: Any = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -221,7 +218,8 @@ class ChatProcess:
                 encoding="utf-8",
                 env=child_environment(request.environment),
                 cwd=Path.home(),
-                **group,  # Ctrl-C is the parent's to understand: it stops an answer, not the model
+                # Ctrl-C is for the parent alone: it stops an answer, not the process that holds the model.
+                start_new_session=sys.platform != "win32",
             )
         except OSError as error:
             raise StudioError(f"the chat's process cannot be started: {error.strerror or error}.") from error

@@ -58,11 +58,6 @@ def os_errno(error: BaseException) -> int | None:
     return None
 
 
-def is_full(error: BaseException) -> bool:
-    """Return whether an error means that a disk has no room: full, over a quota, or past the largest file."""
-    return os_errno(error) in _FULL
-
-
 def refuses(error: BaseException) -> bool:
     """Return whether an error is a disk's, one that may pass: no room, read-only, not reachable, not permitted."""
     number = os_errno(error)

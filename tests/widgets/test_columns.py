@@ -21,7 +21,6 @@ def test_at_most_two_points_per_column_and_the_extremes_survive(ys: list[float],
     assert max(y for _, y in points) == max(ys)
     assert set(points) <= set(zip(map(float, range(len(ys))), ys, strict=True))
     assert [x for x, _ in points] == sorted(x for x, _ in points)
-    assert extremes.y_span() == (min(ys), max(ys))
 
 
 @given(st.lists(FINITE | st.just(math.nan), max_size=200), st.integers(1, 40), st.integers(0, 200))
@@ -44,7 +43,6 @@ def test_only_holes_make_no_segment() -> None:
     extremes = ColumnExtremes(0, 4, 5)
     extremes.add(range(3), [math.nan] * 3)
     assert extremes.segments() == []
-    assert extremes.y_span() is None
 
 
 def test_points_outside_the_range_are_dropped() -> None:
@@ -73,7 +71,7 @@ def test_series_reads_only_new_points_until_the_shape_changes() -> None:
     assert series.decimated(0, 10, 11) is first
     assert first.segments() == [[(0, 1), (1, 2), (2, 3)]]
     assert series.decimated(0, 20, 11) is not first
-    assert series.decimated(0, 20, 11).y_span() == (1, 3)
+    assert series.decimated(0, 20, 11).segments() == [[(0, 1), (1, 2), (2, 3)]]
 
 
 def test_series_knows_its_ends_and_forgets_them() -> None:

@@ -46,7 +46,7 @@ def read_data(
     Raises:
         BadInput: The file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
     """
-    data, findings = _inspected(path, format, answers_only, progress)
+    data, findings = _inspected(path, format, answers_only=answers_only, progress=progress)
     findings.refuse(plain(data.path.name, one_line=True))
     if not data.rows:
         raise BadInput(f"{plain(data.path.name, one_line=True)}: no row can be used. {_summary(data)}")
@@ -57,15 +57,13 @@ def inspect_data(
     path: Path,
     *,
     format: str = "auto",  # noqa: A002
-    answers_only: bool = True,
-    progress: Progress | None = None,
 ) -> DataSet:
     """Return the same as `read_data`, with fatal findings listed in the result instead of raised.
 
     Raises:
         BadInput: The file cannot be read at all.
     """
-    return _inspected(path, format, answers_only, progress)[0]
+    return _inspected(path, format, answers_only=True, progress=None)[0]
 
 
 @dataclass(slots=True)
@@ -106,7 +104,7 @@ class _Reading:
         self.findings.add("mixed_formats", number, found)
 
 
-def _inspected(path: Path, wanted: str, answers_only: bool, progress: Progress | None) -> tuple[DataSet, Findings]:
+def _inspected(path: Path, wanted: str, *, answers_only: bool, progress: Progress | None) -> tuple[DataSet, Findings]:
     if wanted not in FORMATS:
         raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(FORMATS)}.")
     path = shipped_data() if str(path) == EMBEDDED else path
