@@ -8,7 +8,7 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.jobs.train.phase import PhaseTeller
+from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.read_rows import read_rows
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.layout import RunPaths

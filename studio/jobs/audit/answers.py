@@ -15,9 +15,9 @@ from studio.core.events import Phase, Warned
 from studio.jobs.audit.answer_models import AnswerModels, Form
 from studio.jobs.audit.kept import KeptPart
 from studio.jobs.audit.run_audit import recipe_of
-from studio.jobs.audit.stopped import Stopped
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.adapter_folder import find_adapter
@@ -43,7 +43,7 @@ def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     Raises:
         BadInput: The run, its base or its data cannot be used.
         JobFailed: No prompt is short enough, or no form can be loaded here.
-        Stopped: The user asked for it; whole answers are kept.
+        Cancelled: The user asked for it; whole answers are kept.
     """
     trained = RunPaths(Path(request.run))
     recipe = recipe_of(trained)
@@ -123,7 +123,7 @@ class _Asking:
                 self._tell(place, len(done), f"{form.name}: {len(done) + 1} of {len(self._prompts)}")
                 done.append(self._answer(model, prompt, stops))
                 self._keep()
-        except Stopped:
+        except Cancelled:
             raise
         except (MemoryError, RuntimeError, OSError) as error:
             if not ran_out_of_memory(error):
@@ -136,7 +136,7 @@ class _Asking:
     def _answer(self, model: Any, prompt: Prompt, stops: Sequence[int]) -> Answer:
         made = greedy(model, prompt.input_ids, stops=stops, new_tokens=self._most, cancelled=self._stopping)
         if self._stopping():
-            raise Stopped("stopped; resuming goes on after the last whole answer")
+            raise Cancelled("stopped; resuming goes on after the last whole answer")
         stopped = bool(made) and made[-1] in stops
         text = str(self._tokenizer.decode(made, skip_special_tokens=True)).strip()
         return Answer(text, len(made) - stopped, stopped)

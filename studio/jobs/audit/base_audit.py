@@ -20,12 +20,11 @@ from studio.jobs.audit.cost import Cost, check_room, cost_of
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.forms import FORMS, STORED
 from studio.jobs.audit.rows import AuditRows, check_ids, read_audit_rows
-from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.jobs.base.reading import read_fingerprint
+from studio.jobs.base.progress import read_fingerprint
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
@@ -41,7 +40,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     Raises:
         BadInput: Model or data cannot be used, or there is no memory for it.
         JobFailed: The model cannot be run block by block, or a number is not finite.
-        Stopped: The user asked for it.
+        Cancelled: The user asked for it.
     """
     began = time.perf_counter()
     worker.emit(Phase, name="finding the base model")
@@ -141,7 +140,7 @@ def stored_bytes_of(weights: FolderWeights) -> int:
 
 
 def _about(worker: Worker, request: AuditRequest, folder: Path, rows: AuditRows) -> str:
-    found = short_fingerprint(read_fingerprint(worker, folder, Stopped))
+    found = short_fingerprint(read_fingerprint(worker, folder))
     return json.dumps([asdict(request), found, rows.found.hashes], sort_keys=True)
 
 

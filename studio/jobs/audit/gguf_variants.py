@@ -16,13 +16,13 @@ from studio.core.events import Phase
 from studio.core.text import plain
 from studio.jobs.audit.scores import Head, TokenScores, score_given
 from studio.jobs.audit.speed import LLAMA, NOT_ASKED, Speed, timed_gguf, unmeasured
-from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.walk import Ground
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.llama.gguf_tools import is_whole, tools_folder
 from studio.jobs.base.llama.llama_answers import streamed_llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.jobs.base.progress import heed
 from studio.probe.exported import GgufFile, exported_gguf, named_gguf
 from studio.runs.layout import RunPaths
 
@@ -52,7 +52,7 @@ class GgufForms:
             targets: The token that follows each, `[tokens]`.
 
         Raises:
-            Stopped: The user asked for it.
+            Cancelled: The user asked for it.
         """
         tool = self.tool()
         if tool is None:
@@ -79,7 +79,7 @@ class GgufForms:
         """Return how fast a file is served here; an empty prompt means that this was not asked for.
 
         Raises:
-            Stopped: The user asked for it.
+            Cancelled: The user asked for it.
         """
         tool = self.tool()
         if not prompt or tool is None or name in self.whys:
@@ -94,8 +94,7 @@ class GgufForms:
         return LlamaTool(tools_folder(), Path(self.ground.worker.paths.root) / "tool.log", self._heed)
 
     def _heed(self) -> None:
-        if self.ground.worker.requested("stop"):
-            raise Stopped("stopped; resuming goes on after the last whole block")
+        heed(self.ground.worker, "stopped; resuming goes on after the last whole block")
 
 
 def gguf_files(trained: RunPaths, named: str) -> dict[str, GgufFile]:

@@ -10,7 +10,7 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.events import Finished, Started, Warned
 from studio.jobs.audit.kept import KeptPart
 from studio.jobs.audit.report import write_report
-from studio.jobs.audit.stopped import Stopped
+from studio.jobs.base.failures import Cancelled
 from studio.probe.device import other_card_note
 from studio.runs.audit_request import WHAT, AuditRequest
 from studio.runs.layout import RunPaths
@@ -43,7 +43,7 @@ def audit_run(worker: Worker, request: AuditRequest) -> None:
     try:
         report = _measured(worker, request, getattr(importlib.import_module(module), name))
         report |= _beyond_loss(worker, request)
-    except Stopped:
+    except Cancelled:
         worker.emit(Finished, outcome="stopped")
         return
     write_report(worker, report)
@@ -67,7 +67,7 @@ def _beyond_loss(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     for part, module, name in _wanted(request):
         try:
             more[part] = getattr(importlib.import_module(module), name)(worker, request)
-        except Stopped:
+        except Cancelled:
             raise
         except StudioError as error:
             more[part] = {"why_not": str(error)}

@@ -12,7 +12,7 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.audit.stopped import Stopped
+from studio.jobs.base.failures import Cancelled
 from studio.runs.atomic import write_whole
 from studio.runs.audit_request import LANES
 from studio.runs.control import request
@@ -91,7 +91,7 @@ def run_lanes(
     Raises:
         BadInput: A lane cannot be started.
         JobFailed: A lane ended without an adapter.
-        Stopped: The user asked for it; the lane was asked to stop too.
+        Cancelled: The user asked for it; the lane was asked to stop too.
     """
     runs_root = Path(worker.paths.root).parent
     known = _known(worker)
@@ -125,7 +125,7 @@ def _wait(worker: Worker, watch: RunWatch, tell: Callable[[], None], sleep: Call
         sleep(_POLL_SECONDS)
     watch.catch_up()
     if asked:
-        raise Stopped("stopped; resuming goes on with the lane that was stopped")
+        raise Cancelled("stopped; resuming goes on with the lane that was stopped")
     status = run_status(watch.paths)
     if status is not Status.finished:
         failure = summary_of(watch.paths, watch.history, status)["failure"] or {}

@@ -20,7 +20,7 @@ from studio.core.events import Phase, Warned
 from studio.jobs.audit.answer_models import AnswerModels, Form
 from studio.jobs.audit.kept import KeptPart
 from studio.jobs.audit.run_audit import recipe_of
-from studio.jobs.audit.stopped import Stopped
+from studio.jobs.base.progress import heed
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
@@ -39,7 +39,7 @@ def audit_tasks(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     Raises:
         BadInput: The run or its base cannot be used.
         JobFailed: lm-eval is not installed, does not know a task, or ran on no form.
-        Stopped: The user asked for it; whole forms are kept.
+        Cancelled: The user asked for it; whole forms are kept.
     """
     if find_spec("lm_eval") is None:
         raise JobFailed(
@@ -95,8 +95,7 @@ def _ran(worker: Worker, form: Form) -> dict[str, Any]:
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     try:
         while process.poll() is None:
-            if worker.requested("stop"):
-                raise Stopped("stopped; resuming goes on after the last whole form")
+            heed(worker, "stopped; resuming goes on after the last whole form")
             time.sleep(_POLL_SECONDS)
     finally:
         _end(process)

@@ -32,7 +32,7 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     Raises:
         BadInput: Recipe, model or data cannot be used.
         JobFailed: A lane ended without an adapter, or cannot be measured.
-        Stopped: The user asked for it.
+        Cancelled: The user asked for it.
     """
     began = time.perf_counter()
     recipe = recipe_of_race(request)

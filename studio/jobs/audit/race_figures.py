@@ -15,12 +15,11 @@ from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.lanes import Lane
 from studio.jobs.audit.rows import check_ids, read_audit_rows
-from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.walk import Ground, Measured, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
-from studio.jobs.base.reading import read_fingerprint
+from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import audit_of_run
@@ -42,7 +41,7 @@ def measure_lanes(
     Raises:
         BadInput: A lane's base, data or adapter cannot be used.
         JobFailed: The model cannot be run block by block, or a number is not finite.
-        Stopped: The user asked for it.
+        Cancelled: The user asked for it.
     """
     first = lanes[0]
     base = find_base(first.recipe.model.base, first.recipe.model.revision)
@@ -63,7 +62,7 @@ def measure_lanes(
         answers_only=first.recipe.data.answers_only,
     )
     weights = FolderWeights(folder)
-    found = short_fingerprint(read_fingerprint(worker, folder, Stopped))
+    found = short_fingerprint(read_fingerprint(worker, folder))
     runs = [str(lane.paths.root) for lane in lanes]
     about = json.dumps([asdict(request), found, runs, rows.found.hashes], sort_keys=True)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, about)

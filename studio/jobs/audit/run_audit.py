@@ -25,13 +25,12 @@ from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
 from studio.jobs.audit.rows import check_ids, read_audit_rows
 from studio.jobs.audit.run_report import RunReport, block_deltas, handiest
 from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
-from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import Variant
 from studio.jobs.audit.walk import Ground, measure, prove
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.precision import half_dtype
-from studio.jobs.base.reading import read_fingerprint
+from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
 from studio.probe.fingerprint import refuse_another_base, short_fingerprint
@@ -50,7 +49,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     Raises:
         BadInput: The run, its base or its data cannot be used, or there is no memory for it.
         JobFailed: The model cannot be run block by block, or a number is not finite.
-        Stopped: The user asked for it.
+        Cancelled: The user asked for it.
     """
     began = time.perf_counter()
     trained = RunPaths(Path(request.run))
@@ -63,7 +62,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
             f"{plain(base.word, one_line=True)} is quantised already ({how}): name the 16-bit original with --base."
         )
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
-    base_seen = read_fingerprint(worker, folder, Stopped)
+    base_seen = read_fingerprint(worker, folder)
     refuse_another_base(request.run, folder, lambda _: base_seen)
     adapter = find_adapter(trained.adapter)
     worker.emit(Phase, name="reading the data")

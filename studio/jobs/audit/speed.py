@@ -22,7 +22,7 @@ from studio.core.text import plain
 from studio.jobs.audit.answer_models import TUNED, AnswerModels
 from studio.jobs.audit.device import wait_for
 from studio.jobs.audit.rows import AuditRows
-from studio.jobs.audit.stopped import Stopped
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.runs.failure import ran_out_of_memory
 from studio.runs.worker import Worker
@@ -84,14 +84,14 @@ def measured_speeds(
         four: Name of the 4-bit form.
 
     Raises:
-        Stopped: The user asked for it.
+        Cancelled: The user asked for it.
     """
     made: dict[tuple[str, bool], Speed] = {}
     names = {TUNED: "16-bit", f"tuned, {four}": four}
 
     def heed() -> None:
         if worker.requested("stop"):
-            raise Stopped("stopped; resuming goes on after the last whole block")
+            raise Cancelled("stopped; resuming goes on after the last whole block")
 
     for form in models.forms(""):
         if form.name not in names:

@@ -23,10 +23,10 @@ from studio.jobs.audit.calls import disagreement, renumbered
 from studio.jobs.audit.device import device_of
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.scores import TokenScores
-from studio.jobs.audit.stopped import Stopped
 from studio.jobs.audit.sweep import BlockSeen, Carried, Sweep, Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.failures import Cancelled
 from studio.runs.atomic import mend_folder, publish_folder
 from studio.runs.worker import Worker
 
@@ -115,7 +115,7 @@ def measure(
         share: The part of the whole audit that this walk is.
 
     Raises:
-        Stopped: The user asked for it; the state is kept.
+        Cancelled: The user asked for it; the state is kept.
         JobFailed: Something is not finite.
         OSError: The disk refuses.
     """
@@ -134,7 +134,7 @@ def measure(
         return asked
 
     if not sweep.run(tell, stopping):
-        raise Stopped("stopped; resuming goes on after the last whole block")
+        raise Cancelled("stopped; resuming goes on after the last whole block")
     kept.keep(sweep.carried)
     tenths = -1
 

@@ -8,7 +8,7 @@ from studio.core.errors import JobFailed, StudioError
 
 
 class Cancelled(StudioError):
-    """The user asked a job to end before there was anything to keep, or all of it is kept."""
+    """The user asked for an early end. Each job decides what it keeps: an audit its whole parts, a merge nothing."""
 
 
 def explain(error: BaseException) -> JobFailed | None:

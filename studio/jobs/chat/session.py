@@ -26,7 +26,7 @@ from studio.jobs.base.device import job_device
 from studio.jobs.base.generation import Watch, stop_ids
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.base.precision import DTYPES, half_dtype
-from studio.jobs.base.reading import READING
+from studio.jobs.base.progress import READING
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
 from studio.probe.adapter_folder import find_adapter, run_of_adapter
 from studio.probe.fingerprint import fingerprint, refuse_another_base

@@ -9,8 +9,8 @@ the two and not in the other, the file is told to do as the run did.
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path,
     size_bytes = check_folder(merged)[1]
     view = make_view(work.folder / "view", [merged], weights=merged)
     expected = size_bytes * 8.5 / 16 if form == "q8_0" else size_bytes
-    tell = _seldom(lambda fraction: work.say("converting", fraction))
+    tell = partial(work.say, "converting")
     words = (view, out, form, reading.name, reading.space)
     tool.run("convert", *words, out=out, expected_bytes=int(expected), tell=tell)
     if merged == work.scratch.merged:
@@ -213,19 +213,6 @@ def _quantise(work: Work, tool: LlamaTool, form: str, first: Path, *, out: Path)
         work.warn(
             f"{few} of {all_of_them} tensors were kept in more bits than {form}: their rows are no multiple of 256"
         )
-
-
-def _seldom(tell: Callable[[float], None]) -> Callable[[float], None]:
-    """Tell a fraction only when its hundredths have changed."""
-    last = -1
-
-    def maybe(fraction: float) -> None:
-        nonlocal last
-        if int(100 * fraction) > last:
-            last = int(100 * fraction)
-            tell(fraction)
-
-    return maybe
 
 
 def _require_right(loss: Loss | None) -> None:

@@ -17,7 +17,8 @@ from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Finished, Phase, Saved, Started
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.reading import read_fingerprint
+from studio.jobs.base.failures import Cancelled
+from studio.jobs.base.progress import PhaseTeller, read_fingerprint
 from studio.jobs.export.answers import Loss
 from studio.jobs.export.gguf import base_of, make_gguf
 from studio.jobs.export.gguf_folder import write_lora_files, write_model_files
@@ -27,7 +28,7 @@ from studio.jobs.export.model_card import Training, loss_line, model_card
 from studio.jobs.export.peft_folder import CARD, write_peft_folder
 from studio.jobs.export.quantised import make_quantised
 from studio.jobs.export.whole_model import is_adapter, merge_first
-from studio.jobs.export.work import Stopped, Work
+from studio.jobs.export.work import Work
 from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
 from studio.probe.export import check_export
 from studio.probe.fingerprint import refuse_another_base
@@ -63,7 +64,7 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     scratch = export_scratch(out)
     with only_writer(scratch, out):
         scratch.claim(worker.paths)
-        work = Work(worker, scratch)
+        work = Work(worker, scratch, PhaseTeller(worker.emit))
         _tell_left_over(work, out.parent)
         _export(work, request, out)
 
@@ -84,7 +85,7 @@ def _export(work: Work, request: ExportRequest, out: Path) -> None:
         work.heed()
         work.say("saving")
         _publish(scratch / _MADE, out)
-    except Stopped:
+    except Cancelled:
         worker.emit(Finished, outcome="stopped")
         return
     except JobFailed as failed:
@@ -133,7 +134,7 @@ def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
     if request.format == "lora-gguf" and adapter:
         base = base_of(work, request)
         run = request.run or run_of_adapter(source)
-        refuse_another_base(run, base, lambda folder: read_fingerprint(work.worker, folder, Stopped))
+        refuse_another_base(run, base, lambda folder: read_fingerprint(work.worker, folder))
         lora = make_lora_gguf(work, adapter, base, file)
         write_lora_files(file, adapter, base, training, lora)
         return lora.report

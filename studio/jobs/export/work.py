@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.core.errors import StudioError
-from studio.core.events import Phase, Warned
+from studio.core.events import Warned
 from studio.core.text import plain
 from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.jobs.base.progress import PhaseTeller, heed
 from studio.runs.scratch import Scratch
 from studio.runs.worker import Worker
-
-
-class Stopped(StudioError):
-    """The user asked for an early end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +19,17 @@ class Work:
     Attributes:
         worker: Of the export's run.
         scratch: Where it writes; gone at the end.
+        say: Tells what is being done.
     """
 
     worker: Worker
     scratch: Scratch
+    say: PhaseTeller
 
     @property
     def folder(self) -> Path:
         """For what lies about meanwhile."""
         return self.scratch.folder
-
-    def say(self, name: str, fraction: float | None = None, detail: str = "") -> None:
-        """Tell what is being done."""
-        self.worker.emit(Phase, name=name, fraction=fraction, detail=detail)
 
     def warn(self, message: str) -> None:
         """Tell something that the user should know."""
@@ -45,10 +39,9 @@ class Work:
         """Do nothing, unless the user asked for an early end.
 
         Raises:
-            Stopped: So it is.
+            Cancelled: So it is.
         """
-        if self.worker.requested("stop"):
-            raise Stopped("stopped before the export was published")
+        heed(self.worker, "stopped before the export was published")
 
     def llama(self) -> LlamaTool:
         """Return llama.cpp's tools, fetched first where that has not been done.

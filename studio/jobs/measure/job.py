@@ -15,6 +15,7 @@ from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Recipe
 from studio.jobs.base.device import job_device
 from studio.jobs.base.failures import Cancelled
+from studio.jobs.base.progress import heed
 from studio.jobs.measure.real import measure_card
 from studio.jobs.measure.trace import Target, trace
 from studio.probe.measure import base_config, remember_measurement
@@ -57,8 +58,7 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
 
 def _traced(worker: Worker, request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
     def look() -> None:
-        if worker.requested("stop"):
-            raise Cancelled("stopped while the step was traced")
+        heed(worker, "stopped while the step was traced")
 
     major, _, minor = request.capability.partition(".")
     target = Target(request.device, request.dtype, (int(major), int(minor or 0)))

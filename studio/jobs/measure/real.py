@@ -10,13 +10,13 @@ from studio.core.events import MemorySeen, RunEvent, Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.device import card_used
 from studio.jobs.base.precision import choose_precision
+from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
 from studio.jobs.measure.storages import PAGED, Peaks
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.batches import collate
 from studio.jobs.train.memory import limit_memory
 from studio.jobs.train.optimizer import build_optimizer
-from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.device import place_of

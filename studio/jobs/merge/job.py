@@ -17,8 +17,10 @@ from torch import Tensor
 
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.precision import DTYPES
+from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
@@ -28,7 +30,7 @@ from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
 from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps
 from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back
-from studio.jobs.merge.write_steps import Stopped, write_steps
+from studio.jobs.merge.write_steps import write_steps
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.job import MergeRequest
@@ -42,6 +44,7 @@ _TEXTS = (
 )
 _AGAIN = f"or merge to another --out; to go on with this one: {RESUME}"
 _CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+_UNPUBLISHED = "stopped before the merged model was published"
 _MOST_QUESTIONS = 2
 _SHOWN_CHARACTERS = 2000
 _FAR_KL = 0.05
@@ -70,7 +73,7 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         parts = find_parts(worker, request)
-    except Stopped:
+    except Cancelled:
         worker.emit(Finished, outcome="stopped")
         return
     out = Path(request.out)
@@ -83,7 +86,7 @@ def merge_run(worker: Worker, request: MergeRequest) -> None:
 def _merge_alone(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -> None:
     try:
         _merge(worker, request, parts, scratch)
-    except Stopped:
+    except Cancelled:
         worker.emit(Finished, outcome="stopped")
     except Exception as error:
         failure = disk_failure(error, place=scratch.parent, kept="nothing of the merged model was kept", advice=_AGAIN)
@@ -136,8 +139,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -
     began = time.monotonic()
     verified = _verify(worker, steps, writer, prompts, tell) | _written(steps, parts, scratch, prompts, tell)
     verified["check_seconds"] = round(time.monotonic() - began, 2)
-    if worker.requested("stop"):
-        raise Stopped("stopped before the merged model was published")
+    heed(worker, _UNPUBLISHED)
     worker.emit(Phase, name="saving")
     out = Path(request.out)
     publish_result(scratch, out, "the merged model")
@@ -222,16 +224,11 @@ def _written(
 
 
 def _teller(worker: Worker) -> Callable[[str, float, str], None]:
-    """Tell progress in hundredths, as a large model has thousands of tensors, and heed a stop."""
-    last = ("", "", -1)
+    """Tell progress, and heed a stop."""
+    say = PhaseTeller(worker.emit)
 
     def tell(name: str, fraction: float, detail: str) -> None:
-        nonlocal last
-        now = (name, detail, int(100 * min(1.0, fraction)))
-        if now != last:
-            last = now
-            if worker.requested("stop"):
-                raise Stopped("stopped before the merged model was published")
-            worker.emit(Phase, name=name, fraction=min(1.0, fraction), detail=detail)
+        heed(worker, _UNPUBLISHED)
+        say(name, min(1.0, fraction), detail)
 
     return tell

@@ -16,11 +16,10 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of
 from studio.jobs.base.precision import DTYPES
-from studio.jobs.base.reading import read_fingerprint
+from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits, turned_parameters
 from studio.jobs.base.weights.pissa import write_difference
 from studio.jobs.base.weights.skeleton import Skeleton, Weighted
-from studio.jobs.merge.write_steps import Stopped
 from studio.probe.adapter_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -67,7 +66,7 @@ def find_parts(worker: Worker, request: MergeRequest) -> Parts:
 
     Raises:
         BadInput: No whole adapter, no base that it can be merged into, or an output folder that holds something.
-        Stopped: The user asked for it while the base was read.
+        Cancelled: The user asked for it while the base was read.
     """
     worker.emit(Phase, name="finding the base model")
     adapters = tuple((find_adapter(_folder_of(worker, request, folder)), by) for folder, by in request.weighted)
@@ -79,7 +78,7 @@ def find_parts(worker: Worker, request: MergeRequest) -> Parts:
     base = base_of_merge(word, request.revision)
     refuse_quantised(base)
     folder = base_folder(base, lambda name, fraction: worker.emit(Phase, name=name, fraction=fraction))
-    look = cache(lambda place: read_fingerprint(worker, place, Stopped))
+    look = cache(lambda place: read_fingerprint(worker, place))
     for run in {request.run, *(run_of_adapter(Path(path)) for path, _ in request.weighted)} - {""}:
         refuse_another_base(run, folder, look)
         if recorded_fingerprint(run) is None:

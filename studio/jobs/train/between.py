@@ -15,12 +15,12 @@ from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt
 from studio.jobs.base.failures import Cancelled
+from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.adapter import save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import Progress, save_checkpoint
 from studio.jobs.train.evaluate import answer, gain_since, held_out_losses
 from studio.jobs.train.memory import MemoryWatch
-from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.start import Pair
 from studio.jobs.train.step_model import StepModel
 from studio.runs.disk import disk_words, refuses

@@ -13,11 +13,11 @@ from torch import Tensor
 from studio.core.recipe import Packing
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
+from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.batches import Batcher, collate
 from studio.jobs.train.evaluate import evaluating
 from studio.jobs.train.head import TOLERANCE
 from studio.jobs.train.packing import packed
-from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.row_attention import packed_attentions
 from studio.jobs.train.step_model import StepModel
 from studio.runs.failure import leaves_no_other_way, ran_out_of_memory

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.head import TOLERANCE
-from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.step_model import StepModel
 from studio.runs.failure import leaves_no_other_way
 

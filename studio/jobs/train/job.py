@@ -20,7 +20,7 @@ from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
-from studio.jobs.base.reading import read_fingerprint
+from studio.jobs.base.progress import PhaseTeller, read_fingerprint
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import Progress, load_checkpoint
@@ -30,7 +30,6 @@ from studio.jobs.train.liger import require_liger
 from studio.jobs.train.loop import Hooks, LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.optimizer import build_optimizer
-from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model

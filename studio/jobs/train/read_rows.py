@@ -13,8 +13,7 @@ from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
 from studio.jobs.base.data.template import ensure_template
-from studio.jobs.base.failures import Cancelled
-from studio.jobs.train.phase import PhaseTeller
+from studio.jobs.base.progress import PhaseTeller, heed
 from studio.probe.data import DataSet, Row, read_data
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
@@ -54,8 +53,7 @@ def read_rows(
 
     def read(fraction: float) -> None:
         tell("reading the data", fraction)
-        if worker.requested("stop"):
-            raise Cancelled("stopped while the data were read")
+        heed(worker, "stopped while the data were read")
 
     def file_read(done: int, total: int) -> None:
         read(done / max(1, total))

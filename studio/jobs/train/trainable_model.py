@@ -10,10 +10,10 @@ from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.load import base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import Precision
+from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.checkpoint import load_start
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
-from studio.jobs.train.phase import PhaseTeller
 from studio.jobs.train.start import Pair, start_loftq, start_pissa, take_out
 from studio.probe.models import BaseFound
 from studio.runs.worker import Worker

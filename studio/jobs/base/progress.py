@@ -1,0 +1,63 @@
+"""How a job says what it is busy with, and ends early when the user asks for it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studio.core.events import Phase
+from studio.jobs.base.failures import Cancelled
+from studio.probe.fingerprint import fingerprint
+from studio.runs.worker import Worker
+
+READING = "reading the base's weights"
+_LEAST_SECONDS = 0.5
+
+
+def heed(worker: Worker, words: str) -> None:
+    """Do nothing, unless the user asked for an early end.
+
+    Args:
+        worker: Of the job.
+        words: What was not finished, for the exception.
+
+    Raises:
+        Cancelled: The user did.
+    """
+    if worker.requested("stop"):
+        raise Cancelled(words)
+
+
+class PhaseTeller:
+    """Emits a `Phase` for every new name or detail, and for progress under the same ones at most twice a second."""
+
+    def __init__(self, emit: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._emit = emit
+        self._clock = clock
+        self._last = ("", "")
+        self._told = 0.0
+
+    def __call__(self, name: str, fraction: float | None = None, detail: str = "") -> None:
+        """Say the phase; `fraction` is 0 to 1 where progress is known."""
+        now = self._clock()
+        if (name, detail) == self._last and now - self._told < _LEAST_SECONDS:
+            return
+        self._last, self._told = (name, detail), now
+        self._emit(Phase, name=name, fraction=fraction, detail=detail)
+
+
+def read_fingerprint(worker: Worker, folder: Path) -> dict[str, Any]:
+    """Return the fingerprint of a base; says how far the reading is, where its weights must be read for it.
+
+    Raises:
+        BadInput: A file is damaged.
+        OSError: A file cannot be read.
+        Cancelled: The user asked for an early end.
+    """
+    say = PhaseTeller(worker.emit)
+
+    def tell(fraction: float) -> None:
+        heed(worker, "stopped while the base's weights were read")
+        say(READING, fraction)
+
+    return fingerprint(folder, tell)
