@@ -10,16 +10,16 @@ from studio.core.recipe import EMBEDDED, Recipe
 from studio.probe.data import shipped_data
 from studio.probe.fingerprint import fingerprint, known_fingerprint
 from studio.probe.models import find_base
-from studio.runs.quality import Outcome, read_outcomes
+from studio.runs.quality import LaneResult, read_results
 
 
-def audited(recipe: Recipe) -> dict[str, Outcome]:
-    """Return the newest outcome of each lane for this model and data; empty where none was measured.
+def audited(recipe: Recipe) -> dict[str, LaneResult]:
+    """Return the newest result of each lane for this model and data; empty where none was measured.
 
     Takes milliseconds, and longer the first time for large data: call it from a thread. A base whose weights nobody has
     read yet is one that nothing was measured of: they are not read for it.
     """
-    known = read_outcomes()
+    known = read_results()
     if not known:
         return {}
     try:

@@ -1,6 +1,6 @@
 """The file of races, `$LORA_STUDIO_HOME/quality.json`: how LoRA and QLoRA came out on a model and data, measured here.
 
-Small, whole, written by one process at a time. Whatever lies there, reading never fails: what is not an outcome is
+Small, whole, written by one process at a time. Whatever lies there, reading never fails: what is no lane's result is
 passed over, and a file that is none is none.
 """
 
@@ -22,7 +22,7 @@ _LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LaneResult:
     """One lane of a race.
 
     Attributes:
@@ -49,12 +49,12 @@ class Outcome:
 
 
 def quality_path() -> Path:
-    """Return where the outcomes of this machine lie."""
+    """Return where the results of this machine's races lie."""
     return studio_home() / _FILE
 
 
-def read_outcomes(path: Path | None = None) -> tuple[Outcome, ...]:
-    """Return every sound outcome, the oldest first; none where the file is missing, unreadable or something else."""
+def read_results(path: Path | None = None) -> tuple[LaneResult, ...]:
+    """Return every sound result, the oldest first; none where the file is missing, unreadable or something else."""
     path = path or quality_path()
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_FILE_BYTES:
@@ -65,11 +65,11 @@ def read_outcomes(path: Path | None = None) -> tuple[Outcome, ...]:
         return ()
     if not isinstance(items, list):
         return ()
-    found = (_outcome(item) for item in items[-_KEPT:])
+    found = (_result(item) for item in items[-_KEPT:])
     return tuple(item for item in found if item is not None)
 
 
-def remember_outcomes(outcomes: tuple[Outcome, ...], path: Path | None = None) -> None:
+def remember_results(results: tuple[LaneResult, ...], path: Path | None = None) -> None:
     """Add the lanes of a race, in place of older ones of the same model, data and lane.
 
     Raises:
@@ -80,23 +80,23 @@ def remember_outcomes(outcomes: tuple[Outcome, ...], path: Path | None = None) -
 
     path = path or quality_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = {(one.model, one.data, one.lane) for one in outcomes}
+    new = {(one.model, one.data, one.lane) for one in results}
     try:
         with FileLock(path.with_name(_LOCK), timeout=_LOCK_SECONDS):
-            kept = [one for one in read_outcomes(path) if (one.model, one.data, one.lane) not in new]
-            document = {"schema": SCHEMA, "outcomes": [asdict(one) for one in [*kept, *outcomes][-_KEPT:]]}
+            kept = [one for one in read_results(path) if (one.model, one.data, one.lane) not in new]
+            document = {"schema": SCHEMA, "outcomes": [asdict(one) for one in [*kept, *results][-_KEPT:]]}
             write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     except Timeout as error:
         raise TimeoutError(f"{_LOCK} was held by another process for {_LOCK_SECONDS:g} s") from error
 
 
-def _outcome(item: Any) -> Outcome | None:
+def _result(item: Any) -> LaneResult | None:
     try:
         words = [item[key] for key in ("model", "data", "lane", "run")]
         if not all(isinstance(word, str) and len(word) < 200 for word in words):
             return None
         pace = item["tokens_per_second"]
-        return Outcome(
+        return LaneResult(
             model=words[0],
             data=words[1],
             lane=words[2],

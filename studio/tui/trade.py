@@ -9,7 +9,7 @@ from studio.core.recipe import Method, Recipe
 from studio.core.vram.setup import setup_of
 from studio.probe.pace import Pace, pace_of
 from studio.probe.quality import audited
-from studio.runs.quality import Outcome
+from studio.runs.quality import LaneResult
 from studio.tui.forecast import ADAPTER_BYTES_PER_PARAMETER, Forecaster, Outlook
 from studio.tui.readable import UNKNOWN, gib
 
@@ -44,7 +44,7 @@ class Side:
     held_in: str = UNKNOWN
     largest: int | None = None
     pace: Pace | None = None
-    measured: Outcome | None = None
+    measured: LaneResult | None = None
 
 
 def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[Method, Side]:

@@ -16,7 +16,7 @@ from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
-from studio.runs.quality import read_outcomes
+from studio.runs.quality import read_results
 from studio.runs.recipe_file import dump_recipe
 from studio.runs.status import Status, run_status
 from tests.fakes.runs import CHECKOUT
@@ -128,4 +128,4 @@ def test_a_stopped_race_goes_on_with_its_lanes(racing: Recipe, tmp_path: Path) -
     withdraw(paths, "stop")
     _, report = audit(root, request)
     assert Path(begun["lora"]).name == report["lanes"][0]["run"]
-    assert len(read_outcomes()) == 2
+    assert len(read_results()) == 2

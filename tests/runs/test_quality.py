@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from studio.core.intervals import Interval
-from studio.runs.quality import Outcome, quality_path, read_outcomes, remember_outcomes
+from studio.runs.quality import LaneResult, quality_path, read_results, remember_results
 
-LORA = Outcome("m1", "d1", "lora", "run-1", Interval(2.0, 1.9, 2.1), Interval(0.0, 0.0, 0.0), 400, 30, 120.5)
+LORA = LaneResult("m1", "d1", "lora", "run-1", Interval(2.0, 1.9, 2.1), Interval(0.0, 0.0, 0.0), 400, 30, 120.5)
 QLORA = replace(
     LORA, lane="qlora", run="run-2", loss=Interval(2.1, 2.0, 2.2), more=Interval(0.1), tokens_per_second=None
 )
@@ -17,22 +17,22 @@ QLORA = replace(
 
 def test_kept_and_read_again(tmp_path: Path) -> None:
     path = tmp_path / "home" / "quality.json"
-    remember_outcomes((LORA, QLORA), path)
-    assert read_outcomes(path) == (LORA, QLORA)
+    remember_results((LORA, QLORA), path)
+    assert read_results(path) == (LORA, QLORA)
 
 
 def test_a_newer_race_takes_the_place_of_the_older_one_of_its_model_and_data(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
-    remember_outcomes((LORA, QLORA), path)
+    remember_results((LORA, QLORA), path)
     other, again = replace(LORA, data="d2"), replace(LORA, run="run-3", steps=60)
-    remember_outcomes((other, again), path)
-    assert read_outcomes(path) == (QLORA, other, again)
+    remember_results((other, again), path)
+    assert read_results(path) == (QLORA, other, again)
 
 
 def test_it_lies_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
     assert quality_path() == tmp_path / "home" / "quality.json"
-    assert read_outcomes() == ()
+    assert read_results() == ()
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_it_lies_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_rubbish_is_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "quality.json"
     path.write_bytes(content)
-    assert read_outcomes(path) == ()
-    remember_outcomes((LORA,), path)
-    assert read_outcomes(path) == (LORA,)
+    assert read_results(path) == ()
+    remember_results((LORA,), path)
+    assert read_results(path) == (LORA,)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_rubbish_is_none(tmp_path: Path, content: bytes) -> None:
         {"lane": "x" * 10_000},
     ],
 )
-def test_an_unsound_outcome_is_passed_over_and_the_others_are_kept(tmp_path: Path, change: dict[str, object]) -> None:
+def test_an_unsound_result_is_passed_over_and_the_others_are_kept(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "quality.json"
-    remember_outcomes((LORA, QLORA), path)
+    remember_results((LORA, QLORA), path)
     document = json.loads(path.read_text())
     document["outcomes"][0] |= change
     path.write_text(json.dumps(document))
-    assert read_outcomes(path) == (QLORA,)
+    assert read_results(path) == (QLORA,)

@@ -16,7 +16,7 @@ from studio.probe.device import Sight
 from studio.probe.machine import Machine
 from studio.probe.plan import PlanDevice
 from studio.probe.torch_cards import TorchBuild
-from studio.runs.quality import Outcome
+from studio.runs.quality import LaneResult
 from studio.tui import kept, trade
 from studio.tui.engine import Engine
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
@@ -183,8 +183,8 @@ def test_the_table_has_both_methods_and_no_invented_rows() -> None:
 
 
 def test_a_race_on_this_model_and_data_replaces_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    lora = Outcome("m", "d", "lora", "a", Interval(2.787, 2.44, 3.17), Interval(0.0, 0.0, 0.0), 900, 40, 120.4)
-    qlora = Outcome("m", "d", "qlora", "b", Interval(2.805, 2.46, 3.19), Interval(0.018, 0.004, 0.031), 900, 40)
+    lora = LaneResult("m", "d", "lora", "a", Interval(2.787, 2.44, 3.17), Interval(0.0, 0.0, 0.0), 900, 40, 120.4)
+    qlora = LaneResult("m", "d", "qlora", "b", Interval(2.805, 2.46, 3.19), Interval(0.018, 0.004, 0.031), 900, 40)
     for raced, measured in (({"lora": lora, "qlora": qlora}, True), ({"lora": lora}, False), ({}, False)):
         monkeypatch.setattr(trade, "audited", lambda recipe: raced)  # noqa: B023  used at once
         sides = sides_of(SMALL, on_4090(), batches=True)

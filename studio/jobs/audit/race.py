@@ -17,7 +17,7 @@ from studio.jobs.audit.lanes import Lane, lane_recipe, run_lanes
 from studio.probe.audit import data_path, recipe_of_race
 from studio.probe.quality import data_fingerprint, model_fingerprint
 from studio.runs.audit_request import AuditRequest
-from studio.runs.quality import Outcome, remember_outcomes
+from studio.runs.quality import LaneResult, remember_results
 from studio.runs.status import Status
 from studio.runs.summary import folder_bytes, summary_of
 from studio.runs.worker import Worker
@@ -27,7 +27,7 @@ _MOST_POINTS = 200
 
 
 def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
-    """Train the lanes, measure them and return the report; the outcomes are kept for this model and data.
+    """Train the lanes, measure them and return the report; the results are kept for this model and data.
 
     Raises:
         BadInput: Recipe, model or data cannot be used.
@@ -105,12 +105,12 @@ def _thinned(steps: Sequence[int], losses: Sequence[float]) -> list[list[float]]
 
 
 def _remember(worker: Worker, rows: Sequence[dict[str, Any]], folder: Path, data: Path) -> None:
-    """Keep the outcomes; a home that cannot be written to costs the memory of them, not the report."""
+    """Keep the results; a home that cannot be written to costs the memory of them, not the report."""
     try:
         model, rested = model_fingerprint(folder), data_fingerprint(data)
-        remember_outcomes(
+        remember_results(
             tuple(
-                Outcome(
+                LaneResult(
                     model=model,
                     data=rested,
                     lane=row["name"],
