@@ -34,11 +34,11 @@ from studio.jobs.base.precision import choose_precision
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
-from studio.jobs.train.checkpoint import Progress
-from studio.jobs.train.choose_batching import can_pack
-from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
 from studio.probe.data import read_data
 from studio.probe.models import find_base
@@ -198,7 +198,7 @@ def run_studio(work: Work, clock: Clock, counted: TensorBytes | None) -> list[fl
             clock.start()
             return rows[(step - 1) * work.rows_per_step : step * work.rows_per_step]
 
-    def after(progress: Progress) -> bool:
+    def after(progress: TrainState) -> bool:
         clock.stop()
         return False
 
@@ -212,7 +212,7 @@ def run_studio(work: Work, clock: Clock, counted: TensorBytes | None) -> list[fl
         emit=emit,
     )
     with counted.above(model) if counted else nullcontext():
-        train(loop, section, work.steps, Progress(step=0, tokens=0, seconds=0.0, scaler={}), Hooks(after))
+        train(loop, section, work.steps, TrainState(step=0, tokens=0, seconds=0.0, scaler={}), after)
     return losses
 
 

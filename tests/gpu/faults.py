@@ -27,8 +27,8 @@ from studio.jobs.base.failures import explain
 from studio.jobs.measure.step import _staged
 from studio.jobs.train import between, compiled, job
 from studio.jobs.train.__main__ import _body
-from studio.jobs.train.checkpoint import Progress
-from studio.jobs.train.loop import Hooks, LoopParts
+from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.loop import LoopParts
 from studio.runs.control import request
 from studio.runs.worker import run_job
 
@@ -116,9 +116,11 @@ def _full_at(card: FullCard) -> None:
     register_optimizer_step_pre_hook(lambda *_: card.stage("optimizer"))
     loop = job.train
 
-    def train(parts: LoopParts, section: TrainSection, total: int, start: Progress, hooks: Hooks) -> Progress:
+    def train(
+        parts: LoopParts, section: TrainSection, total: int, state: TrainState, between: Callable[[TrainState], bool]
+    ) -> TrainState:
         with _staged(parts.step_model, card):  # type: ignore[arg-type]
-            return loop(parts, section, total, start, hooks)
+            return loop(parts, section, total, state, between)
 
     job.train = train
 
@@ -134,7 +136,7 @@ def _before(owner: Any, name: str, act: Callable[..., Any]) -> None:
     setattr(owner, name, acting)
 
 
-def _stop(self: between.Between, progress: Progress, step: int) -> None:
+def _stop(self: between.Between, progress: TrainState, step: int) -> None:
     if progress.step == step:
         request(self.worker.paths, "stop")
 

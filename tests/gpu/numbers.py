@@ -25,11 +25,9 @@ from studio.jobs.base.data.rows import Example
 from studio.jobs.base.head_form import HeadForm
 from studio.jobs.base.precision import Precision
 from studio.jobs.train.adapter import attach_adapter
-from studio.jobs.train.batches import Batcher, collate
-from studio.jobs.train.choose_batching import can_pack
+from studio.jobs.train.batches import Batcher, collate, packed
 from studio.jobs.train.head import chunked_loss_sum, shifted
-from studio.jobs.train.packing import packed
-from studio.jobs.train.row_attention import VARLEN_ATTENTION, packed_attentions
+from studio.jobs.train.packing import VARLEN_ATTENTION, can_pack, packed_attentions
 from studio.jobs.train.step_model import StepModel
 from tests.fakes.tiny_model import tiny_config
 from tests.gpu.bench import Bench, Seen, Skip, capability, need_dtype, replaced, table

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from studio.core.recipe import TrainSection
 from studio.jobs.base.precision import choose_precision
 from studio.jobs.train.batches import StepBatches
-from studio.jobs.train.checkpoint import Progress
-from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
 from studio.jobs.train.step_model import StepModel
@@ -196,10 +196,10 @@ def _train(
         emit=emit,
     )
     section = TrainSection(learning_rate=1e-3, schedule="constant", warmup_fraction=0)
-    start = Progress(step=0, tokens=0, seconds=0.0, scaler={})
+    start = TrainState(step=0, tokens=0, seconds=0.0, scaler={})
     if inner is not None:
         _timed(bench, optimizer, inner)
-    train(parts, section, steps, start, Hooks(lambda progress: False))
+    train(parts, section, steps, start, lambda progress: False)
     return seconds
 
 

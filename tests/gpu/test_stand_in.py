@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from studio.core.events import Failed
-from studio.jobs.train.packing import packed
+from studio.jobs.train.batches import packed
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.history import History
 from tests.fakes.cuda import FakeCard, FakeMachine

@@ -18,10 +18,9 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base import attention
 from studio.jobs.base.attention import attention_for
-from studio.jobs.train import choose_batching
+from studio.jobs.train import packing
 from studio.jobs.train.batches import Batcher
-from studio.jobs.train.choose_batching import can_pack
-from studio.jobs.train.row_attention import ROW_ATTENTION, VARLEN_ATTENTION, packed_attentions
+from studio.jobs.train.packing import ROW_ATTENTION, VARLEN_ATTENTION, can_pack, packed_attentions
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_packing import PADDED, TIGHT, loss_and_gradients, rows, step_model_of, stir
@@ -197,7 +196,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made = Kernel()
     monkeypatch.setattr(kernel, "varlen_attn", made)
     ways = (VARLEN_ATTENTION, ROW_ATTENTION)
-    monkeypatch.setattr(choose_batching, "packed_attentions", lambda name, device: ways if name == "sdpa" else ())
+    monkeypatch.setattr(packing, "packed_attentions", lambda name, device: ways if name == "sdpa" else ())
     return made
 
 

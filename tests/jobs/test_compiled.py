@@ -10,9 +10,9 @@ import torch
 from studio.core.recipe import Recipe
 from studio.jobs.train import compiled
 from studio.jobs.train.batches import Batcher
-from studio.jobs.train.choose_batching import can_pack
 from studio.jobs.train.compiled import compile_layers, compile_step
 from studio.jobs.train.offload import offload_checkpoints
+from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events

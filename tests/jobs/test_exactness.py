@@ -16,11 +16,11 @@ from studio.core.recipe import AdapterSection, TrainSection
 from studio.jobs.base.load import _keep_packing as keep_packing
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches
-from studio.jobs.train.checkpoint import Progress
-from studio.jobs.train.choose_batching import can_pack
-from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
 from tests.core.test_vram_real_step import four_bit
 from tests.fakes.live_bytes import LiveBytes
@@ -137,7 +137,7 @@ def run(step_model: StepModel, batcher: Batcher, steps: int, after: Any = lambda
         emit=emit,
     )
     section = TrainSection(learning_rate=2e-3)
-    train(parts, section, steps, Progress(step=0, tokens=0, seconds=0.0, scaler={}), Hooks(after))
+    train(parts, section, steps, TrainState(step=0, tokens=0, seconds=0.0, scaler={}), after)
     return losses
 
 
@@ -159,7 +159,7 @@ def test_nothing_but_optimizer_state_is_alive_between_steps() -> None:
             storages.track(tensor)
         loaded = storages.live
 
-        def after(progress: Progress) -> bool:
+        def after(progress: TrainState) -> bool:
             alive.append(storages.live - loaded)
             return False
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from studio.jobs.base.data.rows import Prompt
 from studio.jobs.base.generation import greedy, stop_ids
-from studio.jobs.train.evaluate import answer
+from studio.jobs.train.between import answer
 
 PROMPT = [10, 20, 30]
 OWN_SETTINGS = {

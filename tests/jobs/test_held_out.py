@@ -16,9 +16,8 @@ from studio.jobs.audit import answers, base_audit, gguf_variants, race_figures, 
 from studio.jobs.audit.lanes import Lane
 from studio.jobs.base.data.rows import Example
 from studio.jobs.train import job as train_job
-from studio.jobs.train.batches import Batcher, StepBatches
-from studio.jobs.train.choose_batching import can_pack
-from studio.jobs.train.packing import packed
+from studio.jobs.train.batches import Batcher, StepBatches, packed
+from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
 from studio.probe.audit import audit_of_run
 from studio.probe.exported import GgufFile

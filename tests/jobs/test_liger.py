@@ -15,8 +15,8 @@ from torch import Tensor
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.jobs.train import job, liger
-from studio.jobs.train.liger import require_liger
+from studio.jobs.train import head, job
+from studio.jobs.train.head import require_liger
 from studio.jobs.train.step_model import StepModel
 from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_families import batch, model_of
@@ -112,7 +112,7 @@ def test_a_cpu_is_refused_before_anything_is_loaded(train: Train, recipe: Recipe
 
 @pytest.mark.parametrize("there", [(), ("triton",), ("liger_kernel",), ("liger_kernel", "triton")])
 def test_a_card_needs_the_package(monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...]) -> None:
-    monkeypatch.setattr(liger, "find_spec", lambda name: ModuleSpec(name, None) if name in there else None)
+    monkeypatch.setattr(head, "find_spec", lambda name: ModuleSpec(name, None) if name in there else None)
     if len(there) == 2:
         require_liger(torch.device("cuda"))
         return

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from studio.jobs.train import checkpoint
-from studio.jobs.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from studio.jobs.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from studio.jobs.train.optimizer import UnpagedAdamW8bit, build_optimizer
 
 CARD = torch.device("meta")
@@ -85,7 +85,7 @@ def test_a_resumed_paged_optimizer_is_paged_again(
     monkeypatch.setattr(checkpoint, "adapter_weights", lambda model: {"a": torch.zeros(1)})
     monkeypatch.setattr(checkpoint, "set_peft_model_state_dict", lambda model, weights: None)
     model: Any = None
-    path = save_checkpoint(tmp_path, model, before, Progress(1, 1, 1.0, {}), keep=1)
+    path = save_checkpoint(tmp_path, model, before, TrainState(1, 1, 1.0, {}), keep=1)
 
     (large, small), after = built(kind, CARD)
     with NothingLarge():

@@ -14,12 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
-from studio.jobs.train import choose_batching
+from studio.jobs.train import packing
 from studio.jobs.train.adapter import attach_adapter
-from studio.jobs.train.batches import Batcher, StepBatches
-from studio.jobs.train.choose_batching import batcher_for, can_pack
-from studio.jobs.train.packing import best_fit, packed
-from studio.jobs.train.row_attention import ROW_ATTENTION, row_attention
+from studio.jobs.train.batches import Batcher, StepBatches, best_fit, packed
+from studio.jobs.train.packing import ROW_ATTENTION, batcher_for, can_pack, row_attention
 from studio.jobs.train.step_model import StepModel
 from studio.runs.control import request, withdraw_all
 from tests.jobs.conftest import Train, history_of
@@ -197,7 +195,7 @@ def test_a_full_memory_or_a_failed_card_is_no_proof_that_rows_cannot_be_packed(
     def fails(*given: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(choose_batching, where, fails)
+    monkeypatch.setattr(packing, where, fails)
     history = history_of(train(recipe.with_("train.packing", word)))
     assert history.failed is not None and history.failed.failure == kind
     assert not history.warnings
@@ -257,7 +255,7 @@ def test_auto_takes_the_faster_way_and_draws_no_random_number(
         torch.rand(3)
         return close if batcher.packed_tokens else 1.0
 
-    monkeypatch.setattr(choose_batching, "_step_seconds", seconds)
+    monkeypatch.setattr(packing, "_step_seconds", seconds)
     told: list[str] = []
     before = torch.get_rng_state()
     found = batcher_for(
@@ -284,7 +282,7 @@ def test_no_room_to_pack_means_padded(monkeypatch: pytest.MonkeyPatch, error: Ex
             raise error
         return 1.0
 
-    monkeypatch.setattr(choose_batching, "_step_seconds", seconds)
+    monkeypatch.setattr(packing, "_step_seconds", seconds)
     told: list[str] = []
     ways: dict[str, Any] = {"seq_len": 15, "before": None}
     ways["tell"] = lambda name, fraction=None, detail="": told.append(detail)
@@ -296,14 +294,14 @@ def test_a_kernel_that_the_card_lacks_means_padded(monkeypatch: pytest.MonkeyPat
     def lacks(*given: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(choose_batching, "packed", lacks)
+    monkeypatch.setattr(packing, "packed", lacks)
     assert not can_pack(step_model_of("llama"), rows(12, 15), CPU)
 
 
 def test_measuring_leaves_no_gradient() -> None:
     step_model = step_model_of("llama")
     stir(step_model)
-    assert choose_batching._step_seconds(step_model, rows(12, 15), PADDED) > 0
+    assert packing._step_seconds(step_model, rows(12, 15), PADDED) > 0
     assert all(parameter.grad is None for parameter in step_model.parameters())
 
 
@@ -324,7 +322,7 @@ def test_what_was_measured_to_be_faster_changes_no_row_of_a_step(
     recipe = recipe.with_("train.packing", "auto").with_("train.group_by_length", True).with_("train.micro_batch", 3)
     losses = []
     for better in (2, 3):  # the padded way, the packed one
-        monkeypatch.setattr(choose_batching, "choose", lambda *given, better=better: given[better])
+        monkeypatch.setattr(packing, "choose", lambda *given, better=better: given[better])
         losses.append(list(history_of(train(recipe)).train.losses))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
@@ -351,12 +349,12 @@ def test_a_resumed_run_goes_on_as_it_began(
 
     monkeypatch.setattr(StepModel, "forward", watching)
     times = {True: 0.1 if faster == "packed" else 9.0, False: 1.0}
-    monkeypatch.setattr(choose_batching, "_step_seconds", lambda model, some, way: times[way.packed_tokens > 0])
+    monkeypatch.setattr(packing, "_step_seconds", lambda model, some, way: times[way.packed_tokens > 0])
     whole = train(recipe)
     at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
     parts = train(recipe)
     withdraw_all(parts)
-    monkeypatch.setattr(choose_batching, "_step_seconds", lambda *rest: pytest.fail("measured again"))
+    monkeypatch.setattr(packing, "_step_seconds", lambda *rest: pytest.fail("measured again"))
     train(recipe, again=parts)
     assert set(seen) == {faster == "packed"}
     assert list(history_of(parts).train.losses) == list(history_of(whole).train.losses)

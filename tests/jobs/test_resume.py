@@ -46,7 +46,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[between.B
     """Do something between two steps of the next run, once."""
     after_step = between.Between.after_step
 
-    def acting(self: between.Between, progress: checkpoint.Progress) -> bool:
+    def acting(self: between.Between, progress: checkpoint.TrainState) -> bool:
         if progress.step == step:
             monkeypatch.setattr(between.Between, "after_step", after_step)
             act(self)

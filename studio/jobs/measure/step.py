@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
-from studio.jobs.train.checkpoint import Progress
-from studio.jobs.train.evaluate import evaluating
-from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.checkpoint import TrainState
+from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
-from studio.jobs.train.step_model import StepModel
+from studio.jobs.train.step_model import StepModel, evaluating
 
 STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval")
 """In the order in which they come; `loss` is head and loss, forward and backward."""
@@ -86,7 +85,7 @@ def run_steps(
         loss.backward()  # type: ignore[no-untyped-call]
         meter.stage("optimizer")
 
-    def between(_: Progress) -> bool:
+    def between(_: TrainState) -> bool:
         meter.claim(_state_of(optimizer), "optimizer")
         return False
 
@@ -101,7 +100,7 @@ def run_steps(
         backward=backward,
     )
     with _staged(step_model, meter), _claimed_gradients(trainable, meter):
-        train(parts, recipe.train, steps, Progress(0, 0, 0.0, {}), Hooks(between))
+        train(parts, recipe.train, steps, TrainState(0, 0, 0.0, {}), between)
     meter.stage("eval")
     with evaluating(step_model):
         for group in batcher.groups([row] * recipe.train.micro_batch):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from studio.core.adapter_text import layers_of, modules_of, pattern_of
@@ -24,8 +24,10 @@ from studio.core.recipe import ALL_LINEAR, AdapterSection
 from studio.core.text import plain
 from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.guards import check_adapter
-from studio.jobs.train.start import Pair, adapter_weights, doubled_config
 from studio.runs.atomic import publish_folder
+
+AdapterWeights = dict[str, Tensor]
+"""An adapter's tensors by their names in a PEFT file."""
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -34,7 +36,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     """Return the base with trainable low-rank pairs; adapter weights are fp32 whatever the base is held in.
 
     Nothing else is touched: embeddings, head and norms keep the base's format (peft's `prepare_model_for_kbit_training`
-    would make them fp32). Starts that need the base's weights are `studio.jobs.train.start`'s business.
+    would make them fp32). Initialisations that read the base's weights are `trainable_model`'s business.
 
     Raises:
         JobFailed: `unknown_targets` when a named target module or layer does not exist in the model.
@@ -85,14 +87,24 @@ def _checkpoint_layers(causal: Any) -> None:
     causal.config.use_cache = False
 
 
-def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | None = None) -> int:
+def adapter_weights(model: PeftModel) -> AdapterWeights:
+    """Return the adapter's tensors and nothing else.
+
+    peft's "auto" would ask the hub whether the base's vocabulary was resized (ours never is), and add the embeddings
+    where the head is adapted.
+    """
+    weights: AdapterWeights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
+
+
+def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: AdapterWeights | None = None) -> int:
     """Write the PEFT folder with the tokenizer and its chat template; it appears whole or not at all.
 
     Args:
         model: The trained model.
         tokenizer: Saved beside the adapter.
         folder: Where it appears.
-        start: What PiSSA took out of the base; what is saved is then the difference to it, for the ordinary base.
+        initial: What PiSSA took out of the base; what is saved is then the difference to it, for the ordinary base.
 
     Returns:
         Bytes on disk.
@@ -109,8 +121,8 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | N
     try:
         # Not "auto": see adapter_weights.
         model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
-        if start:
-            _rewrite_as_difference(model, aside, start)
+        if initial:
+            _rewrite_as_difference(model, aside, initial)
         # safetensors writes for the owner alone, which a copy of the folder for others would keep.
         shutil.copymode(aside / _CONFIG, aside / _WEIGHTS)
         tokenizer.save_pretrained(str(aside))
@@ -120,12 +132,20 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, start: Pair | N
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _rewrite_as_difference(model: PeftModel, folder: Path, start: Pair) -> None:
+def _rewrite_as_difference(model: PeftModel, folder: Path, initial: AdapterWeights) -> None:
     weights = {name: tensor.detach().cpu() for name, tensor in adapter_weights(model).items()}
-    save_file(difference(weights, start), folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(difference(weights, initial), folder / _WEIGHTS, metadata={"format": "pt"})
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    config.update(doubled_config(model.active_peft_config))
+    config.update(_doubled_config(model.active_peft_config))
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _doubled_config(config: LoraConfig) -> dict[str, Any]:
+    """Return the values of a PEFT config that describe `pissa.difference`: twice the rank at the same scaling."""
+    factor = 2**0.5 if config.use_rslora else 2
+    alphas = {name: alpha * factor for name, alpha in config.alpha_pattern.items()}
+    ranks = {name: rank * 2 for name, rank in config.rank_pattern.items()}
+    return {"r": config.r * 2, "lora_alpha": config.lora_alpha * factor, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: bool) -> str | list[str]:

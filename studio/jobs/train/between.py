@@ -1,4 +1,7 @@
-"""What happens between two steps: evaluation, samples, checkpoints, and what the user asks for through `control/`."""
+"""What happens between two steps: evaluation, samples, checkpoints, and what the user asks for through `control/`.
+
+Held-out rows go through the same loss path and micro-batch as training, so evaluation never needs more memory.
+"""
 
 import math
 import time
@@ -11,18 +14,17 @@ from torch import nn
 
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
-from studio.core.intervals import Interval
+from studio.core.intervals import Interval, ratio_interval
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Example, Prompt
 from studio.jobs.base.failures import Cancelled
+from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.progress import PhaseTeller
-from studio.jobs.train.adapter import save_adapter
-from studio.jobs.train.batches import Batcher
-from studio.jobs.train.checkpoint import Progress, save_checkpoint
-from studio.jobs.train.evaluate import answer, gain_since, held_out_losses
+from studio.jobs.train.adapter import AdapterWeights, save_adapter
+from studio.jobs.train.batches import Batcher, loss_tokens
+from studio.jobs.train.checkpoint import TrainState, save_checkpoint
 from studio.jobs.train.memory import MemoryWatch
-from studio.jobs.train.start import Pair
-from studio.jobs.train.step_model import StepModel
+from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.disk import disk_words, refuses
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.worker import Worker
@@ -49,21 +51,21 @@ class Between:
     sleep: Callable[[float], None] = time.sleep
     last_eval: float | None = None
     before: RowLosses | None = None
-    start: Pair = field(default_factory=dict)
+    initial: AdapterWeights = field(default_factory=dict)
 
-    def after_step(self, progress: Progress) -> bool:
+    def after_step(self, state: TrainState) -> bool:
         """Evaluate and save where it is due, serve requests; return whether the run ends here."""
-        last = progress.step >= self.total_steps
+        last = state.step >= self.total_steps
         every = self.recipe.eval.every
-        if every and progress.step % every == 0 and not last:
-            self.evaluate(progress.step)
+        if every and state.step % every == 0 and not last:
+            self.evaluate(state.step)
         saves = self.recipe.train.checkpoint_every
         asked = self.worker.requested("checkpoint-now")
-        if (saves and progress.step % saves == 0 and not last) or asked:
-            self.checkpoint(progress)
+        if (saves and state.step % saves == 0 and not last) or asked:
+            self.checkpoint(state)
         if asked:
             self.worker.served("checkpoint-now")
-        self._pause(progress)
+        self._pause(state)
         return self.stopping or last
 
     def evaluate(self, step: int) -> None:
@@ -129,7 +131,7 @@ class Between:
                 return
             self.worker.emit(Sampled, step=step, index=index, prompt=prompt.text, answer=text, expected=prompt.expected)
 
-    def checkpoint(self, progress: Progress) -> bool:
+    def checkpoint(self, state: TrainState) -> bool:
         """Save a checkpoint. A full disk costs the checkpoint, not the run: it is said, and training goes on.
 
         Returns:
@@ -142,9 +144,9 @@ class Between:
                 folder,
                 self.step_model.model,
                 self.optimizer,
-                progress,
+                state,
                 keep=self.recipe.train.keep_checkpoints,
-                start=self.start,
+                initial=self.initial,
             )
         except Exception as error:
             if not (refuses(error) or isinstance(error, (OSError, StudioError))):
@@ -152,7 +154,7 @@ class Between:
             self.worker.emit(
                 Warned,
                 topic="checkpoint",
-                message=f"the checkpoint of step {progress.step} could not be saved ({disk_words(error)}); training "
+                message=f"the checkpoint of step {state.step} could not be saved ({disk_words(error)}); training "
                 "goes on. Free disk space; an earlier checkpoint, if there is one, is untouched",
             )
             return False
@@ -160,8 +162,8 @@ class Between:
             self.tell("training")
         size = sum(file.stat().st_size for file in path.iterdir())
         relative = path.relative_to(self.worker.paths.root).as_posix()
-        self.worker.emit(Saved, what="checkpoint", path=relative, step=progress.step, size_bytes=size)
-        self.memory.see("save", progress.step)
+        self.worker.emit(Saved, what="checkpoint", path=relative, step=state.step, size_bytes=size)
+        self.memory.see("save", state.step)
         return True
 
     def save_adapter(self, step: int) -> None:
@@ -174,7 +176,7 @@ class Between:
         self.tell("saving the adapter")
         size = self.worker.patiently(
             "the adapter cannot be saved",
-            lambda: save_adapter(self.step_model.model, self.tokenizer, folder, self.start),
+            lambda: save_adapter(self.step_model.model, self.tokenizer, folder, self.initial),
         )
         self.worker.emit(Saved, what="adapter", path=folder.name, step=step, size_bytes=size)
         self.memory.see("save", step)
@@ -189,9 +191,68 @@ class Between:
         if self.stopping:
             raise Cancelled("stopped while the held-out rows were measured")
 
-    def _pause(self, progress: Progress) -> None:
+    def _pause(self, state: TrainState) -> None:
         if self.worker.requested("pause") and not self.stopping:
-            self.worker.emit(Paused, step=progress.step, paused=True)
+            self.worker.emit(Paused, step=state.step, paused=True)
             while self.worker.requested("pause") and not self.stopping:
                 self.sleep(_PAUSE_POLL_SECONDS)
-            self.worker.emit(Paused, step=progress.step, paused=False)
+            self.worker.emit(Paused, step=state.step, paused=False)
+
+
+def held_out_losses(
+    step_model: StepModel,
+    examples: Sequence[Example],
+    *,
+    batcher: Batcher,
+    progress: Callable[[float], None],
+) -> RowLosses:
+    """Return the loss of each held-out row, in the order of the rows.
+
+    Args:
+        step_model: Called with a batch.
+        examples: Held-out rows.
+        batcher: Training's, so that evaluation never needs more memory than training.
+        progress: Told the fraction done.
+    """
+    sums, done = [math.nan] * len(examples), 0
+    places = {id(example): place for place, example in enumerate(examples)}
+    with evaluating(step_model):
+        for rows in batcher.groups(examples):
+            losses = step_model.row_losses(batcher.batch(rows)).tolist()
+            for example, loss in zip(rows, losses, strict=True):
+                sums[places[id(example)]] = loss
+            done += len(rows)
+            progress(done / len(examples))
+    return RowLosses(tuple(sums), tuple(loss_tokens([example]) for example in examples))
+
+
+def gain_since(before: RowLosses | None, after: RowLosses) -> Interval | None:
+    """Return the loss per token after training above that before it, paired row by row; None where it is not known."""
+    if before is None or before.tokens != after.tokens or not all(map(math.isfinite, (*before.sums, *after.sums))):
+        return None
+    return ratio_interval([late - early for late, early in zip(after.sums, before.sums, strict=True)], after.tokens)
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    new_tokens: int,
+    autocast: Callable[[], Any],
+    cancelled: Callable[[], bool],
+) -> str:
+    """Return the model's greedy continuation of one prompt as text, special tokens left out.
+
+    Args:
+        model: A causal model with `generate`.
+        tokenizer: Its tokenizer.
+        prompt: Token ids up to where the answer starts.
+        new_tokens: Most tokens to generate.
+        autocast: Maker of the arithmetic's context.
+        cancelled: Asked after every token; true ends the answer there.
+    """
+    stops = stop_ids(tokenizer, getattr(model, "generation_config", None))
+    with evaluating(model), autocast():
+        made = greedy(model, prompt.input_ids, stops=stops, new_tokens=new_tokens, cancelled=cancelled)
+    return str(tokenizer.decode(made, skip_special_tokens=True)).strip()

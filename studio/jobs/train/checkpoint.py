@@ -15,12 +15,12 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from studio.jobs.train.adapter import adapter_weights
 from studio.jobs.train.optimizer import restore_state
-from studio.jobs.train.start import adapter_weights
 from studio.runs.atomic import publish_folder, write_whole
 from studio.runs.checkpoints import MARKER, complete_checkpoints, file_stamp
 
-_ADAPTER, _START, _OPTIMIZER, _RANDOM, _STATE = (
+_ADAPTER, _INITIAL, _OPTIMIZER, _RANDOM, _STATE = (
     "adapter.safetensors",
     "start.safetensors",
     "optimizer.safetensors",
@@ -30,7 +30,7 @@ _ADAPTER, _START, _OPTIMIZER, _RANDOM, _STATE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainState:
     """Where a run stands besides its weights.
 
     `scaler` is the fp16 loss scaler's state, empty when it is idle; `packed` is whether rows are packed.
@@ -47,39 +47,39 @@ def save_checkpoint(
     folder: Path,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    state: TrainState,
     *,
     keep: int,
-    start: Mapping[str, Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint for `progress.step`, delete all but the newest `keep`, and return its folder.
+    """Write a checkpoint for `state.step`, delete all but the newest `keep`, and return its folder.
 
     Args:
         folder: Holds the run's checkpoints.
         model: Its adapter is saved.
         optimizer: Its state is saved.
-        progress: Where the run stands.
+        state: Where the run stands.
         keep: How many checkpoints stay.
-        start: Adapter tensors that the base was changed by, where it was (PiSSA).
+        initial: Adapter tensors that the base was changed by, where it was (PiSSA).
 
     Raises:
         OSError: The disk is full or not writable; nothing half-made is left.
         SafetensorError: Likewise, in safetensors' own class.
     """
-    final = folder / f"step-{progress.step:08d}"
+    final = folder / f"step-{state.step:08d}"
     aside = folder / f".writing-{final.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         save_file(_on_host(adapter_weights(model)), aside / _ADAPTER)
-        if start:
-            save_file(dict(start), aside / _START)
+        if initial:
+            save_file(dict(initial), aside / _INITIAL)
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
         save_file(_on_host(tensors), aside / _OPTIMIZER)
         save_file(_random_state(), aside / _RANDOM)
-        write_whole(aside / _STATE, json.dumps({"progress": asdict(progress), "optimizer": numbers}))
+        write_whole(aside / _STATE, json.dumps({"train": asdict(state), "optimizer": numbers}))
         files = {path.name: file_stamp(path) for path in sorted(aside.iterdir())}
-        write_whole(aside / MARKER, json.dumps({"step": progress.step, "files": files}))
+        write_whole(aside / MARKER, json.dumps({"step": state.step, "files": files}))
         publish_folder(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -88,13 +88,13 @@ def save_checkpoint(
     return final
 
 
-def load_start(path: Path) -> dict[str, Tensor]:
+def load_initial(path: Path) -> dict[str, Tensor]:
     """Return the adapter tensors that the base was changed by before the first step; empty where it was not."""
-    return load_file(path / _START) if (path / _START).is_file() else {}
+    return load_file(path / _INITIAL) if (path / _INITIAL).is_file() else {}
 
 
-def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put adapter, optimizer and random state back and return the progress.
+def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put adapter, optimizer and random state back and return where the run stood.
 
     Raises:
         ValueError: The adapter in the checkpoint does not have the tensors of this model's adapter.
@@ -104,11 +104,11 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
     if weights.keys() != expected.keys():
         raise ValueError(f"checkpoint {path.name} holds other adapter tensors than this recipe makes")
     set_peft_model_state_dict(model, weights)
-    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    saved = json.loads((path / _STATE).read_text(encoding="utf-8"))
     tables = optimizer.state_dict()
-    restore_state(optimizer, {**tables, "state": _unflatten(load_file(path / _OPTIMIZER), state["optimizer"])})
+    restore_state(optimizer, {**tables, "state": _unflatten(load_file(path / _OPTIMIZER), saved["optimizer"])})
     _restore_random(load_file(path / _RANDOM))
-    return Progress(**state["progress"])
+    return TrainState(**saved["train"])
 
 
 def _flatten(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

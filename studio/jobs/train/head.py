@@ -4,21 +4,27 @@ It is proven that the two parts give the model's own loss. In the chunked loss o
 a chunk at a time. With a frozen head the gradient of the hidden states is made in the same pass, so nothing but that
 gradient outlives a chunk. With a trained head (an adapter on it, or the head itself) each chunk is recomputed in the
 backward pass, which costs time and is right for anything.
+
+Liger's fused linear cross-entropy (Hsu et al. 2024) does the same with kernels that overwrite the 16-bit logits of a
+chunk by their gradient, where it is installed and the device can run it. It takes a frozen plain head without a factor
+on its logits; others go through the chunked loss.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from studio.core.errors import BadInput
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.recipe import Loss
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm, head_form_of
-from studio.jobs.train.liger import liger_loss_sum, takes
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Relative difference allowed between the two losses: rounding of the logits in each dtype, not a different formula."""
@@ -89,7 +95,7 @@ def split(causal: nn.Module, loss: Loss) -> SplitModel | None:
     if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
         return None
     form = head_form_of(cast(Any, causal).config)
-    return SplitModel(backbone, head, form, "liger" if loss == "liger" and takes(head, form) else "chunked")
+    return SplitModel(backbone, head, form, "liger" if loss == "liger" and liger_takes(head, form) else "chunked")
 
 
 def agrees(parts: SplitModel, causal: nn.Module, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:
@@ -197,3 +203,44 @@ def _chunk(
     if form.scale != 1.0:
         probabilities *= form.scale
     return loss, probabilities.to(weight.dtype) @ weight
+
+
+def require_liger(device: torch.device) -> None:
+    """Refuse a recipe that asks for liger where it cannot run.
+
+    Raises:
+        BadInput: Says why, and what to use instead.
+    """
+    if device.type != "cuda":
+        why = f"its kernels run on CUDA cards, and this run is on {device.type}"
+    elif find_spec("liger_kernel") is None or find_spec("triton") is None:
+        why = "the package liger-kernel is not installed (pip install liger-kernel)"
+    else:
+        return
+    raise BadInput(f"train.loss is liger: {why}. chunked needs nothing and never builds the whole logits either.")
+
+
+def liger_takes(head: nn.Module, form: HeadForm) -> bool:
+    """Return whether liger's loss is this head's: plain, frozen, logits not multiplied."""
+    return type(head) is nn.Linear and form.scale == 1.0 and not any(p.requires_grad for p in head.parameters())
+
+
+def liger_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadForm) -> Tensor:
+    """Return the summed negative log-likelihood of the labelled tokens, fp32 scalar.
+
+    Args:
+        hidden: Final hidden states `[batch, seq, hidden]`.
+        head: One that `takes` accepts; its weight is `[vocabulary, hidden]`.
+        labels: Already shifted, `[batch, seq]`, `IGNORED` where nothing is to be learnt.
+        form: How the head's output becomes logits.
+    """
+    linear = cast(nn.Linear, head)
+    wanted = labels != IGNORED
+    # Masked tokens stay out of the head, as in the chunked loss.
+    rows, targets = hidden[wanted], labels[wanted]
+    if rows.shape[0] == 0:
+        return hidden.sum() * 0.0
+    kernels: Any = import_module("liger_kernel.transformers")  # optional, and needs triton
+    fused = kernels.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=form.softcap)
+    loss: Tensor = fused(linear.weight, rows.to(linear.weight.dtype), targets, linear.bias)
+    return loss.float()

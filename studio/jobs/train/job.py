@@ -23,13 +23,13 @@ from studio.jobs.base.precision import Precision, choose_precision, steadier_for
 from studio.jobs.base.progress import PhaseTeller, read_fingerprint
 from studio.jobs.train.batches import Batch, Batcher, StepBatches
 from studio.jobs.train.between import Between
-from studio.jobs.train.checkpoint import Progress, load_checkpoint
-from studio.jobs.train.choose_batching import batcher_for
+from studio.jobs.train.checkpoint import TrainState, load_checkpoint
 from studio.jobs.train.compiled import compile_step
-from studio.jobs.train.liger import require_liger
-from studio.jobs.train.loop import Hooks, LoopParts, train
+from studio.jobs.train.head import require_liger
+from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.packing import batcher_for
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
@@ -118,7 +118,7 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
         worker.emit(Warned, topic="packing", message=_CANNOT_PACK)
     batches = _batches(recipe, rows, batcher)
     _say_padding(tell, recipe, rows, batches, batcher)
-    start = start or Progress(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
+    start = start or TrainState(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
     total = total_steps_of(
         steps=recipe.train.steps,
         epochs=recipe.train.epochs,
@@ -150,7 +150,7 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
         batcher=batcher,
         total_steps=total,
         autocast=precision.autocast,
-        start=moved,
+        initial=moved,
     )
     if not checkpoint:
         between.evaluate(0)
@@ -171,7 +171,7 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
         emit=worker.emit,
         steadier=steadier_format(precision, device),
     )
-    end = train(parts, recipe.train, total, start, Hooks(between.after_step))
+    end = train(parts, recipe.train, total, start, between.after_step)
     _finish(worker, between, end)
 
 
@@ -282,7 +282,7 @@ def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBat
         tell("grouping rows by length", detail=detail)
 
 
-def _finish(worker: Worker, between: Between, end: Progress) -> None:
+def _finish(worker: Worker, between: Between, end: TrainState) -> None:
     """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
     early = end.step < between.total_steps
     if end.step == 0:

@@ -15,7 +15,7 @@ from studio.core.events import StepDone
 from studio.core.recipe import TrainSection
 from studio.core.schedule import learning_rate_at
 from studio.jobs.train.batches import StepBatches, loss_tokens
-from studio.jobs.train.checkpoint import Progress
+from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import set_learning_rate
@@ -39,26 +39,26 @@ class LoopParts:
     steadier: str = ""
 
 
-@dataclass(slots=True)
-class Hooks:
-    """What happens between steps. `between` may evaluate, save or wait; it returns True to end the run early."""
+def train(
+    parts: LoopParts, section: TrainSection, total_steps: int, state: TrainState, between: Callable[[TrainState], bool]
+) -> TrainState:
+    """Take the steps after `state.step` up to `total_steps` and return where the training stands then.
 
-    between: Callable[[Progress], bool]
-
-
-def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Progress, hooks: Hooks) -> Progress:
-    """Take the steps after `start.step` up to `total_steps`, or until the hook ends it, and return where it stands.
+    Args:
+        parts: What it works with.
+        section: Learning rate, schedule and clipping.
+        total_steps: The last step.
+        state: Where it stands now.
+        between: Called after every step: evaluates, saves or waits, and returns True to end the training early.
 
     Raises:
         JobFailed: A guard fired: the run would have been wasted.
     """
     trainable = [p for p in parts.step_model.parameters() if p.requires_grad]
     movement = MovementGuard(trainable)
-    step, tokens, trained_seconds, skipped = start.step, start.tokens, start.seconds, 0
-    progress = start
+    first, skipped = state.step + 1, 0
     parts.step_model.train()
-    while step < total_steps:
-        step += 1
+    for step in range(first, total_steps + 1):
         began = time.perf_counter()
         micro_batches = parts.batches.of_step(step)
         labelled = sum(loss_tokens(rows) for rows in micro_batches)
@@ -86,7 +86,7 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
         check_gradient(grad_norm, step, skipped, scaled=parts.scaler.is_enabled(), steadier=parts.steadier)
-        if step == start.step + 1:
+        if step == first:
             parts.memory.see("backward", step)
         parts.scaler.step(parts.optimizer)
         parts.scaler.update()
@@ -94,7 +94,6 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
 
         seconds = time.perf_counter() - began
         seen = sum(len(example.input_ids) for rows in micro_batches for example in rows)
-        tokens, trained_seconds = tokens + seen, trained_seconds + seconds
         parts.emit(
             StepDone,
             step=step,
@@ -108,9 +107,13 @@ def train(parts: LoopParts, section: TrainSection, total_steps: int, start: Prog
         if not skipped:
             movement.after_step(step)
         parts.memory.see("step", step)
-        progress = replace(
-            start, step=step, tokens=tokens, seconds=trained_seconds, scaler=dict(parts.scaler.state_dict())
+        state = replace(
+            state,
+            step=step,
+            tokens=state.tokens + seen,
+            seconds=state.seconds + seconds,
+            scaler=dict(parts.scaler.state_dict()),
         )
-        if hooks.between(progress):
+        if between(state):
             break
-    return progress
+    return state

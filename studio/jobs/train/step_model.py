@@ -1,7 +1,7 @@
 """The model as the loop sees it: a batch in, the summed loss out. One module, which several devices can wrap."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -71,3 +71,15 @@ class StepModel(nn.Module):
             if self._parts is not None:
                 return self._parts.row_losses(rows, **batch)
             return full_row_losses(self.causal, rows, **batch)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """Put the model in evaluation mode without gradients, and back as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

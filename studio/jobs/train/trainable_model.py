@@ -1,9 +1,23 @@
-"""The base with its adapter on it, started as the recipe says: at the first start and again at every resume."""
+"""The base with its adapter on it, initialised as the recipe says: at the first start and again at every resume.
 
+Two initialisations look at the base's weights. With W the base's weight, s the adapter's scaling and r its rank:
+PiSSA (LoRA) puts the r largest singular directions of W into s*B*A and takes them out of the base, which is then no
+longer the ordinary one; what is saved is therefore the difference to the initial adapter, of rank 2r, which any peft
+loads onto the ordinary base (Meng et al. 2024, appendix C). LoftQ (QLoRA) sets s*B*A to the best rank-r picture of W
+minus its 4-bit form (Li et al. 2023, one iteration, so that the base stays the ordinary 4-bit one). peft's own LoftQ
+leaves s out and overshoots.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from studio.core.errors import JobFailed
 from studio.core.events import Warned
@@ -11,12 +25,18 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.load import base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
-from studio.jobs.train.adapter import attach_adapter
-from studio.jobs.train.checkpoint import load_start
+from studio.jobs.base.weights.tensors import FolderTensors
+from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter
+from studio.jobs.train.checkpoint import load_initial
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
-from studio.jobs.train.start import Pair, start_loftq, start_pissa, take_out
 from studio.probe.models import BaseFound
 from studio.runs.worker import Worker
+
+_ADAPTER = "default"
+_EXACT_UP_TO = 512
+_POWER_STEPS = 8
+"""Subspace iterations of the randomised decomposition; its error then no longer matters
+(tests/jobs/test_initialisation.py)."""
 
 _LOFTQ_NOTE = (
     "the adapter also carries a repair of the base's 4-bit rounding: use it on the 4-bit base; "
@@ -37,14 +57,14 @@ def trainable_model(
     worker: Worker,
     tell: PhaseTeller,
     checkpoint: Path | None,
-) -> tuple[PeftModel, Pair]:
+) -> tuple[PeftModel, AdapterWeights]:
     """Load the base, attach the adapter and give it its first values; a checkpoint's values are not put back here.
 
     Returns:
         The model, and the adapter tensors that its base was changed by (PiSSA), empty where it is the ordinary one.
 
     Raises:
-        JobFailed: A name in the recipe is not in the model, or the start needs weights that are not there.
+        JobFailed: A name in the recipe is not in the model, or its initialisation needs weights that are not there.
         BadInput: The base cannot be loaded.
     """
     frozen = load_base(
@@ -82,18 +102,18 @@ def _offload(model: PeftModel, device: torch.device, worker: Worker) -> None:
     worker.emit(Warned, topic="offload", message=f"train.offload_checkpoints moves no checkpoint: {why}")
 
 
-def _pissa(model: PeftModel, checkpoint: Path | None) -> Pair:
+def _pissa(model: PeftModel, checkpoint: Path | None) -> AdapterWeights:
     if checkpoint is None:
-        return start_pissa(model)
-    start = load_start(checkpoint)
-    if not start:
+        return init_pissa(model)
+    initial = load_initial(checkpoint)
+    if not initial:
         raise JobFailed(
             "checkpoint_mismatch",
             f"checkpoint {checkpoint.name} was not made with adapter.init pissa, which the recipe now asks for",
             "put the recipe back as it was, or start a new run",
         )
-    take_out(model, start)
-    return start
+    take_out(model, initial)
+    return initial
 
 
 def _loftq(model: PeftModel, base: BaseFound) -> None:
@@ -103,4 +123,95 @@ def _loftq(model: PeftModel, base: BaseFound) -> None:
             "adapter.init loftq needs the base's 16-bit weights, and this base has only 4-bit ones",
             "use the original 16-bit model as model.base, or adapter.init default",
         )
-    start_loftq(model, base_folder(base))
+    init_loftq(model, base_folder(base))
+
+
+def init_pissa(model: PeftModel) -> AdapterWeights:
+    """Move the main directions of every adapted linear weight from the base into the adapter.
+
+    Returns:
+        The adapter as it now is, fp32 on the host: what `pissa.difference` and `take_out` need later.
+    """
+    for _, layer in _linear_layers(model):
+        weight = _as_linear(layer, _weight(layer).float())
+        _set_pair(layer, weight)
+    initial = {name: tensor.detach().to("cpu", copy=True) for name, tensor in adapter_weights(model).items()}
+    take_out(model, initial)
+    return initial
+
+
+def take_out(model: PeftModel, initial: AdapterWeights) -> None:
+    """Subtract the initial adapter from an ordinary base: the same arithmetic at the first time and at every resume."""
+    for name, layer in _linear_layers(model):
+        weight = _weight(layer)
+        first, second = (initial[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB")
+        moved = _as_linear(layer, (second @ first) * layer.scaling[_ADAPTER])
+        weight.data.copy_((weight.float() - moved).to(weight.dtype))
+
+
+def init_loftq(model: PeftModel, folder: Path) -> int:
+    """Let every adapted 4-bit layer begin with what quantisation took from it.
+
+    Args:
+        model: Adapters on a freshly quantised base.
+        folder: The base's 16-bit safetensors.
+
+    Returns:
+        How many layers were initialised so; layers that are not in 4 bits have lost nothing and are left as they are.
+
+    Raises:
+        JobFailed: The folder does not hold the layer's 16-bit weight.
+    """
+    causal: Any = model.get_base_model()
+    names = {id(module): name for name, module in causal.named_modules()}
+    tensors = FolderTensors(folder, prefix=str(getattr(causal, "base_model_prefix", "")))
+    count = 0
+    for _, layer in _linear_layers(model):
+        weight = _weight(layer)
+        if not isinstance(weight, Params4bit):
+            continue
+        held = dequantize_4bit(weight.data, weight.quant_state).float()
+        exact = tensors.read(f"{names[id(layer)]}.weight", tuple(held.shape)).to(held.device, torch.float32)
+        _set_pair(layer, exact - held)
+        count += 1
+    return count
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A `[rank, in]` and B `[out, rank]` whose product is the best picture of a matrix `[out, in]`."""
+    if min(matrix.shape) <= _EXACT_UP_TO:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        right = right.T
+    else:
+        # Twice the directions are followed and half of them dropped: the wanted ones then converge.
+        left, values, right = torch.svd_lowrank(matrix, q=min(2 * rank + 8, *matrix.shape), niter=_POWER_STEPS)
+    root = values[:rank].sqrt()
+    first, second = (right[:, :rank] * root).T, left[:, :rank] * root
+    missing = rank - first.shape[0]
+    return nn.functional.pad(first, (0, 0, 0, missing)), nn.functional.pad(second, (0, missing))
+
+
+def _set_pair(layer: LoraLayer, matrix: Tensor) -> None:
+    """Let the adapter's contribution `scaling * B @ A` be the best picture of a matrix `[out, in]`."""
+    first, second = low_rank(matrix / layer.scaling[_ADAPTER], layer.r[_ADAPTER])
+    for module, value in ((layer.lora_A[_ADAPTER], first), (layer.lora_B[_ADAPTER], second)):
+        module.weight.data.copy_(value)
+
+
+def _linear_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield adapted linear layers by their names in a PEFT file; weights shared with the embeddings are left out."""
+    embedding = cast(Any, model.get_base_model()).get_input_embeddings()
+    shared = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, LoraLayer) and _ADAPTER in module.lora_A
+        if is_linear and _weight(module) is not shared and _weight(module).dim() == 2:
+            yield name, module
+
+
+def _weight(layer: LoraLayer) -> Any:
+    return layer.get_base_layer().weight
+
+
+def _as_linear(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """Turn a weight between `[in, out]` (GPT-2's Conv1D) and `[out, in]`; it is its own inverse."""
+    return weight.T if layer.fan_in_fan_out else weight

@@ -17,7 +17,7 @@ from studio.jobs.base.load import FourBit, load_base
 from studio.jobs.base.weights.tensors import FolderTensors
 from studio.jobs.train import between
 from studio.jobs.train.adapter import attach_adapter, save_adapter
-from studio.jobs.train.start import low_rank, start_loftq, start_pissa
+from studio.jobs.train.trainable_model import init_loftq, init_pissa, low_rank
 from studio.probe.models import find_base
 from studio.runs.control import request, withdraw_all
 from tests.fakes.tiny_model import tiny_tokenizer
@@ -56,7 +56,7 @@ def test_a_pissa_start_is_the_base_and_what_is_saved_is_the_trained_model(
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     section = AdapterSection(rank=4, alpha=24.0, init="pissa", rslora=rslora, **patterns)
     model = attach_adapter(base, section, grad_checkpointing=False)
-    start = start_pissa(model)
+    start = init_pissa(model)
     assert all(tensor.any() for tensor in start.values())
     torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-4)
     trained = logits(shaken(model))
@@ -71,7 +71,7 @@ def test_a_pissa_start_is_the_base_and_what_is_saved_is_the_trained_model(
 def test_pissa_takes_the_largest_directions(tiny: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     before = torch.linalg.svdvals(base.model.layers[0].mlp.up_proj.weight)
-    start_pissa(model := attach_adapter(base, AdapterSection(rank=8, init="pissa"), grad_checkpointing=False))
+    init_pissa(model := attach_adapter(base, AdapterSection(rank=8, init="pissa"), grad_checkpointing=False))
     after = torch.linalg.svdvals(model.get_base_model().model.layers[0].mlp.up_proj.get_base_layer().weight)
     torch.testing.assert_close(after[:-8], before[8:], rtol=1e-3, atol=1e-3)
 
@@ -82,14 +82,14 @@ def test_pissa_on_transposed_weights_and_tied_heads() -> None:
     plain = logits(base)
     targets = ("c_attn", "lm_head")
     model = attach_adapter(base, AdapterSection(rank=4, targets=targets, init="pissa"), grad_checkpointing=False)
-    start_pissa(model)
+    init_pissa(model)
     torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_loftq_repairs_what_quantisation_lost(tiny: Path) -> None:
     """Every layer comes nearer to its 16-bit weight by just what the best rank-r picture of the loss allows."""
     model = attach_adapter(four_bit_base(tiny), AdapterSection(rank=16, alpha=64.0), grad_checkpointing=False)
-    assert start_loftq(model, tiny) == 14
+    assert init_loftq(model, tiny) == 14
     exact = load_file(tiny / "model.safetensors")
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         layer = model.get_base_model().get_submodule(name)
@@ -105,7 +105,7 @@ def test_loftq_brings_the_outputs_nearer_to_the_16_bit_model(tiny: Path) -> None
     exact = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32))
     model = attach_adapter(four_bit_base(tiny), AdapterSection(rank=32, alpha=64.0), grad_checkpointing=False)
     before = (logits(model) - exact).norm()
-    start_loftq(model, tiny)
+    init_loftq(model, tiny)
     assert (logits(model) - exact).norm() < 0.7 * before
 
 
