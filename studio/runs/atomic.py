@@ -37,7 +37,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def publish_folder(scratch: Path, final: Path) -> None:
-    """Give a finished folder its final name in a place of ours; what it held under that name before is replaced.
+    """Give a finished folder its final name in a place that is the program's own; what had that name is replaced.
 
     Everything in the folder is flushed to disk before the rename. A kill between taking the old folder away and
     naming the new one leaves the old one under a hidden name, from which `mend_folder` brings it back.
@@ -58,7 +58,8 @@ def publish_folder(scratch: Path, final: Path) -> None:
 def publish_new(scratch: Path, final: Path) -> None:
     """Give a finished folder or file its final name in a place of the user's, where nothing is ever replaced.
 
-    An empty folder is nothing. The system itself refuses a name that was taken a moment ago.
+    Only an empty folder may give way. No look before the rename decides whether the name is free: the rename itself
+    fails where something has just taken it.
 
     Raises:
         FileExistsError: Something lies there; both are left as they are.
@@ -82,7 +83,10 @@ def publish_new(scratch: Path, final: Path) -> None:
 
 
 def _rename_new_file(scratch: Path, final: Path) -> None:
-    """A second name never replaces one; where a file system has no second names, looking first has to do."""
+    """Rename a file without replacing another: a hard link fails where the name is taken, a rename would replace.
+
+    On a file system without hard links a look before the rename has to do.
+    """
     try:
         final.hardlink_to(scratch)
     except FileExistsError:

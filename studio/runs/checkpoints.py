@@ -1,7 +1,7 @@
 """A run's checkpoints as they lie on the disk: which are whole, which are damaged and why, and where a resume begins.
 
-A checkpoint is `checkpoints/step-00000120/`. It counts with its marker `complete.json`, which is written last and
-lists every file's size and SHA-256. What the files hold only `studio.jobs.train.checkpoint` knows.
+A checkpoint is `checkpoints/step-00000120/`. It counts only if it has its marker `complete.json`, which is written last
+and lists every file's size and SHA-256. Only `studio.jobs.train.checkpoint` knows what the files hold.
 """
 
 import json
@@ -22,7 +22,7 @@ _NAMED = 4
 
 
 class NoWholeCheckpoint(BadInput):
-    """A run that had checkpoints has none that is whole: going on would mean to start over, which wants a yes.
+    """No checkpoint is whole of a run that had some: a resume would start over at step 0, so the user is asked first.
 
     Attributes:
         found: What is wrong with them, without what to do.
@@ -38,14 +38,14 @@ class NoWholeCheckpoint(BadInput):
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A checkpoint that cannot be gone on from, and why not."""
+    """A checkpoint from which a run cannot be resumed, and why not."""
 
     folder: Path
     why: str
 
     @property
     def words(self) -> str:
-        """For a person."""
+        """Its step and what is wrong, for a message."""
         return f"step {step_of(self.folder)} ({self.why})"
 
 
@@ -55,9 +55,9 @@ class Resumption:
 
     Attributes:
         checkpoint: The newest whole one; None starts at step 0.
-        damaged: Those that are newer, the newest first; they are passed over.
-        done: The last step that the log tells of.
-        saved: Steps of the checkpoints that the log tells of.
+        damaged: The damaged ones that are newer than it, the newest first; they are passed over.
+        done: The last step in the log.
+        saved: Steps of the checkpoints that were saved, by the log.
     """
 
     checkpoint: Path | None
@@ -72,7 +72,7 @@ class Resumption:
 
     @property
     def starts_over(self) -> bool:
-        """Whether steps that were done are done again from the first one on."""
+        """Whether training begins at step 0 again although steps were done."""
         return self.checkpoint is None and bool(self.done or self.damaged or self.saved)
 
     @property
@@ -90,16 +90,16 @@ class Resumption:
 
 
 def resumption(paths: RunPaths, history: History, *, from_start: bool) -> Resumption:
-    """Return where a training run goes on: after its newest whole checkpoint, and at 0 where it never had one.
+    """Return where a training run goes on: after its newest whole checkpoint, or at step 0 where it never had one.
 
     Args:
         paths: The run.
-        history: What it has told so far.
+        history: Its events so far.
         from_start: Whether the user agreed that it starts over.
 
     Raises:
-        NoWholeCheckpoint: It had checkpoints, none is whole, and nobody agreed.
-        BadInput: Somebody agreed to start over though there is a whole one.
+        NoWholeCheckpoint: It had checkpoints, none is whole, and the user has not agreed to start over.
+        BadInput: The user agreed to start over though there is a whole one.
     """
     newer: list[Damaged] = []
     whole = None
@@ -131,7 +131,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return those that carry a marker, the oldest step first (their files are not verified)."""
+    """Return the checkpoints that have a marker, the oldest step first; their files are not verified."""
     return [path for path in checkpoint_folders(folder) if (path / MARKER).is_file()]
 
 
@@ -145,7 +145,7 @@ def damage_of(folder: Path, only: Collection[str] = ()) -> str:
 
     Args:
         folder: The checkpoint.
-        only: The files to verify; empty for all. One that the checkpoint never had is none of them.
+        only: The files to verify; empty for all. Files that the checkpoint never had are passed over.
     """
     try:
         if (folder / MARKER).stat().st_size > _MOST_MARKER_BYTES:
@@ -172,7 +172,7 @@ def file_stamp(path: Path) -> dict[str, Any]:
 
 
 def set_aside(damaged: Collection[Damaged]) -> None:
-    """Take damaged checkpoints out of the way of new ones, under names that nothing counts; none is deleted.
+    """Rename damaged checkpoints so that new ones can have their names; none is deleted.
 
     Raises:
         OSError: The folder cannot be written.

@@ -1,4 +1,4 @@
-"""Requests to a live worker. A file in `control/` is the request, so they outlive every terminal."""
+"""Requests to a live worker. A file in `control/` is the request, so that it outlives the terminal that left it."""
 
 import signal
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ REQUESTS: tuple[Request, ...] = get_args(Request)
 def request(paths: RunPaths, what: Request) -> None:
     """Ask the worker for something; asking twice is asking once.
 
-    A stop reaches a worker of this machine also where the disk takes not even an empty file: a signal says the same.
+    Where the disk does not take even an empty file, a stop is sent to a worker of this machine as a signal.
 
     Raises:
         OSError: The request cannot be left.

@@ -13,6 +13,7 @@ from studio.core.text import plain
 _OWNER_ONLY = 0o700
 _LONGEST_SLUG = 48
 _MOST_TWINS = 1000
+# What is read of a run to list or show it.
 _READ = (
     *("recipe.toml", "events.jsonl", "plan.json", "output.log", "process.json", "launch.json", "report.json"),
     *("next.txt", "note.txt", "identity.json", "held_out.json"),
@@ -21,7 +22,7 @@ _READ = (
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """The places inside one run directory. Nothing exists because it has a name here."""
+    """The places inside one run directory. That a place has a name here does not mean that the file exists."""
 
     root: Path
 
@@ -72,7 +73,7 @@ class RunPaths:
 
     @property
     def checkpoints(self) -> Path:
-        """From what a stopped or crashed run goes on."""
+        """One folder a checkpoint, from which a stopped or crashed run is resumed."""
         return self.root / "checkpoints"
 
     @property
@@ -107,7 +108,7 @@ class RunPaths:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder is a run at all; with a pipe or device for a file, which would never end, it is not."""
+        """Whether the folder is a run: it holds a recipe or a log, and no pipe or device under the name of a file."""
         return (self.recipe.is_file() or self.events.is_file()) and not _never_ends(self.root)
 
 
@@ -142,7 +143,7 @@ def new_run(runs_root: Path, name: str, now: float) -> RunPaths:
 
 
 def _never_ends(folder: Path) -> bool:
-    """Whether one of the files that a look at a run reads is a pipe or device, also through a link."""
+    """Whether a file of `_READ` is a pipe or a device, directly or through a link: reading it might never end."""
     try:
         with os.scandir(folder) as entries:
             odd = [entry for entry in entries if entry.name in _READ and not entry.is_file(follow_symlinks=False)]

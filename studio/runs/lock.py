@@ -1,4 +1,4 @@
-"""The lock that says "a worker lives here". It goes when its process goes, however that ends."""
+"""The lock that says "a worker lives here". The system releases it when the process ends, in whatever way."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,8 @@ except ImportError:  # Windows
 def lock_held(path: Path) -> bool:
     """Return whether a living worker holds the lock.
 
-    Looks with a shared lock, so that two who look at once do not see each other. A worker that starts in that instant
-    waits for it (`Worker` retries), so looking never keeps a run from starting.
+    The look takes a shared lock for an instant, so that two processes that look at once do not see each other's lock. A
+    worker that starts in that instant tries again (`Worker`), so looking never keeps a run from starting.
     """
     if fcntl is None:
         return _held_without_fcntl(path)

@@ -1,7 +1,7 @@
 """`events.jsonl`: one writer that appends a line per event, and readers that follow it from a kept offset.
 
-The writer repairs what a killed predecessor left; a reader takes only whole lines, so a torn last line is "not yet".
-A line that is not one of our events is kept as `Unknown`, never an error.
+A writer that was killed may leave a torn last line; the next writer ends it. A reader takes whole lines only, and waits
+for the rest of a torn one. A line that is not one of our events is kept as `Unknown` and is never an error.
 """
 
 import json
@@ -21,13 +21,15 @@ from studio.runs.disk import disk_failure
 TERMINAL = (Failed, Finished)
 _DURABLE = (*TERMINAL, Saved)
 POLL_BYTES = 4 * 2**20
-"""What one poll reads at most: about 30 000 steps, a third of a second."""
+"""What one poll reads at most: about 30 000 steps, which take a third of a second to read."""
 _LONGEST_LINE_BYTES = 2**20
 MOST_LINE_BYTES = 48 * 1024
-"""What the texts of an event may make its line; longer ones are cut. Whole texts belong into report.json."""
+"""A line up to this length keeps all of its event's texts; in a longer one they are cut. A text that is needed whole
+belongs into report.json."""
 _MOST_THINGS_BYTES = 2**19
+"""A line above this length, with its texts cut, loses lists and tables too."""
 _SHORTER = (8192, 2048, 512, 128)
-"""Characters that are left of each text, one after another until the line is short enough."""
+"""Characters that are left of each text: one after another is tried until the line is short enough."""
 _KEPT_OF_BAD_LINE = 2000
 
 
@@ -84,8 +86,9 @@ class EventWriter:
             while written < len(data):
                 written += os.write(self._descriptor, data[written:])
             if durable:
-                os.fsync(self._descriptor)  # where a network disk says that it is full
+                os.fsync(self._descriptor)  # a network disk may say only now that it is full
         except OSError as error:
+            # A part of a line must not stay: the next event would be appended to it, and both would be unreadable.
             if written:
                 os.ftruncate(self._descriptor, self._size)
             if failure := disk_failure(error, place=self._path.parent, kept="the run's log could not be written"):
@@ -98,7 +101,7 @@ class EventTail:
     """A reader that follows a log from where it stopped.
 
     Attributes:
-        restarts: How often the file was replaced or cut since the first read; what was folded before is then void.
+        restarts: How often the file was replaced or cut since the first read. Events from before then no longer count.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,8 +114,8 @@ class EventTail:
     def poll(self, limit: int = POLL_BYTES) -> list[RunEvent]:
         """Return the events of the whole lines that came since the last call, about `limit` bytes of them at most.
 
-        A missing file has no events. More may wait when `limit` was reached: `behind_bytes` tells. A line longer than
-        1 MiB or `limit`, whichever is more, is none of ours and becomes one `Unknown`.
+        A missing file has no events. When `limit` was reached, more may wait: `behind_bytes` tells how much. No event
+        of ours makes a line longer than 1 MiB; a line longer than that and than `limit` becomes one `Unknown`.
         """
         try:
             with self.path.open("rb") as file:
@@ -129,7 +132,7 @@ class EventTail:
 
     @property
     def behind_bytes(self) -> int:
-        """Bytes in the file that were not handed out yet (a torn last line counts)."""
+        """Bytes of the file that were not returned yet, a torn last line included."""
         try:
             return max(0, self.path.stat().st_size - self._offset)
         except OSError:
@@ -143,6 +146,10 @@ class EventTail:
         self._inode = status.st_ino
 
     def _whole_lines(self, chunk: bytes, limit: int) -> list[bytes]:
+        """Return the whole lines of what was read, and move on behind them.
+
+        Of a line that is too long the beginning is returned once; the rest is skipped, poll by poll, up to its end.
+        """
         end = chunk.rfind(b"\n") + 1
         if end:
             self._offset += end
@@ -161,6 +168,7 @@ def read_events(path: Path) -> list[RunEvent]:
     tail = EventTail(path)
     events = tail.poll()
     before = 0
+    # A torn last line stays behind for good: where a poll has taken nothing, there is no more to take.
     while 0 < tail.behind_bytes != before:
         before = tail.behind_bytes
         events.extend(tail.poll())
@@ -182,14 +190,15 @@ def event_from_line(line: bytes) -> RunEvent | None:
 
 
 def _line_of(event: RunEvent) -> bytes:
-    """Return an event's line, its longest texts cut where it would be longer than readers expect of an event."""
+    """Return an event's line. In a line that would be too long texts are cut, and then lists and tables left out."""
     table = _finite(event_to_dict(event))
     line = _as_line(table)
     for characters in _SHORTER:
         if len(line) <= MOST_LINE_BYTES:
             return line
         line = _as_line(_shortened(table, characters))
-    # Texts are as short as they get: what is left is many things, and those are needed whole, or not in a log at all.
+    # The texts are at their shortest, so the line is long because it holds many things. Half of a list would mislead:
+    # the largest list or table is left out whole, then the next.
     for name in sorted(table, key=lambda name: -len(_as_line(table[name]))):
         if len(line) <= _MOST_THINGS_BYTES:
             return line
@@ -204,7 +213,7 @@ def _as_line(table: Any) -> bytes:
 
 
 def _shortened(value: Any, most: int) -> Any:
-    """Return a value with its texts cut after so many characters, which the cut ones say."""
+    """Return a value with every text cut after `most` characters; a text that was cut says how many are missing."""
     if isinstance(value, dict):
         return {_shortened(key, most): _shortened(inner, most) for key, inner in value.items()}
     if isinstance(value, list):
@@ -215,7 +224,7 @@ def _shortened(value: Any, most: int) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """Inside nested results a non-finite number has no flag beside it: it becomes null."""
+    """Return a value with null for every non-finite number in it: inside nested tables there is no flag beside it."""
     if isinstance(value, dict):
         return {str(key): _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -231,6 +240,7 @@ def _ends_with_newline(descriptor: int, size: int) -> bool:
 
 
 _LARGEST = 2**53
+"""The largest whole number up to which a 64-bit float, as which many readers of JSON take numbers, is exact."""
 _LATEST_SECONDS = 2.5e11
 """Unix seconds in the year 9892: later moments have no date, and asking for one ends the program that asks."""
 

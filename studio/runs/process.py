@@ -1,4 +1,4 @@
-"""Which process a run belongs to, told so that neither a reused pid nor another machine can be mistaken for it."""
+"""Which process a run belongs to, recorded so that neither a reused pid nor another machine is mistaken for it."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _LINUX = sys.platform.startswith("linux")
 
 @dataclass(frozen=True, slots=True)
 class ProcessMark:
-    """A process that no other can be taken for.
+    """What identifies a process: no other one, here or elsewhere, has the same four values.
 
     Attributes:
         pid: Its number.
@@ -81,7 +81,7 @@ def read_mark(path: Path) -> tuple[ProcessMark, dict[str, Any]] | None:
 
 
 def _signal_by_descriptor(mark: ProcessMark, number: signal.Signals) -> bool:
-    """A descriptor taken before the second look cannot come to mean another process."""
+    """Signal through a descriptor, and look again after it was taken: unlike a pid it never means another process."""
     descriptor = os.pidfd_open(mark.pid)
     try:
         if not is_alive(mark):

@@ -13,6 +13,7 @@ from studio.runs.log_ends import LogEnd, log_tail
 from studio.runs.process import ProcessMark, is_alive, is_here, read_mark
 
 _MOMENT_SECONDS = 30.0
+"""How long a new folder counts as starting though no process is known for it."""
 
 
 class Status(StrEnum):
@@ -29,7 +30,7 @@ class Status(StrEnum):
 
     @property
     def live(self) -> bool:
-        """Whether a process is at it."""
+        """Whether a process works on the run, or is about to."""
         return self in (Status.starting, Status.running, Status.paused, Status.stopping)
 
 
@@ -38,7 +39,7 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
 
     Args:
         paths: The run.
-        now: Unix seconds, to tell a folder made a moment ago, whose process does not exist yet; None asks the clock.
+        now: Unix seconds, by which a folder that was made a moment ago is known; None asks the clock.
         tail: The end of the run's log, where it was read a moment ago; None reads it.
     """
     worker, launched = read_mark(paths.process), read_mark(paths.launch)
@@ -50,13 +51,14 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
         return Status.stopped if end.outcome == "stopped" else Status.finished
     if isinstance(end, Failed):
         return Status.failed
-    # A child of a killed worker may keep the lock open; who would write events is dead all the same.
+    # A child process inherits the lock and may hold it after the worker was killed; no events come from it.
     worker_dead = worker is not None and is_here(worker[0]) and not is_alive(worker[0])
     if lock_held(paths.lock) and not worker_dead:
         return _live_status(paths, tail)
     never_launched = not tail.data and worker is None and launched is None
     moment = time.time() if now is None else now
-    # A clock that was set back must not leave a folder starting, which nobody could remove, until it has caught up.
+    # `abs`, because a clock may be set back: the folder would count as starting, and could not be removed, until the
+    # clock has caught up.
     just_made = abs(moment - _made_at(paths)) < _MOMENT_SECONDS
     return Status.starting if never_launched and just_made else Status.crashed
 
@@ -71,7 +73,7 @@ def _live_status(paths: RunPaths, tail: LogEnd) -> Status:
 
 
 def _nothing_since(launched: tuple[ProcessMark, dict[str, Any]], events: Path) -> bool:
-    """Whether the log is as long as at the launch, so that what it says is of an earlier worker."""
+    """Whether the log has not grown since the launch, so that its last events are those of an earlier worker."""
     before = launched[1].get("events_bytes")
     return isinstance(before, int) and file_bytes(events) <= before
 

@@ -41,7 +41,7 @@ from studio.runs.process import mark_of, mark_to_json
 _LOCK_WAIT_SECONDS = 2.0
 _POLL_SECONDS = 0.2
 _ROOM_POLLS = 10
-"""A disk is tried again every two seconds."""
+"""Looks for a stop between two tries of a disk that refuses: it is tried again every two seconds."""
 
 _Made = TypeVar("_Made")
 
@@ -52,7 +52,14 @@ class RunBusy(StudioError):
 
 @dataclass(slots=True)
 class _Wait:
-    """A wait for a disk: why, whether it is told, and what stop stood already when it began."""
+    """A wait for a disk that refuses.
+
+    Attributes:
+        why: What the disk said.
+        stop_before: When a stop had been asked for before the wait, None for none: only a new one ends the wait.
+        signalled_before: Whether a signal had asked for one before.
+        told: Whether the log says that the run waits.
+    """
 
     why: str
     stop_before: int | None
@@ -66,8 +73,8 @@ class Worker:
     Attributes:
         paths: The run.
         exit_code: What the process should exit with: 0 done or stopped on request, 1 anything else.
-        patient: Whether an event that the disk refuses makes the job wait for room, with what it has in memory, instead
-            of failing. For jobs that would lose hours.
+        patient: Whether the job waits for room, with all that it has in memory, when the disk refuses an event; else it
+            fails. For jobs that would lose hours.
         sleep: Waits between two tries.
     """
 
@@ -85,7 +92,7 @@ class Worker:
             paths: The run; its folder exists.
             clock: Unix seconds.
             explain: Names the errors of the job's libraries.
-            wait_seconds: How long to wait for the lock: someone may just be looking whether it is held.
+            wait_seconds: How long to wait for the lock: whoever looks whether it is held takes it for an instant.
         """
         self.paths = paths
         self.exit_code = 1
@@ -152,9 +159,10 @@ class Worker:
             self.exit_code = 0 if isinstance(event, Finished) else 1
 
     def patiently(self, trouble: str, attempt: Callable[[], _Made]) -> _Made:
-        """Return what an attempt returns. As long as the disk refuses it is told and tried again.
+        """Repeat an attempt until the disk lets it through, and return its result.
 
-        A stop that is asked for while it waits gives up what waits.
+        While the disk refuses, the log says that the run waits. A stop that is asked for meanwhile ends the job, and
+        what could not be written is lost.
 
         Args:
             trouble: What cannot be done, for the message.
@@ -169,7 +177,10 @@ class Worker:
         return made
 
     def _write_patiently(self, event: RunEvent) -> None:
-        """Write an event; where it had to wait, that the run goes on stands before it: nothing follows the last one."""
+        """Write an event; after a wait, with the line before it that the run goes on.
+
+        It stands before because nothing may follow a `Failed` or `Finished`.
+        """
 
         def write(waited: bool) -> None:
             goes_on = (Paused(at=self._clock(), step=self._step or 0, paused=False),) if waited else ()
@@ -178,10 +189,10 @@ class Worker:
         self._tried("the run's log cannot be written", write)
 
     def _tried(self, trouble: str, attempt: Callable[[bool], _Made]) -> tuple[_Made, bool]:
-        """Return what the first attempt returns that the disk lets through, and whether it had to wait for that.
+        """Repeat an attempt until the disk lets it through; return its result, and whether it had to wait.
 
-        It is tried again when there is room for the reserve too, which the telling may have used: else the run would
-        go on for a line or two at a time.
+        The lines that tell of the wait may have used the reserve. The next try comes when there is room for all of the
+        reserve again: with room for a line or two the run would go on, and stop again at once.
         """
         wait: _Wait | None = None
         while True:
@@ -218,7 +229,10 @@ class Worker:
         return str(disk_failure(cause, place=self.paths.root) or error)
 
     def _say_waiting(self, why: str, trouble: str) -> bool:
-        """Return whether both lines are in the log: the disk may be so full that even the reserve's room is gone."""
+        """Write that the run waits, and return whether the log took both lines.
+
+        It may not: on a very full disk another program can take the room that the reserve gave back.
+        """
         advice = "Free some space: it goes on by itself. Stopping the run gives up what is not saved"
         message = f"{why}; {trouble}. The run waits with all that it has in memory. {advice}"
         lines = (Warned(at=self._clock(), topic="disk", message=message),
@@ -238,7 +252,7 @@ class Worker:
         """Return whether the user asks for this.
 
         Raises:
-            JobFailed: The run's folder was deleted: there is nobody left to work for, and nowhere to save.
+            JobFailed: The run's folder was deleted: nobody waits for the job any more, and it could not save.
         """
         if requested(self.paths, what) or (what == "stop" and self._signals.asked):
             return True
@@ -253,7 +267,7 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        """Record how the job ended and give the run free; no exception leaves the context."""
+        """Record how the job ended and release the run; no exception leaves the context."""
         self._signals.ignore()
         try:
             if error is not None:
@@ -270,7 +284,11 @@ class Worker:
         return True
 
     def _fail(self, error: BaseException | None) -> None:
-        """Who sees the failure finds the traceback; on a full disk the one line that must fit goes first."""
+        """Record a failure.
+
+        The traceback is printed first, so that whoever sees the failure finds it. On a full disk the event goes first:
+        there may be room for nothing else.
+        """
         failure = failure_of(error, self._explain, self._doing)
         self.exit_code = 1
         self._reserve.give_all()
@@ -303,10 +321,10 @@ def run_job(run: Path, body: Callable[[Worker], None], *, explain: Explain = not
 
 
 class _ForgivingFile(io.FileIO):
-    """A stream's descriptor. What the libraries print is not worth a run: what a full disk does not take is dropped."""
+    """Standard output or error of a worker. What a full disk does not take is dropped: a print must not end a run."""
 
     def write(self, data: Any) -> int:
-        """Write what the disk takes, and say that it was all."""
+        """Write what the disk takes and report all of it as written: less would be an error to the caller."""
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -316,7 +334,10 @@ class _ForgivingFile(io.FileIO):
 
 
 def _forgive_full_output() -> None:
-    """Let both streams of this process, which are a file on the run's disk, outlive a full one; captured ones stay."""
+    """Let printing never fail for a full disk: both streams of a worker are a file on the run's disk.
+
+    Streams that something else has put in their place, such as a test, stay as they are.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):
@@ -325,7 +346,7 @@ def _forgive_full_output() -> None:
 
 
 def _print_traceback(error: BaseException | None) -> None:
-    """The output is on the same disk as the log: that it cannot be written either must not hide the error."""
+    """Print a traceback, where the disk takes it: that it cannot be printed must not hide the error itself."""
     if error is not None:
         with suppress(OSError):
             traceback.print_exception(error)
@@ -335,10 +356,10 @@ _NAMES = [name for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, 
 
 
 class StopOnSignal:
-    """Turns SIGTERM or SIGINT into a stop request, and into `KeyboardInterrupt` where one stands already.
+    """Turns SIGTERM and SIGINT into a stop request; where a stop was asked for already, into `KeyboardInterrupt`.
 
     Attributes:
-        asked: Whether a signal asked for a stop: on a full disk the request may not become a file.
+        asked: Whether a signal asked for a stop. Kept in memory too: a full disk may not take the request's file.
     """
 
     def __init__(self, paths: RunPaths) -> None:
@@ -353,7 +374,7 @@ class StopOnSignal:
         for name in _NAMES:
             number = getattr(signal, name)
             self._before[number] = signal.signal(number, self._on_signal)
-        if hasattr(signal, "SIGHUP"):
+        if hasattr(signal, "SIGHUP"):  # sent when the terminal is closed or the SSH line drops: the run lives on
             self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def ignore(self) -> None:
