@@ -1,8 +1,8 @@
 """Which rows a training run held out and which it trained on, by content: `held_out.json` in its folder.
 
-Written by the training job once it has split its data, before it loads a model; a resumed run keeps it. Whatever says
-"held-out" of the run later goes by it, not by splitting again: a data file can be edited, and another number of rows
-asked for gives another split. It holds hashes, no text.
+The training job writes it once it has split its data, before it loads a model; a resumed run keeps it. Whatever is
+called "held out" of the run later is looked up here. The split is not made again: the data file may have been edited,
+and another number of rows would give another split. The file holds hashes, no text.
 """
 
 import json
@@ -20,7 +20,7 @@ from studio.runs.layout import RunPaths
 
 SCHEMA = 1
 HASH_BYTES = 8
-"""Of a hash of a row trained on: among 10 million of them a row that is none is taken for one once in 10^12 looks."""
+"""Length of a trained row's hash. Among 10 million of them one look in 10^12 takes another row for a trained one."""
 _LARGEST_BYTES = 512 * 2**20
 
 
@@ -30,9 +30,9 @@ class TrainedRows:
 
     Attributes:
         rows: How many rows there are, copies included.
-        contents: Of whole rows.
-        prompts: Of their prompts; plain text has none.
-        answers: Of their answers.
+        contents: Hashes of whole rows.
+        prompts: Hashes of their prompts; plain text has none.
+        answers: Hashes of their answers.
     """
 
     rows: int = 0
@@ -55,8 +55,8 @@ class RowLosses:
     """Losses of held-out rows, one row after another.
 
     Attributes:
-        sums: Of each row, nats.
-        tokens: Labelled tokens of each row.
+        sums: The summed loss of each row, in nats.
+        tokens: The labelled tokens of each row.
     """
 
     sums: tuple[float, ...]
@@ -69,10 +69,10 @@ class HeldOutRecord:
 
     Attributes:
         data: Absolute path of the file that was trained on, or `embedded`.
-        held_from: Path of the file that the held-out rows are in: the same, or a file of their own.
-        format: How both were read.
-        held_out: Hash of each held-out row, in the file's order; copies stand as often as they were held out.
-        trained: What was trained on.
+        held_from: Path of the file that holds the held-out rows: the same, or a file of their own.
+        format: The format as which both were read.
+        held_out: Hash of each held-out row, in the file's order; a row that was held out twice stands here twice.
+        trained: The rows that were trained on.
         before: Losses of the held-out rows before the first step; None until they are measured.
     """
 
@@ -139,7 +139,7 @@ def read_record(paths: RunPaths) -> HeldOutRecord:
 
 
 def shared_record(records: Sequence[HeldOutRecord]) -> HeldOutRecord:
-    """Return the record of several runs together: rows that each held out, and what any of them trained on."""
+    """Return one record for several runs: the rows that all of them held out, and those that any was trained on."""
     shared = Counter(records[0].held_out)
     trained = records[0].trained
     for record in records[1:]:

@@ -1,6 +1,7 @@
 """A run's events folded into what screens and reports show. A live and a finished run are the same code path.
 
-Folding is incremental; a worker's restart replaces the steps that it does again.
+Events are folded one after another as they come. When a worker goes on after a checkpoint, the steps after it are done
+again: what the log held of them is dropped.
 """
 
 import math
@@ -45,7 +46,7 @@ def _floats() -> "array[float]":
 
 @dataclass(slots=True)
 class TrainSeries:
-    """One entry per optimizer step, in order of steps. A loss or norm that was not finite stays what it was."""
+    """One entry per optimizer step, in order of steps. A loss or norm may be NaN or infinite, as it was."""
 
     steps: "array[int]" = field(default_factory=_integers)
     losses: "array[float]" = field(default_factory=_floats)
@@ -56,7 +57,7 @@ class TrainSeries:
     at: "array[float]" = field(default_factory=_floats)
 
     def append(self, event: StepDone) -> None:
-        """Add a step; steps that are not before it are replaced by it."""
+        """Add a step in place of the same and any later one."""
         self.cut_from(event.step)
         self.steps.append(event.step)
         self.losses.append(event.loss)
@@ -67,7 +68,7 @@ class TrainSeries:
         self.at.append(event.at)
 
     def cut_from(self, step: int) -> None:
-        """Forget this step and all after it."""
+        """Drop this step and all after it."""
         keep = _kept(self.steps, step)
         if keep < len(self.steps):
             for series in (self.steps, self.losses, self.lrs, self.grad_norms, self.tokens, self.seconds, self.at):
@@ -98,14 +99,14 @@ class MemorySeries:
         self.last = event
 
     def cut_from(self, step: int) -> None:
-        """Forget the readings of this step and of all after it."""
+        """Drop the readings of this step and of all after it."""
         keep = _kept(self.steps, step)
         for name in ("steps", "stages", *_MEMORY_FIELDS):
             del getattr(self, name)[keep:]
 
 
 def _kept(steps: "array[int]", step: int) -> int:
-    """How many leading entries are before the step; looks from the end, where a resume cuts."""
+    """Return how many entries are before the step. Searches from the end, since a resume drops only the last steps."""
     keep = len(steps)
     while keep and steps[keep - 1] >= step:
         keep -= 1
@@ -113,12 +114,13 @@ def _kept(steps: "array[int]", step: int) -> int:
 
 
 _RATE_STEPS = 20
+"""Steps over which the pace is measured."""
 _MOST_WARNINGS = 1000
 
 
 @dataclass(slots=True)
 class History:
-    """Everything a run has told so far.
+    """All that is known of a run from its events.
 
     Attributes:
         started: The last start.
@@ -130,13 +132,13 @@ class History:
         samples: Held-out answers, in order of steps.
         saved: What lies on disk, in the order of saving.
         warnings: The first thousand of them.
-        paused: Whether the worker said that it waits.
-        paused_for: Why, where nobody asked for it: a disk that refuses.
-        failed: The terminal failure, unless a later start made it void.
-        finished: The terminal success, likewise.
+        paused: Whether the worker waits.
+        paused_for: Why it waits without having been asked to: a disk that refuses.
+        failed: How the run failed, unless a worker has started since.
+        finished: How the run ended in order, unless a worker has started since.
         unknown: How many lines this version could not read.
         last_at: Unix seconds of the last event.
-        earlier_seconds: How long the workers before the last one were at it.
+        earlier_seconds: How long the workers before the last one took.
     """
 
     started: Started | None = None
@@ -176,10 +178,10 @@ class History:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from each worker's start to its last word, pauses included; None before the first start.
+        """Seconds from each worker's start to its last event, added up, pauses included; None before the first start.
 
-        What lies between two workers does not count. The time of the steps alone is shorter: a run also loads,
-        evaluates and saves.
+        The time between two workers is not in it. It is more than the time of the steps: a run also loads, evaluates
+        and saves.
         """
         if self.started is None or self.last_at is None:
             return None
@@ -249,7 +251,7 @@ class History:
                 self.unknown += 1
 
     def _start(self, event: Started) -> None:
-        """A resumed worker does the steps after its checkpoint again: what was told of them is void."""
+        """Begin with a new worker: it does the steps after its checkpoint again, so those of before are dropped."""
         self.started, self.planned, self.phase, self.paused, self.paused_for = event, None, None, False, ""
         self.failed = self.finished = None
         after = event.resumed_from + 1 if event.resumed_from else 0

@@ -1,7 +1,7 @@
-"""Where a merge or an export writes until the result is whole: hidden folders beside it, left there only by a kill.
+"""Scratch directories: hidden folders beside an output, where a merge or an export writes until the result is whole.
 
-Who writes there holds a lock file beside them, so that no two do, and so that what a killed job has left can be told
-from what a living one needs.
+Only a job that was killed leaves them behind. A job holds a lock file beside its scratch directory, so that no two
+write there, and so that what a killed job has left is not taken for what a living one needs.
 """
 
 import shutil
@@ -23,10 +23,10 @@ _MOST_TWINS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """What a job writes beside its output.
+    """The scratch directory of one output, with the lock and the note of its owner beside it.
 
     Attributes:
-        folder: Where the result grows.
+        folder: The scratch directory.
         merged: The merged model that an export of an adapter starts from; None for a merge.
     """
 
@@ -35,12 +35,12 @@ class Scratch:
 
     @property
     def lock(self) -> Path:
-        """Held by who writes here."""
+        """The lock that a job holds while it writes here."""
         return self.folder.with_name(f"{self.folder.name}.lock")
 
     @property
     def owner(self) -> str:
-        """The name of the run that wrote here last; empty where that is not known."""
+        """The name of the run that wrote here last; empty where it is not known."""
         try:
             return self._claim.read_text("utf-8")
         except (OSError, ValueError):
@@ -48,22 +48,22 @@ class Scratch:
 
     @property
     def _claim(self) -> Path:
-        # Not in the lock: who only tries to take it empties the file. Not in the folder: that becomes the result.
+        # A file of its own: an attempt to take the lock empties the lock's file, and the folder becomes the result.
         return self.folder.with_name(f"{self.folder.name}.run")
 
     @property
     def held(self) -> bool:
-        """Whether a living job writes here; the merge before an export outlives a killed export."""
+        """Whether a living job writes here: this one's, or the merge before an export, which may outlive the export."""
         return lock_held(self.lock) or (self.merged is not None and merge_scratch(self.merged).held)
 
     @property
     def folders(self) -> list[Path]:
-        """Those that exist, also that of the merge before an export."""
+        """The folders that exist, those of the merge before an export included."""
         merged = [self.merged, merge_scratch(self.merged).folder] if self.merged else []
         return [folder for folder in (self.folder, *merged) if folder.is_dir()]
 
     def claim(self, paths: RunPaths) -> None:
-        """Say whose it is from now on: another run that was killed may have left something here, and loses it.
+        """Note that what lies here belongs to a run, even if another run that was killed has left it.
 
         Raises:
             OSError: Nothing can be written there.
@@ -71,12 +71,12 @@ class Scratch:
         self._claim.write_text(paths.name, "utf-8")
 
     def disclaim(self) -> None:
-        """Forget whose it is: nothing of it is left."""
+        """Delete the note of the owner, when nothing is left here."""
         with suppress(OSError):
             self._claim.unlink()
 
     def clear(self) -> None:
-        """Delete all of it, as far as the disk allows."""
+        """Delete all that lies here, as far as the disk allows."""
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
         if self.merged is not None and not merge_scratch(self.merged).held:
@@ -102,12 +102,16 @@ def merged_for(out: Path) -> Path:
 
 @contextmanager
 def only_writer(scratch: Scratch, out: Path) -> Iterator[None]:
-    """Be the only job that writes there, for the output of that name; its parent exists.
+    """Hold the lock of a scratch directory, so that no other job writes there.
+
+    Args:
+        scratch: The scratch directory; the folder around it exists.
+        out: The output, for messages.
 
     Raises:
-        BadInput: Another one does, or nothing can be written there.
+        BadInput: Another job holds it, or nothing can be written there.
     """
-    from filelock import FileLock, Timeout  # noqa: PLC0415  0.1 s to import, which who only looks need not wait for
+    from filelock import FileLock, Timeout  # noqa: PLC0415  0.1 s, and lists of runs import this module to look only
 
     lock = FileLock(scratch.lock)
     try:
@@ -129,7 +133,7 @@ def only_writer(scratch: Scratch, out: Path) -> Iterator[None]:
 
 
 def publish_result(made: Path, out: Path, what: str) -> None:
-    """Give a result the name that was asked for; where something has appeared there meanwhile, both are kept.
+    """Give a result the name that was asked for. Where something else has got that name meanwhile, both are kept.
 
     Args:
         made: The whole folder or file.
@@ -137,7 +141,7 @@ def publish_result(made: Path, out: Path, what: str) -> None:
         what: The result in words, such as `the merged model`.
 
     Raises:
-        JobFailed: The name was taken: the result has the next free one.
+        JobFailed: The name was taken, and the result got the next free one.
         OSError: The disk refuses.
     """
     stem, suffix = (out.stem, out.suffix) if out.suffix == ".gguf" else (out.name, "")
@@ -160,9 +164,9 @@ def publish_result(made: Path, out: Path, what: str) -> None:
 
 
 def left_by(paths: RunPaths) -> Scratch | None:
-    """Return where a killed merge or export has left something; None for any other run, or where there is nothing.
+    """Return the scratch directory that a killed merge or export has left; None where it left none, or is another job.
 
-    What another run has taken up or made anew since is that run's.
+    What another run has taken over since belongs to that run.
     """
     try:
         if merge := read_job(paths, MergeRequest):
@@ -180,6 +184,6 @@ def left_by(paths: RunPaths) -> Scratch | None:
 
 
 def give_back(scratch: Scratch) -> None:
-    """Delete what a killed job has left, unless another one has taken it up meanwhile."""
+    """Delete what a killed job has left, unless another job writes there by now."""
     with suppress(BadInput, OSError), only_writer(scratch, scratch.folder):
         scratch.clear()

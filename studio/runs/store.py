@@ -1,4 +1,4 @@
-"""All runs of a folder: listed from the two ends of their logs, found by name, removed when nothing lives there."""
+"""All runs of a folder: listed from the two ends of their logs, found by name, and removed while no worker lives."""
 
 import shutil
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ LAST = "last"
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """One line of the list of runs. What the ends of the log do not tell is None."""
+    """One line of the list of runs. None is what the two ends of the log do not hold."""
 
     paths: RunPaths
     status: Status
@@ -72,7 +72,7 @@ def run_info(paths: RunPaths) -> RunInfo:
 
 
 def _failure(paths: RunPaths, status: Status, tail: LogEnd) -> str | None:
-    """The kind of failure that a run ended with, None where it did not or where nothing tells it."""
+    """Return the kind of failure that a run ended with; None where it has not failed, or its log does not say."""
     if status is Status.failed and (failed := tail.last(Failed)):
         return failed.failure
     return kind_of_crash(paths) if status is Status.crashed else None
@@ -113,9 +113,9 @@ class LeftOver:
     """What a killed merge or export left beside its output.
 
     Attributes:
-        run: It can be resumed, or removed together with this.
-        folders: Hidden ones.
-        size_bytes: Of all their files.
+        run: The run that left it; resuming the run goes on with it, removing the run deletes it.
+        folders: The hidden folders.
+        size_bytes: Size of all files in them.
     """
 
     run: RunPaths
@@ -124,7 +124,7 @@ class LeftOver:
 
     @property
     def words(self) -> str:
-        """For a person: how much, where, and of which run."""
+        """How much is left, where, and by which run, for a message."""
         first, *more = (plain(str(folder), one_line=True) for folder in self.folders)
         others = f" and {len(more)} more hidden beside it" if more else ""
         return f"{self.size_bytes / 1e9:.2f} GB in {first}{others}, of {plain(self.run.name, one_line=True)}"
@@ -137,7 +137,7 @@ class LeftOver:
 
 
 def left_over(root: Path) -> list[LeftOver]:
-    """Return what killed runs have left; where several wrote to one place, it is the newest one's."""
+    """Return what killed runs have left. Where several wrote to one place, the newest one is named."""
     found = {scratch: paths for paths in sorted(_runs_in(root), key=_folder_time) if (scratch := left_by(paths))}
     return [
         LeftOver(paths, tuple(scratch.folders), sum(map(folder_bytes, scratch.folders)))
@@ -146,7 +146,7 @@ def left_over(root: Path) -> list[LeftOver]:
 
 
 def contents_of(paths: RunPaths) -> str:
-    """Return what a run's folder holds that goes with it, in words and with its size."""
+    """Return what is deleted with a run, in words and with its size."""
     checkpoints = len(list(paths.checkpoints.glob("step-*"))) if paths.checkpoints.is_dir() else 0
     parts = [
         "its log",
@@ -164,18 +164,19 @@ def contents_of(paths: RunPaths) -> str:
 
 
 def remove_run(paths: RunPaths) -> None:
-    """Delete a run's folder with its checkpoints and adapter, and what a killed one left beside its output.
+    """Delete a run's folder with its checkpoints and adapter, and what it left beside its output if it was killed.
 
     Raises:
-        BadInput: The run is live, no run folder at all, or cannot be deleted.
+        BadInput: The run is live, the folder is no run, or it cannot be deleted.
     """
     name = plain(paths.name, one_line=True)
-    # A folder of somebody's own work may hold a recipe.toml too; control/ is made with every run.
+    # A folder of the user's own may hold a recipe.toml too. A run has at least one of these: control/ is made with it.
     ours = any(place.exists() for place in (paths.control, paths.events, paths.launch, paths.process))
     if not paths.exists or not ours or paths.root.is_symlink():
         raise BadInput(f"{name} is no run folder; nothing was removed.")
     if run_status(paths).live or lock_held(paths.lock):
         raise BadInput(f"the run {name} is live: stop it first (lora-studio runs stop {name}).")
+    # Renamed first, so that a kill half-way leaves a hidden folder and no run that is half there.
     doomed = paths.root.with_name(f".{paths.name}.removed")
     if scratch := left_by(paths):
         give_back(scratch)

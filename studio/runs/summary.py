@@ -1,4 +1,4 @@
-"""A run in a few plain values, the same for the command line's `--json`, comparisons and the end of a run."""
+"""A run in a few plain values: the same for `--json`, for comparisons and for what is said at its end."""
 
 import math
 from pathlib import Path
@@ -13,12 +13,12 @@ from studio.runs.scratch import left_by
 from studio.runs.status import Status
 
 _RESUME = "runs resume RUN"
-"""How jobs, who need not know their run's name, advise to go on."""
+"""How a job, which does not know its run's name, advises to resume it."""
 _UNSAID = "the worker's process ended without saying why"
 
 
 def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, Any]:
-    """Return what a run came to, ready for JSON: a number that is unknown or not finite is null."""
+    """Return the outcome of a run, ready for JSON. A number that is unknown or not finite is null."""
     started, finished = history.started, history.finished
     return {
         "run": paths.name,
@@ -48,7 +48,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
 
 
 def _merged(history: History) -> str | None:
-    """Where a merge or an export left its model."""
+    """Return where a merge or an export put its model; None for other jobs, and before it is there."""
     return next((event.path for event in history.saved if event.what in ("merged", "exported")), None)
 
 
@@ -62,7 +62,7 @@ def peak_bytes(history: History) -> int | None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of a folder's files; what vanishes or cannot be read counts nothing."""
+    """Return the size of a folder's files. A file that vanishes meanwhile or cannot be read counts as nothing."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -78,7 +78,7 @@ def _ends(values: list[float]) -> dict[str, float | None]:
 
 
 def _eval_ends(history: History) -> dict[str, Any]:
-    """Held-out losses with their steps: a run that was stopped early may know only the one from before training."""
+    """Return the first and last held-out loss with their steps; of a run that was stopped early they may be one."""
     steps = [event.step for event in history.evals]
     first, last = (steps[0], steps[-1]) if steps else (None, None)
     return {**_ends([event.loss for event in history.evals]), "first_step": first, "last_step": last}
@@ -87,8 +87,8 @@ def _eval_ends(history: History) -> dict[str, Any]:
 def gain_of(history: History) -> dict[str, Any] | None:
     """Return what training did to the held-out loss, ready for JSON; None before a step of training is done.
 
-    `improved` is true or false where the run's held-out rows can tell, else null; `words` says which, and why.
-    `value`, `low` and `high` are the loss per token at the last evaluation above that before the first step.
+    `improved` is true or false where the run's held-out rows can tell, else null; `words` says so, with the reason.
+    `value` is the loss per token at the last evaluation minus that before the first step, from `low` to `high`.
     """
     if history.started is None or history.started.job != "train" or not history.last_step:
         return None
@@ -107,7 +107,7 @@ def gain_of(history: History) -> dict[str, Any] | None:
 
 
 def _interval(table: object) -> Interval | None:
-    """Return an interval as an event has it; None where it is none, whatever a log holds."""
+    """Return the interval in an event's table; None where the table is not one, since a log may hold anything."""
     if not isinstance(table, dict):
         return None
     value, low, high = (table.get(key) for key in ("value", "low", "high"))

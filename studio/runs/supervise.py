@@ -47,7 +47,9 @@ _NOT_COUNTED = (
 )
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
+"""How long a worker may take after SIGTERM, before SIGKILL."""
 _KILL_SECONDS = 10.0
+"""How long the system may take to end a process after SIGKILL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def launch(
     finally:
         os.close(descriptor)
     mark = mark_of(process.pid)
-    # Without this file the start is only less well told; the worker itself says when the disk is full.
+    # Without this file less is known of the start, and the run works all the same. A full disk is not told here: the
+    # worker meets it too, and says so.
     with suppress(OSError):
         if mark is not None:
             write_whole(paths.launch, mark_to_json(mark, events_bytes=before, output_bytes=printed, module=module))
@@ -194,7 +197,7 @@ def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options:
 
 
 def how_it_ended(paths: RunPaths) -> str:
-    """Return how the run's process ended, in words; nothing for one that lives, ended in order or is no child."""
+    """Return how the run's process ended, in words; empty where it lives, ended in order, or was not started here."""
     process = _CHILDREN.get(paths.root.absolute())
     code = process.poll() if process else None
     if not code:
@@ -210,9 +213,10 @@ def how_it_ended(paths: RunPaths) -> str:
 
 
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with ours, the additions, and a path to this very package."""
+    """Return this process's environment with `ENVIRONMENT`, the additions, and a path to this very package."""
     environment = {**os.environ, **ENVIRONMENT, **additions}
     parent = str(Path(__file__).resolve().parents[2])
+    # A checkout does not lie where Python looks for packages, and the child does not run in the checkout's folder.
     if parent not in (*site.getsitepackages(), site.getusersitepackages()):
         known = [str(Path(path).absolute()) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*known, parent]))
@@ -226,7 +230,10 @@ def _detached() -> dict[str, Any]:
 
 
 def _taken_by(handle: Handle) -> bool:
-    """A Windows virtual environment starts Python through a second process, so any worker of this launch counts."""
+    """Whether the launched process holds the run's lock.
+
+    On Windows any worker counts: a virtual environment there starts Python as a second process, with another pid.
+    """
     if not lock_held(handle.paths.lock):
         return False
     worker = read_mark(handle.paths.process)

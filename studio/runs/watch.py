@@ -1,4 +1,4 @@
-"""A run as someone sees who looks at it again and again: the log's tail folded into a history."""
+"""A run that is looked at again and again: what is new in its log is folded into its history."""
 
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ class RunWatch:
 
     Attributes:
         paths: The run.
-        history: What was told so far; a new object when the log was replaced or cut.
+        history: The events so far; a new object when the log was replaced or cut.
     """
 
     paths: RunPaths
@@ -29,7 +29,7 @@ class RunWatch:
         self._tail = EventTail(self.paths.events)
 
     def poll(self, limit: int = POLL_BYTES) -> list[RunEvent]:
-        """Fold what is new and return it; at most about `limit` bytes at once, see `behind`."""
+        """Fold new events into the history and return them; at most about `limit` bytes at once, see `behind`."""
         events = self._tail.poll(limit)
         if self._tail.restarts != self._restarts:
             self._restarts = self._tail.restarts
@@ -39,12 +39,13 @@ class RunWatch:
 
     @property
     def behind(self) -> bool:
-        """Whether more than a torn line waits to be read."""
+        """Whether something waits to be read, be it a torn last line."""
         return self._tail.behind_bytes > 0
 
     def catch_up(self) -> History:
         """Read to the end of the log and return the history."""
         before = -1
+        # Where a poll has taken nothing the end is reached, even if a torn last line stays behind.
         while self._tail.behind_bytes != before:
             before = self._tail.behind_bytes
             self.poll()
@@ -52,10 +53,10 @@ class RunWatch:
 
 
 def read_history(paths: RunPaths) -> History:
-    """Return everything that a run has told so far."""
+    """Return the history of all that is in a run's log."""
     return RunWatch(paths).catch_up()
 
 
 def last_output(paths: RunPaths, lines: int = 12) -> list[str]:
-    """Return the last lines that the worker's process printed, as they are: foreign text, to be made plain."""
+    """Return the last lines that the worker's process printed, unchanged: pass them through `plain` to show them."""
     return printed_lines(paths.output, _LAST_LINES_BYTES)[-lines:] if lines > 0 else []
