@@ -1,19 +1,15 @@
-"""Every field of a recipe as Markdown, made from the fields, the knobs and the flags themselves."""
+"""Every field of a recipe as Markdown, made from what is declared of the fields."""
 
 from typing import Any
 
-from studio.commands.recipe_flags import flag_of
-from studio.core.field_words import SECTIONS, words_of
-from studio.core.knobs import KNOBS
-from studio.core.recipe import PATHS, Recipe, choices_of
-
-_FIRST_HEADING = "The run"
+from studio.core.recipe import FIELDS, SECTIONS, choices_of
+from studio.core.recipe_field import Field
+from studio.core.value_kinds import Switch
 
 
 def field_rows() -> list[dict[str, Any]]:
     """Return section, path, flag, default, allowed values, help and cost of every field, in the screens' order."""
-    defaults = Recipe()
-    return [_row(heading or _FIRST_HEADING, path, defaults.get(path)) for heading, paths in SECTIONS for path in paths]
+    return [_row(FIELDS[path]) for _, paths in SECTIONS for path in paths]
 
 
 def field_reference() -> str:
@@ -37,28 +33,25 @@ def field_reference() -> str:
     return "\n".join(lines[1:])
 
 
-def _row(section: str, path: str, default: Any) -> dict[str, Any]:
-    words = words_of(path)
+def _row(field: Field) -> dict[str, Any]:
     return {
-        "section": section,
-        "path": path,
-        "flag": flag_of(path),
-        "default": list(default) if isinstance(default, tuple) else default,
-        "allowed": _allowed(path),
-        "help": words.help,
-        "cost": words.cost,
+        "section": field.heading,
+        "path": field.path,
+        "flag": field.flag,
+        "default": field.kind.stored(field.default),
+        "allowed": _allowed(field),
+        "help": field.help,
+        "cost": field.cost,
     }
 
 
-def _allowed(path: str) -> str:
-    if path in KNOBS:
-        return KNOBS[path].allowed
-    if PATHS[path] is bool:
-        return "true, false"
-    return ", ".join(choices_of(path)) or "text"
+def _allowed(field: Field) -> str:
+    return "true, false" if isinstance(field.kind, Switch) else ", ".join(choices_of(field.path)) or field.kind.allowed
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return "empty" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+    if value in ("", [], {}):
+        return "empty"
+    return f"{value:g}" if isinstance(value, float) else str(value)

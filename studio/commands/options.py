@@ -52,10 +52,10 @@ def add_run(parser: argparse.ArgumentParser, count: str | int | None = None) -> 
 
 
 def _device(word: str) -> str:
-    from studio.core.recipe_check import DEVICE, DEVICE_FORM  # noqa: PLC0415  10 ms that most verbs need not pay
+    from studio.core.recipe import FIELDS  # noqa: PLC0415  10 ms that most verbs need not pay
 
-    if not DEVICE.fullmatch(word):
-        raise argparse.ArgumentTypeError(f"found {plain(word, one_line=True, limit=40)!r}; wanted {DEVICE_FORM}")
+    if wrong := next(FIELDS["device.device"].problems(word), None):
+        raise argparse.ArgumentTypeError(f"found {plain(word, one_line=True, limit=40)!r}; wanted {wrong.allowed}")
     return word
 
 

@@ -1,38 +1,22 @@
-"""Short flags for the fields of a recipe that people change most; numbers and help come from the knobs."""
+"""Short flags for the fields of a recipe that people change most, made from what is declared of the fields."""
 
 import argparse
+from typing import Any
 
-from studio.core.knobs import KNOBS
-from studio.core.recipe import choices_of
+from studio.core.recipe import FIELDS
+from studio.core.recipe_field import Field
+from studio.core.value_kinds import Choice, Number, Switch
 
-_CHOICES = {
-    "method": "method",
-    "optimizer": "train.optimizer",
-    "attention": "train.attention",
-    "loss": "train.loss",
-    "dtype": "model.dtype",
-}
-_SWITCHES = {"grad_checkpointing": "train.grad_checkpointing", "double_quant": "model.double_quant"}
-_NUMBERS = {knob.flag: path for path, knob in KNOBS.items() if knob.flag}
-_WORDS = {"targets": "adapter.targets", "model": "model.base", "data": "data.path"}
-_FLAGS = {**_CHOICES, **_SWITCHES, **_NUMBERS, **_WORDS}
-
-
-def flag_of(path: str) -> str:
-    """Return the short flag of a field as it is typed, without the leading dashes; empty where it has none."""
-    return next((flag.replace("_", "-") for flag, field in _FLAGS.items() if field == path), "")
+_FLAGS = {field.flag: field for field in FIELDS.values() if field.flag}
+_OF_THE_VERB = ("model", "data")
+"""Flags that not every verb has, and that mean somewhat more in some: each verb adds them itself."""
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Add every short flag but `--model` and `--data`, which not every verb has."""
-    for flag, path in _CHOICES.items():
-        parser.add_argument(f"--{flag}", choices=choices_of(path))
-    for flag, path in _NUMBERS.items():
-        knob = KNOBS[path]
-        parser.add_argument(f"--{flag}", metavar="N", help=f"{knob.help} {knob.allowed}.".replace("%", "%%"))
-    parser.add_argument("--targets", metavar="NAMES", help="all-linear, or names joined by commas")
-    for flag in _SWITCHES:
-        parser.add_argument(f"--{flag.replace('_', '-')}", action=argparse.BooleanOptionalAction)
+    """Add every short flag but `--model` and `--data`."""
+    for flag, field in _FLAGS.items():
+        if flag not in _OF_THE_VERB:
+            parser.add_argument(f"--{flag}", help=_help(field), **_form(field))
 
 
 def settings_of(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> list[str]:
@@ -42,5 +26,23 @@ def settings_of(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> l
         args: The parsed arguments.
         without: Flags that mean something else in this verb.
     """
-    given = ((path, getattr(args, flag, None)) for flag, path in _FLAGS.items() if flag not in without)
+    given = (
+        (field.path, getattr(args, flag.replace("-", "_"), None))
+        for flag, field in _FLAGS.items()
+        if flag not in without
+    )
     return [*args.set, *(f"{path}={value}" for path, value in given if value is not None)]
+
+
+def _form(field: Field) -> dict[str, Any]:
+    """Return how the parser takes a flag; what it takes as a text is checked with the recipe."""
+    if isinstance(field.kind, Choice):
+        return {"choices": field.kind.words}
+    if isinstance(field.kind, Switch):
+        return {"action": argparse.BooleanOptionalAction}
+    return {"metavar": "N" if isinstance(field.kind, Number) else "NAMES"}
+
+
+def _help(field: Field) -> str:
+    limits = f" {field.kind.allowed}." if isinstance(field.kind, Number) else ""
+    return f"{field.help}{limits}".replace("%", "%%")

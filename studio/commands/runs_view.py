@@ -64,7 +64,7 @@ def compare(args: argparse.Namespace) -> int:
     if args.json:
         write_json({"runs": outcomes, "recipe_differences": differences})
         return DONE
-    rows = [[path, *map(field_text, values)] for path, values in differences.items()]
+    rows = [[path, *(field_text(path, value) for value in values)] for path, values in differences.items()]
     say(table([["recipe", *(paths.name for paths in runs)], *(rows or [["no difference", *["" for _ in runs]]])]))
     say()
     say(table([["outcome", *(paths.name for paths in runs)], *_outcome_rows(outcomes)]))

@@ -1,6 +1,5 @@
 """How a recipe holds its frozen base: the precision of its weights, in the field's words."""
 
-from studio.core.adapter_text import modules_of
 from studio.core.recipe import Recipe
 
 SIXTEEN = "16-bit"
@@ -14,9 +13,5 @@ def base_form(recipe: Recipe) -> str:
 
 
 def kept_modules(recipe: Recipe) -> tuple[str, ...]:
-    """Return the modules that stay in 16 bit although the method rounds; none without rounding.
-
-    Raises:
-        ValueError: A name in `model.skip_modules` is none.
-    """
-    return () if recipe.method == "lora" else modules_of(recipe.model.skip_modules)
+    """Return the modules that stay in 16 bit although the method rounds; none without rounding."""
+    return () if recipe.method == "lora" else recipe.model.skip_modules

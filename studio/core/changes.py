@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from studio.core.knobs import KNOBS
-from studio.core.recipe import ALL_LINEAR, Recipe
+from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
+from studio.core.value_kinds import ALL_LINEAR
 
 _SHORTEST_WORTHWHILE = 256
 """Tokens below which rows are not shortened further: most instruction rows would be cut."""
@@ -19,7 +19,7 @@ _LEAST_RANK = 8
 
 _SAME, _NEARLY = "same result", "nearly the same result"
 
-_MOST_ACCUMULATION = int(KNOBS["train.accumulation"].high)
+_MOST_ACCUMULATION = int(number_of("train.accumulation").high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def _narrower(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
 
 def _shorter_rows(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
     length = recipe.train.seq_len
-    for stop in reversed(KNOBS["train.seq_len"].stops):
+    for stop in reversed(number_of("train.seq_len").stops):
         if _SHORTEST_WORTHWHILE <= stop < length:
             words = f"length {length} -> {int(stop)}"
             yield Change(

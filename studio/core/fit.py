@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from studio.core.changes import KINDS, Change, applied
 from studio.core.gpu_catalogue import CATALOGUE, Gpu
-from studio.core.knobs import KNOBS
-from studio.core.recipe import Recipe
+from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.throughput import time_factor
 from studio.core.vram.estimate import VramEstimate, estimate_vram
@@ -208,7 +207,7 @@ _LIMITS = ("train.micro_batch", "train.seq_len", "adapter.rank")
 
 def _largest(recipe: Recipe, path: str, taken: Estimator, budget: int) -> int | None:
     """Return the largest value of a whole-number field that fits, by halving; a larger value never takes less."""
-    low, top = int(recipe.get(path)), int(KNOBS[path].high)
+    low, top = int(recipe.get(path)), int(number_of(path).high)
     while low < top:
         middle = (low + top + 1) // 2
         if taken(recipe.with_(path, middle)).device.high <= budget:

@@ -1,7 +1,7 @@
 """What a resumed run may differ in from its first start, and the words for what it may not.
 
 A resume promises that what comes out is what an uninterrupted run would have made. So whatever decides which numbers
-are trained on which rows must be as it was: base, rows, and every field of the recipe that is not listed here. Another
+are trained on which rows must be as it was: base, rows, and every field of the recipe that is declared so. Another
 place of the same content is no other base and no other data: paths are not compared.
 
 **Libraries may differ**, and are named in a warning. Another version does the same arithmetic in another order, so bits
@@ -13,20 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from studio.core.recipe import PATHS, Recipe, found_value
+from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
+from studio.core.value_kinds import found_value
 
-_BY_CONTENT = {"model.base", "model.revision", "data.path", "data.eval_path", "data.format"}
-_OF_THE_RUN = {
-    *("name", "eval.every", "eval.samples", "eval.sample_tokens", "device.device", "device.budget_gib"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.offload_checkpoints"),
-}
-"""What is seen and kept of the training, and where it runs."""
-_SAME_ARITHMETIC = {
-    *("train.grad_checkpointing", "train.attention", "train.loss", "train.packing", "train.compile"),
-    *("train.micro_batch", "train.accumulation"),
-}
-"""The same sums in another order. Micro-batch and accumulation as long as a step sees as many rows."""
 _LONGEST = 80
 
 
@@ -40,11 +30,11 @@ def recipe_changes(before: Mapping[str, Any], now: Recipe) -> tuple[list[str], l
     trained: list[str] = []
     rounded: list[str] = []
     first, table = {**_flat(Recipe().to_dict()), **_flat(before)}, _flat(now.to_dict())
-    for path in PATHS:
+    for path, place in FIELDS.items():
         was = first[path]
-        if was == table[path] or path in _BY_CONTENT | _OF_THE_RUN:
-            continue
-        (rounded if path in _SAME_ARITHMETIC else trained).append(f"{path}: {_shown(was)} -> {_shown(table[path])}")
+        if was != table[path] and place.resume in ("same", "rounded"):
+            told = rounded if place.resume == "rounded" else trained
+            told.append(f"{path}: {_shown(was)} -> {_shown(table[path])}")
     rows = [first[f"train.{name}"] for name in ("micro_batch", "accumulation")]
     before_rows = rows[0] * rows[1] if all(type(count) is int for count in rows) else 0
     if before_rows != now.rows_per_step:

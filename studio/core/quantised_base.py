@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from studio.core.adapter_text import modules_of
 from studio.core.recipe import Method, QuantType
 from studio.core.text import plain
+from studio.core.value_kinds import is_module
 
 BITSANDBYTES, GGUF, UNNAMED = "bitsandbytes", "gguf", "unknown"
 _BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 8}
@@ -114,13 +114,8 @@ def _from_table(said: Mapping[str, Any]) -> QuantisedBase:
 
 def _modules(names: list[Any]) -> tuple[str, ...]:
     """Return the names that a recipe could hold, each once; a model with pictures holds its text model one deeper."""
-    found: dict[str, None] = {}
-    for name in names:
-        try:
-            found |= dict.fromkeys(modules_of(name.replace("language_model.", "")))
-        except (AttributeError, ValueError):
-            continue
-    return tuple(found)
+    texts = (name.replace("language_model.", "") for name in names if isinstance(name, str))
+    return tuple(dict.fromkeys(filter(is_module, texts)))
 
 
 def _bits(said: Mapping[str, Any]) -> int:

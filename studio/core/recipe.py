@@ -1,13 +1,16 @@
 """The recipe: everything a run is made from, frozen, one TOML file that a person can read and diff.
 
+Here each field is declared, once: its type and default, which values it may have, what is said about it, its flag.
 A recipe says what is wanted. It does not know the machine, the model's shape or the length of the data.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
+from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.text import plain
+from studio.core.value_kinds import ALL_LINEAR, ByModule, Choice, Layers, Modules, Number, Switch, Targets, Text
 
 Method = Literal["lora", "qlora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -20,118 +23,442 @@ Loss = Literal["chunked", "full", "liger"]
 Packing = Literal["auto", "on", "off"]
 AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 
-ALL_LINEAR = "all-linear"
 EMBEDDED = "embedded"
-_LONGEST_FOUND, _MOST_LISTED = 100, 20
 _LONGEST_IN_TABLE = 40
-_MOST_WHOLE = 10**300
-"""Larger whole numbers, which TOML and JSON allow, are no float; the checks refuse them."""
+
+_POWERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 32_768)
+_STEPS = (0, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000, 3000, 5000, 10_000)
+_RATES = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+_RANK = Number(int, 1, 1024, stops=(1, 2, 4, 8, 16, 32, 64, 128, 256))
+_ALPHA = Number(float, 0.1, 4096, stops=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSection:
-    """The base model: which one, and how its frozen weights are held.
+    """The base model: which one, and how its frozen weights are held."""
 
-    `skip_modules` are modules that stay in 16 bit under QLoRA, a text read by `studio.core.adapter_text`.
-    """
-
-    base: str = EMBEDDED
-    revision: str = ""
-    dtype: Dtype = "auto"
-    quant_type: QuantType = "nf4"
-    double_quant: bool = True
-    skip_modules: str = ""
-    trust_remote_code: bool = False
+    base: str = declared(
+        EMBEDDED,
+        Text(needed=True, place=True),
+        "Base",
+        "A folder with config.json, a hub id such as owner/name, or embedded.",
+        flag="model",
+        heading="The run",
+        resume="by content",
+    )
+    dtype: Dtype = declared(
+        "auto",
+        Choice(get_args(Dtype)),
+        "Weights",
+        "Type of the frozen 16-bit weights; auto takes what card and model can.",
+        flag="dtype",
+    )
+    quant_type: QuantType = declared(
+        "nf4",
+        Choice(get_args(QuantType)),
+        "4-bit type",
+        "NF4 fits normally distributed weights; QLoRA only.",
+        four_bit=True,
+    )
+    double_quant: bool = declared(
+        True,
+        Switch(),
+        "Double quant",
+        "Quantises the quantisation constants too: 0.4 bits a weight less.",
+        flag="double-quant",
+        four_bit=True,
+    )
+    revision: str = declared(
+        "",
+        Text(),
+        "Revision",
+        "Branch, tag or commit of a hub model; empty for its newest.",
+        resume="by content",
+    )
+    skip_modules: tuple[str, ...] = declared(
+        (),
+        Modules(),
+        "Kept in 16 bit",
+        "Modules that QLoRA does not quantise, such as model.layers.0; `audit base` finds those worth it.",
+    )
+    trust_remote_code: bool = declared(
+        False,
+        Switch(),
+        "Remote code",
+        "Runs Python that comes with the model. Only for authors you trust.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSection:
-    """The trainable part: low-rank pairs beside the chosen linear layers.
+    """The trainable part: low-rank pairs beside the chosen linear layers."""
 
-    `lora_plus_ratio` is B's learning rate over A's (LoRA+). The patterns, `layers` and `modules_to_save` (modules that
-    are trained whole) are texts, read by `studio.core.adapter_text`.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    init: AdapterInit = "default"
-    lora_plus_ratio: float = 1.0
-    rank_pattern: str = ""
-    alpha_pattern: str = ""
-    layers: str = ""
-    modules_to_save: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class DataSection:
-    """The rows: where they are, how they are read, how many are held out."""
-
-    path: str = EMBEDDED
-    format: DataFormat = "auto"
-    eval_path: str = ""
-    answers_only: bool = True
+    rank: int = declared(
+        16,
+        _RANK,
+        "Rank",
+        "Width of the adapter's low-rank pair on every target module.",
+        cost="Memory, file size and trainable parameters grow linearly with it; it is rarely what fills a card.",
+        flag="rank",
+    )
+    alpha: float = declared(
+        32.0,
+        _ALPHA,
+        "Alpha",
+        "The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).",
+        cost="Costs nothing. It trades off against the learning rate; alpha = 2 x rank is a habit, not a law.",
+        flag="alpha",
+    )
+    targets: str | tuple[str, ...] = declared(
+        ALL_LINEAR,
+        Targets(),
+        "Targets",
+        "all-linear, or module names with commas between: q_proj, v_proj.",
+        flag="targets",
+    )
+    dropout: float = declared(
+        0.0,
+        Number(float, 0, 0.9, stops=(0, 0.01, 0.05, 0.1, 0.2)),
+        "Dropout",
+        "Share of the adapter's inputs set to zero while training.",
+        cost="A mask per adapted layer is kept for the backward pass.",
+        flag="dropout",
+    )
+    rslora: bool = declared(
+        False,
+        Switch(),
+        "rsLoRA",
+        "Scales by alpha / sqrt(rank), so that a high rank still learns.",
+    )
+    dora: bool = declared(
+        False,
+        Switch(),
+        "DoRA",
+        "Learns magnitude and direction apart; slower, more memory.",
+    )
+    init: AdapterInit = declared(
+        "default",
+        Choice(get_args(AdapterInit)),
+        "Init",
+        "pissa starts from the base's main directions (LoRA only); loftq from what 4 bits lost (QLoRA only).",
+    )
+    lora_plus_ratio: float = declared(
+        1.0,
+        Number(float, 1, 256, stops=(1, 2, 4, 8, 16, 32)),
+        "LoRA+ ratio",
+        "Learning rate of the B matrices over that of the A matrices; 1 is plain LoRA, LoRA+ proposes 16.",
+        cost="Costs nothing. With a high ratio lower the learning rate: B then moves faster than the rate says.",
+    )
+    rank_pattern: tuple[tuple[str, int], ...] = declared(
+        (),
+        ByModule(_RANK),
+        "Rank by module",
+        "Other ranks for some modules: down_proj=32, v_proj=8.",
+    )
+    alpha_pattern: tuple[tuple[str, float], ...] = declared(
+        (),
+        ByModule(_ALPHA),
+        "Alpha by module",
+        "Other alphas for some modules: down_proj=64.",
+    )
+    layers: tuple[int, ...] = declared(
+        (),
+        Layers(),
+        "Layers",
+        "Only these layers are trained: 0-7, 12; empty trains all.",
+    )
+    modules_to_save: tuple[str, ...] = declared(
+        (),
+        Modules(),
+        "Whole modules",
+        "Modules trained whole beside the adapter, such as lm_head; empty for none. 16 bytes a weight.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSection:
-    """The loop. `steps` are optimizer steps; 0 means that `epochs` decides. Lengths are tokens."""
+    """The loop."""
 
-    micro_batch: int = 1
-    accumulation: int = 8
-    seq_len: int = 1024
-    steps: int = 0
-    epochs: float = 1.0
-    learning_rate: float = 2e-4
-    schedule: Schedule = "cosine"
-    warmup_fraction: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: Optimizer = "adamw_torch"
-    grad_checkpointing: bool = True
-    offload_checkpoints: bool = False
-    attention: Attention = "sdpa"
-    loss: Loss = "chunked"
-    packing: Packing = "auto"
-    group_by_length: bool = True
-    compile: bool = False
-    seed: int = 17
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
+    micro_batch: int = declared(
+        1,
+        Number(int, 1, 4096, "rows", _POWERS),
+        "Micro-batch",
+        "Rows that go through the model at once.",
+        cost="Activations grow linearly with micro-batch x length; speed grows until the card is busy.",
+        flag="batch",
+        resume="rounded",
+    )
+    accumulation: int = declared(
+        8,
+        Number(int, 1, 4096, "micro-batches", _POWERS),
+        "Accumulation",
+        "Micro-batches summed into one optimizer step.",
+        cost="No memory. The step takes that many times longer and sees that many more rows.",
+        flag="accumulation",
+        resume="rounded",
+    )
+    seq_len: int = declared(
+        1024,
+        Number(int, 8, 1_048_576, "tokens", _LENGTHS),
+        "Length",
+        "Longest row; what is longer is cut on the right.",
+        cost="Activations grow linearly with it; attention time grows quadratically.",
+        flag="seq",
+    )
+    steps: int = declared(
+        0,
+        Number(int, 0, 10_000_000, "optimizer steps", _STEPS),
+        "Steps",
+        "Optimizer steps; 0 lets the epochs decide.",
+        cost="Time, linearly.",
+        flag="steps",
+    )
+    epochs: float = declared(
+        1.0,
+        Number(float, 0, 1000, "passes", (0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 10)),
+        "Epochs",
+        "Passes over the training rows when steps is 0.",
+        cost="Time, linearly; many passes over few rows memorise them.",
+        flag="epochs",
+    )
+    learning_rate: float = declared(
+        2e-4,
+        Number(float, 1e-8, 1, stops=_RATES),
+        "Learning rate",
+        "Peak learning rate of the adapter.",
+        cost="Costs nothing. LoRA's best is about ten times that of full fine-tuning (Thinking Machines, 2025).",
+        flag="lr",
+    )
+    schedule: Schedule = declared(
+        "cosine",
+        Choice(get_args(Schedule)),
+        "Schedule",
+        "How the learning rate falls after the warm-up.",
+    )
+    warmup_fraction: float = declared(
+        0.03,
+        Number(float, 0, 1, "of the steps", (0, 0.01, 0.03, 0.05, 0.1, 0.2)),
+        "Warm-up",
+        "Share of the steps in which the learning rate climbs from 0.",
+        cost="Costs nothing.",
+    )
+    optimizer: Optimizer = declared(
+        "adamw_torch",
+        Choice(get_args(Optimizer)),
+        "Optimizer",
+        "8-bit states take a quarter of the memory; paged ones may move to main memory.",
+        flag="optimizer",
+    )
+    grad_checkpointing: bool = declared(
+        True,
+        Switch(),
+        "Checkpointing",
+        "Recomputes activations: far less memory, about a third slower.",
+        flag="grad-checkpointing",
+        resume="rounded",
+    )
+    offload_checkpoints: bool = declared(
+        False,
+        Switch(),
+        "Offload",
+        "Checkpointed inputs wait in main memory instead of on the card: long rows in less memory, for copying.",
+        resume="free",
+    )
+    loss: Loss = declared(
+        "chunked",
+        Choice(get_args(Loss)),
+        "Loss",
+        "chunked never builds the whole logits: gigabytes less with large vocabularies; liger needs its package.",
+        flag="loss",
+        resume="rounded",
+    )
+    packing: Packing = declared(
+        "auto",
+        Choice(get_args(Packing)),
+        "Packing",
+        "Rows of a step one behind the other instead of padded, isolated; auto measures which is faster.",
+        resume="rounded",
+    )
+    group_by_length: bool = declared(
+        True,
+        Switch(),
+        "Group by length",
+        "Where packing is off, rows of similar length go through the model together: less padding, other steps.",
+    )
+    attention: Attention = declared(
+        "sdpa",
+        Choice(get_args(Attention)),
+        "Attention",
+        "sdpa is fast and frugal; flash_attention_2 needs its package; eager is for models that need it.",
+        flag="attention",
+        resume="rounded",
+    )
+    compile: bool = declared(
+        False,
+        Switch(),
+        "Compile",
+        "torch.compile of every layer; the run says what that cost at the start.",
+        resume="rounded",
+    )
+    weight_decay: float = declared(
+        0.0,
+        Number(float, 0, 1, stops=(0, 0.001, 0.01, 0.1)),
+        "Weight decay",
+        "AdamW's decoupled decay of the adapter weights.",
+        cost="Costs nothing.",
+    )
+    max_grad_norm: float = declared(
+        1.0,
+        Number(float, 0, 1000, stops=(0, 0.3, 0.5, 1, 2, 5)),
+        "Gradient clip",
+        "Gradients are scaled down to this norm; 0 never clips.",
+        cost="Costs nothing.",
+    )
+    seed: int = declared(
+        17,
+        Number(int, 0, 2**32 - 1),
+        "Seed",
+        "Fixes the held-out split, the order of rows, dropout and the adapter's first values.",
+        cost="Costs nothing.",
+    )
+    checkpoint_every: int = declared(
+        100,
+        Number(int, 0, 10_000_000, "steps", (0, 10, 20, 50, 100, 200, 500)),
+        "Checkpoint every",
+        "Optimizer steps between checkpoints; 0 saves only at the end and on request.",
+        cost="Disk: adapter and optimizer state each time.",
+        resume="free",
+    )
+    keep_checkpoints: int = declared(
+        2,
+        Number(int, 1, 1000, "checkpoints", (1, 2, 3, 5, 10)),
+        "Keep checkpoints",
+        "Newest checkpoints kept; older ones are deleted.",
+        cost="Disk, linearly.",
+        resume="free",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSection:
-    """Held-out evaluation. `every` counts optimizer steps; 0 evaluates only before the first and after the last."""
+    """Held-out evaluation."""
 
-    rows: int = 100
-    every: int = 50
-    samples: int = 3
-    sample_tokens: int = 64
+    rows: int = declared(
+        100,
+        Number(int, 0, 1_000_000, "rows", (0, 20, 50, 100, 200, 500)),
+        "Held-out rows",
+        "Rows kept out of training to measure on.",
+        cost="Fewer rows to train on; time at every evaluation.",
+    )
+    every: int = declared(
+        50,
+        Number(int, 0, 10_000_000, "steps", (0, 10, 20, 50, 100, 200, 500)),
+        "Evaluate every",
+        "Optimizer steps between evaluations; 0 evaluates before the first and after the last.",
+        cost="Time.",
+        resume="free",
+    )
+    samples: int = declared(
+        3,
+        Number(int, 0, 100, "answers", (0, 1, 3, 5, 10)),
+        "Samples",
+        "Held-out prompts answered before and after training, to read.",
+        cost="Time.",
+        resume="free",
+    )
+    sample_tokens: int = declared(
+        64,
+        Number(int, 1, 4096, "tokens", (16, 32, 64, 128, 256)),
+        "Sample length",
+        "Longest generated answer.",
+        cost="Time.",
+        resume="free",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DataSection:
+    """The rows: where they are, how they are read."""
+
+    path: str = declared(
+        EMBEDDED,
+        Text(needed=True, place=True),
+        "Data",
+        "A JSONL, JSON or Parquet file of rows, or embedded.",
+        flag="data",
+        heading="The run",
+        resume="by content",
+    )
+    format: DataFormat = declared(
+        "auto",
+        Choice(get_args(DataFormat)),
+        "Format",
+        "How rows are read; auto recognises it and says so.",
+        resume="by content",
+    )
+    eval_path: str = declared(
+        "",
+        Text(place=True),
+        "Held-out file",
+        "Rows to measure on; empty takes them from the data.",
+        heading="Held-out rows",
+        resume="by content",
+    )
+    answers_only: bool = declared(
+        True,
+        Switch(),
+        "Answers only",
+        "Loss on the answers alone, not on the prompts.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSection:
-    """Where it runs. `auto` takes a CUDA card, else the CPU. A budget of 0 GiB means the whole card."""
+    """Where it runs."""
 
-    device: str = "auto"
-    budget_gib: float = 0.0
+    device: str = declared(
+        "auto",
+        Text(needed=True, pattern="auto|cpu|cuda(:[0-9]{1,3})?", form="auto, cpu, cuda or cuda:N"),
+        "Device",
+        "auto: the visible card with the most memory, else the CPU; or cpu, cuda, cuda:1: the second card, as "
+        "nvidia-smi or, where it is set, CUDA_VISIBLE_DEVICES lists them.",
+        resume="free",
+    )
+    budget_gib: float = declared(
+        0.0,
+        Number(float, 0, 100_000, "GiB", (0, 4, 6, 8, 10, 12, 16, 20, 22, 24, 32, 40, 48, 80)),
+        "Budget",
+        "Most GPU memory the run may take; 0 is the whole card.",
+        cost="A run that needs more stops with an out-of-memory error instead of starving your desktop.",
+        resume="free",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One fine-tune, completely described."""
+    """One fine-tune, completely described. Below each heading of the screens, fields stand in the order from here."""
 
-    name: str = "untitled"
-    method: Method = "qlora"
+    name: str = declared(
+        "untitled",
+        Text(needed=True),
+        "Name",
+        "Name of the run's folder.",
+        resume="free",
+    )
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection = field(default_factory=AdapterSection)
-    data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
+    data: DataSection = field(default_factory=DataSection)
+    method: Method = declared(
+        "qlora",
+        Choice(get_args(Method)),
+        "Method",
+        "LoRA keeps the base in 16 bits: faster, exact. QLoRA holds it in 4 bits: about a quarter of its memory, "
+        "slower, and the base itself loses a little.",
+        flag="method",
+    )
     device: DeviceSection = field(default_factory=DeviceSection)
 
     @property
@@ -145,98 +472,79 @@ class Recipe:
         Raises:
             KeyError: No field has this path.
         """
-        value: Any = self
-        for part in path.split("."):
-            if not is_dataclass(value) or part not in {f.name for f in fields(value)}:
-                raise KeyError(path)
-            value = getattr(value, part)
-        if is_dataclass(value):
+        if path not in FIELDS:
             raise KeyError(path)
-        return value
+        section, _, name = path.rpartition(".")
+        return getattr(getattr(self, section) if section else self, name)
 
     def with_(self, path: str, value: Any) -> "Recipe":
         """Return a copy with the value at a dotted path replaced, in the field's own type where it means the same.
 
-        So 4.0 is 4 in a field of whole numbers, and the list `["all-linear"]` is that word. What means nothing there is
-        kept as it is, for `problems` to tell.
+        So 4.0 is 4 in a field of whole numbers, a list is a tuple, and the list `["all-linear"]` is that word. What
+        means nothing there is kept as it is, for `problems` to tell.
 
         Raises:
             KeyError: No field has this path.
         """
-        self.get(path)
-        value = _shaped(path, value)
+        value = FIELDS[path].kind.shaped(value)
         section, _, name = path.rpartition(".")
         if not section:
             return replace(self, **{name: value})
         return replace(self, **{section: replace(getattr(self, section), **{name: value})})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain tables and values in the order of the fields, ready for TOML or JSON (tuples become lists)."""
+        """Return plain tables and values, ready for TOML or JSON: those of no table first, as TOML wants it."""
         table: dict[str, Any] = {}
-        for path in PATHS:
+        for path in sorted(FIELDS, key=lambda path: "." in path):
             section, _, name = path.rpartition(".")
-            value = self.get(path)
             target = table.setdefault(section, {}) if section else table
-            target[name] = list(value) if isinstance(value, tuple) else value
+            target[name] = FIELDS[path].kind.stored(self.get(path))
         return table
 
-    def problems(self) -> "tuple[Problem, ...]":
-        """Return everything that is wrong with this recipe, in the order of its fields; empty when it is sound."""
-        from studio.core.recipe_check import check  # noqa: PLC0415  the checks know the recipe, not the reverse
-
-        return check(self)
-
-
-def _shaped(path: str, value: Any) -> Any:
-    kind = PATHS[path]
-    if path == "adapter.targets" and isinstance(value, (list, tuple)):
-        return ALL_LINEAR if list(value) == [ALL_LINEAR] else tuple(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < _MOST_WHOLE else value
-    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+    def problems(self) -> tuple[Problem, ...]:
+        """Return everything that is wrong with this recipe: field by field, then between fields that are sound."""
+        found = [problem for path, place in FIELDS.items() for problem in place.problems(self.get(path))]
+        wrong = {problem.path for problem in found}
+        return (*found, *(problem for problem in _between(self) if problem.path not in wrong))
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong with a recipe: the field's dotted path, what was found, what is allowed."""
+_HEADINGS = {
+    "": "The run",
+    "adapter": "Adapter",
+    "train": "Training",
+    "eval": "Held-out rows",
+    "model": "Base and data",
+    "data": "Base and data",
+    "device": "Card",
+}
+"""Under which heading a table's fields are shown; the headings stand in this order."""
 
-    path: str
-    found: str
-    allowed: str
+FIELDS: dict[str, Field] = fields_in(Recipe, _HEADINGS)
+"""Every field by its dotted path."""
 
-    def __str__(self) -> str:
-        return f"{self.path}: found {self.found}; wanted {self.allowed}"
-
-
-def found_value(value: Any) -> str:
-    """Return a value for a message: written as in a recipe, short enough for a line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return plain(f"[{', '.join(map(found_value, value[:_MOST_LISTED]))}]", limit=_LONGEST_FOUND)
-    if isinstance(value, dict):
-        return "a table"
-    # Dates are written in TOML as Python prints them; texts need their quotes.
-    return plain(repr(value) if isinstance(value, str | int | float) else str(value), limit=_LONGEST_FOUND)
-
-
-def _paths() -> dict[str, Any]:
-    hints: dict[str, Any] = {}
-    for name, kind in get_type_hints(Recipe).items():
-        if is_dataclass(kind):
-            hints.update({f"{name}.{inner}": hint for inner, hint in get_type_hints(kind).items()})
-        else:
-            hints[name] = kind
-    return hints
-
-
-PATHS: dict[str, Any] = _paths()
-"""Every dotted path of a recipe and its declared type, in file order (scalars first, then tables)."""
+SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
+    (heading, tuple(path for path, place in FIELDS.items() if place.heading == heading))
+    for heading in dict.fromkeys(_HEADINGS.values())
+)
+"""Headings and the paths below them, in the order of screens and reference."""
 
 
 def choices_of(path: str) -> tuple[str, ...]:
     """Return the words that a field allows, or nothing where it is not a choice."""
-    return get_args(PATHS[path]) if str(PATHS[path]).startswith("typing.Literal") else ()
+    kind = FIELDS[path].kind
+    return kind.words if isinstance(kind, Choice) else ()
+
+
+def number_of(path: str) -> Number:
+    """Return the limits of a field that is a number.
+
+    Raises:
+        KeyError: No field has this path, or it is no number.
+    """
+    kind = FIELDS[path].kind
+    if not isinstance(kind, Number):
+        raise KeyError(path)
+    return kind
 
 
 def differing_fields(recipes: "Sequence[Recipe | None]") -> dict[str, list[Any]]:
@@ -244,7 +552,7 @@ def differing_fields(recipes: "Sequence[Recipe | None]") -> dict[str, list[Any]]
 
     Where a recipe is missing (another kind of job, or an unreadable file) its values are None, and are no difference.
     """
-    values = {path: [None if recipe is None else recipe.get(path) for recipe in recipes] for path in PATHS}
+    values = {path: [None if recipe is None else recipe.get(path) for recipe in recipes] for path in FIELDS}
     known = [place for place, recipe in enumerate(recipes) if recipe is not None]
     return {
         path: found
@@ -253,11 +561,33 @@ def differing_fields(recipes: "Sequence[Recipe | None]") -> dict[str, list[Any]]
     }
 
 
-def field_text(value: Any) -> str:
-    """Return a field's value for a table: yes and no as on and off, lists joined, nothing as such."""
+def field_text(path: str, value: Any) -> str:
+    """Return a field's value for a table; None is shown as missing."""
     if value is None:
         return "-"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return plain(text or "(empty)", one_line=True, limit=_LONGEST_IN_TABLE)
+    return plain(FIELDS[path].kind.written(value) or "(empty)", one_line=True, limit=_LONGEST_IN_TABLE)
+
+
+def _between(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    if train.steps == 0 and train.epochs == 0:
+        yield Problem("train.steps", "0 steps and 0 epochs", "at least one of train.steps and train.epochs above 0")
+    if recipe.eval.rows == 0 and recipe.eval.samples > 0 and not recipe.data.eval_path:
+        yield Problem(
+            "eval.samples", f"{recipe.eval.samples} with no held-out rows", "eval.rows above 0, or eval.samples 0"
+        )
+    if train.offload_checkpoints and not train.grad_checkpointing:
+        yield Problem("train.offload_checkpoints", "true without checkpoints", "train.grad_checkpointing true")
+    yield from _between_adapter(recipe)
+
+
+def _between_adapter(recipe: Recipe) -> Iterator[Problem]:
+    init = recipe.adapter.init
+    if init == "loftq" and recipe.method != "qlora":
+        yield Problem("adapter.init", "loftq with method lora", "method qlora: loftq repairs the loss of 4-bit weights")
+    if init == "pissa" and recipe.method == "qlora":
+        yield Problem(
+            "adapter.init", "pissa with method qlora", "loftq, which is made for 4-bit weights, or method lora"
+        )
+    if init in ("loftq", "pissa") and recipe.adapter.dora:
+        yield Problem("adapter.init", f"{init} with dora", "adapter.dora false, or init default or gaussian")

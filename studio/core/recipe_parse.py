@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.recipe import PATHS, Problem, Recipe, choices_of, found_value
+from studio.core.recipe import FIELDS, Recipe
+from studio.core.recipe_field import Problem
 from studio.core.text import plain
+from studio.core.value_kinds import found_value
 
-_SECTIONS = tuple(dict.fromkeys(path.split(".")[0] for path in PATHS if "." in path))
+_SECTIONS = tuple(dict.fromkeys(path.split(".")[0] for path in FIELDS if "." in path))
 _MOST_TOLD = 50
 _LONGEST_KEY = 100
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
@@ -28,7 +29,7 @@ def read_table(table: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
     """Return the recipe of nested tables, not checked, and what in them has no field."""
     recipe, unknown = Recipe(), []
     for path, value in _flat(table):
-        if path in PATHS:
+        if path in FIELDS:
             recipe = recipe.with_(path, value)
         elif path in _SECTIONS:
             unknown.append(Problem(path, _kind_of(value), f"a table: [{path}] with its fields below"))
@@ -53,26 +54,12 @@ def apply_settings(recipe: Recipe, settings: Iterable[str], *, also: Iterable[Pr
         path, equals, text = (part.strip() for part in word.partition("="))
         if not equals:
             unread.append(Problem(word, "no '='", "path=value, such as train.learning_rate=2e-4"))
-        elif path not in PATHS:
+        elif path not in FIELDS:
             unread.append(_unknown_key(path))
         else:
-            recipe = recipe.with_(path, value_from_text(path, text))
+            recipe = recipe.with_(path, FIELDS[path].kind.read(text))
     refuse((*also, *unread, *recipe.problems()))
     return recipe
-
-
-def value_from_text(path: str, text: str) -> Any:
-    """Return a typed value for a field from what a person typed; text that fits no type is returned as it is."""
-    kind = PATHS[path]
-    if path == "adapter.targets":
-        names = tuple(name.strip().strip("\"'") for name in text.strip("[]").split(",") if name.strip())
-        return names[0] if len(names) == 1 and "," not in text and not text.startswith("[") else names
-    if choices_of(path) or kind is str:
-        return text
-    if kind is bool:
-        low = text.lower()
-        return True if low in _TRUE else False if low in _FALSE else text
-    return _number(kind, text)
 
 
 def refuse(problems: Iterable[Problem]) -> None:
@@ -101,24 +88,16 @@ def _kind_of(value: Any) -> str:
     return "a list of tables" if tables else found_value(value)
 
 
-def _number(kind: Any, text: str) -> Any:
-    try:
-        number = float(text.replace("_", ""))
-    except ValueError:
-        return text
-    return int(number) if kind is int and number.is_integer() else number
-
-
 def _unknown_key(path: str, *, told: bool = True) -> Problem:
     # Looking for a near one takes a millisecond, and a file that is no recipe may have a hundred thousand keys.
     return Problem(plain(path, limit=_LONGEST_KEY), "an unknown key", _nearest(path) if told else "")
 
 
 def _nearest(path: str) -> str:
-    by_last = {known.rpartition(".")[2]: known for known in PATHS}
+    by_last = {known.rpartition(".")[2]: known for known in FIELDS}
     section, _, last = path.rpartition(".")
     fields = [name for name, known in by_last.items() if section and known == f"{section}.{name}"]
-    close = [] if fields else difflib.get_close_matches(path, [*PATHS, *_SECTIONS], n=1)
+    close = [] if fields else difflib.get_close_matches(path, [*FIELDS, *_SECTIONS], n=1)
     close_last = difflib.get_close_matches(last, fields, n=1) or difflib.get_close_matches(last, by_last, n=1)
     if last in by_last:
         return f"perhaps {by_last[last]}"

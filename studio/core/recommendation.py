@@ -11,9 +11,8 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
-from studio.core.knobs import KNOBS
 from studio.core.quantised_base import refusal
-from studio.core.recipe import Method, Recipe
+from studio.core.recipe import Method, Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
@@ -163,7 +162,7 @@ _ORDER = ("Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows
 
 
 def _length(draft: _Draft, data: DataFacts) -> None:
-    stops = KNOBS["train.seq_len"].stops
+    stops = number_of("train.seq_len").stops
     needed = data.longest_tokens + _TEMPLATE_TOKENS
     fitting = next((int(stop) for stop in stops if stop >= needed), int(stops[-1]))
     length = min(fitting, _LONGEST_ADVISED)
@@ -184,7 +183,7 @@ def _epochs(draft: _Draft, data: DataFacts) -> None:
 
 
 def _rank(draft: _Draft, goal: Goal, ground: _Ground, data: DataFacts) -> None:
-    ranks = [int(stop) for stop in KNOBS["adapter.rank"].stops if stop >= GOALS[goal].rank]
+    ranks = [int(stop) for stop in number_of("adapter.rank").stops if stop >= GOALS[goal].rank]
     wanted = data.tokens * draft.recipe.train.epochs / _TOKENS_PER_PARAMETER
     rank, why, source = ranks[0], GOALS[goal].rank_reason, HABIT
     trained = ground.estimate(draft.recipe.with_("adapter.rank", rank)).trainable_parameters

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.errors import BadInput
-from studio.core.recipe import ALL_LINEAR
 from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.text import plain
+from studio.core.value_kinds import ALL_LINEAR
 
 HEAD = "lm_head"
 HEADS = frozenset((HEAD, "embed_out", "output_layer"))

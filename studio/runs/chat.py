@@ -58,7 +58,7 @@ class ChatRequest:
     dtype: str = "auto"
     quant_type: str = "nf4"
     double_quant: bool = True
-    skip_modules: str = ""
+    skip_modules: tuple[str, ...] = ()
     attention: str = "sdpa"
     device: str = "auto"
     data_format: str = "chat"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe import FIELDS, Recipe
 from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
@@ -68,7 +68,7 @@ def sound_part(recipe: Recipe, sound: Recipe) -> Recipe:
     """
     for whole_table in (False, True):
         named = {problem.path.rpartition(".")[0] if whole_table else problem.path for problem in recipe.problems()}
-        for path in PATHS:
+        for path in FIELDS:
             if path in named or (whole_table and path.rpartition(".")[0] in named):
                 recipe = recipe.with_(path, sound.get(path))
     return sound if recipe.problems() else recipe

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from studio.core.errors import BadInput
-from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.recipe import EMBEDDED, FIELDS, Recipe
 from studio.core.recipe_parse import apply_settings, read_table
 from studio.core.text import plain
+from studio.core.value_kinds import Text
 
-_PATH_FIELDS = ("data.path", "data.eval_path", "model.base")
 _MOST_BYTES = 2**20
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -47,8 +47,10 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
 def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
     """Make relative data and model paths absolute, by the first folder that has them; all else stays as it is."""
     folders = tuple(folders)
-    for field in _PATH_FIELDS:
+    for field, place in FIELDS.items():
         word = recipe.get(field)
+        if not (isinstance(place.kind, Text) and place.kind.place):
+            continue
         if not isinstance(word, str) or not word or word == EMBEDDED or "\0" in word:
             continue
         given = Path(word).expanduser() if word.startswith("~") else Path(word)
@@ -63,7 +65,13 @@ def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as TOML, every field written out, tables in the order of the fields."""
     import tomlkit  # noqa: PLC0415  60 ms that reading does not need
 
-    return tomlkit.dumps(recipe.to_dict())
+    tables = recipe.to_dict()
+    for fields in tables.values():
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            if isinstance(value, dict):
+                fields[name] = tomlkit.inline_table()
+                fields[name].update(value)
+    return tomlkit.dumps(tables)
 
 
 def shipped_recipes() -> dict[str, Path]:

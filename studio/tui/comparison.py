@@ -38,7 +38,7 @@ def read_compared(paths: RunPaths) -> Compared:
 def difference_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
     """Return the fields in which the recipes differ, each with one value per run; the name is no difference."""
     differing = differing_fields([run.recipe for run in runs])
-    return [(path, *map(field_text, values)) for path, values in differing.items()]
+    return [(path, *(field_text(path, value) for value in values)) for path, values in differing.items()]
 
 
 def outcome_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:

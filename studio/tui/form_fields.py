@@ -1,6 +1,7 @@
 """How the configure screen offers the fields of a recipe that are chosen: values and the words shown for them."""
 
-from studio.core.recipe import PATHS, choices_of
+from studio.core.recipe import FIELDS, choices_of
+from studio.core.value_kinds import Switch
 
 OFF, ON = "off", "on"
 
@@ -10,6 +11,6 @@ SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
 
 def options_of(path: str) -> tuple[tuple[str, str], ...]:
     """Return the values and words that a field is chosen from; empty where it is no choice."""
-    if PATHS[path] is bool:
+    if isinstance(FIELDS[path].kind, Switch):
         return (OFF, OFF), (ON, ON)
     return tuple((value, SHOWN.get(value, value)) for value in choices_of(path))

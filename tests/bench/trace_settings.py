@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from studio.core.recipe import Recipe
+from studio.core.recipe import FIELDS, Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import attention_kernel
 from studio.core.vram.setup import setup_of
@@ -213,7 +213,8 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
     recipe = Recipe().with_("train.accumulation", 1).with_("model.dtype", "bf16")
     for name, value in settings.items():
         section = next((f"{section}." for section, names in _SECTIONS.items() if name in names), "")
-        recipe = recipe.with_(f"{section}{name}", tuple(value) if isinstance(value, list) else value)
+        path = f"{section}{name}"
+        recipe = recipe.with_(path, FIELDS[path].kind.read(value) if isinstance(value, str) else value)
     assert recipe.problems() == (), recipe.problems()
     return recipe
 

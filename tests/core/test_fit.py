@@ -6,8 +6,7 @@ import pytest
 
 from studio.core.fit import fit
 from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
-from studio.core.knobs import KNOBS
-from studio.core.recipe import Recipe
+from studio.core.recipe import Recipe, number_of
 from studio.core.vram.estimate import VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 from tests.core.published_rows import shapes
@@ -140,7 +139,7 @@ def test_rows_are_kept_while_anything_gentler_helps():
     assert "method" in order
     if "train.seq_len" in order:
         assert order.index("method") < order.index("train.seq_len")
-        longer = [stop for stop in KNOBS["train.seq_len"].stops if found.recipe.train.seq_len < stop <= 8192]
+        longer = [stop for stop in number_of("train.seq_len").stops if found.recipe.train.seq_len < stop <= 8192]
         for stop in longer:
             candidate = found.recipe.with_("train.seq_len", int(stop))
             assert estimate_vram(LLAMA, setup_of(candidate), gpu).device.high > gpu.total_bytes

@@ -4,16 +4,16 @@ import dataclasses
 import datetime
 import difflib
 import tomllib
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.errors import BadInput
-from studio.core.knobs import KNOBS
-from studio.core.recipe import PATHS, Recipe, choices_of
-from studio.core.recipe_parse import apply_settings, recipe_from_dict, value_from_text
+from studio.core.recipe import FIELDS, Recipe, choices_of
+from studio.core.recipe_parse import apply_settings, recipe_from_dict
+from studio.core.value_kinds import Number
 from studio.runs.recipe_file import dump_recipe
 
 
@@ -124,16 +124,29 @@ def test_problems_between_fields() -> None:
         ({"adapter.init": "loftq"}, "adapter.init", "loftq repairs the loss of 4-bit"),
         ({"adapter.init": "pissa", "method": "qlora"}, "adapter.init", "or method lora"),
         ({"adapter.init": "pissa", "adapter.dora": True}, "adapter.init", "adapter.dora false"),
-        ({"adapter.rank_pattern": "down_proj"}, "adapter.rank_pattern", "such as down_proj=32"),
-        ({"adapter.rank_pattern": "down_proj=2.5"}, "adapter.rank_pattern", "1 to 1024"),
-        ({"adapter.rank_pattern": "a=1, a=2"}, "adapter.rank_pattern", "such as down_proj=32"),
-        ({"adapter.rank_pattern": "*=2"}, "adapter.rank_pattern", "such as down_proj=32"),
-        ({"adapter.rank_pattern": "([a-z_.0-9]+)+!=2"}, "adapter.rank_pattern", "no repeated group"),
-        ({"adapter.rank_pattern": ".*.*.*.*.*!=2"}, "adapter.rank_pattern", "at most 4 repeats"),
-        ({"adapter.alpha_pattern": "v_proj=nan"}, "adapter.alpha_pattern", "0.1 to 4096"),
-        ({"adapter.layers": "7-3"}, "adapter.layers", "such as 0-7, 12"),
-        ({"adapter.layers": "0-99999"}, "adapter.layers", "such as 0-7, 12"),
-        ({"adapter.layers": "first"}, "adapter.layers", "such as 0-7, 12"),
+        ({"adapter.rank_pattern": "down_proj"}, "adapter.rank_pattern", "on one line: down_proj=32"),
+        ({"adapter.rank_pattern": ["down_proj"]}, "adapter.rank_pattern", "such as { down_proj = 32"),
+        ({"adapter.rank_pattern": {"down_proj": 2.5}}, "adapter.rank_pattern", "1 to 1024"),
+        ({"adapter.rank_pattern": {"down_proj": True}}, "adapter.rank_pattern", "1 to 1024"),
+        ({"adapter.rank_pattern": {"down_proj": {}}}, "adapter.rank_pattern", "1 to 1024"),
+        ({"adapter.rank_pattern": "a=1, a=2"}, "adapter.rank_pattern", "on one line: down_proj=32"),
+        ({"adapter.rank_pattern": {"*": 2}}, "adapter.rank_pattern", "such as { down_proj = 32"),
+        ({"adapter.rank_pattern": {"": 2}}, "adapter.rank_pattern", "such as { down_proj = 32"),
+        ({"adapter.rank_pattern": {"([a-z_.0-9]+)+!": 2}}, "adapter.rank_pattern", "no repeated group"),
+        ({"adapter.rank_pattern": {".*.*.*.*.*!": 2}}, "adapter.rank_pattern", "at most 4 repeats"),
+        ({"adapter.alpha_pattern": {"v_proj": float("nan")}}, "adapter.alpha_pattern", "0.1 to 4096"),
+        ({"adapter.layers": "7-3"}, "adapter.layers", "on one line: 0-7, 12"),
+        ({"adapter.layers": "0-99999"}, "adapter.layers", "such as [0, 1, 12]"),
+        ({"adapter.layers": "first"}, "adapter.layers", "such as [0, 1, 12]"),
+        ({"adapter.layers": [0, 10_001]}, "adapter.layers", "from 0 to 10000"),
+        ({"adapter.layers": [-1]}, "adapter.layers", "from 0 to 10000"),
+        ({"adapter.layers": [True]}, "adapter.layers", "a list of layer numbers"),
+        ({"adapter.layers": ["0-7"]}, "adapter.layers", "a list of layer numbers"),
+        ({"adapter.layers": 3}, "adapter.layers", "a list of layer numbers"),
+        ({"adapter.modules_to_save": ["lm head"]}, "adapter.modules_to_save", "a list of module names"),
+        ({"adapter.modules_to_save": ["a", "a"]}, "adapter.modules_to_save", "a list of module names"),
+        ({"model.skip_modules": [1], "method": "qlora"}, "model.skip_modules", "a list of module names"),
+        ({"model.skip_modules": {"a": 1}}, "model.skip_modules", "a list of module names"),
     ],
 )
 def test_problems_of_the_adapter(changes: dict[str, object], path: str, words: str) -> None:
@@ -145,13 +158,83 @@ def test_problems_of_the_adapter(changes: dict[str, object], path: str, words: s
     assert words in problem.allowed
 
 
-def test_texts_of_the_adapter_are_read() -> None:
-    assert layers_of("12, 0-2,2") == (0, 1, 2, 12)
-    assert pattern_of(" down_proj = 32, layers.0.q=0.5 ") == {"down_proj": 32.0, "layers.0.q": 0.5}
-    assert layers_of(" ") == ()
-    assert pattern_of("") == {}
-    sound = Recipe().with_("adapter.rank_pattern", "down_proj=32").with_("adapter.layers", "0-7, 12")
-    assert sound.with_("adapter.alpha_pattern", "v_proj=0.5").with_("adapter.init", "loftq").problems() == ()
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("adapter.layers", "0-2, 12", "adapter.layers: found the text '0-2, 12'; wanted a list: [0, 1, 2, 12]"),
+        ("adapter.layers", "", "adapter.layers: found the text ''; wanted a list: []"),
+        ("model.skip_modules", "model.layers.0", """wanted a list: ["model.layers.0"]"""),
+        ("adapter.modules_to_save", "lm_head, embed_tokens", """wanted a list: ["lm_head", "embed_tokens"]"""),
+        ("adapter.rank_pattern", "down_proj=32, layers.0.q=8", "wanted a table: { down_proj = 32, 'layers.0.q' = 8 }"),
+        ("adapter.alpha_pattern", "v_proj=0.5", "wanted a table: { v_proj = 0.5 }"),
+    ],
+)
+def test_a_list_or_table_that_is_spelled_as_a_text_is_refused_with_its_spelling(path: str, old: str, new: str) -> None:
+    """The spelling that is shown is TOML, and means what the text means on one line."""
+    section, _, name = path.partition(".")
+    told = _told({section: {name: old}})
+    assert new in told
+    spelled = tomllib.loads(f"[{section}]\n{name} = {told.rpartition(': ')[2]}")
+    assert recipe_from_dict(spelled) == apply_settings(Recipe(), [f"{path}={old}"])
+
+
+def test_lists_and_tables_are_read_from_toml_and_from_one_line() -> None:
+    recipe = apply_settings(
+        Recipe(),
+        [
+            "adapter.layers=12, 0-2,2",
+            "adapter.rank_pattern= down_proj = 32, layers.0.q=8, q{1,2}_proj=4 ",
+            'adapter.alpha_pattern={ v_proj = 0.5, "o_proj" = 64 }',
+            "adapter.modules_to_save=lm_head, model.embed_tokens,",
+            'model.skip_modules=["model.layers.0"]',
+        ],
+    )
+    assert recipe.adapter.layers == (0, 1, 2, 12)
+    assert recipe.adapter.rank_pattern == (("down_proj", 32), ("layers.0.q", 8), ("q{1,2}_proj", 4))
+    assert recipe.adapter.alpha_pattern == (("v_proj", 0.5), ("o_proj", 64.0))
+    assert recipe.adapter.modules_to_save == ("lm_head", "model.embed_tokens")
+    assert recipe.model.skip_modules == ("model.layers.0",)
+    text = dump_recipe(recipe)
+    assert "layers = [0, 1, 2, 12]\n" in text
+    assert "alpha_pattern = {v_proj = 0.5, o_proj = 64.0}\n" in text
+    assert recipe_from_dict(tomllib.loads(text)) == recipe
+    empty = apply_settings(recipe, [f"{path}=" for path in ("adapter.layers", "adapter.rank_pattern")])
+    assert (empty.adapter.layers, empty.adapter.rank_pattern) == ((), ())
+
+
+def test_dots_of_a_module_that_is_written_without_quotes_are_its_name() -> None:
+    toml = "[adapter.rank_pattern]\nlayers.0.self_attn.q_proj = 8\nlayers.1.mlp.up_proj = 4\ndown_proj = 2"
+    assert recipe_from_dict(tomllib.loads(toml)).adapter.rank_pattern == (
+        ("layers.0.self_attn.q_proj", 8),
+        ("layers.1.mlp.up_proj", 4),
+        ("down_proj", 2),
+    )
+
+
+names = st.from_regex(r"[a-z_]{1,6}(\.[a-z0-9_]{1,6}){0,2}", fullmatch=True)
+
+
+@given(
+    layers=st.lists(st.integers(0, 10_000)),
+    ranks=st.dictionaries(names, st.integers(1, 1024)),
+    alphas=st.dictionaries(names, st.floats(0.1, 4096)),
+    modules=st.lists(names, unique=True),
+)
+def test_what_the_form_shows_on_one_line_is_read_back_as_it_was(
+    layers: list[int], ranks: dict[str, int], alphas: dict[str, float], modules: list[str]
+) -> None:
+    values = {
+        "adapter.layers": layers,
+        "adapter.rank_pattern": ranks,
+        "adapter.alpha_pattern": alphas,
+        "model.skip_modules": modules,
+    }
+    for path, value in values.items():
+        recipe = Recipe().with_(path, value)
+        assert recipe.problems() == ()
+        kind = FIELDS[path].kind
+        assert kind.read(kind.written(recipe.get(path))) == recipe.get(path)
+        assert recipe_from_dict(tomllib.loads(dump_recipe(recipe))) == recipe
 
 
 def test_control_characters_of_a_recipe_do_not_reach_the_message() -> None:
@@ -161,23 +244,39 @@ def test_control_characters_of_a_recipe_do_not_reach_the_message() -> None:
     assert "\x07" not in str(caught.value)
 
 
-def test_every_knob_is_a_number_of_the_recipe_within_its_own_limits() -> None:
-    for path, knob in KNOBS.items():
-        default = Recipe().get(path)
-        assert isinstance(default, (int, float))
-        assert knob.low <= default <= knob.high
-        assert all(knob.low <= stop <= knob.high for stop in knob.stops)
-        assert list(knob.stops) == sorted(set(knob.stops))
-        assert knob.help.endswith(".")
-        assert knob.cost.endswith(".")
+def test_every_number_of_the_recipe_is_within_its_own_limits() -> None:
+    numbers = {path: field for path, field in FIELDS.items() if isinstance(Recipe().get(path), int | float)}
+    switches = {path for path in numbers if isinstance(Recipe().get(path), bool)}
+    assert switches | {path for path, field in FIELDS.items() if isinstance(field.kind, Number)} == set(numbers)
+    for field in numbers.values():
+        if isinstance(number := field.kind, Number):
+            assert type(field.default) is number.of
+            assert number.low <= field.default <= number.high
+            assert all(number.low <= stop <= number.high for stop in number.stops)
+            assert list(number.stops) == sorted(set(number.stops))
+            assert field.help.endswith(".")
+            assert field.cost.endswith(".")
 
 
-def test_every_number_of_the_recipe_has_a_knob() -> None:
-    numbers = [path for path, kind in PATHS.items() if kind in (int, float)]
-    assert set(numbers) == set(KNOBS)
+def test_a_field_may_have_the_values_of_its_type() -> None:
+    """What is declared as the field's kind is what its annotation says."""
+    for section in (Recipe, *(place.default_factory for place in dataclasses.fields(Recipe))):
+        if section is dataclasses.MISSING:
+            continue
+        for name, hint in get_type_hints(section).items():
+            path = name if section is Recipe else f"{section.__name__.removesuffix('Section').lower()}.{name}"
+            if path not in FIELDS:
+                assert dataclasses.is_dataclass(hint)
+            elif get_origin(hint) is Literal:
+                assert choices_of(path) == get_args(hint)
+            elif isinstance(number := FIELDS[path].kind, Number):
+                assert number.of is hint
+            else:
+                assert get_origin(hint) is tuple or hint in (str, bool, str | tuple[str, ...])
+                assert choices_of(path) == ()
 
 
-@given(st.sampled_from(sorted(PATHS)), st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans()))
+@given(st.sampled_from(sorted(FIELDS)), st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans()))
 def test_any_value_gives_problems_or_a_recipe_that_survives_toml(path: str, value: object) -> None:
     recipe = Recipe().with_(path, value)
     if not recipe.problems():
@@ -186,17 +285,8 @@ def test_any_value_gives_problems_or_a_recipe_that_survives_toml(path: str, valu
 
 @given(st.text())
 def test_any_text_for_any_field_never_crashes(text: str) -> None:
-    for path in PATHS:
-        Recipe().with_(path, value_from_text(path, text)).problems()
-
-
-def test_modules_trained_whole_are_read_from_a_text() -> None:
-    assert modules_of("lm_head, model.embed_tokens,") == ("lm_head", "model.embed_tokens")
-    assert modules_of("") == ()
-    for wrong in ("lm head", "a,a", ".x", "*"):
-        with pytest.raises(ValueError):
-            modules_of(wrong)
-        assert Recipe().with_("adapter.modules_to_save", wrong).problems()
+    for path in FIELDS:
+        Recipe().with_(path, FIELDS[path].kind.read(text)).problems()
 
 
 def test_there_is_nothing_to_offload_without_checkpoints() -> None:

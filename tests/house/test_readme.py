@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from studio.commands.field_reference import field_reference, field_rows
-from studio.core.recipe import PATHS
+from studio.core.recipe import FIELDS
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -16,4 +16,4 @@ def test_the_field_reference_is_current() -> None:
 
 
 def test_every_field_is_in_it_once() -> None:
-    assert sorted(row["path"] for row in field_rows()) == sorted(PATHS)
+    assert sorted(row["path"] for row in field_rows()) == sorted(FIELDS)

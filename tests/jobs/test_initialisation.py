@@ -25,7 +25,7 @@ from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_resume import at_step, weights
 
 IDS = torch.arange(24).unsqueeze(0)
-PATTERNS = {"rank_pattern": "down_proj=6, layers.0.self_attn.q_proj=2", "alpha_pattern": "v_proj=3"}
+PATTERNS = {"rank_pattern": (("down_proj", 6), ("layers.0.self_attn.q_proj", 2)), "alpha_pattern": (("v_proj", 3.0),)}
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

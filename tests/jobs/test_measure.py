@@ -75,7 +75,7 @@ SLOW = [
     {"method": "qlora", "model__double_quant": False, "adapter__dropout": 0.1, "train__optimizer": "paged_adamw_32bit"},
     {"method": "lora", "adapter__dora": True, "train__attention": "eager", "adapter__targets": ("q_proj", "v_proj")},
     {"method": "lora", "model__dtype": "fp16"},
-    {"method": "qlora", "adapter__modules_to_save": "lm_head"},
+    {"method": "qlora", "adapter__modules_to_save": ("lm_head",)},
 ]
 
 

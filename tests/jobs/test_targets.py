@@ -23,15 +23,17 @@ def adapted(tiny: Path, **section: object) -> dict[str, tuple[int, float]]:
 
 
 def test_only_the_chosen_layers(tiny: Path) -> None:
-    every, second = adapted(tiny), adapted(tiny, layers="1")
+    every, second = adapted(tiny), adapted(tiny, layers=(1,))
     assert len(every) == 14
     assert set(second) == {name for name in every if ".layers.1." in name}
-    assert set(adapted(tiny, layers="0", targets=("q_proj",))) == {"model.layers.0.self_attn.q_proj"}
-    assert set(adapted(tiny, layers="0-1")) == set(every)
+    assert set(adapted(tiny, layers=(0,), targets=("q_proj",))) == {"model.layers.0.self_attn.q_proj"}
+    assert set(adapted(tiny, layers=(0, 1))) == set(every)
 
 
 def test_ranks_and_alphas_by_module(tiny: Path) -> None:
-    seen = adapted(tiny, rank_pattern="down_proj=2, layers.1.self_attn.q_proj=16", alpha_pattern="v_proj=32")
+    seen = adapted(
+        tiny, rank_pattern=(("down_proj", 2), ("layers.1.self_attn.q_proj", 16)), alpha_pattern=(("v_proj", 32.0),)
+    )
     assert seen["model.layers.0.mlp.down_proj"] == (2, 4.0)
     assert seen["model.layers.0.self_attn.q_proj"] == (4, 2.0)
     assert seen["model.layers.1.self_attn.q_proj"] == (16, 0.5)
@@ -42,9 +44,9 @@ def test_ranks_and_alphas_by_module(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"layers": "0-2"}, "layer 2; this model has 2"),
-        ({"rank_pattern": "dwn_proj=2"}, "adapter.rank_pattern names 'dwn_proj'"),
-        ({"alpha_pattern": "q_proj=2", "targets": ("v_proj",)}, "adapter.alpha_pattern names 'q_proj'"),
+        ({"layers": (0, 1, 2)}, "layer 2; this model has 2"),
+        ({"rank_pattern": (("dwn_proj", 2),)}, "adapter.rank_pattern names 'dwn_proj'"),
+        ({"alpha_pattern": (("q_proj", 2.0),), "targets": ("v_proj",)}, "adapter.alpha_pattern names 'q_proj'"),
     ],
 )
 def test_names_that_mean_nothing_are_refused(tiny: Path, section: dict[str, object], words: str) -> None:

@@ -19,9 +19,9 @@ from tests.jobs.test_start import logits
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
-@pytest.mark.parametrize("modules", ["lm_head", "embed_tokens, lm_head", "norm"])
+@pytest.mark.parametrize("modules", [("lm_head",), ("embed_tokens", "lm_head"), ("norm",)])
 def test_what_was_trained_is_what_is_saved(
-    train: Train, recipe: Recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch, modules: str, init: str
+    train: Train, recipe: Recipe, tiny: Path, monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...], init: str
 ) -> None:
     at_end: list[torch.Tensor] = []
     save = between.save_adapter
@@ -38,7 +38,7 @@ def test_what_was_trained_is_what_is_saved(
     before = {name: p.clone() for name, p in base.named_parameters()}
     loaded = PeftModel.from_pretrained(base, str(paths.adapter))
     torch.testing.assert_close(logits(loaded), at_end[0], rtol=1e-3, atol=1e-3)
-    for module in modules.split(", "):
+    for module in modules:
         (name,) = (name for name in before if name.endswith(f"{module}.weight") and "layers" not in name)
         trained = loaded.get_parameter(f"base_model.model.{name.removesuffix('weight')}modules_to_save.default.weight")
         assert not torch.equal(trained, before[name]), module
@@ -51,7 +51,7 @@ def test_masters_are_fp32_and_the_stream_stays_as_it_is(tiny: Path, method: str)
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     if method == "qlora":
         four_bit(base, torch.bfloat16)
-    section = AdapterSection(rank=4, modules_to_save="embed_tokens, lm_head")
+    section = AdapterSection(rank=4, modules_to_save=("embed_tokens", "lm_head"))
     model = attach_adapter(base, section, grad_checkpointing=True)
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     assert len(wrappers) == 2
@@ -67,7 +67,7 @@ def test_masters_are_fp32_and_the_stream_stays_as_it_is(tiny: Path, method: str)
 
 
 def test_resumed_equals_uninterrupted(train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe.with_("adapter.modules_to_save", "lm_head").with_("method", "qlora")
+    recipe = recipe.with_("adapter.modules_to_save", ("lm_head",)).with_("method", "qlora")
     whole = train(recipe)
     at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
     parts = train(recipe)
@@ -79,19 +79,19 @@ def test_resumed_equals_uninterrupted(train: Train, recipe: Recipe, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("lm_hed", "which this model does not have"), ("down_proj", "held in 4 bits")]
+    ("name", "words"), [("lm_hed", "which this model does not have"), ("down_proj", "held in 4 bits")]
 )
-def test_names_that_mean_nothing_are_refused(tiny: Path, text: str, words: str) -> None:
+def test_names_that_mean_nothing_are_refused(tiny: Path, name: str, words: str) -> None:
     from tests.core.test_vram_real_step import four_bit
 
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     four_bit(base, torch.bfloat16)
     with pytest.raises(JobFailed) as caught:
-        attach_adapter(base, AdapterSection(modules_to_save=text), grad_checkpointing=False)
+        attach_adapter(base, AdapterSection(modules_to_save=(name,)), grad_checkpointing=False)
     assert words in str(caught.value)
 
 
 def test_a_target_that_is_trained_whole_needs_no_adapter(train: Train, recipe: Recipe) -> None:
-    history = history_of(train(recipe.with_("adapter.modules_to_save", "down_proj")))
+    history = history_of(train(recipe.with_("adapter.modules_to_save", ("down_proj",))))
     assert history.failed is None, history.failed
     assert history.train.losses[-1] < history.train.losses[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from studio.core.events import Finished
-from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe import FIELDS, Recipe
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import stop
@@ -58,7 +58,7 @@ def go_to(terminal: Terminal, path: str) -> None:
 
 def paths_on(screen: str) -> set[str]:
     """Every path of a recipe that is named: a half-painted screen names none that is new."""
-    return set(re.findall(r"[a-z]+\.[a-z_]+", screen)) & PATHS.keys()
+    return set(re.findall(r"[a-z]+\.[a-z_]+", screen)) & FIELDS.keys()
 
 
 def turn_to(terminal: Terminal, path: str, value: str) -> None:

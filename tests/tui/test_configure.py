@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from textual.pilot import Pilot
 
-from studio.core.field_words import SECTIONS, words_of
-from studio.core.knobs import KNOBS
-from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe import FIELDS, SECTIONS, Recipe
+from studio.core.value_kinds import Number
 from studio.tui.app import StudioApp
 from studio.tui.form_fields import options_of
 from studio.tui.panels.recipe_form import notes_of
@@ -39,18 +38,12 @@ def screen_of(app: StudioApp) -> ConfigureScreen:
 
 def test_every_field_of_a_recipe_is_on_the_form_once_and_explained() -> None:
     paths = [path for _, section in SECTIONS for path in section]
-    assert sorted(paths) == sorted(PATHS)
-    for path in paths:
-        words = words_of(path)
-        assert words.label
-        assert len(words.label) < 18, "labels line up"
-        assert words.help.endswith(".")
-    assert {path for path in paths if words_of(path).cost} == set(KNOBS)
-
-
-def test_words_of_an_unknown_field_are_an_error() -> None:
-    with pytest.raises(KeyError):
-        words_of("train.speed")
+    assert sorted(paths) == sorted(FIELDS)
+    for field in FIELDS.values():
+        assert field.label
+        assert len(field.label) < 18, "labels line up"
+        assert field.help.endswith(".")
+        assert bool(field.cost) == isinstance(field.kind, Number)
     assert options_of("train.steps") == ()
 
 
@@ -268,9 +261,10 @@ def test_notes_follow_from_several_fields() -> None:
 def test_every_slider_shows_its_knob(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         sliders = {str(slider.id).replace("--", "."): slider for slider in app.screen.query(Slider)}
-        assert set(sliders) == {path for path, knob in KNOBS.items() if knob.stops}
+        numbers = {path: field.kind for path, field in FIELDS.items() if isinstance(field.kind, Number)}
+        assert set(sliders) == {path for path, number in numbers.items() if number.stops}
         for path, slider in sliders.items():
             assert slider.value == screen_of(app).recipe.get(path)
-            assert (slider.scale.low, slider.scale.high) == (KNOBS[path].low, KNOBS[path].high)
+            assert (slider.scale.low, slider.scale.high) == (numbers[path].low, numbers[path].high)
 
     play(story, tmp_path)

@@ -6,8 +6,7 @@ import pytest
 from textual.pilot import Pilot
 
 from studio.core.events import Started
-from studio.core.field_words import words_of
-from studio.core.recipe import PATHS
+from studio.core.recipe import FIELDS
 from studio.tui.app import StudioApp
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen, help_text
@@ -19,9 +18,9 @@ from tests.tui.stories import NARROW, WIDE, play, settle, shown, until
 def test_every_field_is_explained_with_its_limits() -> None:
     told = help_text((("r", "Run"),), fields=True).plain
     assert "r             Run" in told
-    for path in PATHS:
+    for path in FIELDS:
         assert f"{path}" in told
-        assert words_of(path).help in told
+        assert FIELDS[path].help in told
     assert "1 to 1024" in told
     assert "On a slider" not in help_text((), fields=False).plain
 

@@ -5,10 +5,10 @@ from functools import cached_property, lru_cache
 from operator import attrgetter
 from typing import Any, Literal
 
-from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
-from studio.core.recipe import ALL_LINEAR, Attention, Loss, Method, Optimizer, Recipe
+from studio.core.recipe import Attention, Loss, Method, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
+from studio.core.value_kinds import ALL_LINEAR
 from studio.core.vram.modules import FusedKernels
 
 Engine = Literal["studio", "hf"]
@@ -159,8 +159,8 @@ def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
         method=recipe.method,
         rank=recipe.adapter.rank,
         targets=recipe.adapter.targets,
-        rank_pattern=tuple((name, int(rank)) for name, rank in pattern_of(recipe.adapter.rank_pattern).items()),
-        layers=layers_of(recipe.adapter.layers),
+        rank_pattern=recipe.adapter.rank_pattern,
+        layers=recipe.adapter.layers,
         dropout=recipe.adapter.dropout,
         dora=recipe.adapter.dora,
         micro_batch=train.micro_batch,
@@ -172,8 +172,8 @@ def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
         loss=train.loss,
         dtype=dtype,
         offload_checkpoints=train.offload_checkpoints,
-        modules_to_save=modules_of(recipe.adapter.modules_to_save),
-        skip_modules=modules_of(recipe.model.skip_modules),
+        modules_to_save=recipe.adapter.modules_to_save,
+        skip_modules=recipe.model.skip_modules,
         quant_type=recipe.model.quant_type,
         device="cpu" if recipe.device.device == "cpu" else "cuda",
         double_quant=recipe.model.double_quant,

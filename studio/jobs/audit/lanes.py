@@ -58,7 +58,7 @@ def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
             "blocks that lora-studio audit base finds."
         )
     if MIXED in among and name != MIXED:
-        turned = turned.with_("model.skip_modules", "")
+        turned = turned.with_("model.skip_modules", ())
     if start == "loftq":
         turned = turned.with_("adapter.init", start)
     elif recipe.adapter.init in ("pissa", "loftq"):

@@ -14,7 +14,6 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
 from studio.core.quantised_base import BITSANDBYTES
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
@@ -42,7 +41,7 @@ class FourBit:
 
 def four_bit_of(section: ModelSection) -> FourBit:
     """Return the 4-bit form that a recipe asks for."""
-    return FourBit(section.quant_type, section.double_quant, modules_of(section.skip_modules))
+    return FourBit(section.quant_type, section.double_quant, section.skip_modules)
 
 
 def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:

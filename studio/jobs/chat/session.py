@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TextStreamer
 
-from studio.core.adapter_text import modules_of
 from studio.core.errors import BadInput
 from studio.core.recipe import QuantType
 from studio.core.text import plain
@@ -229,7 +228,7 @@ def check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch
 
 def _quant(request: ChatRequest) -> FourBit:
     code: QuantType = "fp4" if request.quant_type == "fp4" else "nf4"
-    return FourBit(code, request.double_quant, modules_of(request.skip_modules))
+    return FourBit(code, request.double_quant, request.skip_modules)
 
 
 def _dtype(request: ChatRequest, device: torch.device) -> torch.dtype:

@@ -73,6 +73,6 @@ def _as_it_lies(recipe: Recipe, base: QuantisedBase | None) -> Recipe:
     """Return the recipe with the 4-bit form that a base has already: what is loaded keeps it."""
     if base is None:
         return recipe
-    kept = ", ".join(base.skipped) or recipe.model.skip_modules
+    kept = base.skipped or recipe.model.skip_modules
     held = replace(recipe.model, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=kept)
     return replace(recipe, model=held)

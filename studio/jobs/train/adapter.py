@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from studio.core.adapter_text import layers_of, modules_of, pattern_of
 from studio.core.errors import JobFailed
-from studio.core.recipe import ALL_LINEAR, AdapterSection
+from studio.core.recipe import AdapterSection
 from studio.core.text import plain
+from studio.core.value_kinds import ALL_LINEAR
 from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.guards import check_adapter
 from studio.runs.atomic import publish_folder
@@ -51,8 +51,8 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         init_lora_weights="gaussian" if section.init == "gaussian" else True,
         target_modules=target_modules(base, section.targets, by_name=layers is not None),
         layers_to_transform=layers,
-        rank_pattern={name: int(rank) for name, rank in pattern_of(section.rank_pattern).items()},
-        alpha_pattern=pattern_of(section.alpha_pattern),
+        rank_pattern=dict(section.rank_pattern),
+        alpha_pattern=dict(section.alpha_pattern),
         modules_to_save=whole_modules(base, section.modules_to_save),
         task_type=TaskType.CAUSAL_LM,
     )
@@ -180,13 +180,12 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
     return names
 
 
-def whole_modules(base: nn.Module, text: str) -> list[str] | None:
+def whole_modules(base: nn.Module, names: tuple[str, ...]) -> list[str] | None:
     """Return the names of the modules that are trained whole, or None for none.
 
     Raises:
         JobFailed: `unknown_targets` when a name is no module of the model, or one whose weights are in 4 bits.
     """
-    names = modules_of(text)
     modules = dict(base.named_modules())
     for name in names:
         found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
@@ -202,20 +201,19 @@ def whole_modules(base: nn.Module, text: str) -> list[str] | None:
     return list(names) or None
 
 
-def adapted_layers(base: nn.Module, text: str) -> list[int] | None:
+def adapted_layers(base: nn.Module, wanted: tuple[int, ...]) -> list[int] | None:
     """Return the layer numbers to adapt, or None for all of them.
 
     Raises:
         JobFailed: `unknown_targets` when the model has fewer layers.
     """
-    wanted = layers_of(text)
     if not wanted:
         return None
     count = int(cast(Any, base).config.get_text_config().num_hidden_layers)
-    if wanted[-1] >= count:
+    if max(wanted) >= count:
         raise JobFailed(
             "unknown_targets",
-            f"adapter.layers names layer {wanted[-1]}; this model has {count}, numbered from 0",
+            f"adapter.layers names layer {max(wanted)}; this model has {count}, numbered from 0",
             f"use numbers from 0 to {count - 1}, or leave adapter.layers empty for all",
         )
     return list(wanted)
@@ -228,8 +226,8 @@ def check_patterns(model: nn.Module, section: AdapterSection) -> None:
         JobFailed: `unknown_targets`.
     """
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    for field, text in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
-        for name in pattern_of(text):
+    for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
+        for name, _ in pattern:
             if not any(re.match(rf"(.*\.)?({name})$", module) for module in adapted):
                 known = ", ".join(sorted({module.rpartition(".")[2] for module in adapted}))
                 raise JobFailed(

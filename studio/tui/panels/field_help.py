@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from textual.content import Content
 from textual.widgets import Static
 
-from studio.core.field_words import words_of
-from studio.core.knobs import KNOBS
+from studio.core.recipe import FIELDS
 from studio.core.text import plain
+from studio.core.value_kinds import Number
 from studio.tui.form_fields import options_of
 
 
@@ -62,12 +62,12 @@ def field_help_text(path: str, problems: Sequence[str], busy: str) -> Content:
         parts += [f"{plain(problem)}\n" for problem in problems]
         parts.append("\n")
     if path:
-        words, knob = words_of(path), KNOBS.get(path)
-        parts += [(words.label, "bold"), (f"  {path}\n", "dim"), f"{words.help}\n"]
-        if words.cost:
-            parts.append(f"{words.cost}\n")
-        if knob is not None:
-            parts.append((f"{knob.allowed}. Type a number, or turn with the arrows.\n", "dim"))
+        field = FIELDS[path]
+        parts += [(field.label, "bold"), (f"  {path}\n", "dim"), f"{field.help}\n"]
+        if field.cost:
+            parts.append(f"{field.cost}\n")
+        if isinstance(field.kind, Number):
+            parts.append((f"{field.kind.allowed}. Type a number, or turn with the arrows.\n", "dim"))
         elif not options_of(path):
             parts.append(("Enter edits it; then enter takes it, and escape leaves it as it was.\n", "dim"))
     return Content.assemble(*parts)

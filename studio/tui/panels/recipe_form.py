@@ -11,19 +11,16 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
-from studio.core.field_words import SECTIONS, words_of
-from studio.core.knobs import KNOBS, Knob
-from studio.core.recipe import PATHS, Recipe
-from studio.core.recipe_parse import value_from_text
+from studio.core.recipe import FIELDS, SECTIONS, Recipe
 from studio.core.text import plain
-from studio.tui.form_fields import ON, options_of
+from studio.core.value_kinds import Number
+from studio.tui.form_fields import options_of
 from studio.tui.readable import setting
 from widgets.choice import Choice
-from widgets.scale import Scale, stops_scale
+from widgets.scale import stops_scale
 from widgets.slider import Slider
 from widgets.text_field import TextField
 
-_FOUR_BIT_ONLY = ("model.quant_type", "model.double_quant")
 _BETWEEN = "--"
 _LABEL_WIDTH = 18
 _FIRST_SECTIONS = 2
@@ -77,7 +74,7 @@ class RecipeForm(VerticalScroll):
 
     def _rows(self, sections: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[Widget]:
         for heading, paths in sections:
-            if heading:
+            if heading != SECTIONS[0][0]:  # the first fields stand below the title of the screen
                 yield Static(heading, classes="heading", markup=False)
             for path in paths:
                 yield self._fields[path]
@@ -97,8 +94,9 @@ class RecipeForm(VerticalScroll):
             field = self._fields[path]
             if isinstance(field, (Slider, Choice)):
                 field.note = note
-        for path in _FOUR_BIT_ONLY:
-            self._fields[path].display = recipe.method == "qlora"
+        for path, field in self._fields.items():
+            if FIELDS[path].four_bit:
+                field.display = recipe.method == "qlora"
 
     def turn_method(self) -> None:
         """Turn the method as if the user had done it in its row."""
@@ -115,20 +113,19 @@ class RecipeForm(VerticalScroll):
         """A slider was turned."""
         message.stop()
         path = _path_of(message.slider)
-        value = int(message.value) if PATHS[path] is int else float(message.value)
-        self.post_message(self.Turned(path, value))
+        self.post_message(self.Turned(path, FIELDS[path].kind.shaped(float(message.value))))
 
     def on_choice_changed(self, message: Choice.Changed) -> None:
         """A choice was turned."""
         message.stop()
         path = _path_of(message.choice)
-        self.post_message(self.Turned(path, message.value == ON if PATHS[path] is bool else message.value))
+        self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value)))
 
     def on_text_field_changed(self, message: TextField.Changed) -> None:
         """A text was finished."""
         message.stop()
         path = _path_of(message.field)
-        self.post_message(self.Turned(path, value_from_text(path, message.value.strip())))
+        self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value.strip())))
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """The user came to a field."""
@@ -150,34 +147,25 @@ def notes_of(recipe: Recipe) -> dict[str, str]:
 
 
 def _field(path: str, recipe: Recipe) -> Slider | Choice | TextField:
-    words, key = words_of(path), path.replace(".", _BETWEEN)
-    knob, options = KNOBS.get(path), options_of(path)
-    if knob is not None and knob.stops:
-        value, whole = float(recipe.get(path)), PATHS[path] is int
-        return Slider(words.label, _scale(knob), value, whole=whole, show=setting, label_width=_LABEL_WIDTH, id=key)
-    if options:
-        return Choice(words.label, options, _text(recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
-    return TextField(words.label, _text(recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
-
-
-def _scale(knob: Knob) -> Scale:
-    return stops_scale(knob.stops, knob.low, knob.high)
+    label, kind, key = FIELDS[path].label, FIELDS[path].kind, path.replace(".", _BETWEEN)
+    if isinstance(kind, Number) and kind.stops:
+        scale, value = stops_scale(kind.stops, kind.low, kind.high), float(recipe.get(path))
+        return Slider(label, scale, value, whole=kind.of is int, show=setting, label_width=_LABEL_WIDTH, id=key)
+    if options := options_of(path):
+        return Choice(label, options, _text(path, recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
+    return TextField(label, _text(path, recipe.get(path)), label_width=_LABEL_WIDTH, id=key)
 
 
 def _set(field: Slider | Choice | TextField, path: str, value: Any) -> None:
     """Show a value; one of the wrong type, as a user may type it, stays visible in its text field."""
     if not isinstance(field, Slider):
-        field.value = _text(value)
+        field.value = _text(path, value)
     elif isinstance(value, (int, float)):
         field.value = float(value)
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return ON if value else "off"
-    if isinstance(value, tuple):
-        return ", ".join(plain(str(name), one_line=True) for name in value)
-    return plain(str(value), one_line=True)
+def _text(path: str, value: Any) -> str:
+    return plain(FIELDS[path].kind.written(value), one_line=True)
 
 
 def _path_of(field: Widget) -> str:

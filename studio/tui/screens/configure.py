@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 
 from studio.core.errors import StudioError
-from studio.core.recipe import PATHS, Recipe
+from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
 from studio.tui.asks import ShowAudits, ShowRuns, ShowSetup
 from studio.tui.engine import Engine
@@ -207,7 +207,7 @@ class ConfigureScreen(LaunchScreen):
         ask_to_open(self.app, self._open)
 
     def _open(self, recipe: Recipe, source: "RecipeSource | None" = None) -> None:
-        self._undo = tuple((path, self.recipe.get(path)) for path in PATHS)
+        self._undo = tuple((path, self.recipe.get(path)) for path in FIELDS)
         self._source = source
         self._change(recipe)
 

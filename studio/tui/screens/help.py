@@ -9,8 +9,8 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
-from studio.core.field_words import SECTIONS, words_of
-from studio.core.knobs import KNOBS
+from studio.core.recipe import FIELDS, SECTIONS
+from studio.core.value_kinds import Number
 from studio.tui.screens.dialog import Dialog
 
 _KEY_WIDTH = 14
@@ -80,17 +80,17 @@ def help_text(keys: tuple[tuple[str, str], ...], *, fields: bool) -> Content:
         parts.append(("\nIn a line of text\n", "bold"))
         parts += [f"  {key:{_KEY_WIDTH}}{words}\n" for key, words in _LINE_KEYS]
         for heading, paths in SECTIONS:
-            parts.append((f"\n{heading or 'The run'}\n", "bold"))
+            parts.append((f"\n{heading}\n", "bold"))
             for path in paths:
                 parts += _field(path)
     return Content.assemble(*parts)
 
 
 def _field(path: str) -> list[str | tuple[str, str]]:
-    words, knob = words_of(path), KNOBS.get(path)
-    limits = f", {knob.allowed}" if knob else ""
-    cost = f" {words.cost}" if words.cost else ""
-    return [(f"  {words.label}", "underline"), (f"  {path}{limits}\n", "dim"), f"    {words.help}{cost}\n"]
+    field = FIELDS[path]
+    limits = f", {field.kind.allowed}" if isinstance(field.kind, Number) else ""
+    cost = f" {field.cost}" if field.cost else ""
+    return [(f"  {field.label}", "underline"), (f"  {path}{limits}\n", "dim"), f"    {field.help}{cost}\n"]
 
 
 def _shown(key: str) -> str:

@@ -1,0 +1,400 @@
+"""Kinds of value that a recipe's fields have: which values are sound, and how they are spelled.
+
+On one line, as a person types them after `--set` or in the form, and in TOML and JSON.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from studio.core.text import plain
+
+ALL_LINEAR = "all-linear"
+
+MOST_LAYERS = 10_000
+"""A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
+MOST_REPEATS = 4
+"""A regular expression with more, or with a repeated group, can take hours on the path of one module."""
+_LONGEST_FOUND, _MOST_LISTED = 100, 20
+_MOST_WHOLE = 10**300
+"""Larger whole numbers, which TOML and JSON allow, are no float; the checks refuse them."""
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+class ValueKind:
+    """A kind of value: which values are sound, and how they are spelled. This one is the base of the others."""
+
+    __slots__ = ()
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, in words for messages and the reference."""
+        raise NotImplementedError
+
+    def shaped(self, value: Any) -> Any:
+        """Return a value in the recipe's own type where it means the same, else the value as it is."""
+        return value
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what was found and what is allowed, for everything that is wrong with a value."""
+        raise NotImplementedError
+
+    def read(self, text: str) -> Any:
+        """Return the value that a person typed on one line; a text that means none is returned as it is."""
+        return text
+
+    def written(self, value: Any) -> str:
+        """Return a value on one line, such that `read` gives it back where it is sound."""
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def stored(self, value: Any) -> Any:
+        """Return a value as TOML and JSON hold it."""
+        return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Number(ValueKind):
+    """A number within limits.
+
+    Attributes:
+        of: `int` for whole numbers, else `float`.
+        low: Smallest value allowed.
+        high: Largest value allowed.
+        unit: What one of it is.
+        stops: The values that a slider stops at; empty for a field that is typed.
+    """
+
+    of: type[int] | type[float]
+    low: float
+    high: float
+    unit: str = ""
+    stops: tuple[float, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        """The limits in words."""
+        return f"{_spoken(self.low)} to {_spoken(self.high)} {self.unit}".rstrip()
+
+    def shaped(self, value: Any) -> Any:
+        """Return 4 for 4.0 where whole numbers are wanted, and 4.0 for 4 where others are allowed."""
+        if self.of is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value) if abs(value) < _MOST_WHOLE else value
+        return int(value) if self.of is int and isinstance(value, float) and value.is_integer() else value
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is no number of the type within the limits."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        whole = self.of is float or isinstance(value, int)
+        if not (number and whole and self.low <= value <= self.high):
+            yield found_value(value), self.allowed
+
+    def read(self, text: str) -> Any:
+        """Read a number such as 2e-4 or 1_000."""
+        try:
+            return self.shaped(float(text.replace("_", "")))
+        except ValueError:
+            return text
+
+
+@dataclass(frozen=True, slots=True)
+class Choice(ValueKind):
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """The words."""
+        return " or ".join(self.words)
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is none of the words."""
+        if value not in self.words:
+            yield found_value(value), self.allowed
+
+
+class Switch(ValueKind):
+    """True or false."""
+
+    __slots__ = ()
+
+    @property
+    def allowed(self) -> str:
+        """Both."""
+        return "true or false"
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is neither."""
+        if not isinstance(value, bool):
+            yield found_value(value), self.allowed
+
+    def read(self, text: str) -> Any:
+        """Read a word such as true, off or 1."""
+        low = text.lower()
+        return True if low in _TRUE else False if low in _FALSE else text
+
+    def written(self, value: Any) -> str:
+        """Write on or off."""
+        return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Text(ValueKind):
+    """A text.
+
+    Attributes:
+        needed: Whether it must not be empty.
+        place: Whether it may be the path of a file or folder, which counts from the recipe's own folder.
+        pattern: A regular expression that it must match.
+        form: The same in words.
+    """
+
+    needed: bool = False
+    place: bool = False
+    pattern: str = ""
+    form: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """What it must look like."""
+        return self.form or "text"
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is no text, no name where one is needed, or nothing that a file could hold."""
+        if not isinstance(value, str):
+            yield found_value(value), "text in quotes"
+        elif self.needed and not value.strip():
+            yield "nothing", "a name or path"
+        elif not _storable(value):
+            yield found_value(value), "text without NUL characters and lone surrogates"
+        elif self.pattern and not re.fullmatch(self.pattern, value):
+            yield found_value(value), self.form
+
+
+class Targets(ValueKind):
+    """The word `all-linear`, or module names; a text is one name."""
+
+    __slots__ = ()
+
+    @property
+    def allowed(self) -> str:
+        """Both forms."""
+        return f'"{ALL_LINEAR}" or a list of module names such as ["q_proj", "v_proj"]'
+
+    def shaped(self, value: Any) -> Any:
+        """Return names as a tuple, and the list of the one word as that word."""
+        if isinstance(value, (list, tuple)):
+            return ALL_LINEAR if list(value) == [ALL_LINEAR] else tuple(value)
+        return value
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is neither the word nor names."""
+        names = (value,) if isinstance(value, str) else value
+        sound = isinstance(names, tuple) and names and all(isinstance(name, str) and name.strip() for name in names)
+        if not sound or (ALL_LINEAR in names and len(names) > 1):
+            yield found_value(value), self.allowed
+
+    def read(self, text: str) -> Any:
+        """Read names with commas between; one name without a comma is a text."""
+        names = tuple(_unquoted(part) for part in _parts(text, "[]"))
+        return names[0] if len(names) == 1 and "," not in text and not text.startswith("[") else names
+
+
+class Modules(ValueKind):
+    """Names of modules, none where it is empty."""
+
+    __slots__ = ()
+
+    @property
+    def allowed(self) -> str:
+        """The list."""
+        return 'a list of module names, such as ["lm_head", "embed_tokens"]; on one line: lm_head, embed_tokens'
+
+    def shaped(self, value: Any) -> Any:
+        """Return a list as a tuple."""
+        return tuple(value) if isinstance(value, list) else value
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is no list, and a list with what is no dotted name or comes twice."""
+        if not isinstance(value, tuple):
+            yield _no_list(self, value)
+        elif not all(map(is_module, value)) or len(set(value)) < len(value):
+            yield found_value(value), self.allowed
+
+    def read(self, text: str) -> Any:
+        """Read names with commas between."""
+        return tuple(_unquoted(part) for part in _parts(text, "[]"))
+
+
+class Layers(ValueKind):
+    """Numbers of decoder layers, ascending; all of them where it is empty."""
+
+    __slots__ = ()
+
+    @property
+    def allowed(self) -> str:
+        """The list."""
+        return f"a list of layer numbers from 0 to {MOST_LAYERS}, such as [0, 1, 12]; on one line: 0-7, 12"
+
+    def shaped(self, value: Any) -> Any:
+        """Return a list of numbers in their order, each once, as a tuple."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        whole = all(isinstance(number, int) and not isinstance(number, bool) for number in value)
+        return tuple(sorted(set(value))) if whole else tuple(value)
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is no list, and a list with what numbers no layer."""
+        if not isinstance(value, tuple):
+            yield _no_list(self, value)
+        elif not all(type(number) is int and 0 <= number <= MOST_LAYERS for number in value):
+            yield found_value(value), self.allowed
+
+    def read(self, text: str) -> Any:
+        """Read numbers and ranges, such as `0-7, 12`."""
+        numbers: list[int] = []
+        for part in _parts(text, "[]"):
+            match = re.fullmatch(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if not first <= last <= MOST_LAYERS:
+                return text
+            numbers += range(first, last + 1)
+        return self.shaped(numbers)
+
+    def written(self, value: Any) -> str:
+        """Write three layers and more in a row as a range."""
+        if any(self.wrong(value)):
+            return str(value)
+        ranges: list[list[int]] = []
+        for number in value:
+            if ranges and number == ranges[-1][-1] + 1:
+                ranges[-1].append(number)
+            else:
+                ranges.append([number])
+        return ", ".join(f"{row[0]}-{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class ByModule(ValueKind):
+    """Numbers by module name, in order. A name is the end of a module's path, or a regular expression for it (peft)."""
+
+    number: Number
+
+    @property
+    def allowed(self) -> str:
+        """The table."""
+        return (
+            'a table of numbers by module name, such as { down_proj = 32, "layers.0.self_attn.q_proj" = 8 }; on one '
+            "line: down_proj=32, v_proj=8"
+        )
+
+    def shaped(self, value: Any) -> Any:
+        """Return a table as pairs; tables in it are the dots of a name that was written without quotes."""
+        if not isinstance(value, Mapping):
+            return value
+        pairs, open_tables = [], [("", value)]
+        while open_tables:
+            name, inner = open_tables.pop()
+            if isinstance(inner, Mapping) and (inner or not name):
+                dotted = [(f"{name}.{key}" if name else key, below) for key, below in inner.items()]
+                open_tables += reversed(dotted)
+            else:
+                pairs.append((name, self.number.shaped(inner)))
+        return tuple(pairs)
+
+    def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
+        """Yield what is no table, and every pair that has no usable name or no number within the limits."""
+        if not isinstance(value, tuple):
+            yield _no_list(self, value)
+            return
+        for name, number in value:
+            if not _is_pattern(name):
+                rule = f"in a regular expression no repeated group and at most {MOST_REPEATS} repeats"
+                yield found_value(name), f"{self.allowed}; {rule}"
+            for found, allowed in self.number.wrong(number):
+                yield plain(f"{name} = {found}", limit=_LONGEST_FOUND), allowed
+
+    def read(self, text: str) -> Any:
+        """Read `name=number` with commas between, such as `down_proj=32, q_proj=8`."""
+        parts = [part.rpartition("=") for part in _parts(text, "{}")]
+        table = {_unquoted(name): self.number.read(number.strip()) for name, _, number in parts}
+        typed = len(table) == len(parts) and not any(isinstance(number, str) for number in table.values())
+        return tuple(table.items()) if typed and "" not in table else text
+
+    def written(self, value: Any) -> str:
+        """Write `name=number` with commas between."""
+        return ", ".join(f"{n}={_brief(number)}" for n, number in value) if isinstance(value, tuple) else str(value)
+
+    def stored(self, value: Any) -> Any:
+        """Return the table."""
+        return dict(value) if isinstance(value, tuple) else value
+
+
+def found_value(value: Any) -> str:
+    """Return a value for a message: written as in a recipe, short enough for a line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return plain(f"[{', '.join(map(found_value, value[:_MOST_LISTED]))}]", limit=_LONGEST_FOUND)
+    if isinstance(value, dict):
+        return "a table"
+    # Dates are written in TOML as Python prints them; texts need their quotes.
+    return plain(repr(value) if isinstance(value, str | int | float) else str(value), limit=_LONGEST_FOUND)
+
+
+def is_module(name: object) -> bool:
+    """Whether it is the dotted name of a module."""
+    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name) is not None
+
+
+def _is_pattern(name: object) -> bool:
+    """Whether a name can be looked for in every module's path, as a regular expression that ends soon."""
+    if not isinstance(name, str) or name.split() != [name] or re.search(r"\)[*+{]", name):
+        return False
+    try:
+        re.compile(name)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return _storable(name) and len(re.findall(r"[*+?{]", name)) <= MOST_REPEATS
+
+
+def _no_list(kind: ValueKind, value: Any) -> tuple[str, str]:
+    """Say that a list or table is wanted; of a text that means one, how it is written in a file."""
+    meant = kind.read(value) if isinstance(value, str) else None
+    if not isinstance(meant, tuple) or any(kind.wrong(meant)):
+        return found_value(value), kind.allowed
+    stored = kind.stored(meant)
+    if isinstance(stored, dict):
+        pairs = (
+            f"{key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else repr(key)} = {_brief(n)}" for key, n in stored.items()
+        )
+        return f"the text {found_value(value)}", f"a table: {{ {', '.join(pairs)} }}"
+    listed = ", ".join(f'"{item}"' if isinstance(item, str) else str(item) for item in stored)
+    return f"the text {found_value(value)}", f"a list: [{listed}]"
+
+
+def _parts(text: str, brackets: str) -> list[str]:
+    """Return what stands between commas; a list or table may be typed as it is written in a file."""
+    text = text.strip()
+    inner = text[1:-1] if text[:1] == brackets[0] and text[-1:] == brackets[1] else text
+    # A comma inside of braces is a regular expression's, as in q{1,2}_proj.
+    return [part.strip() for part in re.split(r",(?![^{]*\})", inner) if part.strip()]
+
+
+def _unquoted(part: str) -> str:
+    return part.strip().strip("\"'")
+
+
+def _storable(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _brief(number: object) -> str:
+    """Return a number as a person would type it: 64 for 64.0."""
+    return f"{number:g}" if isinstance(number, float) and float(f"{number:g}") == number else str(number)
+
+
+def _spoken(number: float) -> str:
+    """A large whole number with its thousands apart: a reader should not meet 1e+06 where 1,000,000 is meant."""
+    return f"{number:,.0f}" if number >= 10_000 else f"{number:g}"
