@@ -14,8 +14,8 @@ from studio.jobs.train import between
 from studio.jobs.train.adapter import attach_adapter
 from studio.runs.control import request, withdraw_all
 from tests.jobs.conftest import Train, history_of
+from tests.jobs.test_initialisation import logits
 from tests.jobs.test_resume import at_step, weights
-from tests.jobs.test_start import logits
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
