@@ -17,16 +17,17 @@ from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
 from studio.launch.start import start
-from studio.probe.audit import audit_of_run, copy_report, data_path, read_report
+from studio.probe.audit import audit_fields, audit_of_run, copy_report, data_path, read_report
 from studio.probe.models import word_anywhere
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
-from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe
+from studio.runs.recipe_file import find_recipe, load_recipe
 from studio.runs.status import Status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
 
 _DEFAULT = AuditRequest("base")
+_FORMS, _KEPT = ",".join(_DEFAULT.forms), ",".join(map(str, _DEFAULT.kept))
 _SHOWN_PROMPTS = 3
 
 
@@ -43,12 +44,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     base = kinds.add_parser("base", help="a base in 16 bit against its roundings, before any training")
     base.add_argument("--model", required=True, metavar="MODEL", help="a hub id, a folder, or: embedded")
     base.add_argument("--data", required=True, metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
-    base.add_argument("--forms", default=_DEFAULT.forms, metavar="NAMES", help=f"roundings (default: {_DEFAULT.forms})")
+    base.add_argument("--forms", default=_FORMS, metavar="NAMES", help=f"roundings (default: {_FORMS})")
     base.add_argument(
-        "--keep", default=_DEFAULT.kept, metavar="N,N", help="measure plans with the N worst blocks in 16 bit; 0: none"
+        "--keep",
+        default=_KEPT,
+        metavar="N,N",
+        help="measure plans with the N worst blocks in 16 bit; 0: none",
     )
     base.add_argument("--format", default="auto", choices=choices_of("data.format"), help="how the data are read")
-    base.add_argument("--seed", default=_DEFAULT.seed, metavar="N", help="chooses where there are more rows")
+    base.add_argument("--seed", default=str(_DEFAULT.seed), metavar="N", help="chooses where there are more rows")
     run = kinds.add_parser("run", help="an adapter on every base that it can be put on or merged into")
     add_run(run)
     run.add_argument("--base", metavar="MODEL", help="the 16-bit base (default: the one that it was trained on)")
@@ -89,7 +93,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     race.add_argument("--data", metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
     race.add_argument(
         "--lanes",
-        default=_DEFAULT.lanes,
+        default=",".join(_DEFAULT.lanes),
         metavar="NAMES",
         help="of lora, qlora, qlora+loftq, qlora+mixed (with model.skip_modules in 16 bit)",
     )
@@ -175,16 +179,15 @@ def _base(args: argparse.Namespace) -> AuditRequest:
         model=word_anywhere(args.model),
         data=data_path(args.data),
         format=args.format,
-        forms=args.forms,
-        kept="" if args.keep.strip() == "0" else args.keep,
-        seed=args.seed,
         device=args.device,
     )
-    return replace(request, **_limits(args))
+    kept = "" if args.keep.strip() == "0" else args.keep
+    said = {"forms": args.forms, "kept": kept, "seed": args.seed, **_limits(args)}
+    return replace(request, **audit_fields(said))
 
 
 def _run(args: argparse.Namespace) -> AuditRequest:
-    changes = _limits(args)
+    changes = audit_fields(_limits(args))
     if args.base:
         changes |= {"model": word_anywhere(args.base), "revision": ""}
     if args.data:
@@ -192,14 +195,14 @@ def _run(args: argparse.Namespace) -> AuditRequest:
     if args.device != "auto":
         changes["device"] = args.device
     asked = ("answers", "answer_tokens", "check_regex", "lm_eval", "lm_eval_limit")
-    changes |= {name: value for name in asked if (value := getattr(args, name)) is not None}
-    changes |= {"merged": _places(args.merged), "gguf": _places(args.gguf), "speed": "0" if args.no_speed else "1"}
+    changes |= audit_fields({name: value for name in asked if (value := getattr(args, name)) is not None})
+    changes |= {"merged": _places(args.merged), "gguf": _places(args.gguf), "speed": not args.no_speed}
     return audit_of_run(run_of(args), **changes)
 
 
-def _places(words: Sequence[str]) -> str:
-    """Return absolute paths, a line each."""
-    return "\n".join(str(Path(word).expanduser().absolute()) for word in words)
+def _places(words: Sequence[str]) -> tuple[str, ...]:
+    """Return absolute paths."""
+    return tuple(str(Path(word).expanduser().absolute()) for word in words)
 
 
 def _race(args: argparse.Namespace) -> AuditRequest:
@@ -208,8 +211,8 @@ def _race(args: argparse.Namespace) -> AuditRequest:
         "race",
         model=recipe.model.base,
         revision=recipe.model.revision,
-        recipe=dump_recipe(recipe),
-        lanes=args.lanes,
+        recipe=recipe,
+        **audit_fields({"lanes": args.lanes}),
     )
 
 

@@ -28,7 +28,7 @@ from studio.probe.pace import pace_of, pace_to_dict
 from studio.probe.plan import PlanDevice
 from studio.probe.shape import find_shape
 from studio.runs.measure_request import MeasureRequest
-from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe, resolve_paths
+from studio.runs.recipe_file import find_recipe, load_recipe, resolve_paths
 from studio.runs.status import Status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
@@ -106,12 +106,12 @@ def _request(args: argparse.Namespace, recipe: Recipe, setup: Setup, gpu: Gpu | 
     # A named card is another one than this machine's: only a trace can tell.
     named = bool(args.gpu or args.vram_gib)
     request = MeasureRequest(
-        dump_recipe(recipe),
+        recipe,
         how="trace" if args.trace or named else "auto",
         device=setup.device,
         dtype=setup.dtype,
     )
-    return request if gpu is None else replace(request, capability="{}.{}".format(*gpu.compute_capability))
+    return request if gpu is None else replace(request, capability=gpu.compute_capability)
 
 
 def _conclude(watch: RunWatch, end: End, plan: Mapping[str, Any], *, as_json: bool) -> int:

@@ -17,7 +17,7 @@ from studio.launch.start import start
 from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoints
 from studio.probe.models import word_anywhere
 from studio.runs.chain import beside
-from studio.runs.job import ONTO, WHOLE_FORMATS, MergeRequest, read_job
+from studio.runs.job import ONTO, WHOLE_FORMATS, MergeRequest, Weighted, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 from studio.runs.store import find_run
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     request = replace(
         request,
         onto=_onto(args.onto),
-        weight=f"{args.weight:g}",
+        weight=args.weight,
         more=tuple(_further(word, root_of(args)) for word in args.further),
         checkpoint=_checkpoint(args.checkpoint, request),
         then=tuple(dict.fromkeys(args.export)),
@@ -177,11 +177,20 @@ def _trained_in_16_bits(paths: RunPaths) -> bool:
     return job is not None and job.method == "lora"
 
 
-def _further(word: str, root: Path) -> str:
-    """Return a further adapter as a request has it, from `RUN|DIR=WEIGHT`."""
-    name, _, weight = word.rpartition("=") if "=" in word else (word, "", "1")
+def _further(word: str, root: Path) -> Weighted:
+    """Return a further adapter, from `RUN|DIR=WEIGHT`.
+
+    Raises:
+        BadInput: The weight is no number, or the adapter is not there.
+    """
+    name, _, text = word.rpartition("=") if "=" in word else (word, "", "1")
     # Only where it lies: base and output are those of the first.
-    return f"{weight}={merge_request(name, root, out='-', base='-').adapter}"
+    adapter = merge_request(name, root, out="-", base="-").adapter
+    try:
+        return Weighted(adapter, float(text))
+    except ValueError:
+        shown = plain(text, one_line=True, limit=40)
+        raise BadInput(f"the weight {shown} of an adapter: wanted a number such as 0.5.") from None
 
 
 def _checkpoint(word: str, request: MergeRequest) -> str:

@@ -1,7 +1,6 @@
 """The table of job kinds: how a job of each kind is asked for, which module does it, what is checked before."""
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Generic
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.core.recipe_parse import recipe_from_dict, refuse
+from studio.core.recipe_parse import refuse
 from studio.core.text import plain
 from studio.probe.audit import check_audit
 from studio.probe.device import CPU_PLACE, Place, place_of, recorded_card
@@ -114,7 +113,7 @@ def _check_export(request: ExportRequest) -> Checked[ExportRequest]:
 
 
 def _check_measure(request: MeasureRequest) -> Checked[MeasureRequest]:
-    recipe = recipe_from_dict(tomllib.loads(request.recipe))
+    recipe = request.recipe
     refuse(recipe.problems())
     config = base_config(recipe.model.base, recipe.model.revision)
     refuse_untrainable(BaseFound("folder", recipe.model.base, None, config, 0), recipe.method)
@@ -127,7 +126,7 @@ def _check_measure(request: MeasureRequest) -> Checked[MeasureRequest]:
 def _measured_on(request: MeasureRequest, paths: RunPaths | None = None) -> Place:
     if request.how == "trace":
         return CPU_PLACE
-    return place_of(recipe_from_dict(tomllib.loads(request.recipe)).device.device)
+    return place_of(request.recipe.device.device)
 
 
 def _check_audit(request: AuditRequest) -> Checked[AuditRequest]:
@@ -137,8 +136,8 @@ def _check_audit(request: AuditRequest) -> Checked[AuditRequest]:
 
 def _audited_on(request: AuditRequest, paths: RunPaths | None = None) -> Place:
     """On the card that the audited run ran on, where that is visible; a race where its recipe says."""
-    if request.recipe:
-        return place_of(recipe_from_dict(tomllib.loads(request.recipe)).device.device)
+    if request.recipe is not None:
+        return place_of(request.recipe.device.device)
     about = RunPaths(Path(request.run)) if request.run and request.device == "auto" else None
     return place_of(request.device, run_card=recorded_card(about), setting="--device")
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import tomllib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 from studio.core.answers import checks_for
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe, choices_of
-from studio.core.recipe_parse import recipe_from_dict
 from studio.core.text import plain
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import shipped_data
@@ -24,10 +23,11 @@ from studio.runs.layout import RunPaths
 
 _MOST_REPORT_BYTES = 50 * 2**20
 _LEAST_ROWS = 2
-_COUNTS = ("answers", "answer_tokens", "lm_eval_limit")
+_LEAST = {"rows": _LEAST_ROWS, "seq_len": 2, "seed": 0, "answers": 0, "answer_tokens": 0, "lm_eval_limit": 0}
+"""The least that fields which are numbers can be."""
 
 
-def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
+def audit_of_run(paths: RunPaths, **changes: Any) -> AuditRequest:
     """Return the audit of a training run's adapter: its base, and all rows that its record says it held out.
 
     Args:
@@ -45,18 +45,52 @@ def audit_of_run(paths: RunPaths, **changes: str) -> AuditRequest:
         raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
     record = read_record(paths)
     other_data = changes.get("data", record.held_from) != record.held_from
-    fields = {
+    fields: dict[str, Any] = {
         "model": job.model.base,
         "revision": job.model.revision,
         "data": record.held_from,
         "format": record.format,
-        "rows": AuditRequest("run").rows if other_data else str(max(_LEAST_ROWS, len(record.held_out))),
-        "seq_len": str(job.train.seq_len),
-        "seed": str(job.train.seed),
+        "rows": AuditRequest("run").rows if other_data else max(_LEAST_ROWS, len(record.held_out)),
+        "seq_len": job.train.seq_len,
+        "seed": job.train.seed,
         # Who trained on the CPU on purpose means the same here; any other run says itself which card it used.
         "device": "cpu" if job.device.device == "cpu" else "auto",
     }
     return AuditRequest("run", run=str(paths.root.absolute()), **{**fields, **changes})
+
+
+def audit_fields(said: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a request that somebody typed as texts, lists with commas between.
+
+    Args:
+        said: By name of the field.
+
+    Raises:
+        BadInput: A text is not what its field wants.
+    """
+    return {name: _field(name, text) for name, text in said.items()}
+
+
+def _field(name: str, text: str) -> Any:
+    if name in _LEAST:
+        return _whole(name, text)
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if name in ("forms", "lanes", "lm_eval"):
+        return words
+    if name == "kept":
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise BadInput(f"keep: found {plain(text, one_line=True, limit=40)}; wanted numbers such as 1,2,4.")
+        return tuple(int(word) for word in words)
+    return text.strip() != "0" if name == "speed" else text
+
+
+def _whole(name: str, text: str) -> int:
+    least = _LEAST[name]
+    if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= 10**9:
+        found = plain(text, one_line=True, limit=40) or "nothing"
+        shown = name.removesuffix("_len").replace("_", "-")
+        raise BadInput(f"{shown}: found {found}; wanted a whole number, {least} or more.")
+    return int(text)
 
 
 def rows_to_measure(request: AuditRequest) -> RowsToMeasure:
@@ -65,7 +99,7 @@ def rows_to_measure(request: AuditRequest) -> RowsToMeasure:
     Raises:
         BadInput: They cannot be used, the run has no record, or no row may be called held out.
     """
-    data, wanted, seed = Path(request.data), int(request.rows), int(request.seed)
+    data, wanted, seed = Path(request.data), request.rows, request.seed
     if not request.run:
         return rows_of_base(data, format=request.format, wanted=wanted, seed=seed)
     paths = RunPaths(Path(request.run))
@@ -77,12 +111,11 @@ def recipe_of_race(request: AuditRequest) -> Recipe:
     """Return the recipe whose methods race.
 
     Raises:
-        BadInput: It is damaged, or holds out no rows to compare the lanes on.
+        BadInput: There is none, or it holds out no rows to compare the lanes on.
     """
-    try:
-        recipe = recipe_from_dict(tomllib.loads(request.recipe))
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"the recipe of this race is damaged: {error}") from None
+    recipe = request.recipe
+    if recipe is None:
+        raise BadInput("a race needs the recipe whose methods race.")
     if not recipe.eval.rows and not recipe.data.eval_path:
         raise BadInput(
             "a race compares its lanes on rows that none of them was trained on; this recipe holds out none. Set "
@@ -113,18 +146,14 @@ def check_audit(request: AuditRequest) -> None:
         raise BadInput(
             "lm-eval: it is not installed in this Python. Install it (pip install lm-eval), or leave it out."
         )
-    for name, least in (("rows", _LEAST_ROWS), ("seq_len", 2), ("seed", 0), *((name, 0) for name in _COUNTS)):
-        text = getattr(request, name)
-        if not text.isascii() or not text.isdigit() or not least <= int(text[:12]) <= 10**9:
-            found = plain(text, one_line=True, limit=40) or "nothing"
-            shown = name.removesuffix("_len").replace("_", "-")
-            raise BadInput(f"{shown}: found {found}; wanted a whole number, {least} or more.")
-    if any(not part.strip().isdigit() for part in request.kept.split(",") if part.strip()):
-        raise BadInput(f"keep: found {plain(request.kept, one_line=True, limit=40)}; wanted numbers such as 1,2,4.")
+    for name in _LEAST:
+        _whole(name, str(getattr(request, name)))
+    if any(size < 0 for size in request.kept):
+        raise BadInput(f"keep: found {','.join(map(str, request.kept))}; wanted numbers such as 1,2,4.")
     if request.format not in choices_of("data.format"):
         raise BadInput(f"format: wanted one of {', '.join(choices_of('data.format'))}.")
     if request.what == "race":
-        _ = request.lane_names
+        request.check_lanes()
         recipe_of_race(request)
         return  # the recipe's own checks come when its runs are started
     base = find_base(request.model, request.revision)

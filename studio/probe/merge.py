@@ -1,5 +1,6 @@
 """What a merge needs: an adapter, its 16-bit base, a free place. Checked before the start and again in the job."""
 
+import math
 from pathlib import Path
 
 from studio.core.errors import BadInput
@@ -31,7 +32,9 @@ def check_merge(request: MergeRequest) -> None:
         if base.path is not None:
             refuse_another_base(request.run, base.path, known_fingerprint)
     check_out(out)
-    for folder, _ in request.weighted:
+    for folder, weight in request.weighted:
+        if not math.isfinite(weight):
+            raise BadInput(f"the weight {weight} of an adapter: wanted a number such as 0.5.")
         find_adapter(Path(folder))
 
 

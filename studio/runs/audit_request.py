@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
 from studio.core.text import plain
 
 WHAT = ("base", "run", "race")
@@ -16,7 +17,7 @@ LANES = ("lora", "qlora", "qlora+loftq", "qlora+mixed")
 
 @dataclass(frozen=True, slots=True)
 class AuditRequest:
-    """A measurement of what 4 bits cost. All fields are texts, as every job's in `recipe.toml`.
+    """A measurement of what 4 bits cost.
 
     Attributes:
         what: One of `WHAT`.
@@ -25,22 +26,22 @@ class AuditRequest:
         data: Absolute path of the data file; for a run that of its held-out rows, or any other file.
         format: How the data are read, one of the recipe's.
         run: Absolute path of the training run; empty where none is audited.
-        recipe: TOML text of the recipe whose methods race; empty where none do.
-        merged: Absolute paths of merged model folders that are measured beside a run's other forms, a line each.
+        recipe: The recipe whose methods race; None where none do.
+        merged: Absolute paths of merged model folders that are measured beside a run's other forms.
         text: Absolute path of the neutral text; empty means the built-in one.
         rows: Most rows of the data. Of a run only rows that it held out, or never saw, are measured, however many.
         seq_len: Longest row, tokens.
         seed: Chooses where there are more rows than are wanted.
-        forms: Roundings of a base, joined by commas.
-        kept: How many of the worst blocks each mixed plan keeps in 16 bit, joined by commas; empty measures none.
-        lanes: Methods that race, joined by commas.
+        forms: Roundings of a base.
+        kept: How many of the worst blocks each mixed plan keeps in 16 bit; none measures none.
+        lanes: Methods that race.
         answers: How many held-out prompts a run's forms answer; 0 for none.
         answer_tokens: Longest answer; 0 means from the held-out answers.
         check_regex: A regular expression that answers are checked with; empty for none.
-        lm_eval: Tasks of lm-eval, joined by commas, or paths of task files; empty for none.
+        lm_eval: Tasks of lm-eval, or paths of task files.
         lm_eval_limit: Most documents of each such task; 0 for all.
-        gguf: Absolute paths of GGUF files that are measured beside a run's other forms, a line each.
-        speed: 1 where the tokens a second of serving a run's forms are measured, 0 where not.
+        gguf: Absolute paths of GGUF files that are measured beside a run's other forms.
+        speed: Whether the tokens a second of serving a run's forms are measured.
         device: Where a base or a run is measured, as in a recipe; `auto` takes the run's own card where it is visible.
     """
 
@@ -51,33 +52,30 @@ class AuditRequest:
     data: str = ""
     format: str = "auto"
     run: str = ""
-    recipe: str = ""
-    merged: str = ""
+    recipe: Recipe | None = None
+    merged: tuple[str, ...] = ()
     text: str = ""
-    rows: str = "100"
-    seq_len: str = "1024"
-    seed: str = "17"
-    forms: str = "nf4,nf4+dq,fp4,int8"
-    kept: str = "1,2,4"
-    lanes: str = "lora,qlora"
-    answers: str = "0"
-    answer_tokens: str = "0"
+    rows: int = 100
+    seq_len: int = 1024
+    seed: int = 17
+    forms: tuple[str, ...] = ("nf4", "nf4+dq", "fp4", "int8")
+    kept: tuple[int, ...] = (1, 2, 4)
+    lanes: tuple[str, ...] = ("lora", "qlora")
+    answers: int = 0
+    answer_tokens: int = 0
     check_regex: str = ""
-    lm_eval: str = ""
-    lm_eval_limit: str = "0"
-    gguf: str = ""
-    speed: str = "1"
+    lm_eval: tuple[str, ...] = ()
+    lm_eval_limit: int = 0
+    gguf: tuple[str, ...] = ()
+    speed: bool = True
     device: str = "auto"
 
-    @property
-    def lane_names(self) -> list[str]:
-        """The lanes of a race, in their order.
+    def check_lanes(self) -> None:
+        """Check the lanes of a race.
 
         Raises:
             BadInput: They are not two or more different ones of `LANES`.
         """
-        names = [name.strip() for name in self.lanes.split(",") if name.strip()]
-        if len(set(names)) < 2 or len(set(names)) != len(names) or not set(names) <= set(LANES):
-            found = plain(self.lanes, one_line=True, limit=80) or "nothing"
+        if len(set(self.lanes)) < 2 or len(set(self.lanes)) != len(self.lanes) or not set(self.lanes) <= set(LANES):
+            found = plain(",".join(self.lanes), one_line=True, limit=80) or "nothing"
             raise BadInput(f"lanes: found {found}; wanted two or more of {', '.join(LANES)}, each once.")
-        return names

@@ -1,10 +1,10 @@
 """What a run was asked to do. `recipe.toml` of a training run is the recipe; other jobs name themselves in it."""
 
-import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import tomlkit
 
@@ -43,6 +43,19 @@ ONTO = ("original", "dequantized")
 
 
 @dataclass(frozen=True, slots=True)
+class Weighted:
+    """An adapter whose delta is added times a weight.
+
+    Attributes:
+        adapter: Absolute path of the PEFT folder.
+        weight: A finite number.
+    """
+
+    adapter: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class MergeRequest:
     """A merge of an adapter into its base.
 
@@ -56,8 +69,8 @@ class MergeRequest:
             QLoRA adapter was trained against.
         run: Absolute path of the training run that the adapter comes from; empty when there is none.
         checkpoint: Absolute path of a checkpoint of that run, whose weights take the place of the adapter's.
-        weight: What the adapter's delta is multiplied by, a number.
-        more: Further adapters, each as `WEIGHT=FOLDER`; their deltas are added one after another.
+        weight: What the adapter's delta is multiplied by.
+        more: Further adapters; their deltas are added one after another.
         then: Formats that the merged model is exported to afterwards, each as a run of its own, one after another.
     """
 
@@ -70,19 +83,14 @@ class MergeRequest:
     onto: str = "original"
     run: str = ""
     checkpoint: str = ""
-    weight: str = "1"
-    more: tuple[str, ...] = ()
+    weight: float = 1.0
+    more: tuple[Weighted, ...] = ()
     then: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> tuple[tuple[str, float], ...]:
-        """Folder and weight of every adapter, in the order in which they are added.
-
-        Raises:
-            BadInput: A weight is no finite number.
-        """
-        words = [(self.weight, self.adapter), *((item.partition("=")[0], item.partition("=")[2]) for item in self.more)]
-        return tuple((folder, _weight(word)) for word, folder in words)
+        """Folder and weight of every adapter, in the order in which they are added."""
+        return ((self.adapter, self.weight), *((one.adapter, one.weight) for one in self.more))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +133,6 @@ EXPORT_FORMATS = (*ADAPTER_FORMATS, *WHOLE_FORMATS)
 """What a run's adapter can be exported to, merged first where the format is of a whole model."""
 
 
-def _weight(word: str) -> float:
-    try:
-        weight = float(word)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise BadInput(f"the weight {plain(word, one_line=True, limit=40)} of an adapter: wanted a number such as 0.5.")
-    return weight
-
-
 def kind_of(job: Job) -> str:
     """Return the short name of a job's kind."""
     return TRAIN if isinstance(job, Recipe) else job.kind
@@ -165,7 +163,9 @@ def write_job(paths: RunPaths, job: Job) -> None:
 
 def job_text(job: Job) -> str:
     """Return a job as TOML: a recipe as it is, a request as a table named by its kind."""
-    return dump_recipe(job) if isinstance(job, Recipe) else tomlkit.dumps({_KIND: job.kind, job.kind: asdict(job)})
+    if isinstance(job, Recipe):
+        return dump_recipe(job)
+    return tomlkit.dumps({_KIND: job.kind, job.kind: _table_to_write(job)})
 
 
 def read_job(paths: RunPaths, wanted: type[J]) -> J | None:
@@ -211,7 +211,7 @@ def job_from_table(table: Mapping[str, Any], wanted: type[J], where: str) -> J:
     """
     if issubclass(wanted, Recipe):
         return cast("J", recipe_from_dict(table))
-    return _request(wanted, table.get(wanted.kind), where)
+    return cast("J", _read_fields(wanted, table.get(wanted.kind), where))
 
 
 def _table_of(paths: RunPaths) -> dict[str, Any]:
@@ -224,20 +224,55 @@ def _table_of(paths: RunPaths) -> dict[str, Any]:
         raise BadInput(f"recipe.toml of the run {name} is damaged: {plain(str(error), one_line=True)}") from error
 
 
-def _request(wanted: type[R], table: object, where: str) -> R:
-    declared = fields(wanted)
+def _table_to_write(request: Request) -> dict[str, Any]:
+    """Return the fields of a request as TOML has them; None is left out, as TOML has no word for it."""
+    values = {item.name: getattr(request, item.name) for item in fields(request)}
+    return {name: _to_write(value) for name, value in values.items() if value is not None}
+
+
+def _to_write(value: Any) -> Any:
+    if isinstance(value, Recipe):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {item.name: _to_write(getattr(value, item.name)) for item in fields(value)}
+    return [_to_write(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read_as(wanted: Any, value: object, where: str) -> Any:
+    """Return a value from TOML as the type that a field has.
+
+    Args:
+        wanted: str, int, float, bool, a tuple of these, a recipe, another dataclass, or one of them or None.
+        value: As TOML has it.
+        where: Names the field, for messages.
+
+    Raises:
+        BadInput: It is of another type.
+    """
+    if get_origin(wanted) is tuple:
+        items = get_args(wanted)
+        several = isinstance(value, list) and (items[-1] is ... or len(value) == len(items))
+        if isinstance(value, list) and several:
+            kinds = items[:1] * len(value) if items[-1] is ... else items
+            return tuple(_read_as(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    elif get_origin(wanted) is UnionType:
+        return _read_as(get_args(wanted)[0], value, where)
+    elif wanted is Recipe and isinstance(value, dict):
+        return recipe_from_dict(value)
+    elif is_dataclass(wanted) and isinstance(value, dict):
+        return _read_fields(wanted, value, where)
+    elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is wanted:
+        return value
+    raise BadInput(f"{where} is damaged: found {plain(str(value), one_line=True, limit=40)!r}.")
+
+
+def _read_fields(wanted: Any, table: object, where: str) -> Any:
     found = table if isinstance(table, dict) else {}
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-    lists = {item.name for item in declared if isinstance(item.default, tuple)}
-    values = {key: value for key, value in values.items() if _is_text(value, several=key in lists)}
-    known = {item.name for item in declared}
-    needed = {item.name for item in declared if item.default is MISSING}
-    if not needed <= values.keys() <= known:
-        raise BadInput(f"the table of the job in {where} is damaged: wanted texts named {', '.join(sorted(known))}.")
-    return wanted(**values)
-
-
-def _is_text(value: object, *, several: bool) -> bool:
-    if several:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    return isinstance(value, str)
+    needed = {item.name for item in fields(wanted) if item.default is MISSING}
+    known = {item.name for item in fields(wanted)}
+    if not needed <= found.keys() <= known:
+        raise BadInput(f"{where} is damaged: wanted fields named {', '.join(sorted(known))}.")
+    types = get_type_hints(wanted)
+    return wanted(**{name: _read_as(types[name], value, f"{name} in {where}") for name, value in found.items()})

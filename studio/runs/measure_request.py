@@ -3,25 +3,27 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from studio.core.recipe import Recipe
+
 HOW = ("auto", "trace")
 """`auto` measures on the card where there is one; `trace` never needs one."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureRequest:
-    """A training step whose memory is measured. All fields are texts, as every job's in `recipe.toml`.
+    """A training step whose memory is measured.
 
     Attributes:
-        recipe: TOML text of the recipe.
+        recipe: The recipe whose step it is.
         how: One of `HOW`.
         device: `cuda` or `cpu`: what a trace is for.
         dtype: bf16, fp16 or fp32: what the recipe's `auto` means there.
-        capability: Compute capability of the card, such as `8.0`.
+        capability: Compute capability of the card: major and minor.
     """
 
     kind: ClassVar[str] = "measure"
-    recipe: str
+    recipe: Recipe
     how: str = "auto"
     device: str = "cuda"
     dtype: str = "bf16"
-    capability: str = "8.0"
+    capability: tuple[int, int] = (8, 0)

@@ -36,9 +36,9 @@ class Wish:
 def base_wishes() -> tuple[Wish, ...]:
     """Return what can be chosen of an audit of a base."""
     return (
-        Wish("rows", "Rows, at most", _DEFAULT.rows),
-        Wish("forms", "Roundings", _DEFAULT.forms),
-        Wish("kept", "Plans that keep the N worst blocks", _DEFAULT.kept, "none"),
+        Wish("rows", "Rows, at most", str(_DEFAULT.rows)),
+        Wish("forms", "Roundings", ",".join(_DEFAULT.forms)),
+        Wish("kept", "Plans that keep the N worst blocks", ",".join(map(str, _DEFAULT.kept)), "none"),
     )
 
 
@@ -49,7 +49,7 @@ def run_wishes() -> tuple[Wish, ...]:
         Wish("rows", "Held-out rows, at most", "", "all that the run held out"),
         Wish("answers", "Prompts answered side by side", _ANSWERS, "none"),
         Wish("check_regex", "Pattern of a good answer", "", "a regular expression; not needed"),
-        Wish("speed", "Measure tokens/s (1 yes, 0 no)", _DEFAULT.speed, "0"),
+        Wish("speed", "Measure tokens/s (1 yes, 0 no)", "1", "0"),
         Wish("gguf", "A GGUF file to measure too", "", "a path; exports are found without"),
         Wish("lm_eval", "Tasks of lm-eval", "", "names; not needed" if there else "not installed: pip install lm-eval"),
     )
@@ -60,7 +60,7 @@ def race_wishes(recipe: Recipe) -> tuple[Wish, ...]:
     steps = str(recipe.train.steps) if recipe.train.steps else ""
     return (
         Wish("steps", "Optimizer steps of each lane", steps, "to the end of the recipe's epochs"),
-        Wish("lanes", "Lanes", _DEFAULT.lanes, "also qlora+loftq, qlora+mixed"),
+        Wish("lanes", "Lanes", ",".join(_DEFAULT.lanes), "also qlora+loftq, qlora+mixed"),
     )
 
 
@@ -68,9 +68,9 @@ def base_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
     """Return the audit of a recipe's base.
 
     Raises:
-        BadInput: The shipped data are missing from this installation.
+        BadInput: The shipped data are missing from this installation, or a choice is not what its field wants.
     """
-    from studio.probe.audit import data_path  # noqa: PLC0415  0.15 s, needed only when an audit is started
+    from studio.probe.audit import audit_fields, data_path  # noqa: PLC0415  0.15 s, needed only at a start
 
     return AuditRequest(
         "base",
@@ -78,9 +78,7 @@ def base_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
         revision=recipe.model.revision,
         data=data_path(recipe.data.path),
         format=recipe.data.format,
-        seed=str(recipe.train.seed),
-        seq_len=str(recipe.train.seq_len),
-        **said,
+        **{"seed": recipe.train.seed, "seq_len": recipe.train.seq_len, **audit_fields(said)},
     )
 
 
@@ -88,14 +86,15 @@ def run_request(paths: RunPaths, said: Mapping[str, str]) -> AuditRequest:
     """Return the audit of a run's adapter.
 
     Raises:
-        BadInput: It is no training run, has no adapter, or no record of its held-out rows.
+        BadInput: It is no training run, has no adapter, no record of its held-out rows, or a choice is not what its
+            field wants.
     """
-    from studio.probe.audit import audit_of_run  # noqa: PLC0415  as above
+    from studio.probe.audit import audit_fields, audit_of_run  # noqa: PLC0415  as above
 
     words = {key: value or _EMPTY_MEANS.get(key, "") for key, value in said.items() if value or key != "rows"}
-    if words.get("gguf"):
-        words["gguf"] = str(Path(words["gguf"]).expanduser().absolute())
-    return audit_of_run(paths, **words)
+    gguf = words.pop("gguf", "")
+    places = (str(Path(gguf).expanduser().absolute()),) if gguf else ()
+    return audit_of_run(paths, **audit_fields(words), gguf=places)
 
 
 def race_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
@@ -104,16 +103,14 @@ def race_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
     Raises:
         BadInput: The steps are no number.
     """
-    from studio.runs.recipe_file import dump_recipe  # noqa: PLC0415  tomlkit
+    from studio.probe.audit import audit_fields  # noqa: PLC0415  as above
 
     steps = said.get("steps") or "0"
     if not (steps.isascii() and steps.isdigit() and int(steps[:12]) <= 10**7):
         raise BadInput(f"steps: found {plain(steps, one_line=True, limit=40)}; wanted a whole number.")
     recipe = recipe.with_("train.steps", int(steps))
-    lanes = said.get("lanes") or _DEFAULT.lanes
-    return AuditRequest(
-        "race", model=recipe.model.base, revision=recipe.model.revision, recipe=dump_recipe(recipe), lanes=lanes
-    )
+    lanes = audit_fields({"lanes": said["lanes"]}) if said.get("lanes") else {}
+    return AuditRequest("race", model=recipe.model.base, revision=recipe.model.revision, recipe=recipe, **lanes)
 
 
 _EMPTY_MEANS = {"answers": "0", "speed": "0"}

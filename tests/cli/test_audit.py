@@ -26,7 +26,7 @@ def test_a_base_is_measured_on_the_rows_of_a_file(cli: Cli, recipe: Path, model:
     outcome = cli("audit", "base", "--model", model, "--data", "rows.jsonl", "--rows", "7", "--json")
     assert outcome.code == 0, outcome.err
     request = asked(outcome.document)
-    assert (request.what, request.model, request.rows, request.seed) == ("base", model, "7", "17")
+    assert (request.what, request.model, request.rows, request.seed) == ("base", model, 7, 17)
     assert request.data == str(Path("rows.jsonl").absolute())
     assert outcome.document["report"]["what"] == "base"
     assert outcome.document["status"] == "finished"
@@ -45,7 +45,7 @@ def test_a_run_brings_its_own_base_data_and_split(cli: Cli, recipe: Path, tmp_pa
     outcome = cli("audit", "run", run, "--json")
     assert outcome.code == 0, outcome.err
     request = asked(outcome.document)
-    assert (request.what, request.model, request.rows) == ("run", "embedded", "4")
+    assert (request.what, request.model, request.rows) == ("run", "embedded", 4)
     assert Path(request.run).name == run
     assert (outcome.document["rows"], outcome.document["held_out_rows"]) == (4, 5)
     shown = cli("audit", "show", outcome.document["run"], "--json").document
@@ -73,8 +73,8 @@ def test_answers_are_asked_for_and_shown(cli: Cli, recipe: Path, tmp_path: Path)
     for wanted in ("Answers to 2 held-out prompts", "-50 points (-70 to -30)", "say 1", "uno", "lower in exact match"):
         assert wanted in outcome.out
     request = asked(cli("audit", "run", run, *words, "--json").document)
-    assert (request.answers, request.answer_tokens, request.check_regex) == ("5", "20", r"\d+")
-    assert (request.gguf, request.speed) == (str(Path("my.gguf").absolute()), "0")
+    assert (request.answers, request.answer_tokens, request.check_regex) == (5, 20, r"\d+")
+    assert (request.gguf, request.speed) == ((str(Path("my.gguf").absolute()),), False)
 
 
 def test_a_pattern_that_is_none_is_refused(cli: Cli, recipe: Path) -> None:
@@ -108,8 +108,8 @@ def test_a_race_carries_its_recipe(cli: Cli, recipe: Path) -> None:
     assert outcome.code == 0, outcome.err
     request = asked(outcome.document)
     assert request.what == "race"
-    assert "steps = 3" in request.recipe
-    assert request.lanes == "lora,qlora"
+    assert request.recipe is not None and request.recipe.train.steps == 3
+    assert request.lanes == ("lora", "qlora")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_it_fits_a_card_or_not(cli: Cli, config: Path) -> None:
 def test_a_named_card_is_traced_with_its_capability(cli: Cli, config: Path, home: Path) -> None:
     told = cli("measure", "--model", "config.json", "--gpu", "t4", "--json")
     report = json.loads((home / "runs" / told.document["run"] / "report.json").read_text())
-    assert (report["asked"], report["capability"], report["device"]) == ("trace", "7.5", "cuda")
+    assert (report["asked"], report["capability"], report["device"]) == ("trace", [7, 5], "cuda")
 
 
 def test_a_recipe_for_the_cpu_is_traced_for_the_cpu(cli: Cli, config: Path, home: Path) -> None:

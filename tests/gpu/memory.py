@@ -22,7 +22,6 @@ from studio.runs.history import History
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.measure_request import MeasureRequest
-from studio.runs.recipe_file import dump_recipe
 from studio.runs.worker import Worker, run_job
 from tests.fakes.live_bytes import LiveBytes
 from tests.gpu.bench import GIB, MIB, Bench, Seen, Wrong, capability, mib, need_embedded, need_free, replaced, table
@@ -181,7 +180,7 @@ def _recipe(bench: Bench, model: str, method: str, checkpointing: bool) -> Recip
 def _traced(bench: Bench, recipe: Recipe) -> dict[str, int]:
     """Return the peak of every stage in a trace without weights; a process of its own, since its tensors are fake."""
     dtype = recipe.model.dtype if recipe.model.dtype != "auto" else half_format(bench.place)
-    request = MeasureRequest(dump_recipe(recipe), "trace", bench.device, dtype, capability(bench))
+    request = MeasureRequest(recipe, "trace", bench.device, dtype, capability(bench))
     paths = bench.job(request, module="studio.jobs.measure")
     report = read_measurement(paths)
     assert report is not None, f"the trace left no report: {bench.history(paths).failed}"

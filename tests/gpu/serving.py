@@ -135,7 +135,13 @@ def audit(bench: Bench) -> Seen:
     data = bench.folder / "rows.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
     request = AuditRequest(
-        "base", model=str(bench.shared / "tiny"), data=str(data), rows="8", forms="nf4,nf4+dq", kept="1", speed="0"
+        "base",
+        model=str(bench.shared / "tiny"),
+        data=str(data),
+        rows=8,
+        forms=("nf4", "nf4+dq"),
+        kept=(1,),
+        speed=False,
     )
     paths = bench.job(request, module="studio.jobs.audit")
     history = bench.history(paths)

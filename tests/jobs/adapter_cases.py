@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,9 +28,9 @@ def write_chats(path: Path) -> Path:
     return path
 
 
-def asked(run: RunPaths, **more: str) -> AuditRequest:
+def asked(run: RunPaths, **more: Any) -> AuditRequest:
     """The audit of a run without speeds, for which models are loaded whole."""
-    return audit_of_run(run, **{"speed": "0", **more})
+    return audit_of_run(run, **{"speed": False, **more})
 
 
 def tuned(recipe: Recipe, base: Path) -> Recipe:

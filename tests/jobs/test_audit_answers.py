@@ -46,8 +46,8 @@ def trained(recipe: Recipe, half: Path, train: Train) -> RunPaths:
     return train(turned.with_("method", "qlora"))
 
 
-def asking(trained: RunPaths, **more: str) -> AuditRequest:
-    return audit_of_run(trained, **{"answers": "3", "answer_tokens": "12", "rows": "4", "speed": "0", **more})
+def asking(trained: RunPaths, **more: Any) -> AuditRequest:
+    return audit_of_run(trained, **{"answers": 3, "answer_tokens": 12, "rows": 4, "speed": False, **more})
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_merged_folders_answer_too(trained: RunPaths, half: Path, tmp_path: Path
     folder = tmp_path / "mine"
     merged(whole_model(half), trained).save_pretrained(folder)  # type: ignore[operator]
     AutoTokenizer.from_pretrained(trained.adapter).save_pretrained(folder)
-    _, report = audit(tmp_path / "audit", asking(trained, merged=str(folder)))
+    _, report = audit(tmp_path / "audit", asking(trained, merged=(str(folder),)))
     for row in report["answers"]["rows"]:
         assert row["answers"]["given: mine"]["text"] == row["answers"]["tuned, 16-bit"]["text"]
 
@@ -167,7 +167,7 @@ def test_plain_text_has_no_held_out_answer(recipe: Recipe, train: Train, tmp_pat
     path = tmp_path / "plain.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"row {n} says {n} and nothing more"}) for n in range(20)))
     run = train(recipe.with_("data.path", str(path)).with_("eval.rows", 4))
-    _, report = audit(tmp_path / "audit", asking(run, answers="2"))
+    _, report = audit(tmp_path / "audit", asking(run, answers=2))
     assert [check["name"] for check in report["answers"]["checks"]] == ["ends by itself"]
     assert report["answers"]["trained"] == "tuned, 16-bit"
 

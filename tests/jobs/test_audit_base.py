@@ -30,7 +30,7 @@ from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_model
 from tests.jobs.conftest import QUESTIONS, history_of
 
-FORMS = "nf4,nf4+dq,fp4,int8"
+FORMS = ("nf4", "nf4+dq", "fp4", "int8")
 RUINED = 2
 
 
@@ -56,8 +56,8 @@ def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(model: Path, data: Path, **more: str) -> AuditRequest:
-    fields = {"rows": "8", "forms": FORMS, "kept": "1,2", **more}
+def asked(model: Path, data: Path, **more: Any) -> AuditRequest:
+    fields = {"rows": 8, "forms": FORMS, "kept": (1, 2), **more}
     return AuditRequest("base", model=str(model), data=str(data), **fields)
 
 
@@ -70,7 +70,7 @@ def test_names_from_outside_do_not_break_a_picture() -> None:
 
 def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:
     paths, report = audit(tmp_path / "audit", asked(tiny, rows))
-    assert [one["name"] for one in report["variants"]] == ["16-bit", *FORMS.split(",")]
+    assert [one["name"] for one in report["variants"]] == ["16-bit", *FORMS]
     assert report["rows"]["task"] == 8
     assert report["proof_gap"] < 1e-5
     first, *others = report["variants"]
@@ -96,7 +96,7 @@ def test_what_it_leaves(tiny: Path, rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, rows: Path, tmp_path: Path) -> None:
-    _, report = audit(tmp_path / "audit", asked(ruined, rows, forms="nf4+dq", kept="1", rows="20"))
+    _, report = audit(tmp_path / "audit", asked(ruined, rows, forms=("nf4+dq",), kept=(1,), rows=20))
     name = f"model.layers.{RUINED}"
     assert report["blocks"][0]["name"] == name
     assert report["blocks"][0]["own_effect"] > 1.5 * report["blocks"][1]["own_effect"]
@@ -136,7 +136,7 @@ def test_a_kept_state_of_other_rows_is_not_taken_up(tiny: Path, rows: Path, tmp_
 def test_a_neutral_text_of_the_users(tiny: Path, rows: Path, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("One passage.\n\nAnother one.\n")
-    _, report = audit(tmp_path / "audit", asked(tiny, rows, text=str(text), kept=""))
+    _, report = audit(tmp_path / "audit", asked(tiny, rows, text=str(text), kept=()))
     assert report["rows"]["neutral"] == 2
     assert report["variants"][0]["neutral"]["tokens"] == len("One passage.") + len("Another one.") - 2
     assert NEUTRAL.read_text().count("\n\n") > 10
@@ -145,8 +145,8 @@ def test_a_neutral_text_of_the_users(tiny: Path, rows: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
-        ({"forms": "nf5"}, "found nf5; wanted some of nf4"),
-        ({"forms": ""}, "found none"),
+        ({"forms": ("nf5",)}, "found nf5; wanted some of nf4"),
+        ({"forms": ()}, "found none"),
         ({"text": "/no/such/text"}, "cannot be read"),
     ],
 )
@@ -216,7 +216,7 @@ def test_the_embedded_model_has_the_figures_of_the_whole_model(tmp_path: Path) -
     folder = ensure_embedded()
     text = tmp_path / "short.txt"
     text.write_text("A short passage, since only the rows are compared here.")
-    request = asked(folder, shipped_data(), rows="3", kept="", text=str(text))
+    request = asked(folder, shipped_data(), rows=3, kept=(), text=str(text))
     _, report = audit(tmp_path / "audit", request)
     task = read_audit_rows(request, load_tokenizer(folder), lambda text: None).task
     meant = log_probabilities(plain_model(folder, "16-bit"), task)

@@ -152,7 +152,7 @@ def test_what_llama_cpp_cannot_run_gets_a_row_that_says_why(
 ) -> None:
     export(trained, "one", "f16")
     (tools / "behaviour").write_text(behaviour)
-    _, report = audit(tmp_path / "audit", audit_of_run(trained, speed="0"))
+    _, report = audit(tmp_path / "audit", audit_of_run(trained, speed=False))
     row = report["variants"][-1]
     assert row["name"] == "gguf f16" and row["task"] is None
     assert said in row["why"]
@@ -162,10 +162,10 @@ def test_what_llama_cpp_cannot_run_gets_a_row_that_says_why(
 def test_other_vocabularies_and_cut_answers_are_no_figures(trained: RunPaths, tools: Path, tmp_path: Path) -> None:
     export(trained, "one", "f16")
     (tools / "answers.f32").write_bytes(b"\0" * 4000)
-    _, report = audit(tmp_path / "cut", audit_of_run(trained, speed="0"))
+    _, report = audit(tmp_path / "cut", audit_of_run(trained, speed=False))
     assert "said less than it should" in report["variants"][-1]["why"]
     (tools / "vocabulary").write_text("300")
-    _, report = audit(tmp_path / "other", audit_of_run(trained, speed="0"))
+    _, report = audit(tmp_path / "other", audit_of_run(trained, speed=False))
     assert "vocabulary has 300 tokens, the model's 259" in report["variants"][-1]["why"]
 
 
@@ -174,16 +174,16 @@ def test_without_the_library_the_row_says_so(
 ) -> None:
     export(trained, "one", "f16")
     monkeypatch.setenv(TOOLS_VARIABLE, str(tmp_path / "nothing"))
-    _, report = audit(tmp_path / "audit", audit_of_run(trained, speed="0"))
+    _, report = audit(tmp_path / "audit", audit_of_run(trained, speed=False))
     assert "export to a GGUF format once" in report["variants"][-1]["why"]
 
 
 def test_no_file_is_said_and_a_wrong_one_refused(trained: RunPaths, tmp_path: Path) -> None:
-    _, report = audit(tmp_path / "none", audit_of_run(trained, speed="0"))
+    _, report = audit(tmp_path / "none", audit_of_run(trained, speed=False))
     assert "no GGUF file was exported" in report["gguf_note"]
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"no such thing")
-    paths, report = audit(tmp_path / "wrong", audit_of_run(trained, speed="0", gguf=str(wrong)))
+    paths, report = audit(tmp_path / "wrong", audit_of_run(trained, speed=False, gguf=(str(wrong),)))
     assert not report
     assert "no whole GGUF file" in history_of(paths).failed.message  # type: ignore[union-attr]
 
@@ -215,7 +215,7 @@ def test_a_real_file_has_the_figures_of_its_own_logits_and_nearly_those_of_its_m
     """f16 in llama.cpp: our streamed figures against all its logits at once, and against transformers in fp32."""
     model, file = merged(whole_model(half), trained), tmp_path / "named.gguf"
     write_gguf(model, file)
-    request = audit_of_run(trained, gguf=str(file))
+    request = audit_of_run(trained, gguf=(str(file),))
     _, report = audit(tmp_path / "audit", request)
     found = report["variants"][-1]
     assert (found["name"], found["why"]) == ("gguf: named", "")

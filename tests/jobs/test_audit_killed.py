@@ -41,7 +41,7 @@ run_job(Path(sys.argv[1]), _body)
 def test_an_audit_that_was_killed_goes_on_after_its_last_kept_block(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_hidden_layers=4)
     data = write_chats(tmp_path / "rows.jsonl")
-    request = AuditRequest("base", model=str(model), data=str(data), rows="8", forms="nf4,int8", kept="1")
+    request = AuditRequest("base", model=str(model), data=str(data), rows=8, forms=("nf4", "int8"), kept=(1,))
     _, whole = audit(tmp_path / "whole", request)
     paths, hanging = RunPaths(tmp_path / "killed"), tmp_path / "hanging"
     paths.root.mkdir()

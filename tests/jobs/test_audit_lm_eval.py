@@ -77,7 +77,7 @@ def test_without_the_harness_it_is_refused_before_there_is_a_run(
 ) -> None:
     monkeypatch.setattr("studio.probe.audit.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install lm-eval"):
-        check_audit(audit_of_run(trained, lm_eval="arc_easy"))
+        check_audit(audit_of_run(trained, lm_eval=("arc_easy",)))
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_form_whose_process_dies_is_left_out(
 ) -> None:
     monkeypatch.setattr(tasks_job, "find_spec", lambda name: True)
     monkeypatch.setattr(tasks_job, "CHILD", "tests.fakes.no_such_module")
-    request = audit_of_run(trained, lm_eval="sums", rows="4", speed="0")
+    request = audit_of_run(trained, lm_eval=("sums",), rows=4, speed=False)
     paths, report = audit(tmp_path / "audit", request)
     assert report["variants"], "the figures are there all the same"
     assert "it ran on no form" in report["lm_eval"]["why_not"]
@@ -122,7 +122,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         return real(command, **more)
 
     monkeypatch.setattr(tasks_job.subprocess, "Popen", popen)
-    request = audit_of_run(trained, lm_eval=str(task), lm_eval_limit="5", rows="4", speed="0")
+    request = audit_of_run(trained, lm_eval=(str(task),), lm_eval_limit=5, rows=4, speed=False)
     _, report = audit(tmp_path / "audit", request)
     found = report["lm_eval"]
     assert [form["name"] for form in found["forms"]] == FORMS and len(started) == len(FORMS)

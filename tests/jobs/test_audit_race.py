@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,6 @@ from studio.runs.control import withdraw
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.quality import read_results
-from studio.runs.recipe_file import dump_recipe
 from studio.runs.status import Status, run_status
 from tests.fakes.runs import CHECKOUT
 from tests.jobs.audit_cases import audit
@@ -36,8 +36,8 @@ def racing(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     return recipe.with_("data.path", str(path)).with_("eval.rows", 8).with_("train.steps", 6)
 
 
-def race(recipe: Recipe, **more: str) -> AuditRequest:
-    return AuditRequest("race", model=recipe.model.base, recipe=dump_recipe(recipe), **more)
+def race(recipe: Recipe, **more: Any) -> AuditRequest:
+    return AuditRequest("race", model=recipe.model.base, recipe=recipe, **more)
 
 
 def test_lanes_differ_in_the_method_alone(recipe: Recipe) -> None:
@@ -59,8 +59,8 @@ def test_lanes_differ_in_the_method_alone(recipe: Recipe) -> None:
         lane_recipe(recipe, "sideways")
 
 
-@pytest.mark.parametrize("lanes", ["lora", "", "lora,lora"])
-def test_a_race_of_one_is_refused(racing: Recipe, tmp_path: Path, lanes: str) -> None:
+@pytest.mark.parametrize("lanes", [("lora",), (), ("lora", "lora")])
+def test_a_race_of_one_is_refused(racing: Recipe, tmp_path: Path, lanes: tuple[str, ...]) -> None:
     paths, report = audit(tmp_path / "race", race(racing, lanes=lanes))
     assert not report
     assert "two or more" in history_of(paths).failed.message  # type: ignore[union-attr]
@@ -98,7 +98,7 @@ def test_extra_lanes_start_from_loftq_and_keep_modules(racing: Recipe, tmp_path:
     runs = tmp_path / "runs"
     runs.mkdir()
     recipe = racing.with_("train.steps", 2).with_("model.skip_modules", ("model.layers.0",))
-    paths, report = audit(runs / "race", race(recipe, lanes="qlora,qlora+loftq,qlora+mixed"))
+    paths, report = audit(runs / "race", race(recipe, lanes=("qlora", "qlora+loftq", "qlora+mixed")))
     assert report, history_of(paths).failed
     assert [lane["form"] for lane in report["lanes"]] == ["nf4+dq", "nf4+dq", "nf4+dq, model.layers.0 in 16 bit"]
     for lane in report["lanes"]:

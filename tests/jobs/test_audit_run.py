@@ -117,7 +117,7 @@ def test_what_it_leaves_in_the_run(trained: RunPaths, tmp_path: Path) -> None:
 
 
 def test_forgetting_and_speeds_stand_in_the_report(trained: RunPaths, half: Path, tmp_path: Path) -> None:
-    request = asked(trained, speed="1")
+    request = asked(trained, speed=True)
     _, report = audit(tmp_path / "audit", request)
     rows = read_audit_rows(request, load_tokenizer(trained.adapter), lambda text: None).neutral
     forms = plain_forms(half, trained)
@@ -166,7 +166,7 @@ def test_noise_alone_is_no_difference(trained: RunPaths, half: Path, tmp_path: P
     torch.manual_seed(1)
     folder = tmp_path / "noise"
     save_merged(cast(merged(whole_model(half, rounded(FOUR)), trained)), folder, noise=1e-4)
-    paths, report = audit(tmp_path / "audit", asked(trained, merged=str(folder)))
+    paths, report = audit(tmp_path / "audit", asked(trained, merged=(str(folder),)))
     given = report["variants"][-1]["task"]
     assert "no difference seen" in difference_in_words(Interval(**given["more"]))
     row = next(
@@ -181,7 +181,7 @@ def test_a_merge_with_another_base_stands_out(trained: RunPaths, half: Path, tmp
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     save_merged(cast(merged(whole_model(half), trained)), right)
     save_merged(cast(merged(whole_model(other), trained)), wrong)
-    _, report = audit(tmp_path / "audit", asked(trained, merged=f"{right}\n{wrong}"))
+    _, report = audit(tmp_path / "audit", asked(trained, merged=(str(right), str(wrong))))
     by_name = {one["name"]: one["task"] for one in report["variants"]}
     assert by_name["given: right"] == by_name["merged 16-bit"]
     kls = {name: one["kl"]["value"] for name, one in by_name.items()}

@@ -32,7 +32,6 @@ from studio.runs.held_out import HeldOutRecord, keep_record
 from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths, new_run
 from studio.runs.measure_request import MeasureRequest
-from studio.runs.recipe_file import dump_recipe
 from tests.fakes.cuda import GIB, FakeCard, FakeMachine
 from tests.fakes.runs import write_log
 from tests.jobs.conftest import Train, history_of
@@ -337,7 +336,7 @@ def test_no_job_writes_what_cuda_reads(kind: str, tmp_path: Path, monkeypatch: p
     recipe = Recipe().with_("device.device", "cuda:1")
     asked: dict[str, Any] = {
         "train": recipe,
-        "measure": MeasureRequest(dump_recipe(recipe), how="trace"),
+        "measure": MeasureRequest(recipe, how="trace"),
         "merge": MergeRequest("a", "b", "c"),
         "export": ExportRequest("a", "b", "q8_0"),
         "audit": AuditRequest("base"),
@@ -434,9 +433,9 @@ def test_what_belongs_to_a_run_goes_to_the_run_s_card(tmp_path: Path, monkeypatc
         (replace(audit, device="cuda:0"), None, TWINS[0].uuid),
         (replace(audit, device="cpu"), None, ""),
         (AuditRequest("base", model="embedded"), None, TWINS[0].uuid),
-        (AuditRequest("race", recipe=dump_recipe(recipe)), None, TWINS[2].uuid),
-        (MeasureRequest(dump_recipe(recipe)), None, TWINS[2].uuid),
-        (MeasureRequest(dump_recipe(recipe), how="trace"), None, ""),
+        (AuditRequest("race", recipe=recipe), None, TWINS[2].uuid),
+        (MeasureRequest(recipe), None, TWINS[2].uuid),
+        (MeasureRequest(recipe, how="trace"), None, ""),
         (MergeRequest("a", "b", "c", run=str(paths.root)), None, ""),
         (ExportRequest("a", "b", "q8_0"), None, ""),
     ]:

@@ -189,7 +189,7 @@ def test_an_audit_on_a_full_disk_says_so_and_is_taken_up_again(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = make_tiny_model(tmp_path / "model", num_hidden_layers=3), write_chats(tmp_path / "rows.jsonl")
-    wanted = AuditRequest("base", model=str(model), data=str(data), rows="8", forms="nf4", kept="1")
+    wanted = AuditRequest("base", model=str(model), data=str(data), rows=8, forms=("nf4",), kept=(1,))
     _, with_room = audit(tmp_path / "room", wanted)
     emit, filler = Worker.emit, Filler(disk)
 

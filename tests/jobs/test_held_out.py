@@ -19,13 +19,12 @@ from studio.jobs.train import job as train_job
 from studio.jobs.train.batches import Batcher, StepBatches, packed
 from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
-from studio.probe.audit import audit_of_run
+from studio.probe.audit import audit_fields, audit_of_run
 from studio.probe.exported import GgufFile
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.layout import RunPaths
-from studio.runs.recipe_file import dump_recipe
 from studio.runs.status import run_status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
@@ -120,7 +119,7 @@ def test_figures_answers_and_speeds_of_a_run_rest_on_no_row_that_it_was_trained_
     monkeypatch.setattr(answers, "sample_prompts", spied)
     llama_rows = through_llama(tmp_path, monkeypatch)
     said = {"rows": "100", "answers": "40", "answer_tokens": "2", "speed": "1"}
-    request = run_request(run, said) if asks == "studio" else audit_of_run(run, **said)
+    request = run_request(run, said) if asks == "studio" else audit_of_run(run, **audit_fields(said))
     paths, report = audit(tmp_path / "audit", request)
     assert report, history_of(paths).failed
     assert measured_on == whole_rows(data) - trained_on
@@ -160,7 +159,7 @@ def _text(ids: bytes) -> str:
 
 
 def test_a_base_is_measured_on_every_row(tiny: Path, data: Path, tmp_path: Path, measured_on: Seen) -> None:
-    request = AuditRequest("base", model=str(tiny), data=str(data), forms="nf4", kept="")
+    request = AuditRequest("base", model=str(tiny), data=str(data), forms=("nf4",), kept=())
     paths, report = audit(tmp_path / "audit", request)
     assert measured_on == whole_rows(data)
     assert (report["rows"]["task"], report["held_out_rows"]) == (42, None)
@@ -177,7 +176,7 @@ def test_lanes_of_a_race_are_compared_on_rows_that_none_was_trained_on(
     lanes = [Lane(f"lane {n}", recipe, run, RunWatch(run)) for n, run in enumerate(runs)]
     root = tmp_path / "race"
     root.mkdir()
-    request = AuditRequest("race", recipe=dump_recipe(recipe))
+    request = AuditRequest("race", recipe=recipe)
     with LiveWorker(RunPaths(root)) as worker:
         _, told, _ = race_figures.measure_lanes(worker, request, lanes, share=(0.0, 1.0))
     assert not measured_on & trained_on

@@ -24,7 +24,6 @@ from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.measure_request import MeasureRequest
-from studio.runs.recipe_file import dump_recipe
 from studio.runs.worker import Worker, run_job
 from tests.bench.trace_settings import TRACES, config_of
 from tests.bench.trace_settings import recipe_of as settings_recipe
@@ -222,7 +221,7 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps({**LLAMA, "quantization_config": {"quant_method": "gptq"}}))
     paths = RunPaths(tmp_path / "run")
     paths.root.mkdir()
-    write_job(paths, MeasureRequest(dump_recipe(LONG.with_("model.base", str(config))), how="trace"))
+    write_job(paths, MeasureRequest(LONG.with_("model.base", str(config)), how="trace"))
     assert run_job(paths.root, _body, explain=_explain) == 1
     (failed,) = (event for event in read_events(paths.events) if isinstance(event, Failed))
     assert "gptq" in failed.message
@@ -231,7 +230,7 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
 def test_a_trace_that_is_asked_to_stop_does(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = RunPaths(tmp_path / "run")
     paths.root.mkdir()
-    write_job(paths, MeasureRequest(dump_recipe(recipe_of(model__base=str(tiny))), how="trace", device="cpu"))
+    write_job(paths, MeasureRequest(recipe_of(model__base=str(tiny)), how="trace", device="cpu"))
     stages = []
 
     def stage(self: Storages, name: str, tell: Any = Storages.stage) -> None:
@@ -254,7 +253,7 @@ def test_the_job_leaves_a_report(tiny: Path, tmp_path: Path) -> None:
     recipe = recipe_of(method="qlora").with_("model.base", str(tiny)).with_("device.device", "cpu")
     paths = RunPaths(tmp_path / "run")
     paths.root.mkdir()
-    write_job(paths, MeasureRequest(dump_recipe(recipe), how="trace", device="cuda"))
+    write_job(paths, MeasureRequest(recipe, how="trace", device="cuda"))
     assert run_job(paths.root, _body, explain=_explain) == 0
     report = read_measurement(paths)
     assert report is not None

@@ -91,7 +91,7 @@ def test_the_optimizers_own_memory_is_told_from_the_steps(train: Train, recipe: 
 def test_an_audit(tmp_path: Path, refuse_at: Callable[[str], None]) -> None:
     model, data = make_tiny_model(tmp_path / "model"), write_chats(tmp_path / "rows.jsonl")
     refuse_at("auditing")
-    paths, _ = audit(tmp_path / "run", AuditRequest("base", model=str(model), data=str(data), rows="8", forms="nf4"))
+    paths, _ = audit(tmp_path / "run", AuditRequest("base", model=str(model), data=str(data), rows=8, forms=("nf4",)))
     assert "--rows" in _failed(paths).advice
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,6 @@ from studio.runs.held_out import (
 )
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
-from studio.runs.recipe_file import dump_recipe
 from studio.tui.audit_wishes import run_request, run_wishes
 
 HELD, ALL = 12, 60
@@ -62,20 +62,20 @@ def a_run(root: Path, data: Path | str, **settings: object) -> tuple[RunPaths, H
     return paths, parts
 
 
-def measured(paths: RunPaths, **changes: str) -> RowsToMeasure:
+def measured(paths: RunPaths, **changes: Any) -> RowsToMeasure:
     return rows_to_measure(audit_of_run(paths, **changes))
 
 
-@pytest.mark.parametrize("rows", [None, "2", "5", "12", "13", "100", "100000"])
-@pytest.mark.parametrize("seed", ["17", "5"])
+@pytest.mark.parametrize("rows", [None, 2, 5, 12, 13, 100, 100000])
+@pytest.mark.parametrize("seed", [17, 5])
 def test_however_many_rows_are_asked_for_none_was_trained_on(
-    tmp_path: Path, data: Path, rows: str | None, seed: str
+    tmp_path: Path, data: Path, rows: int | None, seed: int
 ) -> None:
     paths, parts = a_run(tmp_path, data)
     found = measured(paths, seed=seed, **({"rows": rows} if rows else {}))
     assert not of(found.rows) & of(parts.train)
     assert of(found.rows) <= of(parts.held_out)
-    assert len(found.rows) == min(int(rows or HELD), HELD)
+    assert len(found.rows) == min(rows or HELD, HELD)
     assert found.held_out_rows == HELD
     some = len(found.rows) < HELD
     which = f"{len(found.rows)} of the {HELD}" if some else f"all {HELD}"
@@ -97,7 +97,7 @@ def test_the_studios_wishes_mean_held_out_rows_too(tmp_path: Path, data: Path, r
 def test_the_demos_data_as_the_studio_audits_them(tmp_path: Path) -> None:
     """Fifty of 591 embedded rows are held out; the studio used to ask for a hundred by another split."""
     paths, parts = a_run(tmp_path, "embedded", eval__rows=50)
-    for request in (run_request(paths, {"rows": "100"}), audit_of_run(paths, data=str(shipped_data()), rows="100")):
+    for request in (run_request(paths, {"rows": "100"}), audit_of_run(paths, data=str(shipped_data()), rows=100)):
         found = rows_to_measure(request)
         assert len(found.rows) == found.held_out_rows == 50
         assert not of(found.rows) & of(parts.train)
@@ -108,7 +108,7 @@ def test_the_same_rows_in_whatever_file(tmp_path: Path, data: Path, how: str) ->
     paths, parts = a_run(tmp_path, data)
     pairs = {"shuffled": PAIRS[::-1], "other case": [(q.upper(), f"  {a.upper()}") for q, a in PAIRS]}.get(how, PAIRS)
     named = data if how == "same" else write(tmp_path / "copy.jsonl", pairs)
-    found = measured(paths, data=str(named), format="auto", rows="100")
+    found = measured(paths, data=str(named), format="auto", rows=100)
     assert len(found.rows) == found.held_out_rows == HELD
     folded = {(row.prompt.lower(), row.answer.lower().strip()) for row in found.rows}
     assert folded == {(row.prompt, row.answer) for row in parts.held_out}
@@ -141,7 +141,7 @@ def test_other_data_loses_what_was_trained_on_and_says_how_much(tmp_path: Path, 
     assert found.held_out_rows == len(found.rows) == 31
     assert found.notes[0] == "11 of the 42 rows of other.jsonl are left out: they, or their prompts, are trained on"
     assert found.notes[1] == "1 of 31 held-out rows have a prompt or an answer that is also trained on"
-    assert len(measured(paths, data=str(other), format="auto", rows="7").rows) == 7
+    assert len(measured(paths, data=str(other), format="auto", rows=7).rows) == 7
 
 
 def test_data_that_was_trained_on_as_a_whole_is_refused(tmp_path: Path, data: Path) -> None:
@@ -173,7 +173,7 @@ def test_an_edited_file_gives_only_what_is_left_of_the_held_out_rows(tmp_path: P
     paths, parts = a_run(tmp_path, data)
     gone = {row.prompt for row in parts.held_out[:4]}
     write(data, [*((q, a) for q, a in PAIRS if q not in gone), *FRESH])
-    found = measured(paths, rows="100")
+    found = measured(paths, rows=100)
     assert of(found.rows) == of(parts.held_out[4:])
     assert (found.held_out_rows, len(found.rows)) == (HELD, 8)
     assert "8 of the 12 rows that it held out are still there" in found.notes[0]
@@ -188,7 +188,7 @@ def test_an_edited_file_gives_only_what_is_left_of_the_held_out_rows(tmp_path: P
 def test_a_copy_of_a_held_out_row_is_not_another_one(tmp_path: Path, data: Path) -> None:
     paths, parts = a_run(tmp_path, data)
     write(data, [*PAIRS, *((row.prompt, row.answer) for row in parts.held_out)])
-    assert len(measured(paths, rows="100").rows) == HELD
+    assert len(measured(paths, rows=100).rows) == HELD
 
 
 def test_rows_of_an_own_file_are_held_out_where_they_are_not_trained_on(tmp_path: Path, data: Path) -> None:
@@ -196,7 +196,7 @@ def test_rows_of_an_own_file_are_held_out_where_they_are_not_trained_on(tmp_path
     paths, parts = a_run(tmp_path, data, data__eval_path=str(own), eval__rows=20)
     assert len(parts.train) == ALL and len(parts.held_out) == 20
     assert parts.notes[0] == "10 of the 40 rows of own.jsonl are left out: they, or their prompts, are trained on"
-    for changes in ({}, {"rows": "100"}, {"data": str(own), "rows": "100"}):
+    for changes in ({}, {"rows": 100}, {"data": str(own), "rows": 100}):
         found = measured(paths, **changes)
         assert of(found.rows) == of(parts.held_out) and found.held_out_rows == 20
     with pytest.raises(BadInput, match=r"all 60 rows of data\.jsonl were trained on"):
@@ -207,15 +207,15 @@ def test_rows_of_an_own_file_are_held_out_where_they_are_not_trained_on(tmp_path
         hold_out(recipe, read_data(data), read_data(own))
 
 
-@pytest.mark.parametrize(("rows", "there"), [("100", 60), ("60", 60), ("25", 25)])
-def test_of_a_base_every_row_can_be_measured(data: Path, rows: str, there: int) -> None:
+@pytest.mark.parametrize(("rows", "there"), [(100, 60), (60, 60), (25, 25)])
+def test_of_a_base_every_row_can_be_measured(data: Path, rows: int, there: int) -> None:
     request = AuditRequest("base", data=str(data), rows=rows)
     found = rows_to_measure(request)
     assert (len(found.rows), found.held_out_rows) == (there, None)
     wanted = "all 60 rows of data.jsonl" if there == ALL else "25 of the 60 rows of data.jsonl, chosen by seed 17"
     assert found.where == wanted
     assert [row.number for row in found.rows] == sorted(row.number for row in found.rows)
-    other = rows_to_measure(replace(request, seed="3"))
+    other = rows_to_measure(replace(request, seed=3))
     assert (other.rows == found.rows) == (there == ALL)
 
 
@@ -232,11 +232,11 @@ def test_rows_of_a_race_were_trained_on_by_no_lane(tmp_path: Path, data: Path) -
 
 def test_a_race_needs_rows_that_no_lane_is_trained_on(data: Path) -> None:
     recipe = Recipe().with_("data.path", str(data)).with_("eval.rows", 0).with_("eval.samples", 0)
-    request = AuditRequest("race", model="embedded", recipe=dump_recipe(recipe))
+    request = AuditRequest("race", model="embedded", recipe=recipe)
     with pytest.raises(BadInput, match="this recipe holds out none"):
         check_audit(request)
     own = recipe.with_("data.eval_path", str(data))
-    assert recipe_of_race(replace(request, recipe=dump_recipe(own))).data.eval_path == str(data)
+    assert recipe_of_race(replace(request, recipe=own)).data.eval_path == str(data)
 
 
 def test_a_record_is_read_as_it_was_written_and_refused_where_it_is_none(tmp_path: Path, data: Path) -> None:

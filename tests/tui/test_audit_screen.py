@@ -16,7 +16,6 @@ from studio.runs.control import requested, withdraw
 from studio.runs.held_out import HeldOutRecord, keep_record
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
-from studio.runs.recipe_file import dump_recipe
 from studio.tui.app import StudioApp
 from studio.tui.audit_engine import AuditEngine
 from studio.tui.panels.audit_report import block_curve, lane_curves
@@ -193,8 +192,8 @@ def test_the_recipe_is_audited(tmp_path: Path, key: str, what: str) -> None:
     play(story, tmp_path)
     (request,) = asked
     assert (request.what, request.model) == (what, "embedded")
-    assert request.recipe == (dump_recipe(recipe) if what == "race" else "")
-    assert request.seed == ("5" if what == "base" else "17")
+    assert request.recipe == (recipe if what == "race" else None)
+    assert request.seed == (5 if what == "base" else 17)
 
 
 def test_a_refusal_is_said(tmp_path: Path) -> None:
@@ -246,7 +245,7 @@ def test_a_race_has_the_steps_that_were_typed(tmp_path: Path) -> None:
 
     play(story, tmp_path, size=NARROW)
     (request,) = asked
-    assert request.recipe == dump_recipe(recipe.with_("train.steps", 12)) and request.lanes == "lora,qlora"
+    assert request.recipe == recipe.with_("train.steps", 12) and request.lanes == ("lora", "qlora")
 
 
 def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
@@ -273,7 +272,7 @@ def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
     play(story, tmp_path, size=NARROW)
     (request,) = asked
     assert (request.what, request.run) == ("run", str(run.root))
-    assert (request.answers, request.check_regex, request.speed, request.rows) == ("2", "^[A-Z]", "1", "7")
+    assert (request.answers, request.check_regex, request.speed, request.rows) == (2, "^[A-Z]", True, 7)
 
 
 def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The forms of a trained model that answer prompts, each a real model as its user would load it, one at a time."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,11 @@ class AnswerModels:
         self.rounded = f"tuned, {self._forms.form.name}"
         self.trained = self.rounded if recipe.method == "qlora" else TUNED
 
-    def forms(self, merged: str) -> list[Form]:
+    def forms(self, merged: Sequence[str]) -> list[Form]:
         """Return the forms: base, adapter on both bases, merged, and merged folders that the user names.
 
         Args:
-            merged: Absolute paths of such folders, a line each.
+            merged: Absolute paths of such folders.
 
         Raises:
             BadInput: One of them is no model.
@@ -99,7 +99,7 @@ class AnswerModels:
             Form(self.rounded, f"adapter on the {form.name} base", lambda: self._tuned("qlora"), small),
             Form(MERGED, "merged into the 16-bit base", self._merged, whole),
         ]
-        for folder in map(Path, filter(None, merged.split("\n"))):
+        for folder in map(Path, merged):
             found = find_base(str(folder))
             name = plain(folder.name, one_line=True, limit=40)
             title = f"the model in {plain(str(folder), one_line=True)}"

@@ -51,14 +51,14 @@ def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     found = rows_to_measure(request)
     ensure_template(tokenizer, found.format, lambda text: None)
     held = found.rows
-    prompts = sample_prompts(held, tokenizer, int(request.answers), seq_len=int(request.seq_len))
+    prompts = sample_prompts(held, tokenizer, request.answers, seq_len=request.seq_len)
     if not prompts:
         raise JobFailed(
             "no_prompt", "no held-out row has a prompt that fits", "raise train.seq_len, or ask for no answers"
         )
     base = find_base(request.model or recipe.model.base, request.revision or recipe.model.revision)
     models = AnswerModels(base, find_adapter(trained.adapter), recipe)
-    most = int(request.answer_tokens) or _longest(prompts, tokenizer)
+    most = request.answer_tokens or _longest(prompts, tokenizer)
     part = KeptPart(worker, request, "answers", [list(prompt.input_ids) for prompt in prompts], most, str(models.dtype))
     asking = _Asking(worker, models, tokenizer, prompts, most=most, part=part)
     forms = models.forms(request.merged)

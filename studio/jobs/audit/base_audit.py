@@ -61,7 +61,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     variants = folder_variants(weights, [STORED.name, *names])
     cost = check_cost(ground, variants, alone=True)
     gap = prove(ground, variants[0])
-    sizes = [int(size) for size in request.kept.split(",") if size.strip()]
+    sizes = list(request.kept)
     middle = 0.75 if sizes else 1.0
     found = measure(ground, variants, kept_as="roundings", alone=asked, share=(0.0, middle))
     ranked = sorted(found.seen, key=lambda block: -(block.own or 0.0))
@@ -96,13 +96,13 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     }
 
 
-def forms_of(text: str) -> list[str]:
+def forms_of(asked: Sequence[str]) -> list[str]:
     """Return the names of roundings.
 
     Raises:
         BadInput: One is not known.
     """
-    names = [name.strip() for name in text.split(",") if name.strip() and name.strip() != STORED.name]
+    names = [name for name in asked if name != STORED.name]
     unknown = [name for name in names if name not in FORMS]
     if unknown or not names:
         known = ", ".join(name for name in FORMS if name != STORED.name)

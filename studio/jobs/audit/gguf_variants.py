@@ -97,20 +97,20 @@ class GgufForms:
         heed(self.ground.worker, "stopped; resuming goes on after the last whole block")
 
 
-def gguf_files(trained: RunPaths, named: str) -> dict[str, GgufFile]:
+def gguf_files(trained: RunPaths, named: Sequence[str]) -> dict[str, GgufFile]:
     """Return the files to measure by name of their variant: those exported from a run, and those that are named.
 
     Args:
         trained: The training run.
-        named: Paths, a line each.
+        named: Paths.
 
     Raises:
         BadInput: A named file is no GGUF file of a model.
     """
     made = {f"gguf {file.form}": file for file in exported_gguf(trained)}
     known = {file.path.resolve() for file in made.values()}
-    for line in filter(None, named.split("\n")):
-        file = named_gguf(Path(line))
+    for path in map(Path, named):
+        file = named_gguf(path)
         if file.path.resolve() not in known:
             made[_free(f"gguf: {plain(file.path.stem, one_line=True, limit=40)}", made)] = file
     return made

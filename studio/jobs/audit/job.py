@@ -77,5 +77,5 @@ def _beyond_loss(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 
 def _wanted(request: AuditRequest) -> list[tuple[str, str, str]]:
     """Return part, module and function of what is asked for besides losses."""
-    asked = {"answers": int(request.answers), "lm_eval": request.lm_eval} if request.what == "run" else {}
+    asked = {"answers": request.answers, "lm_eval": request.lm_eval} if request.what == "run" else {}
     return [(part, *_BEYOND[part]) for part, wanted in asked.items() if wanted]

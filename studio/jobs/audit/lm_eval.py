@@ -65,7 +65,7 @@ def audit_tasks(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "version": ran[reference]["version"],
         "reference": reference,
         "trained": models.trained,
-        "limit": int(request.lm_eval_limit),
+        "limit": request.lm_eval_limit,
         "forms": [
             {"name": form.name, "title": form.title, "why_not": kept[form.name].get("why_not", "")} for form in forms
         ],

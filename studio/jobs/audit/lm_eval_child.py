@@ -42,8 +42,8 @@ def run(paths: RunPaths, name: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(RunPaths(Path(request.run)).adapter)
     found: dict[str, Any] = harness.simple_evaluate(
         model=wrapped(pretrained=form.open().eval(), tokenizer=tokenizer, batch_size=1),
-        tasks=[word.strip() for word in request.lm_eval.split(",") if word.strip()],
-        limit=int(request.lm_eval_limit) or None,
+        tasks=list(request.lm_eval),
+        limit=request.lm_eval_limit or None,
         log_samples=True,
         bootstrap_iters=0,  # intervals are made from the documents' points, pairwise
     )

@@ -36,7 +36,8 @@ def audit_race(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """
     began = time.perf_counter()
     recipe = recipe_of_race(request)
-    names = request.lane_names
+    request.check_lanes()
+    names = request.lanes
     for name in names:
         lane_recipe(recipe, name, names)
     lanes = run_lanes(worker, recipe, names, share=_TRAINING_SHARE)

@@ -79,7 +79,7 @@ def read_audit_rows(
         BadInput: A file cannot be used, or no row of it may be measured.
         JobFailed: No row has anything to measure.
     """
-    seq_len = int(request.seq_len)
+    seq_len = request.seq_len
     found = found or rows_to_measure(request)
     for note in found.notes:
         warn(note)

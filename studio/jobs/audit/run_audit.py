@@ -91,7 +91,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     blocks = block_deltas(ground.parts, forms, worker)
     report = RunReport(weights, forms, adapter.folder, found)
     speeds: dict[tuple[str, bool], Speed] = {}
-    prompt = prompt_of(rows) if request.speed != "0" else []
+    prompt = prompt_of(rows) if request.speed else []
     if prompt:
         models = AnswerModels(base, adapter, recipe, dtype=half_dtype(device_of()))
         speeds = measured_speeds(worker, models, prompt, forms.form.name)
@@ -142,11 +142,10 @@ def _not_from_here(variants: Sequence[Variant]) -> list[str]:
     return [variant.name for variant in variants if variant.name.startswith(_MERGED_OTHER)]
 
 
-def _given(text: str) -> list[Named]:
+def _given(folders: Sequence[str]) -> list[Named]:
     """Return merged model folders that the user wants to see beside the other forms."""
     made = []
-    for line in filter(None, text.split("\n")):
-        folder = Path(line)
+    for folder in map(Path, folders):
         base = find_base(str(folder))
         if base.quantization:
             raise BadInput(f"{plain(folder.name, one_line=True)} is quantised: only 16-bit folders are measured here.")

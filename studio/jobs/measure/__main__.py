@@ -1,11 +1,9 @@
 """The measuring job: `python -m studio.jobs.measure RUN_DIR`, started by `studio.runs.supervise`."""
 
 import sys
-import tomllib
 from pathlib import Path
 
 from studio.core.errors import BadInput
-from studio.core.recipe_parse import recipe_from_dict
 from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import read_job
 from studio.runs.measure_request import MeasureRequest
@@ -16,10 +14,9 @@ def _body(worker: Worker) -> None:
     request = read_job(worker.paths, MeasureRequest)
     if request is None:
         raise BadInput("this run is not a measurement")
-    recipe = recipe_from_dict(tomllib.loads(request.recipe))
     from studio.jobs.measure.job import measure_run  # noqa: PLC0415  torch, after the lock is held
 
-    measure_run(worker, request, recipe)
+    measure_run(worker, request)
 
 
 if __name__ == "__main__":

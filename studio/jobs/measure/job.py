@@ -27,13 +27,14 @@ from studio.runs.worker import Worker
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
-def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None:
+def measure_run(worker: Worker, request: MeasureRequest) -> None:
     """Measure a training step and leave `report.json`: bytes by stage and component.
 
     Raises:
         BadInput: The model cannot be built or loaded.
         JobFailed: The recipe does not fit the model, or its step cannot be traced.
     """
+    recipe = request.recipe
     versions = {name: version(name) for name in _LIBRARIES}
     worker.emit(Started, job="measure", method=recipe.method, model=recipe.model.base, versions=versions)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -46,7 +47,7 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
     else:
         worker.emit(Phase, name="tracing the step without weights", detail=recipe.method)
         try:
-            seen = _traced(worker, request, recipe)
+            seen = _traced(worker, request)
         except Cancelled:
             return worker.emit(Finished, outcome="stopped", seconds=round(time.perf_counter() - began, 3))
     report = {**seen, "versions": versions, "seconds": round(time.perf_counter() - began, 3)}
@@ -56,12 +57,12 @@ def measure_run(worker: Worker, request: MeasureRequest, recipe: Recipe) -> None
     return worker.emit(Finished, outcome="done", seconds=report["seconds"])
 
 
-def _traced(worker: Worker, request: MeasureRequest, recipe: Recipe) -> Mapping[str, Any]:
+def _traced(worker: Worker, request: MeasureRequest) -> Mapping[str, Any]:
     def look() -> None:
         heed(worker, "stopped while the step was traced")
 
-    major, _, minor = request.capability.partition(".")
-    target = Target(request.device, request.dtype, (int(major), int(minor or 0)))
+    recipe = request.recipe
+    target = Target(request.device, request.dtype, request.capability)
     values = base_config(recipe.model.base, recipe.model.revision)
     base = BaseFound("folder", recipe.model.base, None, values, 0)
     refuse_untrainable(base, recipe.method)
