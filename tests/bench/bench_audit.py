@@ -79,11 +79,11 @@ def rows_of(tokens: int) -> list[Any]:
 
 def walk(folder: Path, tokens: int, forms: Sequence[str] = ("16-bit", "nf4")) -> dict[str, float]:
     """Carry some forms through all blocks and score them."""
-    from studio.jobs.audit.base_variants import folder_variants
+    from studio.jobs.audit.__main__ import return_large_blocks
     from studio.jobs.audit.blocks import parts_of
-    from studio.jobs.audit.cost import cost_of
-    from studio.jobs.audit.large_blocks import return_large_blocks
-    from studio.jobs.audit.sweep import Sweep
+    from studio.jobs.audit.figures import cost_of
+    from studio.jobs.audit.variants import folder_variants
+    from studio.jobs.audit.walk import Walk
     from studio.jobs.audit.weights import FolderWeights
 
     return_large_blocks()  # as the job's process does
@@ -92,10 +92,10 @@ def walk(folder: Path, tokens: int, forms: Sequence[str] = ("16-bit", "nf4")) ->
     parts, variants, rows = parts_of(weights.clean), folder_variants(weights, forms), rows_of(tokens)
     cpu = torch.device("cpu")
     expected = cost_of(parts, variants, rows, device=cpu, alone=False, stored_bytes=2).memory_bytes
-    sweep = Sweep(parts, variants, rows, device=cpu)
-    sweep.run(lambda fraction, detail: None, lambda carried: False)
-    scores = sweep.scores()
-    hidden = sum(states.nbytes for batches in sweep.carried.hidden.values() for states in batches)
+    walked = Walk(parts, variants, rows, device=cpu)
+    walked.run(lambda fraction, detail: None, lambda carried: False)
+    scores = walked.scores()
+    hidden = sum(states.nbytes for batches in walked.carried.hidden.values() for states in batches)
     finals = len(variants) * sum(len(row.input_ids) - 1 for row in rows_of(tokens)) * HIDDEN * 4
     took = time.process_time() - began
     return {

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from studio.jobs.audit.blocks import filled, parts_of, settled
-from studio.jobs.audit.calls import first_of, noted_calls
+from studio.jobs.audit.blocks import filled, first_of, noted_calls, parts_of, settled
 from studio.jobs.audit.forms import FORMS
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.generation import greedy, stop_ids

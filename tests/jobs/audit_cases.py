@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from studio.jobs.audit.__main__ import _body
-from studio.jobs.audit.base_variants import folder_variants
 from studio.jobs.audit.blocks import Parts, parts_of
-from studio.jobs.audit.sweep import Variant
+from studio.jobs.audit.variants import folder_variants
+from studio.jobs.audit.walk import Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from studio.core.audit_text import tables_of
-from studio.jobs.audit import base_audit
-from studio.jobs.audit.base_variants import folder_variants
+from studio.jobs.audit import figures
 from studio.jobs.audit.blocks import parts_of
+from studio.jobs.audit.figures import Ground
 from studio.jobs.audit.report import bars_svg, losses_svg
 from studio.jobs.audit.rows import NEUTRAL
-from studio.jobs.audit.walk import Ground
+from studio.jobs.audit.variants import folder_variants
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.rows import Example
 from studio.probe.model_folder import WEIGHTS
@@ -165,8 +165,10 @@ def test_too_little_memory_is_said_before_anything_is_read(
     class Full:
         available = 0
 
-    monkeypatch.setattr("studio.jobs.audit.cost.psutil.virtual_memory", Full)
-    monkeypatch.setattr("studio.jobs.audit.cost.psutil.Process.memory_info", lambda self: type("M", (), {"rss": 1})())
+    monkeypatch.setattr("studio.jobs.audit.figures.psutil.virtual_memory", Full)
+    monkeypatch.setattr(
+        "studio.jobs.audit.figures.psutil.Process.memory_info", lambda self: type("M", (), {"rss": 1})()
+    )
     paths, _ = audit(tmp_path / "audit", asked(tiny, rows))
     assert "Fewer --rows" in history_of(paths).failed.message  # type: ignore[union-attr]
 
@@ -193,14 +195,14 @@ def test_the_time_is_taken_where_the_walk_will_be(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, device: str, copied: set[str]
 ) -> None:
     """The meta device in a card's place: a product of the CPU's told hours where the card took seconds."""
-    monkeypatch.setattr(base_audit, "device_of", lambda: torch.device(device))
+    monkeypatch.setattr(figures, "job_device", lambda wanted: torch.device(device))
     weights = FolderWeights(tiny)
     ids = np.arange(16, dtype=np.int32)
     rows: Any = SimpleNamespace(all=[Example(ids, ids)])
     worker: Any = SimpleNamespace(emit=lambda kind, **fields: None)
     ground = Ground(worker, weights, parts_of(weights.clean), rows, "")
     with Products() as seen:
-        cost = base_audit.check_cost(ground, folder_variants(weights, ["16-bit", "nf4"]), alone=False)
+        cost = figures.check_cost(ground, folder_variants(weights, ["16-bit", "nf4"]), alone=False)
     assert seen.products == {device}
     assert seen.copies == copied
     assert 0 < cost.low_seconds < cost.high_seconds

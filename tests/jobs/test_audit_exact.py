@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from studio.jobs.audit.calls import disagreement, renumbered
-from studio.jobs.audit.sweep import Carried, Sweep
+from studio.jobs.audit.blocks import disagreement, renumbered
+from studio.jobs.audit.walk import Carried, Walk
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.audit_cases import CPU, examples, plain_figures, plain_model, variants_of
 
@@ -26,16 +26,16 @@ def folder(request: pytest.FixtureRequest, tiny: Path, half: Path) -> Path:
     return tiny if request.param == "fp32" else half
 
 
-def swept(folder: Path, rows: list[object], names: list[str] = NAMES, **more: object) -> Sweep:
+def walked(folder: Path, rows: list[object], names: list[str] = NAMES, **more: object) -> Walk:
     parts, variants = variants_of(folder, names)
-    sweep = Sweep(parts, variants, rows, device=CPU, **more)  # type: ignore[arg-type]
-    assert sweep.run(lambda fraction, detail: None, lambda carried: False)
-    return sweep
+    walk = Walk(parts, variants, rows, device=CPU, **more)  # type: ignore[arg-type]
+    assert walk.run(lambda fraction, detail: None, lambda carried: False)
+    return walk
 
 
 def test_every_variant_has_the_figures_of_the_whole_model(folder: Path) -> None:
     rows = examples(*ROWS)
-    found = swept(folder, list(rows)).scores()
+    found = walked(folder, list(rows)).scores()
     reference = plain_model(folder, "16-bit")
     for name in NAMES:
         loss, kl, same = plain_figures(plain_model(folder, name), reference, rows)
@@ -59,7 +59,7 @@ def test_the_walk_is_the_models_own_forward_pass_to_the_bit(folder: Path) -> Non
 def test_nothing_stays_in_the_models_place(tiny: Path) -> None:
     parts, variants = variants_of(tiny, NAMES)
     before = {name: type(module) for name, module in parts.causal.named_modules()}
-    Sweep(parts, variants, examples(9, 4), device=CPU).run(lambda fraction, detail: None, lambda carried: False)
+    Walk(parts, variants, examples(9, 4), device=CPU).run(lambda fraction, detail: None, lambda carried: False)
     assert {name: type(module) for name, module in parts.causal.named_modules()} == before
     assert all(parameter.is_meta for parameter in parts.causal.parameters())
 
@@ -67,14 +67,14 @@ def test_nothing_stays_in_the_models_place(tiny: Path) -> None:
 def test_a_walk_that_was_stopped_goes_on_to_the_same_bits(tiny: Path) -> None:
     rows = examples(*ROWS)
     parts, variants = variants_of(tiny, NAMES)
-    first = Sweep(parts, variants, rows, device=CPU, alone="nf4+dq")
+    first = Walk(parts, variants, rows, device=CPU, alone="nf4+dq")
     assert not first.run(lambda fraction, detail: None, lambda carried: True)
     kept = Carried(first.carried.hidden, first.carried.seen)
     assert len(kept.seen) == 1
     parts, variants = variants_of(tiny, NAMES)
-    second = Sweep(parts, variants, rows, device=CPU, alone="nf4+dq", carried=kept)
+    second = Walk(parts, variants, rows, device=CPU, alone="nf4+dq", carried=kept)
     assert second.run(lambda fraction, detail: None, lambda carried: False)
-    whole = swept(tiny, list(rows), alone="nf4+dq")
+    whole = walked(tiny, list(rows), alone="nf4+dq")
     assert second.carried.seen == whole.carried.seen
     for name, scores in whole.scores().items():
         again = second.scores()[name]

@@ -9,10 +9,9 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from studio.jobs.audit.adapter_variants import AdapterForms
-from studio.jobs.audit.batches import batches_of
 from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.sweep import Sweep
+from studio.jobs.audit.variants import AdapterForms
+from studio.jobs.audit.walk import Walk, batches_of
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import FourBit
 from studio.jobs.base.weights.skeleton import build_skeleton
@@ -60,23 +59,23 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_it_is_the_whole_model_to_the_bit_and_finds_what_rounding_costs(family: Path) -> None:
     rows = examples(*ROWS, vocabulary=120)
     parts, variants = variants_of(family, ["16-bit", "nf4"])
-    sweep = Sweep(parts, variants, rows, device=CPU)
-    assert sweep.run(lambda fraction, detail: None, lambda carried: False)
+    walk = Walk(parts, variants, rows, device=CPU)
+    assert walk.run(lambda fraction, detail: None, lambda carried: False)
     whole = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
-    with torch.no_grad(), sweep._settled(variants[0]):
+    with torch.no_grad(), walk._settled(variants[0]):
         for index, batch in enumerate(batches_of(rows)):
             states = whole.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-            assert torch.equal(sweep._after(variants[0], index, batch), states)
+            assert torch.equal(walk._after(variants[0], index, batch), states)
     four = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).eval()
     change = rounded("nf4")
-    names = {name for block in sweep.carried.seen for name in block.roundings["nf4"]}
+    names = {name for block in walk.carried.seen for name in block.roundings["nf4"]}
     assert names
     for name in names:
         module = four.get_submodule(name)
         turned = isinstance(module, Conv1D)  # transformers quantises GPT-2's weights turned
         weight = change(name, module.weight.data.t().contiguous() if turned else module.weight.data)
         module.weight.data = weight.t() if turned else weight
-    found = sweep.scores()
+    found = walk.scores()
     loss, kl, same = plain_figures(four, whole, rows)
     assert float(found["nf4"].loss.mean()) == pytest.approx(loss, rel=1e-4)
     assert float(found["nf4"].kl.mean()) == pytest.approx(kl, rel=1e-4, abs=1e-7)

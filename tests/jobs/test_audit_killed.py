@@ -22,7 +22,7 @@ from tests.jobs.audit_cases import audit
 KEEPS_ALWAYS_AND_HANGS = """
 import sys, time
 from pathlib import Path
-from studio.jobs.audit import walk as state
+from studio.jobs.audit import kept as state
 from studio.jobs.audit.__main__ import _body
 from studio.runs.worker import run_job
 state._EVERY_SECONDS = 0.0
@@ -65,15 +65,15 @@ def test_an_audit_that_was_killed_goes_on_after_its_last_kept_block(tmp_path: Pa
 
 
 def test_a_kept_state_that_lost_a_part_is_not_taken_up(tmp_path: Path) -> None:
-    from studio.jobs.audit.sweep import Sweep
-    from studio.jobs.audit.walk import KeptWalk
+    from studio.jobs.audit.kept import KeptWalk
+    from studio.jobs.audit.walk import Walk
     from tests.jobs.audit_cases import CPU, examples, variants_of
 
     parts, variants = variants_of(make_tiny_model(tmp_path / "model"), ["16-bit", "nf4"])
-    sweep = Sweep(parts, variants, examples(9, 4), device=CPU)
-    assert not sweep.run(lambda fraction, detail: None, lambda carried: True)
+    walk = Walk(parts, variants, examples(9, 4), device=CPU)
+    assert not walk.run(lambda fraction, detail: None, lambda carried: True)
     kept = KeptWalk(tmp_path / "kept", "this")
-    kept.keep(sweep.carried, now=True)
+    kept.keep(walk.carried, now=True)
     found = kept.load()
     assert found is not None and list(found.hidden) == ["16-bit", "nf4"]
     next((tmp_path / "kept").glob("001-*")).unlink()

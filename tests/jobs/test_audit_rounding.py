@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch.nn.functional import linear
 
-from studio.jobs.audit import forms, rounding
+from studio.jobs.audit import forms
 from studio.jobs.audit.forms import FORMS, FourBits, Stored, four_bits, squared_norms
 from studio.jobs.base.load import FourBit
 
@@ -27,7 +27,7 @@ def theirs(weight: torch.Tensor, name: str) -> torch.Tensor:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts in a small weight."""
     monkeypatch.setattr(forms, "_WEIGHTS_AT_ONCE", {"cpu": 2**12})
-    monkeypatch.setattr(rounding, "AT_ONCE", 2**11)
+    monkeypatch.setattr(forms, "AT_ONCE", 2**11)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -63,7 +63,7 @@ def test_eight_bits_are_the_librarys_to_the_bit() -> None:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_quick_way_is_taken_and_equals_the_slow_one_around_every_bound(quant_type: Any) -> None:
-    grid = rounding._grid(quant_type)
+    grid = forms._grid(quant_type)
     bounds = grid.bound[grid.bound < 2]
     assert len(bounds) == 15
     steps = [bounds]
@@ -75,7 +75,7 @@ def test_the_quick_way_is_taken_and_equals_the_slow_one_around_every_bound(quant
     values = torch.cat([*steps, torch.linspace(-1, 1, 64 * 200 - 15 * 7)]).view(-1, 64).clone()
     for scale in (1.0, 0.37, 3e-39, 1e37):
         part = torch.cat([values[:, :-1], torch.ones(len(values), 1)], 1) * scale
-        codes, scales = rounding._quick(part.view(-1), quant_type) or pytest.fail("not finite")
+        codes, scales = forms._quick(part.view(-1), quant_type) or pytest.fail("not finite")
         own, state = quantize_4bit(part, quant_type=quant_type)
         assert torch.equal(codes, own) and torch.equal(scales, state.absmax), scale
 
@@ -87,18 +87,18 @@ def test_another_library_is_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> N
         codes, state = real(weight, **more)
         return codes.bitwise_xor(1), state
 
-    monkeypatch.setattr(rounding, "quantize_4bit", other)
-    rounding._is_the_same.cache_clear()
+    monkeypatch.setattr(forms, "quantize_4bit", other)
+    forms._is_the_same.cache_clear()
     weight = torch.randn(4, 64)
-    codes, _ = rounding.codes_of(weight, "nf4")
-    rounding._is_the_same.cache_clear()
+    codes, _ = forms.codes_of(weight, "nf4")
+    forms._is_the_same.cache_clear()
     assert torch.equal(codes, other(weight, quant_type="nf4")[0])
 
 
 def test_weights_that_are_not_finite_do_not_end_it() -> None:
     weight = torch.randn(4, 64)
     weight[1, 3] = torch.nan
-    codes, scales = rounding.codes_of(weight, "nf4")
+    codes, scales = forms.codes_of(weight, "nf4")
     assert codes.shape == (128, 1)
     assert not torch.isfinite(scales[1])
 

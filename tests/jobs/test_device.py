@@ -14,7 +14,6 @@ from accelerate.state import PartialState
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import MemorySeen, Planned
 from studio.core.recipe import Recipe
-from studio.jobs.audit.device import device_of
 from studio.jobs.base.device import NO_CARD, card_used, job_device, room_on_card
 from studio.jobs.train.job import _device as train_device
 from studio.jobs.train.memory import MemoryWatch, limit_memory
@@ -136,7 +135,7 @@ def test_plan_launch_and_job_mean_one_card(
     assert device.index == 0
     assert used == plan["card"], "name, UUID and place on the bus"
     assert torch.cuda.device_count() == 1, "no library can take another"
-    assert device_of() == device, "an audit's too"
+    assert job_device("auto") == device, "an audit's too"
     assert plan["budget_bytes"] == (machine.cards and _free_bytes(machine, meant))
 
 
@@ -287,7 +286,7 @@ def test_every_job_keeps_to_the_card_where_the_driver_would_spill(
     machine = FakeMachine([LARGE])
     machine.start(monkeypatch)
     monkeypatch.setattr("studio.jobs.base.device.spills_to_ram", lambda: spills)
-    device = device_of()
+    device = job_device("auto")
     kept = (23 * GIB + 2**21 - 2**28) / (24 * GIB)
     assert machine.fractions == ({0: pytest.approx(kept)} if spills else {})
     assert room_on_card(torch.device("cpu")) is None

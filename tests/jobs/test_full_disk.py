@@ -200,7 +200,7 @@ def test_an_audit_on_a_full_disk_says_so_and_is_taken_up_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "emit", full)
-        patch.setattr("studio.jobs.audit.walk._EVERY_SECONDS", 0.0)
+        patch.setattr("studio.jobs.audit.kept._EVERY_SECONDS", 0.0)
         paths, report = audit(disk / "run", wanted)
     failed = read_events(paths.events)[-1]
     assert isinstance(failed, Failed)

@@ -13,9 +13,9 @@ from peft import PeftModel
 from studio.core.errors import BadInput
 from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
-from studio.jobs.audit.adapter_variants import AdapterForms
-from studio.jobs.audit.device import device_of
+from studio.jobs.audit.variants import AdapterForms
 from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.device import job_device
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.weights.skeleton import build_skeleton
@@ -76,7 +76,7 @@ class AnswerModels:
         self._vocabulary = skeleton.vocabulary
         self._forms = AdapterForms(weights, skeleton, self._quant, kept=self._quant.skip)
         self._whole = sum(parameter.numel() for parameter in weights.clean.parameters())
-        self.device = device_of()
+        self.device = job_device("auto")
         self.dtype = dtype or _dtype(self.device, self._whole)
         self.rounded = f"tuned, {self._forms.form.name}"
         self.trained = self.rounded if recipe.method == "qlora" else TUNED

@@ -1,10 +1,8 @@
 """A base model in 16 bit against its roundings, on the user's rows: before any training."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,14 +12,12 @@ from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.intervals import ratio_interval
 from studio.core.text import plain
-from studio.jobs.audit.base_variants import folder_variants, is_kept, rounded_linears
 from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.cost import Cost, check_room, cost_of
-from studio.jobs.audit.device import device_of
+from studio.jobs.audit.figures import Ground, Measured, check_cost, ground_of, measure, prove, stored_bytes_of
 from studio.jobs.audit.forms import FORMS, STORED
-from studio.jobs.audit.rows import AuditRows, check_ids, read_audit_rows
-from studio.jobs.audit.sweep import BlockSeen, Variant
-from studio.jobs.audit.walk import Ground, Measured, measure, prove
+from studio.jobs.audit.rows import read_audit_rows
+from studio.jobs.audit.variants import folder_variants, is_kept, rounded_linears
+from studio.jobs.audit.walk import BlockSeen
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.progress import read_fingerprint
@@ -54,8 +50,9 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         request, load_tokenizer(folder), lambda text: worker.emit(Warned, topic="data", message=text)
     )
     weights = FolderWeights(folder)
-    ground = Ground(worker, weights, parts_of(weights.clean), rows, _about(worker, request, folder, rows))
-    check_ids(rows, known_tokens(weights))
+    parts = parts_of(weights.clean)
+    seen = short_fingerprint(read_fingerprint(worker, folder))
+    ground = ground_of(worker, request, weights, parts, rows, seen)
     names = forms_of(request.forms)
     asked = PREFERRED if PREFERRED in names else names[0]
     variants = folder_variants(weights, [STORED.name, *names])
@@ -109,39 +106,6 @@ def forms_of(asked: Sequence[str]) -> list[str]:
         found = plain(unknown[0], one_line=True, limit=40) if unknown else "none"
         raise BadInput(f"roundings: found {found}; wanted some of {known}.")
     return names
-
-
-def check_cost(ground: Ground, variants: Sequence[Variant], *, alone: bool) -> Cost:
-    """Say what a walk is expected to take, and make sure that there is memory for it.
-
-    Raises:
-        BadInput: There is not.
-    """
-    stored_bytes = stored_bytes_of(ground.weights)
-    cost = cost_of(ground.parts, variants, ground.rows.all, device=device_of(), alone=alone, stored_bytes=stored_bytes)
-    detail = (
-        f"about {cost.memory_bytes / 2**30:.1f} GiB of memory, of which hidden states "
-        f"{cost.hidden_bytes / 2**30:.2f} GiB; {cost.low_seconds:.0f} to {cost.high_seconds:.0f} s (estimates)"
-    )
-    ground.worker.emit(Phase, name="estimated", detail=detail)
-    check_room(cost)
-    return cost
-
-
-def known_tokens(weights: FolderWeights) -> int:
-    """Return how many tokens the model has embeddings for."""
-    embedding: Any = weights.clean.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def stored_bytes_of(weights: FolderWeights) -> int:
-    """Return the bytes of a weight in the files."""
-    return max(stored.dtype.itemsize for stored in weights.files.tensors.values())
-
-
-def _about(worker: Worker, request: AuditRequest, folder: Path, rows: AuditRows) -> str:
-    found = short_fingerprint(read_fingerprint(worker, folder))
-    return json.dumps([asdict(request), found, rows.found.hashes], sort_keys=True)
 
 
 def _mixed_plans(

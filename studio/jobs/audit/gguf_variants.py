@@ -14,9 +14,9 @@ from torch import Tensor
 from studio.core.errors import JobFailed
 from studio.core.events import Phase
 from studio.core.text import plain
+from studio.jobs.audit.figures import Ground
 from studio.jobs.audit.scores import Head, TokenScores, score_given
 from studio.jobs.audit.speed import LLAMA, NOT_ASKED, Speed, timed_gguf, unmeasured
-from studio.jobs.audit.walk import Ground
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.llama.gguf_tools import is_whole, tools_folder

@@ -1,19 +1,34 @@
-"""Parts of an audit that are done, on disk as JSON, so that one that was stopped or killed need not do them again."""
+"""What an audit has done so far, on disk, so that one that was stopped or killed need not do it again.
+
+A part that is done is JSON; a walk is the hidden states behind its last whole block.
+"""
 
 import json
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from studio.jobs.audit.blocks import Rounding
+from studio.jobs.audit.walk import BlockSeen, Carried
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS
-from studio.runs.atomic import write_whole
+from studio.runs.atomic import mend_folder, publish_folder, write_whole
 from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 
+_EVERY_SECONDS = 60.0
+_STATES, _WALK = "states.safetensors", "walk.json"
+
 
 class KeptPart:
-    """One part; it goes with the run's `audit` folder when the audit has ended."""
+    """A part that is kept as JSON; it goes with the run's `audit` folder when the audit has ended."""
 
     def __init__(self, worker: Worker, request: AuditRequest, name: str, *about: object) -> None:
         """Name a part.
@@ -25,7 +40,7 @@ class KeptPart:
             about: What else the part depends on, as JSON has it.
         """
         self._file = Path(worker.paths.root) / "audit" / f"{name}.json"
-        self._about = json.loads(json.dumps([asdict(request), _stamp(request), *about]))
+        self._about = json.loads(json.dumps([asdict(request), stamp_of(request), *about]))
 
     def load(self) -> Any:
         """Return the part as it was kept; None where there is none that can be used."""
@@ -45,9 +60,90 @@ class KeptPart:
         write_whole(self._file, json.dumps({"about": self._about, "part": part}))
 
 
-def _stamp(request: AuditRequest) -> list[int]:
-    """Return what changes when the run is trained on."""
+class KeptWalk:
+    """The kept state of one walk.
+
+    Attributes:
+        folder: Where it lies; it appears whole.
+    """
+
+    def __init__(self, folder: Path, about: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Look for the state of an earlier process.
+
+        Args:
+            folder: Where it lies.
+            about: Says what is measured; a state of something else is thrown away.
+            clock: Seconds.
+        """
+        self.folder, self._about, self._clock = folder, about, clock
+        self._kept_at = clock()
+        mend_folder(folder)
+
+    def load(self) -> Carried | None:
+        """Return the state; None where there is none that can be used."""
+        try:
+            table = json.loads((self.folder / _WALK).read_text("utf-8"))
+            if table["about"] == self._about:
+                hidden: dict[str, list[Tensor]] = {}
+                for number, _ in enumerate(table["variants"]):
+                    hidden |= _by_variant(load_file(self.folder / f"{number:03d}-{_STATES}"))
+                return Carried(hidden, [_seen(entry) for entry in table["seen"]])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+            pass  # as good as none: the walk begins again
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return None
+
+    def keep(self, carried: Carried, *, now: bool = False) -> None:
+        """Keep the state once a minute, or now.
+
+        Raises:
+            OSError: The disk refuses; the state that was kept before stays.
+            SafetensorError: Likewise, in safetensors' own class.
+        """
+        if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
+            return
+        aside = self.folder.with_name(f".{self.folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            self._write(aside, carried)
+            publish_folder(aside, self.folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._kept_at = self._clock()
+
+    def _write(self, aside: Path, carried: Carried) -> None:
+        for number, (name, batches) in enumerate(carried.hidden.items()):
+            # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
+            tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
+            save_file(tensors, aside / f"{number:03d}-{_STATES}")
+        seen = [asdict(one) for one in carried.seen]
+        (aside / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
+
+    def forget(self) -> None:
+        """Take the state away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def stamp_of(request: AuditRequest) -> list[int]:
+    """Return what changes when the audited run is trained on; nothing where no run is audited."""
     if not request.run:
         return []
     seen = (RunPaths(Path(request.run)).adapter / ADAPTER_WEIGHTS).stat()
     return [seen.st_size, seen.st_mtime_ns]
+
+
+def _by_variant(tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    hidden: dict[str, list[Tensor]] = {}
+    for key in sorted(tensors):
+        hidden.setdefault(key.rpartition("|")[0], []).append(tensors[key])
+    return hidden
+
+
+def _seen(entry: dict[str, object]) -> BlockSeen:
+    roundings: dict[str, dict[str, dict[str, float]]] = entry.pop("roundings")  # type: ignore[assignment]
+    made = {
+        variant: {name: Rounding(**values) for name, values in linears.items()}  # type: ignore[arg-type]
+        for variant, linears in roundings.items()
+    }
+    return BlockSeen(roundings=made, **entry)  # type: ignore[arg-type]

@@ -1,22 +1,19 @@
 """The lanes of a race on the same held-out rows: each adapter on the base that it was trained on."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from studio.core.audit_tables import joined
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
-from studio.jobs.audit.adapter_variants import AdapterForms
-from studio.jobs.audit.base_audit import check_cost, known_tokens
-from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
+from studio.jobs.audit.figures import Measured, check_cost, ground_of, measure, prove
 from studio.jobs.audit.lanes import Lane
-from studio.jobs.audit.rows import check_ids, read_audit_rows
-from studio.jobs.audit.sweep import Variant
-from studio.jobs.audit.walk import Ground, Measured, measure, prove
+from studio.jobs.audit.rows import read_audit_rows
+from studio.jobs.audit.variants import AdapterForms, stored_variant
+from studio.jobs.audit.walk import Variant
 from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.progress import read_fingerprint
@@ -64,9 +61,7 @@ def measure_lanes(
     weights = FolderWeights(folder)
     found = short_fingerprint(read_fingerprint(worker, folder))
     runs = [str(lane.paths.root) for lane in lanes]
-    about = json.dumps([asdict(request), found, runs, rows.found.hashes], sort_keys=True)
-    ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
-    check_ids(rows, known_tokens(weights))
+    ground = ground_of(worker, request, weights, parts_of(weights.clean), rows, found, runs)
     variants = [_variant(weights, folder, lane) for lane in lanes]
     check_cost(ground, variants, alone=False)
     prove(ground, stored_variant(weights))

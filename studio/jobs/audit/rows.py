@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.jobs.base.data.rows import Example, encode_rows
 from studio.jobs.base.data.template import Warn, ensure_template
@@ -87,21 +87,6 @@ def read_audit_rows(
     task, _ = encode_rows(found.rows, tokenizer, seq_len=seq_len, answers_only=answers_only, warn=warn)
     neutral = _passages(Path(request.text) if request.text else NEUTRAL, tokenizer, seq_len)
     return AuditRows(task, neutral, found)
-
-
-def check_ids(rows: AuditRows, known: int) -> None:
-    """Make sure that the tokenizer makes no token that the model has no embedding for.
-
-    Raises:
-        JobFailed: It does.
-    """
-    largest = max(int(example.input_ids.max()) for example in rows.all)
-    if largest >= known:
-        raise JobFailed(
-            "tokenizer_mismatch",
-            f"the tokenizer makes token {largest}, but the model has embeddings for {known} tokens only",
-            "use the tokenizer that belongs to this model",
-        )
 
 
 def _passages(path: Path, tokenizer: Any, seq_len: int) -> list[Example]:

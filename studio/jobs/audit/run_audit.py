@@ -1,6 +1,5 @@
 """One trained adapter, through the same held-out rows on every base that it can be put on or merged into."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,24 +14,23 @@ from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.audit.adapter_variants import ALONE, TRAINED, AdapterForms, Named
 from studio.jobs.audit.answer_models import AnswerModels
-from studio.jobs.audit.base_audit import check_cost, known_tokens
-from studio.jobs.audit.base_variants import stored_variant
 from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.device import device_of
+from studio.jobs.audit.figures import check_cost, ground_of, measure, prove
 from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
-from studio.jobs.audit.rows import check_ids, read_audit_rows
+from studio.jobs.audit.kept import stamp_of
+from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.run_report import RunReport, block_deltas, handiest
 from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
-from studio.jobs.audit.sweep import Variant
-from studio.jobs.audit.walk import Ground, measure, prove
+from studio.jobs.audit.variants import ALONE, TRAINED, AdapterForms, Named, stored_variant
+from studio.jobs.audit.walk import Variant
 from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.device import job_device
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.skeleton import build_skeleton
-from studio.probe.adapter_folder import ADAPTER_WEIGHTS, find_adapter
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.fingerprint import refuse_another_base, short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
@@ -74,10 +72,8 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     )
     skeleton = build_skeleton(folder, adapter)
     weights = FolderWeights(folder, skeleton.vocabulary)
-    seen = [short_fingerprint(base_seen), _stamp(trained), rows.found.hashes]
-    about = json.dumps([asdict(request), *seen], sort_keys=True)
-    ground = Ground(worker, weights, parts_of(weights.clean), rows, about)
-    check_ids(rows, known_tokens(weights))
+    about = [short_fingerprint(base_seen), stamp_of(request)]
+    ground = ground_of(worker, request, weights, parts_of(weights.clean), rows, *about)
     gguf = GgufForms(ground, gguf_files(trained, request.gguf))
     quant = four_bit_of(recipe.model)
     forms = AdapterForms(weights, skeleton, quant, kept=quant.skip)
@@ -93,7 +89,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     speeds: dict[tuple[str, bool], Speed] = {}
     prompt = prompt_of(rows) if request.speed else []
     if prompt:
-        models = AnswerModels(base, adapter, recipe, dtype=half_dtype(device_of()))
+        models = AnswerModels(base, adapter, recipe, dtype=half_dtype(job_device("auto")))
         speeds = measured_speeds(worker, models, prompt, forms.form.name)
     shown = [report.walked(one, speeds) for one in named]
     shown += [report.gguf(name, file, gguf, gguf.speed(name, prompt)) for name, file in gguf.files.items()]
@@ -153,8 +149,3 @@ def _given(folders: Sequence[str]) -> list[Named]:
         variant = replace(variant, head=replace(variant.head, key=variant.name))
         made.append(Named(variant, f"the model in {plain(str(folder), one_line=True)}", "16-bit", usable=False))
     return made
-
-
-def _stamp(trained: RunPaths) -> Sequence[int]:
-    seen = (trained.adapter / ADAPTER_WEIGHTS).stat()
-    return [seen.st_size, seen.st_mtime_ns]

@@ -12,13 +12,12 @@ import torch
 
 from studio.core.events import Phase
 from studio.core.vram.reserve import CONTEXT_BYTES, LEAST_CONTEXT_BYTES, MOST_CONTEXT_BYTES
-from studio.jobs.audit.adapter_variants import AdapterForms, Named
-from studio.jobs.audit.base_audit import stored_bytes_of
 from studio.jobs.audit.blocks import Parts
+from studio.jobs.audit.figures import Measured, stored_bytes_of
 from studio.jobs.audit.forms import FORMS
 from studio.jobs.audit.gguf_variants import GgufForms
 from studio.jobs.audit.speed import NOT_ASKED, Speed, unmeasured
-from studio.jobs.audit.walk import Measured
+from studio.jobs.audit.variants import AdapterForms, Named
 from studio.jobs.audit.weights import FolderWeights
 from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.probe.exported import GgufFile

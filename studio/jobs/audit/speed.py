@@ -20,8 +20,8 @@ from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Phase
 from studio.core.text import plain
 from studio.jobs.audit.answer_models import TUNED, AnswerModels
-from studio.jobs.audit.device import wait_for
 from studio.jobs.audit.rows import AuditRows
+from studio.jobs.base.device import wait_for
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.runs.failure import ran_out_of_memory

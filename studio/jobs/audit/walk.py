@@ -1,253 +1,305 @@
-"""One walk of an audit from start to figures: checked, told, kept on disk, stopped when asked.
+"""Several variants of one model in one walk through its blocks: one in memory, all hidden states carried along."""
 
-An audit that was stopped or killed goes on after the last block that was kept.
-"""
-
-import json
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from studio.core.audit import Figures, RowFigures, figures_of
 from studio.core.errors import JobFailed
-from studio.core.events import Phase
-from studio.jobs.audit.blocks import Parts, Rounding
-from studio.jobs.audit.calls import disagreement, renumbered
-from studio.jobs.audit.device import device_of
-from studio.jobs.audit.rows import AuditRows
-from studio.jobs.audit.scores import TokenScores
-from studio.jobs.audit.sweep import BlockSeen, Carried, Sweep, Variant
-from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.audit.blocks import (
+    Call,
+    Parts,
+    Rounding,
+    behind_the_blocks,
+    filled,
+    first_of,
+    noted_calls,
+    renumbered,
+    settled,
+)
+from studio.jobs.audit.forms import STORED, Form
+from studio.jobs.audit.scores import Head, TokenScores, score
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.failures import Cancelled
-from studio.runs.atomic import mend_folder, publish_folder
-from studio.runs.worker import Worker
+from studio.jobs.base.data.rows import Example
+from studio.jobs.base.weights.units import Read
 
-_PROOF_TOKENS = 24
-_PROOF_GAP = 1e-3
-"""Relative difference of logits up to which the walk counts as the model's own forward pass; rounding gives 1e-5."""
-
-Beside = Callable[[Tensor, Tensor], Mapping[str, TokenScores]]
-"""Figures of further models by name, from the reference's final states `[tokens, hidden]` and the tokens after them."""
+TOKENS_AT_ONCE = 512
+"""Padded tokens of a batch: activations stay small, and a weight that is cast or dequantised is used often enough."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What a walk found.
+class Batch:
+    """Some rows, padded on the right.
 
     Attributes:
-        task: Figures on the user's rows, by variant.
-        neutral: Figures on the neutral text, by variant.
-        seen: What rounding did block by block.
-        task_rows: Per-token figures on the user's rows, by variant.
-        seconds: Of this process's part of the walk.
+        rows: Their places among all rows.
+        ids: `[rows, seq]`.
+        real: Which tokens are no padding, `[rows, seq]`.
+        wanted: Where a token with a label follows, `[rows, seq]`.
+        targets: The labels that follow there, in order, `[tokens]`.
     """
 
-    task: dict[str, Figures]
-    neutral: dict[str, Figures]
-    seen: list[BlockSeen]
-    task_rows: dict[str, RowFigures]
-    seconds: float
+    rows: tuple[int, ...]
+    ids: Tensor
+    real: Tensor
+    wanted: Tensor
+    targets: Tensor
+
+    @property
+    def tokens_of_rows(self) -> tuple[int, ...]:
+        """How many wanted tokens each row has."""
+        return tuple(int(count) for count in self.wanted.sum(-1))
+
+
+def batches_of(examples: Sequence[Example], *, by_row: bool = False, most: int = TOKENS_AT_ONCE) -> list[Batch]:
+    """Return the rows in batches, the longest first; one row each where asked for."""
+    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+    made: list[list[int]] = []
+    for place in order:
+        longest = len(examples[made[-1][0]].input_ids) if made else 0
+        if by_row or not made or longest * (len(made[-1]) + 1) > most:
+            made.append([])
+        made[-1].append(place)
+    return [_batch(examples, places) for places in made]
+
+
+def _batch(examples: Sequence[Example], places: Sequence[int]) -> Batch:
+    width = max(len(examples[place].input_ids) for place in places)
+    ids = torch.zeros(len(places), width, dtype=torch.long)
+    labels = torch.full((len(places), width), IGNORED)
+    real = torch.zeros(len(places), width, dtype=torch.bool)
+    for row, place in enumerate(places):
+        example = examples[place]
+        size = len(example.input_ids)
+        ids[row, :size] = torch.from_numpy(example.input_ids).long()
+        labels[row, : size - 1] = torch.from_numpy(example.labels[1:]).long()
+        real[row, :size] = True
+    wanted = labels != IGNORED
+    return Batch(tuple(places), ids, real, wanted, labels[wanted])
+
+
+Picked = Callable[[Sequence[int]], Tensor]
+"""Gives the rows `[tokens, hidden]` of an embedding for some tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """What every walk of one audit shares.
+class Variant:
+    """A model to be measured: the weights of each parameter, and the form in which each linear layer holds them.
 
     Attributes:
-        worker: Told the progress, asked whether to stop; its folder keeps states.
-        weights: The base model.
-        parts: Its parts.
-        rows: What is measured on.
-        about: Says what is measured: a kept state of something else is not taken up.
+        name: In reports.
+        read: Gives a parameter by its name.
+        embed: Gives rows of its embedding.
+        head: Its head.
+        form_of: Gives the form of a linear layer by its name.
+        by_row: Whether it must see one row at a time.
     """
 
-    worker: Worker
-    weights: FolderWeights
-    parts: Parts
-    rows: AuditRows
-    about: str
+    name: str
+    read: Read
+    embed: Picked
+    head: Head
+    form_of: Callable[[str], Form] = lambda name: STORED
+    by_row: bool = False
 
 
-def prove(ground: Ground, variant: Variant) -> float:
-    """Return how far the walk is from the model's own forward pass on the beginning of a row, relative.
-
-    Raises:
-        JobFailed: Too far: this family does something between its blocks that the walk does not.
-    """
-    ids = torch.from_numpy(ground.rows.all[0].input_ids[:_PROOF_TOKENS]).long()[None]
-    used = sorted(set(ids.flatten().tolist()))
-    embedding, places = variant.embed(used), renumbered(ids, used)
-    gap = disagreement(ground.parts, variant.read, variant.head, embedding=embedding, ids=places, device=device_of())
-    if not gap <= _PROOF_GAP:
-        raise JobFailed(
-            "not_block_by_block",
-            f"run block by block, this model's logits differ from its own forward pass by {gap:.1%} of the largest",
-            "this family cannot be audited yet; report its name",
-        )
-    return gap
-
-
-def measure(
-    ground: Ground,
-    variants: Sequence[Variant],
-    *,
-    kept_as: str,
-    alone: str = "",
-    beside: Beside | None = None,
-    share: tuple[float, float] = (0.0, 1.0),
-) -> Measured:
-    """Walk and score.
-
-    Args:
-        ground: What the audit stands on.
-        variants: The first one is the reference.
-        kept_as: Name of the state's folder.
-        alone: The variant whose blocks are also run alone.
-        beside: Measures models that are not walked.
-        share: The part of the whole audit that this walk is.
-
-    Raises:
-        Cancelled: The user asked for it; the state is kept.
-        JobFailed: Something is not finite.
-        OSError: The disk refuses.
-    """
-    began = time.perf_counter()
-    worker, rows = ground.worker, ground.rows
-    kept = KeptWalk(Path(worker.paths.root) / "audit" / kept_as, ground.about)
-    sweep = Sweep(ground.parts, variants, rows.all, device=device_of(), alone=alone, carried=kept.load())
-    low, high = share
-
-    def tell(fraction: float, detail: str) -> None:
-        worker.emit(Phase, name="auditing", fraction=low + (high - low) * 0.9 * fraction, detail=detail)
-
-    def stopping(carried: Carried) -> bool:
-        asked = worker.requested("stop")
-        kept.keep(carried, now=asked)
-        return asked
-
-    if not sweep.run(tell, stopping):
-        raise Cancelled("stopped; resuming goes on after the last whole block")
-    kept.keep(sweep.carried)
-    tenths = -1
-
-    def tell_head(fraction: float) -> None:
-        nonlocal tenths
-        if int(10 * fraction) > tenths:
-            tenths = int(10 * fraction)
-            worker.emit(Phase, name="auditing", fraction=low + (high - low) * (0.9 + 0.1 * fraction), detail="head")
-
-    finals = sweep.finals()
-    scores = sweep.scores(tell_head, finals)
-    if beside:
-        scores |= beside(finals[variants[0].name], sweep.targets())
-    task, neutral = ({name: _by_row(one, part, rows) for name, one in scores.items()} for part in ("task", "neutral"))
-    reference = variants[0].name
-    return Measured(
-        {name: figures_of(found, task[reference]) for name, found in task.items()},
-        {name: figures_of(found, neutral[reference]) for name, found in neutral.items()},
-        sweep.carried.seen,
-        task,
-        time.perf_counter() - began,
-    )
-
-
-def _by_row(scores: TokenScores, part: str, rows: AuditRows) -> RowFigures:
-    counts = [int((example.labels[1:] != IGNORED).sum()) for example in rows.all]
-    first = len(rows.task) if part == "neutral" else 0
-    last = len(counts) if part == "neutral" else len(rows.task)
-    split = (torch.split(one.double().cpu(), counts) for one in (scores.loss, scores.kl, scores.same))
-    loss, kl, same = ([row.tolist() for row in one[first:last]] for one in split)
-    return RowFigures(loss, kl, same)
-
-
-_EVERY_SECONDS = 60.0
-_STATES, _WALK = "states.safetensors", "walk.json"
-
-
-class KeptWalk:
-    """The kept state of one walk.
+@dataclass(slots=True)
+class BlockSeen:
+    """What rounding did at one block.
 
     Attributes:
-        folder: Where it lies; it appears whole.
+        name: Of the block.
+        roundings: Of its linear layers, by variant.
+        drift: How far each variant's hidden state is from the reference's after the block: root mean square over tokens
+            of the relative difference.
+        own: The same where the variant gets the reference's hidden state as input: what this block alone does.
     """
 
-    def __init__(self, folder: Path, about: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """Look for the state of an earlier process.
+    name: str
+    roundings: dict[str, dict[str, Rounding]] = field(default_factory=dict)
+    drift: dict[str, float] = field(default_factory=dict)
+    own: float | None = None
+
+
+@dataclass(slots=True)
+class Carried:
+    """Where a walk stands: hidden states `[rows, seq, hidden]` of every variant's batches, and the blocks behind it."""
+
+    hidden: dict[str, list[Tensor]] = field(default_factory=dict)
+    seen: list[BlockSeen] = field(default_factory=list)
+
+
+class Walk:
+    """A walk of some variants over some rows."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        variants: Sequence[Variant],
+        examples: Sequence[Example],
+        *,
+        device: torch.device,
+        alone: str = "",
+        carried: Carried | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet.
 
         Args:
-            folder: Where it lies.
-            about: Says what is measured; a state of something else is thrown away.
-            clock: Seconds.
+            parts: The model.
+            variants: The first one is the reference.
+            examples: Rows with labels.
+            device: Where blocks are run; hidden states stay in main memory.
+            alone: The variant whose blocks are also run on the reference's hidden states, one at a time.
+            carried: From where to go on.
         """
-        self.folder, self._about, self._clock = folder, about, clock
-        self._kept_at = clock()
-        mend_folder(folder)
+        self.parts, self.variants, self.device, self.alone = parts, tuple(variants), device, alone
+        self.carried = carried or Carried()
+        self._examples = examples
+        self._batches = {by_row: batches_of(examples, by_row=by_row) for by_row in {v.by_row for v in variants}}
+        used = sorted({int(token) for example in examples for token in example.input_ids})
+        self._used = used
+        self._calls: dict[tuple[bool, int], list[Call]] = {}
 
-    def load(self) -> Carried | None:
-        """Return the state; None where there is none that can be used."""
-        try:
-            table = json.loads((self.folder / _WALK).read_text("utf-8"))
-            if table["about"] == self._about:
-                hidden: dict[str, list[Tensor]] = {}
-                for number, _ in enumerate(table["variants"]):
-                    hidden |= _by_variant(load_file(self.folder / f"{number:03d}-{_STATES}"))
-                return Carried(hidden, [_seen(entry) for entry in table["seen"]])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-            pass  # as good as none: the walk begins again
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return None
+    @property
+    def reference(self) -> Variant:
+        """The variant that the others are compared with."""
+        return self.variants[0]
 
-    def keep(self, carried: Carried, *, now: bool = False) -> None:
-        """Keep the state once a minute, or now.
+    @torch.no_grad()
+    def run(self, tell: Callable[[float, str], None], stopping: Callable[[Carried], bool]) -> bool:
+        """Carry all variants through all blocks; return whether the end was reached.
+
+        Args:
+            tell: Gets the fraction done and what is being done.
+            stopping: Asked after each block, with what would be needed to go on; true ends the walk.
 
         Raises:
-            OSError: The disk refuses; the state that was kept before stays.
-            SafetensorError: Likewise, in safetensors' own class.
+            JobFailed: A hidden state is not finite.
         """
-        if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
-            return
-        aside = self.folder.with_name(f".{self.folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            self._write(aside, carried)
-            publish_folder(aside, self.folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        self._kept_at = self._clock()
+        self._enter()
+        blocks = self.parts.blocks
+        for place in range(len(self.carried.seen), len(blocks)):
+            tell(place / len(blocks), blocks[place][0])
+            self.carried.seen.append(self._through(place))
+            if place + 1 < len(blocks) and stopping(self.carried):
+                return False
+        return True
 
-    def _write(self, aside: Path, carried: Carried) -> None:
-        for number, (name, batches) in enumerate(carried.hidden.items()):
-            # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
-            tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
-            save_file(tensors, aside / f"{number:03d}-{_STATES}")
-        seen = [asdict(one) for one in carried.seen]
-        (aside / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
+    @torch.no_grad()
+    def finals(self) -> dict[str, Tensor]:
+        """Return the final hidden states `[tokens, hidden]` of every variant where a label follows, row by row."""
+        made = {}
+        for variant in self.variants:
+            of_row: dict[int, Tensor] = {}
+            with self._settled(variant):
+                for index, batch in enumerate(self._batches[variant.by_row]):
+                    whole = self._after(variant, index, batch)
+                    states = whole[batch.wanted.to(whole.device)].cpu()
+                    of_row |= dict(zip(batch.rows, torch.split(states, list(batch.tokens_of_rows)), strict=True))
+            made[variant.name] = torch.cat([of_row[row] for row in range(len(self._examples))])
+        return made
 
-    def forget(self) -> None:
-        """Take the state away."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def targets(self) -> Tensor:
+        """Return the tokens that follow the final hidden states, `[tokens]`, row by row."""
+        return torch.cat([_following(example) for example in self._examples])
+
+    def scores(
+        self, tell: Callable[[float], None] = lambda fraction: None, finals: dict[str, Tensor] | None = None
+    ) -> dict[str, TokenScores]:
+        """Return the figures of every variant, tokens row by row; `finals` are made where they are not given."""
+        finals = {name: states.to(self.device) for name, states in (finals or self.finals()).items()}
+        heads = {variant.name: variant.head for variant in self.variants}
+        targets = self.targets().to(self.device)
+        return score(finals, targets, heads, self.parts.form, reference=self.reference.name, tell=tell)
+
+    def _settled(self, variant: Variant) -> AbstractContextManager[None]:
+        return settled(self.parts, variant.read, variant.embed(self._used), self.device)
+
+    def _enter(self) -> None:
+        """Note what the model calls its blocks with, and begin the hidden states unless there are some already."""
+        for variant in self.variants:
+            begun = self.carried.hidden.setdefault(variant.name, [])
+            fresh = not begun
+            with self._settled(variant):
+                for index, batch in enumerate(self._batches[variant.by_row]):
+                    calls, hidden = noted_calls(self.parts, self._renumbered(batch))
+                    self._calls[variant.by_row, index] = calls
+                    if fresh:
+                        begun.append(hidden.cpu())
+
+    def _after(self, variant: Variant, index: int, batch: Batch) -> Tensor:
+        """Return what the model makes of the hidden states behind its last block, `[rows, seq, hidden]`."""
+        states = self.carried.hidden[variant.name][index].to(self.device)
+        return behind_the_blocks(self.parts, self._renumbered(batch), states)
+
+    def _renumbered(self, batch: Batch) -> Tensor:
+        return renumbered(batch.ids, self._used).to(self.device)
+
+    def _through(self, place: int) -> BlockSeen:
+        name, block = self.parts.blocks[place]
+        seen, own = BlockSeen(name), list[Tensor]()
+        # The one whose blocks are also looked at alone goes first: it needs the reference's states before the block.
+        ordered = sorted(self.variants, key=lambda variant: (variant.name != self.alone, variant is not self.reference))
+        for variant in ordered:
+            with filled(name, block, variant.read, variant.form_of, self.device) as roundings:
+                if variant.name == self.alone:
+                    own = self._carry(self.reference, block, place)
+                self.carried.hidden[variant.name] = self._carry(variant, block, place)
+            seen.roundings[variant.name] = roundings
+            if variant is self.reference and own:
+                seen.own = self._distance(own, self.carried.hidden[variant.name], batches=self._batches[False])
+                own = []
+        for variant in self.variants[1:]:
+            seen.drift[variant.name] = self._drift(variant)
+        return seen
+
+    def _carry(self, variant: Variant, block: nn.Module, place: int) -> list[Tensor]:
+        made = []
+        for index, hidden in enumerate(self.carried.hidden[variant.name]):
+            args, kwargs = self._calls[variant.by_row, index][place]
+            out = first_of(block(hidden.to(self.device), *args, **kwargs)).cpu()
+            if not bool(torch.isfinite(out).all()):
+                raise JobFailed(
+                    "nonfinite_hidden",
+                    f"{variant.name}: the hidden states after {self.parts.blocks[place][0]} hold NaN or infinity",
+                    "look at the model's weights; an adapter may be broken",
+                )
+            made.append(out)
+        return made
+
+    def _drift(self, variant: Variant) -> float:
+        """Return how far a variant is from the reference, whatever batches it goes in."""
+        of_row = dict(self._rows(self.reference))
+        total, tokens = 0.0, 0
+        for row, states in self._rows(variant):
+            apart, count = _apart(states, of_row[row])
+            total, tokens = total + apart, tokens + count
+        return math.sqrt(total / tokens)
+
+    def _rows(self, variant: Variant) -> Iterator[tuple[int, Tensor]]:
+        """Yield place and hidden states `[seq, hidden]` of each row, without padding."""
+        for batch, hidden in zip(self._batches[variant.by_row], self.carried.hidden[variant.name], strict=True):
+            for row, states, real in zip(batch.rows, hidden, batch.real, strict=True):
+                yield row, states[real]
+
+    @staticmethod
+    def _distance(found: Sequence[Tensor], wanted: Sequence[Tensor], batches: Sequence[Batch]) -> float:
+        total, tokens = 0.0, 0
+        for one, other, batch in zip(found, wanted, batches, strict=True):
+            apart, count = _apart(one[batch.real], other[batch.real])
+            total, tokens = total + apart, tokens + count
+        return math.sqrt(total / tokens)
 
 
-def _by_variant(tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    hidden: dict[str, list[Tensor]] = {}
-    for key in sorted(tensors):
-        hidden.setdefault(key.rpartition("|")[0], []).append(tensors[key])
-    return hidden
+def _apart(found: Tensor, wanted: Tensor) -> tuple[float, int]:
+    """Return the summed squared relative difference of hidden states `[tokens, hidden]`, and the number of tokens."""
+    changed, whole = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+    return float((changed / whole.clamp(min=1e-30)).double().sum()), found.shape[0]
 
 
-def _seen(entry: dict[str, object]) -> BlockSeen:
-    roundings: dict[str, dict[str, dict[str, float]]] = entry.pop("roundings")  # type: ignore[assignment]
-    made = {
-        variant: {name: Rounding(**values) for name, values in linears.items()}  # type: ignore[arg-type]
-        for variant, linears in roundings.items()
-    }
-    return BlockSeen(roundings=made, **entry)  # type: ignore[arg-type]
+def _following(example: Example) -> Tensor:
+    labels = torch.from_numpy(example.labels[1:]).long()
+    return labels[labels != IGNORED]

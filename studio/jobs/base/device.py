@@ -68,6 +68,12 @@ def room_on_card(device: torch.device) -> int | None:
     return max(0, free + torch.cuda.memory_reserved(device) - _SPILL_MARGIN_BYTES)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a card has done what it was given; on a CPU that is so at any time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def card_used(device: torch.device) -> dict[str, str]:
     """Return what names the card for good: `name`, `uuid` and, where torch tells it, `pci`; nothing on a CPU."""
     if device.type != "cuda":
