@@ -1,9 +1,5 @@
-"""The file of observations, `$LORA_STUDIO_HOME/calibration.json`: small, whole, written by one process at a time.
+"""The file of observations, `$LORA_STUDIO_HOME/calibration.json`: what this machine's runs took beside their plans."""
 
-Whatever lies there, reading never fails: what is not an observation is passed over, and a file that is none is none.
-"""
-
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,37 +7,21 @@ from typing import Any
 
 from studio.core.calibration import Observation, Setting
 from studio.core.text import plain
-from studio.runs.atomic import write_whole
-from studio.runs.home import studio_home
+from studio.runs.kept_list import KeptList
 
-SCHEMA = 1
-_FILE, _LOCK = "calibration.json", ".calibration.lock"
-_LARGEST_FILE_BYTES = 2**20
 _KEPT_PER_SETTING, _KEPT = 12, 240
-_LOCK_SECONDS = 5.0
 _MOST_BYTES = 2**50
 _LONGEST_WORD, _MOST_PARTS = 200, 32
 
 
 def calibration_path() -> Path:
     """Return where the observations of this machine lie."""
-    return studio_home() / _FILE
+    return _KEPT_HERE.path
 
 
 def read_observations(path: Path | None = None) -> tuple[Observation, ...]:
-    """Return every sound observation; none where the file is missing, unreadable, too large or something else."""
-    path = path or calibration_path()
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_FILE_BYTES:
-            return ()
-        document = json.loads(path.read_bytes())
-        items = document["observations"] if document["schema"] == SCHEMA else ()
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ()
-    if not isinstance(items, list):
-        return ()
-    found = (_observation(item) for item in items[-_KEPT:])
-    return tuple(item for item in found if item is not None)
+    """Return every sound observation, the oldest first; none where the file is missing or damaged."""
+    return _KEPT_HERE.read(path)
 
 
 def remember(observation: Observation, path: Path | None = None) -> None:
@@ -51,18 +31,9 @@ def remember(observation: Observation, path: Path | None = None) -> None:
         OSError: The file cannot be written.
         TimeoutError: Another process has held it for seconds.
     """
-    from filelock import FileLock, Timeout  # noqa: PLC0415  0.1 s that only the end of a run pays
-
-    path = path or calibration_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path.with_name(_LOCK), timeout=_LOCK_SECONDS):
-            kept = [item for item in read_observations(path) if item.run != observation.run]
-            kept = _newest([*kept, observation])
-            document = {"schema": SCHEMA, "observations": [observation_to_dict(item) for item in kept]}
-            write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    except Timeout as error:
-        raise TimeoutError(f"{_LOCK} was held by another process for {_LOCK_SECONDS:g} s") from error
+    _KEPT_HERE.change(
+        lambda kept: _newest([*(item for item in kept if item.run != observation.run), observation]), path
+    )
 
 
 def _newest(observations: list[Observation]) -> list[Observation]:
@@ -153,3 +124,13 @@ def _rate(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < float(value) < math.inf:
         raise ValueError("no rate")
     return float(value)
+
+
+_KEPT_HERE = KeptList(
+    "calibration",
+    "observations",
+    most=_KEPT,
+    most_bytes=2**20,
+    read_one=_observation,
+    write_one=observation_to_dict,
+)

@@ -1,24 +1,14 @@
-"""The file of races, `$LORA_STUDIO_HOME/quality.json`: how LoRA and QLoRA came out on a model and data, measured here.
+"""The races of this machine, `$LORA_STUDIO_HOME/quality.json`: how LoRA and QLoRA came out on a model and data."""
 
-Small, whole, written by one process at a time. Whatever lies there, reading never fails: what is no lane's result is
-passed over, and a file that is none is none.
-"""
-
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from studio.core.intervals import Interval
-from studio.runs.atomic import write_whole
-from studio.runs.home import studio_home
+from studio.runs.kept_list import KeptList
 
-SCHEMA = 1
-_FILE, _LOCK = "quality.json", ".quality.lock"
-_LARGEST_FILE_BYTES = 4 * 2**20
 _KEPT = 500
-_LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +40,12 @@ class LaneResult:
 
 def quality_path() -> Path:
     """Return where the results of this machine's races lie."""
-    return studio_home() / _FILE
+    return _KEPT_HERE.path
 
 
 def read_results(path: Path | None = None) -> tuple[LaneResult, ...]:
-    """Return every sound result, the oldest first; none where the file is missing, unreadable or something else."""
-    path = path or quality_path()
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_FILE_BYTES:
-            return ()
-        document = json.loads(path.read_bytes())
-        items = document["outcomes"] if document["schema"] == SCHEMA else ()
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ()
-    if not isinstance(items, list):
-        return ()
-    found = (_result(item) for item in items[-_KEPT:])
-    return tuple(item for item in found if item is not None)
+    """Return every sound result, the oldest first; none where the file is missing or damaged."""
+    return _KEPT_HERE.read(path)
 
 
 def remember_results(results: tuple[LaneResult, ...], path: Path | None = None) -> None:
@@ -76,18 +55,10 @@ def remember_results(results: tuple[LaneResult, ...], path: Path | None = None) 
         OSError: The file cannot be written.
         TimeoutError: Another process has held it for seconds.
     """
-    from filelock import FileLock, Timeout  # noqa: PLC0415  0.1 s that only the end of a race pays
-
-    path = path or quality_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = {(one.model, one.data, one.lane) for one in results}
-    try:
-        with FileLock(path.with_name(_LOCK), timeout=_LOCK_SECONDS):
-            kept = [one for one in read_results(path) if (one.model, one.data, one.lane) not in new]
-            document = {"schema": SCHEMA, "outcomes": [asdict(one) for one in [*kept, *results][-_KEPT:]]}
-            write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    except Timeout as error:
-        raise TimeoutError(f"{_LOCK} was held by another process for {_LOCK_SECONDS:g} s") from error
+    _KEPT_HERE.change(
+        lambda kept: [*(one for one in kept if (one.model, one.data, one.lane) not in new), *results][-_KEPT:], path
+    )
 
 
 def _result(item: Any) -> LaneResult | None:
@@ -126,3 +97,6 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
         raise TypeError(value)
     return value
+
+
+_KEPT_HERE = KeptList("quality", "outcomes", most=_KEPT, most_bytes=4 * 2**20, read_one=_result, write_one=asdict)
