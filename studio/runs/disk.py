@@ -1,6 +1,6 @@
-"""What a disk that refuses is called, whichever library met it, and what to do about it.
+"""Errors of a disk: which kind of failure each is, whichever library raised it, and what to do about it.
 
-The one place that turns such an error into our failure: the log, the jobs and the command line all ask here.
+This is the one place that turns such an error into a failure of ours: log, jobs and command line all ask here.
 """
 
 import errno
@@ -13,13 +13,13 @@ from studio.core.errors import JobFailed, StudioError
 from studio.core.text import plain
 
 DISK_FULL = "disk_full"
-"""The kind of failure that a disk without room is."""
+"""The kind of failure when a disk has no room."""
 
 RESUME = "lora-studio runs resume RUN"
-"""How a failure advises to go on; readers put the run's name in."""
+"""How a failure advises to resume; whoever shows it puts the run's name in place of RUN."""
 
 RESERVE_BYTES = 32 * 1024
-"""Set aside on the disk of a live run: room for some hundred lines."""
+"""Size of the file that reserves room on the disk of a live run: enough for some hundred lines of its log."""
 
 _FULL = {
     errno.ENOSPC: ("is full", "free some space"),
@@ -42,9 +42,9 @@ _RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def os_errno(error: BaseException) -> int | None:
-    """Return the system's error number in an error, or in what it was raised from; None where there is none.
+    """Return the system's error number in an error or in its causes; None where there is none.
 
-    safetensors and tokenizers are Rust and raise classes of their own, with the number only in the text.
+    safetensors and tokenizers are written in Rust and raise classes of their own, with the number only in the text.
     """
     seen: BaseException | None = error
     for _ in range(10):
@@ -59,21 +59,22 @@ def os_errno(error: BaseException) -> int | None:
 
 
 def refuses(error: BaseException) -> bool:
-    """Return whether an error is a disk's, one that may pass: no room, read-only, not reachable, not permitted."""
+    """Return whether a disk raised an error that may pass: no room, read-only, not reachable, not permitted."""
     number = os_errno(error)
+    # A name that is too long stays too long.
     return number in _FULL or (number in _REFUSES and number != errno.ENAMETOOLONG)
 
 
 def disk_failure(
     error: BaseException, *, place: Path | None = None, kept: str = "", advice: str = ""
 ) -> JobFailed | None:
-    """Return our failure for an error that a disk made; None for any other error, and for one that has its words.
+    """Return our failure for an error that a disk raised; None for any other error, and for one of our own.
 
     Args:
         error: As a library raised it.
-        place: What was written to, where the error names no file, or one inside of it.
+        place: What was written to; shown where the error names no file, or a file inside of it.
         kept: What has become of the work, for the message.
-        advice: What to do after the disk was mended; empty continues the run.
+        advice: What to do once the disk is in order; empty advises to resume the run.
     """
     number = None if isinstance(error, StudioError) else os_errno(error)
     shown = plain(str(_place_of(error, place) or ""), one_line=True, limit=300)
@@ -89,22 +90,22 @@ def disk_failure(
 
 
 def disk_words(error: BaseException) -> str:
-    """Return what a disk's error means, for the middle of a sentence; any other error's own text."""
+    """Return what a disk's error means, as a part of a sentence; of any other error its own text."""
     failure = disk_failure(error)
     return plain(str(failure or error), one_line=True, limit=400)
 
 
 class Reserve:
-    """Room that a worker sets aside on the disk of its run, so that its last words fit when the disk is full."""
+    """Room that a worker reserves on the disk of its run, so that its last events fit when the disk is full."""
 
     def __init__(self, path: Path) -> None:
         """Name the file; nothing is written yet."""
         self._path = path
 
     def fill(self) -> bool:
-        """Set aside what is missing and return whether all of it is there; what was there stays in any case.
+        """Reserve what is missing and return whether all of it is there; what was reserved before stays in any case.
 
-        Random bytes, so that a compressing file system sets the room aside too.
+        The file holds random bytes, since a file system that compresses would give zeros no room.
         """
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -123,7 +124,7 @@ class Reserve:
             os.close(descriptor)
 
     def give_half(self) -> None:
-        """Make room for a few lines, and keep half for the last one."""
+        """Make room for a few lines, and keep half of the reserve for the last one."""
         with suppress(OSError):
             os.truncate(self._path, min(RESERVE_BYTES // 2, self._path.stat().st_size))
 

@@ -1,4 +1,4 @@
-"""What an exception of a job is called in the run's log, and what the user can do about it."""
+"""How a job's exception is named in the run's log, and what the user can do about it."""
 
 import errno
 import traceback
@@ -12,24 +12,24 @@ from studio.runs.disk import RESUME, disk_failure, os_errno
 from studio.runs.native import CARD_LOST, native_failure
 
 BAD_INPUT = "bad_input"
-"""The kind of a failure whose reason is what the job was given."""
+"""The kind of failure when the job was given something that it cannot work with."""
 
 OUT_OF_MEMORY = "out_of_memory"
-"""The kind of a failure of the card's or the computer's memory."""
+"""The kind of failure when the card's or the computer's memory is full."""
 
 Explain = Callable[[BaseException], JobFailed | None]
-"""Gives an exception of the job's libraries (weights that cannot be read ...) our name and advice, or None."""
+"""Returns our failure for an exception of the job's libraries, such as weights that cannot be read, or None."""
 
 Stage = Literal["load", "work", "optimizer", "eval", "save"]
-"""What a job was at, as far as advice depends on it; `work` is the job's own (a training's forward and backward)."""
+"""What a job was doing, as far as advice depends on it; `work` is its main part, such as forward and backward."""
 
 
 @dataclass(frozen=True, slots=True)
 class Doing:
-    """What a job was at when it failed.
+    """What a job was doing when it failed.
 
     Attributes:
-        job: Its kind: train, merge, export, audit, measure or chat; empty where it has not said.
+        job: Its kind: train, merge, export, audit, measure or chat; empty where it is not known yet.
         phase: The name in its last `Phase` event.
     """
 
@@ -102,7 +102,7 @@ _MEMORY_WORDS = (
 
 
 def not_explained(error: BaseException) -> JobFailed | None:
-    """The `Explain` of a job whose libraries need none."""
+    """Explain nothing: for a job whose libraries raise no errors of their own."""
     del error
     return None
 
@@ -110,7 +110,7 @@ def not_explained(error: BaseException) -> JobFailed | None:
 def failure_of(error: BaseException | None, explain: Explain, doing: Doing = Doing()) -> JobFailed:
     """Return the failure that an exception means; None stands for a job that ended without a terminal event.
 
-    Memory, disk and card mean the same whichever library met them.
+    Full memory, a full disk and a lost card are told the same way, whichever library raised the exception.
     """
     match error:
         case None:
@@ -128,7 +128,7 @@ def failure_of(error: BaseException | None, explain: Explain, doing: Doing = Doi
 def ran_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception says that the memory of the card or of the computer was not enough.
 
-    By name and text: torch's own class exists only for cards, and whoever asks may not want to import torch for it.
+    By name and text, since torch has a class of its own for cards only, and asking must not import torch.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -138,24 +138,24 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 def of_the_machine(error: BaseException) -> bool:
-    """Return whether an exception is about memory or the card, and so says nothing about what was being tried."""
+    """Return whether an exception is about memory or the card, so that it says nothing about what was tried."""
     return ran_out_of_memory(error) or (isinstance(error, Exception) and native_failure(str(error)) is not None)
 
 
 def leaves_no_other_way(error: BaseException) -> bool:
-    """Return whether to try another way is useless: the memory is full, or the card is lost to this process."""
+    """Return whether trying another way is useless: the memory is full, or this process has lost the card."""
     native = native_failure(str(error)) if isinstance(error, Exception) else None
     return ran_out_of_memory(error) or (native is not None and native.kind in CARD_LOST)
 
 
 def out_of_memory_in(text: str) -> bool:
-    """Return whether a library's words say so."""
+    """Return whether a library's text says that memory was not enough."""
     lower = text.lower()
     return any(word in lower for word in _MEMORY_WORDS)
 
 
 def memory_failure(error: BaseException, doing: Doing) -> JobFailed:
-    """Return the failure of an exception for which `ran_out_of_memory` holds, with advice for what the job was at."""
+    """Return the failure of an exception for which `ran_out_of_memory` holds, with advice for what the job did."""
     text = str(error)
     on_card = type(error).__name__ == "OutOfMemoryError" or any(word in text for word in ("CUDA", "CUBLAS", "CUDNN"))
     return memory_failure_of(text, doing, on_card=on_card, stage=stage_of(error, doing))
@@ -165,10 +165,10 @@ def memory_failure_of(text: str, doing: Doing, *, on_card: bool, stage: Stage | 
     """Return the failure of a full memory.
 
     Args:
-        text: What was said of it; may be empty.
-        doing: What the job was at.
+        text: The library's words; may be empty.
+        doing: What the job was doing.
         on_card: Whether it is the card's memory, or the computer's.
-        stage: Where that is known better than from what the job told.
+        stage: The stage, where it is known better than by the job's last phase.
     """
     stage = stage or stage_of(None, doing)
     said = plain(text, one_line=True, limit=400) if text else ""
@@ -184,7 +184,7 @@ def memory_advice(job: str, stage: Stage) -> str:
 
 
 def stage_of(error: BaseException | None, doing: Doing) -> Stage:
-    """Return what a job was at: the optimizer by where the exception came from, the rest by the phase it told."""
+    """Return what a job was doing: the optimizer is known by the exception's traceback, the rest by the last phase."""
     modules = [
         str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__ if error else None)
     ]
@@ -194,10 +194,10 @@ def stage_of(error: BaseException | None, doing: Doing) -> Stage:
 
 
 def _explained(error: BaseException, explain: Explain) -> JobFailed | None:
-    """An explanation that fails itself (it imports the library that could not be imported) is none."""
+    """Return what `explain` makes of an error; None where it fails itself, as when it imports a broken library."""
     try:
         return explain(error)
-    except Exception:  # noqa: BLE001  whatever it is, the error to tell is the first one
+    except Exception:  # noqa: BLE001  whatever it is, the first error is the one to tell
         return None
 
 

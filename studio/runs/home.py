@@ -1,4 +1,4 @@
-"""Where runs and converted models live on this machine. Asking creates nothing."""
+"""Where runs and converted models lie on this machine. No function here creates a folder."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ import platformdirs
 
 HOME_VARIABLE = "LORA_STUDIO_HOME"
 SETUP_FILE = "setup.json"
-"""What the guided set-up was told; in the home folder."""
+"""The file of the answers to the guided set-up, in the home folder."""
 
 _APP = "lora-studio"
 
 
 def studio_home() -> Path:
-    """Return the folder of everything we keep: `$LORA_STUDIO_HOME`, else the platform's user data folder."""
+    """Return the folder of everything that is kept: `$LORA_STUDIO_HOME`, else the platform's user data folder."""
     chosen = _chosen()
     return chosen if chosen else platformdirs.user_data_path(_APP, appauthor=False)
 

@@ -1,7 +1,8 @@
-"""What a training run was made from, by content: in its log in short, in `identity.json` down to tensors and rows.
+"""What a training run was made from, by content: in short in its log, tensor by tensor and row by row in a file.
 
-The log alone tells whether something is another; the file, which the first start writes, names what. A file that is
-not what the log's checksums are of counts as not there. Knows neither models nor data: both come as plain tables.
+The log's checksums tell whether base or rows are others now. `identity.json`, which the first start writes, tells which
+tensor or row it is. A file that does not match the log's checksums counts as missing. This module knows neither models
+nor data: both come as plain tables.
 """
 
 import json
@@ -24,14 +25,14 @@ _Kind = TypeVar("_Kind", bound=RunEvent)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a run was made from when it first began; None or empty where it never said.
+    """What a run was made from at its first start; None or empty where its log does not say.
 
     Attributes:
         recipe: The recipe's tables.
-        versions: Of the libraries.
-        base: The fingerprint of its base; short where `identity.json` is lost.
+        versions: The versions of the libraries.
+        base: The fingerprint of its base; without single tensors where `identity.json` is lost.
         rows: Counts and checksums of the rows, as in `Identified`.
-        train_hashes: Of every training row, in order; None where they are not known.
+        train_hashes: The hash of every training row, in order; None where they are not known.
     """
 
     recipe: Mapping[str, Any]
@@ -42,7 +43,7 @@ class Identity:
 
 
 def read_identity(paths: RunPaths) -> Identity:
-    """Return what a run said of itself at its first start, and of base and rows as soon as it had read them."""
+    """Return what a run's log and `identity.json` say of its first start."""
     started, identified = _first(paths, Started), _first(paths, Identified)
     recipe, versions = (started.recipe, started.versions) if started else ({}, {})
     if identified is None:
@@ -60,12 +61,12 @@ def read_identity(paths: RunPaths) -> Identity:
 
 
 def write_identity(paths: RunPaths, base: Mapping[str, Any], train_hashes: Sequence[str]) -> None:
-    """Keep what names differences later; more than a million rows are not kept one by one.
+    """Write `identity.json`. More than a million rows are not kept one by one.
 
     Args:
         paths: The run.
         base: The whole fingerprint of its base.
-        train_hashes: Of every training row, 16 characters each.
+        train_hashes: The hash of every training row, 16 characters each.
 
     Raises:
         OSError: The disk refuses.
@@ -75,7 +76,7 @@ def write_identity(paths: RunPaths, base: Mapping[str, Any], train_hashes: Seque
 
 
 def _first(paths: RunPaths, kind: type[_Kind]) -> _Kind | None:
-    """Return the first event of a kind; reads no further than that."""
+    """Return the first event of a kind, reading the log no further than there."""
     tail = EventTail(paths.events)
     before = -1
     while tail.behind_bytes != before:

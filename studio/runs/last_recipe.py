@@ -1,4 +1,4 @@
-"""The recipe that was turned last, kept from one visit of the studio to the next. Knows no screen."""
+"""The recipe that was changed last in the studio, kept from one visit to the next. Knows no screen."""
 
 import json
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ class RecipeSource:
 
 @dataclass(frozen=True, slots=True)
 class LastRecipe:
-    """A recipe as it was left.
+    """A recipe as the user left it.
 
     Attributes:
-        recipe: As it was turned.
-        source: The file it began as; None where it began as none of the user's.
+        recipe: The recipe.
+        source: The user's file that it was opened from; None where it was opened from none.
     """
 
     recipe: Recipe
@@ -62,9 +62,9 @@ def source_of_users(path: Path) -> RecipeSource | None:
 
 
 def sound_part(recipe: Recipe, sound: Recipe) -> Recipe:
-    """Return a recipe that can be kept: fields with a problem have their values of a sound recipe.
+    """Return a recipe without problems: each field with a problem gets its value of a sound recipe.
 
-    Where fields contradict each other, that is all fields of their table.
+    Where that is not enough, because fields contradict each other, all fields of their tables do.
     """
     for whole_table in (False, True):
         named = {problem.path.rpartition(".")[0] if whole_table else problem.path for problem in recipe.problems()}
@@ -75,7 +75,7 @@ def sound_part(recipe: Recipe, sound: Recipe) -> Recipe:
 
 
 def keep_last_recipe(last: LastRecipe, home: Path | None = None) -> None:
-    """Keep a recipe for the next visit, whole and for its owner only; paths in it hold from any folder.
+    """Keep a recipe for the next visit, readable by its owner only; its paths become absolute.
 
     Raises:
         BadInput: It is too long to be kept.
@@ -93,7 +93,7 @@ def keep_last_recipe(last: LastRecipe, home: Path | None = None) -> None:
 
 
 def recall_last_recipe(home: Path | None = None) -> tuple[LastRecipe | None, str]:
-    """Return the recipe of the last visit, and what the user should know of it; None and nothing at the first."""
+    """Return the recipe of the last visit, and what to tell the user of it; at the first visit None and nothing."""
     path = (home or studio_home()) / _FILE
     try:
         with path.open("rb") as file:
@@ -123,7 +123,7 @@ def _source(table: dict[str, Any]) -> RecipeSource | None:
 
 
 def _what_changed(source: RecipeSource | None) -> str:
-    """Return what became of the file that the recipe began as; empty where it is as it was."""
+    """Return what has happened to the recipe's file since; empty where it is unchanged."""
     if source is None or "\0" in source.path:
         return ""
     now, shown = source_of(Path(source.path)), plain(source.path, one_line=True)

@@ -1,8 +1,8 @@
-"""Why a process ended that told nothing: read from the last lines it printed.
+"""Why a process ended without a terminal event: read from the last lines that it printed.
 
 Native code can end a process without a Python exception (bitsandbytes prints a line and calls `exit(1)`, csrc/common.h;
-a fault in a kernel's host code is a signal), so that no event says why. What it printed is in `output.log`, for whoever
-looks at the run, its parent or not.
+a fault in a kernel's host code is a signal), so that no event says why. What was printed is in `output.log`, where any
+process that looks at the run can read it.
 """
 
 import math
@@ -26,7 +26,7 @@ _KILLER = "the system's out-of-memory killer has ended a process since this one 
 _MORE_MEMORY = "close other programs, or give the container, batch job or machine more memory"
 _TAIL_BYTES = 64 * 1024
 _LAST_LINES = 20
-"""How far from the end a reason may stand: what is older was survived."""
+"""How many lines from the end a reason may stand: after older lines the process went on."""
 _LONGEST = 300
 
 _FATAL = re.compile(r"^Fatal Python error: (.+)")
@@ -47,16 +47,16 @@ _SIGNALS = {
     "illegal instruction": "the processor lacks an instruction that an installed library was built with: install a "
     "build for it",
 }
-"""What to do about what Python's fault handler names."""
+"""What to do, by the name of the signal in what Python's fault handler prints."""
 _ABORTED = "the lines before it in output.log say more; {then}"
 
 
 def crash_of(paths: RunPaths, history: History) -> JobFailed | None:
-    """Return why a run's process ended without an event, from what it printed last; None where that tells nothing.
+    """Return why a run's process ended without a terminal event; None where the last lines it printed do not tell.
 
     Args:
         paths: The run, which has crashed.
-        history: What it had told: advice depends on what it was at.
+        history: Its events: advice depends on what the job was doing.
     """
     job = history.started.job if history.started else ""
     doing = Doing(job, history.phase.name if history.phase else "")
@@ -69,16 +69,16 @@ def crash_of(paths: RunPaths, history: History) -> JobFailed | None:
 
 
 def kind_of_crash(paths: RunPaths) -> str:
-    """Return the kind of failure of a run that has crashed, for a list."""
+    """Return the kind of failure of a crashed run, for a list of runs."""
     found = reason_in(printed_since_launch(paths), Doing())
     kind = found.kind if found else CRASHED
     return OUT_OF_MEMORY if kind == CRASHED and memory_kills(paths) else kind
 
 
 def memory_kills(paths: RunPaths) -> int | None:
-    """Return how often the system's out-of-memory killer has struck where the worker lived since it began.
+    """Return how many processes the out-of-memory killer has ended since the worker began, in its control group.
 
-    None where that is not known: of a run of another machine, or before this one was started last.
+    None where it is not known: for a run on another machine, or from before this machine was started.
     """
     worker = read_mark(paths.process)
     if worker is None or not of_this_boot(worker[0]):
@@ -88,30 +88,32 @@ def memory_kills(paths: RunPaths) -> int | None:
 
 
 def _held(history: History) -> str:
-    """What the process held when it last said so."""
+    """Return how much memory the process held at its last reading, in words; empty without one."""
     known = [value for value in history.memory.resident_bytes[-1:] if not math.isnan(value)]
     return f"; the process held {known[0] / 1e9:.1f} GB when it last looked" if known else ""
 
 
 def printed_since_launch(paths: RunPaths) -> list[str]:
-    """Return the last lines of `output.log`, at most 64 KiB of them, and none that an earlier process printed."""
+    """Return the last lines of `output.log`, 64 KiB at most, without those that an earlier process printed."""
     launched = read_mark(paths.launch)
     before = launched[1].get("output_bytes") if launched else None
     return printed_lines(paths.output, _TAIL_BYTES, before if isinstance(before, int) else 0)
 
 
 def reason_in(lines: list[str], doing: Doing, *, then: str = _THEN) -> JobFailed | None:
-    """Return the failure that the last lines of a process mean: the last of its reasons, and of those the most telling.
+    """Return the failure that the last lines of a process mean; None where they name none.
+
+    A line that names a cause comes before a signal or an exception, which only tell that something went wrong.
 
     Args:
         lines: As printed.
-        doing: What the job was at.
-        then: How to go on once the cause is mended.
+        doing: What the job was doing.
+        then: How to go on once the cause is removed.
     """
     if found := _endless(lines):
         return found
     fatal = next((place for place in reversed(range(len(lines))) if _FATAL.match(lines[place])), None)
-    # Below a fatal error stand the threads' calls, which may be hundreds of lines.
+    # After "Fatal Python error" come the calls of all threads, maybe hundreds of lines: a cause stands before it.
     end = len(lines) if fatal is None else fatal
     for line in reversed(lines[max(0, end - _LAST_LINES) : end]):
         if found := _specific(line, doing, then):
@@ -128,7 +130,10 @@ def _specific(line: str, doing: Doing, then: str) -> JobFailed | None:
 
 
 def _endless(lines: list[str]) -> JobFailed | None:
-    """What the timer around a chat template prints when it ends a process that Python no longer leads."""
+    """Return the failure when the timer around a chat template has ended the process; None where it has not.
+
+    The timer ends the process where Python itself can no longer interrupt the template.
+    """
     timer = next((place for place in reversed(range(len(lines))) if _TIMER.match(lines[place])), None)
     if timer is None or not any(_TEMPLATE in line for line in lines[timer:]):
         return None
@@ -140,7 +145,7 @@ def _endless(lines: list[str]) -> JobFailed | None:
 
 
 def _fatal(lines: list[str], then: str) -> JobFailed:
-    """What Python's fault handler printed: the signal, then the calls of every thread, the current one first."""
+    """Return the failure in what Python's fault handler printed: the signal, then every thread's calls."""
     what = _FATAL.match(lines[0])
     named = plain(what[1] if what else "", one_line=True, limit=_LONGEST)
     current = next((place for place, line in enumerate(lines) if line.startswith("Current thread")), 0)
@@ -154,7 +159,7 @@ def _fatal(lines: list[str], then: str) -> JobFailed:
 
 
 def _exception(lines: list[str]) -> JobFailed | None:
-    """What Python printed of an exception that nobody caught, such as a library that cannot be imported."""
+    """Return the failure in a traceback that Python printed, such as of a library that cannot be imported."""
     begins = next((p for p in reversed(range(len(lines))) if lines[p].startswith("Traceback (most recent")), None)
     if begins is None:
         return None
@@ -167,17 +172,17 @@ def _exception(lines: list[str]) -> JobFailed | None:
 
 
 def printed_lines(path: Path, most_bytes: int, begin: int = 0) -> list[str]:
-    """Return the last lines of what a process printed, as they are: foreign text, to be made plain.
+    """Return the last lines that a process printed, unchanged: pass them through `plain` to show them.
 
     Args:
-        path: Its output.
-        most_bytes: How much of its end is read.
-        begin: Where to begin at the earliest.
+        path: The file that it printed to.
+        most_bytes: How much of the file's end is read.
+        begin: The first byte that may be read.
     """
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            # A log that is shorter than it was at the launch is another one.
+            # A file that is shorter than it was at the launch is another one.
             file.seek(max(begin if begin <= size else 0, size - most_bytes))
             text = file.read(most_bytes).decode("utf-8", "replace")
     except OSError:

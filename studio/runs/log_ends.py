@@ -1,6 +1,6 @@
-"""The two ends of a log, enough for a list of runs: whole logs of hundreds of runs are never read for it.
+"""The two ends of a log. They are enough for a list of runs, which need not read hundreds of whole logs for it.
 
-Only lines in which the name of a wanted kind occurs are parsed, which is what makes looking cheap.
+Only lines in which the name of a wanted kind of event occurs are parsed, which keeps it cheap.
 """
 
 import os
@@ -12,18 +12,18 @@ from studio.core.events import RunEvent
 from studio.runs.log import POLL_BYTES, event_from_line
 
 _HEAD_BYTES = 16 * 1024
-"""What a run is made from takes 3 KB, and reading a base or its data tens of lines, before `Planned` comes."""
+"""Enough for `Started` (3 KB with its recipe) and the tens of lines while base and data are read, up to `Planned`."""
 _TAIL_BYTES = 64 * 1024
 _WIDER = 4
 _WIDEST_BYTES = POLL_BYTES
-"""Longer lines than these are none of ours: nothing writes them, and who reads the log in order skips them too."""
+"""A longer line was not written by us; `EventTail` skips it too."""
 
 _Kind = TypeVar("_Kind", bound=RunEvent)
 
 
 @dataclass(frozen=True, slots=True)
 class LogEnd:
-    """Whole lines from one end of a log, as they lie in the file."""
+    """Whole lines from one end of a log, as they stand in the file."""
 
     data: bytes
 

@@ -1,4 +1,4 @@
-"""A long log at a glance: steps from evenly spaced places, so that a curve is there before the log is read."""
+"""Steps from evenly spaced places of a long log, so that a curve can be drawn before the log is read."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ from studio.core.events import StepDone
 from studio.runs.log import event_from_line
 
 _LINE_BYTES = 1024
-"""Twice a step's line and more, so that a whole one lies in it wherever reading begins."""
+"""More than two lines of a step, so that a whole line is in it wherever reading begins."""
 
 
 def sample_steps(path: Path, count: int = 400) -> list[StepDone]:
     """Return up to `count` steps from evenly spaced places of a log, each later than the one before.
 
-    Costs some 20 microseconds each, however long the log is. A missing log has none.
+    Each takes some 20 microseconds, however long the log is. A missing log has none.
     """
     found: list[StepDone] = []
     try:

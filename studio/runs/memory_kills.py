@@ -1,8 +1,8 @@
-"""How often the system ended processes because memory was full, so that a run that was killed for it can say so.
+"""How often the system ended processes because memory was full, so that it can be said of a run that was killed.
 
-The kernel counts its out-of-memory kills: of a control group (a container, a batch job, a user's session), and of the
-whole machine. A worker writes the counts down when it begins; whoever looks later, the parent or not, compares.
-Guards that are ordinary programs (earlyoom, systemd-oomd) send a signal and count nowhere.
+The kernel counts its out-of-memory kills for each control group (a container, a batch job, a user's session) and for
+the whole machine. A worker writes the count down when it begins, and any process that looks at the run later compares.
+Kills by ordinary programs that guard the memory (earlyoom, systemd-oomd) are counted nowhere.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ _MACHINE = Path("/proc/vmstat")
 
 
 def kill_counts() -> dict[str, int]:
-    """Return the counts that concern this process, by the file that holds them; empty where the system keeps none.
+    """Return the count that concerns this process, by the file that holds it; empty where the system keeps none.
 
-    The group's alone where there is one: the machine's counts what happens in other containers too.
+    It is that of the control group, where there is one: the machine's count includes kills in other containers.
     """
     for file in (*_group_files(), _MACHINE):
         count = _count_in(file)
@@ -30,7 +30,7 @@ def kill_counts() -> dict[str, int]:
 
 
 def kills_since(before: Mapping[str, Any]) -> int | None:
-    """Return how many processes were ended for memory since `kill_counts`; None where that is not known any more."""
+    """Return how many processes were ended for memory since `kill_counts`; None where it can no longer be told."""
     for file, count in before.items():
         now = _count_in(Path(file)) if file.startswith(("/sys/fs/cgroup/", "/proc/vmstat")) else None
         if now is not None and isinstance(count, int) and now >= count:
@@ -39,7 +39,7 @@ def kills_since(before: Mapping[str, Any]) -> int | None:
 
 
 def _group_files() -> list[Path]:
-    """Return where the counts of this process's groups are, its own group first: version 2, then version 1."""
+    """Return the files with the counts of this process's control groups, its own group before those around it."""
     found: list[Path] = []
     try:
         lines = _MEMBERSHIP.read_text("utf-8").splitlines()

@@ -1,7 +1,7 @@
-"""What CUDA, its libraries and the driver say when they fail: which kind that is, what it means, what to do.
+"""What CUDA, its libraries and the driver say when they fail: which kind of failure it is, what it means, what to do.
 
-By text alone: the same words come in a Python exception and, where native code ends the process by itself, as the last
-line of `output.log`. Memory is not here, see `failure`.
+A failure is recognised by its text alone: the same words come in a Python exception and, where native code ends the
+process itself, as the last line of `output.log`. Full memory is told in `failure`.
 """
 
 import re
@@ -22,8 +22,8 @@ class _Fault:
 
     Attributes:
         kind: Short stable name.
-        says: Matches the text of those who report it, whatever its case.
-        means: What that is.
+        says: Matches what is said of it, in upper or lower case.
+        means: What has happened.
         advice: What to do about it; `{then}` in it is how to go on.
     """
 
@@ -38,7 +38,8 @@ def _fault(kind: str, says: str, means: str, advice: str) -> _Fault:
 
 
 # The words are those of cudaGetErrorString (CUDA Runtime API, error handling), of cublasGetStatusString, NVML's, NCCL's
-# and torch's (torch/cuda/__init__.py, c10/cuda). The first that fits is taken: causes stand before consequences.
+# and torch's (torch/cuda/__init__.py, c10/cuda). The first fault that matches is taken, so causes stand before their
+# consequences.
 _FAULTS = (
     _fault(
         "device_assert",
@@ -155,7 +156,7 @@ _FAULTS = (
 
 
 def native_failure(text: str, *, then: str = f"then continue with: {RESUME}") -> JobFailed | None:
-    """Return the failure that a text of CUDA, its libraries or the driver means; None where it is none of theirs.
+    """Return the failure that a text of CUDA, its libraries or the driver means; None for any other text.
 
     Args:
         text: An exception's message, or one line of what a process printed.

@@ -1,4 +1,4 @@
-"""A few words of the user's on a run, in a file of its own: written by who looks at the run, never by its worker."""
+"""The user's note on a run, in a file of its own: written by verbs and screens, never by the worker."""
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -10,7 +10,7 @@ _MOST_BYTES = 4 * MOST_CHARACTERS
 
 
 def read_note(paths: RunPaths) -> str:
-    """Return the note on a run, as it is: to be made plain; empty where there is none."""
+    """Return the note on a run, empty without one. It is foreign text: pass it through `plain` to show it."""
     try:
         with paths.note.open("rb") as file:
             return file.read(_MOST_BYTES).decode("utf-8", "replace").strip()[:MOST_CHARACTERS]
@@ -19,10 +19,10 @@ def read_note(paths: RunPaths) -> str:
 
 
 def write_note(paths: RunPaths, text: str) -> None:
-    """Keep a note on a run; an empty one takes it away.
+    """Keep a note on a run; an empty text deletes the note.
 
     Raises:
-        BadInput: It is too long, the folder is no run, or refuses.
+        BadInput: The text is too long, the folder is no run, or it cannot be written.
     """
     text = check_note(text)
     if not paths.exists:
@@ -39,10 +39,10 @@ def write_note(paths: RunPaths, text: str) -> None:
 
 
 def check_note(text: str) -> str:
-    """Return a note without the space around it.
+    """Return a note without the white space around it.
 
     Raises:
-        BadInput: It is too long.
+        BadInput: The note is too long.
     """
     text = text.strip()
     if len(text) > MOST_CHARACTERS:

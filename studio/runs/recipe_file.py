@@ -17,11 +17,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply `path=value` settings to it.
 
-    Relative data and model paths of the file are taken from the file's folder where they exist there, else from the
-    current folder; those of the settings from the current folder first.
+    A relative data or model path in the file means a place in the file's folder, if it exists there, else in the
+    current folder. For a path among the settings the current folder comes first.
 
     Raises:
-        BadInput: The file is missing, no file, not UTF-8 or not TOML (the line is shown), or the recipe has problems.
+        BadInput: There is no such file, it is not UTF-8 or not TOML (the line is shown), or the recipe has problems.
     """
     import tomllib  # noqa: PLC0415  3 ms that plans without a recipe do not pay
 
@@ -45,7 +45,7 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
 
 
 def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
-    """Make relative data and model paths absolute, by the first folder that has them; all else stays as it is."""
+    """Make relative data and model paths absolute, by the first folder that has them; a path that none has stays."""
     folders = tuple(folders)
     for field, place in FIELDS.items():
         word = recipe.get(field)
@@ -122,7 +122,7 @@ def _text_of(path: Path, shown: str) -> str:
 
 
 def _toml_place(message: str, text: str) -> str:
-    """The parser's message with the line it speaks of."""
+    """Return the parser's message with the line that it names."""
     found = re.search(r"line (\d+)", message)
     lines = text.splitlines()
     number = int(found[1]) if found else len(lines)
