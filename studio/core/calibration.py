@@ -1,8 +1,8 @@
 """What this machine's own runs say about the estimate: observations, and the corrections that follow from them.
 
-An observation sets beside each other what was predicted for the batches that really ran and what was measured. It
-counts for plans on the same device with the same engine, library versions and method, and for no other. Corrections
-narrow a range with the number of runs and never leave a measured value outside it.
+An observation holds what was predicted for the batches that a run really had, and what was measured. It counts only for
+plans on the same device with the same engine, library versions and method. The more runs there are, the narrower the
+corrected range; it always holds every measured value.
 """
 
 import math
@@ -15,18 +15,19 @@ from studio.core.vram.estimate import Components, VramEstimate
 from studio.core.vram.reserve import Range
 
 _MOST_FACTOR = 5.0
-"""A measurement more than this many times off describes something else (a shared card, a broken reading)."""
+"""A measurement that is off by more than this factor describes something else (a shared card, a broken reading)."""
 
 _RUN_SPREAD = 1.5
-"""Factor both ways around one run: padding, batch size and what else the machine does are not counted."""
+"""The speed of another run may differ from one run's by this factor: padding, batch size and what else the machine does
+are not counted."""
 
 _PROCESS_DOUBT = 0.25
-"""Relative doubt of what one CPU run's process held beside its tensors: one run's allocator is not another's."""
+"""Relative doubt, after one CPU run, of what a process holds beside its tensors: it differs from run to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an observation holds for.
+    """What an observation holds for: it counts for plans with an equal setting.
 
     Attributes:
         device: The card as NVML names it, or `cpu: ` and the processor.
@@ -52,7 +53,7 @@ class Observation:
         predicted: Expected allocated, reserved and device bytes.
         allocated_bytes: Measured peak of live tensors.
         reserved_bytes: Measured peak of the allocator's segments.
-        device_bytes: What the card showed, less what others held when the run began.
+        device_bytes: What the card showed in use, less what other processes held when the run began.
         resident_bytes: Highest resident set of the process on a CPU.
         operations_per_second: Floating-point operations of the model per second of training.
         speed_factor: Measured over expected tokens a second; None where nothing was expected (a CPU).
@@ -78,21 +79,21 @@ class Observation:
 
     @property
     def unused_factor(self) -> float | None:
-        """What the allocator held beyond live tensors, over what was predicted of it."""
+        """Measured over predicted bytes that the allocator held beyond live tensors."""
         if self.allocated_bytes is None or self.reserved_bytes is None:
             return None
         return _factor(self.reserved_bytes - self.allocated_bytes, self.predicted[1] - self.predicted[0])
 
     @property
     def outside_bytes(self) -> int | None:
-        """What the card showed beyond the allocator: the context, and anybody who came during the run."""
+        """What the card showed beyond the allocator: the context, and other processes that came during the run."""
         if self.device_bytes is None or self.reserved_bytes is None or self.device_bytes < self.reserved_bytes:
             return None
         return self.device_bytes - self.reserved_bytes
 
     @property
     def process_bytes(self) -> int | None:
-        """What a CPU run's process held beyond predicted tensors: the interpreter, libraries, the allocator's rest."""
+        """What a CPU run's process held beyond the predicted tensors: interpreter, libraries, freed memory it keeps."""
         if self.resident_bytes is None or self.resident_bytes < self.predicted[0]:
             return None
         return self.resident_bytes - self.predicted[0]
@@ -104,11 +105,11 @@ def matching(observations: Iterable[Observation], setting: Setting) -> tuple[Obs
 
 
 def correct_estimate(estimate: VramEstimate, observations: Sequence[Observation]) -> VramEstimate:
-    """Return an estimate with its uncertain terms replaced by what runs of the same setting showed.
+    """Return an estimate with its uncertain terms corrected by the runs of the same setting.
 
     Args:
-        estimate: For a GPU.
-        observations: Of the estimate's own setting; none changes nothing.
+        estimate: An estimate for a GPU.
+        observations: Those of the estimate's own setting; without any the estimate stays as it is.
     """
     tensors = _known(item.tensor_factor for item in observations)
     unused = _known(item.unused_factor for item in observations)
@@ -134,7 +135,7 @@ def correct_estimate(estimate: VramEstimate, observations: Sequence[Observation]
 
 
 def _parts(estimate: VramEstimate, allocated: Range, outside: Range) -> Components:
-    """Return components that add up to the corrected peak: what was off goes to activations and to the context."""
+    """Return components that add up to the corrected peak: the corrections go to activations and context."""
     parts = estimate.components
     paged = estimate.device.expected - estimate.reserved.expected - parts.context
     more = allocated.expected - estimate.allocated.expected
@@ -144,7 +145,7 @@ def _parts(estimate: VramEstimate, allocated: Range, outside: Range) -> Componen
 
 
 def correct_speed(speed: Speed, observations: Sequence[Observation]) -> Speed:
-    """Return a GPU's speed as runs of the same setting showed it; unchanged without any."""
+    """Return a GPU's speed, corrected by the runs of the same setting; unchanged without any."""
     factors = _known(item.speed_factor for item in observations)
     if not factors:
         return speed
@@ -158,7 +159,7 @@ def measured_speed(operations_per_token: float, observations: Sequence[Observati
 
     Args:
         operations_per_token: Floating-point operations of the planned step, per token.
-        observations: Of the same device, libraries and method.
+        observations: Those with the same device, libraries and method.
     """
     rates = _known(item.operations_per_second for item in observations)
     if not rates or operations_per_token <= 0:
@@ -170,7 +171,7 @@ def measured_speed(operations_per_token: float, observations: Sequence[Observati
 
 
 def process_range(observations: Sequence[Observation]) -> Range | None:
-    """Return what a CPU run's process holds beyond its tensors, as seen here; None where it was never seen."""
+    """Return what a CPU run's process holds beyond its tensors, by earlier runs; None without any."""
     seen = _known(item.process_bytes for item in observations)
     if not seen:
         return None
@@ -185,8 +186,8 @@ class Errors:
     Attributes:
         setting: Which runs.
         runs: How many.
-        errors: Median and worst by metric: tensors, allocator, card, process, speed. What only earlier runs could
-            predict (a CPU's speed, what its process holds) is compared with these.
+        errors: Median and worst error of each metric: tensors, allocator, card, process, speed. A CPU's speed and the
+            memory of its process are predicted from earlier runs alone, and are compared with that prediction.
     """
 
     setting: Setting
@@ -195,7 +196,7 @@ class Errors:
 
 
 def errors_by_setting(observations: Iterable[Observation]) -> list[Errors]:
-    """Return the errors so far, the setting that was used last first."""
+    """Return the errors of each setting, the setting of the latest run first."""
     groups: dict[Setting, list[Observation]] = {}
     for item in sorted(observations, key=lambda item: -item.at):
         groups.setdefault(item.setting, []).append(item)
@@ -237,7 +238,7 @@ def _with_earlier(
 
 
 def _factor(measured: float | None, predicted: float) -> float | None:
-    """Return measured over predicted; None where there is nothing to compare or the two cannot be the same thing."""
+    """Return measured over predicted; None where one is missing, or they differ too much to be of the same thing."""
     if measured is None or predicted <= 0 or measured <= 0:
         return None
     factor = measured / predicted
@@ -249,7 +250,13 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def _blend(seen: Sequence[float], prior: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Return lowest, usual and highest of what was seen, with what is left of the prior's doubt after so many runs."""
+    """Return lowest, usual and highest of the values seen, widened by what is left of the doubt before any was seen.
+
+    Args:
+        seen: Measured values.
+        prior: Lowest, expected and highest without any measurement.
+    """
+    # The doubt of a mean falls with the root of the number of values; the prior counts as one of them.
     weight, middle = 1 / math.sqrt(len(seen) + 1), median(seen)
     low = middle - weight * (prior[1] - prior[0])
     high = middle + weight * (prior[2] - prior[1])
@@ -265,7 +272,7 @@ def _scaled(predicted: Range, factors: Sequence[float]) -> Range:
 
 
 def _around(predicted: Range, seen: Sequence[float]) -> Range:
-    """Return a range moved to where values were measured."""
+    """Return a range moved to the measured values."""
     return _whole(*_blend(seen, (predicted.low, predicted.expected, predicted.high)))
 
 

@@ -1,7 +1,6 @@
-"""What a job tells the world: one frozen value per line of `events.jsonl`.
+"""What a job tells: one frozen value for each line of `events.jsonl`.
 
-Kinds that a reader does not know are kept, not errors: see `Unknown`. Of a kind that it knows, fields that it does not
-know are left out.
+A line of an unknown kind is kept as `Unknown` and is no error. Unknown fields of a known kind are dropped.
 """
 
 import math
@@ -9,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 SCHEMA = 1
-"""Number at the start of every line; raised when a reader of today could misread a line of tomorrow."""
+"""Number at the start of every line, to be raised when an older reader would misread the lines of a newer writer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +23,9 @@ class RunEvent:
 class Started(RunEvent):
     """A process took the run. `resumed_from` is the optimizer step that it continues after, 0 for a fresh start.
 
-    `total_steps` is known this early only where the recipe counts steps; `Planned` has it in any case. `recipe` are the
-    tables of a training run's recipe and `versions` its libraries: what the run is made from, as far as that is known
-    before base and data are read; `Identified` has the rest. A resume goes by the first of both in the log.
+    `total_steps` is known this early only where the recipe counts steps; `Planned` has it in any case. `recipe` holds
+    the tables of a training run's recipe and `versions` those of its libraries: what is known of the run before base
+    and data are read. `Identified` has the rest. A resume compares with the first of each in the log.
     """
 
     kind: ClassVar[str] = "Started"
@@ -41,7 +40,7 @@ class Started(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identified(RunEvent):
-    """Base and data by content, once both have been read and before anything is trained: at every start.
+    """Base and data by content, told at every start once both have been read and before anything is trained.
 
     `base` is the fingerprint of the base without its single tensors. `rows` holds `train` and `held_out`, how many
     rows each has, and `train_sum` and `held_out_sum`, checksums over their contents in order.
@@ -54,10 +53,10 @@ class Identified(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned(RunEvent):
-    """What data and model turned out to be, once both are loaded. Rows are counted after dropping and splitting.
+    """What is known once data and model are loaded. Rows are counted after dropping and splitting.
 
-    `batch_tokens` are those of the largest micro-batch of the first step, padding included: the longest row is in it.
-    `card` names the card for good: `name`, `uuid`, `pci`; nothing on a CPU.
+    `batch_tokens` are those of the largest micro-batch of the first step, padding included; the longest row is in it.
+    `card` identifies the card: `name`, `uuid`, `pci`; empty on a CPU.
     """
 
     kind: ClassVar[str] = "Planned"
@@ -74,7 +73,7 @@ class Planned(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase(RunEvent):
-    """What the job is busy with; `fraction` is 0 to 1 where progress is known."""
+    """What the job is busy with; `fraction` is how much of it is done, 0 to 1, where that is known."""
 
     kind: ClassVar[str] = "Phase"
     name: str
@@ -98,7 +97,7 @@ class StepDone(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySeen(RunEvent):
-    """Memory in bytes; None is "not available". CUDA fills the first four, a CPU run the resident ones."""
+    """Memory in bytes; None is "not available". A run on CUDA fills the first four, one on a CPU the resident ones."""
 
     kind: ClassVar[str] = "MemorySeen"
     step: int
@@ -115,8 +114,8 @@ class MemorySeen(RunEvent):
 class Evaluated(RunEvent):
     """Mean loss per labelled token on the held-out rows after `step` optimizer steps.
 
-    `gain` is the loss above that before the first step, paired row by row, with the `low` and `high` end of its 95 %
-    interval: below zero the run has beaten its base.
+    `gain` is the loss minus that before the first step, paired row by row, with the `low` and `high` end of its 95 %
+    interval. Below zero the run is better than its base.
     """
 
     kind: ClassVar[str] = "Evaluated"
@@ -164,7 +163,7 @@ class Warned(RunEvent):
 class Paused(RunEvent):
     """The job waits between two steps (`paused` true) or goes on (`paused` false).
 
-    `reason` is why it waits where nobody asked for it: a disk that refuses.
+    `reason` is why it waits without having been asked to: a disk that refuses.
     """
 
     kind: ClassVar[str] = "Paused"
@@ -197,7 +196,7 @@ class Finished(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unknown(RunEvent):
-    """A line of a kind that this version does not know, or that lacks what its kind needs; `raw` keeps all of it."""
+    """A line of an unknown kind, or one that lacks a field that its kind needs; `raw` is the whole line."""
 
     kind: ClassVar[str] = "Unknown"
     raw: dict[str, Any]
@@ -226,7 +225,10 @@ _NAMES = {name: tuple(item.name for item in fields(kind)) for name, kind in KIND
 
 
 def event_to_dict(event: RunEvent) -> dict[str, Any]:
-    """Return an event's JSON object, schema number first; a non-finite number is null beside `<field>_nonfinite`."""
+    """Return an event's JSON object, schema number first.
+
+    JSON has no NaN and no infinity: such a number becomes null, and `<field>_nonfinite` beside it says which it was.
+    """
     if isinstance(event, Unknown):
         return event.raw
     table: dict[str, Any] = {"schema": SCHEMA, "kind": event.kind}
@@ -240,7 +242,7 @@ def event_to_dict(event: RunEvent) -> dict[str, Any]:
 
 
 def event_from_dict(table: dict[str, Any]) -> RunEvent:
-    """Return the event of a JSON object. Additional fields are dropped; an unreadable object becomes `Unknown`."""
+    """Return the event of a JSON object. Unknown fields are dropped; an object that is no event becomes `Unknown`."""
     kind = KINDS.get(str(table.get("kind")))
     at = table.get("at")
     number = float(at) if isinstance(at, (int, float)) else 0.0

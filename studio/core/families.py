@@ -1,4 +1,4 @@
-"""What each family of architectures calls its parts and how it wires them, as one table.
+"""How each family of architectures names its parts and how it connects them, as one table.
 
 Sources: transformers 5.24 `models/*/configuration_*.py` (defaults) and `modeling_*.py` (modules, biases, norms); the
 table is checked against the modules that transformers builds (tests/core/test_shape_inventory.py).
@@ -24,31 +24,32 @@ class Family:
         norm_terms: Parameters of a norm per dimension: 1 weight, 2 with a bias, 0 without either.
         query_key_norm: Norm of queries and keys: per head, or over all heads.
         qkv: Names of the projections to queries, keys and values; one name where they are fused.
-        qkv_split: Whether the fused one is split or chunked, not sliced.
+        qkv_split: Whether the output of a fused projection is split or chunked; else it is sliced.
         out: Name of the projection back.
         mlp: Names of the MLP's projections.
         gated: Whether one half of the MLP gates the other.
-        activation: The activation where the config does not say.
-        qkv_bias: Always, never, or the config key that decides it (`key=true` where it is true by default).
+        activation: The activation, if the config does not name one.
+        qkv_bias: Whether queries, keys and values have a bias: always, never, or the config key that decides it
+            (`key=true` where it is true by default).
         out_bias: The same for the projection back.
         mlp_bias: The same for the MLP.
-        tied: Whether head and embedding are one where the config does not say.
+        tied: Whether head and embedding share their weights, if the config does not say.
         head_bias: Whether the head has a bias.
-        rotary: Fraction of a head with rotary positions where the config does not say; 0 without them.
-        rotary_wide: Whether it is applied in fp32.
-        rotary_joined: Whether rotated and other parts are joined even where all is rotated.
-        learnt_positions: Config key of the number of learnt positions.
+        rotary: Fraction of a head with rotary positions, if the config does not say; 0 without them.
+        rotary_wide: Whether they are applied in fp32.
+        rotary_joined: Whether the rotated part of a head is joined with the rest even where no rest is left.
+        learnt_positions: Config key of the number of learnt positions; empty without them.
         embedding_norm: Whether the embedding is normed.
-        scaled_residual: Granite's multiplier on each block's output.
-        dropout: Of embeddings, block outputs and attention weights where the config does not say.
+        scaled_residual: Whether each block's output is multiplied by a number (Granite).
+        dropout: Dropout of embeddings, block outputs and attention weights, if the config does not say.
         holds_mask: Whether the model holds a causal mask of all its positions.
-        alters_embedding: Whether the model multiplies what its embedding module gives (learnt positions alter it too).
+        alters_embedding: Whether the model multiplies the embedding module's output (learnt positions alter it too).
         scaled_logits: Whether it multiplies or divides its logits by a number.
-        logit_softcap: Soft cap of the logits where the config does not say.
-        attention_softcap: Soft cap of attention scores where the config does not say.
+        logit_softcap: Soft cap of the logits, if the config does not say; 0 without one.
+        attention_softcap: Soft cap of attention scores, if the config does not say; 0 without one.
         fused_attention: Whether transformers supports sdpa for it.
-        grouped: Whether key and value heads may be fewer than query heads.
-        own_attention: Whether its layers call attention themselves, not by transformers' interface.
+        grouped: Whether there may be fewer key and value heads than query heads.
+        own_attention: Whether its layers call attention themselves, not through transformers' interface.
         repeats_heads: Whether they repeat keys and values for every query head first (modeling_chatglm.py of THUDM).
         expert_inner: Config key of the width inside a routed expert.
         shared_inner: Config key of the width inside the expert that every token visits; empty without one.
@@ -213,7 +214,7 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
     "helium": Family(out_bias=NEVER),
     "hunyuan_v1_dense": Family(query_key_norm="head", mlp_bias=NEVER),
-    # Mixtures of experts: what stands outside the experts.
+    # Mixtures of experts: the fields describe what lies outside the experts.
     "mixtral": replace(_NO_BIAS, chooser="gate", experts_adapted_by_all=True),
     "qwen2_moe": replace(
         _NO_BIAS,

@@ -1,12 +1,12 @@
-"""Cards by name: how much memory NVML reports in total, and what they can compute.
+"""Cards by name: how much memory NVML reports in total, and how fast they compute.
 
-A card's box says 24 GB; NVML reports less, since firmware and error correction take their part. The totals are those
-that nvidia-smi shows (in MiB) in many people's public listings with drivers of 2023 and later. Bandwidths and peaks are
-the maker's own: data sheets of data-centre and workstation cards, and the architecture papers (Turing, GA102, Ada,
-Blackwell) of the others. A peak is dense, without sparsity, in 16 bit with fp32 sums, as training does it: GeForce
-cards from Turing on do half of what is printed for 16-bit sums. Cards without tensor cores have what their cores
-reach, and laptops what they reach at their highest clock: their power limit decides what stays of it. Peaks were
-entered from memory of these papers and not read off them again; tests hold only the ratios between cards.
+A card's box says 24 GB; NVML reports less, since firmware and error correction take some. The totals are those that
+nvidia-smi shows (in MiB) in many people's public listings with drivers of 2023 and later. Bandwidths and peaks are the
+maker's own: from the data sheets of data-centre and workstation cards, and from the architecture papers (Turing, GA102,
+Ada, Blackwell) of the others. A peak is dense, without sparsity, in 16 bit with fp32 sums, as training does it: GeForce
+cards from Turing on reach half of what is printed for 16-bit sums. For a card without tensor cores the peak is that of
+its other cores; for a laptop it is that at the highest clock, which its power limit may not allow. The peaks were
+entered from memory of these papers and were not looked up again; tests hold only the ratios between cards.
 """
 
 import difflib
@@ -20,23 +20,24 @@ from studio.core.text import plain
 MIB, GIB = 2**20, 2**30
 
 _BF16_FROM = (8, 0)
-"""Compute capability with bf16 of its own (CUDA C++ Programming Guide, tensor cores by capability): Ampere."""
+"""The first compute capability with bf16 in hardware, Ampere's (CUDA C++ Programming Guide, tensor cores)."""
 
 
 def sixteen_bit(capability: tuple[int, int] | None) -> Literal["bf16", "fp16"]:
-    """Return the 16-bit format in which a card trains and serves: bf16 where it has it of its own.
+    """Return the 16-bit format in which a card trains and serves: bf16 where the card has it in hardware.
 
-    The one place that decides it. torch's `is_bf16_supported()` is true of older cards as well: they emulate it.
-    bf16 before fp16: the QLoRA authors' README says that only 80 % of 7B runs with fp16 finish without error.
+    This is the one place that decides it. torch's `is_bf16_supported()` says yes for older cards too, which emulate
+    bf16. It comes before fp16 because the QLoRA authors' README says that only 80 % of 7B runs with fp16 finish without
+    error.
 
     Args:
-        capability: Its compute capability; None where there is no card, or one that is not known.
+        capability: The card's compute capability; None without a card, or where it is unknown.
     """
     return "bf16" if capability is None or capability >= _BF16_FROM else "fp16"
 
 
 def emulated(dtype: str, name: str, capability: tuple[int, int] | None) -> str:
-    """Return what is to be said where a card computes in a format that it does not have; empty where it has it."""
+    """Return a warning for a card that would emulate the format it computes in; empty where it has the format."""
     if dtype != "bf16" or capability is None or sixteen_bit(capability) == "bf16":
         return ""
     number = ".".join(map(str, capability))
@@ -59,7 +60,7 @@ class Gpu:
         context_bytes: What a CUDA context takes outside the allocator, 0 where it was not measured.
         half_tflops: Peak of 16-bit matrix products with fp32 sums, dense, in 10^12 a second; 0 where unknown.
         single_tflops: The same of fp32 products (torch leaves TF32 off), 0 where unknown.
-        share: How much of the card there is: less than 1 for an instance of one that is cut into some (MIG).
+        share: The fraction of the card that computes: less than 1 for an instance of a card that is divided (MIG).
     """
 
     name: str
@@ -74,7 +75,7 @@ class Gpu:
 
     @property
     def bf16(self) -> bool:
-        """Whether it has bf16 of its own."""
+        """Whether it has bf16 in hardware."""
         return sixteen_bit(self.compute_capability) == "bf16"
 
     @property
@@ -219,9 +220,9 @@ _SIZE = re.compile(r"\d+gb")
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the card that a name means: as NVML writes it, or short (`4090`, `a100-80gb`, `t4`).
+    """Return the card that a name means, written as NVML does or short (`4090`, `a100-80gb`, `t4`).
 
-    A name that fits several sizes of one card means the smallest: an estimate must not promise the larger one.
+    A name that fits several sizes of one card means the smallest: a plan for the larger one would promise too much.
 
     Raises:
         BadInput: No card is called that; the message has the nearest names.
@@ -238,7 +239,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def card_of_size(gib: float) -> Gpu:
-    """Return a nameless card of a size in GiB, taken to be Ampere or newer."""
+    """Return a card of a size in GiB of which nothing else is known; it is taken to be Ampere or newer."""
     return Gpu("", int(gib * GIB))
 
 
@@ -250,7 +251,7 @@ def _words(name: str) -> set[str]:
 
 
 def _size(gpu: Gpu) -> str:
-    """Return the size on the box, such as `24gb`: what NVML reports, up to the next usual size."""
+    """Return the size on the card's box, such as `24gb`: the next usual size from what NVML reports."""
     gibibytes = gpu.total_bytes / GIB
     return f"{next(size for size in _BOX_SIZES if size >= gibibytes - 0.01)}gb"
 

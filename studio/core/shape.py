@@ -1,7 +1,8 @@
 """What a model is made of, as numbers: layers, linear maps, norms, vocabulary.
 
-Read from its config, never from its name. Knows no files and no formats; `studio.core.families` says how families
-differ, `studio.core.shape_from_config` makes shapes from configs, `studio.probe.shape` finds the configs.
+A shape comes from a model's config, never from its name. This module knows no files and no formats:
+`studio.core.families` says how families differ, `studio.core.shape_from_config` makes shapes from configs, and
+`studio.probe.shape` finds the configs.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ Norm = Literal["rms", "rms_wide", "layer", "layer_wide", "centred"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear map of a layer. `copies` where a layer has several of the same (experts held as separate modules)."""
+    """One linear map of a layer; `copies` is how many of it the layer has (experts held as separate modules)."""
 
     name: str
     inputs: int
@@ -47,8 +48,8 @@ class Experts:
         shared_inner: Width of the expert that every token goes through, 0 without one.
         biases: Bias terms of one expert.
         shared_gate: Whether a learnt gate weighs the shared expert.
-        chooser: The linear map among them that peft's all-linear adapts: router or shared gate, where it is a module
-            or peft treats it as one.
+        chooser: The router or the shared gate, where peft's all-linear adapts it: it must be a linear module, or peft
+            must treat it as one.
         adapted_by_all: Whether peft's all-linear adapts the fused experts themselves (peft 0.21: it does for some).
     """
 
@@ -71,13 +72,14 @@ class Layer:
     """One decoder layer.
 
     Attributes:
-        wiring: Where the norms stand: before each block, after it, on both sides, or one (or two) before parallel
-            blocks.
-        norm: Which norm; `rms_wide` scales by its weight in fp32, before it casts back; `layer_wide` casts to fp32 and
-            back, `centred` is a layer norm composed in Python in fp32 (Cohere).
+        wiring: Where the norms stand: before each block (`pre`), after it (`post`), on both sides (`sandwich`), or one
+            or two before attention and MLP side by side (`parallel`).
+        norm: Which norm. `rms_wide` multiplies by its weight in fp32, before it casts back; `layer_wide` casts to fp32
+            and back; `centred` is a layer norm written in Python, in fp32 (Cohere). Each keeps other tensors for the
+            backward pass.
         norm_parameters: Parameters of all norms of the layer.
         input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.
-        query_key_norm: `head` per head, `whole` over all heads.
+        query_key_norm: The norm of queries and keys: `head` for each head, `whole` over all heads, empty for none.
         qkv: The projections to queries, keys and values: three, or one fused.
         qkv_split: Whether a fused projection is split or chunked, one gradient for all parts; else it is sliced.
         out: The projection back.
@@ -86,11 +88,11 @@ class Layer:
         activation: Which activation (transformers' name).
         rotary: Fraction of each head that carries rotary positions.
         rotary_wide: Whether queries and keys are rotated in fp32.
-        rotary_joined: Whether rotated and other parts of queries and keys are joined again: then they lie head by head,
-            and so does what fused attention makes of them.
+        rotary_joined: Whether the rotated and the other part of queries and keys are joined again. They then lie head
+            by head in memory, and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
         residual_dropout: Whether block outputs are dropped in training.
-        attention_dropout: Whether attention weights are.
+        attention_dropout: Whether attention weights are dropped in training.
         expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
         window: Keys that a token attends to at most; 0 for all.
         experts: The mixture of experts, where the layer has one.
@@ -133,7 +135,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only language model; counts and hash are worked out once, since every estimate asks for them.
+    """A decoder-only language model. Its counts and its hash are computed once, since every estimate asks for them.
 
     Attributes:
         family: transformers' `model_type`.
@@ -146,21 +148,21 @@ class ModelShape:
         tied: Whether the head is the embedding.
         head_bias: Whether the head has a bias.
         other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
-        alters_embedding: Whether the first layer gets something else than what the embedding module gives.
+        alters_embedding: Whether the embedding module's output is changed before it enters the first layer.
         embedding_norm: Whether the embedding is normed.
-        embedding_dropout: Whether what the first layer gets is dropped in training.
+        embedding_dropout: Whether the first layer's input is dropped in training.
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
         attention_softcap: Whether attention scores go through the same.
         fused_attention: Whether transformers runs it with fused attention; capped scores, sinks and ALiBi rule it out.
-        own_attention: Whether its layers call attention themselves and leave heads that share a key to broadcasting.
-        repeats_heads: Whether they repeat keys and values for every query head, whatever the kernel can do.
-        positions: Positions that its config allows, 0 where it does not say.
-        buffers: Elements of tables that it holds beside its parameters, in the format it computes in.
+        own_attention: Whether its layers call attention themselves and broadcast a key to the heads that share it.
+        repeats_heads: Whether they repeat keys and values for every query head, even where the kernel need not have it.
+        positions: Positions that its config allows; 0 where it does not say.
+        buffers: Elements of tables that it holds beside its parameters, in the format in which it computes.
         mask_bytes: Bytes of a causal mask that it holds, a byte per pair of positions; 0 without one.
-        doubts: Why the estimate for this model is less sure than usual; empty when nothing is.
-        quantised: How its weights lie on disk where they are quantised already.
-        origin: Which copy of the config this is, in words, where it is not the model's own of today; else empty.
+        doubts: Why the estimate for this model is less certain than usual; empty where it is not.
+        quantised: How its weights lie on disk, for a prequantised model.
+        origin: Where the config comes from, in words, if it is not the model's own file; else empty.
     """
 
     family: str
@@ -220,12 +222,12 @@ class ModelShape:
 
     @cached_property
     def shortest_window(self) -> int:
-        """Fewest keys that a token of any layer attends to at most; 0 where all layers see all."""
+        """The smallest sliding window of any layer, in keys; 0 where no layer has one."""
         return min((group.layer.window for group in self.groups if group.layer.window), default=0)
 
     @cached_property
     def expert_parameters(self) -> int:
-        """Weights of routed experts, which transformers holds fused and bitsandbytes leaves as they are."""
+        """Weights of routed experts that are held fused: bitsandbytes quantises linear modules alone, and not these."""
         return sum(
             group.count
             * (group.layer.experts.weights(self.hidden) + group.layer.experts.biases * group.layer.experts.count)
@@ -234,7 +236,7 @@ class ModelShape:
         )
 
     def all_linears(self) -> Iterator[tuple[int, Linear]]:
-        """Yield every kind of linear map inside the layers with how many layers have it."""
+        """Yield every linear map inside the layers, with the number of layers that have it."""
         for group in self.groups:
             for linear in group.layer.linears:
                 yield group.count, linear
@@ -242,13 +244,13 @@ class ModelShape:
 
 @lru_cache(maxsize=64)
 def with_separate_experts(shape: ModelShape) -> ModelShape:
-    """Return the shape as transformers below 5 builds it: every expert's maps are linear modules of their own."""
+    """Return the shape as transformers before 5 builds it, where every expert's maps are linear modules."""
 
     def separate(layer: Layer) -> Layer:
         experts = layer.experts
         if experts is None:
             return layer
-        # Mixtral's names; the others call them as a dense layer's.
+        # Mixtral has names of its own; the other families use those of a dense layer.
         names = ("w1", "w3", "w2") if shape.family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
         sizes = (shape.hidden, experts.inner), (shape.hidden, experts.inner), (experts.inner, shape.hidden)
         maps = tuple(Linear(name, *size, copies=experts.count) for name, size in zip(names, sizes, strict=True))

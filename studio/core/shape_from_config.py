@@ -1,4 +1,4 @@
-"""From a config.json's table to a `ModelShape`: every number is checked, and every error names its key."""
+"""Makes a `ModelShape` of a config.json's table. Every number is checked, and every error names its key."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ class ConfigValues:
 
         Args:
             keys: Names that families use for the same size.
-            default: Taken when no key is there; without one a key is required.
+            default: The value where no key is there; None requires a key.
             low: Smallest value that makes sense.
             high: Largest value that makes sense.
 
@@ -105,15 +105,18 @@ def _shown(value: Any) -> str:
 
 _MOST_PARAMETERS = 50 * 10**12
 _MOST_LAYERS = 1000
-"""The deepest published models, merged from several, have some 300; a replay follows each layer."""
+"""The deepest published models, merged from several, have some 300. Without a limit a hostile config could keep a
+replay, which goes through every layer, busy for ever."""
 _MOST_EXPERTS = 2048
-"""Published layers have up to 512; an older transformers holds each as modules of its own, 10 ms a piece."""
+"""Published layers have up to 512. For older versions of transformers each expert is a module of its own in the
+estimate, which takes 10 ms each."""
 
 
 def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     """Return the shape that a model's config describes.
 
-    A family that is not known is read as a Llama and carries a doubt; so does what a config has beside its text model.
+    An unknown family is read as a Llama, with a doubt in the shape. A config with a vision or audio part gets a doubt
+    too, since only its text model is counted.
 
     Raises:
         BadInput: A size is missing, no number, or absurd; the message names the key.
@@ -267,13 +270,13 @@ def _layer(
 
 
 def _drops(family: Family, values: ConfigValues, *keys: str) -> bool:
-    """Whether a dropout is above 0 by any of the names that families have for it."""
+    """Whether a dropout is above 0, under any of the keys that families have for it."""
     said = [key for key in keys if key in values]
     return any(values.real(key, 0.0) > 0 for key in said) if said else family.dropout > 0
 
 
 def _window(values: ConfigValues) -> int:
-    """Sliding window, where the config has one and does not switch it off (Qwen 2 writes one that is not used)."""
+    """Return the sliding window in keys; 0 where the config has none or switches it off (Qwen 2 does both at once)."""
     if not values.flag("use_sliding_window", True):
         return 0
     return values.whole("sliding_window", default=0, low=0)
@@ -309,7 +312,8 @@ def _mlp(name: str, family: Family, values: ConfigValues, hidden: int, experts: 
             return ()
     else:
         keys = ("intermediate_size_mlp",) if name == "llama4_text" else ()
-        # Only families without a gate have a width of their own accord, four times the hidden size; unknown ones may.
+        # Families without a gate have four times the hidden size where the config names no width. An unknown family may
+        # be one of them.
         usual = None if family.gated and name in FAMILIES else 4 * hidden
         inner = values.whole(*keys, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=usual)
     if not family.gated or len(family.mlp) == 2:

@@ -1,9 +1,9 @@
 """Tokens a second and hours from a roofline: the work of a micro-batch over what a card sustains.
 
-Compared with 112 published speeds of a T4, an A100 and two of an L40S: 111 lie in the range, the median error is 8 %
-(`python -m tests.core.published_speed` prints all). The constants were chosen on them; fitted on one source and asked
-for another, on other models or another card, they are 6 to 9 % off in the median and 28 % at worst
-(`python -m tests.bench.bench_speed`). A card of a kind without published rows gets a wide range.
+Of 112 published speeds of a T4, an A100 and two of an L40S, 111 lie in the range, and the median error is 8 %
+(`python -m tests.core.published_speed` prints all). The constants were chosen on these speeds. Constants fitted on one
+source and tried on another, on other models or another card, are 6 to 9 % off in the median and 28 % at worst
+(`python -m tests.bench.bench_speed`). A kind of card without published rows gets a wide range.
 """
 
 from dataclasses import dataclass, replace
@@ -19,15 +19,15 @@ _SECONDS_PER_HOUR = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Sustained:
-    """What training reaches of a card's data sheet.
+    """How much of the rates in a card's data sheet training reaches.
 
     Attributes:
-        products: Share of the peak of matrix products.
-        attention: The same for attention's products.
+        products: Share of the peak rate in matrix products.
+        attention: Share of it in attention's products.
         bandwidth: Share of the memory bandwidth in everything between the products.
-        dequantising: Share of it while 4-bit weights are brought to 16 bit.
-        spread: Factor, both ways, within which the seconds of a step lie.
-        basis: Where these come from, for a user.
+        dequantising: Share of the memory bandwidth while 4-bit weights are dequantised.
+        spread: The seconds of a step lie within this factor of what is expected, up or down.
+        basis: Where these numbers come from, in words for a user.
     """
 
     products: float
@@ -45,11 +45,11 @@ _OTHER = Sustained(
 )
 
 _LOW_POWER_BANDWIDTH, _SERVER_BANDWIDTH = 320.0, 800.0
-"""GB/s: data-centre cards below the first are those of 60 to 75 W (T4, L4, A2), which cannot hold their peak; those
-above the second are built and cooled like the A100 and the L40S. The rest (A10, A40 ...) lies between."""
+"""GB/s. Data-centre cards up to the first have 60 to 75 W (T4, L4, A2) and cannot hold their peak; those from the
+second on are built and cooled like the A100 and the L40S. The rest (A10, A40 ...) lies between."""
 
 _SINGLE, _SINGLE_ATTENTION = 0.7, 0.5
-"""Share of the fp32 peak that products reach, and that attention reaches (the T4 rows without autocast)."""
+"""Share of the fp32 peak that products and attention reach (from the T4 rows without autocast)."""
 
 _LAUNCH_SECONDS = 0.002
 """Host seconds to launch one pass through one layer of transformers with peft: 1.2 to 3 ms in the rows of small steps
@@ -59,18 +59,18 @@ _DEQUANTISING = (0.60, 0.30, 0.15)
 """Share of the bandwidth while dequantising, best, usual, worst: the spread of single fits to the published rows."""
 
 _LAUNCH_4BIT = (1.1, 1.3, 1.5)
-"""Times as long to launch a layer that is dequantised first, best, usual, worst: 1.33 and 1.49 in the T4 rows of
-SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens, GPTQ kernels)."""
+"""How many times as long it takes to launch a layer that is dequantised first, best, usual, worst: 1.33 and 1.49 in the
+T4 rows of SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens, GPTQ kernels)."""
 
 
 _HOST_BYTES_PER_SECOND = 12e9
-"""What a PCIe 3.0 x16 slot moves, 16 GB/s by its specification, less its protocol. Copies run beside the computation
-(jobs/train/offload.py), so that they cost between nothing and all of it."""
+"""What a PCIe 3.0 x16 slot moves: 16 GB/s by its specification, less its protocol. Copies run beside the computation
+(jobs/train/offload.py), so that between none and all of their time is added."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second, as lowest, expected and highest, and what says so."""
+    """Tokens a second, as lowest, expected and highest, and where the numbers come from."""
 
     low: float
     expected: float
@@ -78,7 +78,7 @@ class Speed:
     basis: str
 
     def times(self, factor: float) -> "Speed":
-        """Return the same speed, so many times as fast."""
+        """Return a speed that is so many times as high."""
         return replace(self, low=self.low * factor, expected=self.expected * factor, high=self.high * factor)
 
 
@@ -92,7 +92,7 @@ class Duration:
 
 
 def speed_of(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> Speed | None:
-    """Return how fast full rows train on one card; None for a card of which only the size is known, or for none.
+    """Return how fast full rows train on one card; None without a card, or where only its size is known.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -114,7 +114,7 @@ def duration_of(speed: Speed, tokens: float) -> Duration:
 def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[float, float, float] | None:
     """Return how many times as long a QLoRA step takes as the same LoRA step: least, expected, most.
 
-    Only the work of dequantising differs; how fast a card does it is the uncertain part. None as for `speed_of`.
+    The two differ only in dequantising, and how fast a card does that is uncertain. None as for `speed_of`.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -134,8 +134,8 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
 def time_factor(shape: ModelShape, before: Setup, after: Setup, gpu: Gpu | None) -> tuple[float, float] | None:
     """Return how many times as long an optimizer step takes after a change: least and most.
 
-    The range is that of cards which are limited by different things, since a data sheet does not say which limit a
-    card meets first. None as for `speed_of`.
+    A data sheet does not say whether a card is limited by its products, its bandwidth or its launches first: the range
+    is that over the three kinds of `Sustained`. None as for `speed_of`.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -165,7 +165,10 @@ def _sustained(gpu: Gpu) -> Sustained:
 
 
 def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:
-    """Return the seconds of a micro-batch: products, attention and traffic in turn, or those to launch it all."""
+    """Return the seconds of a micro-batch: those of products, attention and traffic added, or those of all launches.
+
+    The larger of the two: the host launches kernels while the card computes.
+    """
     half, single = gpu.half_tflops * _TERA * gpu.share, gpu.single_tflops * _TERA * gpu.share
     bandwidth = gpu.bandwidth_gb_per_second * _GIGA * gpu.share
     products = work.half / (half * sustained.products) + work.single / (single * _SINGLE)
