@@ -1,6 +1,6 @@
-"""How much figures on some rows can say: when a difference is one, when none can be seen, when there is too little.
+"""What figures on a few rows can show: whether there is a difference, whether none can be seen, or too few rows.
 
-The same measure for an audit's advice and for the end of a training run.
+An audit's advice and the end of a training run are judged by the same rules.
 """
 
 import math
@@ -8,34 +8,34 @@ import math
 from studio.core.intervals import Interval
 
 LEAST_NATS = 0.002
-"""Loss per token below which a difference is called none, however sure its sign: rounding alone moves a model as far.
+"""Loss per token below which a difference is called none, however certain its sign: rounding alone changes as much.
 
 Measured on one tuned 135M model: merged into bf16 instead of fp32, its held-out loss moved by .0006 (up to .0016).
 """
 LEAST_ROWS = 15
-"""Rows below which no verdict is passed, since the interval itself cannot be trusted: drawing rows again knows no row
-that was not seen.
+"""Rows below which no verdict is given, since the interval itself cannot be trusted: the bootstrap draws from the rows
+that were seen, and knows no others.
 
-Counted in 3,000 draws each, how often our nominal 95 % interval of a mean per token holds the truth: of 3 rows 64 to
-75 %, of 5 rows 80 to 92 %, of 15 rows 90 to 94 % where losses are normal, heavy-tailed (t, 3 degrees) or of one or two
-tokens a row, 86 % where they are skewed (log-normal); of 50 rows 90 to 95 %.
+How often our nominal 95 % interval of a mean per token holds the truth was counted in 3,000 draws each. For 3 rows it
+is 64 to 75 %, for 5 rows 80 to 92 %, for 50 rows 90 to 95 %. For 15 rows it is 90 to 94 % where losses are normal,
+heavy-tailed (t, 3 degrees) or of one or two tokens a row, and 86 % where they are skewed (log-normal).
 """
 LEAST_TOKENS = 100
-"""Tokens below which no verdict is passed: token by token most losses hardly differ and a few differ much.
+"""Tokens below which no verdict is given: on most tokens two models hardly differ, and on a few they differ much.
 
-Counted as above with nine in ten near zero and one in ten exponential: of 20 tokens 69 %, of 100 tokens 86 %.
+Counted as above, with nine differences in ten near zero and one exponential: 69 % for 20 tokens, 86 % for 100.
 """
 DECIDES_NATS = 0.05
 """A difference of loss per token that matters: 5 % of the perplexity, somewhat less than LoRA's lead over QLoRA on the
-embedded model (.064). "No difference" is only said plainly where the interval leaves none as large."""
+embedded model (.064). Where the interval leaves room for one as large, "no difference" is said with that doubt."""
 
 
 def too_little(rows: int, tokens: int, answers: int | None = None) -> str:
-    """Return why figures decide nothing, however their interval looks; nothing where there is enough to go by.
+    """Return why figures decide nothing, whatever their interval; empty where there are enough rows and tokens.
 
     Args:
-        rows: How many rows they rest on.
-        tokens: How many labelled tokens.
+        rows: How many rows they are measured on.
+        tokens: How many labelled tokens these have.
         answers: How many different answers the rows have; None where that is not known.
     """
     if rows < LEAST_ROWS:
@@ -54,7 +54,7 @@ def seen_sign(more: Interval) -> int:
 
 
 def could_hide(more: Interval) -> str:
-    """Return how large a difference could be that cannot be seen; nothing where it would not matter, or is seen."""
+    """Return how large an unseen difference could be, in words; empty where it would not matter, or one is seen."""
     if more.low is None or more.high is None or seen_sign(more):
         return ""
     most = max(abs(more.low), abs(more.high))
@@ -64,7 +64,7 @@ def could_hide(more: Interval) -> str:
 
 
 def difference_in_words(more: Interval) -> str:
-    """Return what an interval of a difference in loss says: that it is none that could be seen, or how large."""
+    """Return a difference in loss in words: that none can be seen, or how large it is."""
     if more.low is None or more.high is None:
         return f"{more.value:+.4f}, of one row only: no interval"
     if not seen_sign(more):
@@ -75,12 +75,12 @@ def difference_in_words(more: Interval) -> str:
 
 
 def gain_in_words(more: Interval, rows: int, tokens: int) -> tuple[bool | None, str]:
-    """Return whether training improved the held-out loss, None where there is too little to tell, and that in words.
+    """Return whether training improved the held-out loss (None where there is too little to tell), and that in words.
 
     Args:
-        more: Loss after training above that before it, paired row by row.
-        rows: How many rows it rests on.
-        tokens: How many labelled tokens.
+        more: Loss after training minus that before it, paired row by row.
+        rows: How many rows it is measured on.
+        tokens: How many labelled tokens these have.
     """
     if why := too_little(rows, tokens):
         return None, f"too little to tell whether the held-out loss improved ({more.value:+.4f}): {why}"

@@ -1,7 +1,7 @@
 """The recipe that fits: what to change so that a run fits a budget, in the order that costs least quality and speed.
 
-Every change is priced in bytes and in time. What turns out not to be needed is taken back. The screen and the command
-line search through here.
+Every change is priced in bytes and in time. A change that later ones make needless is taken back. Screen and command
+line search with this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from studio.core.vram.setup import Setup, setup_of
 Estimator = Callable[[Recipe], VramEstimate]
 
 _WORTH_BYTES, _WORTH_SHARE = 2**24, 0.05
-"""What a change must take off to be worth a word: so many bytes, and such a share of what is too much."""
+"""A change is offered only if it takes off so many bytes, and such a share of what the recipe takes too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Priced:
 
     Attributes:
         change: What is changed.
-        saves_bytes: What it takes off the expected peak, beside the changes before it.
-        time: Lowest and highest factor on the time of a step, beside the changes before it.
+        saves_bytes: What it takes off the expected peak, after the changes before it.
+        time: Lowest and highest factor on the time of a step, after the changes before it.
     """
 
     change: Change
@@ -45,9 +45,9 @@ class Fit:
         changes: What was changed, in order.
         estimate: Its estimate.
         fits: Whether it fits at the high end of its range.
-        largest: The largest micro-batch, length and rank that still fit, each alone; None where nothing fits.
+        largest: The largest micro-batch, length and rank that still fit, each changed alone; None where nothing fits.
         cards: The smallest known cards on which the recipe fits.
-        most_parameters: About the most parameters that a model of this build may have to fit so; None where it fits.
+        most_parameters: About how many parameters a model of the same build could have and fit; None where it fits.
     """
 
     recipe: Recipe
@@ -65,9 +65,9 @@ class Search:
 
     Attributes:
         shape: The base model.
-        estimate: What a recipe takes.
+        estimate: Returns what a recipe takes.
         budget_bytes: What it may take.
-        gpu: The card, for the price in time; None takes each change's own range.
+        gpu: The card, for the price in time; None takes the range that each change has for any card.
     """
 
     shape: ModelShape
@@ -87,6 +87,7 @@ class Search:
             if found is None:
                 return changes
             changes = [*changes, found]
+        # A strong change at the end may have made weaker ones before it needless.
         for change in reversed(changes):
             without = [other for other in changes if other is not change]
             if self._fits(recipe, without):
@@ -94,7 +95,7 @@ class Search:
         return self._gentlest(recipe, changes)
 
     def alone(self, recipe: Recipe) -> list[Change]:
-        """Return one change of each kind that saves enough to be worth it: it fits, or is all that its kind can do.
+        """Return for each kind the smallest change that makes the recipe fit, else the largest that saves enough.
 
         Raises:
             BadInput: The recipe cannot be estimated.
@@ -114,7 +115,7 @@ class Search:
         return found
 
     def priced(self, recipe: Recipe, changes: Sequence[Change]) -> tuple[Priced, ...]:
-        """Return changes with what each saves and costs beside those before it."""
+        """Return changes with what each saves and costs after those before it."""
         prices = []
         for change in changes:
             after = applied(recipe, [change])
@@ -131,7 +132,10 @@ class Search:
         return self.estimate(applied(recipe, changes)).device.high <= self.budget_bytes
 
     def _next(self, recipe: Recipe, changes: Sequence[Change]) -> Change | None:
-        """Return the smallest change of the gentlest kind that is enough, else the largest of that kind that helps."""
+        """Return the next change to make: of the gentlest kind that helps at all the smallest that is enough.
+
+        Where none of that kind is enough, it is the largest that helps.
+        """
         now = applied(recipe, changes)
         high = self.estimate(now).device.high
         for kind in KINDS:
@@ -147,7 +151,7 @@ class Search:
         return None
 
     def _gentlest(self, recipe: Recipe, changes: list[Change]) -> list[Change]:
-        """Take back as much of each change as the others allow: the largest micro-batch, the longest rows."""
+        """Weaken each change as far as the others allow, which gives back the largest micro-batch and longest rows."""
         for place in reversed(range(len(changes))):
             before, after = applied(recipe, changes[:place]), changes[place + 1 :]
             same_kind = (
@@ -175,7 +179,7 @@ def fit(
         shape: Its base model.
         gpu: The card.
         budget_bytes: What the run may use of it.
-        estimate: What a set-up takes on it, where that is known better than from the shape alone.
+        estimate: Returns what a set-up takes on it, where more is known than the shape, such as this machine's runs.
 
     Raises:
         BadInput: A target does not exist in this model.
@@ -206,7 +210,10 @@ _LIMITS = ("train.micro_batch", "train.seq_len", "adapter.rank")
 
 
 def _largest(recipe: Recipe, path: str, taken: Estimator, budget: int) -> int | None:
-    """Return the largest value of a whole-number field that fits, by halving; a larger value never takes less."""
+    """Return the largest value of a whole-number field that fits.
+
+    Bisection is enough, since a larger value never takes less memory.
+    """
     low, top = int(recipe.get(path)), int(number_of(path).high)
     while low < top:
         middle = (low + top + 1) // 2
@@ -231,7 +238,7 @@ def _cards(recipe: Recipe, shape: ModelShape) -> tuple[Gpu, ...]:
 
 
 def _most_parameters(estimate: VramEstimate, shape: ModelShape, budget_bytes: int) -> int:
-    """Return about how many parameters would fit: what a model takes beyond the context grows with its size."""
+    """Return about how many parameters would fit, taking all but the context as growing with the model's size."""
     fixed = min(estimate.components.context, budget_bytes)
     per_parameter = max(1, estimate.device.high - fixed) / shape.parameters
     return int(max(0, budget_bytes - fixed) / per_parameter)

@@ -1,12 +1,13 @@
-"""What a resumed run may differ in from its first start, and the words for what it may not.
+"""What may differ between a run's first start and its resume, and the words for what may not.
 
-A resume promises that what comes out is what an uninterrupted run would have made. So whatever decides which numbers
-are trained on which rows must be as it was: base, rows, and every field of the recipe that is declared so. Another
-place of the same content is no other base and no other data: paths are not compared.
+A resume promises the result of an uninterrupted run. So everything that decides which numbers are trained on which rows
+must be as it was: base, rows, and every field of the recipe that is declared so. Base and data are compared by content,
+not by path: a copy in another place is the same.
 
-**Libraries may differ**, and are named in a warning. Another version does the same arithmetic in another order, so bits
-are lost, not the meaning; a major version too. To refuse would strand a run of days behind an update that is often the
-reason to resume (a fault mended, a security fix, another machine), and who reads the warning can still go back.
+**Libraries may differ**, and are named in a warning. Another version, even a major one, does the same arithmetic, if in
+another order: the last bits differ, the meaning does not. A refusal would strand a run of days behind an update, which
+is often the reason to resume (a bug fixed, a security fix, another machine). Whoever reads the warning can still go
+back.
 """
 
 from collections import Counter

@@ -1,9 +1,9 @@
-"""Confidence intervals: how far a figure would move had other rows been held out, or other prompts been asked.
+"""Confidence intervals: how far a figure would move if other rows had been held out, or other prompts asked.
 
-Means and quantiles are bootstrapped. Tokens of one row are alike, so rows are drawn, not tokens. The percentiles are
-widened for few rows as Student's t is wider than the normal (Hesterberg 2015, "What Teachers Should Know About the
-Bootstrap", expanded percentile interval). Shares have formulas instead: where all answers are right, or all wrong, a
-bootstrap would be sure of itself.
+Means and quantiles are bootstrapped. The tokens of one row are alike, so rows are drawn, not tokens. For few rows the
+percentiles are widened, as Student's t is wider than the normal distribution (Hesterberg 2015, "What Teachers Should
+Know About the Bootstrap", expanded percentile interval). Shares have formulas instead: where all answers are right, or
+all are wrong, a bootstrap would give an interval of no width.
 """
 
 import math
@@ -28,12 +28,12 @@ class Interval:
 
     @property
     def negated(self) -> "Interval":
-        """The same difference seen from the other side."""
+        """The interval of the same difference with its sign turned."""
         return Interval(-self.value, None if self.high is None else -self.high, None if self.low is None else -self.low)
 
     @property
     def sign(self) -> int:
-        """1 where the whole interval lies above zero, -1 where it lies below, 0 where it holds zero or is unknown."""
+        """1 where the whole interval is above zero, -1 where it is below, 0 where it holds zero or has no ends."""
         if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
@@ -45,13 +45,13 @@ def ratio_interval(
     """Return sum over count with its interval: a mean per token where rows have different lengths.
 
     Args:
-        sums: Of each row; differences of two models on the same row make the interval a paired one.
-        counts: Tokens of each row.
-        seed: Of the draws.
+        sums: The sum of each row. For a paired interval, the difference of two models on the same row.
+        counts: The tokens of each row.
+        seed: The seed of the draws.
         resamples: How often rows are drawn.
 
     Raises:
-        ValueError: No row has a token, or the two do not belong together.
+        ValueError: No row has a token, or there are not as many sums as counts.
     """
     total = math.fsum(counts)
     if len(sums) != len(counts) or total <= 0:
@@ -73,8 +73,8 @@ def quantile_interval(
 
     Args:
         rows: A figure per token, row by row.
-        share: Of the tokens at or below the quantile, 0 to 1.
-        seed: Of the draws.
+        share: The share of tokens at or below the quantile, 0 to 1.
+        seed: The seed of the draws.
         resamples: How often rows are drawn.
 
     Raises:
@@ -115,17 +115,18 @@ def share_interval(hits: Sequence[bool]) -> Interval:
     middle = share + _Z**2 / (2 * count)
     half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
     whole = 1 + _Z**2 / count
-    # At both ends one bound is the share itself, which rounding must not pass.
+    # With all hits or none one bound is the share itself, which rounding must not pass.
     return Interval(share, min(share, max(0.0, (middle - half) / whole)), max(share, min(1.0, (middle + half) / whole)))
 
 
 def paired_interval(hits: Sequence[bool], others: Sequence[bool]) -> Interval:
     """Return how much larger a share is than another one on the same questions, with its 95 % interval.
 
-    Adjusted Wald: one more question of each discordant kind (Bonett and Price 2012, J. Educ. Behav. Stat. 37(4)).
+    The adjusted Wald interval, which adds one question of each kind on which the two differ (Bonett and Price 2012,
+    J. Educ. Behav. Stat. 37(4)).
 
     Raises:
-        ValueError: The questions are not the same, or there are none.
+        ValueError: There are not as many answers of both, or there are none.
     """
     count = len(hits)
     if count != len(others) or not count:
@@ -141,9 +142,9 @@ def paired_interval(hits: Sequence[bool], others: Sequence[bool]) -> Interval:
 
 
 def student_t(tail: float, degrees: int) -> float:
-    """Return the quantile of Student's t above which `tail` of it lies.
+    """Return the value that Student's t exceeds with probability `tail`.
 
-    Exact for one and two degrees; above, Fisher's series in 1 / degrees, within 1 % of the tables from 3 degrees on.
+    Exact for one and two degrees of freedom; from three on by Fisher's series in 1 / degrees, within 1 % of the tables.
     """
     if degrees == 1:
         return 1 / math.tan(math.pi * tail)
@@ -173,7 +174,7 @@ def _interval(value: float, rows: int, drawn: Callable[[Sequence[int]], float], 
 
 
 def _at(ordered: Sequence[float], share: float) -> float:
-    """Return a quantile of sorted figures, between two of them where it falls there."""
+    """Return a quantile of sorted figures, interpolated between two of them."""
     place = share * (len(ordered) - 1)
     below = min(int(place), len(ordered) - 2)
     return ordered[below] + (place - below) * (ordered[below + 1] - ordered[below])

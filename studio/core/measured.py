@@ -1,6 +1,6 @@
-"""A measurement of a training step beside its estimate, as one document: a plan's fields, measured where it can be.
+"""A measurement of a training step beside its estimate, as one document: a plan's fields, with measured values.
 
-Pure: the job says what it saw, the plan what was expected.
+The job reports what was measured, the plan what was expected. What was not measured stays estimated.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 COMPONENTS = ("base", "adapter", "gradients", "optimizer", "activations", "logits", "workspace")
 ELSEWHERE = ("paged", "host")
-"""Components that are not on the device: unified memory that may be there, and the computer's own."""
+"""Components that do not count as on the device: unified memory, which may be there or not, and main memory."""
 
 UNKNOWN: dict[str, tuple[str, ...]] = {
     "trace": (
@@ -41,8 +41,8 @@ def measured_plan(plan: Mapping[str, Any], report: Mapping[str, Any]) -> dict[st
 
     Args:
         plan: The estimate, as `plan_to_dict` gives it, or `{"estimate": None, "why": ...}`.
-        report: What the job left: `source` (`trace` or `cuda`), `peaks` by stage and component,
-            `trainable_parameters`, and where they were measured `reserved_bytes` and `device_bytes`.
+        report: The job's report: `source` (`trace` or `cuda`), `peaks` by stage and component,
+            `trainable_parameters`, and, if they were measured, `reserved_bytes` and `device_bytes`.
     """
     source, peaks = str(report["source"]), {stage: dict(parts) for stage, parts in report["peaks"].items()}
     stage = max(peaks, key=lambda name: height(peaks[name]))
@@ -87,7 +87,7 @@ def _on_cpu(plan: Mapping[str, Any]) -> bool:
 
 
 def _seen_or_added(peak: int, plan: Mapping[str, Any], report: Mapping[str, Any], name: str) -> dict[str, int] | None:
-    """Return a range: what a card showed, else the peak and what the estimate adds to its own."""
+    """Return a range: what a card showed, else the measured peak plus what the estimate adds to its own peak."""
     seen = report.get(f"{name}_bytes")
     if isinstance(seen, int):
         return dict.fromkeys(("low", "expected", "high"), seen)

@@ -1,7 +1,7 @@
-"""What a model's config says of weights that are quantised already, and what that means for training.
+"""What the config of a prequantised model says of its weights, and what that means for training.
 
-Training starts from 16-bit weights, or from 4-bit weights of bitsandbytes under QLoRA. Knows no files: tensors that
-contradict the config are the readers' business.
+Training starts from 16-bit weights, or from 4-bit weights of bitsandbytes under QLoRA. This module knows no files:
+whether the tensors agree with the config is checked where they are read.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ _ORIGINAL = "the original 16-bit model that it was made from, or a copy written 
 
 @dataclass(frozen=True, slots=True)
 class QuantisedBase:
-    """How weights lie on disk that are not plain 16 or 32 bit.
+    """How the weights of a prequantised model lie on disk.
 
     Attributes:
         method: What quantised them: `gptq`, `bitsandbytes`, `mxfp4`, ...; `unknown` where the config does not name it.
-        bits: Bits of a weight; 0 where that is not said.
+        bits: Bits of a weight; 0 where the config does not say.
         quant_type: The code of 4-bit bitsandbytes weights.
         double_quant: Whether their scales are quantised too.
         skipped: Modules left out by bitsandbytes, as its config names them.
@@ -51,9 +51,9 @@ class QuantisedBase:
 
 
 def quantised_base(config: Mapping[str, Any]) -> QuantisedBase | None:
-    """Return how a config.json says that its weights are quantised, None where they are not.
+    """Return how the weights of a config.json are quantised, None where they are not.
 
-    Whatever stands in it that cannot be understood is left out; what is there is called quantised all the same.
+    What cannot be understood in its table is left out; the weights count as quantised all the same.
     """
     mlx = _table(config, "quantization")
     if mlx is not None and "bits" in mlx:
@@ -66,7 +66,7 @@ def quantised_base(config: Mapping[str, Any]) -> QuantisedBase | None:
 
 
 def refusal(base: QuantisedBase | None, method: Method) -> str:
-    """Return why a method cannot train on a base, and what can; nothing where it can."""
+    """Return why a method cannot train on a base, and what to take instead; empty where it can."""
     if base is None or (base.in_four_bits and method == "qlora"):
         return ""
     found = "a GGUF file, made to run models with" if base.method == GGUF else f"already quantised ({base.words})"
@@ -76,7 +76,7 @@ def refusal(base: QuantisedBase | None, method: Method) -> str:
 
 
 def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]) -> str:
-    """Return what an estimate for such a base stands for."""
+    """Return what an estimate for a prequantised base stands for, as a note to it."""
     if base.in_four_bits and method == "qlora":
         kept = f", {len(base.skipped)} modules in 16 bit" if base.skipped else ""
         form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
@@ -113,13 +113,16 @@ def _from_table(said: Mapping[str, Any]) -> QuantisedBase:
 
 
 def _modules(names: list[Any]) -> tuple[str, ...]:
-    """Return the names that a recipe could hold, each once; a model with pictures holds its text model one deeper."""
+    """Return the names that a recipe could hold, each once.
+
+    A model that also reads pictures has its text model one level deeper, as `language_model`.
+    """
     texts = (name.replace("language_model.", "") for name in names if isinstance(name, str))
     return tuple(dict.fromkeys(filter(is_module, texts)))
 
 
 def _bits(said: Mapping[str, Any]) -> int:
-    """Return the bits that a table names, or the first of its groups' (compressed-tensors); 0 for none."""
+    """Return the bits that a table names, or its first group does (compressed-tensors); 0 where none does."""
     groups = said.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, Mapping) and groups else None
     weights = first.get("weights") if isinstance(first, Mapping) else None

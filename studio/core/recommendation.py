@@ -1,6 +1,7 @@
-"""What a recipe should be for a goal, a model, data and a card: every choice with its reason and its source.
+"""A recipe for a goal, a model, data and a card: every choice with its reason and its source.
 
-Rules of thumb from papers and measurements, named as such; none of them knows the user's data better than a trial does.
+The rules are rules of thumb from papers and measurements, and are named as such. A trial on the user's own data tells
+more than any of them.
 """
 
 import math
@@ -20,7 +21,7 @@ from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
 from studio.core.vram.setup import setup_of
 
 ROWS_PER_STEP = 16
-"""Rows of a step: below the 32 above which LoRA loses more than full fine-tuning does (Schulman et al. 2025)."""
+"""Rows of a step. Above 32, LoRA loses more by large batches than full fine-tuning does (Schulman et al. 2025)."""
 
 REGRET = "Schulman et al. 2025, LoRA Without Regret"
 QLORA = "Dettmers et al. 2023, QLoRA"
@@ -34,10 +35,10 @@ _SMALL_PARAMETERS, _LARGE_PARAMETERS = 1e9, 30e9
 _SHORT_RUN_STEPS = 100
 _LONGEST_ADVISED = 2048
 _TOKENS_PER_PARAMETER = 2
-"""Trained tokens that one adapter parameter holds: 2 bits a parameter, 1 bit a token at most (Schulman et al.)."""
+"""Trained tokens that one adapter parameter can hold: it holds 2 bits, and a token has 1 at most (Schulman et al.)."""
 _WORTHWHILE_SHARE = 0.9
 _TEMPLATE_TOKENS = 32
-"""What a chat template adds to a row: the roles of a few turns and a system line, generously."""
+"""Tokens that a chat template adds to a row at most: the roles of a few turns, and a system line."""
 _MICRO_BATCHES = (16, 8, 4, 2, 1)
 
 
@@ -50,7 +51,7 @@ class DataFacts:
         rows: Usable rows.
         tokens: Tokens of all rows.
         longest_tokens: Tokens of the longest row.
-        counted: Whether the model's own tokenizer counted them; otherwise they follow from the characters.
+        counted: Whether the model's own tokenizer counted them; else they are estimated from the characters.
     """
 
     path: str
@@ -62,7 +63,7 @@ class DataFacts:
 
 @dataclass(frozen=True, slots=True)
 class ReasonedChoice:
-    """One choice: the fields it sets, what is shown for it, why, and on whose word."""
+    """One choice: the fields that it sets, what is shown for it, the reason, and the source of the reason."""
 
     settings: tuple[tuple[str, Any], ...]
     label: str
@@ -77,9 +78,9 @@ class Recommendation:
 
     Attributes:
         recipe: The recipe.
-        choices: Why it is so, in the order in which people read it.
-        instead: What might do without any training; empty where nothing would.
-        estimate: What the recipe needs on a card; on a CPU it tells nothing of the budget.
+        choices: Its choices with their reasons, in the order in which they are shown.
+        instead: What might serve without any training; empty where nothing would.
+        estimate: What the recipe needs; on a CPU there is no budget to compare it with.
         verdict: Whether it fits the card; None on a CPU.
         budget_bytes: What the card has for it; None on a CPU.
     """
@@ -138,7 +139,7 @@ def recommend(
         budget_bytes: What is free on the card; None takes all of it.
 
     Raises:
-        BadInput: The model cannot be adapted as advised, or is quantised in a way that nobody trains on.
+        BadInput: The model cannot be adapted like this, or is quantised in a way that cannot be trained on.
     """
     if why := refusal(shape.quantised, "qlora"):
         raise BadInput(f"the model {plain(base, one_line=True, limit=200)} is {why}")
@@ -274,7 +275,7 @@ def _batch(draft: _Draft, ground: _Ground) -> None:
 
 
 def _fitting(recipe: Recipe, ground: _Ground) -> Iterator[tuple[bool, int]]:
-    """Yield checkpointing and micro-batch that fit, the quickest first: without checkpointing down to two rows."""
+    """Yield checkpointing and micro-batch that fit, fastest first: without checkpointing down to 2 rows, then with."""
     for checkpointing, sizes in ((False, _MICRO_BATCHES[:-1]), (True, _MICRO_BATCHES)):
         for size in sizes:
             tried = recipe.with_("train.grad_checkpointing", checkpointing).with_("train.micro_batch", size)

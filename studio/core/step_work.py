@@ -1,8 +1,8 @@
-"""What one micro-batch asks of a device: operations, bytes moved, kernels launched. Counting, no clock and no card.
+"""What one micro-batch asks of a device: operations, bytes moved, kernels launched. Counted, without clock or card.
 
-A LoRA step goes through the frozen weights once forward and once backward for the gradient of what flows through them,
-never for the weights themselves: 2 + 2 operations per weight and token, and 2 more where checkpointing computes the
-layer again. Adapters are small and are trained, so they cost a third pass.
+A LoRA step multiplies with the frozen weights once in the forward pass and once in the backward pass, for the gradient
+of their inputs but not of the weights themselves. That makes 2 + 2 operations per weight and token, and 2 more where
+checkpointing computes the layer again. Adapter weights are trained, so they take a third product.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from studio.core.trainable import adapted, target_names, trainable_parameters, t
 from studio.core.vram.setup import Setup
 
 _NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
-"""Passes over a 16-bit element by what transformers' unfused layers do once: two of a norm's steps run in fp32, a sum
-reads two and writes one, a gate reads and writes five times, rotary positions ten (models/llama/modeling_llama.py)."""
+"""How often transformers' unfused layers read or write each 16-bit element: a norm, two of whose steps run in fp32; a
+sum, which reads two and writes one; an activation with its gate; rotary positions (models/llama/modeling_llama.py)."""
 
 _ADAPTER_IN, _ADAPTER_OUT = 5, 7
-"""The same for peft's linear layer: its own copy of the input, and scaling and adding what it puts out."""
+"""The same for peft's linear layer: for its own copy of the input, and for scaling and adding its output."""
 
 _LOGIT_BYTES = {"full": 36, "chunked": 16, "liger": 8}
-"""Bytes moved per logit: fp32 copy, softmax, its gradient and the copy back; chunked ones stay in the cache longer."""
+"""Bytes moved per logit: fp32 copy, softmax, its gradient and the copy back; a chunk stays in the cache in between."""
 
 _SQUARE_BYTES = 10
 """Bytes moved per entry of an eager attention matrix in one pass: scale, mask, softmax in fp32, copy back."""
@@ -28,13 +28,14 @@ _DEQUANTISED_BYTES = 2.5
 """Bytes moved per 4-bit weight that is written out in 16 bit: half a byte read, two written."""
 
 _DORA_BYTES = 14
-"""Bytes moved per weight of a DoRA layer: its update is built as a whole matrix to take the norm of (peft dora.py)."""
+"""Bytes moved per weight of a DoRA layer: the norm is taken of the whole updated matrix (peft dora.py)."""
 
 _OPTIMIZER_BYTES = 28
 """Bytes moved per trained parameter by a step of fp32 AdamW: weight, gradient and two moments read, three written."""
 
 _EAGER_BACKWARD, _FUSED_BACKWARD = 2.0, 2.5
-"""Backward over forward of attention: two products for each one, and fused kernels compute the scores again."""
+"""Operations of attention's backward over its forward: two products for each, and a fused kernel also computes the
+scores again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class StepWork:
         moved_bytes: Bytes moved between the products.
         dequantised_bytes: Bytes moved to bring 4-bit weights to 16 bit.
         host_bytes: Bytes of checkpoints that go to main memory and back.
-        layer_passes: Layers times passes through them: what a host has to launch, however few tokens there are.
+        layer_passes: Layers times passes through them, each of which the host must launch, however few the tokens.
     """
 
     tokens: int

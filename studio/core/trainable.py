@@ -1,4 +1,4 @@
-"""Which linear maps an adapter sits on and how many parameters it trains."""
+"""Which linear maps an adapter adapts, and how many parameters it trains."""
 
 import difflib
 import re
@@ -63,7 +63,10 @@ def adapted(shape: ModelShape, names: frozenset[str]) -> list[tuple[int, Linear]
 
 
 def _of_experts(layer: Layer, hidden: int) -> list[Linear]:
-    """Return the maps that peft 0.21 adapts among a layer's experts; a fused gate and up gets twice the rank."""
+    """Return the maps that peft 0.21 adapts among a layer's experts; a fused gate and up gets twice the rank.
+
+    Twice the rank is written here as twice the copies, which gives the same number of parameters.
+    """
     experts = layer.experts
     if experts is None:
         return []
@@ -75,10 +78,10 @@ def _of_experts(layer: Layer, hidden: int) -> list[Linear]:
 
 
 def check_rank(shape: ModelShape, names: frozenset[str], rank: int) -> None:
-    """Refuse a rank that no adapted map can have.
+    """Refuse a rank that is useless for every adapted map.
 
     Raises:
-        BadInput: The rank is above the smaller side of every adapted map.
+        BadInput: It is above the smaller side of every adapted map, the most that a product of two matrices needs.
     """
     widest = max((min(linear.inputs, linear.outputs) for _, linear in adapted(shape, names)), default=0)
     if rank > widest:
@@ -94,7 +97,7 @@ class AdaptedPart:
 
     Attributes:
         targets: Names of the adapted linear maps.
-        rank: Rank where no pattern says otherwise.
+        rank: The rank of maps that no pattern matches.
         rank_pattern: Other ranks, by the end of a module's path or a regular expression for it (peft's `rank_pattern`).
         layers: Numbers of the adapted layers, empty for all.
         dora: Whether magnitudes are trained too.
@@ -130,10 +133,10 @@ class AdaptedPart:
 def check_adapted(shape: ModelShape, part: AdaptedPart) -> None:
     """Refuse targets, a rank, layers or a pattern that a training on this model would refuse too.
 
-    Patterns that are more than a module's own name are left to the model: its paths are not known here.
+    A pattern that is more than a module's name is not checked: the paths of the model's modules are not known here.
 
     Raises:
-        BadInput: Says which, and what this model has.
+        BadInput: One of them does not suit the model; the message says which, and what the model has.
     """
     names = target_names(shape, part.targets)
     check_rank(shape, names, part.rank)
@@ -197,7 +200,10 @@ def whole_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]
 
 
 def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart) -> Iterator[tuple[int, Linear, int]]:
-    """Yield every adapted map of every layer with its own rank; layers of one kind are taken to follow each other."""
+    """Yield every adapted map of every layer with its own rank.
+
+    Layers of one kind are taken to follow each other: a shape does not know their order.
+    """
     index = 0
     for group in shape.groups:
         experts = _of_experts(group.layer, shape.hidden) if EXPERTS in names else []

@@ -1,19 +1,18 @@
 """Which card a job runs on: one answer for the plan, the launch and the job itself.
 
-A recipe's `device` word is resolved here against the cards that the driver shows and the mask that this process has
-inherited, to one card or none, and handed to the job as that card's lasting name (its UUID, a MIG instance's its own).
-The job then sees that card alone, whatever CUDA would have counted first.
+A recipe's `device` word is resolved here to one card or none, by the cards that the driver shows and the mask that this
+process has inherited. The job is given the UUID of the card (or of a MIG instance of it) and sees that card alone, in
+whatever order CUDA would have counted.
 
     auto, cuda   of the visible cards that torch can use, the one with the most memory; of equals the first
     cuda:N       the N-th visible card, from 0: without a mask as nvidia-smi and `lora-studio gpus` number them (by PCI
                  bus), under `CUDA_VISIBLE_DEVICES` the N-th that it names, as in any CUDA program
     cpu          none
 
-The mask is read as CUDA does (CUDA C++ Programming Guide, "CUDA Environment Variables"; torch/cuda/__init__.py
-_parse_visible_devices): numbers, UUIDs or beginnings of them, in their order; the first that is none ends the list.
-Numbers in it count by PCI bus where `CUDA_DEVICE_ORDER` says so or all cards are alike, else as CUDA itself orders
-them.
-`NVIDIA_VISIBLE_DEVICES` is the container's: what it hides, the driver does not show.
+The mask is read as CUDA reads it (CUDA C++ Programming Guide, "CUDA Environment Variables"; torch/cuda/__init__.py
+_parse_visible_devices): numbers, UUIDs or beginnings of UUIDs, in their order, up to the first word that is none of
+these. Its numbers count by PCI bus where `CUDA_DEVICE_ORDER` says so or all cards are alike, else in CUDA's own order.
+`NVIDIA_VISIBLE_DEVICES` is read by the container's runtime: the driver does not even show the cards that it hides.
 """
 
 import os
@@ -29,7 +28,7 @@ from studio.runs.layout import RunPaths
 
 MASK, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 CHOSEN = "LORA_STUDIO_CARD"
-"""Tells a job, and whatever it starts, that its card was chosen: its UUID or number, nothing for the CPU."""
+"""Tells a job, and every process that it starts, which card was chosen: its UUID or number, empty for the CPU."""
 _BY_BUS = "PCI_BUS_ID"
 _NUMBER = re.compile(r"[+-]?[0-9]+")
 _LONGEST_SHOWN = 60
@@ -44,9 +43,9 @@ class Sight:
         driver: The driver's versions.
         build: The installed torch; None where there is no card for it.
         environ: This process's environment: what a job would inherit.
-        ask: Returns the cards that torch sees in CUDA's own order, with or without the mask, None where it cannot be
-            asked; takes seconds.
-        hinted: Whether something speaks for a card where no driver answers.
+        ask: Returns the cards that torch sees in CUDA's own order, with or without the mask; None where it cannot be
+            asked. Takes seconds.
+        hinted: Whether there may be a card though no driver answers.
     """
 
     cards: list[Card] | None
@@ -63,11 +62,11 @@ class Place:
 
     Attributes:
         card: The card as it was read; None for the CPU, and where nothing can be read.
-        visible: What `CUDA_VISIBLE_DEVICES` must be for the job to see that card alone; empty to see none, None to
+        visible: What `CUDA_VISIBLE_DEVICES` must be for the job to see that card alone: empty to see none, None to
             leave it as it is.
-        refusal: Why a job must not be started so; empty where it may.
+        refusal: Why no job can be started here; empty where one can.
         note: What the user should know, though it stops nothing.
-        by_bus: Whether a number in `visible` counts by PCI bus; else as CUDA counts in this environment.
+        by_bus: Whether a number in `visible` counts by PCI bus; else it counts as CUDA does in this environment.
     """
 
     card: Card | None = None
@@ -78,16 +77,16 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the job's environment must hold, so that it means the same card."""
+        """What is added to the job's environment, so that it sees the same card."""
         if self.visible is None:
             return {}
         return {MASK: self.visible, CHOSEN: self.visible, **({ORDER: _BY_BUS} if self.by_bus else {})}
 
     def or_refuse(self) -> "Place":
-        """Return it.
+        """Return the place itself.
 
         Raises:
-            BadInput: A job must not be started so; says why, and the ways out.
+            BadInput: No job can be started there; the message says why, and what to do.
         """
         if self.refusal:
             raise BadInput(self.refusal)
@@ -95,7 +94,7 @@ class Place:
 
 
 CPU_PLACE = Place(visible="")
-"""Where a job runs that needs no card, so that it leaves those of others alone."""
+"""The place of a job that needs no card: it sees none, so that it cannot take one from other jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +102,10 @@ class Visible:
     """The cards that a job would see, in the order in which `cuda:N` counts them.
 
     Attributes:
-        cards: A card that is cut into instances stands for the one that it was asked for by, else for its first.
+        cards: The cards. Of a card that is divided into instances (MIG) it is the instance that the mask names, else
+            the first.
         why_none: Why there are none though the mask names some.
-        refusal: Why their order cannot be known.
+        refusal: Why their order cannot be found out; empty where it is known.
     """
 
     cards: tuple[Card, ...]
@@ -132,8 +132,8 @@ def place_of(word: str, sight: Sight | None = None, *, run_card: str = "", setti
     Args:
         word: `auto`, `cpu`, `cuda` or `cuda:N`.
         sight: What is known of the machine; None looks.
-        run_card: UUID of the card of the run that the job belongs to: taken where it is visible, whatever the word.
-        setting: What the word was given in, for messages: a field of a recipe or a flag.
+        run_card: UUID of the card of the run that the job belongs to; taken if it is visible, whatever the word.
+        setting: Where the word was given, for messages: a field of a recipe, or a flag.
     """
     if word == "cpu":
         return CPU_PLACE
@@ -160,10 +160,10 @@ def _among(seen: Visible, word: str, sight: Sight, run_card: str, setting: str) 
 
 
 def recorded_card(paths: RunPaths | None) -> str:
-    """Return the UUID of the card that a run used last; nothing for a run that used none, or has not got so far."""
+    """Return the UUID of the card that a run used last; empty if it used none, or has not started to train."""
     if paths is None:
         return ""
-    from studio.core.events import Planned  # noqa: PLC0415  a plan asks of no run, and need not pay for its log
+    from studio.core.events import Planned  # noqa: PLC0415  a plan has no run, and need not pay for reading logs
     from studio.runs.log import read_events  # noqa: PLC0415  as above
 
     planned = (event for event in reversed(read_events(paths.events)) if isinstance(event, Planned))
@@ -173,10 +173,10 @@ def recorded_card(paths: RunPaths | None) -> str:
 
 
 def other_card_note(paths: RunPaths) -> str:
-    """Return what to say where this job was launched on another card than a run used last; nothing where on the same.
+    """Return what to tell if this job was launched on another card than a run used last; empty if on the same.
 
     Args:
-        paths: The run that this job is, or is about.
+        paths: The run of this job, or the run that this job is about.
     """
     before, now = recorded_card(paths), os.environ.get(CHOSEN, "")
     if not before or before == now:
@@ -213,9 +213,10 @@ def visible_cards(sight: Sight) -> Visible:
 
 
 def _entries(mask: str) -> list[str]:
-    """Return the entries of a mask up to the first that is no number or, after a UUID, no UUID of the same kind.
+    """Return the valid entries of a mask: numbers up to the first entry that is none, or UUIDs of the first one's kind.
 
-    A number is what an entry begins with (`1gpu` is 1); a negative one ends the list.
+    As CUDA does it, an entry that begins with a number counts as that number (`1gpu` is 1), and a negative number ends
+    the list.
     """
     for prefix in ("GPU-", "MIG-"):
         if mask.startswith(prefix):
@@ -236,7 +237,7 @@ def _numbered(entry: str, cards: list[Card]) -> Card | None:
 
 
 def _named(entry: str, cards: list[Card]) -> Card | None:
-    """Return the card, or the instance of one, that a UUID or the beginning of one names; None for none or several."""
+    """Return the card or instance that a UUID, or the beginning of one, names; None where it names none or several."""
     if entry.startswith("GPU-"):
         found = [_instance(card) for card in cards if (card.uuid or "").startswith(entry)]
     else:
@@ -254,7 +255,7 @@ def _old_name(card: Card, number: tuple[int, int] | None) -> str | None:
 
 
 def _instance(card: Card, place: int = 0) -> Card:
-    """Return a card as a process sees it: of one that is cut into instances, one of them."""
+    """Return a card as a process sees it: of a card that is divided into instances, one of them."""
     if not card.instances:
         return card
     own = card.instances[place]
@@ -268,7 +269,7 @@ def _instance(card: Card, place: int = 0) -> Card:
 
 
 def _as_cuda_orders(cards: list[Card], sight: Sight) -> list[Card] | None:
-    """Return the cards in CUDA's own order, fastest first by a rule that only CUDA knows."""
+    """Return the cards in CUDA's own order, fastest first by a rule that only CUDA knows; None if torch cannot tell."""
     asked = sight.ask(False) or []
     known = {card.uuid: card for card in cards if card.uuid}
     ordered = [known[card.uuid] for card in asked if card.uuid in known]
@@ -284,7 +285,7 @@ def _unknown_order(mask: str, cards: list[Card]) -> str:
 
 
 def _best(cards: tuple[Card, ...], sight: Sight) -> Card:
-    """Return the first of the cards with the most memory, among those that torch can use, if there are some."""
+    """Return the card with the most memory, of equals the first; cards that torch can use come before others."""
     usable = [card for card in cards if not why_unusable(card, sight.driver, sight.build)]
     return max(usable or cards, key=lambda card: card.total_bytes or 0)
 
@@ -295,19 +296,19 @@ def _name_of(card: Card) -> str:
 
 
 def _inherited(sight: Sight) -> Place:
-    """Return the place of a process that was itself started on a card: what it starts runs there too."""
+    """Return the place of a process that was started on a chosen card: the processes that it starts run there too."""
     chosen = sight.environ[CHOSEN]
     if not chosen:
         return CPU_PLACE
     everything = [_instance(card, place) for card in sight.cards or () for place in range(max(1, len(card.instances)))]
-    # The mask and the order are in the environment already.
+    # Nothing to add to the environment: mask and order are in it already.
     return Place(next((card for card in everything if _name_of(card) == chosen), None))
 
 
 def _without_driver(word: str, sight: Sight, setting: str) -> Place:
-    """Return the place where no driver answers: the number of a card, as CUDA counts under this environment.
+    """Return the place where NVML answers nothing: a card by its number, as CUDA counts in this environment.
 
-    torch may see cards all the same: under WSL, in a container without NVML, on a chip that has none.
+    torch may see cards all the same: under WSL, in a container without NVML, or on a chip for which there is no NVML.
     """
     number = int(word[5:]) if word.startswith("cuda:") else 0
     silent = f"{setting} is {word}, but no NVIDIA driver answers on this machine"
@@ -332,7 +333,11 @@ def _one_of_mask(sight: Sight, number: int) -> str:
 
 
 def _none_visible(word: str, sight: Sight, seen: Visible, setting: str) -> Place:
-    """An empty mask, or one that begins with -1, hides every card on purpose: `auto` is then the CPU."""
+    """Return the place where no card is visible: the CPU for `auto`, a refusal for any other word.
+
+    An empty mask, or one that begins with -1, hides every card on purpose. A mask with a mistake in it does not, and is
+    refused under `auto` too.
+    """
     if seen.refusal:
         return Place(refusal=seen.refusal)
     if word == "auto" and not (seen.why_none and sight.cards):

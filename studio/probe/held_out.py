@@ -1,7 +1,7 @@
-"""Rows that may be measured: those that a run held out or never saw, and every row of a base that nothing trained.
+"""Rows that may be measured: those that a run held out or never saw, and for an untrained base any row.
 
-One place decides it for training, audits, answers and races. A run's own record says what it held out and what it was
-trained on (`studio.runs.held_out`); here rows are found again by it.
+This one place decides it for training, audits, answers and races. A run's record says which rows it held out and which
+it was trained on (`studio.runs.held_out`); here they are found again in a data file.
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ class HeldOut:
     """A training run's rows.
 
     Attributes:
-        train: To train on.
-        held_out: To measure on; none of them is trained on.
-        notes: Where less was done than asked for, and what the user should know of the rows.
-        record: What the run keeps of it.
+        train: The rows to train on.
+        held_out: The rows to measure on; none of them is trained on.
+        notes: What the user should know of the rows, such as that fewer were held out than asked for.
+        record: The record that the run keeps of both.
     """
 
     train: tuple[Row, ...]
@@ -35,13 +35,13 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class RowsToMeasure:
-    """Rows that an audit may rest on.
+    """Rows that an audit may measure.
 
     Attributes:
-        rows: As many as were asked for and are there, in the file's order.
-        held_out_rows: How many rows may be called held out; None where nothing was trained, so none is.
+        rows: As many as were asked for, or as there are, in the file's order.
+        held_out_rows: How many rows may be called held out; None for a base, with which nothing was trained.
         where: Where they come from, in words.
-        format: How they were read.
+        format: The format as which they were read.
         notes: What was left out, and what the user should know of the rows.
     """
 
@@ -58,10 +58,10 @@ class RowsToMeasure:
 
 
 def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None) -> HeldOut:
-    """Return what a run trains on and what it holds out: split off, or the rows of a file of their own.
+    """Return what a run trains on and what it holds out: rows split off, or the rows of a file of their own.
 
     Args:
-        recipe: How many rows, by which seed.
+        recipe: Says how many rows are held out, and by which seed.
         data: The rows to train on and, without a file of their own, to hold out.
         eval_data: The rows of `data.eval_path`; those that are trained on too are left out.
 
@@ -93,18 +93,18 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None) -> HeldOu
 
 
 def trained_on(rows: Sequence[Row]) -> TrainedRows:
-    """Return rows as a record keeps what was trained on."""
+    """Return the hashes that a record keeps of rows that are trained on."""
     keys = [row_keys(row) for row in rows]
     contents, prompts, answers = (frozenset(_short(key[place]) for key in keys if key[place]) for place in range(3))
     return TrainedRows(len(rows), contents, prompts, answers)
 
 
 def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMeasure:  # noqa: A002
-    """Return rows to measure a model on that nothing was trained with here: any of the file.
+    """Return rows to measure a model on that was not trained here: any rows of the file.
 
     Args:
         data: A data file.
-        format: How it is read.
+        format: The format as which it is read.
         wanted: Most rows; where there are more, the seed chooses.
         seed: Another seed gives another choice.
 
@@ -129,10 +129,10 @@ def rows_of_run(
     """Return rows to measure a trained model on: of its own file those that it held out, of others those it never saw.
 
     Args:
-        record: Of the run.
-        name: Of the run, for messages, such as `the run mine`; or of several whose record it is.
+        record: The run's record.
+        name: The run for messages, such as `the run mine`, or several runs that share the record.
         data: The file that the run's held-out rows are in, or any other.
-        format: How another file is read; its own is read as it was then.
+        format: The format of another file; the run's own file is read as it was read then.
         wanted: Most rows; where there are more, the seed chooses.
         seed: Another seed gives another choice.
 
@@ -140,7 +140,7 @@ def rows_of_run(
         BadInput: The file cannot be used, or no row of it may be called held out.
     """
     own = _same_file(data, Path(record.held_from))
-    # Rows that are read otherwise than in the training would be other rows, and none of them would be known again.
+    # Read in another format, the same lines would give other rows, and none would be found in the record.
     found = _read(data, record.format if own else format, record)
     shown, run = _name(found), plain(name, one_line=True)
     if own:
@@ -180,7 +180,7 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
 
 
 def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
-    """Return the recorded rows that are still in the file."""
+    """Return the recorded rows that are still in the file, and a note where some are not."""
     left = Counter(record.held_out)
     held: list[Row] = []
     for row in found.rows:
@@ -211,8 +211,8 @@ class _Unseen:
 def _unseen(data: DataSet, trained: TrainedRows) -> _Unseen:
     """Return the rows of a file that were not trained on, and how many were left out.
 
-    A row goes where its prompt is trained on, as it would in a split, even if its answer is another. Only where that
-    would leave none (one prompt, many answers) a row may stay whose prompt, but not its answer, is trained on.
+    A row is left out if its prompt was trained on, even with another answer, as it would be in a split. Only where that
+    would leave no row (one prompt, many answers), rows stay whose prompt, but not the whole row, was trained on.
     """
     shown, keys = _name(data), [row_keys(row) for row in data.rows]
     fresh = [place for place, key in enumerate(keys) if _short(key.content) not in trained.contents]

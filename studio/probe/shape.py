@@ -1,4 +1,4 @@
-"""Finds out what a model is made of: from a folder, a config.json, a GGUF file, or whatever else names a base model.
+"""Finds out what a model is made of: from a folder, a config.json, a GGUF file, or any other name of a base model.
 
 Reads configs and headers, never weights.
 """
@@ -35,15 +35,16 @@ _GGUF_FAMILIES = {
 _SMALL_DIFFERENCE = 0.001
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _WEIGHTS = ("weight", "weight_packed", "_blocks")
-"""How the names of what a linear map multiplies by end, packed or not (compressed-tensors, gpt-oss)."""
+"""Ends of the names of a linear map's weights, packed or not (compressed-tensors, gpt-oss)."""
 
 
 def find_shape(word: str, revision: str = "") -> ModelShape:
     """Return the shape of the model that a word names: a folder, config.json, .gguf, hub id, or `embedded`.
 
-    A folder or a hub repository needs no more than its config.json; where its safetensors are there too, their headers
-    settle how many parameters there really are (from the hub by range requests: no weight is downloaded). Where the hub
-    cannot be asked, the config that it gave last does, or the one that ships with this program: `origin` says so.
+    A folder or a hub repository needs no more than its config.json. Where it has safetensors too, their headers tell
+    how many parameters there really are; those of the hub are read by range requests, and no weight is downloaded.
+    Where the hub cannot be asked, the config that it gave last is taken, or the one that ships with this program, and
+    `origin` says so.
 
     Raises:
         BadInput: There is no such model, or its config or headers are damaged.
@@ -113,7 +114,7 @@ def _settled_by(shape: ModelShape, headers: list[SafetensorsHeader]) -> ModelSha
 
 
 def _packed(headers: Iterable[SafetensorsHeader]) -> str:
-    """Return the first weight that holds whole numbers, in words; nothing where none does."""
+    """Return the first weight that is held in whole numbers, so packed, in words; empty where none is."""
     for header in headers:
         for name, entry in header.tensors.items():
             if name.endswith(_WEIGHTS) and entry.dtype not in _FLOATS:
@@ -122,7 +123,7 @@ def _packed(headers: Iterable[SafetensorsHeader]) -> str:
 
 
 def settled(shape: ModelShape, counted: int) -> ModelShape:
-    """Return the shape with as many parameters as lie on disk, and a doubt where the config says otherwise."""
+    """Return the shape with as many parameters as there are on disk, and a doubt where the config describes others."""
     difference = counted - shape.parameters
     if abs(difference) <= _SMALL_DIFFERENCE * shape.parameters:
         return replace(shape, other_parameters=max(0, shape.other_parameters + difference))
@@ -132,7 +133,7 @@ def settled(shape: ModelShape, counted: int) -> ModelShape:
 
 
 def _counted_parameters(headers: Iterable[SafetensorsHeader], shape: ModelShape) -> int | None:
-    """Count the parameters that the headers describe; None without any, or where they hold other than parameters."""
+    """Return the parameters that the headers describe; None without headers, or where a tensor is no parameter."""
     total = 0
     for header in headers:
         for name, entry in header.tensors.items():

@@ -1,7 +1,7 @@
-"""What the installed torch can use of this machine's cards, without importing it here.
+"""Which of this machine's cards the installed torch can use, without importing torch here.
 
-Its build is read as text. Only where NVML does not answer, or where CUDA alone knows the order of the cards, is torch
-itself asked, in a process of its own, which takes seconds.
+What torch was built for is read from its files. Only where NVML does not answer, or where CUDA alone knows the order of
+the cards, is torch itself asked, in a process of its own, which takes seconds.
 """
 
 import ast
@@ -31,12 +31,12 @@ print(json.dumps(seen))
 _ASK_SECONDS = 60.0
 _MASK, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _NODES = ("nvidiactl", "nvidia0", "dxg", "nvgpu", "nvhost-gpu", "nvmap")
-"""What a driver that CUDA can use has under /dev: on a PC, under WSL, on Tegra chips."""
+"""Devices under /dev of a driver that CUDA can use: on a PC, under WSL, on Tegra chips."""
 _LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
-"""Of each CUDA major on Linux, any minor of it included (CUDA release notes, "CUDA Toolkit and Minimum Required Driver
-Version for CUDA Minor Version Compatibility")."""
+"""The oldest driver on Linux for each major version of CUDA, with any minor (CUDA release notes, "CUDA Toolkit and
+Minimum Required Driver Version for CUDA Minor Version Compatibility")."""
 _ALONE = (53, 62, 72, 87)
-"""Capabilities of integrated chips: they run no other's code, and no other runs theirs (torch/cuda/__init__.py
+"""Capabilities of integrated chips, which run only code built for exactly them (torch/cuda/__init__.py
 DEVICE_REQUIREMENT)."""
 
 
@@ -59,7 +59,7 @@ class TorchBuild:
 
     @property
     def capabilities(self) -> frozenset[int]:
-        """What this build has code for; empty where that is not known: a build of somebody else has its own list."""
+        """The capabilities that this build has code for; empty where they are not known, as for an unofficial build."""
         local = self.version.partition("+")[2]
         published = "a0" not in self.version and (not local or re.fullmatch(r"cu\d+", local))
         return self.releases.get(self.cuda, frozenset()) if self.cuda and published else frozenset()
@@ -80,7 +80,7 @@ def read_build(folder: Path) -> TorchBuild | None:
     """Return what a torch was built for.
 
     Args:
-        folder: Of the package, with `version.py` and `cuda/__init__.py` in it.
+        folder: The package's folder, with `version.py` and `cuda/__init__.py` in it.
     """
     try:
         text = (folder / "version.py").read_text("utf-8")
@@ -96,11 +96,11 @@ def read_build(folder: Path) -> TorchBuild | None:
 def why_unusable(card: Card, driver: Driver, build: TorchBuild | None) -> str:
     """Return why the installed torch cannot compute on a card that the driver shows, and what would help.
 
-    Nothing is returned where it can, and where that cannot be told from here: the job itself looks again.
+    Empty where it can, and where it cannot be told from here: the job itself looks again.
 
     Args:
         card: As NVML shows it.
-        driver: Of this machine.
+        driver: The driver of this machine.
         build: The installed torch; None where it cannot be read.
     """
     if why := _why_silent(card):
@@ -128,7 +128,7 @@ def why_unusable(card: Card, driver: Driver, build: TorchBuild | None) -> str:
 
 
 def _why_silent(card: Card) -> str:
-    """Return why nothing could compute on a card, whatever the torch."""
+    """Return why no torch could compute on a card; empty where one could."""
     if card.uuid is None and card.total_bytes is None and card.capability is None:
         return (
             f"the driver shows card {card.index}, which answers nothing: look at nvidia-smi and the kernel's log (Xid)"
@@ -142,8 +142,9 @@ def _why_silent(card: Card) -> str:
 def serves(driver: Driver, cuda: tuple[int, int]) -> bool:
     """Return whether a driver serves programs built for a CUDA version; true where that is not known.
 
-    Within a major any minor runs on any driver of it ("minor version compatibility"). What the driver says of CUDA
-    comes first: a compatibility package, as servers and Jetsons have it, serves more than the version tells.
+    A driver for one minor version of CUDA serves all minor versions of the same major ("minor version compatibility").
+    The CUDA version that the driver names is believed before its own version: a compatibility package, as on servers
+    and Jetsons, makes it serve a newer CUDA.
     """
     if driver.cuda is not None:
         return driver.cuda[0] >= cuda[0]
@@ -160,12 +161,11 @@ def driver_words(driver: Driver) -> str:
 def ask_torch(python: str = sys.executable, *, masked: bool = True) -> list[Card] | None:
     """Return the cards that torch sees, in CUDA's order; None where it cannot be asked.
 
-    A build without CUDA sees none; any other is asked in a process of its own, which takes seconds. What it said is
-    kept.
+    A build without CUDA sees none. Any other is asked in a process of its own, which takes seconds; the answer is kept.
 
     Args:
         python: The interpreter that jobs run in.
-        masked: Whether `CUDA_VISIBLE_DEVICES` holds for it.
+        masked: Whether that process keeps `CUDA_VISIBLE_DEVICES`.
     """
     build = torch_build()
     if build is None:
@@ -197,7 +197,7 @@ def _asked(python: str, mask: str | None, order: str | None) -> list[Card] | Non
 
 
 def may_have_card() -> bool:
-    """Return whether anything speaks for a card though NVML does not answer: else torch need not be asked."""
+    """Return whether there may be a card though NVML does not answer; if not, torch need not be asked."""
     return sys.platform == "win32" or any(Path("/dev", name).exists() for name in _NODES)
 
 
@@ -210,12 +210,12 @@ def numbers_of(text: object) -> tuple[int, int] | None:
 def runs_on(code: str, capability: tuple[int, int]) -> bool:
     """Return whether code that torch was built with runs on a card.
 
-    `sm_XY` is machine code: for its own major capability, from its minor on. `compute_XY` is compiled for whatever is
-    newer. Builds of ROCm name their chips otherwise: the card was found by them, so it is theirs.
+    `sm_XY` is machine code for cards of the same major capability X with minor Y or newer. `compute_XY` is compiled at
+    run time for any newer card. ROCm's builds name chips differently; a card that such a build has found is its own.
 
     Args:
-        code: As `torch.cuda.get_arch_list` has it, such as `sm_86` or `compute_90a`.
-        capability: Of the card.
+        code: As `torch.cuda.get_arch_list` names it, such as `sm_86` or `compute_90a`.
+        capability: The card's compute capability.
     """
     kind, _, text = code.partition("_")
     number = text.rstrip("af")
@@ -230,7 +230,7 @@ def runs_on(code: str, capability: tuple[int, int]) -> bool:
 
 
 def _runs(capability: tuple[int, int], codes: frozenset[int]) -> bool | None:
-    """Return whether code for some capabilities runs on a card; None for a newer card, for which it may be compiled."""
+    """Return whether code for some capabilities runs on a card; None for a newer card, where it may be compiled."""
     own = 10 * capability[0] + capability[1]
     if any(runs_on(f"sm_{code}", capability) for code in codes):
         return True
@@ -238,7 +238,7 @@ def _runs(capability: tuple[int, int], codes: frozenset[int]) -> bool | None:
 
 
 def _install(card: Card, driver: Driver, build: TorchBuild) -> str:
-    """Return which torch to install for a card under the driver that is there."""
+    """Return which torch to install for a card and the installed driver, as advice."""
     release = build.version.partition("+")[0]
     fitting = [
         cuda
@@ -256,7 +256,7 @@ def _install(card: Card, driver: Driver, build: TorchBuild) -> str:
 
 
 def _releases(folder: Path) -> dict[tuple[int, int], frozenset[int]]:
-    """Return which capabilities the published builds of a release have code for, as its own source lists them."""
+    """Return the capabilities that a release's published builds have code for, by CUDA version, from its source."""
     import platform  # noqa: PLC0415  its patterns take 4 ms, and only a refusal asks
 
     try:
