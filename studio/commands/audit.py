@@ -236,7 +236,7 @@ def _conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
     else:
         tell_report(report, to)
         say(f"\n{summary['status']} in {duration(summary['seconds'])}", to=to)
-        say(f"report: {plain(str(paths.root / 'report.md'), one_line=True)}", to=to)
+        say(f"report: {plain(str(paths.report_text), one_line=True)}", to=to)
     if as_json:
         keys = ("run", "path", "status", "seconds", "warnings", "failure")
         counted = rows_of(report) if report else {}

@@ -153,7 +153,7 @@ def before_and_after(history: History) -> list[dict[str, str]]:
 
 def _merge(paths: RunPaths, args: argparse.Namespace, to: TextIO) -> tuple[str | None, dict[str, Any], int]:
     """Merge into the 16-bit base beside the adapter, and look whether a model lies there."""
-    out = paths.root / "merged"
+    out = paths.merged
     merge_paths = start(request_for(paths, str(out)), root_of(args), module=args.modules.get("merge"))
     watch = RunWatch(merge_paths)
     end = follow(watch, to=to, stops_on_interrupt=True)

@@ -13,9 +13,9 @@ from studio.core.errors import BadInput
 from studio.core.export_text import export_checks
 from studio.core.text import plain
 from studio.launch.start import start
-from studio.probe.adapter_folder import ADAPTER_CONFIG
 from studio.probe.model_folder import CONFIG
 from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, ONTO, ExportRequest, MergeRequest, read_job
+from studio.runs.layout import ADAPTER_CONFIG
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
 

@@ -14,11 +14,11 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
 from studio.launch.start import start
-from studio.probe.adapter_folder import ADAPTER_CONFIG, best_of, list_checkpoints
+from studio.probe.adapter_folder import best_of, list_checkpoints, run_of_adapter
 from studio.probe.models import word_anywhere
 from studio.runs.chain import beside
 from studio.runs.job import ONTO, WHOLE_FORMATS, MergeRequest, Weighted, read_job
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
@@ -139,8 +139,8 @@ def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str
     target = str(Path(out).expanduser().absolute())
     folder = Path(word).expanduser().absolute()
     if "\0" not in word and (folder / ADAPTER_CONFIG).is_file():
-        run = str(folder.parent) if (folder.parent / "recipe.toml").is_file() else ""
-        return MergeRequest(str(folder), word_anywhere(base or _base_of(folder)), target, dtype=dtype, run=run)
+        base = word_anywhere(base or _base_of(folder))
+        return MergeRequest(str(folder), base, target, dtype=dtype, run=run_of_adapter(folder))
     paths = find_run(root, word)
     if not paths.adapter.is_dir():
         raise BadInput(

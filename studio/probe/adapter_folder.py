@@ -11,14 +11,11 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.safetensors_header import SafetensorsHeader, read_header
-from studio.runs.checkpoints import checkpoint_folders, damage_of, step_of
+from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, checkpoint_folders, damage_of, step_of
 from studio.runs.history import History
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths
 from studio.runs.log import read_events
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_CHECKPOINT_WEIGHTS, _CHECKPOINT_START = "adapter.safetensors", "start.safetensors"
-_FILES_OF_ADAPTER = (_CHECKPOINT_WEIGHTS, _CHECKPOINT_START)
 _PICKLE = "adapter_model.bin"
 _MOST_CONFIG_BYTES = 10 * 2**20
 
@@ -83,7 +80,7 @@ def find_adapter(folder: Path) -> AdapterFound:
 
 def run_of_adapter(adapter: Path) -> str:
     """Return the training run that an adapter folder lies in; empty where it lies in none."""
-    return str(adapter.parent) if (adapter.parent / "recipe.toml").is_file() else ""
+    return str(adapter.parent) if RunPaths(adapter.parent).recipe.is_file() else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
         history.fold(read_events(paths.events))
     losses = {event.step: event.loss for event in history.evals if math.isfinite(event.loss)}
     found = [
-        Checkpoint(step, folder, losses.get(step), damage_of(folder, _FILES_OF_ADAPTER))
+        Checkpoint(step, folder, losses.get(step), damage_of(folder, (ADAPTER_TENSORS, INITIAL_TENSORS)))
         for folder in checkpoint_folders(paths.checkpoints)
         if (step := step_of(folder))
     ]
@@ -146,15 +143,15 @@ def adapter_of_checkpoint(
         OSError: The disk refuses.
     """
     shown = plain(str(checkpoint), one_line=True)
-    if why := damage_of(checkpoint, _FILES_OF_ADAPTER):
+    if why := damage_of(checkpoint, (ADAPTER_TENSORS, INITIAL_TENSORS)):
         raise BadInput(f"the checkpoint {shown} is damaged: {why}. Choose another one.")
     find_adapter(adapter)
     shutil.rmtree(into, ignore_errors=True)
     shutil.copytree(adapter, into, ignore=shutil.ignore_patterns(ADAPTER_WEIGHTS))
-    if (checkpoint / _CHECKPOINT_START).is_file():
-        write_difference(checkpoint / _CHECKPOINT_WEIGHTS, checkpoint / _CHECKPOINT_START, into / ADAPTER_WEIGHTS)
+    if (checkpoint / INITIAL_TENSORS).is_file():
+        write_difference(checkpoint / ADAPTER_TENSORS, checkpoint / INITIAL_TENSORS, into / ADAPTER_WEIGHTS)
     else:
-        shutil.copyfile(checkpoint / _CHECKPOINT_WEIGHTS, into / ADAPTER_WEIGHTS)
+        shutil.copyfile(checkpoint / ADAPTER_TENSORS, into / ADAPTER_WEIGHTS)
     return into
 
 

@@ -161,7 +161,7 @@ def check_audit(request: AuditRequest) -> None:
         word = plain(base.word, one_line=True)
         raise BadInput(f"{word} is quantised already ({how}): there is nothing to compare with. Name the original.")
     if request.run:
-        find_adapter(Path(request.run) / "adapter")
+        find_adapter(RunPaths(Path(request.run)).adapter)
         if base.path is not None:
             refuse_another_base(request.run, base.path, known_fingerprint)
     rows_to_measure(request)
@@ -184,9 +184,7 @@ def copy_report(paths: RunPaths, folder: Path) -> list[Path]:
     Raises:
         BadInput: There is no report, the folder cannot be written, or holds such a file already.
     """
-    files = [
-        path for path in (paths.root / "report.md", paths.report, *sorted(paths.root.glob("*.svg"))) if path.is_file()
-    ]
+    files = [path for path in (paths.report_text, paths.report, *sorted(paths.root.glob("*.svg"))) if path.is_file()]
     name, shown = plain(paths.name, one_line=True), plain(str(folder), one_line=True)
     if not files:
         raise BadInput(f"the audit {name} has no report yet.")

@@ -6,13 +6,13 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.device import place_of, recorded_card
 from studio.probe.model_folder import CONFIG
 from studio.probe.models import find_base, word_anywhere
 from studio.runs.chat import ChatRequest
 from studio.runs.job import ExportRequest, MergeRequest, read_job
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.store import find_run
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.adapter_folder import ADAPTER_CONFIG, AdapterFound, find_adapter
+from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.hub import knows_token
 from studio.probe.merge import check_merge
 from studio.probe.model_folder import check_folder
@@ -15,6 +15,7 @@ from studio.probe.models import find_base
 from studio.probe.space import check_out, check_space
 from studio.runs.chain import beside
 from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, WHOLE_FORMATS, ExportRequest, MergeRequest
+from studio.runs.layout import ADAPTER_CONFIG
 
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")

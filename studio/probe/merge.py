@@ -5,11 +5,12 @@ from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.adapter_folder import ADAPTER_CONFIG, find_adapter
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.fingerprint import known_fingerprint, refuse_another_base
 from studio.probe.models import BaseFound, find_base
 from studio.probe.space import check_out
 from studio.runs.job import ONTO, MergeRequest
+from studio.runs.layout import ADAPTER_CONFIG
 
 
 def check_merge(request: MergeRequest) -> None:

@@ -10,6 +10,7 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.json_size import MOST_VALUES, values_in
 from studio.probe.safetensors_header import CorruptSafetensors, SafetensorsHeader, read_header
+from studio.runs.layout import ADAPTER_CONFIG
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -179,8 +180,8 @@ def _json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
 
 
 def _no_config(folder: Path, names: set[str]) -> str:
-    if "adapter_config.json" in names:
-        base = json_word(folder / "adapter_config.json", "base_model_name_or_path")
+    if ADAPTER_CONFIG in names:
+        base = json_word(folder / ADAPTER_CONFIG, "base_model_name_or_path")
         hint = f" Its base is {base}." if base else ""
         return f"{_shown(folder)} is an adapter, not a base model (adapter_config.json and no config.json).{hint}"
     inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))[:3]

@@ -10,14 +10,12 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.text import plain
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of a PEFT folder without which there is no adapter."""
 _OWNER_ONLY = 0o700
 _LONGEST_SLUG = 48
 _MOST_TWINS = 1000
 # What is read of a run to list or show it.
-_READ = (
-    *("recipe.toml", "events.jsonl", "plan.json", "output.log", "process.json", "launch.json", "report.json"),
-    *("next.txt", "note.txt", "identity.json", "held_out.json"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +95,51 @@ class RunPaths:
         return self.root / "report.json"
 
     @property
+    def report_text(self) -> Path:
+        """An audit's summary for a reader, beside its pictures."""
+        return self.root / "report.md"
+
+    @property
+    def audit(self) -> Path:
+        """The report of an audit of this training run's adapter, which a model card quotes; written by the audit."""
+        return self.root / "audit.json"
+
+    @property
+    def audit_parts(self) -> Path:
+        """What an audit has measured so far; removed at its end."""
+        return self.root / "audit"
+
+    @property
+    def lanes(self) -> Path:
+        """The training runs of a race, by lane."""
+        return self.root / "lanes.json"
+
+    @property
+    def checkpoint_adapter(self) -> Path:
+        """A PEFT folder that a merge makes of a checkpoint."""
+        return self.root / "checkpoint-adapter"
+
+    @property
+    def merge(self) -> Path:
+        """The run, inside an export's, of the merge that the export needs first."""
+        return self.root / "merge"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model of the demo's run."""
+        return self.root / "merged"
+
+    @property
+    def tool_log(self) -> Path:
+        """What llama.cpp printed."""
+        return self.root / "tool.log"
+
+    @property
+    def reserve(self) -> Path:
+        """Room that is given back to the log when the disk is full."""
+        return self.root / ".reserve"
+
+    @property
     def next(self) -> Path:
         """The name of the run that was started when this one had ended; written by this one's process."""
         return self.root / "next.txt"
@@ -110,6 +153,12 @@ class RunPaths:
     def exists(self) -> bool:
         """Whether the folder is a run: it holds a recipe or a log, and no pipe or device under the name of a file."""
         return (self.recipe.is_file() or self.events.is_file()) and not _never_ends(self.root)
+
+
+_ANY = RunPaths(Path())
+_READ = {path.name for path in (_ANY.recipe, _ANY.events, _ANY.plan, _ANY.output, _ANY.process, _ANY.launch)}
+_READ |= {path.name for path in (_ANY.report, _ANY.next, _ANY.note, _ANY.identity, _ANY.held_out)}
+"""What a look at a run reads."""
 
 
 def new_run(runs_root: Path, name: str, now: float) -> RunPaths:

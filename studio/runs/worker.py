@@ -102,7 +102,7 @@ class Worker:
         self._lock = FileLock(paths.lock, timeout=wait_seconds, mode=0o600, thread_local=False)
         self.patient = False
         self.sleep: Callable[[float], None] = time.sleep
-        self._reserve = Reserve(paths.root / ".reserve")
+        self._reserve = Reserve(paths.reserve)
         self._writing = threading.RLock()
         self._step: int | None = None
         self._doing = Doing()

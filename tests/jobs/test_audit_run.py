@@ -17,9 +17,8 @@ from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.speed import NEW_TOKENS, timed
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.load import load_tokenizer
-from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.probe.audit import audit_of_run
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.adapter_cases import FOUR, adapted, asked, cast, merged, plain_forms, save_merged, tuned, write_chats
 from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_figures, rounded, whole_model

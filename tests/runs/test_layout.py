@@ -1,3 +1,4 @@
+import ast
 import stat
 import string
 from pathlib import Path
@@ -6,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import studio
 from studio.core.errors import BadInput
+from studio.runs import checkpoints, layout
+from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, MARKER
 from studio.runs.home import cache_root, runs_root, studio_home
-from studio.runs.layout import RunPaths, new_run, slug
+from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths, new_run, slug
 
 NOW = 1_764_000_000.0
 _ALLOWED = set(string.ascii_lowercase + string.digits + "._-")
@@ -81,3 +85,23 @@ def test_home_follows_the_environment_and_asking_makes_nothing(tmp_path: Path, m
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert studio_home().name == "lora-studio"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_holds_is_named_in_one_place() -> None:
+    """No other module spells the name of a file of a run: where it is renamed, all follow."""
+    paths = RunPaths(Path("run"))
+    files = {value.name for name in dir(RunPaths) if isinstance(value := getattr(paths, name, None), Path)}
+    names = {name for name in files if "." in name} | {
+        MARKER,
+        ADAPTER_TENSORS,
+        INITIAL_TENSORS,
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+    }
+    assert len(names) > 15
+    homes = {Path(layout.__file__), Path(checkpoints.__file__)}
+    for module in sorted(Path(studio.__file__).parent.rglob("*.py")):
+        if module not in homes:
+            constants = (node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Constant))
+            spelled = {node.value for node in constants if isinstance(node.value, str)}
+            assert not spelled & names, f"{module} spells {spelled & names}: take it from {layout.__name__}"

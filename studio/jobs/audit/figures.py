@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -201,7 +200,7 @@ def measure(
     """
     began = time.perf_counter()
     worker, rows = ground.worker, ground.rows
-    kept = KeptWalk(Path(worker.paths.root) / "audit" / kept_as, ground.about)
+    kept = KeptWalk(worker.paths.audit_parts / kept_as, ground.about)
     walk = Walk(ground.parts, variants, rows.all, device=job_device("auto"), alone=alone, carried=kept.load())
     low, high = share
 

@@ -91,7 +91,7 @@ class GgufForms:
         """Return what runs llama.cpp; None where its library is not here, which an audit does not fetch."""
         if not is_whole(tools_folder()):
             return None
-        return LlamaTool(tools_folder(), Path(self.ground.worker.paths.root) / "tool.log", self._heed)
+        return LlamaTool(tools_folder(), self.ground.worker.paths.tool_log, self._heed)
 
     def _heed(self) -> None:
         heed(self.ground.worker, "stopped; resuming goes on after the last whole block")

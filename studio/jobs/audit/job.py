@@ -47,7 +47,7 @@ def audit_run(worker: Worker, request: AuditRequest) -> None:
         worker.emit(Finished, outcome="stopped")
         return
     write_report(worker, report)
-    shutil.rmtree(Path(worker.paths.root) / "audit", ignore_errors=True)
+    shutil.rmtree(worker.paths.audit_parts, ignore_errors=True)
     worker.emit(Finished, outcome="done", result={"report": worker.paths.report.name, "what": request.what})
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from studio.jobs.audit.blocks import Rounding
 from studio.jobs.audit.walk import BlockSeen, Carried
-from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.runs.atomic import mend_folder, publish_folder, write_whole
 from studio.runs.audit_request import AuditRequest
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from studio.runs.worker import Worker
 
 _EVERY_SECONDS = 60.0
@@ -39,7 +38,7 @@ class KeptPart:
             name: Of the file.
             about: What else the part depends on, as JSON has it.
         """
-        self._file = Path(worker.paths.root) / "audit" / f"{name}.json"
+        self._file = worker.paths.audit_parts / f"{name}.json"
         self._about = json.loads(json.dumps([asdict(request), stamp_of(request), *about]))
 
     def load(self) -> Any:

@@ -25,7 +25,6 @@ from studio.runs.worker import Worker
 
 MIXED = "qlora+mixed"
 _POLL_SECONDS = 0.3
-_KEPT = "lanes.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def run_lanes(
         if paths is None or not paths.exists:
             paths = start_run(turned, runs_root, module=module)
             known[name] = str(paths.root)
-            write_whole(Path(worker.paths.root) / _KEPT, json.dumps(known))
+            write_whole(worker.paths.lanes, json.dumps(known))
         elif run_status(paths) in (Status.crashed, Status.stopped, Status.failed):
             resume_run(paths, module=module)
         watch = RunWatch(paths)
@@ -144,7 +143,7 @@ def _tell(worker: Worker, watch: RunWatch, name: str, place: tuple[int, int], sh
 
 def _known(worker: Worker) -> dict[str, str]:
     try:
-        table: Any = json.loads((Path(worker.paths.root) / _KEPT).read_text("utf-8"))
+        table: Any = json.loads(worker.paths.lanes.read_text("utf-8"))
         return {name: path for name, path in table.items() if name in LANES and isinstance(path, str)}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -87,7 +87,7 @@ def models_of(request: AuditRequest) -> AnswerModels:
 
 def _ran(worker: Worker, form: Form) -> dict[str, Any]:
     """Run the tasks on one form; return its points, or why there are none."""
-    out = Path(worker.paths.root) / "audit" / "lm-eval-form.json"
+    out = worker.paths.audit_parts / "lm-eval-form.json"
     out.parent.mkdir(exist_ok=True)
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", CHILD, str(worker.paths.root), form.name, str(out)]

@@ -11,6 +11,7 @@ from studio.core.audit_text import markdown_of
 from studio.core.events import Saved
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
+from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 
 Loss = tuple[str, float, float | None, float | None]
@@ -21,8 +22,6 @@ _TEXT = 'font-family="sans-serif" font-size="12" fill="#333"'
 _LINE, _DOT, _BAR = "#8a8a8a", "#0072b2", "#d55e00"
 """Blue and vermilion of Okabe and Ito's palette: told apart with any kind of colour vision."""
 _MOST_BARS = 30
-BESIDE_RUN = "audit.json"
-"""The report of a run's adapter, left in that run's folder: a model card quotes it."""
 
 
 def write_report(worker: Worker, report: dict[str, Any]) -> None:
@@ -37,14 +36,14 @@ def write_report(worker: Worker, report: dict[str, Any]) -> None:
         write_whole(root / name, svg)
         pictures.append((what, name))
     markdown = markdown_of(report, pictures)
-    write_whole(root / "report.md", markdown)
+    write_whole(worker.paths.report_text, markdown)
     write_whole(worker.paths.report, json.dumps(report, indent=1, allow_nan=False))
     if path := report.get("run_path"):
         # A card quotes it under a heading of its own, and shows no rows of the user's data.
         beside = {**report, "markdown": re.sub("^#", "##", markdown_of(report, texts=False), flags=re.MULTILINE)}
-        write_whole(Path(path) / BESIDE_RUN, json.dumps(beside, allow_nan=False))
-    for name in (worker.paths.report.name, "report.md"):
-        worker.emit(Saved, what="report", path=name)
+        write_whole(RunPaths(Path(path)).audit, json.dumps(beside, allow_nan=False))
+    for file in (worker.paths.report, worker.paths.report_text):
+        worker.emit(Saved, what="report", path=file.name)
 
 
 def _pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -19,8 +19,8 @@ from studio.jobs.audit.gguf_variants import GgufForms
 from studio.jobs.audit.speed import NOT_ASKED, Speed, unmeasured
 from studio.jobs.audit.variants import AdapterForms, Named
 from studio.jobs.audit.weights import FolderWeights
-from studio.probe.adapter_folder import ADAPTER_WEIGHTS
 from studio.probe.exported import GgufFile
+from studio.runs.layout import ADAPTER_WEIGHTS
 from studio.runs.worker import Worker
 
 

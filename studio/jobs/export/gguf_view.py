@@ -15,6 +15,7 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.model_folder import INDEX
+from studio.runs.layout import ADAPTER_CONFIG
 
 _WEIGHTS = ".safetensors"
 _SMALL = (".json", ".jinja", ".model", ".txt")
@@ -38,7 +39,7 @@ def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = Non
     view.mkdir()
     for folder in folders:
         for path in sorted(folder.iterdir()):
-            small = path.suffix in _SMALL and not path.name.endswith((".index.json", "adapter_config.json"))
+            small = path.suffix in _SMALL and not path.name.endswith((".index.json", ADAPTER_CONFIG))
             if path.is_file() and small:
                 shutil.copyfile(path, view / path.name)
     for name in (_CONFIG, _TOKENIZER):

@@ -45,7 +45,6 @@ from studio.runs.worker import Worker
 _FULL_BYTES = 10**6
 _GGUF = ".gguf"
 _MADE = "made"
-_AUDIT = "audit.json"
 
 
 def export_run(worker: Worker, request: ExportRequest) -> None:
@@ -183,7 +182,7 @@ def _training(run: str) -> Training:
         history.fold(read_events(paths.events))
     except (StudioError, OSError):
         return Training()
-    return Training(recipe, history, _audit(paths.root / _AUDIT))
+    return Training(recipe, history, _audit(paths.audit))
 
 
 def _audit(path: Path) -> dict[str, Any] | None:

@@ -25,10 +25,11 @@ from studio.jobs.base.weights.streamed import adapted_logits
 from studio.jobs.export.answers import TEXTS, Loss, compare, padded, rows_of
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.work import Work
-from studio.probe.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFound
+from studio.probe.adapter_folder import AdapterFound
 from studio.probe.export import refuse_what_gguf_lacks
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, check_folder, read_config
+from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _LARGEST_CHECKED_BYTES = 4 * 10**9
 """Of a base: checking needs all of it as a GGUF file once more."""

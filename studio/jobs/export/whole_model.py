@@ -11,11 +11,10 @@ from studio.core.errors import JobFailed
 from studio.core.events import Phase, Warned
 from studio.core.text import plain
 from studio.jobs.export.work import Work
-from studio.probe.adapter_folder import ADAPTER_CONFIG
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.last_words import crash_of
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.scratch import merged_for
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import launch, resume, stop
@@ -42,7 +41,7 @@ def merge_first(work: Work, asked: ExportRequest) -> Path:
     Raises:
         JobFailed: The merge failed; the reason is its own.
     """
-    paths, out = RunPaths(work.worker.paths.root / "merge"), merged_for(Path(asked.out))
+    paths, out = RunPaths(work.worker.paths.merge), merged_for(Path(asked.out))
     if run_status(paths) is Status.finished:
         if out.is_dir():
             return out

@@ -8,6 +8,7 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.model_folder import CONFIG
+from studio.runs.layout import ADAPTER_CONFIG
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite", ".index.json",
@@ -20,7 +21,7 @@ _TEMPLATES = "additional_chat_templates"
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
 _MODEL = "tokenizer.model"
 """SentencePiece's own file, which llama.cpp and others read."""
-_LEFT_OUT = {"readme.md", "adapter_config.json"}
+_LEFT_OUT = {"readme.md", ADAPTER_CONFIG}
 _MOST_BYTES = 200 * 10**6
 
 

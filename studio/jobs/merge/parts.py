@@ -20,19 +20,12 @@ from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits, turned_parameters
 from studio.jobs.base.weights.pissa import write_difference
 from studio.jobs.base.weights.skeleton import Skeleton, Weighted
-from studio.probe.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    AdapterFound,
-    adapter_of_checkpoint,
-    find_adapter,
-    run_of_adapter,
-)
+from studio.probe.adapter_folder import AdapterFound, adapter_of_checkpoint, find_adapter, run_of_adapter
 from studio.probe.fingerprint import recorded_fingerprint, refuse_another_base
 from studio.probe.merge import base_of_merge, check_merge, refuse_quantised
 from studio.probe.models import BaseFound
 from studio.runs.job import MergeRequest, read_job
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths
 from studio.runs.log import read_events
 from studio.runs.worker import Worker
 
@@ -139,7 +132,7 @@ def _folder_of(worker: Worker, request: MergeRequest, adapter: str) -> Path:
     """Return the folder of an adapter; that of a checkpoint is made in the run, from the adapter's own."""
     if not request.checkpoint or adapter != request.adapter:
         return Path(adapter)
-    into = worker.paths.root / "checkpoint-adapter"
+    into = worker.paths.checkpoint_adapter
     return adapter_of_checkpoint(Path(request.checkpoint), Path(adapter), into, write_difference)
 
 

@@ -25,11 +25,10 @@ from studio.core.value_kinds import ALL_LINEAR
 from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.guards import check_adapter
 from studio.runs.atomic import publish_folder
+from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 AdapterWeights = dict[str, Tensor]
 """An adapter's tensors by their names in a PEFT file."""
-
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointing: bool) -> PeftModel:
@@ -124,7 +123,7 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
         if initial:
             _rewrite_as_difference(model, aside, initial)
         # safetensors writes for the owner alone, which a copy of the folder for others would keep.
-        shutil.copymode(aside / _CONFIG, aside / _WEIGHTS)
+        shutil.copymode(aside / ADAPTER_CONFIG, aside / ADAPTER_WEIGHTS)
         tokenizer.save_pretrained(str(aside))
         publish_folder(aside, folder)
     finally:
@@ -134,10 +133,10 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
 
 def _rewrite_as_difference(model: PeftModel, folder: Path, initial: AdapterWeights) -> None:
     weights = {name: tensor.detach().cpu() for name, tensor in adapter_weights(model).items()}
-    save_file(difference(weights, initial), folder / _WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    save_file(difference(weights, initial), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config.update(_doubled_config(model.active_peft_config))
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _doubled_config(config: LoraConfig) -> dict[str, Any]:

@@ -18,15 +18,9 @@ from torch import Tensor
 from studio.jobs.train.adapter import adapter_weights
 from studio.jobs.train.optimizer import restore_state
 from studio.runs.atomic import publish_folder, write_whole
-from studio.runs.checkpoints import MARKER, complete_checkpoints, file_stamp
+from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, MARKER, complete_checkpoints, file_stamp
 
-_ADAPTER, _INITIAL, _OPTIMIZER, _RANDOM, _STATE = (
-    "adapter.safetensors",
-    "start.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-    "state.json",
-)
+_OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +65,9 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_file(_on_host(adapter_weights(model)), aside / _ADAPTER)
+        save_file(_on_host(adapter_weights(model)), aside / ADAPTER_TENSORS)
         if initial:
-            save_file(dict(initial), aside / _INITIAL)
+            save_file(dict(initial), aside / INITIAL_TENSORS)
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
         save_file(_on_host(tensors), aside / _OPTIMIZER)
         save_file(_random_state(), aside / _RANDOM)
@@ -90,7 +84,7 @@ def save_checkpoint(
 
 def load_initial(path: Path) -> dict[str, Tensor]:
     """Return the adapter tensors that the base was changed by before the first step; empty where it was not."""
-    return load_file(path / _INITIAL) if (path / _INITIAL).is_file() else {}
+    return load_file(path / INITIAL_TENSORS) if (path / INITIAL_TENSORS).is_file() else {}
 
 
 def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -99,7 +93,7 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
     Raises:
         ValueError: The adapter in the checkpoint does not have the tensors of this model's adapter.
     """
-    weights = load_file(path / _ADAPTER)
+    weights = load_file(path / ADAPTER_TENSORS)
     expected = adapter_weights(model)
     if weights.keys() != expected.keys():
         raise ValueError(f"checkpoint {path.name} holds other adapter tensors than this recipe makes")

@@ -7,7 +7,7 @@ from studio.core.events import Failed, Finished
 from studio.core.text import plain
 from studio.runs.history import History
 from studio.runs.last_words import crash_of
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
 from studio.runs.summary import gain_of
 from studio.runs.watch import last_output
@@ -18,7 +18,6 @@ TRAIN = "train"
 """The job whose end is an adapter; others, such as merge, say what they saved."""
 
 _LAST_LINES = 4
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Outcome(Static):
@@ -57,7 +56,7 @@ class Outcome(Static):
 
 def has_adapter(paths: RunPaths) -> bool:
     """Return whether a training run has an adapter that can be merged, audited or chatted with."""
-    return (paths.adapter / _ADAPTER_CONFIG).is_file()
+    return (paths.adapter / ADAPTER_CONFIG).is_file()
 
 
 def no_adapter_words(status: Status) -> str:

@@ -24,7 +24,8 @@ from transformers.initialization import no_init_weights
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.jobs.base.swapped import swapped
-from studio.probe.adapter_folder import ADAPTER_WEIGHTS, AdapterFound
+from studio.probe.adapter_folder import AdapterFound
+from studio.runs.layout import ADAPTER_WEIGHTS
 
 ADAPTER = "default"
 Weighted = tuple[AdapterFound, float]
