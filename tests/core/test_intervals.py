@@ -12,7 +12,7 @@ def test_a_mean_per_token_is_the_sum_over_the_count() -> None:
     assert ratio_interval([3.0, 1.0], [2, 2]).value == 1.0
 
 
-@pytest.mark.parametrize("rows", [8, 40, 100])
+@pytest.mark.parametrize("rows", [8, 40, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_interval_holds_the_true_mean_nineteen_times_in_twenty(rows: int) -> None:
     # Rows of 5 to 60 tokens whose own means scatter (sd 1) around 2: the tokens of a row are alike.
     draw, held, trials = random.Random(rows), 0, 300

@@ -172,6 +172,7 @@ def test_whatever_a_check_does_the_others_run(runner: Runner, watched: Path) -> 
     assert "time.sleep(600)" in seen["leaks_a_process"].changed[0]
 
 
+@pytest.mark.slow
 def test_processes_with_interpreters_of_their_own_are_judged_alike(runner: Runner, watched: Path) -> None:
     names = ["hangs_with_a_child", "crashes", "leaves", "leaks_a_process", "starts_a_module"]
     seen = all_judged(runner, watched, names, limit=10.0)

@@ -104,6 +104,7 @@ def test_a_ruined_block_is_ranked_first_and_keeping_it_is_advised(ruined: Path, 
     assert f"Keeping {name} in 16 bit wins" in report["recommendation"]["sentence"]
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_comes_to_the_same_report(tiny: Path, rows: Path, tmp_path: Path) -> None:
     request = asked(tiny, rows)
     _, whole = audit(tmp_path / "whole", request)
@@ -122,6 +123,7 @@ def test_stopped_and_resumed_it_comes_to_the_same_report(tiny: Path, rows: Path,
     assert {**report, "cost": 0} == {**whole, "cost": 0}
 
 
+@pytest.mark.slow
 def test_a_kept_state_of_other_rows_is_not_taken_up(tiny: Path, rows: Path, tmp_path: Path) -> None:
     paths, _ = audit(tmp_path / "one", asked(tiny, rows))
     ask(paths, "stop")

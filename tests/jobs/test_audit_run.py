@@ -115,6 +115,7 @@ def test_what_it_leaves_in_the_run(trained: RunPaths, tmp_path: Path) -> None:
     assert (paths.root / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_forgetting_and_speeds_stand_in_the_report(trained: RunPaths, half: Path, tmp_path: Path) -> None:
     request = asked(trained, speed=True)
     _, report = audit(tmp_path / "audit", request)
@@ -146,6 +147,7 @@ def test_an_adapter_times_zero_is_called_no_effect(trained: RunPaths, tmp_path: 
     assert {one["speed"]["why"] for one in report["variants"]} == {"speed was not asked for"}
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_harm_is_not_advised(trained: RunPaths, tmp_path: Path) -> None:
     change_adapter(trained, lambda name, tensor: tensor * -2 if "lora_B" in name else tensor)
     few = asked(trained)
@@ -175,6 +177,7 @@ def test_noise_alone_is_no_difference(trained: RunPaths, half: Path, tmp_path: P
     assert given["kl"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_a_merge_with_another_base_stands_out(trained: RunPaths, half: Path, tmp_path: Path) -> None:
     other = make_tiny_model(tmp_path / "other", dtype=torch.bfloat16, seed=5)
     right, wrong = tmp_path / "right", tmp_path / "wrong"

@@ -50,6 +50,7 @@ def close(one: tuple[float, dict[str, Any]], other: tuple[float, dict[str, Any]]
         assert (one[1][name] - gradient).norm() <= relative * gradient.norm(), name
 
 
+@pytest.mark.slow
 def test_the_same_losses_and_gradients() -> None:
     step_model = step_model_of("untied", "lora", "chunked")
     wanted = result_of(step_model, PADDED)
@@ -114,7 +115,7 @@ def wrong(graph: Any, inputs: Any) -> Any:
 
 
 @pytest.mark.parametrize(("backend", "word"), [(broken, "no compiler here"), (wrong, "the compiled loss is")])
-@pytest.mark.parametrize("case", ["untied", "checkpointing"])
+@pytest.mark.parametrize("case", ["untied", pytest.param("checkpointing", marks=pytest.mark.slow)])
 def test_what_fails_or_is_wrong_runs_as_written(
     monkeypatch: pytest.MonkeyPatch, case: str, backend: Any, word: str
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_memory_without_room_is_seen_before_the_model_is_loaded(
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_before_it_is_quantised(
     recipe: Recipe, train: Train, export: Export, tiny: Path, tmp_path: Path
 ) -> None:

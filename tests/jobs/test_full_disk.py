@@ -185,6 +185,7 @@ def test_a_checkpoint_without_room_costs_itself_and_says_what_is_full(
     assert not list(paths.checkpoints.glob(".writing-*"))
 
 
+@pytest.mark.slow
 def test_an_audit_on_a_full_disk_says_so_and_is_taken_up_again(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def test_the_randomised_decomposition_is_as_good_as_the_exact_one() -> None:
     assert (noise - second @ first).norm() == pytest.approx(best.item(), rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "init"), [("lora", "pissa"), ("qlora", "loftq"), ("lora", "gaussian")])
 def test_overfits_one_batch(train: Train, recipe: Recipe, method: str, init: str) -> None:
     recipe = recipe.with_("method", method).with_("adapter.init", init).with_("adapter.rank", 16)
@@ -168,6 +169,7 @@ def test_the_saved_adapter_is_what_was_trained(
     torch.testing.assert_close(loaded, at_end[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "init"), [("lora", "pissa"), ("qlora", "loftq")])
 def test_resumed_equals_uninterrupted(
     train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, method: str, init: str

@@ -61,10 +61,10 @@ def measured(values: dict[str, Any], recipe: Recipe, dtype: str) -> Peaks:
 FAST = [
     {"method": "lora"},
     {"method": "lora", "train__grad_checkpointing": False},
-    {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},
-    {"method": "qlora", "train__grad_checkpointing": False},
 ]
 SLOW = [
+    {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},
+    {"method": "qlora", "train__grad_checkpointing": False},
     *(
         {"method": method, "train__grad_checkpointing": kept, "train__loss": loss, "model__dtype": dtype}
         for method in ("lora", "qlora")
@@ -189,6 +189,7 @@ LONG = recipe_of(method="lora", train__seq_len=1024, train__micro_batch=1, train
 SQUARE = 4 * 1024 * 1024 * 2  # 16-bit scores of every head of LLAMA
 
 
+@pytest.mark.slow
 def test_a_card_without_flash_attention_makes_no_square_matrices_of_grouped_heads() -> None:
     """The engine repeats keys and values there, for the memory-efficient kernel."""
     grouped = {**LLAMA, "num_hidden_layers": 1}
@@ -197,6 +198,7 @@ def test_a_card_without_flash_attention_makes_no_square_matrices_of_grouped_head
     assert 0 <= added < 8 * repeated < SQUARE
 
 
+@pytest.mark.slow
 def test_offloaded_checkpoints_leave_the_card() -> None:
     deep = {**LLAMA, "num_hidden_layers": 5}
     checkpoint = 1024 * 128 * 2
@@ -204,6 +206,7 @@ def test_offloaded_checkpoints_leave_the_card() -> None:
     assert 3 * checkpoint <= saved <= 5 * checkpoint
 
 
+@pytest.mark.slow
 def test_paged_optimizer_state_is_counted_apart() -> None:
     wide = recipe_of(method="lora", adapter__rank=512, train__optimizer="paged_adamw_32bit")
     peaks = trace(wide, LLAMA, Target("cuda", "bf16")).log.peaks()
@@ -279,6 +282,7 @@ def test_a_model_of_eight_billion_is_traced(stored: list[dict[str, Any]]) -> Non
     assert seen.log.peaks() == row["peaks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["Llama-3.2-1B", "Mixtral-8x7B"])
 def test_the_engine_still_holds_what_is_stored(model: str, stored: list[dict[str, Any]]) -> None:
     """A change of the engine that changes its memory shows here: `python -m tests.bench.trace_grid` stores it anew."""
