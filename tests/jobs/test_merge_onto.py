@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.core.recipe import Recipe
-from studio.jobs.base import reading
+from studio.jobs.base import progress
 from studio.jobs.base.load import FourBit, load_base
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
 from studio.probe.models import find_base
@@ -132,14 +132,14 @@ def test_a_stop_ends_the_reading_of_the_base(
     recipe: Recipe, train: Train, merge: Merge, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(recipe)
-    real = reading.fingerprint
+    real = progress.fingerprint
 
     def asking(folder: Path, tell: Any) -> Any:
         request(RunPaths(tmp_path / "merge-0"), "stop")
         tell(0.5)
         return real(folder, tell)
 
-    monkeypatch.setattr(reading, "fingerprint", asking)
+    monkeypatch.setattr(progress, "fingerprint", asking)
     paths = merge(run.adapter, tiny, tmp_path / "out", run=str(run.root))
     assert run_status(paths) is Status.stopped
     assert not (tmp_path / "out").exists()
