@@ -10,7 +10,7 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.safetensors_header import SafetensorsHeader, read_header
+from studio.probe.safetensors_file import SafetensorsHeader, read_header
 from studio.runs.checkpoints import ADAPTER_TENSORS, INITIAL_TENSORS, checkpoint_folders, damage_of, step_of
 from studio.runs.history import History
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths

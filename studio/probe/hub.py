@@ -12,7 +12,7 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.model_folder import CONFIG, check_folder, read_config, require_safetensors, require_tokenizer
-from studio.probe.safetensors_header import CorruptSafetensors
+from studio.probe.safetensors_file import CorruptSafetensors
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _ASK_SECONDS = 15.0

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from studio.core.text import plain
-from studio.probe.safetensors_header import CorruptSafetensors, SafetensorsHeader, parse_header
+from studio.probe.safetensors_file import CorruptSafetensors, SafetensorsHeader, parse_header
 
 _ASK_SECONDS = 15.0
 _AT_ONCE = 8  # shards asked for at the same time; a 70B model has 15 to 30

@@ -9,7 +9,7 @@ from typing import Any
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.json_size import MOST_VALUES, values_in
-from studio.probe.safetensors_header import CorruptSafetensors, SafetensorsHeader, read_header
+from studio.probe.safetensors_file import CorruptSafetensors, SafetensorsHeader, read_header
 from studio.runs.layout import ADAPTER_CONFIG
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -21,7 +21,7 @@ from studio.probe.hub_headers import hub_headers
 from studio.probe.known_models import config_instead
 from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import BaseFound, find_base
-from studio.probe.safetensors_header import SafetensorsHeader
+from studio.probe.safetensors_file import SafetensorsHeader
 
 _GGUF_FAMILIES = {
     "llama": "llama",

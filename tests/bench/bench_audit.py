@@ -84,11 +84,11 @@ def walk(folder: Path, tokens: int, forms: Sequence[str] = ("16-bit", "nf4")) ->
     from studio.jobs.audit.figures import cost_of
     from studio.jobs.audit.variants import folder_variants
     from studio.jobs.audit.walk import Walk
-    from studio.jobs.audit.weights import FolderWeights
+    from studio.jobs.base.weights.folder_weights import FolderWeights
 
     return_large_blocks()  # as the job's process does
     began = time.process_time()
-    weights = FolderWeights(folder)
+    weights = FolderWeights.of(folder)
     parts, variants, rows = parts_of(weights.clean), folder_variants(weights, forms), rows_of(tokens)
     cpu = torch.device("cpu")
     expected = cost_of(parts, variants, rows, device=cpu, alone=False, stored_bytes=2).memory_bytes

@@ -266,7 +266,7 @@ def test_a_huge_config_is_not_read(cli: Cli, size_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 8, 2**63, 100_000_001])
-def test_a_hostile_safetensors_header_beside_the_config(cli: Cli, length: int) -> None:
+def test_a_hostile_safetensors_file_beside_the_config(cli: Cli, length: int) -> None:
     folder = Path("model")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIGS["SmolLM2-135M"]))

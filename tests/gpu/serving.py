@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from studio.jobs.audit.blocks import filled, first_of, noted_calls, parts_of, settled
 from studio.jobs.audit.forms import FORMS
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.generation import greedy, stop_ids
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.runs.chat import Answered, ChatFailed, ChatProcess, ChatRequest, Piece, Ready, Sampling, TurnDone
 from tests.gpu.bench import WORDS, Bench, Seen
 from tests.gpu.numbers import TOLERANCE, _on_cpu, apart
@@ -87,7 +87,7 @@ def audit_block(bench: Bench, form: str) -> Seen:
     """One block as the audit runs it, rounded, against the same block in fp64 on the CPU with the unpacked weights."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    weights = FolderWeights(bench.shared / "tiny")
+    weights = FolderWeights.of(bench.shared / "tiny")
     parts = parts_of(weights.clean)
     name, block = parts.blocks[0]
     torch.manual_seed(3)

@@ -14,9 +14,9 @@ from studio.jobs.audit.__main__ import _body
 from studio.jobs.audit.blocks import Parts, parts_of
 from studio.jobs.audit.variants import folder_variants
 from studio.jobs.audit.walk import Variant
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.audit import read_report
 from studio.runs.audit_request import AuditRequest
 from studio.runs.job import write_job
@@ -40,7 +40,7 @@ def examples(*lengths: int, seed: int = 0, vocabulary: int = 256) -> list[Exampl
 
 
 def variants_of(folder: Path, names: Sequence[str], **more: Any) -> tuple[Parts, list[Variant]]:
-    weights = FolderWeights(folder)
+    weights = FolderWeights.of(folder)
     return parts_of(weights.clean), folder_variants(weights, names, **more)
 
 

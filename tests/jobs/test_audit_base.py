@@ -19,8 +19,8 @@ from studio.jobs.audit.figures import Ground
 from studio.jobs.audit.report import bars_svg, losses_svg
 from studio.jobs.audit.rows import NEUTRAL
 from studio.jobs.audit.variants import folder_variants
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.rows import Example
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.model_folder import WEIGHTS
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
@@ -198,7 +198,7 @@ def test_the_time_is_taken_where_the_walk_will_be(
 ) -> None:
     """The meta device in a card's place: a product of the CPU's told hours where the card took seconds."""
     monkeypatch.setattr(figures, "job_device", lambda wanted: torch.device(device))
-    weights = FolderWeights(tiny)
+    weights = FolderWeights.of(tiny)
     ids = np.arange(16, dtype=np.int32)
     rows: Any = SimpleNamespace(all=[Example(ids, ids)])
     worker: Any = SimpleNamespace(emit=lambda kind, **fields: None)

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.variants import AdapterForms
 from studio.jobs.audit.walk import Walk, batches_of
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import FourBit
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from tests.jobs.audit_cases import CPU, examples, plain_figures, rounded, variants_of
@@ -88,7 +88,7 @@ def test_an_adapter_on_a_rounded_base_is_pefts(family: str, tmp_path: Path) -> N
     targets = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} if family == "gpt2" else {}
     adapter = make_adapter(tmp_path / "adapter", base, **{"target_modules": ["q_proj", "o_proj"], **targets})
     skeleton = build_skeleton(base, find_adapter(adapter))
-    weights = FolderWeights(base)
+    weights = FolderWeights.of(base)
     forms = AdapterForms(weights, skeleton, FourBit("nf4", double_quant=False))
     four, change = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), rounded("nf4")
     for block in parts_of(weights.clean).blocks:

@@ -17,7 +17,7 @@ from studio.core.recipe_parse import recipe_from_dict
 from studio.jobs.export import quantised, whole_model
 from studio.jobs.export.model_card import Training, adapter_card
 from studio.probe.adapter_folder import AdapterFound
-from studio.probe.safetensors_header import SafetensorsHeader
+from studio.probe.safetensors_file import SafetensorsHeader
 from studio.runs.control import request
 from studio.runs.history import History
 from studio.runs.job import ExportRequest, write_job

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, G
 from studio.core.errors import JobFailed
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base.load import FourBit, load_base
-from studio.jobs.base.weights.tensors import FolderTensors
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.train import between
 from studio.jobs.train.adapter import attach_adapter, save_adapter
-from studio.jobs.train.trainable_model import init_loftq, init_pissa, low_rank
+from studio.jobs.train.trainable_model import init_loftq, init_pissa, low_rank, stored_weight
 from studio.probe.models import find_base
 from studio.runs.control import request, withdraw_all
 from tests.fakes.tiny_model import tiny_tokenizer
@@ -110,14 +110,14 @@ def test_loftq_brings_the_outputs_nearer_to_the_16_bit_model(tiny: Path) -> None
 
 
 def test_a_folder_without_the_weight_is_said(tiny: Path, tmp_path: Path) -> None:
-    tensors = FolderTensors(tiny, prefix="model")
-    name = "layers.0.mlp.up_proj.weight"
-    assert torch.equal(tensors.read(name, (128, 64)), tensors.read(f"model.{name}", (128, 64)))
+    files, name = TensorFiles(tiny), "layers.0.mlp.up_proj.weight"
+    found = stored_weight(files, name, (128, 64), prefix="model")
+    assert torch.equal(found, stored_weight(files, f"model.{name}", (128, 64), prefix="model"))
     with pytest.raises(JobFailed, match="of shape"):
-        tensors.read(name, (64, 128))
+        stored_weight(files, name, (64, 128), prefix="model")
     save_file({"x": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     with pytest.raises(JobFailed, match="hold no 16-bit weight x"):
-        FolderTensors(tmp_path).read("x", (2,))
+        stored_weight(TensorFiles(tmp_path), "x", (2,), prefix="")
 
 
 def test_the_randomised_decomposition_is_as_good_as_the_exact_one() -> None:

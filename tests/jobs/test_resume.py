@@ -446,9 +446,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_says_so(
 def test_reading_the_base_is_told_and_a_stop_ends_it(
     train: Train, recipe: Recipe, stopped: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from studio.jobs.base import reading
+    from studio.jobs.base import progress
 
-    real = reading.fingerprint
+    real = progress.fingerprint
 
     def asking(folder: Path, tell: Callable[[float], None]) -> dict[str, object]:
         tell(0.5)
@@ -456,13 +456,13 @@ def test_reading_the_base_is_told_and_a_stop_ends_it(
         tell(0.6)
         return real(folder, tell)
 
-    monkeypatch.setattr(reading, "fingerprint", asking)
+    monkeypatch.setattr(progress, "fingerprint", asking)
     history = again(train, stopped)
     assert run_status(stopped) is Status.stopped
     assert history.finished is not None
     assert history.finished.step == 3
     assert history.phase is not None
-    assert (history.phase.name, history.phase.fraction) == (reading.READING, 0.5)
-    monkeypatch.setattr(reading, "fingerprint", real)
+    assert (history.phase.name, history.phase.fraction) == (progress.READING, 0.5)
+    monkeypatch.setattr(progress, "fingerprint", real)
     withdraw_all(stopped)
     assert again(train, stopped).finished.outcome == "done"  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from studio.jobs.base.weights import tensor_files
 from studio.jobs.base.weights.skeleton import build_clean, build_skeleton
-from studio.jobs.base.weights.streamed import Weights, adapted_logits, folder_logits, most_lent, streamed_logits
+from studio.jobs.base.weights.streamed import adapted_logits, folder_logits, most_lent, streamed_logits
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.probe.adapter_folder import find_adapter
 from tests.jobs.merge_cases import ATTENTION, IDS, adapted, make_adapter, make_base, our_steps
@@ -58,9 +58,9 @@ def test_matrices_of_a_plain_model_are_never_whole_in_memory(tmp_path: Path) -> 
     base = make_base(tmp_path / "base", "llama", tie_word_embeddings=True)
     steps = our_steps(base, make_adapter(tmp_path / "adapter", base, target_modules="all-linear"))
     norms = 2 * 64
-    assert most_lent(steps.skeleton.adapted, steps.weights, "base_model.model.") == norms
+    assert most_lent(steps.skeleton.adapted, steps, "base_model.model.") == norms
     dora = our_steps(base, make_adapter(tmp_path / "dora", base, target_modules=["down_proj"], use_dora=True))
-    assert most_lent(dora.skeleton.adapted, dora.weights, "base_model.model.") > 64 * 96
+    assert most_lent(dora.skeleton.adapted, dora, "base_model.model.") > 64 * 96
 
 
 class _LooksAtAWeight(nn.Module):
@@ -75,6 +75,20 @@ class _LooksAtAWeight(nn.Module):
         return nn.functional.linear(layer.up_proj(hidden), layer.down_proj.weight)
 
 
+class _Odd:
+    """The weights of such a model."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self.files = files
+
+    def read(self, name: str) -> Tensor:
+        return self.files.read(self.key_of(name))
+
+    def key_of(self, name: str) -> str:
+        key = name.replace(".inner", "")
+        return key if key in self.files.tensors else "model.embed_tokens.weight"
+
+
 def test_a_layer_that_is_not_called_is_lent(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "llama", torch.float32)
 
@@ -83,12 +97,5 @@ def test_a_layer_that_is_not_called_is_lent(tmp_path: Path) -> None:
         return model
 
     whole = _loaded(odd(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)))
-    files = TensorFiles(base)
-
-    def key_of(name: str) -> str | None:
-        key = name.replace(".inner", "")
-        return key if key in files.tensors else "model.embed_tokens.weight"
-
-    weights = Weights(lambda name: files.read(key_of(name) or ""), files, key_of)
-    logits = streamed_logits(odd(build_clean(base)), weights, IDS, MASK)
+    logits = streamed_logits(odd(build_clean(base)), _Odd(TensorFiles(base)), IDS, MASK)
     assert (logits - whole).abs().max() < 1e-4

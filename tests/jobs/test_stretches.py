@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from studio.jobs.base.weights import stretches
-from studio.jobs.base.weights.stretches import StretchWriter, read_stretch
+from studio.core.errors import BadInput
+from studio.jobs.merge import shard_file
+from studio.jobs.merge.shard_file import StretchWriter
+from studio.probe.safetensors_file import Stored, TensorEntry
 
 SIZE = 3 * 2**20 + 5
 DATA = b"".join(place.to_bytes(4, "big") for place in range(SIZE // 4 + 1))[:SIZE]
@@ -74,16 +76,27 @@ def test_stretches_of_one_file_are_written_side_by_side(tmp_path: Path) -> None:
 def test_a_stretch_is_read_piece_by_piece(tmp_path: Path, at: int, size: int, piece: int) -> None:
     path = tmp_path / "file"
     path.write_bytes(DATA)
-    pieces = [bytes(part) for part in read_stretch(path, at, size, piece)]
+    pieces = [bytes(part) for part in _stored(path, at, size).pieces(memoryview(bytearray(piece)))]
     assert b"".join(pieces) == DATA[at : at + size]
     assert {len(part) for part in pieces[:-1]} <= {piece}
+
+
+def test_a_part_of_a_stretch_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    pieces = [bytes(part) for part in _stored(path, 13, 5000).pieces(memoryview(bytearray(64)), 100, 777)]
+    assert b"".join(pieces) == DATA[113:790]
+
+
+def _stored(path: Path, at: int, size: int) -> Stored:
+    return Stored(path, at, TensorEntry("U8", (size,), 0, size))
 
 
 def test_what_became_shorter_is_not_made_up(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(DATA[:10_000])
-    with pytest.raises(EOFError):
-        list(read_stretch(path, 8, 10_000, 4096))
+    with pytest.raises(BadInput, match="changed while it was read"):
+        list(_stored(path, 8, 10_000).pieces(memoryview(bytearray(4096))))
 
 
 def test_nothing_is_written_of_a_stretch_that_failed(tmp_path: Path) -> None:
@@ -100,7 +113,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def write(self, data: object) -> int:  # type: ignore[override]
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(stretches, "FileIO", Full)
+    monkeypatch.setattr(shard_file, "FileIO", Full)
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     with pytest.raises(OSError, match="No space"), StretchWriter(path, 0) as stretch:

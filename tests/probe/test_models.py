@@ -10,7 +10,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.probe.json_size import MOST_VALUES
 from studio.probe.models import find_base
-from studio.probe.safetensors_header import CorruptSafetensors
+from studio.probe.safetensors_file import CorruptSafetensors
 from tests.fakes.model import CONFIG, model_folder, safetensors_bytes
 
 

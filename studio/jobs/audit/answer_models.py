@@ -14,10 +14,10 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
 from studio.jobs.audit.variants import AdapterForms
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.device import job_device
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import half_dtype
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.models import BaseFound, find_base
@@ -72,7 +72,7 @@ class AnswerModels:
         self._quant: FourBit = four_bit_of(recipe.model)
         self._folder = base_folder(base)
         skeleton = build_skeleton(self._folder, adapter)
-        weights = FolderWeights(self._folder, skeleton.vocabulary)
+        weights = FolderWeights.of(self._folder, skeleton.vocabulary)
         self._vocabulary = skeleton.vocabulary
         self._forms = AdapterForms(weights, skeleton, self._quant, kept=self._quant.skip)
         self._whole = sum(parameter.numel() for parameter in weights.clean.parameters())

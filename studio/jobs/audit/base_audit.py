@@ -18,9 +18,9 @@ from studio.jobs.audit.forms import FORMS, STORED
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.variants import folder_variants, is_kept, rounded_linears
 from studio.jobs.audit.walk import BlockSeen
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
@@ -49,7 +49,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     rows = read_audit_rows(
         request, load_tokenizer(folder), lambda text: worker.emit(Warned, topic="data", message=text)
     )
-    weights = FolderWeights(folder)
+    weights = FolderWeights.of(folder)
     parts = parts_of(weights.clean)
     seen = short_fingerprint(read_fingerprint(worker, folder))
     ground = ground_of(worker, request, weights, parts, rows, seen)

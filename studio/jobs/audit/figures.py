@@ -21,11 +21,11 @@ from studio.jobs.audit.kept import KeptWalk
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.scores import TokenScores
 from studio.jobs.audit.walk import TOKENS_AT_ONCE, BlockSeen, Carried, Variant, Walk, batches_of
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.device import job_device, wait_for
 from studio.jobs.base.failures import Cancelled
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.runs.audit_request import AuditRequest
 from studio.runs.worker import Worker
 
@@ -249,7 +249,7 @@ def _by_row(scores: TokenScores, part: str, rows: AuditRows) -> RowFigures:
 
 def stored_bytes_of(weights: FolderWeights) -> int:
     """Return the bytes of a weight in the files."""
-    return max(stored.dtype.itemsize for stored in weights.files.tensors.values())
+    return max(weights.files.dtype(key).itemsize for key in weights.files.tensors)
 
 
 def cost_of(

@@ -14,9 +14,9 @@ from studio.jobs.audit.lanes import Lane
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.variants import AdapterForms, stored_variant
 from studio.jobs.audit.walk import Variant
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import audit_of_run
@@ -58,7 +58,7 @@ def measure_lanes(
         ),
         answers_only=first.recipe.data.answers_only,
     )
-    weights = FolderWeights(folder)
+    weights = FolderWeights.of(folder)
     found = short_fingerprint(read_fingerprint(worker, folder))
     runs = [str(lane.paths.root) for lane in lanes]
     ground = ground_of(worker, request, weights, parts_of(weights.clean), rows, found, runs)

@@ -24,11 +24,11 @@ from studio.jobs.audit.run_report import RunReport, block_deltas, handiest
 from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
 from studio.jobs.audit.variants import ALONE, TRAINED, AdapterForms, Named, stored_variant
 from studio.jobs.audit.walk import Variant
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.device import job_device
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.fingerprint import refuse_another_base, short_fingerprint
@@ -71,7 +71,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         answers_only=recipe.data.answers_only,
     )
     skeleton = build_skeleton(folder, adapter)
-    weights = FolderWeights(folder, skeleton.vocabulary)
+    weights = FolderWeights.of(folder, skeleton.vocabulary)
     about = [short_fingerprint(base_seen), stamp_of(request)]
     ground = ground_of(worker, request, weights, parts_of(weights.clean), rows, *about)
     gguf = GgufForms(ground, gguf_files(trained, request.gguf))
@@ -145,7 +145,7 @@ def _given(folders: Sequence[str]) -> list[Named]:
         base = find_base(str(folder))
         if base.quantization:
             raise BadInput(f"{plain(folder.name, one_line=True)} is quantised: only 16-bit folders are measured here.")
-        variant = replace(stored_variant(FolderWeights(folder)), name=f"{_MERGED_OTHER}{folder.name}")
+        variant = replace(stored_variant(FolderWeights.of(folder)), name=f"{_MERGED_OTHER}{folder.name}")
         variant = replace(variant, head=replace(variant.head, key=variant.name))
         made.append(Named(variant, f"the model in {plain(str(folder), one_line=True)}", "16-bit", usable=False))
     return made

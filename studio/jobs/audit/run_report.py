@@ -18,7 +18,7 @@ from studio.jobs.audit.forms import FORMS
 from studio.jobs.audit.gguf_variants import GgufForms
 from studio.jobs.audit.speed import NOT_ASKED, Speed, unmeasured
 from studio.jobs.audit.variants import AdapterForms, Named
-from studio.jobs.audit.weights import FolderWeights
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.exported import GgufFile
 from studio.runs.layout import ADAPTER_WEIGHTS
 from studio.runs.worker import Worker

@@ -11,10 +11,10 @@ from torch import Tensor
 from studio.jobs.audit.forms import FORMS, STORED, Form, FourBits, form_of_quant
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.walk import Variant
-from studio.jobs.audit.weights import FolderWeights
 from studio.jobs.base.device import job_device
 from studio.jobs.base.load import FourBit
 from studio.jobs.base.weights.dequantized import quantised_parameters, turned_parameters
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import Skeleton
 from studio.jobs.base.weights.units import Read, find_units, merge_unit
 

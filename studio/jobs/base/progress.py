@@ -29,20 +29,20 @@ def heed(worker: Worker, words: str) -> None:
 
 
 class PhaseTeller:
-    """Emits a `Phase` for every new name or detail, and for progress under the same ones at most twice a second."""
+    """Emits a `Phase` for every new name, detail or hundredth of progress; the same again twice a second at most."""
 
     def __init__(self, emit: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
         self._emit = emit
         self._clock = clock
-        self._last = ("", "")
+        self._last: tuple[str, str, int] | None = None
         self._told = 0.0
 
     def __call__(self, name: str, fraction: float | None = None, detail: str = "") -> None:
         """Say the phase; `fraction` is 0 to 1 where progress is known."""
-        now = self._clock()
-        if (name, detail) == self._last and now - self._told < _LEAST_SECONDS:
+        now, said = self._clock(), (name, detail, int(100 * (fraction or 0)))
+        if said == self._last and now - self._told < _LEAST_SECONDS:
             return
-        self._last, self._told = (name, detail), now
+        self._last, self._told = said, now
         self._emit(Phase, name=name, fraction=fraction, detail=detail)
 
 

@@ -173,7 +173,7 @@ def _short(written: list[dict[str, str]]) -> list[dict[str, str]]:
 def _verify(
     worker: Worker, steps: MergeSteps, writer: ShardWriter, prompts: _Prompts, tell: Callable[[str, float, str], None]
 ) -> dict[str, Any]:
-    read = read_back(steps, writer, lambda fraction: tell("checking", fraction, "tensors"))
+    read = read_back(writer, lambda fraction: tell("checking", fraction, "tensors"))
     again = make_again(steps, writer.folder)
     closeness = None
     try:

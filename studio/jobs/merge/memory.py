@@ -21,7 +21,7 @@ def check_memory(steps: MergeSteps) -> None:
         BadInput: It needs more than is free.
     """
     largest = max((_elements(steps, place) for place in range(len(steps.steps))), default=0)
-    lent = most_lent(steps.skeleton.adapted, steps.weights, "base_model.model.")
+    lent = most_lent(steps.skeleton.adapted, steps, "base_model.model.")
     needed = max(largest * _FP32_BYTES * _COPIES, lent * _LENT_BYTES)
     free = psutil.virtual_memory().available
     if needed > free:

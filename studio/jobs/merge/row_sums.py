@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from studio.jobs.base.weights.by_rows import one_thread
+from studio.jobs.base.threads import one_thread
 from studio.jobs.base.weights.tensor_files import TensorFiles, block_rows
 from studio.jobs.base.weights.units import Unit
 
@@ -87,13 +87,13 @@ class RowSums:
 
         The blocks of a product can be summed in another order than the whole: that is up to the processor's library.
         """
-        known = self._files.tensors[sum_.key].dtype in _SUMMED
+        known = self._files.dtype(sum_.key) in _SUMMED
         return known and all(self._way(b, a) is not Way.WHOLE for b, a, _ in sum_.parts)
 
     @torch.no_grad()
     def blocks(self, sum_: RowSum, room: Room) -> Iterator[Tensor]:
         """Yield the merged weight as blocks of rows, in order, each in memory that `room` gives."""
-        count, width = self._files.tensors[sum_.key].entry.shape
+        count, width = self._files.shape(sum_.key)
         rows = block_rows(count, width, _ROWS_APART)
         total, delta = torch.empty(rows, width), torch.empty(rows, width)
         parts = [self._scaled(*part) for part in sum_.parts]

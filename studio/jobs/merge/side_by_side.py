@@ -95,7 +95,7 @@ def _adapted(steps: MergeSteps, adapters: Sequence[tuple[AdapterFound, float]]) 
         model.resize_token_embeddings(vocabulary)
     for name, parameter in model.named_parameters():
         if name in steps.changed:
-            parameter.copy_(steps.parameter(name))
+            parameter.copy_(steps.read(name))
     return attach(model, adapters)
 
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
-from studio.jobs.base.weights.checkpoint_names import CheckpointNames, Group
 from studio.jobs.base.weights.dequantized import Change
+from studio.jobs.base.weights.folder_weights import FolderWeights, Group
 from studio.jobs.base.weights.skeleton import Skeleton
-from studio.jobs.base.weights.streamed import Weights
-from studio.jobs.base.weights.tensor_files import TORCH_DTYPES, TensorFiles
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.base.weights.units import Unit, find_units, merge_unit
 from studio.jobs.merge.row_sums import Room, RowSum, RowSums, is_plain, parts_of
 
@@ -81,10 +80,11 @@ class MergeSteps:
             BadInput: The adapter changes something that the base's files do not hold, or that cannot be written back.
         """
         self.skeleton, self.files = skeleton, files
-        self.names = CheckpointNames(skeleton.clean, files)
+        self._base = FolderWeights(skeleton.clean, files)
+        self.names = self._base.names
         self._dtype, self._change, self.changed = dtype, change, changed
         self._shapes = {name: tuple(value.shape) for name, value in skeleton.clean.state_dict().items()}
-        self._groups = {name: group for group in self.names.groups for name in group.names}
+        self._groups = dict(self._base.groups)
         self._tied, self._dropped = self._really_tied()
         self.row_sums = RowSums(files)
         self._units = {name: unit for unit in find_units(skeleton.adapted) for name in _merged_names(unit)}
@@ -101,10 +101,10 @@ class MergeSteps:
         """
         parameters: dict[str, Tensor] = {}
         for unit in step.units:
-            parameters |= merge_unit(unit, self.parameter)
+            parameters |= merge_unit(unit, self.read)
         for name in [name for group in step.groups for name in group.names] + [name for name, _ in step.alone]:
             if name not in parameters:
-                parameters[name] = self.parameter(name)
+                parameters[name] = self.read(name)
         stored = self.names.store(parameters, step.groups) | {key: parameters[name] for name, key in step.alone}
         made = {}
         for output in step.outputs:
@@ -128,7 +128,7 @@ class MergeSteps:
         """
         return (_finite(block, output) for block in self.row_sums.blocks(row_sum, room))
 
-    def parameter(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """Return a parameter of the base (or the one that the adapter brings in its place) by name in memory.
 
         Raises:
@@ -136,23 +136,14 @@ class MergeSteps:
         """
         if name in self.skeleton.replaced:
             return self.skeleton.replaced[name]
-        source = self._tied.get(name, name)
-        group = self._groups.get(source)
-        if group is None:
-            raise BadInput(f"the base's files do not hold {plain(name, one_line=True)}, which the adapter changes.")
-        value = self.names.load(group, {key: self.files.read(key) for key in group.keys})[source]
+        self._group_of(name)
+        value = self._base.read(name)
         self._check_shape(name, tuple(value.shape))
         return self._change(name, value) if self._change and name in self.changed else value
 
-    @property
-    def weights(self) -> Weights:
-        """The base's parameters, as the adapter is put on them."""
-        return Weights(self.parameter, self.files, self._unchanged_key)
-
-    def _unchanged_key(self, name: str) -> str | None:
-        group = self._groups.get(self._tied.get(name, name))
-        made = name in self.skeleton.replaced or name in self.changed
-        return None if made or group is None or group.converter else group.keys[0]
+    def key_of(self, name: str) -> str | None:
+        """Return the tensor in the files that is a parameter as it is; None where it is made, or not there."""
+        return None if name in self.skeleton.replaced or name in self.changed else self._base.key_of(name)
 
     def _really_tied(self) -> tuple[dict[str, str], set[str]]:
         """Which parameters are one with another one, and the tensors in the files that only repeat it.
@@ -186,7 +177,7 @@ class MergeSteps:
 
     def _value_if_touched(self, name: str) -> Tensor | None:
         if unit := self._units.get(name):
-            return merge_unit(unit, self.parameter)[name]
+            return merge_unit(unit, self.read)[name]
         return self.skeleton.replaced.get(name)
 
     def _steps(self) -> list[Step]:
@@ -197,7 +188,7 @@ class MergeSteps:
                 continue
             if not self._touched & set(group.names):
                 if group.converter is None and group.names:
-                    self._check_shape(group.names[0], self.files.tensors[group.keys[0]].entry.shape)
+                    self._check_shape(group.names[0], self.files.shape(group.keys[0]))
                 steps += [self._copy(key, key) for key in group.keys]
                 done.update(group.keys)
                 continue
@@ -232,7 +223,7 @@ class MergeSteps:
             return None
         (output,), (name,) = step.outputs, step.groups[0].names
         small = output.size_bytes < SMALLEST_ROW_SUM_BYTES
-        if small or name in self.changed or output.shape != self.files.tensors[output.key].entry.shape:
+        if small or name in self.changed or output.shape != self.files.shape(output.key):
             return None
         row_sum = RowSum(output.key, output.dtype, parts_of(step.units[0]))
         return row_sum if self.row_sums.can(row_sum) else None
@@ -246,20 +237,20 @@ class MergeSteps:
         wanted = set(self._tied) if self.untied else self._touched - self._groups.keys() - self._tied.keys()
         steps = []
         for name in sorted(wanted):
-            source, key = self._source_of(name), self.names.key_of(name)
+            source, key = self._group_of(name).keys[0], self.names.key_of(name)
             if name not in self._touched:
-                self._check_shape(name, self.files.tensors[source].entry.shape)
+                self._check_shape(name, self.files.shape(source))
                 steps.append(self._copy(source, key))
                 continue
             units = (self._units[name],) if name in self._units else ()
             steps.append(Step((self._output(source, key, self._shapes[name]),), units=units, alone=((name, key),)))
         return steps
 
-    def _source_of(self, name: str) -> str:
+    def _group_of(self, name: str) -> Group:
         group = self._groups.get(self._tied.get(name, name))
         if group is None:
             raise BadInput(f"the base's files do not hold {plain(name, one_line=True)}, which the adapter changes.")
-        return group.keys[0]
+        return group
 
     def _check_shape(self, name: str, found: tuple[int, ...]) -> None:
         if found != self._shapes[name]:
@@ -272,11 +263,10 @@ class MergeSteps:
         return Step((self._output(source, key),), copies=source)
 
     def _output(self, source: str, key: str, shape: tuple[int, ...] | None = None) -> Output:
-        entry = self.files.tensors[source].entry
-        dtype = TORCH_DTYPES[entry.dtype]
+        dtype = self.files.dtype(source)
         if self._dtype is not None and dtype.is_floating_point:
             dtype = self._dtype
-        return Output(key, dtype, entry.shape if shape is None else shape)
+        return Output(key, dtype, self.files.shape(source) if shape is None else shape)
 
 
 def _merged_names(unit: Unit) -> tuple[str, ...]:

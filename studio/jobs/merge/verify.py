@@ -15,7 +15,8 @@ from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.shards import ShardWriter
 from studio.jobs.merge.steps import MergeSteps, Step
-from studio.jobs.merge.sums import find_different
+from studio.probe.model_folder import weight_files
+from studio.probe.weight_sums import form_of, weight_sums
 
 _SAMPLE = 4
 _SAMPLE_BYTES = 4 * 2**20
@@ -39,29 +40,24 @@ class Closeness:
     largest_logit_difference: float
 
 
-def read_back(steps: MergeSteps, writer: ShardWriter, tell: Callable[[float], None]) -> int:
+def read_back(writer: ShardWriter, tell: Callable[[float], None]) -> int:
     """Read every tensor in the files again and compare it with what was written; return how many.
 
     Args:
-        steps: What was merged.
-        writer: Wrote it.
+        writer: Wrote them.
         tell: Gets the fraction done; may raise.
 
     Raises:
         JobFailed: A tensor in the files is missing, of another shape, or differs.
         OSError: A file cannot be read.
     """
-    files = TensorFiles(writer.folder)
-    wanted = {output.key: output for step in steps.steps for output in step.outputs}
-    if files.tensors.keys() != wanted.keys():
+    seen = weight_sums(weight_files(writer.folder), tell, anew=True)
+    if seen.shapes != {key: form_of(entry) for shard in writer.shards for key, entry in shard.entries.items()}:
         raise JobFailed("merged_incomplete", "the merged files do not hold the tensors that were written", _ADVICE)
-    for key, output in wanted.items():
-        if files.tensors[key].entry.shape != output.shape:
-            raise JobFailed("merged_incomplete", f"{plain(key, one_line=True)} has another shape on disk", _ADVICE)
-    different = find_different(files.tensors, writer.sums, tell)
-    if different is not None:
-        raise _differs(different)
-    return len(wanted)
+    for key, found in (seen.sums or {}).items():
+        if found != writer.sums.get(key):
+            raise _differs(key)
+    return len(seen.shapes)
 
 
 def make_again(steps: MergeSteps, folder: Path) -> int:
@@ -103,7 +99,7 @@ def compare_logits(
     real = mask.bool()
     separate = streamed_logits(
         steps.skeleton.adapted,
-        steps.weights,
+        steps,
         ids,
         mask,
         "base_model.model.",

@@ -9,8 +9,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.weights.by_rows import workers
-from studio.jobs.base.weights.tensor_files import bytes_of
+from studio.jobs.base.threads import workers
+from studio.jobs.base.weights.tensor_files import PIECE_BYTES, bytes_of
 from studio.jobs.merge.shard_file import OpenShard, Shard
 from studio.jobs.merge.shards import ShardWriter
 from studio.jobs.merge.steps import MergeSteps, Output, Step
@@ -115,8 +115,8 @@ def _pieces(step: Step, output: Output, held: "_Held") -> Iterator[memoryview]:
     files = held.steps.files
     if step.copies is None:
         return iter([bytes_of(held.take(output.key))])
-    if files.tensors[step.copies].dtype is output.dtype:
-        return files.tensors[step.copies].pieces()
+    if files.dtype(step.copies) is output.dtype:
+        return files.tensors[step.copies].pieces(memoryview(bytearray(PIECE_BYTES)))
     return iter([bytes_of(files.read(step.copies).to(output.dtype))])
 
 

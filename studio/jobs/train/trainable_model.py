@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from studio.core.errors import JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
+from studio.core.text import plain
 from studio.jobs.base.load import base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
-from studio.jobs.base.weights.tensors import FolderTensors
+from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter
 from studio.jobs.train.checkpoint import load_initial
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
@@ -164,17 +165,39 @@ def init_loftq(model: PeftModel, folder: Path) -> int:
     """
     causal: Any = model.get_base_model()
     names = {id(module): name for name, module in causal.named_modules()}
-    tensors = FolderTensors(folder, prefix=str(getattr(causal, "base_model_prefix", "")))
+    files, prefix = TensorFiles(folder), str(getattr(causal, "base_model_prefix", ""))
     count = 0
     for _, layer in _linear_layers(model):
         weight = _weight(layer)
         if not isinstance(weight, Params4bit):
             continue
         held = dequantize_4bit(weight.data, weight.quant_state).float()
-        exact = tensors.read(f"{names[id(layer)]}.weight", tuple(held.shape)).to(held.device, torch.float32)
-        _set_pair(layer, exact - held)
+        exact = stored_weight(files, f"{names[id(layer)]}.weight", tuple(held.shape), prefix=prefix)
+        _set_pair(layer, exact.to(held.device, torch.float32) - held)
         count += 1
     return count
+
+
+def stored_weight(files: TensorFiles, name: str, shape: tuple[int, ...], *, prefix: str) -> Tensor:
+    """Return a weight of the base as it is stored.
+
+    Args:
+        files: The base's.
+        name: In the loaded model.
+        shape: That it must have.
+        prefix: transformers' `base_model_prefix`: some files leave it out, some models do.
+
+    Raises:
+        JobFailed: `weights_not_found` when no file holds a tensor of this name and shape.
+    """
+    for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if key in files.tensors and files.shape(key) == shape and files.dtype(key).is_floating_point:
+            return files.read(key)
+    raise JobFailed(
+        "weights_not_found",
+        f"the base model's files hold no 16-bit weight {plain(name, one_line=True)} of shape {shape}",
+        "use adapter.init default; loftq needs a base whose safetensors name its layers as transformers does",
+    )
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

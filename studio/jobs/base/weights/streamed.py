@@ -1,10 +1,15 @@
-"""A forward pass through a model whose weights stay in their files: matrices are read by rows, the rest is lent."""
+"""A forward pass through a model whose weights stay in their files: matrices are read by rows, the rest is lent.
 
-from collections.abc import Callable, Iterator
+The largest matrices of a model are its embedding and its head: of the first only the rows of the tokens are read.
+What is not in memory is an `Absent`: torch itself multiplies by a tensor on the meta device without a word in places,
+and gives whatever was in the memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -12,29 +17,25 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from studio.core.errors import JobFailed
-from studio.core.text import plain
-from studio.jobs.base.weights.absent import Absent, NotLent
-from studio.jobs.base.weights.by_rows import computing_by_rows
-from studio.jobs.base.weights.checkpoint_names import CheckpointNames
-from studio.jobs.base.weights.skeleton import Skeleton, build_clean, clean_name
-from studio.jobs.base.weights.tensor_files import TensorFiles
+from studio.jobs.base.threads import workers
+from studio.jobs.base.weights.folder_weights import FolderWeights
+from studio.jobs.base.weights.skeleton import Skeleton, clean_name
+from studio.jobs.base.weights.tensor_files import TensorFiles, block_rows
 from studio.jobs.base.weights.units import Read, put
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Where the parameters of a model come from.
+class Weights(Protocol):
+    """Where the parameters of a model come from."""
 
-    Attributes:
-        read: Gives a parameter by its name in the base.
-        files: Tensors, some of which are parameters.
-        key_of: Names the tensor in the files that is a parameter as it is; None where it is made.
-    """
+    @property
+    def files(self) -> TensorFiles:
+        """Tensors, some of which are parameters."""
 
-    read: Read
-    files: TensorFiles
-    key_of: Callable[[str], str | None]
+    def read(self, name: str) -> Tensor:
+        """Return a parameter by its name in the base."""
+
+    def key_of(self, name: str) -> str | None:
+        """Return the tensor in the files that is a parameter as it is; None where it is made."""
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def streamed_logits(
 
     def logits(by_rows: dict[str, tuple[nn.Module, str]]) -> Tensor:
         lending = _lending(_lent(model, prefix, by_rows), weights.read, tell)
-        with lending, computing_by_rows(by_rows, weights.files):
+        with lending, _computing_by_rows(by_rows, weights.files):
             made: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return made.float()
 
@@ -89,8 +90,8 @@ def folder_logits(
         JobFailed: The files lack a parameter of the model.
         OSError: A file cannot be read.
     """
-    clean = build_clean(folder)
-    return streamed_logits(clean, _weights(clean, TensorFiles(folder)), ids, mask, tell=tell)
+    weights = FolderWeights.of(folder)
+    return streamed_logits(weights.clean, weights, ids, mask, tell=tell)
 
 
 def adapted_logits(skeleton: Skeleton, folder: Path, ids: Tensor, mask: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def adapted_logits(skeleton: Skeleton, folder: Path, ids: Tensor, mask: Tensor) 
         JobFailed: The files lack a parameter of the model.
         OSError: A file cannot be read.
     """
-    weights = _weights(skeleton.clean, TensorFiles(folder))
+    weights = FolderWeights(skeleton.clean, TensorFiles(folder))
     return streamed_logits(skeleton.adapted, weights, ids, mask, "base_model.model.")
 
 
@@ -129,7 +130,7 @@ def _by_rows(model: nn.Module, weights: Weights, prefix: str) -> dict[str, tuple
             closed = f"{path}."
         if (type(module) is nn.Linear or isinstance(module, nn.Embedding)) and module.weight.is_meta:
             key = weights.key_of(clean_name(f"{path}.weight".removeprefix(prefix)))
-            if key is not None and weights.files.tensors[key].entry.shape == module.weight.shape:
+            if key is not None and weights.files.shape(key) == module.weight.shape:
                 found[path] = module, key
     return found
 
@@ -209,24 +210,101 @@ def _lender(
     return lend, take_back
 
 
-def _weights(clean: Any, files: TensorFiles) -> Weights:
-    names = CheckpointNames(clean, files)
-    groups = {name: group for group in names.groups for name in group.names}
-    tied = getattr(clean, "all_tied_weights_keys", None) or {}
+@contextmanager
+def _computing_by_rows(modules: Mapping[str, tuple[nn.Module, str]], files: TensorFiles) -> Iterator[None]:
+    """Let linear layers and embeddings compute in fp32 from files.
 
-    def read(name: str) -> Tensor:
-        source = name if name in groups else tied.get(name, name)
-        group = groups.get(source)
-        if group is None:
-            raise JobFailed(
-                "merged_incomplete",
-                f"the model's files do not hold {plain(name, one_line=True)}",
-                "merge again; if it stays so, report the model's name",
-            )
-        return names.load(group, {key: files.read(key) for key in group.keys})[source]
+    Args:
+        modules: Any name; the module, its weight on the meta device; the key of that weight in the files.
+        files: Where the weights are.
 
-    def key_of(name: str) -> str | None:
-        group = groups.get(name if name in groups else tied.get(name, name))
-        return group.keys[0] if group and group.converter is None else None
+    Raises:
+        NotLent: Inside; another module computes with such a weight.
+    """
+    with ExitStack() as stack:
+        pool = stack.enter_context(workers()) if modules else None
+        for module, key in modules.values():
+            before = module.get_parameter("weight")
+            stack.callback(put, module, "weight", before)
+            put(module, "weight", Absent.of(before))
+            if isinstance(module, nn.Linear) and pool is not None:
+                setattr(module, "forward", _linear(module, files, key, pool))  # noqa: B010  an instance's own forward
+                stack.callback(delattr, module, "forward")
+            else:
+                for handle in _lend_rows(module, files, key):
+                    stack.callback(handle.remove)
+        yield
 
-    return Weights(read, files, key_of)
+
+def _linear(module: nn.Linear, files: TensorFiles, key: str, pool: ThreadPoolExecutor) -> Any:
+    count, width = files.shape(key)
+    rows = block_rows(count, width)
+    share = -(-count // rows // pool._max_workers) * rows
+
+    def part(first: int, columns: Tensor, result: Tensor) -> None:
+        """Fill rows of the result `[out, tokens]`; columns are `[in, tokens]`."""
+        with torch.no_grad():
+            last = min(count, first + share)
+            weight = torch.empty(rows, width)
+            for block in files.row_blocks(key, rows, first, last):
+                torch.mm(weight[: len(block)].copy_(block), columns, out=result[first : first + len(block)])
+                first += len(block)
+
+    def forward(hidden: Tensor) -> Tensor:
+        columns = hidden.reshape(-1, width).t().contiguous()
+        result = torch.empty(count, columns.shape[1])
+        for done in [pool.submit(part, first, columns, result) for first in range(0, count, share)]:
+            done.result()
+        answer = result.t().contiguous()
+        if module.bias is not None:
+            answer += module.bias
+        return answer.view(*hidden.shape[:-1], count)
+
+    return forward
+
+
+def _lend_rows(module: nn.Module, files: TensorFiles, key: str) -> list[Any]:
+    absent = module.get_parameter("weight")
+
+    def lend(_: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
+        (ids,) = [one for one in (*args, *more.values()) if isinstance(one, Tensor)]
+        wanted = torch.unique(ids).tolist()
+        # Pages that are never touched take no memory: only the rows of these tokens are ever there.
+        weight = torch.empty(files.shape(key))
+        weight[wanted] = files.picked(key, wanted).float()
+        put(module, "weight", nn.Parameter(weight, requires_grad=False))
+
+    def take_back(*called: Any) -> None:
+        put(module, "weight", absent)
+
+    return [
+        module.register_forward_pre_hook(lend, with_kwargs=True),
+        module.register_forward_hook(take_back, always_call=True),
+    ]
+
+
+_ASKED = {
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size,
+    Tensor.stride, Tensor.is_contiguous,
+}  # fmt: skip
+
+
+class NotLent(RuntimeError):
+    """A part of the model computed with the weights of a layer that it did not call."""
+
+
+class Absent(torch.nn.Parameter):
+    """Stands for a parameter whose numbers are elsewhere."""
+
+    @staticmethod
+    def of(parameter: Tensor) -> "Absent":
+        """Return a stand-in of the same shape."""
+        made: Absent = torch.Tensor._make_subclass(Absent, parameter.detach().to("meta"), require_grad=False)
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer questions about the form, refuse all else."""
+        if getattr(func, "__name__", "") == "__get__" or func in _ASKED:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise NotLent("a weight was computed with that was not in memory")

@@ -1,11 +1,6 @@
-"""Reads the tensors of a model folder one at a time, by plain reads.
+"""Reads the tensors of a model folder one at a time, whole or a few rows of them."""
 
-A memory map would do less work, but every page that it ever touched counts as resident until the system takes it back.
-"""
-
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +8,8 @@ from torch import Tensor
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.weights.stretches import read_stretch
-from studio.probe.model_folder import INDEX, WEIGHTS
-from studio.probe.safetensors_header import TensorEntry, read_header
+from studio.probe.model_folder import weight_files
+from studio.probe.safetensors_file import stored_in
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -25,50 +19,17 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BLOCK_ELEMENTS = 2**18
 """1 MiB in fp32: a core's second cache holds a block of a matrix and what it is added to."""
-_PIECE_BYTES = 2**19
+PIECE_BYTES = 2**19
 """A core's second cache holds it, for who looks at the bytes next."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor in a file.
+class TensorFiles:
+    """All tensors of a model folder, in the order of its files.
 
     Attributes:
-        path: The file.
-        offset: Bytes from its start.
-        entry: Format and shape.
+        folder: The folder.
+        tensors: By name.
     """
-
-    path: Path
-    offset: int
-    entry: TensorEntry
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Format of its numbers."""
-        return TORCH_DTYPES[self.entry.dtype]
-
-    def pieces(self, piece: int = _PIECE_BYTES, first: int = 0, last: int | None = None) -> Iterator[memoryview]:
-        """Yield its bytes in pieces of so many; one is only good until the next.
-
-        Args:
-            piece: Bytes of each but the last.
-            first: The first byte of the tensor that is wanted.
-            last: The byte after the last one; None for all.
-
-        Raises:
-            OSError: The file cannot be read.
-            BadInput: It has become shorter since its header was read.
-        """
-        size = (self.entry.size_bytes if last is None else last) - first
-        try:
-            yield from read_stretch(self.path, self.offset + first, size, piece)
-        except EOFError:
-            raise BadInput(f"{plain(self.path.name, one_line=True)} became shorter while it was read.") from None
-
-
-class TensorFiles:
-    """All tensors of a model folder, in the order of its files."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers.
@@ -77,7 +38,19 @@ class TensorFiles:
             BadInput: A shard is missing or damaged, or holds a format that only quantised checkpoints have.
         """
         self.folder = folder
-        self.tensors = {key: stored for path in _shards(folder) for key, stored in stored_in(path).items()}
+        self.tensors = {key: stored for path in weight_files(folder) for key, stored in stored_in(path).items()}
+        for key, stored in self.tensors.items():
+            if stored.entry.dtype not in TORCH_DTYPES:
+                shown = f"{plain(stored.path.name, one_line=True)} holds {plain(key, one_line=True)}"
+                raise BadInput(f"{shown} as {stored.entry.dtype}; wanted the original 16- or 32-bit weights.")
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the format of a tensor's numbers."""
+        return TORCH_DTYPES[self.tensors[key].entry.dtype]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self.tensors[key].entry.shape
 
     def read(self, key: str) -> Tensor:
         """Return one tensor as it is stored.
@@ -86,10 +59,33 @@ class TensorFiles:
             OSError: The file cannot be read.
             BadInput: It has become shorter since its header was read.
         """
-        stored = self.tensors[key]
-        for whole in stored.pieces(max(1, stored.entry.size_bytes)):
-            return torch.frombuffer(whole, dtype=stored.dtype).reshape(stored.entry.shape)
-        return torch.empty(stored.entry.shape, dtype=stored.dtype)
+        made = torch.empty(self.shape(key), dtype=self.dtype(key))
+        self._fill(made, key, 0)
+        return made
+
+    def rows(self, key: str, first: int, last: int) -> Tensor:
+        """Return rows `[last - first, ...]` of a tensor as it is stored; there are no more than it has.
+
+        Raises:
+            OSError: The file cannot be read.
+            BadInput: It has become shorter since its header was read.
+        """
+        count, *rest = self.shape(key)
+        made = torch.empty(min(last, count) - first, *rest, dtype=self.dtype(key))
+        self._fill(made, key, first)
+        return made
+
+    def picked(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Return single rows `[rows, ...]` of a tensor, in the order asked for, as they are stored.
+
+        Raises:
+            OSError: The file cannot be read.
+            BadInput: It has become shorter since its header was read.
+        """
+        made = torch.empty(len(rows), *self.shape(key)[1:], dtype=self.dtype(key))
+        for place, row in enumerate(rows):
+            self._fill(made[place : place + 1], key, row)
+        return made
 
     def row_blocks(self, key: str, rows: int, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
         """Yield rows of one matrix in blocks, as it is stored; a block is only good until the next one.
@@ -104,28 +100,14 @@ class TensorFiles:
             OSError: The file cannot be read.
             BadInput: It has become shorter since its header was read.
         """
-        stored = self.tensors[key]
-        count, width = stored.entry.shape
-        row_bytes = width * stored.dtype.itemsize
+        count, width = self.shape(key)
+        last = count if last is None else last
+        block = torch.empty(min(rows, last - first), width, dtype=self.dtype(key))
+        row_bytes = width * block.itemsize
         if not row_bytes:
             return
-        last = count if last is None else last
-        for block in stored.pieces(rows * row_bytes, first * row_bytes, last * row_bytes):
-            yield torch.frombuffer(block, dtype=stored.dtype).view(-1, width)
-
-    def read_rows(self, key: str, wanted: Sequence[int]) -> Tensor:
-        """Return some rows of one matrix, in the order asked for, as they are stored.
-
-        Raises:
-            OSError: The file cannot be read.
-            BadInput: It has become shorter since its header was read.
-        """
-        stored = self.tensors[key]
-        rows = torch.empty(len(wanted), stored.entry.shape[1], dtype=stored.dtype)
-        for place, row in enumerate(wanted):
-            for block in self.row_blocks(key, 1, row, row + 1):
-                rows[place] = block[0]
-        return rows
+        for piece in self.tensors[key].pieces(bytes_of(block), first * row_bytes, last * row_bytes):
+            yield block[: len(piece) // row_bytes]
 
     def are_equal(self, key: str, other: str) -> bool:
         """Whether two tensors have the same form and bytes.
@@ -135,26 +117,18 @@ class TensorFiles:
             BadInput: One has become shorter since its header was read.
         """
         one, two = self.tensors[key], self.tensors[other]
-        if (one.dtype, one.entry.shape) != (two.dtype, two.entry.shape):
+        if (one.entry.dtype, one.entry.shape) != (two.entry.dtype, two.entry.shape):
             return False
-        return all(bytes(piece) == bytes(same) for piece, same in zip(one.pieces(), two.pieces(), strict=True))
+        pieces = (stored.pieces(memoryview(bytearray(PIECE_BYTES))) for stored in (one, two))
+        return all(piece == same for piece, same in zip(*pieces, strict=True))
 
-
-def stored_in(path: Path) -> dict[str, Stored]:
-    """Return the tensors of one file, in its order.
-
-    Raises:
-        BadInput: It is damaged, or holds a format that only quantised checkpoints have.
-    """
-    header = read_header(path)
-    start = 8 + header.header_bytes
-    found = {}
-    for key, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
-        if entry.dtype not in TORCH_DTYPES:
-            shown = f"{plain(path.name, one_line=True)} holds {plain(key, one_line=True)} as {entry.dtype}"
-            raise BadInput(f"{shown}; wanted the original 16- or 32-bit weights.")
-        found[key] = Stored(path, start + entry.begin, entry)
-    return found
+    def _fill(self, made: Tensor, key: str, first: int) -> None:
+        """Read rows, from the first one on, into a contiguous tensor."""
+        room = bytes_of(made)
+        if room:
+            begin = first * (len(room) // len(made)) if made.dim() else 0
+            for _ in self.tensors[key].pieces(room, begin, begin + len(room)):
+                pass
 
 
 def block_rows(count: int, width: int, apart: int = 1) -> int:
@@ -164,12 +138,5 @@ def block_rows(count: int, width: int, apart: int = 1) -> int:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU."""
-    view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
     return view
-
-
-def _shards(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = json.loads((folder / INDEX).read_text("utf-8"))
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]

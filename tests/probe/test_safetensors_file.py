@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.probe.json_size import MOST_VALUES
-from studio.probe.safetensors_header import MAX_HEADER_BYTES, CorruptSafetensors, parse_header, read_header
+from studio.probe.safetensors_file import MAX_HEADER_BYTES, CorruptSafetensors, parse_header, read_header
 
 
 def build(header: object, buffer: bytes = b"", *, length: int | None = None, padding: int = 0) -> bytes:

@@ -1,13 +1,14 @@
-"""Which tensors in the files make which parameters in memory, and back.
+"""The parameters of a model folder by their names in memory: which tensors in the files make which of them, and back.
 
 transformers 5 renames, stacks and splits tensors while it loads them (a mixture's experts lie one by one on disk and
 as one 3-D parameter in memory). The rules are its own; this follows `convert_and_load_state_dict_in_model`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
+from studio.jobs.base.weights.skeleton import build_clean
 from studio.jobs.base.weights.tensor_files import TensorFiles
 
 
@@ -119,5 +121,88 @@ class CheckpointNames:
         by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         keys, patterns = tuple(key for key, _ in pairs), tuple(pattern for _, pattern in pairs)
         trial = Group(keys, (), by_pattern[patterns[0]], patterns, target)
-        shapes = {key: torch.empty(files.tensors[key].entry.shape, device="meta") for key in keys}
+        shapes = {key: torch.empty(files.shape(key), device="meta") for key in keys}
         return Group(keys, tuple(self.load(trial, shapes)), trial.converter, patterns, target)
+
+
+class FolderWeights:
+    """Reads the parameters of a model when they are needed, whole or a few rows of a large one.
+
+    Attributes:
+        clean: The model's structure; parameters are on the meta device.
+        files: The tensors.
+        names: The groups of tensors and what they become.
+        groups: The group of each parameter that has tensors of its own.
+    """
+
+    def __init__(self, clean: PreTrainedModel, files: TensorFiles) -> None:
+        """Match the model's parameters with the tensors.
+
+        Raises:
+            BadInput: A conversion of transformers does not fit the tensors.
+        """
+        self.clean, self.files = clean, files
+        self.names = CheckpointNames(clean, files)
+        self.groups = {name: group for group in self.names.groups for name in group.names}
+        self._tied: dict[str, str] = dict(getattr(clean, "all_tied_weights_keys", None) or {})
+
+    @classmethod
+    def of(cls, folder: Path, vocabulary: int | None = None) -> Self:
+        """Return those of a folder with config and safetensors.
+
+        Args:
+            folder: The folder.
+            vocabulary: Number of tokens, where an adapter brings an embedding of another size.
+
+        Raises:
+            BadInput: transformers cannot build this model, or a file of it is damaged.
+        """
+        return cls(build_clean(folder, vocabulary), TensorFiles(folder))
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter by its name in memory, as it is stored.
+
+        Raises:
+            JobFailed: The files lack it.
+            OSError: A file cannot be read.
+        """
+        source, group = self._find(name)
+        return self.names.load(group, {key: self.files.read(key) for key in group.keys})[source]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `[stop - start, ...]` of a parameter, reading only those where its tensor is stored as it is.
+
+        Raises:
+            JobFailed: The files lack it.
+            OSError: A file cannot be read.
+        """
+        _, group = self._find(name)
+        return self.read(name)[start:stop] if group.converter else self.files.rows(group.keys[0], start, stop)
+
+    def picked(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Return single rows `[rows, ...]` of a parameter.
+
+        Raises:
+            JobFailed: The files lack it.
+            OSError: A file cannot be read.
+        """
+        _, group = self._find(name)
+        return self.read(name)[list(rows)] if group.converter else self.files.picked(group.keys[0], rows)
+
+    def key_of(self, name: str) -> str | None:
+        """Return the tensor that is a parameter as it is; None where it is made of others, or not there."""
+        group = self.groups.get(self._source_of(name))
+        return group.keys[0] if group and group.converter is None else None
+
+    def _source_of(self, name: str) -> str:
+        return name if name in self.groups else self._tied.get(name, name)
+
+    def _find(self, name: str) -> tuple[str, Group]:
+        source = self._source_of(name)
+        if source not in self.groups:
+            raise JobFailed(
+                "weights_not_found",
+                f"the model's files do not hold {plain(name, one_line=True)}",
+                "download or copy the model again; if it stays so, report the model's name",
+            )
+        return source, self.groups[source]

@@ -1,4 +1,4 @@
-"""Reads and checks the header of a safetensors file, without reading a weight and without any library.
+"""Reads a safetensors file without any library: its header, which is checked, and the bytes of single tensors.
 
 The format: 8 bytes of header length (little-endian), the header as JSON, then one buffer of tensors that the header's
 offsets cover completely, in order, without holes. The rules are the safetensors library's own
@@ -8,7 +8,9 @@ offsets cover completely, in order, without holes. The rules are the safetensors
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +80,67 @@ class SafetensorsHeader:
     def buffer_bytes(self) -> int:
         """Bytes of all tensors."""
         return max((entry.end for entry in self.tensors.values()), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        path: The file.
+        offset: Where its bytes begin, from the start of the file.
+        entry: Format and shape.
+    """
+
+    path: Path
+    offset: int
+    entry: TensorEntry
+
+    def pieces(self, room: memoryview, first: int = 0, last: int | None = None) -> Iterator[memoryview]:
+        """Yield its bytes in order, each piece in the same memory: one is only good until the next.
+
+        Plain reads: every page of a memory map that was ever touched counts as the process's own until the system
+        takes it back.
+
+        Args:
+            room: Takes a piece; all are as long but the last.
+            first: The first byte of the tensor that is wanted.
+            last: The byte after the last one; None for all.
+
+        Raises:
+            OSError: The file cannot be read.
+            BadInput: It has become shorter since its header was read.
+        """
+        left = (self.entry.size_bytes if last is None else last) - first
+        with FileIO(self.path) as file:
+            file.seek(self.offset + first)
+            while left:
+                piece = room[: min(left, len(room))]
+                done = 0
+                while done < len(piece):
+                    got = file.readinto(piece[done:])
+                    if not got:
+                        raise changed(self.path)
+                    done += got
+                left -= done
+                yield piece
+
+
+def changed(path: Path) -> BadInput:
+    """Return the refusal of a file that is not what its header said a moment ago."""
+    return BadInput(f"{plain(str(path), one_line=True)} was changed while it was read. Try again when it is whole.")
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """Return the tensors of one file by name, in its order.
+
+    Raises:
+        CorruptSafetensors: The file cannot be opened, or breaks a rule of the format.
+    """
+    header = read_header(path)
+    start = 8 + header.header_bytes
+    ordered = sorted(header.tensors.items(), key=lambda item: item[1].begin)
+    return {key: Stored(path, start + entry.begin, entry) for key, entry in ordered}
 
 
 def read_header(path: Path) -> SafetensorsHeader:
