@@ -30,7 +30,7 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Finished runs are remembered here and not in the home of whoever runs the tests."""
-    monkeypatch.setattr("studio.runs.calibration.studio_home", lambda: tmp_path / "home")
+    monkeypatch.setattr("studio.runs.kept_list.studio_home", lambda: tmp_path / "home")
     return tmp_path / "home" / "calibration.json"
 
 
