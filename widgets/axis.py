@@ -6,10 +6,10 @@ from collections.abc import Sequence
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SHRINK_BELOW = 0.35
-"""Data that fill less than this share of the axis make it shrink; more lets small moves pass without a redraw."""
+"""The axis shrinks only when the data fill less than this share of it: each change of the axis redraws the plot."""
 
 _LEAST_SPAN = 1e-9
-"""Share of the values' own size below which a span is noise of the arithmetic."""
+"""A span below this share of the values' own size is taken for rounding noise."""
 _LEAST_SIZE = 1e-280
 """Below this, steps between ticks would leave the range of floats."""
 
@@ -28,7 +28,7 @@ def nice_step(span: float, count: int) -> float:
 
 
 def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """Return round values from `low` to `high`, both inside, at most `count` steps apart; `whole` ones for counts."""
+    """Return round values from `low` to `high`, both included, in at most `count` steps; only whole ones if `whole`."""
     if not low < high:
         return [low]
     step = nice_step(high - low, max(1, count))
@@ -40,7 +40,10 @@ def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> l
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Return powers of ten between two positive values; with few decades also 2 and 5 times them, else nice values."""
+    """Return the powers of ten between two positive values; with few decades also 2 and 5 times them.
+
+    Where even these are fewer than two, they are round values as for a linear axis.
+    """
     if not 0 < low < high:
         return [low]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -55,7 +58,7 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Return one label a tick: as many decimals as tell neighbours apart, thousands as `k`, millions as `M` ..."""
+    """Return one label for each tick, with as many decimals as the ticks have; thousands are `k`, millions `M` ..."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
     if 0 < largest < 1e-3:
         return [f"{tick:.3g}" for tick in ticks]
@@ -71,7 +74,7 @@ def _decimals(value: float) -> int:
 
 
 class StickyRange:
-    """A y range with round ends that covers its data and stays where it is while they move inside it."""
+    """A y range with round ends that covers its data and does not change while they move inside it."""
 
     def __init__(self, *, from_zero: bool = False, margin: float = 0.02) -> None:
         """Keep zero inside the range when `from_zero`; leave at least `margin` of the data's span free at both ends."""
@@ -80,11 +83,11 @@ class StickyRange:
         self._range: tuple[float, float] | None = None
 
     def forget(self) -> None:
-        """Choose anew at the next call."""
+        """Drop the range, so that the next call chooses a new one."""
         self._range = None
 
     def cover(self, low: float, high: float) -> tuple[float, float]:
-        """Return a range that holds `low` to `high`: the last one while the data fit it and do not rattle in it.
+        """Return a range that holds `low` to `high`: the last one, unless the data leave it or fill too little of it.
 
         Raises:
             ValueError: A value is not finite, or low is above high.

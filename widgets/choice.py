@@ -97,7 +97,7 @@ class Choice(Widget, can_focus=True):
         return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
 
     def _pieces(self) -> list[tuple[str, str]]:
-        """Return the texts of the row after the label, each with the value that a click on it chooses, if one."""
+        """Return the texts after the label, each with the value that a click on it chooses; empty for an arrow."""
         whole = [(f"({'•' if value == self.value else ' '}) {shown}  ", value) for value, shown in self._options]
         if sum(len(text) for text, _ in whole) <= self.size.width - self._label_width:
             return whole
@@ -105,7 +105,7 @@ class Choice(Widget, can_focus=True):
         return [(_BEFORE, ""), (shown, self.value), (_AFTER, "")]
 
     def on_click(self, event: events.Click) -> None:
-        """Choose what was clicked, on an arrow the one before or the next; beside them a click chooses nothing."""
+        """Choose the clicked option; an arrow chooses the option before or after, a click elsewhere none."""
         position = event.x - self._label_width
         for text, value in self._pieces():
             if 0 <= position < cell_len(text):
@@ -117,7 +117,7 @@ class Choice(Widget, can_focus=True):
             position -= cell_len(text)
 
     def action_turn(self, direction: int) -> None:
-        """Choose the next or the one before, round and round."""
+        """Choose the next option or the one before; after the last comes the first."""
         values = [value for value, _ in self._options]
         index = values.index(self.value) + direction if self.value in values else 0
         self._turn(values[index % len(values)])

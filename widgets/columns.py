@@ -1,4 +1,4 @@
-"""Decimation: from any number of points to at most two per terminal column. Knows no widget and no plot library."""
+"""Decimation: at most two points per terminal column, from any number of points. Knows no widget or plot library."""
 
 import math
 from array import array
@@ -10,8 +10,8 @@ Point = tuple[float, float]
 class ColumnExtremes:
     """The lowest and the highest point of every column of a fixed x range, kept up to date point by point.
 
-    A column of a terminal cannot show more than the span of its values, so nothing visible is lost, and a redraw costs
-    the width of the plot, not the length of the run. A non-finite y leaves a gap before the next finite point.
+    A column of a terminal can show no more than the span of its values, so nothing visible is lost. The cost of a
+    redraw depends on the width of the plot, not on the number of points. A non-finite y leaves a gap.
     """
 
     def __init__(self, x_low: float, x_high: float, columns: int) -> None:
@@ -31,7 +31,7 @@ class ColumnExtremes:
         self._gap = False
 
     def add(self, xs: Iterable[float], ys: Iterable[float]) -> None:
-        """Take points in the order in which they happened. A point outside the x range is dropped."""
+        """Add points in order of time. A point outside the x range is dropped."""
         lowest, highest = self._lowest, self._highest
         for x, y in zip(xs, ys, strict=False):
             if not math.isfinite(y) or not math.isfinite(x):
@@ -78,7 +78,7 @@ class Series:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every point."""
+        """Drop all points."""
         self.xs, self.ys = array("d"), array("d")
         self.x_last: float | None = None
         self.lowest: float | None = None
@@ -105,7 +105,7 @@ class Series:
                     self.lowest_positive = y if self.lowest_positive is None else min(self.lowest_positive, y)
 
     def decimated(self, x_low: float, x_high: float, columns: int) -> ColumnExtremes:
-        """Return the extremes for this range; only points added since the last call with the same range are read."""
+        """Return the extremes for a range; a repeated call with the same range reads only the points that are new."""
         shape = (x_low, x_high, columns)
         if self._columns is None or shape != self._shape:
             self._columns, self._shape, self._seen = ColumnExtremes(*shape), shape, 0

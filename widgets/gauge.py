@@ -16,10 +16,10 @@ _LOOKS = ("free", "line", "over", "note", "strong", "good", "doubtful", "bad")
 
 
 class Gauge(Widget):
-    """Shows a reading. Repaints when the reading changes, never otherwise.
+    """Shows a reading. Repaints only when the reading changes.
 
-    One row holds the stack and its figures. From two rows on the figures stand above the stack, from three the range
-    stands below it, and what is left names the parts.
+    A gauge of one row holds the stack and its figures. From two rows on the figures are above the stack, from three on
+    the range is below it, and further rows name the parts.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -79,7 +79,7 @@ class Gauge(Widget):
         return Strip(segments).adjust_cell_length(width, self.rich_style)
 
     def _one_row(self, width: int) -> list[Run]:
-        """Return label, stack and figures; the figures shrink before the stack does."""
+        """Return label, stack and figures; where space is short, the figures are shortened before the stack."""
         name = f"{self._label} " if self._label else ""
         if not self.reading.parts:
             return [(name, "strong"), *headline(self.reading, self._unit, max(0, width - len(name)))]

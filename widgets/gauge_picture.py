@@ -6,14 +6,14 @@ from itertools import accumulate
 from typing import Literal
 
 PATTERNS = "█▓▒░▚≡◦"
-"""One for each part, in order, so that parts differ without colour; further parts begin anew."""
+"""One for each part, in order, so that parts differ without colour; after the last the first comes again."""
 
 FREE, LINE, OVER, NOTE, STRONG = "free", "line", "over", "note", "strong"
 _BEYOND = 1.04
-"""How far the axis reaches past a value that lies over the capacity."""
+"""Length of the axis relative to a value above the capacity, so that the value does not touch the end."""
 
 _NOTHING = 0.005
-"""What would be written as 0.00 is not named."""
+"""Parts below this would be written as 0.00 and are left out of the legend."""
 
 Level = Literal["", "good", "doubtful", "bad"]
 Run = tuple[str, str]
@@ -34,10 +34,10 @@ class Reading:
 
     Attributes:
         parts: What is stacked, from the left.
-        capacity: Where the line stands; None without one.
-        low: Least that the whole may be.
-        high: Most that it may be.
-        measured: What it was found to be, where it was measured.
+        capacity: Where the line is; None without one.
+        low: The low end of the whole's range.
+        high: The high end of the whole's range.
+        measured: The measured whole; None where it was not measured.
         verdict: A few words on the whole against the capacity.
         level: How good the verdict is.
     """
@@ -57,7 +57,7 @@ class Reading:
 
     @property
     def end(self) -> float:
-        """The value at the right end: the capacity, or somewhat more than what lies beyond it."""
+        """The value at the right end: the capacity, or somewhat more than the largest value beyond it."""
         most = max(self.total, self.high or 0.0, self.measured or 0.0)
         if self.capacity is not None and most <= self.capacity:
             return self.capacity
@@ -65,12 +65,12 @@ class Reading:
 
 
 def figure(value: float) -> str:
-    """Return a value with as many decimals as help: 0.08, 5.31, 24.0, 131."""
+    """Return a value with about three digits: 0.08, 5.31, 24.0, 131."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def bar(reading: Reading, width: int) -> list[Run]:
-    """Return the stack over `width` cells, with the line at the capacity; what lies beyond it looks `over`."""
+    """Return the stack over `width` cells, with a line at the capacity; cells beyond the line look `over`."""
     edges = [_cells(reading, value, width) for value in accumulate(part.value for part in reading.parts)]
     line = None if reading.capacity is None else min(width - 1, _cells(reading, reading.capacity, width))
     runs: list[Run] = []
@@ -89,7 +89,7 @@ def bar(reading: Reading, width: int) -> list[Run]:
 
 
 def whisker(reading: Reading, width: int) -> list[Run]:
-    """Return the range below the stack, from the least to the most, with a mark where it was measured."""
+    """Return the range for the row below the stack, from low to high, with a mark at the measured value."""
     cells = [" "] * width
     if reading.low is not None and reading.high is not None:
         low, high = (_cell(reading, value, width) for value in (reading.low, reading.high))
@@ -102,7 +102,7 @@ def whisker(reading: Reading, width: int) -> list[Run]:
 
 
 def legend(reading: Reading, width: int) -> list[list[Run]]:
-    """Return rows that name every part that is something, with pattern and value; a row holds as many as fit."""
+    """Return rows that name every part above zero, with pattern and value; a row holds as many as fit."""
     rows: list[list[Run]] = [[]]
     used = 0
     for index, part in enumerate(reading.parts):
@@ -157,7 +157,7 @@ def _clipped(runs: Sequence[Run], width: int) -> list[Run]:
 
 
 def _joined(runs: Sequence[Run]) -> list[Run]:
-    """Join neighbours of one look."""
+    """Return the runs with neighbours of the same look joined."""
     joined: list[Run] = []
     for text, look in runs:
         if joined and joined[-1][1] == look:

@@ -1,4 +1,4 @@
-"""The row of keys at the foot of a screen: built anew only when it would look different, and never cut off."""
+"""The row of keys at the foot of a screen: rebuilt only when it would look different, and never cut off."""
 
 from rich.cells import cell_len
 from textual import events
@@ -12,20 +12,21 @@ _BLANKS = 3
 
 
 class KeyFooter(Footer):
-    """Textual's footer builds a widget per key whenever the focus moves, which costs more than the move itself.
+    """Textual's footer, but rebuilt only for other keys: it builds a widget per key whenever the focus moves.
 
-    Where not all keys have room, those before the last two are left out from the right: help and the way back stay.
+    That takes longer than the move itself. Where there is no room for all keys, the last two (help and the way back)
+    stay, and of the others those to the right are left out.
     """
 
     def __init__(self) -> None:
-        """Show the keys of the screen; the palette's is one of many, so it has no place of its own."""
+        """Show the keys of the screen; that of the command palette is shown like any other."""
         super().__init__(show_command_palette=False)
         self._shown: list[tuple[str, str, str, bool]] = []
         self._cells_wanted = 0
         self._cells_had = 0
 
     def compose(self) -> ComposeResult:
-        """The keys that have room."""
+        """The keys for which there is room."""
         keys = [key for key in super().compose() if isinstance(key, FooterKey)]
         widths = [cell_len(key.key_display) + cell_len(key.description) + _BLANKS for key in keys]
         self._cells_wanted, self._cells_had = sum(widths), self.app.size.width
@@ -35,12 +36,12 @@ class KeyFooter(Footer):
                 yield key
 
     async def on_resize(self, event: events.Resize) -> None:
-        """Leave out more or fewer keys."""
+        """Show as many keys as the new width has room for."""
         if self._cells_wanted > min(self._cells_had, self.app.size.width) and self._cells_had != self.app.size.width:
             await self.recompose()
 
     def bindings_changed(self, screen: Screen[object]) -> None:
-        """Build the row anew where a key, its name or whether it does something has changed."""
+        """Rebuild the row if a key, its name, or whether it does something has changed."""
         active = screen.active_bindings.values()
         shown = [(key.key, key.key_display or "", key.description, on) for _, key, on, _ in active if key.show]
         if shown != self._shown and screen.app.app_focus:

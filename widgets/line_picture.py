@@ -70,7 +70,7 @@ class LinePicture:
         self._series[key].extend(xs, ys)
 
     def clear(self, key: str) -> None:
-        """Forget the points of a curve.
+        """Drop the points of a curve.
 
         Raises:
             KeyError: No curve has this key.
@@ -98,7 +98,7 @@ class LinePicture:
         return draw(frame, traces)
 
     def _x_range(self) -> tuple[float, float]:
-        """Return 0 to the total; where a point lies beyond it 0 to 10, 20, 40, 80 ...: an axis that moves rarely."""
+        """Return 0 to the total, or, where points lie beyond it, 0 to 10, 20, 40, 80 ..., which changes rarely."""
         last = max((series.x_last or 0.0 for series in self._series.values()), default=0.0)
         if self.x_total > 0 and last <= self.x_total:
             return 0.0, self.x_total
@@ -125,7 +125,7 @@ class LinePicture:
 
 
 def _log_pieces(piece: Sequence[Point]) -> Iterator[list[Point]]:
-    """Cut a piece where a logarithm does not exist and yield the rest with log10 of y."""
+    """Yield a piece with log10 of y, cut where y is 0 or less and has no logarithm."""
     run: list[Point] = []
     for x, y in piece:
         if y > 0:

@@ -115,12 +115,12 @@ class LinePlot(Widget):
         self._draw_soon()
 
     def on_resize(self) -> None:
-        """Draw for the new size at once: the old strips do not fit it."""
+        """Draw for the new size at once, since the old strips do not fit it."""
         self._forget_drawing()
         self._redraw()
 
     def on_show(self) -> None:
-        """Catch up with what came while the plot was out of sight."""
+        """Draw the points that came while the plot was out of sight."""
         self._draw_soon()
 
     def extend(self, key: str, xs: Iterable[float], ys: Iterable[float]) -> None:
@@ -144,7 +144,7 @@ class LinePlot(Widget):
         self.extend(key, xs, ys)
 
     def hold(self, held: bool) -> None:
-        """Draw nothing while more points are known to come; let go, draw them all."""
+        """Draw nothing while held, as long as more points are known to come; draw them all on release."""
         if held != self._held:
             self._held = held
             self._draw_soon()
@@ -157,18 +157,18 @@ class LinePlot(Widget):
         self._draw_soon()
 
     def _draw_soon(self) -> None:
-        """Draw once after the messages of this moment, however many points they bring."""
+        """Draw once after all messages that are waiting, however many points they bring."""
         if not self._due and not self._held and self.is_mounted:
             self._due = True
             self.call_later(self._redraw)
 
     def _redraw(self) -> None:
-        """Draw and repaint the spans that differ from the last drawing; out of sight, draw nothing."""
+        """Draw, and repaint only the spans that differ from the last drawing; draw nothing while out of sight."""
         self._due = False
         width, height = self.size
         if width < 1 or height < 1 or not self.is_attached or not self.region:
             return
-        if self._drawn == (width, height, self._changes):  # a start brings several reasons to draw the same
+        if self._drawn == (width, height, self._changes):  # at the start several events ask for the same drawing
             return
         self._drawn = (width, height, self._changes)
         legend = [self._legend(width)] if height >= _LEAST_FOR_LEGEND else []

@@ -48,7 +48,7 @@ class LogSearch(Vertical):
             yield Static("", id="log-search-count", markup=False)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leave keys to others while nothing is searched for."""
+        """Act on the keys of a search only while one is open."""
         return self._opened if action in ("next", "close") else True
 
     def focus(self, scroll_visible: bool = True) -> "LogSearch":
@@ -57,7 +57,7 @@ class LogSearch(Vertical):
         return self
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Search for what stands in the line."""
+        """Search for the text in the line."""
         event.stop()
         self._log_view.sought = event.value
         if event.value:
@@ -65,7 +65,7 @@ class LogSearch(Vertical):
         self._tell()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Go on in the log, where n and N lead from match to match."""
+        """Move the focus to the log, where n and N go from match to match."""
         event.stop()
         self._log_view.focus()
 
@@ -82,7 +82,7 @@ class LogSearch(Vertical):
         self.query_one(Input).focus()
 
     def action_close(self) -> None:
-        """Search no more."""
+        """End the search and hide the line."""
         self._opened = False
         self.query_one(Horizontal).set_class(False, "-shown")
         self.query_one(Input).value = ""

@@ -1,4 +1,4 @@
-"""The end of a log, shown exactly: no markup, no escape sequences, no progress bars drawn over each other."""
+"""The end of a log, shown as plain text: no markup, no escape sequences, only the last state of a progress bar."""
 
 import re
 from collections import deque
@@ -17,7 +17,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def visible_lines(text: str) -> list[str]:
-    r"""Return the lines of a log as a terminal would leave them: after `\r` the last wins, controls become `·`."""
+    r"""Return the lines of a log: of texts separated by `\r` only the last, and `·` for each control character."""
     lines = []
     for line in text.split("\n"):
         last = line.rstrip("\r").rpartition("\r")[2]
@@ -26,7 +26,7 @@ def visible_lines(text: str) -> list[str]:
 
 
 class LogView(ScrollView, can_focus=True):
-    """The newest lines of a log. Follows the end until the user scrolls up, and again once the end is reached."""
+    """The newest lines of a log. Follows the end, except after the user has scrolled up and is not back at the end."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("end,G", "scroll_end", "Newest", show=False),
@@ -50,7 +50,7 @@ class LogView(ScrollView, can_focus=True):
     wrap: reactive[bool] = reactive(True)
     """Whether long lines continue on the next row."""
     sought: reactive[str] = reactive("")
-    """What is marked wherever it stands, in whatever case; empty marks nothing."""
+    """The text to mark wherever it occurs, in upper or lower case; empty marks nothing."""
 
     def __init__(
         self,
@@ -104,12 +104,12 @@ class LogView(ScrollView, can_focus=True):
             self._lay_out()
 
     def clear(self) -> None:
-        """Forget every line."""
+        """Drop all lines."""
         self._lines.clear()
         self._lay_out()
 
     def show_match(self, direction: int = -1, *, newest: bool = False) -> None:
-        """Scroll to the match before or after the last one shown, round and round; or to the newest."""
+        """Scroll to the match before or after the last one shown, or to the newest; after the end it begins again."""
         found = self.matches
         if not found:
             self._match = None
@@ -123,9 +123,9 @@ class LogView(ScrollView, can_focus=True):
         self.scroll_to(y=max(0, self._match - self.size.height // 2), animate=False)
 
     def _marked(self, text: str) -> list[Segment]:
-        """Return a row with what is sought marked in it."""
+        """Return a row with the sought text marked in it."""
         wanted, folded = self.sought.casefold(), text.casefold()
-        if not wanted or len(folded) != len(text):  # where folding changes lengths, places no longer match
+        if not wanted or len(folded) != len(text):  # where folding changes the length, positions would be wrong
             return [Segment(text, self.rich_style)]
         style, segments, begin = self.get_component_rich_style("log-view--found"), [], 0
         while (place := folded.find(wanted, begin)) >= 0:

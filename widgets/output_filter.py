@@ -1,6 +1,6 @@
-"""Last look at every row before it is written: nothing that steers a terminal, nothing that it cannot draw.
+"""The last filter of every row before it is written: takes out what steers a terminal, or what it cannot draw.
 
-A safety net below the widgets: they keep foreign text harmless themselves.
+It is a safety net: the widgets make foreign text harmless themselves.
 """
 
 import unicodedata
@@ -17,7 +17,7 @@ _BRAILLE = range(0x2800, 0x2900)
 # Dots of a braille cell by the row that they stand in, from the top (Unicode numbers them 1-8).
 _BRAILLE_ROWS = (0x09, 0x12, 0x24, 0xC0)
 _BRAILLE_LOOKS = " .-:-::|'|:|':||"
-"""By the rows that hold dots, the lowest row counting 1 and the top one 8."""
+"""Indexed by the rows that hold dots: the sum of 1 for the lowest row, 2, 4, and 8 for the top row."""
 
 _ASCII = dict(zip("█▓▒░▚≡◦·•●○◂▸▲▼◆┃…←→↑↓⏎⇧⌫", "#%+:x=o.*OO<>^v*|.<><>~^<", strict=False)) | {"↑": "^", "↓": "v"}
 
@@ -25,14 +25,14 @@ _ASCII = dict(zip("█▓▒░▚≡◦·•●○◂▸▲▼◆┃…←→�
 class SafeOutput(LineFilter):
     """Drops control characters and reordering marks, and replaces what the terminal cannot draw.
 
-    Widths stay as they are: what takes no cell is dropped, what takes two becomes two characters.
+    Widths stay as they are: a character without width is dropped, one of two cells becomes two characters.
     """
 
     def __init__(self, can_draw: Callable[[str], bool] | None = None) -> None:
-        """Filter.
+        """Filter for one terminal.
 
         Args:
-            can_draw: Whether the terminal can draw a character; None where it draws all of them.
+            can_draw: Returns whether the terminal can draw a character; None where it draws all of them.
         """
         super().__init__()
         self._can_draw = can_draw
@@ -58,7 +58,7 @@ class SafeOutput(LineFilter):
 
 @lru_cache(maxsize=4096)
 def ascii_of(character: str) -> str:
-    """Return ASCII that takes as many cells as a character and looks like it as far as that goes."""
+    """Return ASCII text that is as wide as a character and looks like it, as far as ASCII can."""
     code = ord(character)
     if code < 128:
         return character
@@ -81,11 +81,11 @@ def ascii_of(character: str) -> str:
 
 
 def drawable(encoding: str | None, *, braille: bool = True) -> Callable[[str], bool] | None:
-    """Return whether a terminal's encoding has a character, as a function; None where it has all of them.
+    """Return a function that says whether a terminal can draw a character; None where it can draw all of them.
 
     Args:
         encoding: The encoding of the stream that is drawn on.
-        braille: Whether the terminal's font has braille; the Linux console's has not.
+        braille: Whether the terminal's font has braille; that of the Linux console has not.
     """
     name = (encoding or "ascii").lower().replace("_", "-")
     if name in ("utf-8", "utf8"):

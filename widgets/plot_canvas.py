@@ -1,7 +1,7 @@
-"""plotext at arm's length: numbers in, rows of cells out. Knows no widget; imports plotext on the first drawing.
+"""The only module that uses plotext: numbers in, rows of cells out. Knows no widget; imports plotext when it draws.
 
-plotext 5 keeps one global figure. Each drawing clears it before and after and sets everything it needs, so that two
-plots never see each other's settings; all drawing must happen on one thread.
+plotext 5 has one global figure. Each drawing clears it before and after and sets everything that it needs, so that no
+plot sees another's settings; all drawing must happen on one thread.
 """
 
 import math
@@ -127,7 +127,10 @@ def _ticks(ticks: Sequence[tuple[float, str]]) -> tuple[list[float], list[str]]:
 
 
 def _within(frame: Frame, piece: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """Keep y near the canvas: plotext walks a line dot by dot, outside as well, and overflows on huge values."""
+    """Return the finite points with y kept near the canvas.
+
+    plotext draws a line dot by dot, outside of the canvas too, and overflows on huge values.
+    """
     bottom, top = frame.y_range
     margin = top - bottom
     finite = [(x, y) for x, y in piece if math.isfinite(x) and math.isfinite(y)]
@@ -140,7 +143,7 @@ def _rows(drawn: str, width: int, height: int) -> list[CellRow]:
 
 
 def _row(line: str, width: int) -> CellRow:
-    """Read back the 256-colour codes that plotext wrote: the number of the colour is the look."""
+    """Return a row of plotext's output as cells: the number of a 256-colour code is the look that was asked for."""
     parts = _SGR.split(line)
     text, looks = parts[0], bytearray(len(parts[0]))
     for code, piece in zip(parts[1::2], parts[2::2], strict=True):

@@ -1,4 +1,4 @@
-"""Where a slider can stand: stops between two ends. Knows no widget."""
+"""The values that a slider can take: stops between two ends. Knows no widget."""
 
 import bisect
 import itertools
@@ -23,7 +23,7 @@ class Scale:
     high: float
 
     def turned(self, value: float, stops: int) -> float:
-        """Return the value that many stops further up (or down, when negative), held at the ends."""
+        """Return the value so many stops further up, or down if negative, but not beyond the ends."""
         if stops > 0:
             index = bisect.bisect_right(self.stops, value) + stops - 1
         else:
@@ -35,7 +35,7 @@ class Scale:
         return self.stops[min(max(index, 0), len(self.stops) - 1)]
 
     def fraction(self, value: float) -> float:
-        """Return where a value stands, 0 to 1, each gap between neighbouring stops taking the same room."""
+        """Return the place of a value, 0 to 1; every two neighbouring stops are equally far apart."""
         if len(self.stops) == 1 or value <= self.stops[0]:
             return 0.0
         if value >= self.stops[-1]:

@@ -23,8 +23,8 @@ _CHARACTERS = (
     ("minus", "-"),
     ("underscore", "_"),
 )
-"""Keys of which a number can be typed, by Textual's names. All are bindings: a key that a handler takes at once
-overtakes the bindings of the keys before it when a slow line delivers several together."""
+"""Keys with which a number is typed, by Textual's names. All are bindings: where a slow line delivers several keys
+together, a key that a handler takes comes before the bindings of the keys typed before it."""
 _BEGINS = frozenset("0123456789.")
 _WHILE_TYPING = ("take_typed", "forget_typed", "untype")
 _LEAST_TRACK = 5
@@ -41,9 +41,9 @@ class Slider(Widget, can_focus=True):
         Binding("shift+right,pageup", "turn_coarse(1)", "Much more", show=False),
         Binding("home", "turn_to_end(-1)", "Least", show=False),
         Binding("end", "turn_to_end(1)", "Most", show=False),
-        Binding("enter", "take_typed", "Take"),
+        Binding("enter", "take_typed", "Accept"),
         Binding("enter", "begin_typing", "Type", show=False),
-        Binding("escape", "forget_typed", "As it was"),
+        Binding("escape", "forget_typed", "Cancel"),
         Binding("backspace", "untype", "Undo the last character", show=False),
         *(Binding(key, f"type('{character}')", character, show=False) for key, character in _CHARACTERS),
     ]
@@ -156,22 +156,22 @@ class Slider(Widget, can_focus=True):
         return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
 
     def _track(self) -> tuple[int, int]:
-        """Return where the track begins and how many cells it has; none when the row is too narrow for one."""
+        """Return where the track begins and how many cells it has; 0 cells where the row is too narrow for one."""
         note_width = max(0, min(24, self.size.width // 4))
         length = self.size.width - self._label_width - self._value_width - note_width - 1
         return self._label_width, length if length >= _LEAST_TRACK else 0
 
     def on_blur(self) -> None:
-        """Give up a half-typed value."""
+        """Drop a half-typed value."""
         self.typed = None
 
     def watch_typed(self, before: str | None, typed: str | None) -> None:
-        """Name other keys below while a value is typed."""
+        """Show other keys in the footer while a value is typed."""
         if (before is None) != (typed is None):
             self.refresh_bindings()
 
     def on_mouse_down(self, event: events.MouseDown) -> None:
-        """Jump to where the mouse is on the track and follow it; beside the track a click turns nothing."""
+        """Jump to the mouse on the track and follow it; a click beside the track does nothing."""
         begin, length = self._track()
         if event.button == _LEFT_BUTTON and begin <= event.x < begin + length:
             self._dragged, self.typed = True, None
@@ -194,7 +194,7 @@ class Slider(Widget, can_focus=True):
         self._dragged = False
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Turn up while focused; otherwise the wheel scrolls what the slider lies in."""
+        """Turn up while focused; otherwise the wheel scrolls the container of the slider."""
         if self.has_focus:
             event.stop()
             self.action_turn(1)
@@ -210,7 +210,7 @@ class Slider(Widget, can_focus=True):
         return self.typed is not None and character is not None and character.isprintable()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leave keys to others that mean something only while a value is typed, and turn nothing meanwhile."""
+        """Act on the keys of typing only while a value is typed, and on turning keys only while none is."""
         if self.typed is None:
             return action not in _WHILE_TYPING and (action != "type" or parameters[0] in _BEGINS)
         return action != "begin_typing"
@@ -247,7 +247,7 @@ class Slider(Widget, can_focus=True):
         self.typed = None
 
     def action_take_typed(self) -> None:
-        """Turn to the typed value, or keep it on show with the limits when it is none of the scale's."""
+        """Turn to the typed value; one outside the limits stays on show, marked as refused, beside the limits."""
         text = (self.typed or "").replace("_", "")
         try:
             value = float(text)

@@ -1,4 +1,4 @@
-"""An exponential mean that is honest at its start. Knows no widget."""
+"""An exponential mean without a bias at its start. Knows no widget."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class Smoother:
         self._weight = 0.0
 
     def feed(self, values: Iterable[float]) -> list[float]:
-        """Return the mean after each value; a non-finite value gives itself and is not remembered."""
+        """Return the mean after each value; a non-finite value is returned as it is and does not enter the mean."""
         means = []
         for value in values:
             if not math.isfinite(value):

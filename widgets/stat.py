@@ -9,7 +9,7 @@ from textual.widget import Widget
 
 
 class Stat(Widget):
-    """A label, a value and its unit. Repaints when the value changes, never otherwise."""
+    """A label, a value and its unit. Repaints only when the value changes."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"stat--label", "stat--value", "stat--unit"}
 

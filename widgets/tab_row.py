@@ -1,4 +1,4 @@
-"""Names of views in one row, one of them current. Shows no view: it says which one is wanted."""
+"""Names of views in one row, one of them current. It shows no view itself, but posts which one is wanted."""
 
 from collections.abc import Sequence
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""A line of text that keys pass until it is edited, alone or with a label before it."""
+"""A line of text that takes letters only once it is being edited, alone or with a label before it."""
 
 from typing import Any, ClassVar
 
@@ -15,17 +15,17 @@ _BEGINS = ("enter", "f2")
 
 
 class TextLine(Input):
-    """An input that has two states, so that letters do not end up in a line that the arrows merely passed.
+    """An input with two states, so that letters do not end up in a line that has the focus only in passing.
 
-    Passed: every key means what it means elsewhere on the screen; enter, F2, a click or a paste begins to edit.
-    Edited: letters are typed; enter takes the text and posts `Submitted`, escape brings the text of before back, and
-    leaving the line keeps what was typed.
+    Not edited: every key means what it means elsewhere on the screen; enter, F2, a click or a paste begins to edit.
+    Edited: letters are typed; enter accepts the text and posts `Submitted`, escape brings the text from before back,
+    and leaving the line keeps what was typed.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "submit", "Take"),
+        Binding("enter", "submit", "Accept"),
         Binding("enter,f2", "edit", "Edit"),
-        Binding("escape", "restore", "As it was"),
+        Binding("escape", "restore", "Cancel"),
     ]
 
     DEFAULT_CSS = """
@@ -44,16 +44,16 @@ class TextLine(Input):
         self._before = value
 
     def watch_editing(self, editing: bool) -> None:
-        """Show the state, and other keys below."""
+        """Show the state, and other keys in the footer."""
         self.set_class(editing, "-editing")
         self._restart_blink()
         self.refresh_bindings()
 
     async def _on_key(self, event: events.Key) -> None:
-        """Leave keys to others while passed.
+        """Leave keys to the screen while not edited.
 
-        What begins and ends the editing is taken here as well as by bindings: letters are taken here, and of a burst
-        of keys, as a slow line delivers it, a binding comes after all the letters.
+        The keys that begin and end the editing are handled here as well as by bindings. Letters are handled here, and
+        where a slow line delivers several keys at once, bindings would act only after all of the letters.
         """
         if not self.editing:
             event.prevent_default()
@@ -66,18 +66,18 @@ class TextLine(Input):
             await (self.action_submit() if event.key == "enter" else self.action_restore())
 
     async def _on_mouse_down(self, event: events.MouseDown) -> None:
-        """A click edits, with the cursor where it was."""
+        """Begin to edit on a click, with the cursor at the end."""
         if not self.editing:
             self.edit()
 
     def _on_paste(self, event: events.Paste) -> None:
-        """What is pasted into a passed line takes the place of its text."""
+        """Let a paste into a line that is not edited replace its text."""
         if not self.editing:
             self.edit()
             self.action_select_all()
 
     def _on_blur(self, event: events.Blur) -> None:
-        """Leaving ends the editing, unless only the terminal has lost the focus."""
+        """End the editing when the line is left, but not when the whole terminal loses the focus."""
         if self.app.app_focus:
             self.editing = False
 
@@ -93,7 +93,7 @@ class TextLine(Input):
         return self.editing and super().check_consume_key(key, character)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leave the keys of editing to others while passed."""
+        """Act on the keys of editing only while edited."""
         return self.editing != (action == "edit")
 
     def action_edit(self) -> None:
@@ -106,7 +106,7 @@ class TextLine(Input):
         await super().action_submit()
 
     async def action_restore(self) -> None:
-        """Bring the text of before back."""
+        """Bring back the text from before the editing."""
         self.value, self.editing = self._before, False
 
     def edit(self) -> None:
@@ -173,7 +173,7 @@ class TextField(Horizontal):
             self.line.value = value
 
     def on_click(self) -> None:
-        """A click on the label takes the focus and changes nothing."""
+        """Move the focus to the line on a click on the label."""
         if not self.line.has_focus:
             self.line.focus()
 

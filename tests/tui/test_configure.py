@@ -144,7 +144,7 @@ def test_letters_go_into_a_text_field_that_is_edited_and_start_nothing(tmp_path:
         assert asked.started == []
         assert isinstance(app.focused, TextLine)
         assert app.focused.value == "tryrmoq"
-        assert "⏎ Take" in shown(app)
+        assert "⏎ Accept" in shown(app)
         assert "r Run" not in shown(app)
         await pilot.press("down")
         assert screen_of(app).recipe.name == "tryrmoq", "the arrows take what was typed"

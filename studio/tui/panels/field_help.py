@@ -69,5 +69,5 @@ def field_help_text(path: str, problems: Sequence[str], busy: str) -> Content:
         if isinstance(field.kind, Number):
             parts.append((f"{field.kind.allowed}. Type a number, or turn with the arrows.\n", "dim"))
         elif not options_of(path):
-            parts.append(("Enter edits it; then enter takes it, and escape leaves it as it was.\n", "dim"))
+            parts.append(("Enter edits it; then enter accepts it, and escape cancels.\n", "dim"))
     return Content.assemble(*parts)

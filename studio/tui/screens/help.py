@@ -32,7 +32,7 @@ _SLIDER_KEYS = (
     ("← →", "one stop less, more"),
     ("PgDn PgUp", "several stops"),
     ("home end", "first, last stop"),
-    ("0-9", "type a value, enter takes it"),
+    ("0-9", "type a value, enter accepts it"),
     ("mouse", "drag or click on the track, wheel"),
     ("↑ ↓", "field before, next field"),
 )
