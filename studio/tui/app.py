@@ -26,9 +26,8 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun, ShowAudits
-from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.setup_finder import Finder
+from studio.tui.services import Services
 from studio.tui.spare_memory import settle, share_one_arena
 from studio.tui.themes import OURS, SIXTEEN
 from widgets.output_filter import SafeOutput, drawable
@@ -84,8 +83,7 @@ class StudioApp(App[None]):
         open_run: Path | None = None,
         launch: bool = False,
         setup: bool = False,
-        engine: Engine | None = None,
-        finder: Finder | None = None,
+        services: Services | None = None,
         poll_seconds: float = _POLL_SECONDS,
         theme: str = "",
         can_draw: Callable[[str], bool] | None = None,
@@ -100,8 +98,7 @@ class StudioApp(App[None]):
             open_run: A run to watch first.
             launch: Start the recipe at once.
             setup: Begin with the guided set-up.
-            engine: What starts, resumes and ends runs.
-            finder: What the set-up looks things up with.
+            services: What starts runs and looks things up; None takes the real ones.
             poll_seconds: Pace at which runs are looked at and drawn.
             theme: The theme to begin with; Textual's own where it is empty or unknown, or that of a terminal of sixteen
                 colours.
@@ -115,11 +112,11 @@ class StudioApp(App[None]):
             self.register_theme(ours)
         own = SIXTEEN.name if self.console.color_system == "standard" else self.theme
         self.theme = theme if theme in self.available_themes else own
-        self._engine, self._finder = engine or Engine(), finder or Finder()
+        self._services = services or Services()
         self._runs_root, self._open_run, self._launch_at_once = runs_root, open_run, launch
         self._set_up_first = setup
         self._poll_seconds = poll_seconds
-        self._configure = ConfigureScreen(recipe, runs_root=runs_root, engine=self._engine, source=source)
+        self._configure = ConfigureScreen(recipe, runs_root=runs_root, services=self._services, source=source)
         self._note = note
         self._seen: dict[Path, RunPaths] = {}
         self._before_hangup: Any = None
@@ -147,7 +144,7 @@ class StudioApp(App[None]):
     @work(thread=True, group="theme")
     def _keep_theme(self, theme: str) -> None:
         with contextlib.suppress(OSError):  # it is only for the next visit
-            self._engine.keep_theme(theme)
+            self._services.keep_theme(theme)
 
     def on_mount(self) -> None:
         """Open what was asked for, else look for runs that an earlier visit left alive."""
@@ -203,20 +200,26 @@ class StudioApp(App[None]):
         """List the runs."""
         from studio.tui.screens.runs import RunsScreen  # noqa: PLC0415  the table is not needed for the first frame
 
-        self.push_screen(RunsScreen(self._runs_root, engine=self._engine, poll_seconds=self._poll_seconds))
+        self.push_screen(RunsScreen(self._runs_root, services=self._services, poll_seconds=self._poll_seconds))
 
     def on_show_audits(self, message: ShowAudits) -> None:
         """List the audits, or begin one of a run."""
         from studio.tui.screens.audit import AuditScreen  # noqa: PLC0415  as above
 
-        recipe, pace = self._configure.recipe, self._poll_seconds
-        self.push_screen(AuditScreen(recipe, self._runs_root, poll_seconds=pace, run=message.run))
+        screen = AuditScreen(
+            self._configure.recipe,
+            self._runs_root,
+            services=self._services,
+            poll_seconds=self._poll_seconds,
+            run=message.run,
+        )
+        self.push_screen(screen)
 
     def on_show_setup(self) -> None:
         """Ask the questions of the guided set-up."""
         from studio.tui.screens.setup import SetupScreen  # noqa: PLC0415  brings the estimator: 0.1 s
 
-        self.push_screen(SetupScreen(finder=self._finder, runs_root=self._runs_root), self._after_setup)
+        self.push_screen(SetupScreen(services=self._services, runs_root=self._runs_root), self._after_setup)
 
     def _after_setup(self, done: "SetupDone | None") -> None:
         """Show what the set-up recommends and do with it what was asked for."""
@@ -273,7 +276,7 @@ class StudioApp(App[None]):
         from studio.tui.screens.run import RunScreen  # noqa: PLC0415  plots and log are not needed for the first frame
 
         self._seen[paths.root] = paths
-        self.push_screen(RunScreen(paths, engine=self._engine, poll_seconds=self._poll_seconds))
+        self.push_screen(RunScreen(paths, services=self._services, poll_seconds=self._poll_seconds))
 
 
 def run_studio(
@@ -297,9 +300,7 @@ def run_studio(
         source: The user's file that the recipe came from.
         note: What is to be said of the recipe first.
     """
-    from studio.tui.kept import recall_theme  # noqa: PLC0415  platformdirs, which tests of the screens do without
-
-    remote = "SSH_CONNECTION" in os.environ
+    services, remote = Services(), "SSH_CONNECTION" in os.environ
     app = StudioApp(
         recipe,
         runs_root=runs_root,
@@ -307,7 +308,8 @@ def run_studio(
         launch=launch,
         setup=setup,
         poll_seconds=_POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS,
-        theme=recall_theme(),
+        services=services,
+        theme=services.recall_theme(),
         can_draw=_can_draw(),
         source=source,
         note=note,

@@ -1,14 +1,13 @@
-"""What the merge screen knows and sets in motion: choices, estimates, requests. No widget in here."""
+"""What the merge screen knows: choices, estimates, the request that they become. No widget in here."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio.core.errors import BadInput, StudioError
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint, list_checkpoints
-from studio.runs.chat import ChatProcess, ChatRequest
 from studio.runs.job import GGUF_FORMATS, WHOLE_FORMATS, MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
@@ -165,36 +164,3 @@ def merge_request(
         then=tuple(forms),
     )
     return replace(request, checkpoint=str(checkpoint.folder.absolute())) if checkpoint.folder else request
-
-
-def _start(request: MergeRequest, root: Path) -> RunPaths:
-    from studio.launch.start import start  # noqa: PLC0415
-
-    return start(request, root)
-
-
-def _resume(paths: RunPaths) -> None:
-    from studio.launch.start import resume  # noqa: PLC0415  0.1 s
-
-    resume(paths)
-
-
-def _chat(request: ChatRequest) -> ChatProcess:
-    return ChatProcess(request)
-
-
-@dataclass(frozen=True, slots=True)
-class MergeWork:
-    """What the screens set in motion, as plain callables: all may take seconds, call them from a thread.
-
-    Attributes:
-        facts: Looks at a run; raises StudioError.
-        start: Checks and launches a merge, which launches its exports; raises StudioError.
-        resume: Starts a worker for a run that has ended early; raises StudioError.
-        chat: Starts a chat's process; raises StudioError.
-    """
-
-    facts: Callable[[RunPaths], MergeFacts] = read_facts
-    start: Callable[[MergeRequest, Path], RunPaths] = _start
-    resume: Callable[[RunPaths], None] = _resume
-    chat: Callable[[ChatRequest], ChatProcess] = _chat

@@ -32,12 +32,12 @@ class BusyConfigure(ConfigureScreen):
 
     def compose(self) -> ComposeResult:
         """As the original, with plots below the forecast."""
-        yield TopBar("Configure", card=self._engine.card)
+        yield TopBar("Configure", card=self._services.card)
         yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
         with Vertical(id="work"):
             yield RecipeForm(self.recipe)
             with Vertical(id="side"):
-                yield Forecast(self.recipe, engine=self._engine)
+                yield Forecast(self.recipe, services=self._services)
                 for name in ("loss", "memory"):
                     yield LinePlot([Curve("a", "raw", "faint"), Curve("b", "mean")], title=name, id=f"plot-{name}")
                 yield FieldHelp()
@@ -64,7 +64,7 @@ class BusyStudio(StudioApp):
 
     def __init__(self, root: Path) -> None:
         super().__init__(first_recipe(), runs_root=root)
-        self._configure = BusyConfigure(first_recipe(), runs_root=root, engine=self._engine)
+        self._configure = BusyConfigure(first_recipe(), runs_root=root, services=self._services)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests of the screens share: a run by the real writers, and an app on it whose engine starts nothing."""
+"""What the tests of the screens share: a run by the real writers, and an app on it whose services start nothing."""
 
 import asyncio
 import math
@@ -22,10 +22,10 @@ from studio.runs.last_recipe import LastRecipe
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
-from studio.tui.engine import Engine
 from studio.tui.forecast import Forecaster
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
+from studio.tui.services import Services
 from tests.fakes.runs import make_run
 
 NARROW, WIDE = (80, 24), (120, 40)
@@ -69,7 +69,7 @@ def forecaster_on(device: PlanDevice) -> Callable[[Recipe, str], Forecaster]:
 
 @dataclass
 class Asked:
-    """What the screens asked the engine for."""
+    """What the screens asked the services for."""
 
     started: list[Recipe] = field(default_factory=list)
     resumed: list[RunPaths] = field(default_factory=list)
@@ -79,7 +79,16 @@ class Asked:
     kept: list[LastRecipe] = field(default_factory=list)
 
 
-def engine_that(
+def given(services: Services | None = None, **calls: Callable[..., object]) -> Services:
+    """Services of which some are a test's own; the others are the real ones, or those of `services`."""
+    services = services or Services()
+    for name, call in calls.items():
+        assert hasattr(services, name)
+        setattr(services, name, call)
+    return services
+
+
+def services_that(
     asked: Asked,
     *,
     refuses: str = "",
@@ -90,8 +99,8 @@ def engine_that(
     planned: str = "",
     spills: bool = False,
     free_ram_bytes: int | None = None,
-) -> Engine:
-    """An engine that notes what it is asked; it refuses with a message, or hands out a run."""
+) -> Services:
+    """Services that note what they are asked; they refuse with a message, or hand out a run."""
 
     def start(recipe: Recipe, runs_root: Path) -> RunPaths:
         asked.started.append(recipe)
@@ -99,17 +108,19 @@ def engine_that(
             raise BadInput(refuses)
         return makes()
 
-    def resume(paths: RunPaths) -> None:
+    def resume(paths: RunPaths, *, from_start: bool = False) -> None:
+        if from_start:
+            asked.started_over.append(paths)
+            return
         asked.resumed.append(paths)
         if damaged:
             raise NoWholeCheckpoint(paths.name, damaged)
         if refuses:
             raise BadInput(refuses)
 
-    return Engine(
+    return given(
         start=start,
         resume=resume,
-        start_over=asked.started_over.append,
         end_now=asked.ended.append,
         card=lambda: card,
         forecaster=forecaster or forecaster_on(card_of()),
@@ -128,7 +139,7 @@ def play(
     size: tuple[int, int] = WIDE,
     recipe: Recipe | None = None,
     open_run: RunPaths | None = None,
-    engine: Engine | None = None,
+    services: Services | None = None,
     launch: bool = False,
 ) -> StudioApp:
     """Play a story on the studio and return the app that it ended with."""
@@ -136,7 +147,7 @@ def play(
         recipe or Recipe(name="try"),
         runs_root=root / "runs",
         open_run=open_run.root if open_run else None,
-        engine=engine or engine_that(Asked()),
+        services=services or services_that(Asked()),
         launch=launch,
         poll_seconds=SELDOM,  # the stories say when to look: `settle`
     )
@@ -228,4 +239,4 @@ def train(worker: Worker, steps: range, *, total: int = 100, method: str = "qlor
         )
 
 
-__all__ = ["Asked", "engine_that", "make_run", "play", "settle", "shown", "text_of", "train", "until"]
+__all__ = ["Asked", "given", "make_run", "play", "services_that", "settle", "shown", "text_of", "train", "until"]

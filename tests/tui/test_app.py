@@ -16,19 +16,19 @@ from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
-from studio.tui.engine import Engine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.fakes.runs import MODULE, LiveWorker, fake_environment, wait_for
-from tests.tui.stories import Asked, engine_that, make_run, play, settle, shown, train, until
+from tests.tui.stories import Asked, given, make_run, play, services_that, settle, shown, train, until
 
 NEVER = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+ESTIMATORS = ("studio.core.vram", "studio.core.fit", "studio.probe", "studio.launch")
 NOT_FOR_THE_FIRST_FRAME = ("plotext", "pynvml", "tomlkit", "numpy", "pyarrow", "huggingface_hub", "psutil", "filelock")
 
 
 def imported_by(code: str) -> set[str]:
-    """The top-level modules that a fresh interpreter holds after running some code."""
-    script = f"{code}\nimport sys; print(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    """The modules that a fresh interpreter holds after running some code."""
+    script = f"{code}\nimport sys; print(' '.join(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     return set(done.stdout.split())
 
@@ -49,6 +49,7 @@ def test_the_screens_never_import_what_jobs_need() -> None:
 def test_the_first_frame_waits_for_nothing_it_does_not_show() -> None:
     loaded = imported_by("import studio.tui.app")
     assert loaded.isdisjoint((*NEVER, *NOT_FOR_THE_FIRST_FRAME))
+    assert not [name for name in loaded if name.startswith(ESTIMATORS)], "they take a quarter of the first frame"
 
 
 def test_the_newest_live_run_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,13 +90,13 @@ def test_without_a_live_run_the_recipe_stays(tmp_path: Path) -> None:
 
 def test_launch_at_once(tmp_path: Path) -> None:
     asked = Asked()
-    engine = engine_that(asked, makes=lambda: make_run(tmp_path, "made"))
+    services = services_that(asked, makes=lambda: make_run(tmp_path, "made"))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert [recipe.name for recipe in asked.started] == ["at once"]
 
-    play(story, tmp_path, recipe=Recipe(name="at once"), engine=engine, launch=True)
+    play(story, tmp_path, recipe=Recipe(name="at once"), services=services, launch=True)
 
 
 def test_a_long_message_stays_as_long_as_it_takes_to_read(tmp_path: Path) -> None:
@@ -127,14 +128,14 @@ import sys
 from pathlib import Path
 from studio.core.recipe import Recipe
 from studio.tui.app import StudioApp, show
-from tests.tui.stories import Asked, engine_that
+from tests.tui.stories import Asked, services_that
 
 class Changing(StudioApp):
     def on_mount(self):
         self.set_interval(0.005, lambda: self.screen.set_class(not self.screen.has_class("-odd"), "-odd"))
     CSS = "Screen.-odd { background: red; }"
 
-show(Changing(Recipe(name="try"), runs_root=Path(sys.argv[1]), engine=engine_that(Asked())))
+show(Changing(Recipe(name="try"), runs_root=Path(sys.argv[1]), services=services_that(Asked())))
 """
 
 
@@ -168,7 +169,7 @@ def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_pat
         seen.append(start_job(recipe, runs_root, module=MODULE, environment=environment))
         return seen[-1]
 
-    engine = Engine(start=start, card=lambda: "a card")
+    services = given(start=start, card=lambda: "a card")
     recipe = Recipe(name="story")
 
     async def first_visit(pilot: Pilot[None], app: StudioApp) -> None:
@@ -184,8 +185,8 @@ def test_a_real_process_is_launched_watched_left_found_again_and_stopped(tmp_pat
         await until(pilot, lambda: "stopped after" in shown(app), seconds=60)
         assert "The adapter lies in" in shown(app)
 
-    play(first_visit, tmp_path, recipe=recipe, engine=engine)
+    play(first_visit, tmp_path, recipe=recipe, services=services)
     assert run_status(seen[0]) is Status.running
     assert not requested(seen[0], "stop")
-    play(second_visit, tmp_path, recipe=recipe, engine=engine)
+    play(second_visit, tmp_path, recipe=recipe, services=services)
     assert wait_for(lambda: run_status(seen[0]) is Status.stopped)

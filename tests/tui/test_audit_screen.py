@@ -17,15 +17,15 @@ from studio.runs.held_out import HeldOutRecord, keep_record
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.tui.app import StudioApp
-from studio.tui.audit_engine import AuditEngine
 from studio.tui.panels.audit_report import block_curve, lane_curves
 from studio.tui.screens.ask_audit import AskAudit
 from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.audit import AuditScreen
 from studio.tui.screens.run import RunScreen
+from studio.tui.services import Services
 from tests.fakes.audit_job import answers_report, base_report, figures, run_report
 from tests.fakes.runs import LiveWorker
-from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, play, settle, shown, until
+from tests.tui.stories import HOSTILE, NARROW, WIDE, assert_harmless, given, play, settle, shown, until
 
 
 def an_audit(root: Path, name: str = "audit-base", report: dict[str, object] | None = None) -> RunPaths:
@@ -182,7 +182,7 @@ def test_the_recipe_is_audited(tmp_path: Path, key: str, what: str) -> None:
         return made
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
+        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, services=given(start=start)))
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await pilot.press(key)
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
@@ -201,7 +201,7 @@ def test_a_refusal_is_said(tmp_path: Path) -> None:
         raise BadInput(f"the data are gone {HOSTILE}")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, services=given(start=start)))
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await pilot.press("b")
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
@@ -234,7 +234,7 @@ def test_a_race_has_the_steps_that_were_typed(tmp_path: Path) -> None:
         raise BadInput("enough")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, engine=AuditEngine(start=start)))
+        app.push_screen(AuditScreen(recipe, tmp_path / "runs", poll_seconds=3600, services=given(start=start)))
         await until(pilot, lambda: isinstance(app.screen, AuditScreen))
         await pilot.press("e")
         for typed, before in (("12", "Race"), ("many", "enough")):
@@ -260,8 +260,8 @@ def test_a_runs_adapter_is_audited_as_chosen(tmp_path: Path) -> None:
         raise BadInput("enough")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        engine = AuditEngine(start=start)
-        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, run=run, engine=engine))
+        services = given(start=start)
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600, run=run, services=services))
         await until(pilot, lambda: isinstance(app.screen, AskAudit))
         assert "Audit the adapter of trained" in shown(app)
         app.screen.query_one("#wish-answers").focus()
@@ -283,7 +283,7 @@ def test_a_running_audit_shows_how_far_it_is_and_is_stopped(tmp_path: Path) -> N
     told: list[str] = []
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", poll_seconds=3600))
+        app.push_screen(AuditScreen(Recipe(), tmp_path / "runs", services=Services(), poll_seconds=3600))
         await until(pilot, lambda: "answering 25%  base: 2 of 6" in shown(app))
         assert "x Stop" in shown(app) and "Write report" not in shown(app)
         await pilot.press("x")

@@ -14,10 +14,9 @@ from studio.core.recipe import Recipe
 from studio.runs.chat import ChatProcess, ChatRequest
 from studio.runs.layout import RunPaths
 from studio.tui.app import StudioApp
-from studio.tui.merging import MergeWork
 from studio.tui.screens.chat import ChatScreen, Column
 from tests.fakes.runs import CHECKOUT
-from tests.tui.stories import NARROW, WIDE, assert_harmless, make_run, play, shown
+from tests.tui.stories import NARROW, WIDE, assert_harmless, given, make_run, play, shown
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_two_answers_side_by_side(run: RunPaths, tmp_path: Path, size: tuple[int
     processes = _Processes()
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await app.push_screen(ChatScreen(run, work=MergeWork(chat=processes.chat)))
+        await app.push_screen(ChatScreen(run, services=given(chat=processes.chat)))
         await until(pilot, lambda: "Ask something" in shown(app))
         assert "bfloat16 on cpu" in shown(app)
         assert "a note" in shown(app)
@@ -102,7 +101,7 @@ def test_what_is_typed_while_the_model_loads_is_kept_and_asked(
     monkeypatch.setenv("FAKE_CHAT_WAITS_FOR", str(go))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await app.push_screen(ChatScreen(run, work=MergeWork(chat=_Processes().chat)))
+        await app.push_screen(ChatScreen(run, services=given(chat=_Processes().chat)))
         await until(pilot, lambda: "loading the base model" in shown(app))
         assert "The model is loading" in shown(app)
         await pilot.press(*"hello")
@@ -127,7 +126,7 @@ def test_a_model_alone_has_one_column_and_no_key_for_its_base(run: RunPaths, tmp
         return ChatProcess(replace(request, adapter=""), module="tests.fakes.chat_job")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await app.push_screen(ChatScreen(run, work=MergeWork(chat=alone)))
+        await app.push_screen(ChatScreen(run, services=given(chat=alone)))
         await until(pilot, lambda: "Ask something" in shown(app))
         assert [column.id for column in app.screen.query(Column) if column.display] == ["side-tuned"]
         assert "With base" not in shown(app)
@@ -141,7 +140,7 @@ def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest
     processes = _Processes()
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await app.push_screen(ChatScreen(run, work=MergeWork(chat=processes.chat)))
+        await app.push_screen(ChatScreen(run, services=given(chat=processes.chat)))
         await until(pilot, lambda: "Ask something" in shown(app))
         await pilot.press(*"hello", "enter")
         await until(pilot, lambda: "wait" in shown(app))
@@ -165,7 +164,7 @@ def test_a_model_that_does_not_load_says_why(
     monkeypatch.setenv("FAKE_CHAT", how)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await app.push_screen(ChatScreen(run, work=MergeWork(chat=_Processes().chat)))
+        await app.push_screen(ChatScreen(run, services=given(chat=_Processes().chat)))
         await until(pilot, lambda: said in shown(app))
         assert app.screen.query_one(Input).disabled
 
@@ -174,7 +173,7 @@ def test_a_model_that_does_not_load_says_why(
 
 def test_a_run_without_an_adapter_says_so(tmp_path: Path) -> None:
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await app.push_screen(ChatScreen(make_run(tmp_path, "new"), work=MergeWork(chat=_Processes().chat)))
+        await app.push_screen(ChatScreen(make_run(tmp_path, "new"), services=given(chat=_Processes().chat)))
         await until(pilot, lambda: "has no adapter yet" in " ".join(shown(app).split()))
         assert "It has ended: escape goes back" in shown(app), "nothing is loading any more"
         for key in ("Stop answer", "New", "With base"):

@@ -3,7 +3,6 @@
 import asyncio
 import importlib
 import pkgutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from studio.tui.app import StudioApp, run_studio
 from studio.tui.screens.audit import AuditScreen
 from studio.tui.themes import OURS, SIXTEEN
 from tests.fakes.runs import LiveWorker
-from tests.tui.stories import NARROW, Asked, engine_that, make_run, play, settle, train, until
+from tests.tui.stories import NARROW, Asked, given, make_run, play, services_that, settle, train, until
 from widgets.output_filter import drawable
 
 
@@ -44,7 +43,7 @@ def studio(root: Path, **options: object) -> StudioApp:
     return StudioApp(
         Recipe(name="try é"),
         runs_root=root / "runs",
-        engine=engine_that(Asked()),
+        services=services_that(Asked()),
         poll_seconds=3600,
         **options,  # type: ignore[arg-type]
     )
@@ -129,7 +128,7 @@ def test_a_terminal_of_sixteen_colours_gets_those_unless_another_theme_is_kept(
 
 def test_a_theme_is_chosen_by_key_and_kept(tmp_path: Path) -> None:
     kept: list[str] = []
-    engine = replace(engine_that(Asked()), keep_theme=kept.append)
+    services = given(services_that(Asked()), keep_theme=kept.append)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("T", *"high-contrast-l")
@@ -139,7 +138,7 @@ def test_a_theme_is_chosen_by_key_and_kept(tmp_path: Path) -> None:
         await until(pilot, lambda: kept == ["high-contrast-light"])
         assert app.theme == "high-contrast-light"
 
-    play(story, tmp_path, engine=engine)
+    play(story, tmp_path, services=services)
 
 
 def test_the_palette_offers_every_place(tmp_path: Path) -> None:

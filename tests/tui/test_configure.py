@@ -19,9 +19,9 @@ from tests.tui.stories import (
     WIDE,
     Asked,
     assert_harmless,
-    engine_that,
     make_run,
     play,
+    services_that,
     settle,
     shown,
     until,
@@ -62,7 +62,7 @@ def test_the_first_screen(
             assert part in told
         assert "Width of the adapter's low-rank pair" in told, "the focused field is explained"
 
-    play(story, tmp_path, size=size, engine=engine_that(Asked(), card="a card [b]x[/b]"))
+    play(story, tmp_path, size=size, services=services_that(Asked(), card="a card [b]x[/b]"))
 
 
 def test_turning_changes_the_recipe_and_what_follows(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_letters_go_into_a_text_field_that_is_edited_and_start_nothing(tmp_path:
         await pilot.press("down")
         assert screen_of(app).recipe.name == "tryrmoq", "the arrows take what was typed"
 
-    play(story, tmp_path, engine=engine_that(asked))
+    play(story, tmp_path, services=services_that(asked))
 
 
 @pytest.mark.parametrize("size", [NARROW, WIDE])
@@ -201,7 +201,7 @@ def test_problems_are_listed_and_nothing_starts(tmp_path: Path) -> None:
         await settle(pilot)
         assert asked.started == []
 
-    play(story, tmp_path, size=(160, 40), recipe=recipe, engine=engine_that(asked))
+    play(story, tmp_path, size=(160, 40), recipe=recipe, services=services_that(asked))
 
 
 def test_run_starts_the_turned_recipe_and_watches_it(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_run_starts_the_turned_recipe_and_watches_it(tmp_path: Path) -> None:
         await settle(pilot)
         assert screen_of(app).recipe.adapter.rank == 32
 
-    play(story, tmp_path, engine=engine_that(asked, makes=lambda: make_run(tmp_path, "made")))
+    play(story, tmp_path, services=services_that(asked, makes=lambda: make_run(tmp_path, "made")))
 
 
 @pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_what_the_checks_refuse_is_listed(tmp_path: Path, size: tuple[int, int]) -> None:
     asked = Asked()
-    engine = engine_that(asked, refuses=f"data.path: line 3 is no JSON {HOSTILE}\nmodel.base: nothing there")
+    services = services_that(asked, refuses=f"data.path: line 3 is no JSON {HOSTILE}\nmodel.base: nothing there")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         await pilot.press("r")
@@ -235,7 +235,7 @@ def test_what_the_checks_refuse_is_listed(tmp_path: Path, size: tuple[int, int])
         await pilot.press("r")
         await until(pilot, lambda: len(asked.started) == 2)
 
-    play(story, tmp_path, size=size, engine=engine)
+    play(story, tmp_path, size=size, services=services)
 
 
 def test_hostile_recipe_values_are_shown_harmlessly(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from studio.probe.machine import Machine
 from studio.probe.plan import PlanDevice
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.quality import LaneResult
-from studio.tui import kept, trade
-from studio.tui.engine import Engine
+from studio.tui import trade
 from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import (
@@ -29,6 +28,7 @@ from studio.tui.panels.forecast_text import (
     table_text,
 )
 from studio.tui.reading import peak_words, reading_of
+from studio.tui.services import Services
 from studio.tui.setup_texts import machine_text
 from studio.tui.trade import footnote, rows_of, sides_of
 from tests.tui.stories import EIGHT_B, ESCAPES, card_of
@@ -62,7 +62,7 @@ def test_the_reading_adds_up_to_what_the_card_will_show() -> None:
 
 def test_a_shipped_recipes_model_is_weighed_without_the_hub_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    forecaster = Engine().forecaster(SMALL.with_("model.base", "meta-llama/Llama-3.1-8B"), "RTX 4090")
+    forecaster = Services().forecaster(SMALL.with_("model.base", "meta-llama/Llama-3.1-8B"), "RTX 4090")
     outlook = forecaster.outlook(SMALL)
     assert outlook.estimate.components == on_4090().outlook(SMALL).estimate.components
     assert any(line.startswith("the config is this program's own copy") for line in peak_words(outlook, card_of()))
@@ -226,12 +226,13 @@ def test_the_question_before_a_launch(spills: bool, fate: str) -> None:
 
 def test_the_planned_card_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
-    assert kept.recall_planned_card() == ""
-    kept.keep_planned_card("RTX 4090")
-    assert kept.recall_planned_card() == "RTX 4090"
+    services = Services()
+    assert services.recall_planned() == ""
+    services.keep_planned("RTX 4090")
+    assert services.recall_planned() == "RTX 4090"
     for damage in ("{", "[]", '{"card": 3}', ""):
         (tmp_path / "home" / "planned_card.json").write_text(damage)
-        assert kept.recall_planned_card() == ""
+        assert services.recall_planned() == ""
 
 
 def test_who_else_uses_the_card_is_named_and_harmless() -> None:
@@ -266,7 +267,7 @@ def test_the_screens_name_the_card_that_a_run_would_take(
     build = TorchBuild("2.13.0", (13, 0))
     monkeypatch.setattr("studio.probe.device.look", lambda: Sight(cards, driver, build))
     monkeypatch.setattr("studio.probe.checkup.torch_build", lambda: build)
-    assert Engine().card().startswith(bar)
+    assert Services().card().startswith(bar)
     machine = Machine(cards, driver.version, None, None, None, None, "Linux", spills=False, cuda=driver.cuda)
     assert trouble_of(machine).startswith(trouble) or trouble in trouble_of(machine)
     assert bool(trouble_of(machine)) == bool(trouble)

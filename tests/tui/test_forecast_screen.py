@@ -14,12 +14,12 @@ from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
 from studio.probe.plan import PlanDevice
 from studio.tui.app import StudioApp
-from studio.tui.engine import Engine
 from studio.tui.forecast import Forecaster
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.run import RunScreen
+from studio.tui.services import Services
 from tests.tui.stories import (
     EIGHT_B,
     HOSTILE,
@@ -28,10 +28,10 @@ from tests.tui.stories import (
     Asked,
     assert_harmless,
     card_of,
-    engine_that,
     forecaster_on,
     make_run,
     play,
+    services_that,
     settle,
     shown,
     until,
@@ -169,7 +169,7 @@ def test_launching_what_does_not_fit_takes_a_second_yes(tmp_path: Path) -> None:
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert asked.started == [LARGE]
 
-    play(story, tmp_path, recipe=LARGE, engine=engine_that(asked, makes=lambda: make_run(tmp_path)))
+    play(story, tmp_path, recipe=LARGE, services=services_that(asked, makes=lambda: make_run(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_cpu_is_asked_about_where_a_card_was_planned_for_or_memory_is_short(
 ) -> None:
     """The card of the plan is not the card of the launch."""
     asked = Asked()
-    engine = engine_that(
+    services = services_that(
         asked,
         makes=lambda: make_run(tmp_path),
         forecaster=forecaster_on(PlanDevice()),
@@ -205,7 +205,7 @@ def test_a_cpu_is_asked_about_where_a_card_was_planned_for_or_memory_is_short(
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert asked.started == [LARGE]
 
-    play(story, tmp_path, recipe=LARGE, engine=engine)
+    play(story, tmp_path, recipe=LARGE, services=services)
 
 
 def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_another_card_is_chosen_by_typing_and_kept(tmp_path: Path) -> None:
         assert isinstance(app.screen, CardScreen), "nothing to choose"
         await pilot.press("escape")
 
-    play(story, tmp_path, engine=engine_that(asked, forecaster=forecaster_on(PlanDevice())))
+    play(story, tmp_path, services=services_that(asked, forecaster=forecaster_on(PlanDevice())))
 
 
 def test_a_model_that_cannot_be_sized_says_why_and_another_is_looked_at(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_sized_says_why_and_another_is_looked_at(tmp_path
         await forecast(pilot, app)
 
     odd = Recipe().with_("model.base", HOSTILE)
-    play(story, tmp_path, recipe=odd, engine=engine_that(Asked(), forecaster=find))
+    play(story, tmp_path, recipe=odd, services=services_that(Asked(), forecaster=find))
 
 
 def test_a_recipe_with_problems_has_no_estimate_and_no_fix(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_late_answer_about_another_model_is_passed_over(tmp_path: Path) -> Non
     app = StudioApp(
         Recipe().with_("model.base", "slow/model"),
         runs_root=tmp_path / "runs",
-        engine=engine_that(Asked(), forecaster=find),
+        services=services_that(Asked(), forecaster=find),
     )
 
     async def run() -> None:
@@ -326,20 +326,20 @@ def test_any_size(tmp_path: Path, size: tuple[int, int]) -> None:
     play(story, tmp_path, size=size, recipe=LARGE)
 
 
-def test_the_real_engine_sizes_a_folder_and_keeps_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_services_size_a_folder_and_keeps_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(EIGHT_B))
-    engine, recipe = Engine(), Recipe().with_("model.base", str(folder))
-    found = engine.forecaster(recipe, "RTX 4090")
+    services, recipe = Services(), Recipe().with_("model.base", str(folder))
+    found = services.forecaster(recipe, "RTX 4090")
     assert found.shape.parameters == pytest.approx(8.03e9, rel=0.01)
     assert found.device.card is None
     assert found.outlook(recipe).verdict == "fits"
-    here = engine.forecaster(recipe.with_("device.device", "cpu"), "")
+    here = services.forecaster(recipe.with_("device.device", "cpu"), "")
     assert here.device == PlanDevice()
     for word in (str(tmp_path / "none"), "~nobody-of-that-name/x", "a" * 5000, "a\0b"):
         with pytest.raises(BadInput):
-            engine.forecaster(recipe.with_("model.base", word), "")
-    engine.keep_planned("RTX 4090")
-    assert engine.recall_planned() == "RTX 4090"
+            services.forecaster(recipe.with_("model.base", word), "")
+    services.keep_planned("RTX 4090")
+    assert services.recall_planned() == "RTX 4090"

@@ -25,7 +25,7 @@ from studio.tui.panels.samples import rows_of
 from studio.tui.screens.run import RunScreen
 from studio.tui.setup_texts import data_text, model_line, refused_text
 from tests.fakes.runs import LiveWorker
-from tests.tui.stories import NARROW, Asked, assert_harmless, engine_that, make_run, settle
+from tests.tui.stories import NARROW, Asked, assert_harmless, make_run, services_that, settle
 from widgets.log_view import LogView
 
 STEERING = [
@@ -121,7 +121,7 @@ def test_screens_full_of_hostile_text_keep_their_shape(tmp_path: Path, seed: int
             worker.emit(Warned, message=text)
             worker.emit(Sampled, step=0, index=0, prompt=text, answer=text, expected=text)
             worker.emit(Failed, failure=text, message=text, advice=text)
-        app = StudioApp(Recipe(name=short), runs_root=root / "runs", engine=engine_that(Asked()), poll_seconds=3600)
+        app = StudioApp(Recipe(name=short), runs_root=root / "runs", services=services_that(Asked()), poll_seconds=3600)
         async with app.run_test(size=NARROW) as pilot:
             for keys in ((), ("o",), ("enter",), ("2",), ("3",), ("4",)):
                 await pilot.press(*keys)

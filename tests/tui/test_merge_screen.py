@@ -20,14 +20,27 @@ from studio.runs.job import ExportRequest, MergeRequest, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
-from studio.tui.merging import MergeFacts, MergeWork, estimates_of, proposed_out
+from studio.tui.merging import MergeFacts, estimates_of, proposed_out
 from studio.tui.panels.merge_lists import PickMany, PickOne
 from studio.tui.panels.merge_text import OUTPUTS_HEAD, is_short, output_line, size, totals_text
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.merge import MergeScreen, merge_screen_for
 from studio.tui.screens.merge_progress import MergeProgressScreen
+from studio.tui.services import Services
 from tests.fakes.runs import LiveWorker, write_log
-from tests.tui.stories import HOSTILE, NARROW, SELDOM, WIDE, assert_harmless, make_run, play, settle, shown, until
+from tests.tui.stories import (
+    HOSTILE,
+    NARROW,
+    SELDOM,
+    WIDE,
+    assert_harmless,
+    given,
+    make_run,
+    play,
+    settle,
+    shown,
+    until,
+)
 
 SIXTEEN_GB = 16 * 10**9
 
@@ -39,8 +52,8 @@ class _Fake:
         self.root, self.refuses, self.why_not, self.ends = root, refuses, why_not, ends
         self.started: list[MergeRequest] = []
 
-    def work(self) -> MergeWork:
-        return MergeWork(facts=self.facts, start=self.start)
+    def services(self) -> Services:
+        return given(merge_facts=self.facts, start=self.start)
 
     def facts(self, paths: RunPaths) -> MergeFacts:
         checkpoints = (Checkpoint(20, Path("/c/step-20"), 0.9), Checkpoint(40, Path("/c/step-40"), 1.1),
@@ -93,7 +106,7 @@ REPORT = {
 
 
 def screen(tmp_path: Path, fake: _Fake) -> MergeScreen:
-    return MergeScreen(make_run(tmp_path, "trained"), work=fake.work(), poll_seconds=SELDOM)
+    return MergeScreen(make_run(tmp_path, "trained"), services=fake.services(), poll_seconds=SELDOM)
 
 
 async def opened(pilot: Pilot[None], app: StudioApp, shown_screen: MergeScreen | MergeProgressScreen) -> None:
@@ -203,7 +216,7 @@ def test_the_merged_model_is_always_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_the_result_is_a_table_with_paths_and_words(tmp_path: Path, size: tuple[int, int]) -> None:
     paths = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out"))
-    made = merge_screen_for(paths, poll_seconds=SELDOM)
+    made = merge_screen_for(paths, services=Services(), poll_seconds=SELDOM)
     assert isinstance(made, MergeProgressScreen)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
@@ -229,7 +242,7 @@ def test_a_failed_merge_says_why_and_what_is_not_made(tmp_path: Path) -> None:
     merge = merge_run(tmp_path, MergeRequest("/a", "b", "/models/out", then=("nf4",)), ends="failed")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, MergeProgressScreen(merge, poll_seconds=SELDOM))
+        await opened(pilot, app, MergeProgressScreen(merge, services=Services(), poll_seconds=SELDOM))
         assert "the disk is full free some space" in shown(app)
         assert "is not made" in shown(app)
 
@@ -249,7 +262,7 @@ def test_a_merge_that_was_killed_says_what_to_do_and_is_resumed_here(tmp_path: P
         merge.events.write_bytes(whole)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        made = MergeProgressScreen(merge, work=MergeWork(resume=resume), poll_seconds=SELDOM)
+        made = MergeProgressScreen(merge, services=given(resume=resume), poll_seconds=SELDOM)
         await opened(pilot, app, made)
         assert "crashed: the process ended without saying why. R goes on" in " ".join(shown(app).split())
         assert "R Resume" in shown(app) and "Try it" not in shown(app)
@@ -271,7 +284,7 @@ def test_exports_follow_the_merge_wherever_the_screen_is(tmp_path: Path) -> None
     merge = merge_run(tmp_path, MergeRequest("/a", "b", "/m", then=("nf4", "int8", "f16")))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        made = merge_screen_for(merge, poll_seconds=SELDOM)
+        made = merge_screen_for(merge, services=Services(), poll_seconds=SELDOM)
         assert isinstance(made, MergeProgressScreen)
         await opened(pilot, app, made)
         assert "f16     waits" in shown(app)
@@ -303,7 +316,9 @@ def test_a_running_merge_is_stopped_after_a_question(tmp_path: Path) -> None:
     write_job(paths, MergeRequest("/a", "b", "/m"))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, MergeProgressScreen(paths, poll_seconds=SELDOM, now=lambda: 1075.0))
+        await opened(
+            pilot, app, MergeProgressScreen(paths, services=Services(), poll_seconds=SELDOM, now=lambda: 1075.0)
+        )
         assert "merging model.safetensors 25%  1 min 15 s" in shown(app), "what takes long is seen to live"
         assert "x Stop" in shown(app)
         await pilot.press("x")
@@ -358,7 +373,7 @@ def test_the_end_of_a_training_that_still_ran_is_noticed(tmp_path: Path) -> None
     run = make_run(tmp_path, "trained")
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, MergeScreen(run, work=fake.work(), poll_seconds=0.02))
+        await opened(pilot, app, MergeScreen(run, services=fake.services(), poll_seconds=0.02))
         assert "has no adapter yet" in shown(app)
         app.screen.query_one("#checkpoints", PickOne).highlighted = 1
         app.screen.query_one("#outputs", PickMany).turn("q8_0")
@@ -390,7 +405,7 @@ def test_what_was_chosen_is_made_after_the_studio_was_left(tmp_path: Path) -> No
         return MergeFacts(paths, recipe, (Checkpoint(1, None, 1.0),), 10**6, None)
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
-        await opened(pilot, app, MergeScreen(run, work=MergeWork(facts=facts)))
+        await opened(pilot, app, MergeScreen(run, services=given(merge_facts=facts), poll_seconds=0.5))
         for form in ("nf4", "int8"):
             app.screen.query_one("#outputs", PickMany).turn(form)
         app.screen.query_one("#merge-out", Input).value = str(out)

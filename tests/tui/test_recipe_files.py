@@ -1,7 +1,6 @@
 """Saving and opening recipes from the configure screen."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.recipe_dialogs import open_recipe, save_recipe, target_of
-from tests.tui.stories import HOSTILE, Asked, assert_harmless, engine_that, play, settle, shown, until
+from tests.tui.stories import HOSTILE, Asked, assert_harmless, given, play, services_that, settle, shown, until
 
 
 def recipe_of(app: StudioApp) -> Recipe:
@@ -106,7 +105,7 @@ def test_what_is_turned_is_kept_after_a_moment_and_when_the_studio_is_left(
         await pilot.press("right", "m")
         assert len(asked.kept) == 1
 
-    play(story, tmp_path, engine=engine_that(asked))
+    play(story, tmp_path, services=services_that(asked))
     assert len(asked.kept) == 2
     assert (asked.kept[-1].recipe.adapter.rank, asked.kept[-1].recipe.method) == (64, "lora")
 
@@ -126,7 +125,7 @@ def test_the_file_that_a_recipe_is_saved_to_or_opened_from_is_kept_with_it(
         await pilot.press("O", *"try.toml", "enter")
         await until(pilot, lambda: asked.kept[-1].source == source_of(tmp_path / "try.toml"))
 
-    play(story, tmp_path, engine=engine_that(asked))
+    play(story, tmp_path, services=services_that(asked))
 
 
 def test_a_recipe_that_cannot_be_kept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_a_recipe_that_cannot_be_kept_is_told(tmp_path: Path, monkeypatch: pytes
         await pilot.press("right")
         await until(pilot, lambda: "not kept for the next" in shown(app))
 
-    play(story, tmp_path, engine=replace(engine_that(Asked()), keep_recipe=refuse))
+    play(story, tmp_path, services=given(services_that(Asked()), keep_recipe=refuse))
 
 
 def test_the_studio_opens_on_the_recipe_turned_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +172,7 @@ def test_the_note_on_the_recipe_is_shown(tmp_path: Path) -> None:
     note = f"the file has changed {HOSTILE}"
 
     async def run() -> None:
-        app = StudioApp(Recipe(), runs_root=tmp_path, engine=engine_that(Asked()), note=note, poll_seconds=3600)
+        app = StudioApp(Recipe(), runs_root=tmp_path, services=services_that(Asked()), note=note, poll_seconds=3600)
         async with app.run_test(size=(120, 40), notifications=True) as pilot:
             await until(pilot, lambda: "the file has changed" in shown(app))
             assert_harmless(app)

@@ -18,9 +18,9 @@ from tests.tui.stories import (
     NARROW,
     Asked,
     assert_harmless,
-    engine_that,
     make_run,
     play,
+    services_that,
     settle,
     shown,
     train,
@@ -137,7 +137,7 @@ def test_stop_is_asked_once_and_can_be_forced(tmp_path: Path) -> None:
             await pilot.press("x")
             assert not isinstance(app.screen, Confirm), "an ended run cannot be stopped"
 
-        play(story, tmp_path, open_run=paths, engine=engine_that(asked))
+        play(story, tmp_path, open_run=paths, services=services_that(asked))
 
 
 def test_a_run_that_waits_for_its_disk_says_why_and_that_no_key_is_needed(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_resume_starts_a_worker_for_a_run_that_ended_early(tmp_path: Path) -> No
         await until(pilot, lambda: asked.resumed)
         assert asked.resumed == [paths]
 
-    play(story, tmp_path, open_run=paths, engine=engine_that(asked))
+    play(story, tmp_path, open_run=paths, services=services_that(asked))
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
@@ -245,7 +245,9 @@ def test_to_start_over_where_every_checkpoint_is_damaged_is_asked_first(tmp_path
         assert asked.started_over == ([paths] if answer == "y" else [])
         assert asked.resumed == [paths]
 
-    play(story, tmp_path, engine=engine_that(asked, damaged=f"every checkpoint is damaged {HOSTILE}"), open_run=paths)
+    play(
+        story, tmp_path, services=services_that(asked, damaged=f"every checkpoint is damaged {HOSTILE}"), open_run=paths
+    )
 
 
 def test_a_refused_resume_is_told(tmp_path: Path) -> None:
@@ -259,7 +261,7 @@ def test_a_refused_resume_is_told(tmp_path: Path) -> None:
         await until(pilot, lambda: "no such" in shown(app))
         assert_harmless(app)
 
-    play(story, tmp_path, open_run=paths, engine=engine_that(Asked(), refuses=f"no such [b]thing[/b] {HOSTILE}"))
+    play(story, tmp_path, open_run=paths, services=services_that(Asked(), refuses=f"no such [b]thing[/b] {HOSTILE}"))
 
 
 @pytest.mark.parametrize("outcome", ["done", None])
@@ -279,7 +281,7 @@ def test_resume_is_offered_neither_for_finished_nor_for_live_runs(tmp_path: Path
             assert ("Stop" in keys) is (outcome is None)
             assert "Back" in keys, "the last key fits as well"
 
-        play(story, tmp_path, open_run=paths, engine=engine_that(asked), size=NARROW)
+        play(story, tmp_path, open_run=paths, services=services_that(asked), size=NARROW)
         if not outcome:
             worker.emit(Finished, outcome="done", step=3)
 

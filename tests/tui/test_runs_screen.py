@@ -25,9 +25,9 @@ from tests.tui.stories import (
     WIDE,
     Asked,
     assert_harmless,
-    engine_that,
     make_run,
     play,
+    services_that,
     settle,
     shown,
     train,
@@ -139,7 +139,7 @@ def test_resume_from_the_list(tmp_path: Path) -> None:
         await until(pilot, lambda: isinstance(app.screen, RunScreen))
         assert asked.resumed == [stopped]
 
-    play(story, tmp_path, engine=engine_that(asked))
+    play(story, tmp_path, services=services_that(asked))
 
 
 @pytest.mark.parametrize("answer", ["y", "n"])
@@ -155,7 +155,7 @@ def test_to_start_over_is_asked_from_the_list_too(tmp_path: Path, answer: str) -
         await until(pilot, lambda: isinstance(app.screen, RunScreen if answer == "y" else RunsScreen))
         assert asked.started_over == ([stopped] if answer == "y" else [])
 
-    play(story, tmp_path, engine=engine_that(asked, damaged="every checkpoint is damaged"))
+    play(story, tmp_path, services=services_that(asked, damaged="every checkpoint is damaged"))
 
 
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
         assert asked.resumed == []
         assert "Resume" not in shown(app).splitlines()[-1]
 
-    play(story, tmp_path, engine=engine_that(asked))
+    play(story, tmp_path, services=services_that(asked))
 
 
 def test_a_refused_resume_is_told(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_refused_resume_is_told(tmp_path: Path) -> None:
         assert isinstance(app.screen, RunsScreen)
         assert_harmless(app)
 
-    play(story, tmp_path, engine=engine_that(Asked(), refuses=f"the data has gone {HOSTILE}"))
+    play(story, tmp_path, services=services_that(Asked(), refuses=f"the data has gone {HOSTILE}"))
 
 
 def test_the_list_follows_and_keeps_the_cursor(tmp_path: Path) -> None:

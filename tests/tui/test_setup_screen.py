@@ -22,13 +22,12 @@ from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
 from studio.probe.setup import Answers, DataChecked, check_data
 from studio.tui.app import StudioApp
-from studio.tui.engine import Engine
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.setup import SetupScreen
-from studio.tui.setup_finder import Finder
+from studio.tui.services import Services
 from studio.tui.setup_texts import data_text
 from tests.tui.stories import (
     EIGHT_B,
@@ -38,8 +37,9 @@ from tests.tui.stories import (
     Asked,
     Story,
     assert_harmless,
-    engine_that,
+    given,
     make_run,
+    services_that,
     settle,
     shown,
     until,
@@ -58,15 +58,16 @@ class Told:
     searched: list[str] = field(default_factory=list)
 
 
-def finder_that(
+def finding(
     told: Told,
+    services: Services | None = None,
     *,
     recalled: Answers | None = None,
     cards: list[Card] | None = None,
     files: tuple[Path, ...] = (),
     hub: tuple[str, ...] | str = (),
-) -> Finder:
-    """A finder that looks at data files for real and at nothing else."""
+) -> Services:
+    """Services that look at data files for real and at nothing else."""
 
     def shape(base: str, _: str) -> ModelShape:
         if "missing" in base:
@@ -86,22 +87,21 @@ def finder_that(
         gpu = find_gpu(answers.card) if answers.card else None
         return recommend(answers.goal, answers.base, model, data, gpu=gpu)
 
-    return Finder(
+    return given(
+        services or services_that(Asked()),
         machine=lambda root: Machine(cards, "555.1", 32 * GIB, 20 * GIB, 100 * GIB, 8, "Linux", spills=False),
         models=lambda: [Listed(EMBEDDED, "embedded", GIB), Listed("owner/missing", "hub", problem="it is damaged")],
-        search=search,
+        search_hub=search,
         shape=shape,
-        files=lambda: list(files),
-        check=check,
-        recommend=recommended,  # type: ignore[arg-type]
-        recall=lambda: told.kept[-1] if told.kept else recalled or Answers(),
-        keep=told.kept.append,
+        data_files=lambda: list(files),
+        check_data=check,
+        recommend=recommended,
+        recall_answers=lambda: told.kept[-1] if told.kept else recalled or Answers(),
+        keep_answers=told.kept.append,
     )
 
 
-def play_setup(
-    story: Story, root: Path, finder: Finder, *, size: tuple[int, int] = WIDE, engine: Engine | None = None
-) -> StudioApp:
+def play_setup(story: Story, root: Path, services: Services, *, size: tuple[int, int] = WIDE) -> StudioApp:
     """Play a story on a studio that begins with the set-up."""
     import asyncio
 
@@ -111,8 +111,7 @@ def play_setup(
         Recipe(name="before"),
         runs_root=root / "runs",
         setup=True,
-        engine=engine or engine_that(Asked()),
-        finder=finder,
+        services=services,
         poll_seconds=3600,
     )
 
@@ -141,7 +140,7 @@ async def through(pilot: Pilot[None], app: StudioApp, *steps: str) -> None:
 @pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, size: tuple[int, int]) -> None:
     asked, told = Asked(), Told()
-    engine = engine_that(asked, makes=lambda: make_run(tmp_path, "made"))
+    services = services_that(asked, makes=lambda: make_run(tmp_path, "made"))
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         assert "RTX 3060" in shown(app)
@@ -160,7 +159,7 @@ def test_enter_alone_leads_from_the_machine_to_a_launched_run(tmp_path: Path, si
         assert [recipe.name for recipe in asked.started] == ["task"]
         assert told.kept[-1].done
 
-    play_setup(story, tmp_path, finder_that(told, cards=[CARD]), size=size, engine=engine)
+    play_setup(story, tmp_path, finding(told, services, cards=[CARD]), size=size)
 
 
 def test_on_a_small_screen_the_reasons_use_its_width_and_can_be_scrolled_by_keys(tmp_path: Path) -> None:
@@ -174,8 +173,8 @@ def test_on_a_small_screen_the_reasons_use_its_width_and_can_be_scrolled_by_keys
         await pilot.press("tab", "enter")
         await until(pilot, lambda: not isinstance(app.screen, SetupScreen))
 
-    engine = engine_that(Asked(), makes=lambda: make_run(tmp_path, "made"))
-    play_setup(story, tmp_path, finder_that(Told(), cards=[CARD]), size=NARROW, engine=engine)
+    services = services_that(Asked(), makes=lambda: make_run(tmp_path, "made"))
+    play_setup(story, tmp_path, finding(Told(), services, cards=[CARD]), size=NARROW)
 
 
 def test_every_step_goes_back_and_no_answer_is_lost(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_every_step_goes_back_and_no_answer_is_lost(tmp_path: Path) -> None:
         await through(pilot, app, "goal")
         assert "Retrieval fits facts better" in shown(app)
 
-    play_setup(story, tmp_path, finder_that(told, files=(data,)))
+    play_setup(story, tmp_path, finding(told, files=(data,)))
 
 
 def test_an_interrupted_set_up_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -219,8 +218,9 @@ def test_an_interrupted_set_up_goes_on_where_it_was(tmp_path: Path) -> None:
 
     from studio.core.recipe import Recipe
 
-    app = StudioApp(Recipe(), runs_root=tmp_path, setup=True, engine=engine_that(Asked()), poll_seconds=3600)
-    app._finder = finder_that(told, recalled=recalled)
+    app = StudioApp(
+        Recipe(), runs_root=tmp_path, setup=True, services=finding(told, recalled=recalled), poll_seconds=3600
+    )
 
     async def run() -> None:
         async with app.run_test(size=WIDE) as pilot:
@@ -250,7 +250,7 @@ def test_another_card_is_planned_for_and_taken_to_the_configure_screen(tmp_path:
         await settle(pilot)
         assert app.screen.recipe.name == "before"
 
-    play_setup(story, tmp_path, finder_that(Told()), engine=engine_that(asked))
+    play_setup(story, tmp_path, finding(Told(), services_that(asked)))
 
 
 def test_a_model_that_cannot_be_used_holds_the_step(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_model_that_cannot_be_used_holds_the_step(tmp_path: Path) -> None:
         await until(pilot, lambda: "There is no model owner/missing" in shown(app))
         assert step_of(app) == "model"
 
-    play_setup(story, tmp_path, finder_that(Told()))
+    play_setup(story, tmp_path, finding(Told()))
 
 
 def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_words_search_the_hub_and_its_answers_can_be_chosen(tmp_path: Path) -> N
         assert told.searched == ["small qwen"]
         assert told.kept[-1].base == "Qwen/small"
 
-    play_setup(story, tmp_path, finder_that(told, hub=("Qwen/small", HOSTILE)))
+    play_setup(story, tmp_path, finding(told, hub=("Qwen/small", HOSTILE)))
 
 
 def test_enter_goes_on_though_the_look_that_follows_the_cursor_takes_the_place_of_its_own(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_enter_goes_on_though_the_look_that_follows_the_cursor_takes_the_place_o
         screen._look("data", lit, screen.answers)  # what its timer does; the look of enter has not begun and never will
         await until(pilot, lambda: step_of(app) == "goal")
 
-    play_setup(story, tmp_path, finder_that(Told()))
+    play_setup(story, tmp_path, finding(Told()))
 
 
 def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_the_reasons_wrap_anew_when_the_terminal_changes(tmp_path: Path) -> None
         assert " ".join(" ".join(wide).split()) == " ".join(" ".join(narrow).split())
         assert await reasons(120) == wide
 
-    play_setup(story, tmp_path, finder_that(Told()), size=(120, 90))
+    play_setup(story, tmp_path, finding(Told()), size=(120, 90))
 
 
 def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -
     file.parent.mkdir(parents=True)
     file.write_text('{"prompt": "a", "completion": "b"}\n' * 9)
     model = str(file.parent / "the-model")
-    finder = replace(finder_that(Told(), files=(file,)), models=lambda: [Listed(model, "folder", GIB)])
+    services = given(finding(Told(), files=(file,)), models=lambda: [Listed(model, "folder", GIB)])
 
     async def story(pilot: Pilot[None], app: StudioApp) -> None:
         async def rows(name: str) -> list[str]:
@@ -340,7 +340,7 @@ def test_long_paths_in_the_lists_show_their_names_at_any_width(tmp_path: Path) -
         await through(pilot, app, "data")
         assert (await rows("/the-rows.jsonl"))[0].startswith(" …/")
 
-    play_setup(story, tmp_path, finder, size=NARROW)
+    play_setup(story, tmp_path, services, size=NARROW)
 
 
 def test_enter_in_a_burst_opens_the_line_that_the_arrow_before_it_reached(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_enter_in_a_burst_opens_the_line_that_the_arrow_before_it_reached(tmp_pa
         await settle(pilot)
         assert (step_of(app), line.has_focus, line.editing) == ("model", True, True)
 
-    play_setup(story, tmp_path, finder_that(Told()))
+    play_setup(story, tmp_path, finding(Told()))
 
 
 def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_the_arrows_go_round_the_models_page_and_a_passed_line_types_nothing(tmp
         await pilot.press("down", "escape")
         assert step_of(app) == "machine"
 
-    play_setup(story, tmp_path, finder_that(Told()), size=NARROW)
+    play_setup(story, tmp_path, finding(Told()), size=NARROW)
 
 
 def test_words_that_no_longer_fill_their_place_give_the_keys_back(tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_words_that_no_longer_fill_their_place_give_the_keys_back(tmp_path: Path
         await pilot.pause()
         assert step.query_one(OptionList).has_focus
 
-    play_setup(story, tmp_path, finder_that(Told()), size=NARROW)
+    play_setup(story, tmp_path, finding(Told()), size=NARROW)
 
 
 def test_without_a_line_the_search_says_so_and_stays(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_without_a_line_the_search_says_so_and_stays(tmp_path: Path) -> None:
         await through(pilot, app, "model")
         assert "llama" in shown(app), "what was typed stays in its line"
 
-    play_setup(story, tmp_path, finder_that(Told(), hub="The hub cannot be asked (no line)."))
+    play_setup(story, tmp_path, finding(Told(), hub="The hub cannot be asked (no line)."))
 
 
 def test_bad_rows_are_named_and_hold_the_step(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_bad_rows_are_named_and_hold_the_step(tmp_path: Path) -> None:
         assert step_of(app) == "data"
         assert_harmless(app)
 
-    play_setup(story, tmp_path, finder_that(Told(), files=(bad,)))
+    play_setup(story, tmp_path, finding(Told(), files=(bad,)))
 
 
 MARK = "[b]x[@click=app.quit]"
@@ -463,7 +463,7 @@ def test_hostile_answers_of_an_earlier_visit_stay_harmless(tmp_path: Path) -> No
         await until(pilot, lambda: "does not exist" in shown(app))
         assert_harmless(app)
 
-    play_setup(story, tmp_path, finder_that(Told(), recalled=recalled))
+    play_setup(story, tmp_path, finding(Told(), recalled=recalled))
 
 
 def test_a_home_that_cannot_be_written_is_told_and_goes_on(tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_a_home_that_cannot_be_written_is_told_and_goes_on(tmp_path: Path) -> No
         await through(pilot, app, "model")
         assert "cannot be kept" in shown(app)
 
-    play_setup(story, tmp_path, replace(finder_that(Told()), keep=refuse))
+    play_setup(story, tmp_path, given(finding(Told()), keep_answers=refuse))
 
 
 def test_a_base_that_is_quantised_already_holds_the_models_step(tmp_path: Path) -> None:
@@ -483,4 +483,4 @@ def test_a_base_that_is_quantised_already_holds_the_models_step(tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(BadInput, match="already quantised"):
-        Finder().shape(str(tmp_path), "")
+        Services().shape(str(tmp_path), "")

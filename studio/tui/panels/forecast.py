@@ -13,7 +13,7 @@ from textual.widgets import Static
 from studio.core.errors import StudioError
 from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
-from studio.tui.engine import Engine
+from studio.tui.services import Services
 from widgets.gauge import Gauge, Reading
 
 if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
@@ -80,10 +80,10 @@ class Forecast(VerticalScroll):
             self.recipe, self.forecaster = recipe, forecaster
             self.sides, self.fixes, self.first = sides, fixes, first
 
-    def __init__(self, recipe: Recipe, *, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, *, services: Services) -> None:
         """Follow a recipe, at first without a model."""
         super().__init__(can_focus=False)
-        self._recipe, self._engine = recipe, engine
+        self._recipe, self._services = recipe, services
         self.planned = ""
         self._price_timer: Timer | None = None
         self.forecaster: Forecaster | None = None
@@ -112,7 +112,7 @@ class Forecast(VerticalScroll):
     @work(thread=True)
     def begin(self) -> None:
         """Look for the first time, for the card that was planned for on the last visit."""
-        planned = self._engine.recall_planned()
+        planned = self._services.recall_planned()
         self.app.call_from_thread(self.look, planned)
 
     def plan_for(self, name: str) -> None:
@@ -150,7 +150,7 @@ class Forecast(VerticalScroll):
     @work(thread=True)
     def _keep_planned(self, name: str) -> None:
         try:
-            self._engine.keep_planned(name)
+            self._services.keep_planned(name)
         except OSError as error:
             told = f"The card is planned for now, but not kept: {error.strerror or error}."
             self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
@@ -158,7 +158,7 @@ class Forecast(VerticalScroll):
     @work(thread=True, exclusive=True, group="find")
     def _find(self, recipe: Recipe, planned: str) -> None:
         try:
-            ground: Forecaster | str = self._engine.forecaster(recipe, planned)
+            ground: Forecaster | str = self._services.forecaster(recipe, planned)
         except StudioError as error:
             ground = str(error)
         self.post_message(self.Ready(recipe, planned, ground))

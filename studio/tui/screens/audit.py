@@ -18,17 +18,19 @@ from studio.core.errors import StudioError
 from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
+from studio.probe.audit import copy_report, read_report
 from studio.runs.audit_request import AuditRequest
+from studio.runs.control import request
 from studio.runs.layout import RunPaths
 from studio.runs.log_ends import log_tail
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs
 from studio.tui.asks import OpenRun
-from studio.tui.audit_engine import AuditEngine
 from studio.tui.audit_wishes import Wish, base_request, base_wishes, race_request, race_wishes, run_request, run_wishes
 from studio.tui.panels.audit_report import AuditReport
 from studio.tui.screens.ask_audit import AskAudit
 from studio.tui.screens.ask_line import AskLine
+from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.whole_table import WholeTable
 
@@ -102,21 +104,21 @@ class AuditScreen(Screen[None]):
         recipe: Recipe,
         runs_root: Path,
         *,
+        services: Services,
         poll_seconds: float,
         run: RunPaths | None = None,
-        engine: AuditEngine | None = None,
     ) -> None:
         """List the audits in a folder of runs, looking again every four `poll_seconds`.
 
         Args:
             recipe: What `b` and `e` audit.
             runs_root: Where runs live.
+            services: What starts audits.
             poll_seconds: Pace of the studio.
             run: A training run whose adapter is to be audited.
-            engine: Starts, reads, stops and copies audits.
         """
         super().__init__()
-        self._recipe, self._runs_root, self._engine = recipe, runs_root, engine or AuditEngine()
+        self._recipe, self._runs_root, self._services = recipe, runs_root, services
         self._every_seconds, self._run = 4 * poll_seconds, run
         self._infos: dict[str, RunInfo] = {}
         self._phases: dict[str, Phase] = {}
@@ -215,7 +217,7 @@ class AuditScreen(Screen[None]):
     def action_stop(self) -> None:
         """Ask the audit under the cursor for an early end."""
         if (chosen := self._chosen) is not None:
-            self._engine.stop(chosen.paths)
+            request(chosen.paths, "stop")
             self.notify("It stops after what it is at, and keeps what it has.", markup=False)
 
     def action_write(self) -> None:
@@ -224,7 +226,7 @@ class AuditScreen(Screen[None]):
             return
 
         def written(word: str) -> None:
-            files = self._engine.copy(chosen.paths, Path(word).expanduser())
+            files = copy_report(chosen.paths, Path(word).expanduser())
             names = ", ".join(path.name for path in files)
             self.notify(plain(f"{names} written to {word}", one_line=True), markup=False)
 
@@ -270,7 +272,7 @@ class AuditScreen(Screen[None]):
 
     @work(thread=True, exclusive=True, group="audit-report")
     def _load(self, paths: RunPaths) -> None:
-        self.post_message(self.Loaded(paths, self._engine.read(paths)))
+        self.post_message(self.Loaded(paths, read_report(paths)))
 
     def _ask(self, what: str, title: str, wishes: Sequence[Wish], make: _Make, refused: str = "") -> None:
         """Ask what is to be measured, then begin; `refused` is what was wrong the last time."""
@@ -290,7 +292,7 @@ class AuditScreen(Screen[None]):
     @work(thread=True, exclusive=True, group="audit-start")
     def _begin_in_thread(self, make: Callable[[], AuditRequest]) -> None:
         try:
-            paths = self._engine.start(make(), self._runs_root)
+            paths = self._services.start(make(), self._runs_root)
         except StudioError as error:
             self.post_message(self.Started(None, plain(str(error))))
         else:

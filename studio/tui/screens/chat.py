@@ -27,7 +27,7 @@ from studio.runs.chat import (
     TurnDone,
 )
 from studio.runs.layout import RunPaths
-from studio.tui.merging import MergeWork
+from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 
 _TITLES = {"base": "base", "tuned": "tuned"}
@@ -118,10 +118,10 @@ class ChatScreen(Screen[None]):
             super().__init__()
             self.event = event
 
-    def __init__(self, paths: RunPaths, *, work: MergeWork | None = None) -> None:
+    def __init__(self, paths: RunPaths, *, services: Services) -> None:
         """Chat with what a run made."""
         super().__init__()
-        self._paths, self._work = paths, work or MergeWork()
+        self._paths, self._services = paths, services
         self._process: ChatProcess | None = None
         self._said, self._sampling = Conversation(), Sampling()
         self._sides: tuple[str, ...] = ()
@@ -293,7 +293,7 @@ class ChatScreen(Screen[None]):
         from studio.probe.chat import request_of_run  # noqa: PLC0415
 
         try:
-            process = self._work.chat(request_of_run(self._paths))
+            process = self._services.chat(request_of_run(self._paths))
         except StudioError as error:
             self.post_message(self.Heard(ChatFailed(str(error))))
             return

@@ -8,17 +8,21 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
+from textual.content import Content
+from textual.message import Message
+from textual.screen import Screen
 
 from studio.core.errors import StudioError
 from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
-from studio.tui.asks import ShowAudits, ShowRuns, ShowSetup
-from studio.tui.engine import Engine
+from studio.runs.layout import RunPaths
+from studio.tui.asks import OpenRun, ShowAudits, ShowRuns, ShowSetup
 from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
-from studio.tui.screens.launch import LaunchScreen
+from studio.tui.screens.confirm import Confirm
+from studio.tui.services import Services
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
 
@@ -28,12 +32,13 @@ if TYPE_CHECKING:
     from studio.runs.last_recipe import LastRecipe, RecipeSource
     from studio.tui.fixes import Changes
 
+_CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
 _KEEP_AFTER_SECONDS = 1.0
 
 
-class ConfigureScreen(LaunchScreen):
-    """Owns the one recipe; the form says what was turned, the checks say what is wrong."""
+class ConfigureScreen(Screen[None]):
+    """Owns the one recipe and can launch it; the form says what was turned, the checks say what is wrong."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "launch", "Run"),
@@ -73,24 +78,52 @@ class ConfigureScreen(LaunchScreen):
     }
     """
 
+    class Refused(Message):
+        """The checks found why the recipe cannot run."""
+
+        def __init__(self, reason: str) -> None:
+            """Carry the reason, line by line."""
+            super().__init__()
+            self.reason = reason
+
+    class Launched(Message):
+        """A run was started."""
+
+        def __init__(self, paths: RunPaths) -> None:
+            """Carry the run."""
+            super().__init__()
+            self.paths = paths
+
+    class OverBudget(Message):
+        """The recipe does not fit this machine's card."""
+
+        def __init__(self, recipe: Recipe, question: Content) -> None:
+            """Carry the recipe and the question to ask."""
+            super().__init__()
+            self.recipe = recipe
+            self.question = question
+
     def __init__(
-        self, recipe: Recipe, *, runs_root: Path, engine: Engine, source: "RecipeSource | None" = None
+        self, recipe: Recipe, *, runs_root: Path, services: Services, source: "RecipeSource | None" = None
     ) -> None:
         """Open on a recipe; `source` is the user's file that it came from."""
-        super().__init__(recipe, runs_root=runs_root, engine=engine)
+        super().__init__()
+        self.recipe = recipe
+        self._runs_root, self._services = runs_root, services
         self._source, self._sound = source, recipe
+        self._launching = False
         self._keep_timer: Timer | None = None
         self._undo: Changes = ()
         self._left_field = _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
         """Bar, gauge, form, forecast, advice, keys."""
-        yield TopBar("Configure", card=self._engine.card)
+        yield TopBar("Configure", card=self._services.card)
         yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
         with Container(id="work"):
             yield RecipeForm(self.recipe)
             with Container(id="side"):
-                yield Forecast(self.recipe, engine=self._engine)
+                yield Forecast(self.recipe, services=self._services)
                 yield FieldHelp()
         yield KeyFooter()
 
@@ -126,11 +159,37 @@ class ConfigureScreen(LaunchScreen):
         self._left_field = message.path
         self.query_one(FieldHelp).show_field(message.path)
 
+    def on_configure_screen_refused(self, message: Refused) -> None:
+        """Say why nothing was started."""
+        self._end_launch()
+        self.query_one(FieldHelp).show_problems(message.reason.splitlines())
+
+    def on_configure_screen_launched(self, message: Launched) -> None:
+        """Watch what was started."""
+        self._end_launch()
+        self._show_problems()
+        self.post_message(OpenRun(message.paths))
+
+    def on_configure_screen_over_budget(self, message: OverBudget) -> None:
+        """Ask once more."""
+        self._end_launch()
+
+        def decide(answer: bool | None) -> None:
+            if answer and message.recipe is self.recipe:
+                self._begin_launch(sure=True)
+
+        self.app.push_screen(Confirm(message.question, "launch it"), decide)
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer keys only where they do something."""
         if action == "make_fit":
             return self.query_one("#gauge", Gauge).reading.level in ("doubtful", "bad") if self.is_mounted else False
         return bool(self._undo) if action == "undo_fit" else True
+
+    def action_launch(self) -> None:
+        """Check everything and start the run; with problems, list them and start nothing."""
+        if not self._launching and not self._show_problems():
+            self._begin_launch(sure=False)
 
     def action_turn_method(self) -> None:
         """Switch between LoRA and QLoRA."""
@@ -248,7 +307,7 @@ class ConfigureScreen(LaunchScreen):
         """Keep what was turned in the last moment."""
         if self._keep_timer is not None:
             with contextlib.suppress(OSError, StudioError):
-                self._engine.keep_recipe(self._left())
+                self._services.keep_recipe(self._left())
 
     def _keep_now(self) -> None:
         self._keep_timer = None
@@ -257,7 +316,7 @@ class ConfigureScreen(LaunchScreen):
     @work(thread=True, group="keep")
     def _keep(self, last: "LastRecipe") -> None:
         try:
-            self._engine.keep_recipe(last)
+            self._services.keep_recipe(last)
         except (OSError, StudioError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             told = f"The recipe is not kept for the next visit: {plain(reason)} s saves it to a file."
@@ -270,6 +329,34 @@ class ConfigureScreen(LaunchScreen):
         self._sound = sound_part(self.recipe, self._sound)
         return LastRecipe(self._sound, self._source)
 
+    def _begin_launch(self, *, sure: bool) -> None:
+        self._launching = True
+        self.query_one(FieldHelp).show_busy(_CHECKING)
+        self._launch(self.recipe, sure, self.query_one(Forecast).planned)
+
+    @work(thread=True)
+    def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
+        try:
+            question = None if sure else question_before_launch(recipe, self._services, planned)
+            if question is not None:
+                self.post_message(self.OverBudget(recipe, question))
+                return
+            paths = self._services.start(recipe, self._runs_root)
+        except StudioError as error:
+            self.post_message(self.Refused(str(error)))
+        else:
+            self.post_message(self.Launched(paths))
+
+    def _end_launch(self) -> None:
+        self._launching = False
+        self.query_one(FieldHelp).show_busy("")
+
+    def _show_problems(self) -> bool:
+        """List what is wrong with the recipe and return whether anything is."""
+        problems = [str(problem) for problem in self.recipe.problems()]
+        self.query_one(FieldHelp).show_problems(problems)
+        return bool(problems)
+
     @property
     def _form(self) -> RecipeForm:
         return self.query_one(RecipeForm)
@@ -277,3 +364,29 @@ class ConfigureScreen(LaunchScreen):
     @property
     def _forecast(self) -> Forecast:
         return self.query_one(Forecast)
+
+
+def question_before_launch(recipe: Recipe, services: Services, planned: str = "") -> Content | None:
+    """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
+
+    The card is this machine's, whatever is planned for; on a CPU a recipe that was planned for a card is asked about
+    as well. A model that cannot be sized yet asks nothing: the start says what is wrong with it.
+
+    Raises:
+        BadInput: The recipe's targets or rank do not suit the model.
+    """
+    from studio.tui.fixes import fix_that_fits  # noqa: PLC0415  with the estimator
+    from studio.tui.panels.forecast_text import cpu_text, over_budget_text  # noqa: PLC0415  as above
+
+    try:
+        forecaster = services.forecaster(recipe, "")
+    except StudioError:
+        return None
+    outlook = forecaster.outlook(recipe)
+    if forecaster.device.gpu is None:
+        free_bytes = services.free_ram_bytes()
+        too_large = free_bytes is not None and outlook.estimate.device.low > free_bytes
+        return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
+    if outlook.verdict != "does not fit":
+        return None
+    return over_budget_text(outlook, forecaster.device, fix_that_fits(recipe, forecaster), spills=services.spills())

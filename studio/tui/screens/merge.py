@@ -20,7 +20,6 @@ from studio.runs.layout import RunPaths
 from studio.tui.merging import (
     MERGED,
     MergeFacts,
-    MergeWork,
     OutputEstimate,
     estimates_of,
     free_disk,
@@ -39,6 +38,7 @@ from studio.tui.panels.merge_text import (
 )
 from studio.tui.panels.outcome import has_adapter, no_adapter_words
 from studio.tui.screens.offers import OfferingScreen, offered
+from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.text_field import TextLine
 
@@ -91,16 +91,16 @@ class MergeScreen(OfferingScreen[None]):
             super().__init__()
             self.paths = paths
 
-    def __init__(self, paths: RunPaths, *, work: MergeWork | None = None, poll_seconds: float = 0.5) -> None:
+    def __init__(self, paths: RunPaths, *, services: Services, poll_seconds: float) -> None:
         """Merge a training run's adapter.
 
         Args:
             paths: The run.
-            work: What looks and starts.
+            services: What looks at the run and starts the merge.
             poll_seconds: Pace at which a started merge is looked at; the run, which may not have ended, at a quarter.
         """
         super().__init__()
-        self._paths, self._work, self._poll_seconds = paths, work or MergeWork(), poll_seconds
+        self._paths, self._services, self._poll_seconds = paths, services, poll_seconds
         self._standing = run_standing(paths)
         self._facts: MergeFacts | None = None
         self._rows: list[OutputEstimate] = []
@@ -161,7 +161,8 @@ class MergeScreen(OfferingScreen[None]):
         from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only then
 
         self._starting = False
-        self.app.switch_screen(MergeProgressScreen(message.paths, work=self._work, poll_seconds=self._poll_seconds))
+        pace = self._poll_seconds
+        self.app.switch_screen(MergeProgressScreen(message.paths, services=self._services, poll_seconds=pace))
 
     def on_pick_many_changed(self) -> None:
         """Say what the outputs take now."""
@@ -202,7 +203,7 @@ class MergeScreen(OfferingScreen[None]):
         """Chat with the run before it is merged."""
         from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
 
-        self.app.push_screen(ChatScreen(self._paths, work=self._work))
+        self.app.push_screen(ChatScreen(self._paths, services=self._services))
 
     def action_leave(self) -> None:
         """Go back."""
@@ -211,7 +212,7 @@ class MergeScreen(OfferingScreen[None]):
     @work(thread=True, exclusive=True, group="look")
     def _look(self) -> None:
         try:
-            self.post_message(self.Known(self._work.facts(self._paths)))
+            self.post_message(self.Known(self._services.merge_facts(self._paths)))
         except StudioError as error:
             self.post_message(self.Refused(str(error)))
 
@@ -222,7 +223,7 @@ class MergeScreen(OfferingScreen[None]):
             return
         try:
             request = merge_request(facts, checkpoint, onto, out, forms)
-            self.post_message(self.Started(self._work.start(request, self._paths.root.parent)))
+            self.post_message(self.Started(self._services.start(request, self._paths.root.parent)))
         except StudioError as error:
             self.post_message(self.Refused(str(error)))
 
@@ -255,7 +256,7 @@ def _first_choice(facts: MergeFacts) -> int:
     return facts.checkpoints.index(best) if best else max(0, len(facts.checkpoints) - 1)
 
 
-def merge_screen_for(paths: RunPaths, *, poll_seconds: float = 0.5) -> Screen[None]:
+def merge_screen_for(paths: RunPaths, *, services: Services, poll_seconds: float) -> Screen[None]:
     """Return the screen that a run is merged on; for a merge, the one that shows how far it is and what came of it."""
     from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only for a merge
 
@@ -264,5 +265,5 @@ def merge_screen_for(paths: RunPaths, *, poll_seconds: float = 0.5) -> Screen[No
     except StudioError:
         is_merge = False
     if is_merge:
-        return MergeProgressScreen(paths, poll_seconds=poll_seconds)
-    return MergeScreen(paths, poll_seconds=poll_seconds)
+        return MergeProgressScreen(paths, services=services, poll_seconds=poll_seconds)
+    return MergeScreen(paths, services=services, poll_seconds=poll_seconds)

@@ -23,10 +23,11 @@ from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch
-from studio.tui.merging import MERGED, MergeWork
+from studio.tui.merging import MERGED
 from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
 from studio.tui.screens.confirm import Confirm
 from studio.tui.screens.offers import OfferingScreen, offered
+from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.labelled_text import LabelledText
 
@@ -57,15 +58,15 @@ class MergeProgressScreen(OfferingScreen[None]):
         self,
         merge: RunPaths,
         *,
-        work: MergeWork | None = None,
-        poll_seconds: float = 0.5,
+        services: Services,
+        poll_seconds: float,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Watch a merge and the exports that it names.
 
         Args:
             merge: Its run.
-            work: What starts a chat, and resumes what has ended early.
+            services: What starts a chat, and resumes what has ended early.
             poll_seconds: Pace.
             now: Unix seconds.
         """
@@ -73,7 +74,7 @@ class MergeProgressScreen(OfferingScreen[None]):
         self._merge = merge
         self._watches: dict[str, RunWatch] = {MERGED: RunWatch(merge)}
         self._waiting = _then(merge)
-        self._work, self._poll_seconds, self._now = work or MergeWork(), poll_seconds, now
+        self._services, self._poll_seconds, self._now = services, poll_seconds, now
         self._seen: dict[str, float] = {}
         self._statuses: dict[str, Status] = {}
         self._has_result = self._resuming = False
@@ -162,7 +163,7 @@ class MergeProgressScreen(OfferingScreen[None]):
     @work(thread=True)
     def _resume(self, paths: RunPaths) -> None:
         try:
-            self._work.resume(paths)
+            self._services.resume(paths)
         except StudioError as error:
             self.app.call_from_thread(self.app.notify, plain(str(error)), severity="error", markup=False)
         finally:
@@ -186,7 +187,7 @@ class MergeProgressScreen(OfferingScreen[None]):
         """Chat with the merged model."""
         from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
 
-        self.app.push_screen(ChatScreen(self._merge, work=self._work))
+        self.app.push_screen(ChatScreen(self._merge, services=self._services))
 
     def action_leave(self) -> None:
         """Go back; what runs goes on."""

@@ -18,7 +18,6 @@ from studio.runs.control import request, requested, withdraw
 from studio.runs.layout import RunPaths
 from studio.runs.log_sample import sample_steps
 from studio.runs.status import Status
-from studio.tui.engine import Engine
 from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes, waits_for
 from studio.tui.panels.memory_table import MemoryTable
 from studio.tui.panels.notes import Notes
@@ -29,6 +28,7 @@ from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.confirm import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
+from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
@@ -88,11 +88,11 @@ class RunScreen(OfferingScreen[None]):
     view: reactive[str] = reactive("plots")
     """Which view is chosen."""
 
-    def __init__(self, paths: RunPaths, *, engine: Engine, poll_seconds: float) -> None:
+    def __init__(self, paths: RunPaths, *, services: Services, poll_seconds: float) -> None:
         """Watch a run, looking at it every `poll_seconds`."""
         super().__init__()
         self.paths = paths
-        self._engine, self._poll_seconds = engine, poll_seconds
+        self._services, self._poll_seconds = services, poll_seconds
         self._feed = RunFeed(paths)
         self._glance: Glance | None = None
         self._resuming = self._pause_asked = False
@@ -238,18 +238,18 @@ class RunScreen(OfferingScreen[None]):
         """Merge the adapter; of a merge, show what came of it."""
         from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  needed only then
 
-        self.app.push_screen(merge_screen_for(self.paths, poll_seconds=self._poll_seconds))
+        self.app.push_screen(merge_screen_for(self.paths, services=self._services, poll_seconds=self._poll_seconds))
 
     def action_try_it(self) -> None:
         """Chat with what the run made."""
         from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
 
-        self.app.push_screen(ChatScreen(self.paths))
+        self.app.push_screen(ChatScreen(self.paths, services=self._services))
 
     @work(thread=True)
     def _resume(self, *, over: bool = False) -> None:
         try:
-            (self._engine.start_over if over else self._engine.resume)(self.paths)
+            self._services.resume(self.paths, from_start=over)
         except NoWholeCheckpoint as error:
             question = start_over_question(error)
             self.app.call_from_thread(self._confirm, question, "start over", lambda: self._resume(over=True))
@@ -261,7 +261,7 @@ class RunScreen(OfferingScreen[None]):
 
     @work(thread=True)
     def _end_now(self) -> None:
-        self._engine.end_now(self.paths)
+        self._services.end_now(self.paths)
 
     @property
     def _views(self) -> tuple[str, ...]:

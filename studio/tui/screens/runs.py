@@ -18,11 +18,11 @@ from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits
-from studio.tui.engine import Engine
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.confirm import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
+from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 
 _OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
@@ -66,14 +66,14 @@ class RunsScreen(OfferingScreen[None]):
         self,
         runs_root: Path,
         *,
-        engine: Engine,
+        services: Services,
         poll_seconds: float,
         lister: Callable[[Path], list[RunInfo]] = list_runs,
     ) -> None:
         """List the runs in a folder, looking again every four `poll_seconds`."""
         super().__init__()
-        self._runs_root, self._engine, self._lister = runs_root, engine, lister
-        self._every_seconds = 4 * poll_seconds
+        self._runs_root, self._services, self._lister = runs_root, services, lister
+        self._poll_seconds = poll_seconds
         self._infos: dict[str, RunInfo] = {}
         self._count = 0
         self._marked: set[str] = set()
@@ -89,7 +89,7 @@ class RunsScreen(OfferingScreen[None]):
         """Begin to look."""
         self._table.focus()
         self._read()
-        self.set_interval(self._every_seconds, self._read)
+        self.set_interval(4 * self._poll_seconds, self._read)
 
     def on_runs_screen_listed(self, message: Listed) -> None:
         """Show what was read."""
@@ -181,7 +181,8 @@ class RunsScreen(OfferingScreen[None]):
         from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  needed only then
 
         if self._chosen is not None:
-            self.app.push_screen(merge_screen_for(self._chosen.paths))
+            paths, pace = self._chosen.paths, self._poll_seconds
+            self.app.push_screen(merge_screen_for(paths, services=self._services, poll_seconds=pace))
 
     def action_remove(self) -> None:
         """Ask, then delete the chosen run with its checkpoints and adapter."""
@@ -239,7 +240,7 @@ class RunsScreen(OfferingScreen[None]):
     @work(thread=True, exclusive=True, group="resume")
     def _resume(self, info: RunInfo, *, over: bool = False) -> None:
         try:
-            (self._engine.start_over if over else self._engine.resume)(info.paths)
+            self._services.resume(info.paths, from_start=over)
         except NoWholeCheckpoint as error:
             self.app.call_from_thread(self._ask_to_start_over, info, start_over_question(error))
             return

@@ -1,27 +1,31 @@
 """The guided set-up: machine, model, data, goal, recipe. Every step goes back, and no answer is lost on the way."""
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
+from textual.message import Message
+from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Static
 
+from studio.core.errors import StudioError
 from studio.probe.setup import Answers
 from studio.tui.panels.setup_step import SetupStep
-from studio.tui.screens.setup_threads import SetupThreads
-from studio.tui.setup_finder import Finder
+from studio.tui.services import Services
 from studio.tui.setup_options import (
     HERE,
     OTHER,
     SetupDone,
     Then,
     card_options,
+    data_options,
     end_of,
     end_options,
     goal_of,
@@ -29,7 +33,16 @@ from studio.tui.setup_options import (
     is_model,
     likely_end,
 )
-from studio.tui.setup_texts import goal_text, model_line, recommendation_text, verdict_text
+from studio.tui.setup_texts import (
+    data_text,
+    goal_text,
+    machine_text,
+    model_line,
+    model_text,
+    recommendation_text,
+    refused_text,
+    verdict_text,
+)
 from widgets.key_footer import KeyFooter
 from widgets.tab_row import TabRow
 
@@ -42,7 +55,49 @@ _BUSY = "Working ..."
 _LOOK_AFTER_SECONDS = 0.15
 
 
-class SetupScreen(SetupThreads):
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What looking at a model or a file gave: words, and the answers with it where it can be used."""
+
+    words: Content
+    answers: Answers | None = None
+
+
+class Lookup:
+    """Looks at what an answer names."""
+
+    def __init__(self, services: Services) -> None:
+        """Look through the services."""
+        self._recommend = services.recommend
+        self._shape = lru_cache(maxsize=32)(services.shape)
+        self._checked = lru_cache(maxsize=8)(services.check_data)
+
+    def model(self, answers: Answers) -> Seen:
+        """Look at the model of some answers."""
+        try:
+            return Seen(model_text(answers.base, self._shape(answers.base, answers.card)), answers)
+        except StudioError as error:
+            return Seen(refused_text(str(error)))
+
+    def data(self, answers: Answers) -> Seen:
+        """Read the data of some answers."""
+        try:
+            checked = self._checked(answers.data, answers.base)
+        except StudioError as error:
+            return Seen(refused_text(str(error)))
+        return Seen(data_text(checked), replace(answers, data=checked.facts.path) if checked.sound else None)
+
+    def recommendation(self, answers: Answers) -> "Recommendation":
+        """Return the recommendation.
+
+        Raises:
+            StudioError: Model, data or card cannot be used.
+        """
+        checked = self._checked(answers.data, answers.base)
+        return self._recommend(answers, self._shape(answers.base, answers.card), checked.facts)
+
+
+class SetupScreen(Screen[SetupDone | None]):
     """Asks five questions. Closes with a recipe, or with None when it is left; the answers are kept either way."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -63,9 +118,35 @@ class SetupScreen(SetupThreads):
     }
     """
 
-    def __init__(self, *, finder: Finder, runs_root: Path) -> None:
+    class Looked(Message):
+        """A thread has looked at a model or a file."""
+
+        def __init__(self, step: str, value: str, seen: Seen) -> None:
+            """Carry what was looked at, and what was seen."""
+            super().__init__()
+            self.step, self.value, self.seen = step, value, seen
+
+    class Models(Message):
+        """Models were found."""
+
+        def __init__(self, models: "list[Listed]", words: Content | None = None) -> None:
+            """Carry them, and what is to be said of the search."""
+            super().__init__()
+            self.models, self.words = models, words
+
+    class Recommended(Message):
+        """The recommendation is there."""
+
+        def __init__(self, answers: Answers, recommendation: "Recommendation") -> None:
+            """Carry it with the answers that it is for."""
+            super().__init__()
+            self.answers, self.recommendation = answers, recommendation
+
+    def __init__(self, *, services: Services, runs_root: Path) -> None:
         """Ask from the first step, with the answers of the last visit."""
-        super().__init__(finder, runs_root)
+        super().__init__()
+        self._services, self._runs_root = services, runs_root
+        self._lookup = Lookup(services)
         self.answers = Answers()
         self.step = STEPS[0]
         self._reached = 0
@@ -97,7 +178,7 @@ class SetupScreen(SetupThreads):
 
     def on_mount(self) -> None:
         """Recall the answers, look around, ask the first question."""
-        self.answers = self._finder.recall()
+        self.answers = self._services.recall_answers()
         self._offer_cards()
         self._step("goal").offer(goal_options(), self.answers.goal)
         self._look_at_machine()
@@ -160,7 +241,7 @@ class SetupScreen(SetupThreads):
             return
         self._step(message.step).offer_first(message.text)
 
-    def on_setup_threads_looked(self, message: SetupThreads.Looked) -> None:
+    def on_setup_screen_looked(self, message: Looked) -> None:
         """Show what was seen, unless the cursor has moved on; go on where it can be used and the user wants to."""
         step = self._step(message.step)
         if step.lit != message.value or self.step != message.step:
@@ -170,7 +251,7 @@ class SetupScreen(SetupThreads):
         if wanted and message.seen.answers is not None:
             self._go_on(message.seen.answers)
 
-    def on_setup_threads_models(self, message: SetupThreads.Models) -> None:
+    def on_setup_screen_models(self, message: Models) -> None:
         """Offer the models that were found."""
         known = {model.word for model in self._models}
         new = [model for model in message.models if model.word not in known]
@@ -182,7 +263,7 @@ class SetupScreen(SetupThreads):
             step.tell(message.words)
             step.focus_options()
 
-    def on_setup_threads_recommended(self, message: SetupThreads.Recommended) -> None:
+    def on_setup_screen_recommended(self, message: Recommended) -> None:
         """Show the recommendation, unless an answer has changed meanwhile."""
         if message.answers != self.answers:
             return
@@ -255,7 +336,50 @@ class SetupScreen(SetupThreads):
     def _keep(self, answers: Answers) -> None:
         self.answers = answers
         try:
-            self._finder.keep(answers)
+            self._services.keep_answers(answers)
         except OSError as error:
             told = f"The answers cannot be kept: {error.strerror or error}."
             self.app.notify(told, severity="warning", markup=False)
+
+    @work(thread=True, group="machine")
+    def _look_at_machine(self) -> None:
+        words = machine_text(self._services.machine(self._runs_root), self._runs_root)
+        self.app.call_from_thread(self._step("machine").tell, words)
+
+    @work(thread=True, group="models")
+    def _look_for_models(self) -> None:
+        self.post_message(self.Models(self._services.models()))
+
+    @work(thread=True, group="files")
+    def _look_for_files(self, chosen: str) -> None:
+        files = [str(path) for path in self._services.data_files()]
+        options = data_options(files, chosen)
+        self.app.call_from_thread(self._step("data").offer, options, chosen)
+
+    @work(thread=True, exclusive=True, group="hub")
+    def _ask_hub(self, words: str) -> None:
+        from studio.probe.local_models import Listed  # noqa: PLC0415  with the thread
+
+        try:
+            found = [Listed(word, "hub") for word in self._services.search_hub(words)]
+        except StudioError as error:
+            self.app.call_from_thread(self._step("model").tell, refused_text(str(error)))
+            return
+        told = f"{len(found)} found on the hub, the most used first." if found else "The hub has nothing of that name."
+        self.post_message(self.Models(found, Content(told)))
+
+    @work(thread=True, exclusive=True, group="look")
+    def _look(self, step: str, value: str, answers: Answers) -> None:
+        seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
+        self.post_message(self.Looked(step, value, seen))
+
+    @work(thread=True, exclusive=True, group="recommendation")
+    def _recommend(self, answers: Answers) -> None:
+        try:
+            self.post_message(self.Recommended(answers, self._lookup.recommendation(answers)))
+        except StudioError as error:
+            words = refused_text(f"{error}\nescape goes back to the question.")
+            self.app.call_from_thread(self._step("recipe").tell, words)
+
+    def _step(self, key: str) -> SetupStep:
+        return self.query_one(f"#step-{key}", SetupStep)

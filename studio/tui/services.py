@@ -1,0 +1,279 @@
+"""What the screens ask of the rest of the program: runs are started, the machine is looked at, answers are kept.
+
+Every call may take seconds: call them from a thread. Each imports what it needs when it is called: together the imports
+take 0.13 s, a quarter of the time to the first frame, which needs none of them.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from studio.core.errors import BadInput
+from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.text import plain
+from studio.runs.layout import RunPaths
+
+if TYPE_CHECKING:
+    from studio.core.recommendation import DataFacts, Recommendation
+    from studio.core.shape import ModelShape
+    from studio.probe.local_models import Listed
+    from studio.probe.machine import Machine
+    from studio.probe.setup import Answers, DataChecked
+    from studio.runs.chat import ChatProcess, ChatRequest
+    from studio.runs.job import Job
+    from studio.runs.last_recipe import LastRecipe
+    from studio.tui.forecast import Forecaster
+    from studio.tui.merging import MergeFacts
+
+_CARD, _THEME = "planned_card", "theme"
+_LONGEST_NAME = 60
+
+
+class Services:
+    """The real services; a test gives its own in their place."""
+
+    def start(self, job: "Job", runs_root: Path) -> RunPaths:
+        """Check a job, make its run and launch it; a merge launches the exports that are to follow it.
+
+        Raises:
+            StudioError: It cannot be done so, or its worker cannot be started.
+        """
+        from studio.launch.start import start
+
+        return start(job, runs_root)
+
+    def resume(self, paths: RunPaths, *, from_start: bool = False) -> None:
+        """Launch the worker of a run that has ended early again.
+
+        Args:
+            paths: The run.
+            from_start: Whether it may start over where no checkpoint is whole.
+
+        Raises:
+            NoWholeCheckpoint: It can only start over.
+            StudioError: It cannot be resumed.
+        """
+        from studio.launch.start import resume
+
+        resume(paths, from_start=from_start)
+
+    def end_now(self, paths: RunPaths) -> None:
+        """End a worker that does not stop when asked."""
+        from studio.runs.supervise import stop
+
+        stop(paths, grace_seconds=0.0)
+
+    def chat(self, request: "ChatRequest") -> "ChatProcess":
+        """Start a chat's process.
+
+        Raises:
+            StudioError: It cannot be started.
+        """
+        from studio.runs.chat import ChatProcess
+
+        return ChatProcess(request)
+
+    def merge_facts(self, paths: RunPaths) -> "MergeFacts":
+        """Look at a run that is to be merged.
+
+        Raises:
+            StudioError: It is no training run.
+        """
+        from studio.tui.merging import read_facts
+
+        return read_facts(paths)
+
+    def card(self) -> str:
+        """Return in a few words what a run would run on."""
+        from studio.probe.device import look, place_of
+
+        sight = look()
+        place = place_of("auto", sight)
+        gpu, more = place.card, f" (+{len(sight.cards) - 1})" if sight.cards and len(sight.cards) > 1 else ""
+        if gpu is None:
+            return "no card can be used: lora-studio doctor" if place.refusal else "no NVIDIA card: the CPU"
+        if place.refusal:
+            return f"{gpu.name}{more} cannot be used: lora-studio doctor"
+        total = f" {gpu.total_bytes / 2**30:.1f} GiB" if gpu.total_bytes else ""
+        used = f" · {gpu.used_bytes / 2**30:.1f} in use" if gpu.used_bytes is not None else ""
+        heat = f" · {gpu.celsius} C" if gpu.celsius is not None else ""
+        return f"{gpu.name}{total}{more}{used}{heat}"
+
+    def forecaster(self, recipe: Recipe, planned: str) -> "Forecaster":
+        """Find a recipe's model and its card.
+
+        Args:
+            recipe: What is to be estimated.
+            planned: A card of the catalogue; empty for this machine's.
+
+        Raises:
+            StudioError: The model cannot be looked at, or no card is called that.
+        """
+        from studio.core.gpu_catalogue import find_gpu
+        from studio.probe.device import place_of
+        from studio.probe.pace import calibrated
+        from studio.probe.plan import device_from_catalogue, device_of
+        from studio.tui.forecast import Forecaster
+
+        shape = _shape(recipe.model.base, recipe.model.revision)
+        device = device_from_catalogue(find_gpu(planned)) if planned else device_of(place_of(recipe.device.device))
+        return Forecaster(shape, device, calibrated)
+
+    def spills(self) -> bool:
+        """Return whether the driver moves what does not fit into main memory instead of refusing it (Windows, WSL)."""
+        from studio.probe.machine import spills_to_ram
+
+        return spills_to_ram()
+
+    def free_ram_bytes(self) -> int | None:
+        """Return the main memory that a run on the CPU can have, in bytes; None where the system does not tell."""
+        from studio.probe.machine import free_ram_bytes
+
+        return free_ram_bytes()
+
+    def machine(self, runs_root: Path) -> "Machine":
+        """Read the machine, and the disk that runs are written to."""
+        from studio.probe.machine import read_machine
+
+        return read_machine(runs_root)
+
+    def models(self) -> "list[Listed]":
+        """List the models that lie on this machine."""
+        from studio.probe.local_models import likely_places, local_models
+
+        return local_models(likely_places())
+
+    def search_hub(self, words: str) -> list[str]:
+        """Return ids of the hub, the most used first.
+
+        Raises:
+            BadInput: The hub cannot be asked.
+        """
+        from studio.probe.local_models import search_hub
+
+        return search_hub(words)
+
+    def shape(self, base: str, card: str) -> "ModelShape":
+        """Look at a model, for a card of the catalogue or (empty) this machine's.
+
+        Raises:
+            BadInput: It cannot be used.
+        """
+        from studio.probe.setup import shape_for
+
+        return shape_for(base, card)
+
+    def data_files(self) -> list[Path]:
+        """List data files nearby."""
+        from studio.probe.setup import data_files
+
+        return data_files(Path.cwd())
+
+    def check_data(self, word: str, base: str) -> "DataChecked":
+        """Read and measure a data file.
+
+        Raises:
+            BadInput: It cannot be read.
+        """
+        from studio.probe.setup import check_data
+
+        return check_data(word, base)
+
+    def recommend(self, answers: "Answers", shape: "ModelShape", data: "DataFacts") -> "Recommendation":
+        """Recommend a recipe.
+
+        Raises:
+            BadInput: The answers cannot be used.
+        """
+        from studio.probe.setup import recommendation_for
+
+        return recommendation_for(answers, shape, data)
+
+    def recall_answers(self) -> "Answers":
+        """Return the answers that the guided set-up got on the last visit."""
+        from studio.probe.setup import recall_answers
+
+        return recall_answers()
+
+    def keep_answers(self, answers: "Answers") -> None:
+        """Keep the answers of the guided set-up for the next visit.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        from studio.probe.setup import keep_answers
+
+        keep_answers(answers)
+
+    def recall_planned(self) -> str:
+        """Return the card of the catalogue that was planned for last; empty for none or where the file is damaged."""
+        return _recall(_CARD, "card")
+
+    def keep_planned(self, name: str) -> None:
+        """Keep the card that is planned for for the next visit; empty plans for this machine again.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        _keep(_CARD, "card", name)
+
+    def recall_theme(self) -> str:
+        """Return the name of the theme that was chosen last; empty for none or where the file is damaged."""
+        return _recall(_THEME, "theme")
+
+    def keep_theme(self, name: str) -> None:
+        """Keep the name of the theme for the next visit.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        _keep(_THEME, "theme", name)
+
+    def keep_recipe(self, last: "LastRecipe") -> None:
+        """Keep the recipe that was turned last for the next visit.
+
+        Raises:
+            OSError: It cannot be written.
+            BadInput: It cannot be written as TOML.
+        """
+        from studio.runs.last_recipe import keep_last_recipe
+
+        keep_last_recipe(last)
+
+
+def _shape(base: str, revision: str) -> "ModelShape":
+    from studio.probe.shape import find_shape
+
+    try:
+        here = base == EMBEDDED or Path(base).expanduser().exists()
+        return find_shape(base, revision) if here else _hub_shape(base, revision)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such home, a NUL
+        raise BadInput(f"The model {plain(base, one_line=True, limit=80)} cannot be looked at: {error}.") from None
+
+
+@lru_cache(maxsize=32)
+def _hub_shape(base: str, revision: str) -> "ModelShape":
+    """A model of the hub is asked for once: each look at the card would ask again."""
+    from studio.probe.shape import find_shape
+
+    return find_shape(base, revision)
+
+
+def _recall(name: str, key: str) -> str:
+    from studio.runs.home import studio_home
+
+    try:
+        word = json.loads((studio_home() / f"{name}.json").read_bytes())[key]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return plain(word, one_line=True, limit=_LONGEST_NAME) if isinstance(word, str) else ""
+
+
+def _keep(name: str, key: str, word: str) -> None:
+    from studio.runs.atomic import write_whole
+    from studio.runs.home import studio_home
+
+    home = studio_home()
+    home.mkdir(parents=True, exist_ok=True)
+    write_whole(home / f"{name}.json", json.dumps({key: word}) + "\n")
