@@ -17,6 +17,7 @@ from studio.jobs.base.load import FourBit, load_base
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
 from studio.probe.models import find_base
 from studio.runs.control import request
+from studio.runs.job import Weighted
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from tests.fakes.tiny_model import make_tiny_model
@@ -109,7 +110,7 @@ def test_one_other_tensor_is_enough_also_for_the_base_of_a_second_adapter(
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1e-3
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     first = make_adapter(tmp_path / "first", base, target_modules=ATTENTION) if weighted else run.adapter
-    more = {"more": (f"1={run.adapter}",)} if weighted else {"run": str(run.root)}
+    more = {"more": (Weighted(str(run.adapter)),)} if weighted else {"run": str(run.root)}
     failed = history_of(merge(first, base, tmp_path / "out", **more)).failed
     assert failed is not None
     assert failed.failure == "bad_input"
