@@ -1,4 +1,4 @@
-"""NVIDIA cards through NVML: what is there, and how full. A reading is a number or None, never a made-up zero.
+"""NVIDIA cards through NVML: which there are, and how full. A reading is a number or None, never a made-up zero.
 
 Nothing here raises without a driver, and nothing here changes a card.
 """
@@ -15,13 +15,13 @@ _UNNAMED = "NVIDIA GPU"
 
 
 _UNIFIED_PARTS = ("GB10", "Orin", "Thor", "Tegra", "Xavier")
-"""Chips whose memory is the machine's own and of which NVML therefore tells none (nvtop 411, nvitop 195). A card that
-does not answer for another reason must not be taken for one of them."""
+"""Chips that use the machine's main memory, so that NVML tells no memory of them (nvtop 411, nvitop 195). They are
+known by name: a card may also fail to answer for another reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardProcess:
-    """Somebody who uses a card; None is "not available" (Windows and WSL do not say how much)."""
+    """A process that uses a card; None is "not available" (Windows and WSL do not tell its memory)."""
 
     pid: int
     name: str | None = None
@@ -30,11 +30,11 @@ class CardProcess:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A part of a card that is cut into some (MIG): what a process gets of it.
+    """An instance of a divided card (MIG): a process gets one of them.
 
     Attributes:
-        uuid: Its lasting name, `MIG-...`.
-        number: The ids of its GPU instance and compute instance, as older names of it end: `MIG-GPU-.../1/0`.
+        uuid: Its UUID, `MIG-...`.
+        number: The ids of its GPU instance and compute instance, with which its older names end: `MIG-GPU-.../1/0`.
         total_bytes: All of its memory.
         used_bytes: In use by any process.
         free_bytes: What a new process could still take.
@@ -52,8 +52,9 @@ class Driver:
     """The NVIDIA driver; None is "not available".
 
     Attributes:
-        version: Such as `580.65.06`; under WSL that of Windows.
-        cuda: The newest CUDA that it serves, such as (13, 0); a compatibility package may raise it above the version.
+        version: Such as `580.65.06`; under WSL that of the driver on Windows.
+        cuda: The newest CUDA that it serves, such as (13, 0). A compatibility package may raise it above what the
+            driver's version serves.
     """
 
     version: str | None = None
@@ -65,9 +66,9 @@ class Card:
     """One card at one moment; None is "not available" (unified memory, WSL, a lost card ...).
 
     Attributes:
-        index: Its number in NVML's order, by PCI bus; CUDA's own order may be another (`studio.probe.device`).
+        index: Its number in NVML's order, by PCI bus; CUDA's own order may differ (`studio.probe.device`).
         name: As the driver names it.
-        uuid: Its lasting name.
+        uuid: Its UUID, which stays the same when cards are added or moved.
         total_bytes: All of its memory.
         used_bytes: In use by any process, without the driver's own reserve where the driver tells them apart.
         free_bytes: What a new process could still take.
@@ -75,11 +76,11 @@ class Card:
         busy_percent: Share of the last moment in which a kernel ran.
         celsius: Temperature.
         watts: Power drawn now.
-        processes: Who uses it, largest first; None where the driver does not tell.
-        mig: Whether it is cut into instances; memory is then that of the first, which is what a process gets.
+        processes: The processes that use it, largest first; None where the driver does not tell.
+        mig: Whether it is divided into instances; its memory is then that of the first, which a process would get.
         unified: Whether its memory is the machine's main memory.
         pci: Its place on the bus, such as `00000000:01:00.0`.
-        instances: What it is cut into.
+        instances: The instances into which it is divided.
     """
 
     index: int
@@ -166,7 +167,7 @@ class _Nvml:
         return tuple(found)
 
     def _processes(self, handle: Any) -> tuple[CardProcess, ...] | None:
-        """Return who computes or draws on a card; a process that does both is listed once."""
+        """Return the processes that compute or draw on a card; one that does both is listed once."""
         lists = [self.value(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "Graphics")]
         if all(found is None for found in lists):
             return None
@@ -178,15 +179,16 @@ class _Nvml:
         return tuple(sorted(found, key=lambda item: (-(item.used_bytes or 0), item.pid)))
 
     def _process_name(self, pid: int) -> str | None:
-        """Return the last part of a program's path; other users' programs may have no name here."""
+        """Return the last part of a program's path; None where it is not told, as of other users' programs."""
         path = _decoded(self.value("nvmlSystemGetProcessName", pid)) or ""
         program = path.split(" ")[0] if path.startswith("/") else path
         return _text(re.split(r"[/\\]", program)[-1]) or None
 
     def _memory(self, handle: Any) -> Any:
-        """Return total, used and free of a card, None where it tells none.
+        """Return total, used and free bytes of a card, None where it tells none.
 
-        Version 2 of the call counts the driver's reserve apart, as nvidia-smi does; old drivers lack it.
+        Version 2 of the call leaves the driver's own reserve out of what is used, as nvidia-smi does; old drivers lack
+        it.
         """
         if handle is None:
             return None
@@ -242,7 +244,7 @@ def read_cards(load: Callable[[], Any] = _pynvml) -> tuple[list[Card] | None, Dr
 
 
 def _first_size(instances: tuple[Instance, ...]) -> Any:
-    """Return total, used and free of the first instance, which is what a process gets that asks for the card."""
+    """Return total, used and free bytes of the first instance: a process that asks for the card gets this one."""
     first = instances[0] if instances else None
     if first is None or first.total_bytes is None:
         return None

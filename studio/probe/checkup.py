@@ -1,7 +1,7 @@
-"""Whether this machine has what a fine-tune needs: libraries, card, room, and what its own runs say of the estimate.
+"""Whether this machine has what a fine-tune needs: libraries, a card that torch can use, memory, room on the disk.
 
-Versions are read from the installed packages' metadata; nothing of them is imported here. `import_libraries` imports
-them in a process of its own.
+Versions are read from the installed packages' metadata, without importing the packages. `import_libraries` imports them
+in a process of its own.
 """
 
 import json
@@ -54,10 +54,10 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: What.
+        name: What was looked at.
         verdict: `ok`, `note` (worth knowing, stops nothing) or `problem`.
-        found: What is there, in words.
-        advice: What to do; empty where nothing is.
+        found: What was found, in words.
+        advice: What to do; empty where there is nothing to do.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Check:
 
 
 def check_up(machine: Machine, runs_root: Path) -> list[Check]:
-    """Return every check of this machine, in the order in which a person reads them.
+    """Return every check of this machine, in the order in which they are shown.
 
     Args:
         machine: As it was found.
@@ -125,7 +125,7 @@ def _python() -> Check:
 
 
 def _libraries() -> list[Check]:
-    """Return a check for each library that we require, against the floor that our own metadata names."""
+    """Return a check for each required library, against the lowest version that our own metadata names."""
     try:
         lines = requires(_PACKAGE) or []
     except PackageNotFoundError:
@@ -157,7 +157,7 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def trouble_of(machine: Machine) -> str:
-    """Return why a run that takes whatever card is here would not start; nothing where it would.
+    """Return why a run with device.device = auto would not start here; empty where it would.
 
     Args:
         machine: As it was found.
@@ -186,7 +186,7 @@ def _torch_build(machine: Machine) -> Check:
 
 
 def _device(machine: Machine) -> list[Check]:
-    """Return where a run goes whose recipe does not say; nothing without a card, which was said already."""
+    """Return on which device a run with device.device = auto goes; nothing without a card, which another check says."""
     if not machine.cards:
         return []
     place = _place(machine)

@@ -1,4 +1,4 @@
-"""This machine as a fine-tune sees it: cards, driver, memory, disk. Nothing here raises; what is unknown is None."""
+"""What a fine-tune finds on this machine: cards, driver, memory, disk. Nothing here raises; what is unknown is None."""
 
 import os
 import platform
@@ -22,7 +22,8 @@ class Machine:
         disk_bytes: Free on the disk that runs are kept on.
         cores: Cores that this process may use.
         system: Operating system in words.
-        spills: Whether a full card moves into main memory instead of failing (Windows and WSL drivers do).
+        spills: Whether the driver moves what does not fit the card into main memory instead of failing (on Windows and
+            WSL).
         cuda: The newest CUDA that the driver serves, such as (13, 0).
     """
 
@@ -59,7 +60,7 @@ def read_machine(folder: Path) -> Machine:
 
 
 def spills_to_ram() -> bool:
-    """Return whether the driver here moves what does not fit into main memory instead of refusing it."""
+    """Return whether the driver moves what does not fit the card into main memory, as those of Windows and WSL do."""
     return sys.platform == "win32" or "microsoft" in platform.release().lower()
 
 

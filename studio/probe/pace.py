@@ -1,4 +1,4 @@
-"""How fast a recipe trains and how long that takes: the roofline, this machine's own runs, and a look at the data."""
+"""How fast a recipe trains and how long it takes: from the roofline, this machine's own runs, and the data's length."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,8 +38,8 @@ class Pace:
     """Speed and time of a run.
 
     Attributes:
-        speed: Tokens a second; None where nobody can know them.
-        why_not: Why there is none.
+        speed: Tokens a second; None where they cannot be estimated.
+        why_not: Why they cannot; empty where they can.
         slowdown: How many times as long a step takes in 4 bit as in 16: least, usual, most; None as for the speed.
         steps: Optimizer steps of the run; None without a look at the data.
         tokens: Real tokens of the run: least, usual, most.
@@ -81,7 +81,8 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     steps, tokens = _run_tokens(recipe, guess)
     duration = None
     if speed is not None:
-        # Rows that are padded, not packed, make small batches: the slow end counts on them.
+        # Rows may be packed to the full length or go through as they are. Short rows make small batches, which are
+        # slower: the slow end takes every row as it is.
         row = max(1, round(guess.tokens_per_row(recipe.train.seq_len)[1]))
         slowest = _speed(shape, replace(setup, seq_len=row), gpu, seen) or speed
         fast, slow = duration_of(speed, tokens[0]).low, duration_of(slowest, tokens[2]).high
@@ -91,12 +92,12 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
 
 
 def calibrated(estimate: VramEstimate, setup: Setup, gpu: Gpu | None) -> VramEstimate:
-    """Return an estimate corrected by this machine's own runs on the card; the same without any."""
+    """Return an estimate corrected by this machine's own runs on the card; unchanged without any."""
     return estimate if gpu is None else correct_estimate(estimate, observations_for(gpu, setup))
 
 
 def process_of(estimate: VramEstimate, setup: Setup) -> Range | None:
-    """Return what a CPU run's process will hold, tensors and the rest; None where no run here has shown the rest."""
+    """Return what a CPU run's process will hold, tensors and the rest; None where no run here has measured the rest."""
     rest = process_range(observations_for(None, setup)) if setup.device == CPU else None
     tensors = estimate.allocated
     if rest is None:
@@ -112,7 +113,7 @@ def observations_for(gpu: Gpu | None, setup: Setup) -> tuple[Observation, ...]:
     device = gpu.name if gpu else CPU
     near = setting_of(device, setup.method, {}) if found else None
     if not any(near == replace(one.setting, versions=()) for one in found):
-        return ()  # before the installed versions are asked for: that takes 30 ms
+        return ()  # decided without the installed versions, which take 30 ms to find out
     return matching(found, setting_of(device, setup.method))
 
 
@@ -144,7 +145,7 @@ def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Obse
 
 
 def _run_tokens(recipe: Recipe, guess: "RowsGuess") -> tuple[int, tuple[float, float, float]]:
-    """Return the steps of a run and its tokens, a row being as long as those at the beginning of the file."""
+    """Return the steps of a run and its tokens; all rows are taken to be as long as those at the file's beginning."""
     from studio.probe.data.split import most_held_out  # noqa: PLC0415  as above
 
     held_out = 0 if recipe.data.eval_path else most_held_out(guess.rows, recipe.eval.rows)

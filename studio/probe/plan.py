@@ -82,14 +82,14 @@ def plan_for(recipe: Recipe, base: BaseFound, *, place: Place | None = None) -> 
 
 
 def _named(card: Card | None) -> dict[str, Any] | None:
-    """Return what names a card for good, as the run records the one that it used."""
+    """Return what identifies a card, as the run records the card that it used."""
     return None if card is None else {"name": card.name, "uuid": card.uuid, "pci": card.pci}
 
 
 def known_gpu(card: Card) -> Gpu | None:
     """Return what is known of a real card: its own total and capability, the rest from the catalogue.
 
-    An instance of a card that is cut into some computes and moves about as large a share as it has of the memory.
+    An instance of a divided card (MIG) is taken to have the same share of its speed and bandwidth as of its memory.
     """
     if card.total_bytes is None:
         return None

@@ -1,4 +1,4 @@
-"""Everything about a training run that can be known to be wrong before a process starts or a folder is made."""
+"""Checks a training run for everything that can be found wrong before a process starts or a folder is made."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from studio.runs.recipe_file import resolve_paths
 
 @dataclass(frozen=True, slots=True)
 class PreflightReport:
-    """What a sound run starts from.
+    """What a training run starts from, once it is checked.
 
     Attributes:
         recipe: The recipe with absolute paths, as it is written into the run.
@@ -42,7 +42,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
         sight: What is known of the machine's cards; None looks.
 
     Raises:
-        BadInput: Something would keep the run from starting; says what, and what to do.
+        BadInput: Something would keep the run from starting; the message says what, and what to do.
     """
     refuse(recipe.problems())
     recipe = resolve_paths(recipe, (Path.cwd(),))

@@ -1,7 +1,7 @@
-"""What a run may go on with, checked by the one who resumes it and again by the training job itself.
+"""With which base, rows and recipe a run may be resumed: checked before the job is started, and again by the job.
 
-What comes out of a resumed run is said to be what an uninterrupted one would have made. So base, rows and recipe are
-compared with those of the run's first start, by content; `studio.core.identity` says what may differ.
+A resumed run promises the result of an uninterrupted one. So base, rows and recipe are compared with those of the run's
+first start, by content; `studio.core.identity` says what may differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,8 @@ from studio.runs.layout import RunPaths
 _BEGAN = "that it began with"
 _NAMED = 8
 _AT_ONCE_BYTES = 2**26
-"""Of data that are read at once: a few seconds at most. A longer reading belongs into the job, which tells of it."""
+"""Data up to this size are read before the job is started, in a few seconds at most. The job reads larger ones, and
+shows its progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,9 @@ class RowsFound:
     """The rows of a run, by content.
 
     Attributes:
-        hashes: Of every training row, in order: 16 characters of XXH3.
+        hashes: The hash of every training row, in order: 16 characters of XXH3.
         held_out: How many rows are held out.
-        held_out_sum: A checksum of those, in order.
+        held_out_sum: A checksum of the held-out rows, in order.
     """
 
     hashes: Sequence[str]
@@ -57,12 +58,12 @@ class RowsFound:
 
 
 def check_resume(paths: RunPaths, recipe: Recipe) -> None:
-    """Refuse what can be known without a long wait: another recipe, base or data than the run began with.
+    """Refuse another recipe, base or data than the run began with, as far as it is known without a long wait.
 
-    Weights that nobody has read yet, and data of more than 64 MiB, are left to the job.
+    Weights whose checksums are not known yet, and data of more than 64 MiB, are left to the job.
 
     Raises:
-        BadInput: Says what differs.
+        BadInput: Something differs; the message says what.
     """
     first = read_identity(paths)
     refuse_other_recipe(paths, first, recipe)
@@ -78,7 +79,7 @@ def refuse_other_recipe(paths: RunPaths, first: Identity, recipe: Recipe) -> lis
     """Refuse a recipe that trains something else than the run's first one; return what changes only the rounding.
 
     Raises:
-        BadInput: Names the fields.
+        BadInput: It does; the message names the fields.
     """
     if not first.recipe:
         return []
@@ -93,7 +94,7 @@ def refuse_other_base(paths: RunPaths, first: Identity, folder: Path, found: Map
     """Refuse a base other than the one that the run began with: weights, config, tokenizer, chat template or code.
 
     Raises:
-        BadInput: Names tensors and files.
+        BadInput: It is another; the message names tensors and files.
     """
     if first.base is None:
         return
@@ -105,10 +106,10 @@ def refuse_other_base(paths: RunPaths, first: Identity, folder: Path, found: Map
 
 
 def refuse_other_rows(paths: RunPaths, first: Identity, found: RowsFound) -> None:
-    """Refuse other rows than the run began with, wherever their files lie now.
+    """Refuse other rows than the run began with; their files may lie elsewhere now.
 
     Raises:
-        BadInput: Says how they changed.
+        BadInput: They are others; the message says how they changed.
     """
     if first.rows is None:
         return
@@ -128,7 +129,7 @@ def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]
 
 
 def _rows_of(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Return the rows to train on and those held out, as training takes them."""
+    """Return the rows to train on and the held-out rows, split as the training splits them."""
     own = recipe.data.eval_path
     data = read_data(Path(recipe.data.path), format=recipe.data.format)
     parts = hold_out(recipe, data, read_data(Path(own), format=recipe.data.format) if own else None)
@@ -136,7 +137,7 @@ def _rows_of(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
 
 
 def _data_bytes(recipe: Recipe) -> int:
-    """Return the size of the data; a file that is not there has none, and reading it says what is wrong."""
+    """Return the size of the data in bytes; a missing file counts as empty, and reading it will say what is wrong."""
     words = [word for word in (recipe.data.path, recipe.data.eval_path) if word and word != EMBEDDED]
     return sum(path.stat().st_size for path in map(Path, words) if path.is_file())
 
@@ -150,11 +151,11 @@ def _other(paths: RunPaths, what: str, way_back: str) -> BadInput:
 
 
 def _hash(row: Row) -> str:
-    """Return a hash of all that is trained of a row, to the letter; not of where it stands."""
+    """Return a hash of all that is trained of a row, to the letter; its place in the file does not matter."""
     import xxhash  # noqa: PLC0415  not needed for the first frame
 
     turns = [(one.role, one.content) for one in row.messages] if isinstance(row, Conversation) else [("", row.text)]
-    # The lengths keep apart what would read the same when joined.
+    # With the lengths, rows that differ only in where a turn ends do not become the same text.
     text = "\0".join(f"{len(role)}:{role}{len(content)}:{content}" for role, content in turns)
     return xxhash.xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -1,4 +1,4 @@
-"""The guided set-up without its screens: the answers, what follows from them here, and where they are kept."""
+"""The guided set-up without its screens: the answers, what follows from them on this machine, where they are kept."""
 
 import json
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ _MOST_BYTES = 64 * 1024
 _COUNTED_ROWS = 2000
 _LONGEST_COUNTED = 50
 _CHARACTERS_PER_TOKEN = 3.0
-"""Low on purpose (English has about four, code about three): a length that is too long cuts no row."""
+"""Low on purpose (English has about four, code about three): it is better to estimate a row too long than to cut it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the user has said so far.
+    """The user's answers so far.
 
     Attributes:
         base: The model: embedded, a folder or a hub id.
@@ -40,7 +40,7 @@ class Answers:
         goal: What it is for.
         card: A card of the catalogue to plan for; empty for this machine's.
         step: The step that the set-up was left at.
-        done: Whether it was gone through once.
+        done: Whether the user has gone through it once.
     """
 
     base: str = EMBEDDED
@@ -56,8 +56,8 @@ class DataChecked:
     """A data file that was read.
 
     Attributes:
-        data: What it became.
-        facts: What a recommendation needs of it.
+        data: Its rows, and what was found on the way.
+        facts: What a recommendation needs to know of it.
     """
 
     data: DataSet
@@ -70,7 +70,7 @@ class DataChecked:
 
 
 def recall_answers(home: Path | None = None) -> Answers:
-    """Return the answers of the last visit; what is missing or damaged is as at the first."""
+    """Return the answers of the last visit; a missing or damaged one has its value of the first visit."""
     try:
         with ((home or studio_home()) / SETUP_FILE).open("rb") as file:
             table = json.loads(file.read(_MOST_BYTES))
@@ -155,9 +155,9 @@ def recommendation_for(answers: Answers, shape: ModelShape, data: DataFacts) -> 
 
 
 def _facts(path: str, data: DataSet, base: str) -> DataFacts:
-    """Count the tokens of some rows and of the longest, and take the others by their characters.
+    """Return what a recommendation needs of the rows: some rows and the longest are counted, the rest estimated.
 
-    All without the model's chat template: it is a program of strangers, and runs in jobs alone, within limits.
+    The model's chat template is not applied: it is a program by strangers, and runs only in jobs, within limits.
     """
     characters = [sum(map(len, texts_of(row))) for row in data.rows]
     if not characters:

@@ -1,6 +1,6 @@
-"""Whether a run can be kept where it is to lie: room on its disk, the right to write there, a path that libraries take.
+"""Whether a run or an output can be kept in a place: room on its disk, permission, a path that the libraries take.
 
-Asked before a run begins: what is found out at the end of a training is found out too late.
+Checked before a run begins, since at the end of a training it would be too late.
 """
 
 import os
@@ -12,10 +12,10 @@ from studio.core.text import plain
 
 _LEAST_FREE_BYTES = 200 * 10**6
 _LONGEST_INSIDE_BYTES = 320
-"""Of a path below a folder of runs or beside an output.
+"""Length of the longest path below a folder of runs, or beside an output.
 
-A run's name (68), an export's merge in it, a checkpoint that is being written, a file of it (names in models are under
-100), and what is added to a name while it is incomplete.
+It is that of a run's name (68), an export's merge in it, a checkpoint that is being written, a file in it (names in
+models are under 100), and what is added to a name while it is incomplete.
 """
 _MOST_PATH_BYTES = 4096
 _MOST_NAME_BYTES = 255 - len(".merging-.merged-for-.lock")
@@ -25,12 +25,12 @@ def check_space(folder: Path, needed_bytes: int = _LEAST_FREE_BYTES, option: str
     """Make sure that a run can at least begin on this disk.
 
     Args:
-        folder: On the disk; need not exist yet.
-        needed_bytes: At least 200 MB are wanted in any case.
-        option: Of the command line, that chooses another place.
+        folder: A folder on the disk, which need not exist yet.
+        needed_bytes: What the run needs; 200 MB are wanted in any case.
+        option: The flag that chooses another place, for messages.
 
     Raises:
-        BadInput: Less is free there, nothing can be written there, or the path is none that all libraries take.
+        BadInput: Less is free there, nothing can be written there, or not all libraries can write to such a path.
     """
     place = check_place(folder, option)
     try:
@@ -53,11 +53,11 @@ def check_place(folder: Path, option: str = "--runs-dir") -> Path:
     its last step, when the adapter is saved.
 
     Args:
-        folder: Need not exist yet.
-        option: Of the command line, that chooses another place.
+        folder: The folder, which need not exist yet.
+        option: The flag that chooses another place, for messages.
 
     Raises:
-        BadInput: It is no UTF-8, too long, no folder, or not writable.
+        BadInput: The path is not UTF-8 or too long, or it is no folder, or cannot be written.
     """
     place = folder.absolute()
     shown = plain(str(place), one_line=True, limit=300)
@@ -88,7 +88,7 @@ def check_name(path: Path) -> None:
     """Make sure that an output's name leaves room for the hidden names that it has while it is made.
 
     Raises:
-        BadInput: It does not, or is no UTF-8.
+        BadInput: It does not, or it is not UTF-8.
     """
     shown = plain(path.name, one_line=True, limit=300)
     if any("\udc80" <= character <= "\udcff" for character in path.name):
@@ -102,10 +102,10 @@ def check_name(path: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Check that nothing lies where a model is to be written, and that it can be written there.
+    """Check that a model can be written to a place, and that nothing lies there yet.
 
     Raises:
-        BadInput: Something does, or it cannot.
+        BadInput: It cannot, or something does.
     """
     check_name(out)
     shown = plain(str(out), one_line=True)
