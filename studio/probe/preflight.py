@@ -21,7 +21,6 @@ class PreflightReport:
         recipe: The recipe with absolute paths, as it is written into the run.
         base: The base model.
         data: The rows to train on and, without a file for it, to hold out.
-        eval_data: The rows of `data.eval_path`, None without one.
         notes: What the user should know, though it stops nothing.
         place: Where it will run.
     """
@@ -29,7 +28,6 @@ class PreflightReport:
     recipe: Recipe
     base: BaseFound
     data: DataSet
-    eval_data: DataSet | None
     notes: tuple[str, ...]
     place: Place
 
@@ -61,7 +59,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
                 "rows, name a file in data.eval_path, or set eval.rows and eval.samples to 0."
             )
         notes += parts.notes
-    return PreflightReport(recipe, base, data, eval_data, notes, place)
+    return PreflightReport(recipe, base, data, notes, place)
 
 
 def _read(recipe: Recipe, field: str) -> DataSet:
