@@ -1,4 +1,4 @@
-"""Looks through a PEFT adapter folder before anything heavy is loaded: its config, its weights, the base it names."""
+"""Checks a PEFT adapter folder before anything heavy is loaded: its config, its weights, the base that it names."""
 
 import json
 import math
@@ -25,9 +25,9 @@ class AdapterFound:
     """A LoRA adapter whose files are whole.
 
     Attributes:
-        folder: Where it lies.
+        folder: The PEFT folder.
         config: Its `adapter_config.json`.
-        header: Of its weights: names, shapes and formats.
+        header: The header of its weights: names, shapes and formats.
     """
 
     folder: Path
@@ -36,13 +36,13 @@ class AdapterFound:
 
     @property
     def base(self) -> str:
-        """The base model that it says it was trained on; empty where it names none."""
+        """The base model that it names; empty where it names none."""
         said = self.config.get("base_model_name_or_path")
         return said if isinstance(said, str) else ""
 
     @property
     def revision(self) -> str:
-        """The revision of that base; empty where it names none."""
+        """The revision of the base that it names; empty where it names none."""
         said = self.config.get("revision")
         return said if isinstance(said, str) else ""
 
@@ -51,7 +51,7 @@ def find_adapter(folder: Path) -> AdapterFound:
     """Return the adapter of a PEFT folder.
 
     Raises:
-        BadInput: No adapter folder, a damaged file, weights as a pickle or missing, or another method than LoRA.
+        BadInput: It is no adapter folder, a file is damaged or missing, the weights are a pickle, or it is not LoRA.
     """
     shown = plain(str(folder), one_line=True)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -89,9 +89,9 @@ class Checkpoint:
 
     Attributes:
         step: Optimizer steps.
-        folder: Of the checkpoint; None for the adapter that the run saved at its end.
+        folder: The checkpoint's folder; None for the adapter that the run saved at its end.
         loss: Held-out loss after the same step; None where none was measured then.
-        damage: What is wrong with the files that the adapter is made of; empty where nothing is.
+        damage: What is wrong with the adapter's files in it; empty where they are whole.
     """
 
     step: int
@@ -103,7 +103,7 @@ class Checkpoint:
 def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
     """Return a training run's checkpoints by step, then its adapter, with the losses of their steps.
 
-    Of each checkpoint the adapter's files are read and compared with what was saved.
+    The adapter's files in each checkpoint are read and compared with the checksums of when they were saved.
     """
     history = History()
     if paths.events.is_file():
@@ -121,7 +121,7 @@ def list_checkpoints(paths: RunPaths) -> list[Checkpoint]:
 
 
 def best_of(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Return the undamaged one with the lowest held-out loss, None where none has any."""
+    """Return the undamaged checkpoint with the lowest held-out loss, None where none has a loss."""
     measured = [(one.loss, -one.step, one) for one in checkpoints if one.loss is not None and not one.damage]
     return min(measured, key=lambda item: item[:2])[2] if measured else None
 
@@ -134,12 +134,12 @@ def adapter_of_checkpoint(
     Args:
         checkpoint: A whole checkpoint of a training run.
         adapter: The adapter that the run saved at its end.
-        into: The new folder; replaced where it is there.
-        write_difference: Where the run changed its base (PiSSA), gets the checkpoint's weights, what was taken out of
-            the base, and the file for the weights that fit the ordinary base, as the run's own adapter does.
+        into: The new folder; one that is there is replaced.
+        write_difference: Called where the run changed its base (PiSSA): with the checkpoint's weights, what was taken
+            out of the base, and the file for weights that fit the unchanged base.
 
     Raises:
-        BadInput: No whole checkpoint, or no adapter beside it.
+        BadInput: The checkpoint is damaged, or there is no whole adapter beside it.
         OSError: The disk refuses.
     """
     shown = plain(str(checkpoint), one_line=True)

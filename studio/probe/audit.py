@@ -1,4 +1,4 @@
-"""What an audit rests on and what it left: its request checked, its rows, its report read."""
+"""Checks an audit's request, finds the rows that it measures, and reads the report that it left."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from studio.runs.layout import RunPaths
 _MOST_REPORT_BYTES = 50 * 2**20
 _LEAST_ROWS = 2
 _LEAST = {"rows": _LEAST_ROWS, "seq_len": 2, "seed": 0, "answers": 0, "answer_tokens": 0, "lm_eval_limit": 0}
-"""The least that fields which are numbers can be."""
+"""The fields that are numbers, with the smallest value of each."""
 
 
 def audit_of_run(paths: RunPaths, **changes: Any) -> AuditRequest:
@@ -32,7 +32,7 @@ def audit_of_run(paths: RunPaths, **changes: Any) -> AuditRequest:
 
     Args:
         paths: The run.
-        changes: Fields of the request that are asked for otherwise.
+        changes: Fields of the request with values that the user has chosen.
 
     Raises:
         BadInput: It is no training run, has no adapter, or no record of its held-out rows.
@@ -53,17 +53,17 @@ def audit_of_run(paths: RunPaths, **changes: Any) -> AuditRequest:
         "rows": AuditRequest("run").rows if other_data else max(_LEAST_ROWS, len(record.held_out)),
         "seq_len": job.train.seq_len,
         "seed": job.train.seed,
-        # Who trained on the CPU on purpose means the same here; any other run says itself which card it used.
+        # A run that was told to train on the CPU is audited there too; any other has recorded which card it used.
         "device": "cpu" if job.device.device == "cpu" else "auto",
     }
     return AuditRequest("run", run=str(paths.root.absolute()), **{**fields, **changes})
 
 
 def audit_fields(said: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of a request that somebody typed as texts, lists with commas between.
+    """Return fields of a request from the texts that a user typed; lists have commas between.
 
     Args:
-        said: By name of the field.
+        said: The texts by name of the field.
 
     Raises:
         BadInput: A text is not what its field wants.
@@ -94,7 +94,7 @@ def _whole(name: str, text: str) -> int:
 
 
 def rows_to_measure(request: AuditRequest) -> RowsToMeasure:
-    """Return the rows that an audit of a base or a run rests on; reads the data.
+    """Read the data and return the rows that an audit of a base or a run measures.
 
     Raises:
         BadInput: They cannot be used, the run has no record, or no row may be called held out.
@@ -134,10 +134,10 @@ def data_path(word: str) -> str:
 
 
 def check_audit(request: AuditRequest) -> None:
-    """Check what an audit rests on.
+    """Check that an audit can be made as requested.
 
     Raises:
-        BadInput: An unknown kind, no whole model, data that cannot be read, numbers that make no sense.
+        BadInput: Its kind is unknown, a model is not whole, data cannot be read, or a number makes no sense.
     """
     if request.what not in WHAT:
         raise BadInput(f"audit {plain(request.what, one_line=True, limit=40)}? Wanted one of {', '.join(WHAT)}.")
@@ -168,7 +168,7 @@ def check_audit(request: AuditRequest) -> None:
 
 
 def read_report(paths: RunPaths) -> dict[str, Any] | None:
-    """Return the report of a finished audit; None where there is none that can be read."""
+    """Return the report of a finished audit; None where there is none, or it cannot be read."""
     try:
         if paths.report.stat().st_size > _MOST_REPORT_BYTES:
             return None

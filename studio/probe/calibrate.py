@@ -31,7 +31,7 @@ _STAGES_OF = {"load": ("load",), "backward": ("forward", "loss", "backward"), "e
 
 
 def remember_run(paths: RunPaths, recipe: Recipe, now: float) -> str:
-    """Keep what a run showed, in its own report and for later plans; return why that failed, or nothing.
+    """Keep what a run measured, in its own report and for later plans; return why that failed, empty if it did not.
 
     Args:
         paths: The run, at its end.
@@ -55,15 +55,15 @@ def remember_run(paths: RunPaths, recipe: Recipe, now: float) -> str:
 def observe(
     run: str, recipe: Recipe, shape: ModelShape, history: History, *, now: float, others_bytes: int | None = None
 ) -> Observation | None:
-    """Return what a run showed; None where it took too few steps to say anything, or does not say what it ran.
+    """Return what a run measured; None where it took too few steps, or its log does not say on what it ran.
 
     Args:
-        run: Its name.
+        run: The run's name.
         recipe: What was trained.
-        shape: Its base model.
-        history: Everything that it told.
+        shape: The base model.
+        history: The run's events.
         now: Unix seconds.
-        others_bytes: What other processes held of the card when it began.
+        others_bytes: What other processes held of the card when the run began.
     """
     started, planned = history.started, history.planned
     if started is None or planned is None or not planned.batch_tokens:
@@ -98,7 +98,7 @@ def observe(
 
 
 def _others_bytes(paths: RunPaths) -> int | None:
-    """Return what the card held before the run's process existed, as its plan says."""
+    """Return what was in use on the card before the run's process existed, from its plan; None where it is unknown."""
     try:
         used = json.loads(paths.plan.read_bytes())[CARD_USED]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -125,7 +125,7 @@ def _highest(series: Iterable[float]) -> int | None:
 
 
 def _tokens_per_second(history: History) -> float | None:
-    """Return real tokens a second after the first steps, which compile, allocate and are slow."""
+    """Return real tokens a second, without the first steps, which are slow since they compile and allocate."""
     seconds = sum(history.train.seconds[_WARM_UP_STEPS:])
     return sum(history.train.tokens[_WARM_UP_STEPS:]) / seconds if seconds > 0 else None
 
@@ -136,7 +136,7 @@ def _tokens_per_step(history: History) -> float:
 
 
 def _stages(estimate: VramEstimate, history: History) -> tuple[tuple[str, int, int], ...]:
-    """Return predicted and measured peak of the stages that the counters told apart."""
+    """Return predicted and measured peaks of the stages, or of several stages between two readings of the counters."""
     predicted, memory = dict(estimate.stages), history.memory
     measured: dict[str, int] = {}
     for name, peak in zip(memory.stages, memory.peak_bytes, strict=True):

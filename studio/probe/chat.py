@@ -1,4 +1,4 @@
-"""What a chat is with: a run, an adapter or a model, as a request for the chat's process."""
+"""Makes the request for a chat's process from what the user named: a run, an adapter or a model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,13 @@ def chat_request(
     Args:
         word: What the user named.
         root: Where runs live.
-        base: The base model, where it is not the one that the adapter or the merge names.
-        base_only: The base alone.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` is as the run was told, on the run's own card where it is
-            visible.
+        base: The base model, if it is not the one that the adapter or the merge names.
+        base_only: Whether the base answers alone.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`. `auto` takes the run's own device, and of cards the run's own if it
+            is visible.
 
     Raises:
-        BadInput: It means nothing that can answer, or nothing that can compute.
+        BadInput: No model answers to the word, or the device cannot be used.
     """
     folder = Path(word).expanduser().absolute() if "\0" not in word else Path()
     if (folder / ADAPTER_CONFIG).is_file():
@@ -49,10 +49,10 @@ def chat_request(
 
 
 def request_of_run(paths: RunPaths, *, base: str = "", base_only: bool = False, device: str = "auto") -> ChatRequest:
-    """Return the chat with what a run made.
+    """Return the chat with the model or adapter that a run made.
 
     Raises:
-        BadInput: It made nothing that can answer, or its card cannot be used.
+        BadInput: The run made neither, or its card cannot be used.
     """
     name = plain(paths.name, one_line=True)
     merge = read_job(paths, MergeRequest)
@@ -103,7 +103,7 @@ def _with_adapter(folder: Path, recipe: Recipe | None, base: str, base_only: boo
 
 
 def _placed(request: ChatRequest, run: RunPaths | None = None) -> ChatRequest:
-    """Return the request with the card that it computes on: of `auto` the run's, where it is visible.
+    """Return the request with the card on which it computes: for `auto` the run's, if it is visible.
 
     Raises:
         BadInput: The card cannot be used.

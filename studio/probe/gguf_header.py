@@ -1,7 +1,7 @@
 """Reads what a GGUF file says of its model, without reading a weight.
 
-The gguf library builds every one of the 100 000 tokenizer strings first (2.3 s for the embedded model); this skips
-them (some 30 ms), because the terminal asks before it draws. Layout: ggml's `docs/gguf.md`, versions 2 and 3.
+The gguf library first builds every one of the 100 000 tokenizer strings, which takes 2.3 s for the embedded model. This
+module skips them and takes some 30 ms: the terminal waits for it. Layout: ggml's `docs/gguf.md`, versions 2 and 3.
 """
 
 import math
@@ -52,7 +52,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Cursor:
-    """A place in the file; every read is checked against its end by `struct`."""
+    """A position in the file; `struct` checks that no read goes beyond the file's end."""
 
     def __init__(self, view: mmap.mmap) -> None:
         self.view = view
@@ -94,7 +94,7 @@ class _Cursor:
         return self.take(_SCALARS[kind])
 
     def move(self, to: int, inside: str) -> int:
-        """Go to a place and return where we were."""
+        """Move to a position in the file and return the one before."""
         if to > len(self.view):
             raise ValueError(f"it ends inside {inside}")
         start, self.at = self.at, to

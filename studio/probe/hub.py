@@ -1,6 +1,6 @@
 """A model by its hub id: in the local Hugging Face cache, or, with a connection, what the hub says of it.
 
-Looking downloads at most `config.json`. huggingface_hub is imported only here, and only when a hub id is asked for.
+A look downloads no more than `config.json`. huggingface_hub takes long to import, so functions import it themselves.
 """
 
 import re
@@ -24,7 +24,7 @@ _PATTERNS: dict[str, Any] = {
 
 
 class HubRefusal(BadInput):
-    """The hub says nothing of a model now.
+    """The hub gives nothing of a model now.
 
     Attributes:
         why: The reason in a few words.
@@ -87,7 +87,7 @@ def ask_hub(repo: str, revision: str, cached: str) -> tuple[dict[str, Any], int]
 
 
 def cached_config(repo: str, revision: str) -> dict[str, Any] | None:
-    """Return the config that the hub gave when it was last asked; None where none lies in the cache.
+    """Return the config that the hub gave when it was last asked; None where none is in the cache.
 
     Raises:
         BadInput: It is damaged.
@@ -99,14 +99,14 @@ def cached_config(repo: str, revision: str) -> dict[str, Any] | None:
         return read_config(Path(found))
     if revision:
         return None
-    # A look asks for the newest commit by its number, and leaves no note that it was the newest.
+    # A look asks for the newest commit by its number, so the cache does not note which was the newest.
     snapshots = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
     looked_at = [path for path in snapshots.glob(f"*/{CONFIG}") if path.is_file()]
     return read_config(max(looked_at, key=lambda path: path.stat().st_mtime)) if looked_at else None
 
 
 def knows_token() -> bool:
-    """Return whether the hub's own login has left a token on this computer; which one nobody here needs to know."""
+    """Return whether the hub's own login has left a token on this computer. The token itself is not looked at."""
     from huggingface_hub import get_token  # noqa: PLC0415
 
     return bool(get_token())
@@ -119,10 +119,10 @@ def download(repo: str, revision: str, size_bytes: int = 0, told: Callable[[int]
         repo: The hub id.
         revision: Branch, tag or commit; empty for the newest.
         size_bytes: What has to fit on the disk; 0 where that is not known.
-        told: Told the bytes that are there, again and again, from several threads.
+        told: Told the bytes that are on the disk so far, repeatedly and from several threads.
 
     Raises:
-        BadInput: The disk has no room for it, the download failed, or what came is not whole.
+        BadInput: The disk has no room for it, the download failed, or the model is not whole.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
@@ -192,8 +192,8 @@ def _refusal(repo: str, revision: str, cached: str, error: Exception) -> tuple[s
 def byte_counter(told: Callable[[int], None]) -> type[Any]:
     """Return a bar class for `snapshot_download(tqdm_class=...)` that tells the bytes on disk so far.
 
-    The client opens several bars: files, bytes received, bytes written (which counts what an earlier download left).
-    Files are left out; of the others the furthest is told.
+    The client opens several bars: of files, of bytes received, and of bytes written, which counts what an earlier
+    download left. The highest number of bytes is told.
     """
     from tqdm import tqdm  # noqa: PLC0415  comes with huggingface_hub, which only hub models import
 

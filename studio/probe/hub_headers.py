@@ -1,6 +1,6 @@
-"""The headers of a hub model's safetensors, by range requests: what its weights are, without one of them.
+"""The headers of a hub model's safetensors, read by range requests: they describe its weights without downloading any.
 
-huggingface_hub is imported only here and in `studio.probe.hub`, and only when a hub id is asked for.
+huggingface_hub takes long to import, so the function imports it itself.
 """
 
 import json
@@ -21,7 +21,7 @@ def hub_headers(repo: str, revision: str) -> list[SafetensorsHeader] | None:
         revision: Branch, tag or commit; empty for the newest.
 
     Raises:
-        CorruptSafetensors: A header breaks the format's rules, or speaks of other bytes than its file has.
+        CorruptSafetensors: A header breaks the format's rules, or names more bytes than its file has.
     """
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  5 ms that only hub models pay
 
@@ -56,7 +56,7 @@ def hub_headers(repo: str, revision: str) -> list[SafetensorsHeader] | None:
 
 
 def _is_weights(name: str) -> bool:
-    """Whether transformers loads this file: not the makers' own checkpoints, nor what lies in folders."""
+    """Whether transformers loads this file; it does not load the makers' own checkpoints, or files in folders."""
     return name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated")
 
 

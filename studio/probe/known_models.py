@@ -1,9 +1,8 @@
-"""What is known here of models that are not: configs of an earlier look at the hub, and those that ship.
+"""Configs of models that are not on this machine: from an earlier look at the hub, or shipped with the program.
 
-For planning alone, also where the hub wants its terms accepted first: what the hub says wins wherever it can be had.
-The configs of the models that the recipes name ship with the program, the embedded one's with them. Each entry of the
-file holds the published number of parameters, which a test compares with what its config comes to, and where its sizes
-were read.
+They are for planning only, also where the hub wants its terms accepted first; wherever the hub answers, its config is
+taken. The configs of the models that the recipes name are shipped, and that of the embedded model. Each entry of the
+file holds the published number of parameters, which a test compares with that of the config, and where it was read.
 """
 
 import json
@@ -19,22 +18,22 @@ _FILE = Path(__file__).with_suffix(".json")
 
 @lru_cache(maxsize=1)
 def known_models() -> dict[str, dict[str, Any]]:
-    """Return what ships, by hub id: `config`, `parameters`, and `sources` with the commit that was read."""
+    """Return the shipped entries by hub id: `config`, `parameters`, and `sources` with the commit that was read."""
     found: dict[str, dict[str, Any]] = json.loads(_FILE.read_text("utf-8"))
     return found
 
 
 def config_instead(repo: str, revision: str, refusal: HubRefusal | EmbeddedMissing) -> tuple[dict[str, Any], str]:
-    """Return a config that lies here of a model that does not, and in words which one it is.
+    """Return the config of a model that is not on this machine, and in words where the config comes from.
 
     Args:
         repo: The hub id, or `embedded`.
-        revision: Branch, tag or commit; empty for the newest. No other than the newest ships.
-        refusal: Why the hub does not say it, or that the embedded model is not here.
+        revision: Branch, tag or commit; empty for the newest. Only configs of the newest are shipped.
+        refusal: Why the hub does not give it, or that the embedded model is not here.
 
     Raises:
-        HubRefusal: None lies here.
-        BadInput: The one in the cache is damaged.
+        HubRefusal: There is no such config.
+        BadInput: The config in the cache is damaged.
     """
     if isinstance(refusal, EmbeddedMissing):
         return known_models()[HUB_ID]["config"], "the config is this program's own copy: the model is not here yet"

@@ -1,4 +1,4 @@
-"""The base models that can be had: what lies on this machine, and what the hub finds for a word."""
+"""The base models to choose from: those on this machine, and those that the hub finds for a word."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Listed:
     """One model.
 
     Attributes:
-        word: What `model.base` calls it.
+        word: Its name for `model.base`.
         kind: Where it comes from: embedded, folder or hub (its cache).
-        size_bytes: Its weights; None where they cannot be used.
-        path: Where they lie; None before a conversion or download.
+        size_bytes: Size of its weights; None where they cannot be used.
+        path: Its folder; None before a conversion or download.
         problem: Why it cannot be used; empty where it can.
     """
 
@@ -36,7 +36,7 @@ class Listed:
 
 
 def local_models(places: Iterable[Path] = ()) -> list[Listed]:
-    """Return the embedded model, those in the Hugging Face cache and the folders found in some places, in this order.
+    """Return the embedded model, then those in the Hugging Face cache, then those found in some folders.
 
     Args:
         places: Folders to look in, and one level below them.
@@ -46,7 +46,7 @@ def local_models(places: Iterable[Path] = ()) -> list[Listed]:
 
 
 def likely_places() -> tuple[Path, ...]:
-    """Return the folders in which people keep models: here, `models` here and at home."""
+    """Return the folders to look for models in: the current one, `models` in it, and `models` at home."""
     try:
         home: tuple[Path, ...] = (Path.home() / "models",)
     except RuntimeError:
@@ -80,7 +80,7 @@ def cached_models() -> list[str]:
 
 
 def listed(word: str, kind: Literal["embedded", "folder", "hub"]) -> Listed:
-    """Return what is known of one model without loading a weight; one that cannot be trained on says why."""
+    """Return what is known of one model without loading a weight, with the reason where it cannot be trained on."""
     try:
         base = find_base(word)
         refuse_untrainable(base, "qlora")
@@ -90,10 +90,10 @@ def listed(word: str, kind: Literal["embedded", "folder", "hub"]) -> Listed:
 
 
 def search_hub(words: str) -> list[str]:
-    """Return the ids of the most downloaded text models on the hub that answer to some words.
+    """Return the ids of the most downloaded text models on the hub that match some words.
 
     Raises:
-        BadInput: The hub cannot be asked; says why.
+        BadInput: The hub cannot be asked; the message says why.
     """
     from huggingface_hub import constants, get_session  # noqa: PLC0415  as above
 

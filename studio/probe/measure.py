@@ -1,4 +1,4 @@
-"""What a measurement of a training step needs and what it left."""
+"""Finds the config that a measurement of a training step needs, and reads and keeps what the measurement found."""
 
 import json
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def base_config(word: str, revision: str = "") -> dict[str, Any]:
 
 
 def read_measurement(paths: RunPaths) -> dict[str, Any] | None:
-    """Return what a measurement left, None where it left nothing that can be read."""
+    """Return the report of a measurement; None where there is none, or it cannot be read."""
     try:
         if paths.report.stat().st_size > _MOST_REPORT_BYTES:
             return None
@@ -59,7 +59,9 @@ def read_measurement(paths: RunPaths) -> dict[str, Any] | None:
 
 
 def remember_measurement(paths: RunPaths, report: Mapping[str, Any], now: float) -> str:
-    """Keep what a card showed for later plans; a trace teaches nothing about cards. Return why that failed, or nothing.
+    """Keep what was measured on a card for later plans; return why that failed, empty if it did not.
+
+    Nothing is kept of a trace, which teaches nothing about cards.
 
     Args:
         paths: The run, with the estimate of its start.

@@ -1,4 +1,4 @@
-"""What a merge needs: an adapter, its 16-bit base, a free place. Checked before the start and again in the job."""
+"""Checks what a merge needs: an adapter, its 16-bit base, a free place. Done before the start and again in the job."""
 
 import math
 from pathlib import Path
@@ -14,10 +14,10 @@ from studio.runs.layout import ADAPTER_CONFIG
 
 
 def check_merge(request: MergeRequest) -> None:
-    """Check what a merge starts from and where it goes.
+    """Check the adapter and the base of a merge, and the place of its output.
 
     Raises:
-        BadInput: No whole adapter, no 16- or 32-bit base model, or an output folder that already holds something.
+        BadInput: There is no whole adapter or no 16- or 32-bit base model, or the output folder is not empty.
     """
     adapter, out = Path(request.adapter), Path(request.out)
     if not (adapter / ADAPTER_CONFIG).is_file():
