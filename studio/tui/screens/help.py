@@ -1,4 +1,4 @@
-"""Keys of a screen and, on the configure screen, every field: made from the bindings and the knobs themselves."""
+"""Keys of a screen and, on the configure screen, every field: made from the bindings and the fields themselves."""
 
 from collections.abc import Iterable
 from typing import ClassVar

@@ -1,0 +1,275 @@
+"""No setting is silently ignored: each field of a recipe is changed alone, and what it is for must come out otherwise.
+
+The real training job runs in this process, on a tiny model, before and after the change. A field that has no row here
+fails the first test: say there which value to change it to, and what the change must show in.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from studio.core.events import Evaluated, Failed, Phase, Planned, Sampled, Saved, StepDone, Warned
+from studio.core.recipe import FIELDS, Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
+from studio.jobs.train import job
+from studio.launch.start import prepare
+from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
+from studio.runs.log import read_events
+from tests.fakes.tiny_model import make_tiny_model, tiny_config
+from tests.jobs.conftest import QUESTIONS, Train
+
+BASE: dict[str, Any] = {
+    "train.steps": 3,
+    "eval.rows": 1,
+    "eval.samples": 1,
+    "eval.sample_tokens": 2,
+    "data.format": "chat",
+}
+FOUR_BIT = {"method": "qlora"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How a field is changed, and what must be seen of it.
+
+    Attributes:
+        value: What it is changed to; a function is given a folder to make it in.
+        shows: Key of `seen`.
+        others: Settings before and after, without which the field means nothing.
+    """
+
+    value: Any
+    shows: str
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+def other_base(folder: Path) -> str:
+    return str(make_tiny_model(folder / "other", seed=1))
+
+
+def other_rows(folder: Path) -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": answer}, {"role": "assistant", "content": question}]}
+        for question, answer in QUESTIONS
+    ]
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "other.jsonl")
+
+
+ROWS: dict[str, Row] = {
+    "name": Row("Other name", "folder"),
+    "method": Row("qlora", "losses"),
+    "model.base": Row(other_base, "losses"),
+    "model.revision": Row("v1", "failure"),
+    "model.dtype": Row("bf16", "dtype"),
+    "model.quant_type": Row("fp4", "losses", FOUR_BIT),
+    "model.double_quant": Row(False, "losses", FOUR_BIT),
+    "model.skip_modules": Row(["model.layers.0"], "losses", FOUR_BIT),
+    "model.trust_remote_code": Row(True, "loaded"),
+    "adapter.rank": Row(8, "tensors"),
+    "adapter.alpha": Row(16.0, "losses"),
+    "adapter.targets": Row(["q_proj"], "tensors"),
+    "adapter.dropout": Row(0.5, "losses"),
+    "adapter.rslora": Row(True, "losses"),
+    "adapter.dora": Row(True, "tensors"),
+    "adapter.init": Row("gaussian", "losses"),
+    "adapter.lora_plus_ratio": Row(16.0, "losses"),
+    "adapter.rank_pattern": Row({"q_proj": 2}, "tensors"),
+    "adapter.alpha_pattern": Row({"q_proj": 64.0}, "losses"),
+    "adapter.layers": Row([1], "tensors"),
+    "adapter.modules_to_save": Row(["norm"], "tensors"),
+    "train.micro_batch": Row(1, "batch tokens"),
+    "train.accumulation": Row(2, "tokens"),
+    "train.seq_len": Row(28, "tokens"),
+    "train.steps": Row(2, "steps"),
+    "train.epochs": Row(2.0, "steps", {"train.steps": 0}),
+    "train.learning_rate": Row(1e-3, "losses"),
+    "train.schedule": Row("linear", "rates"),
+    "train.warmup_fraction": Row(1.0, "rates"),
+    "train.optimizer": Row("adamw_8bit", "optimizer state", {"train.checkpoint_every": 1}),
+    "train.grad_checkpointing": Row(True, "checkpointing"),
+    "train.offload_checkpoints": Row(True, "warnings", {"train.grad_checkpointing": True}),
+    "train.loss": Row("full", "loss path"),
+    "train.packing": Row("on", "batch tokens"),
+    "train.group_by_length": Row(True, "phases"),
+    "train.attention": Row("eager", "loaded"),
+    "train.compile": Row(True, "compiled"),
+    "train.weight_decay": Row(0.5, "losses"),
+    "train.max_grad_norm": Row(0.01, "losses"),
+    "train.seed": Row(18, "losses"),
+    "train.checkpoint_every": Row(1, "checkpoints"),
+    "train.keep_checkpoints": Row(1, "checkpoints left", {"train.checkpoint_every": 1}),
+    "eval.rows": Row(0, "held out", {"eval.samples": 0}),
+    "eval.every": Row(2, "evaluated"),
+    "eval.samples": Row(0, "answers"),
+    "eval.sample_tokens": Row(20, "answers"),
+    "data.path": Row(other_rows, "losses"),
+    "data.format": Row("alpaca", "failure"),
+    "data.eval_path": Row(other_rows, "held out"),
+    "data.answers_only": Row(False, "losses"),
+    "device.device": Row("cuda:7", "failure"),
+    "device.budget_gib": Row(2.0, "budget"),
+}
+
+
+def test_every_field_has_a_row() -> None:
+    assert sorted(ROWS) == sorted(FIELDS), "say in ROWS what a change of the field must show in"
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What the job asks of libraries, and of the card, where nothing else of it is seen on a CPU."""
+    asked: dict[str, list[Any]] = {"loaded": [], "checkpointing": [], "compiled": [], "budget": []}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def loading(*args: Any, **options: Any) -> Any:
+        asked["loaded"].append((options["trust_remote_code"], options["attn_implementation"]))
+        return load(*args, **options)
+
+    def checkpointing(*args: Any, **options: Any) -> Any:
+        asked["checkpointing"].append(True)
+        return checkpoint(*args, **options)
+
+    def compiling(function: Any, **options: Any) -> Any:
+        asked["compiled"].append(True)
+        return function
+
+    def limiting(budget_gib: float, device: torch.device) -> str:
+        asked["budget"].append(budget_gib)
+        return ""
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", checkpointing)
+    monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(job, "limit_memory", limiting)
+    return asked
+
+
+def seen_of(paths: RunPaths, spied: dict[str, list[Any]], recipe: Recipe) -> dict[str, Any]:
+    """Everything of a run that a field may show in."""
+    events = list(read_events(paths.events))
+
+    def each(kind: type, value: Callable[[Any], Any]) -> list[Any]:
+        return [value(event) for event in events if isinstance(event, kind)]
+
+    planned = each(Planned, lambda event: event)
+    seen: dict[str, Any] = {
+        "folder": prepare(recipe, paths.root.parent / "runs", 0.0).name,
+        "losses": each(StepDone, lambda event: event.loss),
+        "rates": each(StepDone, lambda event: event.learning_rate),
+        "tokens": each(StepDone, lambda event: event.tokens),
+        "evaluated": each(Evaluated, lambda event: event.step),
+        "answers": each(Sampled, lambda event: (event.prompt, event.answer)),
+        "warnings": each(Warned, lambda event: event.topic),
+        "phases": set(each(Phase, lambda event: event.name)),
+        "checkpoints": each(Saved, lambda event: event.path),
+        "checkpoints left": sorted(folder.name for folder in paths.checkpoints.glob("step-*")),
+        "failure": each(Failed, lambda event: event.message),
+        "tensors": _tensors(paths.adapter / ADAPTER_WEIGHTS),
+        "optimizer state": [_tensors(path) for path in paths.checkpoints.glob("*/optimizer.safetensors")],
+        **{name: list(calls) for name, calls in spied.items()},
+    }
+    for name, value in {
+        "dtype": "dtype", "loss path": "loss_path", "steps": "total_steps", "batch tokens": "batch_tokens",
+    }.items():  # fmt: skip
+        seen[name] = [getattr(event, value) for event in planned]
+    seen["held out"] = [(event.rows, event.held_out_rows) for event in planned]
+    return seen
+
+
+def _tensors(path: Path) -> list[tuple[str, Any]]:
+    if not path.is_file():
+        return []
+    with safe_open(path, "pt") as file:
+        return [(name, file.get_slice(name).get_shape()) for name in sorted(file.keys())]
+
+
+def made(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    for path, value in settings.items():
+        recipe = recipe.with_(path, value)
+    assert recipe.problems() == ()
+    return recipe
+
+
+_BEFORE: dict[str, dict[str, Any]] = {}
+"""What was seen before a change, by the settings; the runs of one are alike, which the first test after it shows."""
+
+
+@pytest.mark.parametrize("path", sorted(ROWS))
+def test_a_change_of_the_field_shows(
+    path: str, recipe: Recipe, train: Train, tmp_path: Path, spied: dict[str, list[Any]]
+) -> None:
+    row = ROWS[path]
+
+    def run(settings: dict[str, Any]) -> dict[str, Any]:
+        for calls in spied.values():
+            calls.clear()
+        changed = made(recipe, settings)
+        return seen_of(train(changed), spied, changed)
+
+    others = BASE | row.others
+    key = json.dumps(others)
+    if key not in _BEFORE:
+        _BEFORE[key] = run(others)
+    value = row.value(tmp_path) if callable(row.value) else row.value
+    assert made(recipe, others).get(path) != made(recipe, others | {path: value}).get(path)
+    before, after = _BEFORE[key], run(others | {path: value})
+    assert before[row.shows] != after[row.shows], f"{path} is {value!r} now, and {row.shows} are as before"
+    assert not before["failure"]
+    assert row.shows == "failure" or not after["failure"]
+
+
+def test_what_is_compared_is_the_same_from_run_to_run(
+    recipe: Recipe, train: Train, spied: dict[str, list[Any]]
+) -> None:
+    """Else a change would show without being heeded."""
+    again = made(recipe, BASE)
+    first, second = (seen_of(train(again), {name: [] for name in spied}, again) for _ in range(2))
+    del first["folder"], second["folder"]  # the second of a name gets a number
+    assert first == second
+
+
+PLANNED = {
+    "method": "lora",
+    "adapter.rank": 32,
+    "adapter.targets": ["q_proj"],
+    "adapter.rank_pattern": {"q_proj": 64},
+    "adapter.layers": [0],
+    "adapter.dropout": 0.1,
+    "adapter.dora": True,
+    "adapter.modules_to_save": ["lm_head"],
+    "train.micro_batch": 2,
+    "train.seq_len": 2048,
+    "train.accumulation": 1,
+    "train.optimizer": "adamw_8bit",
+    "train.grad_checkpointing": False,
+    "train.offload_checkpoints": True,
+    "train.attention": "eager",
+    "train.loss": "full",
+    "model.dtype": "fp32",
+    "model.double_quant": False,
+    "model.skip_modules": ["model.layers.0"],
+    "device.device": "cpu",
+}
+"""Fields that the memory estimate counts."""
+
+
+@pytest.mark.parametrize("path", PLANNED)
+def test_a_change_of_the_field_changes_the_plan(path: str) -> None:
+    shape = shape_from_config(tiny_config(hidden_size=256, intermediate_size=512, vocab_size=32_000).to_dict())
+
+    def figures(recipe: Recipe) -> tuple[Any, ...]:
+        plan = estimate_vram(shape, setup_of(recipe))
+        return plan.components, plan.stages, plan.host
+
+    assert figures(Recipe()) != figures(Recipe().with_(path, PLANNED[path]))
