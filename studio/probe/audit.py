@@ -37,12 +37,7 @@ def audit_of_run(paths: RunPaths, **changes: Any) -> AuditRequest:
     Raises:
         BadInput: It is no training run, has no adapter, or no record of its held-out rows.
     """
-    job = read_job(paths, Recipe)
-    name = plain(paths.name, one_line=True)
-    if job is None:
-        raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
-    if not paths.adapter.is_dir():
-        raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
+    job = audited_recipe(paths)
     record = read_record(paths)
     other_data = changes.get("data", record.held_from) != record.held_from
     fields: dict[str, Any] = {
@@ -57,6 +52,21 @@ def audit_of_run(paths: RunPaths, **changes: Any) -> AuditRequest:
         "device": "cpu" if job.device.device == "cpu" else "auto",
     }
     return AuditRequest("run", run=str(paths.root.absolute()), **{**fields, **changes})
+
+
+def audited_recipe(paths: RunPaths) -> Recipe:
+    """Return the recipe of a training run that has an adapter.
+
+    Raises:
+        BadInput: It is none, or has none.
+    """
+    job = read_job(paths, Recipe)
+    name = plain(paths.name, one_line=True)
+    if job is None:
+        raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
+    if not paths.adapter.is_dir():
+        raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
+    return job
 
 
 def audit_fields(said: Mapping[str, str]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def test_a_stopped_one_goes_on_after_its_last_answer(
     paths, report = audit(root, request)
     assert not report and history_of(paths).finished.outcome == "stopped"  # type: ignore[union-attr]
     withdraw(paths, "stop")
-    monkeypatch.setattr("studio.jobs.audit.run_audit.audit_adapter", None)  # its figures are there already
+    monkeypatch.setattr("studio.jobs.audit.run_audit.audit_forms", None)  # its figures are there already
     _, report = audit(root, request)
     assert len(asked) == 5 + (4 * 3 - 4), "four whole answers were kept, the fifth is asked again"
     assert len(report["answers"]["rows"]) == 3 and report["variants"]

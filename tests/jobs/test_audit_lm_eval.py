@@ -13,7 +13,7 @@ from studio.core.audit_text import note_lines
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.audit import lm_eval as tasks_job
-from studio.jobs.audit.lm_eval_child import rows_of
+from studio.jobs.audit.lm_eval import rows_of
 from studio.probe.audit import audit_of_run, check_audit
 from studio.runs.layout import RunPaths
 from tests.fakes.audit_job import run_report

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Int8Params, Linear8bitLt
 from torch.nn.functional import linear
 
 from studio.jobs.audit import forms
-from studio.jobs.audit.forms import FORMS, FourBits, Stored, four_bits, squared_norms
+from studio.jobs.audit.forms import FORMS, FourBits, Unrounded, four_bits, squared_norms
 from studio.jobs.base.load import FourBit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +109,7 @@ def test_a_product_in_parts_has_the_bits_of_the_whole(biased: bool) -> None:
     torch.manual_seed(1)
     weight, x = torch.randn(512, 128).bfloat16(), torch.randn(3, 17, 128)
     bias = torch.randn(512) if biased else None
-    assert torch.equal(Stored(weight, bias)(x), linear(x, weight.float(), bias))
+    assert torch.equal(Unrounded(weight, bias)(x), linear(x, weight.float(), bias))
     quant = FourBit("nf4", double_quant=False)
     layer = FourBits(weight, bias, quant)
     assert torch.equal(layer(x), linear(x, theirs(weight, "nf4"), bias))

@@ -14,7 +14,7 @@ from studio.core.evidence import difference_in_words
 from studio.core.intervals import Interval
 from studio.core.recipe import Recipe
 from studio.jobs.audit.rows import read_audit_rows
-from studio.jobs.audit.speed import NEW_TOKENS, timed
+from studio.jobs.audit.serving import NEW_TOKENS, timed
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.audit import audit_of_run

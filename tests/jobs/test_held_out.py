@@ -12,7 +12,7 @@ import torch
 from studio.core.errors import JobFailed
 from studio.core.events import StepDone
 from studio.core.recipe import Recipe
-from studio.jobs.audit import answers, base_audit, gguf_variants, race_figures, run_audit
+from studio.jobs.audit import answers, base_audit, gguf, race, run_audit
 from studio.jobs.audit.lanes import Lane
 from studio.jobs.base.data.rows import Example
 from studio.jobs.train import job as train_job
@@ -68,7 +68,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def measured_on(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Token ids of every row of data that an audit in this process measures."""
     seen: Seen = set()
-    for module in (base_audit, run_audit, race_figures):
+    for module in (base_audit, run_audit, race):
         whole = module.measure
 
         def spied(ground: Any, *args: Any, whole: Any = whole, **more: Any) -> Any:
@@ -144,9 +144,9 @@ def through_llama(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[l
         raise JobFailed("llama", "it is a stand-in", "")
 
     monkeypatch.setattr(run_audit, "gguf_files", lambda *args: {"gguf f16": GgufFile(file, "f16", "a stand-in")})
-    monkeypatch.setattr(gguf_variants.GgufForms, "tool", lambda self: object())
-    monkeypatch.setattr(gguf_variants, "streamed_llama_logits", lambda *args: args)
-    monkeypatch.setattr(gguf_variants, "score_given", lambda given, *args: refused(*given))
+    monkeypatch.setattr(gguf.GgufForms, "tool", lambda self: object())
+    monkeypatch.setattr(gguf, "streamed_llama_logits", lambda *args: args)
+    monkeypatch.setattr(gguf, "score_given", lambda given, *args: refused(*given))
     return given
 
 
@@ -178,7 +178,7 @@ def test_lanes_of_a_race_are_compared_on_rows_that_none_was_trained_on(
     root.mkdir()
     request = AuditRequest("race", recipe=recipe)
     with LiveWorker(RunPaths(root)) as worker:
-        _, told, _ = race_figures.measure_lanes(worker, request, lanes, share=(0.0, 1.0))
+        _, told, _ = race.measure_lanes(worker, request, lanes, share=(0.0, 1.0))
     assert not measured_on & trained_on
     assert measured_on == whole_rows(data) - trained_on
     assert told["rows"]["task"] == told["held_out_rows"] == len(measured_on) > 0

@@ -19,9 +19,12 @@ from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
-from studio.probe.adapter_folder import AdapterFound
+from studio.probe.adapter_folder import AdapterFound, find_adapter
+from studio.probe.audit import audited_recipe
 from studio.probe.models import BaseFound, find_base
+from studio.runs.audit_request import AuditRequest
 from studio.runs.failure import of_the_machine
+from studio.runs.layout import RunPaths
 
 BASE, TUNED, MERGED = "base", "tuned, 16-bit", "merged, 16-bit"
 _WORK_BYTES = 5e8
@@ -29,7 +32,7 @@ _WORK_BYTES = 5e8
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class AnswerModel:
     """A form that answers.
 
     Attributes:
@@ -81,7 +84,19 @@ class AnswerModels:
         self.rounded = f"tuned, {self._forms.form.name}"
         self.trained = self.rounded if recipe.method == "qlora" else TUNED
 
-    def forms(self, merged: Sequence[str]) -> list[Form]:
+    @classmethod
+    def of(cls, request: AuditRequest) -> "AnswerModels":
+        """Return the forms of the run that a request is about.
+
+        Raises:
+            BadInput: The run or its base cannot be used.
+        """
+        trained = RunPaths(Path(request.run))
+        recipe = audited_recipe(trained)
+        base = find_base(request.model or recipe.model.base, request.revision or recipe.model.revision)
+        return cls(base, find_adapter(trained.adapter), recipe)
+
+    def forms(self, merged: Sequence[str]) -> list[AnswerModel]:
         """Return the forms: base, adapter on both bases, merged, and merged folders that the user names.
 
         Args:
@@ -94,19 +109,19 @@ class AnswerModels:
         rounded = self._forms.rounded_weights
         small = rounded * form.bits / 8 + (self._whole - rounded) * self.dtype.itemsize
         made = [
-            Form(BASE, "the 16-bit base without the adapter", lambda: self._load("lora"), whole),
-            Form(TUNED, "adapter on the 16-bit base", lambda: self._tuned("lora"), whole),
-            Form(self.rounded, f"adapter on the {form.name} base", lambda: self._tuned("qlora"), small),
-            Form(MERGED, "merged into the 16-bit base", self._merged, whole),
+            AnswerModel(BASE, "the 16-bit base without the adapter", lambda: self._load("lora"), whole),
+            AnswerModel(TUNED, "adapter on the 16-bit base", lambda: self._tuned("lora"), whole),
+            AnswerModel(self.rounded, f"adapter on the {form.name} base", lambda: self._tuned("qlora"), small),
+            AnswerModel(MERGED, "merged into the 16-bit base", self._merged, whole),
         ]
         for folder in map(Path, merged):
             found = find_base(str(folder))
             name = plain(folder.name, one_line=True, limit=40)
             title = f"the model in {plain(str(folder), one_line=True)}"
-            made.append(Form(f"given: {name}", title, lambda found=found: self._load("lora", found), whole))  # type: ignore[misc]
+            made.append(AnswerModel(f"given: {name}", title, lambda found=found: self._load("lora", found), whole))  # type: ignore[misc]
         return made
 
-    def why_not(self, form: Form) -> str:
+    def why_not(self, form: AnswerModel) -> str:
         """Return why a form cannot be loaded here, nothing where it can."""
         needed, free = form.needed_bytes + _WORK_BYTES, _free_bytes(self.device)
         if needed <= free:

@@ -12,18 +12,15 @@ from typing import Any
 from studio.core.answers import Answer, Check, checks_for, score_answers
 from studio.core.errors import JobFailed, StudioError
 from studio.core.events import Phase, Warned
-from studio.jobs.audit.answer_models import AnswerModels, Form
+from studio.jobs.audit.answer_models import AnswerModel, AnswerModels
 from studio.jobs.audit.kept import KeptPart
-from studio.jobs.audit.run_audit import recipe_of
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.load import load_tokenizer
-from studio.probe.adapter_folder import find_adapter
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import PlainText
-from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
 from studio.runs.failure import ran_out_of_memory
 from studio.runs.layout import RunPaths
@@ -45,9 +42,7 @@ def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         JobFailed: No prompt is short enough, or no form can be loaded here.
         Cancelled: The user asked for it; whole answers are kept.
     """
-    trained = RunPaths(Path(request.run))
-    recipe = recipe_of(trained)
-    tokenizer = load_tokenizer(trained.adapter)
+    tokenizer = load_tokenizer(RunPaths(Path(request.run)).adapter)
     found = rows_to_measure(request)
     ensure_template(tokenizer, found.format, lambda text: None)
     held = found.rows
@@ -56,8 +51,7 @@ def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         raise JobFailed(
             "no_prompt", "no held-out row has a prompt that fits", "raise train.seq_len, or ask for no answers"
         )
-    base = find_base(request.model or recipe.model.base, request.revision or recipe.model.revision)
-    models = AnswerModels(base, find_adapter(trained.adapter), recipe)
+    models = AnswerModels.of(request)
     most = request.answer_tokens or _longest(prompts, tokenizer)
     part = KeptPart(worker, request, "answers", [list(prompt.input_ids) for prompt in prompts], most, str(models.dtype))
     asking = _Asking(worker, models, tokenizer, prompts, most=most, part=part)
@@ -96,7 +90,7 @@ class _Asking:
         self._prompts, self._most, self._part = prompts, most, part
         self._kept: Given = {name: [Answer(**one) for one in known] for name, known in (part.load() or {}).items()}
 
-    def all(self, forms: Sequence[Form]) -> tuple[Given, dict[str, str]]:
+    def all(self, forms: Sequence[AnswerModel]) -> tuple[Given, dict[str, str]]:
         """Return the answers by form, and why the others gave none."""
         left_out: dict[str, str] = {}
         for place, form in enumerate(forms):
@@ -112,7 +106,7 @@ class _Asking:
             raise JobFailed("no_answers", "no form of the model could be loaded to answer", "audit with --answers 0")
         return {form.name: self._kept[form.name] for form in forms if form.name in self._kept}, left_out
 
-    def _ask(self, form: Form, place: tuple[int, int]) -> str:
+    def _ask(self, form: AnswerModel, place: tuple[int, int]) -> str:
         """Let a form answer what it has not yet; return why it cannot."""
         done = self._kept.setdefault(form.name, [])
         self._tell(place, len(done), f"{form.name}: loading")

@@ -14,7 +14,7 @@ from studio.core.intervals import ratio_interval
 from studio.core.text import plain
 from studio.jobs.audit.blocks import parts_of
 from studio.jobs.audit.figures import Ground, Measured, check_cost, ground_of, measure, prove, stored_bytes_of
-from studio.jobs.audit.forms import FORMS, STORED
+from studio.jobs.audit.forms import FORMS, UNROUNDED
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.variants import folder_variants, is_kept, rounded_linears
 from studio.jobs.audit.walk import BlockSeen
@@ -55,7 +55,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     ground = ground_of(worker, request, weights, parts, rows, seen)
     names = forms_of(request.forms)
     asked = PREFERRED if PREFERRED in names else names[0]
-    variants = folder_variants(weights, [STORED.name, *names])
+    variants = folder_variants(weights, [UNROUNDED.name, *names])
     cost = check_cost(ground, variants, alone=True)
     gap = prove(ground, variants[0])
     sizes = list(request.kept)
@@ -72,7 +72,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "what": "base",
         "model": base.word,
         "data": request.data,
-        "reference": STORED.name,
+        "reference": UNROUNDED.name,
         "asked": asked,
         **rows.told(),
         "variants": [
@@ -83,7 +83,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
                 "task": asdict(found.task[name]),
                 "neutral": asdict(found.neutral[name]),
             }
-            for name in (STORED.name, *names)
+            for name in (UNROUNDED.name, *names)
         ],
         "blocks": [_block_row(block, names, asked, quantised, stored_bytes) for block in ranked],
         "plans": [asdict(plan) for plan in plans],
@@ -99,10 +99,10 @@ def forms_of(asked: Sequence[str]) -> list[str]:
     Raises:
         BadInput: One is not known.
     """
-    names = [name for name in asked if name != STORED.name]
+    names = [name for name in asked if name != UNROUNDED.name]
     unknown = [name for name in names if name not in FORMS]
     if unknown or not names:
-        known = ", ".join(name for name in FORMS if name != STORED.name)
+        known = ", ".join(name for name in FORMS if name != UNROUNDED.name)
         found = plain(unknown[0], one_line=True, limit=40) if unknown else "none"
         raise BadInput(f"roundings: found {found}; wanted some of {known}.")
     return names
@@ -121,7 +121,7 @@ def _mixed_plans(
     weights = ground.weights
     sizes = sorted({min(size, len(ranked)) for size in sizes if size > 0})
     kept = [tuple(block.name for block in ranked[:size]) for size in sizes]
-    (stored,) = folder_variants(weights, [STORED.name])
+    (stored,) = folder_variants(weights, [UNROUNDED.name])
     mixed = [
         replace(folder_variants(weights, [asked], kept=names)[0], name=f"{asked}, {len(names)} kept") for names in kept
     ]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from studio.core.errors import BadInput
-from studio.jobs.audit.forms import STORED, Form, squared_norms
+from studio.jobs.audit.forms import UNROUNDED, Form, squared_norms
 from studio.jobs.audit.scores import Head, formed
 from studio.jobs.base.head_form import HeadForm, head_form_of
 from studio.jobs.base.weights.units import Read, put
@@ -101,7 +101,7 @@ def filled(
         weight = weight.t().contiguous() if isinstance(module, Conv1D) else weight
         bias = None if module.bias is None else read(f"{name}.{path}.bias").to(device).float()
         layer = form.make(weight, bias)
-        if form is not STORED:
+        if form is not UNROUNDED:
             changed, whole = squared_norms(weight, layer)
             seen[f"{name}.{path}"] = Rounding(changed, whole, weight.numel())
         block.set_submodule(path, layer)
@@ -118,7 +118,7 @@ def filled(
 
 
 def _is_replaced(module: nn.Module, form: Form) -> bool:
-    return type(module) is nn.Linear or (isinstance(module, Conv1D) and form is not STORED)
+    return type(module) is nn.Linear or (isinstance(module, Conv1D) and form is not UNROUNDED)
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def disagreement(
             nonlocal walked
             name, block = parts.blocks[place]
             own = type(block).forward
-            with filled(name, block, read, lambda linear: STORED, device):
+            with filled(name, block, read, lambda linear: UNROUNDED, device):
                 walked = first_of(own(block, walked, *calls[place][0], **calls[place][1]))
                 return own(block, hidden, *args, **kwargs)
 

@@ -45,7 +45,7 @@ _LEAST = 1e-38
 """bitsandbytes divides by no smaller scale."""
 
 
-class Stored(nn.Module):
+class Unrounded(nn.Module):
     """A linear layer with its weight `[out, in]` as stored; it is cast when it is used."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -123,7 +123,7 @@ class EightBits(nn.Module):
         return codes[first:stop].float() * (self.scales[first:stop].float().unsqueeze(1) / 127)
 
 
-Layer = Stored | FourBits | EightBits
+Layer = Unrounded | FourBits | EightBits
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +149,11 @@ def four_bits(name: str, quant: FourBit) -> Form:
     return Form(name, lambda weight, bias: FourBits(weight, bias, quant), 4 + scale_bits)
 
 
-STORED = Form("16-bit", Stored)
+UNROUNDED = Form("16-bit", Unrounded)
 FORMS = {
     form.name: form
     for form in (
-        STORED,
+        UNROUNDED,
         four_bits("nf4", FourBit("nf4", double_quant=False)),
         four_bits("nf4+dq", FourBit("nf4", double_quant=True)),
         four_bits("fp4", FourBit("fp4", double_quant=False)),
@@ -192,7 +192,7 @@ def squared_norms(weight: Tensor, layer: Layer) -> tuple[float, float]:
     for first, stop in _slices(weight.shape, weight.device):
         exact = weight[first:stop].to(torch.float32, copy=True)
         whole += _squared(exact)
-        if not isinstance(layer, Stored):
+        if not isinstance(layer, Unrounded):
             changed += _squared(exact.sub_(layer.rows(first, stop)))
     return changed, whole
 

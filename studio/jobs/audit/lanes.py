@@ -13,8 +13,9 @@ from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.failures import Cancelled
+from studio.probe.audit import recipe_of_race
 from studio.runs.atomic import write_whole
-from studio.runs.audit_request import LANES
+from studio.runs.audit_request import LANES, AuditRequest
 from studio.runs.control import request
 from studio.runs.launched import resume_run, start_run
 from studio.runs.layout import RunPaths
@@ -24,6 +25,8 @@ from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
 
 MIXED = "qlora+mixed"
+TRAINING_SHARE = 0.85
+"""The part of the whole race that the trainings are."""
 _POLL_SECONDS = 0.3
 
 
@@ -68,50 +71,40 @@ def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
     return turned
 
 
-def run_lanes(
-    worker: Worker,
-    recipe: Recipe,
-    names: Sequence[str],
-    *,
-    share: float,
-    module: str = "",
-    sleep: Callable[[float], None] = time.sleep,
-) -> list[Lane]:
-    """Train every lane to its end; one that a killed race left is taken up again.
+def train_lanes(worker: Worker, request: AuditRequest) -> list[Lane]:
+    """Train every lane of a race to its end; one that a killed race left is taken up again.
 
     Args:
         worker: Of the race: told the progress, asked whether to stop.
-        recipe: Of all lanes.
-        names: Of `LANES`.
-        share: The part of the whole audit that the lanes are.
-        module: Of the training job; empty means the real one.
-        sleep: Waits between two looks.
+        request: What races.
 
     Raises:
-        BadInput: A lane cannot be started.
+        BadInput: The recipe cannot be used, or a lane of it cannot be started.
         JobFailed: A lane ended without an adapter.
         Cancelled: The user asked for it; the lane was asked to stop too.
     """
-    runs_root = Path(worker.paths.root).parent
+    recipe = recipe_of_race(request)
+    request.check_lanes()
+    names = request.lanes
+    recipes = {name: lane_recipe(recipe, name, names) for name in names}
     known = _known(worker)
     lanes = []
-    for place, name in enumerate(names):
-        turned = lane_recipe(recipe, name, names)
+    for place, (name, turned) in enumerate(recipes.items()):
         paths = RunPaths(Path(known[name])) if name in known else None
         if paths is None or not paths.exists:
-            paths = start_run(turned, runs_root, module=module)
+            paths = start_run(turned, Path(worker.paths.root).parent)
             known[name] = str(paths.root)
             write_whole(worker.paths.lanes, json.dumps(known))
         elif run_status(paths) in (Status.crashed, Status.stopped, Status.failed):
-            resume_run(paths, module=module)
+            resume_run(paths)
         watch = RunWatch(paths)
-
-        _wait(worker, watch, partial(_tell, worker, watch, name, (place, len(names)), share), sleep)
+        _wait(worker, watch, partial(_tell, worker, watch, name, (place, len(names))))
         lanes.append(Lane(name, turned, paths, watch))
+    worker.emit(Phase, name="measuring the lanes", fraction=TRAINING_SHARE)
     return lanes
 
 
-def _wait(worker: Worker, watch: RunWatch, tell: Callable[[], None], sleep: Callable[[float], None]) -> None:
+def _wait(worker: Worker, watch: RunWatch, tell: Callable[[], None]) -> None:
     asked = False
     while run_status(watch.paths).live:
         if worker.requested("stop") and not asked:
@@ -121,7 +114,7 @@ def _wait(worker: Worker, watch: RunWatch, tell: Callable[[], None], sleep: Call
         watch.poll()
         if watch.history.last_step != before:
             tell()
-        sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
     watch.catch_up()
     if asked:
         raise Cancelled("stopped; resuming goes on with the lane that was stopped")
@@ -133,12 +126,14 @@ def _wait(worker: Worker, watch: RunWatch, tell: Callable[[], None], sleep: Call
         raise JobFailed("lane_failed", f"the run {name} {status}: {said}", f"look at: lora-studio runs show {name}")
 
 
-def _tell(worker: Worker, watch: RunWatch, name: str, place: tuple[int, int], share: float) -> None:
+def _tell(worker: Worker, watch: RunWatch, name: str, place: tuple[int, int]) -> None:
     history = watch.history
     step, total = history.last_step, history.total_steps or 0
     done = (place[0] + (step / total if total else 0.0)) / place[1]
     loss = f"  loss {history.train.losses[-1]:.4f}" if history.train.losses else ""
-    worker.emit(Phase, name="racing", fraction=share * done, detail=f"{name}: step {step}/{total or '?'}{loss}")
+    worker.emit(
+        Phase, name="racing", fraction=TRAINING_SHARE * done, detail=f"{name}: step {step}/{total or '?'}{loss}"
+    )
 
 
 def _known(worker: Worker) -> dict[str, str]:

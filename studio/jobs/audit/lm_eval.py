@@ -1,33 +1,38 @@
 """Tasks of lm-eval (EleutherAI's harness) on the forms of a trained model, where the user has it installed.
 
-Each form runs in a process of its own (`lm_eval_child.py`): the harness and what its tasks load end with it. What
-comes back is a point for each document, so that forms are compared document by document.
+Each form runs in a process of its own, `python -m studio.jobs.audit.lm_eval RUN FORM OUT`: the harness and what its
+tasks load end with it. It writes a point for each document to OUT, whole, so that forms are compared document by
+document.
 """
 
 import json
+import math
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from studio.core.answers import score_points
-from studio.core.errors import JobFailed
+from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.events import Phase, Warned
-from studio.jobs.audit.answer_models import AnswerModels, Form
+from studio.jobs.audit.answer_models import AnswerModel, AnswerModels
 from studio.jobs.audit.kept import KeptPart
-from studio.jobs.audit.run_audit import recipe_of
+from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.progress import heed
-from studio.probe.adapter_folder import find_adapter
-from studio.probe.models import find_base
+from studio.runs.atomic import write_whole
 from studio.runs.audit_request import AuditRequest
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker
 
-CHILD = "studio.jobs.audit.lm_eval_child"
+CHILD = __name__
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 5.0
 _MEAN_GAP = 1e-6
@@ -45,7 +50,7 @@ def audit_tasks(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         raise JobFailed(
             "no_lm_eval", "lm-eval is not installed in this Python", "pip install lm-eval, then resume this run"
         )
-    models = models_of(request)
+    models = AnswerModels.of(request)
     forms = models.forms(request.merged)
     part = KeptPart(worker, request, "lm-eval")
     kept: dict[str, dict[str, Any]] = part.load() or {}
@@ -73,19 +78,7 @@ def audit_tasks(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     }
 
 
-def models_of(request: AuditRequest) -> AnswerModels:
-    """Return the forms of the run that a request is about.
-
-    Raises:
-        BadInput: The run or its base cannot be used.
-    """
-    trained = RunPaths(Path(request.run))
-    recipe = recipe_of(trained)
-    base = find_base(request.model or recipe.model.base, request.revision or recipe.model.revision)
-    return AnswerModels(base, find_adapter(trained.adapter), recipe)
-
-
-def _ran(worker: Worker, form: Form) -> dict[str, Any]:
+def _ran(worker: Worker, form: AnswerModel) -> dict[str, Any]:
     """Run the tasks on one form; return its points, or why there are none."""
     out = worker.paths.audit_parts / "lm-eval-form.json"
     out.parent.mkdir(exist_ok=True)
@@ -146,3 +139,78 @@ def _is_mean(points: Sequence[float], value: float | None) -> bool:
     return (
         bool(points) and value is not None and abs(sum(points) / len(points) - value) <= _MEAN_GAP * max(1, abs(value))
     )
+
+
+def run(paths: RunPaths, name: str) -> dict[str, Any]:
+    """Return the harness's version and its rows, or why there are none.
+
+    Raises:
+        BadInput: The run is no audit, or has no such form.
+    """
+    request = read_job(paths, AuditRequest)
+    if request is None:
+        raise BadInput("this run is not an audit")
+    models = AnswerModels.of(request)
+    form = next((one for one in models.forms(request.merged) if one.name == name), None)
+    if form is None:
+        raise BadInput(f"there is no form {name!r}")
+    if why_not := models.why_not(form):
+        return {"why_not": why_not}
+    import lm_eval  # noqa: PLC0415  the user's own, and not in the process of the audit
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
+    tokenizer = load_tokenizer(RunPaths(Path(request.run)).adapter)
+    found: dict[str, Any] = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=form.open().eval(), tokenizer=tokenizer, batch_size=1),
+        tasks=list(request.lm_eval),
+        limit=request.lm_eval_limit or None,
+        log_samples=True,
+        bootstrap_iters=0,  # intervals are made from the documents' points, pairwise
+    )
+    return {"version": version("lm_eval"), "rows": rows_of(found)}
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each task, metric and filter, with the points of its documents where they are numbers."""
+    rows = []
+    for task, results in found["results"].items():
+        for key, value in results.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            samples = [one for one in found["samples"].get(task, ()) if one["filter"] == chosen]
+            points = [one.get(metric) for one in samples]
+            numbers = all(isinstance(point, int | float) and math.isfinite(point) for point in points)
+            rows.append(
+                {
+                    "task": task,
+                    "metric": metric if chosen == "none" else f"{metric}, {chosen}",
+                    "value": float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
+                    "documents": len(samples),
+                    "points": [float(point) for point in points] if numbers else [],
+                    "higher_is_better": (found.get("higher_is_better") or {}).get(task, {}).get(metric),
+                }
+            )
+    return rows
+
+
+def _end_with_the_audit() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main(root: Path, name: str, out: Path) -> None:
+    """Run and write the result."""
+    threading.Thread(target=_end_with_the_audit, daemon=True).start()
+    try:
+        result = run(RunPaths(root), name)
+    except StudioError as error:
+        result = {"why_not": str(error)}
+    except (ValueError, KeyError, FileNotFoundError, ConnectionError) as error:
+        # An unknown task, a data set that cannot be had: the harness says it in one of these.
+        result = {"why_not": f"{type(error).__name__}: {error}"[:400]}
+    write_whole(out, json.dumps(result, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,41 +1,45 @@
 """One trained adapter, through the same held-out rows on every base that it can be put on or merged into."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from studio.core.audit import advise_run, forgetting_of
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, StudioError
 from studio.core.events import Phase, Warned
-from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.audit.answer_models import AnswerModels
-from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.figures import check_cost, ground_of, measure, prove
-from studio.jobs.audit.gguf_variants import NONE_EXPORTED, GgufForms, gguf_files
-from studio.jobs.audit.kept import stamp_of
+from studio.jobs.audit.answers import audit_answers
+from studio.jobs.audit.blocks import Parts, parts_of
+from studio.jobs.audit.figures import Measured, check_cost, ground_of, measure, prove, stored_bytes_of
+from studio.jobs.audit.forms import FORMS
+from studio.jobs.audit.gguf import NONE_EXPORTED, GgufForms, gguf_files
+from studio.jobs.audit.kept import KeptPart, stamp_of
+from studio.jobs.audit.lm_eval import audit_tasks
 from studio.jobs.audit.rows import read_audit_rows
-from studio.jobs.audit.run_report import RunReport, block_deltas, handiest
-from studio.jobs.audit.speed import Speed, measured_speeds, prompt_of
+from studio.jobs.audit.serving import NOT_ASKED, Speed, measured_speeds, prompt_of, serving, unmeasured
 from studio.jobs.audit.variants import ALONE, TRAINED, AdapterForms, Named, stored_variant
 from studio.jobs.audit.walk import Variant
 from studio.jobs.base.device import job_device
+from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
+from studio.probe.audit import audited_recipe
+from studio.probe.exported import GgufFile
 from studio.probe.fingerprint import refuse_another_base, short_fingerprint
 from studio.probe.models import find_base
 from studio.runs.audit_request import AuditRequest
-from studio.runs.job import read_job
-from studio.runs.layout import RunPaths
+from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from studio.runs.worker import Worker
 
 _MERGED_OTHER = "given: "
@@ -44,6 +48,35 @@ _MERGED_OTHER = "given: "
 def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """Measure and return the report; the training run gets it as `audit.json`.
 
+    Losses come first. Where answers or tasks of lm-eval follow, the losses are kept meanwhile, since what follows may
+    be stopped. What cannot be had of these is said in the report, and costs nothing else.
+
+    Raises:
+        BadInput: The run, its base or its data cannot be used, or there is no memory for it.
+        JobFailed: The model cannot be run block by block, or a number is not finite.
+        Cancelled: The user asked for it.
+    """
+    if not request.answers and not request.lm_eval:
+        return audit_forms(worker, request)
+    kept = KeptPart(worker, request, "measured")
+    report: dict[str, Any] = kept.load() or audit_forms(worker, request)
+    kept.keep(report)
+    for part, asked, audit in (("answers", request.answers, audit_answers), ("lm_eval", request.lm_eval, audit_tasks)):
+        if not asked:
+            continue
+        try:
+            report[part] = audit(worker, request)
+        except Cancelled:
+            raise
+        except StudioError as error:
+            report[part] = {"why_not": str(error)}
+            worker.emit(Warned, topic="audit", message=f"{part.replace('_', '-')} left out: {error}")
+    return report
+
+
+def audit_forms(worker: Worker, request: AuditRequest) -> dict[str, Any]:
+    """Return the report on losses, sizes and speeds of every form.
+
     Raises:
         BadInput: The run, its base or its data cannot be used, or there is no memory for it.
         JobFailed: The model cannot be run block by block, or a number is not finite.
@@ -51,7 +84,7 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """
     began = time.perf_counter()
     trained = RunPaths(Path(request.run))
-    recipe = recipe_of(trained)
+    recipe = audited_recipe(trained)
     worker.emit(Phase, name="finding the base model")
     base = find_base(request.model or recipe.model.base, request.revision or recipe.model.revision)
     if base.quantization:
@@ -119,21 +152,6 @@ def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     }
 
 
-def recipe_of(paths: RunPaths) -> Recipe:
-    """Return the recipe of a training run that has an adapter.
-
-    Raises:
-        BadInput: It is none, or has none.
-    """
-    job = read_job(paths, Recipe)
-    name = plain(paths.name, one_line=True)
-    if job is None:
-        raise BadInput(f"the run {name} is no training run: there is no adapter to audit.")
-    if not paths.adapter.is_dir():
-        raise BadInput(f"the run {name} has no adapter: it must be trained or stopped first.")
-    return job
-
-
 def _not_from_here(variants: Sequence[Variant]) -> list[str]:
     return [variant.name for variant in variants if variant.name.startswith(_MERGED_OTHER)]
 
@@ -149,3 +167,97 @@ def _given(folders: Sequence[str]) -> list[Named]:
         variant = replace(variant, head=replace(variant.head, key=variant.name))
         made.append(Named(variant, f"the model in {plain(str(folder), one_line=True)}", "16-bit", usable=False))
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """Makes the rows.
+
+    Attributes:
+        weights: The base in 16 bit.
+        forms: Of the adapter.
+        adapter: Its folder.
+        found: What was measured.
+    """
+
+    weights: FolderWeights
+    forms: AdapterForms
+    adapter: Path
+    found: Measured
+
+    def walked(self, one: Named, speeds: Mapping[tuple[str, bool], Speed]) -> dict[str, Any]:
+        """Return the row of a form that was walked."""
+        size, name = self._form_bytes(one), one.variant.name
+        speed = speeds.get((one.form, one.has_adapter), unmeasured(NOT_ASKED))
+        row = self._row(name, one.title, size, speed, usable=one.usable)
+        return row | {"form": one.form, "disk": "estimated", "why": ""}
+
+    def gguf(self, name: str, file: GgufFile, gguf: GgufForms, speed: Speed) -> dict[str, Any]:
+        """Return the row of a GGUF file."""
+        title = f"{'GGUF ' + file.form if file.form else 'GGUF'}, {file.source}"
+        why = gguf.whys.get(name, "")
+        row = self._row(name, title, file.path.stat().st_size, speed, usable=bool(file.form) and not why)
+        return row | {"form": file.form or "gguf", "disk": "measured", "why": why}
+
+    def _row(self, name: str, title: str, size: int, speed: Speed, *, usable: bool) -> dict[str, Any]:
+        return {
+            "name": name,
+            "title": title,
+            "usable": usable,
+            "task": asdict(self.found.task[name]) if name in self.found.task else None,
+            "neutral": asdict(self.found.neutral[name]) if name in self.found.neutral else None,
+            "disk_bytes": size,
+            "serving": {**asdict(serving(self.weights.clean.config, size)), "how": "estimated"},
+            "speed": asdict(speed),
+        }
+
+    def _form_bytes(self, one: Named) -> int:
+        """Return the bytes of a form on disk, and so about of its weights when it is served."""
+        kept_bytes = min(2, stored_bytes_of(self.weights))
+        whole = sum(parameter.numel() for parameter in self.weights.clean.parameters())
+        inside = 0 if one.form == "16-bit" else self.forms.rounded_weights
+        base = (whole - inside) * kept_bytes + inside * FORMS[self.forms.form.name].bits / 8
+        return int(base + ((self.adapter / ADAPTER_WEIGHTS).stat().st_size if one.has_adapter else 0))
+
+
+def handiest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the forms that can be used, the smallest first."""
+    usable = [row for row in rows if row["usable"] and row["task"]]
+    return [row["name"] for row in sorted(usable, key=lambda row: row["disk_bytes"])]
+
+
+@torch.no_grad()
+def block_deltas(parts: Parts, forms: AdapterForms, worker: Worker) -> list[dict[str, Any]]:
+    """Return for each block the Frobenius norms of rounding error and adapter delta, relative to the weights'.
+
+    Only linear layers that are both rounded and adapted are compared.
+    """
+    merged = forms.merged(forms.stored)
+    rows = []
+    for place, (name, _) in enumerate(parts.blocks):
+        worker.emit(Phase, name="comparing adapter and rounding", fraction=0.9 + 0.05 * place / len(parts.blocks))
+        errors, deltas, wholes = list[float](), list[float](), list[float]()
+        for weight in sorted(forms.both(f"{name}.")):
+            stored = forms.stored(weight).float()
+            deltas.append(_squared(merged(weight) - stored))
+            errors.append(_squared(forms.dequantized(weight).float() - stored))
+            wholes.append(_squared(stored))
+        whole = sum(wholes)
+        if whole:
+            rows.append(
+                {
+                    "name": name,
+                    "rounding": _root(errors, whole),
+                    "adapter": _root(deltas, whole),
+                    "ratio": (sum(errors) / sum(deltas)) ** 0.5 if sum(deltas) else None,
+                }
+            )
+    return rows
+
+
+def _squared(tensor: torch.Tensor) -> float:
+    return float(tensor.square().sum())
+
+
+def _root(parts: Sequence[float], whole: float) -> float:
+    return float((sum(parts) / whole) ** 0.5)

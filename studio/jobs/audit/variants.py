@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from studio.jobs.audit.forms import FORMS, STORED, Form, FourBits, form_of_quant
+from studio.jobs.audit.forms import FORMS, UNROUNDED, Form, FourBits, form_of_quant
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.walk import Variant
 from studio.jobs.base.device import job_device
@@ -59,7 +59,7 @@ def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:
 
     vocabulary = model.state_dict()[f"{head}.weight"].shape[0]
     return Variant(
-        STORED.name,
+        UNROUNDED.name,
         read or Remembered(weights.read),
         lambda tokens: weights.picked(f"{embedding}.weight", tokens),
         Head(head_rows, vocabulary),
@@ -106,7 +106,7 @@ class Remembered:
 
 def _choice(form: Form, rounded: Collection[str], kept: Collection[str]) -> Callable[[str], Form]:
     chosen = frozenset(name for name in rounded if not is_kept(name, kept))
-    return lambda name: form if name in chosen else STORED
+    return lambda name: form if name in chosen else UNROUNDED
 
 
 def _name_of(weights: FolderWeights, getter: str) -> str:

@@ -20,7 +20,7 @@ from studio.jobs.audit.blocks import (
     renumbered,
     settled,
 )
-from studio.jobs.audit.forms import STORED, Form
+from studio.jobs.audit.forms import UNROUNDED, Form
 from studio.jobs.audit.scores import Head, TokenScores, score
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
@@ -102,7 +102,7 @@ class Variant:
     read: Read
     embed: Picked
     head: Head
-    form_of: Callable[[str], Form] = lambda name: STORED
+    form_of: Callable[[str], Form] = lambda name: UNROUNDED
     by_row: bool = False
 
 

@@ -4,6 +4,7 @@ Figures are those of llama.cpp as it is used: its own products (activations roun
 values in 16 bit), so that an f16 file is close to its model and not equal to it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from studio.core.events import Phase
 from studio.core.text import plain
 from studio.jobs.audit.figures import Ground
 from studio.jobs.audit.scores import Head, TokenScores, score_given
-from studio.jobs.audit.speed import LLAMA, NOT_ASKED, Speed, timed_gguf, unmeasured
+from studio.jobs.audit.serving import LLAMA, NEW_TOKENS, NOT_ASKED, Speed, unmeasured
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.llama.gguf_tools import is_whole, tools_folder
@@ -114,6 +115,37 @@ def gguf_files(trained: RunPaths, named: Sequence[str]) -> dict[str, GgufFile]:
         if file.path.resolve() not in known:
             made[_free(f"gguf: {plain(file.path.stem, one_line=True, limit=40)}", made)] = file
     return made
+
+
+def timed_gguf(tool: LlamaTool, gguf: Path, prompt: Sequence[int], work: Path) -> Speed:
+    """Return how fast llama.cpp reads a prompt and writes after it, on the CPU.
+
+    Args:
+        tool: Runs it.
+        gguf: The model.
+        prompt: Token ids.
+        work: A folder for what lies about meanwhile.
+    """
+    asked, answered = work / "prompt.json", work / "speed.json"
+    asked.write_text(json.dumps(list(prompt)), encoding="utf-8")
+    try:
+        tool.run("speed", gguf, asked, str(NEW_TOKENS), answered)
+        seconds = json.loads(answered.read_text("utf-8"))
+    except JobFailed as failed:
+        return unmeasured(str(failed), LLAMA)
+    finally:
+        asked.unlink()
+        answered.unlink(missing_ok=True)
+    return Speed(
+        "measured",
+        len(prompt) / seconds["prefill_seconds"],
+        seconds["decoded"] / seconds["decode_seconds"],
+        len(prompt),
+        int(seconds["decoded"]),
+        "cpu",
+        int(seconds["threads"]),
+        LLAMA,
+    )
 
 
 def _free(name: str, taken: Mapping[str, object]) -> str:

@@ -1,37 +1,84 @@
-"""Tokens a second of serving an adapter's forms, measured here on loaded models: a prompt read, some tokens written.
+"""What serving an adapter's forms takes: memory on a card, estimated, and tokens a second, measured here.
 
 Speed depends on the format of the weights and on whether an adapter lies beside them, not on their values: four
-measurements serve all forms. Each is one conversation at a time, through transformers and bitsandbytes as the chat
-loads them; a GGUF file is timed in llama.cpp.
+measurements serve all forms. Each is one conversation at a time, a prompt read and some tokens written, through
+transformers and bitsandbytes as the chat loads them; a GGUF file is timed in llama.cpp (`gguf.py`).
 """
 
 import inspect
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import BadInput
 from studio.core.events import Phase
 from studio.core.text import plain
+from studio.core.vram.reserve import CONTEXT_BYTES, LEAST_CONTEXT_BYTES, MOST_CONTEXT_BYTES
 from studio.jobs.audit.answer_models import TUNED, AnswerModels
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.base.device import wait_for
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.runs.failure import ran_out_of_memory
 from studio.runs.worker import Worker
 
+CONTEXT_TOKENS = 2048
+_KEY_BYTES = 2
+_WORKSPACE_SHARE = 0.1
+"""Activations and allocator on top of weights and cache at the high end: a choice, not a measurement."""
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 NOT_ASKED = "speed was not asked for"
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 _MOST_SECONDS = 10.0
 """Of writing; a slow model writes fewer tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Memory on a CUDA card for one conversation; an estimate.
+
+    Attributes:
+        context_tokens: Length of the conversation.
+        cache_bytes: Keys and values of that length in 16 bit.
+        low_bytes: Weights, cache and the smallest CUDA context seen.
+        expected_bytes: With a usual context.
+        high_bytes: With the largest context seen, and a tenth for activations and allocator.
+        read_bytes_per_token: What must be read from memory for each new token: weights and, at full length, the cache.
+            A card's bandwidth over it bounds the tokens per second of one conversation from above.
+    """
+
+    context_tokens: int
+    cache_bytes: int
+    low_bytes: int
+    expected_bytes: int
+    high_bytes: int
+    read_bytes_per_token: int
+
+
+def serving(config: Any, weight_bytes: int) -> Serving:
+    """Return the estimate for weights of a size.
+
+    Args:
+        config: Of the model.
+        weight_bytes: Of all weights, in the form in which they are held.
+    """
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    cache = 2 * int(text.num_hidden_layers) * keys * width * _KEY_BYTES * CONTEXT_TOKENS
+    held = weight_bytes + cache
+    return Serving(
+        CONTEXT_TOKENS,
+        cache,
+        held + LEAST_CONTEXT_BYTES,
+        held + CONTEXT_BYTES,
+        int(held * (1 + _WORKSPACE_SHARE)) + MOST_CONTEXT_BYTES,
+        held,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,35 +205,4 @@ def timed(model: Any, prompt: Sequence[int], heed: Callable[[], None] = lambda: 
         done,
         device.type,
         torch.get_num_threads() if device.type == "cpu" else 0,
-    )
-
-
-def timed_gguf(tool: LlamaTool, gguf: Path, prompt: Sequence[int], work: Path) -> Speed:
-    """Return how fast llama.cpp reads a prompt and writes after it, on the CPU.
-
-    Args:
-        tool: Runs it.
-        gguf: The model.
-        prompt: Token ids.
-        work: A folder for what lies about meanwhile.
-    """
-    asked, answered = work / "prompt.json", work / "speed.json"
-    asked.write_text(json.dumps(list(prompt)), encoding="utf-8")
-    try:
-        tool.run("speed", gguf, asked, str(NEW_TOKENS), answered)
-        seconds = json.loads(answered.read_text("utf-8"))
-    except JobFailed as failed:
-        return unmeasured(str(failed), LLAMA)
-    finally:
-        asked.unlink()
-        answered.unlink(missing_ok=True)
-    return Speed(
-        "measured",
-        len(prompt) / seconds["prefill_seconds"],
-        seconds["decoded"] / seconds["decode_seconds"],
-        len(prompt),
-        int(seconds["decoded"]),
-        "cpu",
-        int(seconds["threads"]),
-        LLAMA,
     )
