@@ -47,23 +47,23 @@ def run(args: argparse.Namespace) -> int:
         return calibrated(estimate_vram(shape, setup, gpu), setup, gpu)
 
     found = fit(recipe, shape, gpu, budget, known)
-    setup = as_it_lies(replace(setup_of(found.recipe, gpu), device="cuda"), shape.quantised)
-    pace = pace_of(found.recipe, shape, setup, gpu)
+    setup = as_it_lies(replace(setup_of(found.fix.recipe, gpu), device="cuda"), shape.quantised)
+    pace = pace_of(found.fix.recipe, shape, setup, gpu)
     if args.json:
-        plan = plan_to_dict(found.estimate, shape, setup, gpu=gpu, budget_bytes=budget)
-        write_json({"fits": found.fits, **_document(found), "plan": {**plan, **pace_to_dict(pace)}})
+        plan = plan_to_dict(found.fix.estimate, shape, setup, gpu=gpu, budget_bytes=budget)
+        write_json({"fits": found.fix.fits, **_document(found), "plan": {**plan, **pace_to_dict(pace)}})
     else:
         _print(found, gpu, budget)
-        for line in pace_lines(pace, setup) if found.fits else ():
+        for line in pace_lines(pace, setup) if found.fix.fits else ():
             say(line)
-        for note in found.estimate.notes:
+        for note in found.fix.estimate.notes:
             say(f"note: {note}")
-    return DONE if found.fits else NO
+    return DONE if found.fix.fits else NO
 
 
 def _document(found: Fit) -> dict[str, Any]:
     return {
-        "recipe": found.recipe.to_dict(),
+        "recipe": found.fix.recipe.to_dict(),
         "changes": [
             {
                 "settings": {
@@ -74,7 +74,7 @@ def _document(found: Fit) -> dict[str, Any]:
                 "time_factor": list(item.time),
                 "why": item.change.why,
             }
-            for item in found.changes
+            for item in found.fix.changes
         ],
         "largest": found.largest,
         "cards": [{"name": gpu.name, "total_bytes": gpu.total_bytes} for gpu in found.cards],
@@ -84,7 +84,7 @@ def _document(found: Fit) -> dict[str, Any]:
 
 def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
     name = gpu.name or "the card"
-    if found.changes:
+    if found.fix.changes:
         head = ["change", "saves", "time of a step", "what it costs"]
         say(
             table(
@@ -92,24 +92,24 @@ def _print(found: Fit, gpu: Gpu, budget_bytes: int) -> None:
                     head,
                     *(
                         [item.change.words, size(item.saves_bytes), _factor(item), item.change.why]
-                        for item in found.changes
+                        for item in found.fix.changes
                     ),
                 ]
             )
         )
-    device = found.estimate.device
+    device = found.fix.estimate.device
     range_ = f"{size(device.expected)} ({size(device.low)} to {size(device.high)})"
-    if not found.fits:
+    if not found.fix.fits:
         say(f"nothing fits: the least is {range_}, and {name} has {size(budget_bytes)} for it")
-    elif found.changes:
+    elif found.fix.changes:
         say(f"with these changes it takes {range_} of {size(budget_bytes)} on {name}")
         say(
             "try: "
-            + " ".join(f"--set {path}={_word(value)}" for item in found.changes for path, value in _settings(item))
+            + " ".join(f"--set {path}={_word(value)}" for item in found.fix.changes for path, value in _settings(item))
         )
     else:
         say(f"it fits as it is: {range_} of {size(budget_bytes)} on {name}")
-    if found.fits:
+    if found.fix.fits:
         say(
             "largest that still fit, each alone: "
             + ", ".join(f"{path} {value}" for path, value in found.largest.items())

@@ -1,24 +1,185 @@
-"""The recipe that fits: what to change so that a run fits a budget, in the order that costs least quality and speed.
+"""What makes a recipe fit: everything that can be changed about it, and the search for the gentlest changes.
 
-Every change is priced in bytes and in time. A change that later ones make needless is taken back. Screen and command
-line search with this module.
+Gentle means: first what costs nothing, then what costs time, then what costs quality, then what costs data. Every
+change has a price in bytes and in time. What turns out not to be needed is taken back. The screens and the command line
+search through here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from studio.core.changes import KINDS, Change, applied
 from studio.core.gpu_catalogue import CATALOGUE, Gpu
 from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.throughput import time_factor
-from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.value_kinds import ALL_LINEAR
+from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
 from studio.core.vram.setup import Setup, setup_of
 
 Estimator = Callable[[Recipe], VramEstimate]
 
+_SHORTEST_WORTHWHILE = 256
+"""Tokens below which rows are not shortened further: most instruction rows would be cut."""
+
+_LEAST_RANK = 8
+
+_SAME, _NEARLY = "same result", "nearly the same result"
+
+_MOST_ACCUMULATION = int(number_of("train.accumulation").high)
+
 _WORTH_BYTES, _WORTH_SHARE = 2**24, 0.05
 """A change is offered only if it takes off so many bytes, and such a share of what the recipe takes too much."""
+
+_SAME_TIME = 0.02
+"""What the time of a step may change by without being worth a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of a recipe.
+
+    Attributes:
+        settings: The fields it changes, with their new values.
+        words: What is changed, for a user.
+        price: What it costs besides memory and time, in a few words.
+        why: The same in a sentence.
+        time: Lowest and highest factor on the time of a step where nobody can compute it.
+    """
+
+    settings: tuple[tuple[str, Any], ...]
+    words: str
+    price: str
+    why: str
+    time: tuple[float, float]
+
+
+Kind = Callable[[Recipe, ModelShape], Iterable[Change]]
+
+
+def applied(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
+    """Return the recipe with the changes made."""
+    for change in changes:
+        for path, value in change.settings:
+            recipe = recipe.with_(path, value)
+    return recipe
+
+
+def _chunked_loss(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.train.loss == "full":
+        settings = (("train.loss", "chunked"),)
+        yield Change(settings, "loss in chunks", _SAME, "the same result: whole logits never exist", (0.95, 1.05))
+
+
+def _fused_attention(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+    if recipe.train.attention == "eager" and shape.fused_attention:
+        settings = (("train.attention", "sdpa"),)
+        yield Change(settings, "fused attention", _SAME, "the same result without S x S matrices", (0.5, 1.0))
+
+
+def _fewer_rows_at_once(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    """Yield smaller micro-batches with as much more accumulation: a step sees the same rows."""
+    rows, steps = recipe.train.micro_batch, recipe.train.accumulation
+    for fewer in range(rows - 1, 0, -1):
+        more, rest = divmod(rows * steps, fewer)
+        if rest == 0 and more <= _MOST_ACCUMULATION:
+            settings = (("train.micro_batch", fewer), ("train.accumulation", more))
+            words = f"micro-batch {rows} -> {fewer}, accumulation {steps} -> {more}"
+            yield Change(settings, words, "same rows a step", "a step sees the same rows", (1.0, 1.3))
+
+
+def _checkpointing(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if not recipe.train.grad_checkpointing:
+        settings = (("train.grad_checkpointing", True),)
+        yield Change(settings, "checkpointing on", _SAME, "the same result: layers are computed once more", (1.3, 1.5))
+
+
+def _small_states(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if "8bit" not in recipe.train.optimizer:
+        settings = (("train.optimizer", "paged_adamw_8bit"),)
+        yield Change(settings, "8-bit optimizer", _NEARLY, "its state in 8 bits: nearly the same result", (1.0, 1.1))
+
+
+def _half_weights(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.model.dtype == "fp32":
+        yield Change(
+            (("model.dtype", "auto"),), "16-bit weights", _NEARLY, "products in 16 bit, as is usual", (0.4, 1.0)
+        )
+
+
+def _offloading(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.train.grad_checkpointing and not recipe.train.offload_checkpoints:
+        settings = (("train.offload_checkpoints", True),)
+        why = "the same result: layer inputs wait in main memory"
+        yield Change(settings, "checkpoints in main memory", _SAME, why, (1.0, 1.3))
+
+
+def _double_quant(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.method == "qlora" and not recipe.model.double_quant:
+        settings = (("model.double_quant", True),)
+        yield Change(settings, "double quantisation on", _NEARLY, "no loss that was ever measured", (1.0, 1.05))
+
+
+def _four_bits(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.method == "lora":
+        settings = (("method", "qlora"), ("model.double_quant", True))
+        why = "4-bit weights: the base loses a little, models below 4 B more"
+        yield Change(settings, "QLoRA 4-bit", "the base loses a little", why, (1.05, 2.0))
+
+
+def _narrower(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    rank = recipe.adapter.rank
+    while rank > _LEAST_RANK:
+        rank = max(_LEAST_RANK, rank // 2)
+        words = f"rank {recipe.adapter.rank} -> {rank}"
+        yield Change(
+            (("adapter.rank", rank),), words, "it can learn less", "a narrower adapter: it can learn less", (0.97, 1.0)
+        )
+
+
+def _shorter_rows(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    length = recipe.train.seq_len
+    for stop in reversed(number_of("train.seq_len").stops):
+        if _SHORTEST_WORTHWHILE <= stop < length:
+            words = f"length {length} -> {int(stop)}"
+            yield Change(
+                (("train.seq_len", int(stop)),),
+                words,
+                "longer rows are cut",
+                "longer rows are cut: their ends are not learnt",
+                (stop / length * 0.8, 1.0),
+            )
+
+
+def _fewer_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+    if recipe.adapter.targets == ALL_LINEAR:
+        projections = shape.groups[0].layer.qkv
+        names = tuple(dict.fromkeys((projections[0].name, projections[-1].name)))
+        words = f"adapters on {' and '.join(names)} alone"
+        yield Change(
+            (("adapter.targets", names),),
+            words,
+            "it can learn less",
+            "adapters on attention alone learn less",
+            (0.7, 0.9),
+        )
+
+
+KINDS: tuple[Kind, ...] = (
+    _chunked_loss,
+    _fused_attention,
+    _fewer_rows_at_once,
+    _checkpointing,
+    _small_states,
+    _half_weights,
+    _offloading,
+    _double_quant,
+    _four_bits,
+    _narrower,
+    _shorter_rows,
+    _fewer_targets,
+)
+"""The kinds of change, gentlest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +198,71 @@ class Priced:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """What was found.
+class Fix:
+    """A recipe with one or more changes, and where they lead.
 
     Attributes:
-        recipe: The recipe with all changes; the nearest one where nothing fits.
-        changes: What was changed, in order.
-        estimate: Its estimate.
-        fits: Whether it fits at the high end of its range.
-        largest: The largest micro-batch, length and rank that still fit, each changed alone; None where nothing fits.
-        cards: The smallest known cards on which the recipe fits.
-        most_parameters: About how many parameters a model of the same build could have and fit; None where it fits.
+        recipe: The changed recipe.
+        changes: What was changed, in order, with the price of each.
+        estimate: What the changed recipe takes.
+        budget_bytes: What it may take.
     """
 
     recipe: Recipe
     changes: tuple[Priced, ...]
     estimate: VramEstimate
-    fits: bool
+    budget_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits at the high end of its range."""
+        return self.estimate.device.high <= self.budget_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits, does nearly, or does not."""
+        return self.estimate.verdict(self.budget_bytes)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What the changes take off the expected peak together."""
+        return sum(item.saves_bytes for item in self.changes)
+
+    @property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """The changed fields with their new values."""
+        return tuple(setting for item in self.changes for setting in item.change.settings)
+
+    @property
+    def words(self) -> str:
+        """What is changed, on one line."""
+        return "; ".join(item.change.words for item in self.changes)
+
+    @property
+    def price(self) -> str:
+        """What it costs besides memory, time first; no time where a step takes about as long as before."""
+        low = high = 1.0
+        for item in self.changes:
+            low, high = low * item.time[0], high * item.time[1]
+        prices = "; ".join(dict.fromkeys(item.change.price for item in self.changes))
+        if max(abs(low - 1), abs(high - 1)) < _SAME_TIME:
+            return prices
+        ends = [f"{value:.2f}" if value < 1.95 else f"{value:.1f}" for value in (low, high)]
+        return f"step x{ends[0] if ends[0] == ends[1] else '-'.join(ends)}; {prices}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The recipe nearest to a given one that fits, and the room that it leaves.
+
+    Attributes:
+        fix: What was changed and what came of it; no changes where it fits as it is.
+        largest: The largest micro-batch, length and rank that still fit, each alone; None where nothing fits.
+        cards: The smallest known cards on which the recipe fits.
+        most_parameters: About the most parameters that a model of this build may have to fit so; None where it fits.
+    """
+
+    fix: Fix
     largest: dict[str, int | None]
     cards: tuple[Gpu, ...]
     most_parameters: int | None = None
@@ -75,26 +284,15 @@ class Search:
     budget_bytes: int
     gpu: Gpu | None = None
 
-    def together(self, recipe: Recipe) -> list[Change]:
+    def together(self, recipe: Recipe) -> Fix:
         """Return the gentlest changes that make a recipe fit, or all that help where nothing does.
 
         Raises:
             BadInput: The recipe cannot be estimated.
         """
-        changes: list[Change] = []
-        while not self._fits(recipe, changes):
-            found = self._next(recipe, changes)
-            if found is None:
-                return changes
-            changes = [*changes, found]
-        # A strong change at the end may have made weaker ones before it needless.
-        for change in reversed(changes):
-            without = [other for other in changes if other is not change]
-            if self._fits(recipe, without):
-                changes = without
-        return self._gentlest(recipe, changes)
+        return self._fix(recipe, self._gentlest(recipe, self._needed(recipe)))
 
-    def alone(self, recipe: Recipe) -> list[Change]:
+    def alone(self, recipe: Recipe) -> list[Fix]:
         """Return for each kind the smallest change that makes the recipe fit, else the largest that saves enough.
 
         Raises:
@@ -111,22 +309,33 @@ class Search:
             ]
             enough = next((change for change in options if self._fits(recipe, [change])), None)
             if options:
-                found.append(enough or options[-1])
+                found.append(self._fix(recipe, [enough or options[-1]]))
         return found
 
-    def priced(self, recipe: Recipe, changes: Sequence[Change]) -> tuple[Priced, ...]:
-        """Return changes with what each saves and costs after those before it."""
-        prices = []
+    def _fix(self, recipe: Recipe, changes: Sequence[Change]) -> Fix:
+        """Return the recipe with the changes; the price of each is that beside those before it."""
+        before, prices = self.estimate(recipe), []
         for change in changes:
-            after = applied(recipe, [change])
-            saved = self.estimate(recipe).device.expected - self.estimate(after).device.expected
-            time = time_factor(self.shape, self._setup(recipe), self._setup(after), self.gpu) or change.time
-            prices.append(Priced(change, saved, time))
-            recipe = after
-        return tuple(prices)
+            changed = applied(recipe, [change])
+            after = self.estimate(changed)
+            time = time_factor(self.shape, setup_of(recipe, self.gpu), setup_of(changed, self.gpu), self.gpu)
+            prices.append(Priced(change, before.device.expected - after.device.expected, time or change.time))
+            recipe, before = changed, after
+        return Fix(recipe, tuple(prices), before, self.budget_bytes)
 
-    def _setup(self, recipe: Recipe) -> Setup:
-        return setup_of(recipe, self.gpu)
+    def _needed(self, recipe: Recipe) -> list[Change]:
+        """Return changes, gentle ones first, none of which can be left out; all that help where nothing fits."""
+        changes: list[Change] = []
+        while not self._fits(recipe, changes):
+            found = self._next(recipe, changes)
+            if found is None:
+                return changes
+            changes = [*changes, found]
+        for change in reversed(changes):
+            without = [other for other in changes if other is not change]
+            if self._fits(recipe, without):
+                changes = without
+        return changes
 
     def _fits(self, recipe: Recipe, changes: Sequence[Change]) -> bool:
         return self.estimate(applied(recipe, changes)).device.high <= self.budget_bytes
@@ -189,35 +398,27 @@ def fit(
         setup = setup_of(candidate, gpu)
         return estimate(setup) if estimate else estimate_vram(shape, setup, gpu)
 
-    search = Search(shape, taken, budget_bytes, gpu)
-    changes = search.together(recipe)
-    found = applied(recipe, changes)
-    result = taken(found)
-    fits = result.device.high <= budget_bytes
-    limits = {path: _largest(found, path, taken, budget_bytes) if fits else None for path in _LIMITS}
+    fix = Search(shape, taken, budget_bytes, gpu).together(recipe)
     return Fit(
-        recipe=found,
-        changes=search.priced(recipe, changes),
-        estimate=result,
-        fits=fits,
-        largest=limits,
-        cards=_cards(found, shape),
-        most_parameters=None if fits else _most_parameters(result, shape, budget_bytes),
+        fix=fix,
+        largest={path: _largest(fix, path, taken) if fix.fits else None for path in _LIMITS},
+        cards=_cards(fix.recipe, shape),
+        most_parameters=None if fix.fits else _most_parameters(fix, shape),
     )
 
 
 _LIMITS = ("train.micro_batch", "train.seq_len", "adapter.rank")
 
 
-def _largest(recipe: Recipe, path: str, taken: Estimator, budget: int) -> int | None:
+def _largest(fix: Fix, path: str, taken: Estimator) -> int:
     """Return the largest value of a whole-number field that fits.
 
     Bisection is enough, since a larger value never takes less memory.
     """
-    low, top = int(recipe.get(path)), int(number_of(path).high)
+    low, top = int(fix.recipe.get(path)), int(number_of(path).high)
     while low < top:
         middle = (low + top + 1) // 2
-        if taken(recipe.with_(path, middle)).device.high <= budget:
+        if taken(fix.recipe.with_(path, middle)).device.high <= fix.budget_bytes:
             low = middle
         else:
             top = middle - 1
@@ -237,8 +438,8 @@ def _cards(recipe: Recipe, shape: ModelShape) -> tuple[Gpu, ...]:
     return tuple(found.values())
 
 
-def _most_parameters(estimate: VramEstimate, shape: ModelShape, budget_bytes: int) -> int:
+def _most_parameters(fix: Fix, shape: ModelShape) -> int:
     """Return about how many parameters would fit, taking all but the context as growing with the model's size."""
-    fixed = min(estimate.components.context, budget_bytes)
-    per_parameter = max(1, estimate.device.high - fixed) / shape.parameters
-    return int(max(0, budget_bytes - fixed) / per_parameter)
+    fixed = min(fix.estimate.components.context, fix.budget_bytes)
+    per_parameter = max(1, fix.estimate.device.high - fixed) / shape.parameters
+    return int(max(0, fix.budget_bytes - fixed) / per_parameter)

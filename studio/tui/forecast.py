@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from studio.core.errors import BadInput
+from studio.core.fit import Fix, Search
 from studio.core.gpu_catalogue import Gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
@@ -72,6 +73,29 @@ class Forecaster:
         budget = self.device.budget_bytes(recipe)
         setup = replace(setup_of(recipe, self.device.gpu), micro_batch=1)
         return None if budget is None else self._largest(setup, budget)
+
+    def fix_that_fits(self, recipe: Recipe) -> Fix | None:
+        """Return the gentlest changes that make a recipe fit, or nearly fit; None where nothing does.
+
+        Raises:
+            BadInput: The recipe cannot be estimated.
+        """
+        fix = self._search(recipe).together(recipe)
+        return fix if fix.changes and fix.verdict != "does not fit" else None
+
+    def single_fixes(self, recipe: Recipe) -> list[Fix]:
+        """Return one fix of each kind that saves something, the gentlest kind first.
+
+        Raises:
+            BadInput: The recipe cannot be estimated.
+        """
+        return self._search(recipe).alone(recipe)
+
+    def _search(self, recipe: Recipe) -> Search:
+        def taken(candidate: Recipe) -> VramEstimate:
+            return self.outlook(candidate).estimate
+
+        return Search(self.shape, taken, self.device.budget_bytes(recipe) or 0, self.device.gpu)
 
     def _worked_out(self, setup: Setup) -> VramEstimate:
         check_adapted(self.shape, setup.adapted)

@@ -25,8 +25,8 @@ def recipe(**changes: object) -> Recipe:
 def test_what_fits_is_left_alone():
     gpu = find_gpu("H200")
     found = fit(recipe(train__micro_batch=1, train__seq_len=512), LLAMA, gpu, gpu.total_bytes)
-    assert found.fits
-    assert found.changes == ()
+    assert found.fix.fits
+    assert found.fix.changes == ()
 
 
 @pytest.mark.parametrize("card", ["4090", "4070", "4060", "T4", "A100 40GB"])
@@ -34,13 +34,13 @@ def test_the_result_fits_at_the_high_end_and_every_change_is_needed(card: str):
     gpu = find_gpu(card)
     wanted = recipe()
     found = fit(wanted, LLAMA, gpu, gpu.total_bytes)
-    assert found.fits
-    assert found.estimate.device.high <= gpu.total_bytes
-    assert found.recipe.rows_per_step == wanted.rows_per_step, "the effective batch is kept by accumulation"
-    assert not found.recipe.problems()
-    for change in found.changes:
+    assert found.fix.fits
+    assert found.fix.estimate.device.high <= gpu.total_bytes
+    assert found.fix.recipe.rows_per_step == wanted.rows_per_step, "the effective batch is kept by accumulation"
+    assert not found.fix.recipe.problems()
+    for change in found.fix.changes:
         assert change.saves_bytes > 0
-        without = found.recipe
+        without = found.fix.recipe
         for path, _ in change.change.settings:
             without = without.with_(path, wanted.get(path))
         assert estimate_vram(LLAMA, setup_of(without, gpu), gpu).device.high > gpu.total_bytes
@@ -49,17 +49,19 @@ def test_the_result_fits_at_the_high_end_and_every_change_is_needed(card: str):
 def test_time_is_spent_before_quality_and_quality_before_data():
     gpu = find_gpu("4090")
     roomy = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
-    assert roomy.recipe.method == "lora", "24 GiB hold 16-bit LoRA"
+    assert roomy.fix.recipe.method == "lora", "24 GiB hold 16-bit LoRA"
     small = find_gpu("4070")
     found = fit(recipe(), LLAMA, small, small.total_bytes)
-    assert found.recipe.method == "qlora"
-    assert (found.recipe.train.seq_len, found.recipe.adapter.rank) == (4096, 16), "12 GiB cost neither rows nor rank"
+    assert found.fix.recipe.method == "qlora"
+    assert (found.fix.recipe.train.seq_len, found.fix.recipe.adapter.rank) == (4096, 16), (
+        "12 GiB cost neither rows nor rank"
+    )
 
 
 def test_the_micro_batch_stays_as_large_as_the_other_changes_allow():
     gpu = find_gpu("4090")
     found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
-    assert found.recipe.train.micro_batch == 2
+    assert found.fix.recipe.train.micro_batch == 2
     assert found.largest["train.micro_batch"] == 2
 
 
@@ -69,20 +71,20 @@ def test_the_largest_values_fit_and_one_more_does_not():
     for path, value in found.largest.items():
         assert value is not None
         for candidate, fits in ((value, True), (value + 1, False)):
-            changed = found.recipe.with_(path, candidate)
+            changed = found.fix.recipe.with_(path, candidate)
             assert (estimate_vram(LLAMA, setup_of(changed), gpu).device.high <= gpu.total_bytes) is fits
 
 
 def test_where_nothing_fits_there_is_a_card_that_would():
     gpu = find_gpu("GTX 1660 Ti")
     found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
-    assert not found.fits
+    assert not found.fix.fits
     assert set(found.largest.values()) == {None}
     assert found.cards
     sizes = [card.total_bytes for card in found.cards]
     assert sizes == sorted(set(sizes))
     assert min(sizes) > gpu.total_bytes
-    needed = estimate_vram(LLAMA, setup_of(found.recipe, found.cards[0]), found.cards[0]).device.high
+    needed = estimate_vram(LLAMA, setup_of(found.fix.recipe, found.cards[0]), found.cards[0]).device.high
     assert needed <= found.cards[0].total_bytes
     assert found.most_parameters is not None
     assert found.most_parameters < LLAMA.parameters
@@ -94,27 +96,27 @@ def test_a_model_of_the_size_that_would_fit_does_fit():
     assert most is not None
     small = shapes()["Llama-3.2-1B"]
     assert small.parameters < most
-    assert fit(recipe(), small, gpu, gpu.total_bytes).fits
+    assert fit(recipe(), small, gpu, gpu.total_bytes).fix.fits
 
 
 def test_every_change_is_priced_in_bytes_and_time():
     gpu = find_gpu("4070")
     found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
-    prices = {priced.change.settings[0][0]: priced for priced in found.changes}
+    prices = {priced.change.settings[0][0]: priced for priced in found.fix.changes}
     assert prices["train.loss"].time[1] < 1.2
     low, high = prices["train.grad_checkpointing"].time
     assert 1.1 < low < high < 1.5, "one more forward of three"
     low, high = prices["method"].time
     assert 1.0 <= low < high < 2.5
-    total = sum(priced.saves_bytes for priced in found.changes)
+    total = sum(priced.saves_bytes for priced in found.fix.changes)
     before = estimate_vram(LLAMA, setup_of(recipe()), gpu).device.expected
-    assert before - total == found.estimate.device.expected
+    assert before - total == found.fix.estimate.device.expected
 
 
 def test_where_the_speed_of_a_card_is_unknown_a_change_has_its_usual_price():
     gpu = card_of_size(12)
     found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
-    assert all(priced.time == priced.change.time for priced in found.changes)
+    assert all(priced.time == priced.change.time for priced in found.fix.changes)
 
 
 def test_what_is_known_better_decides():
@@ -128,39 +130,39 @@ def test_what_is_known_better_decides():
 
     usual = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
     careful = fit(recipe(), LLAMA, gpu, gpu.total_bytes, wary)
-    assert careful.recipe.train.micro_batch < usual.recipe.train.micro_batch
-    assert careful.estimate.device.high <= gpu.total_bytes
+    assert careful.fix.recipe.train.micro_batch < usual.fix.recipe.train.micro_batch
+    assert careful.fix.estimate.device.high <= gpu.total_bytes
 
 
 def test_rows_are_kept_while_anything_gentler_helps():
     gpu = find_gpu("RTX 4060")
     found = fit(recipe(train__seq_len=8192), LLAMA, gpu, gpu.total_bytes)
-    order = [priced.change.settings[0][0] for priced in found.changes]
+    order = [priced.change.settings[0][0] for priced in found.fix.changes]
     assert "method" in order
     if "train.seq_len" in order:
         assert order.index("method") < order.index("train.seq_len")
-        longer = [stop for stop in number_of("train.seq_len").stops if found.recipe.train.seq_len < stop <= 8192]
+        longer = [stop for stop in number_of("train.seq_len").stops if found.fix.recipe.train.seq_len < stop <= 8192]
         for stop in longer:
-            candidate = found.recipe.with_("train.seq_len", int(stop))
+            candidate = found.fix.recipe.with_("train.seq_len", int(stop))
             assert estimate_vram(LLAMA, setup_of(candidate), gpu).device.high > gpu.total_bytes
 
 
 def test_no_card_at_all():
     found = fit(recipe(), shapes()["Mixtral-8x7B"], find_gpu("T4"), 1 * GIB)
-    assert not found.fits
+    assert not found.fix.fits
     assert all(card.total_bytes > 80 * GIB for card in found.cards)
 
 
 def test_fused_projections_are_named_as_they_are():
     gpu = find_gpu("GTX 1660 Ti")
     found = fit(recipe(), shapes()["falcon-7b"], gpu, 4 * GIB)
-    assert found.recipe.adapter.targets == ("query_key_value",)
+    assert found.fix.recipe.adapter.targets == ("query_key_value",)
 
 
 def test_every_card_gets_an_answer():
     for gpu in CATALOGUE.values():
         found = fit(recipe(), LLAMA, gpu, gpu.total_bytes)
-        assert found.fits == (found.estimate.device.high <= gpu.total_bytes)
+        assert found.fix.fits == (found.fix.estimate.device.high <= gpu.total_bytes)
 
 
 def test_checkpoints_in_main_memory_are_offered_with_their_price():
@@ -169,8 +171,8 @@ def test_checkpoints_in_main_memory_are_offered_with_their_price():
     now = estimate_vram(LLAMA, setup_of(wanted), gpu)
     offloaded = estimate_vram(LLAMA, setup_of(wanted.with_("train.offload_checkpoints", True)), gpu)
     found = fit(wanted, LLAMA, gpu, (now.device.high + offloaded.device.high) // 2)
-    offers = [item for item in found.changes if item.change.settings[0][0] == "train.offload_checkpoints"]
-    assert found.fits
+    offers = [item for item in found.fix.changes if item.change.settings[0][0] == "train.offload_checkpoints"]
+    assert found.fix.fits
     assert len(offers) == 1
     assert offers[0].saves_bytes >= 2**28, "32 layers keep 32 MiB each, the card two of them"
     low, high = offers[0].time

@@ -18,7 +18,6 @@ from studio.probe.plan import PlanDevice
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.quality import LaneResult
 from studio.tui import trade
-from studio.tui.fixes import applied, fix_that_fits, single_fixes
 from studio.tui.forecast import Forecaster, outlook_or_reason
 from studio.tui.panels.forecast_text import (
     applied_text,
@@ -105,22 +104,29 @@ def test_what_cannot_be_estimated_says_why() -> None:
     assert "\x1b" not in reading_of("no \x1b[2Jmodel").verdict
 
 
+def with_settings(recipe: Recipe, settings: tuple[tuple[str, object], ...]) -> Recipe:
+    for path, value in settings:
+        recipe = recipe.with_(path, value)
+    return recipe
+
+
 def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
     forecaster = on_4090()
     before = forecaster.outlook(LARGE)
     assert before.verdict == "does not fit"
-    fixes = single_fixes(LARGE, forecaster)
+    fixes = forecaster.single_fixes(LARGE)
     assert "micro-batch 12 -> " in fixes[0].words, "the same rows a step come first"
     for fix in fixes:
-        after = forecaster.outlook(applied(LARGE, fix.changes))
+        after = forecaster.outlook(with_settings(LARGE, fix.settings))
         assert before.estimate.device.expected - after.estimate.device.expected == fix.saved_bytes > 0
-    checkpointing = single_fixes(LARGE.with_("train.grad_checkpointing", False), forecaster)
+    checkpointing = forecaster.single_fixes(LARGE.with_("train.grad_checkpointing", False))
     slower = next(fix for fix in checkpointing if fix.words == "checkpointing on")
     assert slower.price.startswith("step x1.")
-    first = fix_that_fits(LARGE, forecaster)
+    first = forecaster.fix_that_fits(LARGE)
     assert first is not None
     assert first.words == fixes[0].words
-    fitted = applied(LARGE, first.changes)
+    fitted = with_settings(LARGE, first.settings)
+    assert fitted == first.recipe
     assert forecaster.outlook(fitted).verdict == "fits"
     assert fitted.rows_per_step == LARGE.rows_per_step == 24
     larger = [rows for rows in (6, 4, 3, 2, 1) if rows > fitted.train.micro_batch]
@@ -131,23 +137,25 @@ def test_fixes_save_what_they_say_and_the_gentlest_that_fits_is_taken() -> None:
 def test_several_fixes_together_where_none_is_enough() -> None:
     forecaster = on(card_of("RTX 4070"))
     recipe = LARGE.with_("train.grad_checkpointing", False).with_("train.seq_len", 4096)
-    assert all(fix.outlook.verdict != "fits" for fix in single_fixes(recipe, forecaster))
-    first = fix_that_fits(recipe, forecaster)
+    assert all(fix.verdict != "fits" for fix in forecaster.single_fixes(recipe))
+    first = forecaster.fix_that_fits(recipe)
     assert first is not None
-    assert len(first.options) > 1
-    assert forecaster.outlook(applied(recipe, first.changes)).verdict == "fits"
-    assert applied(recipe, first.changes).problems() == ()
-    for count in range(1, len(first.options)):
-        for fewer in itertools.combinations(first.options, count):
-            changes = tuple(change for option in fewer for change in option.changes)
-            assert count < len(first.options) - 1 or forecaster.outlook(applied(recipe, changes)).verdict != "fits"
+    assert len(first.changes) > 1
+    assert forecaster.outlook(with_settings(recipe, first.settings)).verdict == "fits"
+    assert with_settings(recipe, first.settings).problems() == ()
+    for count in range(1, len(first.changes)):
+        for fewer in itertools.combinations(first.changes, count):
+            settings = tuple(setting for item in fewer for setting in item.change.settings)
+            assert (
+                count < len(first.changes) - 1 or forecaster.outlook(with_settings(recipe, settings)).verdict != "fits"
+            )
 
 
 def test_where_nothing_helps_it_says_so() -> None:
     forecaster = on(PlanDevice(card_of().gpu, 2 * GIB))
-    assert fix_that_fits(LARGE, forecaster) is None
+    assert forecaster.fix_that_fits(LARGE) is None
     assert "Nothing here makes it fit" in first_fix_text(None).plain
-    assert "not enough alone" in other_fixes_text(single_fixes(LARGE, forecaster), None).plain
+    assert "not enough alone" in other_fixes_text(forecaster.single_fixes(LARGE), None).plain
 
 
 def test_the_table_has_both_methods_and_no_invented_rows() -> None:
@@ -216,7 +224,7 @@ def test_the_words_name_stage_room_card_and_others() -> None:
 def test_the_question_before_a_launch(spills: bool, fate: str) -> None:
     forecaster = on(card_of(used_gib=3))
     outlook = forecaster.outlook(LARGE)
-    first = fix_that_fits(LARGE, forecaster)
+    first = forecaster.fix_that_fits(LARGE)
     assert first is not None
     told = over_budget_text(outlook, forecaster.device, first, spills=spills).plain
     for part in ("does not fit", "GiB too much", "Other processes hold 3.0 GiB", fate, first.words):

@@ -17,7 +17,7 @@ from studio.tui.services import Services
 from widgets.gauge import Gauge, Reading
 
 if TYPE_CHECKING:  # the estimator takes 0.1 s to import: a thread brings it after the first frame
-    from studio.tui.fixes import Fix
+    from studio.core.fit import Fix
     from studio.tui.forecast import Forecaster, Outlook
     from studio.tui.trade import Side
 
@@ -165,14 +165,13 @@ class Forecast(VerticalScroll):
 
     @work(thread=True, exclusive=True, group="price")
     def _price(self, recipe: Recipe, forecaster: "Forecaster") -> None:
-        from studio.tui.fixes import fix_that_fits, single_fixes  # noqa: PLC0415  with the estimator
-        from studio.tui.trade import sides_of  # noqa: PLC0415
+        from studio.tui.trade import sides_of  # noqa: PLC0415  with the estimator
 
         try:
             sides = sides_of(recipe, forecaster, batches=True)
             short = forecaster.outlook(recipe).verdict in ("tight", "does not fit")
-            fixes = single_fixes(recipe, forecaster) if short else []
-            first = fix_that_fits(recipe, forecaster) if short else None
+            fixes = forecaster.single_fixes(recipe) if short else []
+            first = forecaster.fix_that_fits(recipe) if short else None
         except StudioError:
             return
         self.post_message(self.Priced(recipe, forecaster, sides, fixes, first))

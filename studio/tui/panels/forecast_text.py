@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from textual.content import Content
 
+from studio.core.fit import Fix
 from studio.core.recipe import Method
 from studio.core.text import plain
 from studio.probe.plan import PlanDevice
-from studio.tui.fixes import Fix
 from studio.tui.forecast import Outlook
 from studio.tui.form_fields import SHOWN
 from studio.tui.readable import gib
@@ -45,7 +45,7 @@ def first_fix_text(first: Fix | None) -> Content:
 
 def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
     """Return the fixes that `f` leaves alone, with their prices; empty where there is none."""
-    others = [fix for fix in fixes if first is None or fix.options != first.options]
+    others = [fix for fix in fixes if first is None or fix.changes != first.changes]
     parts: _Parts = [("\nOther ways\n", "bold")] if others else []
     parts += [(f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim") for fix in others]
     return Content.assemble(*parts)
@@ -53,8 +53,8 @@ def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
 
 def applied_text(fix: Fix) -> str:
     """Return what `f` has changed, in one line."""
-    after = fix.outlook.estimate.device.expected
-    return f"{fix.words}: now {gib(after)} GiB, {fix.outlook.verdict}. u undoes it."
+    after = fix.estimate.device.expected
+    return f"{fix.words}: now {gib(after)} GiB, {fix.verdict}. u undoes it."
 
 
 def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *, spills: bool) -> Content:
@@ -108,9 +108,9 @@ def cpu_text(outlook: Outlook, planned: str, free_bytes: int | None) -> Content:
 def _first_line(first: Fix | None) -> tuple[str, str]:
     if first is None:
         return "Nothing here makes it fit: take a smaller model or a larger card.\n", "$text-error bold"
-    return ("f makes it fit: " if first.outlook.verdict == "fits" else "f comes close: "), "$text-success bold"
+    return ("f makes it fit: " if first.verdict == "fits" else "f comes close: "), "$text-success bold"
 
 
 def _saving(fix: Fix) -> str:
-    then = {"fits": "", "tight": ", then tight"}.get(fix.outlook.verdict or "", ", not enough alone")
+    then = {"fits": "", "tight": ", then tight"}.get(fix.verdict, ", not enough alone")
     return f"-{gib(fix.saved_bytes)} GiB{then}"

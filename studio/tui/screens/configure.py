@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from textual.timer import Timer
 
     from studio.runs.last_recipe import LastRecipe, RecipeSource
-    from studio.tui.fixes import Changes
 
 _CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
@@ -113,7 +112,7 @@ class ConfigureScreen(Screen[None]):
         self._source, self._sound = source, recipe
         self._launching = False
         self._keep_timer: Timer | None = None
-        self._undo: Changes = ()
+        self._undo: tuple[tuple[str, Any], ...] = ()
         self._left_field = _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
@@ -218,15 +217,14 @@ class ConfigureScreen(Screen[None]):
         forecaster = self._forecast.forecaster
         if forecaster is None or self.recipe.problems():
             return
-        from studio.tui.fixes import applied, fix_that_fits  # noqa: PLC0415  with the estimator
-        from studio.tui.panels.forecast_text import applied_text  # noqa: PLC0415
+        from studio.tui.panels.forecast_text import applied_text  # noqa: PLC0415  with the estimator
 
-        fix = fix_that_fits(self.recipe, forecaster)
+        fix = forecaster.fix_that_fits(self.recipe)
         if fix is None:
             self.app.notify("Nothing here makes it fit: take a smaller model or a larger card.", markup=False)
             return
-        self._undo = tuple((path, self.recipe.get(path)) for path, _ in fix.changes)
-        self._change(applied(self.recipe, fix.changes))
+        self._undo = tuple((path, self.recipe.get(path)) for path, _ in fix.settings)
+        self._change(fix.recipe)
         self.app.notify(applied_text(fix), markup=False)
 
     def action_undo_fit(self) -> None:
@@ -375,8 +373,7 @@ def question_before_launch(recipe: Recipe, services: Services, planned: str = ""
     Raises:
         BadInput: The recipe's targets or rank do not suit the model.
     """
-    from studio.tui.fixes import fix_that_fits  # noqa: PLC0415  with the estimator
-    from studio.tui.panels.forecast_text import cpu_text, over_budget_text  # noqa: PLC0415  as above
+    from studio.tui.panels.forecast_text import cpu_text, over_budget_text  # noqa: PLC0415  with the estimator
 
     try:
         forecaster = services.forecaster(recipe, "")
@@ -389,4 +386,5 @@ def question_before_launch(recipe: Recipe, services: Services, planned: str = ""
         return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
     if outlook.verdict != "does not fit":
         return None
-    return over_budget_text(outlook, forecaster.device, fix_that_fits(recipe, forecaster), spills=services.spills())
+    first = forecaster.fix_that_fits(recipe)
+    return over_budget_text(outlook, forecaster.device, first, spills=services.spills())
