@@ -144,22 +144,24 @@ def _audited_on(request: AuditRequest, paths: RunPaths | None = None) -> Place:
 
 KINDS: dict[str, JobKind[Any]] = {
     TRAIN: JobKind(Recipe, "studio.jobs.train", lambda recipe: recipe.name, _check_training, _check_training_again),
-    "merge": JobKind(
+    MergeRequest.kind: JobKind(
         MergeRequest, "studio.jobs.merge", lambda job: f"merge-{_named_after(job.run or job.adapter)}", _check_merge
     ),
-    "export": JobKind(
+    ExportRequest.kind: JobKind(
         ExportRequest,
         "studio.jobs.export",
         lambda job: f"export-{job.format}-{_named_after(job.run or job.source)}",
         _check_export,
     ),
-    "audit": JobKind(
+    AuditRequest.kind: JobKind(
         AuditRequest,
         "studio.jobs.audit",
         lambda job: f"audit-{job.what}-{_named_after(job.run or job.model)}",
         _check_audit,
         _audited_on,
     ),
-    "measure": JobKind(MeasureRequest, "studio.jobs.measure", lambda job: "measure", _check_measure, _measured_on),
+    MeasureRequest.kind: JobKind(
+        MeasureRequest, "studio.jobs.measure", lambda job: "measure", _check_measure, _measured_on
+    ),
 }
-"""By name, which is the `kind` of the request."""
+"""By name."""

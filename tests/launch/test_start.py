@@ -12,7 +12,6 @@ import pytest
 from studio.core.errors import BadInput, StudioError
 from studio.core.events import Started
 from studio.core.recipe import Recipe
-from studio.launch.kinds import KINDS
 from studio.launch.start import prepare, resume, start
 from studio.runs.control import requested
 from studio.runs.job import MergeRequest
@@ -116,10 +115,3 @@ def test_a_kind_of_job_from_a_newer_version_is_refused(tmp_path: Path) -> None:
         paths.recipe.write_text(text)
         with pytest.raises(BadInput, match="does not know: update it"):
             resume(paths)
-
-
-def test_every_kind_is_found_by_the_name_that_its_requests_are_written_under() -> None:
-    assert {name: kind.request for name, kind in KINDS.items()} == {
-        "train": Recipe,
-        **{kind.request.kind: kind.request for name, kind in KINDS.items() if name != "train"},
-    }
