@@ -12,6 +12,7 @@ from studio.launch.start import resume, start
 from studio.runs import launched
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.lock import lock_held
 from studio.runs.status import Status, run_status
 from studio.runs.store import list_runs
 from studio.runs.watch import read_history
@@ -33,7 +34,7 @@ def asked(tmp_path: Path) -> CountRequest:
 
 def begun(request: CountRequest, root: Path) -> RunPaths:
     paths = start(request, root, environment=fake_environment())
-    wait_for(lambda: not run_status(paths).live)
+    wait_for(lambda: not run_status(paths).live and not lock_held(paths.lock))
     return paths
 
 
