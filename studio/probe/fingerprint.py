@@ -1,7 +1,7 @@
 """What tells one base model from another of equal shape: checksums of its config, its tokenizer and all its weights.
 
-Read straight from the files. The split into shards does not matter, the format of the weights does. Every tensor is
-read, once: see `studio.probe.weight_sums`.
+The files themselves are read. How the weights are split into shards does not matter, but their format does. Every
+tensor is read, but only once: see `studio.probe.weight_sums`.
 """
 
 import json
@@ -17,7 +17,7 @@ from studio.runs.identity import read_identity
 from studio.runs.layout import RunPaths
 
 AT_ONCE_BYTES = 2**28
-"""What is read at once, a second at most, where nobody waits for more: a longer reading belongs into a job."""
+"""Weights up to this size are read where a user waits, for a second at most; larger ones are left to a job."""
 
 _OF_NO_ACCOUNT = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 _TEXT_FILES = (
@@ -25,11 +25,11 @@ _TEXT_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json", "chat_template.jinja"),
     *("chat_template.json", "processor_config.json"),
 )
-"""What decides into which tokens a row is turned: tokenizer and chat template."""
+"""Files of tokenizer and chat template, which decide into which tokens a row is turned."""
 _CODE = "*.py"
 _NAMED = 3
 _MOST_JSON_BYTES = 2**20
-"""Above this a file is compared byte by byte: parsing a tokenizer of 17 MB takes most of a second."""
+"""A larger file is compared byte by byte, since parsing a tokenizer of 17 MB takes most of a second."""
 
 
 def fingerprint(folder: Path, tell: Tell | None = None) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def fingerprint(folder: Path, tell: Tell | None = None) -> dict[str, Any]:
 
     Args:
         folder: A whole model folder.
-        tell: Told the fraction of the weights that is read, and able to end the reading by raising.
+        tell: Told the fraction of the weights that is read; it ends the reading by raising an exception.
 
     Raises:
         BadInput: A file of it is damaged, or was changed meanwhile.
@@ -47,7 +47,7 @@ def fingerprint(folder: Path, tell: Tell | None = None) -> dict[str, Any]:
 
 
 def known_fingerprint(folder: Path) -> dict[str, Any]:
-    """Return the same without a wait: where more than 256 MiB would have to be read, `tensors` and `weights` are None.
+    """Return the same without a wait: `tensors` and `weights` are None if more than 256 MiB would have to be read.
 
     Raises:
         BadInput: A file of it is damaged, or was changed meanwhile.
@@ -57,7 +57,7 @@ def known_fingerprint(folder: Path) -> dict[str, Any]:
 
 
 def short_fingerprint(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a fingerprint without what only names the differences: enough to tell whether there is one."""
+    """Return a fingerprint that is enough to tell whether two bases differ, but not in which tensors or fields."""
     return {key: value for key, value in found.items() if key not in ("tensors", "config_fields")}
 
 
@@ -73,7 +73,7 @@ def recorded_fingerprint(run: str) -> Mapping[str, Any] | None:
 def difference(trained: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Return how the weights of a base differ from those that were trained on, in words; empty where they do not.
 
-    What one of the two does not know is not compared, and names no tensor.
+    Only what both fingerprints hold is compared.
     """
     wanted, there = trained.get("tensors"), found.get("tensors")
     if not isinstance(wanted, dict) or not isinstance(there, dict):

@@ -2,7 +2,8 @@
 
 The format: 8 bytes of header length (little-endian), the header as JSON, then one buffer of tensors that the header's
 offsets cover completely, in order, without holes. The rules are the safetensors library's own
-(`safetensors/src/tensor.rs`), but for a limit below its 100 MB. It does not know what the tensors are for.
+(`safetensors/src/tensor.rs`), except that the limit of a header is below its 100 MB. What the tensors are for is not
+known here.
 """
 
 import json
@@ -20,7 +21,7 @@ from studio.probe.json_size import MOST_VALUES, values_in
 
 MAX_HEADER_BYTES = 40_000_000
 """The headers of mixtures with 100 000 tensors in one file have some 15 MB, and huggingface_hub reads none above 25 MB.
-One of the format's 100 MB can take a gigabyte when read."""
+A header of 100 MB, which the format allows, can take a gigabyte when it is parsed."""
 
 DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -97,13 +98,13 @@ class Stored:
     entry: TensorEntry
 
     def pieces(self, room: memoryview, first: int = 0, last: int | None = None) -> Iterator[memoryview]:
-        """Yield its bytes in order, each piece in the same memory: one is only good until the next.
+        """Yield its bytes in order, piece by piece in the same memory, so that a piece is valid until the next one.
 
-        Plain reads: every page of a memory map that was ever touched counts as the process's own until the system
-        takes it back.
+        The file is read, not mapped: every page of a map that was touched counts as the process's memory until the
+        system takes it back.
 
         Args:
-            room: Takes a piece; all are as long but the last.
+            room: The memory for a piece; every piece but the last fills it.
             first: The first byte of the tensor that is wanted.
             last: The byte after the last one; None for all.
 
@@ -127,7 +128,7 @@ class Stored:
 
 
 def changed(path: Path) -> BadInput:
-    """Return the refusal of a file that is not what its header said a moment ago."""
+    """Return the refusal of a file that has changed since its header was read."""
     return BadInput(f"{plain(str(path), one_line=True)} was changed while it was read. Try again when it is whole.")
 
 

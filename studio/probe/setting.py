@@ -1,4 +1,4 @@
-"""What an observation holds for: the device, the method, this program and the libraries of its jobs."""
+"""For which plans an observation counts: the device, the method, this program, and the libraries of its jobs."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -11,18 +11,18 @@ from studio.core.gpu_catalogue import find_gpu
 from studio.core.text import plain
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-"""Whose versions decide how many bytes and seconds a step takes."""
+"""The libraries whose versions decide how many bytes and seconds a step takes."""
 
 CPU = "cpu"
 
 CARD_USED = "card_used_bytes"
-"""Key of `plan.json`: what was in use on the card when the run was planned, its own process not yet there."""
+"""Key of `plan.json`: what was in use on the card when the run was planned, before its own process existed."""
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def setting_of(device: str, method: str, versions: Mapping[str, str] | None = None) -> Setting:
-    """Return what an observation on a device holds for.
+    """Return for which plans an observation on a device counts.
 
     Args:
         device: A card's name as CUDA, NVML or the catalogue has it, or `cpu`.
@@ -58,7 +58,7 @@ def installed_versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def processor_name() -> str:
-    """Return what the processor calls itself, else what it is."""
+    """Return the processor's own name, or else its kind."""
     try:
         with _CPU_INFO.open(encoding="utf-8", errors="replace") as lines:
             named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,13 +1,14 @@
 """Checksums of every tensor in safetensors files, read once and kept: by inode, size and times of each file.
 
-A checksum is XXH3 of 128 bits over format, shape and all bytes of a tensor, so it does not see in which file or where
-in it the tensor lies. It tells copies from other numbers; it proves nothing against who makes two tensors of one sum.
+A checksum is XXH3 of 128 bits over format, shape and all bytes of a tensor. It does not depend on the file in which the
+tensor lies, or where in it. It tells copies from other numbers, but is no proof against somebody who makes two tensors
+with one sum on purpose.
 
-Kept are the sums of a file under its device, inode, size, time of change and, which `touch` and `cp -p` cannot set
-back, time of its inode's change: one small file each in the cache's `weight-sums/`, written whole, so that several
-processes need no lock. What cannot be read there, or is not what was written, counts as not there. The files of a hub
-snapshot are links to blobs that are named by their SHA-256; the name is not used: a blob may be damaged, and only
-reading tells.
+The sums of a file are kept under its device, inode, size, time of change, and the time of its inode's change, which
+`touch` and `cp -p` cannot set back. Each file's sums are one small file in the cache's `weight-sums/`, written whole,
+so that several processes need no lock. One that cannot be read, or is damaged, counts as missing. The files of a hub
+snapshot are links to blobs that are named by their SHA-256, but the name is not used: a blob may be damaged, which only
+reading it can tell.
 """
 
 import json
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from xxhash import xxh3_128
 
 Tell = Callable[[float], None]
-"""Told the fraction done, 0 to 1, ten times a second; what it raises ends the reading."""
+"""Told the fraction done, 0 to 1, ten times a second; an exception that it raises ends the reading."""
 
 _FOLDER, _SCHEMA = "weight-sums", 1
 _MOST_KEPT, _MOST_KEPT_BYTES = 512, 16 * 2**20
-"""Kept files, the oldest go first; and bytes of one, of which a tensor takes about a hundred."""
+"""How many files of sums are kept, the newest; and the largest size of one, in which a tensor takes about 100 bytes."""
 _YOUNG_SECONDS = 2.0
-"""A file that was changed so short a time ago may be changed again within one tick of its file system's clock."""
+"""A file that was changed less than this ago may be changed again within one tick of its file system's clock, so its
+time does not tell the two contents apart: its sums are not kept."""
 _READ_BYTES = 2**22
 _MOST_THREADS = 4
 _TELL_SECONDS = 0.1
@@ -42,7 +44,7 @@ _TELL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class WeightSums:
-    """What the weights of a model are.
+    """The weights of a model, by their checksums.
 
     Attributes:
         shapes: Format and shape of every tensor by name, such as `BF16 [64, 32]`.
@@ -73,7 +75,7 @@ class _File:
 
     @property
     def settled(self) -> bool:
-        """Whether its last change lies far enough back for its times to tell it from a later one."""
+        """Whether its last change was long enough ago for its times to differ from those of a later change."""
         return self.looked_ns - max(self.status.st_mtime_ns, self.status.st_ctime_ns) > _YOUNG_SECONDS * 1e9
 
 
@@ -84,9 +86,9 @@ def weight_sums(
 
     Args:
         paths: The files of one model; a tensor's name occurs once.
-        tell: Told how far the reading is, and able to end it; not called where all is known.
+        tell: Told how far the reading is; it may end it. Not called where all sums are known.
         most_bytes: How much may be read of what is not known; None reads all of it.
-        anew: Read every byte, whatever is known.
+        anew: Whether every byte is read, even where its sum is known.
 
     Raises:
         BadInput: A file is damaged, or was changed while it was read.
@@ -118,8 +120,8 @@ def form_of(entry: TensorEntry) -> str:
 def begun_sum(entry: TensorEntry) -> "xxh3_128":
     """Return the checksum of a tensor before its first byte; `update` takes the bytes.
 
-    XXH3 took 0.007 seconds a GB in a core's cache, where CRC-32 took 0.14 and BLAKE2b 0.77: it is meant to find faulty
-    disks and memory and other numbers, not forgeries.
+    XXH3 took 0.007 seconds a GB in a core's cache, CRC-32 took 0.14 and BLAKE2b 0.77. It is to find other numbers and
+    faults of disk or memory, not forgeries.
     """
     import xxhash  # noqa: PLC0415  not needed for the first frame
 
@@ -127,7 +129,7 @@ def begun_sum(entry: TensorEntry) -> "xxh3_128":
 
 
 class _Reading:
-    """Tensors that wait to be read, and what came of those that were; shared by the threads."""
+    """The tensors that are still to be read, and the sums of those that were; shared by the threads."""
 
     def __init__(self, files: Sequence[_File]) -> None:
         self._waiting = iter([(file, name) for file in files for name in _in_order(file.header)])
@@ -183,7 +185,7 @@ def _read(files: Sequence[_File], tell: Tell, needed: int) -> list[tuple[_File, 
 
 
 def _threads() -> int:
-    """Return how many read at once: on two cores no number was faster than one (tests/bench/weights_results.md)."""
+    """Return how many threads read; on two cores more than one were not faster (tests/bench/weights_results.md)."""
     return max(1, min(_MOST_THREADS, os.cpu_count() or 1))
 
 
@@ -206,7 +208,7 @@ def _recall(file: _File) -> dict[str, str] | None:
             return None
         if sums.keys() != file.header.tensors.keys():
             return None
-        os.utime(file.kept_at)  # what is used is not the oldest
+        os.utime(file.kept_at)  # the oldest are deleted first, and this one is in use
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return dict(sums)
@@ -232,7 +234,7 @@ def _forget_oldest(folder: Path) -> None:
 
 
 def _proof(key: str, sums: Any) -> str:
-    """Return a checksum of what is kept: a flipped bit in the cache must not make another base of the right one."""
+    """Return a checksum of the kept sums: with a flipped bit in the cache, the right base would seem to be another."""
     import xxhash  # noqa: PLC0415  as above
 
     return xxhash.xxh3_128(json.dumps([key, sums], sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Counts all that is found in a file and keeps the first of each kind: a file may have a million bad rows."""
+"""Counts all findings in a file and keeps the first of each kind, since a file may have a million bad rows."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,10 +13,16 @@ _LISTED_UNUSED = 50
 
 
 class Findings:
-    """Collects findings of one file while it is read."""
+    """Collects findings of one file while it is read.
 
-    def __init__(self, *, row_word: str = "row") -> None:
-        self.row_word = row_word
+    Attributes:
+        row_word: What the numbers of rows count, for messages: `row` or `line`.
+        counts: How many findings there are of each kind.
+        fatal_counts: How many of these keep the file from being used.
+    """
+
+    def __init__(self) -> None:
+        self.row_word = "row"
         self.counts: Counter[str] = Counter()
         self.fatal_counts: Counter[str] = Counter()
         self._kept: list[Finding] = []
@@ -37,7 +43,7 @@ class Findings:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """What is not used, in the order in which it was met."""
+        """The unused columns and fields, in the order in which they were found."""
         return tuple(plain(name, one_line=True) for name in self._unused)
 
     @property

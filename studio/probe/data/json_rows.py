@@ -1,4 +1,4 @@
-"""Raw rows of JSON Lines and JSON files. A bad line is a finding and reading goes on; bytes not in UTF-8 end it."""
+"""Raw rows of JSON Lines and JSON files. A bad line is a finding and reading goes on; text not in UTF-8 ends it."""
 
 import json
 from collections import Counter
@@ -13,13 +13,13 @@ from studio.probe.data.shapes import recognise
 
 Progress = Callable[[int, int], None]
 BOM = b"\xef\xbb\xbf"
-MAX_LINE_BYTES = 64 * 2**20  # one row of some ten million tokens: what is longer is no row
+MAX_LINE_BYTES = 64 * 2**20  # a row of some ten million tokens; a longer line is no row
 _PROGRESS_BYTES = 2**20
 _SNIPPET_CHARACTERS = 30
 
 
 class _DuplicateKey(ValueError):
-    """A JSON object that has one key twice: which of the two is meant is anybody's guess."""
+    """A JSON object that has one key twice, so that it is not known which of the two is meant."""
 
 
 def line_rows(path: Path, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:

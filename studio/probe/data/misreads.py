@@ -1,7 +1,7 @@
-"""What a row may say that is not learnt as it says it: refused by name, since read without it the row teaches wrongly.
+"""Refuses rows with parts that cannot be learnt yet: to train them without these parts would teach something else.
 
-Each refusal says what was found, what would be trained wrongly, and what to do. Knows the spellings of OpenAI, TRL,
-axolotl, LLaMA-Factory, ms-swift, LLaVA and Anthropic; a value that is null or empty says nothing.
+Each refusal says what was found, what would be trained wrongly, and what to do. The spellings of OpenAI, TRL, axolotl,
+LLaMA-Factory, ms-swift, LLaVA and Anthropic are known. A value that is null or empty is passed over.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,21 +18,21 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 PLACEHOLDER = "<image>"
 
 _LABEL_WORDS = ("true", "false", "desirable", "undesirable")
-"""A text label of any other kind is a class, an author, a topic: a column that is not used."""
+"""Labels that mark an answer as wanted or not. Any other text is a class, an author or a topic, and is not used."""
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _CALL_FIELDS = ("tool_calls", "tool_call", "function_call")
 _WEIGHT_FIELDS = ("weight", "train", "training")
-"""1 and true ask for what is done anyway."""
+"""Fields that weigh a message. The values 1 and true ask for what is done anyway."""
 _SHARE_FIELDS = ("train_detail", "training_detail")
 _MEDIA_FIELDS = (*MEDIA_COLUMNS, "image_url", "video_url", "audio_url", "input_audio")
 UNDERSTOOD_FIELDS = frozenset({*_REASONING_FIELDS, *_CALL_FIELDS, *_WEIGHT_FIELDS, *_SHARE_FIELDS, *_MEDIA_FIELDS})
-"""Fields of messages that are refused here, or say nothing."""
+"""Fields of messages that are refused here, unless they are empty."""
 
 _MEDIA_PARTS = frozenset({"image", "video", "audio", "file", "document"})
 _REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning")
 _CALL_PARTS = ("tool_use", "tool_result", "tool_call", "tool_calls", "function_call")
 CALL_ROLES = _CALL_PARTS
-"""Roles of turns that are calls, in ShareGPT's form."""
+"""Roles of turns that are calls of tools, in ShareGPT's format."""
 
 _CALLS = (
     "calls of tools are not learnt yet: the answer would be trained without its call. Take the row out, or write the "

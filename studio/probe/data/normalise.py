@@ -1,4 +1,4 @@
-"""One raw row made into a conversation or a plain text, with everything that is wrong with it reported."""
+"""Makes a conversation or a plain text of a raw row, and reports everything that is wrong with the row."""
 
 import difflib
 from collections.abc import Mapping
@@ -29,13 +29,13 @@ ROLES = {
 
 
 class _Unusable(Exception):
-    """This row cannot become anything; the finding is already recorded."""
+    """A row that cannot be used; the finding is already recorded."""
 
 
 def normalised(
     value: Mapping[str, Any], shape: Shape, number: int, findings: Findings, *, answers_only: bool
 ) -> Row | None:
-    """Return the row in our one form, or None where it cannot be used; either way `findings` knows why.
+    """Return the row in the one form of all rows, or None where it cannot be used, with a finding that says why.
 
     Fatal: wrong types, unknown roles, and what would be trained otherwise than the row says (see `misreads`). Not
     fatal, row left out: no answer in it. Not fatal, row kept: turns after the last answer, which teach nothing.
@@ -163,7 +163,7 @@ def _text(value: Mapping[str, Any], column: str, number: int, findings: Findings
 
 
 def _checked(messages: list[Message], number: int, findings: Findings) -> Conversation | None:
-    """Return the conversation unless it has no answer to learn from."""
+    """Return the conversation, or None if it has no answer to learn from."""
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
         found = ", ".join(message.role for message in messages[:8]) or "no messages"

@@ -1,7 +1,8 @@
 """Raw rows of Parquet files, in batches, only the columns that some format knows, within limits.
 
-A Parquet file of a few hundred bytes may hold a million rows of a megabyte each: one text in a dictionary, and a count.
-So texts are read as their dictionary, which is no larger than what was compressed, and counted before they are made.
+A Parquet file of a few hundred bytes may hold a million rows of a megabyte each, as one text in a dictionary and a
+count. So texts are read as dictionaries, which are no larger than what was compressed, and their size is computed
+before rows are made of them.
 """
 
 from collections import Counter
@@ -17,14 +18,14 @@ from studio.probe.data.shapes import KNOWN_COLUMNS, wrong_columns
 
 MAGIC = b"PAR1"
 MAX_ROWS = 20_000_000
-"""More than any fine-tuning set. A row of nothing takes no room in the file, but time and memory when it is read."""
+"""More than any fine-tuning set has. An empty row takes no room in the file, but time and memory when it is read."""
 MAX_VALUES = 200_000_000
-"""Of one column in one row group, which is decoded at once where it is no text: 1.6 GB of 64-bit numbers."""
+"""Most values of one column in one row group, which is decoded at once if it is no text: 1.6 GB of 64-bit numbers."""
 _PRESENCE = (*MEDIA_COLUMNS, *PAIR_COLUMNS)
 _BATCH_ROWS = 1024
 _MOST_BATCH_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.5
-"""Of what is free: the texts, and then their tokens, stay in memory."""
+"""Most of the free memory that the texts may take: they stay in memory, and so do their tokens later."""
 
 
 def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any]]:
@@ -34,8 +35,8 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
     what a row means without being text (`_PRESENCE`) have True or None, for something or nothing.
 
     Raises:
-        BadInput: pyarrow is not installed, the file is no whole Parquet file, it has no column that we know, or what it
-            holds is more than fits: a row above 64 MiB, as in JSON Lines, or rows above half of the free memory.
+        BadInput: pyarrow is not installed, the file is no whole Parquet file, it has no known column, or it holds too
+            much: a row above 64 MiB, as in JSON Lines, or rows above half of the free memory.
     """
     try:
         import pyarrow as pa  # noqa: PLC0415  0.2 s that only readers of Parquet pay
@@ -78,7 +79,7 @@ class _Limits:
         self._read_bytes = 0
 
     def check_sizes(self, file: Any, known: list[str], leaves: Mapping[str, str]) -> None:
-        """Compare what the file says of itself with what fits.
+        """Compare the sizes in the file's metadata with the limits.
 
         Args:
             file: The Parquet file.
@@ -86,7 +87,7 @@ class _Limits:
             leaves: Columns of which one leaf is read, and its path.
 
         Raises:
-            BadInput: It says that it is too much.
+            BadInput: It is too much.
         """
         if file.metadata.num_rows > MAX_ROWS:
             raise BadInput(
@@ -104,7 +105,7 @@ class _Limits:
                     self._refuse(max(8 * column.num_values, column.total_uncompressed_size), "one of its columns")
 
     def take(self, size_bytes: int, number: int) -> None:
-        """Count the rows of a group, up to one of this number, before they are made.
+        """Add the size of a group's rows before they are made; the last of them has this number.
 
         Raises:
             BadInput: All rows so far are too large.
@@ -137,13 +138,13 @@ def _rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     total, done = file.metadata.num_rows, 0
     for group in range(file.metadata.num_row_groups):
-        # A whole group at once: read batch by batch, each would carry the dictionary of all before it.
+        # A whole group at once: if batches were read one by one, each would hold the dictionary of all before it.
         read = file.read_row_group(group, columns=[*wanted.names, *leaves.values()])
         batches = read.to_batches(max_chunksize=_BATCH_ROWS)
         sizes = [_unpacked_bytes(batch.select(wanted.names)) for batch in batches]
         limits.take(sum(sizes), done + sum(map(len, batches)))
         for batch, size_bytes in zip(batches, sizes, strict=True):
-            # Ordinary rows are made together, which is fast; of long ones each is looked at first.
+            # Ordinary rows are made together, which is fast; long ones one by one, after a look at each one's size.
             together = size_bytes <= _MOST_BATCH_BYTES
             for some in [batch] if together else (batch.slice(place, 1) for place in range(len(batch))):
                 if not together:

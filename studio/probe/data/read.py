@@ -1,4 +1,4 @@
-"""Reads a data file: finds out what it is, normalises every row, and reports everything that is wrong with it."""
+"""Reads a data file: recognises its format, normalises every row, and reports everything that is wrong with it."""
 
 import os
 from collections.abc import Iterator
@@ -40,7 +40,8 @@ def read_data(
     Args:
         path: A JSON Lines, JSON or Parquet file; `embedded` names the data set that ships with us.
         format: `auto`, or the format that the file must have.
-        answers_only: Whether only the answers will be trained; else no message may be marked as untrained.
+        answers_only: Whether only the answers will be trained. If not, a message that is marked as untrained is
+            refused.
         progress: Gets (done, total), in bytes of a JSON file or rows of a Parquet file.
 
     Raises:
@@ -58,7 +59,7 @@ def inspect_data(
     *,
     format: str = "auto",  # noqa: A002
 ) -> DataSet:
-    """Return the same as `read_data`, with fatal findings listed in the result instead of raised.
+    """Return the same as `read_data`, but with fatal findings in the result instead of an exception.
 
     Raises:
         BadInput: The file cannot be read at all.

@@ -1,4 +1,4 @@
-"""What a data file becomes: conversations or plain text, in one form whatever the file's columns were called."""
+"""The rows of a data file: conversations or plain text, in one form for all formats of files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """All that the user (or a tool) says, without the system prompt, which whole files share."""
+        """All that the user and tools say, without the system prompt, which whole files share."""
         return "\n".join(message.content for message in self.messages if message.role in ("user", "tool"))
 
     @property
@@ -42,7 +42,7 @@ class PlainText:
 
     @property
     def prompt(self) -> str:
-        """Nothing asks for a plain text."""
+        """Empty: a plain text has no prompt."""
         return ""
 
     @property
@@ -62,18 +62,18 @@ _KEPT = {
     "last_turn_not_assistant": "what follows the last answer is left out",
     "media_placeholder": "'<image>' stands in the text and is trained as these characters; no picture is read",
 }
-"""Words for the findings that stop nothing."""
+"""Words for the findings that do not keep a file from being used."""
 _NAMED_UNUSED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know about one row. A fatal one means that the file must be corrected before training.
+    """Something found in one row. If it is fatal, the file must be corrected before training.
 
     Attributes:
         kind: Short stable name, such as `unknown_role`.
         row: Line of a JSONL file, else the row's place from 1.
-        field: Column, or place in it such as `messages[2].content`; empty where the whole row is meant.
+        field: Column, or a place in it such as `messages[2].content`; empty for the whole row.
         message: What was found and what was wanted, safe to print.
         fatal: Whether `read_data` refuses the file for it.
     """
@@ -110,11 +110,11 @@ class DataSet:
     size_bytes: int
 
     def described(self) -> str:
-        """Return what was recognised, for a person: `chat (messages), 591 rows`."""
+        """Return what was recognised, in words: `chat (messages), 591 rows`."""
         return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {_rows(len(self.rows))}"
 
     def notes(self) -> tuple[str, ...]:
-        """Return what must be corrected, what is left out and what is not used of the file, a sentence for each."""
+        """Return what must be corrected, what is left out, and what is not used of the file, in a sentence each."""
         name = plain(self.path.name, one_line=True)
         fatal = {finding.kind for finding in self.findings if finding.fatal}
         counts = self.finding_counts

@@ -13,8 +13,8 @@ _LOOK_BYTES = 2**19
 _ROLE = "role"
 
 BYTES_PER_TOKEN = (4.8, 4.0, 2.5)
-"""UTF-8 bytes of text per token, for least, usual and most tokens. Measured: 4.2 on the embedded rows with SmolLM2's
-tokenizer. Code, numbers and many scripts have fewer; the ends are a choice, wide on purpose."""
+"""UTF-8 bytes of text per token, for least, usual and most tokens. On the embedded rows 4.2 were measured with
+SmolLM2's tokenizer. Code, numbers and many scripts have fewer; the ends were chosen wide on purpose."""
 
 TEMPLATE_TOKENS = (5, 15, 40)
 """Tokens that a chat template adds to a row, least, usual and most; SmolLM2's: 11 without its system turn, 32 with."""
@@ -22,10 +22,10 @@ TEMPLATE_TOKENS = (5, 15, 40)
 
 @dataclass(frozen=True, slots=True)
 class RowsGuess:
-    """What a look at the beginning of a file says.
+    """What is known of a file from its beginning.
 
     Attributes:
-        rows: Rows in the file: counted where all of it was read, else estimated from the length of lines.
+        rows: Rows in the file: counted if all of it was read, else estimated from the length of lines.
         text_bytes: UTF-8 bytes of text in each row that was read.
     """
 
@@ -44,7 +44,7 @@ class RowsGuess:
 
 
 def guess_rows(word: str) -> RowsGuess | None:
-    """Return what the beginning of a data file tells; None for another format, and for what cannot be read.
+    """Return what the beginning of a data file tells; None for other formats, and where it cannot be read.
 
     Args:
         word: A path, or `embedded`.

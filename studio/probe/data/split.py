@@ -1,4 +1,4 @@
-"""Holds rows back for evaluation so that none of them is known from training."""
+"""Holds out rows for evaluation, none of which repeats the prompt or the answer of a row that is trained on."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from studio.probe.data.rows import Row
 
-LARGEST_SHARE = 5  # at most one row in five is held out, whatever is asked for: the rest is what is learnt from
+LARGEST_SHARE = 5  # at most one row in five is held out, even if more are asked for, so that enough is left to train on
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Rows to train on and rows held out, both in the file's order; the notes say where less was done than asked."""
+    """Rows to train on and held-out rows, both in the file's order, with notes where fewer are held out than asked."""
 
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
@@ -20,10 +20,10 @@ class Split:
 
 
 def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
-    """Return a split in which no prompt and no answer stands on both sides.
+    """Return a split in which no prompt and no answer is on both sides.
 
-    Which rows are held out follows from their text and the seed, not from their order. Where answers repeat so much
-    that no such split exists (labels, yes and no), only prompts are kept apart, and a note says so.
+    Which rows are held out depends on their text and the seed, not on their order. Where answers repeat so often that
+    there is no such split (labels, yes and no), only prompts are kept apart, and a note says so.
 
     Args:
         rows: All rows.
@@ -64,10 +64,10 @@ def most_held_out(rows: int, wanted: int) -> int:
 
 
 class RowKeys(NamedTuple):
-    """Short hashes by which a row is known again, blind to letter case and white space.
+    """Short hashes by which a row is found again, whatever its letter case and white space.
 
-    A prompt is what the user and tools say, an answer what the assistant says; system prompts, which whole files
-    share, count nowhere. `content` is both together; `prompt` is empty where nothing asks.
+    A prompt is what the user and tools say, an answer what the assistant says. System prompts, which whole files share,
+    are in neither. `content` is both together; `prompt` is empty for plain text.
     """
 
     content: bytes
@@ -76,19 +76,19 @@ class RowKeys(NamedTuple):
 
 
 def row_keys(row: Row) -> RowKeys:
-    """Return what a row is known by."""
+    """Return the hashes by which a row is found again."""
     prompt, answer = _prompt_key(row), _answer_key(row)
     return RowKeys(_blake2b(b"\0".join((prompt, answer))), prompt, answer)
 
 
 def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:
-    """Return a sentence where rows are one answer, or a few, asked for in many ways; else nothing.
+    """Return a warning where many rows have one answer, or a few; empty where they do not.
 
-    Such rows test little more than the different answers there are: from two rows an answer on it is said.
+    Such rows test little more than their different answers. The limit is two rows for each different answer.
 
     Args:
-        rows: To be measured on.
-        called: What they are, in the plural.
+        rows: Rows to measure on.
+        called: What they are called in the warning, in the plural.
     """
     answers = different_answers(rows)
     if len(rows) < 2 or answers * 2 > len(rows):
@@ -115,7 +115,7 @@ def _answer_key(row: Row) -> bytes:
 
 
 def _digest(kind: str, text: str) -> bytes:
-    """Return a short hash of the text, blind to letter case and white space: such copies are known too."""
+    """Return a short hash of a text, equal for texts that differ in letter case and white space alone."""
     return _blake2b(f"{kind}\0{' '.join(text.casefold().split())}".encode())
 
 
@@ -126,7 +126,7 @@ def _blake2b(data: bytes, key: bytes = b"") -> bytes:
 
 
 def _groups(rows: Sequence[Row], keys: Sequence[Callable[[Row], bytes]]) -> list[tuple[bytes, list[int]]]:
-    """Return (name, places) of the sets of rows that share a prompt or an answer, directly or through others."""
+    """Return (name, places) of the sets of rows that share a prompt or an answer, directly or through other rows."""
     parent = list(range(len(rows)))
 
     def root(place: int) -> int:
