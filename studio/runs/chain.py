@@ -1,4 +1,4 @@
-"""A merge and the exports of what it makes, one after another: each is a run, and names those that follow it."""
+"""A merge and the exports of its model, one after another: each is a run, and names the ones that follow it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,9 @@ _LONGEST_NAME = 255
 
 
 def beside(merged: Path, form: str) -> Path:
-    """Return where an export of a merged model lies: a folder beside it.
+    """Return the folder of an export of a merged model, which is beside the model.
 
-    Also for GGUF: of a file alone there would be no card, and no Modelfile for Ollama.
+    GGUF files have a folder too: beside a file alone there would be no model card, and no Modelfile for Ollama.
     """
     return merged.with_name(f"{merged.name}-{form}")
 
@@ -21,7 +21,7 @@ def beside(merged: Path, form: str) -> Path:
 def following(paths: RunPaths) -> ExportRequest | None:
     """Return the export that a merge or an export which has ended names to follow it, unless it was started already.
 
-    After a failed export the next one follows all the same; after a failed merge, or a stop, none does.
+    After a failed export the next one follows all the same. After a failed merge, or a stop, none does.
 
     Raises:
         BadInput: `recipe.toml` is missing or damaged.

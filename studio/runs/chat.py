@@ -1,8 +1,8 @@
 """A chat with a model: what is asked and answered, and the process that answers.
 
 The process (`python -m studio.jobs.chat`) reads a JSON object a line on its stdin and writes one a line on its stdout.
-Pipes, not a run directory and not a port: a chat leaves nothing to come back to, so it shall end when whoever asked
-ends, however that ends; a pipe tells it so, and nobody else on the machine can join in.
+It has pipes instead of a run directory or a port. A chat leaves nothing to come back to, so it must end when the
+process that asks has ended, in whatever way: a pipe tells it. And nobody else on the machine can use a pipe.
 """
 
 import json
@@ -33,22 +33,22 @@ class ChatRequest:
     """Which model answers.
 
     Attributes:
-        base: A model folder, a hub id or `embedded`; a merged model's folder where there is no adapter.
+        base: A model folder, a hub id or `embedded`; a merged model's folder if there is no adapter.
         adapter: Absolute path of a PEFT folder; empty to chat with `base` alone.
-        revision: Of a hub model.
-        method: `lora` or `qlora`: the form in which the base is loaded.
-        dtype: Of the unquantised weights: `auto`, `bf16`, `fp16` or `fp32`.
+        revision: Revision of a hub model.
+        method: `lora` or `qlora`: whether the base is loaded in 16 or in 4 bit.
+        dtype: Type of the unquantised weights: `auto`, `bf16`, `fp16` or `fp32`.
         quant_type: QLoRA's 4-bit code.
-        double_quant: Whether its scales are quantised again.
+        double_quant: Whether the scales are quantised too.
         skip_modules: What stays in 16 bit, as in a recipe.
         attention: Which attention implementation.
         device: As in a recipe.
-        data_format: Of the training data: which plain template serves a model that has none.
-        trust_remote_code: Run Python code that the base brings.
-        beside: Another model, which answers as the base where `base` is a merged model; empty for none.
-        beside_revision: Of it.
-        environment: What its process's environment must hold, so that it computes on the card that is meant.
-        note: What the user should know of that.
+        data_format: Format of the training data, which decides the plain template of a model without a chat template.
+        trust_remote_code: Whether Python code that comes with the base is run.
+        beside: Another model, which answers as the base if `base` is a merged model; empty for none.
+        beside_revision: Revision of that model.
+        environment: What is added to the process's environment, so that it computes on the chosen card.
+        note: What the user should know about the card.
     """
 
     base: str
@@ -71,7 +71,7 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest one: differences then come from tuning alone."""
+    """How the next token is chosen. At temperature 0 it is the likeliest, so that tuning alone makes a difference."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -81,7 +81,7 @@ class Sampling:
     seed: int = 0
 
     def problems(self) -> list[str]:
-        """Return what is wrong, one sentence a value."""
+        """Return what is wrong, in a sentence for each value."""
         ranges = {
             "temperature": (0, 5), "top_p": (0.01, 1), "top_k": (0, 10**6), "repetition_penalty": (0.5, 3),
             "max_new_tokens": (1, 10**6), "seed": (0, 2**63 - 1),
@@ -157,7 +157,7 @@ def event_line(event: ChatEvent) -> str:
 
 
 def read_event(line: str) -> ChatEvent | None:
-    """Return the event of a line; None for a line that is none."""
+    """Return the event of a line; None for any other line."""
     try:
         table = json.loads(line)
         kind = _EVENTS[table.pop("kind")]
@@ -173,7 +173,7 @@ def read_event(line: str) -> ChatEvent | None:
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said on each side: the sides answer differently, so each has a history of its own."""
+    """The conversation so far, with a history for each side: the sides answer differently."""
 
     system: str = ""
     turns: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
@@ -248,7 +248,7 @@ class ChatProcess:
         self._send({"cancel": True})
 
     def next_event(self, seconds: float) -> ChatEvent | None:
-        """Return the next event, None where none came in time; after the process has ended, why it did."""
+        """Return the next event, None if none came in time; after the process has ended, the reason why."""
         try:
             event = self._events.get(timeout=seconds)
         except queue.Empty:
@@ -259,7 +259,7 @@ class ChatProcess:
         return event
 
     def events(self, *, until: type[Any], poll: Callable[[], None] = lambda: None) -> Iterator[ChatEvent]:
-        """Yield events up to one of a kind, or a fatal failure; `poll` is called in between."""
+        """Yield events up to the first of a kind, or a fatal failure; `poll` is called in between."""
         while True:
             event = self.next_event(0.1)
             poll()
@@ -270,7 +270,7 @@ class ChatProcess:
                 return
 
     def close(self) -> None:
-        """End the process: at once, it has nothing to save."""
+        """End the process at once: it has nothing to save."""
         if self._process.poll() is None:
             self._process.kill()
         try:
@@ -303,7 +303,7 @@ class ChatProcess:
         self._events.put(None)
 
     def _ended(self) -> ChatFailed:
-        """Say why the process is gone: what it printed last may tell, native code ends it without an event."""
+        """Return why the process is gone, as far as its last lines tell: native code ends it without an event."""
         code = self._process.poll()
         killed = " (the system does that when its memory is full)" if code == -9 else ""
         try:
@@ -320,10 +320,10 @@ class ChatProcess:
 
 
 def check_sampling(sampling: Sampling) -> Sampling:
-    """Return it.
+    """Return the sampling itself.
 
     Raises:
-        BadInput: Values out of range; all are named.
+        BadInput: Values are out of range; the message names all of them.
     """
     if problems := sampling.problems():
         raise BadInput(" ".join(problems))

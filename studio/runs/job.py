@@ -62,9 +62,9 @@ class MergeRequest:
     Attributes:
         adapter: Absolute path of the PEFT folder.
         base: A model folder, a hub id or `embedded`; empty means the one that the adapter names.
-        revision: Of a hub model; empty means the newest.
-        out: Absolute path of the folder that the merged model gets.
-        dtype: Of the merged weights; `auto` keeps that of the base.
+        revision: Revision of a hub model; empty means the newest.
+        out: Absolute path of the merged model's folder.
+        dtype: Type of the merged weights; `auto` keeps that of the base.
         onto: `original`, the base's own weights; `dequantized`, those after quantising to 4 bits and back, which a
             QLoRA adapter was trained against.
         run: Absolute path of the training run that the adapter comes from; empty when there is none.
@@ -98,13 +98,13 @@ class ExportRequest:
     """A model in another format, or an adapter with its card.
 
     Attributes:
-        source: Absolute path of a merged model's folder, or of an adapter's, which is merged first where the format
+        source: Absolute path of a merged model's folder, or of an adapter's, which is merged first if the format
             wants a whole model.
         out: Absolute path of the folder that it gets, or of the file where it ends in `.gguf`.
         format: One of `EXPORT_FORMATS`.
         run: Absolute path of the training run of an adapter; empty when there is none.
-        base: Of an adapter: a model folder, a hub id or `embedded`; empty means the one that it names.
-        revision: Of a hub model; empty means the newest.
+        base: Base of an adapter: a model folder, a hub id or `embedded`; empty means the one that the adapter names.
+        revision: Revision of a hub model; empty means the newest.
         onto: What an adapter is merged into, one of `ONTO`.
         push: Hub repository that the result is uploaded to as well; empty for none.
         then: Formats that the same model is exported to afterwards, as for a merge.
@@ -127,10 +127,10 @@ GGUF_FORMATS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 ADAPTER_FORMATS = ("peft", "lora-gguf")
 """Formats of an adapter alone: transformers' and llama.cpp's."""
 WHOLE_FORMATS = ("nf4", "int8", *GGUF_FORMATS)
-"""What a merged model can be exported to: besides llama.cpp's types bitsandbytes' 4-bit NormalFloat with double
-quantisation, and its 8-bit integers, outliers apart."""
+"""What a merged model can be exported to: llama.cpp's types, and two of bitsandbytes, 4-bit NormalFloat with double
+quantisation and 8-bit integers with outliers apart."""
 EXPORT_FORMATS = (*ADAPTER_FORMATS, *WHOLE_FORMATS)
-"""What a run's adapter can be exported to, merged first where the format is of a whole model."""
+"""What a run's adapter can be exported to; it is merged first for a format of whole models."""
 
 
 def kind_of(job: Job) -> str:

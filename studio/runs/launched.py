@@ -1,7 +1,7 @@
 """Runs that a job has started for it: by a process of `studio.launch`, which checks and starts as for a person.
 
-So a job imports neither the checks of other jobs nor what starts them. The process lives for a second or two: what it
-starts outlives it, and outlives the job that asked.
+So a job need not import the checks of other jobs, or what starts them. The process lives for a second or two; the run
+that it starts outlives it, and may outlive the job that asked.
 """
 
 import json
@@ -20,7 +20,7 @@ _BAD_INPUT = 2
 
 
 def start_run(job: Job, runs_root: Path, *, module: str = "") -> RunPaths:
-    """Have a job checked, its run made and its worker launched; return when the worker holds the run.
+    """Have a job checked, its run made and its worker launched; return once the worker holds the run.
 
     Args:
         job: What to do.
@@ -28,7 +28,7 @@ def start_run(job: Job, runs_root: Path, *, module: str = "") -> RunPaths:
         module: The job's module; empty means that of its kind.
 
     Raises:
-        BadInput: The job cannot be done so; no folder was made.
+        BadInput: The job cannot be done as asked; no folder was made.
         StudioError: The worker cannot be started; no folder is left.
     """
     return RunPaths(Path(_ask("start", runs_root, module, job_text(job))))
@@ -51,7 +51,7 @@ def resume_run(paths: RunPaths, *, module: str = "") -> None:
 def start_next(paths: RunPaths, *, module: str = "") -> None:
     """Have the run started that a merge or an export names to follow it; called by its process when it is over.
 
-    What cannot be started is told on stderr, which is the run's `output.log`.
+    Why it could not be started is printed on stderr, which is the run's `output.log`.
 
     Args:
         paths: The run that has ended.
