@@ -11,7 +11,7 @@ from studio.commands.loss_plot import loss_plot
 from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, duration, is_rich, number, say, size, table, width_of_terminal, write_json
 from studio.core.errors import BadInput
-from studio.core.recipe import Recipe, differing_fields, field_text
+from studio.core.recipe import FIELDS, Recipe, differing_fields, field_text
 from studio.core.text import plain
 from studio.runs.job import job_table, read_job
 from studio.runs.layout import RunPaths
@@ -62,7 +62,8 @@ def compare(args: argparse.Namespace) -> int:
     outcomes = [_outcome(paths) for paths in runs]
     differences = differing_fields([_recipe(paths) for paths in runs])
     if args.json:
-        write_json({"runs": outcomes, "recipe_differences": differences})
+        stored = {path: list(map(FIELDS[path].kind.stored, values)) for path, values in differences.items()}
+        write_json({"runs": outcomes, "recipe_differences": stored})
         return DONE
     rows = [[path, *(field_text(path, value) for value in values)] for path, values in differences.items()]
     say(table([["recipe", *(paths.name for paths in runs)], *(rows or [["no difference", *["" for _ in runs]]])]))

@@ -522,6 +522,9 @@ _HEADINGS = {
 FIELDS: dict[str, Field] = fields_in(Recipe, _HEADINGS)
 """Every field by its dotted path."""
 
+PLACES = tuple(path for path, place in FIELDS.items() if isinstance(place.kind, Text) and place.kind.place)
+"""The fields that may name a file or folder of this computer."""
+
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
     (heading, tuple(path for path, place in FIELDS.items() if place.heading == heading))
     for heading in dict.fromkeys(_HEADINGS.values())

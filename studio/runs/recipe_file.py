@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from studio.core.errors import BadInput
-from studio.core.recipe import EMBEDDED, FIELDS, Recipe
+from studio.core.recipe import EMBEDDED, PLACES, Recipe
 from studio.core.recipe_parse import apply_settings, read_table
 from studio.core.text import plain
-from studio.core.value_kinds import Text
 
 _MOST_BYTES = 2**20
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -47,10 +46,8 @@ def load_recipe(path: Path, settings: Iterable[str] = ()) -> Recipe:
 def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
     """Make relative data and model paths absolute, by the first folder that has them; a path that none has stays."""
     folders = tuple(folders)
-    for field, place in FIELDS.items():
+    for field in PLACES:
         word = recipe.get(field)
-        if not (isinstance(place.kind, Text) and place.kind.place):
-            continue
         if not isinstance(word, str) or not word or word == EMBEDDED or "\0" in word:
             continue
         given = Path(word).expanduser() if word.startswith("~") else Path(word)

@@ -124,6 +124,19 @@ def test_texts_become_values(tmp_path: Path) -> None:
         assert screen.recipe.adapter.targets == ("q_proj", "v_proj")
         await write("train.seed", "42")
         assert screen.recipe.train.seed == 42
+        await write("adapter.layers", "12, 0-7")
+        assert screen.recipe.adapter.layers == (*range(8), 12)
+        screen._form.show(screen.recipe)
+        assert screen.query_one("#adapter--layers", TextField).value == "0-7, 12", "as a recipe that is opened shows it"
+        await write("adapter.rank_pattern", "down_proj=32, layers.0.self_attn.q_proj=8")
+        assert screen.recipe.adapter.rank_pattern == (("down_proj", 32), ("layers.0.self_attn.q_proj", 8))
+        await write("model.skip_modules", "model.layers.0")
+        assert screen.recipe.model.skip_modules == ("model.layers.0",)
+        await write("adapter.layers", "7-0")
+        assert "adapter.layers: found '7-0'; wanted a list of layer numbers" in " ".join(shown(app).split())
+        assert screen.query_one("#adapter--layers", TextField).value == "7-0", "what was typed stays to be mended"
+        await write("adapter.layers", "")
+        assert screen.recipe.adapter.layers == ()
         await write("model.base", "owner/name")
         assert screen.recipe.model.base == "owner/name"
         assert screen.recipe.problems() == ()

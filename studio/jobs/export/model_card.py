@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio.core.recipe import Recipe
+from studio.core.recipe import PLACES, Recipe
 from studio.core.text import plain
 from studio.jobs.export.answers import Loss
 from studio.probe.adapter_folder import AdapterFound
@@ -186,9 +186,8 @@ def _recipe(recipe: Recipe | None) -> list[str]:
 
 def _without_places(recipe: Recipe) -> Recipe:
     """Leave the folders of this computer out: only the last part of a path is anyone's business."""
-    for path in ("data.path", "data.eval_path", "model.base"):
-        section, _, name = path.partition(".")
-        value = str(getattr(getattr(recipe, section), name))
+    for path in PLACES:
+        value = str(recipe.get(path))
         if _is_place(value):
             recipe = recipe.with_(path, Path(value).name)
     return recipe
