@@ -133,7 +133,7 @@ def test_texts_become_values(tmp_path: Path) -> None:
         await write("model.skip_modules", "model.layers.0")
         assert screen.recipe.model.skip_modules == ("model.layers.0",)
         await write("adapter.layers", "7-0")
-        assert "adapter.layers: found '7-0'; wanted a list of layer numbers" in " ".join(shown(app).split())
+        assert "adapter.layers: found '7-0'" in shown(app)
         assert screen.query_one("#adapter--layers", TextField).value == "7-0", "what was typed stays to be mended"
         await write("adapter.layers", "")
         assert screen.recipe.adapter.layers == ()
