@@ -3,11 +3,11 @@
 import argparse
 from typing import Any
 
-from studio.core.recipe import FIELDS
+from studio.core.recipe import FIELDS, SECTIONS
 from studio.core.recipe_field import Field
 from studio.core.value_kinds import Choice, Number, Switch
 
-_FLAGS = {field.flag: field for field in FIELDS.values() if field.flag}
+_FLAGS = {FIELDS[path].flag: FIELDS[path] for _, paths in SECTIONS for path in paths if FIELDS[path].flag}
 _OF_THE_VERB = ("model", "data")
 """Flags that not every verb has, and that mean somewhat more in some: each verb adds them itself."""
 

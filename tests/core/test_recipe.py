@@ -280,7 +280,8 @@ def test_a_field_may_have_the_values_of_its_type() -> None:
 def test_any_value_gives_problems_or_a_recipe_that_survives_toml(path: str, value: object) -> None:
     recipe = Recipe().with_(path, value)
     if not recipe.problems():
-        assert recipe_from_dict(tomllib.loads(dump_recipe(recipe))) == recipe
+        again = recipe_from_dict(tomllib.loads(dump_recipe(recipe)))
+        assert repr(again) == repr(recipe), "the same values of the same types: 2 is not 2.0"
 
 
 @given(st.text())
