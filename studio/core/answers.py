@@ -1,4 +1,4 @@
-"""What answers to held-out prompts are worth, by rules that anyone can repeat; no model judges another.
+"""Scores answers to held-out prompts by rules that anyone can repeat; no model judges another.
 
 An answer is compared with the one that the data has for the same prompt.
 """
@@ -18,10 +18,11 @@ from studio.core.text import plain
 _WORD = re.compile(r"\w+")
 _END = " \t\n.!"
 _ANSWER_CHARACTERS = 20_000
-"""A longer answer is cut before a user's pattern sees it: a pattern may take time that grows fast with the text."""
+"""A longer answer is cut before a user's pattern is applied, since a pattern's time may grow fast with the text."""
 
 _LEAST_APART = 6
-"""Prompts on which two models must differ before a difference is claimed: five coins may well fall on one side."""
+"""On fewer prompts than these, two models that differ on all in one direction may still do so by chance: of five coins
+all fall on one side once in sixteen times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,9 @@ class Answer:
     """What a model wrote.
 
     Attributes:
-        text: Without special tokens.
-        tokens: How many it wrote.
-        stopped: Whether it ended by itself, and not because it had written as many tokens as it may.
+        text: Its text, without special tokens.
+        tokens: How many tokens it wrote.
+        stopped: Whether it ended by itself, and not at the limit of tokens.
     """
 
     text: str
@@ -44,9 +45,9 @@ class Check:
     """A rule.
 
     Attributes:
-        name: Short, for tables.
+        name: A short name, for tables.
         how: What is compared, in words.
-        score: Gives 0 to 1 for an answer beside the held-out one.
+        score: Returns 0 to 1 for an answer and the held-out one.
     """
 
     name: str
@@ -56,11 +57,11 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How the answers of one model fare under one rule; intervals are 95 % ones over prompts.
+    """The score of one model's answers under one rule, with 95 % intervals over prompts.
 
     Attributes:
-        mean: Of all answers.
-        more: Above the reference's, prompt by prompt.
+        mean: The mean of all answers.
+        more: The mean minus the reference's, prompt by prompt.
     """
 
     mean: Interval
@@ -102,11 +103,11 @@ def checks_for(expected: Sequence[str], pattern: str = "") -> list[Check]:
 def score_answers(
     check: Check, answers: Mapping[str, Sequence[Answer]], expected: Sequence[str], reference: str
 ) -> dict[str, Score]:
-    """Return how every model's answers fare under a rule.
+    """Return the scores of all models' answers under a rule.
 
     Args:
         check: The rule.
-        answers: Of each model, in the order of the prompts.
+        answers: Each model's answers, in the order of the prompts.
         expected: The held-out answers.
         reference: The model that the others are compared with.
 
@@ -121,7 +122,9 @@ def score_answers(
 
 
 def score_points(points: Mapping[str, Sequence[float]], reference: str) -> dict[str, Score]:
-    """Return what points of each model, one for each prompt in the same order, say; all of them 0 or 1 make shares.
+    """Return the scores of all models from their points, one for each prompt in the same order.
+
+    Points that are all 0 or 1 are taken as shares, others as means.
 
     Raises:
         ValueError: There is no point, or the prompts are not the same.

@@ -1,4 +1,4 @@
-"""What people fine-tune for, in plain words, and what would do instead of it."""
+"""What people fine-tune for, in plain words, and what might serve instead."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,12 +11,12 @@ class GoalWords:
     """One goal.
 
     Attributes:
-        label: A few words.
+        label: The goal in a few words.
         example: What somebody with this goal would say.
         rank: The rank to begin with.
-        rank_reason: Why that one.
-        instead: What might do without training, and on whose word.
-        fits: Whether fine-tuning is the tool for it.
+        rank_reason: Why that rank.
+        instead: What might serve without training, with its source.
+        fits: Whether fine-tuning is the right tool for it.
     """
 
     label: str

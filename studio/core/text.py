@@ -28,8 +28,8 @@ def plain(text: str, *, one_line: bool = False, limit: int | None = None) -> str
 def plain_path(path: str, cells: int) -> str:
     """Return a path made harmless, in one line of at most `cells` cells of a terminal, with its end in sight.
 
-    What is cut is on the left, up to a separator where one is near: the name is what tells paths apart. A name that
-    is too long alone is cut in its middle.
+    A long path is cut on the left, at a separator where possible, since the name at its end tells paths apart. A name
+    that is too long itself is cut in its middle.
     """
     shown = plain(path, one_line=True)
     if _cells(shown) <= cells:

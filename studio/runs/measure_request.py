@@ -5,9 +5,6 @@ from typing import ClassVar
 
 from studio.core.recipe import Recipe
 
-HOW = ("auto", "trace")
-"""`auto` measures on the card where there is one; `trace` never needs one."""
-
 
 @dataclass(frozen=True, slots=True)
 class MeasureRequest:
@@ -15,7 +12,7 @@ class MeasureRequest:
 
     Attributes:
         recipe: The recipe whose step it is.
-        how: One of `HOW`.
+        how: `auto` measures on the card where there is one; `trace` never needs one.
         device: `cuda` or `cpu`: what a trace is for.
         dtype: bf16, fp16 or fp32: what the recipe's `auto` means there.
         capability: Compute capability of the card: major and minor.

@@ -38,11 +38,6 @@ class LaneResult:
     tokens_per_second: float | None = None
 
 
-def quality_path() -> Path:
-    """Return where the results of this machine's races lie."""
-    return _KEPT_HERE.path
-
-
 def read_results(path: Path | None = None) -> tuple[LaneResult, ...]:
     """Return every sound result, the oldest first; none where the file is missing or damaged."""
     return _KEPT_HERE.read(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from studio.core.intervals import Interval
-from studio.runs.quality import LaneResult, quality_path, read_results, remember_results
+from studio.runs.quality import LaneResult, read_results, remember_results
 
 LORA = LaneResult("m1", "d1", "lora", "run-1", Interval(2.0, 1.9, 2.1), Interval(0.0, 0.0, 0.0), 400, 30, 120.5)
 QLORA = replace(
@@ -31,8 +31,9 @@ def test_a_newer_race_takes_the_place_of_the_older_one_of_its_model_and_data(tmp
 
 def test_it_lies_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
-    assert quality_path() == tmp_path / "home" / "quality.json"
     assert read_results() == ()
+    remember_results((LORA,))
+    assert read_results() == read_results(tmp_path / "home" / "quality.json") == (LORA,)
 
 
 @pytest.mark.parametrize(
