@@ -59,6 +59,7 @@ class JobKind(Generic[J]):
         title: Returns what a run of it is called, before the time of its start.
         check: Returns the job as it can be started; raises BadInput for everything that can be known to be wrong.
         check_resume: Returns where a run of it goes on; raises BadInput where it cannot.
+        has_checkpoints: Whether it goes on after a checkpoint, and may start over where none is whole.
     """
 
     request: type[J]
@@ -66,6 +67,7 @@ class JobKind(Generic[J]):
     title: Callable[[J], str]
     check: Callable[[J], Checked[J]]
     check_resume: Callable[[J, RunPaths], Place] = _on_the_cpu
+    has_checkpoints: bool = False
 
 
 def kind_named(name: str) -> JobKind[Any]:
@@ -143,7 +145,9 @@ def _audited_on(request: AuditRequest, paths: RunPaths | None = None) -> Place:
 
 
 KINDS: dict[str, JobKind[Any]] = {
-    TRAIN: JobKind(Recipe, "studio.jobs.train", lambda recipe: recipe.name, _check_training, _check_training_again),
+    TRAIN: JobKind(
+        Recipe, "studio.jobs.train", lambda job: job.name, _check_training, _check_training_again, has_checkpoints=True
+    ),
     MergeRequest.kind: JobKind(
         MergeRequest, "studio.jobs.merge", lambda job: f"merge-{_named_after(job.run or job.adapter)}", _check_merge
     ),

@@ -15,10 +15,11 @@ from studio.probe.space import check_space
 from studio.runs import supervise
 from studio.runs.atomic import write_whole
 from studio.runs.chain import following
+from studio.runs.checkpoints import resumption
 from studio.runs.control import request
 from studio.runs.job import J, Job, kind_of_run, read_job, write_job
 from studio.runs.layout import RunPaths, new_run
-from studio.runs.status import Status, run_status
+from studio.runs.watch import read_history
 
 _SHOWN = 40
 
@@ -128,13 +129,16 @@ def resume(
             than it began with, or its card cannot be used.
         StudioError: The process cannot be started.
     """
-    kind = kind_named(kind_of_run(paths))
+    name = kind_of_run(paths)
+    kind = kind_named(name)
     job = read_job(paths, kind.request)
-    status = run_status(paths)
-    place = CPU_PLACE
-    if not status.live and status is not Status.finished:
-        place = kind.check_resume(job, paths).or_refuse()
-    # Why a live or a finished run cannot be resumed is said there.
+    supervise.refuse_unless_ended(paths)
+    place = kind.check_resume(job, paths).or_refuse()
+    if kind.has_checkpoints:
+        resumption(paths, read_history(paths), from_start=from_start)
+    elif from_start:
+        shown = plain(paths.name, one_line=True)
+        raise BadInput(f"the run {shown} is of the kind {name}: only training starts over. Resume it as it is.")
     return supervise.resume(paths, module=module or kind.module, from_start=from_start, **_placed(launching, place))
 
 

@@ -19,15 +19,12 @@ from typing import Any
 from studio.core.errors import BadInput, StudioError
 from studio.core.text import plain
 from studio.runs.atomic import write_whole
-from studio.runs.checkpoints import resumption
 from studio.runs.control import request, withdraw_all
-from studio.runs.job import TRAIN, kind_of_run
 from studio.runs.last_words import memory_kills
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
 from studio.runs.process import mark_of, mark_to_json, read_mark, send_signal
 from studio.runs.status import Status, file_bytes, run_status
-from studio.runs.watch import read_history
 
 ENVIRONMENT = {
     "WANDB_MODE": "disabled",  # its login prompt hangs a process without a terminal
@@ -162,7 +159,7 @@ def stop(
 
 
 def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options: Any) -> Handle:
-    """Start a worker in the folder of a run that was stopped, failed or crashed; it continues after its checkpoint.
+    """Start a worker in the folder of a run that was stopped, failed or crashed, whatever it finds there.
 
     Args:
         paths: The run.
@@ -171,9 +168,21 @@ def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options:
         options: As for `launch`.
 
     Raises:
-        NoWholeCheckpoint: The run had checkpoints and none is whole; nothing was changed.
-        BadInput: The run is live or finished, or its `recipe.toml` is unreadable.
+        BadInput: The run is live or finished.
         StudioError: The process cannot be started.
+    """
+    refuse_unless_ended(paths)
+    withdraw_all(paths)
+    if from_start:
+        request(paths, "from-start")
+    return launch(paths, module, **options)
+
+
+def refuse_unless_ended(paths: RunPaths) -> None:
+    """Refuse to resume a run whose worker lives, or that has nothing left to do.
+
+    Raises:
+        BadInput: It is so.
     """
     status = run_status(paths)
     name = plain(paths.name, one_line=True)
@@ -185,15 +194,6 @@ def resume(paths: RunPaths, *, module: str, from_start: bool = False, **options:
         raise BadInput(
             f"the run {name} is finished: there is nothing left to do. Start a new run from its recipe.toml."
         )
-    kind = kind_of_run(paths)
-    if kind == TRAIN:
-        resumption(paths, read_history(paths), from_start=from_start)
-    elif from_start:
-        raise BadInput(f"the run {name} is of the kind {kind}: only training starts over. Resume it as it is.")
-    withdraw_all(paths)
-    if from_start:
-        request(paths, "from-start")
-    return launch(paths, module, **options)
 
 
 def how_it_ended(paths: RunPaths) -> str:
