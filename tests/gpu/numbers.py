@@ -25,8 +25,9 @@ from studio.jobs.base.data.rows import Example
 from studio.jobs.base.head_form import HeadForm
 from studio.jobs.base.precision import Precision
 from studio.jobs.train.adapter import attach_adapter
-from studio.jobs.train.batches import Batcher, collate, packed
+from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import chunked_loss_sum, shifted
+from studio.jobs.train.objectives.supervised import collate, pack
 from studio.jobs.train.packing import VARLEN_ATTENTION, can_pack, packed_attentions
 from studio.jobs.train.step_model import StepModel
 from tests.fakes.tiny_model import tiny_config
@@ -79,7 +80,7 @@ def packed_rows(bench: Bench, method: str, dtype: str) -> Seen:
         step_model.zero_grad()
         if way != "padded":
             causal.set_attn_implementation(way)
-        batch = collate(rows, 0, bench.place) if way == "padded" else packed(rows, bench.place)
+        batch = collate(rows, 0, bench.place) if way == "padded" else pack(rows, bench.place)
         loss = step_model.train()(batch)
         loss.backward()
         found = {name: p.grad for name, p in step_model.named_parameters() if p.grad is not None}

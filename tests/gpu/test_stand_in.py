@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from studio.core.events import Failed
-from studio.jobs.train.batches import packed
+from studio.jobs.train.objectives.supervised import pack
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.history import History
 from tests.fakes.cuda import FakeCard, FakeMachine
@@ -316,10 +316,10 @@ def cpu(tmp_path: Path) -> Bench:
 
 def test_a_packed_row_that_sees_another_is_found(cpu: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def as_one_row(rows: Any, device: torch.device) -> dict[str, Any]:
-        whole = packed(rows, device)
+        whole = pack(rows, device)
         return {**whole, "row_lengths": whole["row_lengths"].sum()[None]}
 
-    monkeypatch.setattr(numbers, "packed", as_one_row)
+    monkeypatch.setattr(numbers, "pack", as_one_row)
     with pytest.raises(AssertionError, match="apart, allowed"):
         numbers.packed_rows(cpu, "lora", "fp32")
 

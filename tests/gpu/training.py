@@ -195,7 +195,7 @@ def offloaded_step(bench: Bench) -> Seen:
             moved_layers = offload_checkpoints(adapted, copies)
             assert moved_layers >= 6, f"{moved_layers} of 6 layers move their inputs"
         step_model = StepModel(adapted, "chunked", Precision("fp32", bench.place.type).autocast).train()
-        from studio.jobs.train.batches import collate
+        from studio.jobs.train.objectives.supervised import collate
 
         loss = step_model(collate(some_rows(60, 60, 60, 60), 0, bench.place))
         loss.backward()

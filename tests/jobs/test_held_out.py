@@ -16,7 +16,8 @@ from studio.jobs.audit import answers, base_audit, gguf, race, run_audit
 from studio.jobs.audit.lanes import Lane
 from studio.jobs.base.data.rows import Example
 from studio.jobs.train import job as train_job
-from studio.jobs.train.batches import Batcher, StepBatches, packed
+from studio.jobs.train.batches import Batcher, StepBatches
+from studio.jobs.train.objectives.supervised import pack
 from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
 from studio.probe.audit import audit_fields, audit_of_run
@@ -239,11 +240,11 @@ def test_losses_of_rows_are_those_of_each_row_alone(tiny: Path, loss: Any, way: 
     step_model = a_step_model(tiny, loss)
     rows, cpu = examples(9, 17, 5, 30), torch.device("cpu")
     alone = [float(step_model(Batcher(1, 0, cpu).batch([row])).detach()) for row in rows]
-    batch = packed(rows, cpu) if way == "packed" else Batcher(4, 0, cpu).batch(rows)
+    batch = pack(rows, cpu) if way == "packed" else Batcher(4, 0, cpu).batch(rows)
     if way == "packed":
         assert can_pack(step_model, rows, cpu)
-    assert step_model.row_losses(batch).tolist() == pytest.approx(alone, rel=1e-4)
-    assert float(step_model.row_losses(batch).sum()) == pytest.approx(float(step_model(batch).detach()), rel=1e-5)
+    assert step_model.metric(batch).tolist() == pytest.approx(alone, rel=1e-4)
+    assert float(step_model.metric(batch).sum()) == pytest.approx(float(step_model(batch).detach()), rel=1e-5)
 
 
 def a_step_model(folder: Path, loss: Any) -> StepModel:

@@ -16,7 +16,8 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.train import packing
 from studio.jobs.train.adapter import attach_adapter
-from studio.jobs.train.batches import Batcher, StepBatches, best_fit, packed
+from studio.jobs.train.batches import Batcher, StepBatches, best_fit
+from studio.jobs.train.objectives.supervised import pack
 from studio.jobs.train.packing import ROW_ATTENTION, batcher_for, can_pack, row_attention
 from studio.jobs.train.step_model import StepModel
 from studio.runs.control import request, withdraw_all
@@ -101,7 +102,7 @@ def test_no_row_sees_another(family: str, changes: dict[str, Any], loss: str) ->
     with torch.no_grad():
         for place in (0, 1):
             pairs = [[one, second] if place == 0 else [second, one] for one in (silent, changed)]
-            before, after = (float(step_model(packed(pair, CPU))) for pair in pairs)
+            before, after = (float(step_model(pack(pair, CPU))) for pair in pairs)
             assert before == after, "what the other row says is seen"
 
 
@@ -219,7 +220,7 @@ def _length(row: Example) -> int:
 
 def test_packed_rows_restart_positions_and_predict_no_first_token() -> None:
     one, two = rows(4, 3)
-    batch = packed([one, two], CPU)
+    batch = pack([one, two], CPU)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch["row_lengths"].tolist() == [4, 3]
     assert batch["cu_seq_lens_q"].tolist() == [0, 4, 7]
@@ -294,7 +295,7 @@ def test_a_kernel_that_the_card_lacks_means_padded(monkeypatch: pytest.MonkeyPat
     def lacks(*given: Any) -> Any:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(packing, "packed", lacks)
+    monkeypatch.setattr(packing, "pack", lacks)
     assert not can_pack(step_model_of("llama"), rows(12, 15), CPU)
 
 

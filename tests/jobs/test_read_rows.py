@@ -9,6 +9,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.jobs.train.read_rows import read_rows
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
 from studio.runs.layout import RunPaths
@@ -34,7 +35,8 @@ class Listener:
 def read(worker: Any, path: Path, *rows: dict[str, Any], eval_rows: int = 0) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe().with_("data.path", str(path)).with_("eval.rows", eval_rows).with_("eval.samples", 0)
-    return read_rows(worker, PhaseTeller(worker.emit), recipe, byte_tokenizer(CHATML), lambda train, held: None)
+    tell, tokenizer = PhaseTeller(worker.emit), byte_tokenizer(CHATML)
+    return read_rows(worker, tell, recipe, tokenizer, objective=SUPERVISED, identify=lambda train, held: None)
 
 
 @pytest.mark.parametrize("name", MISREADS)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.train import adapter, between, trainable_model
-from studio.jobs.train.batches import Batcher, StepBatches, collate
+from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.between import held_out_losses
+from studio.jobs.train.objectives.supervised import collate
 from studio.probe.data import read_data
 from tests.jobs.conftest import Train, history_of
 

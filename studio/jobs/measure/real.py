@@ -11,12 +11,12 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.device import card_used
 from studio.jobs.base.precision import choose_precision
 from studio.jobs.base.progress import PhaseTeller
-from studio.jobs.measure.step import PlacedBatcher, longest_row, run_steps
+from studio.jobs.measure.step import run_steps
 from studio.jobs.measure.storages import PAGED, Peaks
 from studio.jobs.measure.weightless import frozen_tensors
-from studio.jobs.train.batches import collate
+from studio.jobs.train.batches import Batcher
 from studio.jobs.train.memory import limit_memory
-from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.device import place_of
@@ -162,23 +162,16 @@ def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters
     meter.claim(trained, "adapter")
     step_model = StepModel(model, recipe.train.loss, precision.autocast)
     vocabulary = cast(Any, step_model.causal).get_input_embeddings().weight.shape[0]
-    step_model.prove(collate([longest_row(_PROVEN_TOKENS, vocabulary)], 0, device))
-    optimizer = build_optimizer(
-        model.named_parameters(),
-        kind=recipe.train.optimizer,
-        learning_rate=recipe.train.learning_rate,
-        weight_decay=recipe.train.weight_decay,
-        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
-        device=device,
-        warn=lambda message: None,
-    )
+    batcher = Batcher(recipe.train.micro_batch, 0, device, objective=step_model.objective)
+    step_model.prove(batcher.batch([batcher.objective.longest(_PROVEN_TOKENS, vocabulary)]))
+    optimizer = optimizer_of(recipe, model, device, warn=lambda message: None)
     run_steps(
         step_model,
         recipe,
         meter,
         optimizer=optimizer,
         scaler=precision.scaler(),
-        batcher=PlacedBatcher(recipe.train.micro_batch, 0, device),
+        batcher=batcher,
         steps=_STEPS,
         emit=emit,
     )

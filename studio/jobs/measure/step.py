@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.data.rows import Example
-from studio.jobs.train.batches import Batch, Batcher, StepBatches
+from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
@@ -31,23 +28,6 @@ class Meter(Protocol):
         """Say what tensors belong to."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedBatcher(Batcher):
-    """A batcher whose batches are made by way of `place`, such as into the world of fake tensors."""
-
-    place: Callable[[Callable[[], Batch]], Batch] = lambda make: make()
-
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """Return the model's arguments for the rows of one micro-batch."""
-        return self.place(lambda: Batcher.batch(self, rows))
-
-
-def longest_row(seq_len: int, vocabulary: int) -> Example:
-    """Return a row of full length whose every token is learnt: none needs more memory."""
-    ids = (np.arange(seq_len) % max(1, vocabulary)).astype(np.int32)
-    return Example(ids, ids.copy())
-
-
 def run_steps(
     step_model: StepModel,
     recipe: Recipe,
@@ -55,7 +35,7 @@ def run_steps(
     *,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batcher: PlacedBatcher,
+    batcher: Batcher,
     steps: int,
     emit: Callable[..., None],
 ) -> None:
@@ -69,7 +49,7 @@ def run_steps(
         meter: What measures.
         optimizer: Of the adapter.
         scaler: For fp16.
-        batcher: Makes the batches.
+        batcher: Makes the batches, by the step model's objective.
         steps: Optimizer steps; from the second on the optimizer's state is there from the start.
         emit: Gets the events of the loop.
 
@@ -77,7 +57,7 @@ def run_steps(
         JobFailed: A guard of the loop fired.
     """
     causal: Any = step_model.causal
-    row = longest_row(recipe.train.seq_len, causal.get_input_embeddings().weight.shape[0])
+    row = batcher.objective.longest(recipe.train.seq_len, causal.get_input_embeddings().weight.shape[0])
     per_step = recipe.train.micro_batch * min(2, recipe.train.accumulation)
     trainable = [p for p in step_model.parameters() if p.requires_grad]
 

@@ -4,9 +4,9 @@ The model is built from its config, adapted, and trained for two steps by `studi
 for what operators allocate; `studio.jobs.measure.card` says what of a card is put back and what is not known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from studio.core.vram.setup import ITEMSIZES
 from studio.jobs.base.precision import Precision
 from studio.jobs.measure.card import TracedCopies, card_habits
 from studio.jobs.measure.fake import Numbers, fake_world
-from studio.jobs.measure.step import PlacedBatcher, run_steps
+from studio.jobs.measure.step import run_steps
 from studio.jobs.measure.storages import StorageLog, Storages
 from studio.jobs.measure.weightless import config_of, weightless_base
 from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.train.batches import Batcher
+from studio.jobs.train.objectives import Batch, Encoded, Objective
+from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.jobs.train.offload import offload_checkpoints
-from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.step_model import StepModel
 
 _CUDA_BLOCK_BYTES = 512
@@ -75,7 +78,26 @@ def trace(
     return Traced(storages.log, parameters)
 
 
-def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, numbers: Numbers | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class _FakeBatcher(Batcher):
+    """Makes batches of real numbers and puts fake tensors in their place."""
+
+    numbers: Numbers = field(kw_only=True)
+
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """Return the rows of one micro-batch as fake tensors."""
+        return self.numbers.batch(lambda: Batcher.batch(self, rows))
+
+
+def run_engine(
+    config: Any,
+    recipe: Recipe,
+    target: Target,
+    storages: Storages,
+    numbers: Numbers | None = None,
+    *,
+    objective: Objective = SUPERVISED,
+) -> int:
     """Build the model, adapt it and train it for two steps and one held-out batch while storages are counted.
 
     Args:
@@ -84,6 +106,7 @@ def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, 
         target: For what device.
         storages: Where births and deaths are logged.
         numbers: Makes fake batches; None runs for real on this CPU, with random weights.
+        objective: What is learnt.
 
     Returns:
         The number of trained parameters.
@@ -102,23 +125,15 @@ def run_engine(config: Any, recipe: Recipe, target: Target, storages: Storages, 
                 offload_checkpoints(model, TracedCopies(storages))
         trained = [p for p in model.parameters() if p.requires_grad]
         storages.claim(trained, "adapter")
-        optimizer = build_optimizer(
-            model.named_parameters(),
-            kind=recipe.train.optimizer,
-            learning_rate=recipe.train.learning_rate,
-            weight_decay=recipe.train.weight_decay,
-            lora_plus_ratio=recipe.adapter.lora_plus_ratio,
-            device=torch.device(target.device_type),
-            warn=lambda message: None,
-        )
-        batcher = PlacedBatcher(recipe.train.micro_batch, 0, torch.device("cpu"))
+        optimizer = optimizer_of(recipe, model, torch.device(target.device_type), warn=lambda message: None)
+        way = (recipe.train.micro_batch, 0, torch.device("cpu"), 0, objective)
         run_steps(
-            StepModel(model, recipe.train.loss, precision.autocast),
+            StepModel(model, recipe.train.loss, precision.autocast, objective),
             recipe,
             storages,
             optimizer=optimizer,
             scaler=precision.scaler(),
-            batcher=replace(batcher, place=numbers.batch) if numbers else batcher,
+            batcher=_FakeBatcher(*way, numbers=numbers) if numbers else Batcher(*way),
             steps=_STEPS,
             emit=lambda *args, **fields: None,
         )

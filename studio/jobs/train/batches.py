@@ -9,18 +9,14 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
-from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Example
+from studio.jobs.train.objectives import Batch, Encoded, Objective
+from studio.jobs.train.objectives.supervised import SUPERVISED
 
 _EARLY_STEPS = 20
-
-Batch = dict[str, Any]
-"""What the model is called with: tensors `[batch, seq]` and, of packed rows, their lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +28,30 @@ class Batcher:
         pad_id: Token that fills short rows.
         device: Where the batches go.
         packed_tokens: Most tokens of a packed batch; 0 pads.
+        objective: Makes the tensors.
     """
 
     micro_batch: int
     pad_id: int
     device: torch.device
     packed_tokens: int = 0
+    objective: Objective = SUPERVISED
 
     @property
     def groups_rows(self) -> bool:
         """Whether rows share micro-batches in which the short ones are filled up."""
         return self.micro_batch > 1 and not self.packed_tokens
 
-    def groups(self, rows: Sequence[Example]) -> list[list[Example]]:
+    def groups(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
         """Return the rows in micro-batches, longest first: least padding, and the one that needs most memory first."""
         ordered = sorted(rows, key=lambda example: -len(example.input_ids))
         if self.packed_tokens:
             return best_fit(ordered, self.packed_tokens)
         return [ordered[start : start + self.micro_batch] for start in range(0, len(ordered), self.micro_batch)]
 
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """Return the model's arguments for the rows of one micro-batch."""
-        return packed(rows, self.device) if self.packed_tokens else collate(rows, self.pad_id, self.device)
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """Return the rows of one micro-batch as tensors."""
+        return self.objective.batch(rows, pad_id=self.pad_id, device=self.device, packed=self.packed_tokens > 0)
 
 
 class StepBatches:
@@ -65,7 +63,7 @@ class StepBatches:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Encoded],
         batcher: Batcher,
         *,
         rows_per_step: int,
@@ -89,20 +87,24 @@ class StepBatches:
         self._by_length = by_length
         self._order = lru_cache(maxsize=2)(self._order_of)
 
-    def rows_of(self, step: int) -> list[Example]:
+    def rows_of(self, step: int) -> list[Encoded]:
         """Return the rows of optimizer step `step` (1 is the first)."""
         first = (step - 1) * self._per_step
         return [self._examples[self._at(position)] for position in range(first, first + self._per_step)]
 
-    def of_step(self, step: int) -> list[list[Example]]:
+    def of_step(self, step: int) -> list[list[Encoded]]:
         """Return the micro-batches of a step; how they are cut changes nothing in the summed gradient."""
         return self._batcher.groups(self.rows_of(step))
 
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """Return the model's arguments for the rows of one micro-batch."""
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """Return the rows of one micro-batch as tensors."""
         return self._batcher.batch(rows)
 
-    def typical_rows(self) -> list[Example]:
+    def denominator(self, rows: Sequence[Encoded]) -> int:
+        """Return what rows count for in the mean loss of a step, as the objective says."""
+        return self._batcher.objective.denominator(rows)
+
+    def typical_rows(self) -> list[Encoded]:
         """Return the rows of the early step whose number of tokens is nearest to the mean of early steps."""
         steps = range(1, 1 + min(_EARLY_STEPS, len(self._examples) // self._per_step))
         tokens = {step: sum(len(example.input_ids) for example in self.rows_of(step)) for step in steps}
@@ -138,56 +140,12 @@ class StepBatches:
         return order
 
 
-def loss_tokens(examples: Sequence[Example]) -> int:
-    """Return how many tokens have a label that the shift keeps (the first position predicts, it is never predicted)."""
-    return sum(int(np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED)) for example in examples)
-
-
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
-    """Return `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`, padded on the right to the longest row."""
-    length = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), length)
-    ids, mask, labels = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
-    for row, example in enumerate(examples):
-        size = len(example.input_ids)
-        ids[row, :size], mask[row, :size], labels[row, :size] = example.input_ids, 1, example.labels
-    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
-def packed(rows: Sequence[Example], device: torch.device) -> Batch:
-    """Return the model's arguments for rows in one sequence `[1, tokens]`.
-
-    Positions start anew with every row, and `row_lengths` (on the host) tells the attention where, see
-    `packing`; flash kernels read the same from transformers' own names for it. The first token of a row is not
-    predicted: what stands before it is another row's end.
-    """
-    lengths = [len(row.input_ids) for row in rows]
-    starts = np.cumsum((0, *lengths))
-    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
-    labels[starts[:-1]] = IGNORED
-    arrays = {
-        "input_ids": np.concatenate([row.input_ids for row in rows]).astype(np.int64),
-        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
-        "labels": labels,
-    }
-    tensors: dict[str, Any] = {name: torch.from_numpy(array)[None].to(device) for name, array in arrays.items()}
-    borders = torch.from_numpy(starts.astype(np.int32)).to(device)
-    return {
-        **tensors,
-        "attention_mask": None,
-        "row_lengths": torch.tensor(lengths),
-        **{f"cu_seq_lens_{side}": borders for side in "qk"},
-        **{f"max_length_{side}": max(lengths) for side in "qk"},
-    }
-
-
-def best_fit(rows: Sequence[Example], most_tokens: int) -> list[list[Example]]:
+def best_fit(rows: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:
     """Return the rows in groups of at most `most_tokens` tokens, each row where it leaves the least room.
 
     A row longer than that is a group of its own. Given longest first, the groups are few (best-fit decreasing).
     """
-    groups: list[list[Example]] = []
+    groups: list[list[Encoded]] = []
     rooms: list[tuple[int, int]] = []
     for row in rows:
         size = len(row.input_ids)

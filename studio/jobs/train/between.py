@@ -16,14 +16,15 @@ from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.intervals import Interval, ratio_interval
 from studio.core.recipe import Recipe
-from studio.jobs.base.data.rows import Example, Prompt
+from studio.jobs.base.data.rows import Prompt
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.adapter import AdapterWeights, save_adapter
-from studio.jobs.train.batches import Batcher, loss_tokens
+from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import TrainState, save_checkpoint
 from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.objectives import Encoded
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.disk import disk_words, refuses
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
@@ -42,7 +43,7 @@ class Between:
     step_model: StepModel
     optimizer: torch.optim.Optimizer
     tokenizer: Any
-    held_out: Sequence[Example]
+    held_out: Sequence[Encoded]
     prompts: Sequence[Prompt]
     memory: MemoryWatch
     batcher: Batcher
@@ -201,7 +202,7 @@ class Between:
 
 def held_out_losses(
     step_model: StepModel,
-    examples: Sequence[Example],
+    examples: Sequence[Encoded],
     *,
     batcher: Batcher,
     progress: Callable[[float], None],
@@ -218,12 +219,12 @@ def held_out_losses(
     places = {id(example): place for place, example in enumerate(examples)}
     with evaluating(step_model):
         for rows in batcher.groups(examples):
-            losses = step_model.row_losses(batcher.batch(rows)).tolist()
+            losses = step_model.metric(batcher.batch(rows)).tolist()
             for example, loss in zip(rows, losses, strict=True):
                 sums[places[id(example)]] = loss
             done += len(rows)
             progress(done / len(examples))
-    return RowLosses(tuple(sums), tuple(loss_tokens([example]) for example in examples))
+    return RowLosses(tuple(sums), tuple(batcher.objective.denominator([example]) for example in examples))
 
 
 def gain_since(before: RowLosses | None, after: RowLosses) -> Interval | None:

@@ -10,11 +10,11 @@ chunk by their gradient, where it is installed and the device can run it. It tak
 on its logits; others go through the chunked loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,34 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
 @dataclass(frozen=True, slots=True)
+class WholeModel:
+    """The loss of a model's own forward and its whole logits."""
+
+    causal: nn.Module
+    path: ClassVar[Loss] = "full"
+
+    def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the summed loss of a batch: labels `[batch, seq]`, not yet shifted, and what the model takes."""
+        logits = self.causal(**inputs, use_cache=False).logits.float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
+
+    def row_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the summed loss of each row of a batch `[rows]`, fp32; arguments as for `loss_sum`."""
+        logits, wanted = self.causal(**inputs, use_cache=False).logits.float(), shifted(labels)
+        rows = _rows_of(labels, inputs.get("row_lengths"))
+        one_by_one = ((logits[row].flatten(0, 1), wanted[row].flatten()) for row in rows)
+        return torch.stack([nn.functional.cross_entropy(*row, reduction="sum") for row in one_by_one])
+
+
+@dataclass(frozen=True, slots=True)
 class SplitModel:
     """Hidden states from `backbone`, logits from `head` in the family's `form`, their loss from one of two paths."""
 
+    causal: nn.Module
     backbone: nn.Module
     head: nn.Module
     form: HeadForm
-    path: Literal["chunked", "liger"] = "chunked"
+    path: Loss = "chunked"
 
     def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of a batch: labels `[batch, seq]`, not yet shifted, and what the backbone takes."""
@@ -45,24 +66,24 @@ class SplitModel:
         loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
         return loss_sum(hidden, self.head, shifted(labels), self.form)
 
-    def row_losses(self, rows: "Rows", labels: Tensor, **inputs: Any) -> Tensor:
+    def row_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of each row of a batch `[rows]`, fp32; arguments as for `loss_sum`."""
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
-        wanted = shifted(labels)
+        wanted, rows = shifted(labels), _rows_of(labels, inputs.get("row_lengths"))
         return torch.stack([loss_sum(hidden[row], self.head, wanted[row], self.form).float() for row in rows])
 
 
-Rows = Sequence[tuple[slice, slice]]
-"""Where the rows of a batch stand in a tensor `[batch, seq]`."""
+TokenLoss = WholeModel | SplitModel
+"""The loss of a causal model's labelled tokens: of a batch, or of each of its rows; gradients flow from both."""
 
 
-def rows_of(labels: Tensor, row_lengths: Tensor | None = None) -> Rows:
-    """Return where the rows of a batch stand: below each other, or packed one behind the other.
+def _rows_of(labels: Tensor, row_lengths: Tensor | None) -> list[tuple[slice, slice]]:
+    """Return where the rows of a batch stand in a tensor `[batch, seq]`.
 
     Args:
         labels: `[batch, seq]`.
-        row_lengths: Of packed rows, `[rows]`; None for rows of their own.
+        row_lengths: `[rows]` of rows that are packed one behind the other; None for rows below each other.
     """
     if row_lengths is None:
         return [(slice(row, row + 1), slice(None)) for row in range(labels.shape[0])]
@@ -70,41 +91,31 @@ def rows_of(labels: Tensor, row_lengths: Tensor | None = None) -> Rows:
     return [(slice(0, 1), slice(end - length, end)) for end, length in zip(ends, row_lengths.tolist(), strict=True)]
 
 
-def full_row_losses(causal: nn.Module, rows: Rows, labels: Tensor, **inputs: Any) -> Tensor:
-    """Return the summed loss of each row `[rows]` through the model's own forward and whole logits."""
-    logits, wanted = causal(**inputs, use_cache=False).logits.float(), shifted(labels)
-    one_by_one = ((logits[row].flatten(0, 1), wanted[row].flatten()) for row in rows)
-    return torch.stack([nn.functional.cross_entropy(*row, reduction="sum") for row in one_by_one])
-
-
-def full_loss_sum(causal: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
-    """Return the summed loss through the model's own forward and whole logits; labels `[batch, seq]`."""
-    logits = causal(**inputs, use_cache=False).logits.float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
-
-
-def split(causal: nn.Module, loss: Loss) -> SplitModel | None:
-    """Return backbone and head of a causal model, or None where it does not have these two parts.
+def token_loss(causal: nn.Module, loss: Loss) -> TokenLoss:
+    """Return a causal model's loss by the path that is wanted, where model and head allow it.
 
     Args:
         causal: The model, adapters included.
-        loss: What is wanted; `liger` becomes `chunked` for heads that liger's loss is not made for.
+        loss: What is wanted. `full` is taken where the model is not made of a backbone and a head, and `liger` becomes
+            `chunked` for heads that liger's loss is not made for.
     """
     backbone = getattr(causal, "base_model", None)
-    head = cast(Any, causal).get_output_embeddings()
+    head = cast(Any, causal).get_output_embeddings() if loss != "full" else None
     if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
-        return None
+        return WholeModel(causal)
     form = head_form_of(cast(Any, causal).config)
-    return SplitModel(backbone, head, form, "liger" if loss == "liger" and liger_takes(head, form) else "chunked")
+    path: Loss = "liger" if loss == "liger" and liger_takes(head, form) else "chunked"
+    return SplitModel(causal, backbone, head, form, path)
 
 
-def agrees(parts: SplitModel, causal: nn.Module, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:
+def agrees(parts: SplitModel, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:
     """Return whether the split gives the model's own loss on a batch: seen, not assumed from the family's name."""
+    causal = parts.causal
     was_training = causal.training
     causal.eval()
     try:
         with torch.no_grad(), autocast():
-            ours, theirs = float(parts.loss_sum(**batch)), float(full_loss_sum(causal, **batch))
+            ours, theirs = float(parts.loss_sum(**batch)), float(WholeModel(causal).loss_sum(**batch))
     finally:
         causal.train(was_training)
     dtype = next(parts.head.parameters()).dtype

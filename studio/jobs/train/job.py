@@ -3,13 +3,13 @@
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel
 
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Identified, Planned, Started, Warned
@@ -21,14 +21,16 @@ from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.base.progress import PhaseTeller, read_fingerprint
-from studio.jobs.train.batches import Batch, Batcher, StepBatches
+from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import TrainState, load_checkpoint
 from studio.jobs.train.compiled import compile_step
 from studio.jobs.train.head import require_liger
 from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
-from studio.jobs.train.optimizer import build_optimizer
+from studio.jobs.train.objectives import Objective
+from studio.jobs.train.objectives.supervised import SUPERVISED
+from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.packing import batcher_for
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
@@ -55,7 +57,24 @@ _OTHER_LOSS = {
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
-def train_run(worker: Worker, recipe: Recipe) -> None:
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A training that may begin: all of it is read, loaded and proven.
+
+    Attributes:
+        loop: What takes the steps.
+        between: What happens between them.
+        state: Where it stands now.
+        resumed: Whether that is where a checkpoint left it.
+    """
+
+    loop: LoopParts
+    between: Between
+    state: TrainState
+    resumed: bool
+
+
+def train_run(worker: Worker, recipe: Recipe, objective: Objective = SUPERVISED) -> None:
     """Train as the recipe says and leave `adapter/`; continues after the newest whole checkpoint if there is one.
 
     Raises:
@@ -66,12 +85,19 @@ def train_run(worker: Worker, recipe: Recipe) -> None:
     worker.patient = True
     going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))
     try:
-        _train(worker, recipe, going_on)
+        run(prepare(worker, recipe, objective, going_on))
     except Cancelled:
         worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
 
 
-def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
+def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resumption) -> Training:
+    """Read the data, load the model and prove its loss, and say what will be trained.
+
+    Raises:
+        JobFailed: Something of the user's cannot be used.
+        BadInput: Model, data or recipe are not those that were checked or that the run began with.
+        Cancelled: The user asked for an early end.
+    """
     checkpoint, first = going_on.checkpoint, read_identity(worker.paths)
     _begin(worker, recipe, going_on, first)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -88,37 +114,46 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
     refuse_other_base(worker.paths, first, folder, trained_on)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     rows = read_rows(
-        worker, tell, recipe, tokenizer, lambda train, held: _identify(worker, first, trained_on, train, held)
+        worker,
+        tell,
+        recipe,
+        tokenizer,
+        objective=objective,
+        identify=lambda train, held: _identify(worker, first, trained_on, train, held),
     )
     set_aside(going_on.damaged)
 
     tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)
-    model, moved = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint)
+    model, initial = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint)
     memory.see("load", 0)
     check_fit(worker, model, rows)
-    padded = Batcher(recipe.train.micro_batch, tokenizer.pad_token_id or 0, device)
-    step_model = _step_model(worker, recipe, model, padded.batch(rows.train[:1]), precision)
-    optimizer = _optimizer(worker, recipe, model, device)
+    padded = Batcher(recipe.train.micro_batch, tokenizer.pad_token_id or 0, device, objective=objective)
+    step_model = StepModel(model, recipe.train.loss, precision.autocast, objective)
+    step_model.prove(padded.batch(rows.train[:1]))
+    if step_model.loss_path != recipe.train.loss:
+        worker.emit(Warned, topic="loss", message=_OTHER_LOSS[step_model.loss_path])
+    optimizer = optimizer_of(
+        recipe, model, device, warn=lambda message: worker.emit(Warned, topic="optimizer", message=message)
+    )
     scaler = precision.scaler()
-    start = None
+    state = None
     if checkpoint:
-        start = load_checkpoint(checkpoint, model, optimizer)
-        scaler.load_state_dict(start.scaler)
+        state = load_checkpoint(checkpoint, model, optimizer)
+        scaler.load_state_dict(state.scaler)
     batcher = batcher_for(
         recipe.train.packing,
         step_model,
         lambda way: _batches(recipe, rows, way).typical_rows(),
         padded,
         seq_len=recipe.train.seq_len,
-        before=start.packed if start else None,
+        before=state.packed if state else None,
         tell=tell,
     )
     if recipe.train.packing == "on" and not batcher.packed_tokens:
         worker.emit(Warned, topic="packing", message=_CANNOT_PACK)
     batches = _batches(recipe, rows, batcher)
     _say_padding(tell, recipe, rows, batches, batcher)
-    start = start or TrainState(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
     total = total_steps_of(
         steps=recipe.train.steps,
         epochs=recipe.train.epochs,
@@ -131,7 +166,7 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         rows=len(rows.train),
         held_out_rows=len(rows.held_out),
-        device=_device_name(device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         card=card_used(device),
         dtype=precision.name,
         loss_path=step_model.loss_path,
@@ -150,18 +185,9 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
         batcher=batcher,
         total_steps=total,
         autocast=precision.autocast,
-        initial=moved,
+        initial=initial,
     )
-    if not checkpoint:
-        between.evaluate(0)
-        between.sample(0)
-    if between.stopping:
-        _finish(worker, between, start)
-        return
-    if recipe.train.compile:
-        _compile(worker, tell, step_model, batches, start.step + 1, device)
-    tell("training")
-    parts = LoopParts(
+    loop = LoopParts(
         step_model=step_model,
         optimizer=optimizer,
         scaler=scaler,
@@ -171,8 +197,26 @@ def _train(worker: Worker, recipe: Recipe, going_on: Resumption) -> None:
         emit=worker.emit,
         steadier=steadier_format(precision, device),
     )
-    end = train(parts, recipe.train, total, start, between.after_step)
-    _finish(worker, between, end)
+    new = TrainState(step=0, tokens=0, seconds=0.0, scaler={}, packed=batcher.packed_tokens > 0)
+    return Training(loop, between, state or new, resumed=state is not None)
+
+
+def run(training: Training) -> None:
+    """Take the steps that are left, measuring before the first and after the last, and save the adapter.
+
+    Raises:
+        JobFailed: A guard fired, or the adapter is broken or does nothing.
+    """
+    loop, between, state = training.loop, training.between, training.state
+    if not training.resumed:
+        between.evaluate(0)
+        between.sample(0)
+    if not between.stopping:
+        if between.recipe.train.compile:
+            _compile(between, loop, state.step + 1)
+        between.tell("training")
+        state = train(loop, between.recipe.train, between.total_steps, state, between.after_step)
+    _finish(between, state)
 
 
 def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity) -> None:
@@ -228,33 +272,12 @@ def _precision(worker: Worker, recipe: Recipe, device: torch.device) -> Precisio
     return precision
 
 
-def _step_model(worker: Worker, recipe: Recipe, model: PeftModel, batch: Batch, precision: Precision) -> StepModel:
-    step_model = StepModel(model, recipe.train.loss, precision.autocast)
-    step_model.prove(batch)
-    if step_model.loss_path != recipe.train.loss:
-        worker.emit(Warned, topic="loss", message=_OTHER_LOSS[step_model.loss_path])
-    return step_model
-
-
-def _compile(  # noqa: PLR0917
-    worker: Worker, tell: PhaseTeller, step_model: StepModel, batches: StepBatches, step: int, device: torch.device
-) -> None:
-    why = compile_step(step_model, batches.batch(batches.of_step(step)[0]), tell, device)
+def _compile(between: Between, loop: LoopParts, step: int) -> None:
+    batches = loop.batches
+    why = compile_step(between.step_model, batches.batch(batches.of_step(step)[0]), between.tell, loop.device)
     if why:
         message = f"the layers run as written, not compiled: {plain(why, one_line=True, limit=300)}"
-        worker.emit(Warned, topic="compile", message=message)
-
-
-def _optimizer(worker: Worker, recipe: Recipe, model: PeftModel, device: torch.device) -> torch.optim.Optimizer:
-    return build_optimizer(
-        model.named_parameters(),
-        kind=recipe.train.optimizer,
-        learning_rate=recipe.train.learning_rate,
-        weight_decay=recipe.train.weight_decay,
-        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
-        device=device,
-        warn=lambda message: worker.emit(Warned, topic="optimizer", message=message),
-    )
+        between.worker.emit(Warned, topic="compile", message=message)
 
 
 def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
@@ -282,9 +305,9 @@ def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBat
         tell("grouping rows by length", detail=detail)
 
 
-def _finish(worker: Worker, between: Between, end: TrainState) -> None:
+def _finish(between: Between, end: TrainState) -> None:
     """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
-    early = end.step < between.total_steps
+    worker, early = between.worker, end.step < between.total_steps
     if end.step == 0:
         worker.emit(Finished, outcome="stopped", step=0, seconds=0.0)
         return
@@ -324,7 +347,3 @@ def _device(worker: Worker, recipe: Recipe) -> torch.device:
     if note := limit_memory(recipe.device.budget_gib, device):
         worker.emit(Warned, topic="memory", message=note)
     return device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -14,7 +14,7 @@ from torch import nn
 from studio.core.events import StepDone
 from studio.core.recipe import TrainSection
 from studio.core.schedule import learning_rate_at
-from studio.jobs.train.batches import StepBatches, loss_tokens
+from studio.jobs.train.batches import StepBatches
 from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
 from studio.jobs.train.memory import MemoryWatch
@@ -23,7 +23,7 @@ from studio.jobs.train.optimizer import set_learning_rate
 
 @dataclass(slots=True)
 class LoopParts:
-    """What the loop works with. `step_model` returns the summed loss of a batch.
+    """What the loop works with. `step_model` returns the summed loss of a batch, `batches` what a step's is divided by.
 
     `steadier` is which number format would bear more than the one in use, for advice.
     """
@@ -61,7 +61,7 @@ def train(
     for step in range(first, total_steps + 1):
         began = time.perf_counter()
         micro_batches = parts.batches.of_step(step)
-        labelled = sum(loss_tokens(rows) for rows in micro_batches)
+        labelled = sum(map(parts.batches.denominator, micro_batches))
         check_labels(labelled, step)
         rate = learning_rate_at(
             step,
@@ -74,7 +74,7 @@ def train(
 
         loss = torch.zeros((), device=parts.device)
         for rows in micro_batches:
-            # The mean is over all labelled tokens of the step, not a mean of means: accumulation changes nothing.
+            # One mean over the whole step, not a mean of means: accumulation changes nothing.
             part = parts.step_model(parts.batches.batch(rows)) / labelled
             parts.backward(parts.scaler.scale(part))
             loss += part.detach()

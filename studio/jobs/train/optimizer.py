@@ -7,7 +7,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from studio.core.recipe import Optimizer
+from studio.core.recipe import Optimizer, Recipe
 
 _WITHOUT_PAGES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
 
@@ -82,6 +82,21 @@ def build_optimizer(
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
     return cast(torch.optim.Optimizer, classes[name](trainable, lr=learning_rate, weight_decay=weight_decay))
+
+
+def optimizer_of(
+    recipe: Recipe, model: nn.Module, device: torch.device, *, warn: Callable[[str], None]
+) -> torch.optim.Optimizer:
+    """Return the optimizer that a recipe asks for, over what is trained of a model; see `build_optimizer`."""
+    return build_optimizer(
+        model.named_parameters(),
+        kind=recipe.train.optimizer,
+        learning_rate=recipe.train.learning_rate,
+        weight_decay=recipe.train.weight_decay,
+        lora_plus_ratio=recipe.adapter.lora_plus_ratio,
+        device=device,
+        warn=warn,
+    )
 
 
 def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

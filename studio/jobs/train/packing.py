@@ -25,8 +25,10 @@ from studio.core.recipe import Packing
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.progress import PhaseTeller
-from studio.jobs.train.batches import Batcher, collate, packed
+from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import TOLERANCE
+from studio.jobs.train.objectives import Encoded
+from studio.jobs.train.objectives.supervised import collate, pack
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.failure import leaves_no_other_way, ran_out_of_memory
 
@@ -78,7 +80,7 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
     return False
 
 
-RowsOf = Callable[[Batcher], Sequence[Example]]
+RowsOf = Callable[[Batcher], Sequence[Encoded]]
 """The rows of a typical step where rows become batches in this way."""
 
 
@@ -137,10 +139,11 @@ def batcher_for(
         before: What a resumed run did; None at a first start.
         tell: Told what is being done.
     """
-    if wanted == "off" or before is False:
+    if wanted == "off" or before is False or not padded.objective.packs:
         return padded
     tell(_PHASE)
-    if not can_pack(step_model, rows_of(padded), padded.device):
+    rows = cast(Sequence[Example], rows_of(padded))  # those of every objective that packs
+    if not can_pack(step_model, rows, padded.device):
         return padded
     tight = replace(padded, packed_tokens=padded.micro_batch * seq_len)
     if wanted == "auto" and before is None:
@@ -148,7 +151,7 @@ def batcher_for(
     return tight
 
 
-def _step_seconds(step_model: StepModel, rows: Sequence[Example], batcher: Batcher) -> float:
+def _step_seconds(step_model: StepModel, rows: Sequence[Encoded], batcher: Batcher) -> float:
     device = batcher.device
     began = time.perf_counter()
     for group in batcher.groups(rows):
@@ -174,7 +177,7 @@ def _isolated(step_model: StepModel, rows: tuple[Example, Example, Example, Exam
     with evaluating(step_model):
         apart = sum(float(step_model(collate([row], 0, device))) for row in (first, second))
         together, with_one, with_changed = (
-            float(step_model(packed(pair, device))) for pair in ([first, second], [silent, second], [changed, second])
+            float(step_model(pack(pair, device))) for pair in ([first, second], [silent, second], [changed, second])
         )
     dtype = next(step_model.causal.parameters()).dtype
     allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(abs(apart), 1e-6)
@@ -192,7 +195,7 @@ def _same_gradients(step_model: StepModel, rows: Sequence[Example], device: torc
     with _backward_as_in_training(step_model):
         step_model(collate(rows, 0, device)).backward()
         sizes = torch.stack([_norm(parameter.grad, device) for parameter in trained])
-        (-step_model(packed(rows, device))).backward()
+        (-step_model(pack(rows, device))).backward()
     differences = torch.stack([_norm(parameter.grad, device) for parameter in trained])
     step_model.zero_grad(set_to_none=True)
     dtype = next(step_model.causal.parameters()).dtype

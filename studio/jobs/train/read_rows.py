@@ -11,9 +11,10 @@ from peft import PeftModel
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
-from studio.jobs.base.data.rows import Example, Prompt, encode_rows, sample_prompts
+from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
+from studio.jobs.train.objectives import Encoded, Objective
 from studio.probe.data import DataSet, Row, read_data
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
@@ -24,8 +25,8 @@ from studio.runs.worker import Worker
 class Rows:
     """Encoded rows, and the prompts to show answers for."""
 
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Sequence[Encoded]
+    held_out: Sequence[Encoded]
     prompts: Sequence[Prompt]
 
 
@@ -34,6 +35,8 @@ def read_rows(
     tell: PhaseTeller,
     recipe: Recipe,
     tokenizer: Any,
+    *,
+    objective: Objective,
     identify: Callable[[Sequence[Row], Sequence[Row]], None],
 ) -> Rows:
     """Read, split and encode the rows, keep a record of what is held out, say what was recognised, cut or dropped.
@@ -43,6 +46,7 @@ def read_rows(
         tell: Told the progress.
         recipe: Names the data.
         tokenizer: Of the base.
+        objective: Encodes the rows.
         identify: Gets the rows to train on and those held out before they are encoded, and may refuse them.
 
     Raises:
@@ -80,15 +84,8 @@ def read_rows(
     _keep(worker, parts.record)
     ensure_template(tokenizer, data.format, warn)
 
-    def encoded(rows: Sequence[Row]) -> list[Example]:
-        return encode_rows(
-            rows,
-            tokenizer,
-            seq_len=recipe.train.seq_len,
-            answers_only=recipe.data.answers_only,
-            warn=warn,
-            progress=read,
-        )[0]
+    def encoded(rows: Sequence[Row]) -> Sequence[Encoded]:
+        return objective.encode(rows, tokenizer, recipe, warn=warn, progress=read)
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
     return Rows(encoded(train_rows), encoded(held) if held else [], prompts)

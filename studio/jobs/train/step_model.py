@@ -10,18 +10,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from studio.core.recipe import Loss
-from studio.jobs.train.head import SplitModel, agrees, full_loss_sum, full_row_losses, rows_of, split
+from studio.jobs.train.head import SplitModel, TokenLoss, WholeModel, agrees, token_loss
+from studio.jobs.train.objectives import Batch, Objective
+from studio.jobs.train.objectives.supervised import SUPERVISED
 
 _PROBE_TOKENS = 48
 
 
 class StepModel(nn.Module):
-    """Summed loss of a batch, without whole logits where that is proven equal to the model's own.
+    """An objective's summed loss of a batch, without whole logits where that is proven equal to the model's own.
 
     peft casts every adapted layer's input to fp32 and autocast casts it back; under autocast both casts are left out.
     """
 
-    def __init__(self, model: PeftModel, loss: Loss, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        loss: Loss,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        objective: Objective = SUPERVISED,
+    ) -> None:
         super().__init__()
         self.model = model
         for module in model.modules():
@@ -29,8 +37,9 @@ class StepModel(nn.Module):
                 # For good, not around the forward: a checkpointed layer is computed again in the backward, outside of
                 # it, and would be computed differently there (with dropout torch refuses such a recomputation).
                 module.cast_input_dtype_enabled = False
+        self.objective = objective
         self._autocast = autocast
-        self._parts: SplitModel | None = split(self.causal, loss) if loss != "full" else None
+        self._tokens: TokenLoss = token_loss(self.causal, loss)
 
     @property
     def causal(self) -> nn.Module:
@@ -40,37 +49,31 @@ class StepModel(nn.Module):
     @property
     def loss_path(self) -> Loss:
         """Which loss is used: the one that was asked for, where model and head allow it."""
-        return self._parts.path if self._parts else "full"
+        return self._tokens.path
 
-    def prove(self, batch: dict[str, Tensor]) -> bool:
+    def prove(self, batch: Batch) -> bool:
         """Compare both loss paths on the first tokens of a batch; keep the model's own where they differ.
 
         Returns:
             Whether whole logits are avoided.
         """
-        if self._parts is None:
-            return False
-        short = {name: tensor[:1, :_PROBE_TOKENS] for name, tensor in batch.items()}
-        short["labels"] = short["input_ids"].clone()
-        if not agrees(self._parts, self.causal, short, self._autocast):
-            self._parts = None
-        return self._parts is not None
+        if isinstance(self._tokens, SplitModel):
+            ids = batch["input_ids"][:1, :_PROBE_TOKENS]
+            probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+            if not agrees(self._tokens, probe, self._autocast):
+                self._tokens = WholeModel(self.causal)
+        return self.loss_path != "full"
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Return the summed loss, fp32 scalar, of a batch: `labels` `[batch, seq]` and what the model takes."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the objective's summed loss of a batch, fp32 scalar."""
         with self._autocast():
-            if self._parts is not None:
-                return self._parts.loss_sum(**batch)
-            return full_loss_sum(self.causal, **batch)
+            return self.objective.loss(self._tokens, batch)
 
     @torch.no_grad()
-    def row_losses(self, batch: dict[str, Any]) -> Tensor:
-        """Return the summed loss of each row of a batch, fp32 `[rows]`: as `forward`, told apart, without gradients."""
-        rows = rows_of(batch["labels"], batch.get("row_lengths"))
+    def metric(self, batch: Batch) -> Tensor:
+        """Return what the objective measures of each row of a batch, fp32 `[rows]`, without gradients."""
         with self._autocast():
-            if self._parts is not None:
-                return self._parts.row_losses(rows, **batch)
-            return full_row_losses(self.causal, rows, **batch)
+            return self.objective.metric(self._tokens, batch)
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""Supervised fine-tuning: every labelled token is predicted from what stands before it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from studio.core.recipe import Recipe
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Example, encode_rows
+from studio.jobs.base.data.template import Warn
+from studio.jobs.train.head import TokenLoss
+from studio.jobs.train.objectives import Batch
+from studio.probe.data import Row
+
+
+class Supervised:
+    """The mean loss over all labelled tokens of a step: how its rows are cut into micro-batches changes nothing."""
+
+    packs = True
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        tokenizer: Any,
+        recipe: Recipe,
+        *,
+        warn: Warn,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[Example]:
+        """Return the rows as token ids and labels: of the answers or, with `data.answers_only` off, of every token."""
+        return encode_rows(
+            rows,
+            tokenizer,
+            seq_len=recipe.train.seq_len,
+            answers_only=recipe.data.answers_only,
+            warn=warn,
+            progress=progress,
+        )[0]
+
+    def longest(self, seq_len: int, vocabulary: int) -> Example:
+        """Return a row of full length whose every token is learnt."""
+        ids = (np.arange(seq_len) % max(1, vocabulary)).astype(np.int32)
+        return Example(ids, ids.copy())
+
+    def batch(self, examples: Sequence[Example], *, pad_id: int, device: torch.device, packed: bool = False) -> Batch:
+        """Return the model's arguments for the rows of one micro-batch."""
+        return pack(examples, device) if packed else collate(examples, pad_id, device)
+
+    def loss(self, tokens: TokenLoss, batch: Batch) -> Tensor:
+        """Return the summed loss of the labelled tokens, fp32 scalar."""
+        return tokens.loss_sum(**batch)
+
+    def denominator(self, examples: Sequence[Example]) -> int:
+        """Return how many tokens have a label that the shift keeps: the first token of a row is never predicted."""
+        return sum(int(np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED)) for example in examples)
+
+    def metric(self, tokens: TokenLoss, batch: Batch) -> Tensor:
+        """Return the summed loss of each row, fp32 `[rows]`."""
+        return tokens.row_losses(**batch)
+
+
+SUPERVISED = Supervised()
+"""Without settings of its own, so one is enough."""
+
+
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
+    """Return `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`, padded on the right to the longest row."""
+    length = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), length)
+    ids, mask, labels = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    for row, example in enumerate(examples):
+        size = len(example.input_ids)
+        ids[row, :size], mask[row, :size], labels[row, :size] = example.input_ids, 1, example.labels
+    arrays = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def pack(rows: Sequence[Example], device: torch.device) -> Batch:
+    """Return the model's arguments for rows in one sequence `[1, tokens]`.
+
+    Positions start anew with every row, and `row_lengths` (on the host) tells the attention where, see `packing`; flash
+    kernels read the same from transformers' own names for it. The first token of a row is not predicted: what stands
+    before it is another row's end.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    starts = np.cumsum((0, *lengths))
+    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)
+    labels[starts[:-1]] = IGNORED
+    arrays = {
+        "input_ids": np.concatenate([row.input_ids for row in rows]).astype(np.int64),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "labels": labels,
+    }
+    tensors: dict[str, Any] = {name: torch.from_numpy(array)[None].to(device) for name, array in arrays.items()}
+    borders = torch.from_numpy(starts.astype(np.int32)).to(device)
+    return {
+        **tensors,
+        "attention_mask": None,
+        "row_lengths": torch.tensor(lengths),
+        **{f"cu_seq_lens_{side}": borders for side in "qk"},
+        **{f"max_length_{side}": max(lengths) for side in "qk"},
+    }
