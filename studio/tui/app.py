@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from textual.notifications import SeverityLevel
 
     from studio.runs.last_recipe import RecipeSource
-    from studio.tui.setup_options import SetupDone
+    from studio.tui.setup_texts import SetupDone
 
 _POLL_SECONDS = 0.5
 _POLL_SECONDS_OVER_SSH = 1.0

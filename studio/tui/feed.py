@@ -1,22 +1,28 @@
 """A run as a screen follows it: events, output and status, read at the pace at which it is drawn. Knows no widget."""
 
-import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from studio.core.events import MemorySeen, StepDone
+from studio.core.text import plain
 from studio.runs.control import requested
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.watch import RunWatch
-from studio.tui.output_tail import OutputTail
+from widgets.log_view import visible_lines
 
 _LOOKS_PER_STATUS = 4
 _BYTES_PER_LOOK = 128 * 1024
 """About 1000 steps, 10 ms: more than comes between two looks at a run that is drawn twice a second."""
 _BYTES_PER_READ = 16 * 1024
+_FIRST_BYTES = 64 * 1024
+_MOST_BYTES = 256 * 1024
+_MOST_LINES = 2000
+_LONGEST_LINE = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,50 @@ class RunFeed:
         return Glance(self._status, self._watch.history, self._output.poll(), len(events), behind)
 
 
+class OutputTail:
+    """Follows `output.log`, which is foreign text: every line comes back harmless, once it is whole.
+
+    The first look takes the end only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset: int | None = None
+        self._torn = b""
+
+    def poll(self) -> list[str]:
+        """Return the whole lines that came since the last call; of a flood only the newest 2000, 256 KiB at most."""
+        try:
+            with self._path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                begin = self._begin(size)
+                file.seek(begin)
+                chunk = file.read(size - begin)
+        except OSError:
+            return []
+        skipped = begin != self._offset
+        self._offset = begin + len(chunk)
+        if skipped:
+            self._torn = b""
+            chunk = chunk.partition(b"\n")[2] if begin else chunk
+        whole, newline, self._torn = (self._torn + chunk).rpartition(b"\n")
+        if not newline:
+            return []
+        newest = whole.rsplit(b"\n", _MOST_LINES)[-_MOST_LINES:]
+        return harmless(b"\n".join(newest).decode("utf-8", "replace"))
+
+    def _begin(self, size: int) -> int:
+        """A log that shrank is another log: read it from its start."""
+        if self._offset is None or size < self._offset:
+            return max(0, size - _FIRST_BYTES)
+        return max(self._offset, size - _MOST_BYTES)
+
+
+def harmless(text: str) -> list[str]:
+    """Return the lines of foreign text as a terminal may show them: no control, no reordering, no endless line."""
+    return [plain(line, one_line=True, limit=_LONGEST_LINE) for line in visible_lines(text)]
+
+
 class Cursor:
     """How far a growing series was handed on, and whether what was handed on still holds."""
 
@@ -90,16 +140,6 @@ class Cursor:
         self._sent, self._source = len(steps), source
         self._last = steps[-1] if steps else None
         return known if holds else 0
-
-
-def predicted_peak_bytes(paths: RunPaths) -> int | None:
-    """Return the peak that was estimated at launch, or None where `plan.json` does not tell."""
-    try:
-        plan = json.loads(paths.plan.read_bytes())
-        peak = plan["peak_bytes"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return peak if isinstance(peak, int) and not isinstance(peak, bool) and peak > 0 else None
 
 
 def waits_for(paths: RunPaths, status: Status) -> str:

@@ -30,7 +30,7 @@ from studio.runs.status import run_status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
-from studio.tui.audit_wishes import run_request
+from studio.tui.screens.ask_audit import run_request
 from tests.fakes.runs import LiveWorker
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.adapter_cases import write_chats

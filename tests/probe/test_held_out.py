@@ -24,7 +24,7 @@ from studio.runs.held_out import (
 )
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
-from studio.tui.audit_wishes import run_request, run_wishes
+from studio.tui.screens.ask_audit import run_request, run_wishes
 
 HELD, ALL = 12, 60
 

@@ -19,8 +19,8 @@ from studio.runs.layout import RunPaths
 from studio.tui.app import StudioApp
 from studio.tui.panels.audit_report import block_curve, lane_curves
 from studio.tui.screens.ask_audit import AskAudit
-from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.audit import AuditScreen
+from studio.tui.screens.dialogs import AskLine
 from studio.tui.screens.run import RunScreen
 from studio.tui.services import Services
 from tests.fakes.audit_job import answers_report, base_report, figures, run_report

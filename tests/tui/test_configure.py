@@ -9,8 +9,7 @@ from textual.pilot import Pilot
 from studio.core.recipe import FIELDS, SECTIONS, Recipe
 from studio.core.value_kinds import Number
 from studio.tui.app import StudioApp
-from studio.tui.form_fields import options_of
-from studio.tui.panels.recipe_form import notes_of
+from studio.tui.panels.recipe_form import notes_of, options_of
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from tests.tui.stories import (

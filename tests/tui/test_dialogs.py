@@ -9,12 +9,9 @@ from textual.content import Content
 from textual.pilot import Pilot
 
 from studio.tui.app import StudioApp
-from studio.tui.audit_wishes import base_wishes
-from studio.tui.screens.ask_audit import AskAudit
-from studio.tui.screens.ask_line import AskLine
+from studio.tui.screens.ask_audit import AskAudit, base_wishes
 from studio.tui.screens.cards import CardScreen
-from studio.tui.screens.confirm import Confirm
-from studio.tui.screens.dialog import Dialog
+from studio.tui.screens.dialogs import AskLine, Confirm, Dialog
 from studio.tui.screens.help import HelpScreen
 from tests.tui.stories import NARROW, WIDE, play, settle
 

@@ -9,8 +9,8 @@ from studio.core.events import Finished, StepDone
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 from studio.runs.worker import Worker
-from studio.tui.feed import Cursor, RunFeed, predicted_peak_bytes
-from studio.tui.output_tail import OutputTail, harmless
+from studio.tui.feed import Cursor, OutputTail, RunFeed, harmless
+from studio.tui.panels.run_memory import planned_peak_bytes
 from studio.tui.readable import count, duration, gib, number, setting
 from tests.fakes.runs import LiveWorker, make_run
 from tests.tui.stories import HOSTILE, train
@@ -129,11 +129,11 @@ def test_a_worker_that_vanishes_is_noticed_at_the_next_look_without_news(tmp_pat
 def test_prediction(tmp_path: Path, text: str, wanted: int | None) -> None:
     paths = RunPaths(tmp_path)
     paths.plan.write_text(text)
-    assert predicted_peak_bytes(paths) == wanted
+    assert planned_peak_bytes(paths) == wanted
 
 
 def test_no_plan_no_prediction(tmp_path: Path) -> None:
-    assert predicted_peak_bytes(RunPaths(tmp_path)) is None
+    assert planned_peak_bytes(RunPaths(tmp_path)) is None
 
 
 def test_words_for_numbers() -> None:

@@ -17,7 +17,7 @@ from studio.tui.app import StudioApp
 from studio.tui.forecast import Forecaster
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.run import RunScreen
 from studio.tui.services import Services
 from tests.tui.stories import (

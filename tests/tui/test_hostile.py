@@ -19,7 +19,7 @@ from studio.probe.setup import DataChecked
 from studio.runs.history import History
 from studio.runs.note import write_note
 from studio.tui.app import StudioApp
-from studio.tui.output_tail import harmless
+from studio.tui.feed import harmless
 from studio.tui.panels.notes import notes_text
 from studio.tui.panels.samples import rows_of
 from studio.tui.screens.run import RunScreen

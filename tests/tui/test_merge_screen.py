@@ -23,7 +23,7 @@ from studio.tui.app import StudioApp
 from studio.tui.merging import MergeFacts, estimates_of, proposed_out
 from studio.tui.panels.merge_lists import PickMany, PickOne
 from studio.tui.panels.merge_text import OUTPUTS_HEAD, is_short, output_line, size, totals_text
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.merge import MergeScreen, merge_screen_for
 from studio.tui.screens.merge_progress import MergeProgressScreen
 from studio.tui.services import Services

@@ -14,9 +14,8 @@ from studio.runs.last_recipe import LastRecipe, keep_last_recipe, source_of
 from studio.runs.recipe_file import load_recipe
 from studio.tui.app import StudioApp
 from studio.tui.screens import configure
-from studio.tui.screens.ask_line import AskLine
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import AskLine, Confirm
 from studio.tui.screens.recipe_dialogs import open_recipe, save_recipe, target_of
 from tests.tui.stories import HOSTILE, Asked, assert_harmless, given, play, services_that, settle, shown, until
 

@@ -11,7 +11,7 @@ from studio.runs.worker import Worker
 from studio.tui.app import StudioApp
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import Confirm
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     HOSTILE,

@@ -15,8 +15,7 @@ from studio.core.events import (
 from studio.core.gpu_catalogue import GIB
 from studio.runs.history import History
 from studio.tui.app import StudioApp
-from studio.tui.panels.memory_table import StagePeaks, planned_stages, table_text
-from studio.tui.panels.peak_gauge import PeakGauge, planned_reading
+from studio.tui.panels.run_memory import PeakGauge, StagePeaks, planned_reading, planned_stages, table_text
 from tests.fakes.runs import LiveWorker
 from tests.tui.stories import (
     make_run,

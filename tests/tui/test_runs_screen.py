@@ -15,7 +15,7 @@ from studio.tui.app import StudioApp
 from studio.tui.panels import runs_table
 from studio.tui.panels.runs_table import RunsTable
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.runs import RunsScreen
 from tests.fakes.runs import LiveWorker, write_log

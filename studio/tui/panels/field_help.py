@@ -8,7 +8,7 @@ from textual.widgets import Static
 from studio.core.recipe import FIELDS
 from studio.core.text import plain
 from studio.core.value_kinds import Number
-from studio.tui.form_fields import options_of
+from studio.tui.panels.recipe_form import options_of
 
 
 class FieldHelp(Static):

@@ -9,7 +9,7 @@ from studio.core.recipe import Method
 from studio.core.text import plain
 from studio.probe.plan import PlanDevice
 from studio.tui.forecast import Outlook
-from studio.tui.form_fields import SHOWN
+from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES, others_words
 from studio.tui.trade import METHODS, Side, rows_of

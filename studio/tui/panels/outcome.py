@@ -11,7 +11,7 @@ from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
 from studio.runs.summary import gain_of
 from studio.runs.watch import last_output
-from studio.tui.output_tail import harmless
+from studio.tui.feed import harmless
 from studio.tui.readable import duration, number
 
 TRAIN = "train"

@@ -11,15 +11,17 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
-from studio.core.recipe import FIELDS, SECTIONS, Recipe
+from studio.core.recipe import FIELDS, SECTIONS, Recipe, choices_of
 from studio.core.text import plain
-from studio.core.value_kinds import Number
-from studio.tui.form_fields import options_of
+from studio.core.value_kinds import Number, Switch
 from studio.tui.readable import setting
 from widgets.choice import Choice
 from widgets.scale import stops_scale
 from widgets.slider import Slider
 from widgets.text_field import TextField
+
+SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
+"""What is shown for a choice whose word says too little."""
 
 _BETWEEN = "--"
 _LABEL_WIDTH = 18
@@ -132,6 +134,13 @@ class RecipeForm(VerticalScroll):
         field = next((node for node in event.widget.ancestors_with_self if node in self._fields.values()), None)
         if isinstance(field, Widget):
             self.post_message(self.Reached(_path_of(field)))
+
+
+def options_of(path: str) -> tuple[tuple[str, str], ...]:
+    """Return the values and words that a field is chosen from; empty where it is no choice."""
+    if isinstance(FIELDS[path].kind, Switch):
+        return ("off", "off"), ("on", "on")
+    return tuple((value, SHOWN.get(value, value)) for value in choices_of(path))
 
 
 def notes_of(recipe: Recipe) -> dict[str, str]:

@@ -26,10 +26,18 @@ from studio.runs.log_ends import log_tail
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs
 from studio.tui.asks import OpenRun
-from studio.tui.audit_wishes import Wish, base_request, base_wishes, race_request, race_wishes, run_request, run_wishes
 from studio.tui.panels.audit_report import AuditReport
-from studio.tui.screens.ask_audit import AskAudit
-from studio.tui.screens.ask_line import AskLine
+from studio.tui.screens.ask_audit import (
+    AskAudit,
+    Wish,
+    base_request,
+    base_wishes,
+    race_request,
+    race_wishes,
+    run_request,
+    run_wishes,
+)
+from studio.tui.screens.dialogs import AskLine
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 from widgets.whole_table import WholeTable

@@ -10,7 +10,7 @@ from textual.widgets import Input, OptionList
 from textual.widgets.option_list import Option
 
 from studio.core.gpu_catalogue import CATALOGUE, GIB
-from studio.tui.screens.dialog import Dialog
+from studio.tui.screens.dialogs import Dialog
 
 THIS_MACHINE = ""
 _THIS = "this machine, as it is"

@@ -21,7 +21,7 @@ from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import Confirm
 from studio.tui.services import Services
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter

@@ -11,7 +11,7 @@ from textual.widgets import Static
 
 from studio.core.recipe import FIELDS, SECTIONS
 from studio.core.value_kinds import Number
-from studio.tui.screens.dialog import Dialog
+from studio.tui.screens.dialogs import Dialog
 
 _KEY_WIDTH = 14
 _NAMES = {

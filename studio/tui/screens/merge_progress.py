@@ -25,7 +25,7 @@ from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch
 from studio.tui.merging import MERGED
 from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter

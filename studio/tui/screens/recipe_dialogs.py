@@ -12,8 +12,7 @@ from studio.core.text import plain
 from studio.runs.atomic import write_whole
 from studio.runs.last_recipe import RecipeSource, source_of, source_of_users
 from studio.runs.recipe_file import dump_recipe, find_recipe, load_recipe, shipped_recipes
-from studio.tui.screens.ask_line import AskLine
-from studio.tui.screens.confirm import Confirm
+from studio.tui.screens.dialogs import AskLine, Confirm
 
 _LONGEST_NAME = 60
 

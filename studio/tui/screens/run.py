@@ -18,15 +18,14 @@ from studio.runs.control import request, requested, withdraw
 from studio.runs.layout import RunPaths
 from studio.runs.log_sample import sample_steps
 from studio.runs.status import Status
-from studio.tui.feed import Glance, RunFeed, predicted_peak_bytes, waits_for
-from studio.tui.panels.memory_table import MemoryTable
+from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
-from studio.tui.panels.peak_gauge import PeakGauge
 from studio.tui.panels.run_header import RunHeader
+from studio.tui.panels.run_memory import MemoryTable, PeakGauge, planned_peak_bytes
 from studio.tui.panels.run_plots import RunPlots
 from studio.tui.panels.samples import Samples
-from studio.tui.screens.confirm import Confirm, start_over_question
+from studio.tui.screens.dialogs import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
@@ -308,7 +307,7 @@ class RunScreen(OfferingScreen[None]):
         if glance.news or before is None or self._slices_left is not None:
             self.query_one(MemoryTable).show(glance.history)
             if self.query_one(PeakGauge).show(glance.history, self.query_one(MemoryTable).highest_bytes):
-                self.query_one(RunPlots).show_predicted(predicted_peak_bytes(self.paths))
+                self.query_one(RunPlots).show_predicted(planned_peak_bytes(self.paths))
             self.query_one(RunPlots).show(glance.history)
             self.query_one(Samples).show(glance.history, glance.status)
             self.query_one(Notes).show(glance.history)

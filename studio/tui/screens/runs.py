@@ -20,7 +20,7 @@ from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
-from studio.tui.screens.confirm import Confirm, start_over_question
+from studio.tui.screens.dialogs import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
@@ -162,8 +162,7 @@ class RunsScreen(OfferingScreen[None]):
 
     def action_compare(self) -> None:
         """Put the marked runs beside each other."""
-        from studio.tui.comparison import MOST  # noqa: PLC0415  needed only for this
-        from studio.tui.screens.compare import CompareScreen  # noqa: PLC0415
+        from studio.tui.screens.compare import MOST, CompareScreen  # noqa: PLC0415  needed only for this
 
         marked = [info.paths for name, info in self._infos.items() if name in self._marked]
         if 2 <= len(marked) <= MOST:
@@ -204,7 +203,7 @@ class RunsScreen(OfferingScreen[None]):
 
     def action_note(self) -> None:
         """Write a few words on the chosen run."""
-        from studio.tui.screens.ask_line import AskLine  # noqa: PLC0415  needed only for this
+        from studio.tui.screens.dialogs import AskLine  # noqa: PLC0415  needed only for this
 
         info = self._chosen
         if info is None:

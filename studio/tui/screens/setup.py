@@ -19,23 +19,21 @@ from studio.core.errors import StudioError
 from studio.probe.setup import Answers
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.services import Services
-from studio.tui.setup_options import (
+from studio.tui.setup_texts import (
     HERE,
     OTHER,
     SetupDone,
     Then,
     card_options,
     data_options,
+    data_text,
     end_of,
     end_options,
     goal_of,
     goal_options,
+    goal_text,
     is_model,
     likely_end,
-)
-from studio.tui.setup_texts import (
-    data_text,
-    goal_text,
     machine_text,
     model_line,
     model_text,

@@ -1,8 +1,9 @@
-"""Memory by stage: what the plan said beside what torch's counters saw."""
+"""The memory of a run, as a gauge and as a table by stage: the plan at launch beside what torch's counters saw."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from textual.containers import VerticalScroll
 from textual.content import Content
@@ -10,7 +11,8 @@ from textual.widgets import Static
 
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
-from studio.tui.readable import UNKNOWN, gib
+from studio.tui.readable import UNKNOWN, gib, to_gib
+from widgets.gauge import Gauge, Part, Reading
 
 TOGETHER = {
     "load": ("load",),
@@ -20,6 +22,12 @@ TOGETHER = {
     "save": ("save",),
 }
 """The stages of an estimate that lie between two readings of the counters, by the name of the later reading."""
+
+_HEAD = f"{'stage':14}{'predicted':>11}{'measured':>11}\n"
+_WRONG = 0.05
+_BRACKETS = {1: " ", 2: "┐┘", 3: "┐│┘"}
+_OUTSIDE_TENSORS = "context"
+"""The one component that torch's counters do not see."""
 
 _LATER = "later steps"
 _STEP = ("forward", "loss", "backward", "optimizer")
@@ -46,17 +54,53 @@ class StageRow:
         return None if self.measured is None or not highest else self.measured / highest - 1
 
 
+def planned_peak_bytes(paths: RunPaths) -> int | None:
+    """Return the peak that was estimated at launch, or None where `plan.json` does not tell."""
+    return _size(_plan_of(paths).get("peak_bytes")) or None
+
+
+def planned_reading(paths: RunPaths) -> Reading | None:
+    """Return the estimated peak of live tensors by component, in GiB; None where `plan.json` does not tell."""
+    plan = _plan_of(paths)
+    components = _sizes(plan.get("components"))
+    try:
+        whole = len(components) == len(plan["components"])
+        low, high = (_size(plan["ranges"]["allocated"][end]) for end in ("low", "high"))
+    except (TypeError, KeyError):
+        return None
+    parts = tuple(
+        Part(name, to_gib(size))
+        for name, size in components.items()
+        if name != _OUTSIDE_TENSORS and name.isidentifier() and name.isascii()
+    )
+    if not parts or not whole or low is None or high is None:
+        return None
+    return Reading(parts, low=to_gib(low), high=to_gib(high), verdict="predicted")
+
+
 def planned_stages(paths: RunPaths) -> dict[str, int]:
     """Return the predicted peak of live tensors by stage; empty where `plan.json` does not tell."""
+    return _sizes(_plan_of(paths).get("stages"))
+
+
+def _plan_of(paths: RunPaths) -> dict[str, Any]:
     try:
-        stages = json.loads(paths.plan.read_bytes())["stages"]
-        return {
-            str(name): size
-            for name, size in stages.items()
-            if isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**53
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        plan = json.loads(paths.plan.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _sizes(named: Any) -> dict[str, int]:
+    """Return the entries that are sizes."""
+    if not isinstance(named, dict):
+        return {}
+    return {str(name): size for name, value in named.items() if (size := _size(value)) is not None}
+
+
+def _size(value: Any) -> int | None:
+    """Return a number of bytes; None where it is none."""
+    return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 class StagePeaks:
@@ -102,9 +146,44 @@ class StagePeaks:
         return rows
 
 
-_HEAD = f"{'stage':14}{'predicted':>11}{'measured':>11}\n"
-_WRONG = 0.05
-_BRACKETS = {1: " ", 2: "┐┘", 3: "┐│┘"}
+class PeakGauge(Gauge):
+    """Appears once the run has told its device. The estimate is one of a card, so a CPU run has none."""
+
+    DEFAULT_CSS = """
+    PeakGauge { height: 1; padding: 0 1; display: none; }
+    PeakGauge.-shown { display: block; }
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        """Start hidden."""
+        super().__init__(unit="GiB", label="peak")
+        self._paths = paths
+        self._planned: Reading | None = None
+
+    def show(self, history: History, highest_bytes: float | None) -> bool:
+        """Show the estimate and the highest measured peak of live tensors; return whether this is the first time."""
+        if history.planned is None or history.planned.device == "cpu":
+            return False
+        first = self._planned is None
+        self._planned = self._planned or planned_reading(self._paths) or Reading()
+        if self._planned.parts:
+            self.reading = with_measured(self._planned, highest_bytes)
+            self.set_class(True, "-shown")
+        return first
+
+
+def with_measured(planned: Reading, peak: float | None) -> Reading:
+    """Return the reading with the highest measured peak of live tensors, bytes, and how the range did."""
+    if peak is None or planned.low is None or planned.high is None:
+        return planned
+    measured = to_gib(peak)
+    if measured > planned.high:
+        return replace(planned, measured=measured, verdict=f"{_percent(measured, planned.total)} over", level="bad")
+    if measured < planned.low:
+        return replace(
+            planned, measured=measured, verdict=f"{_percent(measured, planned.total)} under", level="doubtful"
+        )
+    return replace(planned, measured=measured, verdict="in the range", level="good")
 
 
 class MemoryTable(VerticalScroll):
@@ -173,3 +252,7 @@ def _measured(row: StageRow) -> tuple[str, str]:
     if off is None:
         return words, ""
     return f"{words}  {off:+.0%}", "$text-warning" if off > _WRONG else ""
+
+
+def _percent(measured: float, predicted: float) -> str:
+    return f"{abs(measured / predicted - 1):.0%}" if predicted else "all"

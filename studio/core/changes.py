@@ -1,0 +1,169 @@
+"""What can be changed about a recipe to make it smaller, kind by kind: gentlest kinds first, smallest changes first.
+
+Gentle means: first what costs nothing, then what costs time, then what costs quality, then what costs data. Knows no
+bytes and no card; `studio.core.fit` searches in it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from studio.core.recipe import Recipe, number_of
+from studio.core.shape import ModelShape
+from studio.core.value_kinds import ALL_LINEAR
+
+_SHORTEST_WORTHWHILE = 256
+"""Tokens below which rows are not shortened further: most instruction rows would be cut."""
+
+_LEAST_RANK = 8
+
+_SAME, _NEARLY = "same result", "nearly the same result"
+
+_MOST_ACCUMULATION = int(number_of("train.accumulation").high)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of a recipe.
+
+    Attributes:
+        settings: The fields it changes, with their new values.
+        words: What is changed, for a user.
+        price: What it costs besides memory and time, in a few words.
+        why: The same in a sentence.
+        time: Lowest and highest factor on the time of a step where nobody can compute it.
+    """
+
+    settings: tuple[tuple[str, Any], ...]
+    words: str
+    price: str
+    why: str
+    time: tuple[float, float]
+
+
+Kind = Callable[[Recipe, ModelShape], Iterable[Change]]
+
+
+def applied(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
+    """Return the recipe with the changes made."""
+    for change in changes:
+        for path, value in change.settings:
+            recipe = recipe.with_(path, value)
+    return recipe
+
+
+def _chunked_loss(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.train.loss == "full":
+        settings = (("train.loss", "chunked"),)
+        yield Change(settings, "loss in chunks", _SAME, "the same result: whole logits never exist", (0.95, 1.05))
+
+
+def _fused_attention(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+    if recipe.train.attention == "eager" and shape.fused_attention:
+        settings = (("train.attention", "sdpa"),)
+        yield Change(settings, "fused attention", _SAME, "the same result without S x S matrices", (0.5, 1.0))
+
+
+def _fewer_rows_at_once(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    """Yield smaller micro-batches with as much more accumulation: a step sees the same rows."""
+    rows, steps = recipe.train.micro_batch, recipe.train.accumulation
+    for fewer in range(rows - 1, 0, -1):
+        more, rest = divmod(rows * steps, fewer)
+        if rest == 0 and more <= _MOST_ACCUMULATION:
+            settings = (("train.micro_batch", fewer), ("train.accumulation", more))
+            words = f"micro-batch {rows} -> {fewer}, accumulation {steps} -> {more}"
+            yield Change(settings, words, "same rows a step", "a step sees the same rows", (1.0, 1.3))
+
+
+def _checkpointing(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if not recipe.train.grad_checkpointing:
+        settings = (("train.grad_checkpointing", True),)
+        yield Change(settings, "checkpointing on", _SAME, "the same result: layers are computed once more", (1.3, 1.5))
+
+
+def _small_states(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if "8bit" not in recipe.train.optimizer:
+        settings = (("train.optimizer", "paged_adamw_8bit"),)
+        yield Change(settings, "8-bit optimizer", _NEARLY, "its state in 8 bits: nearly the same result", (1.0, 1.1))
+
+
+def _half_weights(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.model.dtype == "fp32":
+        yield Change(
+            (("model.dtype", "auto"),), "16-bit weights", _NEARLY, "products in 16 bit, as is usual", (0.4, 1.0)
+        )
+
+
+def _offloading(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.train.grad_checkpointing and not recipe.train.offload_checkpoints:
+        settings = (("train.offload_checkpoints", True),)
+        why = "the same result: layer inputs wait in main memory"
+        yield Change(settings, "checkpoints in main memory", _SAME, why, (1.0, 1.3))
+
+
+def _double_quant(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.method == "qlora" and not recipe.model.double_quant:
+        settings = (("model.double_quant", True),)
+        yield Change(settings, "double quantisation on", _NEARLY, "no loss that was ever measured", (1.0, 1.05))
+
+
+def _four_bits(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    if recipe.method == "lora":
+        settings = (("method", "qlora"), ("model.double_quant", True))
+        why = "4-bit weights: the base loses a little, models below 4 B more"
+        yield Change(settings, "QLoRA 4-bit", "the base loses a little", why, (1.05, 2.0))
+
+
+def _narrower(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    rank = recipe.adapter.rank
+    while rank > _LEAST_RANK:
+        rank = max(_LEAST_RANK, rank // 2)
+        words = f"rank {recipe.adapter.rank} -> {rank}"
+        yield Change(
+            (("adapter.rank", rank),), words, "it can learn less", "a narrower adapter: it can learn less", (0.97, 1.0)
+        )
+
+
+def _shorter_rows(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
+    length = recipe.train.seq_len
+    for stop in reversed(number_of("train.seq_len").stops):
+        if _SHORTEST_WORTHWHILE <= stop < length:
+            words = f"length {length} -> {int(stop)}"
+            yield Change(
+                (("train.seq_len", int(stop)),),
+                words,
+                "longer rows are cut",
+                "longer rows are cut: their ends are not learnt",
+                (stop / length * 0.8, 1.0),
+            )
+
+
+def _fewer_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
+    if recipe.adapter.targets == ALL_LINEAR:
+        projections = shape.groups[0].layer.qkv
+        names = tuple(dict.fromkeys((projections[0].name, projections[-1].name)))
+        words = f"adapters on {' and '.join(names)} alone"
+        yield Change(
+            (("adapter.targets", names),),
+            words,
+            "it can learn less",
+            "adapters on attention alone learn less",
+            (0.7, 0.9),
+        )
+
+
+KINDS: tuple[Kind, ...] = (
+    _chunked_loss,
+    _fused_attention,
+    _fewer_rows_at_once,
+    _checkpointing,
+    _small_states,
+    _half_weights,
+    _offloading,
+    _double_quant,
+    _four_bits,
+    _narrower,
+    _shorter_rows,
+    _fewer_targets,
+)
+"""The kinds of change, gentlest first."""
