@@ -10,11 +10,11 @@ from studio.commands.merge import merge_request
 from studio.commands.options import add_json, add_runs_dir, root_of
 from studio.commands.terminal import say
 from studio.core.errors import BadInput
-from studio.core.export_text import export_checks
+from studio.core.export_formats import FORMATS, export_checks, formats_help
 from studio.core.text import plain
 from studio.launch.start import start
 from studio.probe.model_folder import CONFIG
-from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, ONTO, ExportRequest, MergeRequest, read_job
+from studio.runs.job import ONTO, ExportRequest, MergeRequest, read_job
 from studio.runs.layout import ADAPTER_CONFIG
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
@@ -35,10 +35,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--format",
         required=True,
         type=str.lower,
-        choices=EXPORT_FORMATS,
-        help="peft: the adapter with a card; lora-gguf: the adapter for llama.cpp; nf4, int8: 4 or 8 bits, through "
-        "bitsandbytes; the rest: GGUF files of the whole model, f16 and bf16 as large as it, q8_0 53 %%, q6_k 41 %%, "
-        "q5_k_m 36 %%, q4_k_m 31 %% of it",
+        choices=tuple(FORMATS),
+        help=formats_help().replace("%", "%%"),
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="a new folder; for GGUF formats also the name of one .gguf file"
@@ -89,7 +87,7 @@ def export_request(word: str, root: Path, *, out: str, form: str, base: str = ""
     """
     target = str(Path(out).expanduser().absolute())
     merged = merged_model(word, root)
-    if merged is not None and form in ADAPTER_FORMATS:
+    if merged is not None and FORMATS[form].of_adapter:
         run = merged.run if isinstance(merged, MergeRequest) else ""
         which = f": {plain(Path(run).name, one_line=True)}" if run else " that was merged"
         raise BadInput(

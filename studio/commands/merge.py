@@ -11,13 +11,14 @@ from studio.commands.follow import conclude, follow
 from studio.commands.options import add_json, add_runs_dir, root_of
 from studio.commands.terminal import complain, say
 from studio.core.errors import BadInput
+from studio.core.export_formats import whole_formats
 from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
 from studio.launch.start import start
 from studio.probe.adapter_folder import best_of, list_checkpoints, run_of_adapter
 from studio.probe.models import word_anywhere
 from studio.runs.chain import beside
-from studio.runs.job import ONTO, WHOLE_FORMATS, MergeRequest, Weighted, read_job
+from studio.runs.job import ONTO, MergeRequest, Weighted, read_job
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
 from studio.runs.store import find_run
@@ -71,7 +72,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="append",
         default=[],
         type=str.lower,
-        choices=WHOLE_FORMATS,
+        choices=whole_formats(),
         metavar="FORMAT",
         help="then export the merged model so, beside it, in a run of its own; may be repeated; see export --help",
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
+from studio.core.export_formats import FORMATS, whole_formats
 from studio.core.text import plain
 from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.hub import knows_token
@@ -14,15 +15,13 @@ from studio.probe.model_folder import check_folder
 from studio.probe.models import find_base
 from studio.probe.space import check_out, check_space
 from studio.runs.chain import beside
-from studio.runs.job import ADAPTER_FORMATS, EXPORT_FORMATS, GGUF_FORMATS, WHOLE_FORMATS, ExportRequest, MergeRequest
+from studio.runs.job import ExportRequest, MergeRequest
 from studio.runs.layout import ADAPTER_CONFIG
 
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
 _STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Kinds whose adapters on fused experts were tried in llama.cpp; others order gate and up otherwise, or transpose."""
-QUANTISED_GGUF = ("q6_k", "q5_k_m", "q4_k_m")
-"""Formats that are made of a 16-bit GGUF file."""
 
 
 def check_export(request: ExportRequest) -> None:
@@ -33,10 +32,10 @@ def check_export(request: ExportRequest) -> None:
             or a disk without room.
     """
     form, source, out = request.format, Path(request.source), Path(request.out)
-    if form not in EXPORT_FORMATS:
+    if form not in FORMATS:
         found = plain(form, one_line=True, limit=40)
-        raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(EXPORT_FORMATS)}.")
-    if out.suffix == _GGUF and form not in (*GGUF_FORMATS, "lora-gguf"):
+        raise BadInput(f"the format {found} is not known here; wanted one of {', '.join(FORMATS)}.")
+    if out.suffix == _GGUF and not FORMATS[form].gguf:
         raise BadInput(f"{form} is a folder: name one with --out, not {plain(out.name, one_line=True)}.")
     if not out.name.isprintable():
         raise BadInput(
@@ -46,14 +45,14 @@ def check_export(request: ExportRequest) -> None:
     if request.push and not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", request.push, re.ASCII):
         shown = plain(request.push, one_line=True, limit=80)
         raise BadInput(f"{shown} is no name of a hub repository: wanted OWNER/NAME.")
-    if form in ADAPTER_FORMATS or (source / ADAPTER_CONFIG).is_file():
+    if FORMATS[form].of_adapter or (source / ADAPTER_CONFIG).is_file():
         adapter = find_adapter(source)
-        if form == "lora-gguf":
+        if FORMATS[form].of_adapter and FORMATS[form].gguf:
             base = find_base(_base_word(request, adapter), request.revision)
             refuse_what_gguf_lacks(adapter, str((base.config or {}).get("model_type")))
         check_out(out)
         needed = adapter.header.buffer_bytes
-        if form not in ADAPTER_FORMATS:
+        if not FORMATS[form].of_adapter:
             size_bytes = _check_base(request, adapter)
             check_memory(form, size_bytes)
             needed = export_estimate(form, size_bytes, merges=True).disk_bytes
@@ -95,9 +94,9 @@ def check_exports(request: MergeRequest) -> None:
     size = find_base(request.base, request.revision).size_bytes if request.base else 0
     kept = most = size
     for form in request.then:
-        if form not in WHOLE_FORMATS:
+        if form not in whole_formats():
             shown = plain(form, one_line=True, limit=40)
-            raise BadInput(f"a merged model cannot be exported as {shown}: wanted one of {', '.join(WHOLE_FORMATS)}.")
+            raise BadInput(f"a merged model cannot be exported as {shown}: wanted one of {', '.join(whole_formats())}.")
         refuse_on_the_grid(request.onto, form)
         check_out(beside(merged, form))
         check_memory(form, size)
@@ -113,7 +112,7 @@ def check_memory(form: str, size_bytes: int) -> None:
     Raises:
         BadInput: It needs more than is free.
     """
-    if form in GGUF_FORMATS:  # a tensor at a time
+    if FORMATS[form].gguf:  # a tensor at a time
         return
     import psutil  # noqa: PLC0415  most verbs that check nothing so need not load it
 
@@ -132,7 +131,7 @@ def refuse_on_the_grid(onto: str, form: str) -> None:
     Raises:
         BadInput: That is asked for.
     """
-    if onto == "dequantized" and form == "nf4":
+    if onto == "dequantized" and FORMATS[form].four_bits:
         raise BadInput(
             "a model merged onto dequantized weights lies on the 4-bit grid but for what was learnt: rounding it to "
             "4 bits again erases that (measured: KL 1.99 to the trained model, 2.05 without any adapter). Export nf4 "
@@ -180,10 +179,6 @@ class ExportEstimate:
     seconds: tuple[float, float]
 
 
-_BITS = {"f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 6.5633, "q5_k_m": 5.7036, "q4_k_m": 4.8944, "int8": 9.05}
-"""Bits a weight of an 8B model: llama.cpp's own figures (tools/quantize/README.md); for bitsandbytes 8 or 4.127 in
-linear layers and 16 in embeddings and head, with a vocabulary of 128k."""
-_BITS_NF4 = 5.7
 _LIBRARIES_BYTES, _CONVERTER_BYTES = 700 * 10**6, 300 * 10**6
 _ANSWERS_BYTES = 250 * 10**6
 """Logits that are compared, of 384 tokens and a vocabulary of 160k, and the vocabulary alone as a file."""
@@ -191,13 +186,6 @@ _SHARE_AT_ONCE, _SHARE_LOADED = 0.25, 1.4
 """Of the 16-bit weights, at the most in memory: a tensor at a time (its size several times), or the whole model.
 Measured resident on 2.4 GB: 1.5 GB for GGUF formats (two processes, without the pages of files, which the system takes
 back), 3.7 for nf4, 3.9 for int8."""
-_SECONDS_PER_GB = {
-    "nf4": 55.0,
-    "int8": 45.0,
-    **dict.fromkeys(GGUF_FORMATS, 45.0),
-    **dict.fromkeys(QUANTISED_GGUF, 110.0),
-}
-"""Of 16-bit weights, on two busy cores."""
 
 
 def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> ExportEstimate:
@@ -208,12 +196,13 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
         size_bytes: Of the model in 16 bit.
         merges: Whether an adapter is merged first.
     """
-    out = int(size_bytes * _BITS.get(form, _BITS_NF4) / 16)
+    known = FORMATS[form]
+    out = int(size_bytes * known.bits / 16)
     merged = size_bytes if merges else 0
-    if form not in GGUF_FORMATS:
+    if not known.gguf:
         memory = int(size_bytes * _SHARE_LOADED) + _LIBRARIES_BYTES
         return ExportEstimate(out, merged + out, memory, _seconds(form, size_bytes))
-    between = size_bytes if form in QUANTISED_GGUF else 0
+    between = size_bytes if known.sixteen_first else 0
     # The merged model is deleted once it is converted.
     most = max(merged + (between or out), between + out) + _ANSWERS_BYTES
     memory = int(size_bytes * _SHARE_AT_ONCE) + _LIBRARIES_BYTES + _CONVERTER_BYTES
@@ -222,7 +211,7 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
 
 def _seconds(form: str, size_bytes: int) -> tuple[float, float]:
     """Return a range: two busy cores took up to 98 s a GB for K-quants and 45 for others; desktops have more."""
-    slowest = _SECONDS_PER_GB[form] * size_bytes / 1e9
+    slowest = FORMATS[form].seconds_per_gb * size_bytes / 1e9
     return 8 + 0.1 * slowest, 30 + slowest
 
 

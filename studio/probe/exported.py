@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.errors import BadInput, StudioError
+from studio.core.export_formats import gguf_formats
 from studio.core.text import plain
 from studio.probe.gguf_header import read_gguf_header
-from studio.runs.job import GGUF_FORMATS, ExportRequest, MergeRequest, R, read_job
+from studio.runs.job import ExportRequest, MergeRequest, R, read_job
 from studio.runs.layout import RunPaths
 
 _SUFFIX = ".gguf"
@@ -21,7 +22,7 @@ class GgufFile:
 
     Attributes:
         path: The file.
-        form: llama.cpp's file type, one of `GGUF_FORMATS`; empty where it is not known.
+        form: llama.cpp's file type, such as `q8_0`; empty where it is not known.
         source: Where it comes from, in words.
     """
 
@@ -42,12 +43,12 @@ def exported_gguf(trained: RunPaths) -> list[GgufFile]:
     found: dict[str, GgufFile] = {}
     for paths in runs:
         job = _job(paths, ExportRequest)
-        if job is None or job.format not in GGUF_FORMATS:
+        if job is None or job.format not in gguf_formats():
             continue
         if job.run == root or job.source in merged:
             for path in _files(_exported(paths)):
                 found[job.format] = GgufFile(path, job.format, f"exported by {plain(paths.name, one_line=True)}")
-    return [found[form] for form in GGUF_FORMATS if form in found]
+    return [found[form] for form in gguf_formats() if form in found]
 
 
 def named_gguf(path: Path) -> GgufFile:

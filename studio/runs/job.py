@@ -101,7 +101,7 @@ class ExportRequest:
         source: Absolute path of a merged model's folder, or of an adapter's, which is merged first if the format
             wants a whole model.
         out: Absolute path of the folder that it gets, or of the file where it ends in `.gguf`.
-        format: One of `EXPORT_FORMATS`.
+        format: A key of `studio.core.export_formats.FORMATS`.
         run: Absolute path of the training run of an adapter; empty when there is none.
         base: Base of an adapter: a model folder, a hub id or `embedded`; empty means the one that the adapter names.
         revision: Revision of a hub model; empty means the newest.
@@ -120,17 +120,6 @@ class ExportRequest:
     onto: str = "original"
     push: str = ""
     then: tuple[str, ...] = ()
-
-
-GGUF_FORMATS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-"""llama.cpp's file types for whole models, by size."""
-ADAPTER_FORMATS = ("peft", "lora-gguf")
-"""Formats of an adapter alone: transformers' and llama.cpp's."""
-WHOLE_FORMATS = ("nf4", "int8", *GGUF_FORMATS)
-"""What a merged model can be exported to: llama.cpp's types, and two of bitsandbytes, 4-bit NormalFloat with double
-quantisation and 8-bit integers with outliers apart."""
-EXPORT_FORMATS = (*ADAPTER_FORMATS, *WHOLE_FORMATS)
-"""What a run's adapter can be exported to; it is merged first for a format of whole models."""
 
 
 def kind_of(job: Job) -> str:

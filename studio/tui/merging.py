@@ -6,21 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio.core.errors import BadInput, StudioError
+from studio.core.export_formats import FORMATS, whole_formats
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint, list_checkpoints
-from studio.runs.job import GGUF_FORMATS, WHOLE_FORMATS, MergeRequest, read_job
+from studio.runs.job import MergeRequest, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
 
 MERGED = "merged"
 """The output that all others are made from: the 16-bit model."""
-FORMATS = WHOLE_FORMATS
-_WORDS = {
-    MERGED: "16-bit model folder",
-    "nf4": "4-bit folder (bitsandbytes)",
-    "int8": "8-bit folder (bitsandbytes)",
-    **{form: f"GGUF {form.upper()} (llama.cpp, Ollama)" for form in GGUF_FORMATS},
-}
+_MERGED_WORDS = "16-bit model folder"
 _LIBRARIES_BYTES = 700 * 10**6
 _WHOLE_UP_TO_BYTES = 2 * 10**9
 """Up to here (10^9 parameters) both models are also loaded whole, in fp32, for the texts side by side."""
@@ -104,12 +99,12 @@ def estimates_of(size_bytes: int | None) -> list[OutputEstimate]:
     from studio.probe.export import export_estimate  # noqa: PLC0415
 
     rows = [_merged_estimate(size_bytes)]
-    for form in FORMATS:
+    for form in whole_formats():
         taken = export_estimate(form, size_bytes) if size_bytes else None
         rows.append(
             OutputEstimate(
                 form,
-                _WORDS[form],
+                FORMATS[form].words,
                 taken.out_bytes if taken else None,
                 taken.disk_bytes if taken else None,
                 taken.memory_bytes if taken else None,
@@ -121,12 +116,12 @@ def estimates_of(size_bytes: int | None) -> list[OutputEstimate]:
 
 def _merged_estimate(size_bytes: int | None) -> OutputEstimate:
     if not size_bytes:
-        return OutputEstimate(MERGED, _WORDS[MERGED], None, None, None)
+        return OutputEstimate(MERGED, _MERGED_WORDS, None, None, None)
     whole = 2.6 * size_bytes if size_bytes <= _WHOLE_UP_TO_BYTES else 0.06 * size_bytes
     gigabytes = size_bytes / 1e9
     # tests/bench/merge_results.md: 1 to 8 GB on two cores, checks included.
     seconds = (6 + 2 * gigabytes, 20 + 8 * gigabytes)
-    return OutputEstimate(MERGED, _WORDS[MERGED], size_bytes, size_bytes, int(_LIBRARIES_BYTES + whole), seconds)
+    return OutputEstimate(MERGED, _MERGED_WORDS, size_bytes, size_bytes, int(_LIBRARIES_BYTES + whole), seconds)
 
 
 def free_disk(folder: Path) -> int | None:

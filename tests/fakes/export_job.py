@@ -6,7 +6,8 @@ from pathlib import Path
 
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Saved, Started
-from studio.runs.job import GGUF_FORMATS, ExportRequest, read_job
+from studio.core.export_formats import gguf_formats
+from studio.runs.job import ExportRequest, read_job
 from studio.runs.launched import start_next
 from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
@@ -24,7 +25,7 @@ def main(worker: Worker) -> None:
     worker.emit(Saved, what="exported", path=str(out))
     loss = {"tokens": 282, "mean_kl": 0.0069, "same_top_token": 0.975}
     golden = {"conversations": 5, "tokens": 293, "ends_with_stop": True, "bos_doubled": False, "composes": False}
-    found = {"loss": loss, "golden": golden} if request.format in GGUF_FORMATS else {}
+    found = {"loss": loss, "golden": golden} if request.format in gguf_formats() else {}
     worker.emit(Finished, outcome="done", result={"format": request.format, **found})
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from studio.core.events import Started
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
-from studio.jobs.export import quantised, whole_model
+from studio.jobs.export import quantised, work
 from studio.jobs.export.model_card import Training, adapter_card
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.safetensors_file import SafetensorsHeader
@@ -241,8 +241,8 @@ def test_a_merge_that_native_code_ended_is_told_with_its_reason(tmp_path: Path) 
     paths = RunPaths(tmp_path / "export" / "merge")
     paths.root.mkdir(parents=True)
     history = History(started=Started(at=1.0, job="merge"))
-    assert whole_model._ended_early(paths, history).kind == "merge_crashed"
+    assert work._ended_early(paths, history).kind == "merge_crashed"
     paths.output.write_text("Fatal Python error: Segmentation fault\n")
-    failure = whole_model._ended_early(paths, history)
+    failure = work._ended_early(paths, history)
     assert failure.kind == "native_crash"
     assert "lora-studio runs resume RUN" in failure.advice, "the export's name is put in by its reader"

@@ -22,7 +22,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from studio.core.errors import JobFailed
-from studio.jobs.export.hub_push import push_folder
+from studio.jobs.export.job import push_folder
 try:
     print(push_folder(Path(sys.argv[1]), sys.argv[2]))
 except JobFailed as failed:

@@ -22,7 +22,7 @@ from torch import Tensor
 from studio.jobs.base.llama import tool_process
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE
 from studio.jobs.base.weights.streamed import folder_logits
-from studio.jobs.export import answers, job
+from studio.jobs.export import gguf, job, work
 from studio.jobs.export.work import Work
 from studio.runs.chain import beside
 from studio.runs.control import request
@@ -62,7 +62,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "vocabulary").write_text(str(logits.shape[-1]))
         return logits
 
-    monkeypatch.setattr(answers, "folder_logits", kept)
+    monkeypatch.setattr(work, "folder_logits", kept)
     return folder
 
 
@@ -102,10 +102,9 @@ def merged(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def readable_header(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in writes no real file."""
-    from studio.jobs.export import gguf as reading
     from studio.probe.gguf_header import GgufHeader
 
-    monkeypatch.setattr(reading, "read_gguf_header", lambda path: GgufHeader({}, {}))
+    monkeypatch.setattr(gguf, "read_gguf_header", lambda path: GgufHeader({}, {}))
 
 
 def _failure(paths: RunPaths) -> Any:
@@ -217,10 +216,10 @@ def test_a_stop_ends_what_hangs_and_leaves_nothing(
 def test_a_disk_that_fills_up_leaves_nothing(
     merged: Path, export: Export, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*called: Any) -> None:
+    def full(*called: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(job, "write_model_files", full)
+    monkeypatch.setattr(gguf, "modelfile", full)
     assert _failure(export(merged, tmp_path / "out", "f16")).failure == "disk_full"
     assert _nothing_left(tmp_path)
 

@@ -16,10 +16,9 @@ from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.data.template import render, with_system_folded
 from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
 from studio.jobs.base.weights.skeleton import build_skeleton, clean_name
-from studio.jobs.export.chat_form import ChatForm, chat_form
-from studio.jobs.export.gguf_folder import modelfile, stop_words
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.lora_gguf import fold
+from studio.jobs.export.modelfile import ChatForm, chat_form, modelfile, stop_words
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import Message
 from studio.probe.export import refuse_what_gguf_lacks

@@ -2,8 +2,8 @@
 
 import pytest
 
+from studio.core.export_formats import gguf_formats
 from studio.probe.export import export_estimate
-from studio.runs.job import GGUF_FORMATS
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,9 @@ def test_measured_exports_are_within_the_estimate(
 
 
 def test_larger_formats_are_larger_and_a_merge_needs_more_room() -> None:
-    sizes = [export_estimate(form, 10**10).out_bytes for form in GGUF_FORMATS]
+    sizes = [export_estimate(form, 10**10).out_bytes for form in gguf_formats()]
     assert sizes == sorted(sizes, reverse=True)
-    for form in (*GGUF_FORMATS, "nf4", "int8"):
+    for form in (*gguf_formats(), "nf4", "int8"):
         alone, merging = export_estimate(form, 10**10), export_estimate(form, 10**10, merges=True)
         assert alone.out_bytes <= alone.disk_bytes < merging.disk_bytes
     # The 16-bit file in between is there beside the quantised one, and beside the merged model before that.

@@ -6,8 +6,8 @@ minutes of merging. Where a SentencePiece vocabulary gets a space before a text 
 the two and not in the other, the file is told to do as the run did.
 """
 
-import json
 import re
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import JobFailed
+from studio.jobs.base.closeness import Closeness, rows_of
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
-from studio.jobs.base.load import base_folder, load_tokenizer
-from studio.jobs.export.answers import TEXTS, Loss, compare, merged_answers, rows_of
+from studio.jobs.base.load import load_tokenizer
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.golden import Golden, check_golden, golden_texts
-from studio.jobs.export.whole_model import is_adapter, merge_first
-from studio.jobs.export.work import Work
-from studio.probe.adapter_folder import find_adapter
+from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
+from studio.jobs.export.modelfile import MODELFILE, chat_form, context_of, generation_of, modelfile, stop_words
+from studio.jobs.export.work import TEXTS, Work, loss_of, merged_answers, tokens_for
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, check_folder, read_config
-from studio.probe.models import find_base
-from studio.runs.job import ExportRequest
 
 _KIND = "tokenizer.ggml.model"
 _PHI3 = ("phi-3", "phi3")
@@ -35,8 +33,8 @@ _PHI3 = ("phi-3", "phi3")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a file must say so that llama.cpp reads texts as the training run did.
+class Told:
+    """What a file is told to say so that llama.cpp reads texts as the training run did.
 
     Attributes:
         name: `general.name`.
@@ -47,7 +45,7 @@ class Reading:
     space: str = "default"
 
 
-def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary: Path) -> Reading:
+def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary: Path) -> Told:
     """Return how the file is to be written.
 
     Args:
@@ -69,9 +67,9 @@ def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary:
         if read_gguf_header(vocabulary).metadata.get(_KIND) != "llama":
             raise
         if space := _right_space(tool, vocabulary, trained):
-            return Reading(name, space)
+            return Told(name, space)
         raise
-    return Reading(name)
+    return Told(name)
 
 
 def _right_space(tool: LlamaTool, vocabulary: Path, trained: Any) -> str:
@@ -93,111 +91,71 @@ _BROKEN_KL = 0.05
 """Neither 16 bits nor q8_0 can cost this much: then the conversion is wrong, whatever the reason."""
 _ROWS_BEFORE = 2
 """Of the rows that a file is compared on, those that a 16-bit file is compared on before it is quantised."""
-_GENERATION = "generation_config.json"
 _FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
 
 
-@dataclass(frozen=True, slots=True)
-class GgufMade:
-    """A GGUF file that was checked.
-
-    Attributes:
-        path: Where it lies.
-        golden: What the golden conversations showed.
-        loss: Against the merged model; None where that one cannot be run layer by layer.
-        tokenizer: Of the merged model.
-        config: Its `config.json`.
-        generation: Its `generation_config.json`; empty where it has none.
-    """
-
-    path: Path
-    golden: Golden
-    loss: Loss | None
-    tokenizer: Any
-    config: dict[str, Any]
-    generation: dict[str, Any]
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """For the run's report."""
-        return {"golden": asdict(self.golden), "loss": asdict(self.loss) if self.loss else None}
-
-
-def make_gguf(work: Work, request: ExportRequest, out: Path) -> GgufMade:
-    """Write a whole model as one GGUF file.
+def write_gguf(work: Work, made: Path) -> dict[str, Any]:
+    """Write a whole model as one GGUF file, with Modelfile and card beside it.
 
     Args:
         work: The export.
-        request: What to write.
-        out: The file.
+        made: A new folder.
+
+    Returns:
+        For the report: what the golden conversations showed, and what the format cost.
 
     Raises:
         BadInput: The model cannot be used.
         JobFailed: llama.cpp does not know the model, reads its tokenizer otherwise, or the file does not answer alike.
         OSError: The disk is full or not writable.
     """
-    tool, source = work.llama(), Path(request.source)
+    made.mkdir()
+    out = made / work.file_name
+    tool, source, form = work.llama(), work.source, work.request.format
     work.say("asking llama.cpp whether it knows this model")
-    folders = [base_of(work, request), source] if is_adapter(source) else [source]
+    folders = [work.base(), source] if work.adapter else [source]
     trained = load_tokenizer(source if (source / "tokenizer_config.json").is_file() else folders[0])
-    asked = make_view(work.folder / "asked", folders, weights=folders[0] if is_adapter(source) else None)
-    reading = ask_llama(tool, asked, trained, Path(request.out).stem, work.folder / "vocabulary.gguf")
-    merged = merge_first(work, request) if is_adapter(source) else source
+    asked = make_view(work.folder / "asked", folders, weights=folders[0] if work.adapter else None)
+    wanted_in_file = ask_llama(tool, asked, trained, Path(work.request.out).stem, work.folder / "vocabulary.gguf")
+    merged = work.merged()
     config, size_bytes = check_folder(merged)
-    generation, saved = generation_of(merged), load_tokenizer(merged)
-    rows = rows_of([*golden_texts(saved), *TEXTS], saved, size_bytes / 2)
+    generation = generation_of(merged)  # read now: a model that was merged for this is deleted once it is converted
+    saved = load_tokenizer(merged)
+    rows = rows_of([*golden_texts(saved), *TEXTS], saved, tokens_for(size_bytes))
     wanted = merged_answers(work, merged, rows)
 
-    def loss_of(file: Path, rows: list[list[int]] = rows) -> Loss | None:
+    def loss_in(file: Path, rows: list[list[int]] = rows) -> Closeness | None:
         if wanted is None:
             return None
         work.say("checking", detail=f"answers in llama.cpp{'' if file == out else ', in 16 bits'}")
-        return compare(llama_logits(tool, file, rows, work.folder), wanted[: sum(map(len, rows))])
+        return loss_of(llama_logits(tool, file, rows, work.folder), wanted[: sum(map(len, rows))])
 
     # 16 bits in between lose nothing: bf16 weights stay bf16, all others fit fp16.
     sixteen = "bf16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "f16"
-    kind = _FILE_TYPES.get(request.format)
+    kind = _FILE_TYPES.get(form)
     first = work.folder / "between.gguf" if kind else out
-    _convert(work, tool, sixteen if kind else request.format, merged, out=first, reading=reading)
+    _convert(work, tool, sixteen if kind else form, merged, out=first, wanted=wanted_in_file)
     if kind:
         # Rounding to a few bits would hide a conversion that is wrong; a few tokens show it.
-        _require_right(loss_of(first, rows[:_ROWS_BEFORE]))
-        _quantise(work, tool, request.format, first, out=out)
+        _require_right(loss_in(first, rows[:_ROWS_BEFORE]))
+        _quantise(work, tool, form, first, out=out)
     work.say("checking", detail="tokens in llama.cpp")
     golden = check_golden(tool, out, [trained, saved])
-    loss = loss_of(out)
+    loss = loss_in(out)
     if not kind:
         _require_right(loss)
-    _warn(work, golden, request.format, loss)
-    return GgufMade(out, golden, loss, saved, config, generation)
+    _warn(work, golden, form, loss)
+    _write_beside(work, out, golden, loss, (saved, config, generation))
+    return {"golden": asdict(golden), "loss": asdict(loss) if loss else None}
 
 
-def generation_of(folder: Path) -> dict[str, Any]:
-    """Return a model's `generation_config.json`, or nothing where there is none that can be read."""
-    try:
-        table = json.loads((folder / _GENERATION).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def base_of(work: Work, request: ExportRequest) -> Path:
-    """Return the folder of the base that an adapter is exported with, fetched or converted first where needed.
-
-    Raises:
-        BadInput: It cannot be had.
-    """
-    base = find_base(request.base or find_adapter(Path(request.source)).base, request.revision)
-    return base_folder(base, work.say)
-
-
-def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, reading: Reading) -> None:
+def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, wanted: Told) -> None:
     """Write a model in 16 bits or q8_0; one that was merged for it is deleted then."""
     size_bytes = check_folder(merged)[1]
     view = make_view(work.folder / "view", [merged], weights=merged)
     expected = size_bytes * 8.5 / 16 if form == "q8_0" else size_bytes
     tell = partial(work.say, "converting")
-    words = (view, out, form, reading.name, reading.space)
+    words = (view, out, form, wanted.name, wanted.space)
     tool.run("convert", *words, out=out, expected_bytes=int(expected), tell=tell)
     if merged == work.scratch.merged:
         shutil.rmtree(merged, ignore_errors=True)
@@ -215,7 +173,7 @@ def _quantise(work: Work, tool: LlamaTool, form: str, first: Path, *, out: Path)
         )
 
 
-def _require_right(loss: Loss | None) -> None:
+def _require_right(loss: Closeness | None) -> None:
     """Refuse a file in 16 bits, or in q8_0, that is not the merged model.
 
     Raises:
@@ -230,7 +188,7 @@ def _require_right(loss: Loss | None) -> None:
         )
 
 
-def _warn(work: Work, golden: Golden, form: str, loss: Loss | None) -> None:
+def _warn(work: Work, golden: Golden, form: str, loss: Closeness | None) -> None:
     if loss and loss.mean_kl > FAR[form]:
         work.warn(
             f"{form} is {loss.mean_kl:.3f} nats a token from the merged model, more than is usual ({FAR[form]:g}): "
@@ -251,3 +209,47 @@ def _warn(work: Work, golden: Golden, form: str, loss: Loss | None) -> None:
             "the tokenizer composes letters and their accents (NFC), llama.cpp does not: text that has them apart, as "
             "macOS writes file names, is read as other tokens there"
         )
+
+
+def _write_beside(
+    work: Work, file: Path, golden: Golden, loss: Closeness | None, model: tuple[Any, dict[str, Any], dict[str, Any]]
+) -> None:
+    """Write Modelfile and card; the model is its tokenizer, config and generation config."""
+    tokenizer, config, generation = model
+    text = modelfile(
+        f"./{file.name}",
+        chat_form(tokenizer),
+        stops=stop_words(tokenizer),
+        context=context_of(config),
+        generation=generation,
+        adds_bos=golden.adds_bos,
+    )
+    (file.parent / MODELFILE).write_text(text, encoding="utf-8")
+    checked = [
+        f"{work.request.format}, loaded in llama.cpp; {loss_line(loss, 'the merged 16-bit model')}",
+        f"{golden.conversations} conversations give the same {golden.tokens} tokens in training, in the saved "
+        "tokenizer and in llama.cpp",
+        f"every answer ends with a stop token: {'yes' if golden.ends_with_stop else 'no'}",
+    ]
+    training = training_of(work.request.run)
+    card = model_card(work.adapter, file.stem, training, checked=checked, use=_use(file.name), tag="gguf")
+    (file.parent / CARD).write_text(card, encoding="utf-8")
+
+
+def _use(name: str) -> list[str]:
+    return [
+        "With llama.cpp, which reads the chat template from the file:",
+        "",
+        "```sh",
+        f"llama-cli -m {shlex.quote(name)}",
+        f"llama-server -m {shlex.quote(name)}",
+        "```",
+        "",
+        "With Ollama:",
+        "",
+        "```sh",
+        "ollama create tuned -f Modelfile && ollama run tuned",
+        "```",
+        "",
+        "LM Studio finds the file in its models folder.",
+    ]

@@ -1,50 +1,50 @@
 """Writes an adapter or a merged model in the format that was asked for, whole or not at all.
 
 What each format is, and how it is checked, stands in its own module; here is what they share: the scratch
-directory, an early end, a full disk, the card, the upload.
+directory, an early end, a full disk, the upload.
 """
 
 import errno
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import HfApi, errors
 
-from studio.core.errors import JobFailed, StudioError
+from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
-from studio.core.recipe import Recipe
+from studio.core.export_formats import gguf_formats
 from studio.core.text import plain
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.progress import PhaseTeller, read_fingerprint
-from studio.jobs.export.answers import Loss
-from studio.jobs.export.gguf import base_of, make_gguf
-from studio.jobs.export.gguf_folder import write_lora_files, write_model_files
-from studio.jobs.export.hub_push import push_folder
-from studio.jobs.export.lora_gguf import make_lora_gguf
-from studio.jobs.export.model_card import Training, loss_line, model_card
-from studio.jobs.export.peft_folder import CARD, write_peft_folder
-from studio.jobs.export.quantised import make_quantised
-from studio.jobs.export.whole_model import is_adapter, merge_first
-from studio.jobs.export.work import Work
-from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
+from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.export.gguf import write_gguf
+from studio.jobs.export.lora_gguf import write_lora_gguf
+from studio.jobs.export.peft_folder import write_peft_folder
+from studio.jobs.export.quantised import write_quantised
+from studio.jobs.export.work import GGUF, Work
+from studio.probe.adapter_folder import find_adapter
 from studio.probe.export import check_export
-from studio.probe.fingerprint import refuse_another_base
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
-from studio.runs.history import History
-from studio.runs.job import ExportRequest, read_job
-from studio.runs.layout import RunPaths
-from studio.runs.log import read_events
+from studio.runs.job import ExportRequest
+from studio.runs.layout import ADAPTER_CONFIG
 from studio.runs.scratch import export_scratch, only_writer, publish_result
 from studio.runs.store import left_over
 from studio.runs.worker import Worker
 
+WRITERS: dict[str, Callable[[Work, Path], dict[str, Any]]] = {
+    "peft": write_peft_folder,
+    "lora-gguf": write_lora_gguf,
+    "nf4": write_quantised,
+    "int8": write_quantised,
+    **dict.fromkeys(gguf_formats(), write_gguf),
+}
+"""What writes each format: everything into a new folder; it returns what belongs into the report."""
 _FULL_BYTES = 10**6
-_GGUF = ".gguf"
-_MADE = "made"
+_LOGIN = "log in with: hf auth login (or set HF_TOKEN) and push again; the export itself is whole"
 
 
 def export_run(worker: Worker, request: ExportRequest) -> None:
@@ -63,9 +63,11 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
     scratch = export_scratch(out)
     with only_writer(scratch, out):
         scratch.claim(worker.paths)
-        work = Work(worker, scratch, PhaseTeller(worker.emit))
+        source = Path(request.source)
+        adapter = find_adapter(source) if (source / ADAPTER_CONFIG).is_file() else None
+        work = Work(worker, request, adapter, scratch, PhaseTeller(worker.emit))
         _tell_left_over(work, out.parent)
-        _export(work, request, out)
+        _export(work, out)
 
 
 def _tell_left_over(work: Work, folder: Path) -> None:
@@ -75,15 +77,15 @@ def _tell_left_over(work: Work, folder: Path) -> None:
             work.warn(f"a job that was killed has left {left.words}: {left.advice}")
 
 
-def _export(work: Work, request: ExportRequest, out: Path) -> None:
-    worker, scratch = work.worker, work.folder
+def _export(work: Work, out: Path) -> None:
+    worker, request, scratch, made = work.worker, work.request, work.folder, work.folder / "made"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        found = _write(work, request)
+        found = WRITERS[request.format](work, made)
         work.heed()
         work.say("saving")
-        _publish(scratch / _MADE, out)
+        publish_result(made if out.suffix != GGUF else made / out.name, out, "the export")
     except Cancelled:
         worker.emit(Finished, outcome="stopped")
         return
@@ -115,79 +117,33 @@ def _refused(error: Exception, out: Path) -> JobFailed | None:
     return disk_failure(error, place=out.parent, kept=kept, advice=advice)
 
 
-def _write(work: Work, request: ExportRequest) -> dict[str, Any]:
-    """Write everything into the folder `made`; return what belongs into the report."""
-    source, out, made = Path(request.source), Path(request.out), work.folder / _MADE
-    adapter = find_adapter(source) if is_adapter(source) else None
-    training = _training(request.run)
-    if request.format == "peft" and adapter:
-        write_peft_folder(adapter, made, out.name, training)
-        return {}
-    if request.format in ("nf4", "int8"):
-        merged = merge_first(work, request) if adapter else source
-        loss = make_quantised(work, merged, request.format, made)
-        _write_card(made, adapter, training, request, loss)
-        return {"loss": asdict(loss) if loss else None}
-    made.mkdir()
-    file = made / _file_name(out, request.format)
-    if request.format == "lora-gguf" and adapter:
-        base = base_of(work, request)
-        run = request.run or run_of_adapter(source)
-        refuse_another_base(run, base, lambda folder: read_fingerprint(work.worker, folder))
-        lora = make_lora_gguf(work, adapter, base, file)
-        write_lora_files(file, adapter, base, training, lora)
-        return lora.report
-    gguf = make_gguf(work, request, file)
-    write_model_files(gguf, request.format, adapter, training)
-    return gguf.report
+def push_folder(out: Path, repository: str) -> str:
+    """Upload a folder, or one file, and return the repository's address.
 
+    A new repository is private: making it public is a decision of its own, taken on the hub.
 
-def _publish(made: Path, out: Path) -> None:
-    """Give the result its name: the folder, or of it the one file where a file was asked for."""
-    publish_result(made if out.suffix != _GGUF else made / out.name, out, "the export")
-
-
-def _file_name(out: Path, form: str) -> str:
-    """Return the name of the GGUF file: what was asked for, else the folder's, which may end with the format."""
-    if out.suffix == _GGUF:
-        return out.name
-    stem = out.name.removesuffix(f"-{form}") or out.name
-    return f"{stem}-{form.upper().replace('LORA-GGUF', 'LoRA')}{_GGUF}"
-
-
-def _write_card(
-    folder: Path, adapter: AdapterFound | None, training: Training, request: ExportRequest, loss: Loss | None
-) -> None:
-    name = Path(request.out).name
-    use = [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
-        "```",
-    ]
-    checked = [f"{request.format} through bitsandbytes, from the merged 16-bit model", loss_line(loss, "that model")]
-    text = model_card(adapter, name, training, checked=checked, use=use, tag="transformers")
-    (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def _training(run: str) -> Training:
-    """Return recipe, history and audit of a training run, where they can still be read."""
-    if not run:
-        return Training()
-    paths, history = RunPaths(Path(run)), History()
+    Raises:
+        JobFailed: There is no token, the hub refuses, or it cannot be reached. The message holds no token.
+    """
+    hub = HfApi()
+    message = "Upload an export of lora-studio"
     try:
-        recipe = read_job(paths, Recipe)
-        history.fold(read_events(paths.events))
-    except (StudioError, OSError):
-        return Training()
-    return Training(recipe, history, _audit(paths.audit))
-
-
-def _audit(path: Path) -> dict[str, Any] | None:
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return table if isinstance(table, dict) else None
+        made = hub.create_repo(repository, private=True, exist_ok=True)
+        if out.is_dir():
+            hub.upload_folder(repo_id=made.repo_id, folder_path=out, commit_message=message)
+        else:
+            hub.upload_file(repo_id=made.repo_id, path_or_fileobj=out, path_in_repo=out.name, commit_message=message)
+    except errors.LocalTokenNotFoundError:
+        raise JobFailed("push_refused", "no token of the hub is known on this computer", _LOGIN) from None
+    except errors.HFValidationError as error:
+        why = plain(str(error), one_line=True, limit=200)
+        raise JobFailed("push_refused", why, "name the repository as OWNER/NAME") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise JobFailed("push_refused", f"the hub refused the upload (HTTP {status})", _LOGIN) from None
+    except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
+        why = type(error).__name__  # its words may hold headers, and these the token
+        raise JobFailed(
+            "push_failed", f"the upload did not succeed ({why})", "try again later; the export itself is whole"
+        ) from None
+    return str(made)

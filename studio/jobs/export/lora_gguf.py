@@ -6,7 +6,8 @@ keeps as one wide pair, are taken apart into a pair of stacks `[experts, ...]` f
 """
 
 import json
-from dataclasses import asdict, dataclass
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.core.errors import JobFailed
+from studio.core.text import plain
+from studio.jobs.base.closeness import Closeness, padded, rows_of
+from studio.jobs.base.data.template import starts_with_bos
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.skeleton import ADAPTER, Skeleton, build_skeleton, clean_name
 from studio.jobs.base.weights.streamed import adapted_logits
-from studio.jobs.export.answers import TEXTS, Loss, compare, padded, rows_of
 from studio.jobs.export.gguf_view import make_view
-from studio.jobs.export.work import Work
-from studio.probe.adapter_folder import AdapterFound
+from studio.jobs.export.model_card import CARD, Training, loss_line, model_card, training_of
+from studio.jobs.export.modelfile import MODELFILE, chat_form, context_of, generation_of, modelfile, stop_words
+from studio.jobs.export.work import TEXTS, Work, loss_of, tokens_for
+from studio.probe.adapter_folder import AdapterFound, find_adapter, run_of_adapter
 from studio.probe.export import refuse_what_gguf_lacks
+from studio.probe.fingerprint import refuse_another_base
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.model_folder import CONFIG, check_folder, read_config
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -38,34 +45,27 @@ _PREFIX = "base_model.model."
 """Of names in an adapter's file, before what the model itself calls its modules."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoraMade:
-    """A LoRA file that was checked; `loss` is against base + adapter, None where the base was too large for it."""
-
-    tensors: int
-    loss: Loss | None
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """For the run's report."""
-        return {"tensors": self.tensors, "loss": asdict(self.loss) if self.loss else None}
-
-
-def make_lora_gguf(work: Work, adapter: AdapterFound, base: Path, out: Path) -> LoraMade:
-    """Write an adapter as one GGUF file.
+def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
+    """Write an adapter as one GGUF file, with Modelfile and card beside it.
 
     Args:
         work: The export.
-        adapter: What to write.
-        base: The base model's folder.
-        out: The file.
+        made: A new folder.
+
+    Returns:
+        For the report: how many tensors it has, and what differs from base and adapter, where that was tried.
 
     Raises:
-        BadInput: The base cannot be used.
+        BadInput: The base cannot be used, or is not the one that was trained on.
         JobFailed: llama.cpp's converter refuses it, or the file does not act as the adapter does.
         OSError: The disk is full or not writable.
     """
+    adapter, base = work.adapter or find_adapter(work.source), work.base()
+    run = work.request.run or run_of_adapter(work.source)
+    refuse_another_base(run, base, lambda folder: read_fingerprint(work.worker, folder))
     refuse_what_gguf_lacks(adapter, str(read_config(base / CONFIG).get("model_type")))
+    made.mkdir()
+    out = made / work.file_name
     tool = work.llama()
     work.say("converting")
     skeleton, folded = build_skeleton(base, adapter), work.folder / "adapter"
@@ -78,7 +78,10 @@ def make_lora_gguf(work: Work, adapter: AdapterFound, base: Path, out: Path) -> 
             f"the LoRA file holds {tensors} tensors, the adapter {wanted}",
             "merge the adapter and export the merged model instead",
         )
-    return LoraMade(tensors, _check(work, tool, skeleton, base, out))
+    loss = _check(work, tool, skeleton, base, out)
+    checked = f"{tensors} tensors; on its base in llama.cpp, {loss_line(loss, 'base + adapter')}"
+    _write_beside(out, adapter, base, training_of(work.request.run), checked)
+    return {"tensors": tensors, "loss": asdict(loss) if loss else None}
 
 
 def fold(adapter: AdapterFound, adapted: PeftModel, folder: Path) -> int:
@@ -135,7 +138,7 @@ def _stacks(experts: str, layer: Any, first: Tensor, second: Tensor) -> dict[str
     return made
 
 
-def _check(work: Work, tool: LlamaTool, skeleton: Skeleton, base: Path, out: Path) -> Loss | None:
+def _check(work: Work, tool: LlamaTool, skeleton: Skeleton, base: Path, out: Path) -> Closeness | None:
     size_bytes = check_folder(base)[1]
     if size_bytes > _LARGEST_CHECKED_BYTES:
         work.warn(
@@ -144,13 +147,13 @@ def _check(work: Work, tool: LlamaTool, skeleton: Skeleton, base: Path, out: Pat
         )
         return None
     work.say("checking", detail="answers of base and adapter")
-    rows = rows_of(TEXTS, load_tokenizer(base), size_bytes / 2)
+    rows = rows_of(TEXTS, load_tokenizer(base), tokens_for(size_bytes))
     ids, mask = padded(rows)
     wanted = adapted_logits(skeleton, base, ids, mask)[mask.bool()]
     work.say("checking", detail="answers in llama.cpp")
     gguf = work.folder / "base.gguf"
     tool.run("convert", make_view(work.folder / "base", [base], weights=base), gguf, "f16", "base", "default")
-    loss = compare(llama_logits(tool, gguf, rows, work.folder, str(out)), wanted)
+    loss = loss_of(llama_logits(tool, gguf, rows, work.folder, str(out)), wanted)
     gguf.unlink()
     if loss.mean_kl > _BROKEN_KL:
         raise JobFailed(
@@ -159,3 +162,31 @@ def _check(work: Work, tool: LlamaTool, skeleton: Skeleton, base: Path, out: Pat
             "merge the adapter and export the merged model instead",
         )
     return loss
+
+
+def _write_beside(file: Path, adapter: AdapterFound, base: Path, training: Training, checked: str) -> None:
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(adapter.folder if own else base)
+    text = modelfile(
+        "BASE",
+        chat_form(tokenizer),
+        stops=stop_words(tokenizer),
+        context=context_of(read_config(base / CONFIG)),
+        generation=generation_of(base),
+        adds_bos=starts_with_bos(tokenizer),
+        adapter=f"./{file.name}",
+    )
+    shown = plain(Path(adapter.base).name or "the base model", one_line=True)
+    head = f"# Put the base model here: a GGUF file of {shown}, or its name in Ollama.\n"
+    (file.parent / MODELFILE).write_text(head + text, encoding="utf-8")
+    use = [
+        "On a GGUF file of the base model:",
+        "",
+        "```sh",
+        f"llama-cli -m BASE.gguf --lora {shlex.quote(file.name)}",
+        "```",
+        "",
+        "With Ollama: name the base in the Modelfile, then `ollama create tuned -f Modelfile`.",
+    ]
+    card = model_card(adapter, file.stem, training, checked=[checked], use=use, tag="gguf")
+    (file.parent / CARD).write_text(card, encoding="utf-8")

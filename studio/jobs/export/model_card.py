@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio.core.errors import StudioError
 from studio.core.recipe import PLACES, Recipe
 from studio.core.text import plain
-from studio.jobs.export.answers import Loss
+from studio.jobs.base.closeness import Closeness
 from studio.probe.adapter_folder import AdapterFound
 from studio.runs.history import History
+from studio.runs.job import read_job
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
 from studio.runs.recipe_file import dump_recipe
 from studio.runs.summary import gain_of
 
+CARD = "README.md"
 _LONGEST_AUDIT = 8000
 _CACHED = "models--"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -27,6 +32,27 @@ class Training:
     recipe: Recipe | None = None
     history: History | None = None
     audit: dict[str, Any] | None = None
+
+
+def training_of(run: str) -> Training:
+    """Return recipe, history and audit of a training run, where they can still be read."""
+    if not run:
+        return Training()
+    paths, history = RunPaths(Path(run)), History()
+    try:
+        recipe = read_job(paths, Recipe)
+        history.fold(read_events(paths.events))
+    except (StudioError, OSError):
+        return Training()
+    return Training(recipe, history, _audit_of(paths.audit))
+
+
+def _audit_of(path: Path) -> dict[str, Any] | None:
+    try:
+        table = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return table if isinstance(table, dict) else None
 
 
 def adapter_card(adapter: AdapterFound, name: str, training: Training) -> str:
@@ -63,7 +89,7 @@ def model_card(
     return _text([*lines, *_figures(training), "## Use", "", *use, *_recipe(training.recipe)])
 
 
-def loss_line(loss: Loss | None, against: str) -> str:
+def loss_line(loss: Closeness | None, against: str) -> str:
     """Return how close an export is to what it was made from, in words."""
     if loss is None:
         return "its answers could not be compared"

@@ -2,29 +2,34 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from studio.jobs.export.model_card import Training, adapter_card
-from studio.probe.adapter_folder import AdapterFound
+from studio.jobs.export.model_card import CARD, adapter_card, training_of
+from studio.jobs.export.work import Work
+from studio.probe.adapter_folder import find_adapter
 
-CARD = "README.md"
 
-
-def write_peft_folder(adapter: AdapterFound, folder: Path, name: str, training: Training) -> None:
+def write_peft_folder(work: Work, made: Path) -> dict[str, Any]:
     """Copy an adapter's files byte by byte and write its card.
 
     Args:
-        adapter: What to export.
-        folder: A new folder.
-        name: What it will be called.
-        training: Its run, where it is known.
+        work: The export.
+        made: A new folder.
+
+    Returns:
+        Nothing for the report.
 
     Raises:
+        BadInput: The source is no adapter.
         OSError: The disk is full or not writable.
     """
-    folder.mkdir(parents=True)
+    adapter = work.adapter or find_adapter(work.source)
+    made.mkdir()
     for path in sorted(adapter.folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.name != CARD:
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, made / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, folder / path.name)
-    (folder / CARD).write_text(adapter_card(adapter, name, training), encoding="utf-8")
+            shutil.copytree(path, made / path.name)
+    card = adapter_card(adapter, Path(work.request.out).name, training_of(work.request.run))
+    (made / CARD).write_text(card, encoding="utf-8")
+    return {}

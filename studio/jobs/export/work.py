@@ -1,15 +1,51 @@
-"""What every format's export needs at hand: the run that it tells, a folder for what lies about, the user's word."""
+"""What every format's export needs at hand: its run and request, a scratch directory, the merged model, llama.cpp.
 
+Merging is a job of its own, so it is done as one: a run inside this run's folder, followed to its end.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.core.events import Warned
+import torch
+from torch import Tensor
+
+from studio.core.errors import JobFailed
+from studio.core.events import Phase, Warned
 from studio.core.text import plain
+from studio.jobs.base.closeness import CANNOT_RUN, FEWEST_TOKENS, MOST_TOKENS, Closeness, compare, padded
 from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.jobs.base.load import base_folder
 from studio.jobs.base.progress import PhaseTeller, heed
-from studio.runs.scratch import Scratch
+from studio.jobs.base.weights.streamed import folder_logits
+from studio.probe.adapter_folder import AdapterFound
+from studio.probe.models import find_base
+from studio.runs.history import History
+from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.last_words import crash_of
+from studio.runs.layout import RunPaths
+from studio.runs.scratch import Scratch, merged_for
+from studio.runs.status import Status, run_status
+from studio.runs.supervise import launch, resume, stop
+from studio.runs.watch import RunWatch
 from studio.runs.worker import Worker
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. A quantised model should answer as the merged one does.",
+    "def add(a, b):\n    return a + b\n\n\nassert add(2, 3) == 5\n",
+    "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
+)
+"""On which an export is compared with what it was made from."""
+GGUF = ".gguf"
+_WORK = 2e11
+"""Parameters times tokens of one pass: a few seconds on two cores."""
+_MERGE = "studio.jobs.merge"
+"""By name, as jobs do not import each other."""
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +54,15 @@ class Work:
 
     Attributes:
         worker: Of the export's run.
+        request: What was asked for.
+        adapter: What is exported; None where the source is a merged model.
         scratch: Where it writes; gone at the end.
         say: Tells what is being done.
     """
 
     worker: Worker
+    request: ExportRequest
+    adapter: AdapterFound | None
     scratch: Scratch
     say: PhaseTeller
 
@@ -30,6 +70,20 @@ class Work:
     def folder(self) -> Path:
         """For what lies about meanwhile."""
         return self.scratch.folder
+
+    @property
+    def source(self) -> Path:
+        """The folder of the adapter or the merged model."""
+        return Path(self.request.source)
+
+    @property
+    def file_name(self) -> str:
+        """The name of a GGUF file: what was asked for, else the folder's, which may end with the format."""
+        out, form = Path(self.request.out), self.request.format
+        if out.suffix == GGUF:
+            return out.name
+        stem = out.name.removesuffix(f"-{form}") or out.name
+        return f"{stem}-{form.upper().replace('LORA-GGUF', 'LoRA')}{GGUF}"
 
     def warn(self, message: str) -> None:
         """Tell something that the user should know."""
@@ -50,4 +104,100 @@ class Work:
             BadInput: A folder was named that does not hold them.
             JobFailed: They could not be fetched.
         """
-        return LlamaTool(ensure_tools(self.say, self.heed), self.worker.paths.tool_log, self.heed)
+        return LlamaTool(ensure_tools(self.say, self.heed), self.worker.paths.root / "tool.log", self.heed)
+
+    def base(self) -> Path:
+        """Return the folder of the base that an adapter is exported with, fetched or converted first where needed.
+
+        Raises:
+            BadInput: It cannot be had.
+        """
+        word = self.request.base or (self.adapter.base if self.adapter else "")
+        return base_folder(find_base(word, self.request.revision), self.say)
+
+    def merged(self) -> Path:
+        """Return the merged 16-bit model: the folder that was named, or one merged now from the adapter.
+
+        Raises:
+            JobFailed: The merge failed; the reason is its own.
+        """
+        return _merge_first(self) if self.adapter else self.source
+
+
+def tokens_for(size_bytes: float) -> float:
+    """Return how many tokens a model of this size in 16 bit can read in seconds."""
+    return min(MOST_TOKENS, max(FEWEST_TOKENS, _WORK / max(1.0, size_bytes / 2)))
+
+
+def merged_answers(work: Work, merged: Path, rows: Sequence[Sequence[int]]) -> Tensor | None:
+    """Return the merged model's fp32 logits `[tokens, vocabulary]`, one decoder layer in memory at a time.
+
+    Returns:
+        None, said aloud, where this model cannot be run so.
+    """
+    work.say("checking", detail="answers of the merged model")
+    ids, mask = padded(rows)
+    try:
+        return folder_logits(merged, ids, mask)[mask.bool()]
+    except CANNOT_RUN as error:
+        work.warn(f"the answers could not be compared: this model cannot be run layer by layer ({error})")
+        return None
+
+
+def loss_of(exported: Tensor, merged: Tensor) -> Closeness:
+    """Return what an export cost, from logits `[tokens, vocabulary]`.
+
+    Raises:
+        JobFailed: A logit of the exported model is not finite.
+    """
+    if not bool(torch.isfinite(exported).all()):
+        raise JobFailed("exported_nonfinite", "the exported model's logits hold NaN or infinity", "use another format")
+    return compare(exported, merged)
+
+
+def _merge_first(work: Work) -> Path:
+    """Merge the adapter into the folder beside the export's output, telling the merge's progress as its own."""
+    asked = work.request
+    paths, out = RunPaths(work.worker.paths.merge), merged_for(Path(asked.out))
+    if run_status(paths) is Status.finished:
+        if out.is_dir():
+            return out
+        shutil.rmtree(paths.root)  # the model was deleted meanwhile
+    if not paths.recipe.is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        paths.root.mkdir(mode=0o700, exist_ok=True)
+        merge = MergeRequest(asked.source, asked.base, str(out), asked.revision, onto=asked.onto, run=asked.run)
+        write_job(paths, merge)
+        launch(paths, _MERGE)
+    elif not run_status(paths).live:
+        resume(paths, module=_MERGE)  # of an export that was killed: whole shards are taken up again
+    watch = RunWatch(paths)
+    try:
+        while (events := watch.poll()) or run_status(paths).live:
+            for event in events:
+                if isinstance(event, Phase):
+                    work.say(f"merge: {event.name}", event.fraction, event.detail)
+                elif isinstance(event, Warned):
+                    work.warn(event.message)
+            work.heed()
+            if not events:
+                time.sleep(_POLL_SECONDS)
+    except BaseException:
+        stop(paths, grace_seconds=_STOP_SECONDS)  # its model must not appear when nobody is left to delete it
+        raise
+    watch.catch_up()
+    if failed := watch.history.failed:
+        raise JobFailed(failed.failure, f"the merge before the export failed: {failed.message}", failed.advice)
+    if watch.history.finished is None or not out.is_dir():
+        raise _ended_early(paths, watch.history)
+    return out
+
+
+def _ended_early(paths: RunPaths, history: History) -> JobFailed:
+    """Why the merge's process is gone without an event: what it printed last, where that tells it."""
+    if known := crash_of(paths, history):
+        # What goes on is the export, whose name its reader puts in.
+        advice = known.advice.replace(f"resume {paths.name}", "resume RUN")
+        return JobFailed(known.kind, f"the merge before the export ended early: {known}", advice)
+    where = plain(str(paths.output), one_line=True)
+    return JobFailed("merge_crashed", "the merge before the export ended early", f"look at the end of {where}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
+from studio.jobs.base.closeness import CANNOT_RUN
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.precision import DTYPES
@@ -43,7 +44,6 @@ _TEXTS = (
     "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
 )
 _AGAIN = f"or merge to another --out; to go on with this one: {RESUME}"
-_CANNOT_RUN = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 _UNPUBLISHED = "stopped before the merged model was published"
 _MOST_QUESTIONS = 2
 _SHOWN_CHARACTERS = 2000
@@ -184,7 +184,7 @@ def _verify(
             prompts.mask,
             lambda side, fraction: tell("checking", fraction, side),
         )
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         traceback.print_exception(error)
         message = f"the answers could not be compared: this model cannot be run layer by layer ({error})"
         worker.emit(Warned, topic="merge", message=plain(message, one_line=True, limit=400))
@@ -217,7 +217,7 @@ def _written(
             questions=prompts.questions,
             tell=lambda fraction, words: tell("checking", fraction, words),
         )
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         traceback.print_exception(error)
         return {"side_by_side": [], "no_text": plain(str(error), one_line=True, limit=200)}
     return {"side_by_side": written}

@@ -1,16 +1,15 @@
 """Proves that the files on disk behave like base + adapter: all bytes read again, some made again, logits compared."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
+from studio.jobs.base.closeness import FEWEST_TOKENS, MOST_TOKENS, Closeness, compare, padded, rows_of
 from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.shards import ShardWriter
@@ -23,21 +22,9 @@ _SAMPLE_BYTES = 4 * 2**20
 """Of the tensors that are made again whole, in fp32 and with the delta beside them; larger where all are larger."""
 _WORK = 8e10
 """Parameters times tokens of one pass: a few seconds on two cores."""
-_FEWEST_TOKENS, _MOST_TOKENS = 48, 384
 _MOST_LOGITS = 2**24
 """Of one model: 64 MiB."""
 _ADVICE = "the disk or the memory may be faulty; look at the system's log, then merge again"
-
-
-@dataclass(frozen=True, slots=True)
-class Closeness:
-    """Merged model against base + adapter on the same tokens: KL in nats, share of equal top tokens, logit gap."""
-
-    tokens: int
-    mean_kl: float
-    largest_kl: float
-    same_top_token: float
-    largest_logit_difference: float
 
 
 def read_back(writer: ShardWriter, tell: Callable[[float], None]) -> int:
@@ -114,36 +101,12 @@ def compare_logits(
     return closeness
 
 
-def compare(merged: Tensor, separate: Tensor) -> Closeness:
-    """Return how close logits `[tokens, vocabulary]` are to those that are meant."""
-    pairs = list(zip(merged, separate, strict=True))  # a token at a time: a vocabulary can be large
-    kl = torch.stack(
-        [
-            kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), log_target=True, reduction="sum")
-            for ours, theirs in pairs
-        ]
-    )
-    gaps = torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs])
-    return Closeness(
-        tokens=merged.shape[0],
-        mean_kl=max(0.0, float(kl.mean())),
-        largest_kl=max(0.0, float(kl.max())),
-        same_top_token=float((merged.argmax(-1) == separate.argmax(-1)).float().mean()),
-        largest_logit_difference=float(gaps.max()),
-    )
-
-
 def encode(texts: Sequence[str], tokenizer: Any, steps: MergeSteps) -> tuple[Tensor, Tensor]:
     """Return ids and mask `[batch, seq]` of some texts, as many tokens as a model of this size can do in seconds."""
     parameters = sum(torch.Size(output.shape).numel() for step in steps.steps for output in step.outputs)
     vocabulary = steps.skeleton.clean.config.get_text_config().vocab_size
-    budget = int(min(_MOST_TOKENS, _MOST_LOGITS / vocabulary, max(_FEWEST_TOKENS, _WORK / max(1, parameters))))
-    each = max(8, budget // len(texts))
-    rows = [tokenizer(text, add_special_tokens=False).input_ids[:each] or [0] for text in texts]
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids, mask
+    budget = min(MOST_TOKENS, _MOST_LOGITS / vocabulary, max(FEWEST_TOKENS, _WORK / max(1, parameters)))
+    return padded(rows_of(texts, tokenizer, budget))
 
 
 def _differs(key: str) -> JobFailed:

@@ -6,7 +6,7 @@ from typing import Any
 
 from textual.content import Content
 
-from studio.core.export_text import export_checks
+from studio.core.export_formats import export_checks
 from studio.core.text import plain
 from studio.probe.adapter_folder import Checkpoint
 from studio.runs.history import History
