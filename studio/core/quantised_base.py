@@ -80,11 +80,11 @@ def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]
     if base.in_four_bits and method == "qlora":
         kept = f", {len(base.skipped)} modules in 16 bit" if base.skipped else ""
         form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
-        return f"this base is already quantised ({base.words}): planned as it lies, {form}; a merge wants its original"
+        return f"this base is already quantised ({base.words}): planned as it is, {form}; a merge wants its original"
     if engine == "studio":
         return f"this base is {refusal(base, method)}. The plan is for that; train refuses this one"
     if base.method == BITSANDBYTES and method == "qlora":
-        return f"this base is already quantised ({base.words}): planned as it lies"
+        return f"this base is already quantised ({base.words}): planned as it is"
     return f"this base is already quantised ({base.words}): the plan is for its 16-bit original, without these kernels"
 
 

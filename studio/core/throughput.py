@@ -41,7 +41,7 @@ class Sustained:
 _SERVER = Sustained(0.90, 0.50, 0.65, 0.30, 1.5, "a roofline fitted to 51 published speeds of an A100 and an L40S")
 _LOW_POWER = Sustained(0.55, 0.16, 0.42, 0.30, 1.5, "a roofline fitted to 61 published speeds of a T4")
 _OTHER = Sustained(
-    0.70, 0.30, 0.55, 0.30, 1.8, "a roofline between what a T4 and an A100 sustain; nobody compared it on such a card"
+    0.70, 0.30, 0.55, 0.30, 1.8, "a roofline between what a T4 and an A100 sustain; not compared with such a card"
 )
 
 _LOW_POWER_BANDWIDTH, _SERVER_BANDWIDTH = 320.0, 800.0

@@ -58,7 +58,7 @@ def audited_recipe(paths: RunPaths) -> Recipe:
     """Return the recipe of a training run that has an adapter.
 
     Raises:
-        BadInput: It is none, or has none.
+        BadInput: It is no training run, or has no adapter.
     """
     job = read_job(paths, Recipe)
     name = plain(paths.name, one_line=True)

@@ -101,9 +101,9 @@ def refuse_another_base(run: str, folder: Path, look: Callable[[Path], Mapping[s
     """Refuse a base other than the one that a run trained on, also where the shapes are equal.
 
     Args:
-        run: The training run's folder; empty where it is not known: then nothing can be compared.
+        run: The training run's folder; empty where it is not known, and then nothing is compared.
         folder: The base.
-        look: Returns its fingerprint: `known_fingerprint` where nobody can wait, a job reads every weight.
+        look: Returns its fingerprint: `known_fingerprint` where a user waits; a job may read every weight.
 
     Raises:
         BadInput: The weights differ.

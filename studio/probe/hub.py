@@ -182,7 +182,7 @@ def _refusal(repo: str, revision: str, cached: str, error: Exception) -> tuple[s
         case _:
             why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=160)}"
     words = (
-        f"{name} cannot be had: it is no folder here; {cached}; and the hub cannot be asked ({why}). "
+        f"{name} cannot be found: there is no such folder here; {cached}; and the hub cannot be asked ({why}). "
         f"On a machine with a connection run: hf download {repo} --local-dir FOLDER, and give the path of its copy. "
         "Without any of it, the model 'embedded' is there."
     )

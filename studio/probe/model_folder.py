@@ -1,4 +1,4 @@
-"""Looks through a model folder before anything heavy is loaded: config, weights (whole, safetensors), tokenizer."""
+"""Checks a model folder before anything heavy is loaded: config, weights (whole, in safetensors), tokenizer."""
 
 import json
 from codecs import BOM_UTF8
@@ -16,10 +16,10 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _MOST_JSON_BYTES, _MOST_INDEX_BYTES = 8 * 2**20, 50 * 2**20
-"""Configs of large mixtures that list every module left unquantised have some 3 MB, their indices some 25."""
+"""Configs of large mixtures that list every unquantised module have some 3 MB, their indices some 25 MB."""
 
 _MOST_SHARDS = 10_000
-"""Checkpoints of a trillion parameters come in 62 to 191 files; each named file is looked for."""
+"""Models of a trillion parameters come in 62 to 191 files, and each file that the index names is looked for."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def check_folder(folder: Path) -> tuple[dict[str, Any], int]:
     """Return the config and the size of the weights in bytes of a folder that can be loaded.
 
     Raises:
-        BadInput: Says which file is missing, damaged or refused, and what to do.
+        BadInput: A file is missing, damaged or refused; the message says which, and what to do.
     """
     names = {path.name for path in folder.iterdir() if path.is_file()}
     if CONFIG not in names:
@@ -59,7 +59,7 @@ def weight_headers(folder: Path) -> list[SafetensorsHeader]:
         Nothing where the folder has none, or an index without any of its shards: a config is enough for a plan.
 
     Raises:
-        BadInput: The index is damaged or names what is not there, or a file is not whole; says which.
+        BadInput: The index is damaged, or a file that it names is missing or not whole; the message says which.
     """
     if (folder / WEIGHTS).is_file():
         return [read_header(folder / WEIGHTS)]
@@ -78,10 +78,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def require_safetensors(names: Iterable[str], where: str) -> None:
-    """Check that among the file names are the weights that transformers loads.
+    """Check that the file names include weights that transformers loads.
 
     Raises:
-        BadInput: There are none, or only in formats that we refuse.
+        BadInput: They do not, or only in formats that we refuse.
     """
     there = set(names)
     if WEIGHTS in there or INDEX in there:
@@ -112,7 +112,7 @@ def require_tokenizer(names: Iterable[str], where: str) -> None:
 
 
 def _sharded(folder: Path) -> list[SafetensorsHeader]:
-    """Return the headers of all shards of the index, each of which is whole and holds the tensors the index says."""
+    """Return the headers of all shards of the index; each is whole and holds the tensors that the index names."""
     shards = _shards(folder / INDEX)
     lacking = [name for name in shards if not (folder / name).is_file()]
     if len(lacking) == len(shards):
@@ -190,7 +190,7 @@ def _no_config(folder: Path, names: set[str]) -> str:
 
 
 def json_word(path: Path, key: str) -> str:
-    """Return a text of a JSON file, made harmless, or nothing where it is not there."""
+    """Return a text of a JSON file, made harmless; empty where it is not there."""
     try:
         value = _json(path).get(key)
     except BadInput:

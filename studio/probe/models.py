@@ -1,4 +1,4 @@
-"""Finds the base model that a word names, and checks it as far as that goes without loading a weight."""
+"""Finds the base model that a word names, and checks it as far as possible without loading a weight."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,11 @@ class BaseFound:
     """A base model that can be loaded.
 
     Attributes:
-        kind: Where it is: the embedded one, a local folder, or the hub (or its cache).
-        word: What the user called it.
-        path: The folder to load from; None while it must first be converted (embedded) or downloaded (hub).
-        config: Its `config.json`, where it can be known yet.
-        size_bytes: The weights: on disk, or as they will be in bf16 for the embedded model.
+        kind: Where it comes from: embedded, a local folder, or the hub (or its cache).
+        word: The word by which the user named it.
+        path: The folder to load from; None if it must be converted (embedded) or downloaded (hub) first.
+        config: Its `config.json`; None where it is not known yet.
+        size_bytes: Size of the weights: on disk, or in bf16 for the embedded model before it is converted.
         revision: Branch, tag or commit on the hub; empty for the newest.
         gguf: The file that the embedded model is converted from.
     """
@@ -39,12 +39,12 @@ class BaseFound:
 
     @property
     def quantization(self) -> str:
-        """How the weights on disk are quantised already: `gptq`, `bitsandbytes`, ...; empty where they are not."""
+        """What has quantised the weights on disk: `gptq`, `bitsandbytes`, ...; empty for 16- or 32-bit weights."""
         return self.quantised.method if self.quantised else ""
 
     @property
     def quantised(self) -> QuantisedBase | None:
-        """The form of weights that are quantised already; None where they are not."""
+        """How the weights of a prequantised model lie on disk; None for 16- or 32-bit weights."""
         return quantised_base(self.config or {})
 
 
@@ -54,7 +54,7 @@ def find_base(base: str, revision: str = "") -> BaseFound:
     A folder wins over a hub id of the same name. The hub is asked only when neither a folder nor the cache has it.
 
     Raises:
-        BadInput: Nothing by that name can be loaded; says what was tried, what is wrong with it and what to do.
+        BadInput: No such model can be loaded; the message says what was tried, what is wrong and what to do.
     """
     if base == EMBEDDED:
         return _embedded()
@@ -66,7 +66,7 @@ def find_base(base: str, revision: str = "") -> BaseFound:
 
 
 def word_anywhere(base: str) -> str:
-    """Return the word that names the same base to a process in another folder: the whole path where it is a folder."""
+    """Return the word that names the same base for a process in another folder: of a folder the absolute path."""
     if base in ("", EMBEDDED):
         return base
     try:
@@ -77,10 +77,10 @@ def word_anywhere(base: str) -> str:
 
 
 def refuse_untrainable(base: BaseFound, method: Method) -> None:
-    """Refuse to train on weights that are quantised already, except 4-bit bitsandbytes ones under QLoRA.
+    """Refuse to train on a prequantised model, except on 4-bit bitsandbytes weights under QLoRA.
 
     Raises:
-        BadInput: They are; says what to name instead.
+        BadInput: It is one; the message says what to name instead.
     """
     if why := refusal(base.quantised, method):
         raise BadInput(f"The base model {plain(base.word, one_line=True, limit=200)} is {why}.")

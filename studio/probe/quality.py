@@ -35,7 +35,7 @@ def audited(recipe: Recipe) -> dict[str, LaneResult]:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Return what tells this base from others.
+    """Return a short fingerprint of a base.
 
     Raises:
         BadInput: A file of it is damaged.
@@ -55,7 +55,7 @@ def data_fingerprint(path: Path) -> str:
 
 
 def _short(found: Mapping[str, Any]) -> str:
-    """Return the fingerprint as a word: of config and weights, as another tokenizer file is no other model."""
+    """Return the fingerprint as a word, made of config and weights: another tokenizer file makes no other model."""
     return f"{found['config'][:12]}-{(found['weights'] or '')[:20]}"
 
 

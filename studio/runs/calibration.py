@@ -68,7 +68,7 @@ _RATES = ("operations_per_second", "speed_factor")
 
 
 def _observation(table: Any) -> Observation | None:
-    """Return the observation of a JSON value, None where it is none."""
+    """Return the observation of a JSON value, None where the value is not sound."""
     try:
         versions = tuple(sorted((_word(name), _word(value)) for name, value in table["versions"].items()))
         allocated, reserved, device = (_size(value) for value in table["predicted"])
@@ -94,10 +94,10 @@ def _optional(table: dict[str, Any], names: tuple[str, ...], read: Callable[[Any
 
 
 def _word(value: Any) -> str:
-    """Return a short word with nothing in it that a terminal would obey.
+    """Return a short text with nothing in it that a terminal would obey.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is no short text.
     """
     if not isinstance(value, str) or not value or len(value) > _LONGEST_WORD:
         raise ValueError("no word")
@@ -108,7 +108,7 @@ def _size(value: Any) -> int:
     """Return a number of bytes.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is no such number.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_BYTES:
         raise ValueError("no size")
@@ -119,7 +119,7 @@ def _rate(value: Any) -> float:
     """Return a positive finite number.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is no such number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < float(value) < math.inf:
         raise ValueError("no rate")

@@ -107,8 +107,8 @@ def launch(
     finally:
         os.close(descriptor)
     mark = mark_of(process.pid)
-    # Without this file less is known of the start, and the run works all the same. A full disk is not told here: the
-    # worker meets it too, and says so.
+    # The run works without this file, though less is known of its start. That the disk is full need not be told here:
+    # the worker will meet it too, and tell it.
     with suppress(OSError):
         if mark is not None:
             write_whole(paths.launch, mark_to_json(mark, events_bytes=before, output_bytes=printed, module=module))

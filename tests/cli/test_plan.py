@@ -370,4 +370,4 @@ def test_every_shipped_recipe_is_planned_offline_and_says_whose_config_that_was(
 def test_the_config_of_another_hub_model_is_not_made_up(cli: Cli) -> None:
     outcome = cli("plan", "--model", "meta-llama/Llama-3.1-8B-Instruct", "--gpu", "4090")
     assert (outcome.code, outcome.out) == (2, "")
-    assert "cannot be had" in outcome.err
+    assert "cannot be found" in outcome.err

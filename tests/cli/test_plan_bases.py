@@ -94,7 +94,7 @@ def test_four_bits_that_qlora_can_train_on_are_planned_as_they_lie(cli: Cli) -> 
     Path("c.json").write_text(json.dumps({**CONFIGS["Llama-3.1-8B"], "quantization_config": said}))
     document = cli("plan", "--model", "c.json", "--method", "qlora", "--engine", "hf", "--json").document
     assert (document["setup"]["quant_type"], document["setup"]["double_quant"]) == ("fp4", False)
-    assert "planned as it lies, fp4" in document["notes"][0]
+    assert "planned as it is, fp4" in document["notes"][0]
 
 
 def test_a_gguf_file_is_said_to_be_none_to_train_on(cli: Cli) -> None:

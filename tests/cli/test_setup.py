@@ -117,4 +117,4 @@ def test_another_cards_recipe_follows_offline_from_a_model_that_the_program_know
     assert "note: the config is this program's own copy" in cli(*asked, "--gpu", "4090").out
     here = cli(*asked)
     assert (here.code, here.out) == (2, "")
-    assert "cannot be had" in here.err
+    assert "cannot be found" in here.err

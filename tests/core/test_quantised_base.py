@@ -84,7 +84,7 @@ def test_a_base_in_four_bits_is_planned_as_it_lies(engine: Any) -> None:
     for wish in (single, double):
         found = estimate_vram(lies, wish)
         assert found.components == expected[double].components
-        assert "planned as it lies, nf4 with double quantisation" in found.notes[0]
+        assert "planned as it is, nf4 with double quantisation" in found.notes[0]
     kept = replace(LLAMA, quantised=QuantisedBase("bitsandbytes", 4, "nf4", True, ("lm_head", "model.layers.0.mlp")))
     mlp = sum(linear.weights for linear in LLAMA.groups[0].layer.mlp)
     more = estimate_vram(kept, double).components.base - expected[double].components.base

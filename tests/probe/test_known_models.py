@@ -73,8 +73,8 @@ def test_offline_a_known_model_is_planned_from_the_shipped_config_and_says_so(tm
     known, pinned, unknown = look(tmp_path, (LLAMA, ""), (LLAMA, "main"), ("owner/unknown", ""), offline=True)
     assert known["hidden"] == 4096
     assert known["origin"].startswith("the config is this program's own copy, not asked of the hub now: offline mode")
-    assert "cannot be had" in pinned["error"], "another revision may be another model"
-    assert "cannot be had" in unknown["error"]
+    assert "cannot be found" in pinned["error"], "another revision may be another model"
+    assert "cannot be found" in unknown["error"]
 
 
 def test_a_gated_model_is_planned_before_its_terms_are_accepted(tmp_path: Path) -> None:
