@@ -12,9 +12,8 @@ from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import Gpu
 from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
-from studio.core.vram.setup import Setup, setup_of
+from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe

@@ -15,14 +15,14 @@ from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
 from studio.core.recipe import Loss, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
+from studio.core.stock.estimate import estimate_stock
+from studio.core.stock.modules import FusedKernels
+from studio.core.stock.refine import refined
+from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.modules import FusedKernels
-from studio.core.vram.prequantised import as_it_lies
-from studio.core.vram.refine import refined
 from studio.core.vram.report import plan_to_dict
-from studio.core.vram.setup import Setup, setup_of
-from studio.core.vram.stock import stock_setup
+from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.device import look, place_of
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import PlanDevice, device_from_catalogue, device_of
@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     shape = find_shape(args.model or recipe.model.base, "" if args.model else recipe.model.revision)
     device = device_for(args, recipe)
     budget = device.budget_bytes(recipe)
-    setup = as_it_lies(_setup(args, recipe, device.gpu), shape.quantised)
-    check_adapted(shape, setup.adapted)
-    estimate = refined(estimate_vram(shape, setup, device.gpu), shape, setup, device.gpu)
+    setup, estimate = _estimate(shape, _setup(args, recipe, device.gpu), device.gpu)
     estimate = calibrated(estimate, setup, device.gpu)
     if setup.quantised and setup.quant_type == "int8":
         estimate = replace(estimate, notes=(*estimate.notes, _EIGHT_BIT))
@@ -105,6 +103,16 @@ def run(args: argparse.Namespace) -> int:
             say(f"note: {note}")
         _warn(device)
     return DONE if budget is None or estimate.verdict(budget) == "fits" else NO
+
+
+def _estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[Setup, VramEstimate]:
+    """Return the set-up on this base, and what it needs."""
+    check_adapted(shape, setup.adapted)
+    if isinstance(setup, StockSetup):
+        setup = as_it_lies_here(setup, shape.quantised)
+        return setup, refined(estimate_stock(shape, setup, gpu), shape, setup, gpu)
+    setup = as_it_lies(setup, shape.quantised)
+    return setup, estimate_vram(shape, setup, gpu)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -178,7 +186,7 @@ def _number(text: str, flag: str, low: float, high: float) -> float:
 def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: PlanDevice, budget: int | None) -> None:
     engine = "this studio" if setup.engine == "studio" else "the stock Trainer with peft"
     method = f"{setup.method} on {setup.quant_type}" if setup.quant_type == "int8" and setup.quantised else setup.method
-    if setup.fused_kernels != "none":
+    if isinstance(setup, StockSetup) and setup.fused_kernels != "none":
         engine += f" and the kernels of {setup.fused_kernels}"
     say(
         f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {method} rank {setup.rank}: "

@@ -102,9 +102,9 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         if setup.residual_itemsize == 4:
             half, single, half_scores, single_scores = frozen, trained + head, 0.0, scores
     stored = sum(group.count * _stored(group, shape.hidden) for group in shape.groups)
-    # transformers 5 fuses experts, and bitsandbytes leaves them as they are then.
+    # Fused experts are not quantised.
     plain = sum(count * linear.weights for count, linear in shape.all_linears())
-    quantised = (stored if setup.transformers.startswith("4.") else plain) if setup.quantised else 0
+    quantised = (stored if setup.separate_experts else plain) if setup.quantised else 0
     adapted_weights = sum(count * linear.weights for count, linear in adapted(shape, names))
     moved = tokens * (passes + 1) * _moved_per_token(shape, setup, names)
     moved += tokens * shape.vocabulary * _LOGIT_BYTES[setup.loss]

@@ -8,9 +8,8 @@ from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.report import plan_to_dict
-from studio.core.vram.setup import setup_of
+from studio.core.vram.setup import as_it_lies, setup_of
 from studio.probe.cards import Card
 from studio.probe.device import Place, place_of
 from studio.probe.models import BaseFound

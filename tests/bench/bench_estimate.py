@@ -9,18 +9,24 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.vram.estimate import VramEstimate, attention_kernel, estimate_vram
-from studio.core.vram.micro_batch import head_forms, layers_forms, micro_batch
-from studio.core.vram.refine import refined
-from studio.core.vram.replay import replayed
+from studio.core.stock.estimate import estimate_stock, stock_stages
+from studio.core.stock.loop import stock_kernel
+from studio.core.stock.refine import refined
+from studio.core.stock.replay import replayed
+from studio.core.stock.setup import StockSetup, built
+from studio.core.vram.decoder_layer import layer_pass
+from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.head import head_marks, head_pass
+from studio.core.vram.loop import own_loop
+from studio.core.vram.micro_batch import layer_marks, micro_batch
 from studio.core.vram.reserve import CONTEXT_BYTES, reserved_range, unused_in_segments
 from studio.core.vram.setup import Setup
-from studio.core.vram.stages import stages_of
+from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
 from studio.core.vram.static import frozen_form
-from studio.core.vram.stock import built
+from tests.core.loops import estimated
 from tests.core.published_rows import GIB, Compared, card, compared, from_flags, measured_bytes, shapes
 
 METRICS = ("allocated", "reserved", "device")
@@ -41,7 +47,7 @@ def microseconds(call: Callable[[int], object], rounds: int = ROUNDS) -> tuple[f
 def speed() -> None:
     shape, gpu, setup = shapes()["Llama-3.1-8B"], find_gpu("4090"), Setup(seq_len=2048)
 
-    loop = replace(setup, engine="hf", loss="full")
+    loop = StockSetup(seq_len=2048, loss="full")
     ours = [replace(setup, micro_batch=1 + number % 8, rank=8 + number % 64) for number in range(ROUNDS)]
     theirs = [replace(loop, micro_batch=1 + number % 8, seq_len=64 + number) for number in range(ROUNDS)]
 
@@ -49,12 +55,15 @@ def speed() -> None:
         return estimate_vram(shape, ours[number], gpu)
 
     def stock(number: int) -> VramEstimate:
-        return estimate_vram(shape, theirs[number], gpu)
+        return estimate_stock(shape, theirs[number], gpu)
 
     def cold(number: int) -> object:
         micro_batch.cache_clear()
-        layers_forms.cache_clear()
-        head_forms.cache_clear()
+        layer_marks.cache_clear()
+        head_marks.cache_clear()
+        layer_pass.cache_clear()
+        head_pass.cache_clear()
+        own_loop.cache_clear()
         return estimate_vram(shape, setup, gpu)
 
     def replay(number: int) -> object:
@@ -122,7 +131,8 @@ def left_out() -> None:
 
     def error(item: Compared, measured: float, fragmentation: float) -> float:
         shape, gpu = built(shapes()[item.row["model"]], item.setup), card(item.row)
-        stages = stages_of(shape, item.setup, attention_kernel(shape, item.setup, gpu))
+        kernel = stock_kernel(shape, item.setup, gpu)
+        stages = stock_stages(shape, item.setup, kernel, workspace=CUBLAS_WORKSPACE_BYTES)
         unused = unused_in_segments(shape, frozen_form(item.setup.kind))
         found = reserved_range(stages, stages.peak, stages.peak, unused, fragmentation=fragmentation)
         return found.expected / measured - 1
@@ -138,14 +148,13 @@ def left_out() -> None:
     summary("reserved in closed form, each source left out in turn", errors)
 
 
-def held(engine: str, rounds: int) -> None:
+def held(engine: type[Setup], rounds: int) -> None:
     """Replay random set-ups of a loop; print how often the closed form's high end of reserved bytes falls short."""
     draw, gpu, misses, errors = random.Random(17), find_gpu("4090"), [], []  # noqa: S311
     models = [name for name, shape in sorted(shapes().items()) if not any(g.layer.experts for g in shape.groups)]
     for _ in range(rounds):
         shape = shapes()[draw.choice(models)]
-        setup = Setup(
-            engine=engine,
+        setup: Setup = Setup(
             method=draw.choice(("lora", "qlora")),
             rank=draw.choice((1, 8, 16, 32, 64, 128, 256)),
             micro_batch=draw.choice((1, 1, 1, 2, 3, 4, 8)),
@@ -154,18 +163,22 @@ def held(engine: str, rounds: int) -> None:
             optimizer=draw.choice(("adamw_torch", "adamw_8bit", "paged_adamw_8bit")),
             grad_checkpointing=draw.random() < 0.7,
             double_quant=draw.random() < 0.5,
-            loss="chunked" if engine == "studio" else draw.choice(("chunked", "full")),
-            transformers="" if engine == "studio" else "5.24",
         )
-        estimate = estimate_vram(shape, setup, gpu)
+        model = shape
+        if engine is StockSetup:
+            same = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+            loss = draw.choice(("chunked", "full"))
+            setup = StockSetup(**{**same, "loss": loss}, transformers="5.24")
+            model = built(shape, setup)
+        estimate = estimated(shape, setup, gpu)
         if estimate.device.expected > 60 * GIB:
             continue
         workspace = estimate.components.workspace
-        peak = replayed.__wrapped__(built(shape, setup), setup, estimate.kernel, workspace=workspace)
+        peak = replayed.__wrapped__(model, setup, estimate.kernel, workspace=workspace)
         errors.append(estimate.reserved.expected / peak.reserved - 1)
         if estimate.reserved.high < peak.reserved:
             misses.append(peak.reserved - estimate.reserved.high)
-    summary(f"reserved in closed form beside a replay, random set-ups of {engine}", errors)
+    summary(f"reserved in closed form beside a replay, random set-ups of {engine.engine}", errors)
     worst = f", by {max(misses) / 2**20:.0f} MiB at most" if misses else ""
     print(f"  beyond the high end: {len(misses)} of {len(errors)}{worst}")
 
@@ -174,5 +187,5 @@ if __name__ == "__main__":
     speed()
     table()
     left_out()
-    held("studio", 1000)
-    held("hf", 500)
+    held(Setup, 1000)
+    held(StockSetup, 500)

@@ -7,7 +7,7 @@ from typing import Any
 
 from studio.core.recipe import FIELDS, Recipe
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import attention_kernel
+from studio.core.vram.loop import attention_kernel, own_loop
 from studio.core.vram.setup import setup_of
 from studio.core.vram.stages import stages_of
 
@@ -228,4 +228,5 @@ def estimated_stages(row: dict[str, Any]) -> dict[str, int]:
     """Return the same stage by stage."""
     shape = shape_from_config(config_of(row["model"], row["layers"]))
     setup = setup_of(recipe_of(row["settings"]))
-    return stages_of(shape, setup, attention_kernel(shape, setup, None)).by_name
+    loop = own_loop(shape, setup.kind, attention_kernel(shape, setup, None))
+    return stages_of(shape, setup, loop).by_name

@@ -13,10 +13,10 @@ from typing import Any
 from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.refine import refined
-from studio.core.vram.setup import Setup
-from studio.core.vram.stock import stock_setup
+from studio.core.stock.estimate import estimate_stock
+from studio.core.stock.refine import refined
+from studio.core.stock.setup import StockSetup, stock_setup
+from studio.core.vram.estimate import VramEstimate
 from tests.core.published_reasons import reason
 
 DATA = Path(__file__).parents[1] / "data"
@@ -32,7 +32,7 @@ class Compared:
     """A row with our estimate; `unlike` says why the row describes another engine, empty where it does not."""
 
     row: dict[str, Any]
-    setup: Setup
+    setup: StockSetup
     estimate: VramEstimate
     unlike: str
 
@@ -72,7 +72,7 @@ def compared() -> tuple[Compared, ...]:
     return tuple(_compare(row) for row in published() if row["model"] in shapes())
 
 
-def stock_default(row: dict[str, Any]) -> Setup:
+def stock_default(row: dict[str, Any]) -> StockSetup:
     """Return what somebody gets who knows of a row only its flags: `plan --engine hf` and its defaults."""
     kbit = row["method"] == "qlora" and bool(row.get("kbit_prepare"))
     said = replace(_setup(row), dropout=0.0, attention=row["attention"])
@@ -84,9 +84,9 @@ def _compare(row: dict[str, Any]) -> Compared:
     return Compared(row, setup, planned(shape, setup, card(row)), reason(row))
 
 
-def planned(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> VramEstimate:
+def planned(shape: ModelShape, setup: StockSetup, gpu: Gpu | None) -> VramEstimate:
     """Return the estimate as `lora-studio plan` makes it."""
-    return refined(estimate_vram(shape, setup, gpu), shape, setup, gpu)
+    return refined(estimate_stock(shape, setup, gpu), shape, setup, gpu)
 
 
 @lru_cache
@@ -112,13 +112,12 @@ def card(row: dict[str, Any]) -> Gpu | None:
     return gpu
 
 
-def _setup(row: dict[str, Any]) -> Setup:
+def _setup(row: dict[str, Any]) -> StockSetup:
     quantised = row["method"] == "qlora"
     chunked = "axolotl" in row["framework"] or "litgpt" in row["framework"] or "lit-gpt" in row["framework"]
     chunked = chunked or "liger" in row.get("framework_config", "")
     padded = row["id"].startswith("peft")
-    return Setup(
-        engine="hf",
+    return StockSetup(
         method=row["method"],
         rank=row["rank"],
         targets=_targets(row),

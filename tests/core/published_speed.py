@@ -13,8 +13,8 @@ from typing import Any
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
+from studio.core.stock.setup import StockSetup
 from studio.core.throughput import Speed, speed_of
-from studio.core.vram.setup import Setup
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -43,12 +43,11 @@ def model(name: str) -> ModelShape:
     return shape_from_config(json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))[name])
 
 
-def setup(row: dict[str, Any]) -> Setup:
+def setup(row: dict[str, Any]) -> StockSetup:
     """Return how a row was trained."""
     same = ("method", "rank", "micro_batch", "seq_len", "dtype", "grad_checkpointing", "attention", "loss")
     targets = row["targets"]
-    return Setup(
-        engine="hf",
+    return StockSetup(
         targets=targets if isinstance(targets, str) else tuple(targets),
         kbit_prepare=row["kbit_prepare"],
         autocast=row["autocast"],

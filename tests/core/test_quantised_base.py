@@ -8,9 +8,10 @@ import pytest
 
 from studio.core.quantised_base import QuantisedBase, quantised_base, refusal
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import estimate_vram
+from studio.core.stock.setup import StockSetup
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup
+from tests.core.loops import estimated
 from tests.core.published_rows import DATA, shapes
 
 LLAMA = shapes()["Llama-3.1-8B"]
@@ -75,36 +76,36 @@ def test_a_hostile_name_is_shown_harmless() -> None:
     assert len(refusal(found, "lora")) < 250
 
 
-@pytest.mark.parametrize("engine", ["studio", "hf"])
-def test_a_base_in_four_bits_is_planned_as_it_lies(engine: Any) -> None:
-    single = Setup(engine=engine, loss="full", quant_type="fp4", double_quant=False)
+@pytest.mark.parametrize("engine", [Setup, StockSetup])
+def test_a_base_in_four_bits_is_planned_as_it_lies(engine: type[Setup]) -> None:
+    single = engine(loss="full", quant_type="fp4", double_quant=False)
     double = replace(single, quant_type="nf4", double_quant=True)
-    expected = {wish: estimate_vram(LLAMA, wish) for wish in (single, double)}
+    expected = {wish: estimated(LLAMA, wish) for wish in (single, double)}
     lies = replace(LLAMA, quantised=QuantisedBase("bitsandbytes", 4, "nf4", True))
     for wish in (single, double):
-        found = estimate_vram(lies, wish)
+        found = estimated(lies, wish)
         assert found.components == expected[double].components
         assert "planned as it is, nf4 with double quantisation" in found.notes[0]
     kept = replace(LLAMA, quantised=QuantisedBase("bitsandbytes", 4, "nf4", True, ("lm_head", "model.layers.0.mlp")))
     mlp = sum(linear.weights for linear in LLAMA.groups[0].layer.mlp)
-    more = estimate_vram(kept, double).components.base - expected[double].components.base
+    more = estimated(kept, double).components.base - expected[double].components.base
     assert more == pytest.approx(mlp * (2 - 0.516), rel=0.01)
 
 
 def test_eight_bits_are_planned_in_the_stock_loop_and_refused_in_ours() -> None:
     lies = replace(LLAMA, quantised=QuantisedBase("bitsandbytes", 8))
-    stock, wish = Setup(engine="hf", loss="full"), Setup()
-    expected = estimate_vram(LLAMA, replace(stock, quant_type="int8"))
-    assert estimate_vram(lies, stock).components == expected.components
-    assert estimate_vram(lies, wish).components == estimate_vram(LLAMA, wish).components
-    assert "train refuses this one" in estimate_vram(lies, wish).notes[0]
+    stock, wish = StockSetup(loss="full"), Setup()
+    expected = estimated(LLAMA, replace(stock, quant_type="int8"))
+    assert estimated(lies, stock).components == expected.components
+    assert estimated(lies, wish).components == estimated(LLAMA, wish).components
+    assert "train refuses this one" in estimated(lies, wish).notes[0]
 
 
 def test_other_forms_are_planned_from_their_original_and_said() -> None:
     for name in ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors"):
         shape = replace(LLAMA, quantised=QuantisedBase(name, 4))
-        for setup in (Setup(), Setup(method="lora"), Setup(engine="hf", loss="full")):
-            found, plain = estimate_vram(shape, setup), estimate_vram(LLAMA, setup)
+        for setup in (Setup(), Setup(method="lora"), StockSetup(loss="full")):
+            found, plain = estimated(shape, setup), estimated(LLAMA, setup)
             assert found.allocated == plain.allocated
             assert found.notes == (found.notes[0], *plain.notes)
             assert name in found.notes[0]
@@ -114,6 +115,6 @@ def test_other_forms_are_planned_from_their_original_and_said() -> None:
 def test_the_document_names_it() -> None:
     config = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))["SmolLM2-135M"]
     shape = shape_from_config({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    document = plan_to_dict(estimate_vram(shape, Setup()), shape, Setup())
+    document = plan_to_dict(estimated(shape, Setup()), shape, Setup())
     assert document["model"]["quantisation"]["method"] == "gptq"
-    assert plan_to_dict(estimate_vram(LLAMA, Setup()), LLAMA, Setup())["model"]["quantisation"] is None
+    assert plan_to_dict(estimated(LLAMA, Setup()), LLAMA, Setup())["model"]["quantisation"] is None

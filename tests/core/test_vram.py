@@ -1,6 +1,7 @@
 """The estimate's invariants, and its agreement with traces of the real libraries."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,13 +12,13 @@ from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
+from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.trainable import AdaptedPart
-from studio.core.vram.estimate import VramEstimate, attention_kernel, estimate_vram
+from studio.core.vram.estimate import VramEstimate
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
-from studio.core.vram.stages import stages_of
 from studio.core.vram.static import FrozenForm, base_bytes, optimizer_bytes, quantised_parts
-from studio.core.vram.stock import stock_setup
+from tests.core.loops import estimated, kernel_of, staged
 from tests.core.published_rows import shapes
 
 LLAMA = shapes()["Llama-3.1-8B"]
@@ -35,28 +36,30 @@ SMALL_CONFIG = {
 SMALL = shape_from_config(SMALL_CONFIG)
 UNKNOWN = shape_from_config({**SMALL_CONFIG, "model_type": "brand_new"})
 
-setups = st.builds(
-    Setup,
-    engine=st.sampled_from(["studio", "hf"]),
-    method=st.sampled_from(["lora", "qlora"]),
-    rank=st.integers(1, 400),
-    targets=st.sampled_from(["all-linear", ("q_proj", "v_proj"), ("down_proj",)]),
-    dropout=st.sampled_from([0.0, 0.1]),
-    dora=st.booleans(),
-    micro_batch=st.integers(1, 16),
-    seq_len=st.integers(8, 4096),
-    accumulation=st.sampled_from([1, 8]),
-    optimizer=st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]),
-    grad_checkpointing=st.booleans(),
-    attention=st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
-    loss=st.sampled_from(["chunked", "full", "liger"]),
-    offload_checkpoints=st.booleans(),
-    modules_to_save=st.sampled_from([(), ("lm_head",), ("embed_tokens", "norm")]),
+CHOICES: dict[str, st.SearchStrategy[Any]] = {
+    "method": st.sampled_from(["lora", "qlora"]),
+    "rank": st.integers(1, 400),
+    "targets": st.sampled_from(["all-linear", ("q_proj", "v_proj"), ("down_proj",)]),
+    "dropout": st.sampled_from([0.0, 0.1]),
+    "dora": st.booleans(),
+    "micro_batch": st.integers(1, 16),
+    "seq_len": st.integers(8, 4096),
+    "accumulation": st.sampled_from([1, 8]),
+    "optimizer": st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]),
+    "grad_checkpointing": st.booleans(),
+    "attention": st.sampled_from(["sdpa", "eager", "flash_attention_2"]),
+    "loss": st.sampled_from(["chunked", "full", "liger"]),
+    "offload_checkpoints": st.booleans(),
+    "modules_to_save": st.sampled_from([(), ("lm_head",), ("embed_tokens", "norm")]),
+    "device": st.sampled_from(["cuda", "cpu"]),
+    "dtype": st.sampled_from(["bf16", "fp16", "fp32"]),
+    "double_quant": st.booleans(),
+}
+setups = st.builds(Setup, **CHOICES, quant_type=st.sampled_from(["nf4", "fp4"])) | st.builds(
+    StockSetup,
+    **CHOICES,
     quant_type=st.sampled_from(["nf4", "int8"]),
-    device=st.sampled_from(["cuda", "cpu"]),
     transformers=st.sampled_from(["", "4.43.3", "4.48.1", "5.24.0"]),
-    dtype=st.sampled_from(["bf16", "fp16", "fp32"]),
-    double_quant=st.booleans(),
     kbit_prepare=st.booleans(),
     autocast=st.booleans(),
     outputs_kept=st.booleans(),
@@ -79,14 +82,14 @@ setups = st.builds(
 )
 def test_traces_of_transformers_and_peft_at_full_depth(model: str, method: str, upcast: bool, gib: float):
     """Traced under fake tensors: transformers 5.23, peft 0.21, bitsandbytes 0.50; rank 16, 1 x 2048, flash."""
-    setup = Setup(engine="hf", method=method, seq_len=2048, loss="full", kbit_prepare=upcast)
-    assert round(stages_of(shapes()[model], setup, "flash").peak / GIB, 2) == gib
+    setup = StockSetup(method=method, seq_len=2048, loss="full", kbit_prepare=upcast)
+    assert round(staged(shapes()[model], setup, "flash").peak / GIB, 2) == gib
 
 
 @settings(max_examples=150, deadline=None)
 @given(setups)
 def test_components_and_stages_add_up(setup: Setup):
-    estimate = estimate_vram(SMALL, setup)
+    estimate = estimated(SMALL, setup)
     parts = estimate.components
     total = sum(getattr(parts, f.name) for f in fields(parts) if f.name != "context")
     assert total == estimate.allocated.expected == max(dict(estimate.stages).values())
@@ -105,7 +108,7 @@ def saved(shape: ModelShape, setup: Setup) -> int:
 
 
 def assert_no_less(shape: ModelShape, setup: Setup, larger: Setup, gpu: Gpu | None) -> None:
-    before, after = estimate_vram(shape, setup, gpu), estimate_vram(shape, larger, gpu)
+    before, after = estimated(shape, setup, gpu), estimated(shape, larger, gpu)
     fall = max(0, saved(shape, larger) - saved(shape, setup))
     assert after.allocated.expected >= before.allocated.expected - fall
     assert after.device.high >= before.device.high
@@ -131,7 +134,7 @@ def test_more_never_takes_less(shape: ModelShape, setup: Setup, field: str, more
 def test_more_targets_never_take_less(setup: Setup, gpu: Gpu | None):
     few, more = (replace(setup, targets=("q_proj", *others)) for others in ((), ("down_proj",)))
     assert_no_less(SMALL, few, more, gpu)
-    counts = [estimate_vram(SMALL, each, gpu).trainable_parameters for each in (few, more)]
+    counts = [estimated(SMALL, each, gpu).trainable_parameters for each in (few, more)]
     assert counts[0] < counts[1]
 
 
@@ -143,14 +146,14 @@ def test_more_never_takes_less_where_other_terms_once_fell():
     loading = stock_setup(Setup(rank=1, seq_len=8, loss="full"), kbit_prepare=False)
     for shape, setup in ((UNKNOWN, pages), (shapes()["SmolLM2-135M"], eight), (mistral, loading)):
         assert_no_less(shape, setup, replace(setup, rank=setup.rank + 1), None)
-    assert estimate_vram(mistral, loading).stage == "load"
+    assert estimated(mistral, loading).stage == "load"
 
 
 def test_a_larger_rank_leaves_fewer_bytes_alive_where_its_states_are_paged():
     """Why live bytes may fall: SmolLM2's 960 wide maps have 100 000 elements from rank 105 on."""
     smollm = shapes()["SmolLM2-360M"]
     setups = [Setup(rank=rank, seq_len=128, optimizer="paged_adamw_32bit") for rank in (104, 105)]
-    before, after = (estimate_vram(smollm, setup) for setup in setups)
+    before, after = (estimated(smollm, setup) for setup in setups)
     assert after.allocated.expected < 0.78 * before.allocated.expected
     assert after.device.expected > before.device.expected
     assert after.device.high > before.device.high
@@ -160,7 +163,7 @@ def test_a_larger_rank_leaves_fewer_bytes_alive_where_its_states_are_paged():
 def test_a_rank_that_lets_states_be_in_8_bits_asks_no_less_of_the_card():
     """SmolLM2's 576 wide maps have 4096 elements from rank 8 on."""
     setups = [Setup(rank=rank, seq_len=128, optimizer="adamw_8bit") for rank in (7, 8)]
-    before, after = (estimate_vram(shapes()["SmolLM2-135M"], setup) for setup in setups)
+    before, after = (estimated(shapes()["SmolLM2-135M"], setup) for setup in setups)
     assert 0.98 < after.allocated.expected / before.allocated.expected < 0.99
     assert after.device.expected >= before.device.expected
     assert after.device.high >= before.device.high
@@ -170,7 +173,7 @@ def test_a_rank_that_lets_states_be_in_8_bits_asks_no_less_of_the_card():
 def test_nothing_is_paged_on_a_cpu(optimizer: str):
     """jobs/train/optimizer.py takes the same optimizer without pages there."""
     whole, paged = (
-        estimate_vram(LLAMA, Setup(rank=64, device="cpu", optimizer=name))  # type: ignore[arg-type]
+        estimated(LLAMA, Setup(rank=64, device="cpu", optimizer=name))  # type: ignore[arg-type]
         for name in (optimizer.replace("adamw_32bit", "adamw_torch"), f"paged_{optimizer}")
     )
     assert whole.components.optimizer > 0
@@ -182,16 +185,16 @@ def test_nothing_is_paged_on_a_cpu(optimizer: str):
 def test_full_rows_of_one_length_or_another_hold_the_same_tokens(setup: Setup):
     flat = replace(setup, attention="sdpa", device="cuda", micro_batch=2, seq_len=2048)
     cut = replace(flat, micro_batch=8, seq_len=512)
-    one, four = stages_of(LLAMA, flat, "flash").peak, stages_of(LLAMA, cut, "flash").peak
+    one, four = staged(LLAMA, flat, "flash").peak, staged(LLAMA, cut, "flash").peak
     assert abs(one / four - 1) < 1e-3, "only cos and sin follow the length alone"
 
 
 def test_checkpointing_chunks_and_four_bits_save():
-    whole = estimate_vram(LLAMA, Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full"))
+    whole = estimated(LLAMA, Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full"))
     peaks = [whole.allocated.expected]
     for change in ({"grad_checkpointing": True}, {"loss": "chunked"}, {"method": "qlora"}):
         setup = Setup(method="lora", seq_len=2048, grad_checkpointing=False, loss="full")
-        peaks.append(estimate_vram(LLAMA, replace(setup, **change)).allocated.expected)
+        peaks.append(estimated(LLAMA, replace(setup, **change)).allocated.expected)
     assert all(peak < peaks[0] for peak in peaks[1:])
 
 
@@ -234,7 +237,7 @@ def test_optimizer_state_by_kind():
 
 
 def test_rank_costs_memory_linearly():
-    counts = [estimate_vram(LLAMA, Setup(rank=rank)).trainable_parameters for rank in (16, 64)]
+    counts = [estimated(LLAMA, Setup(rank=rank)).trainable_parameters for rank in (16, 64)]
     assert counts == [41_943_040, 4 * 41_943_040]
 
 
@@ -242,20 +245,20 @@ def test_ranks_and_layers_by_pattern():
     plain = Setup(rank=8)
     wide = replace(plain, rank_pattern=(("down_proj", 64),))
     few = replace(plain, layers=(0, 1, 2, 3))
-    counts = [estimate_vram(LLAMA, setup).trainable_parameters for setup in (plain, wide, few)]
+    counts = [estimated(LLAMA, setup).trainable_parameters for setup in (plain, wide, few)]
     assert counts[0] == 20_971_520
     assert counts[1] == counts[0] + 32 * (64 - 8) * (14336 + 4096)
     assert counts[2] == counts[0] // 8
     one = replace(plain, rank_pattern=((r"layers.0.self_attn.q_proj", 16),))
-    assert estimate_vram(LLAMA, one).trainable_parameters == counts[0] + 8 * (4096 + 4096)
-    assert estimate_vram(LLAMA, few).allocated.expected < estimate_vram(LLAMA, plain).allocated.expected
-    recipe = Recipe().with_("adapter.rank_pattern", "down_proj=64").with_("adapter.layers", "0-2, 5")
+    assert estimated(LLAMA, one).trainable_parameters == counts[0] + 8 * (4096 + 4096)
+    assert estimated(LLAMA, few).allocated.expected < estimated(LLAMA, plain).allocated.expected
+    recipe = Recipe().with_("adapter.rank_pattern", (("down_proj", 64),)).with_("adapter.layers", (0, 1, 2, 5))
     setup = setup_of(recipe)
     assert (setup.rank_pattern, setup.layers) == ((("down_proj", 64),), (0, 1, 2, 5))
 
 
 def test_verdicts():
-    estimate = estimate_vram(LLAMA, Setup(seq_len=2048))
+    estimate = estimated(LLAMA, Setup(seq_len=2048))
     assert estimate.verdict(estimate.device.high) == "fits"
     assert estimate.verdict(estimate.device.high - 1) == "tight"
     assert estimate.verdict(estimate.device.expected) == "tight"
@@ -265,12 +268,12 @@ def test_verdicts():
 
 def test_the_card_decides_the_kernel():
     sdpa, ada, turing = Setup(), find_gpu("4090"), find_gpu("T4")
-    assert attention_kernel(LLAMA, sdpa, ada) == attention_kernel(LLAMA, sdpa, None) == "flash"
-    assert attention_kernel(LLAMA, sdpa, turing) == "efficient"
-    assert attention_kernel(LLAMA, replace(sdpa, attention="eager"), ada) == "eager"
-    assert attention_kernel(LLAMA, replace(sdpa, dtype="fp32"), ada) == "efficient"
+    assert kernel_of(LLAMA, sdpa, ada) == kernel_of(LLAMA, sdpa, None) == "flash"
+    assert kernel_of(LLAMA, sdpa, turing) == "efficient"
+    assert kernel_of(LLAMA, replace(sdpa, attention="eager"), ada) == "eager"
+    assert kernel_of(LLAMA, replace(sdpa, dtype="fp32"), ada) == "efficient"
     gemma2 = shapes()["gemma-2-9b"]
-    estimate = estimate_vram(gemma2, sdpa, ada)
+    estimate = estimated(gemma2, sdpa, ada)
     assert estimate.kernel == "eager"
     assert any("eager" in note for note in estimate.notes)
 
@@ -278,24 +281,24 @@ def test_the_card_decides_the_kernel():
 def test_a_window_shorter_than_the_rows_makes_a_mask_and_rules_flash_out():
     mistral = shapes()["Mistral-7B-v0.1"]
     assert mistral.groups[0].layer.window == 4096
-    assert attention_kernel(mistral, Setup(seq_len=2048), None) == "flash"
-    assert attention_kernel(mistral, Setup(seq_len=4096), None) == "efficient_masked"
+    assert kernel_of(mistral, Setup(seq_len=2048), None) == "flash"
+    assert kernel_of(mistral, Setup(seq_len=4096), None) == "efficient_masked"
 
 
 def test_grouped_heads_without_flash_widen_the_range():
     """Of the stock loop; ours repeats keys and values where no kernel takes grouped heads."""
     setup = stock_setup(Setup(seq_len=4096, dtype="fp16"), kbit_prepare=False)
-    assert not estimate_vram(LLAMA, Setup(seq_len=4096, dtype="fp16"), find_gpu("T4")).notes
-    old, new = (estimate_vram(LLAMA, setup, find_gpu(name)) for name in ("T4", "A100"))
+    assert not estimated(LLAMA, Setup(seq_len=4096, dtype="fp16"), find_gpu("T4")).notes
+    old, new = (estimated(LLAMA, setup, find_gpu(name)) for name in ("T4", "A100"))
     assert old.allocated.high > 1.2 * new.allocated.high
     assert any("48633" in note for note in old.notes)
-    wide = estimate_vram(LLAMA, replace(setup, dtype="fp32", autocast=False), find_gpu("A100"))
+    wide = estimated(LLAMA, replace(setup, dtype="fp32", autocast=False), find_gpu("A100"))
     assert any("48633" in note for note in wide.notes), "flash takes no fp32"
 
 
 def test_experts_stay_unquantised_and_are_named():
     mixtral = shapes()["Mixtral-8x7B"]
-    lora, qlora = (estimate_vram(mixtral, Setup(method=method)) for method in ("lora", "qlora"))
+    lora, qlora = (estimated(mixtral, Setup(method=method)) for method in ("lora", "qlora"))
     assert qlora.components.base > 0.9 * lora.components.base
     assert any("quantises no fused expert" in note for note in qlora.notes)
     assert qlora.allocated.high > 1.02 * qlora.allocated.expected
@@ -304,7 +307,7 @@ def test_experts_stay_unquantised_and_are_named():
 def test_an_unknown_architecture_gets_a_wide_range_and_says_why():
     config = {key: value for key, value in SMALL_CONFIG.items() if key != "model_type"}
     known, odd = (shape_from_config({**config, "model_type": word}) for word in ("llama", "brand_new"))
-    a, b = estimate_vram(known, Setup()), estimate_vram(odd, Setup())
+    a, b = estimated(known, Setup()), estimated(odd, Setup())
     assert b.allocated.high > 1.2 * a.allocated.high
     assert b.allocated.low < 0.8 * a.allocated.low
     assert any("brand_new" in note for note in b.notes)
@@ -312,14 +315,14 @@ def test_an_unknown_architecture_gets_a_wide_range_and_says_why():
 
 def test_a_target_that_the_model_lacks_is_refused_with_the_nearest():
     with pytest.raises(BadInput, match=r"q_porj.*llama.*q_proj"):
-        estimate_vram(LLAMA, Setup(targets=("q_porj",)))
+        estimated(LLAMA, Setup(targets=("q_porj",)))
 
 
 def test_a_recipe_becomes_a_set_up():
     recipe = Recipe().with_("adapter.rank", 8).with_("train.optimizer", "paged_adamw_8bit")
     setup = setup_of(recipe)
     assert (setup.engine, setup.rank, setup.optimizer, setup.dtype) == ("studio", 8, "paged_adamw_8bit", "bf16")
-    assert (setup.kbit_prepare, setup.outputs_kept, setup.autocast) == (False, False, True)
+    assert setup.autocast
     assert setup_of(recipe, find_gpu("t4")).dtype == "fp16"
 
 
@@ -340,7 +343,7 @@ def test_an_unsaid_stock_loop_is_taken_as_those_that_were_measured():
 def test_versions_of_transformers_hold_other_logits():
     def stock(version: str, micro_batch: int = 4, *, kept: bool = False) -> VramEstimate:
         setup = Setup(method="lora", micro_batch=micro_batch, seq_len=2048, loss="full")
-        return estimate_vram(LLAMA, stock_setup(setup, transformers=version, outputs_kept=kept))
+        return estimated(LLAMA, stock_setup(setup, transformers=version, outputs_kept=kept))
 
     entry = 4 * 2048 * LLAMA.vocabulary
     copying, newest, unsaid = stock("4.48.1"), stock("5.24.0"), stock("")
@@ -363,7 +366,7 @@ def test_a_version_that_is_none_is_refused(word: str):
 def test_the_document_has_the_contract_s_fields():
     setup = Setup(seq_len=2048)
     gpu = find_gpu("4090")
-    plan = plan_to_dict(estimate_vram(LLAMA, setup, gpu), LLAMA, setup, gpu=gpu, budget_bytes=gpu.total_bytes)
+    plan = plan_to_dict(estimated(LLAMA, setup, gpu), LLAMA, setup, gpu=gpu, budget_bytes=gpu.total_bytes)
     promised = "peak_bytes reserved_bytes device_bytes low_bytes high_bytes fits budget_bytes stage components engine"
     assert set(promised.split()) | {"trainable_parameters"} <= set(plan)
     parts = "base adapter gradients optimizer activations logits workspace context"
@@ -371,5 +374,5 @@ def test_the_document_has_the_contract_s_fields():
     assert plan["low_bytes"] < plan["peak_bytes"] < plan["reserved_bytes"] < plan["device_bytes"] < plan["high_bytes"]
     assert plan["fits"] is True
     assert plan["verdict"] == "fits"
-    unknown = plan_to_dict(estimate_vram(LLAMA, setup), LLAMA, setup)
+    unknown = plan_to_dict(estimated(LLAMA, setup), LLAMA, setup)
     assert unknown["fits"] is unknown["budget_bytes"] is unknown["verdict"] is None

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from studio.core.vram.allocator import MIB, Block, CachingAllocator
+from studio.core.stock.allocator import MIB, Block, CachingAllocator
 
 
 @pytest.mark.parametrize(

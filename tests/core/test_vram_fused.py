@@ -16,23 +16,23 @@ from torch.autograd import Function
 from studio.core.errors import BadInput
 from studio.core.measured import height
 from studio.core.shape import Linear
-from studio.core.vram import fused
+from studio.core.stock import modules as fused
+from studio.core.stock.setup import StockSetup
 from studio.core.vram import operators as op
-from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.head import LossForm, head_pass
-from studio.core.vram.modules import AdapterForm, LayerForm, Run
+from studio.core.vram.head import head_marks
+from studio.core.vram.modules import AdapterTraits
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial, largest
-from studio.core.vram.setup import Setup
-from studio.core.vram.tape import Node, Tape, Tensor, run_backward
+from studio.core.vram.tape import Tape, Tensor, alive_after, marks, run_backward
 from studio.jobs.measure.storages import Storages
+from tests.core.loops import estimated
 from tests.core.published_rows import shapes
 
 ROWS, TOKENS, HIDDEN, INNER, VOCABULARY = 4, 2048, 64, 176, 512
 LLAMA = shapes()["Meta-Llama-3-8B"]
-FORM = LayerForm(
+TRAITS = fused.StockTraits(
     Arithmetic(2, 2, autocast=True),
-    AdapterForm(frozenset({"q", "gate", "up", "down"}), dropout=True),
+    AdapterTraits(frozenset({"q", "gate", "up", "down"}), dropout=True),
     quantised="nf4",
     kernel="flash",
     batched=True,
@@ -107,20 +107,23 @@ def tracked(work: Callable[[Real], Real], width: int = HIDDEN) -> int:
     return height(storages.log.peaks()["all"])
 
 
-def counted(work: Callable[[Run, Tensor], Tensor]) -> float:
+def counted(work: Callable[[fused.StockModules, Tensor], Tensor]) -> float:
     """Return the same of symbolic tensors."""
     tape = Tape()
-    run = Run(tape, LLAMA, FORM)
-    x = Tensor(tape, Polynomial(per_token=HIDDEN), 2, Node(tape.next_sequence(), (), ()))
-    out = work(run, x)
-    gradient = [Tensor(tape, out.elements, out.itemsize)]
-    held = list(gradient)  # as the caller of torch's backward does
-    node, out.node = out.node, None
-    del out
-    assert node is not None
-    run_backward(tape, node, gradient)
-    del held
-    return largest(tape.marks, TOKENS, 0, 0) - 2 * TOKENS * HIDDEN
+    x = tape.given(Polynomial(per_token=HIDDEN), 2, tape.node())
+    tape.hold(x)
+    out = work(TRAITS.modules(tape, LLAMA), x)
+    assert out.node is not None
+    tape.hold(out)
+    forward = tape.take(out.node)
+    gradient = tape.given(out.elements, out.itemsize)
+    tape.hold(gradient)  # as the caller of torch's backward does
+    tape.release(out)
+    before, after = run_backward(tape, out.node, gradient)
+    ahead = marks(forward, tape.sizes, x.bytes)
+    alive = alive_after(forward, tape.sizes, x.bytes).plus(gradient.bytes)
+    back = marks((*before, *after), tape.sizes, alive)
+    return largest([*ahead, *back], TOKENS, 0, 0) - 2 * TOKENS * HIDDEN
 
 
 class Output(Function):
@@ -175,7 +178,7 @@ def real_projections(x: Real) -> Real:
     return Gated.apply(query + value, key)
 
 
-def projections(run: Run, x: Tensor) -> Tensor:
+def projections(run: fused.StockModules, x: Tensor) -> Tensor:
     query, key, value = fused.adapted_linears(run, (Q, Q, Q), fused.rms_norm(x, 1, over_gradient=True))
     return fused.gated_product(op.add(query, value), key)
 
@@ -184,7 +187,7 @@ def real_output(x: Real) -> Real:
     return Norm.apply(Output.apply(Norm.apply(x), SQUARE))
 
 
-def output(run: Run, x: Tensor) -> Tensor:
+def output(run: fused.StockModules, x: Tensor) -> Tensor:
     (out,) = fused.adapted_linears(run, (Q,), fused.rms_norm(x, 1, over_gradient=True))
     return fused.rms_norm(out, 1, over_gradient=True)
 
@@ -193,7 +196,7 @@ def real_mlp(x: Real) -> Real:
     return Norm.apply(Mlp.apply(Norm.apply(x), WIDE, WIDE.T.contiguous()))
 
 
-def mlp(run: Run, x: Tensor) -> Tensor:
+def mlp(run: fused.StockModules, x: Tensor) -> Tensor:
     return fused.rms_norm(fused.adapted_mlp(run, MAPS, fused.rms_norm(x, 1, over_gradient=True)), 1, over_gradient=True)
 
 
@@ -229,19 +232,17 @@ def real_loss(hidden: Real) -> Real:
 def test_a_loss_that_overwrites_its_logits() -> None:
     """16-bit logits that the model's forward holds, fp32 ones, and a copy that drops a token and becomes a gradient."""
     shape = replace(LLAMA, hidden=HIDDEN, vocabulary=VOCABULARY)
-    tape = Tape()
-    x = Tensor(tape, Polynomial(per_token=HIDDEN), 2, Node(tape.next_sequence(), (), ()))
-    marks = head_pass(Run(tape, shape, FORM), LossForm("model", shift_copied=True, overwrites=True), x)
-    peak = largest((*marks.forward, *marks.backward), TOKENS, 0, 0)
+    found = head_marks(shape, TRAITS, fused.TransformersLoss(shift_copied=True, overwrites=True))
+    peak = largest((*found.forward, *found.backward), TOKENS, 0, 0)
     per_logit = peak / TOKENS / VOCABULARY
-    assert tracked(real_loss) + x.bytes.at(TOKENS, 0, 0) == pytest.approx(peak, rel=0.01)
+    assert tracked(real_loss) + 2 * HIDDEN * TOKENS == pytest.approx(peak, rel=0.01)
     assert 10 < per_logit < 10.6
 
 
 def test_liger_keeps_less_than_the_model_s_own_operators() -> None:
     """An RMS norm keeps its input and not two fp32 copies; gate and up are overwritten by their gradients."""
-    setup = Setup(engine="hf", seq_len=2048, method="lora", loss="liger", grad_checkpointing=False)
-    own, liger = (estimate_vram(LLAMA, replace(setup, fused_kernels=name)).components for name in ("none", "liger"))
+    setup = StockSetup(seq_len=2048, method="lora", loss="liger", grad_checkpointing=False)
+    own, liger = (estimated(LLAMA, replace(setup, fused_kernels=name)).components for name in ("none", "liger"))
     assert 0.6 * own.activations < liger.activations < 0.8 * own.activations
 
 
@@ -255,4 +256,4 @@ def test_liger_keeps_less_than_the_model_s_own_operators() -> None:
 )
 def test_kernels_that_do_not_exist(model: str, kernels: Any, loss: Any, found: str) -> None:
     with pytest.raises(BadInput, match=found):
-        estimate_vram(shapes()[model], Setup(engine="hf", fused_kernels=kernels, loss=loss))
+        estimated(shapes()[model], StockSetup(fused_kernels=kernels, loss=loss))

@@ -1,6 +1,5 @@
 """The estimate's load stage beside a real load: files on disk, quantised weight after weight, on a CPU."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.setup import Setup
-from studio.core.vram.stages import stages_of
 from studio.jobs.base.load import FourBit, load_base
 from studio.jobs.measure.storages import Storages
 from studio.probe.models import find_base
+from tests.core.loops import staged
 
 LLAMA = {
     "model_type": "llama",
@@ -54,7 +53,7 @@ def loaded(values: dict[str, Any], folder: Path) -> int:
 
 def beside(values: dict[str, Any], setup: Setup) -> int:
     """Return what the form holds beside the frozen base while it is loaded."""
-    stages = stages_of(shape_from_config(values), setup, "cpu", workspace=0)
+    stages = staged(shape_from_config(values), setup, "cpu", workspace=0)
     return stages.peaks.load - stages.standing.base
 
 
@@ -64,11 +63,6 @@ QLORA = Setup(method="qlora", rank=1, targets=("q_proj",), device="cpu")
 @pytest.mark.parametrize("values", [LLAMA, {**LLAMA, "vocab_size": 8000, "tie_word_embeddings": True}])
 def test_a_base_is_loaded_with_one_weight_in_16_bits(values: dict[str, Any], tmp_path: Path) -> None:
     """The form takes the widest to come last, which it seldom does: it is a little above, never below."""
-    predicted = stages_of(shape_from_config(values), QLORA, "cpu", workspace=0).peaks.load
+    predicted = staged(shape_from_config(values), QLORA, "cpu", workspace=0).peaks.load
     assert 1 <= predicted / loaded(values, tmp_path) <= 1.03
     assert beside(values, QLORA) == 2 * 512 * 2048
-
-
-def test_eight_bits_are_made_of_a_copy_in_half_precision() -> None:
-    assert beside(LLAMA, replace(QLORA, quant_type="int8")) == 4 * 512 * 2048
-    assert beside(LLAMA, replace(QLORA, quant_type="int8", dtype="fp16")) == 2 * 512 * 2048

@@ -15,9 +15,8 @@ import pytest
 
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.setup import Setup
-from studio.core.vram.stock import stock_setup
+from studio.core.stock.setup import StockSetup, stock_setup
+from tests.core.loops import estimated
 from tests.core.published_rows import shapes
 
 LLAMA, MISTRAL, MIXTRAL, POWER, LLAMA_70B = (
@@ -56,9 +55,8 @@ ROWS = [
 CASES = [(*row[:4], batch, measured) for row in ROWS for batch, measured in row[4].items()]
 
 
-def setup_of(method: Any, what: str, version: str, batch: int, *, autocast: bool) -> Setup:
-    return Setup(
-        engine="hf",
+def setup_of(method: Any, what: str, version: str, batch: int, *, autocast: bool) -> StockSetup:
+    return StockSetup(
         method=method,
         targets=("q_proj", "k_proj", "v_proj", "o_proj"),
         dropout=0.1,
@@ -85,7 +83,7 @@ def error(case: Any, **changes: Any) -> float:
             fused_kernels=setup.fused_kernels,
             gpu=A100,
         )
-    return estimate_vram(shapes()[model], setup, A100).allocated.expected / measured - 1
+    return estimated(shapes()[model], setup, A100).allocated.expected / measured - 1
 
 
 def test_rows_that_were_never_looked_at() -> None:
@@ -131,4 +129,4 @@ def test_gpt_bigcode(version: str, what: str, batch: int, measured: int) -> None
     That the estimate holds some 10 KB per token too much, and 28 MB too little of what lies still, is unexplained.
     """
     setup = replace(setup_of("qlora", what, version, batch, autocast=True), seq_len=2048, targets=("c_attn",))
-    assert abs(estimate_vram(shape_from_config(SANTACODER), setup, A100).allocated.expected / measured - 1) <= 0.009
+    assert abs(estimated(shape_from_config(SANTACODER), setup, A100).allocated.expected / measured - 1) <= 0.009

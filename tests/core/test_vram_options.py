@@ -8,10 +8,10 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import attention_kernel, estimate_vram
+from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup
-from studio.core.vram.stock import stock_setup
+from tests.core.loops import estimated, kernel_of
 from tests.core.published_rows import shapes
 from tests.core.test_vram import SMALL
 
@@ -20,7 +20,7 @@ LLAMA = shapes()["Llama-3.1-8B"]
 
 def test_offloaded_checkpoints_wait_on_the_host():
     setup = Setup(seq_len=4096)
-    near, far = (estimate_vram(LLAMA, replace(setup, offload_checkpoints=value)) for value in (False, True))
+    near, far = (estimated(LLAMA, replace(setup, offload_checkpoints=value)) for value in (False, True))
     checkpoint = 4096 * LLAMA.hidden * 2
     assert far.host == (LLAMA.layers - 1) * checkpoint
     assert near.host == 0
@@ -34,7 +34,7 @@ def test_offloaded_checkpoints_wait_on_the_host():
 def test_modules_trained_whole():
     setup = Setup(seq_len=2048)
     plain, head, both = (
-        estimate_vram(LLAMA, replace(setup, modules_to_save=names))
+        estimated(LLAMA, replace(setup, modules_to_save=names))
         for names in ((), ("lm_head",), ("model.embed_tokens", "lm_head"))
     )
     entries = LLAMA.vocabulary * LLAMA.hidden
@@ -46,12 +46,12 @@ def test_modules_trained_whole():
     more = dict(both.stages)["forward"] - dict(head.stages)["forward"]
     assert more == 12 * entries, "its output is cast back: the residual stream stays 16-bit"
     with pytest.raises(BadInput, match=r"modules_to_save names 'lm_haed'.*q_proj"):
-        estimate_vram(LLAMA, replace(setup, modules_to_save=("lm_haed",)))
+        estimated(LLAMA, replace(setup, modules_to_save=("lm_haed",)))
 
 
 def test_eight_bit_weights_of_the_stock_loop():
     four, eight = (
-        estimate_vram(LLAMA, stock_setup(Setup(seq_len=2048, quant_type=quant_type, loss="full"), kbit_prepare=False))
+        estimated(LLAMA, stock_setup(Setup(seq_len=2048, quant_type=quant_type, loss="full"), kbit_prepare=False))
         for quant_type in ("nf4", "int8")
     )
     linears = sum(count * linear.weights for count, linear in LLAMA.all_linears())
@@ -64,7 +64,7 @@ def test_eight_bit_products_keep_their_inputs_outside_of_newer_checkpoints(kbit_
     def stages(transformers: str, quant_type: Any = "int8") -> dict[str, int]:
         setup = Setup(seq_len=2048, quant_type=quant_type, loss="full")
         stock = stock_setup(setup, kbit_prepare=kbit_prepare, transformers=transformers)
-        return dict(estimate_vram(LLAMA, stock).stages)
+        return dict(estimated(LLAMA, stock).stages)
 
     old, new = stages("4.57"), stages("5.24")
     layer = LLAMA.groups[0].layer
@@ -78,31 +78,31 @@ def test_eight_bit_products_keep_their_inputs_outside_of_newer_checkpoints(kbit_
 
 def test_liger_s_kernel_and_the_flash_attn_package():
     full, chunked, liger = (
-        estimate_vram(LLAMA, Setup(seq_len=8192, loss=loss)).allocated.expected for loss in ("full", "chunked", "liger")
+        estimated(LLAMA, Setup(seq_len=8192, loss=loss)).allocated.expected for loss in ("full", "chunked", "liger")
     )
     assert liger < full
     assert chunked < full
     mistral, long = shapes()["Mistral-7B-v0.1"], Setup(seq_len=8192)
-    assert attention_kernel(mistral, long, None) == "efficient_masked"
-    assert attention_kernel(mistral, replace(long, attention="flash_attention_2"), None) == "flash"
-    assert attention_kernel(LLAMA, replace(long, attention="flash_attention_2"), find_gpu("T4")) == "efficient"
+    assert kernel_of(mistral, long, None) == "efficient_masked"
+    assert kernel_of(mistral, replace(long, attention="flash_attention_2"), None) == "flash"
+    assert kernel_of(LLAMA, replace(long, attention="flash_attention_2"), find_gpu("T4")) == "efficient"
 
 
 def test_a_cpu_has_tensors_and_nothing_else():
-    card, cpu = (estimate_vram(LLAMA, Setup(device=device)) for device in ("cuda", "cpu"))
+    card, cpu = (estimated(LLAMA, Setup(device=device)) for device in ("cuda", "cpu"))
     assert cpu.device == cpu.reserved == cpu.allocated
     assert cpu.components.context == 0
     assert cpu.components.workspace == 4 * cpu.trainable_parameters, "the guard's copy of the adapter"
     assert cpu.allocated.expected - cpu.components.workspace < card.allocated.expected
     assert any("Python" in note for note in cpu.notes)
-    dropped = estimate_vram(SMALL, Setup(method="lora", device="cpu", dropout=0.1, grad_checkpointing=False))
-    fused = estimate_vram(SMALL, Setup(method="lora", dropout=0.1, grad_checkpointing=False))
+    dropped = estimated(SMALL, Setup(method="lora", device="cpu", dropout=0.1, grad_checkpointing=False))
+    fused = estimated(SMALL, Setup(method="lora", dropout=0.1, grad_checkpointing=False))
     assert dropped.components.activations > fused.components.activations, "its dropout keeps noise of the input's size"
 
 
 def test_modules_that_stay_in_sixteen_bits():
     def base(*names: str) -> int:
-        return estimate_vram(LLAMA, Setup(skip_modules=names)).components.base
+        return estimated(LLAMA, Setup(skip_modules=names)).components.base
 
     layer = sum(linear.weights for linear in LLAMA.groups[0].layer.linears)
     down = LLAMA.groups[0].layer.mlp[2].weights
@@ -117,20 +117,20 @@ def test_modules_that_stay_in_sixteen_bits():
 
 
 def test_a_family_whose_linears_nobody_quantises_says_so():
-    estimate = estimate_vram(shapes()["falcon-7b"], Setup())
+    estimate = estimated(shapes()["falcon-7b"], Setup())
     assert any("falcon" in note and "refuses" in note for note in estimate.notes)
 
 
 def test_rows_longer_than_the_model_s_positions_are_noted() -> None:
     shape = shapes()["phi-1_5"]
     assert shape.positions == 2048
-    assert not estimate_vram(shape, Setup(seq_len=2048)).notes
-    assert "2048 positions" in estimate_vram(shape, Setup(seq_len=4096)).notes[0]
+    assert not estimated(shape, Setup(seq_len=2048)).notes
+    assert "2048 positions" in estimated(shape, Setup(seq_len=4096)).notes[0]
 
 
 def test_mixtral_held_rotary_tables_in_every_layer() -> None:
-    setups = [Setup(engine="hf", targets=("q_proj",), transformers=version) for version in ("4.45.2", "4.48.1")]
-    older, later = (estimate_vram(shapes()["Mixtral-8x7B"], setup).components.base for setup in setups)
+    setups = [StockSetup(targets=("q_proj",), transformers=version) for version in ("4.45.2", "4.48.1")]
+    older, later = (estimated(shapes()["Mixtral-8x7B"], setup).components.base for setup in setups)
     assert older - later == 512 * 2**20
 
 
@@ -151,7 +151,7 @@ def test_experts_that_were_never_modules_stay_unquantised_in_every_version() -> 
         stock_setup(Setup(seq_len=128, loss="full"), kbit_prepare=False, transformers=version)
         for version in ("4.45.2", "5.24", "")
     ]
-    bases = {estimate_vram(shape, setup).components.base for setup in setups}
+    bases = {estimated(shape, setup).components.base for setup in setups}
     assert len(bases) == 1
     assert bases.pop() > 2 * shape.expert_parameters
-    assert not any("--transformers" in note for note in estimate_vram(shape, setups[2]).notes)
+    assert not any("--transformers" in note for note in estimated(shape, setups[2]).notes)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from studio.core.vram.estimate import estimate_vram
+from tests.core.loops import estimated
 from tests.core.published_reasons import FUSED
 from tests.core.published_rows import Compared, card, compared, from_flags, measured_bytes, shapes, stock_default
 
@@ -71,9 +71,9 @@ def test_experts_that_were_modules_of_their_own():
     items = [item for item in LIKE if item.row["model"] == "Mixtral-8x7B"]
     assert len(items) == 6
     assert max(abs(item.error("allocated") or 0) for item in items) <= 0.035
-    fused = estimate_vram(shapes()["Mixtral-8x7B"], replace(items[0].setup, transformers="5.24"), card(items[0].row))
+    fused = estimated(shapes()["Mixtral-8x7B"], replace(items[0].setup, transformers="5.24"), card(items[0].row))
     assert fused.allocated.expected > 3 * items[0].estimate.allocated.expected
-    unsaid = estimate_vram(shapes()["Mixtral-8x7B"], replace(items[0].setup, transformers=""), card(items[0].row))
+    unsaid = estimated(shapes()["Mixtral-8x7B"], replace(items[0].setup, transformers=""), card(items[0].row))
     assert unsaid.allocated.low <= items[0].estimate.allocated.expected * 1.02
     assert any("--transformers" in note for note in unsaid.notes)
 
@@ -105,7 +105,7 @@ def test_the_high_end_holds_every_row_of_the_stock_loop_with_room_to_spare():
     seen = 0
     for item in LIKE:
         shape, gpu = shapes()[item.row["model"]], card(item.row)
-        closed = [estimate_vram(shape, setup, gpu) for setup in (item.setup, stock_default(item.row))]
+        closed = [estimated(shape, setup, gpu) for setup in (item.setup, stock_default(item.row))]
         planned = [item.estimate, from_its_flags.get(item.row["id"], item.estimate)]
         for metric, room in (("allocated", 1.0), ("reserved", 1.03), ("device", 1.03)):
             if measured := measured_bytes(item.row, metric):

@@ -17,11 +17,11 @@ from studio.core.measured import height
 from studio.core.recipe import AdapterSection
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.setup import Setup
-from studio.core.vram.stages import stages_of
 from studio.jobs.measure.storages import Storages
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.step_model import StepModel
+from tests.core.loops import staged
 
 SHAPE = {
     "hidden_size": 256,
@@ -71,7 +71,7 @@ def tracked_peak(model: Any, setup: Setup, dtype: torch.dtype, vocabulary: int) 
 
 def predicted(setup: Setup, vocabulary: int) -> int:
     shape = shape_from_config({"model_type": "llama", **SHAPE, "vocab_size": vocabulary})
-    stages = stages_of(shape, setup, "flash", workspace=0)
+    stages = staged(shape, setup, "flash", workspace=0)
     return max(stages.peaks[1:4]) - stages.standing.resident
 
 
@@ -97,7 +97,6 @@ def test_a_real_step(method: Any, dtype: Any, grad_checkpointing: bool, vocabula
         grad_checkpointing=grad_checkpointing,
         loss=loss,
         dtype=dtype,
-        autocast=dtype != "fp32",
     )
     measured = one_step(setup, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], vocabulary)
     assert predicted(setup, vocabulary) == pytest.approx(measured, rel=0.01)
@@ -150,6 +149,6 @@ def test_a_mixture_of_experts_with_adapted_attention(grad_checkpointing: bool):
     base = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     section = AdapterSection(rank=RANK, targets=("q_proj", "v_proj"))
     model = attach_adapter(base, section, grad_checkpointing=grad_checkpointing)
-    stages = stages_of(shape_from_config(config.to_dict()), setup, "flash", workspace=0)
+    stages = staged(shape_from_config(config.to_dict()), setup, "flash", workspace=0)
     expected = max(stages.peaks[1:4]) - stages.standing.resident
     assert expected == pytest.approx(tracked_peak(model, setup, torch.bfloat16, 512), rel=0.02)

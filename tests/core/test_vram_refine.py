@@ -8,17 +8,18 @@ from hypothesis import strategies as st
 
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.shape import LayerGroup
-from studio.core.vram import replay
-from studio.core.vram.allocator import Block, CachingAllocator
-from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.refine import refined
-from studio.core.vram.replay import replayed
+from studio.core.stock import replay
+from studio.core.stock.allocator import Block, CachingAllocator
+from studio.core.stock.refine import refined
+from studio.core.stock.replay import replayed
+from studio.core.stock.setup import StockSetup
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
 from studio.core.vram.static import optimizer_bytes
+from tests.core.loops import estimated
 from tests.core.published_rows import shapes
 
-STOCK = Setup(engine="hf", method="lora", loss="full", micro_batch=1, seq_len=1024, transformers="5.24")
+STOCK = StockSetup(method="lora", loss="full", micro_batch=1, seq_len=1024, transformers="5.24")
 OURS = [
     # Set-ups of our own loop of which the closed form's high end once fell short of a replay.
     ("SmolLM2-135M", Setup(method="qlora", rank=256, micro_batch=1, seq_len=256)),
@@ -34,7 +35,7 @@ SHALLOW = replace(shapes()["Llama-3.2-1B"], groups=(LayerGroup(2, shapes()["Llam
 
 def test_only_reserved_and_device_bytes_of_the_stock_loop_change():
     shape, gpu = shapes()["TinyLlama-1.1B"], find_gpu("4090")
-    before = estimate_vram(shape, STOCK, gpu)
+    before = estimated(shape, STOCK, gpu)
     after = refined(before, shape, STOCK, gpu)
     assert replace(after, reserved=before.reserved, device=before.device) == before
     assert after.reserved != before.reserved
@@ -47,7 +48,6 @@ def test_only_reserved_and_device_bytes_of_the_stock_loop_change():
 @pytest.mark.parametrize(
     ("model", "changes"),
     [
-        ("TinyLlama-1.1B", {"engine": "studio", "loss": "chunked"}),
         ("TinyLlama-1.1B", {"device": "cpu"}),
         ("TinyLlama-1.1B", {"modules_to_save": ("lm_head",)}),
         ("TinyLlama-1.1B", {"gpus": 2, "rank": 128}),
@@ -56,7 +56,7 @@ def test_only_reserved_and_device_bytes_of_the_stock_loop_change():
 )
 def test_what_the_replay_does_not_follow_stays_as_it_is(model: str, changes: dict[str, object]):
     shape, setup = shapes()[model], replace(STOCK, **changes)
-    before = estimate_vram(shape, setup)
+    before = estimated(shape, setup)
     assert refined(before, shape, setup) is before
 
 
@@ -64,8 +64,8 @@ def test_threads_that_read_ahead_widen_what_loading_quantised_weights_leaves():
     """transformers 5 reads in two to four threads: the estimate is the mean of what they leave behind."""
     shape = shapes()["Qwen2.5-1.5B"]
     setup = replace(STOCK, method="qlora", dtype="fp16", kbit_prepare=True, autocast=False, outputs_kept=True)
-    threads = refined(estimate_vram(shape, setup), shape, setup).reserved.expected
-    alone = refined(estimate_vram(shape, setup), shape, replace(setup, transformers="4.49")).reserved.expected
+    threads = refined(estimated(shape, setup), shape, setup).reserved.expected
+    alone = refined(estimated(shape, setup), shape, replace(setup, transformers="4.49")).reserved.expected
     assert threads > alone
 
 
@@ -86,24 +86,24 @@ class _Strict(CachingAllocator):
         super().release(block)
 
 
-@pytest.mark.parametrize("engine", ["hf", "studio"])
+@pytest.mark.parametrize("setup", [STOCK, Setup(method="lora", loss="full", micro_batch=1, seq_len=1024)])
 @pytest.mark.parametrize("grad_checkpointing", [True, False])
-def test_a_replay_gives_every_block_back_once(engine: str, grad_checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
+def test_a_replay_gives_every_block_back_once(setup: Setup, grad_checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
     """Olmo 3 has no norm in front of its first layer, which then saves the model's input itself."""
     monkeypatch.setattr(replay, "CachingAllocator", _Strict)
     for shape in shapes().values():
         if any(group.layer.experts for group in shape.groups):
             continue
         shallow = replace(shape, groups=tuple(replace(group, count=min(2, group.count)) for group in shape.groups))
-        setup = replace(STOCK, engine=engine, grad_checkpointing=grad_checkpointing, method="qlora", micro_batch=8)
-        replayed.__wrapped__(shallow, setup, "flash", workspace=CUBLAS_WORKSPACE_BYTES)
+        each = replace(setup, grad_checkpointing=grad_checkpointing, method="qlora", micro_batch=8)
+        replayed.__wrapped__(shallow, each, "flash", workspace=CUBLAS_WORKSPACE_BYTES)
 
 
 @pytest.mark.parametrize(("model", "setup"), OURS)
 def test_the_closed_form_of_our_own_loop_holds_a_replay_of_it(model: str, setup: Setup):
     """Sliders have no time for a replay, and a plan of ours shows what they show."""
     shape = shapes()[model]
-    estimate = estimate_vram(shape, setup, find_gpu("4090"))
+    estimate = estimated(shape, setup, find_gpu("4090"))
     peak = replayed(shape, setup, estimate.kernel, workspace=estimate.components.workspace)
     assert estimate.reserved.high >= peak.reserved
     assert estimate.reserved.expected == pytest.approx(peak.reserved, rel=0.15)
@@ -112,8 +112,7 @@ def test_the_closed_form_of_our_own_loop_holds_a_replay_of_it(model: str, setup:
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
-        Setup,
-        engine=st.just("hf"),
+        StockSetup,
         method=st.sampled_from(["lora", "qlora"]),
         rank=st.integers(1, 64),
         micro_batch=st.integers(1, 4),
@@ -128,7 +127,7 @@ def test_the_closed_form_of_our_own_loop_holds_a_replay_of_it(model: str, setup:
     st.sampled_from(["rank", "micro_batch", "seq_len"]),
     st.integers(1, 64),
 )
-def test_more_never_takes_less_in_a_plan_of_the_stock_loop(setup: Setup, field: str, more: int):
+def test_more_never_takes_less_in_a_plan_of_the_stock_loop(setup: StockSetup, field: str, more: int):
     """Of live bytes but for what bitsandbytes pages, and a few blocks that lie otherwise in batches of several rows."""
     larger = replace(setup, **{field: getattr(setup, field) + more})
     states = [optimizer_bytes(SHALLOW, each.adapted, each.optimizer) for each in (setup, larger)]
@@ -137,7 +136,7 @@ def test_more_never_takes_less_in_a_plan_of_the_stock_loop(setup: Setup, field: 
     )
     fall = states[1].paged + states[1].spared - states[0].paged - states[0].spared
     assert after >= 0.999 * before - max(0, fall)
-    highest = [refined(estimate_vram(SHALLOW, each), SHALLOW, each).device.high for each in (setup, larger)]
+    highest = [refined(estimated(SHALLOW, each), SHALLOW, each).device.high for each in (setup, larger)]
     assert highest[1] >= 0.99 * highest[0]
 
 
@@ -145,8 +144,6 @@ def test_longer_rows_may_take_fewer_segments_but_the_high_end_does_not_fall():
     """The caching allocator's own doing: rows of 1088 tokens find blocks that rows of 1024 just miss."""
     shape = shapes()["Qwen2.5-0.5B"]
     shorter = replace(STOCK, micro_batch=2, transformers="4.48.1", autocast=False)
-    before, after = (
-        refined(estimate_vram(shape, each), shape, each) for each in (shorter, replace(shorter, seq_len=1088))
-    )
+    before, after = (refined(estimated(shape, each), shape, each) for each in (shorter, replace(shorter, seq_len=1088)))
     assert after.reserved.expected < 0.9 * before.reserved.expected
     assert after.device.high > before.device.high

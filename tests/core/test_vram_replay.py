@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.allocator import Block, CachingAllocator
-from studio.core.vram.loading import load
-from studio.core.vram.replay import replayed
-from studio.core.vram.setup import Setup
+from studio.core.stock.allocator import Block, CachingAllocator
+from studio.core.stock.loading import load
+from studio.core.stock.replay import replayed
+from studio.core.stock.setup import StockSetup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
 from studio.jobs.measure.card import card_habits
 from studio.jobs.measure.fake import fake_world
@@ -35,8 +35,7 @@ CONFIG = {
     "max_position_embeddings": 2048,
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-STOCK = Setup(
-    engine="hf",
+STOCK = StockSetup(
     targets=TARGETS,
     rank=32,
     micro_batch=2,
@@ -50,7 +49,7 @@ STOCK = Setup(
 )
 
 
-def traced(setup: Setup) -> StorageLog:
+def traced(setup: StockSetup) -> StorageLog:
     """Return what two steps of a plain loop over the stock model allocate and free, loading left out."""
     recipe = Recipe().with_("method", setup.method).with_("train.attention", setup.attention)
     recipe = recipe.with_("model.double_quant", setup.double_quant)
@@ -83,7 +82,7 @@ def traced(setup: Setup) -> StorageLog:
     return storages.log
 
 
-def reserved_by_trace(setup: Setup) -> tuple[int, int]:
+def reserved_by_trace(setup: StockSetup) -> tuple[int, int]:
     """Return the most bytes of blocks and of segments when what was traced goes through the allocator."""
     log, allocator = traced(setup), CachingAllocator()
     load(allocator, shape_from_config(CONFIG), setup, 1)

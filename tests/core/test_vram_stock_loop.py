@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from studio.core.shape_from_config import shape_from_config
-from studio.core.vram.estimate import attention_kernel
+from studio.core.stock.setup import stock_setup
 from studio.core.vram.setup import Setup
-from studio.core.vram.stages import stages_of
-from studio.core.vram.stock import stock_setup
 from tests.bench.trace_settings import DATA, PHI_3_MINI
+from tests.core.loops import kernel_of, staged
 from tests.core.stock_loop import traced_stages
 
 KNOWN: dict[str, Any] = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
@@ -62,7 +61,7 @@ def test_a_step_of_the_stock_loop(values: dict[str, Any], setup: Setup, loop: di
     values.pop("layer_types", None)
     setup = stock_setup(setup, transformers="5.24", **loop)
     shape = shape_from_config(values)
-    expected = stages_of(shape, setup, attention_kernel(shape, setup, None)).by_name
+    expected = staged(shape, setup, kernel_of(shape, setup, None)).by_name
     traced = traced_stages(values, setup)
     assert max(expected[stage] for stage in traced) == pytest.approx(max(traced.values()), rel=0.002)
     # A layer's own gradients are in its marks, and those of other layers may be there or not.

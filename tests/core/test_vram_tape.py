@@ -5,67 +5,91 @@ from hypothesis import strategies as st
 
 from studio.core.vram import operators as op
 from studio.core.vram.polynomial import NOTHING, Polynomial, largest, ranked, uncovered
-from studio.core.vram.tape import Node, Tape, Tensor, run_backward
+from studio.core.vram.tape import Events, Tape, Tensor, alive_after, marks, run_backward
 
 ROW = Polynomial(per_token=8)
 
 
 def leaf(tape: Tape) -> Tensor:
-    return Tensor(tape, ROW, 2, Node(tape.next_sequence(), (), ()))
+    return tape.given(ROW, 2, tape.node())
 
 
-def peak(tape: Tape, tokens: int = 1) -> float:
-    return largest(tape.marks, tokens, 0, 0)
+def back_from(tape: Tape, out: Tensor, gradient: Polynomial = ROW, itemsize: float = 2) -> tuple[Events, Events]:
+    """Return what a backward does from a result that is gone, but for what its graph saved."""
+    tape.take(out.node)
+    assert out.node is not None
+    return run_backward(tape, out.node, tape.given(gradient, itemsize))
 
 
-def test_a_tensor_dies_with_its_last_name():
-    tape = Tape()
+def test_a_tensor_dies_after_its_last_use_or_name():
+    tape = Tape(records=False)
     x = leaf(tape)
-    y = x
-    del x
-    assert tape.live == Polynomial(per_token=16)
-    del y
-    assert tape.live == NOTHING
+    y = op.scale(x)
+    z = op.scale(y)
+    assert tape.take() == (y.number, ~x.number, z.number, ~y.number, ~z.number)
+    tape = Tape(records=False)
+    x = leaf(tape)
+    y = op.scale(x)
+    z = op.scale(y)
+    tape.named(x)
+    assert tape.take() == (y.number, z.number, ~x.number, ~y.number, ~z.number)
 
 
 def test_a_view_counts_nothing_and_keeps_its_base():
-    tape = Tape()
+    tape = Tape(records=False)
     x = leaf(tape)
     half = op.slice_last(x, 0.5)
-    del x
-    assert tape.live == Polynomial(per_token=16)
-    del half
-    assert tape.live == NOTHING
+    y = op.scale(x)
+    z = op.scale(half)
+    assert tape.take() == (y.number, ~y.number, z.number, ~x.number, ~z.number)
+    assert tape.alive == NOTHING
 
 
 def test_an_activation_saves_its_input_until_its_backward_has_run():
     tape = Tape()
     x = leaf(tape)
     out = op.activate(x)
-    del x
-    assert tape.live == Polynomial(per_token=32)
-    node, out.node = out.node, None
-    gradient = [Tensor(tape, ROW, 2)]
-    del out
-    run_backward(tape, node, gradient)
-    del node
-    assert tape.live == NOTHING
+    tape.hold(out)
+    tape.take(out.node)
+    assert tape.alive == Polynomial(per_token=32)
+    tape.release(out)
+    back_from(tape, out)
+    assert tape.alive == NOTHING
 
 
 def test_without_a_graph_nothing_is_saved():
     tape = Tape(records=False)
     out = op.activate(leaf(tape))
-    assert tape.live == out.bytes
+    tape.hold(out)
+    tape.take()
+    assert tape.alive == out.bytes
+
+
+def test_what_no_backward_reaches_goes_with_its_result():
+    """A product of which only the norm is taken: what its graph saved is not kept for the backward."""
+    tape = Tape()
+    x = leaf(tape)
+    lost = op.activate(op.scale(x))
+    out = op.scale(x)
+    after = op.scale(out)
+    tape.named(lost)
+    events = tape.take(after.node)
+    assert events.index(~(lost.number - 1)) > events.index(after.number), "its input lives as long as it does"
+    assert tape.alive == NOTHING
 
 
 def test_a_frozen_product_saves_no_input_and_a_trained_one_does():
     tape = Tape()
     frozen = op.frozen_linear(leaf(tape), ROW)
-    assert tape.live == frozen.bytes
+    tape.hold(frozen)
+    tape.take(frozen.node)
+    assert tape.alive == frozen.bytes
     arithmetic = op.Arithmetic(compute=2, residual=2, autocast=True)
     kept: list[Tensor] = []
     trained = op.trained_linear(leaf(tape), ROW, Polynomial(per_rank=8), kept, arithmetic)
-    assert tape.live == frozen.bytes.plus(trained.bytes).plus(Polynomial(per_token=16, per_rank=16))
+    tape.hold(trained)
+    tape.take(trained.node)
+    assert tape.alive == frozen.bytes.plus(trained.bytes).plus(Polynomial(per_token=16, per_rank=16))
 
 
 def test_a_shared_gradient_is_added_out_of_place_and_a_lone_one_in_place():
@@ -73,35 +97,29 @@ def test_a_shared_gradient_is_added_out_of_place_and_a_lone_one_in_place():
     tape = Tape()
     x = leaf(tape)
     out = op.add(x, op.scale(x))
-    node, out.node = out.node, None
-    del out, x
-    tape.marks.clear()
-    gradient = [Tensor(tape, ROW, 2)]
-    run_backward(tape, node, gradient)
-    assert peak(tape) == 2 * 16, "the waiting gradient and f's: no third for the sum"
+    before, after = back_from(tape, out)
+    found = marks((*before, *after), tape.sizes, out.bytes)
+    assert largest(found, 1, 0, 0) == 2 * 16, "the waiting gradient and f's: no third for the sum"
 
 
 def test_gradients_of_a_split_wait_side_by_side():
     tape = Tape()
     x = leaf(tape)
+    tape.hold(x)
     left, right = op.split_last(x, (0.5, 0.5))
     out = op.multiply(left, right)
-    del left, right
-    node, out.node = out.node, None
-    del out
-    tape.marks.clear()
-    live = tape.live
-    run_backward(tape, node, [Tensor(tape, ROW.times(0.5), 2)])
-    assert peak(tape) == live.per_token + 16 + 16, "both halves' gradients and then the joined one"
+    tape.take(out.node)
+    saved = tape.alive
+    before, after = back_from(tape, out, ROW.times(0.5))
+    found = marks((*before, *after), tape.sizes, saved.plus(Polynomial(per_token=8)))
+    assert largest(found, 1, 0, 0) == saved.per_token + 16 + 16, "both halves' gradients and then the joined one"
 
 
 def test_bytes_in_flight_before_something_saved_is_read():
     tape = Tape()
-    x = leaf(tape)
-    out = op.cast(op.activate(x), 4)
-    node, out.node = out.node, None
-    del out
-    in_flight = run_backward(tape, node, [Tensor(tape, ROW, 4)])
+    out = op.cast(op.activate(leaf(tape)), 4)
+    before, _ = back_from(tape, out, itemsize=4)
+    in_flight = alive_after(before, tape.sizes, NOTHING)
     assert in_flight == Polynomial(per_token=16 - 32), "the 16-bit gradient has replaced the 32-bit one"
 
 

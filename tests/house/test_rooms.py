@@ -100,6 +100,16 @@ def test_the_terminal_process_never_loads_the_jobs_libraries(room: str) -> None:
     assert "studio.jobs" not in _rooms(loaded)
 
 
+def test_the_memory_of_our_own_loop_knows_nothing_of_other_peoples() -> None:
+    loaded = _loaded_by([name for name in _room("studio.core") if not name.startswith("studio.core.stock")])
+    assert not [name for name in loaded if name.startswith("studio.core.stock")]
+
+
+@pytest.mark.parametrize("room", ["studio.probe", "studio.launch", "studio.tui"])
+def test_only_verbs_compare_with_other_peoples_loops(room: str) -> None:
+    assert not [name for name in _loaded_by(_room(room)) if name.startswith("studio.core.stock")]
+
+
 def test_widgets_can_be_lifted_out() -> None:
     loaded = _loaded_by(_room("widgets"))
     assert "studio" not in loaded

@@ -10,8 +10,9 @@ from studio.core.calibration import Observation
 from studio.core.gpu_catalogue import GIB, MIB, card_of_size, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
+from studio.core.stock.setup import StockSetup
 from studio.core.vram.estimate import estimate_vram
-from studio.core.vram.setup import Setup, setup_of
+from studio.core.vram.setup import setup_of
 from studio.probe.cards import Card
 from studio.probe.data import read_data, split
 from studio.probe.data.sampled import guess_rows
@@ -155,7 +156,7 @@ def test_runs_of_another_kind_change_nothing() -> None:
     remember(seen("NVIDIA A100-SXM4-80GB", speed_factor=3.0))
     remember(seen(method="lora", run="b", speed_factor=3.0))
     assert pace_of(RECIPE, LLAMA, setup, CARD).runs == 0
-    stock = Setup(engine="hf", method="lora")
+    stock = StockSetup(method="lora")
     assert pace_of(RECIPE, LLAMA, stock, CARD).runs == 0, "the stock loop was never measured here"
 
 

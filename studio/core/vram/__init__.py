@@ -1,6 +1,7 @@
-"""The memory model: what a fine-tune holds on a card, worked out from the model's shape and from how it is trained.
+"""The memory model of our own loop: what a fine-tune holds on a card, from the model's shape and how it is trained.
 
-`polynomial` and `tape` are a symbolic autograd, `operators`, `modules`, `decoder_layer` and `head` the network in
-it, `step` its high-water marks; `static` is what is there all the time, `stages` the sum by stage, `reserve` what the
-allocator and the driver add, `estimate` the range and the verdict, `report` the document.
+In reading order: `setup` is what is chosen; `estimate` the range and the verdict, `stages` the sum by stage, `reserve`
+what allocator and driver add, `static` what is there all the time, `micro_batch` what comes and goes. That follows from
+`loop`, how our loop computes, and from the network in symbolic tensors: `decoder_layer` and `head`, of `modules`, of
+`operators`, recorded on a `tape`, in sizes that are a `polynomial` of batch, length and rank. `report` is the document.
 """

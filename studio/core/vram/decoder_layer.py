@@ -1,323 +1,330 @@
-"""One decoder layer of any family: norms, attention and MLP in the order and with the names of the real forward.
+"""One decoder layer of any family: norms, attention and MLP in the order of the real forward; run both ways.
 
 Sources of the attention: transformers/integrations/sdpa_attention.py and modeling_llama.py (`eager_attention_forward`),
 transformers 5.24.
 """
 
-from studio.core.shape import Experts, Layer
-from studio.core.trainable import EXPERTS
-from studio.core.vram import fused
+from dataclasses import dataclass
+from functools import lru_cache
+
+from studio.core.shape import Layer, ModelShape
 from studio.core.vram import operators as op
-from studio.core.vram.modules import Run, centred_norm, dropout, layer_norm, linear, rms_norm
-from studio.core.vram.polynomial import Polynomial
-from studio.core.vram.tape import Tensor
+from studio.core.vram.modules import LayerTraits, Modules
+from studio.core.vram.polynomial import Polynomial, total
+from studio.core.vram.tape import Events, Tape, Tensor, marks, recomputed, run_backward
 
 
-def decoder_layer(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    """Return the layer's output `[batch, seq, hidden]`."""
-    if layer.wiring == "parallel":
-        return _parallel(run, layer, x)
-    residual = x
-    if layer.wiring != "post":
-        x = norm(run, layer, x)
-    x, weights = attention(run, layer, x)
-    if layer.wiring in ("post", "sandwich"):
-        x = norm(run, layer, x)
-    x = op.add(residual, _scaled(run, layer, x))
-    residual = x
-    if layer.wiring != "post":
-        x = norm(run, layer, x)
-    x = feed_forward(run, layer, x)
-    if layer.wiring in ("post", "sandwich"):
-        x = norm(run, layer, x)
-    x = op.add(residual, _scaled(run, layer, x))
-    del residual, weights  # transformers keeps the attention weights under the name `_` until the layer returns
-    return x
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerPass:
+    """A layer's forward and backward as births and deaths.
+
+    Attributes:
+        sizes: Bytes of each tensor, by its number.
+        forward: What happens on the way forward.
+        backward: What happens on the way back; computing again, where a checkpoint does so, included.
+        source: The input, which is there already.
+        result: The output.
+        incoming: The gradient of the output, which is there when the backward begins.
+        outgoing: The gradient of the input; -1 where it wants none.
+        lasting: Gradients of what is trained, alive afterwards.
+    """
+
+    sizes: tuple[Polynomial, ...]
+    forward: Events
+    backward: Events
+    source: int
+    result: int
+    incoming: int
+    outgoing: int
+    lasting: tuple[int, ...]
+
+    @property
+    def kept(self) -> Polynomial:
+        """Bytes that stay from the forward until the backward, the output left out: that is the next layer's."""
+        alive = {self.source, *(event for event in self.forward if event >= 0)}
+        alive -= {~event for event in self.forward if event < 0} | {self.result}
+        return total(self.sizes[number] for number in sorted(alive))
+
+    def forward_marks(self) -> list[Polynomial]:
+        """Return the marks of the forward, input included."""
+        return marks(self.forward, self.sizes, self.sizes[self.source])
+
+    def backward_marks(self) -> list[Polynomial]:
+        """Return the marks of the backward, with what was kept and the output's gradient."""
+        alive = self.kept.plus(self.sizes[self.incoming])
+        if ~self.result in self.backward:
+            alive = alive.plus(self.sizes[self.result])
+        return marks(self.backward, self.sizes, alive)
 
 
-def _parallel(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    """Attention and MLP side by side on one normed input, or on two."""
-    residual = x
-    normed = norm(run, layer, x)
-    attended, weights = attention(run, layer, normed)
-    if layer.input_norms == 2:
-        normed = norm(run, layer, residual)
-    attended = _dropped(run, layer, attended)
-    x = op.add(_dropped(run, layer, feed_forward(run, layer, normed)), attended)
-    x = op.add(x, residual)
-    del residual, weights
-    return x
+@lru_cache(maxsize=64)
+def layer_pass(
+    shape: ModelShape, traits: LayerTraits, index: int, grad_checkpointing: bool, wants_gradient: bool
+) -> LayerPass:
+    """Run one layer, forward and backward.
+
+    Args:
+        shape: The model.
+        traits: How a layer is computed.
+        index: Which kind of layer.
+        grad_checkpointing: Whether only its input stays, and it is computed again in the backward.
+        wants_gradient: Whether its input wants a gradient.
+    """
+    tape, source = Tape(records=not grad_checkpointing), list[Tensor]()
+    run = traits.modules(tape, shape, checkpointed=grad_checkpointing)
+    node = tape.node() if wants_gradient else None
+    if node is not None:
+        node.keeps = source
+    x = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual, node)
+    if grad_checkpointing:
+        tape.hold(x)
+    result = decoder_layer(run, shape.groups[index].layer, x)
+    tape.hold(result)
+    forward = tape.take(result.node)
+    output = x if grad_checkpointing else result
+    gradient = tape.given(output.elements, output.itemsize)
+    if grad_checkpointing:
+        backward = _computed_again(run, shape.groups[index].layer, x, gradient)
+    else:
+        assert result.node is not None  # noqa: S101  adapters want gradients
+        tape.release(result)
+        before, after = run_backward(tape, result.node, gradient)
+        backward = (*before, *after)
+    outgoing = source[0].number if source else -1
+    lasting = tuple(tensor.number for tensor in run.gradients)
+    return LayerPass(tuple(tape.sizes), forward, backward, x.number, result.number, gradient.number, outgoing, lasting)
 
 
-def _scaled(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    x = _dropped(run, layer, x)
-    return op.scale(x) if layer.scaled_residual else x
+def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> Events:
+    """Return what a checkpointed layer's backward does."""
+    tape, whole = run.tape, run.traits.recomputes_whole
+    tape.records = True
+    tape.hold(gradient)
+    out = decoder_layer(run, layer, x)
+    assert out.node is not None  # noqa: S101  adapters, or the input, want gradients
+    if whole:
+        tape.hold(out)
+    again, saved_until = tape.take(out.node), tape.saved_until
+    if not whole:
+        tape.release(gradient)
+    backward = run_backward(tape, out.node, gradient)
+    run.end()
+    if not whole:
+        return recomputed(again, (backward[0], (*backward[1], *tape.take())), saved_until)
+    tape.release(out)
+    tape.release(gradient)
+    return (*again, *backward[0], *backward[1], *tape.take())
 
 
-def _dropped(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    return dropout(run, x) if layer.residual_dropout else x
-
-
-def norm(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    """Return the layer's kind of norm over the hidden size."""
-    if layer.norm in ("layer", "layer_wide"):
-        return layer_norm(run, x, wide=layer.norm == "layer_wide")
-    if layer.norm == "centred":
-        return centred_norm(x)
-    if run.form.fused_kernels != "none":
-        return fused.rms_norm(x, 1, over_gradient=layer.wiring not in ("post", "sandwich"))
-    return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
-
-
-def feed_forward(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    """Return the MLP's output."""
-    if layer.experts:
-        routed = _experts(run, layer, x)
-        return op.add(routed, _dense(run, layer, x)) if layer.mlp else routed
-    return _dense(run, layer, x)
-
-
-def _dense(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    if not layer.gated:
-        inner = activation(run, layer, linear(run, layer.mlp[0], x))
-        return linear(run, layer.mlp[1], inner)
-    if len(layer.mlp) == 3:
-        gate, up, down = layer.mlp
-        if fused.fuses_adapters(run, layer.mlp):
-            return fused.adapted_mlp(run, layer.mlp, x)
-        if run.form.fused_kernels == "liger":
-            return linear(run, down, fused.gated_product(linear(run, gate, x), linear(run, up, x)))
-        return linear(run, down, op.multiply(activation(run, layer, linear(run, gate, x)), linear(run, up, x)))
-    up_states = linear(run, layer.mlp[0], x)
-    gate_states, up_states = op.split_last(up_states, (0.5, 0.5))
-    if run.form.fused_kernels == "liger":
-        # The kernel wants both halves in a row each.
-        return linear(run, layer.mlp[1], fused.gated_product(op.clone(gate_states), op.clone(up_states)))
-    up_states = op.multiply(up_states, activation(run, layer, gate_states))
-    return linear(run, layer.mlp[1], up_states)
-
-
-def activation(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    """Return the activation's output; those composed in Python save more (transformers/activations.py)."""
-    if layer.activation == "gelu_new":
-        half = op.scale(x)
-        if run.form.arithmetic.autocast and not run.form.cpu:
-            x = op.cast(x, 4)  # CUDA's autocast takes powers in fp32, and all that is added to them is fp32 then
-        return op.multiply(half, op.add_number(op.activate_saving_result(op.scale(op.add(x, op.scale(op.power(x)))))))
-    if layer.activation == "relu2":
-        return op.power(op.activate_saving_result(x))
-    return op.activate(x)
-
-
-def _separate_experts(run: Run, layer: Layer, experts: Experts, x: Tensor) -> Tensor:
-    """Experts one after another, each on its share of the tokens (transformers below 5, MixtralSparseMoeBlock)."""
-    gate, up, down = layer.expert_maps
-    share = experts.per_token / experts.count
-    total = Tensor(run.tape, x.elements, x.itemsize)
-    for _ in range(experts.count):
-        rows = op.gather(x, share)
-        inner = op.activate(linear(run, gate, rows, share))
-        inner = op.multiply(inner, linear(run, up, rows, share))
-        out = linear(run, down, inner, share)
-        weight = op.mean_last(rows, Polynomial(per_token=share))
-        total = op.add_rows(total, op.cast(op.multiply_rows(out, weight), total.itemsize))
-        del rows, inner, out, weight
-    return total
-
-
-def _experts(run: Run, layer: Layer, x: Tensor) -> Tensor:
-    """Routed experts on grouped products: every token's input, gate, up and product once per expert that it visits."""
-    experts = layer.experts
-    assert experts is not None  # noqa: S101  the caller looked
-    if layer.expert_maps:
-        return _separate_experts(run, layer, experts, x)
-    merged: list[Tensor] = []
-    if EXPERTS in run.form.adapter.targets and experts.adapted_by_all:
-        # peft adds the adapter's whole product to the fused weights before they are used (ParamWrapper): gate and up
-        # are one tensor, down another, and both live until the layer is done.
-        third = Polynomial(fixed=experts.weights(run.shape.hidden) / 3)
-        merged = [Tensor(run.tape, third.times(share), run.form.arithmetic.compute) for share in (2, 1)]
-    rows = op.gather(x, experts.per_token)
-    both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
-    _saves_merged(both, rows, merged[:1])
-    gates, ups = op.split_last(both, (0.5, 0.5))
-    product = op.multiply(op.activate(gates), ups)
-    out = op.frozen_linear(product, Polynomial(per_token=run.shape.hidden * experts.per_token))
-    _saves_merged(out, product, merged[1:])
-    shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
-    out = op.gather(op.multiply_rows(out, shares), 1 / experts.per_token)
+def decoder_layer(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Return the layer's output `[batch, seq, hidden]`; its input lives until then."""
+    out = _parallel(run, layer, x) if layer.wiring == "parallel" else _sequential(run, layer, x)
+    run.tape.named(x)
     return out
 
 
-def _saves_merged(product: Tensor, x: Tensor, weights: list[Tensor]) -> None:
-    """Save input and weight of a product; the weight's gradient is as large, and is handed to the adapter."""
-    if product.node is not None and weights:
-        product.node.saved.extend((x, *weights))
-        product.node.works = tuple(weight.bytes for weight in weights)
+def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    residual = x
+    if layer.wiring != "post":
+        x = run.norm(layer, x)
+    x, weights = attention(run, layer, x)
+    if layer.wiring in ("post", "sandwich"):
+        x = run.norm(layer, x)
+    residual = _added(run, layer, residual, x)
+    x = run.norm(layer, residual) if layer.wiring != "post" else residual
+    x = _fed_forward(run, layer, x)
+    if layer.wiring in ("post", "sandwich"):
+        x = run.norm(layer, x)
+    x = _added(run, layer, residual, x)
+    run.tape.named(weights)  # transformers keeps the attention weights under the name `_` until the layer returns
+    return x
 
 
-def attention(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _parallel(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Attention and MLP side by side on one normed input, or on two."""
+    normed = run.norm(layer, x)
+    attended, weights = attention(run, layer, normed)
+    if layer.input_norms == 2:
+        first, normed = normed, run.norm(layer, x)
+        run.tape.named(first)
+    attended = _dropped(run, layer, attended)
+    both = op.add(_dropped(run, layer, _fed_forward(run, layer, normed)), attended)
+    out = op.add(both, x)
+    run.tape.named(normed, attended, weights)
+    return out
+
+
+def _added(run: Modules, layer: Layer, residual: Tensor, x: Tensor) -> Tensor:
+    """Return `residual + x`, with what some families do to x first."""
+    scaled = _dropped(run, layer, x)
+    if layer.scaled_residual:
+        scaled = op.scale(scaled)
+    out = op.add(residual, scaled)
+    run.tape.named(x)
+    return out
+
+
+def _dropped(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    return run.dropout(x) if layer.residual_dropout else x
+
+
+def _fed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    out = run.feed_forward(layer, x)
+    run.tape.named(x)
+    return out
+
+
+def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the block's output `[batch, seq, hidden]` and, for eager attention, its weights."""
+    tape = run.tape
     query, key, value = _projections(run, layer, x)
     if layer.query_key_norm:
-        per_head, wide = layer.query_key_norm == "head", layer.norm == "rms_wide"
-        groups = (run.shape.heads, run.shape.kv_heads) if per_head else (1, 1)
-        if run.form.fused_kernels == "none":
-            query, key = (rms_norm(t, n, weight_in_fp32=wide) for t, n in zip((query, key), groups, strict=True))
-        else:
-            query, key = (
-                fused.rms_norm(t, n, over_gradient=not wide) for t, n in zip((query, key), groups, strict=True)
-            )
+        groups = (run.shape.heads, run.shape.kv_heads) if layer.query_key_norm == "head" else (1, 1)
+        normed = [run.head_norm(layer, t, n) for t, n in zip((query, key), groups, strict=True)]
+        tape.named(query, key)
+        query, key = normed
     # Both unrotated tensors live until both are rotated: they are apply_rotary_pos_emb's own arguments.
     itemsize = query.itemsize
     if layer.rotary_wide:
-        query, key = op.cast(query, 4), op.cast(key, 4)
-    turned = _rotate(run, query, layer)
-    query, key = turned, _rotate(run, key, layer)
-    del turned
-    query, key = op.cast(query, itemsize), op.cast(key, itemsize)
-    out, weights = _attend(run, layer, query, key, value)
-    if layer.rotary_joined and run.form.kernel in ("flash", "cpu"):
+        query, key = _both_cast(query, key, 4)
+    turned = run.rotate(layer, query), run.rotate(layer, key)
+    tape.named(query, key)
+    query, key = _both_cast(*turned, itemsize)
+    attended, weights = _attend(run, layer, query, key, value)
+    if layer.rotary_joined and run.traits.kernel in ("flash", "cpu"):
         # These kernels lay their output out as the queries are; head by head, it must be copied token by token.
-        out = op.clone(out)
-    if fused.fuses_adapters(run, (layer.out,)):
-        (out,) = fused.adapted_linears(run, (layer.out,), out)
-        return out, weights
-    out = linear(run, layer.out, out)
+        attended = op.clone(attended)
+    (out,) = run.linears((layer.out,), attended)
+    tape.named(x, query, key, value, attended)
     return out, weights
 
 
-def _projections(run: Run, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if len(layer.qkv) == 3 and fused.fuses_adapters(run, layer.qkv):
-        query, key, value = fused.adapted_linears(run, layer.qkv, x)
-        return query, key, value
+def _both_cast(x: Tensor, y: Tensor, itemsize: float) -> tuple[Tensor, Tensor]:
+    """Return two tensors in another format; both old ones live until both new ones are there."""
+    cast = op.cast(x, itemsize), op.cast(y, itemsize)
+    x.tape.named(x, y)
+    return cast
+
+
+def _projections(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(layer.qkv) == 3:
-        query, key, value = (linear(run, projection, x) for projection in layer.qkv)
+        query, key, value = run.linears(layer.qkv, x)
         return query, key, value
-    joined = linear(run, layer.qkv[0], x)
+    joined = run.linear(layer.qkv[0], x)
     queries, keys = run.shape.heads * run.shape.head_dim, run.shape.kv_heads * run.shape.head_dim
-    width = queries + 2 * keys
+    shares = [part / (queries + 2 * keys) for part in (queries, keys, keys)]
     if layer.qkv_split:
-        query, key, value = op.split_last(joined, tuple(part / width for part in (queries, keys, keys)))
-        return query, key, value
-    query, key, value = (op.slice_last(joined, part / width) for part in (queries, keys, keys))
+        query, key, value = op.split_last(joined, tuple(shares))
+    else:
+        query, key, value = (op.slice_last(joined, share) for share in shares)
     return query, key, value
 
 
-def _rotate(run: Run, x: Tensor, layer: Layer) -> Tensor:
-    if layer.rotary == 0:
-        return x
-    if run.form.fused_kernels != "none" and layer.rotary == 1 and not layer.rotary_wide:
-        return fused.rotate(x)
-    if not layer.rotary_joined:
-        return _rotate_whole(x)
-    turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
-    turned = _rotate_whole(turned)
-    return op.join((turned, kept))
-
-
-def _rotate_whole(x: Tensor) -> Tensor:
-    """Return `x * cos + rotate_half(x) * sin`."""
-    straight = op.times_constant(x)
-    half = op.slice_last(x, 0.5)
-    turned = op.times_constant(op.join((op.scale(op.slice_last(x, 0.5)), half)))
-    del half
-    return op.add(straight, turned)
-
-
-def _attend(run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+def _attend(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the attention output and, for eager attention, its weights `[batch, heads, seq, seq]`."""
-    if run.form.kernel == "eager" and run.shape.own_attention:
-        return _broadcast(run, query, key, value)
-    if run.form.kernel == "eager":
-        return _eager(run, layer, query, key, value)
-    if run.form.arithmetic.autocast:
-        query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
-    if run.form.plain_attention:
-        return _plain(run, query, key, value), None
-    kernel = run.form.kernel
+    kernel = run.traits.kernel
+    if kernel == "eager":
+        return (_broadcast if run.shape.own_attention else _eager)(run, layer, query, key, value)
+    if run.traits.arithmetic.autocast:
+        query, key, value = (op.cast(t, run.traits.arithmetic.compute) for t in (query, key, value))
+    if run.traits.plain_attention:
+        out = _plain(run, query, key, value)
+        run.tape.named(query, key, value)
+        return out, None
     masked = kernel == "efficient_masked"
-    if masked or kernel == "efficient" or run.form.repeats_heads:
-        key, value = _widened(run, key), _widened(run, value)
+    if masked or kernel == "efficient" or run.traits.repeats_heads:
+        key, value = _both_widened(run, key, value)
     flash, on_card = kernel == "flash", kernel != "cpu"
     out = op.fused_attention(query, key, value, run.shape.heads, flash=flash, workspaces=on_card, masked=masked)
     return out, None
 
 
-def _eager(run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _eager(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Follow eager_attention_forward."""
-    arithmetic = run.form.arithmetic
-    key, value = _widened(run, key), _widened(run, value)
+    arithmetic, tape = run.traits.arithmetic, run.tape
+    key, value = _both_widened(run, key, value)
     if arithmetic.autocast:
-        query, key = (op.cast(t, arithmetic.compute) for t in (query, key))
+        query, key = _both_cast(query, key, arithmetic.compute)
     itemsize = query.itemsize
     # Heads of several rows lie apart; keys and values that were repeated lie together.
-    batched = run.form.batched
+    batched = run.traits.batched
     strided = batched and run.shape.kv_heads in (1, run.shape.heads)
-    weights = op.scale(
-        op.matmul(query, key, Polynomial(per_square=run.shape.heads), copies_x=batched, copies_y=strided)
-    )
+    square = Polynomial(per_square=run.shape.heads)
+    weights = op.scale(op.matmul(query, key, square, copies_x=batched, copies_y=strided))
     if run.shape.attention_softcap:
-        weights = op.scale(op.activate_saving_result(op.scale(weights)))
+        raw, weights = weights, op.scale(op.activate_saving_result(op.scale(weights)))
+        tape.named(raw)
     weights = op.add_number(weights)  # the causal mask
-    if not run.form.half:
+    if not run.traits.half:
         weights = op.cast(weights, 4)
-    weights = op.cast(op.softmax_in_fp32(weights, fused_backward=run.form.cpu), itemsize)
+    raw, weights = weights, op.cast(op.softmax_in_fp32(weights, fused_backward=run.traits.cpu), itemsize)
+    tape.named(raw)
     if layer.attention_dropout:
-        weights = dropout(run, weights)
+        weights = run.dropout(weights)
     if arithmetic.autocast:
         value = op.cast(value, arithmetic.compute)
     out = op.matmul(weights, value, query.elements, copies_x=False, copies_y=strided)
     out = op.clone(op.laid_anew(out) if batched else out)  # .transpose(1, 2).contiguous()
+    tape.named(query, key, value, weights)
     return out, weights
 
 
-def _plain(run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _plain(run: Modules, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Follow aten/src/ATen/native/transformers/attention.cpp _scaled_dot_product_attention_math, torch 2.5 and newer.
 
     All in fp32; its softmax makes its result twice, to empty rows that see nothing. It also hands back the weights in
     the format that came in, and nobody takes them.
     """
-    itemsize, square = query.itemsize, Polynomial(per_square=run.shape.heads)
-    query, key, value = (op.cast(t, 4) for t in (query, key, value))
-    query, key = op.scale(query), op.scale(key)
+    tape, itemsize, square = run.tape, query.itemsize, Polynomial(per_square=run.shape.heads)
+    wide_query, wide_key, value = (op.cast(t, 4) for t in (query, key, value))
+    query, key = op.scale(wide_query), op.scale(wide_key)
+    tape.named(wide_query, wide_key)
     scores = _product(run, query, key, square)
-    weights = op.softmax_in_fp32(scores, fused_backward=run.form.cpu)
-    run.tape.passing(square.times(4))
-    del scores
+    weights = op.softmax_in_fp32(scores, fused_backward=run.traits.cpu)
+    tape.passing(square.times(4))
+    tape.named(scores)
     out = op.cast(_product(run, weights, value, query.elements), itemsize)
-    run.tape.passing(square.times(itemsize))
-    return op.clone(out)
+    tape.passing(square.times(itemsize))
+    out = op.clone(out)
+    tape.named(query, key, value, weights)
+    return out
 
 
-def _broadcast(run: Run, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _broadcast(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Follow FalconAttention.forward without sdpa: scores are scaled in place, and softmax keeps the input's format.
 
     The input comes from a layer norm, which CUDA's autocast gives back in fp32.
     """
-    square, autocast = Polynomial(per_square=run.shape.heads), run.form.arithmetic.autocast
+    square, autocast = Polynomial(per_square=run.shape.heads), run.traits.arithmetic.autocast
     if autocast:
-        query, key, value = (op.cast(t, run.form.arithmetic.compute) for t in (query, key, value))
+        query, key, value = (op.cast(t, run.traits.arithmetic.compute) for t in (query, key, value))
     itemsize = query.itemsize
-    wide = 4 if autocast and not run.form.cpu else itemsize
+    wide = 4 if autocast and not run.traits.cpu else itemsize
     scores = op.add_number(_product(run, query, key, square))
-    if not run.form.half:
+    if not run.traits.half:
         scores = op.cast(scores, wide)
-    weights = op.softmax(scores, wide, fused_backward=run.form.cpu)
-    del scores
-    out = _product(run, op.cast(weights, itemsize), value, query.elements)
-    return op.clone(out), weights
+    weights = op.softmax(scores, wide, fused_backward=run.traits.cpu)
+    out = op.clone(_product(run, op.cast(weights, itemsize), value, query.elements))
+    run.tape.named(query, key, value, weights)
+    return out, weights
 
 
-def _product(run: Run, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
+def _product(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
     """Return a batched product; where all heads share y, `matmul` copies it for each, but not for a single row."""
     shared = run.shape.kv_heads < run.shape.heads
     y = op.expanded(y, run.shape.heads / run.shape.kv_heads) if shared else y
-    return op.matmul(x, y, outputs, copies_x=False, copies_y=shared and run.form.batched)
+    return op.matmul(x, y, outputs, copies_x=False, copies_y=shared and run.traits.batched)
 
 
-def _widened(run: Run, x: Tensor) -> Tensor:
-    """Return keys or values repeated for every query head (repeat_kv): a copy, unless none share them, or all."""
+def _both_widened(run: Modules, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values repeated for every query head (repeat_kv); both old ones live until both are there."""
+    widened = _widened(run, key), _widened(run, value)
+    run.tape.named(key, value)
+    return widened
+
+
+def _widened(run: Modules, x: Tensor) -> Tensor:
+    """Return keys or values repeated for every query head: a copy, unless none share them, or all."""
     groups = run.shape.heads / run.shape.kv_heads
     if groups == 1:
         return x

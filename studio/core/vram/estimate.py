@@ -1,16 +1,15 @@
 """The estimate: bytes by component and by stage, a range, and whether it fits a budget."""
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from studio.core.gpu_catalogue import Gpu, emulated
 from studio.core.quantised_base import note_on
 from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
-from studio.core.vram.micro_batch import runs_plain
+from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain
 from studio.core.vram.modules import Kernel
-from studio.core.vram.prequantised import as_it_lies
 from studio.core.vram.reserve import (
     CONTEXT_BYTES,
     MOST_CONTEXT_BYTES,
@@ -20,17 +19,16 @@ from studio.core.vram.reserve import (
     reserved_range,
     unused_in_segments,
 )
-from studio.core.vram.setup import Setup
-from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, peaks_of, stages_of
-from studio.core.vram.static import frozen_form, trained_bytes
-from studio.core.vram.stock import ALWAYS_FUSED, COPIES_LOGITS, NEWEST, UPCASTS_LOGITS, built, masks_are_truths
+from studio.core.vram.setup import Setup, as_it_lies
+from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
+from studio.core.vram.static import trained_bytes
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
 _CERTAIN = 0.02
 """Relative doubt of allocated bytes: 25 rows of a T4 are within 1.2 %, 9 rows of an A100 within 1.7 %."""
 
-_UNCERTAIN = 0.25
+UNCERTAIN = 0.25
 """The same for an architecture that is only guessed from its sizes, and for the activations of mixtures of experts."""
 
 
@@ -90,7 +88,7 @@ class VramEstimate:
 
 
 def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> VramEstimate:
-    """Return what a model and a set-up need on one GPU.
+    """Return what a model and a set-up of our loop need on one GPU.
 
     Args:
         shape: The model.
@@ -101,161 +99,135 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         BadInput: A target does not exist in this model.
     """
     setup = as_it_lies(setup, shape.quantised) if shape.quantised else setup
-    shape = built(shape, setup)
     kernel = attention_kernel(shape, setup, gpu)
-    workspace = HOPPER_CUBLAS_WORKSPACE_BYTES if gpu and gpu.compute_capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
+    loop = own_loop(shape, setup.kind, kernel)
+    workspace = workspace_bytes(gpu)
     if setup.device == "cpu":
-        return _on_cpu(shape, setup, kernel)
-    stages = stages_of(shape, setup, kernel, workspace=workspace)
-    low, high, notes = _allocated_bounds(shape, setup, gpu, stages, workspace)
-    unused = unused_in_segments(shape, frozen_form(setup.kind))
+        # The guard of the first steps keeps a copy of what is trained (jobs/train/guards.py); with a card on the host.
+        workspace = 4 * trained_bytes(shape, setup.adapted, 4).parameters
+    stages = stages_of(shape, setup, loop, workspace=workspace)
+    low, high = widened(shape, stages.peak, stages.steady_peak)
+    if shape.expert_parameters:
+        low, high = low - UNCERTAIN * stages.turnover, high + UNCERTAIN * stages.turnover
+    of_loop = []
+    if setup.quantised and shape.family == "falcon":
+        of_loop.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
+    notes = notes_of(shape, setup, gpu, kernel, of_loop=of_loop)
+    return estimate_of(shape, stages, loop, gpu, low=max(low, stages.standing.base), high=high, notes=notes)
+
+
+def workspace_bytes(gpu: Gpu | None) -> int:
+    """Return the bytes of cuBLAS workspaces on a card."""
+    return HOPPER_CUBLAS_WORKSPACE_BYTES if gpu and gpu.compute_capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
+
+
+def widened(shape: ModelShape, low: float, high: float) -> tuple[float, float]:
+    """Return lowest and highest peak of live tensors with the doubt about both."""
+    doubt = _doubt(shape)
+    return low * (1 - doubt), high * (1 + doubt)
+
+
+def estimate_of(
+    shape: ModelShape,
+    stages: Stages,
+    loop: Loop,
+    gpu: Gpu | None,
+    *,
+    low: float,
+    high: float,
+    notes: tuple[str, ...],
+) -> VramEstimate:
+    """Return the estimate that follows from the stages of any loop.
+
+    Args:
+        shape: The model.
+        stages: Live tensors by stage.
+        loop: How the loop computes the model.
+        gpu: The card, where known.
+        low: Lowest peak of live tensors.
+        high: Highest peak of live tensors, counting steady peaks.
+        notes: What makes the range wide, and what the user should know.
+    """
+    least, most = int(low), int(high)
     measured = gpu.context_bytes if gpu else 0
     context, most_context = (measured, 2 * measured) if measured else (CONTEXT_BYTES, MOST_CONTEXT_BYTES)
-    reserved = reserved_range(stages, low, high, unused)
-    # Pages are on the card while it has room for them.
-    paged = stages.standing.paged
-    spared = expected_reserved(stages, unused, stages.standing.spared) - reserved.expected
-    states = Range(0, paged + spared, int(paged * (1 + _doubt(shape))))
+    if loop.kind.device == "cpu":
+        # A CPU has no segments and no context, and nothing is paged.
+        context = 0
+        reserved = device = Range(least, stages.peak, most)
+        notes = (*notes, "on a CPU: bytes of tensors; Python and its libraries take 0.5 to 1 GiB beside them")
+    else:
+        unused = unused_in_segments(shape, loop.frozen)
+        reserved = reserved_range(stages, least, most, unused)
+        # Pages are on the card while it has room for them.
+        paged = stages.standing.paged
+        spared = expected_reserved(stages, unused, stages.standing.spared) - reserved.expected
+        states = Range(0, paged + spared, int(paged * (1 + _doubt(shape))))
+        device = device_range(reserved, states, context, most_context)
     return VramEstimate(
         stage=stages.peak_stage,
         stages=tuple(stages.by_name.items()),
         components=_components(stages, context),
-        allocated=Range(low, stages.peak, high),
+        allocated=Range(least, stages.peak, most),
         reserved=reserved,
-        device=device_range(reserved, states, context, most_context),
+        device=device,
         trainable_parameters=stages.standing.parameters,
-        kernel=kernel,
+        kernel=loop.traits.kernel,
         host=stages.work.host,
         notes=notes,
     )
 
 
-def _on_cpu(shape: ModelShape, setup: Setup, kernel: Kernel) -> VramEstimate:
-    """Return the bytes of tensors of a run on a CPU: it has no segments and no context, and nothing is paged."""
-    # The guard of the first steps keeps a copy of what is trained (jobs/train/guards.py); for a card it is on the host.
-    guard = 4 * trained_bytes(shape, setup.adapted, 4).parameters if setup.engine == "studio" else 0
-    stages = stages_of(shape, setup, kernel, workspace=guard)
-    low, high, notes = _allocated_bounds(shape, setup, None, stages, guard)
-    bounds = Range(low, stages.peak, high)
-    return VramEstimate(
-        stage=stages.peak_stage,
-        stages=tuple(stages.by_name.items()),
-        components=_components(stages, 0),
-        allocated=bounds,
-        reserved=bounds,
-        device=bounds,
-        trainable_parameters=stages.standing.parameters,
-        kernel=kernel,
-        notes=(*notes, "on a CPU: bytes of tensors; Python and its libraries take 0.5 to 1 GiB beside them"),
-    )
+def notes_of(
+    shape: ModelShape,
+    setup: Setup,
+    gpu: Gpu | None,
+    kernel: Kernel,
+    *,
+    of_loop: Sequence[str] = (),
+    of_kernel: Sequence[str] = (),
+    unquantised: str = "",
+) -> tuple[str, ...]:
+    """Return what makes a range wide, and what the user should know.
 
-
-def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, kind: Setup | None = None) -> Kernel:
-    """Return which attention runs in a set-up's kind of loop, or in another kind.
-
-    Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0. Without it the memory-efficient
-    kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or ALiBi run eagerly
-    whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows and capped scores.
+    Args:
+        shape: The model.
+        setup: How it is trained.
+        gpu: The card, where known.
+        kernel: Which attention runs.
+        of_loop: What is to be said of this loop alone.
+        of_kernel: What is to be said of this kernel in this loop.
+        unquantised: How weights that are not quantised are held.
     """
-    kind = kind or setup.kind
-    if kind.attention == "eager" or not shape.fused_attention:
-        return "eager"
-    if kind.device == "cpu":
-        return "cpu"
-    half = kind.compute_itemsize == 2 and (kind.autocast or kind.residual_itemsize == 2)
-    windowed = 0 < shape.shortest_window <= setup.seq_len
-    able = gpu is None or gpu.compute_capability >= (8, 0)
-    masked = windowed and kind.attention != "flash_attention_2"
-    if masked and masks_are_truths(kind):
-        return "efficient_masked"
-    return "flash" if half and able and not masked and shape.head_dim <= 256 else "efficient"
-
-
-def _allocated_bounds(
-    shape: ModelShape, setup: Setup, gpu: Gpu | None, stages: Stages, workspace: int
-) -> tuple[int, int, tuple[str, ...]]:
-    """Return lowest and highest peak of live tensors, and why they differ; the highest counts steady peaks."""
-    notes = [*filter(None, (shape.origin,)), *shape.doubts]
-    if shape.quantised:
-        notes.insert(0, note_on(shape.quantised, setup.method, setup.engine))
+    notes = [] if shape.quantised is None else [note_on(shape.quantised, setup.method, setup.engine)]
+    notes += [*filter(None, (shape.origin,)), *shape.doubts]
     if 0 < shape.positions < setup.seq_len:
         notes.append(
             f"{setup.seq_len} tokens per row are more than the {shape.positions} positions of the model's config"
         )
-    low, high = float(stages.peak), float(stages.steady_peak)
-    for kind in _variants(setup.kind):
-        if kind is setup.kind:
-            continue
-        peak, steady = peaks_of(shape, setup, kind, attention_kernel(shape, setup, gpu, kind), workspace)
-        low, high = min(low, peak), max(high, steady)
-    base = stages.standing.base
-    doubt = _doubt(shape)
-    low, high = low * (1 - doubt), high * (1 + doubt)
-    if setup.quantised and setup.engine == "studio" and shape.family == "falcon":
-        notes.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
-    if shape.expert_parameters and setup.engine == "hf" and not setup.transformers and shape.family not in ALWAYS_FUSED:
-        older = estimate_vram(shape, replace(setup, transformers=COPIES_LOGITS), gpu)
-        low, base = min(low, older.allocated.low), older.components.base
-        notes.append("before transformers 5 experts were linear layers of their own and quantised: say --transformers")
+    notes += of_loop
     if shape.expert_parameters:
-        notes.extend(_expert_notes(shape, setup))
-        low, high = low - _UNCERTAIN * stages.turnover, high + _UNCERTAIN * stages.turnover
-    kernel, windowed = attention_kernel(shape, setup, gpu), 0 < shape.shortest_window <= setup.seq_len
-    plain = runs_plain(shape, setup.kind, kernel)
-    if plain:
+        notes += _expert_notes(shape, setup, unquantised or ("fp32" if setup.dtype == "fp32" else "16-bit"))
+    if runs_plain(shape, setup, kernel):
         notes.append(
             f"{shape.family} hands PyTorch one key for all heads, for which sdpa has no fused kernel: S x S matrices "
             "in fp32 (seen in traces, not on a card)"
         )
-    grouped = shape.heads != shape.kv_heads and not (plain or shape.repeats_heads or windowed)
-    if grouped and setup.engine == "hf" and kernel == "efficient":
-        notes.append(
-            "without flash attention PyTorch may take its plain kernel for grouped heads, with S x S matrices "
-            "(transformers issue 48633): the high end counts them"
-        )
-        high = max(high, peaks_of(shape, setup, setup.kind, "eager", workspace)[1])
+    notes += of_kernel
     if not shape.fused_attention and setup.attention == "sdpa":
         notes.append(
             f"{shape.family} runs eager attention in transformers, whatever is asked for: S x S matrices per head"
         )
     if gpu and (said := emulated(setup.dtype, gpu.name, gpu.compute_capability)):
         notes.append(said)
-    return int(max(low, base)), int(high), tuple(notes)
-
-
-@lru_cache(maxsize=256)
-def _variants(setup: Setup) -> tuple[Setup, ...]:
-    """Return the kinds of loop that a set-up may mean.
-
-    Stock loops differ in version, autocast and whether they hold the outputs; ours does not differ from itself.
-    """
-    if setup.engine == "studio":
-        return ()
-    unsaid = not setup.transformers and setup.micro_batch > 1
-    least = UPCASTS_LOGITS if setup.fused_kernels == "foak" else NEWEST
-    # The least and the most of what is held at the loss and of peft's upcast; which of the two autocasts holds more
-    # depends.
-    holds = (
-        ((False, least), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
-    )
-    return tuple(
-        replace(
-            setup,
-            outputs_kept=kept,
-            autocast=autocast,
-            transformers=version,
-            head_cast_back=setup.head_cast_back or (setup.dtype == "bf16" and setup.kbit_prepare and not kept),
-        ).kind
-        for kept, version in holds
-        for autocast in ((False, True) if setup.compute_itemsize == 2 else (setup.autocast,))
-    )
+    return tuple(notes)
 
 
 def _doubt(shape: ModelShape) -> float:
-    return _UNCERTAIN if shape.doubts else _CERTAIN
+    return UNCERTAIN if shape.doubts else _CERTAIN
 
 
-def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
+def _expert_notes(shape: ModelShape, setup: Setup, held: str) -> list[str]:
     notes = ["activations of mixtures of experts depend on the routing"]
     adapted_by_all = any(group.layer.experts and group.layer.experts.adapted_by_all for group in shape.groups)
     if adapted_by_all and EXPERTS in target_names(shape, setup.targets):
@@ -263,7 +235,6 @@ def _expert_notes(shape: ModelShape, setup: Setup) -> list[str]:
     if not setup.quantised:
         return notes
     share = shape.expert_parameters / shape.parameters
-    held = "fp32 after peft's upcast" if setup.residual_itemsize == 4 else "16-bit"
     return [f"bitsandbytes quantises no fused expert: {share:.0%} of this model's weights stay {held}", *notes]
 
 

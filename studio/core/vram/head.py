@@ -1,50 +1,104 @@
 """The end of the model: final norm, head and loss, forward and backward.
 
-Sources: transformers/loss/loss_utils.py ForCausalLMLoss, studio/jobs/train/head.py, liger_kernel
-fused_linear_cross_entropy.
+Sources: studio/jobs/train/head.py, liger_kernel fused_linear_cross_entropy.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import lru_cache
+from typing import Protocol
 
-from studio.core.shape import Linear
+from studio.core.loss_chunk import loss_chunk_tokens
+from studio.core.shape import ModelShape
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
-from studio.core.vram.decoder_layer import norm
-from studio.core.vram.modules import Run, linear
+from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import NOTHING, Polynomial, uncovered
-from studio.core.vram.tape import Node, Tape, Tensor, run_backward
+from studio.core.vram.tape import Events, Tape, Tensor, alive_after, marks, recomputed, run_backward
 
-LossKind = Literal["model", "whole", "chunked"]
+_SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
+"""Bytes per logit of a chunk in studio/jobs/train/head.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
 
-_OWN_LOSS = frozenset({"bloom", "falcon", "gpt_bigcode", "gpt_neox", "stablelm"})
-"""Families that shifted logits and called a loss themselves (read in modeling_*.py of 4.45.2 and 4.48.1)."""
+What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not counted there.
+"""
+
+
+class Loss(Protocol):
+    """How head and loss are made: a frozen value."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether logits are never whole."""
+
+    def forward(self, run: Modules, hidden: Tensor) -> Tensor:
+        """Return the loss of the final norm's output `[batch, seq, hidden]`."""
+
+    def chunk_bytes(self, shape: ModelShape, traits: LayerTraits, tokens: int) -> int:
+        """Return what a chunk of the head needs at once; 0 for whole logits."""
 
 
 @dataclass(frozen=True, slots=True)
-class LossForm:
-    """How the loss is made.
+class WholeLoss:
+    """Our loop's whole logits."""
+
+    in_chunks: bool = False
+
+    def forward(self, run: Modules, hidden: Tensor) -> Tensor:
+        """Return the loss; nobody else holds the narrow logits (`logits.float()` of studio/jobs/train/head.py)."""
+        return cross_entropy(op.cast(logits_of(run, hidden), 4))
+
+    def chunk_bytes(self, shape: ModelShape, traits: LayerTraits, tokens: int) -> int:
+        """Return 0: there are no chunks."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedLoss:
+    """Our loop's head, taken in chunks.
 
     Attributes:
-        kind: `model`: transformers' own, whole logits. `whole`: our loop's whole logits. `chunked`: a head that is
-            never whole.
-        outputs_kept: Whether the loop holds the model's outputs, and so the logits, while it runs the backward.
-        upcast_outputs: Whether those logits are fp32 already (transformers up to 4.45: `logits = logits.float()`).
-        shift_copied: Whether the fp32 logits are copied to drop the last token of several rows (transformers up to
-            4.48: `logits[..., :-1, :].contiguous()`; later the labels are shifted instead).
-        overwrites: Whether one kernel makes the loss of the fp32 logits and writes their gradient over them.
-        by_model: Whether models that bring a loss of their own still use it (transformers up to 4.48): it leaves the
-            logits in the head's format.
-        recomputed: Whether the head is trained, so that each chunk is computed again in the backward (our loop).
+        recomputed: Whether the head is trained, so that each chunk is computed again in the backward.
     """
 
-    kind: LossKind
-    outputs_kept: bool = False
-    upcast_outputs: bool = False
-    shift_copied: bool = False
-    overwrites: bool = False
-    by_model: bool = False
     recomputed: bool = False
+    in_chunks: bool = True
+
+    def forward(self, run: Modules, hidden: Tensor) -> Tensor:
+        """Return the loss."""
+        return _recomputed_rows(hidden) if self.recomputed else chunked(hidden)
+
+    def chunk_bytes(self, shape: ModelShape, traits: LayerTraits, tokens: int) -> int:
+        """Return what a chunk of a frozen head needs at once."""
+        chunk, compute = loss_chunk_tokens(shape.vocabulary, tokens), traits.arithmetic.compute
+        if shape.logit_softcap:
+            return chunk * shape.vocabulary * _SOFTCAP_BYTES
+        # fp32 logits beside their 16-bit product, later beside 16-bit probabilities and the chunk's gradient.
+        narrow = 4 + compute % 4
+        inner = narrow if traits.cpu else _CHUNK_BYTES
+        return chunk * max(inner * shape.vocabulary, narrow * shape.vocabulary + compute * shape.hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class LigerLoss:
+    """liger's kernel for head and loss.
+
+    Attributes:
+        wider: Bytes per logit of a copy that is made first.
+    """
+
+    wider: int = 0
+    in_chunks: bool = True
+
+    def forward(self, run: Modules, hidden: Tensor) -> Tensor:
+        """Return the loss."""
+        return chunked(hidden)
+
+    def chunk_bytes(self, shape: ModelShape, traits: LayerTraits, tokens: int) -> int:
+        """Follow liger_kernel/ops/fused_linear_cross_entropy.py: gradients overwrite the chunk's logits."""
+        share = -(-tokens // -(-shape.vocabulary // shape.hidden))
+        chunk = min(tokens, 1 << max(0, share - 1).bit_length())
+        return chunk * shape.vocabulary * (traits.arithmetic.compute + self.wider)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,128 +132,123 @@ class HeadMarks:
 
     forward: tuple[Polynomial, ...]
     backward: tuple[Polynomial, ...]
-    around_chunk: Polynomial = NOTHING
-    chunk: ChunkMarks | None = None
-    evaluation: tuple[Polynomial, ...] = ()
+    around_chunk: Polynomial
+    chunk: ChunkMarks | None
+    evaluation: tuple[Polynomial, ...]
 
 
-def head_pass(run: Run, loss: LossForm, x: Tensor) -> HeadMarks:
-    """Run final norm, head and loss over the last layer's output `[batch, seq, hidden]`."""
-    tape, given = run.tape, [x]
-    del x
-    value, outputs, kept = head_forward(run, loss, given)
-    around_chunk = tape.marks[-1] if loss.kind == "chunked" else NOTHING
-    forward = tuple(tape.marks)
-    tape.start_marks()
-    node, value.node = value.node, None
-    assert node is not None  # noqa: S101  the input wants a gradient
-    run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
-    del outputs, kept
-    chunk = _chunk_marks(run, around_chunk) if loss.recomputed else None
-    return HeadMarks(forward, tuple(tape.marks), around_chunk, chunk)
+@dataclass(frozen=True, eq=False, slots=True)
+class HeadPass:
+    """The final norm, the head and the loss as births and deaths.
+
+    Attributes:
+        sizes: Bytes of each tensor, by its number; the last layer's output is number 0, which is there already.
+        forward: What happens on the way forward.
+        backward: What happens on the way back.
+        outgoing: The gradient of the last layer's output.
+        lasting: What is alive afterwards: logits that the loop holds.
+    """
+
+    sizes: tuple[Polynomial, ...]
+    forward: Events
+    backward: Events
+    outgoing: int
+    lasting: tuple[int, ...]
 
 
-def head_forward(
-    run: Run, loss: LossForm, x: list[Tensor], *, shifted: float = 1.0
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Return the loss, the logits where the loop holds them, and what the head keeps beside its weight.
+@lru_cache(maxsize=256)
+def head_pass(shape: ModelShape, traits: LayerTraits, loss: Loss) -> HeadPass:
+    """Run final norm, head and loss over the last layer's output `[batch, seq, hidden]`, forward and backward.
 
     Args:
-        run: The pass.
+        shape: The model.
+        traits: How its layers are computed.
         loss: How the loss is made.
-        x: The last layer's output in a list, which is emptied so that nobody else holds it.
-        shifted: Share of the logits that is left when the last token of each row is dropped.
     """
-    hidden = norm(run, run.shape.groups[-1].layer, x[0])
-    x.clear()
-    if loss.kind == "chunked":
-        return (_recomputed_rows(hidden) if loss.recomputed else _chunked(hidden)), None, []
-    logits, kept = _logits(run, hidden)
-    if loss.kind == "whole":
-        given = [logits]
-        del logits
-        return _cross_entropy(_widened(given)), None, kept
-    if loss.by_model and run.shape.family in _OWN_LOSS:
-        value = _own_loss(run, logits, loss, shifted)
-    else:
-        if loss.upcast_outputs:
-            logits = op.cast(logits, 4)
-        value = _whole_loss(logits, loss, shifted)
-    if loss.kind == "model" and run.form.arithmetic.autocast and not loss.outputs_kept:
-        # accelerate gives the outputs of an autocast forward back in fp32 (ConvertOutputsToFp32).
-        op.cast(logits, 4)
-    return value, logits if loss.outputs_kept else None, kept
+    tape, source = Tape(), list[Tensor]()
+    run = traits.modules(tape, shape)
+    node = tape.node()
+    node.keeps = source
+    value = _forward(run, loss, tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual, node))
+    assert value.node is not None  # noqa: S101  the input wants a gradient
+    forward = tape.take(value.node)
+    before, after = run_backward(tape, value.node, tape.given(NOTHING, 4))
+    run.end()
+    for gradient in run.gradients:
+        tape.release(gradient)  # an adapted head's: not counted beyond this pass
+    backward = (*before, *after, *tape.take())
+    return HeadPass(tuple(tape.sizes), forward, backward, source[0].number, tuple(x.number for x in run.lasting))
 
 
-def _logits(run: Run, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return logits `[batch, seq, vocabulary]` and what the head keeps beside its weight."""
-    arithmetic, shape = run.form.arithmetic, run.shape
-    kept = []
-    if arithmetic.autocast and arithmetic.weights > arithmetic.compute and HEAD not in run.form.adapter.whole:
-        # A head upcast to fp32 is cast back to 16 bits by autocast, and that copy is what the product saves.
-        kept.append(Tensor(run.tape, Polynomial(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
-    logits = _head(run, hidden)
+@lru_cache(maxsize=256)
+def head_marks(shape: ModelShape, traits: LayerTraits, loss: Loss) -> HeadMarks:
+    """Return the marks around the final norm, the head and the loss that can be the highest.
+
+    Args:
+        shape: The model.
+        traits: How its layers are computed.
+        loss: How the loss is made.
+    """
+    passed = head_pass(shape, traits, loss)
+    ahead = marks(passed.forward, passed.sizes, passed.sizes[0])
+    back = marks(passed.backward, passed.sizes, alive_after(passed.forward, passed.sizes, passed.sizes[0]))
+    forward = evaluation = uncovered(ahead)
+    # The loss is born last: what is alive then stands around the chunks that it is made of.
+    around = ahead[-1] if loss.in_chunks else NOTHING
+    if not loss.in_chunks:
+        tape = Tape(records=False)
+        given = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual)
+        _forward(traits.modules(tape, shape), loss, given)
+        evaluation = uncovered(marks(tape.take(), tape.sizes, given.bytes))
+    trained = isinstance(loss, ChunkedLoss) and loss.recomputed
+    chunk = _chunk_marks(shape, traits, around) if trained else None
+    return HeadMarks(forward, uncovered(back), around, chunk, evaluation)
+
+
+def _forward(run: Modules, loss: Loss, x: Tensor) -> Tensor:
+    """Return the loss of the last layer's output, which goes when it is normed."""
+    hidden = run.norm(run.shape.groups[-1].layer, x)
+    value = loss.forward(run, hidden)
+    run.tape.named(hidden)
+    return value
+
+
+def logits_of(run: Modules, hidden: Tensor) -> Tensor:
+    """Return logits `[batch, seq, vocabulary]`."""
+    arithmetic, shape = run.traits.arithmetic, run.shape
+    if arithmetic.autocast and arithmetic.weights > arithmetic.compute and HEAD not in run.traits.adapter.whole:
+        # A head held in fp32 is cast to 16 bits by autocast, and that copy is what the product saves.
+        run.keep_beside(Tensor(run.tape, Polynomial(fixed=shape.vocabulary * shape.hidden), arithmetic.compute))
+    logits = run.head(hidden)
     if shape.scaled_logits:
         logits = op.scale(logits)
-    if shape.logit_softcap:
-        logits = op.scale(op.activate_saving_result(op.scale(logits)))
-    return logits, kept
+    return _capped(run, logits)
 
 
-def _head(run: Run, hidden: Tensor) -> Tensor:
-    """Return the head's product; the head is never quantised, but may be adapted or trained whole."""
-    layer, arithmetic = Linear(HEAD, run.shape.hidden, run.shape.vocabulary), run.form.arithmetic
-    if HEAD in run.form.adapter.targets | run.form.adapter.whole:
-        return linear(replace(run, form=replace(run.form, quantised="")), layer, hidden)
-    return op.frozen_linear(
-        hidden, Polynomial(per_token=layer.outputs), arithmetic.compute if arithmetic.autocast else None
-    )
+def _capped(run: Modules, logits: Tensor) -> Tensor:
+    if not run.shape.logit_softcap:
+        return logits
+    capped = op.scale(op.activate_saving_result(op.scale(logits)))
+    run.tape.named(logits)
+    return capped
 
 
-def _whole_loss(logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
-    """Return the loss of logits that are made fp32 first, as transformers' own loss function does."""
-    wide = op.cast(logits, 4)
-    shifted = op.clone(op.slice_last(wide, shifted_share)) if loss.shift_copied else wide
-    return _overwritten(shifted) if loss.overwrites else _cross_entropy(shifted)
-
-
-def _widened(logits: list[Tensor]) -> Tensor:
-    """Return logits in fp32; nobody else holds the narrow ones (`logits.float()` of studio/jobs/train/head.py)."""
-    return op.cast(logits.pop(), 4)
-
-
-def _own_loss(run: Run, logits: Tensor, loss: LossForm, shifted_share: float) -> Tensor:
-    """Return the loss of models that bring their own: the copy is of the head's format, and autocast widens it."""
-    shifted = op.clone(op.slice_last(logits, shifted_share)) if loss.shift_copied else logits
-    if loss.overwrites:
-        return _overwritten(shifted)
-    return _cross_entropy(op.cast(shifted, 4) if run.form.arithmetic.autocast else shifted)
-
-
-def _overwritten(logits: Tensor) -> Tensor:
-    """Return a loss whose gradient is written over the logits that it saved."""
-    return Tensor(logits.tape, NOTHING, 4, op.node_of(logits.tape, (logits,), (0,), (logits,)))
-
-
-def _cross_entropy(logits: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor) -> Tensor:
     """Return the cross-entropy: log-softmax saves its result, and so does the loss that reads it."""
     scores = op.activate_saving_result(logits)
-    return Tensor(
-        logits.tape,
-        NOTHING,
-        4,
-        op.node_of(logits.tape, (scores,), ((scores.elements, scores.itemsize),), (scores,)),
-    )
+    loss = op.result_of((scores,), NOTHING, 4, (op.gradient_like(scores),), (scores,))
+    logits.tape.named(logits)
+    return loss
 
 
-def _chunked(hidden: Tensor) -> Tensor:
+def chunked(hidden: Tensor) -> Tensor:
     """Return the loss of a head taken in chunks: labelled rows are picked, their gradient is made at once and saved.
 
     The rows are gone when the chunks are done.
     """
     rows = op.gather(hidden, 1)
     gradient = Tensor(rows.tape, rows.elements, rows.itemsize)
-    return Tensor(rows.tape, NOTHING, 4, op.node_of(rows.tape, (rows,), (None,), (gradient,)))
+    return op.result_of((rows,), NOTHING, 4, (None,), (gradient,))
 
 
 def _recomputed_rows(hidden: Tensor) -> Tensor:
@@ -208,48 +257,38 @@ def _recomputed_rows(hidden: Tensor) -> Tensor:
     The gradient of each chunk's rows is a zero-filled tensor of all rows, added to that of the chunks before.
     """
     rows = op.gather(hidden, 1)
-    works = (rows.bytes,)
-    return Tensor(
-        rows.tape, NOTHING, 4, op.node_of(rows.tape, (rows,), ((rows.elements, rows.itemsize),), (rows,), works)
-    )
+    return op.result_of((rows,), NOTHING, 4, (op.gradient_like(rows),), (rows,), works=(rows.bytes,))
 
 
-def _chunk_marks(run: Run, around: Polynomial) -> ChunkMarks:
+def _chunk_marks(shape: ModelShape, traits: LayerTraits, around: Polynomial) -> ChunkMarks:
     """Run a chunk as studio/jobs/train/head.py does: forward without a graph, then again with one, and backward."""
-    shape, form = run.shape, run.form
-    copy, compute = NOTHING, form.arithmetic.compute
-    if HEAD in form.adapter.whole and form.arithmetic.autocast and compute < form.adapter.whole_itemsize:
+    copy, compute, whole_itemsize = NOTHING, traits.arithmetic.compute, traits.adapter.whole_itemsize
+    if HEAD in traits.adapter.whole and traits.arithmetic.autocast and compute < whole_itemsize:
         # Autocast's 16-bit copy of the weight is one for all chunks: its gradient is summed up and cast at the end.
-        form = replace(form, adapter=replace(form.adapter, whole_itemsize=compute))
+        traits = replace(traits, adapter=replace(traits.adapter, whole_itemsize=compute))
         copy = Polynomial(fixed=shape.vocabulary * shape.hidden * compute)
     tape = Tape(records=False)
-    _chunk_loss(Run(tape, shape, form))
-    forward = [mark.plus(copy) for mark in tape.marks]
+    _chunk_loss(traits.modules(tape, shape))
+    forward = [mark.plus(copy) for mark in marks(tape.take(), tape.sizes)]
     tape = Tape()
-    again = Run(tape, shape, form)
-    value = _chunk_loss(again)
-    recomputing = tape.marks[: tape.marks_at_last_saving]
-    tape.marks.clear()
-    node, value.node = value.node, None
-    assert node is not None  # noqa: S101  the rows want a gradient
-    in_flight = run_backward(tape, node, [Tensor(tape, NOTHING, 4)])
-    marks = [*(mark.plus(in_flight) for mark in recomputing), *tape.marks]
-    if HEAD in form.adapter.whole:
+    value = _chunk_loss(traits.modules(tape, shape))
+    assert value.node is not None  # noqa: S101  the rows want a gradient
+    again, saved_until = tape.take(value.node), tape.saved_until
+    backward = run_backward(tape, value.node, tape.given(NOTHING, 4))
+    found = marks(recomputed(again, backward, saved_until), tape.sizes)
+    if HEAD in traits.adapter.whole:
         weights = Polynomial(fixed=shape.vocabulary * shape.hidden)
-        sums = weights.times(form.adapter.whole_itemsize).plus(copy)
-        marks = [mark.plus(sums) for mark in marks]
-        marks.append(weights.times(compute + run.form.adapter.whole_itemsize))
-    rows = Polynomial(per_token=shape.hidden * form.arithmetic.residual)
-    return ChunkMarks(uncovered(forward), around, uncovered(marks), rows.times(2))
+        sums = weights.times(traits.adapter.whole_itemsize).plus(copy)
+        found = [mark.plus(sums) for mark in found]
+        found.append(weights.times(compute + whole_itemsize))
+    rows = Polynomial(per_token=shape.hidden * traits.arithmetic.residual)
+    return ChunkMarks(uncovered(forward), around, uncovered(found), rows.times(2))
 
 
-def _chunk_loss(run: Run) -> Tensor:
+def _chunk_loss(run: Modules) -> Tensor:
     """Return the loss of one chunk, whose rows are a view."""
-    tape, shape = run.tape, run.shape
-    node = Node(tape.next_sequence(), (), ()) if tape.records else None
-    elements = Polynomial(per_token=shape.hidden)
-    rows = Tensor(tape, elements, run.form.arithmetic.residual, node, base=Tensor(tape, NOTHING, 1))
-    logits = op.scale(op.cast(_head(run, rows), 4))
-    if shape.logit_softcap:
-        logits = op.scale(op.activate_saving_result(op.scale(logits)))
-    return _cross_entropy(logits)
+    tape, elements = run.tape, Polynomial(per_token=run.shape.hidden)
+    node = tape.node() if tape.records else None
+    rows = Tensor(tape, elements, run.traits.arithmetic.residual, node, base=Tensor(tape, NOTHING, 1))
+    logits = _capped(run, op.scale(op.cast(run.head(rows), 4)))
+    return cross_entropy(logits)

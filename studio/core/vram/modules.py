@@ -1,13 +1,14 @@
-"""The modules of a decoder layer, written with symbolic tensors in the order of the real code, so names live as long.
+"""The modules of a decoder layer, written with symbolic tensors in the order of the real code.
 
-Sources: transformers/models/*/modeling_*.py, peft/tuners/lora/layer.py, bnb.py and dora.py,
-bitsandbytes/autograd/_functions.py (transformers 5.24, peft 0.21, bitsandbytes 0.50).
+Sources: transformers/models/*/modeling_*.py and activations.py, peft/tuners/lora/layer.py, bnb.py and dora.py
+(transformers 5.24, peft 0.21, bitsandbytes 0.50).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from studio.core.shape import Linear, ModelShape
+from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.trainable import EXPERTS, HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
@@ -15,11 +16,10 @@ from studio.core.vram.tape import Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "efficient_masked", "eager", "cpu"]
 """Which attention runs. The memory-efficient kernel wants numbers for a mask; each layer makes them of truths."""
-FusedKernels = Literal["none", "liger", "foak"]
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterForm:
+class AdapterTraits:
     """What stands beside the linear layers.
 
     Attributes:
@@ -39,191 +39,324 @@ class AdapterForm:
     whole_itemsize: int = 4
 
 
-@dataclass(frozen=True, slots=True)
-class LayerForm:
+@dataclass(frozen=True)
+class LayerTraits:
     """How a layer is computed.
 
     Attributes:
         arithmetic: Number formats.
         adapter: What stands beside the linear layers.
-        quantised: How its linear layers hold their weights: nf4, fp4 or int8; empty where they are not quantised.
+        quantised: How its linear layers hold their weights, such as nf4; empty where they are not quantised.
         kernel: Which attention runs.
         batched: Whether the micro-batch has several rows.
         half: Whether 16 bit means fp16: softmax then reads it and writes fp32 in one kernel, where in bf16 it makes an
             fp32 copy first (aten/src/ATen/native/SoftMax.cpp: only for Half).
         cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
-        fused_kernels: Which fused kernels stand in for the model's own operators (studio.core.vram.fused).
-        reentrant: Whether checkpoints are torch's older kind, a backward inside the backward.
         repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
         plain_attention: Whether torch is left no kernel but its plain one, with S x S matrices in fp32.
+        recomputes_whole: Whether a checkpointed layer is computed again to its end before anything goes backward, and
+            its output and gradient wait until it has gone; else only until all is saved again.
     """
 
     arithmetic: Arithmetic
-    adapter: AdapterForm
+    adapter: AdapterTraits
     quantised: str
     kernel: Kernel
     batched: bool
     half: bool = False
     cpu: bool = False
-    fused_kernels: FusedKernels = "none"
-    reentrant: bool = False
     repeats_heads: bool = False
     plain_attention: bool = False
+    recomputes_whole: bool = False
+
+    def modules(self, tape: Tape, shape: ModelShape, *, checkpointed: bool = False) -> "Modules":
+        """Return the modules of one symbolic pass."""
+        return Modules(tape, shape, self, checkpointed)
 
 
-@dataclass(slots=True)
-class Run:
-    """One symbolic pass: where bytes are counted, of what model, how it computes, and adapter gradients made so far.
+@dataclass
+class Modules:
+    """The modules of a layer in one symbolic pass; loops with modules of their own override them.
 
-    `held` collects what operators keep where no checkpoint drops it; None where all that is saved counts in its graph.
+    Attributes:
+        tape: Where it is recorded.
+        shape: The model.
+        traits: How it computes.
+        checkpointed: Whether a checkpoint drops what the pass saves.
+        gradients: Gradients of what is trained, made so far.
+        beside: What is kept beside the graph until the pass has gone backward.
+        lasting: What the loop itself keeps beyond that.
     """
 
     tape: Tape
     shape: ModelShape
-    form: LayerForm
+    traits: LayerTraits
+    checkpointed: bool = False
     gradients: list[Tensor] = field(default_factory=list)
-    held: list[Tensor] | None = None
+    beside: list[Tensor] = field(default_factory=list)
+    lasting: list[Tensor] = field(default_factory=list)
 
+    def keep_beside(self, x: Tensor) -> None:
+        """Keep a tensor beside the graph until the pass has gone backward."""
+        self.tape.hold(x)
+        self.beside.append(x)
 
-def held_apart(form: LayerForm) -> list[Tensor] | None:
-    """Return where to collect what a layer's checkpoint does not drop; None where it drops all."""
-    return [] if form.quantised == "int8" and not form.reentrant else None
+    def keep(self, x: Tensor) -> None:
+        """Keep a tensor for good."""
+        self.tape.hold(x)
+        self.lasting.append(x)
 
+    def end(self) -> None:
+        """Let go of what was kept beside the graph."""
+        for x in self.beside:
+            self.tape.release(x)
+        self.beside.clear()
 
-def linear(run: Run, layer: Linear, x: Tensor, visits: float = 1) -> Tensor:
-    """Return a linear layer's output `[.., out]`, with its adapter where it is a target.
+    # Linear layers.
 
-    Args:
-        run: The pass.
-        layer: The linear layer.
-        x: Its input.
-        visits: Rows per token: the share of tokens that an expert sees.
-    """
-    if layer.name in run.form.adapter.whole:
-        return _whole(run, layer, x, visits)
-    if layer.name not in run.form.adapter.targets:
-        return _base_linear(run, layer, x, visits)
-    return _adapted_quantised(run, layer, x, visits) if run.form.quantised else _adapted(run, layer, x, visits)
+    def linears(self, layers: tuple[Linear, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of linear layers of one input."""
+        return tuple([self.linear(layer, x) for layer in layers])
 
+    def linear(self, layer: Linear, x: Tensor, visits: float = 1) -> Tensor:
+        """Return a linear layer's output `[.., out]`, with its adapter where it is a target.
 
-def _whole(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    """peft.utils.ModulesToSaveWrapper around a linear layer; autocast casts the weight, and its gradient back."""
-    arithmetic, elements = run.form.arithmetic, Polynomial(fixed=layer.inputs * layer.outputs)
-    weight = op.whole_weight(run.tape, elements, run.form.adapter.whole_itemsize, run.gradients)
-    weight = op.cast(weight, arithmetic.compute if arithmetic.autocast else weight.itemsize)
-    return op.cast(op.whole_linear(x, Polynomial(per_token=layer.outputs * visits), weight), x.itemsize)
+        Args:
+            layer: The linear layer.
+            x: Its input.
+            visits: Rows per token: the share of tokens that an expert sees.
+        """
+        if layer.name in self.traits.adapter.whole:
+            out = self._whole(layer, x, visits)
+        elif layer.name not in self.traits.adapter.targets:
+            out = self.base_linear(layer, x, visits)
+        elif self.traits.quantised:
+            out = self._adapted_quantised(layer, x, visits)
+        else:
+            out = self._adapted(layer, x, visits)
+        self.tape.named(x)
+        return out
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the head's product; the head is never quantised, but may be adapted or trained whole."""
+        layer, arithmetic = Linear(HEAD, self.shape.hidden, self.shape.vocabulary), self.traits.arithmetic
+        if HEAD in self.traits.adapter.targets | self.traits.adapter.whole:
+            return replace(self, traits=replace(self.traits, quantised="")).linear(layer, hidden)
+        compute = arithmetic.compute if arithmetic.autocast else None
+        return op.frozen_linear(hidden, Polynomial(per_token=layer.outputs), compute)
 
-def _base_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    arithmetic = run.form.arithmetic
-    outputs = Polynomial(per_token=layer.outputs * visits)
-    if not run.form.quantised:
-        return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
-    if run.form.quantised == "int8":
-        return _int8_linear(run, layer, x, visits)
-    # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
-    weight = Polynomial(fixed=layer.inputs * layer.outputs * arithmetic.compute)
-    narrow = op.cast(x, arithmetic.compute)
-    return op.cast(op.frozen_linear(narrow, outputs, works=(weight,)), x.itemsize)
+    def _whole(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
+        """peft.utils.ModulesToSaveWrapper around a linear layer; autocast casts the weight, and its gradient back."""
+        arithmetic, elements = self.traits.arithmetic, Polynomial(fixed=layer.inputs * layer.outputs)
+        weight = op.whole_weight(self.tape, elements, self.traits.adapter.whole_itemsize, self.gradients)
+        weight = op.cast(weight, arithmetic.compute if arithmetic.autocast else weight.itemsize)
+        out = op.cast(op.whole_linear(x, Polynomial(per_token=layer.outputs * visits), weight), x.itemsize)
+        self.tape.named(weight)
+        return out
 
+    def base_linear(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
+        """Return the product with a frozen weight."""
+        arithmetic = self.traits.arithmetic
+        outputs = Polynomial(per_token=layer.outputs * visits)
+        if not self.traits.quantised:
+            return op.frozen_linear(x, outputs, arithmetic.compute if arithmetic.autocast else None)
+        # Linear4bit.forward: input to the compute type, result back to the input's; the weight is dequantised whole.
+        weight = Polynomial(fixed=layer.inputs * layer.outputs * arithmetic.compute)
+        narrow = op.cast(x, arithmetic.compute)
+        out = op.cast(op.frozen_linear(narrow, outputs, works=(weight,)), x.itemsize)
+        self.tape.named(narrow)
+        return out
 
-def _int8_linear(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    """Return bitsandbytes' 8-bit product (autograd/_functions.py MatMul8bitLt, backends/cuda/ops.py).
+    def _adapted(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
+        """peft.tuners.lora.layer.Linear.forward."""
+        result = self.base_linear(layer, x, visits)
+        itemsize = result.itemsize
+        if self.traits.adapter.casts_inputs:
+            x = op.cast(x, 4)
+        if self.traits.adapter.dora:
+            out = op.cast(self._dora(layer, x, result, visits), itemsize)
+        else:
+            result = op.add(result, op.scale(self.low_rank(layer, x, visits)))
+            out = op.cast(result, itemsize)
+        self.tape.named(x, result)
+        return out
 
-    It quantises an fp16 copy of its input, sums in int32 and makes an fp16 result of that before its own; which inputs
-    count as outliers is not known, so that their 16-bit products are left out. Its backward dequantises the whole
-    weight. It keeps its input on its own context: a checkpoint of torch's newer kind, which drops what is saved by the
-    rules, never sees it, and the input of every layer stays (seen on a CPU, tests/jobs/test_int8_keeps.py).
-    """
-    outputs, narrow = Polynomial(per_token=layer.outputs * visits), run.form.half and x.itemsize == 2
-    copied, kept = 0 if narrow else 2, run.held is not None
-    run.tape.passing(x.elements.times(copied + 4))  # beside its copy: 8-bit rows, magnitudes, where they are outliers
-    run.tape.passing(x.elements, outputs.times(4 if narrow else 6))
-    if run.held is not None and not run.tape.records:
-        run.held.append(x)
-    weight = Polynomial(fixed=layer.inputs * layer.outputs * x.itemsize)
-    return op.frozen_linear(x, outputs, works=(weight,), works_forward=False, keeps_input=not kept)
+    def adapted_base(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
+        """Return what a quantised layer's adapter adds to: peft clones the result of 4-bit weights."""
+        return op.clone(self.base_linear(layer, x, visits))
 
+    def _adapted_quantised(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
+        """peft.tuners.lora.bnb: casts the input only without autocast."""
+        result = self.adapted_base(layer, x, visits)
+        converts = not self.traits.arithmetic.autocast
+        if converts and self.traits.adapter.casts_inputs:
+            x = op.cast(x, 4)
+        if self.traits.adapter.dora:
+            out = op.cast(self._dora(layer, x, result, visits), result.itemsize)
+        else:
+            update = op.scale(self.low_rank(layer, x, visits))
+            if converts:
+                update = op.cast(update, result.itemsize)
+            out = op.add(result, update)
+        self.tape.named(x, result)
+        return out
 
-def _adapted(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    """peft.tuners.lora.layer.Linear.forward."""
-    result = _base_linear(run, layer, x, visits)
-    itemsize = result.itemsize
-    if run.form.adapter.casts_inputs:
-        x = op.cast(x, 4)
-    if run.form.adapter.dora:
-        return op.cast(_dora(run, layer, x, result, visits), itemsize)
-    result = op.add(result, op.scale(low_rank(run, layer, x, visits)))
-    return op.cast(result, itemsize)
+    def low_rank(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
+        """Return `lora_B(lora_A(dropout(x)))`."""
+        x = self._adapter_input(x)
+        out = self._pair(layer, x, Polynomial(per_token_rank=visits), Polynomial(per_token=layer.outputs * visits))
+        self.tape.named(x)
+        return out
 
+    def _adapter_input(self, x: Tensor) -> Tensor:
+        return self.dropout(x) if self.traits.adapter.dropout else x
 
-def _adapted_quantised(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    """peft.tuners.lora.bnb: clones the 4-bit result, casts the input only without autocast."""
-    result = _base_linear(run, layer, x, visits)
-    if run.form.quantised != "int8":
-        result = op.clone(result)
-    converts = not run.form.arithmetic.autocast
-    if converts and run.form.adapter.casts_inputs:
-        x = op.cast(x, 4)
-    if run.form.adapter.dora:
-        return op.cast(_dora(run, layer, x, result, visits), result.itemsize)
-    update = op.scale(low_rank(run, layer, x, visits))
-    if converts:
-        update = op.cast(update, result.itemsize)
-    return op.add(result, update)
+    def _pair(self, layer: Linear, x: Tensor, narrow: Polynomial, outputs: Polynomial) -> Tensor:
+        """Return `lora_B(lora_A(x))`: `narrow` elements on its way, `outputs` at its end."""
+        into, back = Polynomial(per_rank=layer.inputs), Polynomial(per_rank=layer.outputs)
+        inner = op.trained_linear(x, narrow, into, self.gradients, self.traits.arithmetic)
+        return op.trained_linear(inner, outputs, back, self.gradients, self.traits.arithmetic)
 
+    def _dora(self, layer: Linear, x: Tensor, result: Tensor, visits: float) -> Tensor:
+        """peft.tuners.lora.dora.DoraLinearLayer.forward.
 
-def low_rank(run: Run, layer: Linear, x: Tensor, visits: float) -> Tensor:
-    """Return `lora_B(lora_A(dropout(x)))`."""
-    x = _dropped(run, x)
-    return _pair(run, layer, x, Polynomial(per_token_rank=visits), Polynomial(per_token=layer.outputs * visits))
+        The norm of the adapted weight is made anew in every forward: the adapter's product, for which an fp32 identity
+        matrix goes through the pair, the base weight, the scaled product and their sum. Product and dequantised weight
+        stay to the end. Dropout makes the base's product anew from the dropped input, and the weight is saved for it.
+        The magnitude's gradient keeps the base result and the update.
+        """
+        tape, matrix, quantised = self.tape, Polynomial(fixed=layer.inputs * layer.outputs), self.traits.quantised
+        given, x = x, self._adapter_input(x)
+        identity = Tensor(tape, Polynomial(fixed=layer.inputs * layer.inputs), 4)
+        product = self._pair(layer, identity, Polynomial(per_rank=layer.inputs), matrix)
+        tape.named(identity)
+        product = op.cast(product, x.itemsize)
+        held = self.traits.arithmetic.compute if quantised else self.traits.arithmetic.weights
+        weight = Tensor(tape, matrix, x.itemsize) if quantised or held != x.itemsize else None
+        if weight is not None and held != x.itemsize and quantised:
+            tape.passing(matrix.times(held))
+        tape.passing(matrix.times(x.itemsize), matrix.times(x.itemsize))
+        update = self._pair(layer, x, Polynomial(per_token_rank=visits), Polynomial(per_token=layer.outputs * visits))
+        base = result
+        if self.traits.adapter.dropout:
+            base = op.frozen_linear(x, result.elements)
+            if weight is not None and base.node is not None:
+                tape.saves(base.node, weight)
+        change = op.add(op.times_vector(base), op.scale(op.times_vector(update)))
+        tape.named(product, weight, update, base, x, given)
+        return op.add(result, change)
 
+    # Dropout and norms.
 
-def _dropped(run: Run, x: Tensor) -> Tensor:
-    return dropout(run, x) if run.form.adapter.dropout else x
+    def dropout(self, x: Tensor) -> Tensor:
+        """Return `dropout(x)`: one fused kernel on a card, plain noise on a CPU."""
+        return op.dropout(x, mask_itemsize=x.itemsize if self.traits.cpu else 1)
 
+    def norm(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return the layer's kind of norm over the hidden size."""
+        if layer.norm in ("layer", "layer_wide"):
+            out = self._layer_norm(x, wide=layer.norm == "layer_wide")
+        elif layer.norm == "centred":
+            out = centred_norm(x)
+        else:
+            out = self.rms_norm(layer, x)
+        self.tape.named(x)
+        return out
 
-def dropout(run: Run, x: Tensor) -> Tensor:
-    """Return `dropout(x)`: one fused kernel on a card, plain noise on a CPU."""
-    return op.dropout(x, mask_itemsize=x.itemsize if run.form.cpu else 1)
+    def rms_norm(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return an RMS norm over the hidden size."""
+        return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
 
+    def head_norm(self, layer: Layer, x: Tensor, groups: float) -> Tensor:
+        """Return an RMS norm of queries or keys, with so many groups a token."""
+        return rms_norm(x, groups, weight_in_fp32=layer.norm == "rms_wide")
 
-def _pair(run: Run, layer: Linear, x: Tensor, narrow: Polynomial, outputs: Polynomial) -> Tensor:
-    """Return `lora_B(lora_A(x))`: `narrow` elements on its way, `outputs` at its end."""
-    into, back = Polynomial(per_rank=layer.inputs), Polynomial(per_rank=layer.outputs)
-    inner = op.trained_linear(x, narrow, into, run.gradients, run.form.arithmetic)
-    del x
-    return op.trained_linear(inner, outputs, back, run.gradients, run.form.arithmetic)
+    def _layer_norm(self, x: Tensor, *, wide: bool) -> Tensor:
+        """Return a layer norm: its input is saved. Under autocast CUDA computes and returns it in fp32."""
+        if wide:  # the module itself casts to fp32 and back
+            return op.cast(op.activate(op.cast(x, 4)), x.itemsize)
+        if self.traits.arithmetic.autocast and not self.traits.cpu:
+            x = op.cast(x, 4)
+        return op.activate(x)
 
+    # Positions.
 
-def _dora(run: Run, layer: Linear, x: Tensor, result: Tensor, visits: float) -> Tensor:
-    """peft.tuners.lora.dora.DoraLinearLayer.forward.
+    def rotate(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return queries or keys turned by their positions."""
+        if layer.rotary == 0:
+            return x
+        if not layer.rotary_joined:
+            return _rotate_whole(x)
+        turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
+        return op.join((_rotate_whole(turned), kept))
 
-    The norm of the adapted weight is made anew in every forward: the adapter's product, for which an fp32 identity
-    matrix goes through the pair, the base weight, the scaled product and their sum. Product and dequantised weight stay
-    to the end. Dropout makes the base's product anew from the dropped input, and the weight is saved for it. The
-    magnitude's gradient keeps the base result and the update.
-    """
-    tape, matrix = run.tape, Polynomial(fixed=layer.inputs * layer.outputs)
-    given, x = x, _dropped(run, x)
-    identity = Tensor(tape, Polynomial(fixed=layer.inputs * layer.inputs), 4)
-    product = _pair(run, layer, identity, Polynomial(per_rank=layer.inputs), matrix)
-    del identity
-    product = op.cast(product, x.itemsize)
-    held = run.form.arithmetic.compute if run.form.quantised else run.form.arithmetic.weights
-    weight = Tensor(tape, matrix, x.itemsize) if run.form.quantised or held != x.itemsize else None
-    if weight is not None and held != x.itemsize and run.form.quantised:
-        tape.passing(matrix.times(held))
-    tape.passing(matrix.times(x.itemsize), matrix.times(x.itemsize))
-    update = _pair(run, layer, x, Polynomial(per_token_rank=visits), Polynomial(per_token=layer.outputs * visits))
-    base = result
-    if run.form.adapter.dropout:
-        base = op.frozen_linear(x, result.elements)
-        if weight is not None and base.node is not None:
-            base.node.saved.append(weight)
-    change = op.add(op.times_vector(base), op.scale(op.times_vector(update)))
-    del product, weight, update, base, x, given
-    return op.add(result, change)
+    # The feed-forward block.
+
+    def feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return the MLP's output."""
+        if not layer.experts:
+            return self.mlp(layer, x)
+        routed = self.experts(layer, x)
+        return op.add(routed, self.mlp(layer, x)) if layer.mlp else routed
+
+    def mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return a dense MLP's output."""
+        if not layer.gated:
+            inner = self.activation(layer, self.linear(layer.mlp[0], x))
+            return self.linear(layer.mlp[1], inner)
+        if len(layer.mlp) == 3:
+            gate, up, down = layer.mlp
+            gated = self.activation(layer, self.linear(gate, x))
+            return self.linear(down, op.multiply(gated, self.linear(up, x)))
+        joined = self.linear(layer.mlp[0], x)
+        gate_states, up_states = op.split_last(joined, (0.5, 0.5))
+        up_states = op.multiply(up_states, self.activation(layer, gate_states))
+        out = self.linear(layer.mlp[1], up_states)
+        self.tape.named(gate_states)
+        return out
+
+    def activation(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return the activation's output; those composed in Python save more (transformers/activations.py)."""
+        if layer.activation == "gelu_new":
+            half = op.scale(x)
+            if self.traits.arithmetic.autocast and not self.traits.cpu:
+                x = op.cast(x, 4)  # CUDA's autocast takes powers in fp32, and all that is added to them is fp32 then
+            bent = op.activate_saving_result(op.scale(op.add(x, op.scale(op.power(x)))))
+            out = op.multiply(half, op.add_number(bent))
+        elif layer.activation == "relu2":
+            out = op.power(op.activate_saving_result(x))
+        else:
+            out = op.activate(x)
+        self.tape.named(x)
+        return out
+
+    def experts(self, layer: Layer, x: Tensor) -> Tensor:
+        """Routed experts on grouped products: every token's input, gate, up and product once per expert it visits."""
+        experts, tape = layer.experts, self.tape
+        assert experts is not None  # noqa: S101  the caller looked
+        merged: list[Tensor] = []
+        if EXPERTS in self.traits.adapter.targets and experts.adapted_by_all:
+            # peft adds the adapter's whole product to the fused weights before they are used (ParamWrapper): gate and
+            # up are one tensor, down another, and both live until the layer is done.
+            third = Polynomial(fixed=experts.weights(self.shape.hidden) / 3)
+            merged = [Tensor(tape, third.times(share), self.traits.arithmetic.compute) for share in (2, 1)]
+        rows = op.gather(x, experts.per_token)
+        both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
+        self._saves_merged(both, rows, merged[:1])
+        gates, ups = op.split_last(both, (0.5, 0.5))
+        product = op.multiply(op.activate(gates), ups)
+        down = op.frozen_linear(product, Polynomial(per_token=self.shape.hidden * experts.per_token))
+        self._saves_merged(down, product, merged[1:])
+        shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
+        out = op.gather(op.multiply_rows(down, shares), 1 / experts.per_token)
+        tape.named(*merged, rows, both, product, down, shares)
+        return out
+
+    def _saves_merged(self, product: Tensor, x: Tensor, weights: list[Tensor]) -> None:
+        """Save input and weight of a product; the weight's gradient is as large, and is handed to the adapter."""
+        if product.node is not None and weights:
+            self.tape.saves(product.node, x, *weights)
+            product.node.works = tuple(weight.bytes for weight in weights)
 
 
 def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:
@@ -234,37 +367,33 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
         groups: Norms per token: 1 over the hidden size, the number of heads over head_dim.
         weight_in_fp32: Whether the weight is applied before the result is cast back (Gemma, OLMo 2).
     """
-    itemsize = x.itemsize
-    x = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(x), Polynomial(per_token=groups)))
-    x = op.multiply_rows(x, inverse)
-    del inverse
+    wide = op.cast(x, 4)
+    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
+    normed = op.multiply_rows(wide, inverse)
     if weight_in_fp32:
-        return op.cast(op.times_constant(x), itemsize)
-    return op.times_constant(op.cast(x, itemsize))
+        out = op.cast(op.times_constant(normed), x.itemsize)
+    else:
+        out = op.times_constant(op.cast(normed, x.itemsize))
+    x.tape.named(normed)
+    return out
 
 
 def centred_norm(x: Tensor) -> Tensor:
     """Return a layer norm composed of plain operators in fp32; both differences from the mean are saved."""
-    itemsize = x.itemsize
-    x = op.cast(x, 4)
-    mean = op.mean_last(x, Polynomial(per_token=1))
-    inverse = op.activate_saving_result(op.mean_last(op.power(op.subtract_rows(x, mean)), Polynomial(per_token=1)))
-    x = op.multiply_rows(op.subtract_rows(x, mean), inverse)
-    del mean, inverse
-    return op.cast(op.times_constant(x), itemsize)
+    wide = op.cast(x, 4)
+    mean = op.mean_last(wide, Polynomial(per_token=1))
+    squares = op.power(op.subtract_rows(wide, mean))
+    inverse = op.activate_saving_result(op.mean_last(squares, Polynomial(per_token=1)))
+    normed = op.multiply_rows(op.subtract_rows(wide, mean), inverse)
+    x.tape.named(wide, mean)
+    out = op.cast(op.times_constant(normed), x.itemsize)
+    x.tape.named(normed)
+    return out
 
 
-def layer_norm(run: Run, x: Tensor, *, wide: bool = False) -> Tensor:
-    """Return a layer norm: its input is saved. Under autocast CUDA computes and returns it in fp32.
-
-    Args:
-        run: The pass.
-        x: What is normed.
-        wide: Whether the module itself casts to fp32 and back.
-    """
-    if wide:
-        return op.cast(op.activate(op.cast(x, 4)), x.itemsize)
-    if run.form.arithmetic.autocast and not run.form.cpu:
-        x = op.cast(x, 4)
-    return op.activate(x)
+def _rotate_whole(x: Tensor) -> Tensor:
+    """Return `x * cos + rotate_half(x) * sin`."""
+    straight = op.times_constant(x)
+    half = op.slice_last(x, 0.5)
+    turned = op.times_constant(op.join((op.scale(op.slice_last(x, 0.5)), half)))
+    return op.add(straight, turned)

@@ -6,7 +6,7 @@ Sources: torch/csrc/autograd derivatives.yaml (what is saved), aten/src/ATen/aut
 from dataclasses import dataclass
 
 from studio.core.vram.polynomial import NOTHING, Polynomial
-from studio.core.vram.tape import Node, Tape, Tensor
+from studio.core.vram.tape import Tape, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,45 +26,69 @@ class Arithmetic:
     weights: int = 2
 
 
-def node_of(
-    tape: Tape,
+def result_of(
     inputs: tuple[Tensor, ...],
+    elements: Polynomial,
+    itemsize: float,
     gradients: tuple[tuple[Polynomial, float] | int | None, ...],
     saved: tuple[Tensor, ...] = (),
+    *,
     works: tuple[Polynomial, ...] = (),
-) -> Node | None:
-    """Return the backward node of an operator, or None when none of its inputs wants a gradient."""
+    base: Tensor | None = None,
+) -> Tensor:
+    """Return what an operator makes; its node stands behind it where one of the inputs wants a gradient.
+
+    Args:
+        inputs: What it reads; alive until the result is there, and so is what it would save.
+        elements: Elements of the result.
+        itemsize: Bytes per element of it.
+        gradients: Per input the gradient's elements and bytes per element (`Node.gradients`).
+        saved: What the backward needs.
+        works: Bytes of what the backward makes on its way.
+        base: What the result is a view of.
+    """
+    tape = inputs[0].tape
     edges = tuple([tensor.node for tensor in inputs])
-    if not (tape.records and any(edges)):
-        return None
-    if saved:
-        tape.saving()
-    return Node(tape.next_sequence(), edges, gradients, list(saved), works, unpacks=bool(saved))
+    node = tape.node(edges, gradients, saved, works) if tape.records and any(edges) else None
+    out = Tensor(tape, elements, itemsize, node, base)
+    tape.named(*inputs, *saved)
+    return out
 
 
-def _gradient(tensor: Tensor) -> tuple[Polynomial, float]:
+def gradient_like(tensor: Tensor) -> tuple[Polynomial, float]:
+    """Return elements and bytes per element of a tensor's gradient."""
     return tensor.elements, tensor.itemsize
 
 
-def _saves_constant(tape: Tape, node: Node | None) -> None:
-    """Note that a node saves a number or a weight: nothing that counts, but a checkpoint is recomputed for it."""
-    if node is not None:
-        tape.saving()
-        node.unpacks = True
+def _saving_constant(out: Tensor) -> Tensor:
+    """Note that a number or a weight was saved: nothing that counts, but a checkpoint is recomputed for it."""
+    if out.node is not None:
+        out.tape.saved_until = out.number
+        out.node.unpacks = True
+    return out
+
+
+def _saving_itself(out: Tensor) -> Tensor:
+    """Let a result be saved by its own operator."""
+    if out.node is not None:
+        out.tape.saves(out.node, out)
+        out.tape.saving()
+        out.node.unpacks = True
+    return out
 
 
 def cast(x: Tensor, itemsize: float) -> Tensor:
     """Return `x.to(dtype)`: x itself when nothing changes; a copy saves nothing and casts its gradient back."""
     if x.itemsize == itemsize:
         return x
-    return Tensor(x.tape, x.elements, itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+    return result_of((x,), x.elements, itemsize, (gradient_like(x),))
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """Return `x + y` of equal shapes; gradients pass through, cast where the formats differ."""
     itemsize = max(x.itemsize, y.itemsize)
-    sizes = tuple(None if t.itemsize == itemsize else _gradient(t) for t in (x, y))
-    return Tensor(x.tape, x.elements, itemsize, node_of(x.tape, (x, y), sizes))
+    sizes = tuple(None if t.itemsize == itemsize else gradient_like(t) for t in (x, y))
+    return result_of((x, y), x.elements, itemsize, sizes)
 
 
 def scale(x: Tensor) -> Tensor:
@@ -72,36 +96,34 @@ def scale(x: Tensor) -> Tensor:
 
     Saved-tensor hooks never see a wrapped number (torch/csrc/autograd/saved_variable.cpp).
     """
-    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),))
 
 
 def add_number(x: Tensor) -> Tensor:
     """Return `x + number` or `x + mask`: a new tensor whose gradient passes through."""
-    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
+    return result_of((x,), x.elements, x.itemsize, (None,))
 
 
 def gather(x: Tensor, times: float) -> Tensor:
     """Return rows of x picked or summed by index, `times` as many as x has; the gradient is of x's size."""
-    return Tensor(x.tape, x.elements.times(times), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+    return result_of((x,), x.elements.times(times), x.itemsize, (gradient_like(x),))
 
 
 def times_constant(x: Tensor, itemsize: float | None = None) -> Tensor:
     """Return `x * weight` for a weight without a gradient, which lives anyway (norm weight, cos, sin)."""
-    node = node_of(x.tape, (x,), (_gradient(x),))
-    _saves_constant(x.tape, node)
-    return Tensor(x.tape, x.elements, itemsize or x.itemsize, node)
+    return _saving_constant(result_of((x,), x.elements, itemsize or x.itemsize, (gradient_like(x),)))
 
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
     """Return `x * y` of activations: both are saved."""
     saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
-    sizes = (_gradient(x), _gradient(y))
-    return Tensor(x.tape, x.elements, max(x.itemsize, y.itemsize), node_of(x.tape, (x, y), sizes, saved))
+    sizes = (gradient_like(x), gradient_like(y))
+    return result_of((x, y), x.elements, max(x.itemsize, y.itemsize), sizes, saved)
 
 
 def activate(x: Tensor) -> Tensor:
     """Return an activation that saves its input (silu, gelu)."""
-    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),), (x,)))
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (x,))
 
 
 def power(x: Tensor) -> Tensor:
@@ -109,24 +131,18 @@ def power(x: Tensor) -> Tensor:
 
     Source: torch/csrc/autograd/FunctionsManual.cpp pow_backward.
     """
-    node = node_of(x.tape, (x,), (_gradient(x),), (x,), (x.bytes, x.bytes))
-    return Tensor(x.tape, x.elements, x.itemsize, node)
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (x,), works=(x.bytes, x.bytes))
 
 
 def multiply_rows(x: Tensor, factor: Tensor) -> Tensor:
     """Return `x * factor` with one factor per row: the factor's gradient is a product of x's size, then summed."""
-    node = node_of(x.tape, (x, factor), (_gradient(x), _gradient(factor)), (x, factor), (x.bytes,))
-    return Tensor(x.tape, x.elements, x.itemsize, node)
+    sizes = (gradient_like(x), gradient_like(factor))
+    return result_of((x, factor), x.elements, x.itemsize, sizes, (x, factor), works=(x.bytes,))
 
 
 def activate_saving_result(x: Tensor) -> Tensor:
     """Return an activation that saves its own result (relu, tanh, exp)."""
-    node = node_of(x.tape, (x,), (_gradient(x),))
-    out = Tensor(x.tape, x.elements, x.itemsize, node)
-    if node is not None:
-        node.saved.append(out)
-        _saves_constant(x.tape, node)
-    return out
+    return _saving_itself(result_of((x,), x.elements, x.itemsize, (gradient_like(x),)))
 
 
 def dropout(x: Tensor, *, mask_itemsize: float = 1) -> Tensor:
@@ -138,7 +154,7 @@ def dropout(x: Tensor, *, mask_itemsize: float = 1) -> Tensor:
             (aten/src/ATen/native/Dropout.cpp).
     """
     mask = Tensor(x.tape, x.elements, mask_itemsize)
-    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),), (mask,)))
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (mask,))
 
 
 def times_vector(x: Tensor) -> Tensor:
@@ -147,59 +163,56 @@ def times_vector(x: Tensor) -> Tensor:
     Its backward makes both products in fp32, sums one into the vector's gradient and casts the other to x's format.
     """
     wide = x.elements.times(4)
-    return Tensor(x.tape, x.elements, 4, node_of(x.tape, (x,), (_gradient(x),), (x,), (wide, wide)))
+    return result_of((x,), x.elements, 4, (gradient_like(x),), (x,), works=(wide, wide))
 
 
 def mean_last(x: Tensor, per_row: Polynomial) -> Tensor:
     """Return the mean over the last dimension, `per_row` elements; its gradient is spread and divided: of x's size."""
-    return Tensor(x.tape, per_row, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)))
+    return result_of((x,), per_row, x.itemsize, (gradient_like(x),))
 
 
 def subtract_rows(x: Tensor, row: Tensor) -> Tensor:
     """Return `x - row` with one number per row: x's gradient passes on, the row's is summed from a negated copy."""
-    node = node_of(x.tape, (x, row), (None, _gradient(row)), (), (x.bytes,))
-    return Tensor(x.tape, x.elements, x.itemsize, node)
+    return result_of((x, row), x.elements, x.itemsize, (None, gradient_like(row)), works=(x.bytes,))
 
 
 def add_rows(total: Tensor, part: Tensor) -> Tensor:
     """Return `total.index_add_(rows, part)`, in place: the part's gradient is picked from the total's."""
-    node = node_of(total.tape, (total, part), (None, _gradient(part)))
-    return Tensor(total.tape, total.elements, total.itemsize, node, base=total)
+    return result_of((total, part), total.elements, total.itemsize, (None, gradient_like(part)), base=total)
 
 
 def clone(x: Tensor) -> Tensor:
     """Return a copy; the gradient passes through."""
-    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (None,)))
+    return result_of((x,), x.elements, x.itemsize, (None,))
 
 
 def expanded(x: Tensor, times: float) -> Tensor:
     """Return a view in which x stands `times` times; its gradient is made whole and then summed."""
-    return Tensor(x.tape, x.elements.times(times), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
+    return result_of((x,), x.elements.times(times), x.itemsize, (gradient_like(x),), base=x)
 
 
 def laid_anew(x: Tensor) -> Tensor:
     """Return a view in another layout, whose gradient is copied back into x's own."""
-    return Tensor(x.tape, x.elements, x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), base=x)
 
 
 def slice_last(x: Tensor, share: float) -> Tensor:
     """Return `x[..., a:b]`, a view of a share of x; its gradient is a zero-filled tensor of x's whole size."""
-    return Tensor(x.tape, x.elements.times(share), x.itemsize, node_of(x.tape, (x,), (_gradient(x),)), base=x)
+    return result_of((x,), x.elements.times(share), x.itemsize, (gradient_like(x),), base=x)
 
 
 def split_last(x: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, ...]:
     """Return the views of `x.chunk` or `x.split`; one backward node joins their gradients."""
-    node = node_of(x.tape, (x,), (_gradient(x),))
-    if node is not None:
-        node.apart = True
-    return tuple(Tensor(x.tape, x.elements.times(share), x.itemsize, node, base=x) for share in shares)
+    whole = result_of((x,), x.elements, x.itemsize, (gradient_like(x),), base=x)
+    if whole.node is not None:
+        whole.node.apart = True
+    return tuple(Tensor(x.tape, x.elements.times(share), x.itemsize, whole.node, base=x) for share in shares)
 
 
 def join(parts: tuple[Tensor, ...]) -> Tensor:
     """Return `torch.cat(parts)`; gradients are views of the joined one."""
     elements = Polynomial(*(sum(values) for values in zip(*(part.elements for part in parts), strict=True)))
-    tape = parts[0].tape
-    return Tensor(tape, elements, parts[0].itemsize, node_of(tape, parts, (None,) * len(parts)))
+    return result_of(parts, elements, parts[0].itemsize, (None,) * len(parts))
 
 
 def frozen_linear(
@@ -222,14 +235,11 @@ def frozen_linear(
         keeps_input: Whether the input is saved all the same.
     """
     x = cast(x, compute or x.itemsize)
-    node = node_of(x.tape, (x,), (_gradient(x),), (x,) if keeps_input else (), works)
-    if not works:
-        # bitsandbytes keeps a quantised weight where no hook sees it: no checkpoint is computed again for that.
-        _saves_constant(x.tape, node)
     working = [Tensor(x.tape, size, 1) for size in works if works_forward]
-    out = Tensor(x.tape, outputs, x.itemsize, node)
-    del working
-    return out
+    out = result_of((x,), outputs, x.itemsize, (gradient_like(x),), (x,) if keeps_input else (), works=works)
+    x.tape.named(*working)
+    # bitsandbytes keeps a quantised weight where no hook sees it: no checkpoint is computed again for that.
+    return out if works else _saving_constant(out)
 
 
 def trained_linear(
@@ -248,32 +258,34 @@ def trained_linear(
     itemsize = arithmetic.compute if arithmetic.autocast else 4
     x = cast(x, itemsize)
     copy = (Tensor(tape, weight, itemsize),) if arithmetic.autocast and itemsize != 4 else ()
-    if not tape.records:
-        return Tensor(tape, outputs, itemsize)
-    tape.saving()
-    node = Node(tape.next_sequence(), (x.node,), (_gradient(x),), [x, *copy], trained=(weight, gradients), unpacks=True)
-    return Tensor(tape, outputs, itemsize, node)
+    node = tape.node((x.node,), (gradient_like(x),), (x, *copy)) if tape.records else None
+    if node is not None:
+        node.trained = weight, gradients
+    out = Tensor(tape, outputs, itemsize, node)
+    tape.named(x, *copy)
+    return out
 
 
 def whole_weight(tape: Tape, elements: Polynomial, itemsize: float, gradients: list[Tensor]) -> Tensor:
     """Return a weight that is trained whole: its bytes count with what is always there, its gradient is kept."""
-    node = Node(tape.next_sequence(), (), (), keeps=gradients) if tape.records else None
+    node = tape.node() if tape.records else None
+    if node is not None:
+        node.keeps = gradients
     return Tensor(tape, elements, itemsize, node, base=Tensor(tape, NOTHING, 1))
 
 
 def whole_linear(x: Tensor, outputs: Polynomial, weight: Tensor) -> Tensor:
     """Return `x @ W.T` for a weight that is trained whole: input and weight are saved."""
     x = cast(x, weight.itemsize)
-    sizes = (_gradient(x), _gradient(weight))
-    return Tensor(x.tape, outputs, weight.itemsize, node_of(x.tape, (x, weight), sizes, (x, weight)))
+    sizes = (gradient_like(x), gradient_like(weight))
+    return result_of((x, weight), outputs, weight.itemsize, sizes, (x, weight))
 
 
 def matmul(x: Tensor, y: Tensor, outputs: Polynomial, *, copies_x: bool, copies_y: bool) -> Tensor:
     """Return a batched product of activations, of copies where an operand's layout makes `matmul` make one."""
     x, y = clone(x) if copies_x else x, clone(y) if copies_y else y
     # The second operand's gradient is made first (BmmBackward0 goes by the names of arguments: mat2, self).
-    node = node_of(x.tape, (y, x), (_gradient(y), _gradient(x)), (x, y))
-    return Tensor(x.tape, outputs, x.itemsize, node)
+    return result_of((y, x), outputs, x.itemsize, (gradient_like(y), gradient_like(x)), (x, y))
 
 
 def softmax_in_fp32(x: Tensor, *, fused_backward: bool = False) -> Tensor:
@@ -288,12 +300,10 @@ def softmax(x: Tensor, itemsize: float | None = None, *, fused_backward: bool = 
     (`fused_backward`).
     """
     itemsize = itemsize or x.itemsize
-    node = node_of(x.tape, (x,), (_gradient(x),), (), () if fused_backward else (x.elements.times(itemsize),))
-    out = Tensor(x.tape, x.elements, itemsize, node)
-    if node is not None:
-        node.works_last = True
-        node.saved.append(out)
-        _saves_constant(x.tape, node)
+    works = () if fused_backward else (x.elements.times(itemsize),)
+    out = _saving_itself(result_of((x,), x.elements, itemsize, (gradient_like(x),), works=works))
+    if out.node is not None:
+        out.node.works_last = True
     return out
 
 
@@ -323,10 +333,10 @@ def fused_attention(
     works = (statistics.times(4), *accumulator, *grouped) if workspaces else ()
     numbers = [Tensor(tape, Polynomial(per_square=1), query.itemsize)] if masked else []
     saved_sums = Tensor(tape, statistics, 4)
-    gradients = (_gradient(query), _gradient(key), _gradient(value))
-    node = node_of(tape, (query, key, value), gradients, (query, key, value, saved_sums, *numbers), works)
-    out = Tensor(tape, query.elements, query.itemsize, node)
-    if node is not None:
-        node.works_last = True
-        node.saved.append(out)
+    gradients = (gradient_like(query), gradient_like(key), gradient_like(value))
+    inputs = (query, key, value)
+    out = result_of(inputs, query.elements, query.itemsize, gradients, (*inputs, saved_sums, *numbers), works=works)
+    if out.node is not None:
+        out.node.works_last = True
+        tape.saves(out.node, out)
     return out

@@ -9,6 +9,14 @@ from studio.core.vram.estimate import VramEstimate
 from studio.core.vram.setup import Setup
 
 SCHEMA = 1
+_NOT_OURS = {
+    "kbit_prepare": False,
+    "head_cast_back": False,
+    "outputs_kept": False,
+    "transformers": "",
+    "fused_kernels": "none",
+}
+"""What a document's `setup` says of other people's loops; ours has none of these habits."""
 
 
 def plan_to_dict(
@@ -55,7 +63,12 @@ def plan_to_dict(
             "vocabulary": shape.vocabulary,
             "quantisation": None if shape.quantised is None else asdict(shape.quantised),
         },
-        "setup": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(setup).items()},
+        "setup": _setup_to_dict(setup),
         "gpu": None if gpu is None else {"name": gpu.name, "total_bytes": gpu.total_bytes},
         "notes": list(estimate.notes),
     }
+
+
+def _setup_to_dict(setup: Setup) -> dict[str, Any]:
+    said = {**_NOT_OURS, "engine": setup.engine, "autocast": setup.autocast, **asdict(setup)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}

@@ -18,7 +18,7 @@ _SMALL, _SEGMENT, _WHOLE, _ROUND = MIB, 20 * MIB, 10 * MIB, 2 * MIB
 FRAGMENTATION = 0.10
 """Share of what is allocated and freed within a step that lies in blocks too small for what comes next.
 
-One number in place of a replay (replay.py), which sliders have no time for: of 81 set-ups of this program's own loop
+One number in place of a replay of the allocator, which sliders have no time for: of 81 set-ups of this program's loop
 the replay reserves as much to 2.7 % in the median and 8.7 % at the 90th percentile. Chosen on two of three sources of
 measurements, it is right on the third to 2.5 and 8 % (`python -m tests.bench.bench_estimate`), 12 % at worst.
 """

@@ -1,15 +1,15 @@
-"""What besides the model decides how many bytes a step needs: the recipe's choices and the engine's habits."""
+"""What besides the model decides how many bytes a step needs: the recipe's choices, as our loop takes them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
+from studio.core.quantised_base import QuantisedBase
 from studio.core.recipe import Attention, Loss, Method, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
-from studio.core.vram.modules import FusedKernels
 
 Engine = Literal["studio", "hf"]
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -20,7 +20,7 @@ class Setup:
     """How a model is trained.
 
     Attributes:
-        engine: `studio` is this program's loop; `hf` the stock transformers, peft and bitsandbytes loop.
+        engine: Whose loop it is.
         method: LoRA on 16- or 32-bit weights, or QLoRA on 4-bit ones.
         rank: Adapter rank.
         targets: Adapted linear maps.
@@ -38,20 +38,15 @@ class Setup:
         offload_checkpoints: Whether the layers' inputs wait for the backward in host memory.
         modules_to_save: Modules trained whole, beside the adapter (peft's `modules_to_save`).
         skip_modules: Modules that stay in 16 bit beside quantised ones, as transformers names them.
-        quant_type: How quantised weights are held; int8 is LLM.int8 (`hf` alone).
+        quant_type: How quantised weights are held; int8 (LLM.int8) in other loops than ours.
         device: `cpu` counts the tensors of a run on a CPU: no workspaces, no context, no segments.
         dtype: Format of frozen weights and of matrix products: bf16, fp16 or fp32.
         double_quant: Whether the 4-bit scales are quantised again.
-        kbit_prepare: Whether peft's `prepare_model_for_kbit_training` upcasts everything not quantised to fp32 (`hf`).
-        head_cast_back: Whether embedding and head go back to 16 bit after that upcast (TRL's SFTTrainer in bf16).
-        autocast: Whether the forward runs under autocast.
-        outputs_kept: Whether the loop holds the model's outputs, logits among them, during the backward (`hf`).
-        transformers: Version of transformers whose loss runs (`hf`), such as `4.48.1`; empty where it is not known.
         gpus: Data-parallel replicas; each holds everything.
-        fused_kernels: Fused kernels in place of the model's own operators (`hf`).
     """
 
-    engine: Engine = "studio"
+    engine: ClassVar[Engine] = "studio"
+
     method: Method = "qlora"
     rank: int = 16
     targets: str | tuple[str, ...] = ALL_LINEAR
@@ -73,28 +68,25 @@ class Setup:
     device: Literal["cuda", "cpu"] = "cuda"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     double_quant: bool = True
-    kbit_prepare: bool = False
-    head_cast_back: bool = False
-    autocast: bool = True
-    outputs_kept: bool = False
-    transformers: str = ""
     gpus: int = 1
-    fused_kernels: FusedKernels = "none"
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        return hash(_values_of(self))
+        of: Any = type(self)
+        return hash(_getters(of).values(self))
 
     @cached_property
-    def kind(self) -> "Setup":
+    def kind(self) -> Self:
         """This set-up without the numbers that sliders move, of which it keeps whether a micro-batch has several rows.
 
         One and the same object for all set-ups of a kind: what does not depend on the numbers is cached by it.
         """
-        return _kind(_choices_of(self), self.micro_batch > 1)
+        of: Any = type(self)
+        kind: Self = _kind(of, _getters(of).choices(self), self.micro_batch > 1)
+        return kind
 
     @cached_property
     def adapted(self) -> AdaptedPart:
@@ -121,26 +113,67 @@ class Setup:
         """Bytes per element of matrix products."""
         return ITEMSIZES[self.dtype]
 
-    @cached_property
+    @property
+    def autocast(self) -> bool:
+        """Whether the forward runs under autocast."""
+        return self.dtype != "fp32"
+
+    @property
     def residual_itemsize(self) -> int:
         """Bytes per element of everything not quantised."""
-        return 4 if self.quantised and self.kbit_prepare else self.compute_itemsize
+        return self.compute_itemsize
 
-    @cached_property
+    @property
     def embedding_itemsize(self) -> int:
         """Bytes per weight of embedding and head."""
-        return self.compute_itemsize if self.head_cast_back else self.residual_itemsize
+        return self.compute_itemsize
+
+    @property
+    def separate_experts(self) -> bool:
+        """Whether the experts of a mixture are linear maps of their own, which bitsandbytes quantises."""
+        return False
 
 
 _NUMBERS = ("rank", "micro_batch", "seq_len", "accumulation", "rank_pattern")
-_NAMES = tuple(field.name for field in fields(Setup))
-_CHOICES = tuple(name for name in _NAMES if name not in _NUMBERS)
-_values_of, _choices_of = attrgetter(*_NAMES), attrgetter(*_CHOICES)
+_Either = TypeVar("_Either", bound=Setup)
+
+
+class _Getters(NamedTuple):
+    """What reads the fields of a class of set-ups."""
+
+    values: "attrgetter[tuple[Any, ...]]"
+    choices: "attrgetter[tuple[Any, ...]]"
+    choice_names: tuple[str, ...]
+
+
+@lru_cache(maxsize=8)
+def _getters(of: Any) -> _Getters:
+    names = tuple(field.name for field in fields(of))
+    choices = tuple(name for name in names if name not in _NUMBERS)
+    return _Getters(attrgetter(*names), attrgetter(*choices), choices)
 
 
 @lru_cache(maxsize=512)
-def _kind(choices: tuple[Any, ...], batched: bool) -> Setup:
-    return Setup(**dict(zip(_CHOICES, choices, strict=True)), micro_batch=1 + batched)
+def _kind(of: Any, choices: tuple[Any, ...], batched: bool) -> Any:
+    return of(**dict(zip(_getters(of).choice_names, choices, strict=True)), micro_batch=1 + batched)
+
+
+def as_it_lies(setup: _Either, base: QuantisedBase | None) -> _Either:
+    """Return the set-up with the form that a 4-bit base already has; itself where the base has none of its own.
+
+    transformers lets a model's own quantization_config win (quantizers/auto.py merge_quantization_configs). Our engine
+    refuses weights that are quantised otherwise: for them the plan is for the 16-bit original.
+    """
+    if base is None or not base.in_four_bits or not setup.quantised:
+        return setup
+    laid: _Either = _as_it_lies(setup, base)
+    return laid
+
+
+@lru_cache(maxsize=256)
+def _as_it_lies(setup: Any, base: QuantisedBase) -> Any:
+    skipped = base.skipped or setup.skip_modules
+    return replace(setup, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=skipped)
 
 
 def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
@@ -155,7 +188,6 @@ def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
         dtype = sixteen_bit(gpu.compute_capability if gpu else None)
     train = recipe.train
     return Setup(
-        engine="studio",
         method=recipe.method,
         rank=recipe.adapter.rank,
         targets=recipe.adapter.targets,
@@ -177,5 +209,4 @@ def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
         quant_type=recipe.model.quant_type,
         device="cpu" if recipe.device.device == "cpu" else "cuda",
         double_quant=recipe.model.double_quant,
-        autocast=dtype != "fp32",
     )

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 from studio.core.shape import ModelShape
 from studio.core.trainable import AdaptedPart, whole_tensors
-from studio.core.vram.activations import Activations, activations_of
-from studio.core.vram.micro_batch import caches_copies
-from studio.core.vram.modules import Kernel
+from studio.core.vram.loop import Loop
+from studio.core.vram.micro_batch import Activations, activations_of
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import base_bytes, frozen_form, optimizer_bytes, trained_bytes
+from studio.core.vram.static import base_bytes, optimizer_bytes, trained_bytes
 
 MIB = 2**20
 
@@ -127,73 +126,60 @@ class Stages(NamedTuple):
         return STAGES[self.peaks.index(self.peak)]
 
 
-def stages_of(shape: ModelShape, setup: Setup, kernel: Kernel, *, workspace: int = CUBLAS_WORKSPACE_BYTES) -> Stages:
+def stages_of(shape: ModelShape, setup: Setup, loop: Loop, *, workspace: int = CUBLAS_WORKSPACE_BYTES) -> Stages:
     """Return the allocated bytes of every stage.
 
     Args:
         shape: The model.
         setup: How it is trained.
-        kernel: Which attention runs.
+        loop: How the loop computes it.
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
-    kind = setup.kind
-    stand = standing(shape, kind, setup.adapted)
-    work = activations_of(shape, setup, kind, kernel, stand.copies)
+    stand = standing(shape, loop, setup.adapted)
+    return stages_with(activations_of(shape, setup, loop, stand.copies), shape, setup, loop, workspace)
+
+
+def stages_with(work: Activations, shape: ModelShape, setup: Setup, loop: Loop, workspace: int) -> Stages:
+    """Return the allocated bytes of every stage, with these bytes of a micro-batch; for the rest see `stages_of`."""
+    stand = standing(shape, loop, setup.adapted)
     fresh, lasting = _gradients(stand, setup)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
-    within += work.kept_backward if kind.grad_checkpointing else 0
+    within += work.kept_backward if setup.grad_checkpointing else 0
     turnover = max(within, fresh, work.held + fresh + stand.temporary) + lasting
     peaks = _peaks(shape, setup, stand, work, workspace)
     return Stages(stand, work, peaks, max(peaks[1:]), workspace, lasting, int(turnover))
 
 
-def peaks_of(shape: ModelShape, setup: Setup, kind: Setup, kernel: Kernel, workspace: int) -> tuple[int, int]:
-    """Return the peak of live tensors in another kind of loop that trains the same, and its steady peak.
-
-    Args:
-        shape: The model.
-        setup: How it is trained.
-        kind: The other kind.
-        kernel: Which attention runs in it.
-        workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
-    """
-    stand = standing(shape, kind, setup.adapted)
-    work = activations_of(shape, setup, kind, kernel, stand.copies)
-    peaks = _peaks(shape, setup, stand, work, workspace)
-    load, at_work = peaks.load, max(peaks[1:])
-    return max(load, at_work), max(load, at_work + stand.spared)
-
-
 @lru_cache(maxsize=2048)
-def standing(shape: ModelShape, kind: Setup, part: AdaptedPart) -> Standing:
+def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
     """Return what is there whatever the micro-batch: one look-up for all of it.
 
     Args:
         shape: The model.
-        kind: The kind of loop.
+        loop: How the loop computes it.
         part: What is trained.
     """
-    # Our loop trains whole modules in fp32; stock peft leaves them in the base's format.
-    whole_itemsize = 4 if kind.engine == "studio" else kind.residual_itemsize
-    trained = trained_bytes(shape, part, whole_itemsize)
-    base = base_bytes(shape, frozen_form(kind))
-    state = optimizer_bytes(shape, part, kind.optimizer, whole_itemsize, pages=kind.device == "cuda")
+    kind = loop.kind
+    trained = trained_bytes(shape, part, loop.whole_itemsize)
+    base = base_bytes(shape, loop.frozen)
+    state = optimizer_bytes(shape, part, kind.optimizer, loop.whole_itemsize, pages=kind.device == "cuda")
     # Autocast leaves an embedding alone, and the head's copy is made at the loss.
     whole = shape.embedding_parameters * (part.trains_embedding + part.trains_head)
-    # Torch's foreach AdamW makes one temporary of the gradients' size (square roots); fused and 8-bit make none.
-    foreach = kind.engine == "hf" and kind.optimizer == "adamw_torch"
+    copy = 0
+    if part.modules_to_save and loop.copies_whole:
+        copy = kind.compute_itemsize * max(elements for _, elements in whole_tensors(shape, part))
     return Standing(
         base=base,
         adapter=trained.weights,
         head=trained.head,
         embedding=trained.embedding,
-        embedding_gradient=whole_itemsize * shape.hidden if trained.embedding else 0,
+        embedding_gradient=loop.whole_itemsize * shape.hidden if trained.embedding else 0,
         resident=state.resident,
         paged=state.paged,
         spared=state.spared,
-        temporary=trained.weights if foreach else 0,
-        copies=kind.compute_itemsize * (trained.parameters - whole) * caches_copies(kind),
-        load=base + max(_load_extra(shape, kind), trained.weights + _whole_copy(shape, kind, part)),
+        temporary=trained.weights if loop.optimizer_copies else 0,
+        copies=kind.compute_itemsize * (trained.parameters - whole) * loop.caches_copies,
+        load=base + max(loop.load_extra, trained.weights + copy),
         parameters=trained.parameters,
     )
 
@@ -225,29 +211,6 @@ def _peaks(shape: ModelShape, setup: Setup, stand: Standing, work: Activations, 
         loss=int(always + work.kept + work.loss),
         backward=int(always + work.held + backward),
         optimizer=always + work.held + fresh + stand.temporary,
-        evaluation=int(between + work.evaluation),
+        evaluation=int(between + max(work.evaluation, work.head_evaluation)),
         save=always,
     )
-
-
-def _whole_copy(shape: ModelShape, kind: Setup, part: AdaptedPart) -> int:
-    """Return the 16-bit copy that peft makes of a module before it is held in fp32 (our loop): of the largest one."""
-    if not part.modules_to_save or kind.engine == "hf" or kind.compute_itemsize == 4:
-        return 0
-    return kind.compute_itemsize * max(elements for _, elements in whole_tensors(shape, part))
-
-
-@lru_cache(maxsize=256)
-def _load_extra(shape: ModelShape, setup: Setup) -> int:
-    """Return what loading needs: the widest weight before it is quantised; for peft's upcast an embedding twice.
-
-    Our loop needs a transformers that quantises one weight after another (core_model_loading.py, 5.5 and later);
-    earlier ones held a second weight meanwhile. bitsandbytes 0.50 makes 8 bits of a copy in fp16 (nn/modules.py).
-    """
-    if not setup.quantised:
-        return 0
-    widest = max((linear.inputs * linear.outputs for _, linear in shape.all_linears()), default=0)
-    copied = setup.quant_type == "int8" and setup.dtype != "fp16"
-    whole = setup.compute_itemsize + 2 * copied if setup.engine == "studio" else 4
-    upcast = shape.embedding_parameters * 2 if setup.kbit_prepare else 0
-    return max(widest * whole, upcast)

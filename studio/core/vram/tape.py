@@ -1,97 +1,173 @@
 """A symbolic autograd: which tensors of a training step are alive at the same time, without tensors.
 
-PyTorch frees a tensor when its last reference goes: a Python local, a node of the backward graph that saved it, or a
-gradient on its way. Here a `Tensor` is only a size, and it is freed in the same way, by Python's own reference counts,
-so that a layer's forward written with these tensors in the order of the real module holds and lets go of the same
-bytes. The backward pass runs the nodes as PyTorch's engine does: latest first, saved tensors released after each node,
-gradients added up in place where nobody else holds them (torch/csrc/autograd/engine.cpp, input_buffer.cpp).
+A layer's forward is written with these tensors in the order of the real module, and a `Tape` records it. PyTorch frees
+a tensor when its last reference goes: a Python name, a node of the backward graph that saved it, or a gradient on its
+way. Here a tensor dies after its last use, once nobody holds it; where a name of the real code outlives the last use,
+the forward says so (`Tape.named`). The backward pass runs the nodes as PyTorch's engine does: latest first, saved
+tensors released after each node, gradients added up in place where nobody else holds them
+(torch/csrc/autograd/engine.cpp, input_buffer.cpp).
 
-Knows nothing of models or of devices. Relies on CPython's immediate reference counting.
+What comes out is one list of births and deaths in order. High-water marks follow from it (`marks`), and so does what an
+allocator would do with them. Knows nothing of models or of devices.
 """
 
 import heapq
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from studio.core.vram.polynomial import NOTHING, Polynomial
+from studio.core.vram.polynomial import NOTHING, Polynomial, total
 
-_ONLY_HERE = 2
-"""`sys.getrefcount` of a tensor that one list holds: that list and the call's own argument."""
+Events = tuple[int, ...]
+"""Births and deaths in order: `n` is the birth of the tensor with number n, `~n` its death."""
 
 
 class Tape:
-    """Counts the bytes alive and remembers every high-water mark.
+    """Records what is born, what uses it last and who holds it.
 
     Attributes:
         records: Whether a backward graph is made. A checkpointed forward keeps none: its saved tensors are dropped at
             once.
-        live: Bytes alive now.
-        marks_at_last_saving: How many marks there were when an operator last saved something for its backward.
+        sizes: Bytes of each tensor, by its number: numbers count births.
+        saved_until: How many tensors there were when an operator last saved something for its backward.
     """
 
     def __init__(self, *, records: bool = True) -> None:
         self.records = records
-        self.live: Polynomial = NOTHING
-        self.marks_at_last_saving = 0
-        self._marks: list[Polynomial] = []
-        self._rising = False
+        self.sizes: list[Polynomial] = []
+        self.saved_until = 0
+        self._last_use: list[int] = []  # how many tensors there were when each was used last
+        self._holders: list[int] = []
+        self._alive: dict[int, None] = {}
+        self._told = 0
+        self._nodes: list[Node] = []
         self._sequence = 0
 
     @property
-    def marks(self) -> list[Polynomial]:
-        """What was alive at each high-water mark, that is before something died, and now."""
-        if self._rising:
-            self._rising = False
-            self._marks.append(self.live)
-        return self._marks
+    def alive(self) -> Polynomial:
+        """Bytes alive after the last call of `take`."""
+        return total(self.sizes[number] for number in self._alive)
 
-    def born(self, size: Polynomial) -> None:
-        """Count bytes that came alive."""
-        self.live = self.live.plus(size)
-        self._rising = True
+    def born(self, size: Polynomial) -> int:
+        """Count a new tensor and return its number; by itself it is gone at once."""
+        self.sizes.append(size)
+        self._last_use.append(len(self.sizes))
+        self._holders.append(0)
+        return len(self.sizes) - 1
 
-    def died(self, size: Polynomial) -> None:
-        """Uncount bytes whose last reference went."""
-        if self._rising:
-            self._rising = False
-            self._marks.append(self.live)
-        self.live = self.live.minus(size)
+    def given(self, elements: Polynomial, itemsize: float, node: "Node | None" = None) -> "Tensor":
+        """Return a tensor that is there already: its birth is no event, its death is one."""
+        tensor = Tensor(self, elements, itemsize, node)
+        self._alive[tensor.number] = None
+        self._told = len(self.sizes)
+        return tensor
+
+    def named(self, *tensors: "Tensor | None") -> None:
+        """Let tensors live until now: the real code still has a name for them, used or not."""
+        now = len(self.sizes)
+        for tensor in tensors:
+            if tensor is not None:
+                self._last_use[tensor.number] = now
+
+    def hold(self, tensor: "Tensor") -> None:
+        """Let a tensor live until it is released as often as it was held."""
+        self._holders[tensor.number] += 1
+
+    def release(self, tensor: "Tensor") -> None:
+        """End one hold; where it was the last, the tensor dies now."""
+        self._holders[tensor.number] -= 1
+        self._last_use[tensor.number] = len(self.sizes)
+
+    def is_shared(self, tensor: "Tensor") -> bool:
+        """Whether more than one holds a tensor."""
+        return self._holders[tensor.number] > 1
 
     def passing(self, *sizes: Polynomial) -> None:
         """Count tensors that an operator makes one after another and lets go of before it returns."""
-        made = [Tensor(self, size, 1) for size in sizes]
-        del made
-
-    def reads_saved(self) -> None:
-        """Note that the backward comes to what the forward saved: a checkpointed layer is computed again now."""
+        self.named(*[Tensor(self, size, 1) for size in sizes])
 
     def saving(self) -> None:
         """Note that an operator saves tensors: inputs before it runs, so that its own output is not there yet."""
-        self.marks_at_last_saving = len(self.marks)
+        self.saved_until = len(self.sizes)
 
-    def start_marks(self) -> None:
-        """Forget all marks; what is alive now is the first of the next."""
-        self._marks, self._rising = [self.live], False
-
-    def next_sequence(self) -> int:
-        """Return the number of the next node: the engine runs the highest first."""
+    def node(
+        self,
+        edges: "tuple[Node | None, ...]" = (),
+        gradients: "tuple[tuple[Polynomial, float] | int | None, ...]" = (),
+        saved: "tuple[Tensor, ...]" = (),
+        works: tuple[Polynomial, ...] = (),
+    ) -> "Node":
+        """Return a new node of the backward graph, which holds what it saved."""
         self._sequence += 1
-        return self._sequence
+        made = Node(self._sequence, edges, gradients, list(saved), works, unpacks=bool(saved))
+        self._nodes.append(made)
+        if saved:
+            self.saving()
+            for tensor in saved:
+                self.hold(tensor)
+        return made
+
+    def saves(self, node: "Node", *tensors: "Tensor") -> None:
+        """Let a node save more."""
+        for tensor in tensors:
+            node.saved.append(tensor)
+            self.hold(tensor)
+
+    def take(self, root: "Node | None" = None) -> Events:
+        """Return births and deaths since the last call; what nobody holds is dead by now.
+
+        Args:
+            root: What the graph goes backward from: nodes that do not lead there are gone with their results.
+        """
+        if root is not None:
+            self._drop_dead_ends(root)
+        first, end = self._told, len(self.sizes)
+        deaths: dict[int, list[int]] = {}
+        alive: dict[int, None] = {}
+        for number in (*self._alive, *range(first, end)):
+            if self._holders[number]:
+                alive[number] = None
+            else:
+                deaths.setdefault(max(self._last_use[number], first), []).append(~number)
+        events: list[int] = []
+        for number in range(first, end):
+            if number in deaths:
+                events += deaths[number]
+            events.append(number)
+        events += deaths.get(end, ())
+        self._alive, self._told = alive, end
+        return tuple(events)
+
+    def _drop_dead_ends(self, root: "Node") -> None:
+        """Release what nodes saved that the backward never reaches; it lives as long as their results did."""
+        reached = {root, *_uses(root)}
+        until: dict[Node, int] = {}
+        for node in reversed(self._nodes):
+            if node in reached:
+                continue
+            end = max(until.get(node, 0), self._last_use[node.result] if node.result >= 0 else 0)
+            for tensor in node.saved:
+                self._holders[tensor.number] -= 1
+                self._last_use[tensor.number] = max(self._last_use[tensor.number], end)
+            for before in (*node.edges, *(tensor.node for tensor in node.saved)):
+                if before is not None:
+                    until[before] = max(until.get(before, 0), end)
+        self._nodes = []
 
 
 class Tensor:
     """A size with a lifetime.
 
     Attributes:
+        tape: Where it is counted.
         elements: How many elements.
         itemsize: Bytes of one element.
         node: What made it in the backward graph; None where no gradient is wanted.
-        base: The tensor that this one is a view of: it keeps that one alive and has no bytes of its own.
         bytes: Its size in bytes.
-        tape: Where it is counted.
+        number: The number of the tensor whose bytes these are: for a view that of its base.
     """
 
-    __slots__ = ("base", "bytes", "elements", "itemsize", "node", "tape")
+    __slots__ = ("bytes", "elements", "itemsize", "node", "number", "tape")
+    number: int
 
     def __init__(
         self,
@@ -101,18 +177,23 @@ class Tensor:
         node: "Node | None" = None,
         base: "Tensor | None" = None,
     ) -> None:
+        """Count a new tensor.
+
+        Args:
+            tape: Where it is counted.
+            elements: How many elements.
+            itemsize: Bytes of one element.
+            node: What made it in the backward graph.
+            base: The tensor that it is a view of: it keeps that one alive and has no bytes of its own.
+        """
         self.tape = tape
         self.elements = elements
         self.itemsize = itemsize
         self.node = node
-        self.base = base
         self.bytes = elements.times(itemsize)
-        if base is None:
-            tape.born(self.bytes)
-
-    def __del__(self) -> None:
-        if self.base is None:
-            self.tape.died(self.bytes)
+        self.number = tape.born(self.bytes) if base is None else base.number
+        if node is not None:
+            node.result = self.number
 
 
 @dataclass(eq=False, slots=True)
@@ -130,7 +211,8 @@ class Node:
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
         unpacks: Whether its backward reads anything that the forward saved, be it only a number.
         trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
-        keeps: Who keeps the gradient that arrives here, where the node is a trained weight itself.
+        keeps: Who keeps the gradient that arrives here, where the node is an input or a trained weight itself.
+        result: The number of what it made.
     """
 
     sequence: int
@@ -143,79 +225,139 @@ class Node:
     unpacks: bool = False
     trained: "tuple[Polynomial, list[Tensor]] | None" = None
     keeps: list[Tensor] | None = None
+    result: int = -1
 
 
-def run_backward(tape: Tape, node: Node, gradient: list[Tensor]) -> Polynomial:
-    """Run the graph below `node`, marking what is alive on the way; every saved tensor of the graph is released.
+def run_backward(tape: Tape, root: Node, gradient: Tensor) -> tuple[Events, Events]:
+    """Run the graph below a node; every saved tensor of the graph is released.
 
     Args:
-        tape: Where bytes are counted.
-        node: What made the output.
-        gradient: The output's gradient in a list, which is emptied so that nobody else holds it.
+        tape: Where it was recorded, up to the last call of `take`.
+        root: What made the output.
+        gradient: The output's gradient, which goes as soon as it is used unless somebody holds it.
 
     Returns:
-        Bytes of gradients made before the first node that reads something saved: a checkpointed layer is recomputed on
-        top of them.
+        What happens before the first node that reads something saved, and from there on: a checkpointed layer is
+        computed again between them.
     """
-    start, before_reading = tape.live, None
-    waiting = {node: [gradient.pop()]}
-    order = [(-node.sequence, node)]
-    needed = _uses(node)
+    before: Events | None = None
+    tape.hold(gradient)
+    waiting = {root: [gradient]}
+    order = [(-root.sequence, root)]
+    needed = _uses(root)
     while order:
         current = heapq.heappop(order)[1]
-        if current.unpacks and before_reading is None:
-            before_reading = tape.live.minus(start)
-            tape.reads_saved()
-        made = _apply(tape, current, waiting.pop(current))
-        current.saved.clear()
-        while made:
-            edge, outgoing = made.pop(0)
+        if current.unpacks and before is None:
+            before = tape.take()
+        for edge, outgoing in _apply(tape, current, waiting.pop(current)):
             _deliver(tape, waiting, edge, outgoing)
-            del outgoing
             needed[edge] -= 1
             if needed[edge] == 0:
                 heapq.heappush(order, (-edge.sequence, edge))
-    return before_reading or NOTHING
+    after = tape.take()
+    return (after, ()) if before is None else (before, after)
 
 
 def _uses(root: Node) -> dict[Node, int]:
     """Count how many gradients each node waits for (the engine's dependency count)."""
     counts: dict[Node, int] = {}
-    stack, seen = [root], {root}
+    stack = [root]
     while stack:
         for edge in stack.pop().edges:
             if edge is None:
                 continue
-            counts[edge] = counts.get(edge, 0) + 1
-            if edge not in seen:
-                seen.add(edge)
+            if edge in counts:
+                counts[edge] += 1
+            else:
+                counts[edge] = 1
                 stack.append(edge)
     return counts
 
 
 def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, Tensor]]:
-    """Make the gradients of a node's inputs; what came in lives until all of them exist."""
+    """Make the gradients of a node's inputs; what came in and what was saved live until all of them exist."""
     works = [] if node.works_last else [Tensor(tape, size, 1) for size in node.works]
     if node.trained is not None:
         elements, kept = node.trained
         kept.append(Tensor(tape, elements, 4))
+        tape.hold(kept[-1])
     if node.keeps is not None:
         node.keeps.append(incoming[0])
-    made = [
-        (edge, incoming[0] if size is None else node.saved[size] if isinstance(size, int) else Tensor(tape, *size))
-        for edge, size in zip(node.edges, node.gradients, strict=True)
-        if edge is not None
-    ]
+        tape.hold(incoming[0])
+    made = []
+    for edge, size in zip(node.edges, node.gradients, strict=True):
+        if edge is not None:
+            if size is None:
+                outgoing = incoming[0]
+            else:
+                outgoing = node.saved[size] if isinstance(size, int) else Tensor(tape, *size)
+            tape.hold(outgoing)
+            made.append((edge, outgoing))
     if node.works_last:
         tape.passing(*node.works)
-    del works
+    tape.named(*works)
+    for tensor in (*incoming, *node.saved):
+        tape.release(tensor)
+    node.saved.clear()
     return made
 
 
 def _deliver(tape: Tape, waiting: dict[Node, list[Tensor]], edge: Node, outgoing: Tensor) -> None:
+    """Let a gradient wait for its node, or add it to the one that waits there already."""
     held = waiting.setdefault(edge, [])
     if not held or edge.apart:
         held.append(outgoing)
-    elif sys.getrefcount(held[0]) > _ONLY_HERE:
+        return
+    if tape.is_shared(held[0]):
         # Somebody else still needs the tensor that waits here: the engine adds out of place.
-        held[0] = Tensor(tape, held[0].elements, held[0].itemsize)
+        added = Tensor(tape, held[0].elements, held[0].itemsize)
+        tape.hold(added)
+        tape.release(held[0])
+        held[0] = added
+    tape.release(outgoing)
+
+
+def recomputed(again: Events, backward: tuple[Events, Events], saved_until: int) -> Events:
+    """Return what happens where a checkpoint computes again on the way back.
+
+    It does so when the backward first reads something saved, and stops as soon as everything is saved again
+    (torch.utils.checkpoint, early_stop): what would be born later is not.
+
+    Args:
+        again: What computing again does.
+        backward: What the backward does before it reads something saved, and from there on.
+        saved_until: How many tensors there were when something was saved last.
+    """
+    late = {event for event in again if event >= saved_until}
+    events = (*backward[0], *again, *backward[1])
+    return tuple([event for event in events if (event if event >= 0 else ~event) not in late])
+
+
+def alive_after(events: Events, sizes: Sequence[Polynomial], alive: Polynomial) -> Polynomial:
+    """Return what is alive after births and deaths, from what is alive before."""
+    for event in events:
+        alive = alive.plus(sizes[event]) if event >= 0 else alive.minus(sizes[~event])
+    return alive
+
+
+def marks(events: Events, sizes: Sequence[Polynomial], alive: Polynomial = NOTHING) -> list[Polynomial]:
+    """Return what is alive at each high-water mark, that is before something dies, and at the end.
+
+    Args:
+        events: Births and deaths in order.
+        sizes: Bytes of each tensor, by its number.
+        alive: What is alive before.
+    """
+    found, rising = [], True
+    for event in events:
+        if event >= 0:
+            alive = alive.plus(sizes[event])
+            rising = True
+        else:
+            if rising:
+                found.append(alive)
+                rising = False
+            alive = alive.minus(sizes[~event])
+    if rising:
+        found.append(alive)
+    return found

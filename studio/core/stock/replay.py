@@ -4,18 +4,23 @@ Takes 20 to 27 ms for a model of 8 B parameters, half a microsecond a birth or d
 the rows of three public archives reserved stands beside it in the table of `python -m tests.bench.bench_estimate`.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from studio.core.shape import ModelShape
-from studio.core.vram.activations import chunk_bytes, mask_count
-from studio.core.vram.allocator import Block, CachingAllocator
-from studio.core.vram.loading import load
-from studio.core.vram.micro_batch import caches_copies, input_wants_gradient, layer_form, loss_form, micro_batch
+from studio.core.stock.allocator import Block, CachingAllocator
+from studio.core.stock.loading import load
+from studio.core.stock.loop import stock_loop
+from studio.core.stock.modules import TransformersLoss
+from studio.core.stock.setup import StockSetup
+from studio.core.vram.decoder_layer import LayerPass, layer_pass
+from studio.core.vram.head import Loss, head_pass
+from studio.core.vram.loop import Loop, mask_count, own_loop
 from studio.core.vram.modules import Kernel
-from studio.core.vram.script import Events, Script, head_script, layer_script
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import resident_state
+from studio.core.vram.tape import Events
 
 _STEPS = 2
 """The optimizer's state comes at the end of the first; later steps are like the second."""
@@ -56,33 +61,16 @@ def replayed(
     return Peak(allocator.most_allocated, allocator.most_reserved)
 
 
-class _Part:
-    """A script with its sizes in bytes."""
+class _Layer(NamedTuple):
+    """A layer's pass with its sizes in bytes, and its backward without the result, which the next layer lets go of."""
 
-    def __init__(self, allocator: CachingAllocator, script: Script, sizes: list[int]) -> None:
-        self.script = script
-        self._allocator = allocator
-        self._sizes = sizes
-
-    def play(self, events: Events, blocks: dict[int, Block], spared: Block | None = None) -> None:
-        """Let tensors be born and die; what is alive afterwards is in `blocks`, by number.
-
-        Args:
-            events: What happens.
-            blocks: What is alive before.
-            spared: What somebody else holds, whatever happens here.
-        """
-        allocate, release, sizes = self._allocator.allocate, self._allocator.release, self._sizes
-        for event in events:
-            if event < 0:
-                if sizes[~event] and (block := blocks.pop(~event)) is not spared:
-                    release(block)
-            elif sizes[event]:
-                blocks[event] = allocate(sizes[event])
+    passed: LayerPass
+    sizes: list[int]
+    backward: Events
 
 
 class _Training:
-    """Steps of one set-up, in the order in which the stock loop takes them."""
+    """Steps of one set-up, in the order in which the loop takes them."""
 
     def __init__(
         self,
@@ -94,32 +82,33 @@ class _Training:
         trained: list[int],
         workspace: int,
     ) -> None:
-        form = layer_form(shape, setup.kind, kernel)
-        rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
+        loop, rank = _loop_of(shape, setup, kernel), max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
         numbers = setup.tokens, setup.squares, rank
         self._allocator = allocator
         self._setup = setup
+        self._loop = loop
         self._trained = trained
         self._workspace = workspace
         self._input = setup.tokens * shape.hidden * setup.embedding_itemsize
-        mask_itemsize = micro_batch(shape, setup.kind, kernel).mask_itemsize
         rotary, mask = setup.seq_len * shape.head_dim, setup.squares * mask_count(shape, setup, kernel)
         self._shared = [8 * setup.tokens] * 3 + [setup.residual_itemsize * rotary] * 2  # ids, labels, mask; cos, sin
-        self._mask = [mask_itemsize * mask] if mask else []
-        parts: dict[Script, _Part] = {}
+        self._mask = [loop.mask_itemsize * mask] if mask else []
+        layers: dict[LayerPass, _Layer] = {}
 
-        def part(script: Script) -> _Part:
-            if script not in parts:
-                parts[script] = _Part(allocator, script, [int(size.at(*numbers)) for size in script.sizes])
-            return parts[script]
+        def layer(passed: LayerPass) -> _Layer:
+            if passed not in layers:
+                backward = tuple([event for event in passed.backward if event != ~passed.result])
+                layers[passed] = _Layer(passed, [int(size.at(*numbers)) for size in passed.sizes], backward)
+            return layers[passed]
 
         kinds = [kind for kind, group in enumerate(shape.groups) for _ in range(group.count)]
-        wants, checkpointing = input_wants_gradient(setup), setup.grad_checkpointing
+        wants, again = loop.input_wants_gradient, setup.grad_checkpointing
         self._layers = [
-            part(layer_script(shape, form, kind, checkpointing, wants or place > 0)) for place, kind in enumerate(kinds)
+            layer(layer_pass(shape, loop.traits, kind, again, wants or place > 0)) for place, kind in enumerate(kinds)
         ]
-        self._head = part(head_script(shape, form, loss_form(setup.kind), setup.seq_len))
-        self._chunk = chunk_bytes(shape, setup)
+        self._head = head_pass(shape, loop.traits, _loss_of_rows(loop, setup.seq_len))
+        self._head_sizes = [int(size.at(*numbers)) for size in self._head.sizes]
+        self._chunk = loop.loss.chunk_bytes(shape, loop.traits, setup.tokens)
         self._begun: list[Block] = []
         self._state: list[Block] = []
 
@@ -145,44 +134,61 @@ class _Training:
         """
         allocate = self._allocator.allocate
         self._begin(1)
-        copies = self._trained if caches_copies(self._setup) else []
+        copies = self._trained if self._loop.caches_copies else []
         cached = [allocate(self._setup.compute_itemsize * elements) for elements in copies]
         x = embedded = allocate(self._input)
         mask, alive = [allocate(size) for size in self._mask], []
-        for part in self._layers:
-            blocks = {part.script.source: x}
-            part.play(part.script.forward, blocks, spared=embedded)
-            x = blocks.pop(part.script.result)
+        for layer in self._layers:
+            blocks = {layer.passed.source: x}
+            self._play(layer.sizes, layer.passed.forward, blocks, spared=embedded)
+            x = blocks.pop(layer.passed.result)
             alive.append(blocks)
-        head, blocks = self._head, {self._head.script.source: x}
-        events, source = head.script.forward, ~head.script.source
+        head, sizes, blocks = self._head, self._head_sizes, {0: x}
+        events, source = head.forward, ~0
         normed = events.index(source) if source in events else 0
-        head.play(events[:normed], blocks)
+        self._play(sizes, events[:normed], blocks)
         if not self._setup.grad_checkpointing:
             # The model holds its input and the mask until its last norm is done; checkpoints hold both longer, and so
             # does a first layer without a norm in front (Olmo 2 and 3), whose adapters save the input itself.
-            saved = alive[0].get(self._layers[0].script.source) is embedded
+            saved = alive[0].get(self._layers[0].passed.source) is embedded
             self._release(mask if saved else [*mask, embedded])
             mask = []
-        head.play(events[normed:], blocks)
+        self._play(sizes, events[normed:], blocks)
         if self._chunk:
             self._release([allocate(self._chunk)])
         self._release(cached)
         self._begin(2)
-        head.play(head.script.backward, blocks)
-        gradient: Block | None = blocks.pop(head.script.outgoing)
+        self._play(sizes, head.backward, blocks)
+        gradient: Block | None = blocks.pop(head.outgoing)
         logits, gradients = list(blocks.values()), []
-        for part, blocks in zip(reversed(self._layers), reversed(alive), strict=True):
-            script = part.script
+        for layer, blocks in zip(reversed(self._layers), reversed(alive), strict=True):
+            passed = layer.passed
             assert gradient is not None  # noqa: S101  only the first layer's input may want none
-            blocks[script.incoming] = gradient
-            part.play(script.backward, blocks)
-            gradient = blocks.pop(script.outgoing, None)
+            blocks[passed.incoming] = gradient
+            self._play(layer.sizes, layer.backward, blocks)
+            gradient = blocks.pop(passed.outgoing, None)
             if not adds:
-                gradients += [blocks.pop(number) for number in script.lasting]
+                gradients += [blocks.pop(number) for number in passed.lasting]
             self._release(list(blocks.values()))  # a checkpoint, and gradients that were added to others
         self._release([*mask, *([gradient] if gradient else [])])
         return gradients, logits
+
+    def _play(self, sizes: list[int], events: Events, blocks: dict[int, Block], spared: Block | None = None) -> None:
+        """Let tensors be born and die; what is alive afterwards is in `blocks`, by number.
+
+        Args:
+            sizes: Bytes of each tensor, by its number.
+            events: What happens.
+            blocks: What is alive before.
+            spared: What somebody else holds, whatever happens here.
+        """
+        allocate, release = self._allocator.allocate, self._allocator.release
+        for event in events:
+            if event < 0:
+                if sizes[~event] and (block := blocks.pop(~event)) is not spared:
+                    release(block)
+            elif sizes[event]:
+                blocks[event] = allocate(sizes[event])
 
     def _begin(self, threads: int) -> None:
         """Let cuBLAS take the workspaces of as many threads, once."""
@@ -194,10 +200,23 @@ class _Training:
         if not self._state:
             sizes = [size for elements in self._trained for size in resident_state(elements, optimizer)]
             self._state = [self._allocator.allocate(size) for size in sizes]
-        if optimizer == "adamw_torch" and self._setup.engine == "hf":
-            # Torch's foreach AdamW takes all square roots at once.
+        if self._loop.optimizer_copies:
             self._release([self._allocator.allocate(4 * elements) for elements in self._trained])
 
     def _release(self, blocks: list[Block]) -> None:
         for block in blocks:
             self._allocator.release(block)
+
+
+def _loop_of(shape: ModelShape, setup: Setup, kernel: Kernel) -> Loop:
+    if isinstance(setup, StockSetup):
+        return stock_loop(shape, setup.kind, kernel)
+    return own_loop(shape, setup.kind, kernel)
+
+
+def _loss_of_rows(loop: Loop, seq_len: int) -> Loss:
+    """Return the loss of rows of this length: where the last token of each is dropped, a share of the logits is."""
+    loss = loop.loss
+    if isinstance(loss, TransformersLoss) and loss.shift_copied:
+        return replace(loss, shifted=1 - 1 / seq_len)
+    return loss

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.stock.allocator import Block, CachingAllocator
+from studio.core.stock.setup import StockSetup, loads_in_threads
 from studio.core.trainable import trained_tensors, whole_tensors
-from studio.core.vram.allocator import Block, CachingAllocator
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import base_bytes, frozen_form, quantised_parts
-from studio.core.vram.stock import loads_in_threads
 
 _READING_BYTES = 300_000
 """What a reader could have read in the time that it takes to begin with a weight, at 1 GB/s."""
@@ -96,13 +96,13 @@ def _quantised(
             for size in (*rest[:1], packed, *rest[1:]):
                 allocator.allocate(size)
             allocator.release(held.pop(number))
-    if setup.kbit_prepare:
+    if isinstance(setup, StockSetup) and setup.kbit_prepare:
         # From 0.20 on peft empties the cache afterwards; what was measured shows nothing of it, so it is left out.
         for number, block in held.items():
             wide = allocator.allocate(weights[number].elements * 4)
             allocator.release(block)
             held[number] = wide
-    if setup.head_cast_back:
+    if isinstance(setup, StockSetup) and setup.head_cast_back:
         for number in range(1 + (not shape.tied)):
             narrow = allocator.allocate(weights[number].elements * half)
             allocator.release(held[number])

@@ -1,15 +1,17 @@
-"""The stock loops that people have: transformers' model and loss, peft, bitsandbytes; they and versions differ."""
+"""What stock loops may be asked for: transformers' model and loss, peft, bitsandbytes; they and versions differ."""
 
 import re
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import ClassVar
 
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu
+from studio.core.quantised_base import BITSANDBYTES, QuantisedBase
 from studio.core.shape import ModelShape, with_separate_experts
+from studio.core.stock.modules import FusedKernels
 from studio.core.text import plain
-from studio.core.vram.modules import FusedKernels
-from studio.core.vram.setup import Setup
+from studio.core.vram.setup import Engine, Setup, as_it_lies
 
 UPCAST_BELOW, SHIFT_COPIED_BELOW, FUSED_EXPERTS_FROM, REENTRANT_BELOW = (4, 46), (4, 49), (5, 0), (5, 0)
 """Versions of transformers. Below the first the model itself casts its logits to fp32; below the second the loss copies
@@ -44,6 +46,51 @@ UPCASTS_LOGITS, COPIES_LOGITS, NEWEST = "4.45", "4.48", "5.24"
 """Where the version is not said, the loss is taken to be of one of these."""
 
 
+@dataclass(frozen=True)
+class StockSetup(Setup):
+    """How a model is trained in a stock loop.
+
+    Attributes:
+        kbit_prepare: Whether peft's `prepare_model_for_kbit_training` upcasts everything not quantised to fp32.
+        head_cast_back: Whether embedding and head go back to 16 bit after that upcast (TRL's SFTTrainer in bf16).
+        autocast: Whether the forward runs under autocast.
+        outputs_kept: Whether the loop holds the model's outputs, logits among them, during the backward.
+        transformers: Version of transformers whose loss runs, such as `4.48.1`; empty where it is not known.
+        fused_kernels: Fused kernels in place of the model's own operators.
+    """
+
+    engine: ClassVar[Engine] = "hf"
+
+    kbit_prepare: bool = False
+    head_cast_back: bool = False
+    autocast: bool = True
+    outputs_kept: bool = False
+    transformers: str = ""
+    fused_kernels: FusedKernels = "none"
+
+    __hash__ = Setup.__hash__
+
+    @cached_property
+    def residual_itemsize(self) -> int:
+        """Bytes per element of everything not quantised."""
+        return 4 if self.quantised and self.kbit_prepare else self.compute_itemsize
+
+    @cached_property
+    def embedding_itemsize(self) -> int:
+        """Bytes per weight of embedding and head."""
+        return self.compute_itemsize if self.head_cast_back else self.residual_itemsize
+
+    @property
+    def separate_experts(self) -> bool:
+        """Whether the experts of a mixture are linear maps of their own, as before transformers 5."""
+        return self.transformers.startswith("4.")
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Version of transformers; an unstated one counts as the newest."""
+        return version_of(self.transformers or NEWEST)
+
+
 def stock_setup(
     setup: Setup,
     *,
@@ -54,7 +101,7 @@ def stock_setup(
     transformers: str = "",
     fused_kernels: FusedKernels = "none",
     gpu: Gpu | None = None,
-) -> Setup:
+) -> StockSetup:
     """Return the same training in the stock loop.
 
     What is not said is taken as those loops are whose measurements were published: in fp16, on a card that has no bf16,
@@ -80,9 +127,8 @@ def stock_setup(
     wanted_autocast = quantised and not plain_loop if autocast is None else autocast
     if transformers:
         version_of(transformers)
-    return replace(
-        setup,
-        engine="hf",
+    return StockSetup(
+        **{field.name: getattr(setup, field.name) for field in fields(Setup)},
         kbit_prepare=quantised if kbit_prepare is None else kbit_prepare and quantised,
         head_cast_back=head_cast_back and quantised and setup.compute_itemsize == 2,
         autocast=wanted_autocast and setup.dtype != "fp32",
@@ -93,7 +139,7 @@ def stock_setup(
 
 
 @lru_cache(maxsize=256)
-def copying_logits(setup: Setup) -> Setup:
+def copying_logits(setup: StockSetup) -> StockSetup:
     """Return the same kind of loop in a version of transformers with another loss than the newest.
 
     Most hold more then, for they copy the logits. foak copies them in every version, and holds less where the model
@@ -102,7 +148,7 @@ def copying_logits(setup: Setup) -> Setup:
     return replace(setup, transformers=UPCASTS_LOGITS if setup.fused_kernels == "foak" else COPIES_LOGITS).kind
 
 
-def built(shape: ModelShape, setup: Setup) -> ModelShape:
+def built(shape: ModelShape, setup: StockSetup) -> ModelShape:
     """Return the shape as the set-up's version of transformers builds it."""
     if not setup.transformers or version_of(setup.transformers) >= FUSED_EXPERTS_FROM:
         return shape
@@ -116,20 +162,27 @@ def _with_rotary_tables(shape: ModelShape) -> ModelShape:
     return replace(shape, buffers=2 * shape.layers * shape.positions * shape.head_dim)
 
 
+def as_it_lies_here(setup: StockSetup, base: QuantisedBase | None) -> StockSetup:
+    """Return the set-up with the form that a base quantised by bitsandbytes already has, be it in 8 bits."""
+    if base is not None and base.method == BITSANDBYTES and base.bits == 8 and setup.quantised:
+        return _in_eight_bits(setup)
+    return as_it_lies(setup, base)
+
+
+@lru_cache(maxsize=256)
+def _in_eight_bits(setup: StockSetup) -> StockSetup:
+    return replace(setup, quant_type="int8")
+
+
 def loads_in_threads(setup: Setup) -> bool:
-    """Whether a version of transformers reads weights in threads; one that is not said does."""
-    return version_of(setup.transformers or NEWEST) >= THREADED_FROM
+    """Whether a loop reads weights in threads: ours does, and the stock loop in newer versions of transformers."""
+    return not isinstance(setup, StockSetup) or setup.version >= THREADED_FROM
 
 
-def masks_are_truths(setup: Setup) -> bool:
-    """Whether sdpa is given masks of truths; one whose version is not said is."""
-    return version_of(setup.transformers or NEWEST) >= TRUTHS_FROM
-
-
-def repeats_heads(shape: ModelShape, setup: Setup) -> bool:
+def repeats_heads(shape: ModelShape, setup: StockSetup) -> bool:
     """Whether a version of transformers repeats keys and values for every query head; none that is not said does."""
     below = REPEATS_BELOW.get(setup.attention)
-    if not setup.transformers or below is None or version_of(setup.transformers) >= below:
+    if not setup.transformers or below is None or setup.version >= below:
         return False
     return setup.attention == "sdpa" or shape.family in _REPEATING
 

@@ -1,0 +1,175 @@
+"""How our training loop computes a model: all that prices a step before rank, batch and length are known."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from studio.core.gpu_catalogue import Gpu
+from studio.core.shape import ModelShape
+from studio.core.trainable import HEAD, target_names
+from studio.core.vram.head import ChunkedLoss, LigerLoss, Loss, WholeLoss
+from studio.core.vram.modules import AdapterTraits, Kernel, LayerTraits
+from studio.core.vram.operators import Arithmetic
+from studio.core.vram.setup import Setup
+from studio.core.vram.static import FrozenForm, frozen_form
+
+IDS_LABELS_MASK_BYTES = 3 * 8
+"""Bytes per token of ids, labels and mask: all int64."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Loop:
+    """How a kind of loop computes a model. Ours leaves the last three as they are.
+
+    Attributes:
+        kind: The choices that it follows.
+        traits: How a layer is computed.
+        loss: How head and loss are made.
+        frozen: How frozen weights are held.
+        input_wants_gradient: Whether the embeddings' output asks for a gradient, so that the first layer goes backward
+            like the others.
+        whole_itemsize: Bytes per weight of a module trained whole.
+        load_extra: What loading needs beside the weights, in bytes.
+        copies_whole: Whether a module trained whole is copied in 16 bit before it is held in fp32.
+        caches_copies: Whether autocast caches 16-bit adapter copies until the forward ends; a kept graph holds them
+            anyway.
+        shared_per_token: What all layers share for every token, in bytes.
+        cache_per_token: What is kept until the loss for nobody, in bytes per token.
+        held_per_token: Logits that the loop itself holds through the backward, in bytes per token.
+        optimizer_copies: Whether the optimizer's step makes temporaries of the gradients' size.
+    """
+
+    kind: Setup
+    traits: LayerTraits
+    loss: Loss
+    frozen: FrozenForm
+    input_wants_gradient: bool
+    whole_itemsize: int
+    load_extra: int
+    copies_whole: bool
+    caches_copies: bool
+    shared_per_token: int
+    cache_per_token: int = 0
+    held_per_token: int = 0
+    optimizer_copies: bool = False
+
+    @property
+    def mask_itemsize(self) -> int:
+        """Bytes per entry of an S x S mask."""
+        return 1 if self.traits.kernel == "efficient_masked" else self.kind.residual_itemsize
+
+
+@lru_cache(maxsize=256)
+def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
+    """Return how our loop computes a model.
+
+    Args:
+        shape: The model.
+        kind: What kind of set-up (`Setup.kind`).
+        kernel: Which attention runs.
+    """
+    traits = layer_traits(shape, kind, kernel)
+    head_trained = kind.adapted.trains_head or HEAD in traits.adapter.targets
+    loss: Loss = WholeLoss()
+    if kind.loss != "full":
+        loss = LigerLoss() if kind.loss == "liger" and not head_trained else ChunkedLoss(recomputed=head_trained)
+    # Where the stream widens on its way through the layers, the first layer's input is narrower than all others, but
+    # for models that norm the embedding.
+    widens = kind.grad_checkpointing * (traits.arithmetic.residual - kind.residual_itemsize)
+    return Loop(
+        kind=kind,
+        traits=traits,
+        loss=loss,
+        frozen=frozen_form(kind),
+        input_wants_gradient=kind.adapted.trains_embedding,
+        whole_itemsize=4,
+        # Our loop needs a transformers that quantises one weight after another (core_model_loading.py, 5.5 and later).
+        load_extra=widest_linear(shape) * kind.compute_itemsize if kind.quantised else 0,
+        copies_whole=kind.compute_itemsize != 4,
+        caches_copies=kind.autocast and kind.grad_checkpointing,
+        shared_per_token=IDS_LABELS_MASK_BYTES - (0 if shape.embedding_norm else widens) * shape.hidden,
+    )
+
+
+def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
+    """Return how our loop computes a layer."""
+    adapter = AdapterTraits(
+        targets=target_names(shape, kind.targets),
+        dropout=kind.dropout > 0,
+        dora=kind.dora,
+        casts_inputs=not kind.autocast,
+        whole=kind.adapted.whole_names,
+        whole_itemsize=4,
+    )
+    residual = residual_itemsize(shape, kind)
+    return LayerTraits(
+        Arithmetic(kind.compute_itemsize, residual, kind.autocast, kind.embedding_itemsize),
+        adapter,
+        kind.quant_type if kind.quantised else "",
+        kernel,
+        kind.micro_batch > 1,
+        half=kind.dtype == "fp16",
+        cpu=kind.device == "cpu",
+        repeats_heads=shape.repeats_heads,
+        plain_attention=runs_plain(shape, kind, kernel),
+    )
+
+
+def residual_itemsize(shape: ModelShape, kind: Setup) -> int:
+    """Return the bytes per element of the residual stream.
+
+    CUDA's autocast gives layer norms back in fp32, and quantised layers give back what they are given.
+    """
+    widened = kind.quantised and kind.autocast and kind.device == "cuda" and shape.groups[0].layer.norm == "layer"
+    return 4 if widened else kind.residual_itemsize
+
+
+@lru_cache(maxsize=256)
+def widest_linear(shape: ModelShape) -> int:
+    """Return the weights of the widest linear map inside the layers."""
+    return max((linear.inputs * linear.outputs for _, linear in shape.all_linears()), default=0)
+
+
+def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, *, seq_len: int = 0) -> Kernel:
+    """Return which attention runs.
+
+    Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0. Without it the memory-efficient
+    kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or ALiBi run eagerly
+    whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows and capped scores.
+
+    Args:
+        shape: The model.
+        setup: How it is trained, or what kind of set-up.
+        gpu: The card, where known.
+        seq_len: Tokens per row, where they are not the set-up's.
+    """
+    if setup.attention == "eager" or not shape.fused_attention:
+        return "eager"
+    if setup.device == "cpu":
+        return "cpu"
+    half = setup.compute_itemsize == 2 and (setup.autocast or setup.residual_itemsize == 2)
+    able = gpu is None or gpu.compute_capability >= (8, 0)
+    if is_windowed(shape, seq_len or setup.seq_len) and setup.attention != "flash_attention_2":
+        return "efficient_masked"
+    return "flash" if half and able and shape.head_dim <= 256 else "efficient"
+
+
+def is_windowed(shape: ModelShape, seq_len: int) -> bool:
+    """Whether a window shorter than the rows makes transformers build a mask (_ignore_causal_mask_sdpa)."""
+    return 0 < shape.shortest_window <= seq_len
+
+
+def mask_count(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
+    """Return how many S x S masks are made before the first layer and shared by all."""
+    if shape.attention_softcap and shape.shortest_window:
+        return 2  # one for layers that see all, one for those with a window
+    return int(kernel == "eager" or (is_windowed(shape, setup.seq_len) and setup.attention != "flash_attention_2"))
+
+
+def runs_plain(shape: ModelShape, setup: Setup, kernel: Kernel) -> bool:
+    """Whether torch has no fused kernel: for fewer key than query heads it has, but must be told (`enable_gqa`).
+
+    Falcon's own attention does not tell (modeling_falcon.py, ATen/native/transformers/sdp_utils_cpp.h
+    check_batch_size_and_num_heads_dense).
+    """
+    shares = shape.own_attention and shape.kv_heads == 1 < shape.heads
+    return shares and kernel != "eager" and setup.attention != "flash_attention_2"
