@@ -32,6 +32,7 @@ def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> l
     if not low < high:
         return [low]
     step = nice_step(high - low, max(1, count))
+    # A step of 2.5 or 0.5 is no step between counts.
     if whole and step != round(step):
         step = math.ceil(step) if step < 2 else 5.0
     first = math.ceil(low / step - 1e-9)

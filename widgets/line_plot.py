@@ -173,6 +173,7 @@ class LinePlot(Widget):
         self._drawn = (width, height, self._changes)
         legend = [self._legend(width)] if height >= _LEAST_FOR_LEGEND else []
         before, self._rows = self._rows, self._picture.rows(width, height - len(legend))
+        # Another number of rows, as at the first drawing, leaves nothing to compare with.
         if len(before) != len(self._rows):
             self._strips = [*legend, *map(self._strip, self._rows)]
             self.refresh()

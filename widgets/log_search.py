@@ -60,6 +60,7 @@ class LogSearch(Vertical):
         """Search for the text in the line."""
         event.stop()
         self._log_view.sought = event.value
+        # With each letter the search begins at the newest match again: the match shown so far may match no longer.
         if event.value:
             self._log_view.show_match(newest=True)
         self._tell()

@@ -134,7 +134,7 @@ class LogView(ScrollView, can_focus=True):
         return [*segments, Segment(text[begin:], self.rich_style)]
 
     def _lay_out(self) -> None:
-        follows = self.is_vertical_scroll_end
+        follows = self.is_vertical_scroll_end  # asked before the new lines move the end
         width = self.scrollable_content_region.width
         if self.wrap and width > 0:
             self._rows = [row for line in self._lines for row in _wrapped(line, width)]

@@ -129,7 +129,7 @@ class Slider(Widget, can_focus=True):
         self._label, self._whole, self._show = label, whole, show
         self._label_width, self._value_width = label_width, value_width
         self._refused = self._dragged = False
-        self.set_reactive(Slider.value, value)
+        self.set_reactive(Slider.value, value)  # calls no watcher and paints nothing: there is no screen yet
 
     def render_line(self, y: int) -> Strip:
         """Return the one row."""
@@ -175,7 +175,7 @@ class Slider(Widget, can_focus=True):
         begin, length = self._track()
         if event.button == _LEFT_BUTTON and begin <= event.x < begin + length:
             self._dragged, self.typed = True, None
-            self.capture_mouse()
+            self.capture_mouse()  # so that the drag is followed beyond the widget too
             self._turn_to_cell(event.x)
 
     def on_mouse_move(self, event: events.MouseMove) -> None:

@@ -118,6 +118,7 @@ def correct_estimate(estimate: VramEstimate, observations: Sequence[Observation]
         return estimate
     before = estimate.allocated
     allocated = _scaled(before, tensors) if tensors else before
+    # Each term is corrected alone: tensors by their factor, the allocator's unused memory by its own, then the context.
     beside = _difference(estimate.reserved, before)
     beside = _scaled(beside, unused) if unused else beside
     reserved = _sum(allocated, beside)

@@ -169,6 +169,7 @@ def _interval(value: float, rows: int, drawn: Callable[[Sequence[int]], float], 
         figure for _ in range(resamples) if not math.isnan(figure := drawn(draw.choices(range(rows), k=rows)))
     )
     tail = (1 - LEVEL) / 2
+    # For few rows this is further out than 2.5 %: the percentiles are taken there.
     wider = _NORMAL.cdf(-math.sqrt(rows / (rows - 1)) * student_t(tail, rows - 1))
     return Interval(value, _at(figures, wider), _at(figures, 1 - wider))
 

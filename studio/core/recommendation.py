@@ -143,6 +143,7 @@ def recommend(
     """
     if why := refusal(shape.quantised, "qlora"):
         raise BadInput(f"the model {plain(base, one_line=True, limit=200)} is {why}")
+    # Without a card there is no budget, so that nothing "fits" or "does not fit" on a CPU.
     budget = None if gpu is None else gpu.total_bytes if budget_bytes is None else budget_bytes
     ground = _Ground(shape, gpu, budget)
     draft = _Draft(Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path))
@@ -238,6 +239,7 @@ def _method(draft: _Draft, ground: _Ground) -> None:
         why = "no card whose memory 4 bits would save; on a CPU they only take time"
         draft.choose({"method": "lora"}, "Method", "LoRA 16-bit", why, "bitsandbytes unpacks NF4 in every product")
         return
+    # Compared at their leanest: the micro-batch is chosen after the method, from what the method leaves.
     lora, qlora = (_leanest(draft.recipe.with_("method", method)) for method in ("lora", "qlora"))
     peaks = {recipe.method: ground.estimate(recipe).device.expected for recipe in (lora, qlora)}
     free = f"{ground.budget_bytes / GIB:.1f} GiB free"

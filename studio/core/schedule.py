@@ -23,6 +23,7 @@ def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: Sche
         return peak * step / warmup
     if schedule == "constant":
         return peak
+    # Counted from the step after the peak, so that the first of the fall still has the full rate.
     done = (step - warmup - 1) / max(1, total_steps - warmup)
     return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 

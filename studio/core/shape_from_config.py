@@ -151,6 +151,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
     layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=_MOST_LAYERS)
     heads = values.whole("num_attention_heads", "n_head", "n_heads", high=1 << 16)
     head_dim = values.whole("head_dim", "kv_channels", default=max(1, hidden // heads), high=1 << 16)
+    # Where the config names a head's width, heads times width need not be the hidden size (Gemma).
     if "head_dim" not in values and "kv_channels" not in values and hidden % heads:
         raise BadInput(f"the model's config has hidden_size {hidden}, which {heads} attention heads do not divide")
     kv_heads = _kv_heads(name, values, heads) if family.grouped else heads
@@ -159,6 +160,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
             f"the model's config has {heads} attention heads, which {kv_heads} key/value heads do not divide"
         )
     capped = values.real("attn_logit_softcapping", family.attention_softcap) != 0
+    # Outside of layers there are the final norm and, in a few families, a norm after the embedding.
     norm_width = hidden * family.norm_terms
     other = norm_width * (2 if family.embedding_norm else 1)
     learnt = 0
@@ -186,7 +188,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         own_attention=family.own_attention,
         repeats_heads=family.repeats_heads or (name == "falcon" and values.flag("new_decoder_architecture", False)),
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
-        mask_bytes=learnt * learnt if family.holds_mask else 0,
+        mask_bytes=learnt * learnt if family.holds_mask else 0,  # booleans, a byte each
         doubts=tuple(doubts),
     )
 
@@ -225,12 +227,12 @@ def _sparse_layers(name: str, values: ConfigValues, layers: int) -> int:
 
 def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:
     count = values.whole("num_local_experts", "num_experts", "n_routed_experts", default=0, low=0, high=_MOST_EXPERTS)
-    if count < 2:
+    if count < 2:  # a "mixture" of one is a plain MLP
         return None
     inner = values.whole(family.expert_inner, "moe_intermediate_size", "intermediate_size")
     shared = values.whole(family.shared_inner, default=0, low=0) if family.shared_inner else 0
     per_token = values.whole("num_experts_per_tok", "num_experts_per_token", default=2, high=count)
-    biases = 2 * inner + hidden if name == "gpt_oss" else 0
+    biases = 2 * inner + hidden if name == "gpt_oss" else 0  # of gate and up, and of down
     gated = name == "qwen2_moe"
     chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None
     return Experts(count, per_token, inner, shared, biases, gated, chooser, family.experts_adapted_by_all)
@@ -245,6 +247,7 @@ def _layer(
     if name == "gpt_oss" and experts:
         norm_parameters += heads + experts.count  # attention sinks and the router's bias
     rotary = _rotary(family, values)
+    # A norm per head has one weight for all query heads, and one for all key heads.
     per_head = {"head": 2 * head_dim, "whole": (heads + kv_heads) * head_dim, "": 0}
     return Layer(
         wiring=wiring,

@@ -122,6 +122,7 @@ def qlora_slowdown(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[fl
     if gpu is None or not gpu.rated:
         return None
     sustained = _sustained(gpu)
+    # Both from the same set-up, so that all that cancels out does, and only the uncertain share is varied.
     plain, quantised = (step_work(shape, replace(setup, method=method)) for method in ("lora", "qlora"))
     before = _seconds(plain, gpu, sustained)
     low, usual, high = (
@@ -172,6 +173,7 @@ def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: flo
     half, single = gpu.half_tflops * _TERA * gpu.share, gpu.single_tflops * _TERA * gpu.share
     bandwidth = gpu.bandwidth_gb_per_second * _GIGA * gpu.share
     products = work.half / (half * sustained.products) + work.single / (single * _SINGLE)
+    # With few tokens the products wait for the weights to be read.
     products = max(products, work.weight_bytes / (bandwidth * sustained.bandwidth))
     attention = work.half_attention / (half * sustained.attention) + work.single_attention / (
         single * _SINGLE_ATTENTION
@@ -179,4 +181,5 @@ def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: flo
     moved = work.moved_bytes / (bandwidth * sustained.bandwidth)
     dequantised = work.dequantised_bytes / (bandwidth * sustained.dequantising)
     launch = _LAUNCH_SECONDS * work.layer_passes * (launch_4bit if work.dequantised_bytes else 1.0)
+    # The host launches kernels ahead while the card computes: the slower of the two sets the pace.
     return max(products + attention + moved + dequantised, launch)

@@ -120,6 +120,7 @@ class _Nvml:
             return Card(index, _UNNAMED)
         name, uuid = self.value("nvmlDeviceGetName", handle), self.value("nvmlDeviceGetUUID", handle)
         name = _text(name) or _UNNAMED
+        # A card without MIG refuses the question, which is another answer than "off".
         mode = self.value("nvmlDeviceGetMigMode", handle)
         mig = None if mode is None else bool(mode[0])
         instances = self._instances(handle) if mig else ()
@@ -168,6 +169,7 @@ class _Nvml:
 
     def _processes(self, handle: Any) -> tuple[CardProcess, ...] | None:
         """Return the processes that compute or draw on a card; one that does both is listed once."""
+        # NVML lists programs that compute and programs that draw apart; many do both.
         lists = [self.value(f"nvmlDeviceGet{kind}RunningProcesses", handle) for kind in ("Compute", "Graphics")]
         if all(found is None for found in lists):
             return None

@@ -138,6 +138,7 @@ def place_of(word: str, sight: Sight | None = None, *, run_card: str = "", setti
     if word == "cpu":
         return CPU_PLACE
     sight = look() if sight is None else sight
+    # A job's own environment comes first: it was given one card, and whatever it starts must stay on that card.
     if CHOSEN in sight.environ:
         return _inherited(sight)
     if sight.cards is None:
@@ -194,6 +195,7 @@ def visible_cards(sight: Sight) -> Visible:
     entries = _entries(mask)
     by_number = bool(entries) and not entries[0].startswith(("GPU-", "MIG-"))
     numbered = cards
+    # Cards that are all alike have no fastest one, so that CUDA's order is that of the bus.
     if by_number and sight.environ.get(ORDER) != _BY_BUS and len({card.name for card in cards}) > 1:
         asked = _as_cuda_orders(cards, sight)
         if asked is None:

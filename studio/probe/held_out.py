@@ -181,6 +181,7 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
 
 def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
     """Return the recorded rows that are still in the file, and a note where some are not."""
+    # Counted, because a row that stands twice in the file may have been held out once or twice.
     left = Counter(record.held_out)
     held: list[Row] = []
     for row in found.rows:

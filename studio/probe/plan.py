@@ -92,6 +92,7 @@ def known_gpu(card: Card) -> Gpu | None:
     """
     if card.total_bytes is None:
         return None
+    # A card that the catalogue does not know has its own size and no speed: memory is planned, time is not.
     try:
         listed = find_gpu(card.name)
     except StudioError:

@@ -114,6 +114,7 @@ def refuse_other_rows(paths: RunPaths, first: Identity, found: RowsFound) -> Non
     if first.rows is None:
         return
     now = found.table()
+    # The checksum is over the rows in order, since the order of the rows decides which steps they are in.
     if now["train_sum"] != first.rows.get("train_sum"):
         words = f"the training rows are not those {_BEGAN}: {row_changes(first.train_hashes, found.hashes)}"
         raise _other(paths, words, "Put the data back as they were")

@@ -21,6 +21,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
         OSError: The disk or the folder refuses; the old file is untouched and nothing is left beside it.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
+    # A random name in the same folder: two writers do not meet, and the rename stays within one file system.
     scratch = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
@@ -48,6 +49,7 @@ def publish_folder(scratch: Path, final: Path) -> None:
     _sync_all(scratch)
     replaced = final.with_name(_REPLACED.format(name=final.name))
     if final.exists():
+        # Unlike a file, a folder cannot be renamed onto a folder that holds something: the old one goes away first.
         _remove(replaced)
         final.replace(replaced)
     scratch.replace(final)

@@ -153,6 +153,7 @@ def damage_of(folder: Path, only: Collection[str] = ()) -> str:
         if (folder / MARKER).stat().st_size > _MOST_MARKER_BYTES:
             return f"its {MARKER} is damaged"
         files = json.loads((folder / MARKER).read_bytes())["files"]
+        # A name with a folder in it would make the check read files outside of the checkpoint.
         listed = {name: files[name] for name in files if not only or name in only}
         if not listed or any(Path(name).name != name for name in listed):
             return f"its {MARKER} is damaged"
@@ -191,6 +192,7 @@ def set_aside(damaged: Collection[Damaged]) -> None:
 def _damage_of_file(path: Path, seen: object) -> str:
     name = plain(path.name, one_line=True, limit=80)
     try:
+        # The size is compared first: it is known at once, where the checksum reads the whole file.
         if isinstance(seen, dict) and path.stat().st_size != seen.get("bytes"):
             return f"{name} has {path.stat().st_size} bytes instead of {plain(str(seen.get('bytes')), limit=20)}"
         return "" if file_stamp(path) == seen else f"{name} is not what was saved"

@@ -147,6 +147,7 @@ def shared_record(records: Sequence[HeldOutRecord]) -> HeldOutRecord:
         trained |= record.trained
     held = []
     for content in records[0].held_out:
+        # A row that one run held out may have been trained on by another.
         if shared[content] and bytes.fromhex(content)[:HASH_BYTES] not in trained.contents:
             shared[content] -= 1
             held.append(content)

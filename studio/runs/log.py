@@ -42,6 +42,7 @@ class EventWriter:
         self._clock = clock
         self._lock = threading.Lock()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        # The length up to which all lines are whole: a write that fails half-way is cut off there.
         self._size = os.fstat(self._descriptor).st_size
         if self._size and not _ends_with_newline(self._descriptor, self._size):
             self._append(b"\n")
@@ -69,6 +70,7 @@ class EventWriter:
             OSError: As for `write`.
         """
         kept = tuple(events)
+        # One piece of bytes for all lines: where the disk takes only a part of it, all of it is taken back.
         data = b"".join(_line_of(event) for event in kept)
         with self._lock:
             self._append(data, durable=any(isinstance(event, _DURABLE) for event in kept))
@@ -139,6 +141,7 @@ class EventTail:
             return 0
 
     def _notice_replacement(self, status: os.stat_result) -> None:
+        # Another file in its place has another inode; one that was cut in place is shorter than what was read.
         replaced = self._inode is not None and status.st_ino != self._inode
         if replaced or status.st_size < self._offset:
             self.restarts += 1
@@ -157,7 +160,7 @@ class EventTail:
             skipped, self._inside_long_line = self._inside_long_line, False
             return lines[1:] if skipped else lines
         if len(chunk) < limit:
-            return []
+            return []  # no line end yet: the writer is not done with it, so it is read again from its beginning
         self._offset += len(chunk)
         first, self._inside_long_line = not self._inside_long_line, True
         return [chunk[:_KEPT_OF_BAD_LINE]] if first else []

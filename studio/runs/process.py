@@ -57,6 +57,7 @@ def send_signal(mark: ProcessMark, number: signal.Signals) -> bool:
     if not is_alive(mark):
         return False
     try:
+        # Between the look and the signal the process may end and its pid go to another one; a pidfd rules that out.
         if _LINUX and hasattr(os, "pidfd_open"):
             return _signal_by_descriptor(mark, number)
         os.kill(mark.pid, number)

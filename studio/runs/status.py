@@ -43,6 +43,7 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
         tail: The end of the run's log, where it was read a moment ago; None reads it.
     """
     worker, launched = read_mark(paths.process), read_mark(paths.launch)
+    # Before the log: on a resume it still ends with the earlier worker's last event until the new one has begun.
     if launched is not None and _nothing_since(launched, paths.events) and is_alive(launched[0]):
         return Status.starting
     tail = tail or log_tail(paths.events)

@@ -94,6 +94,7 @@ def find_run(root: Path, word: str) -> RunPaths:
     exact = [paths for paths in runs if paths.name == word]
     if exact:
         return exact[0]
+    # Names come before paths, so that a folder of the same name here does not hide a run; no run's name has a slash.
     if ("/" in word or "\\" in word or word in (".", "..")) and "\0" not in word:
         paths = RunPaths(Path(word).expanduser().absolute())
         if paths.exists:

@@ -103,6 +103,7 @@ class Worker:
         self.patient = False
         self.sleep: Callable[[float], None] = time.sleep
         self._reserve = Reserve(paths.reserve)
+        # Reentrant, because writing an event that must wait for the disk writes the events that tell of the wait.
         self._writing = threading.RLock()
         self._step: int | None = None
         self._doing = Doing()
@@ -145,6 +146,7 @@ class Worker:
         """
         event = kind(at=self._clock(), **fields)
         with self._writing:
+            # A failure is never waited with: the process is about to end, and the reserve has room for its line.
             if self.patient and not isinstance(event, Failed):
                 self._write_patiently(event)
             else:
@@ -268,6 +270,7 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         """Record how the job ended and release the run; no exception leaves the context."""
+        # A second Ctrl-C must not interrupt the last event, or the run would look crashed.
         self._signals.ignore()
         try:
             if error is not None:
