@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
 from studio.core.quantised_base import QuantisedBase
-from studio.core.recipe import Attention, Loss, Method, Optimizer, Recipe
+from studio.core.recipe import FIELDS, Attention, Loss, Method, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
 
@@ -176,8 +176,14 @@ def _as_it_lies(setup: Any, base: QuantisedBase) -> Any:
     return replace(setup, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=skipped)
 
 
+_OWN = {field.name for field in fields(Setup)} - {"dtype", "device"}
+_TAKEN = {name: path for path in FIELDS if (name := path.rpartition(".")[2]) in _OWN}
+"""The fields that a set-up has as the recipe has them, under the last part of their path."""
+_taken = attrgetter(*_TAKEN.values())
+
+
 def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
-    """Return the set-up of this program's own engine for a recipe.
+    """Return the set-up of this program's own engine for a recipe: every field of a recipe's that a set-up has, too.
 
     Args:
         recipe: What is wanted.
@@ -186,27 +192,5 @@ def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = sixteen_bit(gpu.compute_capability if gpu else None)
-    train = recipe.train
-    return Setup(
-        method=recipe.method,
-        rank=recipe.adapter.rank,
-        targets=recipe.adapter.targets,
-        rank_pattern=recipe.adapter.rank_pattern,
-        layers=recipe.adapter.layers,
-        dropout=recipe.adapter.dropout,
-        dora=recipe.adapter.dora,
-        micro_batch=train.micro_batch,
-        seq_len=train.seq_len,
-        accumulation=train.accumulation,
-        optimizer=train.optimizer,
-        grad_checkpointing=train.grad_checkpointing,
-        attention=train.attention,
-        loss=train.loss,
-        dtype=dtype,
-        offload_checkpoints=train.offload_checkpoints,
-        modules_to_save=recipe.adapter.modules_to_save,
-        skip_modules=recipe.model.skip_modules,
-        quant_type=recipe.model.quant_type,
-        device="cpu" if recipe.device.device == "cpu" else "cuda",
-        double_quant=recipe.model.double_quant,
-    )
+    taken: dict[str, Any] = dict(zip(_TAKEN, _taken(recipe), strict=True))
+    return Setup(**taken, dtype=dtype, device="cpu" if recipe.device.device == "cpu" else "cuda")
