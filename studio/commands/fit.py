@@ -11,8 +11,8 @@ from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit
 from studio.core.gpu_catalogue import Gpu
-from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.report import plan_to_dict
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.pace import calibrated, pace_of, pace_to_dict
 from studio.probe.shape import find_shape

@@ -20,8 +20,8 @@ from studio.core.stock.modules import FusedKernels
 from studio.core.stock.refine import refined
 from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
 from studio.core.trainable import check_adapted
-from studio.core.vram.estimate import VramEstimate, estimate_vram
-from studio.core.vram.report import plan_to_dict
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.device import look, place_of
 from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of

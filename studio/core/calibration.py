@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from studio.core.throughput import Speed
-from studio.core.vram.estimate import Components, VramEstimate
-from studio.core.vram.reserve import Range
+from studio.core.vram.report import Components, Range, VramEstimate
 
 _MOST_FACTOR = 5.0
 """A measurement that is off by more than this factor describes something else (a shared card, a broken reading)."""

@@ -12,7 +12,8 @@ from studio.core.gpu_catalogue import CATALOGUE, Gpu
 from studio.core.recipe import Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.throughput import time_factor
-from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import Verdict, VramEstimate
 from studio.core.vram.setup import Setup, setup_of
 
 Estimator = Callable[[Recipe], VramEstimate]

@@ -17,7 +17,8 @@ from studio.core.recipe import Method, Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import check_adapted
-from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import Verdict, VramEstimate
 from studio.core.vram.setup import setup_of
 
 ROWS_PER_STEP = 16

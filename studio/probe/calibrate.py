@@ -13,7 +13,8 @@ from studio.core.shape import ModelShape
 from studio.core.step_work import step_work
 from studio.core.text import plain
 from studio.core.throughput import speed_of
-from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import VramEstimate
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.models import find_base
 from studio.probe.setting import CARD_USED, CPU, setting_of

@@ -19,8 +19,7 @@ from studio.core.schedule import total_steps_of
 from studio.core.shape import ModelShape
 from studio.core.step_work import step_work
 from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown, speed_of
-from studio.core.vram.estimate import VramEstimate
-from studio.core.vram.reserve import Range
+from studio.core.vram.report import Range, VramEstimate
 from studio.core.vram.setup import Setup
 from studio.probe.setting import CPU, setting_of
 from studio.runs.calibration import calibration_path, read_observations

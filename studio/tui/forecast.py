@@ -10,7 +10,8 @@ from studio.core.gpu_catalogue import Gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.trainable import check_adapted
-from studio.core.vram.estimate import Verdict, VramEstimate, estimate_vram
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import Verdict, VramEstimate
 from studio.core.vram.setup import Setup, setup_of
 from studio.probe.plan import PlanDevice
 

@@ -5,9 +5,10 @@ from studio.core.shape import ModelShape
 from studio.core.stock.estimate import estimate_stock, stock_stages
 from studio.core.stock.loop import stock_kernel
 from studio.core.stock.setup import StockSetup
-from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.loop import attention_kernel, own_loop
 from studio.core.vram.modules import Kernel
+from studio.core.vram.report import VramEstimate
 from studio.core.vram.setup import Setup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 

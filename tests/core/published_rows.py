@@ -16,7 +16,7 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.estimate import estimate_stock
 from studio.core.stock.refine import refined
 from studio.core.stock.setup import StockSetup, stock_setup
-from studio.core.vram.estimate import VramEstimate
+from studio.core.vram.report import VramEstimate
 from tests.core.published_reasons import reason
 
 DATA = Path(__file__).parents[1] / "data"

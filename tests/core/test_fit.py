@@ -7,7 +7,8 @@ import pytest
 from studio.core.fit import fit
 from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
 from studio.core.recipe import Recipe, number_of
-from studio.core.vram.estimate import VramEstimate, estimate_vram
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.report import VramEstimate
 from studio.core.vram.setup import Setup, setup_of
 from tests.core.published_rows import shapes
 

@@ -14,8 +14,7 @@ from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.trainable import AdaptedPart
-from studio.core.vram.estimate import VramEstimate
-from studio.core.vram.report import plan_to_dict
+from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.static import FrozenForm, base_bytes, optimizer_bytes, quantised_parts
 from tests.core.loops import estimated, kernel_of, staged

@@ -16,10 +16,11 @@ from studio.core.stock.setup import (
     built,
     copying_logits,
 )
-from studio.core.vram.estimate import UNCERTAIN, VramEstimate, estimate_of, notes_of, widened, workspace_bytes
+from studio.core.vram.estimate import UNCERTAIN, estimate_of, notes_of, widened, workspace_bytes
 from studio.core.vram.loop import is_windowed, runs_plain
 from studio.core.vram.micro_batch import activations_of
 from studio.core.vram.modules import Kernel
+from studio.core.vram.report import VramEstimate
 from studio.core.vram.stages import Stages, stages_with, standing
 
 

@@ -7,8 +7,7 @@ from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
 from studio.core.stock.replay import replayed
 from studio.core.stock.setup import StockSetup, built, copying_logits, loads_in_threads
-from studio.core.vram.estimate import VramEstimate
-from studio.core.vram.reserve import Range
+from studio.core.vram.report import Range, VramEstimate
 
 _READERS = (2, 3, 4)
 """Threads in which transformers reads weights: as many as cores, up to 4. How far ahead of the quantisation they come

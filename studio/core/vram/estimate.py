@@ -1,8 +1,6 @@
 """The estimate: bytes by component and by stage, a range, and whether it fits a budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from studio.core.gpu_catalogue import Gpu, emulated
 from studio.core.quantised_base import note_on
@@ -10,10 +8,10 @@ from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
 from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain
 from studio.core.vram.modules import Kernel
+from studio.core.vram.report import Components, Range, VramEstimate
 from studio.core.vram.reserve import (
     CONTEXT_BYTES,
     MOST_CONTEXT_BYTES,
-    Range,
     device_range,
     expected_reserved,
     reserved_range,
@@ -23,68 +21,11 @@ from studio.core.vram.setup import Setup, as_it_lies
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
 from studio.core.vram.static import trained_bytes
 
-Verdict = Literal["fits", "tight", "does not fit"]
-
 _CERTAIN = 0.02
 """Relative doubt of allocated bytes: 25 rows of a T4 are within 1.2 %, 9 rows of an A100 within 1.7 %."""
 
 UNCERTAIN = 0.25
 """The same for an architecture that is only guessed from its sizes, and for the activations of mixtures of experts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Components:
-    """What the peak is made of, in bytes; all but `context` add up to the peak of live tensors."""
-
-    base: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    workspace: int
-    context: int
-
-
-@dataclass(frozen=True, slots=True)
-class VramEstimate:
-    """What a set-up needs on one device.
-
-    Attributes:
-        stage: The stage that peaks.
-        stages: Peak of live tensors in each stage, in order.
-        components: What the peak is made of.
-        allocated: Peak of live tensors (torch.cuda.max_memory_allocated). It may fall where a larger rank lets
-            bitsandbytes page a state or keep it in 8 bits, by what that saves.
-        reserved: Peak of the allocator's segments (torch.cuda.max_memory_reserved).
-        device: What nvidia-smi shows for this process. On a card neither what is expected nor the high end falls when
-            rank, batch, length or targets grow; at the low end all pages are on the host.
-        trainable_parameters: Trained parameters.
-        kernel: Which attention was assumed.
-        host: Bytes of checkpoints that wait in the computer's own memory.
-        notes: What makes the range wide, and what the user should know.
-    """
-
-    stage: str
-    stages: tuple[tuple[str, int], ...]
-    components: Components
-    allocated: Range
-    reserved: Range
-    device: Range
-    trainable_parameters: int
-    kernel: Kernel
-    host: int = 0
-    notes: tuple[str, ...] = ()
-
-    def verdict(self, budget_bytes: int) -> Verdict:
-        """Return whether it fits a budget: `fits` holds at the high end of the range, `tight` only as expected."""
-        if self.device.high <= budget_bytes:
-            return "fits"
-        return "tight" if self.device.expected <= budget_bytes else "does not fit"
-
-    def headroom_bytes(self, budget_bytes: int) -> int:
-        """Return what a budget leaves free as expected; negative when it is too small."""
-        return budget_bytes - self.device.expected
 
 
 def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> VramEstimate:

@@ -1,12 +1,14 @@
-"""An estimate as the one document that `plan --json` prints and that a run keeps as `plan.json`."""
+"""What an estimate says, and the one document of it that `plan --json` prints and that a run keeps as `plan.json`."""
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
-from studio.core.vram.estimate import VramEstimate
+from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
+
+Verdict = Literal["fits", "tight", "does not fit"]
 
 SCHEMA = 1
 _NOT_OURS = {
@@ -17,6 +19,70 @@ _NOT_OURS = {
     "fused_kernels": "none",
 }
 """What a document's `setup` says of other people's loops; ours has none of these habits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A number of bytes as lowest, expected and highest."""
+
+    low: int
+    expected: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What the peak is made of, in bytes; all but `context` add up to the peak of live tensors."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class VramEstimate:
+    """What a set-up needs on one device.
+
+    Attributes:
+        stage: The stage that peaks.
+        stages: Peak of live tensors in each stage, in order.
+        components: What the peak is made of.
+        allocated: Peak of live tensors (torch.cuda.max_memory_allocated). It may fall where a larger rank lets
+            bitsandbytes page a state or keep it in 8 bits, by what that saves.
+        reserved: Peak of the allocator's segments (torch.cuda.max_memory_reserved).
+        device: What nvidia-smi shows for this process. On a card neither what is expected nor the high end falls when
+            rank, batch, length or targets grow; at the low end all pages are on the host.
+        trainable_parameters: Trained parameters.
+        kernel: Which attention was assumed.
+        host: Bytes of checkpoints that wait in the computer's own memory.
+        notes: What makes the range wide, and what the user should know.
+    """
+
+    stage: str
+    stages: tuple[tuple[str, int], ...]
+    components: Components
+    allocated: Range
+    reserved: Range
+    device: Range
+    trainable_parameters: int
+    kernel: Kernel
+    host: int = 0
+    notes: tuple[str, ...] = ()
+
+    def verdict(self, budget_bytes: int) -> Verdict:
+        """Return whether it fits a budget: `fits` holds at the high end of the range, `tight` only as expected."""
+        if self.device.high <= budget_bytes:
+            return "fits"
+        return "tight" if self.device.expected <= budget_bytes else "does not fit"
+
+    def headroom_bytes(self, budget_bytes: int) -> int:
+        """Return what a budget leaves free as expected; negative when it is too small."""
+        return budget_bytes - self.device.expected
 
 
 def plan_to_dict(

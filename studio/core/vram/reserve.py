@@ -5,10 +5,10 @@ nvidia-smi shows. They are three numbers and are never mixed.
 """
 
 import bisect
-from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.shape import ModelShape
+from studio.core.vram.report import Range
 from studio.core.vram.stages import MIB, Stages
 from studio.core.vram.static import FrozenForm, quantised_parts
 
@@ -48,15 +48,6 @@ CONTEXT_BYTES = 450 * MIB
 
 LEAST_CONTEXT_BYTES, MOST_CONTEXT_BYTES = 130 * MIB, 700 * MIB
 """A T4 was measured at 140.9 MiB; newer cards with more libraries loaded come near the upper number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A number of bytes as lowest, expected and highest."""
-
-    low: int
-    expected: int
-    high: int
 
 
 @lru_cache(maxsize=256)
