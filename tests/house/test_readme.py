@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from studio.commands.field_reference import field_reference, field_rows
+from studio.commands.recipes import field_reference, field_rows
 from studio.core.recipe import FIELDS
 
 README = Path(__file__).parents[2] / "README.md"
