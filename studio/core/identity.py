@@ -16,7 +16,7 @@ from typing import Any
 
 from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
-from studio.core.value_kinds import found_value
+from studio.core.value_kinds import ValueKind, found_value
 
 _LONGEST = 80
 
@@ -32,10 +32,12 @@ def recipe_changes(before: Mapping[str, Any], now: Recipe) -> tuple[list[str], l
     rounded: list[str] = []
     first, table = {**_flat(Recipe().to_dict()), **_flat(before)}, _flat(now.to_dict())
     for path, place in FIELDS.items():
-        was = first[path]
-        if was != table[path] and place.resume in ("same", "rounded"):
+        was, now_is = first[path], table[path]
+        # Of the names in a pattern the first that fits a module counts, so another order is another pattern.
+        same = was == now_is and (not isinstance(was, dict) or list(was) == list(now_is))
+        if not same and place.resume in ("same", "rounded"):
             told = rounded if place.resume == "rounded" else trained
-            told.append(f"{path}: {_shown(was)} -> {_shown(table[path])}")
+            told.append(f"{path}: {_shown(place.kind, was)} -> {_shown(place.kind, now_is)}")
     rows = [first[f"train.{name}"] for name in ("micro_batch", "accumulation")]
     before_rows = rows[0] * rows[1] if all(type(count) is int for count in rows) else 0
     if before_rows != now.rows_per_step:
@@ -77,8 +79,9 @@ def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _shown(value: Any) -> str:
-    return plain(found_value(value), one_line=True, limit=_LONGEST)
+def _shown(kind: ValueKind, value: Any) -> str:
+    text = kind.written(kind.shaped(value)) if isinstance(value, dict) else found_value(value)
+    return plain(text or "none", one_line=True, limit=_LONGEST)
 
 
 def _word(text: object) -> str:

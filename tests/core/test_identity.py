@@ -64,6 +64,16 @@ def test_a_field_that_an_older_log_lacks_had_its_default() -> None:
     assert recipe_changes(table, recipe.with_("adapter.dora", True))[0] == ["adapter.dora: false -> true"]
 
 
+def test_a_table_is_told_as_it_is_typed() -> None:
+    before = Recipe().with_("adapter.rank_pattern", {"down_proj": 32, "q_proj": 8})
+    trained, _ = recipe_changes(tables(before), before.with_("adapter.rank_pattern", {"down_proj": 16}))
+    assert trained == ["adapter.rank_pattern: down_proj=32, q_proj=8 -> down_proj=16"]
+    trained, _ = recipe_changes(tables(before), before.with_("adapter.rank_pattern", {"q_proj": 8, "down_proj": 32}))
+    assert trained == ["adapter.rank_pattern: down_proj=32, q_proj=8 -> q_proj=8, down_proj=32"]
+    trained, _ = recipe_changes(tables(Recipe()), before)
+    assert trained == ["adapter.rank_pattern: none -> down_proj=32, q_proj=8"]
+
+
 @pytest.mark.parametrize(
     "forged", [{}, {"train": 3}, {"train": {"micro_batch": "many"}}, {"adapter": {"rank": {"a": 1}}}]
 )
