@@ -16,7 +16,7 @@ from studio.probe.space import check_space
 from studio.runs.control import request, requested, withdraw
 from studio.runs.job import TRAIN, kind_of_run
 from studio.runs.layout import RunPaths
-from studio.runs.log_ends import log_tail
+from studio.runs.log_parts import log_tail
 from studio.runs.note import read_note, write_note
 from studio.runs.status import Status, run_status
 from studio.runs.store import contents_of, find_run, remove_run

@@ -16,8 +16,7 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain
 from studio.probe.embedded_model import EmbeddedMissing
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
-from studio.probe.hub import HubRefusal
-from studio.probe.hub_headers import hub_headers
+from studio.probe.hub import HubRefusal, hub_headers
 from studio.probe.known_models import config_instead
 from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import BaseFound, find_base

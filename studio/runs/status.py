@@ -9,7 +9,7 @@ from studio.core.events import Failed, Finished, Paused, Started
 from studio.runs.control import requested
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.log_ends import LogEnd, log_tail
+from studio.runs.log_parts import LogEnd, log_tail
 from studio.runs.process import ProcessMark, is_alive, is_here, read_mark
 
 _MOMENT_SECONDS = 30.0

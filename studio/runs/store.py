@@ -10,7 +10,7 @@ from studio.core.text import plain
 from studio.runs.last_words import kind_of_crash
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
-from studio.runs.log_ends import LogEnd, log_head, log_tail
+from studio.runs.log_parts import LogEnd, log_head, log_tail
 from studio.runs.note import read_note
 from studio.runs.scratch import give_back, left_by
 from studio.runs.status import Status, run_status

@@ -36,7 +36,7 @@ exec(compile(before + added.lstrip("\\n") + found + after, source, "exec"), modu
 
 from studio.cli import main
 from studio.core.errors import BadInput
-from studio.core.identity import recipe_changes
+from studio.probe.resume import recipe_changes
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import apply_settings, recipe_from_dict
 from studio.runs.recipe_file import dump_recipe

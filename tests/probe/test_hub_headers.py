@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from studio.probe.hub_headers import hub_headers
+from studio.probe.hub import hub_headers
 from studio.probe.safetensors_file import CorruptSafetensors
 from tests.fakes.hub import hub
 

@@ -22,7 +22,7 @@ from studio.probe.audit import copy_report, read_report
 from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request
 from studio.runs.layout import RunPaths
-from studio.runs.log_ends import log_tail
+from studio.runs.log_parts import log_tail
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs
 from studio.tui.asks import OpenRun

@@ -16,7 +16,7 @@ from studio.core.text import plain
 from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.control import request, requested, withdraw
 from studio.runs.layout import RunPaths
-from studio.runs.log_sample import sample_steps
+from studio.runs.log_parts import sample_steps
 from studio.runs.status import Status
 from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes

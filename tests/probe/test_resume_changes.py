@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from studio.core.identity import recipe_changes, row_changes, version_changes
 from studio.core.recipe import FIELDS, Recipe
+from studio.probe.resume import recipe_changes, row_changes, version_changes
 
 FREE = {path for path, field in FIELDS.items() if field.resume != "same"}
 

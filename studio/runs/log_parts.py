@@ -1,6 +1,8 @@
-"""The two ends of a log. They are enough for a list of runs, which need not read hundreds of whole logs for it.
+"""Parts of a log that are read without the rest of it: its two ends, and steps from evenly spaced places.
 
-Only lines in which the name of a wanted kind of event occurs are parsed, which keeps it cheap.
+The ends are enough for a list of runs, which need not read hundreds of whole logs. Only lines in which the name of a
+wanted kind of event occurs are parsed, which keeps it cheap. From the steps a curve can be drawn before a long log is
+read.
 """
 
 import os
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from studio.core.events import RunEvent
+from studio.core.events import RunEvent, StepDone
 from studio.runs.log import POLL_BYTES, event_from_line
 
 _HEAD_BYTES = 16 * 1024
@@ -17,6 +19,9 @@ _TAIL_BYTES = 64 * 1024
 _WIDER = 4
 _WIDEST_BYTES = POLL_BYTES
 """A longer line was not written by us; `EventTail` skips it too."""
+
+_STEP_BYTES = 1024
+"""More than two lines of a step, so that a whole line is in it wherever reading begins."""
 
 _Kind = TypeVar("_Kind", bound=RunEvent)
 
@@ -89,3 +94,31 @@ def log_head(path: Path, limit: int = _HEAD_BYTES) -> LogEnd:
 
 def _whole_lines(chunk: bytes) -> bytes:
     return chunk[: chunk.rfind(b"\n") + 1]
+
+
+def sample_steps(path: Path, count: int = 400) -> list[StepDone]:
+    """Return up to `count` steps from evenly spaced places of a log, each later than the one before.
+
+    Each takes some 20 microseconds, however long the log is. A missing log has none.
+    """
+    found: list[StepDone] = []
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for place in range(count):
+                file.seek(place * size // count)
+                step = _step_in(file.read(_STEP_BYTES))
+                if step is not None and (not found or step.step > found[-1].step):
+                    found.append(step)
+    except OSError:
+        return found
+    return found
+
+
+def _step_in(chunk: bytes) -> StepDone | None:
+    """Return the first whole step of a piece of a log; its first line may be torn."""
+    for line in chunk.split(b"\n")[1:-1]:
+        event = event_from_line(line)
+        if isinstance(event, StepDone):
+            return event
+    return None

@@ -13,7 +13,7 @@ from studio.core.events import KINDS, Failed, Finished, Phase, RunEvent, Started
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.log import MOST_LINE_BYTES, EventTail, EventWriter, read_events
-from studio.runs.log_ends import log_head, log_tail
+from studio.runs.log_parts import log_head, log_tail
 from studio.runs.status import Status, run_status
 
 _WORDS = st.text(max_size=30) | st.sampled_from(["\x1b[31m\0", "\ud800", "\n\r\u2028", '"\\', "日本語", "x"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from studio.core.events import Finished, Started, StepDone
-from studio.runs.log_sample import sample_steps
+from studio.runs.log_parts import sample_steps
 from tests.fakes.runs import make_run, write_log
 
 
