@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pynvml
 import torch
 
 from studio.core.events import MemorySeen
@@ -102,8 +103,6 @@ def _resident_peak(info: Any) -> int | None:
 def _nvml_handle(device: torch.device) -> Any | None:
     """Return NVML's handle of torch's `device`, found by UUID since the two number cards differently."""
     try:
-        import pynvml  # noqa: PLC0415  only with a card
-
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(card_used(device)["uuid"])
     except Exception:  # noqa: BLE001  a missing driver or WSL mean "not available"
@@ -114,8 +113,6 @@ def _device_used(handle: Any | None) -> int | None:
     if handle is None:
         return None
     try:
-        import pynvml  # noqa: PLC0415
-
         # Version 2 leaves out the driver's own reserve, as studio.probe.cards does; old drivers lack it.
         version = getattr(pynvml, "nvmlMemory_v2", None)
         try:
@@ -131,8 +128,6 @@ def _own_device_bytes(handle: Any | None) -> int | None:
     if handle is None:
         return None
     try:
-        import pynvml  # noqa: PLC0415
-
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         return next((item.usedGpuMemory or None for item in processes if item.pid == os.getpid()), None)
     except Exception:  # noqa: BLE001  a reading that is not supported is none

@@ -302,7 +302,7 @@ def varlen_attention(
     if row_lengths is None or options.get("dropout"):
         named: dict[str, Any] = {"row_lengths": row_lengths, "sliding_window": sliding_window}
         return row_attention(module, query, key, value, attention_mask, **named, **options)
-    import torch.nn.attention.varlen as torch_varlen  # noqa: PLC0415  only where a card has it
+    import torch.nn.attention.varlen as torch_varlen  # noqa: PLC0415  seconds, and only a card has it
 
     varlen_attn: Any = torch_varlen.varlen_attn
     kind = query.device.type

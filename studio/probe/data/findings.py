@@ -71,3 +71,14 @@ class Findings:
     def _line(self, finding: Finding) -> str:
         where = f"{self.row_word} {finding.row}" + (f", {finding.field}" if finding.field else "")
         return f"{where}: {finding.message}"
+
+
+def json_kind(value: object) -> str:
+    """Return what a JSON value is, for a message: `text`, `a number`, `an object with the keys a, b` ..."""
+    if isinstance(value, dict):
+        keys = ", ".join(plain(str(key), one_line=True, limit=40) for key in list(value)[:6])
+        return f"an object with the keys {keys}" if keys else "an empty object"
+    if value != value:  # noqa: PLR0124 - only NaN differs from itself
+        return "NaN, which is not JSON (write null or leave it out)"
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", type(None): "null"}
+    return kinds.get(type(value), type(value).__name__)

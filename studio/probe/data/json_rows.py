@@ -8,8 +8,8 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.data.findings import Findings
-from studio.probe.data.shapes import recognise
+from studio.probe.data.findings import Findings, json_kind
+from studio.probe.data.formats import recognise
 
 Progress = Callable[[int, int], None]
 BOM = b"\xef\xbb\xbf"
@@ -109,17 +109,6 @@ def decoded(raw: bytes, path: Path, *, offset: int, line: int) -> str:
             f"{_name(path)} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {at} (line {line}). {guess}"
             f"Save it as UTF-8, for example with: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8"
         ) from None
-
-
-def json_kind(value: object) -> str:
-    """Return what a JSON value is, for a message: `text`, `a number`, `an object with the keys a, b` ..."""
-    if isinstance(value, dict):
-        keys = ", ".join(plain(str(key), one_line=True, limit=40) for key in list(value)[:6])
-        return f"an object with the keys {keys}" if keys else "an empty object"
-    if value != value:  # noqa: PLR0124 - only NaN differs from itself
-        return "NaN, which is not JSON (write null or leave it out)"
-    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", type(None): "null"}
-    return kinds.get(type(value), type(value).__name__)
 
 
 def _parsed(text: str) -> Any:

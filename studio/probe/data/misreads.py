@@ -4,13 +4,11 @@ Each refusal says what was found, what would be trained wrongly, and what to do.
 LLaMA-Factory, ms-swift, LLaVA and Anthropic are known. A value that is null or empty is passed over.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from studio.core.text import plain
-from studio.probe.data.findings import Findings
-from studio.probe.data.json_rows import json_kind
-from studio.probe.data.shapes import Shape
+from studio.probe.data.findings import Findings, json_kind
 
 PAIR_COLUMNS = ("chosen", "rejected")
 LABEL_COLUMNS = ("label", "kto_tag")
@@ -70,13 +68,15 @@ def refuse_pair(value: Mapping[str, Any], number: int, findings: Findings) -> bo
     return True
 
 
-def refuse_columns(value: Mapping[str, Any], shape: Shape, number: int, findings: Findings) -> bool:
+def refuse_columns(
+    value: Mapping[str, Any], needed: Sequence[str], number: int, findings: Findings, *, answered: bool
+) -> bool:
     """Refuse a row for a column beside its texts; return whether that was done.
 
     `label` means "desirable or not" (KTO) where it is true or false beside an answer. A number or any other text is
     taken for a class, and so is every label of a plain text.
     """
-    for column in LABEL_COLUMNS if shape.format != "text" else ():
+    for column in LABEL_COLUMNS if answered else ():
         label = value.get(column)
         if isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in _LABEL_WORDS):
             findings.add(
@@ -89,7 +89,7 @@ def refuse_columns(value: Mapping[str, Any], shape: Shape, number: int, findings
             )
             return True
     for column in MEDIA_COLUMNS:
-        if column not in shape.needed and filled(value.get(column)):
+        if column not in needed and filled(value.get(column)):
             findings.add("media", number, f"found the column {column}; {_MEDIA} column", field=column)
             return True
     return False

@@ -12,9 +12,9 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.data.formats import known_columns, wrong_columns
 from studio.probe.data.json_rows import MAX_LINE_BYTES, Progress
 from studio.probe.data.misreads import LABEL_COLUMNS, MEDIA_COLUMNS, PAIR_COLUMNS
-from studio.probe.data.shapes import KNOWN_COLUMNS, wrong_columns
 
 MAGIC = b"PAR1"
 MAX_ROWS = 20_000_000
@@ -48,9 +48,10 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
         with pq.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
             flat = {field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)}
-            known = [c for c in columns if c in KNOWN_COLUMNS or (c in LABEL_COLUMNS and c in flat)]
+            read = known_columns()
+            known = [c for c in columns if c in read or (c in LABEL_COLUMNS and c in flat)]
             seen = [column for column in columns if column in _PRESENCE]
-            if not KNOWN_COLUMNS.intersection(known) and not set(PAIR_COLUMNS) <= set(columns):
+            if not read.intersection(known) and not set(PAIR_COLUMNS) <= set(columns):
                 raise BadInput(f"{name}: {wrong_columns(columns)}")
             unread = dict.fromkeys(columns)
             leaves = {column: _smallest_leaf(file, column) for column in seen}

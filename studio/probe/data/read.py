@@ -4,17 +4,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from studio.core.errors import BadInput
+from studio.core.recipe import DataFormat
 from studio.core.text import plain
-from studio.probe.data.findings import Findings
-from studio.probe.data.json_rows import BOM, Progress, document_rows, json_kind, line_rows
+from studio.probe.data.findings import Findings, json_kind
+from studio.probe.data.formats import Shape, normalised, recognise, wrong_columns
+from studio.probe.data.json_rows import BOM, Progress, document_rows, line_rows
 from studio.probe.data.misreads import refuse_pair
-from studio.probe.data.normalise import normalised
 from studio.probe.data.parquet_rows import MAGIC, parquet_rows
 from studio.probe.data.rows import DataSet, Row, counted
-from studio.probe.data.shapes import FORMATS, Shape, recognise, wrong_columns
 from studio.probe.data.shipped import EMBEDDED, shipped_data
 
 # Things that people point at instead of rows, by their first bytes.
@@ -106,8 +106,8 @@ class _Reading:
 
 
 def _inspected(path: Path, wanted: str, *, answers_only: bool, progress: Progress | None) -> tuple[DataSet, Findings]:
-    if wanted not in FORMATS:
-        raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(FORMATS)}.")
+    if wanted not in get_args(DataFormat):
+        raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(get_args(DataFormat))}.")
     path = shipped_data() if str(path) == EMBEDDED else path
     reading = _Reading(wanted, answers_only, Findings())
     try:
