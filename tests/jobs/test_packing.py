@@ -185,9 +185,9 @@ def test_the_proof_leaves_model_and_random_state_as_they_were(checkpointed: bool
 @pytest.mark.parametrize(
     ("word", "where", "error", "kind"),
     [
-        ("on", "packed", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "out_of_memory"),
+        ("on", "pack", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "out_of_memory"),
         ("auto", "_same_gradients", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
-        ("auto", "packed", RuntimeError("CUDA error: an illegal memory access was encountered"), "gpu_fault"),
+        ("auto", "pack", RuntimeError("CUDA error: an illegal memory access was encountered"), "gpu_fault"),
     ],
 )
 def test_a_full_memory_or_a_failed_card_is_no_proof_that_rows_cannot_be_packed(
