@@ -123,7 +123,9 @@ def _has_current_folder() -> bool:
 
 
 def _run(words: list[str], modules: Mapping[str, str] | None) -> int:
-    chosen = next((word for word in words if word in VERBS), "")
+    # In `--recipe demo` the word is a recipe's name.
+    afters = zip(words, ["", *words], strict=False)
+    chosen = next((word for word, before in afters if word in VERBS and before not in ("--recipe", "--runs-dir")), "")
     args = _parser(chosen).parse_args(words)
     for name, shown in _NAMES.items():
         if getattr(args, name, None) == "":

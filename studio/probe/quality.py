@@ -1,5 +1,6 @@
 """What a race measured on a recipe's model and data, found again by fingerprints of both."""
 
+import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +62,5 @@ def _short(found: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _data(path: Path, size_bytes: int, changed_at: int) -> str:
-    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
-
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]

@@ -6,8 +6,6 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
-import tomlkit
-
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import recipe_from_dict
@@ -154,6 +152,8 @@ def job_text(job: Job) -> str:
     """Return a job as TOML: a recipe as it is, a request as a table named by its kind."""
     if isinstance(job, Recipe):
         return dump_recipe(job)
+    import tomlkit  # noqa: PLC0415  60 ms that reading does not need
+
     return tomlkit.dumps({_KIND: job.kind, job.kind: _table_to_write(job)})
 
 

@@ -47,7 +47,7 @@ class LastRecipe:
 def source_of(path: Path) -> RecipeSource:
     """Return a recipe's file as it is now."""
     absolute = path.absolute()
-    import xxhash  # noqa: PLC0415  not needed for the first frame; hashlib brings OpenSSL, 5 MiB
+    import xxhash  # noqa: PLC0415  not needed for the first frame
 
     try:
         with absolute.open("rb") as file:

@@ -1,7 +1,8 @@
 """Keeps the process small and its answers prompt: when garbage is looked for, and what the C library may hold.
 
 A full collection walks every object there is: 70 to 200 ms in which no key is answered, most of them spent on what the
-imports made and nothing ever drops. So the start is not searched at all, and what has survived it is set aside.
+imports made and nothing ever drops. So no garbage is looked for while they are imported, which saves the first
+frame 24 of 545 ms, and what has survived the start is set aside.
 """
 
 import gc
@@ -16,20 +17,8 @@ _ARENA_MAX = -8
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import the screens: without looking for garbage, and with all that they bring set aside.
-
-    Also without `ssl`, 5.6 MiB and 17 ms, which asyncio loads for encrypted streams and can do without. The screens
-    open none; what asks the hub later finds `ssl` as ever.
-    """
-    without_ssl = sys.modules.keys().isdisjoint(("asyncio", "ssl"))
+    """Import the screens: without looking for garbage, and with all that they bring set aside."""
     gc.disable()
-    try:
-        if without_ssl:
-            sys.modules["ssl"] = None  # type: ignore[assignment] # how an import is refused
-            import asyncio  # noqa: F401, PLC0415
-    finally:
-        if without_ssl:
-            del sys.modules["ssl"]
     try:
         yield
     finally:
@@ -38,7 +27,10 @@ def importing() -> Iterator[None]:
 
 
 def share_one_arena() -> None:
-    """Let all threads allocate from one heap: ours look and wait, and each heap of its own would keep its peak."""
+    """Let all threads allocate from one heap: ours look and wait, and each heap of its own would keep its peak.
+
+    Measured with `settle`: 59.3 MiB resident while a run is watched, without both 60.5, where 60 are promised.
+    """
     if (libc := _libc()) is not None:
         libc.mallopt(_ARENA_MAX, 1)
 

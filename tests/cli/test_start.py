@@ -26,3 +26,8 @@ def test_a_call_from_a_process_of_somebody_elses_freezes_nothing(cli: Cli) -> No
     before = gc.get_freeze_count()
     assert cli("recipes").code == 0
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
+
+
+def test_a_recipe_that_is_called_like_a_verb_is_no_verb(cli: Cli) -> None:
+    told = cli("--recipe", "demo", "recipes", "--json")
+    assert told.code == 0, told.err

@@ -1,5 +1,6 @@
 """Holds out rows for evaluation, none of which repeats the prompt or the answer of a row that is trained on."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,8 +121,6 @@ def _digest(kind: str, text: str) -> bytes:
 
 
 def _blake2b(data: bytes, key: bytes = b"") -> bytes:
-    import hashlib  # noqa: PLC0415  brings OpenSSL, 5 MiB that the studio's screens need not hold
-
     return hashlib.blake2b(data, key=key, digest_size=12).digest()
 
 
