@@ -218,7 +218,7 @@ class Modules(ValueKind):
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield what is no list, and a list with what is no dotted name or comes twice."""
         if not isinstance(value, tuple):
-            yield _no_list(self, value)
+            yield _not_a_list(self, value)
         elif not all(map(is_module, value)) or len(set(value)) < len(value):
             yield found_value(value), self.allowed
 
@@ -247,7 +247,7 @@ class Layers(ValueKind):
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield what is no list, and a list with what numbers no layer."""
         if not isinstance(value, tuple):
-            yield _no_list(self, value)
+            yield _not_a_list(self, value)
         elif not all(type(number) is int and 0 <= number <= MOST_LAYERS for number in value):
             yield found_value(value), self.allowed
 
@@ -265,7 +265,7 @@ class Layers(ValueKind):
     def written(self, value: Any) -> str:
         """Write three layers and more in a row as a range."""
         if any(self.wrong(value)):
-            return str(value)
+            return super().written(value)
         ranges: list[list[int]] = []
         for number in value:
             if ranges and number == ranges[-1][-1] + 1:
@@ -306,7 +306,7 @@ class ByModule(ValueKind):
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield what is no table, and every pair that has no usable name or no number within the limits."""
         if not isinstance(value, tuple):
-            yield _no_list(self, value)
+            yield _not_a_list(self, value)
             return
         for name, number in value:
             if not _is_pattern(name):
@@ -359,8 +359,8 @@ def _is_pattern(name: object) -> bool:
     return _storable(name) and len(re.findall(r"[*+?{]", name)) <= MOST_REPEATS
 
 
-def _no_list(kind: ValueKind, value: Any) -> tuple[str, str]:
-    """Say that a list or table is wanted; of a text that means one, how it is written in a file."""
+def _not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
+    """Return what was found and what is wanted where a list or table is; a text that means one is spelled as TOML."""
     meant = kind.read(value) if isinstance(value, str) else None
     if not isinstance(meant, tuple) or any(kind.wrong(meant)):
         return found_value(value), kind.allowed

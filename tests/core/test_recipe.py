@@ -276,9 +276,17 @@ def test_a_field_may_have_the_values_of_its_type() -> None:
                 assert choices_of(path) == ()
 
 
-@given(st.sampled_from(sorted(FIELDS)), st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans()))
+plain_values = st.one_of(st.none(), st.text(), st.integers(), st.floats(), st.booleans())
+any_values = st.recursive(
+    plain_values, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3))
+)
+
+
+@given(st.sampled_from(sorted(FIELDS)), any_values)
 def test_any_value_gives_problems_or_a_recipe_that_survives_toml(path: str, value: object) -> None:
     recipe = Recipe().with_(path, value)
+    assert isinstance(FIELDS[path].kind.written(recipe.get(path)), str)
+    assert all(problem.found and problem.allowed for problem in recipe.problems())
     if not recipe.problems():
         again = recipe_from_dict(tomllib.loads(dump_recipe(recipe)))
         assert repr(again) == repr(recipe), "the same values of the same types: 2 is not 2.0"
