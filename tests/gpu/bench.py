@@ -225,7 +225,8 @@ def need_dtype(bench: Bench, dtype: str) -> None:
     from studio.jobs.base.precision import half_format
 
     if dtype == "bf16" and not bench.rehearsed and half_format(bench.place) != "bf16":
-        raise Skip(f"no bf16: compute capability {capability(bench)} computes in fp16, which is checked beside this")
+        major, minor = capability(bench)
+        raise Skip(f"no bf16: compute capability {major}.{minor} computes in fp16, which is checked beside this")
 
 
 def need_free(bench: Bench, bytes_: float) -> None:
@@ -243,11 +244,11 @@ def need_free(bench: Bench, bytes_: float) -> None:
         raise Skip(f"memory too small: {free / GIB:.1f} GiB free, {bytes_ / GIB:.1f} GiB wanted")
 
 
-def capability(bench: Bench) -> str:
-    """Return the card's compute capability, such as `8.0`, which is also what a rehearsal plays."""
+def capability(bench: Bench) -> tuple[int, int]:
+    """Return the card's compute capability; a rehearsal plays 8.0."""
     import torch
 
-    return "8.0" if bench.rehearsed else "{}.{}".format(*torch.cuda.get_device_capability())
+    return (8, 0) if bench.rehearsed else torch.cuda.get_device_capability()
 
 
 def mib(size: float | None) -> str:

@@ -104,9 +104,8 @@ def flash_kernel(bench: Bench) -> Seen:
         assert ways == ("studio_rows",), ways
         return Seen(f"rehearsed: a CPU takes {ways[0]}")
     if len(ways) < 2:
-        raise Skip(
-            f"no flash kernels: compute capability {capability(bench)}, torch's want 8.0; rows are taken one by one"
-        )
+        major, minor = capability(bench)
+        raise Skip(f"no flash kernels: compute capability {major}.{minor}, torch's want 8.0; rows are taken one by one")
     return Seen(f"{ways[0]} before {ways[1]}")
 
 
