@@ -6,13 +6,16 @@ import psutil
 import pytest
 
 from studio.core.errors import BadInput, StudioError
+from studio.core.events import Finished, Started
 from studio.core.recipe import Recipe
-from studio.runs.job import read_job
-from studio.runs.launched import resume_run, start_run
+from studio.launch.start import prepare
+from studio.runs.chain import next_run
+from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.launched import resume_run, start_next, start_run
 from studio.runs.process import read_mark
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import stop
-from tests.fakes.runs import MODULE, fake_environment
+from tests.fakes.runs import MODULE, fake_environment, wait_for, write_log
 
 
 @pytest.fixture
@@ -56,3 +59,23 @@ def test_a_process_that_starts_runs_and_dies_is_no_bad_input(
     with pytest.raises(StudioError, match="ended early, with exit code") as caught:
         start_run(recipe, tmp_path / "runs", module=MODULE)
     assert not isinstance(caught.value, BadInput)
+
+
+def test_an_export_that_cannot_be_started_is_told_where_its_merge_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = prepare(
+        MergeRequest("/adapter", "embedded", str(tmp_path / "out"), then=("q8_0",)), tmp_path / "runs", 1e9
+    )
+    write_log(merged, Started(at=1.0, job="merge"), Finished(at=2.0, outcome="done"))
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path))
+    start_next(merged)
+    assert "the export that should follow could not be started: the process" in capsys.readouterr().err
+    assert next_run(merged) is None
+    for name, value in {**fake_environment(), "PYTHONHOME": ""}.items():
+        monkeypatch.setenv(name, value)
+    start_next(merged, module="tests.fakes.export_job")
+    following = next_run(merged)
+    assert following is not None
+    assert read_job(following, ExportRequest) == ExportRequest(str(tmp_path / "out"), f"{tmp_path}/out-q8_0", "q8_0")
+    wait_for(lambda: run_status(following) is Status.finished)
