@@ -17,6 +17,7 @@ from studio.core.trainable import AdaptedPart
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.static import FrozenForm, base_bytes, optimizer_bytes, quantised_parts
+from tests.bench.trace_settings import config_of
 from tests.core.loops import estimated, kernel_of, staged
 from tests.core.published_rows import shapes
 
@@ -83,6 +84,16 @@ def test_traces_of_transformers_and_peft_at_full_depth(model: str, method: str, 
     """Traced under fake tensors: transformers 5.23, peft 0.21, bitsandbytes 0.50; rank 16, 1 x 2048, flash."""
     setup = StockSetup(method=method, seq_len=2048, loss="full", kbit_prepare=upcast)
     assert round(staged(shapes()[model], setup, "flash").peak / GIB, 2) == gib
+
+
+def test_what_goes_backward_before_a_checkpoint_computes_again_does_not_stand_beside_it():
+    """The last, unadapted 4-bit products: their dequantised weights are gone when the layer is computed again.
+
+    Traced with `trace_grid.traced` (transformers 5.24, peft 0.21, bitsandbytes 0.50): 574.5 MiB in the backward.
+    """
+    shape = shape_from_config(config_of("phi-1_5", 4))
+    setup = Setup(method="qlora", rank=8, targets=("dense",), micro_batch=3, seq_len=64)
+    assert staged(shape, setup, "flash").by_name["backward"] / 2**20 == pytest.approx(574.5, rel=0.005)
 
 
 @settings(max_examples=150, deadline=None)

@@ -84,14 +84,14 @@ def stock_stages(shape: ModelShape, setup: StockSetup, kernel: Kernel, *, worksp
 def _stages(shape: ModelShape, setup: StockSetup, kind: StockSetup, kernel: Kernel, workspace: int) -> Stages:
     """Return the stages of a kind of loop, the set-up's own or another that trains the same."""
     loop = stock_loop(shape, kind, kernel)
-    copies = standing(shape, loop, setup.adapted).copies
-    work = activations_of(shape, setup, loop, copies)
+    stand = standing(shape, loop, setup.adapted)
+    work = activations_of(shape, setup, loop, stand.copies)
     if kind.loss == "full" and not kind.transformers and kind.micro_batch > 1:
         # Where the version is not known: the mean of the newest and of those that copy the logits.
-        older = activations_of(shape, setup, stock_loop(shape, copying_logits(kind), kernel), copies)
+        older = activations_of(shape, setup, stock_loop(shape, copying_logits(kind), kernel), stand.copies)
         loss, evaluation = (work.loss + older.loss) / 2, (work.head_evaluation + older.head_evaluation) / 2
         work = work._replace(loss=loss, head_evaluation=evaluation)
-    return stages_with(work, shape, setup, loop, workspace)
+    return stages_with(stand, work, shape, setup, workspace)
 
 
 @lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from studio.core.shape import Layer, ModelShape
 from studio.core.vram import operators as op
 from studio.core.vram.modules import LayerTraits, Modules
-from studio.core.vram.polynomial import Polynomial, total
+from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Events, Tape, Tensor, marks, recomputed, run_backward
 
 
@@ -27,6 +27,7 @@ class LayerPass:
         incoming: The gradient of the output, which is there when the backward begins.
         outgoing: The gradient of the input; -1 where it wants none.
         lasting: Gradients of what is trained, alive afterwards.
+        kept: Bytes that stay from the forward until the backward, the output left out: that is the next layer's.
     """
 
     sizes: tuple[Polynomial, ...]
@@ -37,13 +38,7 @@ class LayerPass:
     incoming: int
     outgoing: int
     lasting: tuple[int, ...]
-
-    @property
-    def kept(self) -> Polynomial:
-        """Bytes that stay from the forward until the backward, the output left out: that is the next layer's."""
-        alive = {self.source, *(event for event in self.forward if event >= 0)}
-        alive -= {~event for event in self.forward if event < 0} | {self.result}
-        return total(self.sizes[number] for number in sorted(alive))
+    kept: Polynomial
 
     def forward_marks(self) -> list[Polynomial]:
         """Return the marks of the forward, input included."""
@@ -81,6 +76,7 @@ def layer_pass(
     result = decoder_layer(run, shape.groups[index].layer, x)
     tape.hold(result)
     forward = tape.take(result.node)
+    kept = tape.alive.minus(result.bytes)
     output = x if grad_checkpointing else result
     gradient = tape.given(output.elements, output.itemsize)
     if grad_checkpointing:
@@ -92,7 +88,19 @@ def layer_pass(
         backward = (*before, *after)
     outgoing = source[0].number if source else -1
     lasting = tuple(tensor.number for tensor in run.gradients)
-    return LayerPass(tuple(tape.sizes), forward, backward, x.number, result.number, gradient.number, outgoing, lasting)
+    return LayerPass(
+        tuple(tape.sizes), forward, backward, x.number, result.number, gradient.number, outgoing, lasting, kept
+    )
+
+
+def recomputed_marks(shape: ModelShape, traits: LayerTraits, index: int) -> list[Polynomial]:
+    """Return the marks of a checkpointed layer's backward where its input wants no gradient."""
+    tape = Tape()
+    x = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual)
+    tape.hold(x)
+    gradient = tape.given(x.elements, x.itemsize)
+    events = _computed_again(traits.modules(tape, shape, checkpointed=True), shape.groups[index].layer, x, gradient)
+    return marks(events, tape.sizes, x.bytes.plus(gradient.bytes))
 
 
 def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> Events:
@@ -104,13 +112,13 @@ def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> 
     assert out.node is not None  # noqa: S101  adapters, or the input, want gradients
     if whole:
         tape.hold(out)
-    again, saved_until = tape.take(out.node), tape.saved_until
+    again, late = tape.take(out.node), range(tape.saved_until, len(tape.sizes))
     if not whole:
         tape.release(gradient)
     backward = run_backward(tape, out.node, gradient)
     run.end()
     if not whole:
-        return recomputed(again, (backward[0], (*backward[1], *tape.take())), saved_until)
+        return recomputed(again, (backward[0], (*backward[1], *tape.take())), late)
     tape.release(out)
     tape.release(gradient)
     return (*again, *backward[0], *backward[1], *tape.take())

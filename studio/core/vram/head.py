@@ -273,9 +273,9 @@ def _chunk_marks(shape: ModelShape, traits: LayerTraits, around: Polynomial) -> 
     tape = Tape()
     value = _chunk_loss(traits.modules(tape, shape))
     assert value.node is not None  # noqa: S101  the rows want a gradient
-    again, saved_until = tape.take(value.node), tape.saved_until
+    again, late = tape.take(value.node), range(tape.saved_until, len(tape.sizes))
     backward = run_backward(tape, value.node, tape.given(NOTHING, 4))
-    found = marks(recomputed(again, backward, saved_until), tape.sizes)
+    found = marks(recomputed(again, backward, late), tape.sizes)
     if HEAD in traits.adapter.whole:
         weights = Polynomial(fixed=shape.vocabulary * shape.hidden)
         sums = weights.times(traits.adapter.whole_itemsize).plus(copy)

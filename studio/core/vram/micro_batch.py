@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
-from studio.core.vram.decoder_layer import decoder_layer, layer_pass
+from studio.core.vram.decoder_layer import decoder_layer, layer_pass, recomputed_marks
 from studio.core.vram.head import HeadMarks, head_marks
 from studio.core.vram.loop import Loop, mask_count
 from studio.core.vram.modules import LayerTraits
-from studio.core.vram.polynomial import Heights, Polynomial, heights, largest, total, uncovered
+from studio.core.vram.polynomial import NOTHING, Heights, Polynomial, heights, largest, total, uncovered
 from studio.core.vram.setup import Setup
 from studio.core.vram.tape import Tape, marks
 
@@ -60,18 +60,21 @@ def layer_marks(
     ahead = [uncovered(one.forward_marks()) for one in passes]
     back = [uncovered(one.backward_marks()) for one in passes]
     forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, kept, strict=True) for mark in marks_)
-    # Where embeddings want no gradient, the first layer saves nothing before its first adapter.
-    first = layer_pass(shape, traits, 0, grad_checkpointing, input_wants_gradient)
+    spared, first = NOTHING, back[0]
+    if not input_wants_gradient and grad_checkpointing:
+        first = uncovered(recomputed_marks(shape, traits, 0))
+    elif not input_wants_gradient:
+        # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
+        lone = layer_pass(shape, traits, 0, grad_checkpointing, input_wants_gradient)
+        spared, first = kept[0].minus(lone.kept), uncovered(lone.backward_marks())
     as_trained = grad_checkpointing and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
     return LayerMarks(
-        kept=total(own.times(group.count) for own, group in zip(kept, shape.groups, strict=True)).minus(
-            kept[0].minus(first.kept)
-        ),
+        kept=total(own.times(group.count) for own, group in zip(kept, shape.groups, strict=True)).minus(spared),
         checkpoint=kept[0],
         forward=forward,
         blocks=uncovered(mark.at_least_nothing() for mark in forward),
         backward=uncovered(mark.minus(own) for marks_, own in zip(back, kept, strict=True) for mark in marks_),
-        first_backward=uncovered(first.backward_marks()),
+        first_backward=first,
         evaluation=uncovered(mark for marks_ in ahead for mark in marks_) if as_trained else _evaluated(shape, traits),
     )
 

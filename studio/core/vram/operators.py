@@ -48,10 +48,14 @@ def result_of(
         base: What the result is a view of.
     """
     tape = inputs[0].tape
-    edges = tuple([tensor.node for tensor in inputs])
-    node = tape.node(edges, gradients, saved, works) if tape.records and any(edges) else None
+    edges = tuple([tensor.node for tensor in inputs]) if tape.records else ()
+    node = tape.node(edges, gradients, saved, works) if any(edges) else None
     out = Tensor(tape, elements, itemsize, node, base)
-    tape.named(*inputs, *saved)
+    if node is None and saved:
+        tape.named(*saved)
+    now = len(tape.sizes)
+    for tensor in inputs:
+        (tensor.base or tensor).last_use = now
     return out
 
 

@@ -136,12 +136,19 @@ def stages_of(shape: ModelShape, setup: Setup, loop: Loop, *, workspace: int = C
         workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
     """
     stand = standing(shape, loop, setup.adapted)
-    return stages_with(activations_of(shape, setup, loop, stand.copies), shape, setup, loop, workspace)
+    return stages_with(stand, activations_of(shape, setup, loop, stand.copies), shape, setup, workspace)
 
 
-def stages_with(work: Activations, shape: ModelShape, setup: Setup, loop: Loop, workspace: int) -> Stages:
-    """Return the allocated bytes of every stage, with these bytes of a micro-batch; for the rest see `stages_of`."""
-    stand = standing(shape, loop, setup.adapted)
+def stages_with(stand: Standing, work: Activations, shape: ModelShape, setup: Setup, workspace: int) -> Stages:
+    """Return the allocated bytes of every stage.
+
+    Args:
+        stand: What a micro-batch does not change.
+        work: What it holds beside that.
+        shape: The model.
+        setup: How it is trained.
+        workspace: Bytes of cuBLAS workspaces, 0 on a CPU.
+    """
     fresh, lasting = _gradients(stand, setup)
     within = max(work.copies + work.layer_forward, work.loss, work.held + work.layer_backward)
     within += work.kept_backward if setup.grad_checkpointing else 0

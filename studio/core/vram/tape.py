@@ -28,6 +28,8 @@ class Tape:
         records: Whether a backward graph is made. A checkpointed forward keeps none: its saved tensors are dropped at
             once.
         sizes: Bytes of each tensor, by its number: numbers count births.
+        born: Tensors since the last call of `take`.
+        waits: How many gradients each node below the root of that call waits for (the engine's dependency count).
         saved_until: How many tensors there were when an operator last saved something for its backward.
     """
 
@@ -35,30 +37,21 @@ class Tape:
         self.records = records
         self.sizes: list[Polynomial] = []
         self.saved_until = 0
-        self._last_use: list[int] = []  # how many tensors there were when each was used last
-        self._holders: list[int] = []
-        self._alive: dict[int, None] = {}
-        self._told = 0
+        self.born: list[Tensor] = []
+        self.waits: dict[Node, int] = {}
+        self._alive: list[Tensor] = []
         self._nodes: list[Node] = []
         self._sequence = 0
 
     @property
     def alive(self) -> Polynomial:
         """Bytes alive after the last call of `take`."""
-        return total(self.sizes[number] for number in self._alive)
-
-    def born(self, size: Polynomial) -> int:
-        """Count a new tensor and return its number; by itself it is gone at once."""
-        self.sizes.append(size)
-        self._last_use.append(len(self.sizes))
-        self._holders.append(0)
-        return len(self.sizes) - 1
+        return total(self.sizes[tensor.number] for tensor in self._alive)
 
     def given(self, elements: Polynomial, itemsize: float, node: "Node | None" = None) -> "Tensor":
         """Return a tensor that is there already: its birth is no event, its death is one."""
         tensor = Tensor(self, elements, itemsize, node)
-        self._alive[tensor.number] = None
-        self._told = len(self.sizes)
+        self._alive.append(self.born.pop())
         return tensor
 
     def named(self, *tensors: "Tensor | None") -> None:
@@ -66,20 +59,23 @@ class Tape:
         now = len(self.sizes)
         for tensor in tensors:
             if tensor is not None:
-                self._last_use[tensor.number] = now
+                (tensor.base or tensor).last_use = now
 
     def hold(self, tensor: "Tensor") -> None:
         """Let a tensor live until it is released as often as it was held."""
-        self._holders[tensor.number] += 1
+        (tensor.base or tensor).holders += 1
 
-    def release(self, tensor: "Tensor") -> None:
-        """End one hold; where it was the last, the tensor dies now."""
-        self._holders[tensor.number] -= 1
-        self._last_use[tensor.number] = len(self.sizes)
+    def release(self, *tensors: "Tensor") -> None:
+        """End one hold of each; where it was the last, the tensor dies now."""
+        now = len(self.sizes)
+        for tensor in tensors:
+            held = tensor.base or tensor
+            held.holders -= 1
+            held.last_use = now
 
     def is_shared(self, tensor: "Tensor") -> bool:
         """Whether more than one holds a tensor."""
-        return self._holders[tensor.number] > 1
+        return (tensor.base or tensor).holders > 1
 
     def passing(self, *sizes: Polynomial) -> None:
         """Count tensors that an operator makes one after another and lets go of before it returns."""
@@ -103,7 +99,7 @@ class Tape:
         if saved:
             self.saving()
             for tensor in saved:
-                self.hold(tensor)
+                (tensor.base or tensor).holders += 1
         return made
 
     def saves(self, node: "Node", *tensors: "Tensor") -> None:
@@ -120,38 +116,46 @@ class Tape:
         """
         if root is not None:
             self._drop_dead_ends(root)
-        first, end = self._told, len(self.sizes)
+        born, end = self.born, len(self.sizes)
+        first = end - len(born)
         deaths: dict[int, list[int]] = {}
-        alive: dict[int, None] = {}
-        for number in (*self._alive, *range(first, end)):
-            if self._holders[number]:
-                alive[number] = None
+        alive: list[Tensor] = []
+        for tensor in (*self._alive, *born):
+            if tensor.holders:
+                alive.append(tensor)
+            elif tensor.last_use in deaths:
+                deaths[tensor.last_use].append(~tensor.number)
             else:
-                deaths.setdefault(max(self._last_use[number], first), []).append(~number)
-        events: list[int] = []
+                deaths[tensor.last_use] = [~tensor.number]
+        # What was used last before these events began dies as they begin.
+        events = [death for when in [when for when in deaths if when < first] for death in deaths.pop(when)]
         for number in range(first, end):
             if number in deaths:
                 events += deaths[number]
             events.append(number)
         events += deaths.get(end, ())
-        self._alive, self._told = alive, end
+        self.born, self._alive = [], alive
         return tuple(events)
 
     def _drop_dead_ends(self, root: "Node") -> None:
         """Release what nodes saved that the backward never reaches; it lives as long as their results did."""
-        reached = {root, *_uses(root)}
+        nodes, self._nodes = self._nodes, []
+        self.waits = reached = _waits(root)
+        if len(nodes) == len(reached) + 1:
+            return
         until: dict[Node, int] = {}
-        for node in reversed(self._nodes):
-            if node in reached:
+        last_uses = {tensor.number: tensor.last_use for tensor in (*self._alive, *self.born)}
+        for node in reversed(nodes):
+            if node is root or node in reached:
                 continue
-            end = max(until.get(node, 0), self._last_use[node.result] if node.result >= 0 else 0)
+            end = max(until.get(node, 0), last_uses.get(node.result, 0))
             for tensor in node.saved:
-                self._holders[tensor.number] -= 1
-                self._last_use[tensor.number] = max(self._last_use[tensor.number], end)
+                held = tensor.base or tensor
+                held.holders -= 1
+                held.last_use = max(held.last_use, end)
             for before in (*node.edges, *(tensor.node for tensor in node.saved)):
                 if before is not None:
                     until[before] = max(until.get(before, 0), end)
-        self._nodes = []
 
 
 class Tensor:
@@ -162,11 +166,14 @@ class Tensor:
         elements: How many elements.
         itemsize: Bytes of one element.
         node: What made it in the backward graph; None where no gradient is wanted.
+        base: The tensor that it is a view of: it keeps that one alive and has no bytes of its own.
         bytes: Its size in bytes.
         number: The number of the tensor whose bytes these are: for a view that of its base.
+        last_use: How many tensors there were when it, or a view of it, was used last.
+        holders: How many hold it, or a view of it.
     """
 
-    __slots__ = ("bytes", "elements", "itemsize", "node", "number", "tape")
+    __slots__ = ("base", "bytes", "elements", "holders", "itemsize", "last_use", "node", "number", "tape")
     number: int
 
     def __init__(
@@ -177,21 +184,23 @@ class Tensor:
         node: "Node | None" = None,
         base: "Tensor | None" = None,
     ) -> None:
-        """Count a new tensor.
-
-        Args:
-            tape: Where it is counted.
-            elements: How many elements.
-            itemsize: Bytes of one element.
-            node: What made it in the backward graph.
-            base: The tensor that it is a view of: it keeps that one alive and has no bytes of its own.
-        """
+        """Count a new tensor, or a view of one."""
         self.tape = tape
         self.elements = elements
         self.itemsize = itemsize
         self.node = node
-        self.bytes = elements.times(itemsize)
-        self.number = tape.born(self.bytes) if base is None else base.number
+        self.bytes = size = elements.times(itemsize)
+        if base is None:
+            # By itself it is gone at once. Written out: a new set-up makes half a thousand of them.
+            self.base: Tensor | None = None
+            self.holders = 0
+            self.number = len(tape.sizes)
+            self.last_use = self.number + 1
+            tape.sizes.append(size)
+            tape.born.append(self)
+        else:
+            self.base = base.base or base
+            self.number = base.number
         if node is not None:
             node.result = self.number
 
@@ -232,7 +241,7 @@ def run_backward(tape: Tape, root: Node, gradient: Tensor) -> tuple[Events, Even
     """Run the graph below a node; every saved tensor of the graph is released.
 
     Args:
-        tape: Where it was recorded, up to the last call of `take`.
+        tape: Where it was recorded, up to a call of `take` from the same root.
         root: What made the output.
         gradient: The output's gradient, which goes as soon as it is used unless somebody holds it.
 
@@ -244,22 +253,22 @@ def run_backward(tape: Tape, root: Node, gradient: Tensor) -> tuple[Events, Even
     tape.hold(gradient)
     waiting = {root: [gradient]}
     order = [(-root.sequence, root)]
-    needed = _uses(root)
+    waits, tape.waits = tape.waits, {}
     while order:
         current = heapq.heappop(order)[1]
         if current.unpacks and before is None:
             before = tape.take()
         for edge, outgoing in _apply(tape, current, waiting.pop(current)):
             _deliver(tape, waiting, edge, outgoing)
-            needed[edge] -= 1
-            if needed[edge] == 0:
+            waits[edge] -= 1
+            if waits[edge] == 0:
                 heapq.heappush(order, (-edge.sequence, edge))
     after = tape.take()
     return (after, ()) if before is None else (before, after)
 
 
-def _uses(root: Node) -> dict[Node, int]:
-    """Count how many gradients each node waits for (the engine's dependency count)."""
+def _waits(root: Node) -> dict[Node, int]:
+    """Count how many gradients each node below a root waits for."""
     counts: dict[Node, int] = {}
     stack = [root]
     while stack:
@@ -291,13 +300,13 @@ def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, T
                 outgoing = incoming[0]
             else:
                 outgoing = node.saved[size] if isinstance(size, int) else Tensor(tape, *size)
-            tape.hold(outgoing)
+            (outgoing.base or outgoing).holders += 1
             made.append((edge, outgoing))
     if node.works_last:
         tape.passing(*node.works)
-    tape.named(*works)
-    for tensor in (*incoming, *node.saved):
-        tape.release(tensor)
+    if works:
+        tape.named(*works)
+    tape.release(*incoming, *node.saved)
     node.saved.clear()
     return made
 
@@ -317,20 +326,20 @@ def _deliver(tape: Tape, waiting: dict[Node, list[Tensor]], edge: Node, outgoing
     tape.release(outgoing)
 
 
-def recomputed(again: Events, backward: tuple[Events, Events], saved_until: int) -> Events:
+def recomputed(again: Events, backward: tuple[Events, Events], late: range) -> Events:
     """Return what happens where a checkpoint computes again on the way back.
 
     It does so when the backward first reads something saved, and stops as soon as everything is saved again
     (torch.utils.checkpoint, early_stop): what would be born later is not.
 
     Args:
-        again: What computing again does.
+        again: What computing again does, were it not stopped.
         backward: What the backward does before it reads something saved, and from there on.
-        saved_until: How many tensors there were when something was saved last.
+        late: Numbers of the tensors that are born after something was saved last.
     """
-    late = {event for event in again if event >= saved_until}
-    events = (*backward[0], *again, *backward[1])
-    return tuple([event for event in events if (event if event >= 0 else ~event) not in late])
+    low, high = late.start, late.stop
+    rest = [event for event in (*again, *backward[1]) if not low <= (event if event >= 0 else ~event) < high]
+    return (*backward[0], *rest)
 
 
 def alive_after(events: Events, sizes: Sequence[Polynomial], alive: Polynomial) -> Polynomial:
@@ -349,15 +358,18 @@ def marks(events: Events, sizes: Sequence[Polynomial], alive: Polynomial = NOTHI
         alive: What is alive before.
     """
     found, rising = [], True
+    a, b, c, d, e = alive  # summed up by hand: there are a thousand events in a new set-up
     for event in events:
         if event >= 0:
-            alive = alive.plus(sizes[event])
             rising = True
+            f, g, h, i, j = sizes[event]
+            a, b, c, d, e = a + f, b + g, c + h, d + i, e + j
         else:
             if rising:
-                found.append(alive)
+                found.append(Polynomial(a, b, c, d, e))
                 rising = False
-            alive = alive.minus(sizes[~event])
+            f, g, h, i, j = sizes[~event]
+            a, b, c, d, e = a - f, b - g, c - h, d - i, e - j
     if rising:
-        found.append(alive)
+        found.append(Polynomial(a, b, c, d, e))
     return found
