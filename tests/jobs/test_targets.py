@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,10 @@ from tests.jobs.conftest import Train, history_of
 def adapted(tiny: Path, **section: object) -> dict[str, tuple[int, float]]:
     """Rank and scaling of every adapted module."""
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    model = attach_adapter(base, AdapterSection(rank=4, alpha=8.0, **section), grad_checkpointing=False)  # type: ignore[arg-type]
+    return seen(attach_adapter(base, AdapterSection(rank=4, alpha=8.0, **section), grad_checkpointing=False))  # type: ignore[arg-type]
+
+
+def seen(model: PeftModel) -> dict[str, tuple[int, float]]:
     layers = [(name, module) for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
     return {name: (module.lora_A["default"].out_features, module.scaling["default"]) for name, module in layers}
 
@@ -38,6 +42,26 @@ def test_ranks_and_alphas_by_module(tiny: Path) -> None:
     assert seen["model.layers.0.self_attn.q_proj"] == (4, 2.0)
     assert seen["model.layers.1.self_attn.q_proj"] == (16, 0.5)
     assert seen["model.layers.1.self_attn.v_proj"] == (4, 8.0)
+
+
+def test_of_two_names_that_fit_a_module_the_first_counts_also_once_it_is_saved(tiny: Path, tmp_path: Path) -> None:
+    """peft writes the names in alphabetical order, in which the shorter one would come first."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    section = AdapterSection(
+        rank=4,
+        alpha=8.0,
+        rank_pattern=(("layers.1.mlp.down_proj", 16), ("down_proj", 2)),
+        alpha_pattern=(("layers.0.mlp.up_proj", 32.0), ("(down|up)_proj", 2.0)),
+    )
+    model = attach_adapter(base, section, grad_checkpointing=False)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(tmp_path))
+
+    assert seen(again) == seen(model)
+    found = {name.removeprefix("model.layers."): value for name, value in seen(model).items()}
+    assert (found["0.mlp.down_proj"], found["1.mlp.down_proj"]) == ((2, 1.0), (16, 0.125))
+    assert (found["0.mlp.up_proj"], found["1.mlp.up_proj"]) == ((4, 8.0), (4, 0.5))
+    assert found["0.self_attn.q_proj"] == (4, 2.0)
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # peft says it too

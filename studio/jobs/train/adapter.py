@@ -57,6 +57,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
     )
     model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
     check_patterns(model.get_base_model(), section)
+    _spell_out_patterns(model)
     _widen_whole_modules(model)
     if grad_checkpointing:
         _checkpoint_layers(model.get_base_model())
@@ -227,13 +228,32 @@ def check_patterns(model: nn.Module, section: AdapterSection) -> None:
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for field, pattern in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
         for name, _ in pattern:
-            if not any(re.match(rf"(.*\.)?({name})$", module) for module in adapted):
+            if not any(_fits(name, module) for module in adapted):
                 known = ", ".join(sorted({module.rpartition(".")[2] for module in adapted}))
                 raise JobFailed(
                     "unknown_targets",
                     f"adapter.{field} names {plain(name, one_line=True)!r}, which is no adapted module of this model",
                     f"use some of: {known}; or a longer end of a module's path, such as layers.0.self_attn.q_proj",
                 )
+
+
+def _spell_out_patterns(model: PeftModel) -> None:
+    """Name every module whole in a pattern of which two names fit one module.
+
+    Of these names the first counts. peft saves them in alphabetical order, so another one would count on loading.
+    """
+    config = model.active_peft_config
+    adapted = [name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field)
+        fitting = {name: [pattern[key] for key in pattern if _fits(key, name)] for name in adapted}
+        if any(len(numbers) > 1 for numbers in fitting.values()):
+            setattr(config, field, {name: numbers[0] for name, numbers in fitting.items() if numbers})
+
+
+def _fits(name: str, module: str) -> bool:
+    """Whether a name of a pattern means a module, as peft reads it (utils/other.py get_pattern_key)."""
+    return re.match(rf"(.*\.)?({name})$", module) is not None
 
 
 def _is_linear(module: nn.Module) -> bool:
