@@ -2,13 +2,11 @@
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
-from studio.commands.chat_prompt import Command, read_command
-from studio.commands.interrupts import Interrupts
 from studio.commands.options import add_device, add_json, add_runs_dir, root_of
-from studio.commands.terminal import BAD_INPUT, DONE, NO, complain, say, write_json
+from studio.commands.terminal import BAD_INPUT, DONE, NO, Interrupts, complain, say, write_json
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.chat import chat_request
@@ -27,6 +25,14 @@ from studio.runs.chat import (
 )
 
 _ENDS = {"length": "cut at --max-tokens", "cancelled": "stopped", "context": "cut: the model's context is full"}
+HELP = """/reset            begin a new conversation
+/temperature 0.7  how freely tokens are chosen; 0 takes the likeliest (also /top_p, /top_k, /repetition_penalty, /seed)
+/max 512          longest answer in tokens
+/quit             leave (Ctrl-D too)"""
+_NUMBERS = {
+    "temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "seed": int, "max_new_tokens": int,
+}  # fmt: skip
+_OTHER_NAMES = {"exit": "quit", "q": "quit", "new": "reset", "max": "max_new_tokens", "temp": "temperature"}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -176,6 +182,31 @@ class Talk:
         how = _ENDS.get(event.reason)
         dropped = f"the oldest {event.dropped_turns} turns no longer fit" if event.dropped_turns else ""
         say(f"\n  [{'; '.join(word for word in (pace, how, dropped) if word)}]", to=self._to)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: its name, the number given with it, or what to answer where it is none that can be done."""
+
+    name: str
+    value: Any = 0
+    text: str = ""
+
+
+def read_command(line: str) -> Command | None:
+    """Return the command of a line; None for a question."""
+    if not line.startswith("/"):
+        return None
+    word, _, rest = line[1:].partition(" ")
+    name = _OTHER_NAMES.get(word, word).replace("-", "_")
+    if name in ("quit", "reset"):
+        return Command(name)
+    if name in _NUMBERS:
+        try:
+            return Command(name, _NUMBERS[name](rest))
+        except ValueError:
+            return Command("help", text=f"/{word} wants a number, as in: /temperature 0.7")
+    return Command("help", text=HELP)
 
 
 def _converse(chat: Talk) -> int:

@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from studio.commands.options import add_json, add_set
-from studio.commands.pace_text import pace_lines
-from studio.commands.plan import add_card, device_for
+from studio.commands.plan import add_card, device_for, pace_lines
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.fit import Fit, Priced, fit

@@ -7,7 +7,6 @@ from typing import get_args
 
 from studio.commands.gpus import notes_on
 from studio.commands.options import add_json, add_set
-from studio.commands.pace_text import pace_lines
 from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
@@ -19,12 +18,13 @@ from studio.core.stock.estimate import estimate_stock
 from studio.core.stock.modules import FusedKernels
 from studio.core.stock.refine import refined
 from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
+from studio.core.throughput import Duration, Speed
 from studio.core.trainable import check_adapted
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import VramEstimate, plan_to_dict
 from studio.core.vram.setup import Setup, as_it_lies, setup_of
 from studio.probe.device import look, place_of
-from studio.probe.pace import calibrated, pace_of, pace_to_dict, process_of
+from studio.probe.pace import Pace, calibrated, pace_of, pace_to_dict, process_of
 from studio.probe.plan import PlanDevice, device_from_catalogue, device_of
 from studio.probe.shape import find_shape
 from studio.runs.recipe_file import find_recipe, load_recipe
@@ -37,6 +37,7 @@ _EIGHT_BIT = (
     "compare with, and how many inputs are outliers, multiplied in 16 bit besides, is not known"
 )
 _MEASURE = "this is a guess from sizes; lora-studio measure (same flags) traces the real model and knows better"
+_HOUR_MINUTES = 60
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -210,3 +211,58 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
         say(f"{estimate.verdict(budget)}: {name} has {size(budget)} for it")
     for line in notes_on(device.card) if device.card else ():
         say(f"the card: {line}")
+
+
+def pace_lines(pace: Pace, setup: Setup) -> list[str]:
+    """Return what is known of speed, time and the price of 4 bit; a line says so where nothing is."""
+    if pace.speed is None:
+        return [f"speed: not known; {pace.why_not}"]
+    lines = [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
+    if pace.duration is not None and pace.tokens is not None:
+        least, _, most = pace.tokens
+        lines.append(
+            f"time: {_time_range(pace.duration)} for {pace.steps} steps of "
+            f"{_count(least)} to {_count(most)} tokens in all, guessed from the text of the data; "
+            "evaluations, samples and loading come on top"
+        )
+    if pace.slowdown is not None and setup.quantised:
+        low, usual, high = pace.slowdown
+        lines.append(f"4 bit: a step takes {usual:.2f} times as long as in 16 bit ({low:.2f} to {high:.2f})")
+    return lines
+
+
+def _rates(speed: Speed) -> str:
+    """Return a speed as `1 270 (730 to 2 230)`."""
+    low, usual, high = (_rate(value) for value in (speed.low, speed.expected, speed.high))
+    return f"{usual} ({low} to {high})"
+
+
+def _hours(value: float) -> str:
+    """Return hours as a person says them: `4 min`, `2.5 h`, `40 h`."""
+    minutes = value * _HOUR_MINUTES
+    if minutes < 1:
+        return "under a minute"
+    if minutes < 2 * _HOUR_MINUTES:
+        return f"{minutes:.0f} min"
+    return f"{value:.1f} h" if value < 10 else f"{value:.0f} h"
+
+
+def _time_range(duration: Duration) -> str:
+    """Return a duration as `40 min to 2.5 h`."""
+    low, high = _hours(duration.low), _hours(duration.high)
+    return low if low == high else f"{low} to {high}"
+
+
+def _count(tokens: float) -> str:
+    """Return a number of tokens as `74 k`, `1.2 M`."""
+    for unit, many in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= many:
+            return f"{tokens / many:.3g} {unit}"
+    return f"{tokens:.0f}"
+
+
+def _rate(value: float) -> str:
+    if value < 10:
+        return f"{value:.1f}"
+    digits = 10 ** max(0, len(str(int(value))) - 3)
+    return f"{round(value / digits) * digits:,}".replace(",", " ")

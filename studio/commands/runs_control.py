@@ -5,8 +5,7 @@ import sys
 import time
 from contextlib import suppress
 
-from studio.commands.event_lines import event_line
-from studio.commands.follow import End, conclude, follow
+from studio.commands.follow import End, conclude, event_line, follow
 from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, NO, agreed, complain, duration, number, say, write_json
 from studio.core.errors import BadInput

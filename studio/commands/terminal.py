@@ -1,12 +1,15 @@
-"""What the command line writes, and what the terminal that it writes to can show."""
+"""What the command line writes, what the terminal that it writes to can show, and Ctrl-C."""
 
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Mapping
-from typing import Any, TextIO
+from types import FrameType, TracebackType
+from typing import Any, Self, TextIO
 
 from studio.core.text import plain
 
@@ -124,3 +127,31 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in safe
     )
+
+
+class Interrupts:
+    """Context in which Ctrl-C only counts; outside the main thread, where Python allows no handler, nothing changes.
+
+    Attributes:
+        count: How often Ctrl-C came.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        """Take the handler."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the handler back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1

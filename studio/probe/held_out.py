@@ -7,7 +7,6 @@ it was trained on (`studio.runs.held_out`); here they are found again in a data 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 from studio.core.errors import BadInput
@@ -240,6 +239,8 @@ def _chosen(rows: Sequence[Row], wanted: int, seed: int) -> tuple[Row, ...]:
     """Return at most `wanted` rows, which ones following from their text and the seed, in the file's order."""
     if len(rows) <= wanted:
         return tuple(rows)
+    from hashlib import blake2b  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
+
     salt = str(seed).encode()
     order = sorted(range(len(rows)), key=lambda place: blake2b(row_keys(rows[place]).content, key=salt).digest())
     return tuple(rows[place] for place in sorted(order[:wanted]))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from studio.commands.chat_prompt import read_command
+from studio.commands.chat import read_command
 from tests.cli.conftest import Cli
 
 
