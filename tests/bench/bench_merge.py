@@ -10,7 +10,6 @@ Where there are several rounds, the median of each way follows.
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -39,8 +38,7 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
 
     from studio.jobs.base.weights.skeleton import build_clean
     from studio.jobs.base.weights.tensor_files import bytes_of
-    from studio.jobs.merge.shard_file import OpenShard
-    from studio.jobs.merge.shards import lay_out
+    from studio.jobs.merge.shards import OpenShard, lay_out
     from studio.jobs.merge.steps import Output
     from tests.fakes.tiny_model import tiny_tokenizer
 
@@ -79,21 +77,17 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
 
 def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
     """The whole job, with its checks, in the libraries that its own process loads."""
-    from studio.jobs.merge.__main__ import without_bitsandbytes
+    from studio.jobs.merge.job import merge_run
+    from studio.runs.job import MergeRequest
+    from studio.runs.layout import RunPaths
+    from studio.runs.log import read_events
+    from studio.runs.worker import Worker
 
-    with without_bitsandbytes():
-        from studio.jobs.merge.job import merge_run
-        from studio.runs.job import MergeRequest
-        from studio.runs.layout import RunPaths
-        from studio.runs.log import read_events
-        from studio.runs.worker import Worker
-
-        gc.freeze()  # as the job does
-        yield "start"
-        run = RunPaths(out.with_name("run"))
-        run.root.mkdir()
-        with Worker(run) as worker:
-            merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
+    yield "start"
+    run = RunPaths(out.with_name("run"))
+    run.root.mkdir()
+    with Worker(run) as worker:
+        merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
     assert out.is_dir()
     phases = [event for event in read_events(run.events) if isinstance(event, Phase)]
     checking = [event.at for event in phases if event.name == "checking"]

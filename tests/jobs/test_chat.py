@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base.generation import stop_ids
-from studio.jobs.chat import session as sessions
 from studio.jobs.chat.session import Session, token_ids
 from studio.probe.chat import chat_request, request_of_run
 from studio.runs.chat import (
@@ -133,7 +132,7 @@ def test_what_was_merged_answers_alone_where_its_base_cannot(
     if fault == "memory":
         memory = namedtuple("memory", "available")
         free = iter([10**12, 10**6])
-        monkeypatch.setattr(sessions.psutil, "virtual_memory", lambda: memory(next(free)))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: memory(next(free)))
     session = _load(request)
     assert session.sides == ("tuned",)
     assert "Only the merged model answers" in session.notes[-1]
@@ -193,7 +192,7 @@ def test_an_answer_that_fills_the_context_says_so(base: Path) -> None:
 
 def test_a_memory_without_room_is_said_before_loading(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(sessions.psutil, "virtual_memory", lambda: memory(10**6))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(10**6))
     with pytest.raises(BadInput, match="GB of memory"):
         _load(ChatRequest(str(base)))
 

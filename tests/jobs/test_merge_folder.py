@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from studio.jobs.merge import job, memory, shards, write_steps
+from studio.jobs.merge import job, shards, write_steps
 from studio.jobs.merge.__main__ import _body
 from studio.runs.control import request
 from studio.runs.job import MergeRequest, write_job
@@ -403,7 +403,7 @@ def test_a_memory_without_room_is_seen_before_anything_is_written(
     base: Path, adapter: Path, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory_type = namedtuple("memory_type", "available")
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: memory_type(1000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory_type(1000))
     assert "of memory" in _failure(merge(adapter, base, tmp_path / "out"))
     assert not list(tmp_path.glob("*out*"))
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from studio.core.errors import BadInput
-from studio.jobs.merge import shard_file
-from studio.jobs.merge.shard_file import StretchWriter
+from studio.jobs.merge import shards
+from studio.jobs.merge.shards import StretchWriter
 from studio.probe.safetensors_file import Stored, TensorEntry
 
 SIZE = 3 * 2**20 + 5
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def write(self, data: object) -> int:  # type: ignore[override]
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shard_file, "FileIO", Full)
+    monkeypatch.setattr(shards, "FileIO", Full)
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     with pytest.raises(OSError, match="No space"), StretchWriter(path, 0) as stretch:

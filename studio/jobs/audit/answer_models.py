@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 
@@ -14,7 +13,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
 from studio.jobs.audit.variants import AdapterForms
-from studio.jobs.base.device import job_device
+from studio.jobs.base.device import free_bytes, job_device
 from studio.jobs.base.load import FourBit, base_folder, four_bit_of, load_base
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.weights.folder_weights import FolderWeights
@@ -123,7 +122,7 @@ class AnswerModels:
 
     def why_not(self, form: AnswerModel) -> str:
         """Return why a form cannot be loaded here, nothing where it can."""
-        needed, free = form.needed_bytes + _WORK_BYTES, _free_bytes(self.device)
+        needed, free = form.needed_bytes + _WORK_BYTES, free_bytes(self.device)
         if needed <= free:
             return ""
         return f"needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
@@ -175,10 +174,4 @@ def _dtype(device: torch.device, parameters: int) -> torch.dtype:
     """Return fp32, the audit's arithmetic, where a whole model fits in it; on a card its 16-bit format."""
     if device.type == "cuda":
         return half_dtype(device)
-    return torch.float32 if parameters * 4 + _WORK_BYTES < _free_bytes(device) else torch.bfloat16
-
-
-def _free_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
+    return torch.float32 if parameters * 4 + _WORK_BYTES < free_bytes(device) else torch.bfloat16

@@ -8,6 +8,7 @@ first answer for the whole process, and reads `ACCELERATE_*` variables.
 import os
 from contextlib import suppress
 
+import psutil
 import torch
 
 from studio.core.errors import JobFailed
@@ -72,6 +73,13 @@ def wait_for(device: torch.device) -> None:
     """Return when a card has done what it was given; on a CPU that is so at any time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_bytes(device: torch.device | None = None) -> int:
+    """Return what is free now in a card's memory; in the computer's for a CPU, or where no device is named."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def card_used(device: torch.device) -> dict[str, str]:

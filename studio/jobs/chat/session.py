@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
@@ -21,7 +20,7 @@ from studio.core.recipe import QuantType
 from studio.core.text import plain
 from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.template import ensure_template
-from studio.jobs.base.device import job_device
+from studio.jobs.base.device import free_bytes, job_device
 from studio.jobs.base.generation import Watch, stop_ids
 from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
 from studio.jobs.base.precision import DTYPES, half_dtype
@@ -217,7 +216,7 @@ def check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch
         BadInput: It needs more than is free.
     """
     share = _NF4_SHARE if method == "qlora" else dtype.itemsize / 2
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = free_bytes(device)
     needed = base.size_bytes * share + _WORK_BYTES
     if needed > free:
         raise BadInput(

@@ -1,11 +1,7 @@
 """The merge job: `python -m studio.jobs.merge RUN_DIR`, started by `studio.runs.supervise`."""
 
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
@@ -15,32 +11,13 @@ from studio.runs.layout import RunPaths
 from studio.runs.worker import Worker, run_job
 
 
-@contextmanager
-def without_bitsandbytes() -> Iterator[None]:
-    """Hide it from peft, which imports it where it is there: 45 MB and a second that a 16-bit merge does not need."""
-    if "bitsandbytes" in sys.modules:
-        yield
-        return
-    hidden: Any = None  # what Python keeps for a module that must not be found
-    sys.modules["bitsandbytes"] = hidden
-    try:
-        yield
-    finally:
-        del sys.modules["bitsandbytes"]
-
-
 def _body(worker: Worker) -> None:
     request = read_job(worker.paths, MergeRequest)
     if request is None:
         raise BadInput("this run is not a merge")
-    # peft asks for it as late as when the adapter is put on the base.
-    with without_bitsandbytes() if request.onto == "original" else nullcontext():
-        from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held
+    from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held
 
-        if __name__ == "__main__":
-            # The libraries' million objects stay until the end: to look through them again took 0.9 s there alone.
-            gc.freeze()
-        merge_run(worker, request)
+    merge_run(worker, request)
 
 
 if __name__ == "__main__":

@@ -12,25 +12,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 
+from studio.core.errors import BadInput
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
 from studio.jobs.base.closeness import CANNOT_RUN
+from studio.jobs.base.device import free_bytes
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.precision import DTYPES
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.base.weights.skeleton import build_skeleton
+from studio.jobs.base.weights.streamed import most_lent
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge.folder_files import tokenizer_folder, write_folder_files
-from studio.jobs.merge.memory import check_memory
 from studio.jobs.merge.parts import Parts, change_of, find_parts, plan_of, shown_by
 from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
-from studio.jobs.merge.side_by_side import side_by_side, why_not
 from studio.jobs.merge.steps import MergeSteps
-from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back
+from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back, side_by_side, why_not
 from studio.jobs.merge.write_steps import write_steps
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
@@ -49,6 +51,11 @@ _MOST_QUESTIONS = 2
 _SHOWN_CHARACTERS = 2000
 _FAR_KL = 0.05
 """Nats per token. Rounding a merged 135M model to bf16 gave .0013."""
+_FP32_BYTES = 4
+_LENT_BYTES = 6
+"""A number of what is lent to the comparison of answers: read in 16 bit, computed with in fp32."""
+_COPIES = 4
+"""At once in fp32: the weight, the delta before and after scaling, and half as much again for 16-bit copies of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +111,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -
     skeleton = build_skeleton(parts.folder, adapter, weight, *more)
     dtype = DTYPES.get(request.dtype)
     steps = MergeSteps(skeleton, TensorFiles(parts.folder), dtype=dtype, **change_of(request, parts, skeleton))
-    check_memory(steps)
+    _check_memory(steps)
     shown = shown_by(request.run)
     # Before anything is written: a tokenizer that cannot be loaded should not be found out at the end.
     tokenizer = load_tokenizer(tokenizer_folder(adapter.folder, parts.folder))
@@ -232,3 +239,23 @@ def _teller(worker: Worker) -> Callable[[str, float, str], None]:
         say(name, min(1.0, fraction), detail)
 
     return tell
+
+
+def _check_memory(steps: MergeSteps) -> None:
+    """Make sure that the largest step, and what is lent at once to the comparison afterwards, have room."""
+    largest = max((_elements(steps, place) for place in range(len(steps.steps))), default=0)
+    lent = most_lent(steps.skeleton.adapted, steps, "base_model.model.")
+    needed = max(largest * _FP32_BYTES * _COPIES, lent * _LENT_BYTES)
+    free = free_bytes()
+    if needed > free:
+        raise BadInput(
+            f"the largest tensors to be merged need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
+            "close other programs, or merge on a computer with more."
+        )
+
+
+def _elements(steps: MergeSteps, place: int) -> int:
+    step = steps.steps[place]
+    if step.copies is not None or step.row_sum is not None:
+        return 0
+    return sum(torch.Size(output.shape).numel() for output in step.outputs)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from threading import Lock
 from typing import TypeVar
 
@@ -11,8 +10,7 @@ from torch import Tensor
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.threads import workers
 from studio.jobs.base.weights.tensor_files import PIECE_BYTES, bytes_of
-from studio.jobs.merge.shard_file import OpenShard, Shard
-from studio.jobs.merge.shards import ShardWriter
+from studio.jobs.merge.shards import OpenShard, ShardWriter
 from studio.jobs.merge.steps import MergeSteps, Output, Step
 
 T = TypeVar("T")
@@ -36,134 +34,100 @@ def write_steps(
         JobFailed: A number is not finite.
         OSError: A file cannot be read or written.
     """
-    step_of = {output.key: step for step in steps.steps for output in step.outputs}
     total = sum(shard.size_bytes for shard in writer.shards) or 1
-    held = _Held(steps, step_of)
-    progress = _Progress(total, tell, stopping)
-    for shard in writer.shards:
-        if shard.name in writer.done:
-            progress.add(shard.size_bytes, shard.name)
-    missing = [shard for shard in writer.shards if shard.name not in writer.done]
-    with _pool(steps) as pool, ThreadPoolExecutor(1) as flusher:
-        # All at once: no processor waits for the last tensor of a shard before it begins with the next one.
-        writing = [_Writing(writer.open(shard), shard, held, progress, flusher) for shard in missing]
-        running = [one.start(pool) for one in writing]
-        try:
-            for one, of_shard in zip(writing, running, strict=True):
-                one.write_dependent()
-                for future in wait(of_shard, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-                one.close()
-            for one in writing:
-                one.wait()
-        except BaseException:
-            progress.abandoned = True
-            wait([future for of_shard in running for future in of_shard if not future.cancel()])
-            for one in writing:
-                one.abandon()
-            raise
+    # Where layers are merged by peft, those use all processors by themselves.
+    alone = any(step.row_sum is not None for step in steps.steps)
+    with workers(alone) as pool, ThreadPoolExecutor(1) as flusher:
+        work = _Work(steps, total, tell, stopping, flusher)
+        for shard in writer.shards:
+            if shard.name in writer.done:
+                work.count(shard.size_bytes, shard.name)
+                continue
+            file = writer.open(shard)
+            apart = [output for output in shard.outputs if work.needs_the_model(output)]
+            running = [pool.submit(work.write, file, output) for output in shard.outputs if output not in apart]
+            try:
+                for output in apart:
+                    work.write(file, output)
+                for done in wait(running, return_when=FIRST_EXCEPTION).done:
+                    done.result()
+            except BaseException:
+                work.abandoned = True
+                wait([one for one in running if not one.cancel()])
+                raise
+            work.flushing.append(flusher.submit(file.close))
+        for flushed in work.flushing:
+            flushed.result()
 
 
-class _Writing:
-    """A shard on its way to the disk, which is slow: what is written is flushed while the rest is made."""
+class _Work:
+    """What the threads of a merge share: the steps, the bytes done, and whether to go on."""
 
     def __init__(
-        self, file: OpenShard, shard: Shard, held: "_Held", progress: "_Progress", flusher: ThreadPoolExecutor
+        self,
+        steps: MergeSteps,
+        total: int,
+        tell: Callable[[float, str], None],
+        stopping: Callable[[], bool],
+        flusher: ThreadPoolExecutor,
     ) -> None:
-        self._file, self._shard, self._held, self._progress, self._flusher = file, shard, held, progress, flusher
-        self._flushing: list[Future[None]] = []
-
-    def start(self, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        outputs = [output for output in self._shard.outputs if self._held.is_independent(output.key)]
-        return [pool.submit(self._write, output) for output in outputs]
-
-    def write_dependent(self) -> None:
-        for output in self._shard.outputs:
-            if not self._held.is_independent(output.key):
-                self._write(output)
-
-    def close(self) -> None:
-        self._flushing.append(self._flusher.submit(self._file.close))
-
-    def wait(self) -> None:
-        for future in self._flushing:
-            future.result()
-
-    def abandon(self) -> None:
-        wait([future for future in self._flushing if not future.cancel()])
-        self._file.abandon()
-
-    def _write(self, output: Output) -> None:
-        self._progress.heed()
-        _write(self._file, output, self._held, self._progress)
-        if self._progress.add(output.size_bytes, self._shard.name):
-            self._flushing.append(self._flusher.submit(self._file.flush))
-
-
-def _write(file: OpenShard, output: Output, held: "_Held", progress: "_Progress") -> None:
-    step, steps = held.step_of[output.key], held.steps
-    with file.writing(output.key) as stretch:
-        if step.row_sum is not None:
-            for _ in progress.heeding(steps.blocks(step.row_sum, output, stretch.room)):
-                pass
-            return
-        for piece in progress.heeding(_pieces(step, output, held)):
-            stretch.write(piece)
-
-
-def _pieces(step: Step, output: Output, held: "_Held") -> Iterator[memoryview]:
-    files = held.steps.files
-    if step.copies is None:
-        return iter([bytes_of(held.take(output.key))])
-    if files.dtype(step.copies) is output.dtype:
-        return files.tensors[step.copies].pieces(memoryview(bytearray(PIECE_BYTES)))
-    return iter([bytes_of(files.read(step.copies).to(output.dtype))])
-
-
-def _pool(steps: MergeSteps) -> AbstractContextManager[ThreadPoolExecutor]:
-    """Return a thread for every processor; where layers are merged by peft, those use all of them by themselves."""
-    return workers(alone=any(step.row_sum is not None for step in steps.steps))
-
-
-class _Held:
-    """Tensors that a step made and that are still to be written: a step's tensors may fall into two shards."""
-
-    def __init__(self, steps: MergeSteps, step_of: dict[str, Step]) -> None:
-        self.steps, self.step_of = steps, step_of
-        self._made: dict[str, Tensor] = {}
-
-    def is_independent(self, key: str) -> bool:
-        """Whether a tensor needs no module of the model, which only one thread may lend weights to."""
-        step = self.step_of[key]
-        return step.copies is not None or step.row_sum is not None
-
-    def take(self, key: str) -> Tensor:
-        if key not in self._made:
-            self._made = self.steps.compute(self.step_of[key])
-        return self._made.pop(key)
-
-
-class _Progress:
-    """Bytes done, from several threads, and whether to go on."""
-
-    def __init__(self, total: int, tell: Callable[[float, str], None], stopping: Callable[[], bool]) -> None:
-        self._total, self._tell, self._stopping = total, tell, stopping
-        self._done, self._lock = 0, Lock()
+        self.steps, self._total, self._tell, self._stopping = steps, total, tell, stopping
+        self.step_of = {output.key: step for step in steps.steps for output in step.outputs}
+        self._made: dict[str, Tensor] = {}  # still to be written: a step's tensors may fall into two shards
+        self._done, self._lock, self._flusher = 0, Lock(), flusher
+        self.flushing: list[Future[None]] = []  # what the disk is given, in order
         self.abandoned = False
 
-    def add(self, size_bytes: int, shard: str) -> bool:
-        """Count; return whether so much was written that the disk should begin with it."""
+    def needs_the_model(self, output: Output) -> bool:
+        """Whether a tensor needs a module of the model, to which only one thread may lend weights."""
+        step = self.step_of[output.key]
+        return step.copies is None and step.row_sum is None
+
+    def write(self, file: OpenShard, output: Output) -> None:
+        """Write one tensor."""
+        self._heed()
+        _write(file, output, self)
+        if self.count(output.size_bytes, file.name):
+            # In a thread of its own: the disk takes what is written while the rest is made.
+            self.flushing.append(self._flusher.submit(file.flush))
+
+    def count(self, size_bytes: int, shard: str) -> bool:
+        """Count bytes as done; return whether so many were written that the disk should begin with them."""
         with self._lock:
             before, self._done = self._done, self._done + size_bytes
             self._tell(self._done / self._total, shard)
             return before // _FLUSH_BYTES != self._done // _FLUSH_BYTES
 
-    def heed(self) -> None:
+    def pieces(self, step: Step, output: Output) -> Iterator[memoryview]:
+        """Return the bytes of a tensor that is copied, or made by peft."""
+        files = self.steps.files
+        if step.copies is None:
+            if output.key not in self._made:
+                self._made = self.steps.compute(step)
+            return iter([bytes_of(self._made.pop(output.key))])
+        if files.dtype(step.copies) is output.dtype:
+            return files.tensors[step.copies].pieces(memoryview(bytearray(PIECE_BYTES)))
+        return iter([bytes_of(files.read(step.copies).to(output.dtype))])
+
+    def _heed(self) -> None:
         if self.abandoned or self._stopping():
             raise Cancelled("stopped before the merged model was whole")
 
     def heeding(self, pieces: Iterable[T]) -> Iterator[T]:
+        """Yield what is given, and end early where the merge does."""
         for place, piece in enumerate(pieces):
             if place % 16 == 0:
-                self.heed()
+                self._heed()
             yield piece
+
+
+def _write(file: OpenShard, output: Output, work: _Work) -> None:
+    """Make a tensor where it is written from."""
+    step = work.step_of[output.key]
+    with file.writing(output.key) as stretch:
+        if step.row_sum is not None:
+            for _ in work.heeding(work.steps.blocks(step.row_sum, output, stretch.room)):
+                pass
+            return
+        for piece in work.heeding(work.pieces(step, output)):
+            stretch.write(piece)
