@@ -19,7 +19,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Prompt
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.generation import greedy, stop_ids
-from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.adapter import AdapterWeights, save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import TrainState, save_checkpoint
@@ -189,8 +189,7 @@ class Between:
 
     def _evaluating(self, fraction: float) -> None:
         self.tell("evaluating", fraction)
-        if self.stopping:
-            raise Cancelled("stopped while the held-out rows were measured")
+        heed(self.worker, "stopped while the held-out rows were measured")
 
     def _pause(self, state: TrainState) -> None:
         if self.worker.requested("pause") and not self.stopping:

@@ -21,7 +21,7 @@ from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.optimizer import set_learning_rate
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LoopParts:
     """What the loop works with. `step_model` returns the summed loss of a batch, `batches` what a step's is divided by.
 
