@@ -14,9 +14,8 @@ from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
 from studio.core.recipe import Loss, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
-from studio.core.stock.estimate import estimate_stock
+from studio.core.stock.estimate import estimate_stock, refined
 from studio.core.stock.modules import FusedKernels
-from studio.core.stock.refine import refined
 from studio.core.stock.setup import StockSetup, as_it_lies_here, stock_setup
 from studio.core.throughput import Duration, Speed
 from studio.core.trainable import check_adapted

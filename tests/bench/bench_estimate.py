@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.stock.estimate import estimate_stock, stock_stages
+from studio.core.stock.estimate import estimate_stock, refined, stock_stages
 from studio.core.stock.loop import stock_kernel
-from studio.core.stock.refine import refined
 from studio.core.stock.replay import replayed
 from studio.core.stock.setup import StockSetup, built
 from studio.core.vram.decoder_layer import layer_pass

@@ -13,8 +13,7 @@ from typing import Any
 from studio.core.gpu_catalogue import Gpu, find_gpu
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
-from studio.core.stock.estimate import estimate_stock
-from studio.core.stock.refine import refined
+from studio.core.stock.estimate import estimate_stock, refined
 from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.vram.report import VramEstimate
 from tests.core.published_reasons import reason

@@ -9,6 +9,7 @@ from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.setup import StockSetup, stock_setup
+from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup
 from tests.core.loops import estimated, kernel_of
@@ -155,3 +156,8 @@ def test_experts_that_were_never_modules_stay_unquantised_in_every_version() -> 
     assert len(bases) == 1
     assert bases.pop() > 2 * shape.expert_parameters
     assert not any("--transformers" in note for note in estimated(shape, setups[2]).notes)
+
+
+def test_our_estimate_refuses_a_set_up_of_another_loop():
+    with pytest.raises(ValueError, match="not of hf"):
+        estimate_vram(LLAMA, StockSetup())

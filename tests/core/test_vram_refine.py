@@ -10,7 +10,7 @@ from studio.core.gpu_catalogue import find_gpu
 from studio.core.shape import LayerGroup
 from studio.core.stock import replay
 from studio.core.stock.allocator import Block, CachingAllocator
-from studio.core.stock.refine import refined
+from studio.core.stock.estimate import refined
 from studio.core.stock.replay import replayed
 from studio.core.stock.setup import StockSetup
 from studio.core.vram.setup import Setup

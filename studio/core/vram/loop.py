@@ -66,7 +66,12 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         shape: The model.
         kind: What kind of set-up (`Setup.kind`).
         kernel: Which attention runs.
+
+    Raises:
+        ValueError: It is a set-up of another loop, which this would price as ours.
     """
+    if kind.engine != "studio":
+        raise ValueError(f"this is the loop of the engine studio, not of {kind.engine}")
     traits = layer_traits(shape, kind, kernel)
     head_trained = kind.adapted.trains_head or HEAD in traits.adapter.targets
     loss: Loss = WholeLoss()
