@@ -1,4 +1,4 @@
-"""What an export needs: a model, a format that it can have, room on disk and in memory. Asked before and in the job."""
+"""Checks what an export needs: a model, a format that suits it, room on disk and in memory. The job checks it again."""
 
 import re
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from studio.runs.layout import ADAPTER_CONFIG
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
 _STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
-"""Kinds whose adapters on fused experts were tried in llama.cpp; others order gate and up otherwise, or transpose."""
+"""Models whose adapters on fused experts were tried in llama.cpp. Others swap gate and up, or transpose."""
 
 
 def check_export(request: ExportRequest) -> None:
-    """Check what an export starts from and where it goes.
+    """Check the source of an export and the place of its output.
 
     Raises:
         BadInput: An unknown format, no whole adapter or model (16 or 32 bit), an output that already holds something,
@@ -70,7 +70,7 @@ def check_export(request: ExportRequest) -> None:
 
 
 def check_token(request: ExportRequest) -> None:
-    """Check that an upload can be made, where one is asked for.
+    """Check that the upload can be made, if one is asked for.
 
     Raises:
         BadInput: No token for the hub is known.
@@ -86,7 +86,7 @@ def check_exports(request: MergeRequest) -> None:
     """Check the exports that follow a merge, and that the disk has room for all of them together.
 
     Raises:
-        BadInput: One of them cannot be made so.
+        BadInput: One of them cannot be made as asked.
     """
     if not request.then:
         return
@@ -107,14 +107,14 @@ def check_exports(request: MergeRequest) -> None:
 
 
 def check_memory(form: str, size_bytes: int) -> None:
-    """Make sure that a model has room where the whole of it is loaded: bitsandbytes quantises what is in memory.
+    """Make sure that a model fits in memory if the format loads all of it, as bitsandbytes must to quantise it.
 
     Raises:
         BadInput: It needs more than is free.
     """
     if FORMATS[form].gguf:  # a tensor at a time
         return
-    import psutil  # noqa: PLC0415  most verbs that check nothing so need not load it
+    import psutil  # noqa: PLC0415  20 ms that other formats and verbs need not pay
 
     needed, free = export_estimate(form, size_bytes).memory_bytes, psutil.virtual_memory().available
     if needed > free:
@@ -126,28 +126,28 @@ def check_memory(form: str, size_bytes: int) -> None:
 
 
 def refuse_on_the_grid(onto: str, form: str) -> None:
-    """Refuse to round to 4 bits what was merged onto weights that were rounded so before.
+    """Refuse to quantise to 4 bits a model that was merged onto dequantised 4-bit weights.
 
     Raises:
-        BadInput: That is asked for.
+        BadInput: It is asked for.
     """
     if onto == "dequantized" and FORMATS[form].four_bits:
         raise BadInput(
-            "a model merged onto dequantized weights lies on the 4-bit grid but for what was learnt: rounding it to "
-            "4 bits again erases that (measured: KL 1.99 to the trained model, 2.05 without any adapter). Export nf4 "
-            "from a merge onto original."
+            "a model merged onto dequantized weights has the values of 4-bit weights, plus what was learnt: rounding "
+            "it to 4 bits again erases what was learnt (measured: KL 1.99 to the trained model, 2.05 without any "
+            "adapter). Export nf4 from a merge onto original."
         )
 
 
 def refuse_what_gguf_lacks(adapter: AdapterFound, kind: str) -> None:
-    """Refuse an adapter that is more than pairs of matrices, or stacks of them on experts whose layout is not known.
+    """Refuse an adapter that holds more than pairs of matrices, or matrices on experts whose layout is not known.
 
     Args:
-        adapter: What is to be exported.
+        adapter: The adapter to export.
         kind: `model_type` of its base.
 
     Raises:
-        BadInput: Names what it holds.
+        BadInput: It does; the message names what it holds.
     """
     names = list(adapter.header.tensors)
     other = next((name for name in names if not any(part in name for part in _PAIR)), "")
@@ -164,13 +164,15 @@ def refuse_what_gguf_lacks(adapter: AdapterFound, kind: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ExportEstimate:
-    """What an export is estimated to take, in bytes; small models, half embeddings, keep more bits than said here.
+    """What an export is estimated to take.
+
+    Small models, of which half are embeddings, keep more bits a weight than is assumed here.
 
     Attributes:
-        out_bytes: Of what it leaves.
-        disk_bytes: At the most, meanwhile.
-        memory_bytes: Of the job's process and llama.cpp's together, their libraries included.
-        seconds: Least and most, checks included, without a merge before.
+        out_bytes: Size of the result.
+        disk_bytes: Most room on the disk while it is made.
+        memory_bytes: Memory of the job's process and llama.cpp's together, their libraries included.
+        seconds: Least and most time, with the checks, without a merge before it.
     """
 
     out_bytes: int
@@ -181,11 +183,12 @@ class ExportEstimate:
 
 _LIBRARIES_BYTES, _CONVERTER_BYTES = 700 * 10**6, 300 * 10**6
 _ANSWERS_BYTES = 250 * 10**6
-"""Logits that are compared, of 384 tokens and a vocabulary of 160k, and the vocabulary alone as a file."""
+"""Room on the disk for the logits that are compared, of 384 tokens and a vocabulary of 160k, and for a file of the
+vocabulary alone."""
 _SHARE_AT_ONCE, _SHARE_LOADED = 0.25, 1.4
-"""Of the 16-bit weights, at the most in memory: a tensor at a time (its size several times), or the whole model.
-Measured resident on 2.4 GB: 1.5 GB for GGUF formats (two processes, without the pages of files, which the system takes
-back), 3.7 for nf4, 3.9 for int8."""
+"""The most memory, as a share of the 16-bit weights: for one tensor at a time (several times its size), and for the
+whole model. Measured for a model of 2.4 GB: 1.5 GB resident for GGUF formats (two processes, without the pages of
+files, which the system takes back), 3.7 for nf4, 3.9 for int8."""
 
 
 def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> ExportEstimate:
@@ -193,7 +196,7 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
 
     Args:
         form: One of the formats of whole models.
-        size_bytes: Of the model in 16 bit.
+        size_bytes: Size of the model in 16 bit.
         merges: Whether an adapter is merged first.
     """
     known = FORMATS[form]
@@ -210,7 +213,10 @@ def export_estimate(form: str, size_bytes: int, *, merges: bool = False) -> Expo
 
 
 def _seconds(form: str, size_bytes: int) -> tuple[float, float]:
-    """Return a range: two busy cores took up to 98 s a GB for K-quants and 45 for others; desktops have more."""
+    """Return least and most seconds: two busy cores took up to 98 s a GB for K-quants and 45 for others.
+
+    The lower end is for desktops, which have more cores.
+    """
     slowest = FORMATS[form].seconds_per_gb * size_bytes / 1e9
     return 8 + 0.1 * slowest, 30 + slowest
 

@@ -79,7 +79,7 @@ def test_a_chain_that_cannot_be_is_refused_before_the_merge(cli: Cli, recipe: Pa
     (tmp_path / "out-int8" / "mine").touch()
     for words, said in (
         (("--export", "int8"), "already exists"),
-        (("--onto", "dequantized", "--export", "nf4"), "4-bit grid"),
+        (("--onto", "dequantized", "--export", "nf4"), "values of 4-bit weights"),
         (("--export", "peft"), "invalid choice"),
     ):
         refused = cli("merge", run, "--out", out, *words)
