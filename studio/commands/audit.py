@@ -19,9 +19,9 @@ from studio.core.text import plain
 from studio.launch.start import start
 from studio.probe.audit import audit_fields, audit_of_run, copy_report, data_path, read_report
 from studio.probe.models import word_anywhere
-from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
 from studio.runs.recipe_file import find_recipe, load_recipe
+from studio.runs.requests import AuditRequest
 from studio.runs.status import Status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch

@@ -14,8 +14,9 @@ from studio.core.export_formats import FORMATS, export_checks, formats_help
 from studio.core.text import plain
 from studio.launch.start import start
 from studio.probe.model_folder import CONFIG
-from studio.runs.job import ONTO, ExportRequest, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG
+from studio.runs.requests import ONTO, ExportRequest, MergeRequest
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch
 

@@ -27,8 +27,8 @@ from studio.probe.measure import read_measurement
 from studio.probe.pace import pace_of, pace_to_dict
 from studio.probe.plan import PlanDevice
 from studio.probe.shape import find_shape
-from studio.runs.measure_request import MeasureRequest
 from studio.runs.recipe_file import find_recipe, load_recipe, resolve_paths
+from studio.runs.requests import MeasureRequest
 from studio.runs.status import Status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch

@@ -18,8 +18,9 @@ from studio.launch.start import start
 from studio.probe.adapter_folder import best_of, list_checkpoints, run_of_adapter
 from studio.probe.models import word_anywhere
 from studio.runs.chain import beside
-from studio.runs.job import ONTO, MergeRequest, Weighted, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
+from studio.runs.requests import ONTO, MergeRequest, Weighted
 from studio.runs.status import Status
 from studio.runs.store import find_run
 from studio.runs.watch import RunWatch

@@ -19,10 +19,9 @@ from studio.probe.models import BaseFound, refuse_untrainable
 from studio.probe.plan import plan_for
 from studio.probe.preflight import check_training
 from studio.probe.resume import check_resume
-from studio.runs.audit_request import AuditRequest
-from studio.runs.job import TRAIN, ExportRequest, J, Job, MergeRequest, kind_of
+from studio.runs.job import TRAIN, J, Job, kind_of
 from studio.runs.layout import RunPaths
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import AuditRequest, ExportRequest, MeasureRequest, MergeRequest
 
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 

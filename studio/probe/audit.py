@@ -16,10 +16,10 @@ from studio.probe.data import shipped_data
 from studio.probe.fingerprint import known_fingerprint, refuse_another_base
 from studio.probe.held_out import RowsToMeasure, rows_of_base, rows_of_run
 from studio.probe.models import find_base
-from studio.runs.audit_request import WHAT, AuditRequest
 from studio.runs.held_out import read_record
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import WHAT, AuditRequest
 
 _MOST_REPORT_BYTES = 50 * 2**20
 _LEAST_ROWS = 2

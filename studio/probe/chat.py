@@ -11,8 +11,9 @@ from studio.probe.device import place_of, recorded_card
 from studio.probe.model_folder import CONFIG
 from studio.probe.models import find_base, word_anywhere
 from studio.runs.chat import ChatRequest
-from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.store import find_run
 
 

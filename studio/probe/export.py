@@ -15,8 +15,8 @@ from studio.probe.model_folder import check_folder
 from studio.probe.models import find_base
 from studio.probe.space import check_out, check_space
 from studio.runs.chain import beside
-from studio.runs.job import ExportRequest, MergeRequest
 from studio.runs.layout import ADAPTER_CONFIG
+from studio.runs.requests import ExportRequest, MergeRequest
 
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")

@@ -9,8 +9,9 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.export_formats import gguf_formats
 from studio.core.text import plain
 from studio.probe.gguf_header import read_gguf_header
-from studio.runs.job import ExportRequest, MergeRequest, R, read_job
+from studio.runs.job import R, read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest, MergeRequest
 
 _SUFFIX = ".gguf"
 _KIND, _ADAPTER = "general.type", "adapter"

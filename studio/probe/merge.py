@@ -9,8 +9,8 @@ from studio.probe.adapter_folder import find_adapter
 from studio.probe.fingerprint import known_fingerprint, refuse_another_base
 from studio.probe.models import BaseFound, find_base
 from studio.probe.space import check_out
-from studio.runs.job import ONTO, MergeRequest
 from studio.runs.layout import ADAPTER_CONFIG
+from studio.runs.requests import ONTO, MergeRequest
 
 
 def check_merge(request: MergeRequest) -> None:

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.status import Status, run_status
 
 _LONGEST_NAME = 255

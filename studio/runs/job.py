@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -35,89 +35,6 @@ Job = Recipe | Request
 
 J = TypeVar("J", bound=Job)
 R = TypeVar("R", bound=Request)
-
-ONTO = ("original", "dequantized")
-"""What an adapter can be merged into: the base's weights, or those after quantising to 4 bits and back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weighted:
-    """An adapter whose delta is added times a weight.
-
-    Attributes:
-        adapter: Absolute path of the PEFT folder.
-        weight: A finite number.
-    """
-
-    adapter: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class MergeRequest:
-    """A merge of an adapter into its base.
-
-    Attributes:
-        adapter: Absolute path of the PEFT folder.
-        base: A model folder, a hub id or `embedded`; empty means the one that the adapter names.
-        revision: Revision of a hub model; empty means the newest.
-        out: Absolute path of the merged model's folder.
-        dtype: Type of the merged weights; `auto` keeps that of the base.
-        onto: `original`, the base's own weights; `dequantized`, those after quantising to 4 bits and back, which a
-            QLoRA adapter was trained against.
-        run: Absolute path of the training run that the adapter comes from; empty when there is none.
-        checkpoint: Absolute path of a checkpoint of that run, whose weights take the place of the adapter's.
-        weight: What the adapter's delta is multiplied by.
-        more: Further adapters; their deltas are added one after another.
-        then: Formats that the merged model is exported to afterwards, each as a run of its own, one after another.
-    """
-
-    kind: ClassVar[str] = "merge"
-    adapter: str
-    base: str
-    out: str
-    revision: str = ""
-    dtype: str = "auto"
-    onto: str = "original"
-    run: str = ""
-    checkpoint: str = ""
-    weight: float = 1.0
-    more: tuple[Weighted, ...] = ()
-    then: tuple[str, ...] = ()
-
-    @property
-    def weighted(self) -> tuple[tuple[str, float], ...]:
-        """Folder and weight of every adapter, in the order in which they are added."""
-        return ((self.adapter, self.weight), *((one.adapter, one.weight) for one in self.more))
-
-
-@dataclass(frozen=True, slots=True)
-class ExportRequest:
-    """A model in another format, or an adapter with its card.
-
-    Attributes:
-        source: Absolute path of a merged model's folder, or of an adapter's, which is merged first if the format
-            wants a whole model.
-        out: Absolute path of the folder that it gets, or of the file where it ends in `.gguf`.
-        format: A key of `studio.core.export_formats.FORMATS`.
-        run: Absolute path of the training run of an adapter; empty when there is none.
-        base: Base of an adapter: a model folder, a hub id or `embedded`; empty means the one that the adapter names.
-        revision: Revision of a hub model; empty means the newest.
-        onto: What an adapter is merged into, one of `ONTO`.
-        push: Hub repository that the result is uploaded to as well; empty for none.
-        then: Formats that the same model is exported to afterwards, as for a merge.
-    """
-
-    kind: ClassVar[str] = "export"
-    source: str
-    out: str
-    format: str
-    run: str = ""
-    base: str = ""
-    revision: str = ""
-    onto: str = "original"
-    push: str = ""
-    then: tuple[str, ...] = ()
 
 
 def kind_of(job: Job) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.text import plain
 from studio.runs.atomic import publish_new
-from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.lock import lock_held
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.status import Status, run_status
 
 _MOST_TWINS = 1000

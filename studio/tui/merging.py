@@ -9,8 +9,9 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.export_formats import FORMATS, whole_formats
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint, list_checkpoints
-from studio.runs.job import MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import MergeRequest
 from studio.runs.status import Status, run_status
 
 MERGED = "merged"

@@ -78,9 +78,9 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
 def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
     """The whole job, with its checks, in the libraries that its own process loads."""
     from studio.jobs.merge.job import merge_run
-    from studio.runs.job import MergeRequest
     from studio.runs.layout import RunPaths
     from studio.runs.log import read_events
+    from studio.runs.requests import MergeRequest
     from studio.runs.worker import Worker
 
     yield "start"

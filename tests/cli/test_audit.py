@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from studio.runs.audit_request import AuditRequest
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from tests.cli.conftest import Cli
 from tests.fakes.model import model_folder
 

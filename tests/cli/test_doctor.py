@@ -18,8 +18,9 @@ from studio.probe.machine import Machine
 from studio.probe.setting import setting_of
 from studio.probe.torch_cards import TorchBuild
 from studio.runs.calibration import remember
-from studio.runs.job import ExportRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import new_run
+from studio.runs.requests import ExportRequest
 from tests.cli.conftest import Cli
 
 GIB = 2**30

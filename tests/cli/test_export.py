@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from studio.runs.chain import next_run
-from studio.runs.job import ExportRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest
 from studio.runs.status import run_status
 from tests.cli.conftest import Cli
 

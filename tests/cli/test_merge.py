@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from studio.commands.merge import checked_lines
-from studio.runs.job import MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import MergeRequest
 from tests.cli.conftest import Cli
 
 

@@ -8,9 +8,9 @@ import pytest
 from studio.core.recipe import EMBEDDED
 from studio.probe.chat import chat_request
 from studio.probe.models import word_anywhere
-from studio.runs.audit_request import AuditRequest
-from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest, ExportRequest, MergeRequest
 from tests.cli.conftest import Cli
 from tests.fakes.model import model_folder, safetensors_bytes
 

@@ -14,11 +14,12 @@ from studio.commands.follow import loss_ends
 from studio.commands.runs_list import fitted
 from studio.core.events import Evaluated, Finished, Paused, Saved, Started, StepDone
 from studio.runs.control import requested
-from studio.runs.job import MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.note import write_note
 from studio.runs.process import is_alive, read_mark
+from studio.runs.requests import MergeRequest
 from studio.runs.status import Status, run_status
 from studio.runs.store import find_run
 from studio.runs.supervise import stop

@@ -8,8 +8,8 @@ from typing import Any
 
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
-from studio.runs.audit_request import AuditRequest
 from studio.runs.job import read_job
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker, run_job
 
 

@@ -21,7 +21,7 @@ from studio.probe.plan import plan_for
 from studio.runs.history import History
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import MeasureRequest
 from studio.runs.worker import Worker, run_job
 from tests.fakes.live_bytes import LiveBytes
 from tests.gpu.bench import GIB, MIB, Bench, Seen, Wrong, capability, mib, need_embedded, need_free, replaced, table

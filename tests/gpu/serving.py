@@ -128,7 +128,7 @@ def audit_block(bench: Bench, form: str) -> Seen:
 
 def audit(bench: Bench) -> Seen:
     """An audit of the tiny base as a job: its own proof against the model's forward pass, and its figures' order."""
-    from studio.runs.audit_request import AuditRequest
+    from studio.runs.requests import AuditRequest
 
     rows = [{"prompt": f"question {number}", "completion": f"{WORDS[number % 8]} {number}"} for number in range(40)]
     data = bench.folder / "rows.jsonl"

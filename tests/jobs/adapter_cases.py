@@ -11,8 +11,8 @@ from torch import nn
 
 from studio.core.recipe import Recipe
 from studio.probe.audit import audit_of_run
-from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.audit_cases import rounded, whole_model
 from tests.jobs.conftest import QUESTIONS

@@ -13,10 +13,10 @@ from studio.core.recipe import Recipe
 from studio.jobs.audit import answers as answers_job
 from studio.jobs.audit.answer_models import AnswerModels
 from studio.probe.audit import audit_of_run
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.audit_cases import audit, rounded, whole_model
 from tests.jobs.conftest import Train, history_of

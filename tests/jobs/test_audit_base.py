@@ -22,10 +22,10 @@ from studio.jobs.audit.variants import folder_variants
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.model_folder import WEIGHTS
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.job import write_job
+from studio.runs.requests import AuditRequest
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.audit_cases import audit, figures_of, log_probabilities, plain_model
 from tests.jobs.conftest import QUESTIONS, history_of

@@ -26,9 +26,9 @@ from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.audit import audit_of_run
 from studio.probe.exported import exported_gguf
-from studio.runs.audit_request import AuditRequest
-from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest, ExportRequest, MergeRequest
 from tests.fakes import fake_llama_tool
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.adapter_cases import merged, plain_forms, tuned, write_chats

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from studio.core.events import Phase
-from studio.runs.audit_request import AuditRequest
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from studio.runs.requests import AuditRequest
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.adapter_cases import write_chats

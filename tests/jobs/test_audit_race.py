@@ -12,12 +12,12 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.audit.lanes import lane_recipe
 from studio.probe.quality import audited
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.quality import read_results
+from studio.runs.requests import AuditRequest
 from studio.runs.status import Status, run_status
 from tests.fakes.runs import CHECKOUT
 from tests.jobs.audit_cases import audit

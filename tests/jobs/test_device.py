@@ -26,11 +26,10 @@ from studio.probe.device import CHOSEN, CPU_PLACE, MASK, ORDER, other_card_note,
 from studio.probe.models import find_base
 from studio.probe.plan import plan_for
 from studio.probe.torch_cards import TorchBuild
-from studio.runs.audit_request import AuditRequest
 from studio.runs.held_out import HeldOutRecord, keep_record
-from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths, new_run
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import AuditRequest, ExportRequest, MeasureRequest, MergeRequest
 from tests.fakes.cuda import GIB, FakeCard, FakeMachine
 from tests.fakes.runs import write_log
 from tests.jobs.conftest import Train, history_of

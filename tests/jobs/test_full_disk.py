@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from studio.core.events import Failed, Finished, Paused, RunEvent, Saved, StepDone, Unknown, Warned
 from studio.core.recipe import Recipe
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from studio.runs.requests import AuditRequest
 from studio.runs.status import Status, run_status
 from studio.runs.worker import Worker
 from tests.fakes.small_disk import Filler, small_disk

@@ -42,8 +42,9 @@ from studio.jobs.export.gguf import ask_llama
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.golden import CONVERSATIONS, golden_texts
 from studio.probe.data import Message
-from studio.runs.job import ExportRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest
 from studio.runs.worker import run_job
 from tests.fakes.go_template import HAS_GO, ollama_prompts
 from tests.fakes.tokenizers import CHATML, qwen_folder, sentencepiece_folder

@@ -26,8 +26,9 @@ from studio.jobs.export import gguf, job, work
 from studio.jobs.export.work import Work
 from studio.runs.chain import beside
 from studio.runs.control import request
-from studio.runs.job import ExportRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest
 from studio.runs.scratch import export_scratch
 from studio.runs.status import run_status
 from studio.runs.store import left_over, remove_run

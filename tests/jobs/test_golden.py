@@ -25,8 +25,9 @@ from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export.golden import golden_texts
 from studio.probe.embedded_model import find_embedded
 from studio.probe.gguf_header import read_gguf_header
-from studio.runs.job import ExportRequest, Job, MergeRequest, write_job
+from studio.runs.job import Job, write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest, MergeRequest
 from tests.fakes.runs import CHECKOUT
 from tests.jobs.conftest import history_of
 

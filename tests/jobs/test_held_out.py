@@ -22,10 +22,10 @@ from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel
 from studio.probe.audit import audit_fields, audit_of_run
 from studio.probe.exported import GgufFile
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request as ask
 from studio.runs.control import withdraw
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from studio.runs.status import run_status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch

@@ -23,7 +23,7 @@ from studio.runs.control import request
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import MeasureRequest
 from studio.runs.worker import Worker, run_job
 from tests.bench.trace_settings import TRACES, config_of
 from tests.bench.trace_settings import recipe_of as settings_recipe

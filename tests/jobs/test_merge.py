@@ -16,8 +16,8 @@ from studio.core.recipe import Recipe
 from studio.jobs.merge.job import write_steps
 from studio.probe.merge import check_merge
 from studio.runs.history import History
-from studio.runs.job import MergeRequest
 from studio.runs.layout import RunPaths
+from studio.runs.requests import MergeRequest
 from studio.runs.scratch import merge_scratch
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Merge, Train, history_of

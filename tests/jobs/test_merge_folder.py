@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from studio.jobs.merge import job, shards, write_steps
 from studio.jobs.merge.__main__ import _body
 from studio.runs.control import request
-from studio.runs.job import MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import MergeRequest
 from studio.runs.worker import run_job
 from tests.fakes.runs import CHECKOUT
 from tests.fakes.small_disk import small_disk

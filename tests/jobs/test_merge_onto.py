@@ -17,8 +17,8 @@ from studio.jobs.base.load import FourBit, load_base
 from studio.jobs.base.weights.dequantized import quantised_parameters, through_four_bits
 from studio.probe.models import find_base
 from studio.runs.control import request
-from studio.runs.job import Weighted
 from studio.runs.layout import RunPaths
+from studio.runs.requests import Weighted
 from studio.runs.status import Status, run_status
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Merge, Train, history_of

@@ -21,9 +21,10 @@ from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.merge import steps
 from studio.jobs.merge.steps import MergeSteps
 from studio.probe.adapter_folder import best_of, find_adapter, list_checkpoints
-from studio.runs.job import MergeRequest, Weighted, read_job, write_job
+from studio.runs.job import read_job, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
+from studio.runs.requests import MergeRequest, Weighted
 from tests.jobs.conftest import Merge, Train, history_of
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base, our_merge, tensors_of
 

@@ -10,9 +10,10 @@ from studio.core.events import Finished, Started
 from studio.core.recipe import Recipe
 from studio.launch.start import prepare
 from studio.runs.chain import next_run
-from studio.runs.job import ExportRequest, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.launched import resume_run, start_next, start_run
 from studio.runs.process import read_mark
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import stop
 from tests.fakes.runs import MODULE, fake_environment, wait_for, write_log

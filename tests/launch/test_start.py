@@ -14,8 +14,8 @@ from studio.core.events import Started
 from studio.core.recipe import Recipe
 from studio.launch.start import prepare, resume, start
 from studio.runs.control import requested
-from studio.runs.job import MergeRequest
 from studio.runs.layout import RunPaths
+from studio.runs.requests import MergeRequest
 from tests.fakes.runs import MODULE, fake_environment, write_log
 
 

@@ -14,7 +14,6 @@ from studio.core.recipe import Recipe
 from studio.probe.audit import audit_of_run, check_audit, recipe_of_race, rows_to_measure
 from studio.probe.data import Row, read_data, shipped_data
 from studio.probe.held_out import HeldOut, RowsToMeasure, hold_out
-from studio.runs.audit_request import AuditRequest
 from studio.runs.held_out import (
     RowLosses,
     keep_losses_before,
@@ -24,6 +23,7 @@ from studio.runs.held_out import (
 )
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from studio.tui.screens.ask_audit import run_request, run_wishes
 
 HELD, ALL = 12, 60

@@ -17,9 +17,10 @@ from studio.probe.device import Sight
 from studio.probe.merge import check_merge
 from studio.probe.preflight import check_training
 from studio.probe.space import _LONGEST_INSIDE_BYTES, check_out, check_place, check_space
-from studio.runs.job import MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import new_run
 from studio.runs.recipe_file import load_recipe, shipped_recipes
+from studio.runs.requests import MergeRequest
 from tests.fakes.runs import MODULE
 from tests.fakes.small_disk import small_disk
 

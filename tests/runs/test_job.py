@@ -4,20 +4,9 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.runs.audit_request import AuditRequest
-from studio.runs.job import (
-    TRAIN,
-    ExportRequest,
-    Job,
-    MergeRequest,
-    Weighted,
-    kind_of,
-    kind_of_run,
-    read_job,
-    write_job,
-)
+from studio.runs.job import TRAIN, Job, kind_of, kind_of_run, read_job, write_job
 from studio.runs.layout import RunPaths
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import AuditRequest, ExportRequest, MeasureRequest, MergeRequest, Weighted
 
 MERGE = MergeRequest(
     adapter="/a 'quoted'",

@@ -9,8 +9,9 @@ from filelock import FileLock
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Started
 from studio.runs.history import History
-from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths, new_run
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.scratch import Scratch, export_scratch, left_by, merge_scratch, only_writer
 from studio.runs.status import Status
 from studio.runs.store import left_over, remove_run

@@ -11,11 +11,11 @@ from textual.widgets import DataTable, Input
 from studio.core.errors import BadInput
 from studio.core.events import Finished, Phase, Started
 from studio.core.recipe import Recipe
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import requested, withdraw
 from studio.runs.held_out import HeldOutRecord, keep_record
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from studio.tui.app import StudioApp
 from studio.tui.panels.audit_report import block_curve, lane_curves
 from studio.tui.screens.ask_audit import AskAudit

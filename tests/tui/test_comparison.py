@@ -4,7 +4,8 @@ from pathlib import Path
 
 from studio.core.events import Finished, MemorySeen, Started, StepDone
 from studio.core.recipe import Recipe
-from studio.runs.job import MergeRequest, write_job
+from studio.runs.job import write_job
+from studio.runs.requests import MergeRequest
 from studio.tui.screens.compare import difference_rows, outcome_rows, read_compared
 from tests.fakes.runs import make_run, write_log
 

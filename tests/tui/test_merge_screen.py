@@ -16,8 +16,9 @@ from studio.probe.adapter_folder import Checkpoint
 from studio.runs.atomic import write_whole
 from studio.runs.chain import next_run
 from studio.runs.control import requested
-from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.status import Status, run_status
 from studio.tui.app import StudioApp
 from studio.tui.merging import MergeFacts, estimates_of, proposed_out

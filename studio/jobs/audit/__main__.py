@@ -6,8 +6,8 @@ from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
-from studio.runs.audit_request import AuditRequest
 from studio.runs.job import read_job
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker, run_job
 
 _MMAP_THRESHOLD = -3

@@ -21,9 +21,9 @@ from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import AdapterFound, find_adapter
 from studio.probe.audit import audited_recipe
 from studio.probe.models import BaseFound, find_base
-from studio.runs.audit_request import AuditRequest
 from studio.runs.failure import of_the_machine
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 
 BASE, TUNED, MERGED = "base", "tuned, 16-bit", "merged, 16-bit"
 _WORK_BYTES = 5e8

@@ -21,9 +21,9 @@ from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.load import load_tokenizer
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import PlainText
-from studio.runs.audit_request import AuditRequest
 from studio.runs.failure import ran_out_of_memory
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 _MOST_TOKENS = 512

@@ -23,7 +23,7 @@ from studio.jobs.base.progress import read_fingerprint
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base
-from studio.runs.audit_request import AuditRequest
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 PREFERRED = "nf4+dq"

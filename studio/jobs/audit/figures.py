@@ -26,7 +26,7 @@ from studio.jobs.base.data.rows import Example
 from studio.jobs.base.device import job_device, wait_for
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.weights.folder_weights import FolderWeights
-from studio.runs.audit_request import AuditRequest
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 _PROOF_TOKENS = 24

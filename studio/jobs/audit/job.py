@@ -11,8 +11,8 @@ from studio.jobs.audit.lanes import train_lanes
 from studio.jobs.audit.report import write_report
 from studio.jobs.base.failures import Cancelled
 from studio.probe.device import other_card_note
-from studio.runs.audit_request import WHAT, AuditRequest
 from studio.runs.layout import RunPaths
+from studio.runs.requests import WHAT, AuditRequest
 from studio.runs.worker import Worker
 
 

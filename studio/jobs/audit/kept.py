@@ -18,8 +18,8 @@ from torch import Tensor
 from studio.jobs.audit.blocks import Rounding
 from studio.jobs.audit.walk import BlockSeen, Carried
 from studio.runs.atomic import mend_folder, publish_folder, write_whole
-from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 _EVERY_SECONDS = 60.0

@@ -15,10 +15,10 @@ from studio.core.text import plain
 from studio.jobs.base.failures import Cancelled
 from studio.probe.audit import recipe_of_race
 from studio.runs.atomic import write_whole
-from studio.runs.audit_request import LANES, AuditRequest
 from studio.runs.control import request
 from studio.runs.launched import resume_run, start_run
 from studio.runs.layout import RunPaths
+from studio.runs.requests import LANES, AuditRequest
 from studio.runs.status import Status, run_status
 from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch

@@ -27,9 +27,9 @@ from studio.jobs.audit.kept import KeptPart
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.progress import heed
 from studio.runs.atomic import write_whole
-from studio.runs.audit_request import AuditRequest
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 CHILD = __name__

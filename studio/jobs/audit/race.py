@@ -31,9 +31,9 @@ from studio.probe.fingerprint import short_fingerprint
 from studio.probe.held_out import rows_of_run
 from studio.probe.models import find_base
 from studio.probe.quality import data_fingerprint, model_fingerprint
-from studio.runs.audit_request import AuditRequest
 from studio.runs.held_out import read_record, shared_record
 from studio.runs.quality import LaneResult, remember_results
+from studio.runs.requests import AuditRequest
 from studio.runs.status import Status
 from studio.runs.summary import folder_bytes, summary_of
 from studio.runs.worker import Worker

@@ -14,7 +14,7 @@ from studio.jobs.base.data.template import Warn, ensure_template
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import different_answers
 from studio.probe.held_out import RowsToMeasure
-from studio.runs.audit_request import AuditRequest
+from studio.runs.requests import AuditRequest
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 """Short passages of many kinds, written for this program: prose, dialogue, reasoning, law, code."""

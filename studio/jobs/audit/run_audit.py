@@ -38,8 +38,8 @@ from studio.probe.audit import audited_recipe
 from studio.probe.exported import GgufFile
 from studio.probe.fingerprint import refuse_another_base, short_fingerprint
 from studio.probe.models import find_base
-from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
+from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 _MERGED_OTHER = "given: "

@@ -29,8 +29,8 @@ from studio.probe.adapter_folder import find_adapter
 from studio.probe.export import check_export
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
-from studio.runs.job import ExportRequest
 from studio.runs.layout import ADAPTER_CONFIG
+from studio.runs.requests import ExportRequest
 from studio.runs.scratch import export_scratch, only_writer, publish_result
 from studio.runs.store import left_over
 from studio.runs.worker import Worker

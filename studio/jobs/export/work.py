@@ -24,9 +24,10 @@ from studio.jobs.base.weights.streamed import folder_logits
 from studio.probe.adapter_folder import AdapterFound
 from studio.probe.models import find_base
 from studio.runs.history import History
-from studio.runs.job import ExportRequest, MergeRequest, write_job
+from studio.runs.job import write_job
 from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ExportRequest, MergeRequest
 from studio.runs.scratch import Scratch, merged_for
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import launch, resume, stop

@@ -6,7 +6,7 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.jobs.base.failures import explain as _explain
 from studio.runs.job import read_job
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import MeasureRequest
 from studio.runs.worker import Worker, run_job
 
 

@@ -21,7 +21,7 @@ from studio.jobs.measure.trace import Target, trace
 from studio.probe.measure import base_config, remember_measurement
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.atomic import write_whole
-from studio.runs.measure_request import MeasureRequest
+from studio.runs.requests import MeasureRequest
 from studio.runs.worker import Worker
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")

@@ -36,7 +36,7 @@ from studio.jobs.merge.verify import compare_logits, encode, make_again, read_ba
 from studio.jobs.merge.write_steps import write_steps
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
-from studio.runs.job import MergeRequest
+from studio.runs.requests import MergeRequest
 from studio.runs.scratch import merge_scratch, only_writer, publish_result
 from studio.runs.worker import Worker
 

@@ -24,9 +24,10 @@ from studio.probe.adapter_folder import AdapterFound, adapter_of_checkpoint, fin
 from studio.probe.fingerprint import recorded_fingerprint, refuse_another_base
 from studio.probe.merge import base_of_merge, check_merge, refuse_quantised
 from studio.probe.models import BaseFound
-from studio.runs.job import MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunPaths
 from studio.runs.log import read_events
+from studio.runs.requests import MergeRequest
 from studio.runs.worker import Worker
 
 _MOST_TEXTS = 6

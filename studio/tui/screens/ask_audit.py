@@ -16,8 +16,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.audit import audit_fields, audit_of_run, data_path
-from studio.runs.audit_request import AuditRequest
 from studio.runs.layout import RunPaths
+from studio.runs.requests import AuditRequest
 from studio.tui.screens.dialogs import Dialog
 from widgets.key_footer import KeyFooter
 from widgets.text_field import TextLine

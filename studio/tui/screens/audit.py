@@ -19,10 +19,10 @@ from studio.core.events import Phase
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.probe.audit import copy_report, read_report
-from studio.runs.audit_request import AuditRequest
 from studio.runs.control import request
 from studio.runs.layout import RunPaths
 from studio.runs.log_parts import log_tail
+from studio.runs.requests import AuditRequest
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, list_runs
 from studio.tui.asks import OpenRun

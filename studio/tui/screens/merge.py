@@ -15,8 +15,9 @@ from textual.widgets import Input, Static
 from studio.core.errors import StudioError
 from studio.core.text import plain
 from studio.probe.adapter_folder import Checkpoint, best_of
-from studio.runs.job import ONTO, MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
+from studio.runs.requests import ONTO, MergeRequest
 from studio.tui.merging import (
     MERGED,
     MergeFacts,

@@ -17,9 +17,10 @@ from studio.core.text import plain
 from studio.runs.chain import next_run
 from studio.runs.control import request
 from studio.runs.history import History
-from studio.runs.job import MergeRequest, read_job
+from studio.runs.job import read_job
 from studio.runs.last_words import crash_of
 from studio.runs.layout import RunPaths
+from studio.runs.requests import MergeRequest
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch
