@@ -105,7 +105,7 @@ class Work:
             BadInput: A folder was named that does not hold them.
             JobFailed: They could not be fetched.
         """
-        return LlamaTool(ensure_tools(self.say, self.heed), self.worker.paths.root / "tool.log", self.heed)
+        return LlamaTool(ensure_tools(self.say, self.heed), self.worker.paths.tool_log, self.heed)
 
     def base(self) -> Path:
         """Return the folder of the base that an adapter is exported with, fetched or converted first where needed.
