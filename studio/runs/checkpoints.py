@@ -16,7 +16,7 @@ from studio.runs.history import History
 from studio.runs.layout import RunPaths
 
 MARKER = "complete.json"
-ADAPTER_TENSORS, INITIAL_TENSORS = "adapter.safetensors", "start.safetensors"
+ADAPTER_TENSORS, INITIAL_TENSORS = "adapter.safetensors", "initial.safetensors"
 """The adapter's tensors, and those that its base was changed by at the start (PiSSA): what a merge reads of it."""
 _STEP, _ASIDE = "step-", "damaged-"
 _MOST_MARKER_BYTES = 2**20

@@ -182,7 +182,7 @@ def test_a_checkpoint_of_a_run_that_changed_its_base_fits_the_ordinary_one(
     assert chosen is not None
     paths = merge(run.adapter, tiny, tmp_path / "out", run=str(run.root), checkpoint=str(chosen))
     assert history_of(paths).finished is not None, history_of(paths).failed
-    now, start = load_file(chosen / "adapter.safetensors"), load_file(chosen / "start.safetensors")
+    now, start = load_file(chosen / "adapter.safetensors"), load_file(chosen / "initial.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     moved = now[name.format("B")] @ now[name.format("A")] - start[name.format("B")] @ start[name.format("A")]
     key = "model.layers.0.self_attn.q_proj.weight"

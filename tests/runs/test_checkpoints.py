@@ -87,8 +87,8 @@ def test_only_some_files_can_be_verified(paths: RunPaths) -> None:
     folder = checkpoint(paths, 5)
     (folder / "state.json").write_text("other")
     assert damage_of(folder)
-    assert damage_of(folder, ("adapter.safetensors", "start.safetensors")) == ""
-    assert damage_of(folder, ("start.safetensors",))
+    assert damage_of(folder, ("adapter.safetensors", "initial.safetensors")) == ""
+    assert damage_of(folder, ("initial.safetensors",))
 
 
 def test_the_newest_whole_one_is_gone_on_from_and_newer_ones_are_named(paths: RunPaths) -> None:
