@@ -21,7 +21,7 @@ from studio.runs.requests import ExportRequest, MergeRequest
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
 _STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
-"""Models whose adapters on fused experts were tried in llama.cpp. Others swap gate and up, or transpose."""
+"""Models whose adapters on fused experts were tried in llama.cpp: others order gate and up otherwise, or transpose."""
 
 
 def check_export(request: ExportRequest) -> None:
