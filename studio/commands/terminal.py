@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
-from studio.core.text import plain
+from studio.core.text import duration_text, plain
 
 DONE, NO, BAD_INPUT = 0, 1, 2
 """Exit codes: done or fits; the answer is no; what the user gave cannot be used."""
@@ -90,17 +90,10 @@ def why_no_studio(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as a person says them: `4.2 s`, `42 s`, `3 min 05 s`, `2 h 07 min`."""
+    """Return seconds as a person says them: `4.2 s`, `42 s`, `3 min 05 s`, `2 h 07 min`, `3 d 4 h`."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{seconds:.1f} s" if seconds < 9.95 else duration_text(seconds)
 
 
 def size(size_bytes: float | None) -> str:

@@ -48,6 +48,18 @@ def plain_path(path: str, cells: int) -> str:
     return f"{name}…{end}"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a finite number of seconds as `42 s`, `3 min 05 s`, `2 h 07 min` or `3 d 4 h`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
 def _cells(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 

@@ -13,7 +13,7 @@ from studio.probe.hub import knows_token
 from studio.probe.merge import check_merge
 from studio.probe.model_folder import check_folder
 from studio.probe.models import find_base
-from studio.probe.space import check_out, check_space
+from studio.probe.space import check_memory, check_out, check_space
 from studio.runs.chain import beside
 from studio.runs.layout import ADAPTER_CONFIG
 from studio.runs.requests import ExportRequest, MergeRequest
@@ -54,7 +54,7 @@ def check_export(request: ExportRequest) -> None:
         needed = adapter.header.buffer_bytes
         if not FORMATS[form].of_adapter:
             size_bytes = _check_base(request, adapter)
-            check_memory(form, size_bytes)
+            check_loading(form, size_bytes)
             needed = export_estimate(form, size_bytes, merges=True).disk_bytes
         check_space(out.parent, needed, "--out")
         return
@@ -65,7 +65,7 @@ def check_export(request: ExportRequest) -> None:
             "Export from the merged 16-bit model."
         )
     check_out(out)
-    check_memory(form, size_bytes)
+    check_loading(form, size_bytes)
     check_space(out.parent, export_estimate(form, size_bytes).disk_bytes, "--out")
 
 
@@ -99,14 +99,14 @@ def check_exports(request: MergeRequest) -> None:
             raise BadInput(f"a merged model cannot be exported as {shown}: wanted one of {', '.join(whole_formats())}.")
         refuse_on_the_grid(request.onto, form)
         check_out(beside(merged, form))
-        check_memory(form, size)
+        check_loading(form, size)
         taken = export_estimate(form, size)
         most = max(most, kept + taken.disk_bytes)
         kept += taken.out_bytes
     check_space(merged.parent, max(kept, most), "--out")
 
 
-def check_memory(form: str, size_bytes: int) -> None:
+def check_loading(form: str, size_bytes: int) -> None:
     """Make sure that a model fits in memory if the format loads all of it, as bitsandbytes must to quantise it.
 
     Raises:
@@ -114,15 +114,12 @@ def check_memory(form: str, size_bytes: int) -> None:
     """
     if FORMATS[form].gguf:  # a tensor at a time
         return
-    import psutil  # noqa: PLC0415  20 ms that other formats and verbs need not pay
-
-    needed, free = export_estimate(form, size_bytes).memory_bytes, psutil.virtual_memory().available
-    if needed > free:
-        raise BadInput(
-            f"quantising with bitsandbytes loads the whole model: about {needed / 1e9:.1f} GB of memory, "
-            f"{free / 1e9:.1f} GB are free. Close other programs, export a GGUF format (a tensor at a time), or load "
-            "the merged model with load_in_4bit where it is used."
-        )
+    check_memory(
+        export_estimate(form, size_bytes).memory_bytes,
+        f"an export to {form} loads the whole model: about",
+        "close other programs, export a GGUF format (a tensor at a time), or load the merged model with load_in_4bit "
+        "where it is used.",
+    )
 
 
 def refuse_on_the_grid(onto: str, form: str) -> None:

@@ -46,6 +46,27 @@ def check_space(folder: Path, needed_bytes: int = _LEAST_FREE_BYTES, option: str
         )
 
 
+def check_memory(needed_bytes: float, what: str, advice: str, free_bytes: float | None = None) -> None:
+    """Make sure that something has room in memory.
+
+    Args:
+        needed_bytes: What it takes; an estimate.
+        what: What takes it, such as `the model needs about`.
+        advice: What to do where there is no room, without a capital letter.
+        free_bytes: What is free; None asks the system.
+
+    Raises:
+        BadInput: Less is free.
+    """
+    if free_bytes is None:
+        import psutil  # noqa: PLC0415  most verbs that check nothing so need not load it
+
+        free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        numbers = f"{needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free"
+        raise BadInput(f"{what} {numbers}: {advice}")
+
+
 def check_place(folder: Path, option: str = "--runs-dir") -> Path:
     """Make sure that files can be kept in a folder, or in the first one above it that exists; return that one.
 

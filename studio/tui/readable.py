@@ -2,22 +2,15 @@
 
 import math
 
+from studio.core.text import duration_text
+
 UNKNOWN = "-"
 _GIB = 2**30
 
 
 def duration(seconds: float | None) -> str:
     """Return seconds as `42 s`, `3 min 05 s`, `2 h 07 min` or `3 d 4 h`."""
-    if seconds is None or not math.isfinite(seconds):
-        return UNKNOWN
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 48 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    return UNKNOWN if seconds is None or not math.isfinite(seconds) else duration_text(seconds)
 
 
 def gib(size_bytes: float | None) -> str:

@@ -77,17 +77,20 @@ def make(folder: Path, size_bytes: float) -> tuple[Path, Path]:
 
 def ours(base: Path, adapter: Path, out: Path) -> Iterator[str]:
     """The whole job, with its checks, in the libraries that its own process loads."""
-    from studio.jobs.merge.job import merge_run
-    from studio.runs.layout import RunPaths
-    from studio.runs.log import read_events
-    from studio.runs.requests import MergeRequest
-    from studio.runs.worker import Worker
+    from studio.jobs.merge.__main__ import without_bitsandbytes
 
-    yield "start"
-    run = RunPaths(out.with_name("run"))
-    run.root.mkdir()
-    with Worker(run) as worker:
-        merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
+    with without_bitsandbytes():
+        from studio.jobs.merge.job import merge_run
+        from studio.runs.layout import RunPaths
+        from studio.runs.log import read_events
+        from studio.runs.requests import MergeRequest
+        from studio.runs.worker import Worker
+
+        yield "start"
+        run = RunPaths(out.with_name("run"))
+        run.root.mkdir()
+        with Worker(run) as worker:
+            merge_run(worker, MergeRequest(str(adapter), str(base), str(out)))
     assert out.is_dir()
     phases = [event for event in read_events(run.events) if isinstance(event, Phase)]
     checking = [event.at for event in phases if event.name == "checking"]

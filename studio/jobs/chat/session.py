@@ -29,6 +29,7 @@ from studio.jobs.base.weights.skeleton import adapter_vocabulary
 from studio.probe.adapter_folder import find_adapter, run_of_adapter
 from studio.probe.fingerprint import fingerprint, refuse_another_base
 from studio.probe.models import BaseFound, find_base
+from studio.probe.space import check_memory
 from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, Side
 from studio.runs.failure import of_the_machine, ran_out_of_memory
 
@@ -67,7 +68,7 @@ class Session:
         device = job_device(request.device)
         dtype = _dtype(request, device)
         if device.type == "cpu":
-            check_memory(base, request.method, dtype, device)
+            _check_memory(base, request.method, dtype, device)
         loaded: Any = load_base(
             base,
             method="qlora" if request.method == "qlora" else "lora",
@@ -164,7 +165,7 @@ class Session:
         """Return the base of a merged model, which reads the same tokens; None, with a note, where that cannot be."""
         try:
             base = find_base(request.beside, request.beside_revision)
-            check_memory(base, "lora", dtype, device)
+            _check_memory(base, "lora", dtype, device)
             model: Any = load_base(
                 base,
                 method="lora",
@@ -209,20 +210,19 @@ def _knobs(sampling: Sampling) -> dict[str, Any]:
     return knobs | warm | {"do_sample": True}
 
 
-def check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch.device) -> None:
     """Make sure that a model has room in the computer's memory, or the card's; its size there is an estimate.
 
     Raises:
         BadInput: It needs more than is free.
     """
     share = _NF4_SHARE if method == "qlora" else dtype.itemsize / 2
-    free = free_bytes(device)
-    needed = base.size_bytes * share + _WORK_BYTES
-    if needed > free:
-        raise BadInput(
-            f"the model needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other "
-            "programs, or chat with a smaller model or, on a computer with a card, with --device cuda."
-        )
+    check_memory(
+        base.size_bytes * share + _WORK_BYTES,
+        "the model needs about",
+        "close other programs, or chat with a smaller model or, on a computer with a card, with --device cuda.",
+        free_bytes(device),
+    )
 
 
 def _quant(request: ChatRequest) -> FourBit:

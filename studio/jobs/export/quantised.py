@@ -18,7 +18,7 @@ from studio.jobs.base.closeness import Closeness, rows_of
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
 from studio.jobs.export.work import TEXTS, Work, loss_of, merged_answers, tokens_for
-from studio.probe.export import check_memory
+from studio.probe.export import check_loading
 from studio.probe.model_folder import check_folder
 from studio.runs.failure import of_the_machine
 
@@ -62,7 +62,7 @@ def write_quantised(work: Work, made: Path) -> dict[str, Any]:
 def _quantise(work: Work, folder: Path) -> Closeness | None:
     merged, form = work.merged(), work.request.format
     size_bytes = check_folder(merged)[1]
-    check_memory(form, size_bytes)
+    check_loading(form, size_bytes)
     rows = rows_of(TEXTS, load_tokenizer(merged), tokens_for(size_bytes))
     wanted = merged_answers(work, merged, rows)
     work.heed()

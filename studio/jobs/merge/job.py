@@ -16,11 +16,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from studio.core.errors import BadInput
 from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
 from studio.jobs.base.closeness import CANNOT_RUN
-from studio.jobs.base.device import free_bytes
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.precision import DTYPES
@@ -34,6 +32,7 @@ from studio.jobs.merge.shards import SHARD_BYTES, ShardWriter, lay_out
 from studio.jobs.merge.steps import MergeSteps
 from studio.jobs.merge.verify import compare_logits, encode, make_again, read_back, side_by_side, why_not
 from studio.jobs.merge.write_steps import write_steps
+from studio.probe.space import check_memory
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.requests import MergeRequest
@@ -246,12 +245,11 @@ def _check_memory(steps: MergeSteps) -> None:
     largest = max((_elements(steps, place) for place in range(len(steps.steps))), default=0)
     lent = most_lent(steps.skeleton.adapted, steps, "base_model.model.")
     needed = max(largest * _FP32_BYTES * _COPIES, lent * _LENT_BYTES)
-    free = free_bytes()
-    if needed > free:
-        raise BadInput(
-            f"the largest tensors to be merged need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
-            "close other programs, or merge on a computer with more."
-        )
+    check_memory(
+        needed,
+        "the largest tensors to be merged need",
+        "close other programs, or merge on a computer with more.",
+    )
 
 
 def _elements(steps: MergeSteps, place: int) -> int:
