@@ -12,6 +12,7 @@ from studio.core.gpu_catalogue import GIB, Gpu, find_gpu
 from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
+from studio.core.stock.estimate import refined
 from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.trainable import AdaptedPart
 from studio.core.vram.report import VramEstimate, plan_to_dict
@@ -94,6 +95,24 @@ def test_what_goes_backward_before_a_checkpoint_computes_again_does_not_stand_be
     shape = shape_from_config(config_of("phi-1_5", 4))
     setup = Setup(method="qlora", rank=8, targets=("dense",), micro_batch=3, seq_len=64)
     assert staged(shape, setup, "flash").by_name["backward"] / 2**20 == pytest.approx(574.5, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("changes", "traced"),
+    [
+        ({"method": "lora"}, 1_306_547_200),
+        ({"method": "lora", "grad_checkpointing": False}, 1_306_547_200),
+        ({"method": "qlora", "loss": "full"}, 2_277_331_456),
+    ],
+)
+def test_a_head_trained_alone_leaves_the_layers_without_a_graph(changes: dict[str, Any], traced: int):
+    """Traced with `trace_grid.traced`: four layers of Llama 3.2 1B, rank 16, 1 x 1024 tokens."""
+    shape = shape_from_config(config_of("Llama-3.2-1B", 4))
+    setup = Setup(targets=("lm_head",), **changes)
+    assert staged(shape, setup, "flash").peak == pytest.approx(traced, rel=0.005)
+    stock = stock_setup(setup)
+    closed = estimated(shape, stock)
+    assert (refined(closed, shape, stock) is closed) == (not setup.grad_checkpointing)
 
 
 @settings(max_examples=150, deadline=None)

@@ -24,7 +24,7 @@ from studio.core.stock.setup import (
     loads_in_threads,
 )
 from studio.core.vram.estimate import UNCERTAIN, estimate_of, notes_of, widened, workspace_bytes
-from studio.core.vram.loop import is_windowed, runs_plain
+from studio.core.vram.loop import is_windowed, runs_plain, trains_layers
 from studio.core.vram.micro_batch import activations_of
 from studio.core.vram.modules import Kernel
 from studio.core.vram.report import Range, VramEstimate
@@ -134,9 +134,9 @@ def _variants(setup: StockSetup) -> tuple[StockSetup, ...]:
 def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: Gpu | None = None) -> VramEstimate:
     """Return an estimate with what the caching allocator was found to take, event by event.
 
-    Estimates of what the replay does not follow come back as they are: a CPU, modules trained whole, checkpoints in
-    host memory, several cards, whose buckets hold the gradients once more, and experts, whose rows differ from layer to
-    layer.
+    Estimates of what the replay does not follow come back as they are: a CPU, modules trained whole, a head trained
+    alone, checkpoints in host memory, several cards, whose buckets hold the gradients once more, and experts, whose
+    rows differ from layer to layer.
 
     As the allocator itself, a replay may take less for more: 14 % between neighbouring lengths at worst in 2000 setups.
     The high end is never below the closed form's, and fell by 0.5 % in two of them.
@@ -148,6 +148,7 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: G
         gpu: The card, where known: before it is full, cached segments are given back.
     """
     followed = setup.device == "cuda" and setup.gpus == 1
+    followed = followed and trains_layers(shape, stock_loop(built(shape, setup), setup.kind, estimate.kernel))
     more = setup.modules_to_save or setup.offload_checkpoints
     if not followed or more or any(group.layer.experts for group in shape.groups):
         return estimate

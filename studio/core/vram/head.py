@@ -145,7 +145,7 @@ class HeadPass:
         sizes: Bytes of each tensor, by its number; the last layer's output is number 0, which is there already.
         forward: What happens on the way forward.
         backward: What happens on the way back.
-        outgoing: The gradient of the last layer's output.
+        outgoing: The gradient of the last layer's output; -1 where it wants none.
         lasting: What is alive afterwards: logits that the loop holds.
     """
 
@@ -157,39 +157,43 @@ class HeadPass:
 
 
 @lru_cache(maxsize=256)
-def head_pass(shape: ModelShape, traits: LayerTraits, loss: Loss) -> HeadPass:
+def head_pass(shape: ModelShape, traits: LayerTraits, loss: Loss, input_wants_gradient: bool = True) -> HeadPass:
     """Run final norm, head and loss over the last layer's output `[batch, seq, hidden]`, forward and backward.
 
     Args:
         shape: The model.
         traits: How its layers are computed.
         loss: How the loss is made.
+        input_wants_gradient: Whether layers go backward as well.
     """
     tape, source = Tape(), list[Tensor]()
     run = traits.modules(tape, shape)
-    node = tape.node()
-    node.keeps = source
+    node = tape.node() if input_wants_gradient else None
+    if node is not None:
+        node.keeps = source
     value = _forward(run, loss, tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual, node))
-    assert value.node is not None  # noqa: S101  the input wants a gradient
-    forward = tape.take(value.node)
-    before, after = run_backward(tape, value.node, tape.given(NOTHING, 4))
+    forward, before, after = tape.take(value.node), Events(), Events()
+    if value.node is not None:  # else only a head taken in chunks is trained, whose backward is not on this tape
+        before, after = run_backward(tape, value.node, tape.given(NOTHING, 4))
     run.end()
     for gradient in run.gradients:
         tape.release(gradient)  # an adapted head's: not counted beyond this pass
     backward = (*before, *after, *tape.take())
-    return HeadPass(tuple(tape.sizes), forward, backward, source[0].number, tuple(x.number for x in run.lasting))
+    outgoing = source[0].number if source else -1
+    return HeadPass(tuple(tape.sizes), forward, backward, outgoing, tuple(x.number for x in run.lasting))
 
 
 @lru_cache(maxsize=256)
-def head_marks(shape: ModelShape, traits: LayerTraits, loss: Loss) -> HeadMarks:
+def head_marks(shape: ModelShape, traits: LayerTraits, loss: Loss, input_wants_gradient: bool = True) -> HeadMarks:
     """Return the marks around the final norm, the head and the loss that can be the highest.
 
     Args:
         shape: The model.
         traits: How its layers are computed.
         loss: How the loss is made.
+        input_wants_gradient: Whether layers go backward as well.
     """
-    passed = head_pass(shape, traits, loss)
+    passed = head_pass(shape, traits, loss, input_wants_gradient)
     ahead = marks(passed.forward, passed.sizes, passed.sizes[0])
     back = marks(passed.backward, passed.sizes, alive_after(passed.forward, passed.sizes, passed.sizes[0]))
     forward = evaluation = uncovered(ahead)

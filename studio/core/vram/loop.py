@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
-from studio.core.trainable import HEAD, target_names
+from studio.core.trainable import EXPERTS, HEAD, target_names
 from studio.core.vram.head import ChunkedLoss, LigerLoss, Loss, WholeLoss
 from studio.core.vram.modules import AdapterTraits, Kernel, LayerTraits
 from studio.core.vram.operators import Arithmetic
@@ -117,6 +117,13 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
         repeats_heads=shape.repeats_heads,
         plain_attention=runs_plain(shape, kind, kernel),
     )
+
+
+def trains_layers(shape: ModelShape, loop: Loop) -> bool:
+    """Whether gradients flow through the layers; else, where the head alone is trained, they keep and make nothing."""
+    trained = loop.traits.adapter.targets | loop.traits.adapter.whole
+    inside = EXPERTS in trained or any(linear.name in trained for _, linear in shape.all_linears())
+    return inside or loop.input_wants_gradient
 
 
 def residual_itemsize(shape: ModelShape, kind: Setup) -> int:

@@ -12,7 +12,7 @@ from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer, layer_pass, recomputed_marks
 from studio.core.vram.head import HeadMarks, head_marks
-from studio.core.vram.loop import Loop, mask_count
+from studio.core.vram.loop import Loop, mask_count, trains_layers
 from studio.core.vram.modules import LayerTraits
 from studio.core.vram.polynomial import NOTHING, Heights, Polynomial, heights, largest, total, uncovered
 from studio.core.vram.setup import Setup
@@ -79,6 +79,15 @@ def layer_marks(
     )
 
 
+def _untouched(shape: ModelShape, traits: LayerTraits) -> LayerMarks:
+    """Return the marks of layers through which no gradient flows: where the head alone is trained."""
+    source = Polynomial(per_token=shape.hidden * traits.arithmetic.residual)
+    evaluation = uncovered(_evaluation_marks(shape, traits))
+    forward = uncovered(mark.minus(source) for mark in evaluation)
+    blocks = uncovered(mark.at_least_nothing() for mark in forward)
+    return LayerMarks(source, source, forward, blocks, (), (), evaluation)
+
+
 def _evaluated(shape: ModelShape, traits: LayerTraits) -> tuple[Polynomial, ...]:
     """Return the marks of any layer's forward in an evaluation."""
     return uncovered(_evaluation_marks(shape, replace(traits, adapter=replace(traits.adapter, dropout=False))))
@@ -112,10 +121,11 @@ class MicroBatch:
 @lru_cache(maxsize=256)
 def micro_batch(shape: ModelShape, loop: Loop) -> MicroBatch:
     """Return the micro-batch of a model in a loop."""
-    return MicroBatch(
-        layer_marks(shape, loop.traits, loop.kind.grad_checkpointing, loop.input_wants_gradient),
-        head_marks(shape, loop.traits, loop.loss),
-    )
+    traits = loop.traits
+    if not trains_layers(shape, loop):
+        return MicroBatch(_untouched(shape, traits), head_marks(shape, traits, loop.loss, False))
+    layers = layer_marks(shape, traits, loop.kind.grad_checkpointing, loop.input_wants_gradient)
+    return MicroBatch(layers, head_marks(shape, traits, loop.loss))
 
 
 class Activations(NamedTuple):
