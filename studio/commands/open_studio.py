@@ -65,10 +65,7 @@ def open_studio(
         source: The user's file that the recipe came from.
         note: What is to be said of the recipe first.
     """
-    from studio.tui.spare_memory import importing  # noqa: PLC0415  as the next
-
-    with importing():
-        from studio.tui.app import run_studio  # noqa: PLC0415  0.3 s that no other verb should pay
+    from studio.tui.app import run_studio  # noqa: PLC0415  0.3 s that no other verb should pay
 
     watched = open_run.root if open_run else None
     return run_studio(recipe, runs_root=root, open_run=watched, launch=launch, setup=setup, source=source, note=note)

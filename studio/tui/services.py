@@ -1,7 +1,7 @@
 """What the screens ask of the rest of the program: runs are started, the machine is looked at, answers are kept.
 
-Every call may take seconds: call them from a thread. Each imports what it needs when it is called: together the imports
-take 0.13 s, a quarter of the time to the first frame, which needs none of them.
+Every call may take seconds: call them from a thread. Each imports what it needs when it is called: the first frame
+needs none of it and would come an eighth later (335 ms of CPU time, not 292, with the estimator alone).
 """
 
 import json

@@ -14,7 +14,6 @@ from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
 from studio.tui.screens.configure import ConfigureScreen
-from studio.tui.spare_memory import importing
 from widgets.gauge import Gauge
 from widgets.line_plot import Curve, LinePlot
 
@@ -68,6 +67,4 @@ class BusyStudio(StudioApp):
 
 
 if __name__ == "__main__":
-    with importing():
-        busy = BusyStudio(Path(sys.argv[1]))
-    show(busy)
+    show(BusyStudio(Path(sys.argv[1])))

@@ -49,7 +49,7 @@ def test_the_screens_never_import_what_jobs_need() -> None:
 def test_the_first_frame_waits_for_nothing_it_does_not_show() -> None:
     loaded = imported_by("import studio.tui.app")
     assert loaded.isdisjoint((*NEVER, *NOT_FOR_THE_FIRST_FRAME))
-    assert not [name for name in loaded if name.startswith(ESTIMATORS)], "they take a quarter of the first frame"
+    assert not [name for name in loaded if name.startswith(ESTIMATORS)], "they take an eighth of the time to it"
 
 
 def test_the_newest_live_run_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +121,34 @@ def test_the_command_palette_and_help_open_on_every_screen(tmp_path: Path) -> No
         assert isinstance(app.screen, ConfigureScreen)
 
     play(story, tmp_path)
+
+
+SETTLING = """
+import gc, sys
+from pathlib import Path
+from studio.core.recipe import Recipe
+from studio.tui.app import StudioApp, show
+from tests.tui.stories import Asked, services_that
+
+class Settling(StudioApp):
+    def on_mount(self):
+        self.set_interval(0.1, self.leave_when_settled)
+
+    def leave_when_settled(self):
+        if gc.get_freeze_count():
+            Path(sys.argv[1], "told").write_text(f"{gc.get_freeze_count()} {len(gc.get_objects())}")
+            self.exit()
+
+show(Settling(Recipe(), runs_root=Path(sys.argv[1]), services=services_that(Asked())))
+"""
+
+
+def test_what_the_start_made_is_not_searched_for_garbage_again(tmp_path: Path) -> None:
+    headless = {**os.environ, "TEXTUAL_DRIVER": "textual.drivers.headless_driver:HeadlessDriver"}
+    subprocess.run([sys.executable, "-c", SETTLING, str(tmp_path)], check=True, timeout=60, env=headless)
+    set_aside, searched = map(int, (tmp_path / "told").read_text().split())
+    assert set_aside > 20_000
+    assert searched < set_aside / 10
 
 
 CHANGING = """
