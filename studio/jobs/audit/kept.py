@@ -101,23 +101,23 @@ class KeptWalk:
         """
         if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
             return
-        aside = self.folder.with_name(f".{self.folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        scratch = self.folder.with_name(f".{self.folder.name}.part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
         try:
-            self._write(aside, carried)
-            publish_folder(aside, self.folder)
+            self._write(scratch, carried)
+            publish_folder(scratch, self.folder)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
         self._kept_at = self._clock()
 
-    def _write(self, aside: Path, carried: Carried) -> None:
+    def _write(self, scratch: Path, carried: Carried) -> None:
         for number, (name, batches) in enumerate(carried.hidden.items()):
             # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
             tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
-            save_file(tensors, aside / f"{number:03d}-{_STATES}")
+            save_file(tensors, scratch / f"{number:03d}-{_STATES}")
         seen = [asdict(one) for one in carried.seen]
-        (aside / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
+        (scratch / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
 
     def forget(self) -> None:
         """Take the state away."""

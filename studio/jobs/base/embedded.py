@@ -20,7 +20,7 @@ from studio.probe.model_folder import CONFIG, check_folder
 from studio.runs.atomic import mend_folder, publish_folder
 
 Progress = Callable[[str, float], None]
-_NEEDED_BYTES = 400 * 10**6  # 273 MB of files, written aside before the rename
+_NEEDED_BYTES = 400 * 10**6  # 273 MB of files, written to a scratch directory before the rename
 
 
 def ensure_embedded(progress: Progress | None = None) -> Path:
@@ -76,15 +76,15 @@ def _convert_aside(model: EmbeddedModel, tell: Progress) -> None:
         needed = f"{_NEEDED_BYTES / 1e6:.0f} MB are needed in {model.folder.parent}, {free / 1e6:.0f} MB are free"
         raise StudioError(f"No room for the embedded model: {needed}. Free some, or set LORA_STUDIO_HOME elsewhere.")
     context_length = embedded_header(model).metadata.get("llama.context_length")
-    aside = model.folder.with_name(f".{model.folder.name}.{secrets.token_hex(4)}.part")
+    scratch = model.folder.with_name(f".{model.folder.name}.{secrets.token_hex(4)}.part")
     try:
-        aside.mkdir()
-        _convert(model.gguf, aside, context_length, tell)
-        check_folder(aside)
+        scratch.mkdir()
+        _convert(model.gguf, scratch, context_length, tell)
+        check_folder(scratch)
         tell("writing the embedded model to disk", 0.95)
-        publish_folder(aside, model.folder)
+        publish_folder(scratch, model.folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> None:

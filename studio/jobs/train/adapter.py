@@ -116,19 +116,19 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
     """
     # On the host: the card may have no room for the comparisons, and a whole training would be lost over them.
     check_adapter({name: weight.detach().to("cpu") for name, weight in adapter_weights(model).items()})
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    scratch = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         # Not "auto": see adapter_weights.
-        model.save_pretrained(str(aside), safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
         if initial:
-            _rewrite_as_difference(model, aside, initial)
+            _rewrite_as_difference(model, scratch, initial)
         # safetensors writes for the owner alone, which a copy of the folder for others would keep.
-        shutil.copymode(aside / ADAPTER_CONFIG, aside / ADAPTER_WEIGHTS)
-        tokenizer.save_pretrained(str(aside))
-        publish_folder(aside, folder)
+        shutil.copymode(scratch / ADAPTER_CONFIG, scratch / ADAPTER_WEIGHTS)
+        tokenizer.save_pretrained(str(scratch))
+        publish_folder(scratch, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 

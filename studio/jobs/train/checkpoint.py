@@ -61,22 +61,22 @@ def save_checkpoint(
         SafetensorError: Likewise, in safetensors' own class.
     """
     final = folder / f"step-{state.step:08d}"
-    aside = folder / f".writing-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    scratch = folder / f".writing-{final.name}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
     try:
-        save_file(_on_host(adapter_weights(model)), aside / ADAPTER_TENSORS)
+        save_file(_on_host(adapter_weights(model)), scratch / ADAPTER_TENSORS)
         if initial:
-            save_file(dict(initial), aside / INITIAL_TENSORS)
+            save_file(dict(initial), scratch / INITIAL_TENSORS)
         tensors, numbers = _flatten(optimizer.state_dict()["state"])
-        save_file(_on_host(tensors), aside / _OPTIMIZER)
-        save_file(_random_state(), aside / _RANDOM)
-        write_whole(aside / _STATE, json.dumps({"train": asdict(state), "optimizer": numbers}))
-        files = {path.name: file_stamp(path) for path in sorted(aside.iterdir())}
-        write_whole(aside / MARKER, json.dumps({"step": state.step, "files": files}))
-        publish_folder(aside, final)
+        save_file(_on_host(tensors), scratch / _OPTIMIZER)
+        save_file(_random_state(), scratch / _RANDOM)
+        write_whole(scratch / _STATE, json.dumps({"train": asdict(state), "optimizer": numbers}))
+        files = {path.name: file_stamp(path) for path in sorted(scratch.iterdir())}
+        write_whole(scratch / MARKER, json.dumps({"step": state.step, "files": files}))
+        publish_folder(scratch, final)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     for old in complete_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -88,20 +88,20 @@ def is_whole(folder: Path) -> bool:
 
 
 def _fetch(folder: Path, heed: Stopping) -> None:
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    scratch = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
-        pinned = aside / "pinned.txt"
+        pinned = scratch / "pinned.txt"
         pinned.write_text(_PINNED.replace("\\\n", " "), encoding="utf-8")
-        _pip(["--require-hashes", "--requirement", str(pinned)], aside, heed)
-        _pip(list(_BESIDE), aside, heed)
-        for path in aside.joinpath(*_SOURCES).iterdir():
+        _pip(["--require-hashes", "--requirement", str(pinned)], scratch, heed)
+        _pip(list(_BESIDE), scratch, heed)
+        for path in scratch.joinpath(*_SOURCES).iterdir():
             if path.name not in _KEPT:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        publish_folder(aside, folder)
+        publish_folder(scratch, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _pip(what: list[str], target: Path, heed: Stopping) -> None:
