@@ -1,7 +1,7 @@
 """A base model in 16 bit against its roundings, on the user's rows: before any training."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,10 +13,17 @@ from studio.core.events import Phase, Warned
 from studio.core.intervals import ratio_interval
 from studio.core.text import plain
 from studio.jobs.audit.blocks import parts_of
-from studio.jobs.audit.figures import Ground, Measured, check_cost, ground_of, measure, prove, stored_bytes_of
+from studio.jobs.audit.figures import Ground, Measured, check_cost, ground_of, measure, prove
 from studio.jobs.audit.forms import FORMS, UNROUNDED
 from studio.jobs.audit.rows import read_audit_rows
-from studio.jobs.audit.variants import folder_variants, is_kept, rounded_linears
+from studio.jobs.audit.variants import (
+    folder_variants,
+    held_bytes,
+    is_kept,
+    rounded_linears,
+    sixteen_bit_bytes,
+    stored_bytes_of,
+)
 from studio.jobs.audit.walk import BlockSeen
 from studio.jobs.base.load import base_folder, load_tokenizer
 from studio.jobs.base.progress import read_fingerprint
@@ -53,7 +60,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     parts = parts_of(weights.clean)
     seen = short_fingerprint(read_fingerprint(worker, folder))
     ground = ground_of(worker, request, weights, parts, rows, seen)
-    names = forms_of(request.forms)
+    names, quantised = forms_of(request.forms), _quantised_sizes(weights)
     asked = PREFERRED if PREFERRED in names else names[0]
     variants = folder_variants(weights, [UNROUNDED.name, *names])
     cost = check_cost(ground, variants, alone=True)
@@ -64,8 +71,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     ranked = sorted(found.seen, key=lambda block: -(block.own or 0.0))
     plans: list[Plan] = []
     if sizes:
-        plans = _mixed_plans(ground, found, ranked, sizes, asked=asked, share=(middle, 1.0))
-    quantised, stored_bytes = _quantised_sizes(weights), stored_bytes_of(weights)
+        plans = _mixed_plans(ground, found, ranked, sizes, asked=asked, quantised=quantised, share=(middle, 1.0))
     advice = advise_base({name: found.task[name] for name in names}, asked, plans, rows.answers)
     return {
         "schema": 1,
@@ -78,18 +84,24 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "variants": [
             {
                 "name": name,
-                "bits": FORMS[name].bits or 8.0 * stored_bytes,
-                "base_bytes": _base_bytes(weights, quantised, FORMS[name].bits, stored_bytes),
+                "bits": FORMS[name].bits or 8.0 * stored_bytes_of(weights),
+                "base_bytes": int(held_bytes(weights, sum(quantised.values()), FORMS[name].bits)),
                 "task": asdict(found.task[name]),
                 "neutral": asdict(found.neutral[name]),
             }
             for name in (UNROUNDED.name, *names)
         ],
-        "blocks": [_block_row(block, names, asked, quantised, stored_bytes) for block in ranked],
+        "blocks": [
+            _block_row(block, names, asked, _extra_bytes(weights, quantised, [block.name], asked)) for block in ranked
+        ],
         "plans": [asdict(plan) for plan in plans],
         "recommendation": asdict(advice),
         "proof_gap": gap,
-        "cost": {**asdict(cost), "seconds": time.perf_counter() - began, "resident_bytes": _peak()},
+        "cost": {
+            **asdict(cost),
+            "seconds": time.perf_counter() - began,
+            "resident_bytes": int(psutil.Process().memory_info().rss),
+        },
     }
 
 
@@ -115,6 +127,7 @@ def _mixed_plans(
     sizes: Sequence[int],
     *,
     asked: str,
+    quantised: Mapping[str, int],
     share: tuple[float, float],
 ) -> list[Plan]:
     """Measure what keeping the worst blocks in 16 bit wins."""
@@ -132,17 +145,9 @@ def _mixed_plans(
     for names, variant in zip(kept, mixed, strict=True):
         after = [sum(row) for row in seen.task_rows[variant.name].kl]
         won = ratio_interval([one - other for one, other in zip(before, after, strict=True)], counts)
-        extra = sum(
-            weight * (_stored_bits(weights) - FORMS[asked].bits) / 8
-            for name, weight in _quantised_sizes(weights).items()
-            if is_kept(name, names)
-        )
-        plans.append(Plan(names, int(extra), seen.task[variant.name], won))
+        extra = _extra_bytes(weights, quantised, names, asked)
+        plans.append(Plan(names, extra, seen.task[variant.name], won))
     return plans
-
-
-def _stored_bits(weights: FolderWeights) -> float:
-    return 8.0 * min(2, stored_bytes_of(weights))
 
 
 def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
@@ -154,20 +159,14 @@ def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
     return {name: shapes[f"{name}.weight"].numel() for name in names}
 
 
-def _base_bytes(weights: FolderWeights, quantised: dict[str, int], bits: float, stored_bytes: int) -> int:
-    """Return what the base takes in a form, rounded layers in that form and the rest in 16 bit."""
-    whole = sum(parameter.numel() for parameter in weights.clean.parameters())
-    inside = sum(quantised.values())
-    kept_bytes = min(2, stored_bytes)
-    return int((whole - inside) * kept_bytes + inside * (bits / 8 or kept_bytes))
+def _extra_bytes(weights: FolderWeights, quantised: Mapping[str, int], kept: Sequence[str], asked: str) -> int:
+    """Return what it takes to keep some modules in 16 bit instead of the form that was asked for."""
+    inside = sum(size for name, size in quantised.items() if is_kept(name, kept))
+    return int(inside * (8.0 * sixteen_bit_bytes(weights) - FORMS[asked].bits) / 8)
 
 
-def _block_row(
-    block: BlockSeen, names: Sequence[str], asked: str, quantised: dict[str, int], stored_bytes: int
-) -> dict[str, Any]:
+def _block_row(block: BlockSeen, names: Sequence[str], asked: str, extra_bytes: int) -> dict[str, Any]:
     errors = {name: _relative(list(block.roundings[name].values())) for name in names}
-    inside = sum(size for name, size in quantised.items() if is_kept(name, (block.name,)))
-    extra = inside * (8.0 * min(2, stored_bytes) - FORMS[asked].bits) / 8
     linears = sorted(
         ((name, _relative([one])) for name, one in block.roundings[asked].items()), key=lambda pair: -pair[1]
     )
@@ -176,7 +175,7 @@ def _block_row(
         "own_effect": block.own,
         "drift": block.drift,
         "weight_error": errors,
-        "kept_extra_bytes": int(extra),
+        "kept_extra_bytes": extra_bytes,
         "linears": [{"name": name, "weight_error": error} for name, error in linears],
     }
 
@@ -185,7 +184,3 @@ def _relative(roundings: Sequence[Any]) -> float:
     """Return the relative Frobenius norm of the rounding error over some linear layers."""
     whole = sum(one.whole for one in roundings)
     return float((sum(one.changed for one in roundings) / whole) ** 0.5) if whole else 0.0
-
-
-def _peak() -> int:
-    return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,9 @@
-"""A causal language model taken apart: embedding, decoder blocks that are filled one at a time, head."""
+"""A causal language model taken apart: embedding, decoder blocks that are filled one at a time, head.
+
+What the model calls its blocks with, and what it does behind the last one, is its own code: the backbone is run with
+stand-ins for its blocks. So masks, position embeddings, embedding scales and the last norm are the family's own,
+whatever they are.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,11 +72,10 @@ def parts_of(causal: PreTrainedModel) -> Parts:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """Squared Frobenius norms of what rounding changed in a linear layer and of its weight; how many weights it has."""
+    """Squared Frobenius norms of what rounding changed in a linear layer, and of its weight."""
 
     changed: float
     whole: float
-    weights: int
 
 
 @contextmanager
@@ -102,8 +106,7 @@ def filled(
         bias = None if module.bias is None else read(f"{name}.{path}.bias").to(device).float()
         layer = form.make(weight, bias)
         if form is not UNROUNDED:
-            changed, whole = squared_norms(weight, layer)
-            seen[f"{name}.{path}"] = Rounding(changed, whole, weight.numel())
+            seen[f"{name}.{path}"] = Rounding(*squared_norms(weight, layer))
         block.set_submodule(path, layer)
         del weight, layer
     for path in others:

@@ -20,6 +20,7 @@ from studio.jobs.audit.blocks import Parts, disagreement, renumbered
 from studio.jobs.audit.kept import KeptWalk
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.audit.scores import TokenScores
+from studio.jobs.audit.variants import stored_bytes_of
 from studio.jobs.audit.walk import TOKENS_AT_ONCE, BlockSeen, Carried, Variant, Walk, batches_of
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
@@ -60,14 +61,12 @@ class Measured:
         neutral: Figures on the neutral text, by variant.
         seen: What rounding did block by block.
         task_rows: Per-token figures on the user's rows, by variant.
-        seconds: Of this process's part of the walk.
     """
 
     task: dict[str, Figures]
     neutral: dict[str, Figures]
     seen: list[BlockSeen]
     task_rows: dict[str, RowFigures]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +131,11 @@ class Cost:
     hidden_bytes: int
     low_seconds: float
     high_seconds: float
+
+    def told(self, began: float) -> dict[str, Any]:
+        """Return what a report says of it, with what the audit has taken; `began` is on `time.perf_counter`."""
+        resident_bytes = int(psutil.Process().memory_info().rss)
+        return {**asdict(self), "seconds": time.perf_counter() - began, "resident_bytes": resident_bytes}
 
 
 def check_cost(ground: Ground, variants: Sequence[Variant], *, alone: bool) -> Cost:
@@ -198,7 +202,6 @@ def measure(
         JobFailed: Something is not finite.
         OSError: The disk refuses.
     """
-    began = time.perf_counter()
     worker, rows = ground.worker, ground.rows
     kept = KeptWalk(worker.paths.audit_parts / kept_as, ground.about)
     walk = Walk(ground.parts, variants, rows.all, device=job_device("auto"), alone=alone, carried=kept.load())
@@ -234,7 +237,6 @@ def measure(
         {name: figures_of(found, neutral[reference]) for name, found in neutral.items()},
         walk.carried.seen,
         task,
-        time.perf_counter() - began,
     )
 
 
@@ -245,11 +247,6 @@ def _by_row(scores: TokenScores, part: str, rows: AuditRows) -> RowFigures:
     split = (torch.split(one.double().cpu(), counts) for one in (scores.loss, scores.kl, scores.same))
     loss, kl, same = ([row.tolist() for row in one[first:last]] for one in split)
     return RowFigures(loss, kl, same)
-
-
-def stored_bytes_of(weights: FolderWeights) -> int:
-    """Return the bytes of a weight in the files."""
-    return max(weights.files.dtype(key).itemsize for key in weights.files.tensors)
 
 
 def cost_of(

@@ -119,10 +119,6 @@ class KeptWalk:
         seen = [asdict(one) for one in carried.seen]
         (scratch / _WALK).write_text(json.dumps({"about": self._about, "variants": list(carried.hidden), "seen": seen}))
 
-    def forget(self) -> None:
-        """Take the state away."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def stamp_of(request: AuditRequest) -> list[int]:
     """Return what changes when the audited run is trained on; nothing where no run is audited."""
@@ -142,7 +138,7 @@ def _by_variant(tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
 def _seen(entry: dict[str, object]) -> BlockSeen:
     roundings: dict[str, dict[str, dict[str, float]]] = entry.pop("roundings")  # type: ignore[assignment]
     made = {
-        variant: {name: Rounding(**values) for name, values in linears.items()}  # type: ignore[arg-type]
+        variant: {name: Rounding(**values) for name, values in linears.items()}
         for variant, linears in roundings.items()
     }
     return BlockSeen(roundings=made, **entry)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from studio.core.audit import advise_run, forgetting_of
@@ -17,14 +16,13 @@ from studio.core.text import plain
 from studio.jobs.audit.answer_models import AnswerModels
 from studio.jobs.audit.answers import audit_answers
 from studio.jobs.audit.blocks import Parts, parts_of
-from studio.jobs.audit.figures import Measured, check_cost, ground_of, measure, prove, stored_bytes_of
-from studio.jobs.audit.forms import FORMS
+from studio.jobs.audit.figures import Measured, check_cost, ground_of, measure, prove
 from studio.jobs.audit.gguf import NONE_EXPORTED, GgufForms, gguf_files
 from studio.jobs.audit.kept import KeptPart, stamp_of
 from studio.jobs.audit.lm_eval import audit_tasks
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.serving import NOT_ASKED, Speed, measured_speeds, prompt_of, serving, unmeasured
-from studio.jobs.audit.variants import ALONE, TRAINED, AdapterForms, Named, stored_variant
+from studio.jobs.audit.variants import ALONE, TRAINED, AdapterForms, Named, held_bytes, stored_variant
 from studio.jobs.audit.walk import Variant
 from studio.jobs.base.device import job_device
 from studio.jobs.base.failures import Cancelled
@@ -144,11 +142,7 @@ def audit_forms(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "blocks": blocks,
         "recommendation": asdict(advice),
         "proof_gap": gap,
-        "cost": {
-            **asdict(cost),
-            "seconds": time.perf_counter() - began,
-            "resident_bytes": int(psutil.Process().memory_info().rss),
-        },
+        "cost": cost.told(began),
     }
 
 
@@ -213,10 +207,8 @@ class RunReport:
 
     def _form_bytes(self, one: Named) -> int:
         """Return the bytes of a form on disk, and so about of its weights when it is served."""
-        kept_bytes = min(2, stored_bytes_of(self.weights))
-        whole = sum(parameter.numel() for parameter in self.weights.clean.parameters())
         inside = 0 if one.form == "16-bit" else self.forms.rounded_weights
-        base = (whole - inside) * kept_bytes + inside * FORMS[self.forms.form.name].bits / 8
+        base = held_bytes(self.weights, inside, self.forms.form.bits)
         return int(base + ((self.adapter / ADAPTER_WEIGHTS).stat().st_size if one.has_adapter else 0))
 
 

@@ -1,4 +1,9 @@
-"""A base model as variants: as it is stored, and rounded in each way."""
+"""What an audit compares: a base as stored and rounded in each way, an adapter on everything that it can be put on.
+
+Each is a model with weights of its own. Base and adapter become one weight as peft itself merges them, in fp32. An
+adapter that is not merged and one that is merged without rounding are the same function; only rounding afterwards makes
+the difference between the two.
+"""
 
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -6,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from studio.jobs.audit.forms import FORMS, UNROUNDED, Form, FourBits, form_of_quant
 from studio.jobs.audit.scores import Head
@@ -49,8 +54,8 @@ def rounded_linears(weights: FolderWeights, kept: Collection[str] = ()) -> set[s
 def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:
     """Return the model as it is stored, or with other weights inside its blocks."""
     model: Any = weights.clean
-    embedding = _name_of(weights, "get_input_embeddings")
-    head = _name_of(weights, "get_output_embeddings")
+    embedding = _name_of(weights, "input")
+    head = _name_of(weights, "output")
     biased = getattr(model.get_output_embeddings(), "bias", None) is not None
 
     def head_rows(first: int, stop: int) -> tuple[Tensor, Tensor | None]:
@@ -86,6 +91,28 @@ def is_kept(name: str, kept: Collection[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in kept)
 
 
+def sixteen_bit_bytes(weights: FolderWeights) -> int:
+    """Return the bytes of a weight that is not rounded: of 16 bit also where the files have 32."""
+    return min(2, stored_bytes_of(weights))
+
+
+def stored_bytes_of(weights: FolderWeights) -> int:
+    """Return the bytes of a weight in the files."""
+    return max(weights.files.dtype(key).itemsize for key in weights.files.tensors)
+
+
+def held_bytes(weights: FolderWeights, inside: int, bits: float) -> float:
+    """Return the bytes of a model when it is served.
+
+    Args:
+        weights: The model.
+        inside: How many of its weights are held in a form; all others are in 16 bit.
+        bits: Of that form, a weight; 0 where it is 16 bit too.
+    """
+    whole, other_bytes = sum(parameter.numel() for parameter in weights.clean.parameters()), sixteen_bit_bytes(weights)
+    return (whole - inside) * other_bytes + inside * (bits / 8 or other_bytes)
+
+
 class Remembered:
     """Reads parameters, and remembers those of the module that was read from last: variants read the same ones."""
 
@@ -109,8 +136,10 @@ def _choice(form: Form, rounded: Collection[str], kept: Collection[str]) -> Call
     return lambda name: form if name in chosen else UNROUNDED
 
 
-def _name_of(weights: FolderWeights, getter: str) -> str:
-    module = getattr(weights.clean, getter)()
+def _name_of(weights: FolderWeights, which: str) -> str:
+    """Return the name of the input or output embedding's module."""
+    getter: Callable[[], nn.Module] = getattr(weights.clean, f"get_{which}_embeddings")
+    module = getter()
     return next(str(name) for name, candidate in weights.clean.named_modules() if candidate is module)
 
 
@@ -232,7 +261,7 @@ class AdapterForms:
 
     def _variant(self, name: str, read: Read) -> Variant:
         variant = stored_variant(self._weights, read)
-        embedding, head = (_weight_of(self._weights, getter) for getter in ("input", "output"))
+        embedding, head = (f"{_name_of(self._weights, which)}.weight" for which in ("input", "output"))
         if embedding in self.touched:
             variant = replace(variant, embed=lambda tokens: read(embedding)[torch.tensor(tokens)])
         if head in self.touched:
@@ -282,9 +311,3 @@ def _whole_head(read: Read, name: str, head: Head, *, key: str) -> Head:
         return held[0][first:stop], head.rows(first, stop)[1]
 
     return Head(rows, head.vocabulary, key)
-
-
-def _weight_of(weights: FolderWeights, which: str) -> str:
-    getter: Callable[[], torch.nn.Module] = getattr(weights.clean, f"get_{which}_embeddings")
-    module = getter()
-    return next(f"{name}.weight" for name, candidate in weights.clean.named_modules() if candidate is module)

@@ -32,21 +32,19 @@ TOKENS_AT_ONCE = 512
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some rows, padded on the right.
+    """Some rows, padded on the right. There is no mask: a decoder's token never sees what is padded behind it.
 
     Attributes:
         rows: Their places among all rows.
         ids: `[rows, seq]`.
         real: Which tokens are no padding, `[rows, seq]`.
         wanted: Where a token with a label follows, `[rows, seq]`.
-        targets: The labels that follow there, in order, `[tokens]`.
     """
 
     rows: tuple[int, ...]
     ids: Tensor
     real: Tensor
     wanted: Tensor
-    targets: Tensor
 
     @property
     def tokens_of_rows(self) -> tuple[int, ...]:
@@ -77,8 +75,7 @@ def _batch(examples: Sequence[Example], places: Sequence[int]) -> Batch:
         ids[row, :size] = torch.from_numpy(example.input_ids).long()
         labels[row, : size - 1] = torch.from_numpy(example.labels[1:]).long()
         real[row, :size] = True
-    wanted = labels != IGNORED
-    return Batch(tuple(places), ids, real, wanted, labels[wanted])
+    return Batch(tuple(places), ids, real, labels != IGNORED)
 
 
 Picked = Callable[[Sequence[int]], Tensor]
