@@ -33,7 +33,7 @@ _PHI3 = ("phi-3", "phi3")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class TokenizerHints:
     """What a file is told to say so that llama.cpp reads texts as the training run did.
 
     Attributes:
@@ -45,7 +45,7 @@ class Told:
     space: str = "default"
 
 
-def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary: Path) -> Told:
+def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary: Path) -> TokenizerHints:
     """Return how the file is to be written.
 
     Args:
@@ -67,9 +67,9 @@ def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary:
         if read_gguf_header(vocabulary).metadata.get(_KIND) != "llama":
             raise
         if space := _right_space(tool, vocabulary, trained):
-            return Told(name, space)
+            return TokenizerHints(name, space)
         raise
-    return Told(name)
+    return TokenizerHints(name)
 
 
 def _right_space(tool: LlamaTool, vocabulary: Path, trained: Any) -> str:
@@ -116,7 +116,7 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
     folders = [work.base(), source] if work.adapter else [source]
     trained = load_tokenizer(source if (source / "tokenizer_config.json").is_file() else folders[0])
     asked = make_view(work.folder / "asked", folders, weights=folders[0] if work.adapter else None)
-    wanted_in_file = ask_llama(tool, asked, trained, Path(work.request.out).stem, work.folder / "vocabulary.gguf")
+    hints = ask_llama(tool, asked, trained, Path(work.request.out).stem, work.folder / "vocabulary.gguf")
     merged = work.merged()
     config, size_bytes = check_folder(merged)
     generation = generation_of(merged)  # read now: a model that was merged for this is deleted once it is converted
@@ -134,7 +134,7 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
     sixteen = "bf16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "f16"
     kind = _FILE_TYPES.get(form)
     first = work.folder / "between.gguf" if kind else out
-    _convert(work, tool, sixteen if kind else form, merged, out=first, wanted=wanted_in_file)
+    _convert(work, tool, sixteen if kind else form, merged, out=first, hints=hints)
     if kind:
         # Rounding to a few bits would hide a conversion that is wrong; a few tokens show it.
         _require_right(loss_in(first, rows[:_ROWS_BEFORE]))
@@ -149,13 +149,13 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
     return {"golden": asdict(golden), "loss": asdict(loss) if loss else None}
 
 
-def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, wanted: Told) -> None:
+def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, hints: TokenizerHints) -> None:
     """Write a model in 16 bits or q8_0; one that was merged for it is deleted then."""
     size_bytes = check_folder(merged)[1]
     view = make_view(work.folder / "view", [merged], weights=merged)
     expected = size_bytes * 8.5 / 16 if form == "q8_0" else size_bytes
     tell = partial(work.say, "converting")
-    words = (view, out, form, wanted.name, wanted.space)
+    words = (view, out, form, hints.name, hints.space)
     tool.run("convert", *words, out=out, expected_bytes=int(expected), tell=tell)
     if merged == work.scratch.merged:
         shutil.rmtree(merged, ignore_errors=True)

@@ -44,11 +44,12 @@ def write_steps(
                 work.count(shard.size_bytes, shard.name)
                 continue
             file = writer.open(shard)
-            apart = [output for output in shard.outputs if work.needs_the_model(output)]
-            running = [pool.submit(work.write, file, output) for output in shard.outputs if output not in apart]
+            beside = [output for output in shard.outputs if not work.needs_the_model(output)]
+            running = [pool.submit(work.write, file, output) for output in beside]
             try:
-                for output in apart:
-                    work.write(file, output)
+                for output in shard.outputs:
+                    if work.needs_the_model(output):
+                        work.write(file, output)
                 for done in wait(running, return_when=FIRST_EXCEPTION).done:
                     done.result()
             except BaseException:
