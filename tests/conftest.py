@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from hypothesis import settings
+
 from studio.runs.home import HOME_VARIABLE, cache_root
 
 # Two test processes share two cores: OpenMP threads that spin for each other would starve both.
@@ -30,6 +32,10 @@ def _home_of_its_own() -> None:
 
 
 _home_of_its_own()
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_collection_finish() -> None:

@@ -204,7 +204,7 @@ def test_the_models_process_ends_with_who_asked(run: str, home: Path) -> None:
     (child,) = psutil.Process(terminal.pid).children()
     os.kill(terminal.pid, signal.SIGKILL)
     assert terminal.end() == -signal.SIGKILL
-    child.wait(20)
+    child.wait(60)
     assert not child.is_running()
 
 

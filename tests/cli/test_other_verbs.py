@@ -258,7 +258,7 @@ def test_in_a_real_terminal_the_plain_demo_has_colours_and_fits(home: Path) -> N
     shown = b""
     while chunk := _read(reader):
         shown += chunk
-    assert process.wait(30) == 0, shown.decode()
+    assert process.wait(60) == 0, shown.decode()
     assert b"\x1b[38;5;" in shown
     assert "●" in shown.decode()
     assert any(0x2800 < ord(character) <= 0x28FF for character in shown.decode())

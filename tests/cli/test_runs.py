@@ -139,7 +139,7 @@ def test_attaching_follows_and_an_interrupt_only_detaches(home: Path) -> None:
     assert lines[1].startswith("running at step ")
     assert lines[3].startswith("step ")
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "the run lives on" in out
     assert run_status(paths) is Status.running
@@ -154,7 +154,7 @@ def test_a_run_whose_folder_is_deleted_is_gone_and_its_worker_ends(home: Path) -
     assert process.stderr is not None
     process.stderr.readline()
     shutil.rmtree(paths.root)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     assert "is gone: its folder was deleted" in err
     assert marked is not None

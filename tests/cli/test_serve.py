@@ -230,7 +230,7 @@ def serving(folder: Path) -> Iterator[Served]:
         yield server
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_the_first_interrupt_stops_the_run_and_saves(home: Path, recipe: Path) -
     process = _running_cli(recipe, "train", str(recipe), "--json")
     _wait_for_steps(home)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     document = json.loads(out)
     assert document["status"] == "stopped"
@@ -189,7 +189,7 @@ def test_the_second_interrupt_leaves_the_run_to_stop_alone(home: Path, recipe: P
     while "Ctrl-C again" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "the run lives on" in out
     paths = find_run(home / "runs", "last")
@@ -201,7 +201,7 @@ def test_a_killed_command_line_leaves_the_run_alive(home: Path, recipe: Path) ->
     process = _running_cli(recipe, "train", str(recipe), FAKE_STEPS="40", FAKE_SECONDS="0.03")
     _wait_for_steps(home)
     process.kill()
-    process.wait(10)
+    process.wait(60)
     paths = find_run(home / "runs", "last")
     assert run_status(paths).live
     wait_for(lambda: not run_status(paths).live)
@@ -214,7 +214,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly_and_not_the_run(home: 
     assert process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     assert process.stderr.read() == ""
     process.stderr.close()
     paths = find_run(home / "runs", "last")
@@ -224,7 +224,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly_and_not_the_run(home: 
 
 def test_an_encoding_without_our_characters_ends_nothing(home: Path, recipe: Path) -> None:
     process = _running_cli(recipe, "train", str(recipe), FAKE_STEPS="3", PYTHONIOENCODING="ascii", FAKE_NOTE="日本 …")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out.isascii()
     assert r"warning: \u65e5\u672c" in out

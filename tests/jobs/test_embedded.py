@@ -156,7 +156,7 @@ def test_a_killed_conversion_is_begun_again(tmp_path: Path, conversions: list[Pa
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
-    process.wait(timeout=10)
+    process.wait(timeout=60)
     process.communicate()
     final = find_embedded().folder
     assert not final.exists()

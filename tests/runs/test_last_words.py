@@ -37,7 +37,7 @@ def failure_of(paths: RunPaths) -> dict[str, str]:
 
 
 def test_a_library_that_ends_the_process_by_itself_is_told_with_its_reason(paths: RunPaths) -> None:
-    launch_fake(paths, native_exit_at=3, last=OPS_CU).process.wait(10)
+    launch_fake(paths, native_exit_at=3, last=OPS_CU).process.wait(60)
     failure = failure_of(paths)
     assert failure["kind"] == "out_of_memory"
     assert OPS_CU in failure["message"] and "card's memory" in failure["message"]
@@ -48,7 +48,7 @@ def test_a_library_that_ends_the_process_by_itself_is_told_with_its_reason(paths
 
 def test_whoever_looks_is_told_also_where_it_is_not_the_parent(paths: RunPaths) -> None:
     last = "Error no kernel image is available for execution on the device at line 9 in file /src/csrc/ops.cu"
-    launch_fake(paths, native_exit_at=3, last=last).process.wait(10)
+    launch_fake(paths, native_exit_at=3, last=last).process.wait(60)
     said = {}
     for verb in (["show", str(paths.root)], ["list", "--runs-dir", str(paths.root.parent)]):
         done = subprocess.run(
@@ -64,14 +64,14 @@ def test_whoever_looks_is_told_also_where_it_is_not_the_parent(paths: RunPaths) 
 
 
 def test_what_an_earlier_process_printed_is_no_reason(paths: RunPaths) -> None:
-    launch_fake(paths, native_exit_at=3, last=OPS_CU).process.wait(10)
-    resume(paths, module=MODULE, environment=fake_environment(die_at=2)).process.wait(10)
+    launch_fake(paths, native_exit_at=3, last=OPS_CU).process.wait(60)
+    resume(paths, module=MODULE, environment=fake_environment(die_at=2)).process.wait(60)
     assert failure_of(paths)["kind"] == "crashed"
     assert run_info(paths).failure == "crashed"
 
 
 def test_a_fault_in_native_code_is_told_with_what_called_it(paths: RunPaths) -> None:
-    launch_fake(paths, segfault=1).process.wait(10)
+    launch_fake(paths, segfault=1).process.wait(60)
     failure = failure_of(paths)
     assert failure["kind"] == "native_crash"
     assert "Segmentation fault, called from" in failure["message"]

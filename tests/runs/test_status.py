@@ -143,7 +143,7 @@ def test_a_lock_kept_open_by_an_orphan_does_not_make_a_dead_worker_live(paths: R
         assert run_status(paths) is Status.crashed
     finally:
         orphan.kill()
-        orphan.wait(10)
+        orphan.wait(60)
 
 
 def test_looking_never_keeps_a_worker_out(paths: RunPaths) -> None:
@@ -162,7 +162,7 @@ def test_looking_never_keeps_a_worker_out(paths: RunPaths) -> None:
                 pass
     finally:
         looker.kill()
-        looker.wait(10)
+        looker.wait(60)
 
 
 def test_damaged_marks_are_as_good_as_none(paths: RunPaths) -> None:

@@ -32,7 +32,7 @@ def _steps(paths: RunPaths) -> list[int]:
 
 def test_a_run_from_launch_to_end(paths: RunPaths) -> None:
     handle = launch_fake(paths, steps=5)
-    assert handle.process.wait(20) == 0
+    assert handle.process.wait(60) == 0
     assert run_status(paths) is Status.finished
     assert _steps(paths) == [1, 2, 3, 4, 5]
     assert (paths.adapter / "adapter_config.json").is_file()
@@ -53,7 +53,7 @@ def test_launch_returns_when_the_worker_holds_the_run(paths: RunPaths) -> None:
     with pytest.raises(BadInput, match="stop it first"):
         remove_run(paths)
     assert stop(paths, 10) is Status.stopped
-    assert handle.process.wait(10) == 0
+    assert handle.process.wait(60) == 0
 
 
 def test_the_child_has_no_tie_to_its_parent(paths: RunPaths) -> None:
@@ -77,7 +77,7 @@ def test_the_child_has_no_tie_to_its_parent(paths: RunPaths) -> None:
 
 def test_a_child_that_cannot_begin_leaves_its_words_and_a_crashed_run(paths: RunPaths) -> None:
     handle = launch(paths, "no.such.module", environment=fake_environment())
-    assert handle.process.wait(20) != 0
+    assert handle.process.wait(60) != 0
     assert run_status(paths) is Status.crashed
     assert "no.such.module" in paths.output.read_text() or "No module named" in paths.output.read_text()
 
@@ -95,7 +95,7 @@ def test_a_library_in_the_current_folder_is_not_imported(paths: RunPaths, monkey
     (trap / "filelock.py").write_text("raise SystemExit('trapped')")
     (paths.root / "filelock.py").write_text("raise SystemExit('trapped')")
     monkeypatch.chdir(trap)
-    assert launch_fake(paths, steps=1).process.wait(20) == 0
+    assert launch_fake(paths, steps=1).process.wait(60) == 0
 
 
 def test_a_relative_search_path_still_means_the_same_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_relative_search_path_still_means_the_same_folder(monkeypatch: pytest.
 
 
 def test_a_failure_of_the_job_is_told_with_its_advice(paths: RunPaths) -> None:
-    assert launch_fake(paths, fail_at=3).process.wait(20) == 1
+    assert launch_fake(paths, fail_at=3).process.wait(60) == 1
     assert run_status(paths) is Status.failed
     last = read_events(paths.events)[-1]
     assert isinstance(last, Failed)
@@ -118,10 +118,10 @@ def test_a_stopped_run_goes_on_where_it_was(paths: RunPaths) -> None:
     handle = launch_fake(paths, steps=400, seconds=0.02)
     wait_for(lambda: len(_steps(paths)) >= 3)
     assert stop(paths, 10) is Status.stopped
-    handle.process.wait(10)
+    handle.process.wait(60)
     before = _steps(paths)[-1]
     resumed = resume(paths, module=MODULE, environment=fake_environment(steps=before + 3))
-    assert resumed.process.wait(20) == 0
+    assert resumed.process.wait(60) == 0
     assert run_status(paths) is Status.finished
     starts = [event.resumed_from for event in read_events(paths.events) if isinstance(event, Started)]
     assert starts == [0, before]
@@ -134,7 +134,7 @@ def test_a_stale_stop_request_does_not_end_a_resumed_run(paths: RunPaths) -> Non
     write_log(paths, Started(at=1.0, job="train"))
     request(paths, "stop")
     request(paths, "pause")
-    assert resume(paths, module=MODULE, environment=fake_environment(steps=2)).process.wait(20) == 0
+    assert resume(paths, module=MODULE, environment=fake_environment(steps=2)).process.wait(60) == 0
     assert not requested(paths, "stop")
     assert run_status(paths) is Status.finished
 
@@ -151,7 +151,7 @@ def test_pausing_and_going_on(paths: RunPaths) -> None:
     assert run_status(paths) is Status.running
     assert [event.paused for event in read_events(paths.events) if isinstance(event, Paused)] == [True, False]
     assert stop(paths, 10) is Status.stopped
-    handle.process.wait(10)
+    handle.process.wait(60)
 
 
 def test_stop_without_grace_only_asks(paths: RunPaths) -> None:
@@ -161,7 +161,7 @@ def test_stop_without_grace_only_asks(paths: RunPaths) -> None:
     assert stop(paths, 0.1) is Status.failed
     last = read_events(paths.events)[-1]
     assert isinstance(last, (Failed, Finished))
-    handle.process.wait(10)
+    handle.process.wait(60)
 
 
 _DEAF = """
@@ -191,7 +191,7 @@ def test_a_worker_deaf_to_everything_is_killed_in_the_end(paths: RunPaths) -> No
         time.sleep(0.01)
 
     assert stop(paths, 3.0, clock=lambda: now[0], sleep=sleep) is Status.crashed
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     assert now[0] >= 13.0
 
 
@@ -218,7 +218,7 @@ def test_stopping_a_run_never_signals_a_process_that_is_not_its_worker(paths: Ru
     finally:
         for child in (bystander, holder):
             child.kill()
-            child.wait(10)
+            child.wait(60)
 
 
 def test_stopping_what_is_not_alive_does_nothing(paths: RunPaths) -> None:

@@ -41,8 +41,10 @@ def test_killed_at_any_moment_a_run_is_crashed_and_its_files_are_whole(paths: Ru
             resume(paths, module=MODULE, environment=environment) if attempt else launch_fake(paths, steps=1_000_000)
         )
         time.sleep(chance.random() * 0.1)
+        if attempt == KILLS - 1:  # on a busy machine none of the moments before may lie among the steps
+            wait_for(lambda: any(isinstance(event, StepDone) for event in read_events(paths.events)))
         handle.process.kill()
-        handle.process.wait(10)
+        handle.process.wait(60)
         assert run_status(paths, now=time.time() + 3600) is Status.crashed
         for whole in (paths.process, paths.launch):
             assert json.loads(whole.read_text())["pid"] == handle.pid
@@ -63,14 +65,14 @@ def test_crashed_shows_soon_after_the_kill(paths: RunPaths) -> None:
     wait_for(lambda: run_status(paths) is Status.running)
     os.kill(handle.pid, signal.SIGKILL)
     wait_for(lambda: run_status(paths) is Status.crashed)
-    handle.process.wait(10)
+    handle.process.wait(60)
 
 
 def test_a_run_that_fills_the_disk_says_so_in_its_last_line(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "400k") as disk:
         paths = make_run(disk)
         handle = launch_fake(paths, steps=1_000_000)
-        assert handle.process.wait(30) == 1
+        assert handle.process.wait(60) == 1
         events = read_events(paths.events)
         status = run_status(paths)
     assert isinstance(events[-1], Failed)
@@ -94,7 +96,7 @@ def test_a_patient_run_on_a_full_disk_waits_goes_on_and_can_be_stopped(tmp_path:
         wait_for(lambda: read_history(paths).last_step > before)
         wait_for(lambda: run_status(paths) is Status.paused)
         stop(paths)
-        assert handle.process.wait(30) == 1
+        assert handle.process.wait(60) == 1
         events = read_events(paths.events)
         assert run_status(paths) is Status.failed
     steps = [event.step for event in events if isinstance(event, StepDone)]
@@ -136,7 +138,7 @@ def test_a_run_outlives_a_killed_parent(paths: RunPaths) -> None:
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"launched\n"
     parent.kill()
-    parent.wait(10)
+    parent.wait(60)
     assert run_status(paths).live
     _survived(paths)
 

@@ -204,7 +204,7 @@ def test_the_demo_asks_in_a_terminal_and_takes_a_no(installed: Installed) -> Non
         assert "Python package index" in shown
         os.write(ours, b"n\n")
         assert "Nothing was downloaded" in read_until(ours, "pip install")
-        assert process.wait(30) == 1
+        assert process.wait(60) == 1
     finally:
         process.kill()
         os.close(ours)

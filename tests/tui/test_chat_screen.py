@@ -153,7 +153,7 @@ def test_an_answer_is_stopped(run: RunPaths, tmp_path: Path, monkeypatch: pytest
         assert app.screen.query_one(Input).value == "more", "what was typed meanwhile is there to be asked"
 
     play(story, tmp_path)
-    processes.started[0]._process.wait(20)
+    processes.started[0]._process.wait(60)
 
 
 @pytest.mark.slow
