@@ -107,12 +107,14 @@ def test_a_patient_run_on_a_full_disk_waits_goes_on_and_can_be_stopped(tmp_path:
     assert "stopped while it waited" in events[-1].message
 
 
+# A terminal's own program: whoever runs the tests may have told all that they start to ignore the end of a terminal.
 _PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from studio.runs.layout import RunPaths
 from studio.runs.supervise import launch
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 launch(RunPaths(Path(sys.argv[1])), "tests.fakes.job")
 print("launched", flush=True)
 time.sleep(600)
