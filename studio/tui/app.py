@@ -1,6 +1,7 @@
 """The studio: one app, a stack of screens. `lora-studio` without a verb opens it.
 
-Knows no job library and starts none in its own process: runs live on when it ends, however it ends.
+The studio imports no training library and does no job in its own process. So every run goes on when the studio ends,
+however it ends.
 """
 
 import asyncio
@@ -43,14 +44,14 @@ _POLL_SECONDS_OVER_SSH = 1.0
 _SETTLED_SECONDS = 1.0
 _NOTE_SECONDS = 15.0
 _LEAVE_SECONDS = 5.0
-"""How long leaving a terminal that is gone may take."""
+"""How long the studio may take to quit once its terminal is gone; after that the process is ended."""
 _READ_PER_SECOND = 15.0
-"""Characters that are read in a second, slowly and for the first time."""
+"""Characters per second of somebody who reads a message slowly, and for the first time."""
 _ASCII_VARIABLE = "LORA_STUDIO_ASCII"
 
 
 class StudioApp(App[None]):
-    """Opens screens that other screens ask for, and leaves without ending what runs."""
+    """Opens the screens that other screens ask for. Quitting it ends no run."""
 
     TITLE = "lora-studio"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -99,12 +100,12 @@ class StudioApp(App[None]):
             launch: Start the recipe at once.
             setup: Begin with the guided set-up.
             services: What starts runs and looks things up; None takes the real ones.
-            poll_seconds: Pace at which runs are looked at and drawn.
-            theme: The theme to begin with; Textual's own where it is empty or unknown, or that of a terminal of sixteen
-                colours.
+            poll_seconds: Seconds between two looks at a run; what a look finds is drawn at once.
+            theme: The theme to begin with. Where it is empty or unknown, Textual's default is taken, or in a terminal
+                of sixteen colours the theme that was made for it.
             can_draw: Whether the terminal can draw a character; None where it draws all.
             source: The user's file that the recipe came from.
-            note: What is to be said of the recipe first.
+            note: A message on the recipe to show at the start; empty for none.
         """
         super().__init__()
         self._output_filter = SafeOutput(can_draw)
@@ -118,15 +119,16 @@ class StudioApp(App[None]):
         self._poll_seconds = poll_seconds
         self._configure = ConfigureScreen(recipe, runs_root=runs_root, services=self._services, source=source)
         self._note = note
+        # Runs that were opened or found alive on this visit. Those still alive at the end are named on leaving.
         self._seen: dict[Path, RunPaths] = {}
         self._before_hangup: Any = None
 
     def get_default_screen(self) -> Screen[None]:
-        """Return the configure screen: the first frame needs nothing else."""
+        """Return the configure screen, which is all that the first frame shows."""
         return self._configure
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Return what every row goes through before it is written."""
+        """Return the filters that every row of the screen passes before it is written to the terminal."""
         return [*super().get_line_filters(), self._output_filter]
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
@@ -138,7 +140,7 @@ class StudioApp(App[None]):
 
     def watch_theme(self, theme: str) -> None:
         """Keep a theme that the user chose."""
-        if self.is_running:
+        if self.is_running:  # the constructor sets a theme before that, which nobody chose
             self._keep_theme(theme)
 
     @work(thread=True, group="theme")
@@ -171,20 +173,21 @@ class StudioApp(App[None]):
         timeout: float | None = None,
         markup: bool = True,
     ) -> None:
-        """Say something in the corner for as long as reading it takes, where no other time is given."""
+        """Show a message in the corner; without a `timeout`, in seconds, it stays as long as reading it takes."""
         seconds = max(self.NOTIFICATION_TIMEOUT, len(message) / _READ_PER_SECOND) if timeout is None else timeout
         super().notify(message, title=title, severity=severity, timeout=seconds, markup=markup)
 
     def on_unmount(self) -> None:
-        """Leave the hang-up of the terminal to who had it before."""
+        """Give SIGHUP, the signal of a closed terminal, back to the handler that had it before."""
         if self._before_hangup is not None:
             signal.signal(signal.SIGHUP, self._before_hangup)
 
     def _leave_lost_terminal(self, loop: asyncio.AbstractEventLoop, number: int, _: object) -> None:
-        """Leave when the terminal is closed or its line is lost, and end all the same where that takes too long.
+        """Quit when the terminal was closed or its line was lost; end the process where quitting takes too long.
 
-        The kernel sends SIGCONT after it, at which Textual would begin anew, with another thread to write; that dies of
-        the first write to a terminal that is gone, and what is written waits for it without an end.
+        The kernel sends SIGCONT after SIGHUP. Textual would resume on it and start a new thread that writes to the
+        terminal. That thread dies of its first write, because the terminal is gone, and everything that is written
+        later waits for it for ever. So SIGCONT is ignored before anything else.
         """
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         end = threading.Timer(_LEAVE_SECONDS, os._exit, (128 + number,))
@@ -222,7 +225,7 @@ class StudioApp(App[None]):
         self.push_screen(SetupScreen(services=self._services, runs_root=self._runs_root), self._after_setup)
 
     def _after_setup(self, done: "SetupDone | None") -> None:
-        """Show what the set-up recommends and do with it what was asked for."""
+        """Show the recommended recipe and do with it what the user asked for; None means that the user left early."""
         if done is None:
             self.notify("The answers are kept: S, or lora-studio setup, goes on with them.", markup=False)
             return
@@ -248,12 +251,14 @@ class StudioApp(App[None]):
         self.exit(message=_farewell([paths.name for paths in live]) if live else None)
 
     def action_help(self) -> None:
-        """Explain the keys of the screen and, where a recipe is turned, its fields."""
+        """Explain the keys of the screen; on the configure screen explain the fields of the recipe, too."""
         from studio.tui.screens.help import HelpScreen  # noqa: PLC0415  not needed for the first frame
 
         screen = self.screen
         if isinstance(screen, ModalScreen):
             return
+        # Of a focused widget only the keys that the footer shows are listed: its hidden ones scroll or move a cursor.
+        # Hidden keys with ctrl or super are second keys for the same, or Textual's own.
         keys = [
             (active.binding.key, active.binding.description)
             for active in screen.active_bindings.values()
@@ -298,7 +303,7 @@ def run_studio(
         launch: Start the recipe at once.
         setup: Begin with the guided set-up.
         source: The user's file that the recipe came from.
-        note: What is to be said of the recipe first.
+        note: A message on the recipe to show at the start; empty for none.
     """
     services, remote = Services(), "SSH_CONNECTION" in os.environ
     app = StudioApp(
@@ -307,7 +312,7 @@ def run_studio(
         open_run=open_run,
         launch=launch,
         setup=setup,
-        poll_seconds=_POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS,
+        poll_seconds=_POLL_SECONDS_OVER_SSH if remote else _POLL_SECONDS,  # each look draws, which goes over the line
         services=services,
         theme=services.recall_theme(),
         can_draw=_can_draw(),
@@ -320,25 +325,28 @@ def run_studio(
 
 
 def show(app: StudioApp) -> int:
-    """Show an app in a process of its own until the user leaves it; return the exit code."""
-    # A full collection of garbage walks every object there is, nearly all of them made by imports and first screens: 70
-    # to 200 ms without an answer to a key, 3 to 10 once those are set aside.
+    """Show the one app of this process until the user leaves it; return the exit code."""
+    # A full garbage collection walks every object, and nearly all were made by imports and the first screens. No key is
+    # answered meanwhile: for 70 to 200 ms, but only for 3 to 10 ms once those objects are frozen.
     app.call_later(app.set_timer, _SETTLED_SECONDS, gc.freeze)
     app.run()
     return app.return_code or 0
 
 
 def _can_draw() -> Callable[[str], bool] | None:
-    """Return what the terminal can draw: by its encoding, all of it in a browser, no braille on the Linux console."""
+    """Return the test for characters that the terminal can draw; None in a browser, which draws them all.
+
+    The encoding of the terminal decides. The Linux console has UTF-8, but no braille.
+    """
     if os.environ.get(_ASCII_VARIABLE):
         return drawable("ascii")
-    if os.environ.get("TEXTUAL_DRIVER"):
+    if os.environ.get("TEXTUAL_DRIVER"):  # set by textual-serve, which shows the studio in a browser
         return None
     return drawable(getattr(sys.__stderr__, "encoding", None), braille=os.environ.get("TERM") != "linux")
 
 
 def _farewell(names: list[str]) -> Text:
-    """Return what is printed after the screen is gone. A Text, because a string would be read as markup."""
+    """Return what is printed once the screen is gone. It is a Text, because Textual reads a string as markup."""
     lines = [f"The run {plain(name, one_line=True)} goes on without the studio." for name in names]
     again = f"lora-studio runs attach {plain(names[0], one_line=True)}"
     return Text("\n".join([*lines, f"See it again with: lora-studio, or {again}"]))

@@ -19,10 +19,10 @@ class ShowRuns(Message):
 
 
 class ShowAudits(Message):
-    """The user wants the audits, and with a run that its adapter is audited."""
+    """The user wants the list of audits and, where a run is given, a new audit of its adapter."""
 
     def __init__(self, run: RunPaths | None = None) -> None:
-        """Carry the run."""
+        """Carry the run whose adapter is to be audited, if any."""
         super().__init__()
         self.run = run
 

@@ -33,8 +33,8 @@ class Glance:
         status: How it stands.
         history: Everything told so far.
         output: New lines of its output, harmless.
-        news: How many events are new.
-        behind: Whether more events wait to be read than one look takes.
+        news: How many events this look has read.
+        behind: Whether the log holds more events than one look reads.
     """
 
     status: Status
@@ -57,7 +57,10 @@ class RunFeed:
         self._looks = 0
 
     def read_on(self, seconds: float) -> tuple[History, bool]:
-        """Read a long log for about so many seconds; return the history and whether more waits. `look` tells it."""
+        """Read events of a long log for about so many seconds; return the history and whether more wait.
+
+        Status and output are left to the next `look`.
+        """
         end = time.perf_counter() + seconds
         while self._watch.poll(_BYTES_PER_READ):
             if time.perf_counter() >= end:
@@ -65,21 +68,22 @@ class RunFeed:
         return self._watch.history, False
 
     def look(self) -> Glance:
-        """Return what is new, of a long log a slice: cheap enough for the thread that draws."""
+        """Return what is new. Of a long log it reads a slice only, which is cheap enough for the thread that draws."""
         events = self._watch.poll(_BYTES_PER_LOOK)
         behind = self._watch.behind and bool(events)
         self._looks += 1
         only_steps = all(isinstance(event, (StepDone, MemorySeen)) for event in events)
-        # The status reads the log's end again, some 10 ms: while steps flow, who writes them is known to live.
+        # To find the status, the end of the log is read again, which takes some 10 ms. New steps show that the worker
+        # lives; so while nothing but steps comes, the status is looked at every fourth time.
         if self._status is None or not events or not only_steps or self._looks % _LOOKS_PER_STATUS == 0:
             self._status = self._status_of(self.paths)
         return Glance(self._status, self._watch.history, self._output.poll(), len(events), behind)
 
 
 class OutputTail:
-    """Follows `output.log`, which is foreign text: every line comes back harmless, once it is whole.
+    """Follows `output.log`. Any library may have written it, so each line is made harmless before it is returned.
 
-    The first look takes the end only.
+    A line is returned once it is whole. The first look reads the end of the file only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +113,7 @@ class OutputTail:
         return harmless(b"\n".join(newest).decode("utf-8", "replace"))
 
     def _begin(self, size: int) -> int:
-        """A log that shrank is another log: read it from its start."""
+        """Return the byte to read from. A log that shrank is a new one, of which the end is read, as at first."""
         if self._offset is None or size < self._offset:
             return max(0, size - _FIRST_BYTES)
         return max(self._offset, size - _MOST_BYTES)
@@ -121,7 +125,7 @@ def harmless(text: str) -> list[str]:
 
 
 class Cursor:
-    """How far a growing series was handed on, and whether what was handed on still holds."""
+    """Remembers how much of a growing series a plot has got, and notices when the series was replaced."""
 
     def __init__(self) -> None:
         self._sent = 0
@@ -129,11 +133,13 @@ class Cursor:
         self._source: object = None
 
     def start(self, steps: Sequence[int], source: object) -> int:
-        """Return the index from which to hand on, 0 when everything must be handed on anew; counts all as handed on.
+        """Return the index of the first point that is new; 0 where the plot must begin anew.
+
+        After this call all points count as handed on.
 
         Args:
             steps: The steps of the series now.
-            source: What the series came from; another object (a resumed worker) makes what was handed on void.
+            source: What the series came from. Another object, as after a resume, means another series.
         """
         known = self._sent
         holds = source is self._source and known <= len(steps) and (not known or steps[known - 1] == self._last)
@@ -143,7 +149,7 @@ class Cursor:
 
 
 def waits_for(paths: RunPaths, status: Status) -> str:
-    """Return a request that the worker has not answered yet, in words."""
+    """Return in words a request that the worker has not answered yet; empty where there is none."""
     if status in (Status.starting, Status.running) and requested(paths, "pause"):
         return "pause asked for: after this step"
     if status is Status.paused:

@@ -1,4 +1,7 @@
-"""What a recipe needs on a card, quickly enough to follow a slider. No driver, no disk, no screen."""
+"""What a recipe needs on a card, worked out quickly enough to follow a slider.
+
+Nothing here asks a driver or draws: the model and the card were looked at before.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,14 +22,17 @@ ADAPTER_BYTES_PER_PARAMETER = 4
 """Adapters are trained and saved in fp32 (peft's autocast_adapter_dtype)."""
 
 Correction = Callable[[VramEstimate, Setup, Gpu | None], VramEstimate]
+"""Corrects an estimate by what earlier runs measured."""
 
 _MOST_ROWS = 4096
+"""The largest micro-batch that is tried."""
 _REMEMBERED = 4096
+"""Results that a forecaster keeps of each kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """An estimate and the bytes that it may take; None without a card."""
+    """The estimate of a recipe, and the bytes that a run of it can get; these are None without a card."""
 
     estimate: VramEstimate
     budget_bytes: int | None
@@ -38,7 +44,7 @@ class Outlook:
 
     @property
     def over_bytes(self) -> int:
-        """What the expected peak has beyond the budget, 0 where it has nothing."""
+        """By how many bytes the expected peak exceeds the budget; 0 where it does not."""
         return 0 if self.budget_bytes is None else max(0, -self.estimate.headroom_bytes(self.budget_bytes))
 
 
@@ -51,14 +57,14 @@ class Forecaster:
         Args:
             shape: The model.
             device: Its card, or the CPU.
-            correct: What this machine's own runs make of an estimate.
+            correct: Corrects an estimate by the runs of this machine; None leaves it as it is.
         """
         self.shape, self.device, self._correct = shape, device, correct
         self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
         self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
 
     def outlook(self, recipe: Recipe) -> Outlook:
-        """Return what a sound recipe needs and may take.
+        """Return what a recipe without problems needs, and its budget.
 
         Raises:
             BadInput: Its targets or its rank do not suit the model.
@@ -66,7 +72,9 @@ class Forecaster:
         return Outlook(self._estimate(setup_of(recipe, self.device.gpu)), self.device.budget_bytes(recipe))
 
     def largest_batch(self, recipe: Recipe) -> int | None:
-        """Return the largest micro-batch that fits at the high end of its range; 0 for none, None without a budget.
+        """Return the largest micro-batch that fits even at the high end of its estimate; None without a budget.
+
+        It is 0 where not even one row fits.
 
         Raises:
             BadInput: Targets or rank do not suit the model.
@@ -76,7 +84,7 @@ class Forecaster:
         return None if budget is None else self._largest(setup, budget)
 
     def fix_that_fits(self, recipe: Recipe) -> Fix | None:
-        """Return the gentlest changes that make a recipe fit, or nearly fit; None where nothing does.
+        """Return the gentlest changes after which a recipe fits or is tight; None where there are none.
 
         Raises:
             BadInput: The recipe cannot be estimated.
@@ -104,7 +112,7 @@ class Forecaster:
         return self._correct(estimate, setup, self.device.gpu) if self._correct else estimate
 
     def _searched(self, setup: Setup, budget: int) -> int:
-        """Double until it is too much, then halve the gap."""
+        """Return the most rows that fit: double their number until they are too many, then halve the gap."""
         fitting, too_much = 0, 1
         while too_much <= _MOST_ROWS and self._fits(setup, too_much, budget):
             fitting, too_much = too_much, 2 * too_much

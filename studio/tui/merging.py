@@ -1,4 +1,4 @@
-"""What the merge screen knows: choices, estimates, the request that they become. No widget in here."""
+"""What the merge screen knows: the choices, the estimates and the request that they become. No widget in here."""
 
 import shutil
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ class MergeFacts:
         paths: The run.
         recipe: What it was trained from.
         checkpoints: What can be merged, by step; the last is the run's adapter.
-        base_bytes: The base in 16 bit; None where it cannot be found now.
-        free_ram_bytes: Of this computer; None where it does not tell.
+        base_bytes: Size of the base in 16 bit; None where it cannot be found now.
+        free_ram_bytes: Free main memory of this computer; None where it does not tell.
         why_not: Why nothing can be merged; empty where something can.
     """
 
@@ -45,7 +45,7 @@ class MergeFacts:
 
 @dataclass(frozen=True, slots=True)
 class OutputEstimate:
-    """What one output takes, in bytes and seconds; estimates. None is "not known"."""
+    """An estimate of what one output takes, in bytes and seconds. None means "not known"."""
 
     form: str
     words: str
@@ -56,7 +56,7 @@ class OutputEstimate:
 
 
 def read_facts(paths: RunPaths) -> MergeFacts:
-    """Look at a run, its base and this computer; takes a moment, and asks the hub where the base lies only there.
+    """Look at a run, its base and this computer. It takes a moment: a base that is not here is looked up on the hub.
 
     Raises:
         StudioError: It is no training run.
@@ -77,13 +77,17 @@ def read_facts(paths: RunPaths) -> MergeFacts:
     except StudioError as error:
         why = str(error)
     found = tuple(list_checkpoints(paths))
+    # The list ends with the run's adapter, which is the one entry without a checkpoint folder.
     if not found or found[-1].folder is not None:
         why = "it has no adapter yet: once its training has ended or was stopped, it is offered here"
     return MergeFacts(paths, job, found, size, psutil.virtual_memory().available, why)
 
 
 def run_standing(paths: RunPaths) -> tuple[Status, int | None, int | None]:
-    """Return what changes when there is something else to merge: the run's status, its adapter, its checkpoints."""
+    """Return the run's status and when its adapter and checkpoints last changed.
+
+    While these stay the same, there is nothing new to merge.
+    """
     return (run_status(paths), _changed_at(paths.adapter), _changed_at(paths.checkpoints))
 
 
@@ -137,7 +141,7 @@ def free_disk(folder: Path) -> int | None:
 
 
 def proposed_out(paths: RunPaths) -> Path:
-    """Return a folder for the merged model that does not exist yet, beside the runs' folder."""
+    """Return a folder for the merged model that does not exist yet, in `models` beside the folder of all runs."""
     stem = paths.root.parent.parent / "models" / paths.name
     for place in range(1, 1000):
         folder = stem if place == 1 else stem.with_name(f"{stem.name}-{place}")
@@ -149,7 +153,7 @@ def proposed_out(paths: RunPaths) -> Path:
 def merge_request(
     facts: MergeFacts, checkpoint: Checkpoint, onto: str, out: Path, forms: Sequence[str] = ()
 ) -> MergeRequest:
-    """Return the merge of a checkpoint, and the formats that the merged model is exported to then."""
+    """Return the request to merge a checkpoint, and then to export the merged model to these formats."""
     request = MergeRequest(
         adapter=str(facts.paths.adapter.absolute()),
         base=facts.recipe.model.base,

@@ -19,12 +19,12 @@ def gib(size_bytes: float | None) -> str:
 
 
 def to_gib(size_bytes: float) -> float:
-    """Return bytes in GiB; what is not a number stays so."""
+    """Return bytes in GiB; NaN stays NaN."""
     return size_bytes / _GIB
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return a measured number with that many significant digits; what is not finite is said."""
+    """Return a measured number with that many significant digits; infinity and NaN are shown as `inf` and `nan`."""
     if value is None:
         return UNKNOWN
     if not math.isfinite(value):
@@ -41,7 +41,7 @@ def setting(value: float) -> str:
 
 
 def count(value: float | None) -> str:
-    """Return a whole count with thin groups: 1 204."""
+    """Return a whole number with a space between its thousands: 1 204."""
     return UNKNOWN if value is None or not math.isfinite(value) else f"{round(value):,}".replace(",", " ")
 
 

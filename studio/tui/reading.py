@@ -1,4 +1,4 @@
-"""An outlook in the words and parts that the screen shows."""
+"""The outlook of a recipe as the screen shows it: the parts of the gauge, and the words below it."""
 
 from studio.core.text import plain
 from studio.probe.cards import Card, CardProcess
@@ -24,7 +24,7 @@ _LONGEST_NAME = 40
 
 
 def reading_of(outlook: Outlook | str) -> Reading:
-    """Return what the gauge shows: the peak by component, in GiB; without an outlook the reason."""
+    """Return what the gauge shows: the peak by component in GiB; without an outlook, the reason why there is none."""
     if isinstance(outlook, str):
         return Reading(verdict=plain(outlook, one_line=True, limit=200))
     estimate = outlook.estimate
@@ -50,7 +50,7 @@ def reading_of(outlook: Outlook | str) -> Reading:
 
 
 def peak_words(outlook: Outlook, device: PlanDevice) -> list[str]:
-    """Return the lines below the gauge: where the peak is, what is left, which card is meant, any doubts."""
+    """Return the lines below the gauge: in which stage the peak is, what is left, which card is meant, any doubts."""
     stage = STAGES.get(outlook.estimate.stage, outlook.estimate.stage)
     room = ""
     if outlook.budget_bytes is not None:
@@ -61,14 +61,14 @@ def peak_words(outlook: Outlook, device: PlanDevice) -> list[str]:
 
 
 def process_words(process: CardProcess) -> str:
-    """Return who uses a card: name, number, and how much of it where the driver tells."""
+    """Return a process that uses a card: its name, its id, and its GiB where the driver tells."""
     name = plain((process.name or "process").rpartition("/")[2], one_line=True, limit=_LONGEST_NAME)
     held = f" {gib(process.used_bytes)}" if process.used_bytes is not None else ""
     return f"{name} ({process.pid}){held}"
 
 
 def others_words(card: Card) -> str:
-    """Return who uses a card beside a run: the largest by name, as far as the driver tells."""
+    """Return which other processes use a card: the largest few by name, and how many more there are."""
     words = [process_words(process) for process in card.processes or ()]
     if not words:
         return "other processes"

@@ -1,7 +1,7 @@
-"""What the screens ask of the rest of the program: runs are started, the machine is looked at, answers are kept.
+"""What the screens ask of the rest of the program: to start runs, to look at the machine, to keep answers.
 
-Every call may take seconds: call them from a thread. Each imports what it needs when it is called: the first frame
-needs none of it and would come an eighth later (335 ms of CPU time, not 292, with the estimator alone).
+A call may take seconds, so a screen makes it from a thread. Each method imports what it needs when it is called: the
+first frame needs none of it, and with the estimator alone it would take 335 ms of CPU time instead of 292.
 """
 
 import json
@@ -34,24 +34,24 @@ class Services:
     """The real services; a test gives its own in their place."""
 
     def start(self, job: "Job", runs_root: Path) -> RunPaths:
-        """Check a job, make its run and launch it; a merge launches the exports that are to follow it.
+        """Check a job, make its run and launch its worker. The worker of a merge launches the exports that follow it.
 
         Raises:
-            StudioError: It cannot be done so, or its worker cannot be started.
+            StudioError: The job cannot be done as it is asked for, or its worker cannot be started.
         """
         from studio.launch.start import start
 
         return start(job, runs_root)
 
     def resume(self, paths: RunPaths, *, from_start: bool = False) -> None:
-        """Launch the worker of a run that has ended early again.
+        """Launch a new worker for a run that has ended early.
 
         Args:
             paths: The run.
             from_start: Whether it may start over where no checkpoint is whole.
 
         Raises:
-            NoWholeCheckpoint: It can only start over.
+            NoWholeCheckpoint: No checkpoint is whole, so that the run could only start over.
             StudioError: It cannot be resumed.
         """
         from studio.launch.start import resume
@@ -59,7 +59,7 @@ class Services:
         resume(paths, from_start=from_start)
 
     def end_now(self, paths: RunPaths) -> None:
-        """End a worker that does not stop when asked."""
+        """End a worker at once, without waiting for it to save."""
         from studio.runs.supervise import stop
 
         stop(paths, grace_seconds=0.0)
@@ -85,7 +85,7 @@ class Services:
         return read_facts(paths)
 
     def card(self) -> str:
-        """Return in a few words what a run would run on."""
+        """Return in a few words the card, or the CPU, that a run would use on this machine."""
         from studio.probe.device import look, place_of
 
         sight = look()
@@ -101,14 +101,14 @@ class Services:
         return f"{gpu.name}{total}{more}{used}{heat}"
 
     def forecaster(self, recipe: Recipe, planned: str) -> "Forecaster":
-        """Find a recipe's model and its card.
+        """Return an estimator for the model of a recipe on a card.
 
         Args:
-            recipe: What is to be estimated.
+            recipe: Names the model and, where nothing else is planned for, the device.
             planned: A card of the catalogue; empty for this machine's.
 
         Raises:
-            StudioError: The model cannot be looked at, or no card is called that.
+            StudioError: The model cannot be looked at, or the catalogue has no such card.
         """
         from studio.core.gpu_catalogue import find_gpu
         from studio.probe.device import place_of
@@ -121,13 +121,13 @@ class Services:
         return Forecaster(shape, device, calibrated)
 
     def spills(self) -> bool:
-        """Return whether the driver moves what does not fit into main memory instead of refusing it (Windows, WSL)."""
+        """Return whether the driver moves what does not fit on the card into main memory, as on Windows and WSL."""
         from studio.probe.machine import spills_to_ram
 
         return spills_to_ram()
 
     def free_ram_bytes(self) -> int | None:
-        """Return the main memory that a run on the CPU can have, in bytes; None where the system does not tell."""
+        """Return the main memory that a run on the CPU can get, in bytes; None where the system does not tell."""
         from studio.probe.machine import free_ram_bytes
 
         return free_ram_bytes()
@@ -145,7 +145,7 @@ class Services:
         return local_models(likely_places())
 
     def search_hub(self, words: str) -> list[str]:
-        """Return ids of the hub, the most used first.
+        """Return the ids of models on the hub that words find, the most used first.
 
         Raises:
             BadInput: The hub cannot be asked.
@@ -155,7 +155,7 @@ class Services:
         return search_hub(words)
 
     def shape(self, base: str, card: str) -> "ModelShape":
-        """Look at a model, for a card of the catalogue or (empty) this machine's.
+        """Look at a model that is to be trained on a card of the catalogue, or with an empty `card` on this machine's.
 
         Raises:
             BadInput: It cannot be used.
@@ -207,11 +207,11 @@ class Services:
         keep_answers(answers)
 
     def recall_planned(self) -> str:
-        """Return the card of the catalogue that was planned for last; empty for none or where the file is damaged."""
+        """Return the card of the catalogue that was planned for last; empty for none, or where the file is damaged."""
         return _recall(_CARD, "card")
 
     def keep_planned(self, name: str) -> None:
-        """Keep the card that is planned for for the next visit; empty plans for this machine again.
+        """Keep the planned card for the next visit; an empty name plans for this machine again.
 
         Raises:
             OSError: It cannot be written.
@@ -219,7 +219,7 @@ class Services:
         _keep(_CARD, "card", name)
 
     def recall_theme(self) -> str:
-        """Return the name of the theme that was chosen last; empty for none or where the file is damaged."""
+        """Return the theme that was chosen last; empty for none, or where the file is damaged."""
         return _recall(_THEME, "theme")
 
     def keep_theme(self, name: str) -> None:
@@ -254,7 +254,7 @@ def _shape(base: str, revision: str) -> "ModelShape":
 
 @lru_cache(maxsize=32)
 def _hub_shape(base: str, revision: str) -> "ModelShape":
-    """A model of the hub is asked for once: each look at the card would ask again."""
+    """Look at a model on the hub. The answer is kept, because every new look at the card comes by here."""
     from studio.probe.shape import find_shape
 
     return find_shape(base, revision)

@@ -1,6 +1,6 @@
-"""What the guided set-up says and offers: what was found, what follows from it, what can be chosen at each step.
+"""The texts and options of the guided set-up: what was found, what follows from it, what each step offers.
 
-Foreign text is never read as markup.
+Text from files and from the machine is never read as markup.
 """
 
 import textwrap
@@ -50,8 +50,8 @@ class SetupDone:
 
     Attributes:
         recipe: The recommended recipe.
-        then: Start it, look at it on the configure screen, or save it to a file.
-        card: The card that was planned for; empty for this machine's.
+        then: Whether to start it, to look at it on the configure screen, or to save it to a file.
+        card: The card of the catalogue that was planned for; empty for this machine's.
     """
 
     recipe: Recipe
@@ -155,7 +155,7 @@ def goal_line(goal: Goal) -> Content:
 
 
 def goal_text(goal: Goal) -> Content:
-    """Return whether something else would do instead."""
+    """Return whether fine-tuning suits a goal, and what to try instead or before."""
     words = GOALS[goal]
     head = "Before you train" if words.fits else "Fine-tuning is not the first tool for this"
     return Content.assemble((f"{head}\n", "$text-warning bold" if not words.fits else "bold"), words.instead)
@@ -200,13 +200,13 @@ def refused_text(reason: str) -> Content:
 
 
 def card_options(card: str) -> Options:
-    """Offer this machine, the card of the catalogue that was chosen, another one."""
+    """Offer this machine, the card of the catalogue that was chosen before, and the choice of another one."""
     chosen = [(card, Content(f"Plan for {plain(card, one_line=True)}"))] if card else []
     return [(HERE, Content("This machine, as it is")), *chosen, (OTHER, Content("Plan for another card ..."))]
 
 
 def data_options(files: Sequence[str], chosen: str) -> Options:
-    """Offer the embedded data and the files that were found; before them another file that was chosen."""
+    """Offer the embedded data and the files that were found; a chosen file that is not among them comes first."""
     options: Options = [(EMBEDDED, Content("embedded: questions about Python's standard library"))]
     options += [(file, path_line(file)) for file in files]
     return options if chosen in (EMBEDDED, *files) else [(chosen, path_line(chosen)), *options]
@@ -228,17 +228,17 @@ def end_options() -> Options:
 
 
 def likely_end(recommendation: Recommendation, card: str) -> Then:
-    """Return which of them stands under the cursor: a start, where the recipe runs here and fits."""
+    """Return the option that the cursor stands on: to start, where the recipe is for this machine and fits."""
     return "launch" if recommendation.verdict in (None, "fits") and not card else "configure"
 
 
 def goal_of(word: str) -> Goal:
-    """Return the goal of an option."""
+    """Return the goal that an option stands for."""
     return next(goal for goal in GOALS if goal == word)
 
 
 def end_of(word: str) -> Then:
-    """Return the end of an option."""
+    """Return what an option of the last step does."""
     return "launch" if word == "launch" else "save" if word == "save" else "configure"
 
 

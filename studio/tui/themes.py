@@ -73,6 +73,7 @@ SIXTEEN = Theme(
         "text-muted": "#aaaaaa",
     },
 )
-"""Colours that a terminal of sixteen has itself: the tints of other themes become the nearest of them, mostly grey."""
+"""Uses only the colours that a terminal of sixteen colours has. It would show the tints of other themes as the nearest
+of those, which is mostly grey."""
 
 OURS = (HIGH_CONTRAST, HIGH_CONTRAST_LIGHT, COLOUR_BLIND, SIXTEEN)

@@ -48,7 +48,12 @@ class Side:
 
 
 def sides_of(recipe: Recipe, forecaster: Forecaster, *, batches: bool) -> dict[Method, Side]:
-    """Return both methods; the largest batches take milliseconds and are left out unless asked for.
+    """Return both methods of a recipe.
+
+    Args:
+        recipe: What is compared as LoRA and as QLoRA.
+        forecaster: Estimates it.
+        batches: Whether to add what takes milliseconds and more: largest batch, speed, and what a race has measured.
 
     Raises:
         BadInput: The recipe cannot be estimated.
@@ -101,7 +106,7 @@ def rows_of(sides: dict[Method, Side], *, waiting: bool) -> list[tuple[str, str,
 
 
 def footnote(sides: dict[Method, Side]) -> str:
-    """Return what no cell of the table can say: how the methods merge, what quality costs, whence the speed."""
+    """Return what no cell of the table can say: how methods merge, what 4 bits cost, where the speed comes from."""
     pace = sides["lora"].pace
     speed = "" if pace is None else f" Speed: {pace.speed.basis}." if pace.speed else f" Speed: {pace.why_not}."
     words = _quality_words([sides[method] for method in METHODS])
@@ -109,7 +114,7 @@ def footnote(sides: dict[Method, Side]) -> str:
 
 
 def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
-    """Return the held-out losses that a race measured, else that nobody has measured them."""
+    """Return the held-out losses and speeds that a race measured; without a race, a row that says so."""
     lora, qlora = (side.measured for side in pair)
     if lora is None or qlora is None:
         return [("quality", "the reference", "not measured")]
@@ -124,11 +129,11 @@ def _quality_rows(pair: list[Side]) -> list[tuple[str, str, str]]:
 
 
 def _uses(pair: list[Side]) -> tuple[str, str]:
-    """Return what each method is for: what a race showed, else what memory says."""
+    """Return when to use each method, judged by a race where one was run, else by memory alone."""
     qlora = pair[1].measured
     if qlora is None or pair[0].measured is None:
         return "where it fits", "on less memory"
-    sign = seen_sign(qlora.more)
+    sign = seen_sign(qlora.more)  # of the loss of QLoRA above that of LoRA; 0 where no difference can be seen
     if sign > 0:
         return "learns better", "saves memory"
     return ("as good", "as good, leaner") if sign == 0 else ("where it fits", "learns better")

@@ -26,7 +26,7 @@ _READING = "reading the model ..."
 
 
 class Forecast(VerticalScroll):
-    """Follows a recipe: the gauge at once, what takes longer when the recipe has stood still for a moment."""
+    """Follows a recipe. The gauge changes at once; what takes longer waits until nothing was turned for a moment."""
 
     DEFAULT_CSS = """
     Forecast {
@@ -57,7 +57,7 @@ class Forecast(VerticalScroll):
             self.card = card
 
     class Ready(Message):
-        """A model and a card are known, or why not."""
+        """The model and the card were found, or the reason why they were not."""
 
         def __init__(self, sought: Recipe, planned: str, ground: "Forecaster | str") -> None:
             """Carry what was sought, and what can estimate it or the reason why nothing can."""
@@ -193,7 +193,7 @@ class Forecast(VerticalScroll):
         self._price_soon()
 
     def _show_words(self, recipe: Recipe, outlook: "Outlook", forecaster: "Forecaster") -> None:
-        if recipe is not self._recipe or forecaster is not self.forecaster:
+        if recipe is not self._recipe or forecaster is not self.forecaster:  # it was turned again since the last frame
             return
         from studio.tui.reading import peak_words  # noqa: PLC0415  with the estimator
         from studio.tui.trade import sides_of  # noqa: PLC0415
@@ -241,7 +241,7 @@ class Forecast(VerticalScroll):
             self._update("#other-fixes", other_fixes_text(fixes, first))
 
     def _update(self, name: str, text: Content) -> None:
-        """Repaint a text only when it changed, and lay the screen out anew only when its height did."""
+        """Repaint a text only when it changed, and lay out the screen anew only when the height of the text changed."""
         widget = self.query_one(name, Static)
         before, width = widget.content, widget.content_size.width
         if before == text:
@@ -251,5 +251,5 @@ class Forecast(VerticalScroll):
 
 
 def _ground_of(recipe: Recipe) -> tuple[str, str, str]:
-    """Return what decides which model and which card are meant."""
+    """Return the settings that a forecaster depends on: as long as they stay, model and card need no new look."""
     return recipe.model.base, recipe.model.revision, recipe.device.device
