@@ -1,6 +1,6 @@
 """What an audit's figures mean: losses and divergences with intervals, and the words that follow from them.
 
-Per-token figures come in; everything that goes out says on how many rows and tokens it rests.
+The input is figures per token; every result says on how many rows and tokens it rests.
 """
 
 import math
@@ -11,7 +11,7 @@ from studio.core.evidence import could_hide, difference_in_words, seen_sign, too
 from studio.core.intervals import Interval, quantile_interval, ratio_interval
 
 NOTHING_NATS = 1e-6
-"""KL per token up to which two models are one: fp32 rounding of our own arithmetic gives up to 1e-7."""
+"""KL per token up to which two models count as the same: fp32 rounding of our own arithmetic gives up to 1e-7."""
 _TAIL = 0.99
 
 
@@ -99,7 +99,7 @@ def forgetting_of(before: Figures, after: Figures) -> Forgetting:
     """Return what training did to a neutral text.
 
     Args:
-        before: The base without the adapter; compared with the trained model.
+        before: The base without the adapter, with the trained model as its reference.
         after: The trained model on the same passages.
     """
     more = before.more.negated
@@ -239,8 +239,9 @@ def advise_run(
 ) -> Advice:
     """Return which form of a trained model to use.
 
-    The lowest task loss wins; among those that do not differ from it the first of `choices` does. Closeness to the
-    trained model is told, but is not the judge: on one adapter the 16-bit merge was further away and better.
+    The form with the lowest task loss wins; among forms that cannot be told apart from it the first of `choices` wins.
+    Closeness to the trained model is reported but does not decide: on one adapter the 16-bit merge was further away
+    and better.
 
     Args:
         measured: Figures on the held-out rows, compared with the trained model.
@@ -274,7 +275,8 @@ def advise_run(
         )
     known = [name for name in choices if name in measured]
     lowest = min(known, key=lambda name: measured[name].loss.value)
-    # Paired with the trained model, not with each other: two that overlap are called alike, which errs to "alike".
+    # Each form is paired with the trained model, not with another form. Overlapping intervals count as alike, so that
+    # forms are rather called alike than different.
     alike = [name for name in known if not apart(measured[name].more, measured[lowest].more)]
     best = alike[0]
     others = [name for name in alike if name != best]

@@ -162,7 +162,7 @@ def answers_of(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def answer_table(report: Mapping[str, Any]) -> Table:
-    """Return how every form fares under every rule; nothing where nobody answered."""
+    """Return how every form fares under every rule; nothing where no form gave answers."""
     answers = answers_of(report)
     if not answers:
         return []
@@ -232,7 +232,7 @@ def lane_table(report: Mapping[str, Any]) -> Table:
 
 
 def _speed(speed: Mapping[str, Any] | None) -> str:
-    """Return the tokens a second that a form writes, where from, and on what."""
+    """Return the tokens a second that a form writes, whether that was measured, and with what and where."""
     if not speed or speed.get("decode_tokens_per_second") is None:
         return "not measured"
     where = " ".join(str(part) for part in (speed.get("runtime"), speed.get("device")) if part)

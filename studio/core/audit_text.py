@@ -1,7 +1,8 @@
 """An audit's report as tables and words: the same for command line, screen and exported page.
 
 Reads the report's plain values (`report.json`). Names of models, runs and files, prompts and answers in it came from
-outside: whoever shows a text makes it harmless; cells and lines are so already.
+outside: whoever shows such a text must first make it harmless. The cells and lines that functions here return are so
+already.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ class Shown:
 
     Attributes:
         prompt: Harmless, with its line breaks.
-        said: Who, what, and how it fares, the held-out answer first.
+        said: For each answer who gave it, its text, and how it fares under the rules; the held-out answer first.
     """
 
     prompt: str
@@ -163,7 +164,8 @@ def markdown_of(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]] =
     Args:
         report: Its plain values.
         pictures: Files beside the page, each with what it shows.
-        texts: Whether prompts and answers are quoted: rows of the user's data, which are nobody else's business.
+        texts: Whether prompts and answers are quoted. They are rows of the user's data: a page for others omits
+            them.
     """
     tokens = tokens_of(report)
     lines = [f"# Audit: {title_of(report)}", "", *advice_lines(report), ""]
@@ -185,12 +187,12 @@ def markdown_of(report: Mapping[str, Any], pictures: Sequence[tuple[str, str]] =
 
 
 def _rows_word(report: Mapping[str, Any]) -> str:
-    """Only what a run did not train on is held out; with a base nothing was."""
+    """Return what the measured rows are called: held-out ones exist only where something was trained here."""
     return "rows" if report.get("what") == "base" else "held-out rows"
 
 
 def _row_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return which rows were measured, and what is not known of models that no record says anything of."""
+    """Return which rows were measured, and for which models it is not known whether they were trained on them."""
     said = [f"Measured on {report['rows_from']}."] if report.get("rows_from") else []
     said += [f"{note.rstrip('.')}." for note in report.get("rows_notes") or ()]
     if report.get("what") == "base":

@@ -1,7 +1,7 @@
-"""What can be changed about a recipe to make it smaller, kind by kind: gentlest kinds first, smallest changes first.
+"""What can be changed in a recipe so that it needs less memory: gentlest kinds first, smallest changes first in each.
 
-Gentle means: first what costs nothing, then what costs time, then what costs quality, then what costs data. Knows no
-bytes and no card; `studio.core.fit` searches in it.
+A change is gentler the less it costs: first come those that cost nothing, then time, then quality, then data. Knows no
+bytes and no card; `studio.core.fit` searches among these changes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ class Change:
         words: What is changed, for a user.
         price: What it costs besides memory and time, in a few words.
         why: The same in a sentence.
-        time: Lowest and highest factor on the time of a step where nobody can compute it.
+        time: Lowest and highest factor on the time of a step, for where it cannot be computed.
     """
 
     settings: tuple[tuple[str, Any], ...]

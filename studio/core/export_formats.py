@@ -15,12 +15,12 @@ class ExportFormat:
 
     Attributes:
         words: What it is, for a person who chooses one.
-        bits: Bits of a weight of an 8B model, of those that have 16 before; 0 for a format of the adapter alone.
-        seconds_per_gb: Of 16-bit weights, on two busy cores.
+        bits: Mean bits per weight of an 8B model, which has 16 before; 0 for a format of the adapter alone.
+        seconds_per_gb: Seconds that a GB of 16-bit weights takes on two busy cores.
         gguf: The result is one GGUF file, which is made a tensor at a time and may be named by itself; any other is a
             folder, for which the whole model is loaded.
-        sixteen_first: It is made of a 16-bit file, which lies beside it meanwhile.
-        four_bits: It rounds to 4 bits by scales as those of a 4-bit base.
+        sixteen_first: It is made from a 16-bit GGUF file, which needs room beside it meanwhile.
+        four_bits: It rounds to 4 bits with scales of the same kind as those of a 4-bit base.
     """
 
     words: str

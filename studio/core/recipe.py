@@ -480,8 +480,8 @@ class Recipe:
     def with_(self, path: str, value: Any) -> "Recipe":
         """Return a copy with the value at a dotted path replaced, in the field's own type where it means the same.
 
-        So 4.0 is 4 in a field of whole numbers, a list is a tuple, and the list `["all-linear"]` is that word. What
-        means nothing there is kept as it is, for `problems` to tell.
+        So 4.0 becomes 4 in a field of whole numbers, a list a tuple, and the list `["all-linear"]` that word. A value
+        that is wrong for the field is kept as it is, so that `problems` can report it.
 
         Raises:
             KeyError: No field has this path.
@@ -493,7 +493,7 @@ class Recipe:
         return replace(self, **{section: replace(getattr(self, section), **{name: value})})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain tables and values, ready for TOML or JSON: those of no table first, as TOML wants it."""
+        """Return plain tables and values, ready for TOML or JSON: fields outside tables first, as TOML demands."""
         table: dict[str, Any] = {}
         for path in sorted(FIELDS, key=lambda path: "." in path):
             section, _, name = path.rpartition(".")
@@ -553,7 +553,7 @@ def number_of(path: str) -> Number:
 def differing_fields(recipes: "Sequence[Recipe | None]") -> dict[str, list[Any]]:
     """Return the fields in which recipes differ, each with its values in order; the name is no difference.
 
-    Where a recipe is missing (another kind of job, or an unreadable file) its values are None, and are no difference.
+    Where a recipe is missing (another kind of job, or an unreadable file) its values are None and make no difference.
     """
     values = {path: [None if recipe is None else recipe.get(path) for recipe in recipes] for path in FIELDS}
     known = [place for place, recipe in enumerate(recipes) if recipe is not None]

@@ -13,9 +13,12 @@ from studio.core.value_kinds import ValueKind
 T = TypeVar("T")
 
 Resume = Literal["same", "rounded", "free", "by content"]
-"""What a resumed run may do with a field: keep it the `same`; change it, which only rounds otherwise (the same sums in
-another order); change it at will, since it is about what is seen and kept of the training and where it runs (`free`);
-or name another place of the same base or data, which are compared `by content`."""
+"""What a resumed run may do with a field.
+
+`same`: nothing, it must stay as it was. `rounded`: change it, since the same sums come in another order and
+only round otherwise. `free`: change it at will, since it decides only what is seen and kept of the training, or where
+it runs. `by content`: name another place of the same base or data, which are compared.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Field:
         flag: Its command-line flag, without dashes; empty where only `--set` reaches it.
         heading: Under which heading screens and reference show it; empty for that of its table.
         resume: What a resumed run may do with it.
-        four_bit: Whether it means nothing but with QLoRA, so that the form shows it with nothing else.
+        four_bit: Whether it matters only with QLoRA, so that the form shows it only then.
     """
 
     path: str

@@ -26,7 +26,7 @@ def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
 
 
 def read_table(table: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
-    """Return the recipe of nested tables, not checked, and what in them has no field."""
+    """Return the recipe of nested tables, unchecked, and a problem for every key that is no field."""
     recipe, unknown = Recipe(), []
     for path, value in _flat(table):
         if path in FIELDS:
@@ -42,9 +42,9 @@ def apply_settings(recipe: Recipe, settings: Iterable[str], *, also: Iterable[Pr
     """Apply `path=value` words, as `--set` takes them, and check the result: a setting may mend what was wrong.
 
     Args:
-        recipe: Need not be sound.
+        recipe: It may have problems: a setting may mend them.
         settings: The words.
-        also: Problems that were found before, told with the others.
+        also: Problems that were found before; they are reported with the others.
 
     Raises:
         BadInput: A word has no `=`, its path is unknown, or the resulting recipe has problems.

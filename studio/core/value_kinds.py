@@ -18,7 +18,7 @@ MOST_REPEATS = 4
 """A regular expression with more, or with a repeated group, can take hours on the path of one module."""
 _LONGEST_FOUND, _MOST_LISTED = 100, 20
 _MOST_WHOLE = 10**300
-"""Larger whole numbers, which TOML and JSON allow, are no float; the checks refuse them."""
+"""Larger whole numbers, which TOML and JSON allow, cannot become a float: they are left as they are and refused."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -83,7 +83,7 @@ class Number(ValueKind):
         return int(value) if self.of is int and isinstance(value, float) and value.is_integer() else value
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is no number of the type within the limits."""
+        """Yield a value that is no number of this type, or is outside the limits."""
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         whole = self.of is float or isinstance(value, int)
         if not (number and whole and self.low <= value <= self.high):
@@ -109,7 +109,7 @@ class Choice(ValueKind):
         return " or ".join(self.words)
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is none of the words."""
+        """Yield a value that is none of the words."""
         if value not in self.words:
             yield found_value(value), self.allowed
 
@@ -125,7 +125,7 @@ class Switch(ValueKind):
         return "true or false"
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is neither."""
+        """Yield a value that is neither."""
         if not isinstance(value, bool):
             yield found_value(value), self.allowed
 
@@ -161,7 +161,7 @@ class Text(ValueKind):
         return self.form or "text"
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is no text, no name where one is needed, or nothing that a file could hold."""
+        """Yield a value that is no text, is empty though a text is needed, fits in no file, or does not match."""
         if not isinstance(value, str):
             yield found_value(value), "text in quotes"
         elif self.needed and not value.strip():
@@ -189,7 +189,7 @@ class Targets(ValueKind):
         return value
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is neither the word nor names."""
+        """Yield a value that is neither the word nor names."""
         names = (value,) if isinstance(value, str) else value
         sound = isinstance(names, tuple) and names and all(isinstance(name, str) and name.strip() for name in names)
         if not sound or (ALL_LINEAR in names and len(names) > 1):
@@ -202,7 +202,7 @@ class Targets(ValueKind):
 
 
 class Modules(ValueKind):
-    """Names of modules, none where it is empty."""
+    """A list of module names, which may be empty."""
 
     __slots__ = ()
 
@@ -216,7 +216,7 @@ class Modules(ValueKind):
         return tuple(value) if isinstance(value, list) else value
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is no list, and a list with what is no dotted name or comes twice."""
+        """Yield a value that is no list, or a list in which something is no dotted name or stands twice."""
         if not isinstance(value, tuple):
             yield _not_a_list(self, value)
         elif not all(map(is_module, value)) or len(set(value)) < len(value):
@@ -245,7 +245,7 @@ class Layers(ValueKind):
         return tuple(sorted(set(value))) if whole else tuple(value)
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is no list, and a list with what numbers no layer."""
+        """Yield a value that is no list, or a list in which something is no layer number."""
         if not isinstance(value, tuple):
             yield _not_a_list(self, value)
         elif not all(type(number) is int and 0 <= number <= MOST_LAYERS for number in value):
@@ -290,7 +290,7 @@ class ByModule(ValueKind):
         )
 
     def shaped(self, value: Any) -> Any:
-        """Return a table as pairs; tables in it are the dots of a name that was written without quotes."""
+        """Return a table as pairs. A dotted name without quotes is tables within the table in TOML: they are joined."""
         if not isinstance(value, Mapping):
             return value
         pairs, open_tables = [], [("", value)]
@@ -304,7 +304,7 @@ class ByModule(ValueKind):
         return tuple(pairs)
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield what is no table, and every pair that has no usable name or no number within the limits."""
+        """Yield a value that is no table, or every pair in it without a usable name or a number within the limits."""
         if not isinstance(value, tuple):
             yield _not_a_list(self, value)
             return
@@ -349,7 +349,7 @@ def is_module(name: object) -> bool:
 
 
 def _is_pattern(name: object) -> bool:
-    """Whether a name can be looked for in every module's path, as a regular expression that ends soon."""
+    """Whether a name is a regular expression that can be matched with every module's path in a short time."""
     if not isinstance(name, str) or name.split() != [name] or re.search(r"\)[*+{]", name):
         return False
     try:
@@ -360,7 +360,10 @@ def _is_pattern(name: object) -> bool:
 
 
 def _not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
-    """Return what was found and what is wanted where a list or table is; a text that means one is spelled as TOML."""
+    """Return what was found where a list or table is wanted, and what is wanted.
+
+    A text that would be right on the command line is shown as TOML spells it.
+    """
     meant = kind.read(value) if isinstance(value, str) else None
     if not isinstance(meant, tuple) or any(kind.wrong(meant)):
         return found_value(value), kind.allowed
@@ -396,5 +399,5 @@ def _brief(number: object) -> str:
 
 
 def _spoken(number: float) -> str:
-    """A large whole number with its thousands apart: a reader should not meet 1e+06 where 1,000,000 is meant."""
+    """Return a number for a reader: a large one with its thousands apart, 1,000,000 and not 1e+06."""
     return f"{number:,.0f}" if number >= 10_000 else f"{number:g}"

@@ -31,11 +31,11 @@ from studio.core.vram.report import Range, VramEstimate
 from studio.core.vram.stages import Stages, stages_with, standing
 
 _READERS = (2, 3, 4)
-"""Threads in which transformers reads weights: as many as cores, up to 4. How far ahead of the quantisation they come
-decides what loading leaves behind, so that the mean of what any of them would leave is expected."""
+"""Threads in which transformers reads weights: as many as there are cores, up to 4. How far they read ahead of the
+quantisation decides what loading leaves behind. The cores are not known here: the mean of these three is expected."""
 
 _MORE_FROM = (4, 45)
-"""Version of transformers from which foak's whole logits took a block more than the replay finds."""
+"""From this version of transformers on foak's whole logits took a block more than the replay finds."""
 
 
 def estimate_stock(shape: ModelShape, setup: StockSetup, gpu: Gpu | None = None) -> VramEstimate:
@@ -101,7 +101,7 @@ def _stages(shape: ModelShape, setup: StockSetup, kind: StockSetup, kernel: Kern
     stand = standing(shape, loop, setup.adapted)
     work = activations_of(shape, setup, loop, stand.copies)
     if kind.loss == "full" and not kind.transformers and kind.micro_batch > 1:
-        # Where the version is not known: the mean of the newest and of those that copy the logits.
+        # An unstated version counts as the mean of the newest and of one whose loss copies the logits.
         older = activations_of(shape, setup, stock_loop(shape, copying_logits(kind), kernel), stand.copies)
         loss, evaluation = (work.loss + older.loss) / 2, (work.head_evaluation + older.head_evaluation) / 2
         work = work._replace(loss=loss, head_evaluation=evaluation)
@@ -113,8 +113,8 @@ def _variants(setup: StockSetup) -> tuple[StockSetup, ...]:
     """Return the kinds of loop that a set-up may mean: they differ in version, autocast and who holds the outputs."""
     unsaid = not setup.transformers and setup.micro_batch > 1
     least = UPCASTS_LOGITS if setup.fused_kernels == "foak" else NEWEST
-    # The least and the most of what is held at the loss and of peft's upcast; which of the two autocasts holds more
-    # depends.
+    # The kinds that hold least and most at the loss and after peft's upcast. Whether a loop holds more with or without
+    # autocast depends on the set-up, so both are tried.
     holds = (
         ((False, least), (True, COPIES_LOGITS)) if unsaid else ((kept, setup.transformers) for kept in (False, True))
     )
@@ -134,9 +134,9 @@ def _variants(setup: StockSetup) -> tuple[StockSetup, ...]:
 def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: Gpu | None = None) -> VramEstimate:
     """Return an estimate with what the caching allocator was found to take, event by event.
 
-    Estimates of what the replay does not follow come back as they are: a CPU, modules trained whole, a head trained
-    alone, checkpoints in host memory, several cards, whose buckets hold the gradients once more, and experts, whose
-    rows differ from layer to layer.
+    The replay does not follow a CPU, modules trained whole, a head trained alone, checkpoints in host memory, several
+    cards (their buckets hold the gradients once more) and experts (their rows differ from layer to layer). Estimates
+    of these come back unchanged.
 
     As the allocator itself, a replay may take less for more: 14 % between neighbouring lengths at worst in 2000 setups.
     The high end is never below the closed form's, and fell by 0.5 % in two of them.
@@ -156,7 +156,7 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: G
     capacity = gpu.total_bytes - context if gpu else None
     found = [_found(estimate, shape, loop, capacity) for loop in _loops(setup)]
     before, expected = estimate.reserved, int(mean(mean(each) for each in found))
-    # Of the block that nobody has explained, cards showed up to 1.4.
+    # Cards showed up to 1.4 of the unexplained block, which `found` holds once: the high end holds it twice.
     highest = max(before.high, *(max(each) for each in found)) + _not_explained(shape, setup)
     reserved = Range(min(before.low, expected), expected, highest)
     device = estimate.device
@@ -169,9 +169,10 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: G
 
 
 def _loops(setup: StockSetup) -> tuple[StockSetup, ...]:
-    """Return the loops that a set-up may mean: two, where the version decides whether the Trainer's loss copies logits.
+    """Return the loops that a set-up may mean.
 
-    A loop of somebody's own, which holds the outputs, is taken to be a new one.
+    They are two where the version is unstated and decides whether the Trainer's loss copies logits. A loop that holds
+    the outputs is a script of somebody's own, and is taken to run on the newest version.
     """
     if setup.transformers or setup.micro_batch == 1 or setup.loss != "full" or setup.outputs_kept:
         return (setup,)

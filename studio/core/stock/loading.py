@@ -16,7 +16,7 @@ from studio.core.vram.setup import Setup
 from studio.core.vram.static import base_bytes, frozen_form, quantised_parts
 
 _READING_BYTES = 300_000
-"""What a reader could have read in the time that it takes to begin with a weight, at 1 GB/s."""
+"""Bytes that a reader could have read in the time that it needs to begin with a weight: 0.3 ms at 1 GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ def _quantised(
     """Load weights one after another and quantise each; the 16-bit weight goes when its packed form is there."""
     half, form = setup.compute_itemsize, frozen_form(setup.kind)
     if loads_in_threads(setup):
-        # One large allocation first, of what the model will take, half a byte per 4-bit weight (or one).
+        # transformers first allocates what the whole model will take, and frees it (`caching_allocator_warmup`). It
+        # counts half a byte for a 4-bit weight and one for an 8-bit weight.
         small = 1 if form.quant_type == "int8" else 0.5
         whole = sum(weight.elements * (small if weight.linear else half) for weight in weights)
         allocator.release(allocator.allocate(int(whole)))
@@ -110,10 +111,11 @@ def _quantised(
 
 
 def _order(weights: list[_Weight], itemsize: int, readers: int) -> Iterator[tuple[int, bool]]:
-    """Yield in what order weights arrive (False) and are made use of (True), by number.
+    """Yield the numbers of the weights in the order in which they arrive (False) and are used (True).
 
-    Each reader takes the next weight as soon as it is done with its last, and takes a time after its size; weights are
-    made use of in their order, as soon as each is there. While one reads a large embedding, others read ahead.
+    Each reader takes the next weight as soon as it is done with its last one, and needs time in proportion to the size
+    of a weight. Weights are used in their order, each as soon as it is there. While one reader is busy with a large
+    embedding, the others read ahead.
     """
     free, events, latest = [0.0] * readers, list[tuple[float, bool, int]](), 0.0
     for number, weight in enumerate(weights):

@@ -29,7 +29,7 @@ from studio.core.vram.static import frozen_form
 
 
 def stock_kernel(shape: ModelShape, setup: StockSetup, gpu: Gpu | None, *, seq_len: int = 0) -> Kernel:
-    """Return which attention runs, as `attention_kernel`; older versions hand sdpa masks of numbers: no copy."""
+    """Return which attention runs, as `attention_kernel` does; older versions give sdpa a mask of numbers: no copy."""
     kernel = attention_kernel(shape, setup, gpu, seq_len=seq_len)
     return "efficient" if kernel == "efficient_masked" and setup.version < TRUTHS_FROM else kernel
 
@@ -47,7 +47,7 @@ def stock_loop(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> Loop:
         BadInput: There are no such fused kernels for this model.
     """
     traits = _traits(shape, kind, kernel)
-    # foak's adapters never come to autocast's cache.
+    # foak casts the adapters within its own functions, so that autocast caches no copy of them.
     cast_within = kind.fused_kernels == "foak" and kind.quantised
     wants_gradient = kind.grad_checkpointing or kind.adapted.trains_embedding
     return Loop(
@@ -74,7 +74,7 @@ def _traits(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> StockTraits:
     adapter = replace(ours.adapter, casts_inputs=True, whole_itemsize=ours.arithmetic.residual)
     same = {field.name: getattr(ours, field.name) for field in fields(LayerTraits)}
     repeats = shape.repeats_heads or repeats_heads(shape, kind)
-    # Checkpoints of torch's older kind (`use_reentrant=True`) are a backward inside the backward.
+    # Checkpoints of torch's older kind (`use_reentrant=True`) run a whole forward and backward inside the backward.
     whole = kind.version < REENTRANT_BELOW
     return StockTraits(
         **{**same, "adapter": adapter, "repeats_heads": repeats, "recomputes_whole": whole},
@@ -97,7 +97,9 @@ def _loss(kind: StockSetup) -> Loss:
 
 
 def _load_extra(shape: ModelShape, kind: StockSetup) -> int:
-    """Return what loading needs: the widest weight before it is quantised; for peft's upcast an embedding twice.
+    """Return what loading needs beside the weights, in bytes.
+
+    That is the widest weight before it is quantised, or for peft's upcast the embedding a second time.
 
     Before 5.5 transformers held a second weight meanwhile.
     """
@@ -124,7 +126,7 @@ def _shared_per_token(shape: ModelShape, kind: StockSetup, traits: StockTraits) 
 
 
 def _cache_per_token(shape: ModelShape, kind: StockSetup) -> int:
-    """Return what GPTBigCode keeps for a cache that nobody reads, until its outputs go, in bytes per token.
+    """Return what GPTBigCode keeps in a cache that nobody reads, until its outputs are freed, in bytes per token.
 
     Under checkpointing it alone leaves `use_cache` on, and the keys and values that it keeps are views of all that
     c_attn gave (modeling_gpt_bigcode.py of transformers 4.45.2; 5 turns it off for every model).

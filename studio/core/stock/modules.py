@@ -33,7 +33,7 @@ KERNEL_FAMILIES: Mapping[str, frozenset[str]] = {
 """Model types that each has kernels for (fms_acceleration_foak/models, liger_kernel/transformers/monkey_patch.py)."""
 
 _OWN_LOSS = frozenset({"bloom", "falcon", "gpt_bigcode", "gpt_neox", "stablelm"})
-"""Families that shifted logits and called a loss themselves (read in modeling_*.py of 4.45.2 and 4.48.1)."""
+"""Families whose own code shifted the logits and called a loss (read in modeling_*.py of 4.45.2 and 4.48.1)."""
 
 
 def check_kernels(shape: ModelShape, kernels: FusedKernels, *, fused_loss: bool) -> None:
@@ -101,11 +101,11 @@ class StockModules(Modules):
     def _int8_linear(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
         """Return bitsandbytes' 8-bit product (autograd/_functions.py MatMul8bitLt, backends/cuda/ops.py).
 
-        It quantises an fp16 copy of its input, sums in int32 and makes an fp16 result of that before its own; which
-        inputs count as outliers is not known, so that their 16-bit products are left out. Its backward dequantises the
-        whole weight. It keeps its input on its own context: a checkpoint of torch's newer kind, which drops what is
-        saved by the rules, never sees it, and the input of every layer stays (seen on a CPU,
-        tests/jobs/test_int8_keeps.py).
+        It quantises an fp16 copy of its input, sums in int32, and makes an fp16 result of that before its own. The
+        16-bit products of outliers are left out, because nobody knows which inputs count as outliers. Its backward
+        dequantises the whole weight. It keeps its input as an attribute of its context: a checkpoint of torch's newer
+        kind, which drops what is saved with `save_for_backward`, never sees it, so that the input of every layer stays
+        (seen on a CPU, tests/jobs/test_int8_keeps.py).
         """
         outputs, narrow = Polynomial(per_token=layer.outputs * visits), self.traits.half and x.itemsize == 2
         copied, escapes = 0 if narrow else 2, self.checkpointed and not self.traits.recomputes_whole
@@ -153,7 +153,7 @@ class StockModules(Modules):
             gate, up, down = layer.mlp
             return self.linear(down, gated_product(self.linear(gate, x), self.linear(up, x)))
         gate_states, up_states = op.split_last(self.linear(layer.mlp[0], x), (0.5, 0.5))
-        # The kernel wants both halves in a row each.
+        # The kernel needs each half contiguous.
         out = self.linear(layer.mlp[1], gated_product(op.clone(gate_states), op.clone(up_states)))
         self.tape.named(gate_states)
         return out
@@ -223,7 +223,7 @@ def _trained_node(
     saved: tuple[Tensor, ...],
     works: tuple[Polynomial, ...],
 ) -> Node | None:
-    """Return a node that makes the adapters' gradients, and the input's, which it saves first, where that wants one."""
+    """Return a node that makes the gradients of the adapters and, where it wants one, of the input: `saved[0]`."""
     if not run.tape.records:
         return None
     node = run.tape.node((saved[0].node,), (gradient,), saved, works)

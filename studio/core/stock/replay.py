@@ -23,7 +23,7 @@ from studio.core.vram.static import resident_state
 from studio.core.vram.tape import Events
 
 _STEPS = 2
-"""The optimizer's state comes at the end of the first; later steps are like the second."""
+"""The optimizer's state is made at the end of the first step; later steps are like the second."""
 
 
 class Peak(NamedTuple):
@@ -50,7 +50,7 @@ def replayed(
         setup: How it is trained; without modules trained whole, and with checkpoints on the device.
         kernel: Which attention runs.
         workspace: Bytes of the cuBLAS workspaces of both threads.
-        capacity: Bytes that the driver can give; None for no end of them.
+        capacity: Bytes that the driver can give; None for no limit.
         readers: Threads that read ahead while weights are quantised.
     """
     allocator = CachingAllocator(capacity)
@@ -62,7 +62,7 @@ def replayed(
 
 
 class _Layer(NamedTuple):
-    """A layer's pass with its sizes in bytes, and its backward without the result, which the next layer lets go of."""
+    """A layer's pass, its sizes in bytes, and its backward without the result's death: the next layer frees that."""
 
     passed: LayerPass
     sizes: list[int]
@@ -113,7 +113,7 @@ class _Training:
         self._state: list[Block] = []
 
     def step(self) -> None:
-        """Take one optimizer step: gradients go when it is done, and what the loop holds with them."""
+        """Take one optimizer step: at its end the gradients are freed, and what the loop holds."""
         gradients: list[Block] = []
         held: list[Block] = []
         for number in range(min(2, self._setup.accumulation)):
@@ -180,7 +180,7 @@ class _Training:
             sizes: Bytes of each tensor, by its number.
             events: What happens.
             blocks: What is alive before.
-            spared: What somebody else holds, whatever happens here.
+            spared: A block that somebody else holds: its death here does not free it.
         """
         allocate, release = self._allocator.allocate, self._allocator.release
         for event in events:

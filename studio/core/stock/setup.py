@@ -1,4 +1,4 @@
-"""What stock loops may be asked for: transformers' model and loss, peft, bitsandbytes; they and versions differ."""
+"""What is chosen in a stock loop (transformers' model and loss, peft, bitsandbytes), and the versions that differ."""
 
 import re
 from dataclasses import dataclass, fields, replace
@@ -14,19 +14,19 @@ from studio.core.text import plain
 from studio.core.vram.setup import Engine, Setup, as_it_lies
 
 UPCAST_BELOW, SHIFT_COPIED_BELOW, FUSED_EXPERTS_FROM, REENTRANT_BELOW = (4, 46), (4, 49), (5, 0), (5, 0)
-"""Versions of transformers. Below the first the model itself casts its logits to fp32; below the second the loss copies
-them to drop the last token; from the third on, the experts of a layer are one tensor, before that modules of their own;
-below the last checkpoints are of torch's older kind (`use_reentrant=True`) where nothing else is asked for (read in the
+"""Versions of transformers. Below the first the model itself casts its logits to fp32. Below the second the loss copies
+them to drop the last token. From the third on the experts of a layer are one tensor, before that separate modules.
+Below the last checkpoints are of torch's older kind (`use_reentrant=True`) unless a script asks otherwise (read in the
 sources of 4.43.3, 4.45.2, 4.48.1, 4.49.0, 4.50.3 and 5.24: loss/loss_utils.py, modeling_mistral.py, modeling_mixtral.py
 and modeling_utils.py gradient_checkpointing_enable; transformers pull request 43203)."""
 
 ALWAYS_FUSED = frozenset({"gpt_oss", "granitemoe", "llama4_text"})
-"""Families whose experts were one tensor from their first day (GraniteMoeParallelExperts, GptOssExperts,
+"""Families whose experts were one tensor from their first version on (GraniteMoeParallelExperts, GptOssExperts,
 Llama4TextExperts)."""
 
 _ROTARY_TABLES_BELOW = (4, 48)
-"""Until then every layer of Mixtral held cosines and sines of all its positions (modeling_mixtral.py of 4.45.2; 4.48.1
-has none): 512 MiB of the 8x7B model, seen in published runs to 16 KiB."""
+"""Below this version every layer of Mixtral held cosines and sines of all its positions (modeling_mixtral.py of 4.45.2;
+4.48.1 has none): 512 MiB of the 8x7B model, seen in published runs to 16 KiB."""
 
 REPEATS_BELOW = {"sdpa": (4, 54), "flash_attention_2": (4, 48)}
 _REPEATING = frozenset({"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "starcoder2"})
@@ -35,7 +35,7 @@ sdpa's always (transformers pull request 39412), the flash-attn package's in the
 4.45.2, MistralFlashAttention2)."""
 
 TRUTHS_FROM = (4, 53)
-"""From this version on sdpa's masks are truths, not numbers (masking_utils.py; 4.52.4 has none of it)."""
+"""From this version on sdpa's masks are boolean; before, they were numbers (masking_utils.py, which 4.52.4 lacks)."""
 
 THREADED_FROM = (5, 0)
 """From this version on weights are read in threads, ahead of their quantisation (core_model_loading.py). 5.5 and later
@@ -43,7 +43,7 @@ quantise one after another there; but seven rows that say 5.17 reserved what thr
 as threaded too: a few percent too much for models with a large embedding, where the archive's version is wrong."""
 
 UPCASTS_LOGITS, COPIES_LOGITS, NEWEST = "4.45", "4.48", "5.24"
-"""Where the version is not said, the loss is taken to be of one of these."""
+"""An unstated version counts as the newest; where its loss matters, the others are tried as well."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def stock_setup(
 ) -> StockSetup:
     """Return the same training in the stock loop.
 
-    What is not said is taken as those loops are whose measurements were published: in fp16, on a card that has no bf16,
-    a plain loop without autocast that holds the model's outputs through the backward (25 rows of a T4); else the
-    Trainer, with autocast on 4-bit weights and without it on 16-bit ones (9 rows of an A100, 8 of an L40S). The
+    Unstated settings are those of the loops whose measurements were published. In fp16 on a card without bf16 that is a
+    plain loop without autocast, which holds the model's outputs through the backward (25 rows of a T4). Otherwise it is
+    the Trainer, with autocast on 4-bit weights and without it on 16-bit ones (9 rows of an A100, 8 of an L40S). The
     estimate's range covers the other loops.
 
     Args:
@@ -115,12 +115,12 @@ def stock_setup(
         head_cast_back: Whether embedding and head go back to 16 bit after it, as TRL's SFTTrainer does in bf16.
         autocast: The Trainer's `bf16=True` or `fp16=True`.
         outputs_kept: Whether the loop holds the logits while it runs the backward.
-        transformers: Version of transformers; where it is not said, the loss counts as the mean of both kinds.
+        transformers: Version of transformers; for an unstated one the loss counts as the mean of two kinds.
         fused_kernels: Kernels that stand in for the model's own operators.
         gpu: The card, where known.
 
     Raises:
-        BadInput: The version is none.
+        BadInput: `transformers` is no version.
     """
     quantised = setup.method == "qlora"
     plain_loop = setup.dtype == "fp16" and (gpu is None or not gpu.bf16)
@@ -163,7 +163,7 @@ def _with_rotary_tables(shape: ModelShape) -> ModelShape:
 
 
 def as_it_lies_here(setup: StockSetup, base: QuantisedBase | None) -> StockSetup:
-    """Return the set-up with the form that a base quantised by bitsandbytes already has, be it in 8 bits."""
+    """Return the set-up with the form that a base quantised by bitsandbytes already has, in 4 or in 8 bits."""
     if base is not None and base.method == BITSANDBYTES and base.bits == 8 and setup.quantised:
         return _in_eight_bits(setup)
     return as_it_lies(setup, base)
@@ -180,7 +180,7 @@ def loads_in_threads(setup: Setup) -> bool:
 
 
 def repeats_heads(shape: ModelShape, setup: StockSetup) -> bool:
-    """Whether a version of transformers repeats keys and values for every query head; none that is not said does."""
+    """Whether a version of transformers repeats keys and values for every query head; an unstated one does not."""
     below = REPEATS_BELOW.get(setup.attention)
     if not setup.transformers or below is None or setup.version >= below:
         return False

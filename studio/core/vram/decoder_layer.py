@@ -1,4 +1,4 @@
-"""One decoder layer of any family: norms, attention and MLP in the order of the real forward; run both ways.
+"""One decoder layer of any family, forward and backward: norms, attention and MLP in the order of the real forward.
 
 Sources of the attention: transformers/integrations/sdpa_attention.py and modeling_llama.py (`eager_attention_forward`),
 transformers 5.24.
@@ -21,12 +21,12 @@ class LayerPass:
     Attributes:
         sizes: Bytes of each tensor, by its number.
         forward: What happens on the way forward.
-        backward: What happens on the way back; computing again, where a checkpoint does so, included.
-        source: The input, which is there already.
-        result: The output.
-        incoming: The gradient of the output, which is there when the backward begins.
-        outgoing: The gradient of the input; -1 where it wants none.
-        lasting: Gradients of what is trained, alive afterwards.
+        backward: What happens on the way back, with the recomputation where the layer is checkpointed.
+        source: Number of the input, which is there already.
+        result: Number of the output.
+        incoming: Number of the output's gradient, which is there when the backward begins.
+        outgoing: Number of the input's gradient; -1 where the input wants none.
+        lasting: Numbers of the trained weights' gradients, which stay alive after the backward.
         kept: Bytes that stay from the forward until the backward, the output left out: that is the next layer's.
     """
 
@@ -47,6 +47,7 @@ class LayerPass:
     def backward_marks(self) -> list[Polynomial]:
         """Return the marks of the backward, with what was kept and the output's gradient."""
         alive = self.kept.plus(self.sizes[self.incoming])
+        # `kept` leaves the output out. Where it dies in this backward, it must be alive before.
         if ~self.result in self.backward:
             alive = alive.plus(self.sizes[self.result])
         return marks(self.backward, self.sizes, alive)
@@ -61,9 +62,9 @@ def layer_pass(
     Args:
         shape: The model.
         traits: How a layer is computed.
-        index: Which kind of layer.
-        grad_checkpointing: Whether only its input stays, and it is computed again in the backward.
-        wants_gradient: Whether its input wants a gradient.
+        index: Which of `shape.groups`: one group for each kind of layer.
+        grad_checkpointing: Whether only the layer's input is kept, and the layer is computed again in the backward.
+        wants_gradient: Whether the layer's input wants a gradient.
     """
     tape, source = Tape(records=not grad_checkpointing), list[Tensor]()
     run = traits.modules(tape, shape, checkpointed=grad_checkpointing)
@@ -104,7 +105,7 @@ def recomputed_marks(shape: ModelShape, traits: LayerTraits, index: int) -> list
 
 
 def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> Events:
-    """Return what a checkpointed layer's backward does."""
+    """Return the births and deaths of a checkpointed layer's backward, in which its forward runs a second time."""
     tape, whole = run.tape, run.traits.recomputes_whole
     tape.records = True
     tape.hold(gradient)
@@ -191,7 +192,7 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
         normed = [run.head_norm(layer, t, n) for t, n in zip((query, key), groups, strict=True)]
         tape.named(query, key)
         query, key = normed
-    # Both unrotated tensors live until both are rotated: they are apply_rotary_pos_emb's own arguments.
+    # Both unrotated tensors live until both are rotated: apply_rotary_pos_emb holds them as its arguments.
     itemsize = query.itemsize
     if layer.rotary_wide:
         query, key = _both_cast(query, key, 4)
@@ -200,7 +201,8 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     query, key = _both_cast(*turned, itemsize)
     attended, weights = _attend(run, layer, query, key, value)
     if layer.rotary_joined and run.traits.kernel in ("flash", "cpu"):
-        # These kernels lay their output out as the queries are; head by head, it must be copied token by token.
+        # These kernels give their output the layout of the queries. Queries that were joined lie head by head, so that
+        # the output is copied to lie token by token.
         attended = op.clone(attended)
     (out,) = run.linears((layer.out,), attended)
     tape.named(x, query, key, value, attended)
@@ -254,7 +256,8 @@ def _eager(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor
     if arithmetic.autocast:
         query, key = _both_cast(query, key, arithmetic.compute)
     itemsize = query.itemsize
-    # Heads of several rows lie apart; keys and values that were repeated lie together.
+    # With several rows the heads are strided, and `matmul` copies a strided operand. Keys and values that repeat_kv
+    # copied are contiguous: only those that it did not copy, because no head or every head shares them, are strided.
     batched = run.traits.batched
     strided = batched and run.shape.kv_heads in (1, run.shape.heads)
     square = Polynomial(per_square=run.shape.heads)
@@ -280,8 +283,8 @@ def _eager(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor
 def _plain(run: Modules, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Follow aten/src/ATen/native/transformers/attention.cpp _scaled_dot_product_attention_math, torch 2.5 and newer.
 
-    All in fp32; its softmax makes its result twice, to empty rows that see nothing. It also hands back the weights in
-    the format that came in, and nobody takes them.
+    All of it runs in fp32. The softmax makes its result a second time to set rows that see nothing to zero. The kernel
+    also returns the weights in the input's format, which nobody uses.
     """
     tape, itemsize, square = run.tape, query.itemsize, Polynomial(per_square=run.shape.heads)
     wide_query, wide_key, value = (op.cast(t, 4) for t in (query, key, value))
@@ -318,7 +321,7 @@ def _broadcast(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Te
 
 
 def _product(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
-    """Return a batched product; where all heads share y, `matmul` copies it for each, but not for a single row."""
+    """Return a batched product. Where heads share y, `matmul` copies it for each of them, except for a single row."""
     shared = run.shape.kv_heads < run.shape.heads
     y = op.expanded(y, run.shape.heads / run.shape.kv_heads) if shared else y
     return op.matmul(x, y, outputs, copies_x=False, copies_y=shared and run.traits.batched)
@@ -332,7 +335,7 @@ def _both_widened(run: Modules, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def _widened(run: Modules, x: Tensor) -> Tensor:
-    """Return keys or values repeated for every query head: a copy, unless none share them, or all."""
+    """Return keys or values for every query head: x itself where none share it, a view where all do, else a copy."""
     groups = run.shape.heads / run.shape.kv_heads
     if groups == 1:
         return x

@@ -22,7 +22,7 @@ from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSP
 from studio.core.vram.static import trained_bytes
 
 _CERTAIN = 0.02
-"""Relative doubt of allocated bytes: 25 rows of a T4 are within 1.2 %, 9 rows of an A100 within 1.7 %."""
+"""Relative doubt about allocated bytes: 25 rows measured on a T4 are within 1.2 %, 9 rows of an A100 within 1.7 %."""
 
 UNCERTAIN = 0.25
 """The same for an architecture that is only guessed from its sizes, and for the activations of mixtures of experts."""
@@ -44,7 +44,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     loop = own_loop(shape, setup.kind, kernel)
     workspace = workspace_bytes(gpu)
     if setup.device == "cpu":
-        # The guard of the first steps keeps a copy of what is trained (jobs/train/guards.py); with a card on the host.
+        # MovementGuard (jobs/train/guards.py) keeps an fp32 copy of what is trained, in main memory: beside a card that
+        # costs the card nothing.
         workspace = 4 * trained_bytes(shape, setup.adapted, 4).parameters
     stages = stages_of(shape, setup, loop, workspace=workspace)
     low, high = widened(shape, stages.peak, stages.steady_peak)
@@ -136,8 +137,8 @@ def notes_of(
         setup: How it is trained.
         gpu: The card, where known.
         kernel: Which attention runs.
-        of_loop: What is to be said of this loop alone.
-        of_kernel: What is to be said of this kernel in this loop.
+        of_loop: Notes on this loop alone.
+        of_kernel: Notes on this kernel in this loop.
         unquantised: How weights that are not quantised are held.
     """
     notes = [] if shape.quantised is None else [note_on(shape.quantised, setup.method, setup.engine)]

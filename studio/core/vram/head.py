@@ -18,7 +18,7 @@ from studio.core.vram.tape import Events, Tape, Tensor, alive_after, marks, reco
 _SOFTCAP_BYTES, _CHUNK_BYTES = 12, 8
 """Bytes per logit of a chunk in studio/jobs/train/head.py: fp32 logits, logsumexp's temporary, a soft cap's slope.
 
-What a CPU takes inside logsumexp is not a tensor that anyone sees, and is not counted there.
+What logsumexp allocates inside itself on a CPU is no tensor that a trace sees, so it is not counted.
 """
 
 
@@ -45,7 +45,7 @@ class WholeLoss:
     in_chunks: bool = False
 
     def forward(self, run: Modules, hidden: Tensor) -> Tensor:
-        """Return the loss; nobody else holds the narrow logits (`logits.float()` of studio/jobs/train/head.py)."""
+        """Return the loss. The 16-bit logits die once `logits.float()` (studio/jobs/train/head.py) has copied them."""
         return cross_entropy(op.cast(logits_of(run, hidden), 4))
 
     def chunk_bytes(self, shape: ModelShape, traits: LayerTraits, tokens: int) -> int:
@@ -73,7 +73,8 @@ class ChunkedLoss:
         chunk, compute = loss_chunk_tokens(shape.vocabulary, tokens), traits.arithmetic.compute
         if shape.logit_softcap:
             return chunk * shape.vocabulary * _SOFTCAP_BYTES
-        # fp32 logits beside their 16-bit product, later beside 16-bit probabilities and the chunk's gradient.
+        # fp32 logits beside their 16-bit product, later beside 16-bit probabilities and the chunk's gradient. In fp32
+        # the product is the logits, so `% 4` counts them once.
         narrow = 4 + compute % 4
         inner = narrow if traits.cpu else _CHUNK_BYTES
         return chunk * max(inner * shape.vocabulary, narrow * shape.vocabulary + compute * shape.hidden)
@@ -84,7 +85,7 @@ class LigerLoss:
     """liger's kernel for head and loss.
 
     Attributes:
-        wider: Bytes per logit of a copy that is made first.
+        wider: Bytes per logit of a wider copy of a chunk's logits, where the kernel makes one first.
     """
 
     wider: int = 0
@@ -177,7 +178,7 @@ def head_pass(shape: ModelShape, traits: LayerTraits, loss: Loss, input_wants_gr
         before, after = run_backward(tape, value.node, tape.given(NOTHING, 4))
     run.end()
     for gradient in run.gradients:
-        tape.release(gradient)  # an adapted head's: not counted beyond this pass
+        tape.release(gradient)  # of an adapted head; `stages` counts the gradients that stay
     backward = (*before, *after, *tape.take())
     outgoing = source[0].number if source else -1
     return HeadPass(tuple(tape.sizes), forward, backward, outgoing, tuple(x.number for x in run.lasting))
@@ -210,7 +211,7 @@ def head_marks(shape: ModelShape, traits: LayerTraits, loss: Loss, input_wants_g
 
 
 def _forward(run: Modules, loss: Loss, x: Tensor) -> Tensor:
-    """Return the loss of the last layer's output, which goes when it is normed."""
+    """Return the loss of the last layer's output, which nobody but the final norm holds."""
     hidden = run.norm(run.shape.groups[-1].layer, x)
     value = loss.forward(run, hidden)
     run.tape.named(hidden)

@@ -33,7 +33,7 @@ class Loop:
         caches_copies: Whether autocast caches 16-bit adapter copies until the forward ends; a kept graph holds them
             anyway.
         shared_per_token: What all layers share for every token, in bytes.
-        cache_per_token: What is kept until the loss for nobody, in bytes per token.
+        cache_per_token: What is kept until the loss though nobody reads it, in bytes per token.
         held_per_token: Logits that the loop itself holds through the backward, in bytes per token.
         optimizer_copies: Whether the optimizer's step makes temporaries of the gradients' size.
     """
@@ -77,8 +77,8 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
     loss: Loss = WholeLoss()
     if kind.loss != "full":
         loss = LigerLoss() if kind.loss == "liger" and not head_trained else ChunkedLoss(recomputed=head_trained)
-    # Where the stream widens on its way through the layers, the first layer's input is narrower than all others, but
-    # for models that norm the embedding.
+    # Where the residual stream widens in the layers, the first layer's input is narrower than all others; a norm of the
+    # embedding would have widened it before.
     widens = kind.grad_checkpointing * (traits.arithmetic.residual - kind.residual_itemsize)
     return Loop(
         kind=kind,
@@ -120,7 +120,7 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
 
 
 def trains_layers(shape: ModelShape, loop: Loop) -> bool:
-    """Whether gradients flow through the layers; else, where the head alone is trained, they keep and make nothing."""
+    """Whether gradients flow through the layers. Where the head alone is trained, layers keep and make nothing."""
     trained = loop.traits.adapter.targets | loop.traits.adapter.whole
     inside = EXPERTS in trained or any(linear.name in trained for _, linear in shape.all_linears())
     return inside or loop.input_wants_gradient
@@ -178,9 +178,10 @@ def mask_count(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
 
 
 def runs_plain(shape: ModelShape, setup: Setup, kernel: Kernel) -> bool:
-    """Whether torch has no fused kernel: for fewer key than query heads it has, but must be told (`enable_gqa`).
+    """Whether torch takes its plain attention, as no fused kernel fits.
 
-    Falcon's own attention does not tell (modeling_falcon.py, ATen/native/transformers/sdp_utils_cpp.h
+    Fused kernels serve fewer key heads than query heads only where the caller says so (`enable_gqa`), and Falcon's own
+    attention does not (modeling_falcon.py, ATen/native/transformers/sdp_utils_cpp.h
     check_batch_size_and_num_heads_dense).
     """
     shares = shape.own_attention and shape.kv_heads == 1 < shape.heads

@@ -25,9 +25,9 @@ class LayerMarks:
 
     Attributes:
         kept: What all layers keep from their forward until their backward.
-        checkpoint: What one keeps.
+        checkpoint: What the first layer keeps.
         forward: Marks of any layer's forward, beside what it and others keep.
-        blocks: The part of them that never falls when a batch, a length or a rank grows.
+        blocks: The same without negative terms, so that it never falls when a batch, a length or a rank grows.
         backward: Marks of any layer's backward (computing again included), beside what it and others keep.
         first_backward: Marks of the layer that goes backward last, beside nothing but itself: where its input wants no
             gradient it saves and makes less.
@@ -67,6 +67,7 @@ def layer_marks(
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
         lone = layer_pass(shape, traits, 0, grad_checkpointing, input_wants_gradient)
         spared, first = kept[0].minus(lone.kept), uncovered(lone.backward_marks())
+    # Where only inputs are kept and nothing is dropped, an evaluation's forward is the training's.
     as_trained = grad_checkpointing and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
     return LayerMarks(
         kept=total(own.times(group.count) for own, group in zip(kept, shape.groups, strict=True)).minus(spared),
@@ -169,7 +170,7 @@ def activations_of(shape: ModelShape, setup: Setup, loop: Loop, copies: int) -> 
         loop: How the loop computes it.
         copies: Bytes of the adapter copies that autocast caches.
     """
-    # With patterns every map is taken to have the largest rank: activations grow little with it.
+    # With a rank pattern every linear map counts with the largest rank: activations grow little with the rank.
     rank = max(setup.rank, *(rank for _, rank in setup.rank_pattern)) if setup.rank_pattern else setup.rank
     kind, tokens, squares = loop.kind, setup.tokens, setup.squares
     batch = micro_batch(shape, loop)

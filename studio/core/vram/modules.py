@@ -15,7 +15,8 @@ from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "efficient_masked", "eager", "cpu"]
-"""Which attention runs. The memory-efficient kernel wants numbers for a mask; each layer makes them of truths."""
+"""Which attention runs. `efficient_masked`: the memory-efficient kernel takes only masks of numbers, so that each layer
+makes one of the boolean mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class AdapterTraits:
 
     Attributes:
         targets: Names of the adapted linear layers.
-        dropout: Whether its inputs are dropped.
+        dropout: Whether dropout is applied to its inputs.
         dora: Whether it learns magnitudes.
         casts_inputs: Whether peft casts each adapted layer's input to the adapter's fp32 (its default).
         whole: Names of the linear layers that are trained whole.
@@ -53,9 +54,10 @@ class LayerTraits:
             fp32 copy first (aten/src/ATen/native/SoftMax.cpp: only for Half).
         cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
         repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
-        plain_attention: Whether torch is left no kernel but its plain one, with S x S matrices in fp32.
-        recomputes_whole: Whether a checkpointed layer is computed again to its end before anything goes backward, and
-            its output and gradient wait until it has gone; else only until all is saved again.
+        plain_attention: Whether torch has only its plain kernel for this attention, with S x S matrices in fp32.
+        recomputes_whole: Whether a checkpointed layer is computed again to its end before its backward begins, and its
+            output and gradient are held until that backward ends. If not, computing again stops as soon as everything
+            is saved again.
     """
 
     arithmetic: Arithmetic
@@ -146,7 +148,10 @@ class Modules:
         return op.frozen_linear(hidden, Polynomial(per_token=layer.outputs), compute)
 
     def _whole(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
-        """peft.utils.ModulesToSaveWrapper around a linear layer; autocast casts the weight, and its gradient back."""
+        """Follow peft.utils.ModulesToSaveWrapper around a linear layer.
+
+        Autocast casts the weight to 16 bit, and the gradient back to the weight's format.
+        """
         arithmetic, elements = self.traits.arithmetic, Polynomial(fixed=layer.inputs * layer.outputs)
         weight = op.whole_weight(self.tape, elements, self.traits.adapter.whole_itemsize, self.gradients)
         weight = op.cast(weight, arithmetic.compute if arithmetic.autocast else weight.itemsize)
@@ -168,7 +173,7 @@ class Modules:
         return out
 
     def _adapted(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
-        """peft.tuners.lora.layer.Linear.forward."""
+        """Follow peft.tuners.lora.layer.Linear.forward."""
         result = self.base_linear(layer, x, visits)
         itemsize = result.itemsize
         if self.traits.adapter.casts_inputs:
@@ -182,11 +187,15 @@ class Modules:
         return out
 
     def adapted_base(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
-        """Return what a quantised layer's adapter adds to: peft clones the result of 4-bit weights."""
+        """Return what a quantised layer's adapter adds to.
+
+        peft clones the result of 4-bit weights, in case the backward fails on a view of it (a comment in
+        peft.tuners.lora.bnb.Linear4bit.forward).
+        """
         return op.clone(self.base_linear(layer, x, visits))
 
     def _adapted_quantised(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
-        """peft.tuners.lora.bnb: casts the input only without autocast."""
+        """Follow the forwards in peft.tuners.lora.bnb, which cast the input only where autocast is off."""
         result = self.adapted_base(layer, x, visits)
         converts = not self.traits.arithmetic.autocast
         if converts and self.traits.adapter.casts_inputs:
@@ -218,12 +227,13 @@ class Modules:
         return op.trained_linear(inner, outputs, back, self.gradients, self.traits.arithmetic)
 
     def _dora(self, layer: Linear, x: Tensor, result: Tensor, visits: float) -> Tensor:
-        """peft.tuners.lora.dora.DoraLinearLayer.forward.
+        """Follow peft.tuners.lora.dora.DoraLinearLayer.forward.
 
-        The norm of the adapted weight is made anew in every forward: the adapter's product, for which an fp32 identity
-        matrix goes through the pair, the base weight, the scaled product and their sum. Product and dequantised weight
-        stay to the end. Dropout makes the base's product anew from the dropped input, and the weight is saved for it.
-        The magnitude's gradient keeps the base result and the update.
+        Every forward computes the norm of the adapted weight again. For that it makes the adapter's product (an fp32
+        identity matrix goes through the pair), the base weight, the scaled product and their sum; the product and the
+        dequantised weight live until the forward ends. With dropout the base's product is computed a second time, from
+        the dropped input, and the weight is saved for its backward. For the magnitude's gradient the base result and
+        the update are saved.
         """
         tape, matrix, quantised = self.tape, Polynomial(fixed=layer.inputs * layer.outputs), self.traits.quantised
         given, x = x, self._adapter_input(x)

@@ -65,7 +65,7 @@ def gradient_like(tensor: Tensor) -> tuple[Polynomial, float]:
 
 
 def _saving_constant(out: Tensor) -> Tensor:
-    """Note that a number or a weight was saved: nothing that counts, but a checkpoint is recomputed for it."""
+    """Note that a number or a weight was saved: it adds no bytes, but a checkpoint is computed again to read it."""
     if out.node is not None:
         out.tape.saved_until = out.number
         out.node.unpacks = True
@@ -236,13 +236,14 @@ def frozen_linear(
         compute: Bytes per element of the product where it is not the input's.
         works: Bytes of a dequantised weight, alive while the product runs, forward and backward.
         works_forward: Whether the forward needs it too.
-        keeps_input: Whether the input is saved all the same.
+        keeps_input: Whether the input is saved, though a frozen weight does not need it.
     """
     x = cast(x, compute or x.itemsize)
     working = [Tensor(x.tape, size, 1) for size in works if works_forward]
     out = result_of((x,), outputs, x.itemsize, (gradient_like(x),), (x,) if keeps_input else (), works=works)
     x.tape.named(*working)
-    # bitsandbytes keeps a quantised weight where no hook sees it: no checkpoint is computed again for that.
+    # bitsandbytes keeps a quantised weight as an attribute of its context (MatMul4Bit.forward: `ctx.tensors`), where
+    # saved-tensor hooks do not see it: no checkpoint is computed again to read it.
     return out if works else _saving_constant(out)
 
 
@@ -288,7 +289,7 @@ def whole_linear(x: Tensor, outputs: Polynomial, weight: Tensor) -> Tensor:
 def matmul(x: Tensor, y: Tensor, outputs: Polynomial, *, copies_x: bool, copies_y: bool) -> Tensor:
     """Return a batched product of activations, of copies where an operand's layout makes `matmul` make one."""
     x, y = clone(x) if copies_x else x, clone(y) if copies_y else y
-    # The second operand's gradient is made first (BmmBackward0 goes by the names of arguments: mat2, self).
+    # The second operand's gradient is made first: BmmBackward0 takes its arguments by name, mat2 before self.
     return result_of((y, x), outputs, x.itemsize, (gradient_like(y), gradient_like(x)), (x, y))
 
 
@@ -300,7 +301,7 @@ def softmax_in_fp32(x: Tensor, *, fused_backward: bool = False) -> Tensor:
 def softmax(x: Tensor, itemsize: float | None = None, *, fused_backward: bool = False) -> Tensor:
     """Return a softmax in x's format or another; it saves its result.
 
-    Its backward makes `grad * output` besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu), but for the CPU's
+    Its backward makes `grad * output` besides the gradient (aten/src/ATen/native/cuda/SoftMax.cu), except on a CPU
     (`fused_backward`).
     """
     itemsize = itemsize or x.itemsize
@@ -323,12 +324,12 @@ def fused_attention(
 ) -> Tensor:
     """Return scaled_dot_product_attention by a kernel without S x S matrices.
 
-    It saves query, key, value, output and log-sum-exp, and where a mask of truths comes in, the numbers it makes of it,
-    the same for all heads (aten/src/ATen/native/transformers/attention.cpp convert_boolean_attn_mask). The backward's
-    workspaces: flash accumulates the query gradient in fp32, and makes key and value gradients for every query head
-    before it sums the heads of a group; both kernels keep one fp32 number per row and head (there,
-    cuda/flash_attn/flash_api.cpp mha_bwd, cuda/mem_eff_attention/kernel_backward.h). What the CPU's kernel takes inside
-    is not counted (`workspaces`).
+    It saves query, key, value, output and log-sum-exp. Of a boolean mask (`masked`) it makes one of numbers, the same
+    for all heads, and saves that too (aten/src/ATen/native/transformers/attention.cpp convert_boolean_attn_mask). In
+    the backward both kernels keep one fp32 number per row and head; besides, the query gradient is summed in fp32, and
+    flash makes key and value gradients for every query head before it sums the heads of a group (in the same folder,
+    cuda/flash_attn/flash_api.cpp mha_bwd, cuda/mem_eff_attention/kernel_backward.h). What the CPU's kernel allocates
+    inside itself is not counted (`workspaces`).
     """
     tape = query.tape
     statistics = Polynomial(per_token=heads)

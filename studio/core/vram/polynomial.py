@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _new = tuple.__new__
 _MANY, _LONGEST_LAG = 1000, 200
-"""From how many polynomials on steady rows are looked for, and after how many one may go on."""
+"""Lists longer than the first number are searched for steady rows, with a period shorter than the second."""
 
 
 class Polynomial(NamedTuple):
@@ -59,7 +59,7 @@ class Polynomial(NamedTuple):
 
 NOTHING = Polynomial()
 _ROUNDING = Polynomial(*[1e-6] * 5)
-"""What sums of a million may be off, in bytes."""
+"""Rounding error that the sum of a million terms may have, in bytes."""
 
 
 def total(polynomials: Iterable[Polynomial]) -> Polynomial:
@@ -107,7 +107,10 @@ def heights(sets: Iterable[Iterable[Polynomial]], rank: int) -> Heights:
 
 
 def ranked(polynomials: Iterable[Polynomial], rank: int) -> tuple[Ranked, ...]:
-    """Return those that can be the largest of all for some batch and length at a rank: far fewer than at any rank."""
+    """Return the polynomials that can be the largest for some batch and length at this rank.
+
+    They are far fewer than those that `uncovered` keeps, which can be the largest at any rank.
+    """
     kept: list[Ranked] = []
     known = {Ranked(a + c * rank, b, d * rank + e) for a, b, c, d, e in polynomials}
     for polynomial in sorted(known, key=sum, reverse=True):
@@ -121,7 +124,7 @@ def ranked(polynomials: Iterable[Polynomial], rank: int) -> tuple[Ranked, ...]:
 
 
 def uncovered(polynomials: Iterable[Polynomial]) -> tuple[Polynomial, ...]:
-    """Return those that can be the largest of all for some batch, length and rank; the rest can never be the peak."""
+    """Return the polynomials that can be the largest for some batch, length and rank; the rest are never the peak."""
     kept: list[Polynomial] = []
     for polynomial in sorted(set(_without_middles(list(polynomials))), key=sum, reverse=True):
         for other in kept:
@@ -146,12 +149,13 @@ def _without_middles(row: list[Polynomial]) -> list[Polynomial]:
 
 
 def _is_middle(row: list[Polynomial], at: int, lag: int) -> bool:
+    """Return whether a polynomial is at most the mean of those a period before and after it."""
     inside = lag <= at < len(row) - lag
     return inside and row[at - lag].plus(row[at + lag]).plus(_ROUNDING).covers(row[at].times(2))
 
 
 def _lag(row: list[Polynomial], place: int) -> int:
-    """Return after how many members a list goes on as before around a place, but for a steady step; 0 where never."""
+    """Return the period with which a list repeats around a place, plus a steady step; 0 where it does not repeat."""
     for lag in range(1, min(_LONGEST_LAG, place, (len(row) - place) // 2)):
         if all(_steady(row[at - lag], row[at], row[at + lag]) for at in range(place, place + lag)):
             return lag

@@ -18,7 +18,7 @@ _NOT_OURS = {
     "transformers": "",
     "fused_kernels": "none",
 }
-"""What a document's `setup` says of other people's loops; ours has none of these habits."""
+"""Fields of a document's `setup` that only stock loops set, with what they say of our loop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,9 @@ class Setup:
 
     @cached_property
     def kind(self) -> Self:
-        """This set-up without the numbers that sliders move, of which it keeps whether a micro-batch has several rows.
+        """This set-up without the numbers that sliders move; it keeps only whether a micro-batch has several rows.
 
-        One and the same object for all set-ups of a kind: what does not depend on the numbers is cached by it.
+        All set-ups of a kind share one object: what does not depend on the numbers is cached by it.
         """
         of: Any = type(self)
         kind: Self = _kind(of, _getters(of).choices(self), self.micro_batch > 1)
@@ -159,7 +159,7 @@ def _kind(of: Any, choices: tuple[Any, ...], batched: bool) -> Any:
 
 
 def as_it_lies(setup: _Either, base: QuantisedBase | None) -> _Either:
-    """Return the set-up with the form that a 4-bit base already has; itself where the base has none of its own.
+    """Return the set-up with the form that a 4-bit base already has; the same set-up for any other base, or for LoRA.
 
     transformers lets a model's own quantization_config win (quantizers/auto.py merge_quantization_configs). Our engine
     refuses weights that are quantised otherwise: for them the plan is for the 16-bit original.
@@ -178,12 +178,13 @@ def _as_it_lies(setup: Any, base: QuantisedBase) -> Any:
 
 _OWN = {field.name for field in fields(Setup)} - {"dtype", "device"}
 _TAKEN = {name: path for path in FIELDS if (name := path.rpartition(".")[2]) in _OWN}
-"""The fields that a set-up has as the recipe has them, under the last part of their path."""
+"""The fields that a set-up takes from the recipe unchanged, as name and path. `setup_of` works out `dtype` and
+`device`, which the recipe may leave open."""
 _taken = attrgetter(*_TAKEN.values())
 
 
 def setup_of(recipe: Recipe, gpu: Gpu | None = None) -> Setup:
-    """Return the set-up of this program's own engine for a recipe: every field of a recipe's that a set-up has, too.
+    """Return the set-up of this program's own engine for a recipe.
 
     Args:
         recipe: What is wanted.

@@ -51,12 +51,12 @@ class Standing(NamedTuple):
     Attributes:
         base: Frozen weights.
         adapter: Adapter weights, and as many bytes of gradients.
-        head: What of them is a head that is trained whole.
+        head: Bytes of `adapter` that belong to a head that is trained whole.
         embedding: The same for the input embedding.
         embedding_gradient: Bytes per token of the gradient of an embedding's output, where one is trained.
         resident: Optimizer state that stays on the device.
         paged: Optimizer state in unified memory.
-        spared: What smaller tensors' states may take more than these.
+        spared: How much more the states of smaller tensors may take (`OptimizerBytes.spared`).
         temporary: What the optimizer's step allocates and frees again.
         copies: 16-bit adapter copies that autocast caches.
         load: Peak while the model is loaded.
@@ -84,7 +84,7 @@ class Stages(NamedTuple):
         standing: What a micro-batch does not change.
         work: What a micro-batch holds beside that.
         peaks: Peak of live tensors in each stage.
-        at_work: Peak of them once the model is loaded.
+        at_work: The highest of these peaks once the model is loaded.
         workspace: cuBLAS workspaces.
         lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
         turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
@@ -192,9 +192,9 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
 
 
 def _gradients(stand: Standing, setup: Setup) -> tuple[int, int]:
-    """Return the bytes of gradients that a backward makes anew, and of those that are alive all the time.
+    """Return the bytes of gradients that every backward makes, and of those that are alive all the time.
 
-    They stay while micro-batches add to them; several GPUs keep them a second time in communication buckets.
+    With accumulation they stay: micro-batches add to them. Several GPUs keep them once more in communication buckets.
     """
     accumulates = setup.accumulation > 1
     return 0 if accumulates else stand.adapter, stand.adapter * (accumulates + (setup.gpus > 1))
@@ -203,10 +203,10 @@ def _gradients(stand: Standing, setup: Setup) -> tuple[int, int]:
 def _peaks(shape: ModelShape, setup: Setup, stand: Standing, work: Activations, workspace: int) -> Peaks:
     fresh, lasting = _gradients(stand, setup)
     always = stand.base + stand.adapter + stand.resident + workspace + lasting
-    # The last layer goes backward first, with everything kept; the first goes last, beside nearly all gradients.
-    # A layer's own gradients are in its marks already.
+    # The last layer goes backward first, while everything is kept; the first layer goes last, beside the gradients of
+    # all others. A layer's own gradients are in its marks already.
     before = (fresh - min(fresh, stand.embedding)) * (shape.layers - 1) // shape.layers
-    # An embedding's gradient is made last, beside its output's gradient in its own format.
+    # An embedding's gradient is made last, beside the gradient of its output, which has the embedding's format.
     last = fresh + stand.embedding_gradient * setup.tokens if fresh and stand.embedding else 0
     whole = work.kept_backward + work.layer_backward + min(fresh, stand.head)
     backward = max(whole, work.first_layer_backward + before, last)

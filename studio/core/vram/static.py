@@ -18,7 +18,8 @@ _SCALE_BLOCK = 256
 """Scales that share one scale of scales with double quantisation (bitsandbytes functional.quantize_4bit)."""
 
 _CODE_BYTES = {False: (64,), True: (64, 1024, 4)}
-"""Per 4-bit weight: the 16-entry table; with double quantisation also the 256-entry table's copy, and the offset."""
+"""Bytes of the tables beside one 4-bit weight tensor, without and with double quantisation: 16 entries in fp32; with it
+also a copy of the 256 entries by which the scales are quantised, and the scales' offset."""
 
 _PAGED_FROM = 100_000
 """Elements from which bitsandbytes pages a state tensor (optim/optimizer.py get_state_buffer)."""
@@ -34,8 +35,8 @@ class OptimizerBytes:
     Attributes:
         resident: What stays on the device.
         paged: What lies in unified memory and may be paged to the host.
-        spared: What tensors whose state is in 8 bits take less than the largest tensor whose state is in 32 bits: a
-            smaller rank may need as much more. At most 24 504 bytes per tensor.
+        spared: How much less the tensors with 8-bit state take than if each were the largest tensor that still has
+            32-bit state: a smaller rank may need as much more. At most 24 504 bytes per tensor.
     """
 
     resident: int
@@ -52,8 +53,8 @@ class FrozenForm:
         double_quant: Whether 4-bit scales are quantised again.
         itemsize: Bytes of a weight that is not quantised.
         embedding_itemsize: The same for embedding and head, which may go back to 16 bit alone.
-        compute: Bytes of a quantised layer's bias, which bitsandbytes casts to the compute type.
-        skipped: Modules that are not quantised all the same.
+        compute: Bytes per element of a quantised layer's bias, which bitsandbytes casts to the compute type.
+        skipped: Modules that stay in 16 bit though others are quantised.
         alignment: What an allocation is rounded up to, in bytes; 1 on a CPU.
     """
 
@@ -120,7 +121,7 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
 
 
 def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[tuple[int, Linear]]:
-    """Yield every linear map with in how many layers it is quantised; layers of one kind follow each other.
+    """Yield every linear map, after the number of layers in which it is quantised.
 
     A module is skipped by its path's beginning or its end (transformers quantizers_utils.should_convert_module).
     """

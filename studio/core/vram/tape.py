@@ -127,7 +127,7 @@ class Tape:
                 deaths[tensor.last_use].append(~tensor.number)
             else:
                 deaths[tensor.last_use] = [~tensor.number]
-        # What was used last before these events began dies as they begin.
+        # A tensor whose last use was before these events dies as they begin.
         events = [death for when in [when for when in deaths if when < first] for death in deaths.pop(when)]
         for number in range(first, end):
             if number in deaths:
@@ -191,7 +191,8 @@ class Tensor:
         self.node = node
         self.bytes = size = elements.times(itemsize)
         if base is None:
-            # By itself it is gone at once. Written out: a new set-up makes half a thousand of them.
+            # A tensor that is never used dies right after its birth. The code of `named` is repeated here for speed: a
+            # new set-up makes half a thousand tensors.
             self.base: Tensor | None = None
             self.holders = 0
             self.number = len(tape.sizes)
@@ -218,7 +219,7 @@ class Node:
         works: Bytes of the tensors that its backward makes beside its gradients and lets go of when those exist.
         works_last: Whether it makes them after the gradients.
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
-        unpacks: Whether its backward reads anything that the forward saved, be it only a number.
+        unpacks: Whether its backward reads anything that the forward saved, even if only a number.
         trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
         keeps: Who keeps the gradient that arrives here, where the node is an input or a trained weight itself.
         result: The number of what it made.
@@ -318,7 +319,7 @@ def _deliver(tape: Tape, waiting: dict[Node, list[Tensor]], edge: Node, outgoing
         held.append(outgoing)
         return
     if tape.is_shared(held[0]):
-        # Somebody else still needs the tensor that waits here: the engine adds out of place.
+        # Somebody else still holds the gradient that waits here, so the engine must not add into it.
         added = Tensor(tape, held[0].elements, held[0].itemsize)
         tape.hold(added)
         tape.release(held[0])
