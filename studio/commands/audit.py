@@ -1,4 +1,4 @@
-"""`lora-studio audit`: what 4 bits cost, of a base, of an adapter, of two trainings; in a process of its own."""
+"""`lora-studio audit`: measure what 4 bits cost a base, an adapter or a training, in a process of its own."""
 
 import argparse
 import sys
@@ -52,12 +52,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="measure plans with the N worst blocks in 16 bit; 0: none",
     )
     base.add_argument("--format", default="auto", choices=choices_of("data.format"), help="how the data are read")
-    base.add_argument("--seed", default=str(_DEFAULT.seed), metavar="N", help="chooses where there are more rows")
+    base.add_argument("--seed", default=str(_DEFAULT.seed), metavar="N", help="chooses rows where the file has more")
     run = kinds.add_parser("run", help="an adapter on every base that it can be put on or merged into")
     add_run(run)
     run.add_argument("--base", metavar="MODEL", help="the 16-bit base (default: the one that it was trained on)")
     run.add_argument(
-        "--data", metavar="FILE", help="other rows than those held out; what the run was trained on is left out"
+        "--data", metavar="FILE", help="measure on these rows, not on those held out; rows trained on are left out"
     )
     run.add_argument(
         "--merged",
@@ -69,7 +69,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument(
         "--gguf", action="append", default=[], metavar="FILE", help="a GGUF file to measure as well; may be repeated"
     )
-    run.add_argument("--no-speed", action="store_true", help="do not measure tokens a second of serving each form")
+    run.add_argument("--no-speed", action="store_true", help="do not measure how many tokens a second each form serves")
     run.add_argument(
         "--answers", metavar="N", help="held-out prompts that base, tuned and merged model answer (default: 0)"
     )
@@ -77,7 +77,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument(
         "--check-regex",
         metavar="PATTERN",
-        help="is found in a good answer; with a group: what it finds is that of the held-out answer",
+        help="a good answer holds a match; where the pattern has a group, the group must find the same in the held-out "
+        "answer",
     )
     run.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, where it is installed, or task files; a,b")
     run.add_argument("--lm-eval-limit", metavar="N", help="most documents of each such task (default: all)")
@@ -162,7 +163,7 @@ def tell_report(report: Mapping[str, Any], to: TextIO) -> None:
 
 
 def _tell_answers(report: Mapping[str, Any], to: TextIO) -> None:
-    """Show the first prompts with what each form says; the page has all."""
+    """Show the first prompts with what each form says; report.md has all of them."""
     every = list(shown_answers(report))
     for one in every[:_SHOWN_PROMPTS]:
         say(f"\n{one.prompt}", to=to)

@@ -111,7 +111,7 @@ class Talk:
     """A conversation as a plain terminal shows it.
 
     Attributes:
-        sides: Which answer, in order.
+        sides: Which models answer, in order: `base`, `tuned` or both.
         device: Where they compute.
         answers: The last answers by side: text, tokens, seconds, reason.
     """
@@ -120,7 +120,7 @@ class Talk:
         """Talk through a process.
 
         Args:
-            process: Loads already.
+            process: The process of the models, which has begun to load them.
             said: What was said so far, and the system prompt.
             sampling: How to choose tokens.
             to: Where answers are written as they come.
@@ -186,7 +186,13 @@ class Talk:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: its name, the number given with it, or what to answer where it is none that can be done."""
+    """A line that begins with a slash.
+
+    Attributes:
+        name: What to do; `help` for a command that does not exist or has no number where it needs one.
+        value: The number that came with it.
+        text: What `help` answers.
+    """
 
     name: str
     value: Any = 0

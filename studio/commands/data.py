@@ -117,7 +117,7 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
 
 
 def _count(value: float) -> str:
-    """A count, or the median of two, which may lie half-way."""
+    """Return a length as text; a median may lie half-way between two whole numbers."""
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 

@@ -1,4 +1,4 @@
-"""`lora-studio demo`: the whole way on the embedded model and data, on a screen or in plain lines."""
+"""`lora-studio demo`: training and merge of the embedded model on the embedded data, on a screen or in plain lines."""
 
 import argparse
 import sys
@@ -43,10 +43,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the whole way.
+    """Train, show the answers before and after, merge, and say where everything lies.
 
     Raises:
-        StudioError: A part of it cannot be started.
+        StudioError: The training or the merge cannot be started.
     """
     if not _has_model(args):
         return NO
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _has_model(args: argparse.Namespace) -> bool:
-    """Return whether the model is here, or came now; False where the user does not want it.
+    """Return whether the model is here; it is downloaded where the user agrees, and False is for a no.
 
     Raises:
-        BadInput: It is not here, and nobody can be asked.
+        BadInput: It is not here, and there is no terminal to ask on.
         StudioError: It cannot be fetched.
     """
     try:
@@ -119,14 +119,14 @@ def _agreed(question: str) -> bool:
 
 
 class _Downloaded:
-    """Tells how much has come: in place on a terminal, elsewhere a line for every tenth."""
+    """Tells how much was downloaded: on a terminal in one line that is rewritten, elsewhere in a line a tenth."""
 
     def __init__(self, to: TextIO) -> None:
         self._to = to
         self._told = -1
 
     def tell(self, done_bytes: int) -> None:
-        """Tell the bytes that are there."""
+        """Tell how many bytes have come."""
         tenth = 10 * done_bytes // PINNED.size_bytes
         line = f"downloading the model: {done_bytes / 1e6:.0f} of {_MEGABYTES}"
         if self._to.isatty():
@@ -137,7 +137,7 @@ class _Downloaded:
         self._told = tenth
 
     def end(self) -> None:
-        """Leave the line."""
+        """End the line that was rewritten."""
         if self._to.isatty():
             say(to=self._to)
 
@@ -152,7 +152,7 @@ def before_and_after(history: History) -> list[dict[str, str]]:
 
 
 def _merge(paths: RunPaths, args: argparse.Namespace, to: TextIO) -> tuple[str | None, dict[str, Any], int]:
-    """Merge into the 16-bit base beside the adapter, and look whether a model lies there."""
+    """Merge into the 16-bit base and check that a model was written; return its folder, the summary, the exit code."""
     out = paths.merged
     merge_paths = start(request_for(paths, str(out)), root_of(args), module=args.modules.get("merge"))
     watch = RunWatch(merge_paths)

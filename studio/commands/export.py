@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export_request(word: str, root: Path, *, out: str, form: str, base: str = "") -> ExportRequest:
-    """Return the export of what a word names.
+    """Return the request to export what a word names.
 
     Raises:
-        BadInput: It names nothing that can be exported so.
+        BadInput: It names nothing that can be exported to this format.
     """
     target = str(Path(out).expanduser().absolute())
     merged = merged_model(word, root)

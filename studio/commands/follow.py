@@ -60,7 +60,7 @@ def follow(
     """Tell a run's progress until it ends or the user leaves it.
 
     Args:
-        watch: The run; what it has folded already is not told again.
+        watch: The run. Events that it has read already are not told again.
         to: Where lines go.
         stops_on_interrupt: The first Ctrl-C asks the run to stop and the second leaves it; else the first one leaves.
         told: Warnings that were said before the start and are not said again.
@@ -99,12 +99,16 @@ def follow(
 
 
 class EventLines:
-    """Turns events into lines. Steps in between are held back; the last one before anything else is told."""
+    """Turns events into lines.
+
+    Of steps and of the progress of a phase, about one line a second is told. The newest line is held back until then,
+    and is told before a line of another kind.
+    """
 
     def __init__(
         self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic, told: Collection[str] = ()
     ) -> None:
-        """Have told nothing yet but these warnings, which were said before the start."""
+        """Start with nothing told but the warnings in `told`, which are not said again."""
         self._say = say
         self._clock = clock
         self._told = told
@@ -124,7 +128,7 @@ class EventLines:
                 self._say(line)
 
     def flush(self) -> None:
-        """Tell the step that was held back."""
+        """Tell the line that was held back, if any."""
         if self._held is not None:
             self._say(self._held)
             self._held = None
@@ -157,7 +161,7 @@ def step_line(event: StepDone, history: History) -> str:
 
 
 def event_line(event: RunEvent) -> str:
-    """Return a line for a rare event, nothing for one that is not told in lines."""
+    """Return a line for an event that comes seldom; empty for kinds that are not told in lines."""
     told = _LINES.get(event.kind)
     return told(event) if told else ""
 
@@ -227,9 +231,10 @@ def conclude(watch: RunWatch, end: End, *, as_json: bool) -> int:
 
 
 def exit_code(summary: dict[str, Any], end: End) -> int:
-    """Return 0 for a finished run, for one stopped on request whose adapter lies there, and for one left alive.
+    """Return the exit code of a run that was followed.
 
-    2 is for a run whose worker could not use what it was given.
+    It is 0 for a finished run, for a stopped one that has an adapter and for one that the user left alive. It is 2
+    where the worker found that it could not use what it was given, and 1 for everything else.
     """
     if end.left:
         return DONE
@@ -241,10 +246,10 @@ def exit_code(summary: dict[str, Any], end: End) -> int:
 
 
 def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
-    """Say how a run went that ended in order."""
+    """Say how a run went that finished, or that was stopped on request."""
     plot = loss_plot(watch.history, width=width_of_terminal(), rich=is_rich(to))
     if plot:
-        # Made by our own code of finite numbers: the one text that carries escapes of its own.
+        # Not through `say`, which would make the escapes of its colours visible. Nothing in a plot is foreign text.
         print(plot, file=to, flush=True)
     steps = f" after {summary['steps']} steps" if summary["job"] not in ("merge", "export") else ""
     say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
@@ -270,7 +275,7 @@ def tell_failure(paths: RunPaths, summary: dict[str, Any]) -> None:
         complain(ended)
     if advice := failure.get("advice"):
         complain(f"what to do: {advice}")
-    # The message says all of a bad input; the output would add our own traceback.
+    # For bad input the message says everything: the output would only add our own traceback.
     lines = [] if _given_bad_input(summary) else last_output(paths)
     if lines:
         complain(f"the last lines of {plain(str(paths.output), one_line=True)}:")
@@ -283,7 +288,7 @@ def _given_bad_input(summary: dict[str, Any]) -> bool:
 
 
 def loss_ends(ends: Mapping[str, Any]) -> str:
-    """Return the first and last loss; where it was measured once, at which step, and a dash where never."""
+    """Return the first and the last loss; for a single measurement the loss and its step, and for none a dash."""
     first, last = number(ends["first"]), number(ends["last"])
     if ends["last"] is None and ends["first"] is None:
         return last

@@ -54,9 +54,9 @@ def notes_on(card: Card) -> list[str]:
 
 
 def words_for(card: Card, sight: Sight) -> tuple[str, ...]:
-    """Return what a recipe's `device.device` calls a card here; nothing where a mask hides it.
+    """Return the words that mean a card in a recipe's `device.device`; none where a mask hides the card.
 
-    A card that is cut into instances has a word for each that the mask names.
+    A card that is cut into instances has a word for each instance that the mask names.
     """
     seen = visible_cards(sight).cards
     return tuple(f"cuda:{number}" for number, other in enumerate(seen) if other.index == card.index)

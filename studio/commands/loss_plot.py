@@ -65,5 +65,5 @@ def ticks(low: int, high: int, most: int) -> list[int]:
 
 
 def _finite(steps: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
-    """The plotting library draws non-finite values wrongly; a gap is told by the missing points."""
+    """Return the finite points. The plotting library draws other values wrongly, so their points are left out."""
     return [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]

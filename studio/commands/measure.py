@@ -34,7 +34,7 @@ from studio.runs.summary import summary_of
 from studio.runs.watch import RunWatch
 
 _RATHER_WHOLE = 10.0
-"""Per cent of difference from which no decimals are shown."""
+"""Differences of this many per cent and more are shown without decimals."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -103,7 +103,7 @@ def _plan(recipe: Recipe, setup: Setup, device: PlanDevice, *, data_known: bool)
 
 
 def _request(args: argparse.Namespace, recipe: Recipe, setup: Setup, gpu: Gpu | None) -> MeasureRequest:
-    # A named card is another one than this machine's: only a trace can tell.
+    # A named card is not this machine's, so the step cannot run on it and is traced instead.
     named = bool(args.gpu or args.vram_gib)
     request = MeasureRequest(
         recipe,

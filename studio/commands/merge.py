@@ -75,7 +75,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=str.lower,
         choices=whole_formats(),
         metavar="FORMAT",
-        help="then export the merged model so, beside it, in a run of its own; may be repeated; see export --help",
+        help="then export the merged model to this format, in a run of its own and a folder beside it; may be "
+        "repeated; see export --help",
     )
     parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="of the merged weights")
     add_json(parser)
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def checked_lines(report: dict[str, Any]) -> list[str]:
-    """Return what the merge's own checks found, a line each."""
+    """Return what the checks of a merge found, one line for each finding."""
     lines = []
     if isinstance(found := report.get("closeness"), dict):
         lines.append(
@@ -133,7 +134,7 @@ def checked_lines(report: dict[str, Any]) -> list[str]:
 
 
 def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str = "auto") -> MergeRequest:
-    """Return the merge of what a word names: a PEFT folder, else a run with an adapter.
+    """Return the request to merge what a word names: a PEFT folder, else a run with an adapter.
 
     Raises:
         BadInput: It is neither, or the base is named nowhere.
@@ -152,7 +153,7 @@ def merge_request(word: str, root: Path, *, out: str, base: str = "", dtype: str
 
 
 def request_for(paths: RunPaths, out: str, *, base: str = "", dtype: str = "auto") -> MergeRequest:
-    """Return the merge of a training run's adapter.
+    """Return the request to merge a training run's adapter.
 
     Raises:
         BadInput: The run's `recipe.toml` is damaged or of another kind of job.
@@ -186,7 +187,7 @@ def _further(word: str, root: Path) -> Weighted:
         BadInput: The weight is no number, or the adapter is not there.
     """
     name, _, text = word.rpartition("=") if "=" in word else (word, "", "1")
-    # Only where it lies: base and output are those of the first.
+    # Only the place of the adapter is taken from this request: base and output are those of the first adapter.
     adapter = merge_request(name, root, out="-", base="-").adapter
     try:
         return Weighted(adapter, float(text))
@@ -196,10 +197,10 @@ def _further(word: str, root: Path) -> Weighted:
 
 
 def _checkpoint(word: str, request: MergeRequest) -> str:
-    """Return the folder of the checkpoint that a word means; empty for none.
+    """Return the folder of the checkpoint that a word means; empty for the adapter that the run ended with.
 
     Raises:
-        BadInput: There is none such, or nothing was measured that one could be best by.
+        BadInput: There is no such checkpoint, it is damaged, or none has a held-out loss to find the best by.
     """
     if not word:
         return ""
@@ -228,7 +229,7 @@ def _onto(word: str) -> str:
     """Return what to merge into.
 
     Raises:
-        BadInput: It is none of the choices; for 4 bits the message has the reason and the right way.
+        BadInput: It is none of the choices. For 4 bits the message says why not, and what to do instead.
     """
     if word in ONTO:
         return word

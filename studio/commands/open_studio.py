@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """
     root = root_of(args)
     if reason := why_no_studio():
-        from studio.commands.runs_list import list_all  # noqa: PLC0415  not for the screen
+        from studio.commands.runs_list import list_all  # noqa: PLC0415  the studio itself does not need it
 
         complain(f"lora-studio: {reason}: here are the runs. Everything works without a screen: lora-studio --help")
         return list_all(argparse.Namespace(runs_dir=root, json=False))
@@ -63,7 +63,7 @@ def open_studio(
         launch: Start the recipe at once.
         setup: Begin with the guided set-up.
         source: The user's file that the recipe came from.
-        note: What is to be said of the recipe first.
+        note: A message on the recipe to show at the start; empty for none.
     """
     from studio.tui.app import run_studio  # noqa: PLC0415  0.3 s that no other verb should pay
 
@@ -72,9 +72,9 @@ def open_studio(
 
 
 def first_recipe() -> Recipe:
-    """Return the shipped demo, else the defaults.
+    """Return the shipped demo recipe; where it is not installed, the defaults.
 
     Raises:
-        BadInput: The shipped file was damaged.
+        BadInput: The shipped file is damaged.
     """
     return load_recipe(shipped_recipes()[FIRST]) if FIRST in shipped_recipes() else Recipe()

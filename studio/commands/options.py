@@ -13,7 +13,7 @@ def add_runs_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-dir",
         metavar="DIR",
-        default=argparse.SUPPRESS,  # given before the verb, it must not be forgotten here
+        default=argparse.SUPPRESS,  # a default would overwrite the value of a --runs-dir that stands before the verb
         help="where runs live (default: $LORA_STUDIO_HOME/runs)",
     )
 
@@ -34,8 +34,8 @@ def add_device(parser: argparse.ArgumentParser, auto: str = "the run's own card 
     """Add `--device`.
 
     Args:
-        parser: Of the verb.
-        auto: How what `auto` takes begins, in words.
+        parser: The parser of the verb.
+        auto: The beginning of the help's words on what `auto` means.
     """
     parser.add_argument(
         "--device",

@@ -30,6 +30,7 @@ from studio.runs.recipe_file import find_recipe, load_recipe
 
 _MOST_GIB = 4096.0
 _STOCK = ("kbit_prepare", "head_cast_back", "autocast", "outputs_kept", "transformers", "fused_kernels")
+"""Flags that describe the stock loop only."""
 _FORMS = (*choices_of("model.quant_type"), "int8")
 _EIGHT_BIT = (
     "8-bit weights are counted from bitsandbytes' source and its runs on a CPU: no measurement on a card was found to "
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _estimate(shape: ModelShape, setup: Setup, gpu: Gpu | None) -> tuple[Setup, VramEstimate]:
-    """Return the set-up on this base, and what it needs."""
+    """Return the set-up, adjusted to how the base's weights are stored, and what it needs."""
     check_adapted(shape, setup.adapted)
     if isinstance(setup, StockSetup):
         setup = as_it_lies_here(setup, shape.quantised)
@@ -124,7 +125,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
     setup = _held_as(args, setup_of(recipe, gpu))
-    if gpu is not None:
+    if gpu is not None:  # a named card is planned for, even where this machine has none
         setup = replace(setup, device="cuda")
     wishes = {name: getattr(args, name) for name in _STOCK}
     given = {name: value for name, value in wishes.items() if value is not None}
@@ -140,7 +141,9 @@ def _setup(args: argparse.Namespace, recipe: Recipe, gpu: Gpu | None) -> Setup:
 
 
 def _held_as(args: argparse.Namespace, setup: Setup) -> Setup:
-    """Return the set-up with the form of quantised weights that was asked for: stock loops know one more than recipes.
+    """Return the set-up with the form of quantised weights that was asked for.
+
+    Stock loops know one form that recipes do not: int8.
 
     Raises:
         BadInput: The form belongs to another method or engine.
@@ -158,7 +161,7 @@ def device_for(args: argparse.Namespace, recipe: Recipe) -> PlanDevice:
     """Return the card that was named, else the one of this machine that the recipe would run on.
 
     Raises:
-        BadInput: No card is called that, or the size is no size.
+        BadInput: The catalogue has no such card, or the size is not a number of GiB from 0.1 to 4096.
     """
     if args.gpu or args.vram_gib:
         gpu = find_gpu(args.gpu) if args.gpu else card_of_size(_number(args.vram_gib, "--vram-gib", 0.1, _MOST_GIB))
@@ -213,7 +216,7 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
 
 
 def pace_lines(pace: Pace, setup: Setup) -> list[str]:
-    """Return what is known of speed, time and the price of 4 bit; a line says so where nothing is."""
+    """Return lines on speed, on time and on how much 4 bits slow a step; where no speed is known, one line says why."""
     if pace.speed is None:
         return [f"speed: not known; {pace.why_not}"]
     lines = [f"speed: about {_rates(pace.speed)} tokens/s, full rows; from {pace.speed.basis}"]
@@ -261,6 +264,7 @@ def _count(tokens: float) -> str:
 
 
 def _rate(value: float) -> str:
+    """Return a speed with three significant digits and a space between its thousands; below 10 with one decimal."""
     if value < 10:
         return f"{value:.1f}"
     digits = 10 ** max(0, len(str(int(value))) - 3)

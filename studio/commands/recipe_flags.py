@@ -9,7 +9,7 @@ from studio.core.value_kinds import Choice, Number, Switch
 
 _FLAGS = {FIELDS[path].flag: FIELDS[path] for _, paths in SECTIONS for path in paths if FIELDS[path].flag}
 _OF_THE_VERB = ("model", "data")
-"""Flags that not every verb has, and that mean somewhat more in some: each verb adds them itself."""
+"""Flags that each verb adds itself: not every verb has them, and `--model` of some takes more kinds of file."""
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> list[str]:
-    """Return the `--set` words, followed by a `path=value` word for each flag that was given (so flags win).
+    """Return the `--set` words, then a `path=value` word for each flag that was given: the last word on a field wins.
 
     Args:
         args: The parsed arguments.
@@ -35,7 +35,7 @@ def settings_of(args: argparse.Namespace, *, without: tuple[str, ...] = ()) -> l
 
 
 def _form(field: Field) -> dict[str, Any]:
-    """Return how the parser takes a flag; what it takes as a text is checked with the recipe."""
+    """Return the parser's arguments for a flag. What it takes as text, such as a number, is checked with the recipe."""
     if isinstance(field.kind, Choice):
         return {"choices": field.kind.words}
     if isinstance(field.kind, Switch):

@@ -38,7 +38,7 @@ def attach(args: argparse.Namespace) -> int:
 def stop_run(args: argparse.Namespace) -> int:
     """Ask a run to stop, and wait until it has; with `--force` its process is ended after the wait.
 
-    A run that has ended leaves nothing to do, which is no fault: whoever stops it twice gets what was wanted.
+    Stopping a run that has ended already is no error: the user gets what was wanted.
 
     Raises:
         BadInput: There is no such run.
@@ -66,7 +66,7 @@ def pause(args: argparse.Namespace) -> int:
     """Let a live run wait after its current step.
 
     Raises:
-        BadInput: There is no such run, it is not live, or no training.
+        BadInput: There is no such run, it has ended, or it is not a training.
     """
     paths = run_of(args)
     status = run_status(paths)
@@ -89,11 +89,11 @@ def pause(args: argparse.Namespace) -> int:
 
 
 def resume_run(args: argparse.Namespace) -> int:
-    """Continue a run: one that waits goes on, one whose worker has ended gets a new one.
+    """Continue a run: a paused run goes on, and a run whose worker has ended gets a new worker.
 
     Raises:
-        BadInput: There is no such run, nothing to continue, no whole checkpoint, or another base, data or recipe than
-            the run began with.
+        BadInput: There is no such run, there is nothing to continue, no checkpoint is whole, or base, data or recipe
+            are not those that the run began with.
         StudioError: The worker cannot be started.
     """
     paths = run_of(args)
@@ -101,6 +101,7 @@ def resume_run(args: argparse.Namespace) -> int:
         withdraw(paths, "pause")
         _answer(args, paths, run_status(paths), "goes on")
         return DONE
+    # A pause with a reason was not asked for: the disk refuses to be written to, and the worker tries again by itself.
     waits = log_tail(paths.events).last(Paused)
     if run_status(paths) is Status.paused and waits is not None and waits.reason:
         _answer(
@@ -111,7 +112,7 @@ def resume_run(args: argparse.Namespace) -> int:
 
     check_space(paths.root)
     watch = RunWatch(paths)
-    watch.catch_up()
+    watch.catch_up()  # so that nothing from before the resume is told again
     start_again(paths, module=args.modules.get(kind_of_run(paths)), from_start=args.from_start)
     if args.detach:
         _answer(args, paths, run_status(paths), f"goes on; follow it with: lora-studio runs attach {paths.name}")
@@ -123,10 +124,10 @@ def resume_run(args: argparse.Namespace) -> int:
 def remove(args: argparse.Namespace) -> int:
     """Delete runs; all names are looked up before the first is deleted.
 
-    Who types the words is asked, with `--yes` not; a script is not, since it cannot answer and said what it wants.
+    A person at a terminal is asked first, unless `--yes` is given. A script is not asked, because it cannot answer.
 
     Raises:
-        BadInput: A run is not there or live.
+        BadInput: A run is not there, or it is live.
     """
     doomed = list(dict.fromkeys(find_run(root_of(args), word) for word in args.run))
     live = [paths.name for paths in doomed if run_status(paths).live]
@@ -150,7 +151,7 @@ def remove(args: argparse.Namespace) -> int:
 
 
 def note(args: argparse.Namespace) -> int:
-    """Show the note on a run, or write another one.
+    """Show the note on a run, or replace it.
 
     Raises:
         BadInput: There is no such run, or the note is too long.
@@ -172,7 +173,7 @@ def _follow_on(paths: RunPaths, *, as_json: bool, stops_on_interrupt: bool) -> i
     history = watch.catch_up()
     status = run_status(paths)
     if not status.live:
-        watch.catch_up()
+        watch.catch_up()  # the worker may have written its last lines between the first look and the status
         return conclude(watch, End(status, left=False), as_json=as_json)
     if history.started is not None:
         say(event_line(history.started), to=to)

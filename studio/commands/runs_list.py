@@ -21,7 +21,7 @@ _LEAST_CELLS = {"run": 24, "note": 12, "model": 9}
 
 
 def list_all(args: argparse.Namespace) -> int:
-    """List all runs, newest first; in a terminal never wider than that."""
+    """List all runs, newest first; in a terminal never wider than the terminal."""
     infos = list_runs(root_of(args))
     if args.json:
         write_json([_listed(info) for info in infos])
@@ -36,7 +36,10 @@ def list_all(args: argparse.Namespace) -> int:
 
 
 def fitted(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Return rows in so many cells: where cutting long words does not do, columns go, and that is said below."""
+    """Return rows as a table that is at most so many cells wide.
+
+    Long words are cut. Where that is not enough, columns are left out, and a line below the table names them.
+    """
     from rich.cells import cell_len, set_cell_size  # noqa: PLC0415  a list that is piped does without
 
     safe = [[plain(cell, one_line=True) for cell in row] for row in rows]

@@ -94,7 +94,7 @@ def _outcome_rows(outcomes: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _facts(summary: dict[str, Any]) -> dict[str, str]:
-    """What is known of a run; a job that trains nothing has no losses."""
+    """Return what is known of a run, by name. A job that trains nothing has no steps and no losses."""
     trains = summary["job"] in (None, "train")
     known = {
         "training": (summary["train_loss"]["last"], f"loss {loss_ends(summary['train_loss'])}"),
@@ -135,7 +135,7 @@ def _recipe(paths: RunPaths) -> Recipe | None:
 
 
 def _recipe_table(paths: RunPaths) -> dict[str, Any] | None:
-    """Return what a run was asked to do, ready for JSON; None where that is damaged."""
+    """Return what a run was asked to do, ready for JSON; None where its `recipe.toml` is damaged."""
     try:
         return job_table(paths)
     except BadInput:

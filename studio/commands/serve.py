@@ -1,9 +1,9 @@
 """`lora-studio serve`: the studio in a browser of this machine, through textual-serve. Listens on 127.0.0.1 only.
 
-Whoever reaches the page can start runs and delete them as the user who serves, and on a shared machine every local user
-reaches 127.0.0.1. So nothing is answered without the random token of the address that is printed, or the cookie that
-the token is changed for. The token stands in no log, argument list or environment. Besides, a request must come to a
-name of this machine and, where a browser says so, from this very page.
+Whoever reaches the page can start and delete runs in the name of the user who serves it, and on a shared machine every
+local user reaches 127.0.0.1. So a request is answered only if it brings the random token of the printed address, or the
+cookie that a browser gets for the token. The token stands in no log, argument list or environment. A request must also
+be addressed to a name of this machine and, where the browser tells its origin, come from this very page.
 """
 
 import argparse
@@ -36,8 +36,9 @@ _HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""Of every answer. The page loads a font from another site, which must not learn its address. Pages of other sites, and
-of other ports of this machine, which cookies count as the same site, may not frame it or load from it."""
+"""Headers of every answer. The page loads a font from another site, which must not learn the address of the page. No
+other page may frame it or load from it: neither of another site nor of another port of this machine, which browsers
+count as the same site where cookies are concerned."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -72,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def listen(word: str) -> socket.socket:
-    """Return a socket that listens on the port that a word means; 0 finds one.
+    """Return a socket that listens on the port that a word means; 0 finds a free port.
 
-    It is the one that is served on: a port that was tried and let go could be another user's by then.
+    The server uses this very socket. If the port were only tried and released, another user could take it meanwhile.
 
     Raises:
         BadInput: It is no port, or cannot be had; says why.
@@ -83,7 +84,8 @@ def listen(word: str) -> socket.socket:
         raise BadInput(f"--port is {word!r}; wanted a whole number from 0 to 65535.")
     listening = socket.socket()
     try:
-        # Without it a port stays taken for a minute after its server; on Windows it would let another program share it.
+        # Without this option a port stays taken for a minute after its server has ended. On Windows the option means
+        # something else: it would let another program share the port.
         if sys.platform != "win32":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((HOST, int(word)))
@@ -126,17 +128,17 @@ def _secret() -> str:
 class Door:
     """Who is let in.
 
-    The token is changed for cookies, so that it stands in the browser's address line for one redirect only. A browser
-    sends a cookie to every port of a machine, which may be another user's server: so each is bound to a path, that of
-    the page to one that nobody can guess.
+    The token is exchanged for cookies, so that it stands in the browser's address line for one redirect only. A browser
+    sends a cookie to every port of a machine, and another port may be another user's server. So each cookie is bound to
+    a path, and the path of the page is one that nobody can guess.
 
     Attributes:
         port: The port that is listened on.
         token: Opens the first page.
-        page: Where everything else lies.
-        key: The cookie for it.
-        download_key: The cookie for downloads, which textual-serve's page looks for at the server's root; each has
-            a random name besides.
+        page: The path below which everything else lies.
+        key: The value of the cookie for that path.
+        download_key: The value of the cookie for downloads. The page of textual-serve looks for them at the root of
+            the server; each download also has a random name.
     """
 
     port: int
@@ -161,7 +163,7 @@ class Door:
         return {f"{self.page}/": self.key, "/download/": self.download_key}
 
     def admits(self, path: str, token: str, cookie: str) -> bool:
-        """Return whether a request is its owner's.
+        """Return whether a request comes from the user who serves.
 
         Args:
             path: What it asks for.
@@ -174,7 +176,7 @@ class Door:
 
 
 def _same(brought: str, secret: str) -> bool:
-    """Compare in a time that tells nothing of how much was right."""
+    """Compare in a time that does not depend on how much of the guess is right."""
     return hmac.compare_digest(brought.encode("utf-8", "surrogatepass"), secret.encode())
 
 
@@ -200,12 +202,12 @@ def _server(command: str, door: Door) -> Any:
         return await handler(request)
 
     async def change_token(request: Any) -> Any:
-        # textual-serve's page speaks to this name, whichever of the machine's names it was opened by.
+        # The page of textual-serve always connects to this name, so it must be opened by the same one.
         if request.headers["Host"].partition(":")[0] != HOST:
             raise web.HTTPSeeOther(door.address)
         response = web.HTTPSeeOther(f"{door.page}/")
         for path, value in door.cookies.items():
-            # Two cookies of one name: those of a response are kept by name, so the header is written as it is.
+            # Both cookies have one name, and a response keeps one cookie for each name: so the header is written here.
             bound = f"{door.cookie}={value}; Path={path}; HttpOnly; SameSite=Strict"
             response.headers.add("Set-Cookie", bound)
         raise response
@@ -226,11 +228,12 @@ def _server(command: str, door: Door) -> Any:
             return app
 
         async def on_startup(self, app: Any) -> None:
-            pass
+            pass  # textual-serve prints a banner here, with the command and an address that lets nobody in
 
         def initialize_logging(self) -> None:
-            # The access log holds addresses, rich tracebacks what their variables held, and the line on a request that
-            # is no HTTP its headers: any local user could write into this terminal with one.
+            # No access log, because it holds addresses, and no rich tracebacks, because they show variables. The line
+            # on a request that is not HTTP is left out as well: it quotes the request, and so any local user could
+            # write into this terminal.
             logging.basicConfig(level=logging.WARNING, format="%(message)s")
             logging.getLogger("aiohttp.server").addFilter(is_fault_of_ours)
 
@@ -258,7 +261,7 @@ def _by_whom(port: int) -> str:
 
 
 def _user_listening(port: int) -> str:
-    """Return whose socket listens on a port: Linux says that of every user's, but not which process it is."""
+    """Return which user listens on a port, or an empty text. Linux tells the user of any socket, not the process."""
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         try:
             lines = table.read_text("utf-8").splitlines()[1:]

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answers(args: argparse.Namespace) -> Answers:
-    """Return what the flags say, and where they say nothing what was answered on the screen."""
+    """Return the answers of the flags; where a flag is missing, the answer that was given on the screen last."""
     given = {"goal": args.goal, "base": args.model, "data": args.data}
     card = find_gpu(args.gpu).name if args.gpu else None
     said = {name: value for name, value in (*given.items(), ("card", card)) if value is not None}
@@ -80,7 +80,7 @@ def _answers(args: argparse.Namespace) -> Answers:
 
 
 def _write(path: Path, recommendation: Recommendation) -> None:
-    refuse(recommendation.recipe.problems())  # such as a data file whose name is no UTF-8, which TOML is
+    refuse(recommendation.recipe.problems())  # TOML is UTF-8, and the name of a data file may not be
     if path.exists():
         raise BadInput(f"{plain(str(path), one_line=True)} is there already: choose another --out or remove it.")
     try:

@@ -1,4 +1,4 @@
-"""What the command line writes, what the terminal that it writes to can show, and Ctrl-C."""
+"""Writing to a terminal or a pipe: texts and numbers, what a terminal can show, and Ctrl-C."""
 
 import json
 import math
@@ -22,14 +22,15 @@ _ASCII = str.maketrans(dict.fromkeys("┌┐└┘├┤┬┴┼", "+") | {"─
 
 
 def say(text: str = "", *, to: TextIO | None = None) -> None:
-    """Write a line that people read, foreign control characters made visible; seen at once even through a pipe."""
+    """Write a line for people. Control characters are made visible, and a pipe gets the line at once."""
     stream = to or sys.stdout
     try:
         print(plain(text), file=stream, flush=True)
     except OSError:
         if stream is not sys.stderr:
             raise
-        # Diagnostics that nobody can take (`2>/dev/full`, a pipe whose reader left) must not cost the answer on stdout.
+        # The answer on stdout must come even where nobody can take the diagnostics (`2>/dev/full`, a pipe whose reader
+        # left). So from now on stderr goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -39,10 +40,10 @@ def complain(text: str) -> None:
 
 
 def agreed(question: str) -> bool:
-    """Ask on stderr, so that no question gets into what is piped on; return whether the answer is yes."""
+    """Ask on stderr, so that the question does not get into a pipe; return whether the answer is yes."""
     print(plain(question), end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
-    if not line:
+    if not line:  # the input has ended, so no enter has ended the line of the question
         say(to=sys.stderr)
     return line.strip().lower() in ("y", "yes")
 
@@ -123,7 +124,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 class Interrupts:
-    """Context in which Ctrl-C only counts; outside the main thread, where Python allows no handler, nothing changes.
+    """Context in which Ctrl-C is only counted. Outside the main thread Python allows no handler: nothing changes there.
 
     Attributes:
         count: How often Ctrl-C came.

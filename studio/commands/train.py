@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """
     to = sys.stderr if args.json else sys.stdout
     recipe = load_recipe(find_recipe(args.recipe), settings_of(args))
-    told: list[str] = []
+    told: list[str] = []  # `follow` does not say these again
 
     def checked(report: Checked[Recipe]) -> None:
         tell_checked(report)

@@ -1,7 +1,8 @@
-"""Starts runs for a job: `python -m studio.launch start|resume|next FOLDER [MODULE]`, as `studio.runs.launched` asks.
+"""Starts runs on behalf of a job: `python -m studio.launch start|resume|next FOLDER [MODULE]`.
 
-`start` reads the job from stdin, as TOML. The answer is JSON on stdout: `{"run": FOLDER}`, or `{"error": WHY}` with the
-exit code 2 for bad input and 1 for all else.
+Jobs may not import this room, so `studio.runs.launched` calls it as a process. `start` reads the new job from stdin, as
+TOML. The answer is JSON on stdout: `{"run": FOLDER}`, or `{"error": WHY}` with the exit code 2 for bad input and 1 for
+everything else.
 """
 
 import json

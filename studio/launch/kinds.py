@@ -1,4 +1,4 @@
-"""The table of job kinds: how a job of each kind is asked for, which module does it, what is checked before."""
+"""The table of job kinds: the type of request, the module that does the job, and the checks before it starts."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ class Checked(Generic[J]):
 
 
 def _on_the_cpu(job: Job, paths: RunPaths) -> Place:
-    """Merges and exports never ask for a card: it may be busy with a training."""
+    """Return the CPU. Merges and exports never use a card, which may be busy with a training."""
     return CPU_PLACE
 
 
@@ -53,12 +53,12 @@ class JobKind(Generic[J]):
     """A kind of job: a row of the table.
 
     Attributes:
-        request: The type of what it is asked.
-        module: What does it, started as `python -m MODULE RUN`.
-        title: Returns what a run of it is called, before the time of its start.
-        check: Returns the job as it can be started; raises BadInput for everything that can be known to be wrong.
-        check_resume: Returns where a run of it goes on; raises BadInput where it cannot.
-        has_checkpoints: Whether it goes on after a checkpoint, and may start over where none is whole.
+        request: The type that asks for such a job: a recipe, or a request of its own.
+        module: The module that does it, started as `python -m MODULE RUN`.
+        title: Returns the name of a run of it; the time of its start is added.
+        check: Returns the job as it can be started; raises BadInput for everything that is known to be wrong by then.
+        check_resume: Returns where an ended run of it goes on; raises BadInput where it cannot.
+        has_checkpoints: Whether a resumed run goes on after a checkpoint, and may start over where none is whole.
     """
 
     request: type[J]
@@ -87,6 +87,7 @@ def kind_for(job: J) -> JobKind[J]:
 
 
 def _named_after(folder: str) -> str:
+    """Return the name of a run or of a folder, without the time of its start that ends a run's name."""
     return _STAMP.sub("", Path(folder).name)
 
 
@@ -116,6 +117,7 @@ def _check_export(request: ExportRequest) -> Checked[ExportRequest]:
 def _check_measure(request: MeasureRequest) -> Checked[MeasureRequest]:
     recipe = request.recipe
     refuse(recipe.problems())
+    # The configuration alone tells whether the base is quantised, so its weights need not be here.
     config = base_config(recipe.model.base, recipe.model.revision)
     refuse_untrainable(BaseFound("folder", recipe.model.base, None, config, 0), recipe.method)
     place = _measured_on(request)
@@ -136,7 +138,7 @@ def _check_audit(request: AuditRequest) -> Checked[AuditRequest]:
 
 
 def _audited_on(request: AuditRequest, paths: RunPaths | None = None) -> Place:
-    """On the card that the audited run ran on, where that is visible; a race where its recipe says."""
+    """Return the card that the audited run was trained on, where it is visible; for a race, what its recipe says."""
     if request.recipe is not None:
         return place_of(request.recipe.device.device)
     about = RunPaths(Path(request.run)) if request.run and request.device == "auto" else None

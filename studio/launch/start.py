@@ -1,4 +1,4 @@
-"""From something asked for to a running worker: check, make the run's folder, launch. Screens and verbs share it."""
+"""From a job to its running worker: check the job, make the run's folder, launch. Screens and verbs share this."""
 
 import json
 import shutil
@@ -42,11 +42,11 @@ def start(
         module: The job's module; None takes that of its kind.
         now: Unix seconds.
         plan: The memory estimate, kept in the run; None takes the one that the check made.
-        on_checked: Gets what was found, before anything is made.
-        launching: As for `studio.runs.supervise.launch`.
+        on_checked: Gets the checked job and its notes, before anything is written.
+        launching: Further arguments of `studio.runs.supervise.launch`.
 
     Raises:
-        BadInput: The job cannot be done so; no folder was made.
+        BadInput: The job cannot be done as it is asked for; no folder was made.
         StudioError: The worker cannot be started; no folder is left.
     """
     check_space(runs_root)
@@ -91,9 +91,9 @@ def prepare(job: Job, runs_root: Path, now: float, plan: Mapping[str, Any] | Non
 
 
 def start_next(paths: RunPaths, *, module: str | None = None, now: Callable[[], float] = time.time) -> RunPaths | None:
-    """Start the export that a run which has ended names to follow it; None where none follows.
+    """Start the export that follows a run which has ended; return None where none follows.
 
-    It is not checked before: what is wrong with it then stands in a run that can be looked at.
+    The export is not checked first. Whatever is wrong with it fails a run of its own, where the user can look at it.
 
     Args:
         paths: The run that has ended.
@@ -121,7 +121,7 @@ def resume(
         paths: The run.
         module: The job's module; None takes that of its kind.
         from_start: Whether training may start over where no checkpoint is whole.
-        launching: As for `studio.runs.supervise.launch`.
+        launching: Further arguments of `studio.runs.supervise.launch`.
 
     Raises:
         NoWholeCheckpoint: The run had checkpoints and none is whole; nothing was changed.
@@ -143,11 +143,11 @@ def resume(
 
 
 def _launch(paths: RunPaths, module: str, place: Place, launching: Mapping[str, Any]) -> RunPaths:
-    """Launch the worker of a prepared run where it shall run; where that fails, no folder is left."""
+    """Launch the worker of a prepared run on a card or the CPU; where that fails, remove the run's folder."""
     try:
         supervise.launch(paths, module, **_placed(launching, place))
     except KeyboardInterrupt:
-        # The process may have been started a moment ago: who interrupts the start wants no run.
+        # The worker may live already, so its folder stays. Whoever interrupts the start wants no run: ask it to stop.
         request(paths, "stop")
         raise
     except (StudioError, OSError):
@@ -157,5 +157,5 @@ def _launch(paths: RunPaths, module: str, place: Place, launching: Mapping[str, 
 
 
 def _placed(launching: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """Return the arguments of a launch whose environment names the place; what the caller sets goes before it."""
+    """Return the arguments of a launch with the variables of a place in the environment; the caller's own win."""
     return {**launching, "environment": {**place.environment, **(launching.get("environment") or {})}}
