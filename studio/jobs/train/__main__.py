@@ -11,10 +11,11 @@ from studio.runs.job import read_job
 from studio.runs.worker import Worker, run_job
 
 _KERNELS_KEPT = "128"
-"""Matrix products that oneDNN keeps ready for the next time, on a CPU: those of the last few shapes of a batch.
+"""How many prepared matrix products oneDNN keeps on a CPU: enough for the last few shapes of a batch.
 
-Each new number of tokens makes new ones, and with the default of 1024 a run of varying rows grew by 20 MB a step for
-tens of steps (tests/bench/train_results.md). torch's cache and oneDNN's read their names when torch first multiplies.
+Each new number of tokens prepares new ones. With the default of 1024, a run over rows of varying length grew by 20 MB a
+step for tens of steps (tests/bench/train_results.md). torch's cache and oneDNN's read their environment variables when
+torch first multiplies, so these must be set before that.
 """
 
 

@@ -1,6 +1,6 @@
-"""The peft adapter: on which modules it goes, attached to a loaded base, and saved as a standard PEFT folder.
+"""The peft adapter: which modules get one, how it is attached to a loaded base, and how it is saved as a PEFT folder.
 
-Targets, layers and patterns of a recipe that name nothing in the model are refused.
+A recipe whose targets, layers or patterns name nothing in the model is refused.
 """
 
 import difflib
@@ -32,13 +32,18 @@ AdapterWeights = dict[str, Tensor]
 
 
 def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointing: bool) -> PeftModel:
-    """Return the base with trainable low-rank pairs; adapter weights are fp32 whatever the base is held in.
+    """Return the base with trainable low-rank pairs A and B; they are fp32, whatever the base's number format is.
 
-    Nothing else is touched: embeddings, head and norms keep the base's format (peft's `prepare_model_for_kbit_training`
-    would make them fp32). Initialisations that read the base's weights are `trainable_model`'s business.
+    Embeddings, head and norms keep the base's format (peft's `prepare_model_for_kbit_training` would make them fp32).
+    Initialisations that read the base's weights (PiSSA, LoftQ) come later, in `trainable_model`.
+
+    Args:
+        base: The loaded model, frozen. peft changes it in place.
+        section: The recipe's `[adapter]`.
+        grad_checkpointing: Whether decoder layers keep only their input and are computed again in the backward pass.
 
     Raises:
-        JobFailed: `unknown_targets` when a named target module or layer does not exist in the model.
+        JobFailed: `unknown_targets` when a module, layer or pattern that the recipe names is not in the model.
     """
     layers = adapted_layers(base, section.layers)
     config = LoraConfig(
@@ -65,9 +70,9 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
 
 
 def _widen_whole_modules(model: PeftModel) -> None:
-    """Hold modules that are trained whole in fp32, as the adapter is; what they return keeps the base's format.
+    """Turn modules that are trained whole into fp32, as the adapter is, and cast their output to the base's format.
 
-    In 16 bits most steps of the optimizer would be rounded away. peft casts only its own layers.
+    In 16 bits most steps of the optimizer would be rounded away. peft makes only its own layers fp32.
     """
     for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
         for trained in wrapper.modules_to_save.values():
@@ -78,20 +83,22 @@ def _widen_whole_modules(model: PeftModel) -> None:
 
 
 def _checkpoint_layers(causal: Any) -> None:
-    # Non-reentrant: reentrant checkpoints train nothing when no input requires a gradient.
+    # Non-reentrant, because reentrant checkpoints train nothing when no input requires a gradient, and the embeddings
+    # of a frozen base give none.
     enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    # transformers lets the embeddings' output require a gradient, for the reentrant ones' sake: that gradient is as
-    # large as a checkpoint, the first layer works for it, and nobody reads it.
+    # For reentrant checkpoints transformers lets the embeddings' output require a gradient. That gradient is as large
+    # as a checkpoint, the first layer has to compute it, and nobody reads it.
     causal.disable_input_require_grads()
+    # transformers would switch the cache off in each checkpointed layer, with a warning (modeling_layers.py).
     causal.config.use_cache = False
 
 
 def adapter_weights(model: PeftModel) -> AdapterWeights:
-    """Return the adapter's tensors and nothing else.
+    """Return the adapter's tensors, without the embeddings.
 
-    peft's "auto" would ask the hub whether the base's vocabulary was resized (ours never is), and add the embeddings
-    where the head is adapted.
+    peft's default, `save_embedding_layers="auto"`, would ask the hub whether the base's vocabulary was resized (ours
+    never is), and would add the embeddings where the head is adapted.
     """
     weights: AdapterWeights = get_peft_model_state_dict(model, save_embedding_layers=False)
     return weights
@@ -104,26 +111,27 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
         model: The trained model.
         tokenizer: Saved beside the adapter.
         folder: Where it appears.
-        initial: What PiSSA took out of the base; what is saved is then the difference to it, for the ordinary base.
+        initial: The adapter that PiSSA subtracted from the base. The difference to it is saved, so that the result
+            belongs on the ordinary base.
 
     Returns:
         Bytes on disk.
 
     Raises:
-        JobFailed: The adapter is broken or dead (see `check_adapter`); nothing is written then.
-        Exception: The disk is full or not writable, in whichever class peft, safetensors or tokenizers say it (see
-            `studio.runs.disk.refuses`); nothing half-made is left.
+        JobFailed: The adapter holds NaN or changes nothing (see `check_adapter`); nothing is written then.
+        Exception: The disk is full or not writable. peft, safetensors and tokenizers raise different classes for it
+            (see `studio.runs.disk.refuses`); nothing half-made is left.
     """
-    # On the host: the card may have no room for the comparisons, and a whole training would be lost over them.
+    # Checked on the host: the card may have no room for the comparisons, which would cost the whole training.
     check_adapter({name: weight.detach().to("cpu") for name, weight in adapter_weights(model).items()})
     scratch = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        # Not "auto": see adapter_weights.
+        # False for the reasons given in adapter_weights.
         model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
         if initial:
             _rewrite_as_difference(model, scratch, initial)
-        # safetensors writes for the owner alone, which a copy of the folder for others would keep.
+        # safetensors makes the file readable for its owner alone, and a copy of the folder for others would stay so.
         shutil.copymode(scratch / ADAPTER_CONFIG, scratch / ADAPTER_WEIGHTS)
         tokenizer.save_pretrained(str(scratch))
         publish_folder(scratch, folder)
@@ -142,6 +150,7 @@ def _rewrite_as_difference(model: PeftModel, folder: Path, initial: AdapterWeigh
 
 def _doubled_config(config: LoraConfig) -> dict[str, Any]:
     """Return the values of a PEFT config that describe `pissa.difference`: twice the rank at the same scaling."""
+    # Scaling is alpha / rank, with rsLoRA alpha / sqrt(rank): twice the rank needs 2 or sqrt(2) times the alpha.
     factor = 2**0.5 if config.use_rslora else 2
     alphas = {name: alpha * factor for name, alpha in config.alpha_pattern.items()}
     ranks = {name: rank * 2 for name, rank in config.rank_pattern.items()}
@@ -149,12 +158,13 @@ def _doubled_config(config: LoraConfig) -> dict[str, Any]:
 
 
 def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: bool) -> str | list[str]:
-    """Return what peft calls `target_modules`.
+    """Return the value for peft's `target_modules`: `all-linear`, or the last parts of module names.
 
     Args:
         base: The loaded model.
         wanted: The recipe's targets.
-        by_name: Spell `all-linear` out, as peft wants it where layers are chosen.
+        by_name: Whether `all-linear` becomes a list of names without the head's. peft needs names where only some
+            layers are adapted.
 
     Raises:
         JobFailed: `unknown_targets` when a name is no module of the model.
@@ -184,7 +194,7 @@ def whole_modules(base: nn.Module, names: tuple[str, ...]) -> list[str] | None:
     """Return the names of the modules that are trained whole, or None for none.
 
     Raises:
-        JobFailed: `unknown_targets` when a name is no module of the model, or one whose weights are in 4 bits.
+        JobFailed: `unknown_targets` when a name is no module of the model, or its module holds weights in 4 bits.
     """
     modules = dict(base.named_modules())
     for name in names:
@@ -220,7 +230,7 @@ def adapted_layers(base: nn.Module, wanted: tuple[int, ...]) -> list[int] | None
 
 
 def check_patterns(model: nn.Module, section: AdapterSection) -> None:
-    """Refuse a pattern that names no adapted module: peft would pass over it in silence.
+    """Refuse a pattern that names no adapted module; peft would ignore it without a word.
 
     Raises:
         JobFailed: `unknown_targets`.
@@ -238,9 +248,10 @@ def check_patterns(model: nn.Module, section: AdapterSection) -> None:
 
 
 def _spell_out_patterns(model: PeftModel) -> None:
-    """Name every module whole in a pattern of which two names fit one module.
+    """Give every module an entry of its own in a pattern where two names fit the same module.
 
-    Of these names the first counts. peft saves them in alphabetical order, so another one would count on loading.
+    peft takes the first name that fits. It saves the names in alphabetical order, so on loading another one could be
+    the first, and the adapter would have other ranks or alphas than it was trained with.
     """
     config = model.active_peft_config
     adapted = [name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
@@ -252,7 +263,7 @@ def _spell_out_patterns(model: PeftModel) -> None:
 
 
 def _fits(name: str, module: str) -> bool:
-    """Whether a name of a pattern means a module, as peft reads it (utils/other.py get_pattern_key)."""
+    """Return whether a pattern's name fits a module's full name, as in peft (utils/other.py get_pattern_key)."""
     return re.match(rf"(.*\.)?({name})$", module) is not None
 
 

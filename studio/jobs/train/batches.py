@@ -1,8 +1,8 @@
-"""Batches: the order of rows as a pure function of seed and step, and rows made into tensors beside each other.
+"""Batches: which rows each step trains on, as a pure function of seed and step, and how they become tensors.
 
-Where rows are grouped by length they are sorted by it within windows of a random order, cut into micro-batches, and
-these are shuffled: what a micro-batch holds is similar, what a step holds next to nothing is (transformers' and
-fairseq's way, and its window).
+Where rows are grouped by length, a random order is cut into windows, each window is sorted by length and cut into
+micro-batches, and the micro-batches are shuffled. The rows of a micro-batch are then of similar length, while the
+micro-batches of a step are not. transformers and fairseq do the same; the window is transformers'.
 """
 
 from bisect import bisect_left, insort
@@ -21,13 +21,13 @@ _EARLY_STEPS = 20
 
 @dataclass(frozen=True, slots=True)
 class Batcher:
-    """How rows become batches: padded beside each other, or packed one behind the other.
+    """How rows become batches: padded to the same length, or packed into one sequence.
 
     Attributes:
         micro_batch: Most rows of a padded batch.
-        pad_id: Token that fills short rows.
+        pad_id: The token that fills short rows.
         device: Where the batches go.
-        packed_tokens: Most tokens of a packed batch; 0 pads.
+        packed_tokens: Most tokens of a packed batch; 0 for padded rows.
         objective: Makes the tensors.
     """
 
@@ -39,11 +39,14 @@ class Batcher:
 
     @property
     def groups_rows(self) -> bool:
-        """Whether rows share micro-batches in which the short ones are filled up."""
+        """Whether a micro-batch has several rows, of which the short ones are padded."""
         return self.micro_batch > 1 and not self.packed_tokens
 
     def groups(self, rows: Sequence[Encoded]) -> list[list[Encoded]]:
-        """Return the rows in micro-batches, longest first: least padding, and the one that needs most memory first."""
+        """Return the rows in micro-batches, longest rows first.
+
+        That pads least, and the micro-batch that needs most memory comes first.
+        """
         ordered = sorted(rows, key=lambda example: -len(example.input_ids))
         if self.packed_tokens:
             return best_fit(ordered, self.packed_tokens)
@@ -55,10 +58,10 @@ class Batcher:
 
 
 class StepBatches:
-    """The rows of every step: each epoch a new permutation from the seed, epochs joined without a seam.
+    """The rows of every step. Each epoch is a new permutation from the seed; a step may reach into the next epoch.
 
-    Every step gets exactly `rows_per_step` rows (or all, where there are fewer), so steps weigh the same. The longest
-    row comes first: a run that is too large for the memory shows it in step 1.
+    Every step gets exactly `rows_per_step` rows (or all, where there are fewer), so that all steps weigh the same. The
+    longest row comes first: a run that is too large for the memory fails in step 1.
     """
 
     def __init__(
@@ -70,14 +73,14 @@ class StepBatches:
         seed: int,
         by_length: bool = False,
     ) -> None:
-        """Fix the order.
+        """Prepare the order of the rows.
 
         Args:
             examples: The training rows.
             batcher: How rows become batches.
             rows_per_step: Rows of an optimizer step.
-            seed: The order follows from it.
-            by_length: Whether the rows of a micro-batch have similar lengths.
+            seed: Determines the order.
+            by_length: Whether micro-batches are made of rows of similar length.
         """
         self._examples = examples
         self._lengths = np.array([len(example.input_ids) for example in examples])
@@ -85,6 +88,7 @@ class StepBatches:
         self._per_step = min(rows_per_step, len(examples))
         self._seed = seed
         self._by_length = by_length
+        # Two epochs, because a step may lie in both. Cached per object, so that it ends with the object.
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def rows_of(self, step: int) -> list[Encoded]:
@@ -93,7 +97,7 @@ class StepBatches:
         return [self._examples[self._at(position)] for position in range(first, first + self._per_step)]
 
     def of_step(self, step: int) -> list[list[Encoded]]:
-        """Return the micro-batches of a step; how they are cut changes nothing in the summed gradient."""
+        """Return the micro-batches of a step; the summed gradient does not depend on how they are cut."""
         return self._batcher.groups(self.rows_of(step))
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
@@ -101,18 +105,18 @@ class StepBatches:
         return self._batcher.batch(rows)
 
     def denominator(self, rows: Sequence[Encoded]) -> int:
-        """Return what rows count for in the mean loss of a step, as the objective says."""
+        """Return what the rows' summed loss is divided by, as the objective says."""
         return self._batcher.objective.denominator(rows)
 
     def typical_rows(self) -> list[Encoded]:
-        """Return the rows of the early step whose number of tokens is nearest to the mean of early steps."""
+        """Return the rows of that early step whose number of tokens is nearest to the early steps' mean."""
         steps = range(1, 1 + min(_EARLY_STEPS, len(self._examples) // self._per_step))
         tokens = {step: sum(len(example.input_ids) for example in self.rows_of(step)) for step in steps}
         mean = sum(tokens.values()) / len(tokens)
         return self.rows_of(min(tokens, key=lambda step: abs(tokens[step] - mean)))
 
     def padding_share(self) -> float:
-        """Return which share of the first epoch's tokens is padding, 0 to 1; none of packed rows is."""
+        """Return which share of the first epoch's tokens is padding, 0 to 1; packed rows have none."""
         if self._batcher.packed_tokens:
             return 0.0
         lengths = self._lengths[self._order(0)]
@@ -132,21 +136,24 @@ class StepBatches:
         if not self._by_length:
             return order
         size = self._batcher.micro_batch
+        # Rows of this epoch that complete the micro-batch which the epochs before it have left unfinished.
         lead = -epoch * len(order) % size
         order = group_by_length(order, self._lengths, micro_batch=size, lead=min(lead, len(order)), random=random)
         if epoch == 0:
+            # Shuffling has moved the micro-batch with the longest row; it becomes the first one again.
             place = int(np.argmax(self._lengths[order])) // size * size
             order = order[place : place + size] + order[:place] + order[place + size :]
         return order
 
 
 def best_fit(rows: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:
-    """Return the rows in groups of at most `most_tokens` tokens, each row where it leaves the least room.
+    """Return the rows in groups of at most `most_tokens` tokens; each row goes where it leaves the least room.
 
-    A row longer than that is a group of its own. Given longest first, the groups are few (best-fit decreasing).
+    A row longer than that is a group of its own. If the longest rows come first, the groups are few (best-fit
+    decreasing).
     """
     groups: list[list[Encoded]] = []
-    rooms: list[tuple[int, int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, index of the group), sorted: the first that holds a row fits best
     for row in rows:
         size = len(row.input_ids)
         place = bisect_left(rooms, (size, 0))
@@ -162,23 +169,25 @@ def best_fit(rows: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:
 
 
 _WINDOW = 50
-"""Micro-batches that are sorted together (transformers' `LengthGroupedSampler`): more pads less and mixes less."""
+"""Micro-batches that are sorted together (as in transformers' `LengthGroupedSampler`). A larger window needs less
+padding, but mixes rows less."""
 
 
 def group_by_length(
     order: Sequence[int], lengths: np.ndarray, *, micro_batch: int, lead: int, random: np.random.Generator
 ) -> list[int]:
-    """Return the row numbers of an epoch in an order of which every `micro_batch` have similar lengths.
+    """Return the row numbers of an epoch, ordered so that each group of `micro_batch` rows has similar lengths.
 
     Args:
         order: The row numbers in random order.
         lengths: Tokens of every row, by its number.
         micro_batch: Rows of a micro-batch.
-        lead: How many rows come first, as they are: they fill the micro-batch that the epoch before left unfinished.
+        lead: How many rows keep their place at the beginning: they fill the micro-batch that the epoch before left
+            unfinished.
         random: Shuffles the micro-batches.
 
     Returns:
-        The same numbers; after the lead the micro-batch that holds `order[lead]` is somewhere among the whole ones.
+        The same numbers in another order.
     """
     rows = np.asarray(order)
     groups: list[np.ndarray] = []
@@ -186,6 +195,7 @@ def group_by_length(
         window = rows[start : start + _WINDOW * micro_batch]
         window = window[np.argsort(-lengths[window], kind="stable")]
         groups += [window[first : first + micro_batch] for first in range(0, len(window), micro_batch)]
+    # A micro-batch that is not full stays last: the next epoch's lead fills it.
     whole = len(groups) if groups and len(groups[-1]) == micro_batch else len(groups) - 1
     mixed = [groups[place] for place in random.permutation(max(0, whole))] + groups[max(0, whole) :]
     grouped: list[int] = np.concatenate([rows[:lead], *mixed]).tolist()
@@ -196,13 +206,15 @@ def padding_share(lengths: np.ndarray, *, micro_batch: int, rows_per_step: int) 
     """Return which share of the tokens that go through the model is padding, 0 to 1, over whole steps.
 
     Args:
-        lengths: Tokens of the rows in the order in which they are trained on.
-        micro_batch: Rows of a micro-batch; within a step the longest go together.
+        lengths: Tokens of the rows `[rows]`, in the order in which they are trained on.
+        micro_batch: Rows of a micro-batch; within a step the longest rows share one.
         rows_per_step: Rows of an optimizer step.
     """
     per_step = min(rows_per_step, len(lengths))
     steps = len(lengths) // per_step
+    # [steps, rows of a step], longest first in each step, as `Batcher.groups` has them.
     rows = -np.sort(-lengths[: steps * per_step].reshape(steps, per_step), axis=1)
     starts = np.arange(0, per_step, micro_batch)
+    # Every row of a micro-batch becomes as long as its first one.
     padded = (rows[:, starts] * np.diff(np.append(starts, per_step))).sum()
     return 1.0 - float(rows.sum()) / float(padded)

@@ -35,7 +35,26 @@ _PAUSE_POLL_SECONDS = 0.2
 
 @dataclass(slots=True)
 class Between:
-    """The work between steps of one run."""
+    """The work between steps of one run.
+
+    Attributes:
+        worker: Gets the events, and is asked for the user's requests.
+        tell: Told what is being done.
+        recipe: Says how often to evaluate and save.
+        step_model: The model as the loop calls it.
+        optimizer: Its state is part of a checkpoint.
+        tokenizer: Turns answers into text; saved beside the adapter.
+        held_out: Rows that are evaluated; may be empty.
+        prompts: Answered before the first step and after the last.
+        memory: Reads the memory after evaluating and saving.
+        batcher: How held-out rows become batches: as training's do.
+        total_steps: The last step of the run.
+        autocast: Maker of the arithmetic's context, for the answers.
+        sleep: Waits a number of seconds while the run is paused.
+        last_eval: The newest held-out loss per token, in nats; None before the first evaluation.
+        before: Each held-out row's loss before the first step; None where it is not known.
+        initial: The adapter that PiSSA subtracted from the base; empty without PiSSA.
+    """
 
     worker: Worker
     tell: PhaseTeller
@@ -55,7 +74,16 @@ class Between:
     initial: AdapterWeights = field(default_factory=dict)
 
     def after_step(self, state: TrainState) -> bool:
-        """Evaluate and save where it is due, serve requests; return whether the run ends here."""
+        """Evaluate and save where that is due, and serve the user's requests.
+
+        The last step's evaluation and saving are left to the end of the run.
+
+        Args:
+            state: Where the training stands after the step.
+
+        Returns:
+            Whether the run ends here.
+        """
         last = state.step >= self.total_steps
         every = self.recipe.eval.every
         if every and state.step % every == 0 and not last:
@@ -70,10 +98,11 @@ class Between:
         return self.stopping or last
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss and say it; nothing happens without held-out rows or when a stop is asked for."""
+        """Measure the held-out loss and emit it. Without held-out rows nothing happens; a stop ends it unfinished."""
         if not self.held_out:
             return
-        self.tell("evaluating", 0.0)  # at once: the first batch may be the one that finds the memory full
+        # Told before the first batch: if that one runs out of memory, the log says what the run was doing.
+        self.tell("evaluating", 0.0)
         began = time.perf_counter()
         try:
             seen = held_out_losses(
@@ -100,8 +129,12 @@ class Between:
         self.tell("training")
 
     def _gain(self, step: int, seen: RowLosses) -> Interval | None:
-        """Return the held-out loss above that before the first step; of that one only its rows are kept."""
+        """Return how far the held-out loss lies above the one before the first step, negative where it fell.
+
+        At step 0 there is nothing to compare with: the rows' losses are kept for later, and None is returned.
+        """
         if step:
+            # A resumed run reads what its first start kept.
             self.before = self.before or read_record(self.worker.paths).before
             return gain_since(self.before, seen)
         if all(map(math.isfinite, seen.sums)):
@@ -114,7 +147,7 @@ class Between:
         return None
 
     def sample(self, step: int) -> None:
-        """Answer the sample prompts greedily and say the answers."""
+        """Answer the sample prompts greedily and emit the answers; a stop ends it, and drops an unfinished answer."""
         model: nn.Module = self.step_model.model
         for index, prompt in enumerate(self.prompts):
             if self.stopping:
@@ -133,7 +166,7 @@ class Between:
             self.worker.emit(Sampled, step=step, index=index, prompt=prompt.text, answer=text, expected=prompt.expected)
 
     def checkpoint(self, state: TrainState) -> bool:
-        """Save a checkpoint. A full disk costs the checkpoint, not the run: it is said, and training goes on.
+        """Save a checkpoint. If the disk is full, only the checkpoint is lost: a warning says so and training goes on.
 
         Returns:
             Whether it was saved.
@@ -168,7 +201,7 @@ class Between:
         return True
 
     def save_adapter(self, step: int) -> None:
-        """Leave `adapter/`. On a full disk the run waits for room, weights in memory, until it has some or is stopped.
+        """Write `adapter/`. While the disk is full the run waits, weights in memory, until there is room or a stop.
 
         Raises:
             JobFailed: The adapter is broken or does nothing, or the user asked for a stop while the disk refused.
@@ -184,7 +217,7 @@ class Between:
 
     @property
     def stopping(self) -> bool:
-        """Whether the user asked for the end."""
+        """Whether the user asked for the run to end."""
         return self.worker.requested("stop")
 
     def _evaluating(self, fraction: float) -> None:
@@ -206,15 +239,16 @@ def held_out_losses(
     batcher: Batcher,
     progress: Callable[[float], None],
 ) -> RowLosses:
-    """Return the loss of each held-out row, in the order of the rows.
+    """Return the summed loss of each held-out row and its labelled tokens, in the order of the rows.
 
     Args:
-        step_model: Called with a batch.
+        step_model: Measures a batch.
         examples: Held-out rows.
         batcher: Training's, so that evaluation never needs more memory than training.
         progress: Told the fraction done.
     """
     sums, done = [math.nan] * len(examples), 0
+    # The batcher sorts rows by length, and two rows may be equal: a row's place is found again by its identity.
     places = {id(example): place for place, example in enumerate(examples)}
     with evaluating(step_model):
         for rows in batcher.groups(examples):
@@ -227,7 +261,15 @@ def held_out_losses(
 
 
 def gain_since(before: RowLosses | None, after: RowLosses) -> Interval | None:
-    """Return the loss per token after training above that before it, paired row by row; None where it is not known."""
+    """Return the change of the loss per token, in nats, with its interval, from the differences of the same rows.
+
+    Args:
+        before: The rows' losses before the first step; None where they are not known.
+        after: The same rows' losses now.
+
+    Returns:
+        The interval, negative where the loss fell; None where a loss is not finite or the rows are not the same.
+    """
     if before is None or before.tokens != after.tokens or not all(map(math.isfinite, (*before.sums, *after.sums))):
         return None
     return ratio_interval([late - early for late, early in zip(after.sums, before.sums, strict=True)], after.tokens)
@@ -249,8 +291,8 @@ def answer(
         tokenizer: Its tokenizer.
         prompt: Token ids up to where the answer starts.
         new_tokens: Most tokens to generate.
-        autocast: Maker of the arithmetic's context.
-        cancelled: Asked after every token; true ends the answer there.
+        autocast: Maker of the context that sets the arithmetic's number format.
+        cancelled: Asked after every token; True ends the answer there.
     """
     stops = stop_ids(tokenizer, getattr(model, "generation_config", None))
     with evaluating(model), autocast():

@@ -1,6 +1,7 @@
-"""Checkpoints that are whole or not there: adapter, optimizer and random state in safetensors, a marker written last.
+"""Writes and reads checkpoints: adapter, optimizer and random state in safetensors files, and a marker written last.
 
-Which of them are whole is told by `studio.runs.checkpoints`. Nothing is pickled.
+A checkpoint is complete or is not there. `studio.runs.checkpoints` decides which ones are complete. Nothing is pickled,
+so reading a checkpoint cannot run code.
 """
 
 import json
@@ -25,9 +26,14 @@ _OPTIMIZER, _RANDOM, _STATE = "optimizer.safetensors", "random.safetensors", "st
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands besides its weights.
+    """Where a training stands besides its weights.
 
-    `scaler` is the fp16 loss scaler's state, empty when it is idle; `packed` is whether rows are packed.
+    Attributes:
+        step: Optimizer steps taken.
+        tokens: Tokens of all rows trained on so far, without padding.
+        seconds: Time in steps so far.
+        scaler: The fp16 loss scaler's state; empty where no scaler is at work.
+        packed: Whether rows are packed.
     """
 
     step: int
@@ -52,13 +58,13 @@ def save_checkpoint(
         folder: Holds the run's checkpoints.
         model: Its adapter is saved.
         optimizer: Its state is saved.
-        state: Where the run stands.
+        state: Where the training stands.
         keep: How many checkpoints stay.
-        initial: Adapter tensors that the base was changed by, where it was (PiSSA).
+        initial: The adapter that PiSSA subtracted from the base; a resume must subtract the same one.
 
     Raises:
         OSError: The disk is full or not writable; nothing half-made is left.
-        SafetensorError: Likewise, in safetensors' own class.
+        SafetensorError: The same, raised by safetensors.
     """
     final = folder / f"step-{state.step:08d}"
     scratch = folder / f".writing-{final.name}"
@@ -83,12 +89,12 @@ def save_checkpoint(
 
 
 def load_initial(path: Path) -> dict[str, Tensor]:
-    """Return the adapter tensors that the base was changed by before the first step; empty where it was not."""
+    """Return the adapter that PiSSA subtracted from the base before the first step; empty without PiSSA."""
     return load_file(path / INITIAL_TENSORS) if (path / INITIAL_TENSORS).is_file() else {}
 
 
 def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put adapter, optimizer and random state back and return where the run stood.
+    """Restore adapter, optimizer and random state, and return where the training stood.
 
     Raises:
         ValueError: The adapter in the checkpoint does not have the tensors of this model's adapter.
@@ -99,6 +105,7 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
         raise ValueError(f"checkpoint {path.name} holds other adapter tensors than this recipe makes")
     set_peft_model_state_dict(model, weights)
     saved = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    # Parameter groups are this run's own: the loop sets their learning rate before every step.
     tables = optimizer.state_dict()
     restore_state(optimizer, {**tables, "state": _unflatten(load_file(path / _OPTIMIZER), saved["optimizer"])})
     _restore_random(load_file(path / _RANDOM))
@@ -106,7 +113,10 @@ def load_checkpoint(path: Path, model: PeftModel, optimizer: torch.optim.Optimiz
 
 
 def _flatten(state: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split optimizer state `{parameter: {name: tensor or number}}` into tensors and numbers under `parameter/name`."""
+    """Split optimizer state `{parameter: {name: tensor or number}}` into tensors and numbers, keyed `parameter/name`.
+
+    bitsandbytes puts its own tensors one level deeper (optim/optimizer.py state_dict): `parameter/name/inner`.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, entries in state.items():
@@ -131,6 +141,7 @@ def _unflatten(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> dict[int,
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Cloned, because safetensors refuses tensors that share memory.
     return {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -1,8 +1,9 @@
 """Decoder layers compiled by torch: fused element-wise work, and fewer activations kept where nothing is checkpointed.
 
-One function is compiled for all layers of a kind, for any batch and length. Only the training step runs it; evaluation
-and generation run the layers as written, which saves compiling them for every shape that a growing answer has. What it
-costs at the start is measured and said, and that it gives the plain step's loss is seen before it is used.
+One function is compiled for all layers of a class, for any batch size and length. Only the training step runs it.
+Evaluation and generation run the layers as written, because an answer grows by a token each time and every new shape
+could be compiled again. The seconds that compiling took are told, and the compiled step's loss is compared with the
+plain one's before it is used.
 """
 
 import inspect
@@ -24,7 +25,7 @@ BACKEND = "inductor"
 """torch's own code generator: C++ on a processor, which needs a compiler there, and Triton on a card."""
 
 _RECOMPILES = 64
-"""Variants that torch may make of one function before it gives up: kinds of layers times ways to batch, and room."""
+"""Variants that torch may compile of one function before it gives up: kinds of layers times ways to batch, and more."""
 
 _PHASE = "compiling the layers"
 
@@ -32,7 +33,7 @@ Undo = Callable[[], None]
 
 
 def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller, device: torch.device) -> str:
-    """Compile the layers on one batch, forward and backward, and keep them so where the loss is the plain one.
+    """Compile the layers on one batch, forward and backward, and keep them compiled if the loss stays the same.
 
     Args:
         step_model: The model as the loop calls it.
@@ -41,7 +42,7 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
         device: Where it runs.
 
     Returns:
-        Why the layers run as written, or nothing where they run compiled.
+        Why the layers run as written; empty where they run compiled.
 
     Raises:
         RuntimeError: The batch does not fit, or the card has failed.
@@ -51,6 +52,7 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
     step_model.train()
     undo: Undo = _nothing
     try:
+        # Random state is restored afterwards, so that a compiled run draws the same dropout as a plain one.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             with torch.no_grad():
                 plain = float(step_model(batch))
@@ -70,6 +72,7 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
         step_model.zero_grad(set_to_none=True)
         step_model.train(was_training)
     dtype = next(step_model.causal.parameters()).dtype
+    # With dropout the two losses differ anyway, so there is nothing to compare.
     if not _drops(step_model) and abs(compiled - plain) > TOLERANCE.get(dtype, 1e-4) * abs(plain):
         undo()
         return f"the compiled loss is {compiled:.6g}, the plain one {plain:.6g}"
@@ -78,10 +81,12 @@ def compile_step(step_model: StepModel, batch: dict[str, Any], tell: PhaseTeller
 
 
 def compile_layers(causal: nn.Module) -> Undo:
-    """Let the layers of a model be compiled when they first run in training; checkpointed ones inside the checkpoint.
+    """Set up a model's layers to be compiled when they first run in training.
+
+    A checkpointed layer is compiled inside its checkpoint, which itself stays as it is.
 
     Returns:
-        What lets them run as written again.
+        A function that lets the layers run as written again.
 
     Raises:
         ValueError: The model has no layers that are marked as transformers marks them.
@@ -92,6 +97,7 @@ def compile_layers(causal: nn.Module) -> Undo:
     forwards: dict[Any, Any] = {}
     undo: list[Undo] = []
     for layer in _layers(causal):
+        # The class's own function, without decorators: all layers of the class then share one compiled function.
         written = inspect.unwrap(type(layer).forward)
         if written not in forwards:
             forwards[written] = torch.compile(written, backend=BACKEND, dynamic=True)
@@ -115,6 +121,8 @@ def _replace(layer: Any, compiled: Callable[..., Any]) -> Undo:
         run = layer._gradient_checkpointing_func
 
         def checkpointed(function: partial[Any], *args: Any) -> Any:
+            # transformers passes the layer's call with its keywords bound (modeling_layers.py __call__); only the
+            # function inside is exchanged.
             return run(partial(compiled, layer, **function.keywords), *args)
 
         layer._gradient_checkpointing_func = checkpointed
@@ -125,11 +133,12 @@ def _replace(layer: Any, compiled: Callable[..., Any]) -> Undo:
         return compiled(layer, *args, **named) if layer.training else written(*args, **named)
 
     layer.forward = forward
+    # The instance's attribute hides the class's method; without it the method is seen again.
     return lambda: delattr(layer, "forward")
 
 
 def _drops(model: nn.Module) -> bool:
-    """Whether anything is dropped in training: compiled code draws other random numbers."""
+    """Return whether training uses dropout; compiled code draws other random numbers for it."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return layers or any(float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0 for module in model.modules())
 

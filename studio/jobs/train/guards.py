@@ -1,4 +1,4 @@
-"""What stops a run that would be wasted: each guard turns a silent failure into a `Failed` event."""
+"""Guards that stop a useless run: each turns a failure that nobody would notice into a `Failed` event."""
 
 import math
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ MOVED_BY_STEP = 3
 """After this many optimizer steps some adapter weight must differ (the check of peft's troubleshooting guide)."""
 
 MOST_SKIPPED = 10
-"""Overflowing fp16 steps in a row that the loss scaler may skip; it halves its scale each time, 2**16 falls to 64."""
+"""Overflowing fp16 steps in a row that end a run. The loss scaler skips such a step and halves its scale: ten halvings
+take it from 2**16 to 64."""
 
 
 def check_loss(loss: float, step: int, steadier: str = "") -> None:
@@ -21,7 +22,7 @@ def check_loss(loss: float, step: int, steadier: str = "") -> None:
     Args:
         loss: Of the step.
         step: Its number.
-        steadier: Which number format would bear more, as advice; empty where none would.
+        steadier: Advice that names a number format of wider range; empty where there is none.
 
     Raises:
         JobFailed: `nonfinite_loss` or `zero_loss`.
@@ -41,7 +42,11 @@ def check_loss(loss: float, step: int, steadier: str = "") -> None:
 
 
 def check_labels(loss_tokens: int, step: int) -> None:
-    """Stop on a step whose labels are all masked.
+    """Stop on a step of which no token has a label.
+
+    Args:
+        loss_tokens: Labelled tokens of the step.
+        step: Its number.
 
     Raises:
         JobFailed: `all_labels_masked`.
@@ -55,13 +60,13 @@ def check_labels(loss_tokens: int, step: int) -> None:
 
 
 def check_gradient(grad_norm: float, step: int, skipped: int, *, scaled: bool, steadier: str = "") -> None:
-    """Stop on a gradient that is not a number; with fp16 scaling only after the scaler had its chances.
+    """Stop on a gradient that is not finite; with an fp16 scaler only after `MOST_SKIPPED` such steps in a row.
 
     Args:
         grad_norm: Of the step.
         step: Its number.
-        skipped: How many steps in a row it was not finite.
-        scaled: Whether a scaler lowers its scale for it.
+        skipped: How many steps in a row it was not finite, this one included.
+        scaled: Whether a loss scaler is at work, which skips the step and lowers its scale.
         steadier: As for `check_loss`.
 
     Raises:
@@ -82,7 +87,7 @@ def _lower(steadier: str) -> str:
 
 
 class MovementGuard:
-    """Remembers the adapter on the host until it has been seen to move."""
+    """Checks once, after the first steps, that training changes the adapter. Until then a copy waits on the host."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -90,7 +95,7 @@ class MovementGuard:
         self._steps = 0
 
     def after_step(self, step: int) -> None:
-        """Count an optimizer step that was really taken; at the third compare and forget.
+        """Count an optimizer step that was not skipped; at the third, compare the weights and drop the copy.
 
         Raises:
             JobFailed: `adapter_not_moving`.
@@ -112,7 +117,7 @@ class MovementGuard:
 
 
 def check_adapter(weights: dict[str, Tensor]) -> None:
-    """Refuse to save an adapter that holds a non-finite number or whose B matrices are all zero (it would do nothing).
+    """Refuse an adapter that holds a non-finite number, or whose B matrices are all zero and which thus does nothing.
 
     Raises:
         JobFailed: `adapter_nonfinite` or `adapter_zero`.

@@ -1,13 +1,13 @@
-"""A causal language model taken apart into backbone and head, and the loss of both without the whole logits.
+"""A causal language model split into backbone and head, and a loss that never holds the logits of all tokens at once.
 
-It is proven that the two parts give the model's own loss. In the chunked loss only tokens with a label reach the head,
-a chunk at a time. With a frozen head the gradient of the hidden states is made in the same pass, so nothing but that
-gradient outlives a chunk. With a trained head (an adapter on it, or the head itself) each chunk is recomputed in the
-backward pass, which costs time and is right for anything.
+Before training, the split model's loss is compared with the model's own (`agrees`). In the chunked loss only tokens
+with a label reach the head, a chunk at a time. With a frozen head the gradient of the hidden states is computed in the
+same pass, so a chunk leaves nothing behind but that gradient. With a trained head (an adapter on it, or the head
+itself) each chunk is computed again in the backward pass, which costs time but works for every head.
 
-Liger's fused linear cross-entropy (Hsu et al. 2024) does the same with kernels that overwrite the 16-bit logits of a
-chunk by their gradient, where it is installed and the device can run it. It takes a frozen plain head without a factor
-on its logits; others go through the chunked loss.
+Liger's fused linear cross-entropy (Hsu et al. 2024) does the same with kernels that write a chunk's gradient over its
+16-bit logits, where it is installed and the device can run it. It takes a frozen plain head without a factor on its
+logits; other heads go through the chunked loss.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,25 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm, head_form_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-"""Relative difference allowed between the two losses: rounding of the logits in each dtype, not a different formula."""
+"""Relative difference allowed between the two losses: as much as rounding of the logits makes in each dtype, so that
+another formula is noticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class WholeModel:
-    """The loss of a model's own forward and its whole logits."""
+    """The loss from a model's own forward pass, with the logits `[batch, seq, vocabulary]` of all tokens in fp32."""
 
     causal: nn.Module
     path: ClassVar[Loss] = "full"
 
     def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
-        """Return the summed loss of a batch: labels `[batch, seq]`, not yet shifted, and what the model takes."""
+        """Return the summed loss of a batch, fp32 scalar.
+
+        Args:
+            labels: `[batch, seq]`, not yet shifted.
+            **inputs: The model's arguments, such as `input_ids` `[batch, seq]`.
+        """
+        # In fp32, as transformers' own loss does it (loss/loss_utils.py).
         logits = self.causal(**inputs, use_cache=False).logits.float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
 
@@ -52,7 +59,15 @@ class WholeModel:
 
 @dataclass(frozen=True, slots=True)
 class SplitModel:
-    """Hidden states from `backbone`, logits from `head` in the family's `form`, their loss from one of two paths."""
+    """The loss from a backbone's hidden states and a head, by chunks or by liger.
+
+    Attributes:
+        causal: The whole model that the two are parts of.
+        backbone: Returns the final hidden states `[batch, seq, hidden]`.
+        head: Turns hidden states into logits.
+        form: What the model family does with the head's output.
+        path: `chunked` or `liger`.
+    """
 
     causal: nn.Module
     backbone: nn.Module
@@ -61,7 +76,7 @@ class SplitModel:
     path: Loss = "chunked"
 
     def loss_sum(self, labels: Tensor, **inputs: Any) -> Tensor:
-        """Return the summed loss of a batch: labels `[batch, seq]`, not yet shifted, and what the backbone takes."""
+        """Return the summed loss of a batch, fp32 scalar; arguments as for `WholeModel`, which the backbone gets."""
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
         loss_sum = liger_loss_sum if self.path == "liger" else chunked_loss_sum
         return loss_sum(hidden, self.head, shifted(labels), self.form)
@@ -75,15 +90,15 @@ class SplitModel:
 
 
 TokenLoss = WholeModel | SplitModel
-"""The loss of a causal model's labelled tokens: of a batch, or of each of its rows; gradients flow from both."""
+"""Computes the summed loss of a causal model's labelled tokens, of a batch or of each of its rows, with gradients."""
 
 
 def _rows_of(labels: Tensor, row_lengths: Tensor | None) -> list[tuple[slice, slice]]:
-    """Return where the rows of a batch stand in a tensor `[batch, seq]`.
+    """Return the index of each row of a batch in a tensor `[batch, seq, ...]`.
 
     Args:
         labels: `[batch, seq]`.
-        row_lengths: `[rows]` of rows that are packed one behind the other; None for rows below each other.
+        row_lengths: Tokens of each packed row, `[rows]`, on the host; None where each row has a line of its own.
     """
     if row_lengths is None:
         return [(slice(row, row + 1), slice(None)) for row in range(labels.shape[0])]
@@ -92,13 +107,14 @@ def _rows_of(labels: Tensor, row_lengths: Tensor | None) -> list[tuple[slice, sl
 
 
 def token_loss(causal: nn.Module, loss: Loss) -> TokenLoss:
-    """Return a causal model's loss by the path that is wanted, where model and head allow it.
+    """Return how a causal model's loss is computed: as wanted, or in a simpler way where the model does not allow it.
 
     Args:
         causal: The model, adapters included.
-        loss: What is wanted. `full` is taken where the model is not made of a backbone and a head, and `liger` becomes
-            `chunked` for heads that liger's loss is not made for.
+        loss: The recipe's word. A model without a separate backbone and head gets `full`; a head that liger cannot take
+            gets `chunked`.
     """
+    # transformers' `base_model` is the model itself where there is no backbone inside.
     backbone = getattr(causal, "base_model", None)
     head = cast(Any, causal).get_output_embeddings() if loss != "full" else None
     if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
@@ -109,7 +125,15 @@ def token_loss(causal: nn.Module, loss: Loss) -> TokenLoss:
 
 
 def agrees(parts: SplitModel, batch: dict[str, Tensor], autocast: Callable[[], Any]) -> bool:
-    """Return whether the split gives the model's own loss on a batch: seen, not assumed from the family's name."""
+    """Return whether the split model gives the model's own loss on a batch, in evaluation mode.
+
+    A family may do something between backbone and head that `HeadForm` does not know; only a comparison shows it.
+
+    Args:
+        parts: The model and its split.
+        batch: Arguments of `loss_sum`, labels included.
+        autocast: Maker of the context that sets the arithmetic's number format.
+    """
     causal = parts.causal
     was_training = causal.training
     causal.eval()
@@ -123,7 +147,10 @@ def agrees(parts: SplitModel, batch: dict[str, Tensor], autocast: Callable[[], A
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """Return labels moved one to the left, so that position i holds the token to predict after i: `[batch, seq]`."""
+    """Return labels `[batch, seq]` moved one place left: position i then holds the token that follows i.
+
+    Nothing follows the last position: it gets `IGNORED`.
+    """
     moved = torch.full_like(labels, IGNORED)
     moved[:, :-1] = labels[:, 1:]
     return moved
@@ -139,11 +166,13 @@ def chunked_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: Head
         form: How the head's output becomes logits.
     """
     wanted = labels != IGNORED
-    rows, targets = hidden[wanted], labels[wanted]
+    rows, targets = hidden[wanted], labels[wanted]  # [labelled, hidden] and [labelled]
     if rows.shape[0] == 0:
-        return hidden.sum() * 0.0
+        return hidden.sum() * 0.0  # not a plain zero: the caller goes backward through it
+    # A quantised head's weight has another shape than [vocabulary, hidden], so `out_features` is asked first.
     vocabulary = int(getattr(head, "out_features", 0)) or cast(Tensor, head.weight).shape[0]
     chunk = loss_chunk_tokens(vocabulary, rows.shape[0])
+    # Not isinstance: a subclass, such as bitsandbytes' 4-bit layer, multiplies differently.
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
     if frozen:
         linear = cast(nn.Linear, head)
@@ -170,8 +199,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, chunk: int
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        wanted = ctx.needs_input_grad[0]
+        wanted = ctx.needs_input_grad[0]  # false in evaluation, where no gradient is computed
         grads = torch.empty_like(rows) if wanted else None
+        # Each product's format is chosen in `_chunk` itself: the head's for the products, fp32 for the softmax.
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[0], chunk):
                 part = slice(start, start + chunk)
@@ -186,13 +216,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
+        # In place, which saves a second [labelled, hidden] tensor; backward runs once per forward.
         return grads.mul_(grad_outputs[0].to(grads.dtype)), None, None, None, None, None
 
 
 def _chunk(
     rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, form: HeadForm, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the chunk's summed loss and, where wanted, its gradient `[chunk, hidden]` in the head's dtype."""
+    """Return the chunk's summed loss and, where wanted, its gradient `[chunk, hidden]` in the head's dtype.
+
+    The logits `[chunk, vocabulary]` are by far the largest tensor here, so almost every line changes them in place.
+    """
     logits = nn.functional.linear(rows, weight, bias).float()
     if form.scale != 1.0:
         logits *= form.scale
@@ -200,13 +234,15 @@ def _chunk(
     if form.softcap:
         logits = torch.tanh_(logits.div_(form.softcap))
         if wanted:
-            slope = 1 - logits.square()
+            slope = 1 - logits.square()  # the derivative of softcap * tanh(x / softcap); `logits` is the tanh here
         logits *= form.softcap
     normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     index = targets.unsqueeze(-1)
-    loss = (normaliser - logits.gather(-1, index)).sum()
+    loss = (normaliser - logits.gather(-1, index)).sum()  # -log softmax at the target
     if not wanted:
         return loss, None
+    # The loss's derivative by the logits: softmax, less 1 at the target. Then the chain rule back through softcap,
+    # scale and head.
     probabilities = logits.sub_(normaliser).exp_()
     probabilities.scatter_add_(-1, index, torch.full_like(index, -1, dtype=probabilities.dtype))
     if slope is not None:
@@ -217,10 +253,10 @@ def _chunk(
 
 
 def require_liger(device: torch.device) -> None:
-    """Refuse a recipe that asks for liger where it cannot run.
+    """Refuse a recipe that asks for liger where it cannot run; nothing happens where it can.
 
     Raises:
-        BadInput: Says why, and what to use instead.
+        BadInput: The device is no CUDA card, or liger or triton is not installed.
     """
     if device.type != "cuda":
         why = f"its kernels run on CUDA cards, and this run is on {device.type}"
@@ -232,7 +268,7 @@ def require_liger(device: torch.device) -> None:
 
 
 def liger_takes(head: nn.Module, form: HeadForm) -> bool:
-    """Return whether liger's loss is this head's: plain, frozen, logits not multiplied."""
+    """Return whether liger's loss can be used with a head: a plain linear one, frozen, with unscaled logits."""
     return type(head) is nn.Linear and form.scale == 1.0 and not any(p.requires_grad for p in head.parameters())
 
 
@@ -241,7 +277,7 @@ def liger_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadFo
 
     Args:
         hidden: Final hidden states `[batch, seq, hidden]`.
-        head: One that `takes` accepts; its weight is `[vocabulary, hidden]`.
+        head: One that `liger_takes` accepts; its weight is `[vocabulary, hidden]`.
         labels: Already shifted, `[batch, seq]`, `IGNORED` where nothing is to be learnt.
         form: How the head's output becomes logits.
     """
@@ -250,8 +286,9 @@ def liger_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadFo
     # Masked tokens stay out of the head, as in the chunked loss.
     rows, targets = hidden[wanted], labels[wanted]
     if rows.shape[0] == 0:
-        return hidden.sum() * 0.0
+        return hidden.sum() * 0.0  # as in the chunked loss
     kernels: Any = import_module("liger_kernel.transformers")  # optional, and needs triton
     fused = kernels.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=form.softcap)
+    # The kernel multiplies in the format that it is given; hidden states may come in another than the head's.
     loss: Tensor = fused(linear.weight, rows.to(linear.weight.dtype), targets, linear.bias)
     return loss.float()

@@ -1,4 +1,7 @@
-"""One training run from its recipe to its adapter: load, prove, train, save. The order of events is the order here."""
+"""One training run from its recipe to its adapter: read, load, compare the losses, train, save.
+
+Events are emitted in the order in which they stand here.
+"""
 
 import random
 import time
@@ -59,13 +62,13 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training that may begin: all of it is read, loaded and proven.
+    """A training that is ready to begin: data read, model loaded, loss compared with the model's own.
 
     Attributes:
         loop: What takes the steps.
         between: What happens between them.
-        state: Where it stands now.
-        resumed: Whether that is where a checkpoint left it.
+        state: Where the training stands.
+        resumed: Whether `state` comes from a checkpoint.
     """
 
     loop: LoopParts
@@ -75,23 +78,34 @@ class Training:
 
 
 def train_run(worker: Worker, recipe: Recipe, objective: Objective = SUPERVISED) -> None:
-    """Train as the recipe says and leave `adapter/`; continues after the newest whole checkpoint if there is one.
+    """Train as the recipe says and write `adapter/`; continue after the newest whole checkpoint if there is one.
+
+    Args:
+        worker: Of the run: its folder, its events, the user's requests.
+        recipe: All settings of the training.
+        objective: What is learnt from the rows.
 
     Raises:
         JobFailed: A guard fired, or something of the user's cannot be used, the card included.
         BadInput: Model or data changed since they were checked, or since the run first began; or no checkpoint is
             whole and nobody agreed that it starts over.
     """
-    worker.patient = True
+    worker.patient = True  # a full disk makes the run wait: hours of training would be lost otherwise
     going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))
     try:
         run(prepare(worker, recipe, objective, going_on))
-    except Cancelled:
+    except Cancelled:  # before the first step; once training, a stop ends the loop instead
         worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
 
 
 def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resumption) -> Training:
-    """Read the data, load the model and prove its loss, and say what will be trained.
+    """Read the data, load the model, compare its losses and emit what will be trained.
+
+    Args:
+        worker: Of the run.
+        recipe: All settings of the training.
+        objective: What is learnt from the rows.
+        going_on: The checkpoint to continue after, if there is one.
 
     Raises:
         JobFailed: Something of the user's cannot be used.
@@ -121,13 +135,15 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         objective=objective,
         identify=lambda train, held: _identify(worker, first, trained_on, train, held),
     )
+    # Not before recipe, base and rows are known to be the run's own: a refused resume leaves its folder as it was.
     set_aside(going_on.damaged)
 
     tell("loading the base model", detail=recipe.method)
-    _seed(recipe.train.seed)
+    _seed(recipe.train.seed)  # before the adapter is attached, whose A matrices are random
     model, initial = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint)
     memory.see("load", 0)
     check_fit(worker, model, rows)
+    # Without a pad token any id will do: attention mask and labels hide what it fills.
     padded = Batcher(recipe.train.micro_batch, tokenizer.pad_token_id or 0, device, objective=objective)
     step_model = StepModel(model, recipe.train.loss, precision.autocast, objective)
     step_model.prove(padded.batch(rows.train[:1]))
@@ -202,7 +218,10 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
 
 
 def run(training: Training) -> None:
-    """Take the steps that are left, measuring before the first and after the last, and save the adapter.
+    """Take the steps that are left and save the adapter; evaluate before the first step and after the last.
+
+    Args:
+        training: As `prepare` returned it.
 
     Raises:
         JobFailed: A guard fired, or the adapter is broken or does nothing.
@@ -220,7 +239,7 @@ def run(training: Training) -> None:
 
 
 def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity) -> None:
-    """Say that the run is taken, what a resume passes over, and in what it is not quite what it was.
+    """Emit that the run starts, which checkpoints a resume passes over, and what has changed since the first start.
 
     Raises:
         BadInput: The recipe is not the one that the run began with.
@@ -253,7 +272,7 @@ def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity
 def _identify(
     worker: Worker, first: Identity, base: dict[str, Any], train: Sequence[Row], held_out: Sequence[Row]
 ) -> None:
-    """Say what the run is made from; keep it where this is the first time, else compare.
+    """Emit which base and rows the run is made from; write them down at the first start, compare them at a resume.
 
     Raises:
         BadInput: The rows are not those that the run began with.
@@ -291,9 +310,10 @@ def _batches(recipe: Recipe, rows: Rows, batcher: Batcher) -> StepBatches:
 
 
 def _by_length(recipe: Recipe, batcher: Batcher) -> bool:
-    """Whether a step's rows are chosen by their lengths: the recipe's word alone, never what was measured to be faster.
+    """Return whether micro-batches are made of rows of similar length.
 
-    Else two runs of one recipe could see other rows at a step, and a race between two methods would compare orders.
+    That follows from the recipe alone, never from a measurement (so not with packing `auto`): otherwise two runs of one
+    recipe could see different rows at a step, and a race between two methods would compare orders.
     """
     return recipe.train.group_by_length and recipe.train.packing == "off" and batcher.groups_rows
 
@@ -306,9 +326,14 @@ def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBat
 
 
 def _finish(between: Between, end: TrainState) -> None:
-    """Measure, save and say how it ended; a run that was stopped early also leaves a checkpoint to continue from."""
+    """Evaluate, save the adapter and emit how the run ended; a stopped run saves a checkpoint in place of evaluating.
+
+    Args:
+        between: Of the run.
+        end: Where the training stands after its last step.
+    """
     worker, early = between.worker, end.step < between.total_steps
-    if end.step == 0:
+    if end.step == 0:  # stopped before the first step: the adapter would change nothing and be refused
         worker.emit(Finished, outcome="stopped", step=0, seconds=0.0)
         return
     if early:
@@ -334,7 +359,7 @@ def _finish(between: Between, end: TrainState) -> None:
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # numpy takes no larger seed
     torch.manual_seed(seed)
 
 

@@ -1,6 +1,6 @@
-"""The training loop, as prose: every optimizer step from its rows to its event.
+"""The training loop: every optimizer step, from its rows to its event.
 
-Knows nothing of data formats, of model families or of where checkpoints lie.
+It knows nothing of data formats, of model families or of where checkpoints lie.
 """
 
 import math
@@ -23,9 +23,18 @@ from studio.jobs.train.optimizer import set_learning_rate
 
 @dataclass(frozen=True, slots=True)
 class LoopParts:
-    """What the loop works with. `step_model` returns the summed loss of a batch, `batches` what a step's is divided by.
+    """What the loop works with.
 
-    `steadier` is which number format would bear more than the one in use, for advice.
+    Attributes:
+        step_model: Returns the summed loss of a batch.
+        optimizer: Of the trainable parameters.
+        scaler: The fp16 loss scaler; does nothing for other formats.
+        batches: The rows of every step, and what a step's summed loss is divided by.
+        device: Where the model is.
+        memory: Reads the memory.
+        emit: Gets the events.
+        backward: Goes backward from a scaled loss.
+        steadier: Advice that names a number format of wider range; empty where there is none.
     """
 
     step_model: nn.Module
@@ -42,17 +51,17 @@ class LoopParts:
 def train(
     parts: LoopParts, section: TrainSection, total_steps: int, state: TrainState, between: Callable[[TrainState], bool]
 ) -> TrainState:
-    """Take the steps after `state.step` up to `total_steps` and return where the training stands then.
+    """Take the steps after `state.step` up to `total_steps`, and return where the training stands afterwards.
 
     Args:
-        parts: What it works with.
+        parts: What the loop works with.
         section: Learning rate, schedule and clipping.
         total_steps: The last step.
-        state: Where it stands now.
+        state: Where the training stands now.
         between: Called after every step: evaluates, saves or waits, and returns True to end the training early.
 
     Raises:
-        JobFailed: A guard fired: the run would have been wasted.
+        JobFailed: A guard fired (see `guards`): going on would be useless.
     """
     trainable = [p for p in parts.step_model.parameters() if p.requires_grad]
     movement = MovementGuard(trainable)
@@ -74,19 +83,23 @@ def train(
 
         loss = torch.zeros((), device=parts.device)
         for rows in micro_batches:
-            # One mean over the whole step, not a mean of means: accumulation changes nothing.
+            # Divided by the labels of the whole step, not of the micro-batch: the parts then add up to one mean over
+            # the step, however its rows are cut into micro-batches.
             part = parts.step_model(parts.batches.batch(rows)) / labelled
             parts.backward(parts.scaler.scale(part))
             loss += part.detach()
         loss_value = float(loss)
         check_loss(loss_value, step, parts.steadier)
 
+        # Unscaled before clipping: the limit is meant for true gradients.
         parts.scaler.unscale_(parts.optimizer)
+        # Without a limit nothing is clipped, but the norm is still wanted.
         limit = section.max_grad_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, limit))
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
         check_gradient(grad_norm, step, skipped, scaled=parts.scaler.is_enabled(), steadier=parts.steadier)
         if step == first:
+            # A new optimizer makes its state in its first step: only here is the backward pass seen without it.
             parts.memory.see("backward", step)
         parts.scaler.step(parts.optimizer)
         parts.scaler.update()
@@ -104,7 +117,7 @@ def train(
             seconds=seconds,
             loss_tokens=labelled,
         )
-        if not skipped:
+        if not skipped:  # the scaler has skipped a step with a non-finite gradient: the adapter could not move
             movement.after_step(step)
         parts.memory.see("step", step)
         state = replace(

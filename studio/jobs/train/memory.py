@@ -1,4 +1,7 @@
-"""What the process holds, as numbers or None: torch's counters and NVML on CUDA, the resident set elsewhere."""
+"""The memory that the process holds: torch's counters and NVML on CUDA, the resident set elsewhere.
+
+A figure that cannot be read is None, never 0.
+"""
 
 import os
 from collections.abc import Callable
@@ -18,18 +21,17 @@ Emit = Callable[..., None]
 
 
 def limit_memory(budget_gib: float, device: torch.device) -> str:
-    """Hold the process to its budget: torch then raises out-of-memory instead of taking the desktop's share.
+    """Limit the process to its budget: torch then raises out of memory before it takes what other programs need.
 
-    Where the driver spills, the process is held to what is free on the card, with a budget or without
-    (`jobs.base.device`). torch limits its allocator alone; the CUDA context comes on top and is taken off the budget
-    first.
+    Where the driver spills, the limit is also what is free on the card, with a budget or without (`jobs.base.device`).
+    torch limits its allocator alone. The CUDA context comes on top, so it is taken off the budget first.
 
     Args:
-        budget_gib: Most that the card may show for this process; 0 sets no limit of the user's.
-        device: Where it runs; nothing is limited on a CPU.
+        budget_gib: Most GiB that the card may show for this process; 0 for no budget.
+        device: Where the process computes; nothing is limited on a CPU.
 
     Returns:
-        What to say of a limit that nobody asked for; empty where there is none.
+        A note on a limit that the user did not ask for; empty where there is none.
     """
     room = room_on_card(device)
     if device.type != "cuda" or not (budget_gib or room is not None):
@@ -54,7 +56,10 @@ def limit_memory(budget_gib: float, device: torch.device) -> str:
 
 
 class MemoryWatch:
-    """Emits one `MemorySeen` per call. Peaks are since the previous call on CUDA, since the process began on a CPU."""
+    """Emits one `MemorySeen` per call of `see`.
+
+    On CUDA a peak is the highest since the previous call, on a CPU the highest since the process began.
+    """
 
     def __init__(self, emit: Emit, device: torch.device) -> None:
         self._emit = emit
@@ -63,7 +68,7 @@ class MemoryWatch:
         self._nvml = _nvml_handle(device) if device.type == "cuda" else None
 
     def see(self, stage: str, step: int) -> None:
-        """Read all counters and emit them under a stage's name."""
+        """Read all counters, in bytes, and emit them under a stage's name."""
         self._emit(
             MemorySeen, stage=stage, step=step, **(self._cuda() if self._device.type == "cuda" else self._host())
         )
@@ -85,9 +90,9 @@ class MemoryWatch:
 
 
 def _resident_peak(info: Any) -> int | None:
-    """Highest resident set of this process: Windows gives it with the rest, Linux as VmHWM, macOS through getrusage.
+    """Return the highest resident set of this process in bytes: from psutil, from VmHWM on Linux, or from getrusage.
 
-    Linux's getrusage would not do: its figure of a child begins at what the parent held when it started it.
+    getrusage would be wrong on Linux: a child's figure begins at what its parent held when it started the child.
     """
     if hasattr(info, "peak_wset"):
         return int(info.peak_wset)
@@ -97,11 +102,11 @@ def _resident_peak(info: Any) -> int | None:
         return int(peak) * 1024 if peak else None
     import resource  # noqa: PLC0415  absent on Windows
 
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS, which alone comes here
 
 
 def _nvml_handle(device: torch.device) -> Any | None:
-    """Return NVML's handle of torch's `device`, found by UUID since the two number cards differently."""
+    """Return NVML's handle of a torch device. It is found by UUID, because torch and NVML number cards differently."""
     try:
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(card_used(device)["uuid"])
@@ -113,7 +118,8 @@ def _device_used(handle: Any | None) -> int | None:
     if handle is None:
         return None
     try:
-        # Version 2 leaves out the driver's own reserve, as studio.probe.cards does; old drivers lack it.
+        # Version 2 does not count the driver's own reserve as used (studio.probe.cards asks the same way); old drivers
+        # lack it.
         version = getattr(pynvml, "nvmlMemory_v2", None)
         try:
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version).used)
@@ -124,7 +130,7 @@ def _device_used(handle: Any | None) -> int | None:
 
 
 def _own_device_bytes(handle: Any | None) -> int | None:
-    """Return what the driver counts for this process; None in a container or under WSL, where it does not know it."""
+    """Return the bytes that the driver counts for this process; None where it does not know (a container, WSL)."""
     if handle is None:
         return None
     try:

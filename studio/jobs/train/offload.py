@@ -1,8 +1,8 @@
-"""Checkpoints off the card: what a checkpointed layer is computed again from waits in host memory.
+"""Gradient checkpoints in host memory: the inputs from which checkpointed layers are computed again leave the card.
 
-Each layer's input `[batch, seq, hidden]` is copied out while the layer runs, and comes back while the layer after it
-runs backward. On the device are then one input in the forward and two in the backward, instead of one per layer. The
-bytes are the same bytes: nothing is rounded. Only the input is moved, not what else a layer is called with.
+Each layer's input `[batch, seq, hidden]` is copied to the host while the layer runs, and comes back while the layer
+after it runs backward. The device then holds one input in the forward pass and two in the backward, instead of one per
+layer. Nothing is rounded. Only the input is moved, not what else a layer is called with.
 """
 
 import weakref
@@ -15,23 +15,29 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Copies(Protocol):
-    """Moves tensors between device and host."""
+    """Copies tensors between device and host. Copying is begun by one call and awaited by another."""
 
     def out(self, tensor: Tensor) -> Any:
         """Begin to copy a tensor to the host and return the copy."""
 
     def settle(self, host: Any) -> None:
-        """Let nothing overwrite the tensor on the device before its copy to the host is made."""
+        """Make later work on the device wait until the copy to the host is complete.
+
+        After this the tensor's memory on the device may be given to others.
+        """
 
     def back(self, host: Any) -> Any:
-        """Begin to copy to the device and return what is arriving there."""
+        """Begin to copy to the device and return the copy that is on its way."""
 
     def arrived(self, coming: Any) -> Tensor:
-        """Return the tensor on the device; what reads it waits for its copy."""
+        """Return the tensor on the device; later work there waits until its copy is complete."""
 
 
 class PinnedCopies:
-    """Copies through page-locked host memory on a CUDA stream of their own, beside the computation."""
+    """Copies on a CUDA stream of their own, beside the computation.
+
+    Host memory is page-locked: only then does a copy run while the device computes.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -42,21 +48,22 @@ class PinnedCopies:
         return host, self._copy(host, tensor)
 
     def settle(self, host: tuple[Tensor, torch.cuda.Event]) -> None:
-        """Let nothing overwrite the tensor on the device before its copy to the host is made."""
+        """Make later work on the device wait until the copy to the host is complete."""
         torch.cuda.current_stream(self._stream.device).wait_event(host[1])
 
     def back(self, host: tuple[Tensor, torch.cuda.Event]) -> tuple[Tensor, torch.cuda.Event]:
-        """Begin to copy to the device and return what is arriving there."""
-        # Made on the computing stream: its allocator then knows when the memory is free again.
+        """Begin to copy to the device and return the copy that is on its way."""
+        # Allocated on the computing stream, which uses it: torch's allocator then knows when it may be reused.
         tensor = torch.empty(host[0].shape, dtype=host[0].dtype, device=self._stream.device)
         return tensor, self._copy(tensor, host[0])
 
     def arrived(self, coming: tuple[Tensor, torch.cuda.Event]) -> Tensor:
-        """Return the tensor on the device; what reads it waits for its copy."""
+        """Return the tensor on the device; later work there waits until its copy is complete."""
         self.settle(coming)
         return coming[0]
 
     def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        # The copy begins only when the source is computed and the target's former user is done.
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -68,11 +75,11 @@ def offload_checkpoints(model: nn.Module, copies: Copies) -> int:
     """Let the checkpointed layers of a model keep their inputs on the host.
 
     Args:
-        model: Its gradient checkpointing is switched on, without reentrance.
+        model: A model whose gradient checkpointing is switched on with `use_reentrant=False`.
         copies: How tensors get to the host and back.
 
     Returns:
-        How many modules do so; 0 where the model's checkpointing is not transformers' own.
+        How many modules keep their input there; 0 where the model's checkpointing is not transformers' own.
     """
     offload = _Offload(copies)
     count = 0
@@ -89,10 +96,14 @@ class _Offload:
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
+        # Weak: autograd's graph owns the inputs, and this must not keep the last one alive after it.
         self._last: weakref.ref[_Input] | None = None
 
     def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a checkpointing function that moves the first floating tensor which `run` keeps: the hidden states."""
+        """Return a checkpointing function like `run` that keeps the layer's hidden states on the host.
+
+        They are the first floating-point tensor that `run` saves for the backward pass.
+        """
 
         def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
             moved: list[bool] = []
@@ -103,14 +114,15 @@ class _Offload:
                 moved.append(True)
                 return self._leaving(tensor)
 
-            # torch's checkpoint saves its arguments under the hooks around it, and what its function saves under its
-            # own.
+            # torch's checkpoint saves its arguments under the hooks that are set here. What the layer itself saves goes
+            # to hooks of the checkpoint's own.
             with saved_tensors_hooks(pack, lambda kept: kept.take() if isinstance(kept, _Input) else kept):
                 return run(function, *args)
 
         return checkpointed
 
     def _leaving(self, tensor: Tensor) -> "_Input":
+        # The layer before has run, so its input can leave the device now.
         before = self._last() if self._last else None
         if before is not None:
             before.leave()

@@ -1,4 +1,4 @@
-"""AdamW in the forms a recipe can ask for."""
+"""The AdamW optimizers that a recipe can ask for: torch's, and bitsandbytes' in 8 bits or paged."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -14,21 +14,22 @@ _WITHOUT_PAGES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_
 _RATIO = "learning_rate_ratio"
 _SECOND = ("lora_B", "lora_embedding_B")
 _MOMENTS = ("state1", "state2")
-"""What bitsandbytes makes with `get_state_buffer`, and so may page; scales and tables always lie on the card."""
+"""State that bitsandbytes allocates with `get_state_buffer` and so may page; its scales and tables stay on the card."""
 
 
 class UnpagedAdamW8bit(bnb.optim.AdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' 8-bit AdamW without its wait for the card after every tensor, of which an adapter has hundreds.
+    """bitsandbytes' 8-bit AdamW, but without waiting for the card after every tensor.
 
-    The waits keep pages in order (optim/optimizer.py `step`). Without pages one kernel follows the other on one stream,
-    as with torch's own optimizers, and the host can prepare the next one meanwhile.
+    An adapter has hundreds of tensors. The library waits so that paged memory stays in order (optim/optimizer.py
+    `step`). Without pages the kernels follow each other on one stream, as with torch's own optimizers, and the host can
+    prepare the next one meanwhile.
     """
 
     initialized: bool
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; as the library does, but for the waits."""
+        """Take a step: the library's own `step` without its waits."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -57,13 +58,22 @@ def build_optimizer(
     device: torch.device,
     warn: Callable[[str], None],
 ) -> torch.optim.Optimizer:
-    """Return an AdamW over the trainable of the named parameters.
+    """Return an AdamW over those of the named parameters that are trainable.
 
-    With a LoRA+ ratio the B matrices are a group of their own, whose rate `set_learning_rate` multiplies by the ratio
-    (Hayou et al. 2024).
+    With a LoRA+ ratio the B matrices are a group of their own, whose learning rate is the ratio times the others'
+    (Hayou et al. 2024); `set_learning_rate` sees to that.
 
-    Paging moves optimizer state between card and host through CUDA's unified memory, so it means nothing on a CPU: the
-    same optimizer without pages is taken there and `warn` is told.
+    Paging moves optimizer state between card and host through CUDA's unified memory. On a CPU there is nothing to page,
+    so the same optimizer without pages is taken and `warn` is told.
+
+    Args:
+        parameters: A model's parameters with their names; frozen ones are passed over.
+        kind: The recipe's word for the optimizer.
+        learning_rate: Of the first step.
+        weight_decay: AdamW's decoupled weight decay.
+        lora_plus_ratio: The B matrices' learning rate over the others'; 1 for plain LoRA.
+        device: Where the parameters are.
+        warn: Told where another optimizer is taken than was asked for.
     """
     trainable = _groups(
         [(name, parameter) for name, parameter in parameters if parameter.requires_grad], lora_plus_ratio
@@ -87,7 +97,7 @@ def build_optimizer(
 def optimizer_of(
     recipe: Recipe, model: nn.Module, device: torch.device, *, warn: Callable[[str], None]
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that a recipe asks for, over what is trained of a model; see `build_optimizer`."""
+    """Return the optimizer that a recipe asks for, over a model's trainable parameters; see `build_optimizer`."""
     return build_optimizer(
         model.named_parameters(),
         kind=recipe.train.optimizer,
@@ -100,14 +110,14 @@ def optimizer_of(
 
 
 def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put a saved state back where a run that was never interrupted holds it: paged tensors into unified memory.
+    """Restore a saved state to where an uninterrupted run has it: paged tensors in unified memory, others on the card.
 
-    bitsandbytes' own way puts all of it on the card and forgets what was paged (optim/optimizer.py `load_state_dict`).
-    What is paged does not pass through the card here, not even for a moment.
+    bitsandbytes' own `load_state_dict` (optim/optimizer.py) puts everything on the card and pages nothing afterwards.
+    Here paged tensors never lie on the card, not even for a moment: it may have no room for them.
 
     Args:
-        optimizer: Of the parameters that the state belongs to.
-        saved: As `state_dict` gave it, tensors on the host.
+        optimizer: A new one, over the parameters that the state belongs to.
+        saved: As `state_dict` returned it, tensors on the host.
     """
     if not getattr(optimizer, "is_paged", False):
         optimizer.load_state_dict(saved)
@@ -119,7 +129,8 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
             state = paged.state.get(parameter, {})
             for name, value in state.items():
                 if name in _MOMENTS:
-                    # The library decides by size which ones are paged, and has waited for the card when it returns.
+                    # The library pages large ones only. It has waited for the card when it returns, so the host may
+                    # write into unified memory.
                     state[name] = paged.get_state_buffer(parameter, dtype=value.dtype)
                     state[name].copy_(value)
                 elif isinstance(value, Tensor):
@@ -127,7 +138,7 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of every parameter group: the given one times the group's ratio, where it has one."""
+    """Set the learning rate of every parameter group, times the group's LoRA+ ratio where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_RATIO, 1.0)
 

@@ -1,11 +1,11 @@
-"""Packed rows: the attention that keeps them apart, the proof that it does, and whether packing is faster.
+"""Packed rows: the attention that keeps them apart, the test that it does, and the choice of the faster way.
 
-Rows are packed only where it is seen that no row sees another, and by default only where a step is faster for it. The
-attention makes nothing of the size tokens x tokens. It is registered in transformers under names of its own:
-`ROW_ATTENTION` calls torch's fused attention once per row and runs everywhere; `VARLEN_ATTENTION` calls torch's flash
-kernel once for all rows, where the card has one. A block-diagonal mask would do the same, but costs tokens x tokens of
-memory and time and loses the flash kernels. Batches that are not packed go to transformers' own function with
-transformers' own mask.
+Rows are packed only where a test on the loaded model shows that no row sees another, and by default only where that
+makes a step faster. Two attention functions are registered in transformers under names of their own. `ROW_ATTENTION`
+calls torch's fused attention once per row and runs everywhere; `VARLEN_ATTENTION` calls torch's flash kernel once for
+all rows, where the card has one. Neither allocates anything of size tokens x tokens, as a block-diagonal mask would,
+which also rules out the flash kernels. Batches that are not packed go to transformers' own function with transformers'
+own mask.
 """
 
 import time
@@ -36,30 +36,42 @@ ROW_ATTENTION, VARLEN_ATTENTION = "studio_rows", "studio_varlen"
 """Their names among transformers' attention implementations."""
 
 _VARLEN_CAPABILITY = (8, 0)
-"""Compute capability of torch's flash kernel (aten/src/ATen/native/transformers/cuda/flash_attn)."""
+"""Lowest compute capability of torch's flash kernel (aten/src/ATen/native/transformers/cuda/flash_attn)."""
 
 _PHASE = "choosing packed or padded rows"
 _PROBE_TOKENS = 48
 _ROUNDS = 2
 _LONG_SECONDS = 5.0
 _WORTH_IT = 0.95
-"""Packing is taken when a step takes at most this share of the padded one's time: less is within the noise."""
+"""Packing is chosen where a token takes at most this share of its time in padded rows; a smaller gain may be noise."""
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Relative difference allowed between an adapter tensor's gradients packed and padded: rounding, since products have
-other shapes. Seen on a CPU: in fp32 7e-7, in bf16 .009 with two layers and .022 with thirty. Not measured on a card; a
-limit that is too narrow there costs packing, and nothing else."""
+"""Relative difference allowed between an adapter tensor's gradients from packed and from padded rows.
+
+They differ by rounding, because the matrix products have other shapes. Measured on a CPU: in fp32 7e-7, in bf16 .009
+with two layers and .022 with thirty. Not measured on a card. If a limit is too narrow there, rows are padded, which is
+right but may be slower.
+"""
 
 
 def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.device) -> bool:
-    """Switch the model to an attention that keeps packed rows apart, proven on two rows; leave it where there is none.
+    """Switch the model to an attention that keeps packed rows apart; leave the model as it was where none does.
 
-    Proven is: two packed rows have the loss that they have apart, another first row leaves the second one's loss as it
-    was to the bit, and the adapter's gradients are those of padded rows. Layers that mix tokens outside of attention
-    (convolutions, recurrences) fail it, and so does a kernel whose backward is wrong.
+    Each candidate is tested on two rows. Packed together they must have the loss that they have apart. The second row's
+    loss must stay the same to the bit when the first row's tokens change. The adapter's gradients must be those of
+    padded rows. Layers that mix tokens outside of attention (convolutions, recurrences) fail this, and so does a kernel
+    whose backward pass is wrong.
+
+    Args:
+        step_model: The model as the loop calls it.
+        rows: The first two are tested on; with fewer nothing can be packed.
+        device: Where the model is.
+
+    Returns:
+        Whether rows can be packed.
 
     Raises:
-        RuntimeError: The memory is full or the card has failed: that says nothing about packing.
+        RuntimeError: The memory is full or the card has failed, which says nothing about packing.
     """
     causal: Any = step_model.causal
     before = causal.config._attn_implementation
@@ -68,6 +80,7 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
     for name in packed_attentions(before, device):
         try:
             causal.set_attn_implementation(name)
+            # transformers may keep the old attention without raising, so the config is read back.
             if causal.config._attn_implementation == name and _proven(step_model, rows[0], rows[1], device):
                 return True
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
@@ -81,11 +94,21 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
 
 
 RowsOf = Callable[[Batcher], Sequence[Encoded]]
-"""The rows of a typical step where rows become batches in this way."""
+"""Returns the rows of a typical step for a way of making batches; a step's rows may depend on it."""
 
 
 def choose(step_model: StepModel, rows_of: RowsOf, padded: Batcher, tight: Batcher, tell: PhaseTeller) -> Batcher:
-    """Time both ways on the rows of one step, forward and backward, and return the faster; random state is kept."""
+    """Time padded and packed rows of one step, forward and backward, and return the way that is faster per token.
+
+    Random state is restored afterwards: dropout in training is the same, whether there was a measurement or not.
+
+    Args:
+        step_model: The model as the loop calls it, with an attention for packed rows.
+        rows_of: The rows to measure with.
+        padded: The way without packing.
+        tight: The way with packing.
+        tell: Told what is being done, and the two speeds.
+    """
     tell(_PHASE)
     some = {batcher: rows_of(batcher)[: max(8, 2 * padded.micro_batch)] for batcher in (padded, tight)}
     cuda = [padded.device] if padded.device.type == "cuda" else []
@@ -94,16 +117,16 @@ def choose(step_model: StepModel, rows_of: RowsOf, padded: Batcher, tight: Batch
     step_model.train()
     try:
         with torch.random.fork_rng(devices=cuda):
-            _step_seconds(step_model, some[padded], padded)  # a warm-up: kernels are chosen, memory is taken
+            _step_seconds(step_model, some[padded], padded)  # warm-up: kernels are chosen, memory is allocated
             for _ in range(_ROUNDS):
                 for batcher, rows in some.items():
                     seconds[batcher is tight].append(_step_seconds(step_model, rows, batcher))
                 if seconds[False][-1] + seconds[True][-1] > _LONG_SECONDS:
-                    break  # long measurements need no second one
+                    break  # one long measurement is exact enough
     except (RuntimeError, MemoryError) as error:
         if not ran_out_of_memory(error):
             raise
-        # Padded batches of short rows are smaller; where they are too large as well, step 1 says so.
+        # Padded batches may be smaller. If they too are too large, the run fails with that in step 1.
         step_model.zero_grad(set_to_none=True)
         tell(_PHASE, 1.0, detail="the memory was full while both were tried: padded, whose batches are smaller")
         return padded
@@ -128,21 +151,24 @@ def batcher_for(
     before: bool | None,
     tell: PhaseTeller,
 ) -> Batcher:
-    """Return how rows become batches.
+    """Return how rows become batches: packed where that is wanted and possible and, with `auto`, faster; else padded.
 
     Args:
-        wanted: The recipe's word.
+        wanted: The recipe's word: `auto`, `on` or `off`.
         step_model: The model as the loop calls it; its attention is switched where rows are packed.
         rows_of: The rows to measure with; the two ways may have different ones.
         padded: The way without packing.
         seq_len: The recipe's; a packed batch holds at most `micro_batch * seq_len` tokens, as the estimate counts.
-        before: What a resumed run did; None at a first start.
+        before: Whether a resumed run packed; it goes on in the same way. None at a first start.
         tell: Told what is being done.
+
+    Raises:
+        RuntimeError: The card has failed, or the memory is full in the test of packing.
     """
     if wanted == "off" or before is False or not padded.objective.packs:
         return padded
     tell(_PHASE)
-    rows = cast(Sequence[Example], rows_of(padded))  # those of every objective that packs
+    rows = cast(Sequence[Example], rows_of(padded))  # an objective that packs has `Example`s, see Objective.packs
     if not can_pack(step_model, rows, padded.device):
         return padded
     tight = replace(padded, packed_tokens=padded.micro_batch * seq_len)
@@ -165,6 +191,8 @@ def _step_seconds(step_model: StepModel, rows: Sequence[Encoded], batcher: Batch
 
 def _proven(step_model: StepModel, one: Example, other: Example, device: torch.device) -> bool:
     first, second = (_short(row) for row in (one, other))
+    # Two versions of the first row without labels: all loss then comes from the second row, which must not notice that
+    # the tokens before it are in another order.
     silent = Example(first.input_ids, np.full_like(first.labels, IGNORED))
     changed = Example(first.input_ids[::-1].copy(), silent.labels)
     return _isolated(step_model, (first, second, silent, changed), device) and _same_gradients(
@@ -181,14 +209,16 @@ def _isolated(step_model: StepModel, rows: tuple[Example, Example, Example, Exam
         )
     dtype = next(step_model.causal.parameters()).dtype
     allowed = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(abs(apart), 1e-6)
-    # No tolerance: of equal shapes each token's arithmetic is the same to the bit, and a leak may be small.
+    # Sums of different shapes round differently and get a tolerance. The last two have the same shapes, so the second
+    # row's arithmetic is the same to the bit; no tolerance there, because a leak between rows may be small.
     return abs(together - apart) <= allowed and with_changed == with_one
 
 
 def _same_gradients(step_model: StepModel, rows: Sequence[Example], device: torch.device) -> bool:
-    """Whether rows padded beside each other give every trained tensor the gradient that one packed batch gives it.
+    """Return whether padded rows give every trained tensor the gradient that the same rows give it when packed.
 
-    The difference is made in the gradients' own place, so that no more memory is taken than a step takes.
+    The packed loss goes backward with a minus sign, so that autograd itself subtracts the gradients in place. That
+    needs no more memory than a training step.
     """
     trained = [parameter for parameter in step_model.parameters() if parameter.requires_grad]
     step_model.zero_grad(set_to_none=True)
@@ -200,7 +230,7 @@ def _same_gradients(step_model: StepModel, rows: Sequence[Example], device: torc
     step_model.zero_grad(set_to_none=True)
     dtype = next(step_model.causal.parameters()).dtype
     allowed = GRADIENT_TOLERANCE.get(dtype, GRADIENT_TOLERANCE[torch.float32])
-    # A tensor whose gradient is next to nothing is all rounding: the typical one is its measure.
+    # A tensor whose gradient is almost zero consists of rounding: its difference is compared with the typical gradient.
     typical = sizes.square().mean().sqrt()
     return bool((differences <= allowed * torch.maximum(sizes, typical)).all()) and bool(typical > 0)
 
@@ -211,11 +241,15 @@ def _norm(gradient: Tensor | None, device: torch.device) -> Tensor:
 
 @contextmanager
 def _backward_as_in_training(step_model: StepModel) -> Iterator[None]:
-    """Leave out dropout, which would be other noise in every pass, but keep what is computed again in the backward."""
+    """Switch dropout off, whose noise differs in every pass, but keep gradient checkpointing as in training.
+
+    transformers checkpoints a layer only while that layer is in training mode.
+    """
     training = {module: module.training for module in step_model.modules()}
     step_model.eval()
     for module in training:
-        # Only the checkpointed layer itself, not what is inside of it; where it drops by its own hand, not even that.
+        # The checkpointed layer itself is in training mode, the modules inside it are not. A layer that has a dropout
+        # probability of its own stays in evaluation mode.
         drops = any("drop" in name and isinstance(value, float) and value for name, value in vars(module).items())
         module.training = bool(getattr(module, "gradient_checkpointing", False)) and not drops
     try:
@@ -231,11 +265,12 @@ def _short(row: Example) -> Example:
 
 
 def packed_attentions(implementation: str, device: torch.device) -> tuple[str, ...]:
-    """Return which implementations may keep packed rows apart on a device, the fastest first.
+    """Return the attention implementations that may keep packed rows apart on a device, fastest first.
 
     Args:
-        implementation: What the model was loaded with; flash-attn itself takes packed rows.
-        device: Where it runs.
+        implementation: The one that the model was loaded with. flash-attn takes packed rows itself; `eager` and others
+            have no counterpart here.
+        device: Where the model runs.
     """
     if implementation == "flash_attention_2":
         return (implementation,)
@@ -263,9 +298,9 @@ def row_attention(
         query: `[batch, heads, seq, head_dim]`.
         key: `[batch, key-value heads, seq, head_dim]`.
         value: Like `key`.
-        attention_mask: transformers' mask of a padded batch.
+        attention_mask: transformers' mask of a padded batch; None where there is nothing to mask but the future.
         row_lengths: Tokens of each packed row, in order, on the host; None where the batch is not packed.
-        sliding_window: How far back a token sees, itself included; None for all of its row.
+        sliding_window: How many tokens back a token sees, itself included; None for all of its row.
         **options: What transformers' own function takes: scaling, dropout.
     """
     if row_lengths is None:
@@ -287,7 +322,9 @@ def varlen_attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Return what `row_attention` returns; of packed rows by one kernel. Dropout of scores is left to `row_attention`.
+    """Return what `row_attention` returns, but compute all packed rows with one kernel.
+
+    The kernel has no dropout of attention scores, so with dropout `row_attention` is called.
 
     Args:
         module: The attention layer.
@@ -306,8 +343,10 @@ def varlen_attention(
 
     varlen_attn: Any = torch_varlen.varlen_attn
     kind = query.device.type
+    # Autocast does not know this function, so its inputs are cast here; the flash kernel takes 16 bits only.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     heads, tokens = query.shape[1], query.shape[2]
+    # The kernel's layout: [tokens, heads, head_dim] without a batch; `starts` are the rows' first places and the end.
     rows = (tensor.to(dtype).transpose(1, 2).reshape(tokens, -1, tensor.shape[-1]) for tensor in (query, key, value))
     starts, longest = options["cu_seq_lens_q"], options["max_length_q"]
     output: Tensor = varlen_attn(
@@ -317,6 +356,7 @@ def varlen_attention(
         longest,
         longest,
         scale=options.get("scaling"),
+        # (left, right) of the token itself: -1 is without limit, and a right of 0 makes it causal.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=heads != key.shape[1],
     )
@@ -333,17 +373,17 @@ def _attend(  # noqa: PLR0917  the order of transformers' function
 
 
 def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Return who sees whom, `[1, 1, queries, keys]`: the last `window` tokens up to oneself."""
+    """Return a mask `[1, 1, queries, keys]`, True where a token is seen: itself and the `window - 1` before it."""
     behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
     return ((behind >= 0) & (behind < window))[None, None]
 
 
 def _mask(*, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:
-    """Make transformers' mask where there is padding; otherwise the functions here know all by themselves."""
+    """Return transformers' mask for a padded batch, and None for a packed one, whose rows the functions here know."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **named)
 
 
 for _name, _function in ((ROW_ATTENTION, row_attention), (VARLEN_ATTENTION, varlen_attention)):
-    # A compiled layer calls them as they are: the number of rows and their lengths are new in every batch.
+    # Never compiled, even inside a compiled layer: the number of rows and their lengths are new in every batch.
     AttentionInterface.register(_name, torch.compiler.disable(_function))  # type: ignore[no-untyped-call]
     AttentionMaskInterface.register(_name, _mask)

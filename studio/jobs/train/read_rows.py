@@ -1,4 +1,7 @@
-"""A recipe's data as examples: read, split, recorded, encoded, compared with the model; everything odd is said."""
+"""A recipe's data made into examples: read, split, recorded, encoded and compared with the model.
+
+The user is warned of whatever is unusual in it.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,7 +26,7 @@ from studio.runs.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Encoded rows, and the prompts to show answers for."""
+    """Encoded rows to train on and held-out ones, and prompts that the model answers for the user to see."""
 
     train: Sequence[Encoded]
     held_out: Sequence[Encoded]
@@ -39,15 +42,15 @@ def read_rows(
     objective: Objective,
     identify: Callable[[Sequence[Row], Sequence[Row]], None],
 ) -> Rows:
-    """Read, split and encode the rows, keep a record of what is held out, say what was recognised, cut or dropped.
+    """Read, split and encode the rows, record which are held out, and warn of what was cut or dropped.
 
     Args:
-        worker: Told everything odd; its run keeps the record.
+        worker: Gets the warnings; its run keeps the record.
         tell: Told the progress.
         recipe: Names the data.
         tokenizer: Of the base.
         objective: Encodes the rows.
-        identify: Gets the rows to train on and those held out before they are encoded, and may refuse them.
+        identify: Called with the rows to train on and those held out, before they are encoded; may refuse them.
 
     Raises:
         BadInput: A file changed since it was checked and cannot be used any more.
@@ -92,7 +95,7 @@ def read_rows(
 
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:
-    """Keep the record of held-out rows, and of the run's first start the losses of the same rows."""
+    """Write the record of held-out rows; keep the rows' losses from the first start where the rows are the same."""
     with suppress(BadInput):
         kept = read_record(worker.paths)
         if kept.held_out == record.held_out:  # their file may have been moved
@@ -103,7 +106,7 @@ def _keep(worker: Worker, record: HeldOutRecord) -> None:
 
 
 def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
-    """Compare rows with the model: token ids that it has no embedding for, lengths that it was not made for.
+    """Refuse token ids for which the model has no embedding, and warn of rows longer than it was made for.
 
     Raises:
         JobFailed: The tokenizer makes ids beyond the model's embeddings.

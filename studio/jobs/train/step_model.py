@@ -1,4 +1,4 @@
-"""The model as the loop sees it: a batch in, the summed loss out. One module, which several devices can wrap."""
+"""The model as the loop sees it: a module that takes a batch and returns the summed loss."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +18,10 @@ _PROBE_TOKENS = 48
 
 
 class StepModel(nn.Module):
-    """An objective's summed loss of a batch, without whole logits where that is proven equal to the model's own.
+    """Computes an objective's summed loss of a batch, without whole logits where that gives the model's own loss.
 
-    peft casts every adapted layer's input to fp32 and autocast casts it back; under autocast both casts are left out.
+    peft casts every adapted layer's input to fp32, and autocast casts it back to 16 bits. peft's cast is switched off,
+    so that both disappear.
     """
 
     def __init__(
@@ -34,8 +35,8 @@ class StepModel(nn.Module):
         self.model = model
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
-                # For good, not around the forward: a checkpointed layer is computed again in the backward, outside of
-                # it, and would be computed differently there (with dropout torch refuses such a recomputation).
+                # For good, not only during `forward`: a checkpointed layer is computed again in the backward pass,
+                # after `forward` has ended, and in the same way (with dropout torch would refuse another one).
                 module.cast_input_dtype_enabled = False
         self.objective = objective
         self._autocast = autocast
@@ -48,11 +49,14 @@ class StepModel(nn.Module):
 
     @property
     def loss_path(self) -> Loss:
-        """Which loss is used: the one that was asked for, where model and head allow it."""
+        """The loss that is used: the one that was asked for where model and head allow it, else a simpler one."""
         return self._tokens.path
 
     def prove(self, batch: Batch) -> bool:
-        """Compare both loss paths on the first tokens of a batch; keep the model's own where they differ.
+        """Compare the loss without whole logits with the model's own on a few tokens; use the latter if they differ.
+
+        Args:
+            batch: Its first row's first tokens are the ones; every token then has a label.
 
         Returns:
             Whether whole logits are avoided.
@@ -78,7 +82,7 @@ class StepModel(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
-    """Put the model in evaluation mode without gradients, and back as it was."""
+    """Put the model in evaluation mode without gradients, and restore its former mode afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,11 +1,13 @@
-"""The base with its adapter on it, initialised as the recipe says: at the first start and again at every resume.
+"""Loads the base, attaches the adapter and initialises it as the recipe says, at the first start and at every resume.
 
-Two initialisations look at the base's weights. With W the base's weight, s the adapter's scaling and r its rank:
-PiSSA (LoRA) puts the r largest singular directions of W into s*B*A and takes them out of the base, which is then no
-longer the ordinary one; what is saved is therefore the difference to the initial adapter, of rank 2r, which any peft
-loads onto the ordinary base (Meng et al. 2024, appendix C). LoftQ (QLoRA) sets s*B*A to the best rank-r picture of W
-minus its 4-bit form (Li et al. 2023, one iteration, so that the base stays the ordinary 4-bit one). peft's own LoftQ
-leaves s out and overshoots.
+Two initialisations read the base's weights. W is a weight of the base, s the adapter's scaling and r its rank.
+
+PiSSA (with LoRA) puts the r largest singular directions of W into s*B*A and subtracts them from the base. The base is
+then another one than the adapter's users have, so the difference to the initial adapter is saved: an adapter of rank 2r
+that any peft loads onto the ordinary base (Meng et al. 2024, appendix C).
+
+LoftQ (with QLoRA) sets s*B*A to the best rank-r approximation of W minus its 4-bit form (Li et al. 2023). It does one
+iteration only, so that the base stays the ordinary 4-bit one. peft's own LoftQ leaves s out and so overshoots.
 """
 
 from collections.abc import Iterator
@@ -35,8 +37,9 @@ from studio.runs.worker import Worker
 
 _ADAPTER = "default"
 _EXACT_UP_TO = 512
+"""Matrices whose shorter side is at most so long get a full singular value decomposition; larger ones a randomised."""
 _POWER_STEPS = 8
-"""Subspace iterations of the randomised decomposition; its error then no longer matters
+"""Subspace iterations of the randomised decomposition: as many as make its error small enough
 (tests/jobs/test_initialisation.py)."""
 
 _LOFTQ_NOTE = (
@@ -59,10 +62,19 @@ def trainable_model(
     tell: PhaseTeller,
     checkpoint: Path | None,
 ) -> tuple[PeftModel, AdapterWeights]:
-    """Load the base, attach the adapter and give it its first values; a checkpoint's values are not put back here.
+    """Load the base, attach the adapter and give it its first values; a checkpoint's values are loaded elsewhere.
+
+    Args:
+        recipe: Says how to load and adapt the base.
+        base: The base that the recipe names.
+        device: Where the model goes.
+        precision: The number format of weights and products.
+        worker: Gets the warnings.
+        tell: Told what is being done.
+        checkpoint: The checkpoint that the run continues after; None at a first start.
 
     Returns:
-        The model, and the adapter tensors that its base was changed by (PiSSA), empty where it is the ordinary one.
+        The model, and the adapter that PiSSA subtracted from its base; empty without PiSSA.
 
     Raises:
         JobFailed: A name in the recipe is not in the model, or its initialisation needs weights that are not there.
@@ -131,7 +143,7 @@ def init_pissa(model: PeftModel) -> AdapterWeights:
     """Move the main directions of every adapted linear weight from the base into the adapter.
 
     Returns:
-        The adapter as it now is, fp32 on the host: what `pissa.difference` and `take_out` need later.
+        The adapter's first values, fp32 on the host, which `pissa.difference` and `take_out` need later.
     """
     for _, layer in _linear_layers(model):
         weight = _as_linear(layer, _weight(layer).float())
@@ -142,7 +154,10 @@ def init_pissa(model: PeftModel) -> AdapterWeights:
 
 
 def take_out(model: PeftModel, initial: AdapterWeights) -> None:
-    """Subtract the initial adapter from an ordinary base: the same arithmetic at the first time and at every resume."""
+    """Subtract the initial adapter from an ordinary base.
+
+    The first start and every resume call this with the same tensors, so that the base is the same to the bit.
+    """
     for name, layer in _linear_layers(model):
         weight = _weight(layer)
         first, second = (initial[f"{name}.lora_{part}.weight"].to(weight.device) for part in "AB")
@@ -151,19 +166,20 @@ def take_out(model: PeftModel, initial: AdapterWeights) -> None:
 
 
 def init_loftq(model: PeftModel, folder: Path) -> int:
-    """Let every adapted 4-bit layer begin with what quantisation took from it.
+    """Set the adapter of every 4-bit layer to the best approximation of what quantisation took from that layer.
 
     Args:
         model: Adapters on a freshly quantised base.
         folder: The base's 16-bit safetensors.
 
     Returns:
-        How many layers were initialised so; layers that are not in 4 bits have lost nothing and are left as they are.
+        How many layers were initialised so. Layers that are not in 4 bits have lost nothing and are left alone.
 
     Raises:
         JobFailed: The folder does not hold the layer's 16-bit weight.
     """
     causal: Any = model.get_base_model()
+    # peft's wrappers carry their own names; these are the ones in the base, as the files have them.
     names = {id(module): name for name, module in causal.named_modules()}
     files, prefix = TensorFiles(folder), str(getattr(causal, "base_model_prefix", ""))
     count = 0
@@ -182,10 +198,10 @@ def stored_weight(files: TensorFiles, name: str, shape: tuple[int, ...], *, pref
     """Return a weight of the base as it is stored.
 
     Args:
-        files: The base's.
-        name: In the loaded model.
-        shape: That it must have.
-        prefix: transformers' `base_model_prefix`: some files leave it out, some models do.
+        files: Of the base.
+        name: The weight's name in the loaded model.
+        shape: The shape that it must have.
+        prefix: transformers' `base_model_prefix`, such as `model`. Some files leave it out, some have it in addition.
 
     Raises:
         JobFailed: `weights_not_found` when no file holds a tensor of this name and shape.
@@ -201,13 +217,17 @@ def stored_weight(files: TensorFiles, name: str, shape: tuple[int, ...], *, pref
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A `[rank, in]` and B `[out, rank]` whose product is the best picture of a matrix `[out, in]`."""
+    """Return A `[rank, in]` and B `[out, rank]` whose product B @ A is the best approximation of a matrix `[out, in]`.
+
+    A rank above the matrix's own is filled up with zeros.
+    """
     if min(matrix.shape) <= _EXACT_UP_TO:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         right = right.T
     else:
-        # Twice the directions are followed and half of them dropped: the wanted ones then converge.
+        # Twice as many directions as wanted are computed and the rest dropped: the wanted ones then converge.
         left, values, right = torch.svd_lowrank(matrix, q=min(2 * rank + 8, *matrix.shape), niter=_POWER_STEPS)
+    # Each factor gets the square root of the singular values, so that A and B are of the same size.
     root = values[:rank].sqrt()
     first, second = (right[:, :rank] * root).T, left[:, :rank] * root
     missing = rank - first.shape[0]
@@ -215,14 +235,17 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _set_pair(layer: LoraLayer, matrix: Tensor) -> None:
-    """Let the adapter's contribution `scaling * B @ A` be the best picture of a matrix `[out, in]`."""
+    """Make the adapter's contribution `scaling * B @ A` the best approximation of a matrix `[out, in]`."""
     first, second = low_rank(matrix / layer.scaling[_ADAPTER], layer.r[_ADAPTER])
     for module, value in ((layer.lora_A[_ADAPTER], first), (layer.lora_B[_ADAPTER], second)):
         module.weight.data.copy_(value)
 
 
 def _linear_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield adapted linear layers by their names in a PEFT file; weights shared with the embeddings are left out."""
+    """Yield adapted linear layers with their names in a PEFT file, without those that share the embeddings' weight.
+
+    Changing a shared weight would change the embeddings, too.
+    """
     embedding = cast(Any, model.get_base_model()).get_input_embeddings()
     shared = getattr(getattr(embedding, "base_layer", embedding), "weight", None)
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""Objectives: what a training learns from its rows, one file each.
+"""The interface of an objective: what a training learns from its rows. Each objective has a file of its own here.
 
-The loop, evaluation, checkpoints and measurements know an objective by what stands here and by nothing else. What an
-objective may ask of the model is the summed loss of labelled tokens, of a batch or of each row in it: `TokenLoss`.
+The loop, evaluation, checkpoints and measurements use an objective only through this interface. An objective in turn
+asks the model for one thing only: the summed loss of labelled tokens, of a batch or of each row in it (`TokenLoss`).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from studio.jobs.train.head import TokenLoss
 from studio.probe.data import Row
 
 Batch = dict[str, Any]
-"""What a loss is computed from; `input_ids` `[rows, seq]` are in it, whatever else an objective needs beside them."""
+"""What a loss is computed from: `input_ids` `[batch, seq]`, and whatever else an objective needs."""
 
 
 class Encoded(Protocol):
@@ -26,15 +26,15 @@ class Encoded(Protocol):
 
     @property
     def input_ids(self) -> NDArray[np.int32]:
-        """All tokens that go through the model for this row, `[tokens]`: its size, for batches and speed."""
+        """All tokens that go through the model for this row, `[seq]`; batching and speed figures count them."""
 
 
 class Objective(Protocol):
-    """How rows are learnt from. Its examples are of a type of its own, which nobody else looks into."""
+    """How rows are learnt from. An objective may have its own type of examples, which only it looks into."""
 
     @property
     def packs(self) -> bool:
-        """Whether examples may stand one behind the other in one sequence; they are then `data.rows.Example`s."""
+        """Whether several examples may share one sequence; they are then `data.rows.Example`s."""
 
     def encode(
         self,
@@ -51,7 +51,7 @@ class Objective(Protocol):
             rows: As they were read.
             tokenizer: Of the base model; it has a chat template where the rows are conversations.
             recipe: How they are to be encoded.
-            warn: Told, once each, the things that the user should know.
+            warn: Told what the user should know, each thing once.
             progress: Told the fraction done, 0 to 1.
 
         Raises:
@@ -59,19 +59,19 @@ class Objective(Protocol):
         """
 
     def longest(self, seq_len: int, vocabulary: int) -> Encoded:
-        """Return an example of full length, of ids below `vocabulary`: no other needs more memory."""
+        """Return an example of `seq_len` tokens with ids below `vocabulary`; no other example may need more memory."""
 
     def batch(self, examples: Sequence[Any], *, pad_id: int, device: torch.device, packed: bool = False) -> Batch:
-        """Return the examples of one micro-batch as tensors on the device, padded or, where it packs, packed."""
+        """Return the examples of one micro-batch as tensors on the device, padded or packed."""
 
     def loss(self, tokens: TokenLoss, batch: Batch) -> Tensor:
         """Return the summed loss of a batch, fp32 scalar; the loop divides it by the step's denominator."""
 
     def denominator(self, examples: Sequence[Any]) -> int:
-        """Return what examples count for in a mean: their labelled tokens, or their number. 0 where none teaches."""
+        """Return what the examples' summed loss is divided by, such as their labelled tokens; 0 if there are none."""
 
     def metric(self, tokens: TokenLoss, batch: Batch) -> Tensor:
-        """Return what is measured of each held-out row in a batch, fp32 `[rows]`, the less the better.
+        """Return the measure of each held-out row in a batch, fp32 `[rows]`; less is better.
 
-        The figure of a run is the sum over all rows divided by their denominator.
+        A run's figure is the sum over all rows, divided by their denominator.
         """

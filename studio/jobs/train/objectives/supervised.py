@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: every labelled token is predicted from what stands before it."""
+"""Supervised fine-tuning: the model learns to predict every labelled token from the tokens before it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from studio.probe.data import Row
 
 
 class Supervised:
-    """The mean loss over all labelled tokens of a step: how its rows are cut into micro-batches changes nothing."""
+    """The mean loss over all labelled tokens of a step, however its rows are cut into micro-batches."""
 
     packs = True
 
@@ -30,7 +30,7 @@ class Supervised:
         warn: Warn,
         progress: Callable[[float], None] | None = None,
     ) -> list[Example]:
-        """Return the rows as token ids and labels: of the answers or, with `data.answers_only` off, of every token."""
+        """Return the rows as token ids and labels: of the answers, or with `data.answers_only` off of every token."""
         return encode_rows(
             rows,
             tokenizer,
@@ -41,7 +41,7 @@ class Supervised:
         )[0]
 
     def longest(self, seq_len: int, vocabulary: int) -> Example:
-        """Return a row of full length whose every token is learnt."""
+        """Return a row of `seq_len` tokens that all have a label."""
         ids = (np.arange(seq_len) % max(1, vocabulary)).astype(np.int32)
         return Example(ids, ids.copy())
 
@@ -54,7 +54,7 @@ class Supervised:
         return tokens.loss_sum(**batch)
 
     def denominator(self, examples: Sequence[Example]) -> int:
-        """Return how many tokens have a label that the shift keeps: the first token of a row is never predicted."""
+        """Return how many labelled tokens are predicted: all but the first of a row, which nothing precedes."""
         return sum(int(np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED)) for example in examples)
 
     def metric(self, tokens: TokenLoss, batch: Batch) -> Tensor:
@@ -63,13 +63,14 @@ class Supervised:
 
 
 SUPERVISED = Supervised()
-"""Without settings of its own, so one is enough."""
+"""The one instance: it has no settings."""
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
     """Return `input_ids`, `attention_mask`, `labels`, each `[batch, seq]`, padded on the right to the longest row."""
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
+    # int64 for all three: torch's cross-entropy takes labels in no smaller type.
     ids, mask, labels = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     for row, example in enumerate(examples):
         size = len(example.input_ids)
@@ -81,9 +82,9 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> B
 def pack(rows: Sequence[Example], device: torch.device) -> Batch:
     """Return the model's arguments for rows in one sequence `[1, tokens]`.
 
-    Positions start anew with every row, and `row_lengths` (on the host) tells the attention where, see `packing`; flash
-    kernels read the same from transformers' own names for it. The first token of a row is not predicted: what stands
-    before it is another row's end.
+    Positions start at 0 in every row. `row_lengths` `[rows]`, on the host, tells the attention of `packing` where rows
+    end; `cu_seq_lens_*` and `max_length_*` tell flash kernels the same under transformers' names. The first token of a
+    row gets no label, because the token before it belongs to another row.
     """
     lengths = [len(row.input_ids) for row in rows]
     starts = np.cumsum((0, *lengths))
