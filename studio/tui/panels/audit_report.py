@@ -25,7 +25,7 @@ _UNREADABLE = (
 class AuditReport(Vertical):
     """Words and tables above, a plot below. Everything in a report came from files, so nothing is read as markup.
 
-    Words are wrapped; tables are as wide as they are, and the arrows bring the rest of them into sight.
+    Words are wrapped. Tables keep their width, and the arrows scroll to the rest of them.
     """
 
     DEFAULT_CSS = """
@@ -88,7 +88,7 @@ def report_content(report: Mapping[str, Any]) -> dict[str, Content]:
 
 
 def report_plot(report: Mapping[str, Any]) -> LinePlot | None:
-    """Return a plot of a report: the training losses of a race's lanes, else a figure of each block; None without."""
+    """Return a plot of a report: the training losses of a race, else one figure for each block; None without either."""
     if lanes := lane_curves(report):
         names = [plain(str(lane["name"]), one_line=True, limit=30) for lane in report["lanes"]]
         curves = [Curve(str(place), names[place], hue=cast(Hue, place + 1)) for place in range(len(lanes))]

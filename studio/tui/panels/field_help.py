@@ -12,7 +12,7 @@ from studio.tui.panels.recipe_form import options_of
 
 
 class FieldHelp(Static):
-    """Words on the current field, below problems or what is going on."""
+    """Shows what is going on and what is wrong; below that, it explains the current field."""
 
     DEFAULT_CSS = """
     FieldHelp {
@@ -36,7 +36,7 @@ class FieldHelp(Static):
         self._show()
 
     def show_problems(self, problems: Sequence[str]) -> None:
-        """List what is wrong; nothing when it is sound."""
+        """List what is wrong with the recipe; an empty list where nothing is."""
         self._problems = problems
         self._show()
 
@@ -47,7 +47,7 @@ class FieldHelp(Static):
 
     def _show(self) -> None:
         text = field_help_text(self._path, self._problems, self._busy)
-        if text != self.content:  # every turn comes by here, and an update lays the whole screen out anew
+        if text != self.content:  # each turn of a field comes here, and an update lays out the whole screen
             self.update(text)
 
 

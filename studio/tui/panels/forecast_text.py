@@ -44,7 +44,7 @@ def first_fix_text(first: Fix | None) -> Content:
 
 
 def other_fixes_text(fixes: Sequence[Fix], first: Fix | None) -> Content:
-    """Return the fixes that `f` leaves alone, with their prices; empty where there is none."""
+    """Return the fixes beside the one that `f` applies, with their prices; empty where there are none."""
     others = [fix for fix in fixes if first is None or fix.changes != first.changes]
     parts: _Parts = [("\nOther ways\n", "bold")] if others else []
     parts += [(f"  {fix.words}\n    {_saving(fix)}; {fix.price}\n", "dim") for fix in others]

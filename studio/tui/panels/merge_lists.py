@@ -1,4 +1,4 @@
-"""Lists whose choice is seen without colours: one of several, or several with the first always in."""
+"""Lists that show what is chosen without colours: one line, or several lines of which the first is always chosen."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -57,7 +57,7 @@ class PickOne(OptionList):
 
 
 class PickMany(OptionList):
-    """Space or enter puts a line in or out; the first one stays in."""
+    """Space or enter chooses a line or drops it; the first line is always chosen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("space", "select", "In/out", show=False)]
     DEFAULT_CSS = _CSS.format(name="PickMany")

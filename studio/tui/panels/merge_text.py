@@ -45,7 +45,7 @@ def output_line(row: OutputEstimate) -> str:
 def totals_text(rows: Sequence[OutputEstimate], free_ram: int | None, free_disk: int | None) -> Content:
     """Return what the chosen outputs take together, against what is free."""
     kept = sum(row.out_bytes or 0 for row in rows)
-    # Outputs are made one after another: what one needs meanwhile is free again for the next.
+    # Outputs are made one after another: the space that one needs only while it is made is free again for the next.
     meanwhile = max(((row.disk_bytes or 0) - (row.out_bytes or 0) for row in rows), default=0)
     ram = max((row.ram_bytes or 0 for row in rows), default=0)
     if not kept:
@@ -58,7 +58,7 @@ def totals_text(rows: Sequence[OutputEstimate], free_ram: int | None, free_disk:
 
 
 def is_short(rows: Sequence[OutputEstimate], free_disk: int | None) -> bool:
-    """Whether the outputs surely find no room on the disk."""
+    """Return whether the outputs surely do not fit on the disk."""
     kept = sum(row.out_bytes or 0 for row in rows)
     return free_disk is not None and kept > free_disk
 
@@ -68,8 +68,8 @@ def progress_line(history: History, status: Status, seconds: float, ended: str =
 
     Args:
         history: What its run has told.
-        status: What follows from the run's files.
-        seconds: Since it began, or that it took.
+        status: The run's status.
+        seconds: How long it has been made, or how long it took.
         ended: How its process ended, where that is known.
     """
     if history.failed is not None and not status.live:
@@ -85,14 +85,14 @@ def progress_line(history: History, status: Status, seconds: float, ended: str =
         took = f" in {duration(seconds)}" if status is Status.finished else ""
         where = "".join(f"  {plain(item.path, one_line=True)}" for item in history.saved[-1:])
         return Content.assemble((str(status), style), took, where)
-    phase = history.phase if status is not Status.starting else None  # else it is of the worker before
+    phase = history.phase if status is not Status.starting else None  # else it is that of the last worker
     fraction = f" {phase.fraction:.0%}" if phase and phase.fraction is not None else ""
     doing = f"{phase.name} {phase.detail}" if phase else "starting"
     return Content(f"{plain(doing, one_line=True, limit=80)}{fraction}  {duration(seconds)}")
 
 
 def said_text(form: str, history: History) -> Content:
-    """Return what an output's run found out about it, then what it warns of, each after a new line."""
+    """Return what the run of an output found out about it, then its warnings, each on a new line."""
     end = history.finished
     checks = export_checks(end.result) if form != MERGED and end else []
     parts: list[Any] = [f"\n{plain(line, one_line=True)}" for line in checks]
@@ -101,7 +101,7 @@ def said_text(form: str, history: History) -> Content:
 
 
 def waits_line(statuses: Mapping[str, Status]) -> str:
-    """Return what is to be said of an output whose turn has not come.
+    """Return what to say of an output whose turn has not come.
 
     Args:
         statuses: Of the runs so far, in their order; the first is the merge.

@@ -12,7 +12,7 @@ _LONGEST = 2000
 
 
 class Notes(VerticalScroll):
-    """What one should know of a run beside its numbers."""
+    """Shows what one should know of a run beside its numbers."""
 
     DEFAULT_CSS = """
     Notes {

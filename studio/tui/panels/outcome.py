@@ -15,7 +15,7 @@ from studio.tui.feed import harmless
 from studio.tui.readable import duration, number
 
 TRAIN = "train"
-"""The job whose end is an adapter; others, such as merge, say what they saved."""
+"""The kind of job that ends with an adapter. Of others, such as merges, the box says what they saved."""
 
 _LAST_LINES = 4
 
@@ -60,7 +60,7 @@ def has_adapter(paths: RunPaths) -> bool:
 
 
 def no_adapter_words(status: Status) -> str:
-    """Return why a training run has none."""
+    """Return why a training run has no adapter."""
     if status.live:
         return "This run has no adapter yet: it is saved when the training ends or is stopped."
     again = "" if status is Status.finished else " R resumes it."
@@ -122,11 +122,11 @@ def _ended(paths: RunPaths, history: History, finished: Finished | None) -> Cont
 
 
 def _held_out(history: History, *, told: bool) -> str:
-    """Return the first and the last held-out loss; a single one is no outcome, so it says when it was measured.
+    """Return the first and the last held-out loss; of a single loss, the step at which it was measured.
 
     Args:
         history: What the run told.
-        told: Whether a sentence on what the loss proves follows: of a loss before training it says so itself.
+        told: Whether a sentence on the gain follows, which says by itself that a loss is from before the training.
     """
     if not history.evals:
         return ""

@@ -24,12 +24,13 @@ SHOWN = {"lora": "LoRA 16-bit", "qlora": "QLoRA 4-bit"}
 """What is shown for a choice whose word says too little."""
 
 _BETWEEN = "--"
+"""Stands for the dots of a field's path in the id of its widget, which may hold no dot."""
 _LABEL_WIDTH = 18
 _FIRST_SECTIONS = 2
 
 
 class RecipeForm(VerticalScroll):
-    """Shows a recipe and tells which field the user turned to what; keeps no recipe itself."""
+    """Shows a recipe and tells which field the user gave which value; keeps no recipe itself."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down", "app.focus_next", "Next field", show=False),
@@ -45,7 +46,7 @@ class RecipeForm(VerticalScroll):
     """
 
     class Turned(Message):
-        """The user gave a field another value, of whatever type the text had."""
+        """The user gave a field another value. A typed text that is no such value is passed on as text."""
 
         def __init__(self, path: str, value: Any) -> None:
             """Carry the field's path and its new value."""
@@ -71,7 +72,7 @@ class RecipeForm(VerticalScroll):
         yield from self._rows(SECTIONS[:_FIRST_SECTIONS])
 
     def on_mount(self) -> None:
-        """Bring the other sections after the first frame: styling 40 fields takes longer than it may."""
+        """Bring the other sections after the first frame, because styling all 40 fields would delay it."""
         self.call_after_refresh(lambda: self.mount_all(self._rows(SECTIONS[_FIRST_SECTIONS:])))
 
     def _rows(self, sections: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[Widget]:
@@ -88,9 +89,9 @@ class RecipeForm(VerticalScroll):
         self.show_what_follows(recipe)
 
     def show_what_follows(self, recipe: Recipe) -> None:
-        """Show the notes and which fields matter, but touch no value.
+        """Show the notes, and only the fields that matter for the method, but set no value.
 
-        A value that comes back to the field it came from would undo the turns that the user made in between.
+        The recipe may lag behind the fields: setting a value would undo what the user turned in the meantime.
         """
         for path, note in notes_of(recipe).items():
             field = self._fields[path]
@@ -144,7 +145,7 @@ def options_of(path: str) -> tuple[tuple[str, str], ...]:
 
 
 def notes_of(recipe: Recipe) -> dict[str, str]:
-    """Return what follows from several fields together, for the rows of some of them."""
+    """Return notes by field: what follows from its value together with those of other fields."""
     by_steps, rank = recipe.train.steps > 0, recipe.adapter.rank
     return {
         "adapter.alpha": f"{setting(round(recipe.adapter.alpha / rank, 4))} x rank" if rank else "",
@@ -166,7 +167,7 @@ def _field(path: str, recipe: Recipe) -> Slider | Choice | TextField:
 
 
 def _set(field: Slider | Choice | TextField, path: str, value: Any) -> None:
-    """Show a value; one of the wrong type, as a user may type it, stays visible in its text field."""
+    """Show a value. A text in place of a number, as a user may type it, is shown by text fields only."""
     if not isinstance(field, Slider):
         field.value = _text(path, value)
     elif isinstance(value, (int, float)):

@@ -27,6 +27,7 @@ _COLOURS = {
 }
 _ROOM_FOR_ONE_ROW = 98
 _QUIET_PHASES = ("training",)
+"""Phases that are named only while they tell how far they are."""
 
 
 class RunHeader(Container):
@@ -85,7 +86,7 @@ class RunHeader(Container):
 
         Args:
             history: What it told.
-            status: What follows from its files.
+            status: Its status.
             waits_for: A request that the worker has not answered yet, such as "pause asked for".
         """
         self.set_class(history.started is not None and history.started.job != TRAIN, "-no-steps")
@@ -98,7 +99,7 @@ class RunHeader(Container):
 
 
 def _disk(history: History, status: Status) -> str:
-    """Return what a run waits for that nobody asked to wait."""
+    """Return why a run waits without having been asked to; empty for all other runs."""
     if status is not Status.paused or not history.paused_for:
         return ""
     return f"it goes on by itself: {plain(history.paused_for, one_line=True, limit=200)}"
@@ -106,7 +107,7 @@ def _disk(history: History, status: Status) -> str:
 
 def _phase(history: History, status: Status) -> str:
     """Return what the worker is busy with, where that is not plain training."""
-    if status is Status.starting:  # what the log says is of the worker before
+    if status is Status.starting:  # the log still holds the phase of the last worker
         return "waiting for the process"
     phase = history.phase
     if phase is None or (phase.name in _QUIET_PHASES and phase.fraction is None):

@@ -25,6 +25,7 @@ TOGETHER = {
 
 _HEAD = f"{'stage':14}{'predicted':>11}{'measured':>11}\n"
 _WRONG = 0.05
+"""A measured peak that exceeds the prediction by more than this share is marked."""
 _BRACKETS = {1: " ", 2: "┐┘", 3: "┐│┘"}
 _OUTSIDE_TENSORS = "context"
 """The one component that torch's counters do not see."""
@@ -40,7 +41,7 @@ class StageRow:
     Attributes:
         stages: Their names.
         predicted: Predicted peak of live tensors of each, bytes.
-        measured: The highest that was measured over them, bytes; None where it was not.
+        measured: The highest peak that was measured over them, bytes; None where none was.
     """
 
     stages: tuple[str, ...]
@@ -49,7 +50,7 @@ class StageRow:
 
     @property
     def off(self) -> float | None:
-        """How far the measured peak is from the highest predicted one, as a share of the latter."""
+        """By which share of the highest predicted peak the measured one lies above it, or below where negative."""
         highest = max(self.predicted, default=0)
         return None if self.measured is None or not highest else self.measured / highest - 1
 
@@ -99,7 +100,7 @@ def _sizes(named: Any) -> dict[str, int]:
 
 
 def _size(value: Any) -> int | None:
-    """Return a number of bytes; None where it is none."""
+    """Return a value if it is a number of bytes, else None."""
     return value if type(value) is int and 0 <= value < 2**53 else None
 
 
@@ -121,7 +122,7 @@ class StagePeaks:
         return max(self._peaks.values(), default=None)
 
     def take(self, history: History) -> None:
-        """Take in the readings that are new; what a resumed worker did again makes those of before void."""
+        """Take in the new readings. After a resume all are taken in anew, because steps may have been done again."""
         memory = history.memory
         if history.started is not self._source or len(memory.steps) < self._seen:
             self._peaks, self._first, self._seen, self._source = {}, set(), 0, history.started
@@ -135,7 +136,7 @@ class StagePeaks:
         self._seen = len(memory.steps)
 
     def rows(self, planned: dict[str, int]) -> list[StageRow]:
-        """Return the stages in the order in which they come, and at last the later steps as wholes."""
+        """Return the stages in their order, and as the last row the later steps as wholes."""
         rows = [
             StageRow(known, tuple(planned[name] for name in known), self._peaks.get(reading))
             for reading, names in TOGETHER.items()
@@ -147,7 +148,7 @@ class StagePeaks:
 
 
 class PeakGauge(Gauge):
-    """Appears once the run has told its device. The estimate is one of a card, so a CPU run has none."""
+    """The gauge of the peak. It appears once the run has told its card; a run on the CPU has no such estimate."""
 
     DEFAULT_CSS = """
     PeakGauge { height: 1; padding: 0 1; display: none; }
@@ -173,7 +174,7 @@ class PeakGauge(Gauge):
 
 
 def with_measured(planned: Reading, peak: float | None) -> Reading:
-    """Return the reading with the highest measured peak of live tensors, bytes, and how the range did."""
+    """Return the reading with the highest measured peak of live tensors, bytes, and whether it lies in the range."""
     if peak is None or planned.low is None or planned.high is None:
         return planned
     measured = to_gib(peak)

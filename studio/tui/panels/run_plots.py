@@ -26,6 +26,7 @@ _MEMORY = (
     Curve("resident_peak_bytes", "peak", "faint", 3),
 )
 _ROOM_FOR_BOTH = 98
+"""Columns from which on the plots stand beside each other."""
 
 
 class RunPlots(Container):
@@ -61,7 +62,7 @@ class RunPlots(Container):
         yield self._memory
 
     def on_mount(self) -> None:
-        """Begin as the screen's width will have it: a change of layout would draw everything twice."""
+        """Begin with the layout for the screen's width: to change it later would draw everything twice."""
         self.set_class(self.app.size.width >= _ROOM_FOR_BOTH, "-beside")
 
     def on_resize(self, event: events.Resize) -> None:
@@ -69,7 +70,7 @@ class RunPlots(Container):
         self.set_class(event.size.width >= _ROOM_FOR_BOTH, "-beside")
 
     def show(self, history: History) -> None:
-        """Hand on what is new in the history; what a resumed worker did again replaces what it did before."""
+        """Draw what is new in the history. After a resume everything is drawn anew: steps may have been done again."""
         total = float(history.total_steps or 0)
         self._loss.x_total = self._memory.x_total = total
         self._show_losses(history)
@@ -85,11 +86,11 @@ class RunPlots(Container):
         self._loss.replace("sample", steps, losses)
 
     def forget_sample(self) -> None:
-        """The log is read: its own curves are there."""
+        """Remove the sample: the log is read, and its own curves are there."""
         self._loss.replace("sample", (), ())
 
     def hold(self, held: bool) -> None:
-        """Draw nothing while the log is read slice by slice."""
+        """Let the plots draw nothing while a slice of the log is read, or let them draw again."""
         for plot in (self._loss, self._memory):
             plot.hold(held)
 
@@ -123,5 +124,5 @@ class RunPlots(Container):
 
 
 def _kept_share(total_steps: int | None) -> float:
-    """Return how much the smoothed loss keeps of its past: it looks back a 25th of the run, 3 to 100 steps."""
+    """Return the share of its past that the smoothed loss keeps: it looks back a 25th of the run, 3 to 100 steps."""
     return 1 - 1 / min(100, max(3, (total_steps or 250) / 25))

@@ -1,4 +1,4 @@
-"""The rows of the list of runs: what stands in each, which are let through, which one is chosen."""
+"""The rows of the list of runs: what stands in each, which ones the filter lets through, which one is chosen."""
 
 import math
 import time
@@ -22,11 +22,14 @@ _STYLES = {Status.failed: "red", Status.crashed: "red", Status.running: "green",
 
 
 class RunsTable(WholeTable):
-    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it."""
+    """A table that says in the footer what Enter does.
+
+    A priority key of the screen could say it, too, but Enter would then overtake arrow keys that were typed before it.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "select_cursor", "Open"),
-        # Textual's table goes to the first and last column with these, which hides the names of the runs.
+        # In Textual's own table these keys go to the first and the last column; the names of the runs are then hidden.
         Binding("home", "scroll_top", "First run", show=False),
         Binding("end", "scroll_bottom", "Last run", show=False),
     ]
@@ -49,7 +52,7 @@ class RunsTable(WholeTable):
         return self._infos[names[self.cursor_row]] if 0 <= self.cursor_row < len(names) else None
 
     def show(self, infos: Iterable[RunInfo], *, marked: AbstractSet[str], words: Sequence[str]) -> int:
-        """Show the runs that hold every word; only cells that changed are repainted. Returns how many they are."""
+        """Show the runs in which every word is found, and return how many they are; repaint only cells that changed."""
         before, chosen = self._shown, self.chosen
         self._infos = {info.name: info for info in infos}
         self._shown = {
@@ -83,7 +86,7 @@ def _cells(info: RunInfo, marked: bool) -> list[Text]:
         UNKNOWN if info.last_step is None else f"{info.last_step}/{info.total}" if info.total else str(info.last_step)
     )
     began = _when(info.started_at) if info.started_at else UNKNOWN
-    method = info.method or info.job  # a merge or an audit has none: what it is stands there
+    method = info.method or info.job  # a merge has no method: its kind is shown instead
     words = [plain(word or UNKNOWN, one_line=True, limit=LONGEST) for word in (info.name, method, info.model)]
     numbers = [_loss(info.last_loss), _loss(info.eval_loss)]
     status = Text(str(info.status), style=_STYLES.get(info.status, ""))
@@ -93,7 +96,7 @@ def _cells(info: RunInfo, marked: bool) -> list[Text]:
 
 
 def _when(at: float) -> str:
-    """Return the time of today, else the day: short, so that the column is in sight at 80 columns."""
+    """Return the time of day for today, else the day. It is short, so that the column is visible at 80 columns."""
     then = time.localtime(at)
     return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%Y-%m-%d", then)
 

@@ -18,7 +18,7 @@ _WHEN = 14
 
 
 class Samples(VerticalScroll):
-    """All samples, each prompt once, its answers from the first to the last."""
+    """Shows all samples: each prompt once, and below it its answers from the first to the last."""
 
     DEFAULT_CSS = """
     Samples {

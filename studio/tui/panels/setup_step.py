@@ -16,18 +16,19 @@ from studio.core.text import plain_path
 from widgets.text_field import TextLine
 
 Shown = Content | Callable[[int], Content]
-"""What stands for an option: words, or what makes them for a number of cells."""
+"""What is shown for an option: words, or a function that makes them for a width in cells."""
 
 
 def path_line(path: str) -> Shown:
-    """Return what shows a path, or another word that was typed, with its end in sight."""
+    """Return what shows a path or another typed word; a long one is cut so that its end stays visible."""
     return lambda cells: Content(plain_path(path, cells))
 
 
 class _Options(OptionList):
-    """Says in the footer what Enter does; as a priority key of the screen it would overtake the arrows before it.
+    """Options that say in the footer what Enter does.
 
-    At its ends the arrows leave it.
+    A priority key of the screen could say it, too, but Enter would then overtake arrow keys that were typed before it.
+    At the first and the last option the arrows are left to the step, which moves on to its next part.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Next")]
@@ -44,16 +45,19 @@ class _Options(OptionList):
 
 
 class _Line(TextLine):
-    """As above."""
+    """A line that says in the footer what Enter does: it begins to type, or takes what was typed."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "Next"), Binding("enter", "edit", "Type")]
 
 
 class _Words(VerticalScroll):
-    """Takes the keys, to be scrolled, where it holds more than it shows; at its ends the arrows leave it."""
+    """Words that can be focused and scrolled while they are longer than their place.
+
+    At their ends the arrows are left to the step, as in the options.
+    """
 
     class Emptied(Message):
-        """It holds no more than it shows, and had the focus."""
+        """The words had the focus, but can no longer be scrolled."""
 
     def watch_show_vertical_scrollbar(self, shown: bool) -> None:
         self.can_focus = shown
@@ -72,7 +76,7 @@ class _Words(VerticalScroll):
 
 
 class SetupStep(Vertical):
-    """Asks; the screen decides what follows. Options and words may change while it is shown.
+    """Asks a question; the screen decides what follows. Options and words may change while the step is shown.
 
     The arrows go round: through the options, to the line, through words that are longer than their place, and back.
     """
@@ -167,17 +171,17 @@ class SetupStep(Vertical):
             self.focus_options()
 
     def on__words_emptied(self) -> None:
-        """What had the keys can take none any more: the options take them."""
+        """Give the focus to the options, because the words can no longer have it."""
         self.focus_options()
 
     def action_go_round(self, direction: int) -> None:
-        """Go on to the part below, or the one above; the options are entered at the end that lies nearer."""
+        """Go on to the part below, or to the one above. The options are entered at their nearer end."""
         parts = [part for part in self.children if part.can_focus]
         place = next((place for place, part in enumerate(parts) if part.has_focus), -1)
         part = parts[(place + direction) % len(parts)]
         if isinstance(part, OptionList) and part.option_count:
             part.highlighted = 0 if direction > 0 else part.option_count - 1
-        self.screen.set_focus(part)  # at once: focus() waits, and the next key of a burst would go to the part before
+        self.screen.set_focus(part)  # not focus(): it waits, so that the next key of a burst would go to the old part
 
     def on_resize(self) -> None:
         """Show options for the room that there is now."""
@@ -218,5 +222,5 @@ class SetupStep(Vertical):
 
     @property
     def room(self) -> int:
-        """Columns that words have, known before they are laid out: without padding and scrollbar."""
+        """The columns for words: those of the screen without padding and scrollbar, known before the first layout."""
         return max(20, self.app.size.width - 3)

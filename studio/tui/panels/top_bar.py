@@ -1,4 +1,4 @@
-"""The first row: where one is, and what the run will run on."""
+"""The first row of a screen: the name of the screen, and the card that a run will use."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ _EVERY_SECONDS = 5.0
 
 
 class TopBar(Horizontal):
-    """Program, place and card. The card is read by a thread: a driver may take its time."""
+    """Shows program, place and card. A thread reads the card, because a driver may take its time."""
 
     DEFAULT_CSS = """
     TopBar {
@@ -50,7 +50,7 @@ class TopBar(Horizontal):
             self.app.call_from_thread(self._show, told)
 
     def plan_for(self, name: str) -> None:
-        """Name the card that the forecast is of, before the one that is here; empty where they are the same."""
+        """Name the card that is planned for, before the one that is here; empty where nothing else is planned for."""
         if name != self._planned:
             self._planned = name
             self._show(self._told)

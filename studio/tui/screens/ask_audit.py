@@ -24,6 +24,7 @@ from widgets.text_field import TextLine
 
 _DEFAULT = AuditRequest("base")
 _EMPTY_MEANS = {"answers": "0", "speed": "0"}
+"""What an emptied line means, by field: no answers, and no speed."""
 _ANSWERS = "6"
 """Prompts answered unless something else is typed: enough to read, too few to prove much."""
 
@@ -34,9 +35,9 @@ class Wish:
 
     Attributes:
         key: A field of the request, or `steps`.
-        label: What it is.
-        value: What it is unless something else is typed.
-        hint: More words, shown while it is empty.
+        label: What can be chosen.
+        value: What is taken unless something else is typed.
+        hint: What an empty line means, shown while it is empty.
     """
 
     key: str
@@ -99,6 +100,7 @@ def run_request(paths: RunPaths, said: Mapping[str, str]) -> AuditRequest:
         BadInput: It is no training run, has no adapter, no record of its held-out rows, or a choice is not what its
             field wants.
     """
+    # An empty line of rows means all rows that the run held out, which is what `audit_of_run` takes by itself.
     words = {key: value or _EMPTY_MEANS.get(key, "") for key, value in said.items() if value or key != "rows"}
     gguf = words.pop("gguf", "")
     places = (str(Path(gguf).expanduser().absolute()),) if gguf else ()

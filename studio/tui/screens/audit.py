@@ -65,7 +65,7 @@ class AuditScreen(Screen[None]):
         Binding("w", "write", "Write report"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
-        # Before the list's own: it is short, and what one comes to read is the report beside it.
+        # These keys go to the report even while the list has the focus: the list is short, and the report is long.
         Binding("pagedown", "turn_report(1)", "Report down", show=False, priority=True),
         Binding("pageup", "turn_report(-1)", "Report up", show=False, priority=True),
     ]
@@ -87,7 +87,7 @@ class AuditScreen(Screen[None]):
         """The audits were read."""
 
         def __init__(self, infos: list[RunInfo], phases: dict[str, Phase]) -> None:
-            """Carry what was found, and what those that run are busy with."""
+            """Carry the audits, and by name what live ones are busy with."""
             super().__init__()
             self.infos, self.phases = infos, phases
 
@@ -130,7 +130,7 @@ class AuditScreen(Screen[None]):
         self._every_seconds, self._run = 4 * poll_seconds, run
         self._infos: dict[str, RunInfo] = {}
         self._phases: dict[str, Phase] = {}
-        self._said: dict[str, dict[str, str]] = {}
+        self._said: dict[str, dict[str, str]] = {}  # the last choices by kind of audit: the next question shows them
         self._ask_again: Callable[[str], None] | None = None
 
     def compose(self) -> ComposeResult:
@@ -155,7 +155,7 @@ class AuditScreen(Screen[None]):
             self._ask("run", title, run_wishes(), partial(run_request, run))
 
     def on_audit_screen_listed(self, message: Listed) -> None:
-        """Show what was found; the report is read again where the audit under the cursor has moved on."""
+        """Show what was found; read the report again where the audit under the cursor has another status."""
         before, chosen = self._infos, self._chosen
         self._infos, self._phases = {info.name: info for info in message.infos}, message.phases
         if list(before) != list(self._infos):
@@ -198,7 +198,7 @@ class AuditScreen(Screen[None]):
             self.query_one(AuditReport).show(message.report, self._without(chosen))
 
     def on_audit_screen_started(self, message: Started) -> None:
-        """Watch the audit that was started, or ask again, saying why there is none."""
+        """Watch the audit that was started; where it was refused, say why and ask again."""
         self.query_one("#audit-head", Static).update("Audits")
         if message.paths is not None:
             self.post_message(OpenRun(message.paths))
@@ -267,7 +267,7 @@ class AuditScreen(Screen[None]):
         return self._infos[names[row]] if 0 <= row < len(names) else None
 
     def _without(self, info: RunInfo) -> str:
-        """Return why there is no report, or how far it is."""
+        """Return why an audit has no report, or how far it is."""
         if info.status in (Status.failed, Status.crashed):
             return f"This audit {info.status.name}: enter shows why."
         if info.status is Status.stopped:

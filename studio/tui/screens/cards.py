@@ -78,7 +78,7 @@ class CardScreen(Dialog[str]):
             options.highlighted = ((options.highlighted or 0) + rows) % len(self._offered)
 
     def action_leap(self, direction: int) -> None:
-        """Move by what is seen at once, to the ends at most."""
+        """Move by a page, at most to the first or the last card."""
         options = self.query_one(OptionList)
         if self._offered:
             row = (options.highlighted or 0) + direction * max(1, options.size.height - 1)

@@ -76,7 +76,7 @@ class Column(VerticalScroll):
         return answer.strip()
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all questions and answers."""
         self._said.clear()
         self._show()
 
@@ -98,7 +98,8 @@ class ChatScreen(Screen[None]):
         Binding("ctrl+r", "turn_base", "With base", priority=True),
         Binding("escape", "leave", "Back"),
     ]
-    """None is a prefix of tmux (ctrl+b) or screen (ctrl+a), or holds a line's flow (ctrl+s, ctrl+q)."""
+    """No key is a prefix of tmux (ctrl+b) or screen (ctrl+a), or stops a terminal's output (ctrl+s) or resumes it
+    (ctrl+q)."""
 
     DEFAULT_CSS = """
     ChatScreen {
@@ -174,13 +175,13 @@ class ChatScreen(Screen[None]):
         self._show_head()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """A text that is changed waits for another enter."""
+        """A question that waits to be asked and is changed needs another enter."""
         event.stop()
         self._sends_when_ready = False
         self._show_head()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Ask; what cannot be asked yet stays in its line and is asked as soon as it can be."""
+        """Ask. While the model is loading or answering, the question stays in its line and is asked afterwards."""
         event.stop()
         if self._busy or self._process is None:
             self._sends_when_ready = bool(event.value.strip()) and not self._ended
@@ -223,13 +224,13 @@ class ChatScreen(Screen[None]):
                 column.clear()
 
     def action_warmer(self) -> None:
-        """Take the next temperature."""
+        """Take the next higher temperature, and after the highest the lowest."""
         later = [step for step in _STEPS if step > self._sampling.temperature]
         self._sampling = replace(self._sampling, temperature=later[0] if later else _STEPS[0])
         self._show_head()
 
     def action_turn_base(self) -> None:
-        """Ask the base too, or not: alone an answer takes half the time."""
+        """Ask the base too, or the tuned model alone, which takes half the time."""
         if not self._busy:
             self._with_base = not self._with_base
             self._show_columns()
@@ -298,7 +299,7 @@ class ChatScreen(Screen[None]):
             self.post_message(self.Heard(ChatFailed(str(error))))
             return
         self._process = process
-        while not self._closed:
+        while not self._closed:  # the screen may have been left while the process was started
             event = process.next_event(0.2)
             if event is not None:
                 self.post_message(self.Heard(event))

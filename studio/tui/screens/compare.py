@@ -31,6 +31,7 @@ MOST = 4
 """Runs that a plot tells apart by colour."""
 
 _STEPS_PER_LOOK_BACK = 25
+"""The smoothed loss looks back over a 25th of the steps, but over 3 at least and 100 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,6 @@ def _smoothed(run: Compared) -> tuple[list[int], list[float]]:
 
 
 def _short(name: str, runs: int) -> str:
-    """Return the end of a name, harmless: what tells runs of one recipe apart is the time."""
+    """Return the end of a name, made harmless. It holds the time, which tells runs of one recipe apart."""
     name, room = plain(name, one_line=True), 60 // max(1, runs)
     return name if len(name) <= room else f"...{name[3 - room :]}"

@@ -1,4 +1,4 @@
-"""The recipe under the user's hands."""
+"""The configure screen: shows the recipe, lets the user change each field of it, and starts it."""
 
 import contextlib
 from pathlib import Path
@@ -37,7 +37,7 @@ _KEEP_AFTER_SECONDS = 1.0
 
 
 class ConfigureScreen(Screen[None]):
-    """Owns the one recipe and can launch it; the form says what was turned, the checks say what is wrong."""
+    """Owns the recipe and can launch it. The form tells which field was turned; the checks tell what is wrong."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "launch", "Run"),
@@ -109,6 +109,7 @@ class ConfigureScreen(Screen[None]):
         super().__init__()
         self.recipe = recipe
         self._runs_root, self._services = runs_root, services
+        # Fields with problems are kept for the next visit with the value that they have in `_sound`.
         self._source, self._sound = source, recipe
         self._launching = False
         self._keep_timer: Timer | None = None
@@ -139,18 +140,21 @@ class ConfigureScreen(Screen[None]):
             self._forecast.look()
 
     def on_recipe_form_turned(self, message: RecipeForm.Turned) -> None:
-        """A field has another value: so has the recipe."""
+        """Take over the new value of a field."""
         self._change(self.recipe.with_(message.path, message.value), shown=True)
 
     def on_forecast_told(self, message: Forecast.Told) -> None:
-        """Keep the row in sight up to date with the gauge, and the keys with what they can do."""
+        """Show the reading in the row at the top, too, which a narrow screen has instead of the gauge.
+
+        The level of the reading decides whether `f` is offered.
+        """
         row = self.query_one("#gauge-row", Gauge)
         before, row.reading = row.reading.level, message.reading
         if before != message.reading.level:
             self.refresh_bindings()
 
     def on_forecast_planned_for(self, message: Forecast.PlannedFor) -> None:
-        """Name the card above, where a short screen shows nothing else of it."""
+        """Name the planned card in the top bar: a small screen names it nowhere else."""
         self.query_one(TopBar).plan_for(message.card)
 
     def on_recipe_form_reached(self, message: RecipeForm.Reached) -> None:
@@ -170,11 +174,11 @@ class ConfigureScreen(Screen[None]):
         self.post_message(OpenRun(message.paths))
 
     def on_configure_screen_over_budget(self, message: OverBudget) -> None:
-        """Ask once more."""
+        """Ask whether to launch all the same."""
         self._end_launch()
 
         def decide(answer: bool | None) -> None:
-            if answer and message.recipe is self.recipe:
+            if answer and message.recipe is self.recipe:  # a yes to this recipe is none to another
                 self._begin_launch(sure=True)
 
         self.app.push_screen(Confirm(message.question, "launch it"), decide)
@@ -207,7 +211,7 @@ class ConfigureScreen(Screen[None]):
         self.post_message(ShowSetup())
 
     def take_setup(self, recipe: Recipe, card: str) -> None:
-        """Show what the set-up recommends, for the card that it planned for; u brings the recipe of before back."""
+        """Show the recipe that the set-up recommends and plan for its card; `u` brings back the recipe of before."""
         if card != self._forecast.planned:
             self._forecast.plan_for(card)
         self._open(recipe)
@@ -228,7 +232,7 @@ class ConfigureScreen(Screen[None]):
         self.app.notify(applied_text(fix), markup=False)
 
     def action_undo_fit(self) -> None:
-        """Give the fields that `f` changed their values of before."""
+        """Give their former values back to the fields that `f`, the set-up or another recipe has changed."""
         if self._undo:
             recipe = self.recipe
             for path, value in self._undo:
@@ -258,7 +262,7 @@ class ConfigureScreen(Screen[None]):
         ask_to_save(self.app, self.recipe, saved)
 
     def action_open(self) -> None:
-        """Show another recipe; u brings the one of before back."""
+        """Show another recipe; `u` brings back the recipe of before."""
         from studio.tui.screens.recipe_dialogs import ask_to_open  # noqa: PLC0415  not needed for the first frame
 
         ask_to_open(self.app, self._open)
@@ -269,7 +273,10 @@ class ConfigureScreen(Screen[None]):
         self._change(recipe)
 
     def action_turn_view(self) -> None:
-        """Give the memory all room there is and the arrows, or take them back: of the recipe's where one column is."""
+        """Give the forecast more room and the arrow keys, or take both back.
+
+        On a narrow screen it takes the place of the form, on a wide one that of the help on the field.
+        """
         memory = not self.has_class("-memory")
         self.set_class(memory, "-memory")
         self._forecast.can_focus = memory
@@ -279,7 +286,7 @@ class ConfigureScreen(Screen[None]):
             self._form.focus_field(self._left_field)
 
     def _change(self, recipe: Recipe, *, shown: bool = False) -> None:
-        """Take another recipe: the one place where it changes, so that what is to know of changes hears of all.
+        """Take another recipe and tell everything that follows it. The recipe changes nowhere else.
 
         Args:
             recipe: What it is now.
@@ -296,7 +303,7 @@ class ConfigureScreen(Screen[None]):
         self._keep_soon()
 
     def _keep_soon(self) -> None:
-        """Keep the recipe for the next visit once it has stood still for a moment, or when the studio is left."""
+        """Keep the recipe for the next visit once nothing was turned for a moment, or when the studio is left."""
         if self._keep_timer is not None:
             self._keep_timer.stop()
         self._keep_timer = self.set_timer(_KEEP_AFTER_SECONDS, self._keep_now)
@@ -367,8 +374,9 @@ class ConfigureScreen(Screen[None]):
 def question_before_launch(recipe: Recipe, services: Services, planned: str = "") -> Content | None:
     """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
 
-    The card is this machine's, whatever is planned for; on a CPU a recipe that was planned for a card is asked about
-    as well. A model that cannot be sized yet asks nothing: the start says what is wrong with it.
+    The recipe is held against this machine's own card, whatever card is planned for. On a machine without a card, a
+    recipe that was planned for one is asked about as well. Where the model cannot be sized yet, nothing is asked: the
+    start says what is wrong with it.
 
     Raises:
         BadInput: The recipe's targets or rank do not suit the model.

@@ -44,7 +44,7 @@ class Dialog(ModalScreen[Answer]):
 
 
 def start_over_question(error: NoWholeCheckpoint) -> str:
-    """Return what to ask where going on would mean to start over."""
+    """Return the question for a run that can only be resumed from its start."""
     found = plain(error.found, one_line=True)
     return f"{found[:1].upper()}{found[1:]}. Start over at step 0? What is damaged stays beside it."
 
@@ -73,7 +73,7 @@ class Confirm(Dialog[bool]):
             yield Static(Content.assemble("\n", (" y ", "reverse"), f" {self._yes}   ", (" n ", "reverse"), " no"))
 
     def action_agree(self) -> None:
-        """Close with a yes; without one it is a no."""
+        """Close with a yes."""
         self.dismiss(True)
 
 

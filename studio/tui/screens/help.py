@@ -26,7 +26,7 @@ _NAMES = {
 }
 
 _WORDS = {"Focus Next": "Next field or part of the screen", "Focus Previous": "The one before"}
-"""For Textual's own descriptions."""
+"""Our words in place of Textual's own descriptions."""
 
 _SLIDER_KEYS = (
     ("← →", "one stop less, more"),

@@ -1,4 +1,4 @@
-"""What to merge, into what, and what to make of it: chosen here, started as jobs of their own."""
+"""The choices of a merge: which checkpoint, into which base, and which formats to export the result to."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -98,7 +98,8 @@ class MergeScreen(OfferingScreen[None]):
         Args:
             paths: The run.
             services: What looks at the run and starts the merge.
-            poll_seconds: Pace at which a started merge is looked at; the run, which may not have ended, at a quarter.
+            poll_seconds: Seconds between two looks at a started merge. The run, which may not have ended, is looked at
+                a quarter as often.
         """
         super().__init__()
         self._paths, self._services, self._poll_seconds = paths, services, poll_seconds
@@ -124,7 +125,7 @@ class MergeScreen(OfferingScreen[None]):
         yield KeyFooter()
 
     def on_mount(self) -> None:
-        """Look at the run, and again when something of it has changed: training may still go on."""
+        """Look at the run, and again whenever it has changed: its training may still go on."""
         self._look()
         self.set_interval(4 * self._poll_seconds, self._look_again)
 
@@ -137,6 +138,7 @@ class MergeScreen(OfferingScreen[None]):
         """Fill the lists; chosen is the user's checkpoint, else the best by held-out loss, else the run's adapter."""
         before, facts = self._facts, message.facts
         checkpoints = self.query_one("#checkpoints", PickOne)
+        # A choice that the user made is kept; the first choice moves on when training finds something better.
         own = before.checkpoints[checkpoints.chosen] if before and checkpoints.chosen != _first_choice(before) else None
         chosen = facts.checkpoints.index(own) if own in facts.checkpoints else _first_choice(facts)
         self._facts, best = facts, best_of(facts.checkpoints)
@@ -170,7 +172,7 @@ class MergeScreen(OfferingScreen[None]):
         self._show_totals()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Another disk may have other room."""
+        """Show anew what is free: another folder may be on another disk."""
         event.stop()
         self._show_totals()
 
@@ -253,6 +255,7 @@ class MergeScreen(OfferingScreen[None]):
 
 
 def _first_choice(facts: MergeFacts) -> int:
+    """Return the place of the best checkpoint by held-out loss; where none was measured, that of the adapter."""
     best = best_of(facts.checkpoints)
     return facts.checkpoints.index(best) if best else max(0, len(facts.checkpoints) - 1)
 

@@ -1,4 +1,4 @@
-"""A merge and what is made of it, one after another: progress, then the verification and the paths."""
+"""The progress of a merge and of the exports that follow it, one after another; then the merge's verification."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ _FORM, _NAME = 8, 16
 
 
 class MergeProgressScreen(OfferingScreen[None]):
-    """Watches a merge and what it makes of its result; all of it goes on without this screen."""
+    """Watches a merge and the exports that follow it. All of them go on without this screen."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *offered("x", "stop", "Stop"),
@@ -68,7 +68,7 @@ class MergeProgressScreen(OfferingScreen[None]):
         Args:
             merge: Its run.
             services: What starts a chat, and resumes what has ended early.
-            poll_seconds: Pace.
+            poll_seconds: Seconds between two looks.
             now: Unix seconds.
         """
         super().__init__()
@@ -95,6 +95,7 @@ class MergeProgressScreen(OfferingScreen[None]):
         self.query_one(VerticalScroll).focus()
 
     def _look(self) -> None:
+        # Each run names the one that follows it, once that was started.
         while self._waiting and (run := next_run(self._last)):
             self._watches[self._waiting.pop(0)] = RunWatch(run)
         statuses = {}
@@ -131,7 +132,10 @@ class MergeProgressScreen(OfferingScreen[None]):
         return self.query_one(f"#output-{form}", LabelledText)
 
     def _seconds(self, form: str, history: History, status: Status) -> float:
-        """Return how long an output takes or took; before its worker has told its start, since it was first seen."""
+        """Return for how many seconds an output has been made, or how many it took.
+
+        Until its worker has told when it began, they count from when this screen saw it first.
+        """
         now = self._now()
         began = (history.started.at if history.started else 0.0) or self._seen.setdefault(form, now)
         return (now if status.live else history.last_at or now) - began
@@ -150,7 +154,7 @@ class MergeProgressScreen(OfferingScreen[None]):
 
     @property
     def _ended_early(self) -> RunPaths | None:
-        """The first output that is not whole and not being made; the others follow it."""
+        """The first output that is neither finished nor being made; those after it wait for it."""
         early = (form for form, status in self._statuses.items() if status is not Status.finished and not status.live)
         form = next(early, None)
         return None if form is None else self._watches[form].paths

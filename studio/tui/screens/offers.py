@@ -1,13 +1,13 @@
-"""Keys that are offered only where they do something, and say why they do nothing elsewhere."""
+"""Keys that are offered only where they do something; elsewhere they say why they do nothing."""
 
 from textual.binding import Binding
 from textual.screen import Screen, ScreenResultType
 
 
 class OfferingScreen(Screen[ScreenResultType]):
-    """A screen that knows of its keys' actions why they would do nothing now.
+    """A screen that can say why a key does nothing now.
 
-    Such a key is made by `offered`; below, it is shown only while there is no reason against it.
+    `offered` makes the bindings of such a key. The footer shows the key only while its action does something.
     """
 
     def why_not(self, action: str) -> str:
@@ -26,5 +26,5 @@ class OfferingScreen(Screen[ScreenResultType]):
 
 
 def offered(key: str, action: str, label: str) -> tuple[Binding, Binding]:
-    """Return what a key of an `OfferingScreen` does, and what it does where there is a reason against that."""
+    """Return two bindings of one key: its action, and to say why that does nothing now. One of the two applies."""
     return Binding(key, action, label), Binding(key, f"say_why_not('{action}')", show=False)

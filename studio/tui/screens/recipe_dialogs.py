@@ -18,7 +18,7 @@ _LONGEST_NAME = 60
 
 
 def ask_to_save(app: App[None], recipe: Recipe, saved: Callable[[RecipeSource], None]) -> None:
-    """Ask for a file, save the recipe there and tell which it was; a file that is there already takes a yes."""
+    """Ask for a file, save the recipe there and pass the file to `saved`. Writing over a file takes a yes."""
 
     def save(path: Path) -> None:
         if _save(app, recipe, path):

@@ -1,4 +1,4 @@
-"""A run as it goes: figures, plots, samples, log, and the keys that act on it. Leaving it leaves it running."""
+"""A run as it goes: figures, plots, samples, log, and the keys that act on it. Leaving the screen ends no run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ from widgets.tab_row import TabRow
 
 _VIEWS = ("plots", "samples", "log", "notes", "memory")
 _VIEWS_OF = {TRAIN: _VIEWS, "measure": ("log", "notes", "memory")}
-"""Views that a job fills; of those that are not named, the log and the notes."""
+"""Views that each kind of job fills. Kinds that are not named here fill the log and the notes."""
 _FILLED_BY_ALL = ("log", "notes")
 _JOBS_OF = {
     "pause": ((TRAIN,), "Only a training can be paused."),
@@ -42,10 +42,10 @@ _JOBS_OF = {
     "merge": ((TRAIN, "merge"), "Only a training run has an adapter to merge."),
     "try_it": ((TRAIN, "merge", "export"), "This run makes no model to chat with."),
 }
-"""Jobs that a key means something for, where that is not all of them, and what is said for the others."""
+"""For each action that not every kind of job has: the kinds that have it, and what is said for the others."""
 _SLICE_SECONDS = 0.004
-"""How long a long log is read at a stretch, and then not read: a key's answer takes several turns of the loop, and
-each may have to wait for one stretch."""
+"""A long log is read for this long, then left alone for this long, and so on. The answer to a key takes several turns
+of the event loop, and each turn may have to wait for one stretch of reading."""
 _SLICES_PER_LOOK = 50
 
 
@@ -96,7 +96,7 @@ class RunScreen(OfferingScreen[None]):
         self._glance: Glance | None = None
         self._resuming = self._pause_asked = False
         self._slices_left: int | None = None
-        """Until the next look at a long log that is read on; None while nothing is."""
+        """Slices of a long log that are still to be read before the next look; None while no long log is read."""
 
     def compose(self) -> ComposeResult:
         """Header, outcome, views, keys."""
@@ -158,7 +158,7 @@ class RunScreen(OfferingScreen[None]):
         self.dismiss()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Name the same key after what it does: pause, or go on."""
+        """Let `p` mean one of its two actions: to pause, or to go on where a pause was asked for."""
         if action in ("go_on", "pause") and self._status.live and self._pause_asked:
             return action == "go_on"
         return action != "go_on" and super().check_action(action, parameters)
@@ -269,7 +269,7 @@ class RunScreen(OfferingScreen[None]):
 
     @property
     def _job(self) -> str:
-        """What runs; training until the worker has said so."""
+        """The kind of job; taken for a training until the worker has told it."""
         started = self._glance.history.started if self._glance else None
         return started.job if started else TRAIN
 
@@ -285,12 +285,12 @@ class RunScreen(OfferingScreen[None]):
             self.view = self._views[0]
 
     def _choose(self, view: str) -> None:
-        """Mark the views themselves: a class of the screen would have every part of it styled again."""
+        """Mark the chosen view itself: a class on the screen would make Textual style all parts of the screen again."""
         for key in _VIEWS:
             self.query_one(f"#{key}").set_class(key == view, "-chosen")
 
     def _look(self) -> None:
-        """Look at the run and show what is new; while a long log is read on, that looks."""
+        """Look at the run and show what is new; while a long log is read, `_read_on` does that instead."""
         if self.is_mounted and self._slices_left is None:
             self._show_glance()
 
@@ -317,7 +317,7 @@ class RunScreen(OfferingScreen[None]):
             self._catch_up(glance)
 
     def _catch_up(self, glance: Glance) -> None:
-        """Read a long log in slices between which keys are answered; its curve is there from the first one on."""
+        """Read a long log in slices, between which keys are answered. A sample of its curve is drawn at once."""
         plots = self.query_one(RunPlots)
         plots.hold(False)
         if not glance.behind:
@@ -332,7 +332,7 @@ class RunScreen(OfferingScreen[None]):
         self.set_timer(_SLICE_SECONDS, self._read_on)
 
     def _read_on(self) -> None:
-        """Read a slice; now and then show where that has led."""
+        """Read a slice; after a number of slices, and at the end of the log, show what was read."""
         if not self.is_mounted:
             return
         plots = self.query_one(RunPlots)

@@ -1,4 +1,4 @@
-"""All runs, newest first, with how they stand now."""
+"""The list of all runs, newest first, kept up to date."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +108,7 @@ class RunsScreen(OfferingScreen[None]):
         self._count = self._table.show(self._infos.values(), marked=self._marked, words=words)
         self.refresh_bindings()
         head, told = self.query_one("#runs-head", Static), self._head()
-        if told != head.content:  # an update repaints, whatever it brings
+        if told != head.content:  # an update repaints even where the text is the same
             head.update(told)
 
     def _head(self) -> str:
@@ -119,7 +119,7 @@ class RunsScreen(OfferingScreen[None]):
         return f"{fewer}{count} run{'s' * (count != 1)} in {root}"
 
     def why_not(self, action: str) -> str:
-        """Return why a key does nothing: there is no run under the cursor, or nothing of it that it is for."""
+        """Return why a key does nothing now: there is no run under the cursor, or the key is not for such a run."""
         if action not in _OF_A_RUN:
             return ""
         info = self._chosen if self.is_mounted else None
@@ -131,7 +131,7 @@ class RunsScreen(OfferingScreen[None]):
         return _why_no_adapter(info, action) if action in ("audit", "merge") and not shows_result else ""
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
-        """Another run, other keys."""
+        """Offer the keys that are for the run under the cursor."""
         event.stop()
         self.refresh_bindings()
 
@@ -217,7 +217,7 @@ class RunsScreen(OfferingScreen[None]):
         self.app.push_screen(AskLine(f"A note on {name}", info.note, check=check_note), take)
 
     def action_leave(self) -> None:
-        """Take the filter away; without one go back."""
+        """Close the filter; where none is open, go back."""
         if self._filter.has_class("-shown"):
             self._filter.value = ""
             self._filter.set_class(False, "-shown")

@@ -55,7 +55,7 @@ _LOOK_AFTER_SECONDS = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What looking at a model or a file gave: words, and the answers with it where it can be used."""
+    """What a look at a model or a file has found: what to say of it, and the answers with it where it can be used."""
 
     words: Content
     answers: Answers | None = None
@@ -67,6 +67,7 @@ class Lookup:
     def __init__(self, services: Services) -> None:
         """Look through the services."""
         self._recommend = services.recommend
+        # The cursor comes by the same options again and again.
         self._shape = lru_cache(maxsize=32)(services.shape)
         self._checked = lru_cache(maxsize=8)(services.check_data)
 
@@ -151,8 +152,8 @@ class SetupScreen(Screen[SetupDone | None]):
         self._models: list[Listed] = []
         self._recommendation: Recommendation | None = None
         self._look_timer: Timer | None = None
-        # The option that the user wants to go on with. Whichever look at it ends first goes on: a look that follows the
-        # cursor may take the place of the one that enter began.
+        # The option on which the user pressed enter. The next look at it that ends goes on to the next step. That may
+        # be a look that followed the cursor, because a new look cancels the one that enter began.
         self._wanted: tuple[str, str] | None = None
 
     def compose(self) -> ComposeResult:
@@ -208,7 +209,7 @@ class SetupScreen(Screen[SetupDone | None]):
             self.show_step(message.key)
 
     def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
-        """Say what there is to say of the option under the cursor."""
+        """Show what is known of the option under the cursor."""
         if self._wanted not in (None, (message.step, message.value)):
             self._wanted = None
         if message.step == "goal":
@@ -250,7 +251,7 @@ class SetupScreen(Screen[SetupDone | None]):
             self._go_on(message.seen.answers)
 
     def on_setup_screen_models(self, message: Models) -> None:
-        """Offer the models that were found."""
+        """Offer the models that were found; those of a search come first, with the cursor on the first of them."""
         known = {model.word for model in self._models}
         new = [model for model in message.models if model.word not in known]
         self._models = [*new, *self._models] if message.words is not None else [*self._models, *new]
