@@ -70,7 +70,7 @@ def figures_of(found: RowFigures, reference: RowFigures) -> Figures:
         rows=len(counts),
         tokens=sum(counts),
         loss=loss,
-        perplexity=math.exp(min(loss.value, 700.0)),
+        perplexity=math.exp(min(loss.value, 700.0)),  # beyond 709 the exponential overflows a float
         more=ratio_interval([one - other for one, other in zip(sums, meant, strict=True)], counts),
         kl=ratio_interval([math.fsum(row) for row in found.kl], counts),
         kl_tail=quantile_interval(found.kl, _TAIL),

@@ -92,7 +92,7 @@ _MOST_BLOCKS = 8
 
 
 def variant_table(report: Mapping[str, Any]) -> Table:
-    """Return what each form knows, all of it measured: task loss with its interval first, then closeness."""
+    """Return what was measured of each form: its task loss with the interval, then its closeness to the reference."""
     against = report["reference"]
     of_base = report["what"] == "base"
     head = ["", "task loss", f"against {against}", "KL", "KL p99", "same top", "neutral loss"]

@@ -109,7 +109,7 @@ class Shown:
 
 
 def answer_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return in words what the answers show, what each rule compares, and who gave none."""
+    """Return in words what the answers show, what each rule compares, and which forms gave no answers."""
     if why_not := (report.get("answers") or {}).get("why_not"):
         return [f"No answers: {word(why_not)}"]
     answers = answers_of(report)
@@ -121,7 +121,9 @@ def answer_lines(report: Mapping[str, Any]) -> list[str]:
         f"{form['name']} gave no answers: {word(form['why_not'])}." for form in answers["forms"] if form["why_not"]
     ]
     was_trained = (
-        "the model as it was trained" if against == answers["trained"] else "compared with, the trained gave none"
+        "the model as it was trained"
+        if against == answers["trained"]
+        else "the reference, as the trained model gave no answers"
     )
     asked = prompts_in_words(answers["prompts"], "held-out")
     lines.append(

@@ -16,6 +16,7 @@ _SHORTEST_WORTHWHILE = 256
 """Tokens below which rows are not shortened further: most instruction rows would be cut."""
 
 _LEAST_RANK = 8
+"""The smallest rank that is proposed."""
 
 _SAME, _NEARLY = "same result", "nearly the same result"
 

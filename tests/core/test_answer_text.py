@@ -25,6 +25,12 @@ def test_words_say_which_differences_are_seen() -> None:
     assert "exact match: equal." in lines
 
 
+def test_another_form_is_the_reference_where_the_trained_model_gave_no_answers() -> None:
+    report = run_report()
+    report["answers"] = answers_report("base", "tuned, nf4+dq") | {"reference": "base"}
+    assert "base is the reference, as the trained model gave no answers." in "\n".join(answer_lines(report))
+
+
 def test_a_single_prompt_is_called_one() -> None:
     report = run_report()
     report["answers"] = answers_report("base", "tuned, nf4+dq") | {"prompts": 1}

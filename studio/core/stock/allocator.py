@@ -22,7 +22,7 @@ class Block:
         size: Bytes.
         address: Where it lies; decides between free blocks of one size.
         pool: 0 for requests of up to 1 MiB, 1 for larger ones.
-        free: Whether nobody has it.
+        free: Whether it is not in use.
         before: The block in front of it in its segment.
         after: The one behind it.
     """
@@ -44,8 +44,8 @@ class CachingAllocator:
     """The allocator's state and high-water marks, in bytes.
 
     Attributes:
-        allocated: In blocks that somebody has, what could not be split off included (torch's memory_allocated).
-        reserved: In segments (torch's memory_reserved).
+        allocated: Bytes of the blocks in use, with what could not be split off them (torch's memory_allocated).
+        reserved: Bytes of the segments (torch's memory_reserved).
         most_allocated: Highest `allocated` so far.
         most_reserved: Highest `reserved` so far.
     """
@@ -82,7 +82,8 @@ class CachingAllocator:
             block.size, block.after = size, rest
             rest.free = True
             entry = (remaining, rest.address, rest)
-            # Five rests in six stay in the block's place among the free ones; so do most blocks that grow (release).
+            # Most often the rest stays in the block's place among the free ones (five times in six), as do most blocks
+            # that grow (`release`): then nothing must be moved.
             if not index or free[index - 1] < entry:
                 free[index] = entry
             else:
@@ -127,7 +128,7 @@ class CachingAllocator:
             insort(free, entry, index)
 
     def empty_cache(self) -> None:
-        """Give segments back in which nobody has anything (torch.cuda.empty_cache)."""
+        """Give back the segments that are wholly free (torch.cuda.empty_cache)."""
         for pool in self._free:
             before = sum(item[0] for item in pool)
             pool[:] = [item for item in pool if item[2].before or item[2].after]

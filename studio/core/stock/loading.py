@@ -79,7 +79,7 @@ def _weights_of(layer: Layer, hidden: int) -> Iterator[_Weight]:
 def _quantised(
     allocator: CachingAllocator, shape: ModelShape, setup: Setup, weights: list[_Weight], readers: int
 ) -> None:
-    """Load weights one after another and quantise each; the 16-bit weight goes when its packed form is there."""
+    """Load weights one after another and quantise each; a 16-bit weight is freed once its packed form is there."""
     half, form = setup.compute_itemsize, frozen_form(setup.kind)
     if loads_in_threads(setup):
         # transformers first allocates what the whole model will take, and frees it (`caching_allocator_warmup`). It
@@ -98,7 +98,7 @@ def _quantised(
                 allocator.allocate(size)
             allocator.release(held.pop(number))
     if isinstance(setup, StockSetup) and setup.kbit_prepare:
-        # From 0.20 on peft empties the cache afterwards; what was measured shows nothing of it, so it is left out.
+        # From 0.20 on peft empties the cache afterwards. The measured rows show no sign of that, so it is left out.
         for number, block in held.items():
             wide = allocator.allocate(weights[number].elements * 4)
             allocator.release(block)

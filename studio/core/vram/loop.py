@@ -54,7 +54,7 @@ class Loop:
 
     @property
     def mask_itemsize(self) -> int:
-        """Bytes per entry of an S x S mask."""
+        """Bytes per entry of an S x S mask; one where it is boolean, as each layer then makes its own numbers of it."""
         return 1 if self.traits.kernel == "efficient_masked" else self.kind.residual_itemsize
 
 
@@ -144,9 +144,11 @@ def widest_linear(shape: ModelShape) -> int:
 def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, *, seq_len: int = 0) -> Kernel:
     """Return which attention runs.
 
-    Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0. Without it the memory-efficient
-    kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or ALiBi run eagerly
-    whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows and capped scores.
+    Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0 (check_head_dim_size_flash and
+    check_flash_attention_hardware_support in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Without it the
+    memory-efficient kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or
+    ALiBi run eagerly whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows
+    and capped scores.
 
     Args:
         shape: The model.

@@ -232,8 +232,8 @@ class Modules:
         Every forward computes the norm of the adapted weight again. For that it makes the adapter's product (an fp32
         identity matrix goes through the pair), the base weight, the scaled product and their sum; the product and the
         dequantised weight live until the forward ends. With dropout the base's product is computed a second time, from
-        the dropped input, and the weight is saved for its backward. For the magnitude's gradient the base result and
-        the update are saved.
+        the dropped input, and the weight is saved for its backward. The norm is detached, so that no gradient flows
+        through it (DoRA paper, section 4.3). For the magnitude's gradient the base result and the update are saved.
         """
         tape, matrix, quantised = self.tape, Polynomial(fixed=layer.inputs * layer.outputs), self.traits.quantised
         given, x = x, self._adapter_input(x)
@@ -278,7 +278,7 @@ class Modules:
         return rms_norm(x, 1, weight_in_fp32=layer.norm == "rms_wide")
 
     def head_norm(self, layer: Layer, x: Tensor, groups: float) -> Tensor:
-        """Return an RMS norm of queries or keys, with so many groups a token."""
+        """Return an RMS norm of queries or keys, with `groups` norms per token."""
         return rms_norm(x, groups, weight_in_fp32=layer.norm == "rms_wide")
 
     def _layer_norm(self, x: Tensor, *, wide: bool) -> Tensor:

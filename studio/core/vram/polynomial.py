@@ -143,7 +143,7 @@ def _without_middles(row: list[Polynomial]) -> list[Polynomial]:
     """
     if len(row) <= _MANY:
         return row
-    # A layer computed again, then going backward, has a step of its own in each half.
+    # A layer is computed again, then goes backward: both halves repeat, each with a period of its own.
     lags = {_lag(row, quarter * len(row) // 4) for quarter in (1, 2, 3)} - {0}
     return [each for at, each in enumerate(row) if not any(_is_middle(row, at, lag) for lag in lags)]
 

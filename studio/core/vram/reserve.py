@@ -13,7 +13,8 @@ from studio.core.vram.stages import MIB, Stages
 from studio.core.vram.static import FrozenForm, quantised_parts
 
 _SMALL, _SEGMENT, _WHOLE, _ROUND = MIB, 20 * MIB, 10 * MIB, 2 * MIB
-"""c10/cuda/CUDACachingAllocator.cpp: kSmallSize, kLargeBuffer, kMinLargeAlloc, kRoundLarge."""
+"""kSmallSize, kLargeBuffer, kMinLargeAlloc and kRoundLarge of PyTorch's caching allocator
+(c10/core/AllocatorConfig.h, c10/cuda/CUDACachingAllocator.cpp)."""
 
 FRAGMENTATION = 0.10
 """Share of what is allocated and freed within a step that lies in blocks too small for what comes next.
@@ -24,12 +25,12 @@ measurements, it is right on the third to 2.5 and 8 % (`python -m tests.bench.be
 """
 
 MOST_FRAGMENTATION = 0.30
-"""The same at the high end; one measured row in nine of the A100 source needs 0.37, all others less."""
+"""The same share at the high end. Of the nine rows measured on an A100 one needs 0.37; all other rows need less."""
 
 MOST_KEPT_FRAGMENTATION = 0.15
-"""At the high end, what lies unused beside activations that are kept without checkpointing, as a share of them: 10 % in
-a replay of a model of 135 M parameters, whose blocks are small, 3 to 7 % in those of eleven larger ones, and more where
-rows of odd lengths leave blocks that nothing else fits."""
+"""At the high end, what lies unused beside activations that are kept without checkpointing, as a share of them. It is
+10 % in a replay of a model of 135 M parameters, whose blocks are small, 3 to 7 % in replays of eleven larger ones, and
+more where rows of odd lengths leave blocks that nothing else fits."""
 
 MOST_TRAINED_FRAGMENTATION = 0.15
 MOST_HALF_EMPTY_BYTES = 2 * _SEGMENT

@@ -159,7 +159,7 @@ def stages_with(stand: Standing, work: Activations, shape: ModelShape, setup: Se
 
 @lru_cache(maxsize=2048)
 def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
-    """Return what is there whatever the micro-batch: one look-up for all of it.
+    """Return what a micro-batch does not change. It is cached as a whole, as sliders of batch and length need it often.
 
     Args:
         shape: The model.

@@ -82,7 +82,7 @@ class Tape:
         self.named(*[Tensor(self, size, 1) for size in sizes])
 
     def saving(self) -> None:
-        """Note that an operator saves tensors: inputs before it runs, so that its own output is not there yet."""
+        """Note that an operator saves its inputs. It does so before it runs, so its own output is not born yet."""
         self.saved_until = len(self.sizes)
 
     def node(
