@@ -50,6 +50,7 @@ def plain_difference(value: Mapping[str, Any]) -> str:
 
 
 def _difference(seen: Interval, written: Callable[[float], str], unit: str) -> str:
+    """Return a difference with the ends of its interval, or that none is seen where the interval holds zero."""
     if seen.low is None or seen.high is None:
         return f"{written(seen.value)}{unit}"
     ends = f"{written(seen.low)} to {written(seen.high)}"
@@ -240,6 +241,7 @@ def _speed(speed: Mapping[str, Any] | None) -> str:
 
 
 def _use(one: Mapping[str, Any], best: str) -> str:
+    """Return what a form is for: advised, possible, or only measured for comparison."""
     if one["name"] == best:
         return "advised"
     return "can be used" if one.get("usable") else "to compare"

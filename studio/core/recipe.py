@@ -572,6 +572,7 @@ def field_text(path: str, value: Any) -> str:
 
 
 def _between(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong between fields, each of which may be sound by itself."""
     train = recipe.train
     if train.steps == 0 and train.epochs == 0:
         yield Problem("train.steps", "0 steps and 0 epochs", "at least one of train.steps and train.epochs above 0")
@@ -585,6 +586,7 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _between_adapter(recipe: Recipe) -> Iterator[Problem]:
+    """Yield starts of the adapter that do not go with the method or with DoRA."""
     init = recipe.adapter.init
     if init == "loftq" and recipe.method != "qlora":
         yield Problem("adapter.init", "loftq with method lora", "method qlora: loftq repairs the loss of 4-bit weights")

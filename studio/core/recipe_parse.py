@@ -76,6 +76,7 @@ def refuse(problems: Iterable[Problem]) -> None:
 
 
 def _flat(table: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield the values of nested tables by dotted path; only tables of the recipe's own sections are opened."""
     for key, value in table.items():
         if isinstance(value, Mapping) and key in _SECTIONS:
             yield from ((f"{key}.{inner}", inner_value) for inner, inner_value in value.items())
@@ -94,6 +95,7 @@ def _unknown_key(path: str, *, told: bool = True) -> Problem:
 
 
 def _nearest(path: str) -> str:
+    """Return in words which known key an unknown one may mean."""
     by_last = {known.rpartition(".")[2]: known for known in FIELDS}
     section, _, last = path.rpartition(".")
     fields = [name for name, known in by_last.items() if section and known == f"{section}.{name}"]

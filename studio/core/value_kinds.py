@@ -161,7 +161,7 @@ class Text(ValueKind):
         return self.form or "text"
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
-        """Yield a value that is no text, is empty though a text is needed, fits in no file, or does not match."""
+        """Yield a value that is no text, is empty though a text is needed, is not storable, or does not match."""
         if not isinstance(value, str):
             yield found_value(value), "text in quotes"
         elif self.needed and not value.strip():
@@ -390,6 +390,7 @@ def _unquoted(part: str) -> str:
 
 
 def _storable(text: str) -> bool:
+    """Return whether a text has no NUL character, which no path takes, and no lone surrogate, which UTF-8 refuses."""
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -181,6 +181,7 @@ def _loops(setup: StockSetup) -> tuple[StockSetup, ...]:
 
 
 def _found(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, capacity: int | None) -> list[int]:
+    """Return the reserved bytes that replays of a loop find, one for each number of reading threads."""
     threads = _READERS if setup.quantised and loads_in_threads(setup) else (1,)
     workspace, model = estimate.components.workspace, built(shape, setup)
     peaks = [

@@ -69,6 +69,7 @@ def stock_loop(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> Loop:
 
 
 def _traits(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> StockTraits:
+    """Return how a layer is computed: as ours, but for what version and kernels change."""
     check_kernels(shape, kind.fused_kernels, fused_loss=kind.loss != "full")
     ours = layer_traits(shape, kind, kernel)
     adapter = replace(ours.adapter, casts_inputs=True, whole_itemsize=ours.arithmetic.residual)
@@ -83,6 +84,7 @@ def _traits(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> StockTraits:
 
 
 def _loss(kind: StockSetup) -> Loss:
+    """Return how these kernels, or else this version of transformers, make head and loss."""
     foak = kind.fused_kernels == "foak"
     if kind.loss != "full":
         # foak has an early copy of liger's kernel, which makes the chunk's logits fp32 first.

@@ -196,6 +196,7 @@ class _Training:
             self._begun.append(self._allocator.allocate(self._workspace))
 
     def _optimize(self) -> None:
+        """Let the optimizer make its state in the first step, and its temporaries in each."""
         optimizer = self._setup.optimizer
         if not self._state:
             sizes = [size for elements in self._trained for size in resident_state(elements, optimizer)]

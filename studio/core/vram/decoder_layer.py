@@ -133,6 +133,7 @@ def decoder_layer(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Return the output of a layer whose MLP follows its attention, with norms where the family has them."""
     residual = x
     if layer.wiring != "post":
         x = run.norm(layer, x)
@@ -217,6 +218,7 @@ def _both_cast(x: Tensor, y: Tensor, itemsize: float) -> tuple[Tensor, Tensor]:
 
 
 def _projections(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values: views of one product where the family joins their projections."""
     if len(layer.qkv) == 3:
         query, key, value = run.linears(layer.qkv, x)
         return query, key, value

@@ -166,6 +166,7 @@ def notes_of(
 
 
 def _doubt(shape: ModelShape) -> float:
+    """Return the relative doubt about allocated bytes of a model."""
     return UNCERTAIN if shape.doubts else _CERTAIN
 
 
@@ -181,6 +182,7 @@ def _expert_notes(shape: ModelShape, setup: Setup, held: str) -> list[str]:
 
 
 def _components(stages: Stages, context: int) -> Components:
+    """Return what the peak is made of; activations are what remains when all other parts are taken off."""
     stand, at, peak = stages.standing, stages.peak_stage, stages.peak
     logits = int(stages.work.loss) if at == "loss" else stages.work.held
     gradients = max(stages.lasting_gradients, stand.adapter if at == "optimizer" else 0)

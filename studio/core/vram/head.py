@@ -231,6 +231,7 @@ def logits_of(run: Modules, hidden: Tensor) -> Tensor:
 
 
 def _capped(run: Modules, logits: Tensor) -> Tensor:
+    """Return logits within the model's soft cap, where it has one."""
     if not run.shape.logit_softcap:
         return logits
     capped = op.scale(op.activate_saving_result(op.scale(logits)))

@@ -201,6 +201,7 @@ def _gradients(stand: Standing, setup: Setup) -> tuple[int, int]:
 
 
 def _peaks(shape: ModelShape, setup: Setup, stand: Standing, work: Activations, workspace: int) -> Peaks:
+    """Return the peak of each stage: what is always there, and what that stage adds."""
     fresh, lasting = _gradients(stand, setup)
     always = stand.base + stand.adapter + stand.resident + workspace + lasting
     # The last layer goes backward first, while everything is kept; the first layer goes last, beside the gradients of

@@ -207,10 +207,12 @@ def optimizer_bytes(
 
 
 def _moments(elements: int, optimizer: str, itemsize: int) -> int:
+    """Return the bytes of both moments of a trained tensor, each rounded up as the allocator does."""
     return 2 * sum(map(_aligned, _moment(elements, optimizer, itemsize)))
 
 
 def _moment(elements: int, optimizer: str, itemsize: int = 4) -> tuple[int, ...]:
+    """Return the bytes of one moment: its values, and for 8 bits one fp32 scale per 256 of them."""
     if "8bit" not in optimizer or elements < _EIGHT_BIT_FROM:
         return (itemsize * elements,)
     return elements, 4 * -(-elements // 256)
