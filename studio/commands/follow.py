@@ -90,7 +90,7 @@ def follow(
                 started = watch.history.started
                 # Only training has steps to save; other jobs stop between two pieces of their work.
                 how = "stopping after this step and saving" if started and started.job == "train" else "asked to stop"
-                say(f"{how}; Ctrl-C again leaves it to stop alone", to=to)
+                say(f"{how}; Ctrl-C again returns at once, and the run stops by itself", to=to)
             if interrupts.count > patience:
                 lines.flush()
                 return End(run_status(watch.paths), left=True)

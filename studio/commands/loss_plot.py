@@ -60,6 +60,7 @@ def ticks(low: int, high: int, most: int) -> list[int]:
     """Return round step numbers between low and high, at most about `most` of them."""
     span = max(1, high - low)
     unit = 10 ** max(0, math.floor(math.log10(span / max(1, most))))
+    # The first tick is `low` rounded up to a multiple of the gap.
     gap = next((unit * times for times in _STEPS_BETWEEN_TICKS if span / (unit * times) <= most), unit * 10)
     return list(range(-(-low // gap) * gap, high + 1, gap)) or [low]
 

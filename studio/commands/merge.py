@@ -27,8 +27,8 @@ from studio.runs.watch import RunWatch
 
 _SIDES = (("base + adapter", "separate"), ("merged", "merged"))
 _NOTHING_WON = (
-    "note: this adapter was trained on the 16-bit base, not on 4 bits: dequantized weights add their error and win "
-    "nothing; its own base is --onto original"
+    "note: this adapter was trained on the 16-bit base, not on 4 bits: dequantized weights would only add their error. "
+    "--onto original takes the base that it was trained on"
 )
 _FOUR_BITS = {"4bit", "4-bit", "nf4", "fp4", "int4", "quantized", "quantised"}
 

@@ -120,6 +120,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     settings = settings_of(args, without=("model",))
     if args.recipe_word:
         return load_recipe(find_recipe(args.recipe_word), settings)
+    # Without a recipe the plan is of a step of one micro-batch: with more, gradients are alive while the next one runs.
     return apply_settings(Recipe().with_("train.accumulation", 1), settings)
 
 

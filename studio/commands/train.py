@@ -23,7 +23,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "train",
         help="train a recipe's adapter",
         description="Check a recipe, train it in a process of its own and follow it. Ctrl-C asks the run to stop and "
-        "save; a second one leaves it to do so alone. Exit 0: there is an adapter; 1: the run failed; 2: bad input.",
+        "save. A second Ctrl-C returns at once, and the run stops by itself. Exit 0: there is an adapter; 1: the run "
+        "failed; 2: bad input.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")

@@ -77,7 +77,7 @@ def kind_named(name: str) -> JobKind[Any]:
     """
     if name not in KINDS:
         shown = plain(name, one_line=True, limit=40)
-        raise BadInput(f"{shown!r} is a kind of job that this version does not know: update it.")
+        raise BadInput(f"{shown!r} is a kind of job that this version does not know: update lora-studio.")
     return KINDS[name]
 
 

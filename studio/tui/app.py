@@ -150,7 +150,7 @@ class StudioApp(App[None]):
 
     def on_mount(self) -> None:
         """Open what was asked for, else look for runs that an earlier visit left alive."""
-        if hasattr(signal, "SIGHUP"):
+        if hasattr(signal, "SIGHUP"):  # Windows has no such signal
             leave = partial(self._leave_lost_terminal, asyncio.get_running_loop())
             self._before_hangup = signal.signal(signal.SIGHUP, leave)
         if self._note:
@@ -191,7 +191,7 @@ class StudioApp(App[None]):
         """
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         end = threading.Timer(_LEAVE_SECONDS, os._exit, (128 + number,))
-        end.daemon = True
+        end.daemon = True  # a timer that is no daemon would itself keep the process from ending in time
         end.start()
         loop.call_soon_threadsafe(self.exit)
 
@@ -241,7 +241,7 @@ class StudioApp(App[None]):
         if self.screen is self._configure:
             self._open(message.runs[0])
             more = f" {len(message.runs)} runs are alive: o lists them." if len(message.runs) > 1 else ""
-            self.notify(f"This run is alive from before. Escape goes to the recipe.{more}", markup=False)
+            self.notify(f"This run goes on from an earlier visit. Escape goes to the recipe.{more}", markup=False)
 
     async def action_quit(self) -> None:
         """Leave, and say which runs go on."""

@@ -103,6 +103,7 @@ class OutputTail:
             return []
         skipped = begin != self._offset
         self._offset = begin + len(chunk)
+        # After a jump `begin` lies somewhere in a line: what is left of that line is dropped.
         if skipped:
             self._torn = b""
             chunk = chunk.partition(b"\n")[2] if begin else chunk

@@ -60,6 +60,7 @@ class Forecaster:
             correct: Corrects an estimate by the runs of this machine; None leaves it as it is.
         """
         self.shape, self.device, self._correct = shape, device, correct
+        # Caches of this forecaster, which go with it: those of a decorator would be shared and would keep it alive.
         self._estimate = lru_cache(maxsize=_REMEMBERED)(self._worked_out)
         self._largest = lru_cache(maxsize=_REMEMBERED)(self._searched)
 
@@ -80,6 +81,7 @@ class Forecaster:
             BadInput: Targets or rank do not suit the model.
         """
         budget = self.device.budget_bytes(recipe)
+        # The micro-batch is what is searched, so recipes that differ in nothing else share one answer.
         setup = replace(setup_of(recipe, self.device.gpu), micro_batch=1)
         return None if budget is None else self._largest(setup, budget)
 

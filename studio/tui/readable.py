@@ -29,12 +29,14 @@ def number(value: float | None, digits: int = 4) -> str:
         return UNKNOWN
     if not math.isfinite(value):
         return str(value)
+    # `#` keeps zeros at the end: a loss of 1.5 is shown as 1.500.
     text = f"{value:.{digits}g}" if value and abs(value) < 1e-3 else f"{value:#.{digits}g}".rstrip(".")
     return _short_exponent(text)
 
 
 def setting(value: float) -> str:
     """Return a chosen number exactly as one would type it: 16, 0.03, 2e-4."""
+    # 0.002 stays as it is; 0.0002 is shown as 2e-4.
     if value and abs(value) < 1e-2 and value != round(value, 3):
         return _short_exponent(f"{value:.6e}", strip=True)
     return f"{value:.10g}"

@@ -29,6 +29,7 @@ def reading_of(outlook: Outlook | str) -> Reading:
         return Reading(verdict=plain(outlook, one_line=True, limit=200))
     estimate = outlook.estimate
     parts, device = estimate.components, estimate.device
+    # What the card holds beyond torch's allocator and the CUDA context is paged optimizer state, in unified memory.
     paged = max(0, device.expected - estimate.reserved.expected - parts.context)
     named = (
         ("base", parts.base),

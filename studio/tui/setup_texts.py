@@ -244,6 +244,7 @@ def end_of(word: str) -> Then:
 
 def is_model(word: str) -> bool:
     """Return whether a line names a model rather than words to search for."""
+    # A path with a NUL names nothing: looked at as a model it is refused, and the hub is not asked for it.
     if word == EMBEDDED or word.startswith((".", "~")) or "\0" in word:
         return True
     try:

@@ -33,4 +33,4 @@ def test_an_interrupt_promises_what_the_job_can_do(
 
         end = follow(RunWatch(paths), to=sys.stdout, stops_on_interrupt=True, sleep=sleep)
     assert (end.status, end.left) == (Status.stopped, False)
-    assert f"\n{said}; Ctrl-C again leaves it to stop alone\n" in capsys.readouterr().out
+    assert f"\n{said}; Ctrl-C again returns at once, and the run stops by itself\n" in capsys.readouterr().out

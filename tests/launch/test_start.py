@@ -113,5 +113,5 @@ def test_a_kind_of_job_from_a_newer_version_is_refused(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     for text in ("job = 'dance'", "job = 7"):
         paths.recipe.write_text(text)
-        with pytest.raises(BadInput, match="does not know: update it"):
+        with pytest.raises(BadInput, match="does not know: update lora-studio"):
             resume(paths)

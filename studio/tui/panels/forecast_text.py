@@ -78,7 +78,7 @@ def over_budget_text(outlook: Outlook, device: PlanDevice, first: Fix | None, *,
         f"Estimated peak {gib(peak.expected)} GiB ({gib(peak.low)}-{gib(peak.high)}) {stage}; this run can get "
         f"{gib(outlook.budget_bytes)} GiB of {name}: {gib(outlook.over_bytes)} GiB too much.{held}\n",
         "It would probably end with out of memory"
-        + (": it keeps to the card, since the driver here would spill into main memory.\n" if spills else ".\n"),
+        + (": the driver here would spill into main memory, so a run keeps to the card.\n" if spills else ".\n"),
         f"n, then f: {first.words} ({_saving(first)}).\n" if first else "",
         "\nLaunch it all the same?",
     ]

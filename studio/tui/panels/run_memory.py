@@ -65,6 +65,7 @@ def planned_reading(paths: RunPaths) -> Reading | None:
     plan = _plan_of(paths)
     components = _sizes(plan.get("components"))
     try:
+        # A component that is no size would make the sum of the parts wrong: then nothing is shown.
         whole = len(components) == len(plan["components"])
         low, high = (_size(plan["ranges"]["allocated"][end]) for end in ("low", "high"))
     except (TypeError, KeyError):

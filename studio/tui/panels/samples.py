@@ -50,6 +50,7 @@ def why_none(history: History, status: Status) -> str:
     """Return why a run has no samples."""
     if history.planned is not None and not history.planned.held_out_rows:
         return "No samples: no row is held out, so there is none to ask."
+    # Samples follow an evaluation. When the second one comes and there is still no sample, none will ever come.
     if len(history.evals) > 1 or (history.evals and status is Status.finished):
         return "No samples: the recipe asks for none (eval.samples is 0)."
     if status.live:

@@ -49,7 +49,7 @@ _EMPTY = (
     "from the list of runs, with a on a finished run."
 )
 _WAITING = "This audit has no report yet: enter shows how far it is."
-_RUNNING = "It goes on if you leave. Enter shows its log, x stops it and keeps what it has."
+_RUNNING = "The audit goes on if you leave this screen. Enter shows its log; x stops it and keeps what was measured."
 _LONGEST = 40
 _Make = Callable[[Mapping[str, str]], AuditRequest]
 
@@ -226,7 +226,7 @@ class AuditScreen(Screen[None]):
         """Ask the audit under the cursor for an early end."""
         if (chosen := self._chosen) is not None:
             request(chosen.paths, "stop")
-            self.notify("It stops after what it is at, and keeps what it has.", markup=False)
+            self.notify("The audit stops after its current part and keeps what was measured.", markup=False)
 
     def action_write(self) -> None:
         """Ask for a folder and write the report there: a page, its figures, its pictures."""

@@ -144,11 +144,11 @@ class MergeProgressScreen(OfferingScreen[None]):
         """Return why there is nothing to stop, to resume or to try."""
         live = any(status.live for status in self._statuses.values())
         if action == "stop":
-            return "" if live or not self._statuses else "Nothing of it runs."
+            return "" if live or not self._statuses else "Nothing is running."
         if action == "resume":
             if live:
                 return "It is alive: there is nothing to resume."
-            return "" if self._ended_early is not None else "All of it is finished."
+            return "" if self._ended_early is not None else "Everything is finished."
         merged = self._statuses.get(MERGED) is Status.finished
         return "" if merged or action != "try_it" else "The merged model is not whole yet."
 
