@@ -1,4 +1,4 @@
-"""Which attention implementation a model is loaded with: what was asked for, where model and device can."""
+"""Chooses the attention implementation that a model is loaded with: the wanted one where model and device allow it."""
 
 from typing import Any
 
@@ -21,13 +21,13 @@ def attention_for(
 ) -> Attention:
     """Return the attention to load a model with.
 
-    Models whose scores torch's fused attention cannot make (Gemma 2 caps them, gpt-oss has sinks) are refused by
-    transformers with `sdpa`: they get `eager`.
+    torch's fused attention cannot compute the scores of some models (Gemma 2 caps them, gpt-oss has sinks).
+    transformers refuses to load those with `sdpa`, so they get `eager`.
 
     Args:
         folder: The model's folder.
         wanted: What the recipe says.
-        device: Where it will run.
+        device: Where the model will run.
         dtype: Format of its matrix products.
         trust_remote_code: As for loading.
 
@@ -43,11 +43,11 @@ def attention_for(
 
 
 def attention_of(config: PretrainedConfig) -> Attention:
-    """Return `sdpa`, or `eager` for an architecture that torch's fused attention cannot serve."""
+    """Return `sdpa`, or `eager` for an architecture that torch's fused attention cannot compute."""
     try:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
-        return "sdpa"  # code of the model's own: transformers will say
+        return "sdpa"  # the model brings its own code, of which only transformers finds out what it supports
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
 
 
@@ -67,10 +67,14 @@ def _require_flash(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def has_grouped_kernel(key: Tensor) -> bool:
-    """Return whether torch has a fused kernel for these keys that lets several query heads share one of theirs.
+    """Return whether torch has a fused kernel in which several query heads share one key-value head.
 
-    On a card only flash does, in 16 bits from compute capability 8.0 on; the memory-efficient kernel takes no grouped
-    heads (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), and the plain one makes S x S matrices.
+    On a card only the flash kernel does that, in 16 bits and from compute capability 8.0 on. The memory-efficient
+    kernel takes no grouped heads (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), and the plain one makes
+    matrices of seq x seq.
+
+    Args:
+        key: `[batch, key-value heads, seq, head_dim]`.
     """
     if key.device.type != "cuda":
         return True
@@ -79,10 +83,14 @@ def has_grouped_kernel(key: Tensor) -> bool:
 
 
 _asks_for_groups = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
+"""transformers' own choice between grouped heads and repeated keys; None in versions that do not have it."""
 
 
 def _use_groups(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
-    """Let transformers repeat keys and values where grouped heads would end in the plain kernel."""
+    """Return whether transformers may leave heads grouped; it repeats keys and values otherwise.
+
+    Where only the plain kernel takes grouped heads, repeating needs less memory than its seq x seq matrices.
+    """
     return bool(_asks_for_groups and _asks_for_groups(attention_mask, key, value)) and has_grouped_kernel(key)
 
 

@@ -1,7 +1,7 @@
-"""Where a job computes: the card that its launcher chose (`studio.probe.device`), asked of torch itself, else the CPU.
+"""Where a job computes: on the card that its launcher chose (`studio.probe.device`), as torch sees it, or on the CPU.
 
-Not asked of accelerate: its `Accelerator` gives a card without a number, which torch's memory limit refuses
-(torch/cuda/memory.py set_per_process_memory_fraction), takes MPS, XPU and others where there is no CUDA, keeps its
+accelerate is not asked. Its `Accelerator` returns a card without a number, which torch's memory limit refuses
+(torch/cuda/memory.py set_per_process_memory_fraction). It takes MPS, XPU and others where there is no CUDA, keeps its
 first answer for the whole process, and reads `ACCELERATE_*` variables.
 """
 
@@ -20,16 +20,16 @@ from studio.probe.torch_cards import runs_on, why_unusable
 NO_CARD = "no_card"
 """The kind of a failure: the card that a job was to run on cannot be used by torch."""
 _SPILL_MARGIN_BYTES = 256 * 2**20
-"""Left free where the driver spills, for what torch does not allocate (kernels that are loaded later, bitsandbytes'
-pages): a choice, measured on no card."""
+"""Left free where the driver spills, for what torch does not allocate: kernels that are loaded later, bitsandbytes'
+pages. The number was chosen, not measured."""
 _TO_CPU = "to run on the CPU instead, ask for it: device.device = cpu in a recipe, --device cpu elsewhere"
 
 
 def job_device(word: str) -> torch.device:
     """Return where the job computes: a CUDA card with its number, or the CPU; never anything else.
 
-    A job that was launched on a card sees that card alone, whatever the word was; one that was started by hand reads
-    the word as CUDA counts. Where the driver spills, the job is held to what is free on the card.
+    A job that was launched on a card sees that card alone, whatever the word says. For a job that was started by hand,
+    `cuda:N` counts as CUDA does. Where the driver spills, torch is limited to what is free on the card.
 
     Args:
         word: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -37,7 +37,7 @@ def job_device(word: str) -> torch.device:
     Raises:
         JobFailed: A card was chosen or asked for, and torch cannot compute on it.
     """
-    chosen = os.environ.get(CHOSEN)
+    chosen = os.environ.get(CHOSEN)  # None: started by hand; empty: launched on the CPU; else the card
     if word == "cpu" or chosen == "":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -58,37 +58,40 @@ def job_device(word: str) -> torch.device:
 
 
 def room_on_card(device: torch.device) -> int | None:
-    """Return what torch may take in all of a card whose driver would move the rest into main memory (Windows, WSL).
+    """Return the bytes that torch may take in all on a card whose driver spills into main memory (Windows, WSL).
 
-    What is too large would not fail there but crawl: a job keeps to what is free now. None on a CPU, and where a driver
-    refuses what does not fit.
+    A job that is too large would not fail there but become many times slower, so it keeps to what is free now.
+
+    Returns:
+        What this process holds and what is free, less a margin; None on a CPU, and where the driver refuses what does
+        not fit.
     """
     if device.type != "cuda" or not spills_to_ram():
         return None
-    free = torch.cuda.mem_get_info(device)[0]  # it makes the context, which is then no longer free
+    free = torch.cuda.mem_get_info(device)[0]  # this call makes the CUDA context, so `free` does not count its bytes
     return max(0, free + torch.cuda.memory_reserved(device) - _SPILL_MARGIN_BYTES)
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when a card has done what it was given; on a CPU that is so at any time."""
+    """Wait until a card has done everything that it was given; a CPU has at any time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free_bytes(device: torch.device | None = None) -> int:
-    """Return what is free now in a card's memory; in the computer's for a CPU, or where no device is named."""
+    """Return the free bytes of a card's memory, or of main memory for a CPU or without a device."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def card_used(device: torch.device) -> dict[str, str]:
-    """Return what names the card for good: `name`, `uuid` and, where torch tells it, `pci`; nothing on a CPU."""
+    """Return what identifies a card: `name`, `uuid` and, where torch tells it, `pci`; nothing for a CPU."""
     if device.type != "cuda":
         return {}
     seen = torch.cuda.get_device_properties(device)
     chosen = os.environ.get(CHOSEN, "")
-    # CUDA may give an instance the UUID of the card that it is cut from: the launcher knows better.
+    # CUDA may report the whole card's UUID for a MIG instance of it; the launcher knows the instance's own.
     uuid = chosen if chosen.startswith("MIG-") else _uuid(device)
     card = {"name": plain(str(seen.name), one_line=True, limit=200), "uuid": uuid}
     parts = [getattr(seen, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
@@ -104,10 +107,12 @@ def _uuid(device: torch.device) -> str:
 
 
 def _check(device: torch.device, chosen: str | None) -> None:
-    """Make sure that the card is the chosen one, and that torch has code for it: what lacks it fails at its first step.
+    """Make sure that the card is the chosen one and that torch has code for it.
+
+    Without this check a card that torch has no code for would fail only at the first kernel.
 
     Raises:
-        JobFailed: It is another, or torch has none.
+        JobFailed: It is another card, or torch has no code for it.
     """
     found = _uuid(device)
     if chosen and chosen.startswith("GPU-") and found and not found.startswith(chosen):
@@ -123,7 +128,7 @@ def _check(device: torch.device, chosen: str | None) -> None:
 
 
 def _why() -> str:
-    """Return why torch finds no card: what the driver's own figures say, else what torch says."""
+    """Return why torch finds no card: what the driver's figures explain, else torch's own message."""
     sight = look()
     for card in visible_cards(sight).cards:
         if why := why_unusable(card, sight.driver, sight.build):

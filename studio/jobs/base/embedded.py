@@ -1,8 +1,9 @@
 """Makes the embedded model loadable: converts its GGUF file once into a bf16 safetensors folder in the cache.
 
-Two processes that need it at once convert it once; a process killed half-way leaves nothing that counts. transformers
-could read the file too, to the same bits, but asks gguf for the names of all tensors once for each of a model's modules
-(a third of its time on the embedded model), and tells nothing meanwhile.
+If two processes need the model at the same time, one converts it and the other waits. A process that is killed half-way
+leaves nothing that would be taken for the model. transformers could read the weights too, to the same bits, but it asks
+gguf for the names of all tensors once for each of the model's modules (a third of its time on the embedded model), and
+tells no progress.
 """
 
 import secrets
@@ -93,7 +94,8 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
     Raises:
         StudioError: transformers cannot read the file.
     """
-    # Shares of the whole time as measured; every reading of the file but our own builds its 100 000 words anew.
+    # The fractions are shares of the whole time, as measured. Tokenizer and configuration take so much of it because
+    # transformers builds the file's 100 000 words anew each time it reads the file.
     tell("loading the libraries", 0.0)
     import torch  # noqa: PLC0415  two seconds that only the first run pays here
     import transformers  # noqa: PLC0415
@@ -107,6 +109,7 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
         tokenizer.save_pretrained(folder)
         tell("converting the embedded model: configuration", 0.4)
         config = transformers.AutoConfig.from_pretrained(**source)
+        # Without memory for weights: `load_gguf_weights` puts the file's own in their place.
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
         tell("converting the embedded model: list of tensors", 0.65)
@@ -121,13 +124,13 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
 
 
 _PERMUTED = ("q_proj.weight", "k_proj.weight")
-"""llama.cpp holds their rows with the two halves of each rotated pair side by side."""
+"""Weights whose rows llama.cpp stores in another order: the two halves of each rotated pair side by side."""
 
 _TENSORS_PER_TELLING = 16
 
 
 def load_gguf_weights(model: Any, file: Path, tell: Callable[[float], None]) -> None:
-    """Give a model on the meta device the weights of a file, in the type of its parameters.
+    """Give a model on the meta device the weights of a GGUF file, in the dtype of its parameters.
 
     Args:
         model: A transformers model of Llama's architecture.
@@ -162,7 +165,10 @@ def load_gguf_weights(model: Any, file: Path, tell: Callable[[float], None]) -> 
 
 
 def _as_in_transformers(weight: Any, heads: int) -> Any:
-    """Return a weight `[heads * head size, width]` with the first halves of all pairs of a head before the second."""
+    """Return a weight `[heads * head_dim, hidden]` in transformers' order of rows.
+
+    In each head the first halves of all rotated pairs come before the second halves; llama.cpp has them alternate.
+    """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 

@@ -1,4 +1,4 @@
-"""Where an answer ends, and a model's greedy answer up to there."""
+"""Greedy generation: the tokens that end an answer, and a model's answer up to one of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,22 +15,22 @@ _MARK = "ANSWER"
 
 
 class Watch(StoppingCriteria):
-    """Ends an answer between two tokens when it is no longer wanted."""
+    """Ends an answer after any token when it is no longer wanted."""
 
     def __init__(self, cancelled: Callable[[], bool]) -> None:
         """Ask `cancelled` after every token."""
         self._cancelled = cancelled
 
     def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
-        """Called by the library."""
+        """Return for each sequence whether it ends, `[batch]`; transformers calls this after every token."""
         return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
 
 
 def stop_ids(tokenizer: Any, generation: Any) -> list[int]:
-    """Return every token that ends an answer.
+    """Return the ids of all tokens that end an answer, sorted.
 
-    Those of the tokenizer and of the generation config, and the special token that the template writes after an
-    answer: some models name only the end of the text, not the end of a turn.
+    They are the end tokens of the tokenizer and of the generation config, and the special token that the chat template
+    writes after an answer. The last is needed because some models name only the end of the text, not that of a turn.
     """
     named = getattr(generation, "eos_token_id", None)
     stops = set(named) if isinstance(named, (list, tuple)) else {named}
@@ -42,17 +42,17 @@ def stop_ids(tokenizer: Any, generation: Any) -> list[int]:
 def greedy(
     model: Any, ids: Sequence[int], *, stops: Sequence[int], new_tokens: int, cancelled: Callable[[], bool]
 ) -> list[int]:
-    """Return the tokens that a model finds most likely one after another, the stop token last where it ends by itself.
+    """Return the token ids of a model's greedy answer, each the most likely next one; a stop token may be the last.
 
-    The model's own generation config has no say: many push likely tokens away, forbid some or search with beams, and
-    then the answer would not be the greedy one.
+    The model's own generation config is ignored: many of them punish repetition, forbid tokens or search with beams,
+    and the answer would not be the greedy one.
 
     Args:
         model: A causal model with `generate`, in evaluation mode.
-        ids: Of the prompt, one or more.
+        ids: Token ids of the prompt, one or more.
         stops: Tokens that end an answer.
-        new_tokens: Most tokens that are written.
-        cancelled: Asked after every token; true ends the answer there.
+        new_tokens: Most tokens of the answer.
+        cancelled: Asked after every token; True ends the answer there.
     """
     prompt = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with _without_own_settings(model):
@@ -71,7 +71,7 @@ def greedy(
 
 @contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """Take a model's generation config away: `generate` reads from it whatever its caller leaves unsaid."""
+    """Replace a model's generation config by an empty one: `generate` reads from it what its caller does not set."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = causal.generation_config
     causal.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -82,6 +82,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
+    """Return the special token that the chat template writes after an answer; None where there is none."""
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
     try:
         text = str(apply_template(tokenizer, [turns], tokenize=False)[0])

@@ -16,7 +16,7 @@ class HeadForm:
 
 
 def head_form_of(config: Any) -> HeadForm:
-    """Return the form that a model's config asks for; whether that is all of it is for the caller to check."""
+    """Return the form that a model's config names. A family may do more to its logits: the caller must compare."""
     text = config.get_text_config()
     divided, multiplied = (float(getattr(text, name, 1.0) or 1.0) for name in ("logits_scaling", "logit_scale"))
     softcap = getattr(text, "final_logit_softcapping", None)

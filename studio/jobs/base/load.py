@@ -1,7 +1,8 @@
 """Loads a base model and its tokenizer, frozen, in the form that the method asks for.
 
-LoRA: 16- or 32-bit weights. QLoRA: linear layers in 4 bits (bitsandbytes), everything else in the compute format.
-Nothing is cast up to fp32 afterwards (peft's `prepare_model_for_kbit_training` would: 3.4 GiB on an 8B model).
+LoRA has 16- or 32-bit weights. QLoRA has linear layers in 4 bits (bitsandbytes) and everything else in the compute
+format. Nothing is cast up to fp32 afterwards; peft's `prepare_model_for_kbit_training` would do that, and take 3.4 GiB
+more on an 8B model.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +30,13 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class FourBit:
-    """How QLoRA's base is quantised: the 4-bit code, whether its scales are too, and what stays in 16 bit.
+    """How QLoRA's base is quantised.
 
-    `skip` are modules by name, such as `model.layers.0`, or by the end of it; all that lies inside one is skipped.
+    Attributes:
+        quant_type: The 4-bit code, nf4 or fp4.
+        double_quant: Whether the scales are quantised too.
+        skip: Modules that stay in 16 bit, by name or by the end of it, such as `model.layers.0`; everything inside such
+            a module stays in 16 bit, too.
     """
 
     quant_type: QuantType = "nf4"
@@ -95,13 +100,14 @@ def load_base(
         method: `qlora` quantises the linear layers to 4 bits, `lora` does not.
         dtype: Format of the weights that stay unquantised, and of QLoRA's arithmetic.
         quant: The 4-bit form, for QLoRA.
-        attention: Which attention implementation; where the model has none but eager it gets that, see its config.
-        device: Where it goes, shard by shard, without a second copy in RAM.
-        trust_remote_code: Run Python code that the model folder brings. Off by default, and nothing but a default.
+        attention: The wanted attention implementation. A model that has only `eager` gets that; see its config.
+        device: Where it goes, shard by shard, without a second copy in main memory.
+        trust_remote_code: Whether to run Python code that the model folder brings.
         progress: Told what is being done, and the fraction done.
 
     Raises:
-        BadInput: The model cannot be loaded as asked; says why and what to do. Running out of memory is passed on.
+        BadInput: The model cannot be loaded as asked; the message says why and what to do.
+        Exception: The memory is full or the card has failed, as torch raised it.
     """
     own = base.quantization == BITSANDBYTES
     if not (own and method == "qlora"):
@@ -114,7 +120,8 @@ def load_base(
         if method == "qlora" and not own
         else {}
     )
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the loading report
+    # Any, because its type says nothing of the pair that it returns with output_loading_info.
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     model: PreTrainedModel
     try:
         model, seen = from_pretrained(
@@ -150,7 +157,7 @@ def load_base(
 
 
 def four_bit_parameters(model: torch.nn.Module) -> int:
-    """Return how many weights are held in 4 bits."""
+    """Return how many numbers of the model's weights are held in 4 bits."""
     from bitsandbytes.nn import Params4bit  # noqa: PLC0415  only QLoRA needs it
 
     return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
@@ -162,7 +169,7 @@ def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str
     Args:
         quant: The 4-bit form.
         dtype: Of the arithmetic.
-        left_alone: Every module that is not quantised; None for transformers' own choice, the head.
+        left_alone: Every module that is not quantised; None for transformers' own choice, such as the head.
     """
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
@@ -174,7 +181,10 @@ def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str
 
 
 def _left_alone(folder: Path, quant: FourBit) -> list[str] | None:
-    """Return the modules that are not quantised where the recipe names some: transformers then adds none itself."""
+    """Return the modules that are not quantised; None where the recipe names none.
+
+    Given such a list, transformers does not add its own choice, so that is put into the list here.
+    """
     if not quant.skip:
         return None
     from studio.jobs.base.weights.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
@@ -183,7 +193,7 @@ def _left_alone(folder: Path, quant: FourBit) -> list[str] | None:
 
 
 def _require_four_bit(model: torch.nn.Module) -> None:
-    """Raise where QLoRA would train on weights that are not in 4 bits.
+    """Refuse a model of which nothing is in 4 bits: QLoRA would be plain LoRA there, and nobody would be told.
 
     Raises:
         BadInput: No layer was quantised.
@@ -196,8 +206,8 @@ def _require_four_bit(model: torch.nn.Module) -> None:
 def _keep_packing(model: torch.nn.Module) -> None:
     """Keep 4-bit weights on a CPU in the one layout that training and merging understand.
 
-    bitsandbytes 0.50 repacks them for AVX512-BF16 at the first forward in evaluation mode; from then on its matrix
-    product has no gradient (`matmul_4bit` goes to `gemv_4bit`): a held-out evaluation would silently end training.
+    bitsandbytes 0.50 repacks them for AVX512-BF16 at the first forward pass in evaluation mode. From then on its matrix
+    product has no gradient (`matmul_4bit` calls `gemv_4bit`): after a held-out evaluation nothing would be trained.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

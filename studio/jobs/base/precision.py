@@ -1,6 +1,6 @@
-"""Which number formats a job computes in: asked here by every job, decided for a card in `core.gpu_catalogue`.
+"""The number format that a job computes in, with the autocast and the loss scaler that belong to it.
 
-And the autocast and the gradient scaler that go with them.
+Every job asks here. Which format a card has is decided in `core.gpu_catalogue`.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from studio.core.recipe import Dtype
 from studio.core.text import plain
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""torch's formats by the words of recipes and flags."""
+"""torch's dtypes by the words of recipes and flags."""
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The 16- or 32-bit format of weights and arithmetic on one device. Adapters and optimizer state stay fp32."""
+    """The 16- or 32-bit format of frozen weights and of products on a device. Adapter and optimizer state stay fp32."""
 
     name: str
     device_type: str
@@ -31,16 +31,16 @@ class Precision:
 
     @property
     def autocast(self) -> Callable[[], Any]:
-        """A maker of autocast contexts; does nothing for fp32."""
+        """A function that makes autocast contexts; for fp32 they do nothing."""
         return lambda: torch.autocast(self.device_type, dtype=self.dtype, enabled=self.name != "fp32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return a loss scaler: at work for fp16, whose gradients underflow without it, and idle otherwise."""
+        """Return a loss scaler. It works for fp16, whose small gradients would become 0, and does nothing otherwise."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 def choose_precision(wanted: Dtype, device: torch.device) -> Precision:
-    """Return what was asked for; `auto` is a card's own 16-bit format, on a CPU bf16 where it has that, else fp32."""
+    """Return the wanted format; `auto` is a card's own 16-bit format, and on a CPU bf16 if it has that, else fp32."""
     if wanted != "auto":
         return Precision(wanted, device.type)
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def choose_precision(wanted: Dtype, device: torch.device) -> Precision:
 
 
 def half_format(device: torch.device) -> Literal["bf16", "fp16"]:
-    """Return the 16-bit format in which a device computes: a card's own one, and bf16 on a CPU."""
+    """Return the 16-bit format that a device computes in: a card's own, and bf16 on a CPU."""
     return sixteen_bit(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
 
@@ -59,7 +59,7 @@ def half_dtype(device: torch.device) -> torch.dtype:
 
 
 def without_own_format(precision: Precision, device: torch.device) -> str:
-    """Return what is to be said where a card computes in a format that it does not have; empty where it has it."""
+    """Return a warning where a card has to emulate the format; empty where it has the format, and on a CPU."""
     if device.type != "cuda":
         return ""
     name = plain(torch.cuda.get_device_name(device), one_line=True)
@@ -67,7 +67,7 @@ def without_own_format(precision: Precision, device: torch.device) -> str:
 
 
 def steadier_format(precision: Precision, device: torch.device) -> str:
-    """Return what to set where numbers left the range of a format; empty where another format has no wider range."""
+    """Return advice for numbers beyond a format's range: which wider format to set; empty where there is none."""
     if precision.name != "fp16":
         return ""
     if device.type == "cuda" and half_format(device) != "bf16":

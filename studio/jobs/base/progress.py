@@ -1,4 +1,4 @@
-"""How a job says what it is busy with, and ends early when the user asks for it."""
+"""How a job tells what it is busy with, and how it ends early when the user asks for that."""
 
 import time
 from collections.abc import Callable
@@ -12,24 +12,25 @@ from studio.runs.worker import Worker
 
 READING = "reading the base's weights"
 _LEAST_SECONDS = 0.5
+"""Before the same phase is told again: it shows that the job is alive."""
 
 
 def heed(worker: Worker, words: str) -> None:
-    """Do nothing, unless the user asked for an early end.
+    """Raise if the user asked for an early end; long work calls this again and again.
 
     Args:
         worker: Of the job.
         words: What was not finished, for the exception.
 
     Raises:
-        Cancelled: The user did.
+        Cancelled: The user asked for an early end.
     """
     if worker.requested("stop"):
         raise Cancelled(words)
 
 
 class PhaseTeller:
-    """Emits a `Phase` for every new name, detail or hundredth of progress; the same again twice a second at most."""
+    """Emits a `Phase` for every new name, detail or percent of progress, and repeats one at most twice a second."""
 
     def __init__(self, emit: Callable[..., None], clock: Callable[[], float] = time.monotonic) -> None:
         self._emit = emit
@@ -38,7 +39,7 @@ class PhaseTeller:
         self._told = 0.0
 
     def __call__(self, name: str, fraction: float | None = None, detail: str = "") -> None:
-        """Say the phase; `fraction` is 0 to 1 where progress is known."""
+        """Emit the phase; `fraction` is 0 to 1, None where the progress is not known."""
         now, said = self._clock(), (name, detail, int(100 * (fraction or 0)))
         if said == self._last and now - self._told < _LEAST_SECONDS:
             return
@@ -47,7 +48,7 @@ class PhaseTeller:
 
 
 def read_fingerprint(worker: Worker, folder: Path) -> dict[str, Any]:
-    """Return the fingerprint of a base; says how far the reading is, where its weights must be read for it.
+    """Return the fingerprint of a base folder; emit progress while its weights are read.
 
     Raises:
         BadInput: A file is damaged.

@@ -1,6 +1,6 @@
-"""Another attribute for a module or class of a library, for a while: where a library has no hook of its own.
+"""Replaces an attribute of a library's module or class for a while, where the library has no hook of its own.
 
-Whoever swaps says beside it why nothing less will do.
+Each use says in a comment why nothing less will do.
 """
 
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from typing import Any
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let a module or class have `value` for an attribute inside, and what it had before afterwards.
+    """Set an attribute of a module or class to `value` inside the context, and restore it afterwards.
 
     Args:
-        owner: The module or class that defines the attribute itself; one that inherits it is left alone.
+        owner: The module or class that defines the attribute itself; one that only inherits it is refused.
         name: The attribute.
         value: What takes its place.
 
     Raises:
-        AttributeError: The owner does not define it: another version of the library does it elsewhere.
+        AttributeError: The owner does not define it; another version of the library may define it elsewhere.
     """
     if name not in vars(owner):
         raise AttributeError(f"{owner.__name__} does not define {name}, which was to be swapped")

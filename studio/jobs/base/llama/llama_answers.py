@@ -1,4 +1,4 @@
-"""Logits of a GGUF file in llama.cpp."""
+"""The logits of a GGUF file, as llama.cpp computes them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from studio.core.errors import JobFailed
 from studio.jobs.base.llama.tool_process import LlamaTool
 
 _NUMBERS_AT_ONCE = 2**23
-"""Logits that are held at once: 32 MiB in fp32."""
+"""Most logits that are held at once: 32 MiB in fp32."""
 
 
 def llama_logits(tool: LlamaTool, gguf: Path, rows: list[list[int]], work: Path, lora: str = "") -> Tensor:
@@ -22,9 +22,9 @@ def llama_logits(tool: LlamaTool, gguf: Path, rows: list[list[int]], work: Path,
     Args:
         tool: Runs llama.cpp.
         gguf: The model.
-        rows: Token ids.
-        work: A folder for what lies about meanwhile.
-        lora: A LoRA file that is put onto the model; empty for none.
+        rows: Token ids of each row.
+        work: A folder for temporary files.
+        lora: A LoRA file that is applied to the model; empty for none.
 
     Raises:
         JobFailed: llama.cpp cannot load or run it.
@@ -40,13 +40,13 @@ def llama_logits(tool: LlamaTool, gguf: Path, rows: list[list[int]], work: Path,
 def streamed_llama_logits(
     tool: LlamaTool, gguf: Path, rows: Sequence[tuple[list[int], list[int]]], work: Path, vocabulary: int
 ) -> Iterator[Tensor]:
-    """Yield fp32 logits `[some, vocabulary]`, a few tokens at a time, all rows one after another.
+    """Yield fp32 logits `[tokens, vocabulary]` of a few tokens at a time, all rows one after another.
 
     Args:
-        tool: Runs llama.cpp; its `heed` is asked in between.
+        tool: Runs llama.cpp; its `heed` is called in between.
         gguf: The model.
-        rows: Token ids of each row, and the places of it whose logits are wanted.
-        work: A folder for what lies about meanwhile.
+        rows: For each row its token ids, and the indices of the tokens whose logits are wanted.
+        work: A folder for temporary files.
         vocabulary: How many tokens the model must have.
 
     Raises:
@@ -73,10 +73,10 @@ def streamed_llama_logits(
 
 
 def _read(pipe: IO[bytes], size: int) -> bytearray:
-    """Return so many bytes.
+    """Return exactly `size` bytes.
 
     Raises:
-        EOFError: There are fewer.
+        EOFError: The pipe ends before.
     """
     data = bytearray(size)
     view, done = memoryview(data), 0

@@ -1,8 +1,9 @@
-"""What llama.cpp's converter misreads of GPT-2, GPT-NeoX and Falcon, mended in its process before it begins.
+"""Corrects what llama.cpp's converter misreads of GPT-2, GPT-NeoX and Falcon, in its process before it begins.
 
-Never imported: `llama_convert.py` runs this file once the converter is on the import path. The converter reads configs
-through transformers, whose version 5 names some fields otherwise than the converter does, so that a `config.json` with
-the older names would not help. What llama.cpp has no place for is refused here, before anything is merged.
+This file is never imported: `llama_convert.py` runs it once the converter is on the import path. The converter reads
+configs through transformers, and version 5 of that has other names for some fields than the converter knows. Writing
+the old names into `config.json` would not help. Models with a setting that llama.cpp does not have are refused here,
+before anything is merged.
 """
 
 import sys
@@ -14,7 +15,7 @@ def mend(*, lora: bool) -> None:
     """Change the converter's classes.
 
     Args:
-        lora: Whether an adapter is converted, not a model.
+        lora: Whether an adapter is converted, and not a model.
     """
     from conversion.base import ModelBase  # type: ignore[import-not-found]  # noqa: PLC0415  llama.cpp's own
     from conversion.falcon import FalconModel  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -27,7 +28,7 @@ def mend(*, lora: bool) -> None:
     for kind in (FalconModel, GPTNeoXModel):
         kind.set_gguf_parameters = _with_rope_base(kind.set_gguf_parameters)
     if lora:
-        # Turns weights from Conv1D's orientation into Linear's, in which peft has A and B already.
+        # GPT2Model's own method transposes weights from Conv1D's orientation to Linear's, which A and B have already.
         GPT2Model.modify_tensors = ModelBase.modify_tensors
         for kind in (LlamaModel, Qwen2MoeModel):
             kind.modify_tensors = _with_stacks(kind.modify_tensors, ModelBase.modify_tensors)
@@ -51,7 +52,7 @@ def _with_older_names(load: Callable[..., dict[str, Any]]) -> Callable[..., dict
 
 
 def _lacking(table: dict[str, Any]) -> str:
-    """Return the first field of a config that llama.cpp has no place for; empty where there is none."""
+    """Return the first field of a config whose value llama.cpp does not support; empty where there is none."""
     match table.get("model_type"):
         case "gpt2":
             fits = {
@@ -80,7 +81,10 @@ def _plain_rope(table: dict[str, Any]) -> bool:
 
 
 def _with_stacks(modify: Callable[..., Any], name_alone: Callable[..., Any]) -> Callable[..., Any]:
-    """Have stacks of all experts pass: the converter waits for the three matrices of each to stack them itself."""
+    """Let 3-D stacks of all experts pass through as they are.
+
+    The converter expects each expert's matrices one by one, and waits for all of them to stack them itself.
+    """
 
     def modify_or_pass(model: Any, weight: Any, name: str, block: int | None) -> Any:
         return (name_alone if len(weight.shape) == 3 else modify)(model, weight, name, block)
@@ -89,7 +93,7 @@ def _with_stacks(modify: Callable[..., Any], name_alone: Callable[..., Any]) -> 
 
 
 def _with_rope_base(write: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Have the file say the base of the rotary frequencies, which llama.cpp takes for 10000 where it says none."""
+    """Write the base of the rotary frequencies into the file; without it llama.cpp assumes 10000."""
 
     def write_base(model: Any) -> None:
         write(model)

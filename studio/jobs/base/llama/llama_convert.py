@@ -1,7 +1,8 @@
-"""llama.cpp's converter, as a part of `llama_tool.py` and in its process: `vocab`, `convert` and `lora`.
+"""Runs llama.cpp's converter for the verbs `vocab`, `convert` and `lora` of `llama_tool.py`, in its process.
 
-Never imported: `llama_tool.py` runs this file. The converter was written for tokenizers as older versions of
-transformers saved them: what it would miss is added. Whether rightly, the golden conversations show.
+This file is never imported: `llama_tool.py` runs it. The converter was written for tokenizers as older versions of
+transformers saved them, so what it would miss is added here. The golden conversations of an export show whether the
+result is right (`jobs.export.golden`).
 """
 
 import json
@@ -15,7 +16,7 @@ _SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 
 
 def convert(tools: Path, verb: str, words: list[str]) -> None:
-    """Do one verb of the converter and return; an exception ends the process with its traceback."""
+    """Run one verb of the converter; an exception ends the process with its traceback."""
     match verb:
         case "vocab":
             model, out, name = words
@@ -34,7 +35,10 @@ def convert(tools: Path, verb: str, words: list[str]) -> None:
 
 
 def _script(tools: Path, name: str, words: list[str], space: str = "default") -> None:
-    """Run one of llama.cpp's own scripts, which look for their modules beside themselves."""
+    """Run one of llama.cpp's own scripts.
+
+    The scripts import modules that lie beside them, so their folder is put on the import path.
+    """
     folder = tools.joinpath(*_CONVERTERS)
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
     sys.argv = [name, *words]
@@ -45,7 +49,7 @@ def _script(tools: Path, name: str, words: list[str], space: str = "default") ->
 
 
 def _look_up_names(tools: Path, model: str, out: str) -> None:
-    """Go through all tensors as a conversion does; their weights are not read and nothing is written."""
+    """Look up the new name of every tensor, as a conversion does, without reading weights or writing anything."""
     try:
         _script(tools, "convert_hf_to_gguf.py", [model, "--dry-run", "--outfile", f"{out}.none"])
     except SystemExit as end:
@@ -54,10 +58,11 @@ def _look_up_names(tools: Path, model: str, out: str) -> None:
 
 
 def _say_space(*, read: bool) -> None:
-    """Have the file say whether a space is read before a text; few of the converter's classes ask the tokenizer."""
+    """Write into the file whether a space is read before a text; few of the converter's classes write that."""
     import gguf  # noqa: PLC0415  llama.cpp's own, on the path by now
 
-    write_header = gguf.GGUFWriter.write_header_to_file  # which counts the fields
+    # The field must be there before the header is written, because the header has the number of fields.
+    write_header = gguf.GGUFWriter.write_header_to_file
 
     def write_with_space(self: Any, *where: Any, **named: Any) -> None:
         self.kv_data[0][_SPACE_PREFIX] = gguf.GGUFValue(read, gguf.GGUFValueType.BOOL)
@@ -67,10 +72,10 @@ def _say_space(*, read: bool) -> None:
 
 
 def _write_pieces(model: Path) -> None:
-    """Write the `tokenizer.model` of a SentencePiece vocabulary from the `tokenizer.json` that was trained with.
+    """Write the `tokenizer.model` of a SentencePiece vocabulary, made from the `tokenizer.json` of the training.
 
-    A tokenizer saved by transformers 5 has no `tokenizer.model`, and the converter finds the scores of the pieces
-    nowhere else. The order of the merges is the order of the scores.
+    A tokenizer saved by transformers 5 has no `tokenizer.model`, but the converter finds the scores of the pieces
+    nowhere else. Only the order of the scores matters, and that is the order of the merges.
     """
     saved = model / "tokenizer.json"
     if not saved.exists():

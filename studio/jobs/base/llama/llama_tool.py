@@ -1,8 +1,8 @@
-"""llama.cpp's converter and library, in a process and on an import path of their own.
+"""Runs llama.cpp's converter and library, in a process and on an import path of their own.
 
-Never imported: `tool_process.py` runs this file as `python -I llama_tool.py TOOLS VERB ...`, TOOLS being the folder
-that `gguf_tools.py` made. Its `gguf`, `google.protobuf` and the like never meet ours. Knows nothing of the rest of the
-program; results go into files, everything printed is for the run's log.
+This file is never imported: `tool_process.py` runs it as `python -I llama_tool.py TOOLS VERB ...`, where TOOLS is the
+folder that `gguf_tools.py` filled. Its versions of `gguf`, `google.protobuf` and others are therefore never mixed with
+ours. It knows nothing of the rest of the program. Results go into files; what it prints goes into the run's tool.log.
 
     vocab MODEL OUT.gguf NAME         tokenizer and config alone; says whether the architecture is known, and, where
                                       the folder has weights, whether each tensor has a place; reads none of them
@@ -32,13 +32,13 @@ _SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 _BOOL = 2
 """`LLAMA_KV_OVERRIDE_TYPE_BOOL` in llama.h."""
 _AT_ONCE = 128
-"""Tokens that `stream` gives the model at once: llama.cpp holds the logits of all of them."""
+"""Tokens that `stream` gives the model at once; llama.cpp holds the logits of all of them."""
 _MOST_SECONDS = 10.0
-"""Of writing tokens in `speed`."""
+"""After so long `speed` ends writing tokens."""
 
 
 def main(tools: Path, verb: str, words: list[str]) -> None:
-    """Do one thing and return; an exception ends the process with its traceback."""
+    """Run one verb; an exception ends the process with its traceback."""
     sys.path[:0] = [str(tools)]
     match verb:
         case "vocab" | "convert" | "lora":
@@ -65,7 +65,7 @@ class _Llama:
         settings = self.lib.llama_model_default_params()
         settings.vocab_only, settings.n_gpu_layers = vocab_only, 0
         if space != "default":
-            said = self.ffi.new("struct llama_model_kv_override[2]")  # an empty one ends the list
+            said = self.ffi.new("struct llama_model_kv_override[2]")  # the second stays empty, which ends the list
             said[0].tag, said[0].key, said[0].val_bool = _BOOL, _SPACE_PREFIX.encode(), space == "true"
             settings.kv_overrides = said
         self.model = self.lib.llama_model_load_from_file(path.encode(), settings)
@@ -74,7 +74,7 @@ class _Llama:
         self.vocab = self.lib.llama_model_get_vocab(self.model)
 
     def tokens(self, text: str, *, add_special: bool) -> list[int]:
-        """Return the ids of a text, special tokens in it read as such."""
+        """Return the token ids of a text; special tokens written in it are read as such."""
         data = text.encode()
         room = len(data) + 16
         found = self.ffi.new(f"llama_token[{room}]")
@@ -82,7 +82,7 @@ class _Llama:
         return [int(found[place]) for place in range(count)]
 
     def begin(self, tokens: int, at_once: int, lora: str = "") -> None:
-        """Make room for rows of so many tokens, of which so many go through the model at once."""
+        """Make a context for rows of up to `tokens` tokens, of which at most `at_once` go through the model at once."""
         settings = self.lib.llama_context_default_params()
         settings.n_ctx, settings.n_batch = max(32, tokens), max(32, min(tokens, at_once))
         settings.n_ubatch = settings.n_batch
@@ -99,15 +99,15 @@ class _Llama:
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens."""
+        """Number of tokens that the model knows."""
         return int(self.lib.llama_vocab_n_tokens(self.vocab))
 
     def forget(self) -> None:
-        """Begin a new row."""
+        """Clear the cache of keys and values: what is read next is a new row."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
     def read(self, tokens: list[int], first: int, wanted: set[int]) -> None:
-        """Take in tokens of a row from place `first` on; logits are made at the wanted places of the row."""
+        """Run the model on tokens of a row, the first at place `first`; logits are computed at the wanted places."""
         batch = self.lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for place, token in enumerate(tokens):
@@ -118,11 +118,17 @@ class _Llama:
         self.lib.llama_batch_free(batch)
 
     def found(self, place: int) -> Any:
-        """Return a view of the fp32 logits at a place among the tokens that were read last."""
+        """Return a view of the fp32 logits `[vocabulary]` of one of the tokens that were read last, by its index."""
         return self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, place), 4 * self.vocabulary)
 
     def logits(self, rows: list[tuple[list[int], list[int]]], at_once: int, lora: str = "") -> Any:
-        """Yield the bytes of the fp32 logits at the wanted places of each row: its ids, and those places."""
+        """Yield the bytes of the fp32 logits `[vocabulary]` at each wanted place.
+
+        Args:
+            rows: For each row its token ids, and the wanted places in it.
+            at_once: Tokens that go through the model at once.
+            lora: A LoRA file that is applied to the model; empty for none.
+        """
         self.begin(max(len(ids) for ids, _ in rows), at_once, lora)
         for ids, places in rows:
             self.forget()
@@ -178,7 +184,7 @@ def _logits(gguf: str, ids: Path, out: Path, lora: str) -> None:
 
 def _stream(gguf: str, rows: Path) -> None:
     with os.fdopen(os.dup(1), "wb") as out:
-        os.dup2(2, 1)  # what a library prints must not get between the numbers
+        os.dup2(2, 1)  # what a library prints goes to stderr from here on, not among the numbers
         llama = _Llama(gguf, vocab_only=False)
         out.write(llama.vocabulary.to_bytes(8, "little"))
         for data in llama.logits(json.loads(rows.read_text("utf-8")), _AT_ONCE):
@@ -189,7 +195,7 @@ def _speed(gguf: str, ids: Path, count: int, out: Path) -> None:
     llama = _Llama(gguf, vocab_only=False)
     prompt = json.loads(ids.read_text("utf-8"))
     llama.begin(len(prompt) + count, len(prompt))
-    llama.read(prompt, 0, {len(prompt) - 1})  # the first pass maps the file's pages
+    llama.read(prompt, 0, {len(prompt) - 1})  # not timed: the first pass also reads the file from the disk
     llama.forget()
     began = time.perf_counter()
     llama.read(prompt, 0, {len(prompt) - 1})

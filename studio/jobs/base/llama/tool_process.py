@@ -1,4 +1,4 @@
-"""Runs `llama_tool.py` in its own process: progress by the size of what it writes, an early end, its own words."""
+"""Runs `llama_tool.py` in its own process, tells progress by the size of its file, and reports its error message."""
 
 import os
 import signal
@@ -18,11 +18,11 @@ _SCRIPT = Path(__file__).with_name("llama_tool.py")
 _POLL_SECONDS = 0.05
 _TAIL_BYTES = 8000
 _NOT_LOADED = ("gguf_init_from_reader:", "llama_model_load: error loading model")
-"""What llama.cpp's library writes before the reason, the first line being the most telling."""
+"""Beginnings of the lines in which llama.cpp's library gives its reason; the first such line says most."""
 _KEPT_VARIABLES = (
     "PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS",
 )  # fmt: skip
-"""No tokens of hubs, no Python settings: the converter needs neither."""
+"""The environment variables that the tool gets: no hub tokens and no Python settings, which it does not need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class LlamaTool:
 
     Attributes:
         tools: The folder that `ensure_tools` returned.
-        log: What the tool prints goes there, too.
-        heed: Raises where the user asked for an early end.
+        log: The file that gets what the tool prints.
+        heed: Raises if the user asked for an early end.
     """
 
     tools: Path
@@ -52,9 +52,9 @@ class LlamaTool:
         Args:
             verb: See `llama_tool.py`.
             words: Its arguments.
-            out: A file that grows meanwhile.
-            expected_bytes: Its size in the end.
-            tell: Gets the fraction done.
+            out: A file that the tool writes; its size tells the progress.
+            expected_bytes: The size that it will have in the end.
+            tell: Told the fraction done, 0 to 1.
 
         Raises:
             JobFailed: The tool failed; the message has its own last words.
@@ -78,7 +78,7 @@ class LlamaTool:
 
     @contextmanager
     def stream(self, verb: str, *words: str | Path) -> Iterator[IO[bytes]]:
-        """Run one verb whose result is read from a pipe by the caller, who asks `heed` in between.
+        """Run one verb whose result the caller reads from a pipe; the caller calls `heed` in between.
 
         Args:
             verb: See `llama_tool.py`.
@@ -111,7 +111,7 @@ class LlamaTool:
         self._require_success(verb, process.returncode, began)
 
     def _command(self, verb: str, words: tuple[str | Path, ...]) -> list[str]:
-        # -I: nothing of this process's Python settings, and no current folder, gets onto the tool's import path.
+        # -I keeps PYTHONPATH and the current folder off the tool's import path.
         return [sys.executable, "-I", str(_SCRIPT), str(self.tools), verb, *map(str, words)]
 
     def _log_bytes(self) -> int:
@@ -128,7 +128,7 @@ class LlamaTool:
             raise JobFailed("gguf_converter", f"llama.cpp's {verb} failed: {self._words(began)}", _ADVICE)
 
     def _words(self, began: int) -> str:
-        """Return what the tool said last: an error of a script's own, else the last line of the traceback."""
+        """Return the tool's own reason: a script's or library's error line, else the last line of its output."""
         with self.log.open("rb") as file:
             file.seek(max(began, self.log.stat().st_size - _TAIL_BYTES))
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
@@ -146,5 +146,5 @@ _ADVICE = (
 
 def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    # The converter would run code that a model brings; offline and without the model's .py files there is none to run.
+    # The converter would run Python code that a model brings. Offline, and in folders without .py files, there is none.
     return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "NO_COLOR": "1"}

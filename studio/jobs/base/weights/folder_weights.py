@@ -1,7 +1,7 @@
-"""The parameters of a model folder by their names in memory: which tensors in the files make which of them, and back.
+"""Matches the tensors in a model folder's files with the model's parameters in memory, in both directions.
 
-transformers 5 renames, stacks and splits tensors while it loads them (a mixture's experts lie one by one on disk and
-as one 3-D parameter in memory). The rules are its own; this follows `convert_and_load_state_dict_in_model`.
+transformers 5 renames, stacks and splits tensors while it loads them: a mixture's experts are single tensors on disk
+and one 3-D parameter in memory. Its own rules are used here, as `convert_and_load_state_dict_in_model` applies them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,8 +34,8 @@ class Group:
 
     Attributes:
         keys: Their names in the files.
-        names: The parameters in memory that they become; none where the model does not use them.
-        converter: How, where it is more than a new name.
+        names: The parameters in memory that they become; empty where the model does not use them.
+        converter: transformers' converter; None where a tensor only gets another name.
         patterns: For each key, which of the converter's patterns it matched.
         target: The converter's name for the result.
     """
@@ -48,7 +48,11 @@ class Group:
 
 
 class CheckpointNames:
-    """The groups of a checkpoint, and the way back."""
+    """Converts a checkpoint's tensors into parameters and back, group by group.
+
+    Attributes:
+        groups: All groups of tensors, in the order of the files.
+    """
 
     def __init__(self, clean: PreTrainedModel, files: TensorFiles) -> None:
         """Match every tensor of the files with the model's parameters."""
@@ -58,20 +62,20 @@ class CheckpointNames:
         self._renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         self.groups = self._group(files)
-        setattr(clean, "_weight_conversions", self._mapping)  # noqa: B010  what `revert_weight_conversion` undoes
+        setattr(clean, "_weight_conversions", self._mapping)  # noqa: B010  `revert_weight_conversion` reads it
 
     def load(self, group: Group, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the parameters in memory that a group's tensors become."""
         if group.converter is None:
             return {name: tensors[key] for key, name in zip(group.keys, group.names, strict=True)}
-        converter = deepcopy(group.converter)
+        converter = deepcopy(group.converter)  # it collects the tensors that are added to it
         for key, pattern in zip(group.keys, group.patterns, strict=True):
             converter.add_tensor(group.target, key, pattern, tensors[key])
         made = converter.convert(group.target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def store(self, parameters: dict[str, Tensor], groups: Iterable[Group]) -> dict[str, Tensor]:
-        """Return the tensors for the files that parameters in memory become: the way back of `load`.
+        """Return the tensors in the files that parameters in memory become: the reverse of `load`.
 
         Raises:
             BadInput: transformers cannot undo what it did to this checkpoint.
@@ -91,7 +95,7 @@ class CheckpointNames:
         return stored
 
     def key_of(self, name: str) -> str:
-        """Return the name in the files of a parameter that had none there of its own."""
+        """Return the name that a parameter would have in the files, for one that is not in them (a tied head)."""
         key: str = next(iter(revert_weight_conversion(self._model, {name: torch.empty(0, device="meta")})))
         return key
 
@@ -113,6 +117,7 @@ class CheckpointNames:
     def _name_of(self, key: str) -> tuple[str, str | None]:
         prefix = self._model.base_model_prefix
         name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._known)
+        # A rule may rename a tensor that already has the model's name; then it is kept as it is.
         if name not in self._known and key in self._known:
             name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=self._known)
         return name, pattern
@@ -120,19 +125,20 @@ class CheckpointNames:
     def _converted(self, target: str, pairs: list[tuple[str, str]], files: TensorFiles) -> Group:
         by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         keys, patterns = tuple(key for key, _ in pairs), tuple(pattern for _, pattern in pairs)
+        # The converter alone knows the names of its results: they are found by converting shapes without numbers.
         trial = Group(keys, (), by_pattern[patterns[0]], patterns, target)
         shapes = {key: torch.empty(files.shape(key), device="meta") for key in keys}
         return Group(keys, tuple(self.load(trial, shapes)), trial.converter, patterns, target)
 
 
 class FolderWeights:
-    """Reads the parameters of a model when they are needed, whole or a few rows of a large one.
+    """Reads the parameters of a model folder on demand, whole or a few rows of them.
 
     Attributes:
-        clean: The model's structure; parameters are on the meta device.
-        files: The tensors.
-        names: The groups of tensors and what they become.
-        groups: The group of each parameter that has tensors of its own.
+        clean: The model's structure; its parameters are on the meta device.
+        files: The tensors in the files.
+        names: Matches tensors with parameters.
+        groups: By a parameter's name, the group that it is loaded from; tied parameters are not in it.
     """
 
     def __init__(self, clean: PreTrainedModel, files: TensorFiles) -> None:
@@ -148,11 +154,11 @@ class FolderWeights:
 
     @classmethod
     def of(cls, folder: Path, vocabulary: int | None = None) -> Self:
-        """Return those of a folder with config and safetensors.
+        """Return the weights of a folder with config and safetensors.
 
         Args:
             folder: The folder.
-            vocabulary: Number of tokens, where an adapter brings an embedding of another size.
+            vocabulary: Number of tokens where it is not the config's: an adapter may bring a larger embedding.
 
         Raises:
             BadInput: transformers cannot build this model, or a file of it is damaged.
@@ -170,7 +176,7 @@ class FolderWeights:
         return self.names.load(group, {key: self.files.read(key) for key in group.keys})[source]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows `[stop - start, ...]` of a parameter, reading only those where its tensor is stored as it is.
+        """Return rows `[stop - start, ...]` of a parameter; a converted one is read whole, of others only these rows.
 
         Raises:
             JobFailed: The files lack it.
@@ -190,7 +196,7 @@ class FolderWeights:
         return self.read(name)[list(rows)] if group.converter else self.files.picked(group.keys[0], rows)
 
     def key_of(self, name: str) -> str | None:
-        """Return the tensor that is a parameter as it is; None where it is made of others, or not there."""
+        """Return the tensor in the files that is equal to a parameter; None where it is converted, or not there."""
         group = self.groups.get(self._source_of(name))
         return group.keys[0] if group and group.converter is None else None
 

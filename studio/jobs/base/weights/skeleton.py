@@ -1,7 +1,7 @@
-"""The structure of base and adapter without the base's weights: who is adapted, and how, is peft's own word.
+"""The structure of base and adapter without the base's weights: peft itself decides what is adapted, and how.
 
-The base's parameters stay on the meta device, the adapter's are loaded in fp32. One layer at a time is then given
-real weights, merged by peft itself and emptied again (`units.py`), so that the sum is peft's for every kind of layer.
+The base's parameters stay on the meta device, the adapter's are loaded in fp32. One layer at a time then gets real
+weights, is merged by peft itself and emptied again (`units.py`), so that the sum is peft's for every kind of layer.
 """
 
 import re
@@ -42,8 +42,8 @@ class Skeleton:
         clean: The base alone; every parameter is on the meta device.
         adapted: Another such base with the adapter attached; the adapter's tensors are real and fp32.
         replaced: Parameters of the base that the adapter brings whole (trained biases, embeddings), by name.
-        tied: Parameters that are the same as another one: name to name.
-        vocabulary: Number of tokens, where the adapter brings an embedding of its own.
+        tied: Parameters that share another one's memory: the name of each, and the other's name.
+        vocabulary: Number of tokens if the adapter brings an embedding of its own, else None.
     """
 
     clean: PreTrainedModel
@@ -58,7 +58,7 @@ def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
 
     Args:
         folder: Holds `config.json`.
-        vocabulary: Number of tokens, where it differs from what the config says.
+        vocabulary: Number of tokens where it is not the config's.
 
     Raises:
         BadInput: transformers cannot build this model.
@@ -67,7 +67,7 @@ def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         if vocabulary is not None:
             config.get_text_config().vocab_size = vocabulary
-        # Numbers are never looked at, and to draw those of the meta device took half of the time.
+        # Initial values are never used, and drawing them took half of the time, even on the meta device.
         with init_empty_weights(include_buffers=False), no_init_weights():
             from_config: Any = AutoModelForCausalLM.from_config
             model: PreTrainedModel = from_config(config, dtype=torch.float32)
@@ -89,7 +89,7 @@ def build_skeleton(folder: Path, adapter: AdapterFound, weight: float = 1.0, *mo
         more: Further adapters with their weights.
 
     Raises:
-        BadInput: The adapter does not fit the base, or needs something that a merge cannot give.
+        BadInput: The adapter does not fit the base, or does something that no single set of weights can express.
     """
     adapters = ((adapter, weight), *more)
     for found, _ in adapters:
@@ -106,7 +106,7 @@ def build_skeleton(folder: Path, adapter: AdapterFound, weight: float = 1.0, *mo
 
 
 def base_parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """Return the base's parameters inside an adapted model, by their names in the base alone."""
+    """Return the base's parameters inside an adapted model, by the names that they have without the adapter."""
     found = {}
     for name, parameter in adapted.base_model.model.named_parameters(remove_duplicate=False):
         if not _ADDED.search(f".{name}"):
@@ -115,14 +115,14 @@ def base_parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 
 def clean_name(name: str) -> str:
-    """Return the name in the base alone of something inside an adapted model."""
+    """Return the name that a module or parameter of the base, seen inside an adapted model, has without the adapter."""
     return _WRAPPING.sub("", f".{name}.")[1:-1]
 
 
 def attach(base: PreTrainedModel, adapters: Sequence[Weighted]) -> PeftModel:
     """Return a base with all adapters active, each scaled by its weight; their tensors are fp32.
 
-    Several adapters are what peft makes of them after `set_scale` on each: one delta is added after another.
+    Several adapters are combined as peft does it after `set_scale` on each: one delta is added after another.
 
     Raises:
         BadInput: An adapter does not fit the base, or its tensors are more or fewer than its config says.
@@ -168,7 +168,7 @@ def _load(model: PreTrainedModel | PeftModel, adapter: AdapterFound, name: str) 
 
 @contextmanager
 def _stays_where_it_is() -> Iterator[None]:
-    """Keep peft from moving the adapter to its base layer's device, which is meta here: its weights would be gone."""
+    """Keep peft from moving the adapter to its base layer's device: that is meta here, and has no numbers."""
     name = "_move_adapter_to_device_of_base_layer"
     with ExitStack() as patches:
         for kind in [BaseTunerLayer, *_below(BaseTunerLayer)]:
@@ -192,10 +192,10 @@ def adapter_vocabulary(adapter: AdapterFound) -> int | None:
 
 
 def _left_over_keys(adapter: AdapterFound, unexpected: list[str]) -> list[str]:
-    """Return the tensors that went nowhere, except those that only repeat another one.
+    """Return the adapter's tensors that were not loaded, except those that only repeat another one.
 
-    peft 0.21 writes a module saved whole twice where the vocabulary was resized: as `X.weight`, which it reads again,
-    and as `X.modules_to_save.weight`.
+    Where the vocabulary was resized, peft 0.21 writes a module that is trained whole twice: as `X.weight`, which it
+    reads again, and as `X.modules_to_save.weight`.
     """
     left = []
     with safe_open(adapter.folder / ADAPTER_WEIGHTS, "pt") as file:
@@ -237,7 +237,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def refuse_what_cannot_merge(table: dict[str, Any]) -> None:
-    """Refuse an `adapter_config.json` that asks for more than one set of weights can hold, or that we do not know.
+    """Refuse an `adapter_config.json` whose settings no single set of weights can express, or that are not known here.
 
     Raises:
         BadInput: Names the setting, says why, and what to do.
@@ -260,7 +260,7 @@ def refuse_what_cannot_merge(table: dict[str, Any]) -> None:
 
 
 def refuse_weighted(tables: Sequence[dict[str, Any]]) -> None:
-    """Refuse adapters that cannot be weighted or added to others: what is more than a low-rank sum has no half.
+    """Refuse adapters that cannot be weighted or added to others, because they are more than a low-rank sum.
 
     Raises:
         BadInput: Names the setting.

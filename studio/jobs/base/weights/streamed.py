@@ -1,8 +1,9 @@
-"""A forward pass through a model whose weights stay in their files: matrices are read by rows, the rest is lent.
+"""A forward pass through a model whose weights stay in their files.
 
-The largest matrices of a model are its embedding and its head: of the first only the rows of the tokens are read.
-What is not in memory is an `Absent`: torch itself multiplies by a tensor on the meta device without a word in places,
-and gives whatever was in the memory.
+Linear layers read their matrix a few rows at a time. An embedding, with the head the largest matrix of a model, reads
+only the rows of the tokens. Everything else is lent: read when its module runs, and taken back afterwards. A parameter
+that is not in memory is an `Absent`, which raises when it is computed with. A plain tensor on the meta device would not
+do: some of torch's products accept one without an error and return whatever was in the memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,13 +30,13 @@ class Weights(Protocol):
 
     @property
     def files(self) -> TensorFiles:
-        """Tensors, some of which are parameters."""
+        """The tensors in the files; some of them are parameters as they are."""
 
     def read(self, name: str) -> Tensor:
         """Return a parameter by its name in the base."""
 
     def key_of(self, name: str) -> str | None:
-        """Return the tensor in the files that is a parameter as it is; None where it is made."""
+        """Return the tensor in the files that is equal to a parameter; None where the parameter is computed."""
 
 
 @torch.no_grad()
@@ -51,12 +52,12 @@ def streamed_logits(
     """Return fp32 logits `[batch, seq, vocabulary]`.
 
     Args:
-        model: Its parameters on the meta device are lent, all others are its own.
+        model: Its parameters on the meta device come from `weights`; it has the others itself.
         weights: Of the base.
         ids: `[batch, seq]`.
         mask: `[batch, seq]`, 0 for padding.
-        prefix: What stands before the base's names inside `model`.
-        tell: Gets the fraction done; may raise.
+        prefix: What precedes the base's names inside `model`.
+        tell: Told the fraction done; may raise.
 
     Raises:
         NotLent: A part of the model computes with weights of another decoder layer.
@@ -69,15 +70,17 @@ def streamed_logits(
             made: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return made.float()
 
+    # Some models compute with the weight of a linear layer without calling it; then nothing is read by rows, and each
+    # decoder layer is lent all its weights.
     with suppress(NotLent):
         return logits(by_rows)
-    return logits({})  # each decoder layer is lent all its weights
+    return logits({})
 
 
 def folder_logits(
     folder: Path, ids: Tensor, mask: Tensor, tell: Callable[[float], None] = lambda fraction: None
 ) -> Tensor:
-    """Return the fp32 logits `[batch, seq, vocabulary]` of a model folder, a few rows of its matrices in memory.
+    """Return the fp32 logits `[batch, seq, vocabulary]` of a model folder, with a few rows of its matrices in memory.
 
     Args:
         folder: Holds config and safetensors in 16 or 32 bit.
@@ -95,7 +98,7 @@ def folder_logits(
 
 
 def adapted_logits(skeleton: Skeleton, folder: Path, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the fp32 logits `[batch, seq, vocabulary]` of base + adapter, a few rows of its matrices in memory.
+    """Return the fp32 logits `[batch, seq, vocabulary]` of base + adapter, with a few rows of its matrices in memory.
 
     Args:
         skeleton: Base and adapter as structure.
@@ -113,19 +116,19 @@ def adapted_logits(skeleton: Skeleton, folder: Path, ids: Tensor, mask: Tensor) 
 
 
 def most_lent(model: nn.Module, weights: Weights, prefix: str = "") -> int:
-    """Return the most elements of parameters that a pass lends at once."""
+    """Return how many numbers of parameters a pass lends at once, at most."""
     lent = _lent(model, prefix, _by_rows(model, weights, prefix))
     return max((sum(module.get_parameter(local).numel() for local in wanted) for module, _, wanted in lent), default=0)
 
 
 def _by_rows(model: nn.Module, weights: Weights, prefix: str) -> dict[str, tuple[nn.Module, str]]:
-    """Find the layers that can compute from files, by path: the module and its tensor."""
+    """Return the layers that can read their weight by rows: by path, the module and its tensor in the files."""
     found: dict[str, tuple[nn.Module, str]] = {}
     closed = ""
     for path, module in model.named_modules():
         if closed and path.startswith(closed):  # whatever is inside a module follows it at once
             continue
-        # Other wrappers of peft's use the weight of the layer inside without calling it.
+        # Wrappers of peft other than a plain Linear use the weight of the layer inside without calling the layer.
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _calls_its_layer(module):
             closed = f"{path}."
         if (type(module) is nn.Linear or isinstance(module, nn.Embedding)) and module.weight.is_meta:
@@ -141,18 +144,18 @@ def _calls_its_layer(wrapper: nn.Module) -> bool:
 
 
 _Lent = tuple[nn.Module, str, list[str]]
-"""A module, its name in the base with a dot behind it, and which of its parameters are lent while it runs."""
+"""A module, its name in the base with a dot after it, and the names of its parameters that are lent while it runs."""
 
 
 def _lent(model: nn.Module, prefix: str, by_rows: dict[str, tuple[nn.Module, str]]) -> list[_Lent]:
-    """Find every decoder layer and wrapper, and every module outside them that has parameters of its own."""
+    """Return what is lent: to every decoder layer and wrapper as a whole, and to every other module by itself."""
     lent: list[_Lent] = []
     block = ""
     for path, module in model.named_modules():
         if block and path.startswith(block):
             continue
         above = path.rpartition(".")[0]
-        # A wrapper of peft's may use the weights of the module inside without calling it.
+        # A wrapper of peft may use the weights of the module inside without calling that.
         is_wrapper = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         is_block = is_wrapper or (bool(above) and isinstance(model.get_submodule(above), nn.ModuleList))
         if is_block:
@@ -169,7 +172,7 @@ def _lent(model: nn.Module, prefix: str, by_rows: dict[str, tuple[nn.Module, str
 
 
 def _is_used(path: str) -> bool:
-    """A module saved whole takes the place of the original one, which is not called."""
+    """Return whether a parameter is used: where a module is trained whole, the original one beside it is not called."""
     return ".original_module." not in path
 
 
@@ -212,14 +215,14 @@ def _lender(
 
 @contextmanager
 def _computing_by_rows(modules: Mapping[str, tuple[nn.Module, str]], files: TensorFiles) -> Iterator[None]:
-    """Let linear layers and embeddings compute in fp32 from files.
+    """Let linear layers and embeddings compute in fp32 from files while the context lasts.
 
     Args:
-        modules: Any name; the module, its weight on the meta device; the key of that weight in the files.
+        modules: By any name, the module, whose weight is on the meta device, and the key of that weight in the files.
         files: Where the weights are.
 
     Raises:
-        NotLent: Inside; another module computes with such a weight.
+        NotLent: Raised inside the context when another module computes with such a weight.
     """
     with ExitStack() as stack:
         pool = stack.enter_context(workers()) if modules else None
@@ -239,7 +242,7 @@ def _computing_by_rows(modules: Mapping[str, tuple[nn.Module, str]], files: Tens
 def _linear(module: nn.Linear, files: TensorFiles, key: str, pool: ThreadPoolExecutor) -> Any:
     count, width = files.shape(key)
     rows = block_rows(count, width)
-    share = -(-count // rows // pool._max_workers) * rows
+    share = -(-count // rows // pool._max_workers) * rows  # rows for each thread, in whole blocks
 
     def part(first: int, columns: Tensor, result: Tensor) -> None:
         """Fill rows of the result `[out, tokens]`; columns are `[in, tokens]`."""
@@ -251,6 +254,7 @@ def _linear(module: nn.Linear, files: TensorFiles, key: str, pool: ThreadPoolExe
                 first += len(block)
 
     def forward(hidden: Tensor) -> Tensor:
+        # `[in, tokens]`: W @ x has the rows of W as its own rows, so that each thread fills a part by itself.
         columns = hidden.reshape(-1, width).t().contiguous()
         result = torch.empty(count, columns.shape[1])
         for done in [pool.submit(part, first, columns, result) for first in range(0, count, share)]:
@@ -269,7 +273,7 @@ def _lend_rows(module: nn.Module, files: TensorFiles, key: str) -> list[Any]:
     def lend(_: nn.Module, args: tuple[Any, ...], more: dict[str, Any]) -> None:
         (ids,) = [one for one in (*args, *more.values()) if isinstance(one, Tensor)]
         wanted = torch.unique(ids).tolist()
-        # Pages that are never touched take no memory: only the rows of these tokens are ever there.
+        # The system gives memory only to pages that are written, so only these tokens' rows take any.
         weight = torch.empty(files.shape(key))
         weight[wanted] = files.picked(key, wanted).float()
         put(module, "weight", nn.Parameter(weight, requires_grad=False))
@@ -283,6 +287,7 @@ def _lend_rows(module: nn.Module, files: TensorFiles, key: str) -> list[Any]:
     ]
 
 
+# What may be asked of a parameter without its numbers.
 _ASKED = {
     Tensor.is_floating_point, Tensor.is_complex, Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size,
     Tensor.stride, Tensor.is_contiguous,
@@ -290,11 +295,11 @@ _ASKED = {
 
 
 class NotLent(RuntimeError):
-    """A part of the model computed with the weights of a layer that it did not call."""
+    """A part of the model computed with weights that were not lent, those of a layer that it did not call."""
 
 
 class Absent(torch.nn.Parameter):
-    """Stands for a parameter whose numbers are elsewhere."""
+    """A parameter without numbers: it tells its shape and dtype, and raises when it is computed with."""
 
     @staticmethod
     def of(parameter: Tensor) -> "Absent":
@@ -304,7 +309,11 @@ class Absent(torch.nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer questions about the form, refuse all else."""
+        """Answer questions about shape and dtype, refuse everything else.
+
+        Raises:
+            NotLent: Another function was called with this parameter.
+        """
         if getattr(func, "__name__", "") == "__get__" or func in _ASKED:
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         raise NotLent("a weight was computed with that was not in memory")

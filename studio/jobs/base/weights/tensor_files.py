@@ -15,12 +15,12 @@ TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
-"""Formats of a checkpoint that is not quantised, by their name in safetensors."""
+"""dtypes of checkpoints that are not quantised, by their names in safetensors."""
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 BLOCK_ELEMENTS = 2**18
-"""1 MiB in fp32: a core's second cache holds a block of a matrix and what it is added to."""
+"""Numbers in a block of a matrix: 1 MiB in fp32, so that a core's second-level cache holds it with what is added."""
 PIECE_BYTES = 2**19
-"""A core's second cache holds it, for who looks at the bytes next."""
+"""Bytes read at once: few enough that they are still in a core's second-level cache when they are used."""
 
 
 class TensorFiles:
@@ -28,7 +28,7 @@ class TensorFiles:
 
     Attributes:
         folder: The folder.
-        tensors: By name.
+        tensors: By name, where each tensor lies.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class TensorFiles:
                 raise BadInput(f"{shown} as {stored.entry.dtype}; wanted the original 16- or 32-bit weights.")
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the format of a tensor's numbers."""
+        """Return the dtype of a tensor."""
         return TORCH_DTYPES[self.tensors[key].entry.dtype]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ class TensorFiles:
         return made
 
     def rows(self, key: str, first: int, last: int) -> Tensor:
-        """Return rows `[last - first, ...]` of a tensor as it is stored; there are no more than it has.
+        """Return rows `[last - first, ...]` of a tensor as it is stored; fewer where it ends before `last`.
 
         Raises:
             OSError: The file cannot be read.
@@ -88,11 +88,11 @@ class TensorFiles:
         return made
 
     def row_blocks(self, key: str, rows: int, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
-        """Yield rows of one matrix in blocks, as it is stored; a block is only good until the next one.
+        """Yield the rows of one matrix in blocks, as it is stored; the next block overwrites the one before.
 
         Args:
-            key: Of the matrix `[rows, columns]`.
-            rows: Of a block.
+            key: Name of the matrix `[rows, columns]`.
+            rows: Rows of a block.
             first: The first row.
             last: The row after the last one; None for all.
 
@@ -110,7 +110,7 @@ class TensorFiles:
             yield block[: len(piece) // row_bytes]
 
     def are_equal(self, key: str, other: str) -> bool:
-        """Whether two tensors have the same form and bytes.
+        """Return whether two tensors have the same dtype, shape and bytes.
 
         Raises:
             OSError: A file cannot be read.
@@ -123,7 +123,7 @@ class TensorFiles:
         return all(piece == same for piece, same in zip(*pieces, strict=True))
 
     def _fill(self, made: Tensor, key: str, first: int) -> None:
-        """Read rows, from the first one on, into a contiguous tensor."""
+        """Fill a contiguous tensor with rows of a stored one, beginning at row `first`."""
         room = bytes_of(made)
         if room:
             begin = first * (len(room) // len(made)) if made.dim() else 0
@@ -132,7 +132,7 @@ class TensorFiles:
 
 
 def block_rows(count: int, width: int, apart: int = 1) -> int:
-    """Return how many of `count` rows of this width make a block: a multiple of `apart` where there are that many."""
+    """Return how many of `count` rows of `width` numbers make a block: a multiple of `apart`, unless count is less."""
     return min(count, max(1, BLOCK_ELEMENTS // max(1, width) // apart) * apart)
 
 

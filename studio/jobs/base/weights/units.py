@@ -1,4 +1,4 @@
-"""A unit is the smallest part of the model that peft merges at once: one adapted layer, or one module saved whole."""
+"""Units: the smallest parts of a model that peft merges at once, an adapted layer or a module that is trained whole."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from studio.core.errors import BadInput
 from studio.jobs.base.weights.skeleton import clean_name
 
 Read = Callable[[str], Tensor]
-"""Gives a parameter of the base by its name in memory."""
+"""Returns a parameter of the base by its name in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Unit:
 
 
 def find_units(adapted: PeftModel) -> list[Unit]:
-    """Return all units of a model, in its order.
+    """Return all units of a model, in the order of its modules.
 
     Raises:
         BadInput: Wrappers are nested in a way that is not understood.
@@ -55,11 +55,11 @@ def find_units(adapted: PeftModel) -> list[Unit]:
 
 
 def merge_unit(unit: Unit, read: Read) -> dict[str, Tensor]:
-    """Return the merged fp32 parameters of a unit by name in memory; the unit is left as it was.
+    """Return the merged fp32 parameters of a unit by name in memory; the unit itself stays unmerged.
 
     Args:
         unit: What to merge.
-        read: Gives the base's parameters.
+        read: Returns the base's parameters.
     """
     with filled(unit, read), torch.no_grad():
         merged = _merged(unit.wrapper)
@@ -68,12 +68,12 @@ def merge_unit(unit: Unit, read: Read) -> dict[str, Tensor]:
 
 @contextmanager
 def filled(unit: Unit, read: Read) -> Iterator[None]:
-    """Lend the base's module inside a unit its weights, in fp32."""
+    """Give the base's module inside a unit its weights in fp32, and take them back at the end."""
     before = dict(unit.inner.named_parameters())
     for path, parameter in before.items():
         if not parameter.is_meta:
             put(unit.inner, path, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-        elif not isinstance(unit.wrapper, ModulesToSaveWrapper):  # there its own copy takes the base's place
+        elif not isinstance(unit.wrapper, ModulesToSaveWrapper):  # which uses its own copy instead of the base's
             put(unit.inner, path, nn.Parameter(read(f"{unit.name}.{path}").float(), requires_grad=False))
     try:
         yield
@@ -82,12 +82,19 @@ def filled(unit: Unit, read: Read) -> Iterator[None]:
             put(unit.inner, path, parameter)
         for module in unit.wrapper.modules():
             if isinstance(module, BaseTunerLayer):
+                # Unmerging would subtract the delta again; here the weights were only lent, so the note of it suffices.
                 module.merged_adapters = []
                 getattr(module, "_caches", {}).clear()
 
 
 def put(module: nn.Module, path: str, parameter: nn.Parameter) -> None:
-    """Make this the parameter of a module, whatever else shares the one that was there."""
+    """Replace one parameter of a module; other modules that share the old one keep it.
+
+    Args:
+        module: The module that has the parameter, itself or inside.
+        path: The parameter's name in the module.
+        parameter: The new one.
+    """
     owner, _, leaf = path.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter
 
