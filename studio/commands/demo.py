@@ -119,7 +119,7 @@ def _agreed(question: str) -> bool:
 
 
 class _Downloaded:
-    """Tells how much was downloaded: on a terminal in one line that is rewritten, elsewhere in a line a tenth."""
+    """Tells how much has come: on a terminal in one line that is rewritten, elsewhere in a line for each tenth."""
 
     def __init__(self, to: TextIO) -> None:
         self._to = to

@@ -29,7 +29,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, print, and return 0 when something fits, 1 when nothing does.
+    """Search for changes, print them, and return 0 when something fits and 1 when nothing does.
 
     Raises:
         BadInput: The recipe or the model cannot be used, or no card is known.

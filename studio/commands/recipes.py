@@ -82,7 +82,7 @@ def _row(name: str, path: Path) -> dict[str, Any]:
 
 
 def _head_comment(path: Path) -> str:
-    """The first line of the file's head comment says what the recipe is for."""
+    """Return the first line of a file's head comment, which says what the recipe is for; empty without one."""
     first = path.read_text("utf-8").lstrip().partition("\n")[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 

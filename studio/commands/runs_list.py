@@ -15,9 +15,9 @@ from studio.runs.store import RunInfo, list_runs
 
 _COLUMNS = ("run", "status", "method", "model", "step", "loss", "held-out", "started", "note")
 _GIVES_WAY = ("model", "method", "started", "note", "held-out", "loss", "step")
-"""Columns that a narrow terminal does without, the first to go first."""
+"""Columns that are left out in a narrow terminal, in this order."""
 _LEAST_CELLS = {"run": 24, "note": 12, "model": 9}
-"""Cells to which these columns can be cut, the first to be cut first: the beginning of a run's name still finds it."""
+"""Cells to which these columns can be cut, in this order. The beginning of a run's name is enough to name the run."""
 
 
 def list_all(args: argparse.Namespace) -> int:

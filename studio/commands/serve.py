@@ -126,7 +126,7 @@ def _secret() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Who is let in.
+    """Decides which requests are answered.
 
     The token is exchanged for cookies, so that it stands in the browser's address line for one redirect only. A browser
     sends a cookie to every port of a machine, and another port may be another user's server. So each cookie is bound to
@@ -149,7 +149,7 @@ class Door:
 
     @property
     def address(self) -> str:
-        """What its owner opens."""
+        """The address that the user opens."""
         return f"http://{HOST}:{self.port}/?token={self.token}"
 
     @property
@@ -159,7 +159,7 @@ class Door:
 
     @property
     def cookies(self) -> dict[str, str]:
-        """The value of the cookie by the path that it is for."""
+        """The value of each cookie, by the path that the cookie is bound to."""
         return {f"{self.page}/": self.key, "/download/": self.download_key}
 
     def admits(self, path: str, token: str, cookie: str) -> bool:

@@ -40,7 +40,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Open the set-up, or tell what it would recommend.
+    """Open the guided set-up; with a flag, or without a terminal, print what it would recommend.
 
     Raises:
         BadInput: Model, data or card cannot be used, or the recipe cannot be written.

@@ -1,4 +1,4 @@
-"""`lora-studio train`: a recipe to an adapter, followed in plain lines."""
+"""`lora-studio train`: train a recipe's adapter and follow the run in plain lines."""
 
 import argparse
 import sys

@@ -169,4 +169,4 @@ KINDS: dict[str, JobKind[Any]] = {
         MeasureRequest, "studio.jobs.measure", lambda job: "measure", _check_measure, _measured_on
     ),
 }
-"""By name."""
+"""All kinds of job, by name."""

@@ -16,11 +16,14 @@ from studio.runs.watch import RunWatch
 from widgets.log_view import visible_lines
 
 _LOOKS_PER_STATUS = 4
+"""While nothing but steps comes, the status is found anew at every so many looks."""
 _BYTES_PER_LOOK = 128 * 1024
 """About 1000 steps, 10 ms: more than comes between two looks at a run that is drawn twice a second."""
 _BYTES_PER_READ = 16 * 1024
 _FIRST_BYTES = 64 * 1024
+"""How much of the end of the output the first look reads."""
 _MOST_BYTES = 256 * 1024
+"""How much new output a later look reads; what is older is skipped."""
 _MOST_LINES = 2000
 _LONGEST_LINE = 4000
 

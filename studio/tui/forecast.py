@@ -32,7 +32,7 @@ _REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """The estimate of a recipe, and the bytes that a run of it can get; these are None without a card."""
+    """The estimate of a recipe, and the bytes that a run of it can get, which are None without a card."""
 
     estimate: VramEstimate
     budget_bytes: int | None

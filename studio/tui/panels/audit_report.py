@@ -39,7 +39,7 @@ class AuditReport(Vertical):
     """
 
     def compose(self) -> ComposeResult:
-        """Advice, tables, notes and answers to scroll through; below them the place of a plot."""
+        """Make the parts: advice, tables, notes and answers to scroll through; below them the place of a plot."""
         with ScrollableContainer(id="audit-words"):
             for part in _PARTS:
                 yield Static("", markup=False, id=f"audit-{part}")

@@ -90,7 +90,7 @@ class Forecast(VerticalScroll):
         self._reason = _READING
 
     def compose(self) -> ComposeResult:
-        """Gauge, words, what makes it fit, table, what else would help, footnote."""
+        """Make the parts: gauge, words, what makes it fit, table, what else would help, footnote."""
         yield Gauge(unit="GiB", id="gauge")
         yield Static("", id="peak", markup=False)
         yield Static("", id="first-fix", classes="fixes", markup=False)

@@ -72,7 +72,7 @@ class PickMany(OptionList):
         self._in: set[str] = set()
 
     def fill(self, lines: dict[str, str]) -> None:
-        """Offer lines by key; the first is in."""
+        """Offer lines by key; the first is chosen."""
         self._words = lines
         self._in = set(list(lines)[:1])
         self.clear_options()
@@ -85,14 +85,14 @@ class PickMany(OptionList):
         return [key for key in self._words if key in self._in]
 
     def turn(self, key: str) -> None:
-        """Put a line in or out."""
+        """Choose a line, or drop it where it was chosen."""
         if key != next(iter(self._words), key):
             self._in ^= {key}
             self.replace_option_prompt(key, self._prompt(key))
             self.post_message(self.Changed())
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """The highlighted line was taken or clicked."""
+        """Choose or drop the line that was taken or clicked."""
         event.stop()
         if event.option_id:
             self.turn(event.option_id)

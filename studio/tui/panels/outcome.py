@@ -95,6 +95,7 @@ def _failed(failed: Failed, paths: RunPaths) -> Content:
 
 
 def _with_advice(head: str, message: str, advice: str, paths: RunPaths) -> Content:
+    # The advice is written for any run: name this one in it.
     named = plain(advice).replace("runs resume RUN", f"runs resume {plain(paths.name, one_line=True)}")
     return Content.assemble((head, "bold"), f"\n{plain(message)}", f"\nWhat to do: {named}" if named else "")
 

@@ -27,6 +27,7 @@ _BETWEEN = "--"
 """Stands for the dots of a field's path in the id of its widget, which may hold no dot."""
 _LABEL_WIDTH = 18
 _FIRST_SECTIONS = 2
+"""Sections that the first frame shows."""
 
 
 class RecipeForm(VerticalScroll):
@@ -68,7 +69,7 @@ class RecipeForm(VerticalScroll):
         self._fields = {path: _field(path, recipe) for _, paths in SECTIONS for path in paths}
 
     def compose(self) -> ComposeResult:
-        """Headings and fields of the first sections; the others come once these are drawn."""
+        """Make the headings and fields of the first sections; the others come once these are drawn."""
         yield from self._rows(SECTIONS[:_FIRST_SECTIONS])
 
     def on_mount(self) -> None:
@@ -113,25 +114,25 @@ class RecipeForm(VerticalScroll):
         (field.line if isinstance(field, TextField) else field).focus()
 
     def on_slider_changed(self, message: Slider.Changed) -> None:
-        """A slider was turned."""
+        """Tell that a slider was turned."""
         message.stop()
         path = _path_of(message.slider)
         self.post_message(self.Turned(path, FIELDS[path].kind.shaped(float(message.value))))
 
     def on_choice_changed(self, message: Choice.Changed) -> None:
-        """A choice was turned."""
+        """Tell that a choice was turned."""
         message.stop()
         path = _path_of(message.choice)
         self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value)))
 
     def on_text_field_changed(self, message: TextField.Changed) -> None:
-        """A text was finished."""
+        """Tell that a text was finished."""
         message.stop()
         path = _path_of(message.field)
         self.post_message(self.Turned(path, FIELDS[path].kind.read(message.value.strip())))
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
-        """The user came to a field."""
+        """Tell which field the user came to."""
         field = next((node for node in event.widget.ancestors_with_self if node in self._fields.values()), None)
         if isinstance(field, Widget):
             self.post_message(self.Reached(_path_of(field)))

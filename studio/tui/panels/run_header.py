@@ -31,7 +31,7 @@ _QUIET_PHASES = ("training",)
 
 
 class RunHeader(Container):
-    """One line of words above the figures."""
+    """Shows one line of words above the figures."""
 
     DEFAULT_CSS = """
     RunHeader {
@@ -68,7 +68,7 @@ class RunHeader(Container):
         }
 
     def compose(self) -> ComposeResult:
-        """Words, figures."""
+        """Make the parts: words, figures."""
         yield Static(self.words, id="words", markup=False)
         yield Container(*self._figures.values(), id="figures")
 

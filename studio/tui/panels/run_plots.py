@@ -57,7 +57,7 @@ class RunPlots(Container):
         self._smoother = Smoother()
 
     def compose(self) -> ComposeResult:
-        """Loss, memory."""
+        """Make the parts: loss, memory."""
         yield self._loss
         yield self._memory
 

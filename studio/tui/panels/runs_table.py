@@ -60,6 +60,7 @@ class RunsTable(WholeTable):
             for name, info in self._infos.items()
             if all(word in _searched(info) for word in words)
         }
+        # A table that is cleared loses its cursor, so its rows are made anew only where runs came or went.
         if list(self._shown) != list(before):
             self.clear()
             for name, cells in self._shown.items():

@@ -140,7 +140,7 @@ class SetupStep(Vertical):
         self.lit = ""
 
     def compose(self) -> ComposeResult:
-        """Question, what was found, options, line, words."""
+        """Make the parts: question, what was found, options, line, words."""
         yield Static(Content(self._question), classes="question", markup=False)
         yield Static("", classes="found", markup=False)
         yield _Options(compact=True)

@@ -33,7 +33,7 @@ class TopBar(Horizontal):
         self._told, self._planned = "", ""
 
     def compose(self) -> ComposeResult:
-        """Name, card."""
+        """Make the parts: name, card."""
         yield Static(Content.assemble(("lora-studio", "bold"), f"  {self._place}"), markup=False)
         yield Static("", id="card", markup=False)
 

@@ -155,7 +155,7 @@ class AskAudit(Dialog[dict[str, str]]):
         self._title, self._wishes, self._said, self._refused = title, wishes, said, refused
 
     def compose(self) -> ComposeResult:
-        """Title, a line for each choice, what starts it."""
+        """Make the parts: title, a line for each choice, what starts it."""
         with Vertical():
             yield Static(Content(plain(self._title, one_line=True)), markup=False)
             yield Static("")
@@ -172,7 +172,7 @@ class AskAudit(Dialog[dict[str, str]]):
             yield KeyFooter()
 
     def on_mount(self) -> None:
-        """Stand on the start, so that enter takes all as it is; where something was refused, on the first line."""
+        """Put the cursor on the start, so that enter takes everything as it is; after a refusal, on the first line."""
         self.query_one("#audit-start").focus()
         if self._refused:
             self.query(TextLine).first().focus()

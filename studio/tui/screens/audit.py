@@ -134,7 +134,7 @@ class AuditScreen(Screen[None]):
         self._ask_again: Callable[[str], None] | None = None
 
     def compose(self) -> ComposeResult:
-        """Head, list, report, keys."""
+        """Make the parts: head, list, report, keys."""
         yield Static("Audits", id="audit-head", markup=False)
         with Horizontal():
             yield WholeTable(cursor_type="row", zebra_stripes=True)
@@ -158,6 +158,7 @@ class AuditScreen(Screen[None]):
         """Show what was found; read the report again where the audit under the cursor has another status."""
         before, chosen = self._infos, self._chosen
         self._infos, self._phases = {info.name: info for info in message.infos}, message.phases
+        # A table that is cleared loses its cursor, so its rows are made anew only where audits came or went.
         if list(before) != list(self._infos):
             self._table.clear()
             for name, info in self._infos.items():
@@ -223,7 +224,7 @@ class AuditScreen(Screen[None]):
         self._ask("race", title, race_wishes(self._recipe), partial(race_request, self._recipe))
 
     def action_stop(self) -> None:
-        """Ask the audit under the cursor for an early end."""
+        """Ask the audit under the cursor to stop."""
         if (chosen := self._chosen) is not None:
             request(chosen.paths, "stop")
             self.notify("The audit stops after its current part and keeps what was measured.", markup=False)

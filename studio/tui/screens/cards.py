@@ -13,6 +13,7 @@ from studio.core.gpu_catalogue import CATALOGUE, GIB
 from studio.tui.screens.dialogs import Dialog
 
 THIS_MACHINE = ""
+"""The answer that plans for this machine's own card."""
 _THIS = "this machine, as it is"
 
 
@@ -40,7 +41,7 @@ class CardScreen(Dialog[str]):
         self._offered: list[str] = []
 
     def compose(self) -> ComposeResult:
-        """Filter, list."""
+        """Make the parts: filter, list."""
         with Vertical() as box:
             box.border_title = "Plan for which card?"
             box.border_subtitle = "⏎ take it  esc back"

@@ -37,7 +37,7 @@ _LOADING = "The model is loading; a question can be typed already"
 
 
 class Column(VerticalScroll):
-    """What one side has said. Foreign text, so it is never read as markup."""
+    """Shows what one side has said. A model wrote it, so it is never read as markup."""
 
     DEFAULT_CSS = """
     Column {
@@ -132,7 +132,7 @@ class ChatScreen(Screen[None]):
         self._busy, self._with_base, self._closed, self._ended = True, True, False, False
 
     def compose(self) -> ComposeResult:
-        """Head, columns, notes, question, keys."""
+        """Make the parts: head, columns, notes, question, keys."""
         yield Static("", id="chat-head", markup=False)
         with Vertical():
             with Horizontal(id="columns"):
@@ -155,7 +155,7 @@ class ChatScreen(Screen[None]):
             self._process.close()
 
     def on_chat_screen_heard(self, message: Heard) -> None:
-        """Show it."""
+        """Show what the model's process said."""
         event = message.event
         if isinstance(event, Loading):
             self._state = event.detail + (f" {event.fraction:.0%}" if event.fraction else "")

@@ -105,7 +105,7 @@ class CompareScreen(Screen[None]):
         self._held_out = False
 
     def compose(self) -> ComposeResult:
-        """Head, plot, table, keys."""
+        """Make the parts: head, plot, table, keys."""
         curves = [
             Curve(str(index), _short(paths.name, len(self._paths)), hue=cast(Hue, index))
             for index, paths in enumerate(self._paths, start=1)
@@ -116,7 +116,7 @@ class CompareScreen(Screen[None]):
         yield KeyFooter()
 
     def on_mount(self) -> None:
-        """Read."""
+        """Begin to read the runs."""
         self._read()
 
     def on_compare_screen_read(self, message: Read) -> None:

@@ -117,7 +117,7 @@ class ConfigureScreen(Screen[None]):
         self._left_field = _FIRST_FIELD
 
     def compose(self) -> ComposeResult:
-        """Bar, gauge, form, forecast, advice, keys."""
+        """Make the parts: bar, gauge, form, forecast, advice, keys."""
         yield TopBar("Configure", card=self._services.card)
         yield Gauge(unit="GiB", label="VRAM", id="gauge-row")
         with Container(id="work"):

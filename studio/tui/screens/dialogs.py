@@ -67,7 +67,7 @@ class Confirm(Dialog[bool]):
         self._question, self._yes = question, yes
 
     def compose(self) -> ComposeResult:
-        """Question, keys."""
+        """Make the parts: question, keys."""
         with Vertical():
             yield Static(self._question, markup=False)
             yield Static(Content.assemble("\n", (" y ", "reverse"), f" {self._yes}   ", (" n ", "reverse"), " no"))
@@ -97,7 +97,7 @@ class AskLine(Dialog[str]):
         self._question, self._value, self._hint, self._check = question, value, hint, check
 
     def compose(self) -> ComposeResult:
-        """Question, field, refusal, hint."""
+        """Make the parts: question, field, refusal, hint."""
         with Vertical() as box:
             box.border_subtitle = "⏎ take it  esc back"
             yield Static(Content(self._question), markup=False)

@@ -63,7 +63,7 @@ class HelpScreen(Dialog[None]):
         self._text = help_text(tuple(keys), fields=fields)
 
     def compose(self) -> ComposeResult:
-        """The text."""
+        """Make the box with the text."""
         with VerticalScroll() as box:
             box.border_title = "Help"
             box.border_subtitle = "esc closes"

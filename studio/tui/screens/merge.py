@@ -109,7 +109,7 @@ class MergeScreen(OfferingScreen[None]):
         self._starting = False
 
     def compose(self) -> ComposeResult:
-        """Head, checkpoint, base, outputs, folder, totals, keys."""
+        """Make the parts: head, checkpoint, base, outputs, folder, totals, keys."""
         yield Static(f"Merge  {plain(self._paths.name, one_line=True)}", id="merge-head", markup=False)
         with VerticalScroll():
             yield Static("Checkpoint", classes="merge-label")
@@ -155,12 +155,12 @@ class MergeScreen(OfferingScreen[None]):
             checkpoints.focus()
 
     def on_merge_screen_refused(self, message: Refused) -> None:
-        """Say why."""
+        """Say why it cannot be done."""
         self._starting = False
         self._refuse(message.why)
 
     def on_merge_screen_started(self, message: Started) -> None:
-        """Watch it."""
+        """Watch the merge that was started."""
         from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only then
 
         self._starting = False
@@ -232,6 +232,7 @@ class MergeScreen(OfferingScreen[None]):
 
     @property
     def _out(self) -> Path:
+        """The folder that was typed. A NUL is left out of it, because every look at such a path would raise."""
         return Path(self.query_one("#merge-out", TextLine).value.replace("\0", "") or ".").expanduser().absolute()
 
     @property

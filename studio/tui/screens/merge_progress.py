@@ -81,7 +81,7 @@ class MergeProgressScreen(OfferingScreen[None]):
         self._has_result = self._resuming = False
 
     def compose(self) -> ComposeResult:
-        """Head, a row for each output, later the result, keys."""
+        """Make the parts: head, a row for each output, later the result, keys."""
         yield Static(f"Merge  {plain(self._merge.name, one_line=True)}", id="progress-head", markup=False)
         with VerticalScroll():
             for form in (MERGED, *self._waiting):

@@ -99,7 +99,7 @@ class RunScreen(OfferingScreen[None]):
         """Slices of a long log that are still to be read before the next look; None while no long log is read."""
 
     def compose(self) -> ComposeResult:
-        """Header, outcome, views, keys."""
+        """Make the parts: header, outcome, views, keys."""
         yield RunHeader(self.paths.name)
         yield Outcome()
         yield PeakGauge(self.paths)
@@ -126,7 +126,7 @@ class RunScreen(OfferingScreen[None]):
             self.query_one(f"#{view}").focus()
 
     def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
-        """A name was clicked."""
+        """Choose the view whose name was clicked."""
         self.view = message.key
 
     def action_view(self, key: str) -> None:

@@ -26,6 +26,7 @@ from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
 
 _OF_A_RUN = ("resume", "mark", "compare", "audit", "merge", "note", "remove")
+"""Actions that need a run under the cursor."""
 
 
 class RunsScreen(OfferingScreen[None]):
@@ -79,7 +80,7 @@ class RunsScreen(OfferingScreen[None]):
         self._marked: set[str] = set()
 
     def compose(self) -> ComposeResult:
-        """Head, filter, table, keys."""
+        """Make the parts: head, filter, table, keys."""
         yield Static("Runs", id="runs-head", markup=False)
         yield Input(placeholder="a part of status, name, method, model or note", compact=True, id="runs-filter")
         yield RunsTable()
@@ -146,7 +147,7 @@ class RunsScreen(OfferingScreen[None]):
         self._filter.focus()
 
     def action_to_table(self) -> None:
-        """From the filter to the list."""
+        """Go from the filter to the list."""
         self._table.focus()
 
     def action_mark(self) -> None:
@@ -226,12 +227,12 @@ class RunsScreen(OfferingScreen[None]):
             self.dismiss()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Enter in the filter goes to the list."""
+        """Go from the filter to the list, after Enter."""
         event.stop()
         self._table.focus()
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
-        """Enter, or a click on the chosen row, watches that run."""
+        """Watch the chosen run, after Enter or a click on it."""
         event.stop()
         if self._chosen is not None:
             self.post_message(OpenRun(self._chosen.paths))

@@ -62,7 +62,7 @@ class Seen:
 
 
 class Lookup:
-    """Looks at what an answer names."""
+    """Looks at the model and the data that answers name, and remembers what it found."""
 
     def __init__(self, services: Services) -> None:
         """Look through the services."""
@@ -157,7 +157,7 @@ class SetupScreen(Screen[SetupDone | None]):
         self._wanted: tuple[str, str] | None = None
 
     def compose(self) -> ComposeResult:
-        """Head with the steps, the steps, keys."""
+        """Make the parts: head with the steps, the steps, keys."""
         with Container(id="setup-head"):
             yield Static("lora-studio  Set-up", markup=False)
             yield TabRow([(key, f"{number} {key.title()}") for number, key in enumerate(STEPS, start=1)], STEPS[0])
@@ -204,7 +204,7 @@ class SetupScreen(Screen[SetupDone | None]):
             self._look_soon(key, self._step(key).lit)
 
     def on_tab_row_wanted(self, message: TabRow.Wanted) -> None:
-        """A step's name was clicked: go there if it was reached before."""
+        """Go to the step whose name was clicked, if it was reached before."""
         if STEPS.index(message.key) <= self._reached:
             self.show_step(message.key)
 
@@ -297,7 +297,7 @@ class SetupScreen(Screen[SetupDone | None]):
         return replace(self.answers, base=value) if step == "model" else replace(self.answers, data=value)
 
     def _look_soon(self, step: str, value: str) -> None:
-        """Look once the cursor has stood still for a moment."""
+        """Look at an option once the cursor has stood on it for a moment."""
         if self._look_timer is not None:
             self._look_timer.stop()
         self._step(step).tell(Content(_BUSY))
