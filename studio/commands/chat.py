@@ -252,4 +252,5 @@ def _do(chat: Talk, command: Command) -> str:
 
 
 def _is_piped(args: argparse.Namespace) -> bool:
+    """Return whether stdin holds the one question: there is no --prompt, and no conversation is possible or wanted."""
     return args.prompt is None and (args.json or not sys.stdin.isatty())

@@ -147,7 +147,7 @@ def before_and_after(history: History) -> list[dict[str, str]]:
     answers: dict[int, dict[str, str]] = {}
     for event in history.samples:
         first = {"prompt": event.prompt, "expected": event.expected, "before": event.answer}
-        answers.setdefault(event.index, first)["after"] = event.answer
+        answers.setdefault(event.index, first)["after"] = event.answer  # of each later sample, the last one stays
     return [answers[index] for index in sorted(answers)]
 
 

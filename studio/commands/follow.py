@@ -71,7 +71,7 @@ def follow(
         StudioError: The run's folder was deleted meanwhile.
     """
     lines = EventLines(lambda line: say(line, to=to), clock=clock, told=told)
-    asked, patience = False, 1 if stops_on_interrupt else 0
+    asked, patience = False, 1 if stops_on_interrupt else 0  # how many Ctrl-C are taken before one leaves the run
     with Interrupts() as interrupts:
         while True:
             events = watch.poll()

@@ -10,6 +10,7 @@ from studio.runs.history import History
 _ROWS = 16
 _MARGIN = 10
 _STEPS_BETWEEN_TICKS = (1, 2, 5)
+"""Distances of ticks, each times a power of ten."""
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 

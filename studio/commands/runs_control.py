@@ -133,7 +133,7 @@ def remove(args: argparse.Namespace) -> int:
     live = [paths.name for paths in doomed if run_status(paths).live]
     if live:
         raise BadInput(f"still live: {plain(', '.join(live), one_line=True)}; stop first what is to be removed.")
-    inside = {paths: contents_of(paths) for paths in doomed}
+    inside = {paths: contents_of(paths) for paths in doomed}  # once a run is deleted, nobody can tell any more
     if not (args.yes or args.json) and sys.stdin.isatty() and sys.stderr.isatty():
         for paths in doomed:
             complain(f"{plain(paths.name, one_line=True)}: {inside[paths]}")

@@ -24,6 +24,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.requests import AuditRequest, ExportRequest, MeasureRequest, MergeRequest
 
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
+"""The time of its start, with which the name of a run ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +99,14 @@ def _check_training(recipe: Recipe) -> Checked[Recipe]:
 
 
 def _check_training_again(recipe: Recipe, paths: RunPaths) -> Place:
+    """Return the card that the run used before, where it is visible; refuse another base, data or recipe."""
     check_resume(paths, recipe)
     return place_of(recipe.device.device, run_card=recorded_card(paths))
 
 
 def _check_merge(request: MergeRequest) -> Checked[MergeRequest]:
     check_merge(request)
-    check_exports(request)
+    check_exports(request)  # now, because `start_next` starts them without a check
     return Checked(request)
 
 

@@ -108,6 +108,7 @@ def start_next(paths: RunPaths, *, module: str | None = None, now: Callable[[], 
     if job is None:
         return None
     run = prepare(job, paths.root.parent, now())
+    # Written before the launch: from now on `following` names no export, so that none is started twice.
     write_whole(paths.next, run.name)
     return _launch(run, module or kind_for(job).module, CPU_PLACE, {})
 

@@ -20,6 +20,7 @@ _LOOKS_PER_STATUS = 4
 _BYTES_PER_LOOK = 128 * 1024
 """About 1000 steps, 10 ms: more than comes between two looks at a run that is drawn twice a second."""
 _BYTES_PER_READ = 16 * 1024
+"""How much of a long log is read between two looks at the clock."""
 _FIRST_BYTES = 64 * 1024
 """How much of the end of the output the first look reads."""
 _MOST_BYTES = 256 * 1024

@@ -48,6 +48,7 @@ def count(value: float | None) -> str:
 
 
 def _short_exponent(text: str, *, strip: bool = False) -> str:
+    """Return a number such as `2.00e-04` as `2.00e-4`; with `strip` also without zeros at the end: `2e-4`."""
     mantissa, e, exponent = text.partition("e")
     if not e:
         return text

@@ -163,6 +163,7 @@ def _pace_rows(pair: list[Side], waiting: bool) -> list[tuple[str, str, str]]:
 
 
 def _rates(pace: Pace) -> str:
+    """Return the range of a speed in tokens a second: `73-99`, `1.2-3.4 k`."""
     if pace.speed is None:
         return "not known"
     low, high = pace.speed.low, pace.speed.high
@@ -172,6 +173,7 @@ def _rates(pace: Pace) -> str:
 
 
 def _hours(pace: Pace) -> str:
+    """Return the range of a duration, in minutes where it is short: `20-50 min`, `1.5-3.0 h`."""
     if pace.duration is None:
         return UNKNOWN
     low, high = pace.duration.low, pace.duration.high

@@ -27,6 +27,7 @@ _HEAD = f"{'stage':14}{'predicted':>11}{'measured':>11}\n"
 _WRONG = 0.05
 """A measured peak that exceeds the prediction by more than this share is marked."""
 _BRACKETS = {1: " ", 2: "┐┘", 3: "┐│┘"}
+"""Marks that join the rows of stages that were measured together, by how many there are."""
 _OUTSIDE_TENSORS = "context"
 """The one component that torch's counters do not see."""
 

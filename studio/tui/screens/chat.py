@@ -171,7 +171,7 @@ class ChatScreen(Screen[None]):
             self._note(f"{event.message} {event.advice}")
             self._ended = self._ended or event.fatal
             self._state = "ended" if self._ended else self._state
-            self._set_busy(self._ended)
+            self._set_busy(self._ended)  # after any other failure another question can be asked
         self._show_head()
 
     def on_input_changed(self, event: Input.Changed) -> None:

@@ -183,6 +183,7 @@ class SetupScreen(Screen[SetupDone | None]):
         self._look_at_machine()
         self._look_for_models()
         self._look_for_files(self.answers.data)
+        # A set-up that was left early goes on at the step where it was left.
         at = self.answers.step if self.answers.step in STEPS and not self.answers.done else STEPS[0]
         self._reached = STEPS.index(at)
         self.show_step(at)
@@ -210,7 +211,7 @@ class SetupScreen(Screen[SetupDone | None]):
 
     def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
         """Show what is known of the option under the cursor."""
-        if self._wanted not in (None, (message.step, message.value)):
+        if self._wanted not in (None, (message.step, message.value)):  # enter was pressed on another option
             self._wanted = None
         if message.step == "goal":
             self._step("goal").tell(goal_text(goal_of(message.value)))
