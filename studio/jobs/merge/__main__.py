@@ -17,14 +17,15 @@ from studio.runs.worker import Worker, run_job
 
 @contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Hide it from peft, which imports it if it is installed: 47 MB that a 16-bit merge does not need.
+    """Hide bitsandbytes from peft, which imports it if it is installed: 47 MB that a 16-bit merge does not need.
 
-    With them the job takes more than 1.3 times its largest tensor and 400 MB (tests/bench/merge_results.md).
+    With it the job would take more memory than 1.3 times the largest tensor plus 400 MB
+    (tests/bench/merge_results.md).
     """
     if "bitsandbytes" in sys.modules:
         yield
         return
-    hidden: Any = None  # what Python keeps for a module that must not be found
+    hidden: Any = None  # Python's own mark for a module that must not be imported
     sys.modules["bitsandbytes"] = hidden
     try:
         yield
@@ -36,7 +37,7 @@ def _body(worker: Worker) -> None:
     request = read_job(worker.paths, MergeRequest)
     if request is None:
         raise BadInput("this run is not a merge")
-    # peft asks for it as late as when the adapter is put on the base.
+    # For the whole merge, because peft looks for bitsandbytes only when the adapter is attached.
     with without_bitsandbytes() if request.onto == "original" else nullcontext():
         from studio.jobs.merge.job import merge_run  # noqa: PLC0415  torch, after the lock is held
 

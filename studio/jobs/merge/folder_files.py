@@ -1,4 +1,4 @@
-"""Everything in a merged folder besides the weights: config, tokenizer, chat template, licence, own code."""
+"""Writes everything in a merged folder besides the weights: config, tokenizer, chat template, licence, own code."""
 
 import json
 import shutil
@@ -23,20 +23,21 @@ _MODEL = "tokenizer.model"
 """SentencePiece's own file, which llama.cpp and others read."""
 _LEFT_OUT = {"readme.md", ADAPTER_CONFIG}
 _MOST_BYTES = 200 * 10**6
+"""Larger files of the base are not copied."""
 
 
 def write_folder_files(
     out: Path, base: Path, adapter: Path, *, dtype: str | None, untied: bool, vocabulary: int | None
 ) -> None:
-    """Write config and tokenizer of the merged model, and what else of the base's files it needs.
+    """Write config and tokenizer of the merged model, and copy what else of the base's files it needs.
 
     Args:
         out: The folder that holds the merged weights.
-        base: Of the base model.
-        adapter: Its tokenizer wins where it has a whole one.
-        dtype: New format of the weights; None where each kept its own.
-        untied: The head is no longer the embedding.
-        vocabulary: Number of tokens, where it became another.
+        base: The base model's folder.
+        adapter: The adapter's folder. Its tokenizer is taken if it is complete, else the base's.
+        dtype: New dtype of the weights; None where each kept its own.
+        untied: Whether the head no longer shares the embedding's weight.
+        vocabulary: New number of tokens; None where it is the base's.
 
     Raises:
         OSError: The disk refuses.
@@ -70,7 +71,10 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _same_tokens(adapter: Path, base: Path) -> bool:
-    """Whether a tokenizer that transformers 5 saved, which leaves `tokenizer.model` out, has the base's own tokens."""
+    """Return whether the adapter's tokenizer has the same added tokens as the base's.
+
+    transformers 5 saves no `tokenizer.model`; with the same tokens the base's is still right.
+    """
     added = []
     for folder in (adapter, base):
         try:
@@ -101,7 +105,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _change(table: dict[str, Any], *, dtype: str | None, untied: bool, vocabulary: int | None) -> None:
-    """Change a config and the text config inside it, which holds the same fields in models of several modes."""
+    """Change a config, and the text config inside it that multimodal models have, with the same fields."""
     inner = table.get("text_config")
     for part in [table] + ([inner] if isinstance(inner, dict) else []):
         if dtype is not None:

@@ -1,6 +1,7 @@
-"""Merges a LoRA or QLoRA adapter into its 16-bit base, tensor by tensor, and proves that the result behaves like both.
+"""Merges a LoRA or QLoRA adapter into its 16-bit base, tensor by tensor, and checks that both answer alike.
 
-A QLoRA adapter is merged into the 16-bit base as well: adding it to 4-bit weights and rounding again loses most of it.
+A QLoRA adapter is merged into the 16-bit base as well: most of it would be lost if it were added to 4-bit weights and
+the sum rounded to 4 bits again.
 """
 
 import json
@@ -49,17 +50,24 @@ _UNPUBLISHED = "stopped before the merged model was published"
 _MOST_QUESTIONS = 2
 _SHOWN_CHARACTERS = 2000
 _FAR_KL = 0.05
-"""Nats per token. Rounding a merged 135M model to bf16 gave .0013."""
+"""Mean KL in nats per token from which on the user is warned. Rounding a merged 135M model to bf16 gave .0013."""
 _FP32_BYTES = 4
 _LENT_BYTES = 6
-"""A number of what is lent to the comparison of answers: read in 16 bit, computed with in fp32."""
+"""Bytes for each number that is lent when answers are compared: 2 as read in 16 bit, and 4 as computed with in fp32."""
 _COPIES = 4
-"""At once in fp32: the weight, the delta before and after scaling, and half as much again for 16-bit copies of both."""
+"""fp32 copies of a layer at once: the weight, the delta before and after scaling, and 16-bit copies of both."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """What both models are asked: texts as ids `[batch, seq]`, and questions of the user."""
+    """What both models are asked.
+
+    Attributes:
+        tokenizer: Of the merged model.
+        ids: Token ids of the texts whose logits are compared, `[batch, seq]`.
+        mask: `[batch, seq]`, 0 for padding.
+        questions: Prompts that both answer, from the training run.
+    """
 
     tokenizer: Any
     ids: Tensor
@@ -68,7 +76,7 @@ class _Prompts:
 
 
 def merge_run(worker: Worker, request: MergeRequest) -> None:
-    """Merge as asked and leave the whole model folder at `request.out`.
+    """Merge as asked and publish the complete model folder at `request.out`.
 
     Raises:
         BadInput: The adapter, the base or the output folder cannot be used, or the disk has no room.
@@ -100,7 +108,7 @@ def _merge_alone(worker: Worker, request: MergeRequest, parts: Parts, scratch: P
             raise
         raise failure from error
     finally:
-        # Only a kill leaves the folder: the next merge of the same parts takes up its whole shards.
+        # The folder stays only if the process is killed. The next merge of the same parts then keeps its whole shards.
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -112,7 +120,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -
     steps = MergeSteps(skeleton, TensorFiles(parts.folder), dtype=dtype, **change_of(request, parts, skeleton))
     _check_memory(steps)
     shown = shown_by(request.run)
-    # Before anything is written: a tokenizer that cannot be loaded should not be found out at the end.
+    # Loaded before anything is written, so that a broken tokenizer does not end the merge when all else is done.
     tokenizer = load_tokenizer(tokenizer_folder(adapter.folder, parts.folder))
     ids, mask = encode([f"{asked}\n{expected}" for asked, expected in shown] or _TEXTS, tokenizer, steps)
     prompts = _Prompts(tokenizer, ids, mask, tuple(asked for asked, _ in shown[:_MOST_QUESTIONS]))
@@ -145,7 +153,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -
     began = time.monotonic()
     verified = _verify(worker, steps, writer, prompts, tell) | _written(steps, parts, scratch, prompts, tell)
     verified["check_seconds"] = round(time.monotonic() - began, 2)
-    heed(worker, _UNPUBLISHED)
+    heed(worker, _UNPUBLISHED)  # the last chance to stop: a published folder stays
     worker.emit(Phase, name="saving")
     out = Path(request.out)
     publish_result(scratch, out, "the merged model")
@@ -169,7 +177,7 @@ def _merge(worker: Worker, request: MergeRequest, parts: Parts, scratch: Path) -
 
 
 def _short(written: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return the texts of both sides as far as they are shown; report.json has them whole."""
+    """Return the texts of both sides, shortened for the event; report.json has them whole."""
     return [
         {name: text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…" for name, text in one.items()}
         for one in written
@@ -211,7 +219,7 @@ def _verify(
 def _written(
     steps: MergeSteps, parts: Parts, scratch: Path, prompts: _Prompts, tell: Callable[[str, float, str], None]
 ) -> dict[str, Any]:
-    """Text of both sides, where the model is small enough to be loaded whole."""
+    """Return the answers of both sides as text, or why there are none: the model may be too large to load whole."""
     if why := why_not(steps):
         return {"side_by_side": [], "no_text": why}
     try:
@@ -230,7 +238,7 @@ def _written(
 
 
 def _teller(worker: Worker) -> Callable[[str, float, str], None]:
-    """Tell progress, and heed a stop."""
+    """Return a function that tells progress, and raises `Cancelled` if the user asked for a stop."""
     say = PhaseTeller(worker.emit)
 
     def tell(name: str, fraction: float, detail: str) -> None:
@@ -241,7 +249,7 @@ def _teller(worker: Worker) -> Callable[[str, float, str], None]:
 
 
 def _check_memory(steps: MergeSteps) -> None:
-    """Make sure that the largest step, and what is lent at once to the comparison afterwards, have room."""
+    """Refuse the merge if the memory cannot hold its largest step, or what the comparison afterwards lends at once."""
     largest = max((_elements(steps, place) for place in range(len(steps.steps))), default=0)
     lent = most_lent(steps.skeleton.adapted, steps, "base_model.model.")
     needed = max(largest * _FP32_BYTES * _COPIES, lent * _LENT_BYTES)
@@ -254,6 +262,7 @@ def _check_memory(steps: MergeSteps) -> None:
 
 def _elements(steps: MergeSteps, place: int) -> int:
     step = steps.steps[place]
+    # Copies and row sums never hold a whole tensor.
     if step.copies is not None or step.row_sum is not None:
         return 0
     return sum(torch.Size(output.shape).numel() for output in step.outputs)

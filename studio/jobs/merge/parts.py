@@ -1,4 +1,4 @@
-"""What a merge is made of: adapters, their base and what was recorded when they were trained."""
+"""Finds what a merge is made of: adapters, their base, and what was recorded when they were trained."""
 
 import hashlib
 import json
@@ -38,10 +38,10 @@ class Parts:
     """What a merge is made of.
 
     Attributes:
-        base: As it was named.
-        folder: That holds the base.
-        adapters: With their weights.
-        trained: The recipe of the run that the adapter comes from; None where it is not known.
+        base: The base, as it was named.
+        folder: The folder that holds the base.
+        adapters: The adapters, and what each one's delta is multiplied by.
+        trained: The recipe of the run that made the adapter; None where it is not known.
     """
 
     base: BaseFound
@@ -51,16 +51,17 @@ class Parts:
 
     @property
     def adapter(self) -> AdapterFound:
-        """The first one, whose tokenizer the merged model gets."""
+        """The first adapter; the merged model gets its tokenizer."""
         return self.adapters[0][0]
 
 
 def find_parts(worker: Worker, request: MergeRequest) -> Parts:
-    """Return the parts of a merge, each looked through.
+    """Return the parts of a merge, after checking each of them.
 
     Raises:
-        BadInput: No whole adapter, no base that it can be merged into, or an output folder that holds something.
-        Cancelled: The user asked for it while the base was read.
+        BadInput: An adapter is not complete, the base is another or cannot be merged into, or the output folder is not
+            empty.
+        Cancelled: The user asked for a stop while the base was read.
     """
     worker.emit(Phase, name="finding the base model")
     adapters = tuple((find_adapter(_folder_of(worker, request, folder)), by) for folder, by in request.weighted)
@@ -91,7 +92,7 @@ def find_parts(worker: Worker, request: MergeRequest) -> Parts:
 
 
 def shown_by(run: str) -> list[tuple[str, str]]:
-    """Return prompts and the answers in the data, as the training run showed them."""
+    """Return the sample prompts that a training run answered, with the answers in the data; empty without a run."""
     if not run or not RunPaths(Path(run)).events.is_file():
         return []
     seen: dict[int, tuple[str, str]] = {}
@@ -102,7 +103,11 @@ def shown_by(run: str) -> list[tuple[str, str]]:
 
 
 def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[str, Any]:
-    """Return what is done to the base before the adapter is added."""
+    """Return the arguments of `MergeSteps` for a change of the base before the adapter is added.
+
+    Empty where the adapter is merged into the original base. Otherwise the base's linear layers are quantised to 4 bits
+    and dequantised, as the training run had them.
+    """
     if request.onto == "original":
         return {}
     model = parts.trained.model if parts.trained else None
@@ -111,6 +116,7 @@ def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[s
     rounded = through_four_bits(quant, named or torch.bfloat16)
     turned = turned_parameters(skeleton.clean, quant.skip)
 
+    # 4-bit loading transposes Conv1D weights, and blocks of 64 weights are then other ones.
     def change(name: str, weight: Tensor) -> Tensor:
         return rounded(name, weight.t()).t() if name in turned else rounded(name, weight)
 
@@ -118,7 +124,7 @@ def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[s
 
 
 def plan_of(request: MergeRequest, parts: Parts) -> str:
-    """Return everything that the merged bytes depend on: shards of another plan are not taken up again."""
+    """Return a text of everything that the merged bytes depend on; shards of another plan are not used again."""
     files = sorted(path for path in parts.folder.iterdir() if path.suffix in {".safetensors", ".json"})
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     sums = [
@@ -130,7 +136,7 @@ def plan_of(request: MergeRequest, parts: Parts) -> str:
 
 
 def _folder_of(worker: Worker, request: MergeRequest, adapter: str) -> Path:
-    """Return the folder of an adapter; that of a checkpoint is made in the run, from the adapter's own."""
+    """Return the folder of an adapter; for a checkpoint an adapter folder is made in the merge's own run folder."""
     if not request.checkpoint or adapter != request.adapter:
         return Path(adapter)
     into = worker.paths.checkpoint_adapter
@@ -143,7 +149,7 @@ def _sum(path: Path) -> str:
 
 
 def _recipe_of(run: str) -> Recipe | None:
-    """Return the recipe of the run that the adapter comes from, where it can still be read."""
+    """Return the recipe of the run that made the adapter; None without a run, or where it cannot be read."""
     if not run:
         return None
     try:

@@ -1,6 +1,6 @@
-"""A plain LoRA layer merged a few rows at a time: peft's fp32 sum to the bit, in a few megabytes.
+"""Merges a plain LoRA layer a few rows at a time, with the same bits as peft's fp32 sum, in a few megabytes.
 
-peft makes the whole layer in fp32, its delta twice; here a block of rows passes through the processor's cache once.
+peft holds the whole layer in fp32, and its delta twice. Here each block of rows stays in the processor's cache.
 """
 
 import math
@@ -18,18 +18,19 @@ from studio.jobs.base.weights.tensor_files import TensorFiles, block_rows
 from studio.jobs.base.weights.units import Unit
 
 _ROWS_APART = 16
-"""Blocks of a multiple of this many rows gave the bits of the whole product for every shape tried (ranks 1 to 256)."""
+"""Blocks hold a multiple of so many rows: these had the whole product's bits for every shape tried (ranks 1 to 256)."""
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32)
 _SMALLEST_PRODUCT = 2.0**-100
-"""Of two fp32 numbers: every partial sum of such products is a multiple of 2^-146, which fp32 holds."""
+"""Smallest product of two fp32 numbers that is let through: every partial sum of such products is then a multiple of
+2^-146, which fp32 can hold."""
 _LARGEST_SUM = 2.0**120
 
 Room = Callable[[int], memoryview]
-"""Gives memory of so many bytes."""
+"""Returns memory of so many bytes."""
 
 
 class Way(Enum):
-    """How the rows of a product may be added to those of a weight so that every bit is that of the whole sum."""
+    """How rows of a product can be added to rows of a weight so that every bit is as in the whole sum."""
 
     AT_ONCE = "product and sum in one call"
     APART = "product first, then the sum"
@@ -41,9 +42,9 @@ class RowSum:
     """A linear layer's weight and what is added to it.
 
     Attributes:
-        key: The base's tensor, `[out, in]`.
-        dtype: Of the result.
-        parts: For each adapter in order: B `[out, rank]`, A `[rank, in]`, both fp32, and its scaling.
+        key: The name of the weight in the base's files, `[out, in]`.
+        dtype: dtype of the result.
+        parts: For each adapter, in order, B `[out, rank]` and A `[rank, in]`, both fp32, and its scaling.
     """
 
     key: str
@@ -52,7 +53,7 @@ class RowSum:
 
 
 def is_plain(unit: Unit) -> bool:
-    """Whether a unit is a linear layer to whose weight alone low-rank products are added."""
+    """Return whether a unit is a linear layer of which only the weight changes, by low-rank products."""
     wrapper: Any = unit.wrapper
     return (
         type(wrapper) is Linear
@@ -65,7 +66,7 @@ def is_plain(unit: Unit) -> bool:
 
 
 def parts_of(unit: Unit) -> tuple[tuple[Tensor, Tensor, float], ...]:
-    """Return what a plain unit's adapters add, in the order in which peft merges them."""
+    """Return B, A and scaling of each of a plain unit's adapters, in the order in which peft merges them."""
     layer: Any = unit.wrapper
     return tuple(
         (layer.lora_B[name].weight.detach(), layer.lora_A[name].weight.detach(), layer.scaling[name])
@@ -75,7 +76,7 @@ def parts_of(unit: Unit) -> tuple[tuple[Tensor, Tensor, float], ...]:
 
 
 class RowSums:
-    """Makes row sums; finds out once for each form of a layer whether a block has the bits of the whole product."""
+    """Computes row sums. Whether a block has the bits of the whole product is tested once for each shape of a layer."""
 
     def __init__(self, files: TensorFiles) -> None:
         """Take the base's tensors."""
@@ -83,16 +84,24 @@ class RowSums:
         self._ways: dict[tuple[int, int, int], Way] = {}
 
     def can(self, sum_: RowSum) -> bool:
-        """Whether this gives every bit of peft's sum on this computer.
+        """Return whether a sum by rows has every bit of peft's sum on this computer.
 
-        The blocks of a product can be summed in another order than the whole: that is up to the processor's library.
+        The processor's library may add up the blocks of a product in another order than the whole product.
         """
         known = self._files.dtype(sum_.key) in _SUMMED
         return known and all(self._way(b, a) is not Way.WHOLE for b, a, _ in sum_.parts)
 
     @torch.no_grad()
     def blocks(self, sum_: RowSum, room: Room) -> Iterator[Tensor]:
-        """Yield the merged weight as blocks of rows, in order, each in memory that `room` gives."""
+        """Yield the merged weight as blocks of rows `[rows, in]`, in order.
+
+        Args:
+            sum_: What to compute.
+            room: Returns the memory for each block.
+
+        Raises:
+            OSError: The base's file cannot be read.
+        """
         count, width = self._files.shape(sum_.key)
         rows = block_rows(count, width, _ROWS_APART)
         total, delta = torch.empty(rows, width), torch.empty(rows, width)
@@ -113,7 +122,7 @@ class RowSums:
             first = last
 
     def _scaled(self, b: Tensor, a: Tensor, scaling: float) -> tuple[Tensor, Tensor, float | None]:
-        """Scale B instead of the product where that is exact and both can be added at once."""
+        """Scale B instead of the product, where that is exact and product and sum may be one call."""
         if self._way(b, a) is Way.AT_ONCE and scales_exactly(b, a, scaling):
             return b * scaling, a, None
         return b, a, scaling
@@ -127,12 +136,13 @@ class RowSums:
 
     def _find_way(self, b: Tensor, a: Tensor) -> Way:
         whole, rows = b @ a, block_rows(b.shape[0], a.shape[1], _ROWS_APART)
-        with one_thread():  # as the blocks are made
+        with one_thread():  # the blocks are computed so, and threads may change the order of a sum
             return _compare(whole, b, a, rows)
 
 
 def _compare(whole: Tensor, b: Tensor, a: Tensor, rows: int) -> Way:
-    weight = whole[:rows].flip(0)  # numbers as large as what is added show every rounding
+    # Stands for the base's weight: numbers as large as the product, so that every rounding of the sum shows.
+    weight = whole[:rows].flip(0)
     way, made = Way.AT_ONCE, torch.empty_like(weight)
     for first in range(0, b.shape[0], rows):
         block, product = b[first : first + rows], whole[first : first + rows]
@@ -145,8 +155,11 @@ def _compare(whole: Tensor, b: Tensor, a: Tensor, rows: int) -> Way:
 
 
 def scales_exactly(b: Tensor, a: Tensor, scaling: float) -> bool:
-    """Whether `(b * scaling) @ a` has the bits of `(b @ a) * scaling`: a power of two, all within fp32."""
-    if math.frexp(scaling)[0] != 0.5:
+    """Return whether `(b * scaling) @ a` has the bits of `(b @ a) * scaling`.
+
+    It has if the scaling is a power of two, and no product or sum leaves the range of fp32.
+    """
+    if math.frexp(scaling)[0] != 0.5:  # the mantissa of every power of two
         return False
     smallest, largest = min(1.0, scaling), max(1.0, scaling) * b.shape[1]
     for factor in (b, a):

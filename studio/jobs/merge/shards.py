@@ -1,6 +1,7 @@
-"""Writes a merged model shard by shard: each appears whole, and those that a killed merge left are kept.
+"""Writes a merged model shard by shard. A file gets its name when it is whole; a killed merge's whole files are used.
 
-The layout is decided before the first byte, so every shard's header is known and tensors are written as they come.
+The layout is decided before the first byte is written: every shard's header is known, and its tensors may be written in
+any order.
 """
 
 import hashlib
@@ -25,12 +26,12 @@ from studio.probe.weight_sums import begun_sum, weight_sums
 from studio.runs.atomic import sync_folder, write_whole
 
 SHARD_BYTES = 5 * 10**9
-"""transformers' own limit of a shard."""
+"""Most bytes of tensors in a shard; the limit is transformers' own."""
 _PLAN = ".merge-plan"
 _SPARE_BYTES = 64 * 2**20
-"""For config, tokenizer and the file system's own tables."""
+"""Disk space left for config, tokenizer and the file system's own tables."""
 SUMS = ".sums"
-"""Behind a shard's name: the file of its checksums, while the folder is not whole."""
+"""Ending of the file with a shard's checksums, which is there until the folder is complete."""
 _ALIGN_BYTES = 8
 _WRITE_BYTES = 2**20
 _COPY_BYTES = 2**18
@@ -38,14 +39,14 @@ _COPY_BYTES = 2**18
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file to be written, with the tensors that it will hold in order."""
+    """A file to be written, and the tensors that it will hold, in order."""
 
     name: str
     outputs: tuple[Output, ...]
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
-        """Format, shape and place of each tensor, as the header says them."""
+        """dtype, shape and place of each tensor, as in the file's header."""
         found, begin = {}, 0
         for output in self.outputs:
             found[output.key] = TensorEntry(DTYPE_NAMES[output.dtype], output.shape, begin, begin + output.size_bytes)
@@ -64,12 +65,12 @@ class Shard:
 
     @property
     def size_bytes(self) -> int:
-        """Of the file without its header."""
+        """Bytes of the file without its header."""
         return sum(output.size_bytes for output in self.outputs)
 
 
 def lay_out(outputs: Iterable[Output], limit_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Return the shards of a model: a new one begins where the next tensor would pass the limit."""
+    """Return the shards of a model; a new one begins where the next tensor would exceed the limit."""
     rooms: list[list[Output]] = [[]]
     size = 0
     for output in outputs:
@@ -85,13 +86,12 @@ def lay_out(outputs: Iterable[Output], limit_bytes: int = SHARD_BYTES) -> list[S
 
 
 class ShardWriter:
-    """A folder that fills up with shards.
+    """Writes the shards of one model into a folder.
 
     Attributes:
-        folder: The folder, which has another name until it is whole.
-        shards: All of them, in order.
-        done: Names of the shards that were there already, every byte as it was written by a merge of the same plan
-            that was killed.
+        folder: The scratch directory; it gets its final name when the model is complete.
+        shards: All shards, in order.
+        done: Names of the shards that a killed merge of the same plan has left whole.
         sums: Checksums of the tensors in all shards that are whole.
     """
 
@@ -102,13 +102,13 @@ class ShardWriter:
         plan: str,
         tell: Callable[[float], None] = lambda fraction: None,
     ) -> None:
-        """Take up the folder of an earlier merge of the same plan, or begin a new one.
+        """Continue in the folder of an earlier merge of the same plan, or begin a new one.
 
         Args:
             folder: Where to write.
-            shards: All of them.
-            plan: Says what goes into the merge; a folder of another plan is thrown away.
-            tell: Gets the fraction compared of each shard that was there; may raise.
+            shards: All shards.
+            plan: What goes into the merge, as a text; a folder of another plan is deleted.
+            tell: Told which fraction of each shard that was there is compared; may raise.
 
         Raises:
             OSError: The folder cannot be made.
@@ -129,7 +129,7 @@ class ShardWriter:
         self._check_room()
 
     def open(self, shard: Shard) -> "OpenShard":
-        """Begin a shard.
+        """Begin a shard and return its writer.
 
         Raises:
             OSError: It cannot be written.
@@ -137,7 +137,7 @@ class ShardWriter:
         return OpenShard(self.folder, shard, self.sums)
 
     def finish(self) -> None:
-        """Write the index where there is more than one shard, and take away what only a later merge would need.
+        """Write the index if there are several shards, and delete what only another merge would need.
 
         Raises:
             OSError: The disk refuses.
@@ -152,7 +152,7 @@ class ShardWriter:
             (self.folder / (shard.name + SUMS)).unlink(missing_ok=True)
 
     def _take_up(self, shard: Shard, tell: Callable[[float], None]) -> bool:
-        """Whether a shard is there with every byte as it was written."""
+        """Return whether a shard is there with every byte as it was written; add its checksums to `sums`."""
         path = self.folder / shard.name
         sums = _sums_in(path.with_name(path.name + SUMS))
         if not _has_header(path, shard) or sums is None or weight_sums([path], tell, anew=True).sums != sums:
@@ -189,7 +189,7 @@ def _sums_in(path: Path) -> dict[str, str] | None:
 
 
 def _has_header(path: Path, shard: Shard) -> bool:
-    """Whether a file has the header and the length of the one that would be written."""
+    """Return whether a file has the header and the length that this shard's file would have."""
     header = shard.header
     try:
         with path.open("rb") as file:
@@ -202,16 +202,16 @@ class OpenShard:
     """A shard that is being written, under another name until it is whole; its tensors may come in any order.
 
     Attributes:
-        name: That it gets.
+        name: The name that it gets.
     """
 
     def __init__(self, folder: Path, shard: Shard, sums: dict[str, str] | None = None) -> None:
         """Write the header.
 
         Args:
-            folder: Where to.
+            folder: Where to write.
             shard: What it will hold.
-            sums: Gets the checksums of its tensors, once the shard is whole.
+            sums: The checksums of its tensors are added to it when the shard is whole.
 
         Raises:
             OSError: The disk refuses.
@@ -222,11 +222,11 @@ class OpenShard:
         self._sums: dict[str, str] = {}
         with self._part.open("wb") as file:
             file.write(shard.header)
-            file.truncate(len(shard.header) + shard.size_bytes)
+            file.truncate(len(shard.header) + shard.size_bytes)  # makes it as long as it will be
 
     @contextmanager
     def writing(self, key: str) -> Iterator["StretchWriter"]:
-        """Take the bytes of a tensor, in order.
+        """Open the place of a tensor in the file; its bytes must be written in order.
 
         Raises:
             OSError: The disk refuses.
@@ -238,9 +238,9 @@ class OpenShard:
         self._sums[key] = hashed.hexdigest()
 
     def flush(self) -> None:
-        """Wait until the disk has what was written so far, and leave the system's cache to others.
+        """Wait until the disk has everything written so far, and drop it from the system's cache.
 
-        New pages then cost less (tests/bench/merge_results.md), and what is read back is what the disk holds.
+        Later writes are then faster (tests/bench/merge_results.md), and what is read back comes from the disk.
 
         Raises:
             OSError: The disk refuses.
@@ -251,7 +251,7 @@ class OpenShard:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Flush to the disk and give the file its name.
+        """Flush to the disk, write the checksums and give the file its name.
 
         Raises:
             OSError: The disk refuses.
@@ -259,14 +259,14 @@ class OpenShard:
         self.flush()
         if self._all_sums is not None:
             self._all_sums |= self._sums
-            # Before the shard has its name, so that there is no shard without sums.
+            # Written before the shard gets its name, so that there is never a shard without checksums.
             write_whole(self._final.with_name(self._final.name + SUMS), json.dumps(self._sums))
         self._part.replace(self._final)
         sync_folder(self._final.parent)
 
 
 class StretchWriter:
-    """Writes one stretch of a file from its first byte on; others may write other stretches meanwhile."""
+    """Writes one stretch of a file, in order; other threads may write other stretches at the same time."""
 
     def __init__(self, path: Path, at: int, see: Callable[[memoryview], None] = lambda written: None) -> None:
         """Open a file that is there already.
@@ -274,7 +274,7 @@ class StretchWriter:
         Args:
             path: The file.
             at: Where the stretch begins, in bytes from the file's start.
-            see: Gets all bytes in order, before they are written.
+            see: Called with all bytes, in order, before they are written.
 
         Raises:
             OSError: It cannot be opened.
@@ -285,9 +285,9 @@ class StretchWriter:
         self._file.seek(at)
 
     def room(self, size: int) -> memoryview:
-        """Return memory for the next so many bytes; they count as given at the next call or at the end.
+        """Return memory for the next `size` bytes, which the caller must fill before the next call.
 
-        Who makes bytes makes them here: to copy a block from elsewhere took a sixth of a merge's time.
+        Results are computed directly in this memory: copying each block into it took a sixth of a merge's time.
 
         Raises:
             OSError: The disk refuses what was given before.
@@ -300,7 +300,7 @@ class StretchWriter:
         return self._buffer[self._filled - size : self._filled]
 
     def write(self, data: memoryview) -> None:
-        """Add bytes.
+        """Write bytes.
 
         Raises:
             OSError: The disk refuses.

@@ -1,4 +1,4 @@
-"""What a merge has to do, decided before it begins: which tensors are copied, which are made anew, and their names."""
+"""Plans a merge before it begins: which tensors are copied, which are computed, and under which names."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from studio.jobs.base.weights.units import Unit, find_units, merge_unit
 from studio.jobs.merge.row_sums import Room, RowSum, RowSums, is_plain, parts_of
 
 SMALLEST_ROW_SUM_BYTES = 2**20
-"""Below, the whole layer fits the processor's caches anyway, and short products are summed in other orders."""
+"""Smaller layers are merged whole: they fit the processor's caches, and short products are added up in other orders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,13 @@ class Step:
     """One piece of work that gives one or more tensors.
 
     Attributes:
-        outputs: What it gives, in order.
-        copies: The base's tensor that is copied under the name of the one output; None where something is computed.
-        groups: The groups of the base's tensors that are read, and written again.
-        units: The adapted parts among them.
-        alone: Parameters that have no tensor of their own in the base's files, by name in memory, with the new key.
-        row_sum: How to make the one output a few rows at a time, where that gives the same bits.
+        outputs: The tensors that it gives, in order.
+        copies: The base's tensor that is copied as the one output; None where something is computed.
+        groups: The groups of the base's tensors that are read and written again.
+        units: The adapted units among them.
+        alone: Parameters that have no tensor of their own in the base's files: name in memory, and name in the merged
+            files.
+        row_sum: How to compute the one output a few rows at a time; None where that does not give the same bits.
     """
 
     outputs: tuple[Output, ...]
@@ -56,7 +57,17 @@ class Step:
 
 
 class MergeSteps:
-    """All steps of a merge, in the order of the base's files."""
+    """The steps of a merge.
+
+    Attributes:
+        skeleton: Base and adapter as structure.
+        files: The base's tensors.
+        names: Matches the files' tensors with the model's parameters.
+        changed: Names of the parameters that are changed before the adapter is added.
+        row_sums: Computes row sums.
+        untied: Whether the head becomes another than the embedding, which it shares in the base.
+        steps: All steps, in the order of the base's files.
+    """
 
     def __init__(
         self,
@@ -67,13 +78,13 @@ class MergeSteps:
         change: Change | None = None,
         changed: frozenset[str] = frozenset(),
     ) -> None:
-        """Decide.
+        """Plan the steps.
 
         Args:
             skeleton: Base and adapter as structure.
             files: The base's tensors.
-            dtype: Of all floating-point tensors; None keeps each tensor's own.
-            change: Applied to the base's parameters named in `changed`.
+            dtype: New dtype of all floating-point tensors; None keeps each tensor's own.
+            change: Applied to the base's parameters named in `changed`, before the adapter is added.
             changed: Names in memory.
 
         Raises:
@@ -93,9 +104,10 @@ class MergeSteps:
         self.steps = self._steps() + self._without_source()
 
     def compute(self, step: Step) -> dict[str, Tensor]:
-        """Return the tensors of a step that is no copy, in the formats of its outputs.
+        """Return the tensors of a step that is no copy, by name, in the dtypes of its outputs.
 
         Raises:
+            BadInput: A tensor would get another shape than planned.
             JobFailed: A number is not finite.
             OSError: A file cannot be read.
         """
@@ -115,12 +127,12 @@ class MergeSteps:
         return made
 
     def blocks(self, row_sum: RowSum, output: Output, room: Room) -> Iterator[Tensor]:
-        """Yield the one tensor of a step that has a row sum as blocks of rows.
+        """Yield the one tensor of a step that has a row sum, as blocks of rows.
 
         Args:
-            row_sum: The step's.
+            row_sum: The step's row sum.
             output: The step's one output.
-            room: Gives the memory for each block.
+            room: Returns the memory for each block.
 
         Raises:
             JobFailed: A number is not finite.
@@ -129,7 +141,7 @@ class MergeSteps:
         return (_finite(block, output) for block in self.row_sums.blocks(row_sum, room))
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter of the base (or the one that the adapter brings in its place) by name in memory.
+        """Return a parameter of the base, or the one that the adapter brings in its place, by its name in memory.
 
         Raises:
             OSError: A file cannot be read.
@@ -142,13 +154,13 @@ class MergeSteps:
         return self._change(name, value) if self._change and name in self.changed else value
 
     def key_of(self, name: str) -> str | None:
-        """Return the tensor in the files that is a parameter as it is; None where it is made, or not there."""
+        """Return the tensor in the files that is equal to a parameter; None where it is computed, or not there."""
         return None if name in self.skeleton.replaced or name in self.changed else self._base.key_of(name)
 
     def _really_tied(self) -> tuple[dict[str, str], set[str]]:
-        """Which parameters are one with another one, and the tensors in the files that only repeat it.
+        """Return which parameters share another one's values, and the names of tensors in the files that repeat it.
 
-        Where the files hold two that differ, transformers loads two, whatever the config says.
+        If the files hold two tensors that differ, transformers loads both, whatever the config says: they are not tied.
         """
         tied: dict[str, str] = {}
         repeated: set[str] = set()
@@ -163,9 +175,9 @@ class MergeSteps:
         return tied, repeated
 
     def _untied(self) -> bool:
-        """Whether parameters that are one in the base become two.
+        """Return whether parameters that are tied in the base differ after the merge.
 
-        What is trained through one name only is not seen through the other one; peft's own merge would change both.
+        An adapter on one of them does not act through the other. peft's own merge would change both.
         """
         for name, of in self._tied.items():
             made = [self._value_if_touched(one) for one in (name, of)]
@@ -198,7 +210,11 @@ class MergeSteps:
         return steps
 
     def _around(self, group: Group) -> Step:
-        """Everything that must be known at once to write a group: units reach over groups, groups over units."""
+        """Return a step with all units and groups that must be computed together to write a group.
+
+        A unit may have parameters in several groups, and a group parameters of several units, so both are followed
+        until nothing is added.
+        """
         groups, units, names = [group], list[Unit](), list(group.names)
         seen: set[str] = set()
         while names:
@@ -229,11 +245,11 @@ class MergeSteps:
         return row_sum if self.row_sums.can(row_sum) else None
 
     def _shape_of(self, group: Group) -> tuple[int, ...] | None:
-        """The model's own shape where a tensor keeps its form: it differs from the file's where tokens were added."""
+        """Return the model's shape of a tensor that is not converted; the file's is smaller if tokens were added."""
         return self._shapes[group.names[0]] if group.converter is None else None
 
     def _without_source(self) -> list[Step]:
-        """Steps for parameters that get a tensor of their own although the base's files have none."""
+        """Return steps for parameters that get a tensor of their own although the base's files have none."""
         wanted = set(self._tied) if self.untied else self._touched - self._groups.keys() - self._tied.keys()
         steps = []
         for name in sorted(wanted):
@@ -270,12 +286,13 @@ class MergeSteps:
 
 
 def _merged_names(unit: Unit) -> tuple[str, ...]:
-    """Return which parameters of a unit become others: the bias of a plain linear layer stays what it is."""
+    """Return the names of the parameters that merging a unit changes: in a plain linear layer not the bias."""
     return (f"{unit.name}.weight",) if is_plain(unit) else unit.parameters
 
 
 def _finite(tensor: Tensor, output: Output) -> Tensor:
-    # NaN and infinity spread to the sum, in half of the time that the extremes take; but a sum can overflow by itself.
+    # The sum is NaN or infinite if any number is, and takes half of the time that the extremes take. But a sum of
+    # finite numbers can overflow too, so then the extremes decide.
     sound = not tensor.numel() or math.isfinite(float(tensor.sum()))
     if not sound and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         raise JobFailed(

@@ -1,4 +1,7 @@
-"""Proves that the files on disk behave like base + adapter: bytes read again, some made again, answers compared."""
+"""Checks that the merged files behave like base + adapter.
+
+Every byte is read again, some tensors are merged again by peft and compared bit by bit, and answers are compared.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,27 +31,27 @@ from studio.probe.weight_sums import form_of, weight_sums
 
 _SAMPLE = 4
 _SAMPLE_BYTES = 4 * 2**20
-"""Of the tensors that are made again whole, in fp32 and with the delta beside them; larger where all are larger."""
+"""Largest tensor that is merged again, because that needs it whole in fp32 with its delta; larger if all are larger."""
 _WORK = 8e10
-"""Parameters times tokens of one pass: a few seconds on two cores."""
+"""Most parameters times tokens of one forward pass: a few seconds on two cores."""
 _MOST_LOGITS = 2**24
-"""Of one model: 64 MiB."""
+"""Most logits of one model: 64 MiB in fp32."""
 _ADVICE = "the disk or the memory may be faulty; look at the system's log, then merge again"
 NEW_TOKENS = 24
 _MOST_PARAMETERS = 1e9
 """A larger model is not loaded whole for this: the merge keeps to the memory of its largest tensor."""
 _ROOM = 1.5
-"""Of the model in fp32, for what it computes."""
+"""Memory of a model that answers, over its weights in fp32: the rest is for what it computes."""
 _SIDES = {"separate": "text of base + adapter", "merged": "text of the merged model"}
 _QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
 
 
 def read_back(writer: ShardWriter, tell: Callable[[float], None]) -> int:
-    """Read every tensor in the files again and compare it with what was written; return how many.
+    """Read every tensor in the files again and compare its checksum with the written one's; return how many there are.
 
     Args:
-        writer: Wrote them.
-        tell: Gets the fraction done; may raise.
+        writer: The writer of the files.
+        tell: Told the fraction done; may raise.
 
     Raises:
         JobFailed: A tensor in the files is missing, of another shape, or differs.
@@ -64,7 +67,7 @@ def read_back(writer: ShardWriter, tell: Callable[[float], None]) -> int:
 
 
 def make_again(steps: MergeSteps, folder: Path) -> int:
-    """Let peft merge some layers whole and compare them bit by bit with the files; return how many tensors.
+    """Let peft merge some layers whole and compare them bit by bit with the files; return the number of tensors.
 
     Args:
         steps: What was merged.
@@ -86,14 +89,14 @@ def make_again(steps: MergeSteps, folder: Path) -> int:
 def compare_logits(
     steps: MergeSteps, folder: Path, ids: Tensor, mask: Tensor, tell: Callable[[str, float], None]
 ) -> Closeness:
-    """Run base + adapter and the merged files on the same tokens in fp32, a few rows of each matrix in memory.
+    """Run base + adapter and the merged files on the same tokens in fp32, with a few rows of each matrix in memory.
 
     Args:
         steps: Base and adapter.
         folder: The merged model.
         ids: `[batch, seq]`.
         mask: `[batch, seq]`, 0 for padding.
-        tell: Gets the side that is run and the fraction of it done; may raise.
+        tell: Told which of the two is run and the fraction of it that is done; may raise.
 
     Raises:
         JobFailed: The merged files lack a parameter of the model, or a logit is not finite.
@@ -118,7 +121,7 @@ def compare_logits(
 
 
 def encode(texts: Sequence[str], tokenizer: Any, steps: MergeSteps) -> tuple[Tensor, Tensor]:
-    """Return ids and mask `[batch, seq]` of some texts, as many tokens as a model of this size can do in seconds."""
+    """Return ids and mask `[batch, seq]` of texts, cut to as many tokens as this model can compute in seconds."""
     parameters = sum(torch.Size(output.shape).numel() for step in steps.steps for output in step.outputs)
     vocabulary = steps.skeleton.clean.config.get_text_config().vocab_size
     budget = min(MOST_TOKENS, _MOST_LOGITS / vocabulary, max(FEWEST_TOKENS, _WORK / max(1, parameters)))
@@ -130,7 +133,7 @@ def _differs(key: str) -> JobFailed:
 
 
 def _some(steps: Sequence[Step]) -> Sequence[Step]:
-    """Return a few steps from all over the model; not the large ones, where there are small ones."""
+    """Return a few steps, spread over the whole model and without large ones if there are small ones."""
     limit = max(_SAMPLE_BYTES, min(map(_size_of, steps), default=0))
     small = [step for step in steps if _size_of(step) <= limit]
     return small[:: max(1, len(small) // _SAMPLE)][:_SAMPLE]
@@ -141,7 +144,7 @@ def _size_of(step: Step) -> int:
 
 
 def why_not(steps: MergeSteps) -> str:
-    """Return why no text is written here, or nothing where it can be."""
+    """Return why the model cannot answer here; empty where it can."""
     parameters = sum(torch.Size(output.shape).numel() for step in steps.steps for output in step.outputs)
     if parameters > _MOST_PARAMETERS:
         return f"the model has {parameters / 1e9:.1f} billion parameters: lora-studio chat shows what it says"
@@ -163,11 +166,11 @@ def side_by_side(
 
     Args:
         steps: What was merged.
-        adapters: Base + adapter is made of them.
+        adapters: The adapters, with their weights.
         merged: The merged model's folder.
         tokenizer: Its tokenizer.
-        questions: Of the user; none for ours.
-        tell: Told the share that is written and what is being written, before a model is loaded and after every token.
+        questions: Prompts from the training run; if empty, built-in ones are asked.
+        tell: Told the fraction done and what is being written, before a model is loaded and after every token.
     """
     prompts = [_ids(tokenizer, question) for question in questions or _QUESTIONS]
     written: dict[str, list[str]] = {}
@@ -189,7 +192,7 @@ def side_by_side(
 
 
 def _go_on(tell: Callable[[float, str], None], words: str, tokens: Iterator[int], begun: float, each: float) -> bool:
-    """Tell of another token; never ends the answer."""
+    """Tell that another token is written. False, always, lets the answer go on."""
     tell(begun + each * next(tokens), words)
     return False
 

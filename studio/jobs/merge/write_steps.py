@@ -1,4 +1,4 @@
-"""The merge itself: every step, shard by shard. Copies and plain layers run side by side, all others one at a time."""
+"""Does the merge: every step, shard by shard. Copies and row sums run in parallel, all other steps one at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -15,7 +15,8 @@ from studio.jobs.merge.steps import MergeSteps, Output, Step
 
 T = TypeVar("T")
 _FLUSH_BYTES = 64 * 2**20
-"""Flushing 2.9 GB at the end took 0.5 of 1.6 seconds, flushing meanwhile 0.2 of 1.3."""
+"""After so many bytes the disk begins to write. Flushing 2.9 GB at the end took 0.5 of 1.6 seconds, in between 0.2 of
+1.3."""
 
 
 def write_steps(
@@ -25,17 +26,17 @@ def write_steps(
 
     Args:
         steps: What to write.
-        writer: Where.
-        tell: Gets the fraction done and the name of the shard.
-        stopping: Asked before every tensor, and often within large ones.
+        writer: Writes the shards.
+        tell: Told the fraction done and the name of the shard.
+        stopping: Returns whether the user asked for a stop; asked before every tensor, and often within large ones.
 
     Raises:
-        Cancelled: The user asked for it.
+        Cancelled: The user asked for a stop.
         JobFailed: A number is not finite.
         OSError: A file cannot be read or written.
     """
     total = sum(shard.size_bytes for shard in writer.shards) or 1
-    # Where layers are merged by peft, those use all processors by themselves.
+    # Row sums run in several threads, of which each computes alone. Without any, peft's merges use all cores.
     alone = any(step.row_sum is not None for step in steps.steps)
     with workers(alone) as pool, ThreadPoolExecutor(1) as flusher:
         work = _Work(steps, total, tell, stopping, flusher)
@@ -74,13 +75,13 @@ class _Work:
     ) -> None:
         self.steps, self._total, self._tell, self._stopping = steps, total, tell, stopping
         self.step_of = {output.key: step for step in steps.steps for output in step.outputs}
-        self._made: dict[str, Tensor] = {}  # still to be written: a step's tensors may fall into two shards
+        self._made: dict[str, Tensor] = {}  # computed but not written: a step's tensors may be in two shards
         self._done, self._lock, self._flusher = 0, Lock(), flusher
-        self.flushing: list[Future[None]] = []  # what the disk is given, in order
+        self.flushing: list[Future[None]] = []  # flushes that were begun, in order
         self.abandoned = False
 
     def needs_the_model(self, output: Output) -> bool:
-        """Whether a tensor needs a module of the model, to which only one thread may lend weights."""
+        """Return whether computing a tensor fills a module of the model, which only one thread may do at a time."""
         step = self.step_of[output.key]
         return step.copies is None and step.row_sum is None
 
@@ -89,18 +90,18 @@ class _Work:
         self._heed()
         _write(file, output, self)
         if self.count(output.size_bytes, file.name):
-            # In a thread of its own: the disk takes what is written while the rest is made.
+            # In a thread of its own: the disk writes while the rest is computed.
             self.flushing.append(self._flusher.submit(file.flush))
 
     def count(self, size_bytes: int, shard: str) -> bool:
-        """Count bytes as done; return whether so many were written that the disk should begin with them."""
+        """Count bytes as done; return whether it is time for a flush."""
         with self._lock:
             before, self._done = self._done, self._done + size_bytes
             self._tell(self._done / self._total, shard)
             return before // _FLUSH_BYTES != self._done // _FLUSH_BYTES
 
     def pieces(self, step: Step, output: Output) -> Iterator[memoryview]:
-        """Return the bytes of a tensor that is copied, or made by peft."""
+        """Return the bytes of a tensor that is copied, or merged by peft, in pieces."""
         files = self.steps.files
         if step.copies is None:
             if output.key not in self._made:
@@ -115,7 +116,7 @@ class _Work:
             raise Cancelled("stopped before the merged model was whole")
 
     def heeding(self, pieces: Iterable[T]) -> Iterator[T]:
-        """Yield what is given, and end early where the merge does."""
+        """Yield the given items; raise `Cancelled` in between if the merge ends early."""
         for place, piece in enumerate(pieces):
             if place % 16 == 0:
                 self._heed()
@@ -123,7 +124,7 @@ class _Work:
 
 
 def _write(file: OpenShard, output: Output, work: _Work) -> None:
-    """Make a tensor where it is written from."""
+    """Compute or copy a tensor and write it; a row sum is computed directly in the writer's memory."""
     step = work.step_of[output.key]
     with file.writing(output.key) as stretch:
         if step.row_sum is not None:
