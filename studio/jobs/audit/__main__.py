@@ -13,14 +13,14 @@ from studio.runs.worker import Worker, run_job
 _MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of glibc's malloc.h."""
 _LARGE_BYTES = 6 * 2**20
-"""Above the parts in which weights are cast and rounded (4 MiB): those are taken and freed thousands of times."""
+"""Larger than the parts in which weights are cast and rounded (4 MiB), which are allocated thousands of times."""
 
 
 def return_large_blocks() -> None:
-    """Let freed memory go back to the system at once where it is large, so that a walk's peak is what it really holds.
+    """Let large freed memory go back to the system at once, so that a walk's peak is what it really holds.
 
-    Only glibc needs it. By itself it keeps freed blocks of up to 32 MiB in its heap, in whose gaps the next ones may
-    not fit: on a walk over 122 MB blocks the peak was 10 to 50 MB higher, from run to run.
+    Only glibc needs this. By default it keeps freed blocks of up to 32 MiB in its heap, and the next ones may not fit
+    into the gaps: on a walk over 122 MB blocks the peak was 10 to 50 MB higher, differently in each run.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""The forms of a trained model that answer prompts, each a real model as its user would load it, one at a time."""
+"""Loads the forms of a trained model that answer prompts: one at a time, each as its user would load it."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from studio.runs.requests import AuditRequest
 
 BASE, TUNED, MERGED = "base", "tuned, 16-bit", "merged, 16-bit"
 _WORK_BYTES = 5e8
-"""Libraries, keys and values, activations of one answer; as the chat has it."""
+"""Memory for libraries, keys and values, and activations of one answer; the chat uses the same figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class AnswerModel:
     """A form that answers.
 
     Attributes:
-        name: Short.
-        title: What it is.
-        open: Loads it.
-        needed_bytes: Memory that it takes; an estimate from its sizes.
+        name: A short name, unique among the forms.
+        title: A description for the report.
+        open: Loads the model and returns it.
+        needed_bytes: Memory that it takes, estimated from its sizes.
     """
 
     name: str
@@ -51,7 +51,8 @@ class AnswerModels:
     """Loads the forms of one adapter.
 
     Attributes:
-        dtype: Of the arithmetic, and of weights that are not in 4 bits.
+        device: Where the models are loaded.
+        dtype: dtype of the arithmetic, and of weights that are not in 4 bits.
         rounded: Name of the form whose base is in 4 bits.
         trained: Name of the form that is base and adapter as they were trained.
     """
@@ -59,13 +60,14 @@ class AnswerModels:
     def __init__(
         self, base: BaseFound, adapter: AdapterFound, recipe: Recipe, *, dtype: torch.dtype | None = None
     ) -> None:
-        """Look at sizes; nothing is loaded yet.
+        """Work out sizes; nothing is loaded yet.
 
         Args:
-            base: In 16 bit.
-            adapter: Was trained on it.
-            recipe: Of the training.
-            dtype: Of the arithmetic; None for fp32 where a whole model fits in it, on a card its 16-bit format.
+            base: The base in 16 bit.
+            adapter: The adapter that was trained on it.
+            recipe: The recipe of the training.
+            dtype: dtype of the arithmetic. None means a card's 16-bit format; on a CPU fp32 if the whole model fits
+                into memory so, else bf16.
 
         Raises:
             BadInput: The adapter does not fit the base.
@@ -96,13 +98,13 @@ class AnswerModels:
         return cls(base, find_adapter(trained.adapter), recipe)
 
     def forms(self, merged: Sequence[str]) -> list[AnswerModel]:
-        """Return the forms: base, adapter on both bases, merged, and merged folders that the user names.
+        """Return the forms: base, adapter on both bases, merged, and the merged folders that the user names.
 
         Args:
-            merged: Absolute paths of such folders.
+            merged: Absolute paths of merged folders.
 
         Raises:
-            BadInput: One of them is no model.
+            BadInput: A merged folder is no model.
         """
         whole, form = self._whole * self.dtype.itemsize, self._forms.form
         rounded = self._forms.rounded_weights
@@ -121,14 +123,14 @@ class AnswerModels:
         return made
 
     def why_not(self, form: AnswerModel) -> str:
-        """Return why a form cannot be loaded here, nothing where it can."""
+        """Return why a form cannot be loaded here; empty where it can."""
         needed, free = form.needed_bytes + _WORK_BYTES, free_bytes(self.device)
         if needed <= free:
             return ""
         return f"needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
 
     def release(self) -> None:
-        """Free what a form took that nobody holds any more."""
+        """Free the memory of a form that is no longer used."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -159,7 +161,7 @@ class AnswerModels:
 
     @torch.no_grad()
     def _merged(self) -> Any:
-        """Return the base with what a merge would write in place of what the adapter changes."""
+        """Return the base with the weights that a merge would write, in the base's own format."""
         model = self._load("lora")
         if self._vocabulary is not None:
             model.resize_token_embeddings(self._vocabulary)
@@ -171,7 +173,7 @@ class AnswerModels:
 
 
 def _dtype(device: torch.device, parameters: int) -> torch.dtype:
-    """Return fp32, the audit's arithmetic, where a whole model fits in it; on a card its 16-bit format."""
+    """Return a card's 16-bit format; on a CPU fp32, the audit's arithmetic, if the whole model fits, else bf16."""
     if device.type == "cuda":
         return half_dtype(device)
     return torch.float32 if parameters * 4 + _WORK_BYTES < free_bytes(device) else torch.bfloat16

@@ -1,7 +1,7 @@
-"""Held-out prompts answered by the forms of a trained model, side by side, and scored by rules.
+"""Lets the forms of a trained model answer held-out prompts, and scores the answers by rules.
 
-Greedy, one prompt at a time, so that an answer does not depend on what else is asked. Each answer is kept when it is
-whole: an audit that was stopped or killed goes on with the next one.
+Answers are greedy and made one prompt at a time, so that an answer does not depend on what else is asked. Each complete
+answer is written to disk: an audit that was stopped or killed continues with the next one.
 """
 
 from collections.abc import Sequence
@@ -28,19 +28,20 @@ from studio.runs.worker import Worker
 
 _MOST_TOKENS = 512
 _ROOM = 1.5
-"""Of the longest held-out answer: enough to see that a model does not stop, and no more."""
+"""Most tokens of an answer, over the longest held-out answer: enough to see that a model does not stop."""
 _SPARE_TOKENS = 16
 
 Given = dict[str, list[Answer]]
+"""Each form's answers, in the order of the prompts."""
 
 
 def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
-    """Let every form answer, score the answers, return what the report says of them.
+    """Let every form answer, score the answers, and return their part of the report.
 
     Raises:
         BadInput: The run, its base or its data cannot be used.
         JobFailed: No prompt is short enough, or no form can be loaded here.
-        Cancelled: The user asked for it; whole answers are kept.
+        Cancelled: The user asked for a stop; complete answers are kept.
     """
     tokenizer = load_tokenizer(RunPaths(Path(request.run)).adapter)
     found = rows_to_measure(request)
@@ -74,7 +75,7 @@ def audit_answers(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 
 
 class _Asking:
-    """Asks one form after another, keeping every answer."""
+    """Asks one form after another, and writes every answer to disk."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class _Asking:
         self._kept: Given = {name: [Answer(**one) for one in known] for name, known in (part.load() or {}).items()}
 
     def all(self, forms: Sequence[AnswerModel]) -> tuple[Given, dict[str, str]]:
-        """Return the answers by form, and why the others gave none."""
+        """Return the answers by form, and for forms that gave none the reason."""
         left_out: dict[str, str] = {}
         for place, form in enumerate(forms):
             if len(self._kept.get(form.name, ())) == len(self._prompts):
@@ -107,7 +108,7 @@ class _Asking:
         return {form.name: self._kept[form.name] for form in forms if form.name in self._kept}, left_out
 
     def _ask(self, form: AnswerModel, place: tuple[int, int]) -> str:
-        """Let a form answer what it has not yet; return why it cannot."""
+        """Let a form answer the prompts that it has not answered yet; return why it cannot, empty where it can."""
         done = self._kept.setdefault(form.name, [])
         self._tell(place, len(done), f"{form.name}: loading")
         try:

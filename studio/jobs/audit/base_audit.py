@@ -1,4 +1,4 @@
-"""A base model in 16 bit against its roundings, on the user's rows: before any training."""
+"""Compares a base model in 16 bit with its quantised forms on the user's rows, before any training."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -34,16 +34,16 @@ from studio.runs.requests import AuditRequest
 from studio.runs.worker import Worker
 
 PREFERRED = "nf4+dq"
-"""What a recipe asks for unless told otherwise."""
+"""The 4-bit form that a recipe has by default."""
 
 
 def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """Measure and return the report.
 
     Raises:
-        BadInput: Model or data cannot be used, or there is no memory for it.
+        BadInput: Model or data cannot be used, or there is not enough memory.
         JobFailed: The model cannot be run block by block, or a number is not finite.
-        Cancelled: The user asked for it.
+        Cancelled: The user asked for a stop.
     """
     began = time.perf_counter()
     worker.emit(Phase, name="finding the base model")
@@ -106,10 +106,10 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 
 
 def forms_of(asked: Sequence[str]) -> list[str]:
-    """Return the names of roundings.
+    """Return the names of the quantised forms among those asked for, in their order.
 
     Raises:
-        BadInput: One is not known.
+        BadInput: A name is not known, or there is none.
     """
     names = [name for name in asked if name != UNROUNDED.name]
     unknown = [name for name in names if name not in FORMS]
@@ -130,7 +130,7 @@ def _mixed_plans(
     quantised: Mapping[str, int],
     share: tuple[float, float],
 ) -> list[Plan]:
-    """Measure what keeping the worst blocks in 16 bit wins."""
+    """Measure what is won if the worst blocks stay in 16 bit, for several numbers of blocks."""
     weights = ground.weights
     sizes = sorted({min(size, len(ranked)) for size in sizes if size > 0})
     kept = [tuple(block.name for block in ranked[:size]) for size in sizes]
@@ -151,7 +151,11 @@ def _mixed_plans(
 
 
 def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
-    """Return the number of weights of each linear layer that is rounded."""
+    """Return the number of weights of each linear layer that is quantised.
+
+    Raises:
+        BadInput: No layer is.
+    """
     shapes = weights.clean.state_dict()
     names = rounded_linears(weights)
     if not names:
@@ -160,7 +164,7 @@ def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
 
 
 def _extra_bytes(weights: FolderWeights, quantised: Mapping[str, int], kept: Sequence[str], asked: str) -> int:
-    """Return what it takes to keep some modules in 16 bit instead of the form that was asked for."""
+    """Return the bytes that some modules take in 16 bit beyond what they take in the form that was asked for."""
     inside = sum(size for name, size in quantised.items() if is_kept(name, kept))
     return int(inside * (8.0 * sixteen_bit_bytes(weights) - FORMS[asked].bits) / 8)
 
@@ -181,6 +185,6 @@ def _block_row(block: BlockSeen, names: Sequence[str], asked: str, extra_bytes: 
 
 
 def _relative(roundings: Sequence[Any]) -> float:
-    """Return the relative Frobenius norm of the rounding error over some linear layers."""
+    """Return the Frobenius norm of the rounding error of some linear layers together, relative to their weights'."""
     whole = sum(one.whole for one in roundings)
     return float((sum(one.changed for one in roundings) / whole) ** 0.5) if whole else 0.0

@@ -1,8 +1,8 @@
-"""A causal language model taken apart: embedding, decoder blocks that are filled one at a time, head.
+"""A causal language model taken apart: embedding, decoder blocks that get their weights one at a time, head.
 
-What the model calls its blocks with, and what it does behind the last one, is its own code: the backbone is run with
-stand-ins for its blocks. So masks, position embeddings, embedding scales and the last norm are the family's own,
-whatever they are.
+The model's own code decides what its blocks are called with and what follows the last one: the backbone is run with
+stand-ins in place of its blocks. Masks, position embeddings, embedding scales and the last norm are therefore those of
+the model's family, and nothing here needs to know them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +27,14 @@ class Parts:
     """The parts of a causal model, by module and by name.
 
     Attributes:
-        causal: The model; parameters are on the meta device.
-        backbone: What makes hidden states of token ids.
+        causal: The model; its parameters are on the meta device.
+        backbone: Turns token ids into hidden states.
         blocks: Its decoder blocks, in order, with their names.
         embedding: Name of the input embedding's module.
         head: Name of the output embedding's module.
         form: How the head's output becomes logits.
-        returned: How many things each block was seen to return beside hidden states; None for these alone.
+        returned: How many things each block returns beside the hidden states; None where it returns only them, not in
+            a tuple. Filled as blocks are tried.
     """
 
     causal: PreTrainedModel
@@ -72,7 +73,7 @@ def parts_of(causal: PreTrainedModel) -> Parts:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """Squared Frobenius norms of what rounding changed in a linear layer, and of its weight."""
+    """Squared Frobenius norms of a linear layer's rounding error (`changed`) and of its weight (`whole`)."""
 
     changed: float
     whole: float
@@ -82,16 +83,16 @@ class Rounding:
 def filled(
     name: str, block: nn.Module, read: Read, form_of: Callable[[str], Form], device: torch.device
 ) -> Iterator[dict[str, Rounding]]:
-    """Give a block its weights; yield what rounding did to each linear layer that is not held as stored.
+    """Give a block its weights while the context lasts; yield the rounding of each linear layer that is quantised.
 
-    Linear layers keep the stored format, or a rounded one, and are cast as they are used; all else is fp32, and so is
-    GPT-2's kind of linear layer (`[in, out]`) unless it is rounded, for which it is turned.
+    Linear layers keep the stored dtype, or are quantised, and are cast when they are used. Everything else is fp32.
+    GPT-2's Conv1D (`[in, out]`) is fp32 too, unless it is quantised: then it is transposed and becomes a linear layer.
 
     Args:
-        name: Of the block.
-        block: Its parameters are on the meta device, before and after.
-        read: Gives a parameter by its name.
-        form_of: Gives the form of a linear layer by its name.
+        name: The block's name.
+        block: The block; its parameters are on the meta device before and after.
+        read: Returns a parameter by its name.
+        form_of: Returns the form of a linear layer by its name.
         device: Where the weights go.
     """
     seen: dict[str, Rounding] = {}
@@ -108,7 +109,7 @@ def filled(
         if form is not UNROUNDED:
             seen[f"{name}.{path}"] = Rounding(*squared_norms(weight, layer))
         block.set_submodule(path, layer)
-        del weight, layer
+        del weight, layer  # or the stored weight would stay in memory while the next one is read
     for path in others:
         put(block, path, nn.Parameter(read(f"{name}.{path}").to(device).float(), requires_grad=False))
     try:
@@ -126,12 +127,14 @@ def _is_replaced(module: nn.Module, form: Form) -> bool:
 
 @contextmanager
 def settled(parts: Parts, read: Read, rows: Tensor, device: torch.device) -> Iterator[None]:
-    """Give what lies outside the blocks its weights: a small embedding, the last norm; the head is left alone.
+    """Give everything outside the blocks its weights while the context lasts, except the head.
+
+    The embedding gets only the rows of the tokens that are used; ids must be renumbered for it (`renumbered`).
 
     Args:
         parts: The model.
-        read: Gives a parameter by its name.
-        rows: The embedding's rows of the tokens that are used `[used, hidden]`.
+        read: Returns a parameter by its name.
+        rows: The embedding's rows for the tokens that are used, `[used, hidden]`.
         device: Where the weights go.
     """
     inside = tuple(f"{name}." for name, _ in parts.blocks)
@@ -149,7 +152,7 @@ def settled(parts: Parts, read: Read, rows: Tensor, device: torch.device) -> Ite
         owner._buffers[key] = buffer.to(device)
     embedding = cast(Any, parts.causal.get_submodule(parts.embedding))
     padding = getattr(embedding, "padding_idx", None)
-    embedding.padding_idx = None  # it may lie beyond the rows that are used, and matters for gradients only
+    embedding.padding_idx = None  # it may exceed the small embedding, and matters for gradients only
     try:
         yield
     finally:
@@ -168,12 +171,12 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is called with besides the hidden states."""
+"""The arguments of a block besides the hidden states."""
 StandIn = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def noted_calls(parts: Parts, ids: Tensor) -> tuple[list[Call], Tensor]:
-    """Return what every block is called with for tokens `[rows, seq]`, and the first block's hidden states."""
+    """Return each block's arguments for tokens `[rows, seq]`, and the first one's input `[rows, seq, hidden]`."""
     calls: list[Call] = []
     begun: list[Tensor] = []
 
@@ -189,7 +192,7 @@ def noted_calls(parts: Parts, ids: Tensor) -> tuple[list[Call], Tensor]:
 
 
 def behind_the_blocks(parts: Parts, ids: Tensor, states: Tensor) -> Tensor:
-    """Return what the model makes of the hidden states `[rows, seq, hidden]` behind its last block."""
+    """Return the final hidden states that the model makes of its last block's output, both `[rows, seq, hidden]`."""
 
     def give(place: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _as_the_block(parts, place, states, (args, kwargs))
@@ -200,12 +203,12 @@ def behind_the_blocks(parts: Parts, ids: Tensor, states: Tensor) -> Tensor:
 
 
 def first_of(out: Any) -> Tensor:
-    """Return the hidden states of what a block returned: some return them beside other things."""
+    """Return the hidden states from a block's output, which some blocks return in a tuple with other things."""
     return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
 
 def renumbered(ids: Tensor, used: Sequence[int]) -> Tensor:
-    """Return token ids as places in the sorted list of those that are used; padding becomes any of them."""
+    """Return token ids as indices into the sorted list of used tokens. Padding, which may not be in it, becomes any."""
     return torch.searchsorted(torch.tensor(used), ids).clamp(max=len(used) - 1)
 
 
@@ -215,16 +218,16 @@ def disagreement(
 ) -> float:
     """Return how far the walk's logits are from the model's own forward pass, relative to the largest logit.
 
-    Both see the same weights, a block at a time, so the model is read once. What a family does between its blocks
-    (state that is shared, hidden states that skip) would show here.
+    Both run side by side, one block at a time, so that each weight is read once. If a family does something between its
+    blocks (shares state, lets hidden states skip a block), the difference shows here.
 
     Args:
         parts: The model.
-        read: Gives a parameter by its name.
-        head: Of the model.
-        embedding: Rows `[used, hidden]` for the tokens that are used.
-        ids: Places in these rows, `[1, seq]`.
-        device: Where it runs.
+        read: Returns a parameter by its name.
+        head: The model's head.
+        embedding: Its embedding's rows for the tokens that are used, `[used, hidden]`.
+        ids: Indices into these rows, `[1, seq]`.
+        device: Where the model runs.
     """
     ids = ids.to(device)
     with settled(parts, read, embedding, device):
@@ -251,7 +254,7 @@ def disagreement(
 
 
 class _WholeHead(nn.Module):
-    """A head that is read block by block at each call."""
+    """A head whose weight is read in parts at each call; it returns logits `[..., vocabulary]`."""
 
     def __init__(self, head: Head, device: torch.device) -> None:
         super().__init__()
@@ -269,7 +272,10 @@ class _WholeHead(nn.Module):
 
 @contextmanager
 def _instead(parts: Parts, forward: StandIn) -> Iterator[None]:
-    """Let a function stand for every block's own forward; the block stays what it is, with all its attributes."""
+    """Replace every block's forward by a function while the context lasts.
+
+    The block itself stays in place, because a model may read its attributes.
+    """
 
     def taking(place: int) -> Callable[..., Any]:
         def take(*args: Any, **kwargs: Any) -> Any:
@@ -289,7 +295,7 @@ def _instead(parts: Parts, forward: StandIn) -> Iterator[None]:
 
 
 def _as_the_block(parts: Parts, place: int, hidden: Tensor, call: Call) -> Any:
-    """Return hidden states in the form in which the block returns them: alone, or first of several things."""
+    """Return hidden states as the block would return them: alone, or first in a tuple."""
     if place not in parts.returned:
         parts.returned[place] = _returned_beside(parts.blocks[place][1], hidden, call)
     beside = parts.returned[place]
@@ -302,7 +308,7 @@ def _returned_beside(block: nn.Module, hidden: Tensor, call: Call) -> int | None
         args, kwargs = _on_meta(call)
         out = type(block).forward(block, hidden.to("meta"), *args, **kwargs)
     except (RuntimeError, NotImplementedError):
-        return None  # what it does depends on numbers: it is taken to return a tensor, as nearly all do
+        return None  # it cannot run without numbers; nearly all blocks return a tensor alone
     return len(out) - 1 if isinstance(out, tuple) else None
 
 

@@ -1,6 +1,7 @@
-"""The figures of an audit's variants: estimated, proven, walked, scored, told, kept on disk, stopped when asked.
+"""Measures an audit's variants: estimates the cost, checks the walk, walks, scores.
 
-An audit that was stopped or killed goes on after the last block that was kept.
+It also tells progress, keeps its state on disk and stops when asked. An audit that was stopped or killed continues
+after the last block that was kept.
 """
 
 import json
@@ -32,24 +33,27 @@ from studio.runs.worker import Worker
 
 _PROOF_TOKENS = 24
 _PROOF_GAP = 1e-3
-"""Relative difference of logits up to which the walk counts as the model's own forward pass; rounding gives 1e-5."""
+"""Largest relative difference of logits at which the walk is taken for the model's own forward pass. Rounding alone
+gives 1e-5."""
 _FP32_BYTES = 4
 _BLOCK_COPIES = 1.3
-"""A block as stored, and its 4-bit twin with scales."""
+"""Memory of a block over its size: as stored, and in 4 bits with scales."""
 _PARTS_BYTES = 8 * 2**22
-"""Parts in which weights are cast, rounded and compared (`forms`)."""
+"""Memory for the parts in which weights are cast, quantised and compared (`forms`)."""
 _TOKEN_NUMBERS = 8
-"""Per token and feature of the widest layer while a block runs, fp32: inputs, gates, products, attention. Measured on
-synthetic Llamas, all constants together are 5 to 15 % above the peak (tests/bench/audit_results.md)."""
+"""fp32 numbers per token and feature of the widest layer while a block runs: inputs, gates, products, attention.
+Measured on synthetic Llamas, all constants together are 5 to 15 % above the peak (tests/bench/audit_results.md)."""
 _HEAD_BYTES = 6 * 2**24
-"""Head rows and logits of two models (`scores`)."""
+"""Memory for head rows and logits of two models (`scores`)."""
 _PROBE_TOKENS, _PROBE_WIDTH, _PROBE_ROUNDS = 512, 1024, 4
 _PROBE_COPY_NUMBERS = 2**22
 _SLOWER = (1.0, 2.0)
-"""Walk over bare products and copies, a choice: casting, rounding, attention and reading come on top."""
+"""A walk's time over that of its products and copies alone, low and high: casting, quantising, attention and reading
+come on top. Chosen, not measured."""
 
 Beside = Callable[[Tensor, Tensor], Mapping[str, TokenScores]]
-"""Figures of further models by name, from the reference's final states `[tokens, hidden]` and the tokens after them."""
+"""Returns figures of further models, by name, from the reference's final hidden states `[tokens, hidden]` and the
+tokens that follow them `[tokens]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +75,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What every walk of one audit shares.
+    """What all walks of one audit share.
 
     Attributes:
-        worker: Told the progress, asked whether to stop; its folder keeps states.
+        worker: Gets the progress, and is asked whether to stop; its folder keeps states.
         weights: The base model.
         parts: Its parts.
-        rows: What is measured on.
-        about: Says what is measured: a kept state of something else is not taken up.
+        rows: The rows to measure on.
+        about: Describes what is measured; a kept state with another description is not used.
     """
 
     worker: Worker
@@ -91,15 +95,15 @@ class Ground:
 def ground_of(
     worker: Worker, request: AuditRequest, weights: FolderWeights, parts: Parts, rows: AuditRows, *about: object
 ) -> Ground:
-    """Return what the walks of an audit stand on.
+    """Return what all walks of an audit share.
 
     Args:
         worker: Of the audit.
         request: What was asked for.
         weights: The base model.
         parts: Its parts.
-        rows: What is measured on.
-        about: What else the figures depend on, as JSON has it.
+        rows: The rows to measure on.
+        about: What else the figures depend on; must be possible to write as JSON.
 
     Raises:
         JobFailed: The tokenizer makes a token that the model has no embedding for.
@@ -118,13 +122,13 @@ def ground_of(
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """An estimate.
+    """An estimate of what a walk takes.
 
     Attributes:
-        memory_bytes: Resident at the peak, what the process takes already included.
-        hidden_bytes: Of it, hidden states.
-        low_seconds: If products, and a card's copies, were all.
-        high_seconds: With what comes on top.
+        memory_bytes: Resident memory at the peak, with what the process holds already.
+        hidden_bytes: The part of it that is hidden states.
+        low_seconds: Time for products, and copies to a card, alone.
+        high_seconds: Time with everything that comes on top.
     """
 
     memory_bytes: int
@@ -133,16 +137,21 @@ class Cost:
     high_seconds: float
 
     def told(self, began: float) -> dict[str, Any]:
-        """Return what a report says of it, with what the audit has taken; `began` is on `time.perf_counter`."""
+        """Return the estimate for the report, with what the audit really took; `began` is a `time.perf_counter`."""
         resident_bytes = int(psutil.Process().memory_info().rss)
         return {**asdict(self), "seconds": time.perf_counter() - began, "resident_bytes": resident_bytes}
 
 
 def check_cost(ground: Ground, variants: Sequence[Variant], *, alone: bool) -> Cost:
-    """Say what a walk is expected to take, and make sure that there is memory for it.
+    """Emit what a walk is expected to take, and make sure that there is enough memory.
+
+    Args:
+        ground: What the walks of the audit share.
+        variants: All variants.
+        alone: Whether one variant's blocks are also run on the reference's hidden states.
 
     Raises:
-        BadInput: There is not.
+        BadInput: There is not enough memory.
     """
     stored_bytes = stored_bytes_of(ground.weights)
     cost = cost_of(
@@ -158,10 +167,10 @@ def check_cost(ground: Ground, variants: Sequence[Variant], *, alone: bool) -> C
 
 
 def prove(ground: Ground, variant: Variant) -> float:
-    """Return how far the walk is from the model's own forward pass on the beginning of a row, relative.
+    """Return the relative difference of the walk's logits from the model's own forward pass, on the start of a row.
 
     Raises:
-        JobFailed: Too far: this family does something between its blocks that the walk does not.
+        JobFailed: It is too large: this family does something between its blocks that the walk does not.
     """
     ids = torch.from_numpy(ground.rows.all[0].input_ids[:_PROOF_TOKENS]).long()[None]
     used = sorted(set(ids.flatten().tolist()))
@@ -187,20 +196,20 @@ def measure(
     beside: Beside | None = None,
     share: tuple[float, float] = (0.0, 1.0),
 ) -> Measured:
-    """Walk and score.
+    """Walk all variants through the model and return their figures.
 
     Args:
-        ground: What the audit stands on.
+        ground: What the walks of the audit share.
         variants: The first one is the reference.
-        kept_as: Name of the state's folder.
-        alone: The variant whose blocks are also run alone.
+        kept_as: Name of the folder that keeps the state.
+        alone: The variant whose blocks are also run on the reference's hidden states, one at a time; empty for none.
         beside: Measures models that are not walked.
-        share: The part of the whole audit that this walk is.
+        share: Where this walk begins and ends in the progress of the whole audit, 0 to 1.
 
     Raises:
-        Cancelled: The user asked for it; the state is kept.
-        JobFailed: Something is not finite.
-        OSError: The disk refuses.
+        Cancelled: The user asked for a stop; the state is kept.
+        JobFailed: A hidden state is not finite.
+        OSError: The disk is full or not writable.
     """
     worker, rows = ground.worker, ground.rows
     kept = KeptWalk(worker.paths.audit_parts / kept_as, ground.about)
@@ -258,15 +267,15 @@ def cost_of(
     alone: bool,
     stored_bytes: int,
 ) -> Cost:
-    """Return what a walk takes.
+    """Return an estimate of what a walk takes.
 
     Args:
         parts: The model.
-        variants: All of them.
+        variants: All variants.
         examples: All rows.
         device: Where the blocks will run.
         alone: Whether one variant's blocks are also run on the reference's hidden states.
-        stored_bytes: Of a weight in the files.
+        stored_bytes: Bytes of a weight in the files.
     """
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for _, block in parts.blocks]
     widest = max(max(p.shape) for _, block in parts.blocks for p in block.parameters())
@@ -286,17 +295,17 @@ def cost_of(
     products = 2 * tokens * sum(blocks)
     seconds = products / _products_per_second(device)
     if device.type != "cpu":
-        # Every variant's weights go there, and before and after each block the hidden states of all rows.
+        # All variants' weights are copied to the card, and all hidden states there and back at each block.
         moved = sum(blocks) * stored_bytes * len(variants) + 2 * len(blocks) * int(tokens) * int(hidden) * _FP32_BYTES
         seconds += moved / _bytes_moved_per_second(device)
     return Cost(memory, hidden_bytes, seconds * _SLOWER[0], seconds * _SLOWER[1])
 
 
 def check_room(cost: Cost) -> None:
-    """Make sure that there is memory for it.
+    """Make sure that there is enough memory.
 
     Raises:
-        BadInput: There is not; says what would take less.
+        BadInput: There is not; the message says what would take less.
     """
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if cost.memory_bytes > free:
@@ -308,7 +317,7 @@ def check_room(cost: Cost) -> None:
 
 
 def _products_per_second(device: torch.device) -> float:
-    """Return multiply-adds, counted as two, per second of an fp32 product on a device, now."""
+    """Return the floating-point operations per second of an fp32 product on a device; a multiply-add counts as two."""
     one = torch.randn(_PROBE_TOKENS, _PROBE_WIDTH, device=device)
     other = torch.randn(_PROBE_WIDTH, _PROBE_WIDTH, device=device)
     took = _seconds_of(lambda: torch.mm(one, other), device)
@@ -316,13 +325,13 @@ def _products_per_second(device: torch.device) -> float:
 
 
 def _bytes_moved_per_second(device: torch.device) -> float:
-    """Return how fast pageable memory is copied to a device, now."""
+    """Return the bytes per second at which pageable memory is copied to a device, measured now."""
     numbers = torch.zeros(_PROBE_COPY_NUMBERS)
     return numbers.nbytes / _seconds_of(lambda: numbers.to(device), device)
 
 
 def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return what one round takes: the first one is not counted, and the device has finished at both readings."""
+    """Return the seconds of one round. A first round is not counted, and the device is waited for at both readings."""
     work()
     wait_for(device)
     began = time.perf_counter()

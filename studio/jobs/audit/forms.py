@@ -1,7 +1,7 @@
-"""The forms in which a linear layer's weights can be held: as they are stored, in 4 bits, in 8 bits.
+"""The forms in which a linear layer's weights can be held: as stored, in 4 bits, in 8 bits.
 
-A 4-bit layer multiplies by what bitsandbytes dequantises, in the arithmetic of its input (fp32 here). It does not call
-bitsandbytes' own 4-bit product: on CPUs with AVX512-BF16 that one repacks the weights at the first call.
+A 4-bit layer multiplies by weights that bitsandbytes dequantises, in the dtype of its input (fp32 here). It does not
+call bitsandbytes' own 4-bit product, which on CPUs with AVX512-BF16 repacks the weights at the first call.
 """
 
 import logging
@@ -25,28 +25,28 @@ from torch import Tensor, nn
 from studio.core.recipe import QuantType
 from studio.jobs.base.load import FourBit
 
-# It says at every call that fp32 inputs are cast; they are meant to be.
+# bitsandbytes logs at every int8 product that fp32 inputs are cast; here that is intended.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 _WEIGHTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Weights of a layer that are cast or dequantised at once: on a CPU what stays in its caches, and no fp32 copy of the
-whole is ever made. Measured: not slower than one product, and the same bits."""
+"""Weights of a layer that are cast or dequantised at once: on a CPU as many as stay in its caches. No fp32 copy of the
+whole layer is ever made. Measured: not slower than one product, and the same bits."""
 _NESTED_BLOCK = 256
 """Scales that share a second scale (bitsandbytes `quantize_4bit`, `compress_statistics`)."""
 OUTLIER = 6.0
-"""Activations from here on stay in 16 bit in LLM.int8() (its paper, and transformers' default)."""
+"""Activations of at least this size stay in 16 bit in LLM.int8() (its paper, and transformers' default)."""
 BLOCK = 64
 """Weights that share a scale."""
 AT_ONCE = 2**18
-"""Weights that are rounded at once: what is made of them stays in a core's cache."""
+"""Weights that are quantised at once: what is computed from them stays in a core's cache."""
 _CELLS = 1024
-"""Of the grid over [-1, 1]; bounds lie further apart than a cell (FP4: .0052 and more)."""
+"""Cells of the grid over [-1, 1]. The bounds between codes lie further apart than a cell (FP4: .0052 and more)."""
 _LEAST = 1e-38
-"""bitsandbytes divides by no smaller scale."""
+"""The smallest scale that bitsandbytes divides by."""
 
 
 class Unrounded(nn.Module):
-    """A linear layer with its weight `[out, in]` as stored; it is cast when it is used."""
+    """A linear layer that keeps its weight `[out, in]` as stored and casts it when it is used."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class FourBits(nn.Module):
         return _linear(x, self.shape, self.rows, self.bias)
 
     def rows(self, first: int, stop: int) -> Tensor:
-        """Return rows `[stop - first, in]` of the weight that is used, fp32; whole blocks come before the first."""
+        """Return rows `[stop - first, in]` of the weight that is used, fp32; `first` must be a block's beginning."""
         columns = self.shape[1]
         codes = self.codes[first * columns // 2 : -(-stop * columns // 2)]
         scales = self.scales[first * columns // BLOCK : -(-stop * columns // BLOCK)]
@@ -94,9 +94,9 @@ class FourBits(nn.Module):
 
 
 class EightBits(nn.Module):
-    """bitsandbytes' own LLM.int8() layer: weights and activations in 8 bits, outlying activations in 16.
+    """bitsandbytes' own LLM.int8() layer: weights and activations in 8 bits, outlier activations in 16.
 
-    Which activations lie out depends on all tokens of a call: give it one row at a time.
+    Which columns of the activations are outliers depends on all tokens of a call, so it is given one row at a time.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -131,10 +131,10 @@ class Form:
     """A way to hold the linear layers of a model.
 
     Attributes:
-        name: In reports and requests.
-        make: From weight `[out, in]` and bias to the layer.
-        bits: Per weight, scales included; 0 for what the files have.
-        by_row: Whether the layer must see one row at a time.
+        name: Its name in reports and requests.
+        make: Makes the layer from weight `[out, in]` and bias `[out]`.
+        bits: Bits of a weight with its share of the scales; 0 for the files' own format.
+        by_row: Whether the layer must get one row at a time.
     """
 
     name: str
@@ -144,7 +144,11 @@ class Form:
 
 
 def four_bits(name: str, quant: FourBit) -> Form:
-    """Return the form of a 4-bit code: 4 bits a weight, and per 64 weights a scale of 32 bits, or nested ones of 8."""
+    """Return the form of a 4-bit code.
+
+    A weight takes 4 bits. Each 64 weights share a scale of 32 bits; with double quantisation it has 8 bits, and each
+    256 scales share one of 32.
+    """
     scale_bits = 8 / 64 + 32 / (64 * _NESTED_BLOCK) if quant.double_quant else 32 / 64
     return Form(name, lambda weight, bias: FourBits(weight, bias, quant), 4 + scale_bits)
 
@@ -172,7 +176,7 @@ def form_of_quant(quant: FourBit) -> Form:
 def packed(weight: Tensor, quant: FourBit) -> tuple[Tensor, Tensor]:
     """Return bitsandbytes' 4-bit codes of a weight `[out, in]`, two a byte, and the fp32 scale of each 64 weights.
 
-    Nested scales are quantised and dequantised again, as they are at every use of such a layer.
+    With double quantisation the scales are quantised and dequantised again, as at every use of such a layer.
     """
     if weight.device.type == "cpu":
         codes, scales = codes_of(weight, quant.quant_type)
@@ -187,7 +191,7 @@ def packed(weight: Tensor, quant: FourBit) -> tuple[Tensor, Tensor]:
 
 
 def squared_norms(weight: Tensor, layer: Layer) -> tuple[float, float]:
-    """Return the squared Frobenius norms of a layer's rounding error (0 where it is stored) and of its weight."""
+    """Return the squared Frobenius norms of a layer's rounding error (0 if it is not quantised) and of its weight."""
     changed = whole = 0.0
     for first, stop in _slices(weight.shape, weight.device):
         exact = weight[first:stop].to(torch.float32, copy=True)
@@ -203,7 +207,7 @@ def _squared(tensor: Tensor) -> float:
 
 
 def _linear(x: Tensor, shape: torch.Size, rows: Callable[[int, int], Tensor], bias: Tensor | None) -> Tensor:
-    """Return `x @ weight.T + bias`, `[..., out]`, of a weight that is made some rows at a time."""
+    """Return `x @ weight.T + bias`, `[..., out]`, with a weight that is computed some rows at a time."""
     flat = x.reshape(-1, shape[1])
     out = flat.new_empty(flat.shape[0], shape[0])
     for first, stop in _slices(shape, x.device):
@@ -216,7 +220,7 @@ def _linear(x: Tensor, shape: torch.Size, rows: Callable[[int, int], Tensor], bi
 
 
 def _slices(shape: torch.Size, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Yield first and last row of parts of a weight, each a whole number of 64 weights but the last."""
+    """Yield parts of a weight as first row and the row after the last; each part begins at a block of 64 weights."""
     step = max(BLOCK, _WEIGHTS_AT_ONCE.get(device.type, 2**26) // shape[1] // BLOCK * BLOCK)
     for first in range(0, shape[0], step):
         yield first, min(first + step, shape[0])
@@ -228,7 +232,13 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """For each cell: the code below the bound in it, and that bound (2 where there is none); FP4's order of codes."""
+    """Tables for finding the 4-bit code of a number in [-1, 1].
+
+    Attributes:
+        below: For each cell, the code below the bound in it, counted in order of the codes' values.
+        bound: For each cell, the bound in it; 2, which nothing exceeds, where there is none.
+        order: The code of each place in that order; None where the codes are in order already.
+    """
 
     below: Tensor
     bound: Tensor
@@ -238,11 +248,11 @@ class _Grid:
 def codes_of(weight: Tensor, quant_type: QuantType) -> tuple[Tensor, Tensor]:
     """Return the codes, two a byte, `[weights / 2, 1]`, and the scales `[weights / 64]` of weights on a CPU.
 
-    They are bitsandbytes' own bit for bit, and made several times as fast as by its own code. bitsandbytes 0.50 looks
-    every weight up among the 15 bounds between the codes by bisection, 17 of its 22 ns a weight (one core, AVX-512).
-    Here the weight's place on an even grid says the code, but for one comparison with the only bound that can lie in
-    that cell. Everything before and after is the same arithmetic. Where a quick trial shows another result (another
-    version of the library), or a block has no length of 64, the library's own code is used.
+    They are the same bits that bitsandbytes computes, several times as fast. bitsandbytes 0.50 finds the code of each
+    weight by bisection among the 15 bounds between codes, which takes 17 of its 22 ns a weight (one core, AVX-512).
+    Here a weight's cell on an even grid gives the code, after one comparison with the only bound that the cell can
+    hold. All other arithmetic is the same. If a quick trial gives another result (with another version of the library),
+    or the last block is shorter than 64, the library's own code is used.
 
     Args:
         weight: Any shape.
@@ -293,7 +303,7 @@ def _grid(quant_type: QuantType) -> _Grid:
 
 @cache
 def _is_the_same(quant_type: QuantType) -> bool:
-    """Return whether the library gives the same bits on weights of every size and around every bound."""
+    """Return whether the library gives the same bits on weights of every magnitude and around every bound."""
     made = torch.Generator().manual_seed(0)
     grid = _grid(quant_type)
     bounds = grid.bound[grid.bound < 2]

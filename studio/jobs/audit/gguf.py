@@ -1,7 +1,7 @@
-"""GGUF files beside the walked forms of an adapter: the same rows and tokens, through llama.cpp in its own process.
+"""Measures GGUF files on the same rows and tokens as the walked forms, through llama.cpp in its own process.
 
-Figures are those of llama.cpp as it is used: its own products (activations rounded to the weights' format, keys and
-values in 16 bit), so that an f16 file is close to its model and not equal to it.
+The figures are those of llama.cpp in use: it rounds activations to the weights' format and keeps keys and values in 16
+bit, so even an f16 file is close to its model but not equal to it.
 """
 
 import json
@@ -36,8 +36,9 @@ class GgufForms:
     """The GGUF files of one audit.
 
     Attributes:
-        files: By name of the variant.
-        whys: Why a file could not be measured, by name.
+        ground: What the walks of the audit share.
+        files: The files, by the name of their variant.
+        whys: By name, why a file could not be measured.
     """
 
     ground: Ground
@@ -45,7 +46,7 @@ class GgufForms:
     whys: dict[str, str] = field(default_factory=dict)
 
     def scores(self, head: Head, finals: Tensor, targets: Tensor) -> dict[str, TokenScores]:
-        """Return the figures of every file that llama.cpp can run; of the others, `whys` says why.
+        """Return the figures of every file that llama.cpp can run; `whys` gets the reasons for the others.
 
         Args:
             head: Of the reference.
@@ -77,7 +78,7 @@ class GgufForms:
         return made
 
     def speed(self, name: str, prompt: Sequence[int]) -> Speed:
-        """Return how fast a file is served here; an empty prompt means that this was not asked for.
+        """Return how fast a file is served here; an empty prompt means that speed was not asked for.
 
         Raises:
             Cancelled: The user asked for it.
@@ -89,7 +90,7 @@ class GgufForms:
         return timed_gguf(tool, self.files[name].path, prompt, Path(self.ground.worker.paths.root))
 
     def tool(self) -> LlamaTool | None:
-        """Return what runs llama.cpp; None where its library is not here, which an audit does not fetch."""
+        """Return what runs llama.cpp; None where its library is not installed, because an audit does not fetch it."""
         if not is_whole(tools_folder()):
             return None
         return LlamaTool(tools_folder(), self.ground.worker.paths.tool_log, self._heed)
@@ -99,11 +100,11 @@ class GgufForms:
 
 
 def gguf_files(trained: RunPaths, named: Sequence[str]) -> dict[str, GgufFile]:
-    """Return the files to measure by name of their variant: those exported from a run, and those that are named.
+    """Return the files to measure, by the name of their variant: those exported from a run, and those that are named.
 
     Args:
         trained: The training run.
-        named: Paths.
+        named: Paths of further files.
 
     Raises:
         BadInput: A named file is no GGUF file of a model.
@@ -121,10 +122,10 @@ def timed_gguf(tool: LlamaTool, gguf: Path, prompt: Sequence[int], work: Path) -
     """Return how fast llama.cpp reads a prompt and writes after it, on the CPU.
 
     Args:
-        tool: Runs it.
+        tool: Runs llama.cpp.
         gguf: The model.
         prompt: Token ids.
-        work: A folder for what lies about meanwhile.
+        work: A folder for temporary files.
     """
     asked, answered = work / "prompt.json", work / "speed.json"
     asked.write_text(json.dumps(list(prompt)), encoding="utf-8")
@@ -153,7 +154,7 @@ def _free(name: str, taken: Mapping[str, object]) -> str:
 
 
 def _row(example: Example) -> tuple[list[int], list[int]]:
-    """Return the ids of a row, and the places after which a token with a label follows."""
+    """Return a row's token ids up to the last that is needed, and the indices of tokens that a labelled one follows."""
     wanted = (example.labels[1:] != IGNORED).nonzero()[0]
     places: Sequence[int] = wanted.tolist()
     return example.input_ids[: max(places, default=0) + 1].tolist(), list(places)

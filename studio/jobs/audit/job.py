@@ -17,10 +17,10 @@ from studio.runs.worker import Worker
 
 
 def audit_run(worker: Worker, request: AuditRequest) -> None:
-    """Measure as asked and leave `report.json` and `report.md`.
+    """Measure as asked and write `report.json` and `report.md`.
 
     Raises:
-        BadInput: Something that is named in the request cannot be used.
+        BadInput: Something that the request names cannot be used.
         JobFailed: The model cannot be measured.
     """
     worker.emit(Started, job="audit", method=request.what, model=request.model or None)
@@ -39,8 +39,8 @@ def audit_run(worker: Worker, request: AuditRequest) -> None:
 def _audited(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """Return the report of one kind of audit.
 
-    Torch and what stands on it are imported where they are needed: they take 0.4 GB of memory, which a race that only
-    watches its lanes leaves to them.
+    torch and modules that import it are imported only when they are needed: they take 0.4 GB of memory, which a race
+    does not need while its lanes train.
     """
     match request.what:
         case "base":

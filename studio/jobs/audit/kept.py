@@ -1,6 +1,6 @@
-"""What an audit has done so far, on disk, so that one that was stopped or killed need not do it again.
+"""Keeps on disk what an audit has done so far, so that one that was stopped or killed need not do it again.
 
-A part that is done is JSON; a walk is the hidden states behind its last whole block.
+A finished part is kept as JSON, a walk as the hidden states after its last finished block.
 """
 
 import json
@@ -27,22 +27,22 @@ _STATES, _WALK = "states.safetensors", "walk.json"
 
 
 class KeptPart:
-    """A part that is kept as JSON; it goes with the run's `audit` folder when the audit has ended."""
+    """A part that is kept as JSON, until the audit has ended and its folder of parts is deleted."""
 
     def __init__(self, worker: Worker, request: AuditRequest, name: str, *about: object) -> None:
         """Name a part.
 
         Args:
             worker: Of the audit.
-            request: What was asked for: what another request has left is as good as nothing.
-            name: Of the file.
-            about: What else the part depends on, as JSON has it.
+            request: What was asked for; a part of another request is not used.
+            name: Name of the file.
+            about: What else the part depends on; must be possible to write as JSON.
         """
         self._file = worker.paths.audit_parts / f"{name}.json"
         self._about = json.loads(json.dumps([asdict(request), stamp_of(request), *about]))
 
     def load(self) -> Any:
-        """Return the part as it was kept; None where there is none that can be used."""
+        """Return the kept part; None where there is none that can be used."""
         try:
             table = json.loads(self._file.read_bytes())
             return table["part"] if table["about"] == self._about else None
@@ -50,7 +50,7 @@ class KeptPart:
             return None
 
     def keep(self, part: Any) -> None:
-        """Keep it.
+        """Keep the part, in place of an earlier one.
 
         Raises:
             OSError: The disk refuses.
@@ -63,16 +63,16 @@ class KeptWalk:
     """The kept state of one walk.
 
     Attributes:
-        folder: Where it lies; it appears whole.
+        folder: Where the state is kept; it is complete or not there.
     """
 
     def __init__(self, folder: Path, about: str, clock: Callable[[], float] = time.monotonic) -> None:
         """Look for the state of an earlier process.
 
         Args:
-            folder: Where it lies.
-            about: Says what is measured; a state of something else is thrown away.
-            clock: Seconds.
+            folder: Where the state is kept.
+            about: Describes what is measured; a state with another description is deleted.
+            clock: Returns the time in seconds.
         """
         self.folder, self._about, self._clock = folder, about, clock
         self._kept_at = clock()
@@ -88,7 +88,7 @@ class KeptWalk:
                     hidden |= _by_variant(load_file(self.folder / f"{number:03d}-{_STATES}"))
                 return Carried(hidden, [_seen(entry) for entry in table["seen"]])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-            pass  # as good as none: the walk begins again
+            pass  # damaged: the walk begins again
         shutil.rmtree(self.folder, ignore_errors=True)
         return None
 
@@ -96,8 +96,8 @@ class KeptWalk:
         """Keep the state once a minute, or now.
 
         Raises:
-            OSError: The disk refuses; the state that was kept before stays.
-            SafetensorError: Likewise, in safetensors' own class.
+            OSError: The disk is full or not writable; the state that was kept before stays.
+            SafetensorError: The same, raised by safetensors.
         """
         if not now and self._clock() - self._kept_at < _EVERY_SECONDS:
             return
@@ -113,7 +113,7 @@ class KeptWalk:
 
     def _write(self, scratch: Path, carried: Carried) -> None:
         for number, (name, batches) in enumerate(carried.hidden.items()):
-            # A file a variant: while it is written, safetensors holds a copy of all that goes into it.
+            # One file for each variant, because safetensors holds a copy of everything that goes into a file.
             tensors = {f"{name}|{place:06d}": states.contiguous() for place, states in enumerate(batches)}
             save_file(tensors, scratch / f"{number:03d}-{_STATES}")
         seen = [asdict(one) for one in carried.seen]
@@ -121,7 +121,7 @@ class KeptWalk:
 
 
 def stamp_of(request: AuditRequest) -> list[int]:
-    """Return what changes when the audited run is trained on; nothing where no run is audited."""
+    """Return size and time of the audited run's adapter, which change if it is trained further; empty without a run."""
     if not request.run:
         return []
     seen = (RunPaths(Path(request.run)).adapter / ADAPTER_WEIGHTS).stat()

@@ -1,4 +1,4 @@
-"""The lanes of a race: real training runs of one recipe, one after the other, each in a process of its own."""
+"""Trains the lanes of a race: real training runs of one recipe, one after the other, each in a process of its own."""
 
 import json
 import time
@@ -26,13 +26,13 @@ from studio.runs.worker import Worker
 
 MIXED = "qlora+mixed"
 TRAINING_SHARE = 0.85
-"""The part of the whole race that the trainings are."""
+"""Share of the race's progress that is training; the rest is measuring."""
 _POLL_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A lane that has come to its end."""
+    """A lane whose training has ended."""
 
     name: str
     recipe: Recipe
@@ -41,16 +41,16 @@ class Lane:
 
 
 def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
-    """Return the recipe of a lane: the same in all but the method.
+    """Return the recipe of a lane, which differs from the race's in the method only.
 
     Args:
-        recipe: Of the race.
-        name: Of `LANES`.
-        among: All lanes of the race. Where the mixed one is among them, the others keep no module in 16 bit: what it
-            wins is seen against them.
+        recipe: The recipe of the race.
+        name: The lane's name, of `LANES`.
+        among: All lanes of the race. If the mixed one is among them, the others keep no module in 16 bit, so that what
+            it wins shows against them.
 
     Raises:
-        BadInput: The lane cannot be had from this recipe.
+        BadInput: The lane cannot be made from this recipe.
     """
     method, _, start = name.partition("+")
     turned = recipe.with_("method", method).with_("name", f"{recipe.name}-{name.replace('+', '-')}")
@@ -64,7 +64,7 @@ def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
     if start == "loftq":
         turned = turned.with_("adapter.init", start)
     elif recipe.adapter.init in ("pissa", "loftq"):
-        # Each needs one of the two methods: a race starts both from the same place.
+        # PiSSA needs LoRA and LoftQ needs QLoRA; lanes of both methods must start alike.
         turned = turned.with_("adapter.init", "default")
     if problems := turned.problems():
         raise BadInput(f"the lane {name} cannot be run: {plain(str(problems[0]), one_line=True)}")
@@ -72,16 +72,16 @@ def lane_recipe(recipe: Recipe, name: str, among: Sequence[str] = ()) -> Recipe:
 
 
 def train_lanes(worker: Worker, request: AuditRequest) -> list[Lane]:
-    """Train every lane of a race to its end; one that a killed race left is taken up again.
+    """Train every lane of a race to its end; lanes that an interrupted race has begun are resumed.
 
     Args:
-        worker: Of the race: told the progress, asked whether to stop.
-        request: What races.
+        worker: Of the race; gets the progress, and is asked whether to stop.
+        request: Names the recipe and the lanes.
 
     Raises:
-        BadInput: The recipe cannot be used, or a lane of it cannot be started.
+        BadInput: The recipe cannot be used, or a lane cannot be started.
         JobFailed: A lane ended without an adapter.
-        Cancelled: The user asked for it; the lane was asked to stop too.
+        Cancelled: The user asked for a stop; the lane was asked to stop too.
     """
     recipe = recipe_of_race(request)
     request.check_lanes()

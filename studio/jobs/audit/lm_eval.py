@@ -1,8 +1,8 @@
-"""Tasks of lm-eval (EleutherAI's harness) on the forms of a trained model, where the user has it installed.
+"""Runs tasks of lm-eval (EleutherAI's harness) on the forms of a trained model, if the user has it installed.
 
-Each form runs in a process of its own, `python -m studio.jobs.audit.lm_eval RUN FORM OUT`: the harness and what its
-tasks load end with it. It writes a point for each document to OUT, whole, so that forms are compared document by
-document.
+Each form runs in a process of its own, `python -m studio.jobs.audit.lm_eval RUN FORM OUT`, so that the memory of the
+harness and its tasks is freed with it. It writes the points of every document to OUT, and forms are compared document
+by document.
 """
 
 import json
@@ -39,12 +39,12 @@ _MEAN_GAP = 1e-6
 
 
 def audit_tasks(worker: Worker, request: AuditRequest) -> dict[str, Any]:
-    """Run the tasks on every form and return what the report says of them.
+    """Run the tasks on every form and return their part of the report.
 
     Raises:
         BadInput: The run or its base cannot be used.
         JobFailed: lm-eval is not installed, does not know a task, or ran on no form.
-        Cancelled: The user asked for it; whole forms are kept.
+        Cancelled: The user asked for a stop; finished forms are kept.
     """
     if find_spec("lm_eval") is None:
         raise JobFailed(
@@ -79,12 +79,12 @@ def audit_tasks(worker: Worker, request: AuditRequest) -> dict[str, Any]:
 
 
 def _ran(worker: Worker, form: AnswerModel) -> dict[str, Any]:
-    """Run the tasks on one form; return its points, or why there are none."""
+    """Run the tasks on one form; return its rows, or why there are none."""
     out = worker.paths.audit_parts / "lm-eval-form.json"
     out.parent.mkdir(exist_ok=True)
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", CHILD, str(worker.paths.root), form.name, str(out)]
-    # The child ends when this end of its input closes: then the audit is gone, even if it was killed.
+    # The child ends itself when its input closes, which happens even if this process is killed.
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     try:
         while process.poll() is None:
@@ -135,7 +135,7 @@ def _rows(found: dict[str, list[dict[str, Any]]], reference: str) -> list[dict[s
 
 
 def _is_mean(points: Sequence[float], value: float | None) -> bool:
-    """Return whether the harness's figure is the mean of the documents' points: of others no interval is known."""
+    """Return whether the harness's figure is the mean of the documents' points; only then has it an interval."""
     return (
         bool(points) and value is not None and abs(sum(points) / len(points) - value) <= _MEAN_GAP * max(1, abs(value))
     )
@@ -207,7 +207,7 @@ def main(root: Path, name: str, out: Path) -> None:
     except StudioError as error:
         result = {"why_not": str(error)}
     except (ValueError, KeyError, FileNotFoundError, ConnectionError) as error:
-        # An unknown task, a data set that cannot be had: the harness says it in one of these.
+        # What the harness raises for an unknown task or a data set that cannot be downloaded.
         result = {"why_not": f"{type(error).__name__}: {error}"[:400]}
     write_whole(out, json.dumps(result, allow_nan=False))
 

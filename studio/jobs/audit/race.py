@@ -1,4 +1,4 @@
-"""LoRA against QLoRA, trained from the same recipe, seed and data, and measured on the same held-out rows."""
+"""Compares LoRA and QLoRA, trained with the same recipe, seed and data, on the same held-out rows."""
 
 import json
 import time
@@ -46,9 +46,9 @@ def audit_race(worker: Worker, request: AuditRequest, lanes: Sequence[Lane], beg
 
     Args:
         worker: Of the race.
-        request: What races.
-        lanes: Trained.
-        began: When their training began, on the clock of `time.perf_counter`.
+        request: Names the recipe and the lanes.
+        lanes: The trained lanes.
+        began: When their training began, as `time.perf_counter` counts.
 
     Raises:
         BadInput: A lane's base, data or adapter cannot be used.
@@ -101,9 +101,9 @@ def audit_race(worker: Worker, request: AuditRequest, lanes: Sequence[Lane], beg
 def measure_lanes(
     worker: Worker, request: AuditRequest, lanes: Sequence[Lane], *, share: tuple[float, float]
 ) -> tuple[Measured, dict[str, Any], Path]:
-    """Return the figures of the lanes, compared with the first one, what rows they rest on, and the base's folder.
+    """Return the figures of the lanes compared with the first one, facts on the rows, and the base's folder.
 
-    The rows are those that every lane held out and none was trained on, by the lanes' own records.
+    The rows are those that every lane held out and none was trained on, according to the lanes' own records.
 
     Raises:
         BadInput: A lane's base, data or adapter cannot be used.
@@ -169,7 +169,7 @@ def _thinned(steps: Sequence[int], losses: Sequence[float]) -> list[list[float]]
 
 
 def _remember(worker: Worker, rows: Sequence[dict[str, Any]], folder: Path, data: Path) -> None:
-    """Keep the results; a home that cannot be written to costs the memory of them, not the report."""
+    """Keep the results for later recommendations; if they cannot be written, warn, and report all the same."""
     try:
         model, rested = model_fingerprint(folder), data_fingerprint(data)
         remember_results(

@@ -1,4 +1,4 @@
-"""An audit's report as files: JSON, Markdown and pictures, whole, in the folder of its run."""
+"""Writes an audit's report into the folder of its run: JSON, Markdown and pictures."""
 
 import json
 import re
@@ -20,7 +20,7 @@ Loss = tuple[str, float, float | None, float | None]
 _ROW, _LEFT, _WIDTH, _RIGHT = 24, 210, 420, 90
 _TEXT = 'font-family="sans-serif" font-size="12" fill="#333"'
 _LINE, _DOT, _BAR = "#8a8a8a", "#0072b2", "#d55e00"
-"""Blue and vermilion of Okabe and Ito's palette: told apart with any kind of colour vision."""
+"""Blue and vermilion of Okabe and Ito's palette, which any kind of colour vision can tell apart."""
 _MOST_BARS = 30
 
 
@@ -39,7 +39,7 @@ def write_report(worker: Worker, report: dict[str, Any]) -> None:
     write_whole(worker.paths.report_text, markdown)
     write_whole(worker.paths.report, json.dumps(report, indent=1, allow_nan=False))
     if path := report.get("run_path"):
-        # A card quotes it under a heading of its own, and shows no rows of the user's data.
+        # A model card quotes it under a heading of its own: headings go one level down, the user's data stay out.
         beside = {**report, "markdown": re.sub("^#", "##", markdown_of(report, texts=False), flags=re.MULTILINE)}
         write_whole(RunPaths(Path(path)).audit, json.dumps(beside, allow_nan=False))
     for file in (worker.paths.report, worker.paths.report_text):
@@ -47,7 +47,7 @@ def write_report(worker: Worker, report: dict[str, Any]) -> None:
 
 
 def _pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return file name, what it shows and the picture."""
+    """Return for each picture its file name, what it shows, and the SVG text."""
     rows = report["lanes" if report["what"] == "race" else "variants"]
     losses = [
         (row["name"], *(row["task"]["loss"][key] for key in ("value", "low", "high"))) for row in rows if row["task"]
@@ -67,7 +67,7 @@ def _pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def losses_svg(title: str, losses: Sequence[Loss]) -> str:
-    """Return a picture of losses, each with its interval."""
+    """Return a picture of losses, each with its interval, as SVG text."""
     ends = [end for _, value, low, high in losses for end in (value, low, high) if end is not None]
     first, last = min(ends), max(ends)
     span = (last - first) or 1.0
@@ -88,7 +88,7 @@ def losses_svg(title: str, losses: Sequence[Loss]) -> str:
 
 
 def bars_svg(title: str, bars: Sequence[tuple[str, float]], form: str = ".2%") -> str:
-    """Return a picture of bars from zero."""
+    """Return a picture of bars that begin at zero, as SVG text; negative values have no length."""
     longest = max((value for _, value in bars), default=0.0) or 1.0
     marks = []
     for row, (name, value) in enumerate(bars):

@@ -1,4 +1,4 @@
-"""The rows that an audit rests on: rows of the user's data that may be measured, and a neutral text."""
+"""Reads the rows that an audit measures: rows of the user's data, and a neutral text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class AuditRows:
     Attributes:
         task: Rows of the user's data; answers have labels.
         neutral: Passages of the neutral text; every token has a label.
-        found: Where the task rows come from, before those without anything to measure are dropped.
+        found: The task rows as found, before those without anything to measure are dropped, and where they come from.
     """
 
     task: Sequence[Example]
@@ -47,7 +47,7 @@ class AuditRows:
         return different_answers(self.found.rows)
 
     def told(self) -> dict[str, Any]:
-        """Return what a report says of them: how many, of how many held out, which, and what to know of them."""
+        """Return facts on the rows for the report: how many of how many held out, which ones, and notes."""
         return {
             "rows": {"task": len(self.task), "neutral": len(self.neutral)},
             "held_out_rows": self.found.held_out_rows,
@@ -69,11 +69,11 @@ def read_audit_rows(
     """Return the rows to measure and the neutral text, encoded.
 
     Args:
-        request: Which data, how many rows, how long.
+        request: Says which data, how many rows, and how long they may be.
         tokenizer: Of the model.
         warn: Told what the user should know.
-        found: The rows; None for those that the request means.
-        answers_only: Measure only the answers.
+        found: The rows; None for those that the request names.
+        answers_only: Whether only the answers are measured.
 
     Raises:
         BadInput: A file cannot be used, or no row of it may be measured.

@@ -1,4 +1,4 @@
-"""One trained adapter, through the same held-out rows on every base that it can be put on or merged into."""
+"""Measures one trained adapter on every base that it can be put on or merged into, with the same held-out rows."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -46,13 +46,13 @@ _MERGED_OTHER = "given: "
 def audit_adapter(worker: Worker, request: AuditRequest) -> dict[str, Any]:
     """Measure and return the report; the training run gets it as `audit.json`.
 
-    Losses come first. Where answers or tasks of lm-eval follow, the losses are kept meanwhile, since what follows may
-    be stopped. What cannot be had of these is said in the report, and costs nothing else.
+    Losses come first. If answers or tasks of lm-eval follow, the losses are kept on disk, because the rest may be
+    stopped. If answers or tasks fail, the report says why and everything else stays.
 
     Raises:
-        BadInput: The run, its base or its data cannot be used, or there is no memory for it.
+        BadInput: The run, its base or its data cannot be used, or there is not enough memory.
         JobFailed: The model cannot be run block by block, or a number is not finite.
-        Cancelled: The user asked for it.
+        Cancelled: The user asked for a stop.
     """
     if not request.answers and not request.lm_eval:
         return audit_forms(worker, request)
@@ -151,7 +151,7 @@ def _not_from_here(variants: Sequence[Variant]) -> list[str]:
 
 
 def _given(folders: Sequence[str]) -> list[Named]:
-    """Return merged model folders that the user wants to see beside the other forms."""
+    """Return variants for the merged model folders that the user wants compared with the other forms."""
     made = []
     for folder in map(Path, folders):
         base = find_base(str(folder))
@@ -165,13 +165,13 @@ def _given(folders: Sequence[str]) -> list[Named]:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """Makes the rows.
+    """Makes the report's rows, one for each form.
 
     Attributes:
         weights: The base in 16 bit.
-        forms: Of the adapter.
-        adapter: Its folder.
-        found: What was measured.
+        forms: The adapter's forms.
+        adapter: The adapter's folder.
+        found: The measured figures.
     """
 
     weights: FolderWeights
@@ -206,23 +206,23 @@ class RunReport:
         }
 
     def _form_bytes(self, one: Named) -> int:
-        """Return the bytes of a form on disk, and so about of its weights when it is served."""
+        """Return the bytes of a form on disk, which is about what its weights take when it is served."""
         inside = 0 if one.form == "16-bit" else self.forms.rounded_weights
         base = held_bytes(self.weights, inside, self.forms.form.bits)
         return int(base + ((self.adapter / ADAPTER_WEIGHTS).stat().st_size if one.has_adapter else 0))
 
 
 def handiest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the forms that can be used, the smallest first."""
+    """Return the names of the forms that can be recommended, the smallest on disk first."""
     usable = [row for row in rows if row["usable"] and row["task"]]
     return [row["name"] for row in sorted(usable, key=lambda row: row["disk_bytes"])]
 
 
 @torch.no_grad()
 def block_deltas(parts: Parts, forms: AdapterForms, worker: Worker) -> list[dict[str, Any]]:
-    """Return for each block the Frobenius norms of rounding error and adapter delta, relative to the weights'.
+    """Return for each block the Frobenius norms of rounding error and adapter delta, relative to that of the weights.
 
-    Only linear layers that are both rounded and adapted are compared.
+    Only linear layers that are both quantised and adapted are compared.
     """
     merged = forms.merged(forms.stored)
     rows = []

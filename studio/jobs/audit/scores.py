@@ -1,7 +1,7 @@
-"""From final hidden states to figures per token, without ever holding the head or the logits as a whole.
+"""Computes figures per token from final hidden states, without ever holding the whole head or all logits.
 
-The vocabulary is walked block by block. Per token and variant a running maximum, a sum of exponentials and a weighted
-sum of logit differences are kept; from them follow log-likelihood, KL divergence and top token, exactly.
+The vocabulary is gone through in blocks. For each token and variant a running maximum, a sum of exponentials and a
+weighted sum of logit differences are kept. Log-likelihood, KL divergence and top token follow from them exactly.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,10 +14,10 @@ from torch.nn.functional import linear
 from studio.jobs.base.head_form import HeadForm
 
 HeadRows = Callable[[int, int], tuple[Tensor, Tensor | None]]
-"""Gives weight rows `[rows, hidden]` and bias `[rows]` of a head, fp32, from a first row to before a last one."""
+"""Returns rows `[first, stop)` of a head: weight `[rows, hidden]` and bias `[rows]` or None, both fp32."""
 
 _LOGITS_AT_ONCE = 2**21
-"""Of each of two models: 8 MiB in fp32."""
+"""Logits of each of two models that are held at once: 8 MiB in fp32."""
 _HEAD_NUMBERS = 2**22
 """Weights of the head that are read at once."""
 
@@ -27,8 +27,8 @@ class TokenScores:
     """Figures of one variant, one number per token: `[tokens]` each.
 
     Attributes:
-        loss: Negative log-likelihood of the token that follows, nats.
-        kl: KL divergence from the reference's distribution to this one, nats; 0 for the reference.
+        loss: Negative log-likelihood of the token that follows, in nats.
+        kl: KL divergence of this variant's distribution from the reference's, in nats; 0 for the reference.
         same: Whether the most likely token is the reference's.
     """
 
@@ -39,7 +39,13 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The head of a variant: its rows, how many there are, and whose rows they are (variants of one key share them)."""
+    """The head of a variant.
+
+    Attributes:
+        rows: Returns some of its rows.
+        vocabulary: How many rows it has.
+        key: Variants with the same key have the same head, which is then read once.
+    """
 
     rows: HeadRows
     vocabulary: int
@@ -51,9 +57,9 @@ class _Led:
     """A block of the reference's logits, `[some, block]`.
 
     Attributes:
-        logits: As they are.
-        weights: `exp(logit - highest)`.
-        shift: Factor by which all weights before this block shrink, `[some]`.
+        logits: The logits themselves.
+        weights: `exp(logit - highest)`, where `highest` is the running maximum.
+        shift: By which sums of earlier weights are multiplied, as the maximum has grown, `[some]`.
     """
 
     logits: Tensor
@@ -62,7 +68,11 @@ class _Led:
 
 
 class _Sums:
-    """What is kept of one variant while the vocabulary is walked: `[tokens]` each."""
+    """The running sums of one variant over the blocks of the vocabulary, `[tokens]` each.
+
+    `highest` and `top` are the largest logit and its token, `total` the sum of `exp(logit - highest)`, `apart` the
+    weighted sum of differences from the reference's logits, `target` the logit of the token that follows.
+    """
 
     def __init__(self, tokens: int, device: torch.device) -> None:
         self.highest = torch.full((tokens,), -torch.inf, device=device)
@@ -72,7 +82,7 @@ class _Sums:
         self.target = torch.zeros(tokens, device=device)
 
     def take(self, part: slice, logits: Tensor, first: int, targets: Tensor) -> None:
-        """Take in logits `[some, block]` of some tokens; the block begins at token `first` of the vocabulary."""
+        """Add logits `[some, block]` of some tokens; the block begins at token `first` of the vocabulary."""
         highest, place = logits.max(-1)
         before = self.highest[part]
         better = highest > before
@@ -86,21 +96,21 @@ class _Sums:
         self.target[part] = torch.where(inside, chosen, self.target[part])
 
     def lead(self, part: slice, logits: Tensor, first: int, targets: Tensor) -> "_Led":
-        """Take in the reference's logits; return what those who are compared with it need of them."""
+        """Add the reference's logits; return what the variants that are compared with it need of them."""
         before = self.highest[part].clone()
         self.take(part, logits, first, targets)
         shift = (before - self.highest[part]).double().exp()
         return _Led(logits, (logits - self.highest[part].unsqueeze(-1)).exp_(), shift)
 
     def follow(self, part: slice, logits: Tensor, first: int, targets: Tensor, led: "_Led") -> None:
-        """Take in logits of the same tokens, which are overwritten."""
+        """Add a variant's logits of the same tokens; they are overwritten."""
         self.take(part, logits, first, targets)
         apart = (logits.neg_().add_(led.logits).mul_(led.weights)).sum(-1, dtype=torch.float64)
         self.apart[part] = self.apart[part] * led.shift + apart
 
     @property
     def normaliser(self) -> Tensor:
-        """Logarithm of the summed exponentials, fp64."""
+        """Logarithm of the sum of exponentials of all logits, fp64 `[tokens]`."""
         return self.highest.double() + self.total.log()
 
 
@@ -153,13 +163,13 @@ def score(
 
 @torch.no_grad()
 def score_given(given: Iterable[Tensor], finals: Tensor, targets: Tensor, head: Head, form: HeadForm) -> TokenScores:
-    """Return the figures of a model that gives its logits itself, compared with one of which the states are known.
+    """Return the figures of a model whose logits are given, compared with a reference whose hidden states are given.
 
     Args:
-        given: Its fp32 logits `[some, vocabulary]`, some tokens at a time.
+        given: The model's fp32 logits `[some, vocabulary]`, some tokens at a time.
         finals: Final hidden states `[tokens, hidden]` of the reference.
         targets: The token that follows each, `[tokens]`.
-        head: The reference's.
+        head: The reference's head.
         form: How that head's output becomes logits.
     """
     own, reference = (_Sums(targets.shape[0], targets.device) for _ in range(2))
@@ -188,7 +198,7 @@ def _scores(own: _Sums, reference: _Sums) -> TokenScores:
 
 
 def formed(logits: Tensor, form: HeadForm) -> Tensor:
-    """Return a head's output as logits; it is changed in place."""
+    """Return the logits that a head's output means in this family; the output is changed in place."""
     if form.scale != 1.0:
         logits *= form.scale
     if form.softcap:

@@ -1,8 +1,8 @@
-"""What serving an adapter's forms takes: memory on a card, estimated, and tokens a second, measured here.
+"""What it takes to serve an adapter's forms: memory on a card, estimated, and tokens a second, measured here.
 
-Speed depends on the format of the weights and on whether an adapter lies beside them, not on their values: four
-measurements serve all forms. Each is one conversation at a time, a prompt read and some tokens written, through
-transformers and bitsandbytes as the chat loads them; a GGUF file is timed in llama.cpp (`gguf.py`).
+Speed depends on the format of the weights and on whether an unmerged adapter is used with them, but not on their
+values, so four measurements are enough for all forms. Each is one conversation, of which a prompt is read and some
+tokens are written, with transformers and bitsandbytes as in the chat. GGUF files are timed in llama.cpp (`gguf.py`).
 """
 
 import inspect
@@ -28,12 +28,12 @@ from studio.runs.worker import Worker
 CONTEXT_TOKENS = 2048
 _KEY_BYTES = 2
 _WORKSPACE_SHARE = 0.1
-"""Activations and allocator on top of weights and cache at the high end: a choice, not a measurement."""
+"""Activations and allocator at the high end, as a share of weights and cache. Chosen, not measured."""
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 NOT_ASKED = "speed was not asked for"
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 _MOST_SECONDS = 10.0
-"""Of writing; a slow model writes fewer tokens."""
+"""Longest that writing is timed; a slow model writes fewer tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class Serving:
         context_tokens: Length of the conversation.
         cache_bytes: Keys and values of that length in 16 bit.
         low_bytes: Weights, cache and the smallest CUDA context seen.
-        expected_bytes: With a usual context.
-        high_bytes: With the largest context seen, and a tenth for activations and allocator.
+        expected_bytes: The same with a usual context.
+        high_bytes: The same with the largest context seen, and a tenth more for activations and allocator.
         read_bytes_per_token: What must be read from memory for each new token: weights and, at full length, the cache.
-            A card's bandwidth over it bounds the tokens per second of one conversation from above.
+            A card's bandwidth divided by it is the most tokens per second that one conversation can get.
     """
 
     context_tokens: int
@@ -59,11 +59,11 @@ class Serving:
 
 
 def serving(config: Any, weight_bytes: int) -> Serving:
-    """Return the estimate for weights of a size.
+    """Return the estimate of the memory for a model of this config and size.
 
     Args:
-        config: Of the model.
-        weight_bytes: Of all weights, in the form in which they are held.
+        config: The model's config.
+        weight_bytes: Bytes of all weights, in the form in which they are held.
     """
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
@@ -87,12 +87,12 @@ class Speed:
 
     Attributes:
         how: `measured`, or `not measured`.
-        prefill_tokens_per_second: Reading a prompt; None where not measured.
-        decode_tokens_per_second: Writing tokens after it.
-        prompt_tokens: How many were read.
-        tokens: How many were written.
+        prefill_tokens_per_second: Speed of reading a prompt; None where not measured.
+        decode_tokens_per_second: Speed of writing tokens after it; None where not measured.
+        prompt_tokens: How many tokens were read.
+        tokens: How many tokens were written.
         device: `cpu` or `cuda`.
-        threads: Of a CPU.
+        threads: Threads on a CPU; 0 on a card.
         runtime: `transformers` or `llama.cpp`.
         why: Why there is no measurement.
     """
@@ -109,7 +109,7 @@ class Speed:
 
 
 def unmeasured(why: str, runtime: str = TRANSFORMERS) -> Speed:
-    """Return what is said where nothing was measured."""
+    """Return a `Speed` without figures, and with the reason."""
     return Speed("not measured", runtime=runtime, why=plain(why, one_line=True, limit=200))
 
 
@@ -170,21 +170,21 @@ def _both(held: str, model: Any, prompt: Sequence[int], heed: Callable[[], None]
 
 @torch.no_grad()
 def timed(model: Any, prompt: Sequence[int], heed: Callable[[], None] = lambda: None) -> Speed:
-    """Return how fast a loaded causal model reads a prompt and writes after it, greedily, stop tokens or not.
+    """Return how fast a loaded causal model reads a prompt and greedily writes after it, past stop tokens too.
 
     Args:
         model: In evaluation mode.
         prompt: Token ids, one or more.
-        heed: Asked between tokens.
+        heed: Called between tokens; may raise.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(prompt)], device=device)
-    # As `generate` does: of a prompt only the last token needs the head.
+    # As `generate` does it: only the prompt's last token needs logits.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(base.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     cache = "cache" if "cache" in known else "past_key_values"  # the old name, which transformers 5.40 drops
-    model(input_ids=ids, use_cache=True, **last)  # what libraries do once, at the first call
+    model(input_ids=ids, use_cache=True, **last)  # not timed: libraries set things up at the first call
     wait_for(device)
     began = time.perf_counter()
     out = model(input_ids=ids, use_cache=True, **last)

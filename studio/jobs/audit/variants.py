@@ -1,8 +1,8 @@
-"""What an audit compares: a base as stored and rounded in each way, an adapter on everything that it can be put on.
+"""Makes the variants that an audit compares: a base as stored and quantised, an adapter on each base it can be put on.
 
-Each is a model with weights of its own. Base and adapter become one weight as peft itself merges them, in fp32. An
-adapter that is not merged and one that is merged without rounding are the same function; only rounding afterwards makes
-the difference between the two.
+Each variant is a model with its own weights. Base and adapter are merged by peft itself, in fp32. An unmerged adapter
+and one that is merged without rounding are the same function, so both are measured in this way; they differ only if the
+merged weights are rounded afterwards.
 """
 
 import re
@@ -32,8 +32,8 @@ def folder_variants(weights: FolderWeights, names: Sequence[str], *, kept: Colle
 
     Args:
         weights: The model.
-        names: Of `FORMS`; the first one is what the others are compared with.
-        kept: Modules whose linear layers stay as they are stored, such as `model.layers.0`.
+        names: Names of `FORMS`; the first one is the reference.
+        kept: Modules whose linear layers stay as stored, such as `model.layers.0`.
     """
     stored = stored_variant(weights)
     rounded = rounded_linears(weights)
@@ -45,14 +45,14 @@ def rounded_linears(weights: FolderWeights, kept: Collection[str] = ()) -> set[s
 
     Args:
         weights: The model.
-        kept: Modules that stay in 16 bit under it.
+        kept: Modules that stay in 16 bit.
     """
     names = quantised_parameters(weights.clean, kept) | turned_parameters(weights.clean, kept)
     return {name.removesuffix(_WEIGHT) for name in names}
 
 
 def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:
-    """Return the model as it is stored, or with other weights inside its blocks."""
+    """Return the model as it is stored, or with the weights that `read` returns inside its blocks."""
     model: Any = weights.clean
     embedding = _name_of(weights, "input")
     head = _name_of(weights, "output")
@@ -77,11 +77,11 @@ def in_form(
     """Return a variant whose linear layers are held in a form.
 
     Args:
-        variant: What is rounded.
-        form: How.
-        rounded: Names of the linear layers that are rounded.
+        variant: The variant to quantise.
+        form: The form of its linear layers.
+        rounded: Names of the linear layers that are quantised.
         kept: Modules whose linear layers are left out.
-        name: Of the result; empty for the form's.
+        name: The result's name; empty for the form's.
     """
     return replace(variant, name=name or form.name, form_of=_choice(form, rounded, kept), by_row=form.by_row)
 
@@ -92,7 +92,7 @@ def is_kept(name: str, kept: Collection[str]) -> bool:
 
 
 def sixteen_bit_bytes(weights: FolderWeights) -> int:
-    """Return the bytes of a weight that is not rounded: of 16 bit also where the files have 32."""
+    """Return the bytes of a weight that is not quantised: 2 even where the files have 4."""
     return min(2, stored_bytes_of(weights))
 
 
@@ -106,15 +106,15 @@ def held_bytes(weights: FolderWeights, inside: int, bits: float) -> float:
 
     Args:
         weights: The model.
-        inside: How many of its weights are held in a form; all others are in 16 bit.
-        bits: Of that form, a weight; 0 where it is 16 bit too.
+        inside: How many of its weights are held in the form; all others are in 16 bit.
+        bits: Bits of a weight in that form; 0 if that is 16 bit too.
     """
     whole, other_bytes = sum(parameter.numel() for parameter in weights.clean.parameters()), sixteen_bit_bytes(weights)
     return (whole - inside) * other_bytes + inside * (bits / 8 or other_bytes)
 
 
 class Remembered:
-    """Reads parameters, and remembers those of the module that was read from last: variants read the same ones."""
+    """Reads parameters and remembers those of the last block, because several variants read the same ones in turn."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
@@ -149,14 +149,14 @@ TRAINED, ALONE = "trained", "base alone"
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A variant with what a person reads of it.
+    """A variant with a description for the report.
 
     Attributes:
         variant: What is measured; its name is short.
-        title: What it is.
-        form: In which the rounded layers are held when it is served.
+        title: A description.
+        form: The form that its quantised layers have when it is served.
         has_adapter: Whether the adapter stays a file of its own.
-        usable: Whether it is one of the forms that can be advised.
+        usable: Whether the report may recommend it.
     """
 
     variant: Variant
@@ -177,8 +177,8 @@ class AdapterForms:
         Args:
             weights: The base in 16 bit.
             skeleton: Base and adapter as structure.
-            quant: The 4-bit form that is meant by "4 bit".
-            kept: Modules whose linear layers stay in 16 bit under it.
+            quant: The 4-bit form of the training, or the recipe's.
+            kept: Modules whose linear layers stay in 16 bit in it.
         """
         self._weights, self._skeleton, self._quant = weights, skeleton, quant
         self.form = form_of_quant(quant)
@@ -195,12 +195,12 @@ class AdapterForms:
 
     @property
     def rounded_weights(self) -> int:
-        """How many weights are rounded in the 4-bit form."""
+        """How many weights are quantised in the 4-bit form."""
         shapes = self._weights.clean.state_dict()
         return sum(shapes[f"{name}.weight"].numel() for name in self._rounded)
 
     def both(self, prefix: str) -> list[str]:
-        """Return the weights under a prefix that are rounded in the 4-bit form and changed by the adapter."""
+        """Return the weights under a prefix that are both quantised in the 4-bit form and changed by the adapter."""
         rounded = {f"{name}.weight" for name in self._rounded}
         return [name for name in rounded & self.touched if name.startswith(prefix)]
 
@@ -237,7 +237,12 @@ class AdapterForms:
         return [*made, Named(lesson, "merged into the 4-bit weights themselves (do not)", four, usable=False)]
 
     def merged(self, base: Read, *, cast: bool = False) -> Read:
-        """Return base and adapter as one, in fp32 or cast to the format of the base's files."""
+        """Return a reader of the merged weights.
+
+        Args:
+            base: Reads the weights of the base that the adapter is merged into.
+            cast: Whether merged weights are cast to the dtype of the base's files, as a merge writes them; else fp32.
+        """
         made: dict[str, dict[str, Tensor]] = {}
 
         def read(name: str) -> Tensor:
@@ -277,17 +282,17 @@ class AdapterForms:
 
 
 def _copies(read: Read) -> Read:
-    """Return the same weights to be written to: peft merges in place, and other variants read what is remembered."""
+    """Return a reader of copies: peft merges in place, and would change remembered weights that other variants read."""
 
     def copied(name: str) -> Tensor:
         value = read(name)
-        return value.clone() if value.dtype == torch.float32 else value  # others are cast, and so copied, anyway
+        return value.clone() if value.dtype == torch.float32 else value  # others are cast to fp32, which copies them
 
     return copied
 
 
 def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collection[str]) -> Read:
-    """Return the weights after rounding to 4 bits and back, fp32; rounded on the card where there is one."""
+    """Return a reader of weights after quantising to 4 bits and dequantising, fp32; on the card if there is one."""
     device = job_device("auto")
 
     def back(name: str) -> Tensor:
@@ -302,7 +307,7 @@ def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collect
 
 
 def _whole_head(read: Read, name: str, head: Head, *, key: str) -> Head:
-    """Return a head that the adapter changes: kept whole, since it is not in the files as it is."""
+    """Return a head that the adapter changes. It is held whole in memory, because no file has it by rows."""
     held: list[Tensor] = []
 
     def rows(first: int, stop: int) -> tuple[Tensor, Tensor | None]:

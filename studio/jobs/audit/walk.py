@@ -1,4 +1,4 @@
-"""Several variants of one model in one walk through its blocks: one in memory, all hidden states carried along."""
+"""Walks several variants of a model through its blocks together: one block in memory, all hidden states kept."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,18 +27,18 @@ from studio.jobs.base.data.rows import Example
 from studio.jobs.base.weights.units import Read
 
 TOKENS_AT_ONCE = 512
-"""Padded tokens of a batch: activations stay small, and a weight that is cast or dequantised is used often enough."""
+"""Most padded tokens of a batch: few enough for small activations, and enough to be worth casting a weight for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some rows, padded on the right. There is no mask: a decoder's token never sees what is padded behind it.
+    """Some rows, padded on the right. No mask is needed: in a decoder no token sees the padding after it.
 
     Attributes:
-        rows: Their places among all rows.
-        ids: `[rows, seq]`.
-        real: Which tokens are no padding, `[rows, seq]`.
-        wanted: Where a token with a label follows, `[rows, seq]`.
+        rows: Their indices among all rows.
+        ids: Token ids `[rows, seq]`.
+        real: Which tokens are not padding, `[rows, seq]`.
+        wanted: Which tokens are followed by one with a label, `[rows, seq]`.
     """
 
     rows: tuple[int, ...]
@@ -53,7 +53,7 @@ class Batch:
 
 
 def batches_of(examples: Sequence[Example], *, by_row: bool = False, most: int = TOKENS_AT_ONCE) -> list[Batch]:
-    """Return the rows in batches, the longest first; one row each where asked for."""
+    """Return the rows in batches of at most `most` padded tokens, longest rows first; with `by_row` one row in each."""
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
     made: list[list[int]] = []
     for place in order:
@@ -79,7 +79,7 @@ def _batch(examples: Sequence[Example], places: Sequence[int]) -> Batch:
 
 
 Picked = Callable[[Sequence[int]], Tensor]
-"""Gives the rows `[tokens, hidden]` of an embedding for some tokens."""
+"""Returns the rows `[tokens, hidden]` of an embedding for some tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ class Variant:
     """A model to be measured: the weights of each parameter, and the form in which each linear layer holds them.
 
     Attributes:
-        name: In reports.
-        read: Gives a parameter by its name.
-        embed: Gives rows of its embedding.
+        name: Its name in reports.
+        read: Returns a parameter by its name.
+        embed: Returns rows of its embedding.
         head: Its head.
-        form_of: Gives the form of a linear layer by its name.
-        by_row: Whether it must see one row at a time.
+        form_of: Returns the form of a linear layer by its name.
+        by_row: Whether it must get one row at a time.
     """
 
     name: str
@@ -105,14 +105,14 @@ class Variant:
 
 @dataclass(slots=True)
 class BlockSeen:
-    """What rounding did at one block.
+    """What quantisation did in one block.
 
     Attributes:
-        name: Of the block.
-        roundings: Of its linear layers, by variant.
-        drift: How far each variant's hidden state is from the reference's after the block: root mean square over tokens
-            of the relative difference.
-        own: The same where the variant gets the reference's hidden state as input: what this block alone does.
+        name: The block's name.
+        roundings: By variant, the rounding of each linear layer.
+        drift: By variant, how far its hidden states are from the reference's after the block: root mean square over
+            tokens of the relative difference.
+        own: The same if the variant gets the reference's hidden states as input: the effect of this block alone.
     """
 
     name: str
@@ -123,7 +123,12 @@ class BlockSeen:
 
 @dataclass(slots=True)
 class Carried:
-    """Where a walk stands: hidden states `[rows, seq, hidden]` of every variant's batches, and the blocks behind it."""
+    """Where a walk stands.
+
+    Attributes:
+        hidden: By variant, the hidden states `[rows, seq, hidden]` of each batch.
+        seen: The blocks that are done.
+    """
 
     hidden: dict[str, list[Tensor]] = field(default_factory=dict)
     seen: list[BlockSeen] = field(default_factory=list)
@@ -150,7 +155,7 @@ class Walk:
             examples: Rows with labels.
             device: Where blocks are run; hidden states stay in main memory.
             alone: The variant whose blocks are also run on the reference's hidden states, one at a time.
-            carried: From where to go on.
+            carried: Where an interrupted walk stood; None to begin.
         """
         self.parts, self.variants, self.device, self.alone = parts, tuple(variants), device, alone
         self.carried = carried or Carried()
@@ -167,11 +172,11 @@ class Walk:
 
     @torch.no_grad()
     def run(self, tell: Callable[[float, str], None], stopping: Callable[[Carried], bool]) -> bool:
-        """Carry all variants through all blocks; return whether the end was reached.
+        """Take all variants through all blocks; return whether the end was reached.
 
         Args:
-            tell: Gets the fraction done and what is being done.
-            stopping: Asked after each block, with what would be needed to go on; true ends the walk.
+            tell: Told the fraction done and the block's name.
+            stopping: Called after each block with what is needed to go on later; True ends the walk.
 
         Raises:
             JobFailed: A hidden state is not finite.
@@ -187,7 +192,7 @@ class Walk:
 
     @torch.no_grad()
     def finals(self) -> dict[str, Tensor]:
-        """Return the final hidden states `[tokens, hidden]` of every variant where a label follows, row by row."""
+        """Return every variant's final hidden states `[tokens, hidden]` of tokens that a label follows, row by row."""
         made = {}
         for variant in self.variants:
             of_row: dict[int, Tensor] = {}
@@ -206,7 +211,7 @@ class Walk:
     def scores(
         self, tell: Callable[[float], None] = lambda fraction: None, finals: dict[str, Tensor] | None = None
     ) -> dict[str, TokenScores]:
-        """Return the figures of every variant, tokens row by row; `finals` are made where they are not given."""
+        """Return the figures of every variant, tokens row by row; `finals` are computed if they are not given."""
         finals = {name: states.to(self.device) for name, states in (finals or self.finals()).items()}
         heads = {variant.name: variant.head for variant in self.variants}
         targets = self.targets().to(self.device)
@@ -216,7 +221,7 @@ class Walk:
         return settled(self.parts, variant.read, variant.embed(self._used), self.device)
 
     def _enter(self) -> None:
-        """Note what the model calls its blocks with, and begin the hidden states unless there are some already."""
+        """Record the arguments of every block, and begin the hidden states unless an interrupted walk has left some."""
         for variant in self.variants:
             begun = self.carried.hidden.setdefault(variant.name, [])
             fresh = not begun
@@ -228,7 +233,7 @@ class Walk:
                         begun.append(hidden.cpu())
 
     def _after(self, variant: Variant, index: int, batch: Batch) -> Tensor:
-        """Return what the model makes of the hidden states behind its last block, `[rows, seq, hidden]`."""
+        """Return a batch's final hidden states `[rows, seq, hidden]`, after everything that follows the last block."""
         states = self.carried.hidden[variant.name][index].to(self.device)
         return behind_the_blocks(self.parts, self._renumbered(batch), states)
 
@@ -238,7 +243,7 @@ class Walk:
     def _through(self, place: int) -> BlockSeen:
         name, block = self.parts.blocks[place]
         seen, own = BlockSeen(name), list[Tensor]()
-        # The one whose blocks are also looked at alone goes first: it needs the reference's states before the block.
+        # The variant whose blocks are also run alone goes first: it needs the reference's states from before the block.
         ordered = sorted(self.variants, key=lambda variant: (variant.name != self.alone, variant is not self.reference))
         for variant in ordered:
             with filled(name, block, variant.read, variant.form_of, self.device) as roundings:
@@ -268,7 +273,7 @@ class Walk:
         return made
 
     def _drift(self, variant: Variant) -> float:
-        """Return how far a variant is from the reference, whatever batches it goes in."""
+        """Return how far a variant's hidden states are from the reference's; their batches may differ."""
         of_row = dict(self._rows(self.reference))
         total, tokens = 0.0, 0
         for row, states in self._rows(variant):
@@ -277,7 +282,7 @@ class Walk:
         return math.sqrt(total / tokens)
 
     def _rows(self, variant: Variant) -> Iterator[tuple[int, Tensor]]:
-        """Yield place and hidden states `[seq, hidden]` of each row, without padding."""
+        """Yield index and hidden states `[seq, hidden]` of each row, without padding."""
         for batch, hidden in zip(self._batches[variant.by_row], self.carried.hidden[variant.name], strict=True):
             for row, states, real in zip(batch.rows, hidden, batch.real, strict=True):
                 yield row, states[real]
