@@ -1,9 +1,9 @@
-"""GGUF files for llama.cpp, Ollama and LM Studio: converted, quantised, loaded again and compared before they count.
+"""Writes GGUF files for llama.cpp, Ollama and LM Studio: converts, quantises, loads again and compares.
 
-The order matters: whether llama.cpp knows the architecture, has a place for every tensor and makes the tokens of the
-training run of five conversations is found out first, from config, tokenizer and the names of tensors alone, before
-minutes of merging. Where a SentencePiece vocabulary gets a space before a text and after each special token in one of
-the two and not in the other, the file is told to do as the run did.
+The order matters. Before minutes of merging, llama.cpp is asked whether it knows the architecture, has a place for
+every tensor, and reads five conversations as the same tokens as the training run. Config, tokenizer and the names of
+tensors are enough for that. llama.cpp and the training run may differ in whether a SentencePiece vocabulary reads a
+space before a text and after each special token; then the file is made to do as the run did.
 """
 
 import re
@@ -34,10 +34,10 @@ _PHI3 = ("phi-3", "phi3")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerHints:
-    """What a file is told to say so that llama.cpp reads texts as the training run did.
+    """Fields written into a file so that llama.cpp reads texts as the training run did.
 
     Attributes:
-        name: `general.name`.
+        name: The value of `general.name`.
         space: Whether a space is read before a text: `true`, `false`, or `default` for what the converter writes.
     """
 
@@ -46,17 +46,17 @@ class TokenizerHints:
 
 
 def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary: Path) -> TokenizerHints:
-    """Return how the file is to be written.
+    """Return the fields with which llama.cpp reads texts as the training run did.
 
     Args:
         tool: Runs llama.cpp.
-        view: From `make_view`; where it has weights, every tensor is looked up, too.
+        view: A folder from `make_view`; if it has weights, the name of every tensor is looked up, too.
         trained: The tokenizer of the training run.
-        title: What the file is called.
-        vocabulary: A new file that holds the vocabulary meanwhile.
+        title: The name of the file, without its ending.
+        vocabulary: A new temporary file for the vocabulary.
 
     Raises:
-        JobFailed: llama.cpp does not know the model, or makes other tokens.
+        JobFailed: llama.cpp does not know the model, or reads the conversations as other tokens.
     """
     phi3 = read_config(view / CONFIG).get("model_type") == "phi3" and strips_after_tokens(view)
     name = f"{title} (Phi-3)" if phi3 and not any(word in title.lower() for word in _PHI3) else title
@@ -64,6 +64,7 @@ def ask_llama(tool: LlamaTool, view: Path, trained: Any, title: str, vocabulary:
     try:
         check_golden(tool, vocabulary, [trained])
     except JobFailed:
+        # Only SentencePiece vocabularies, which GGUF calls "llama", have the choice of a space.
         if read_gguf_header(vocabulary).metadata.get(_KIND) != "llama":
             raise
         if space := _right_space(tool, vocabulary, trained):
@@ -83,14 +84,14 @@ def _right_space(tool: LlamaTool, vocabulary: Path, trained: Any) -> str:
 
 
 _FILE_TYPES = {"q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
-"""`enum llama_ftype` in llama.h, of those that only llama.cpp's own quantiser writes."""
+"""Numbers of `enum llama_ftype` in llama.h, for the types that only llama.cpp's own quantiser writes."""
 FAR = {"f16": 1e-3, "bf16": 1e-2, "q8_0": 7e-3, "q6_k": 0.027, "q5_k_m": 0.054, "q4_k_m": 0.156}
-"""KL in nats a token above which a file is said to be far from its model: for the quantised ones five times what
-llama.cpp measured for Llama 3 8B (tools/perplexity/README.md: .0014, .0055, .0108, .0313)."""
+"""KL in nats per token above which the user is warned that a file is far from its model. For the quantised types it is
+five times what llama.cpp measured for Llama 3 8B (tools/perplexity/README.md: .0014, .0055, .0108, .0313)."""
 _BROKEN_KL = 0.05
-"""Neither 16 bits nor q8_0 can cost this much: then the conversion is wrong, whatever the reason."""
+"""KL in nats per token that rounding to 16 bits or q8_0 cannot cause: above it the conversion is wrong."""
 _ROWS_BEFORE = 2
-"""Of the rows that a file is compared on, those that a 16-bit file is compared on before it is quantised."""
+"""How many of the rows a 16-bit file is compared on before it is quantised."""
 _FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
 
 
@@ -106,7 +107,7 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
 
     Raises:
         BadInput: The model cannot be used.
-        JobFailed: llama.cpp does not know the model, reads its tokenizer otherwise, or the file does not answer alike.
+        JobFailed: llama.cpp does not know the model, reads other tokens, or the file answers differently.
         OSError: The disk is full or not writable.
     """
     made.mkdir()
@@ -119,7 +120,7 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
     hints = ask_llama(tool, asked, trained, Path(work.request.out).stem, work.folder / "vocabulary.gguf")
     merged = work.merged()
     config, size_bytes = check_folder(merged)
-    generation = generation_of(merged)  # read now: a model that was merged for this is deleted once it is converted
+    generation = generation_of(merged)  # read now, because a model that was merged for this is deleted after converting
     saved = load_tokenizer(merged)
     rows = rows_of([*golden_texts(saved), *TEXTS], saved, tokens_for(size_bytes))
     wanted = merged_answers(work, merged, rows)
@@ -130,13 +131,13 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
         work.say("checking", detail=f"answers in llama.cpp{'' if file == out else ', in 16 bits'}")
         return loss_of(llama_logits(tool, file, rows, work.folder), wanted[: sum(map(len, rows))])
 
-    # 16 bits in between lose nothing: bf16 weights stay bf16, all others fit fp16.
+    # The 16-bit file in between keeps bf16 weights as they are; others are written as fp16.
     sixteen = "bf16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "f16"
     kind = _FILE_TYPES.get(form)
     first = work.folder / "between.gguf" if kind else out
     _convert(work, tool, sixteen if kind else form, merged, out=first, hints=hints)
     if kind:
-        # Rounding to a few bits would hide a conversion that is wrong; a few tokens show it.
+        # A few tokens show a wrong conversion; after rounding to a few bits it could not be told from rounding.
         _require_right(loss_in(first, rows[:_ROWS_BEFORE]))
         _quantise(work, tool, form, first, out=out)
     work.say("checking", detail="tokens in llama.cpp")
@@ -150,7 +151,7 @@ def write_gguf(work: Work, made: Path) -> dict[str, Any]:
 
 
 def _convert(work: Work, tool: LlamaTool, form: str, merged: Path, *, out: Path, hints: TokenizerHints) -> None:
-    """Write a model in 16 bits or q8_0; one that was merged for it is deleted then."""
+    """Write a model in 16 bits or q8_0; a model that was merged only for this is deleted afterwards."""
     size_bytes = check_folder(merged)[1]
     view = make_view(work.folder / "view", [merged], weights=merged)
     expected = size_bytes * 8.5 / 16 if form == "q8_0" else size_bytes
@@ -174,10 +175,10 @@ def _quantise(work: Work, tool: LlamaTool, form: str, first: Path, *, out: Path)
 
 
 def _require_right(loss: Closeness | None) -> None:
-    """Refuse a file in 16 bits, or in q8_0, that is not the merged model.
+    """Refuse a file in 16 bits or q8_0 that does not answer as the merged model does.
 
     Raises:
-        JobFailed: It answers otherwise.
+        JobFailed: The file answers differently.
     """
     if loss and loss.mean_kl > _BROKEN_KL:
         raise JobFailed(
@@ -214,7 +215,7 @@ def _warn(work: Work, golden: Golden, form: str, loss: Closeness | None) -> None
 def _write_beside(
     work: Work, file: Path, golden: Golden, loss: Closeness | None, model: tuple[Any, dict[str, Any], dict[str, Any]]
 ) -> None:
-    """Write Modelfile and card; the model is its tokenizer, config and generation config."""
+    """Write Modelfile and card beside a file; `model` holds the model's tokenizer, config and generation config."""
     tokenizer, config, generation = model
     text = modelfile(
         f"./{file.name}",

@@ -1,8 +1,8 @@
-"""What the converter gets to see of a model folder: no Python code, nothing that asks for any, and its tokenizer whole.
+"""Makes the folder that llama.cpp's converter reads in place of a model folder, without Python code.
 
-llama.cpp's converter loads tokenizers with `trust_remote_code=True`: a model's own code would run without being asked
-for. Here there is none, and no `auto_map` that would fetch some. It also looks for the added tokens of SentencePiece
-vocabularies, and for the kind of Phi-4's tokenizer, where transformers 5 no longer writes them.
+The converter loads tokenizers with `trust_remote_code=True`, which would run a model's own code unasked. This folder
+has no code, and no `auto_map` that would fetch some. It also has the added tokens of SentencePiece vocabularies, and
+the class of Phi-4's tokenizer, where the converter looks for them; transformers 5 no longer writes them there.
 """
 
 import json
@@ -21,7 +21,7 @@ _WEIGHTS = ".safetensors"
 _SMALL = (".json", ".jinja", ".model", ".txt")
 _CONFIG, _TOKENIZER, _TOKENS = "config.json", "tokenizer_config.json", "tokenizer.json"
 _UNNAMED = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Classes of a tokenizer that is whatever its `tokenizer.json` says."""
+"""General tokenizer classes, which say nothing: `tokenizer.json` alone describes such a tokenizer."""
 
 
 def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = None) -> Path:
@@ -29,7 +29,7 @@ def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = Non
 
     Args:
         view: A new folder.
-        folders: Where the files come from; of files by one name the last folder's wins.
+        folders: Where the files come from; if several have a file of the same name, the last one's is taken.
         weights: A folder whose weights are linked, too.
 
     Raises:
@@ -51,13 +51,13 @@ def make_view(view: Path, folders: Sequence[Path], *, weights: Path | None = Non
         for path in sorted(weights.iterdir()):
             named = path.name.startswith("model")
             if path.name in listed or (named and path.name.endswith((_WEIGHTS, INDEX))):
-                # The converter passes over files of other names, although an index may list any.
+                # The converter reads only files whose names begin with "model", although an index may list any.
                 _link(path, view / (path.name if named else f"model-{path.name}"))
     return view
 
 
 def strips_after_tokens(view: Path) -> bool:
-    """Return whether white space after a special token is not read: llama.cpp does so in files named after Phi-3."""
+    """Return whether the tokenizer drops white space after a special token, as llama.cpp does for names with Phi-3."""
     return any(token.get("rstrip") for token in _read(view / _TOKENS).get("added_tokens") or [])
 
 
@@ -80,7 +80,7 @@ def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is no file."""
+    """Return a file's JSON object; an empty one without a file, or if the file holds something else."""
     if not path.is_file():
         return {}
     try:

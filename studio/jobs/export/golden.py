@@ -1,7 +1,7 @@
-"""Five conversations whose tokens must be the same wherever the exported model is used as in training.
+"""Five golden conversations, which the exported model must read as the same tokens as in training.
 
-A tokenizer that was converted wrongly (special tokens split into letters, a start token twice) looks like a model that
-learnt nothing (llama.cpp 7062); an answer that does not end with a stop token looks like one that never stops.
+If a tokenizer was converted wrongly (special tokens split into letters, a start token twice), the model seems to have
+learnt nothing (llama.cpp 7062). If an answer does not end with a stop token, the model seems never to stop.
 """
 
 import json
@@ -27,7 +27,7 @@ CONVERSATIONS = (
     (("user", "¿Größe? 日本語 العربية 🙂👩‍👩‍👧 \u00e9 \u00a0 1234567890"), ("assistant", "Ünïcödé — “ok” …")),
 )
 _DECOMPOSED = ("France", "the Cafe\u0301")
-"""Changes the first conversation so that it has a letter and its accent apart."""
+"""A replacement in the first conversation, after which a letter and its accent are two characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,11 @@ class Golden:
     Attributes:
         conversations: How many were compared.
         tokens: How many tokens they have together.
-        ends_with_stop: Whether each one's last token (white space aside) is one at which llama.cpp stops.
-        adds_bos: Whether llama.cpp puts the start token before a text; a file need not say so.
+        ends_with_stop: Whether each one's last token, white space apart, is one at which llama.cpp stops.
+        adds_bos: Whether llama.cpp itself puts the start token before a text.
         bos_doubled: Whether a program that adds the start token by itself would write it twice.
-        composes: Whether the tokenizer composes letters and marks (NFC) where llama.cpp, which never does, reads other
-            tokens. Qwen's does; text that people type is composed already.
+        composes: Whether the tokenizer joins letters and accents (NFC), so that llama.cpp, which does not, reads other
+            tokens. Qwen's does; text that people type has them joined already.
     """
 
     conversations: int
@@ -70,11 +70,11 @@ def check_golden(tool: LlamaTool, gguf: Path, tokenizers: Sequence[Any], space: 
     Args:
         tool: Runs llama.cpp.
         gguf: A model, or a vocabulary alone.
-        tokenizers: The one of the training run and the one that was saved; texts are rendered by the first.
-        space: What the file is taken to say of a space before a text, see `llama_tool.py`.
+        tokenizers: The training run's, and perhaps the saved one; the first renders the texts.
+        space: Whether a space is read before a text, in place of what the file says, see `llama_tool.py`.
 
     Raises:
-        JobFailed: They differ: says in which text and where.
+        JobFailed: The tokens differ; the message says where.
     """
     texts = golden_texts(tokenizers[0])
     asked, answered = gguf.with_suffix(".texts.json"), gguf.with_suffix(".tokens.json")

@@ -1,7 +1,7 @@
-"""Writes an adapter or a merged model in the format that was asked for, whole or not at all.
+"""Writes an adapter or a merged model in the format that was asked for, completely or not at all.
 
-What each format is, and how it is checked, stands in its own module; here is what they share: the scratch
-directory, an early end, a full disk, the upload.
+Each format, and how it is checked, is in a module of its own. Here is what they share: the scratch directory, an early
+end, a full disk, the upload.
 """
 
 import errno
@@ -42,17 +42,17 @@ WRITERS: dict[str, Callable[[Work, Path], dict[str, Any]]] = {
     "int8": write_quantised,
     **dict.fromkeys(gguf_formats(), write_gguf),
 }
-"""What writes each format: everything into a new folder; it returns what belongs into the report."""
+"""The function that writes each format: it fills a new folder, and returns its part of the report."""
 _FULL_BYTES = 10**6
 _LOGIN = "log in with: hf auth login (or set HF_TOKEN) and push again; the export itself is whole"
 
 
 def export_run(worker: Worker, request: ExportRequest) -> None:
-    """Export as asked and leave the whole folder (or the one `.gguf` file) at `request.out`.
+    """Export as asked and publish the complete folder, or the one `.gguf` file, at `request.out`.
 
     Raises:
         BadInput: The model or the output cannot be used.
-        JobFailed: The export failed or does not answer as what it was made from, or the disk is full.
+        JobFailed: The export failed, does not answer like its source, or the disk is full.
         OSError: The disk is not writable; nothing half-made is left.
     """
     worker.emit(Started, job="export", model=request.source)
@@ -71,7 +71,7 @@ def export_run(worker: Worker, request: ExportRequest) -> None:
 
 
 def _tell_left_over(work: Work, folder: Path) -> None:
-    """Say what other exports and merges, which were killed, have left in the same folder: they are hidden there."""
+    """Warn of what killed exports and merges have left in the same folder: it is hidden there and takes space."""
     for left in left_over(work.worker.paths.root.parent):
         if left.run != work.worker.paths and left.folders[0].parent == folder:
             work.warn(f"a job that was killed has left {left.words}: {left.advice}")
@@ -90,7 +90,8 @@ def _export(work: Work, out: Path) -> None:
         worker.emit(Finished, outcome="stopped")
         return
     except JobFailed as failed:
-        # llama.cpp's own words for it differ from step to step; what it has written so far still lies there.
+        # llama.cpp has a different message for a full disk in each step. What it wrote is still there, so the disk is
+        # asked instead.
         if failed.kind == "gguf_converter" and shutil.disk_usage(scratch).free < _FULL_BYTES:
             raise _refused(OSError(errno.ENOSPC, ""), out) or failed from failed
         raise
@@ -111,7 +112,7 @@ def _export(work: Work, out: Path) -> None:
 
 
 def _refused(error: Exception, out: Path) -> JobFailed | None:
-    """Return our failure where a disk made the error."""
+    """Return a failure with advice if the disk caused the error, else None."""
     kept = "nothing of the export was kept"
     advice = f"or export to another --out; to go on with this one: {RESUME}"
     return disk_failure(error, place=out.parent, kept=kept, advice=advice)
@@ -120,7 +121,7 @@ def _refused(error: Exception, out: Path) -> JobFailed | None:
 def push_folder(out: Path, repository: str) -> str:
     """Upload a folder, or one file, and return the repository's address.
 
-    A new repository is private: making it public is a decision of its own, taken on the hub.
+    A new repository is private; the user can make it public on the hub.
 
     Raises:
         JobFailed: There is no token, the hub refuses, or it cannot be reached. The message holds no token.
@@ -142,7 +143,7 @@ def push_folder(out: Path, repository: str) -> str:
         status = error.response.status_code
         raise JobFailed("push_refused", f"the hub refused the upload (HTTP {status})", _LOGIN) from None
     except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
-        why = type(error).__name__  # its words may hold headers, and these the token
+        why = type(error).__name__  # not its message, which may hold headers with the user's token
         raise JobFailed(
             "push_failed", f"the upload did not succeed ({why})", "try again later; the export itself is whole"
         ) from None

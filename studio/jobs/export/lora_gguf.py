@@ -1,8 +1,9 @@
-"""An adapter as a GGUF file that llama.cpp and Ollama put onto a GGUF base, checked on that base where it is small.
+"""Writes an adapter as a GGUF file that llama.cpp and Ollama apply to a GGUF base; checked on that base if it is small.
 
-llama.cpp scales by alpha over the rank of each tensor and knows one alpha: rsLoRA and alphas by layer are folded into
-the B matrices, in fp32, so that what is added stays what was trained. Matrices on all experts of a layer, which peft
-keeps as one wide pair, are taken apart into a pair of stacks `[experts, ...]` for each of llama.cpp's tensors.
+llama.cpp scales each pair by alpha over its rank, and knows only one alpha. rsLoRA and alphas by layer are therefore
+multiplied into the B matrices, in fp32, so that the product stays what was trained. peft keeps the matrices on all
+experts of a layer as one wide pair; they are split into a pair of stacks `[experts, ...]` for each of llama.cpp's
+tensors.
 """
 
 import json
@@ -39,10 +40,10 @@ from studio.probe.model_folder import CONFIG, check_folder, read_config
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _LARGEST_CHECKED_BYTES = 4 * 10**9
-"""Of a base: checking needs all of it as a GGUF file once more."""
+"""Largest base on which the file is checked, because checking needs all of the base as a GGUF file, too."""
 _BROKEN_KL = 0.05
 _PREFIX = "base_model.model."
-"""Of names in an adapter's file, before what the model itself calls its modules."""
+"""What precedes the model's own names of modules in an adapter's file."""
 
 
 def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
@@ -53,11 +54,11 @@ def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
         made: A new folder.
 
     Returns:
-        For the report: how many tensors it has, and what differs from base and adapter, where that was tried.
+        For the report: how many tensors the file has, and how close it is to base and adapter, if that was checked.
 
     Raises:
         BadInput: The base cannot be used, or is not the one that was trained on.
-        JobFailed: llama.cpp's converter refuses it, or the file does not act as the adapter does.
+        JobFailed: llama.cpp's converter refuses the adapter, or the file does not act as the adapter does.
         OSError: The disk is full or not writable.
     """
     adapter, base = work.adapter or find_adapter(work.source), work.base()
@@ -85,11 +86,11 @@ def write_lora_gguf(work: Work, made: Path) -> dict[str, Any]:
 
 
 def fold(adapter: AdapterFound, adapted: PeftModel, folder: Path) -> int:
-    """Write the adapter anew as llama.cpp has it: alpha over rank is the scaling everywhere, each tensor has its pair.
+    """Write the adapter as llama.cpp expects it: scaled by one alpha over the rank, with a pair for each tensor.
 
     Args:
-        adapter: Pairs of matrices, plain or rank-stabilised, with or without patterns.
-        adapted: The same on its base; says how each pair is scaled and used.
+        adapter: The adapter; LoRA or rsLoRA, with or without patterns.
+        adapted: The adapter on its base, which says how each pair is scaled and used.
         folder: A new folder.
 
     Returns:
@@ -120,13 +121,13 @@ def fold(adapter: AdapterFound, adapted: PeftModel, folder: Path) -> int:
 
 
 def _stacks(experts: str, layer: Any, first: Tensor, second: Tensor) -> dict[str, Tensor]:
-    """Return A `[experts, rank, in]` and B `[experts, out, rank]` of each of llama.cpp's tensors.
+    """Return A `[experts, rank, in]` and B `[experts, out, rank]` for each of llama.cpp's tensors.
 
     Args:
         experts: Name of the module of all experts.
-        layer: peft's `ParamWrapper`, whose `get_delta_weight` is where the order of ranks and experts stands.
+        layer: peft's `ParamWrapper`; its `get_delta_weight` shows the order of ranks and experts.
         first: Its A, `[experts * rank, in]`.
-        second: Its B, `[out, rank * experts]`; of `gate_up_proj` the first half of the rows is the gate's.
+        second: Its B, `[out, rank * experts]`; in `gate_up_proj` the first half of the rows belongs to the gate.
     """
     count = layer.num_experts
     stacked = first.reshape(count, -1, first.shape[-1])

@@ -1,4 +1,4 @@
-"""Model cards: what an artefact is, what it was trained on, how well, what was checked, and the lines to use it."""
+"""Writes model cards: what an artefact is, what it was trained on and how well, what was checked, and how to use it."""
 
 import json
 import re
@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The training run of an artefact, as far as it can still be read."""
+    """The training run behind an artefact; what can no longer be read is None."""
 
     recipe: Recipe | None = None
     history: History | None = None
@@ -35,7 +35,7 @@ class Training:
 
 
 def training_of(run: str) -> Training:
-    """Return recipe, history and audit of a training run, where they can still be read."""
+    """Return recipe, history and audit of a training run, as far as they can still be read."""
     if not run:
         return Training()
     paths, history = RunPaths(Path(run)), History()
@@ -73,11 +73,11 @@ def model_card(
     """Return the card of a whole model, or of an adapter in another format, as Markdown.
 
     Args:
-        adapter: What was merged or converted; None where that is not known.
-        title: First line.
-        training: The run behind it.
-        checked: What the export found out, a line each.
-        use: Lines of Markdown.
+        adapter: The adapter that was merged or converted; None where it is not known.
+        title: The card's heading.
+        training: The run behind the model.
+        checked: What the export checked, one line for each.
+        use: Lines of Markdown on how to use the model.
         tag: The library that loads it.
     """
     base = _base_of(adapter, training)
@@ -90,7 +90,7 @@ def model_card(
 
 
 def loss_line(loss: Closeness | None, against: str) -> str:
-    """Return how close an export is to what it was made from, in words."""
+    """Return in words how close an export is to its source; `against` names that."""
     if loss is None:
         return "its answers could not be compared"
     return (
@@ -101,7 +101,7 @@ def loss_line(loss: Closeness | None, against: str) -> str:
 
 def _front(base: str, tag: str) -> list[str]:
     lines = ["---", f"library_name: {tag}"]
-    # A path of this computer would be no model's name to anyone else.
+    # A path of this computer would mean nothing to anyone else.
     if base and base != "embedded" and not _is_place(base):
         name = plain(base, one_line=True)
         lines.append(f"base_model: {name if _HUB_NAME.fullmatch(name) else json.dumps(name)}")
@@ -109,14 +109,14 @@ def _front(base: str, tag: str) -> list[str]:
 
 
 def _base_of(adapter: AdapterFound | None, training: Training) -> str:
-    """Return the base's name on the hub where one is known, else what the adapter or the run says of it."""
+    """Return the base's name on the hub if it is known, else the folder that run or adapter name; empty for neither."""
     said = [training.recipe.model.base if training.recipe else "", adapter.base if adapter else ""]
     words = [_hub_name(word) for word in said if word]
     return next((word for word in words if not _is_place(word)), words[0] if words else "")
 
 
 def _hub_name(word: str) -> str:
-    """Return `owner/name` of a folder in the hub's cache, anything else as it is."""
+    """Return `owner/name` for a folder in the hub's cache, and anything else as it is."""
     cached = next((part for part in Path(word).parts if part.startswith(_CACHED)), "")
     return "/".join(cached.removeprefix(_CACHED).split("--", 1)) or word
 
@@ -164,7 +164,7 @@ def _figures(training: Training) -> list[str]:
 
 
 def _audit(audit: dict[str, Any] | None) -> list[str]:
-    """Quote what an audit of the run found, from its `audit.json`."""
+    """Return lines that quote what an audit of the run found, from its `audit.json`."""
     advice, page = (audit or {}).get("recommendation"), (audit or {}).get("markdown")
     sentence = advice.get("sentence") if isinstance(advice, dict) else None
     words = [word for word in (sentence, page) if isinstance(word, str) and word]
@@ -211,7 +211,7 @@ def _recipe(recipe: Recipe | None) -> list[str]:
 
 
 def _without_places(recipe: Recipe) -> Recipe:
-    """Leave the folders of this computer out: only the last part of a path is anyone's business."""
+    """Return the recipe with only the last part of each path: the rest would show folders of this computer."""
     for path in PLACES:
         value = str(recipe.get(path))
         if _is_place(value):

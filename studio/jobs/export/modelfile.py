@@ -1,9 +1,9 @@
-"""Ollama's Modelfile: the training's chat template in Ollama's language, the texts at which an answer ends, sampling.
+"""Writes Ollama's Modelfile: the training's chat template in Ollama's language, stop words, and sampling.
 
-Ollama cannot read Jinja, so the template is taken apart into what stands before and after each turn. The parts are
-found by rendering words that occur nowhere else, and count only where putting them together again gives what the
-template itself gives: a template that cuts, counts or reorders is not taken apart. One that trims what is said
-(Gemma's, Llama 3's) is: white space at the ends of a message, which few send, is read then.
+Ollama cannot read Jinja, so the template is taken apart into what it writes before and after each turn. The parts are
+found by rendering words that occur nowhere else. They are used only if putting them together again gives the template's
+own text: a template that cuts, counts or reorders is not taken apart. A template that trims messages (Gemma's, Llama
+3's) is taken apart, although white space at the ends of a message, which few people send, is then not trimmed.
 """
 
 import json
@@ -26,15 +26,15 @@ _LONG = (
 
 @dataclass(frozen=True, slots=True)
 class ChatForm:
-    """What is written around the words of a conversation.
+    """What a chat template writes around the words of a conversation.
 
     Attributes:
-        start: Before everything: the start token, or nothing.
-        system: Before and after a system prompt; None where the template refuses one.
-        default_system: The system prompt that the template writes where there is none; empty for none.
-        user: Before and after what the user says.
-        answer: Before and after an answer.
-        ask: What opens an answer that is to be written.
+        start: Written before everything: the start token, or nothing.
+        system: Written before and after a system prompt; None where the template refuses one.
+        default_system: The system prompt that the template writes if a conversation has none; empty for none.
+        user: Written before and after a user's message.
+        answer: Written before and after an answer.
+        ask: The generation prompt, which opens an answer.
     """
 
     start: str
@@ -45,7 +45,7 @@ class ChatForm:
     ask: str
 
     def write(self, turns: Sequence[tuple[str, str]], *, ask: bool) -> str:
-        """Return a conversation of roles and words as the template would write it."""
+        """Return a conversation, given as roles and words, as the template would write it."""
         parts = {"user": self.user, "assistant": self.answer, "system": self.system or ("", "")}
         if self.default_system and self.system and turns[0][0] != "system":
             turns = [("system", self.default_system), *turns]
@@ -54,10 +54,10 @@ class ChatForm:
 
 
 def chat_form(tokenizer: Any) -> ChatForm | None:
-    """Return the parts of a tokenizer's chat template; None where it has none or cannot be taken apart."""
+    """Return the parts of a tokenizer's chat template; None if it has no template or that cannot be taken apart."""
     if not tokenizer.chat_template:
         return None
-    # Where the start token also opens every turn (SmolLM), it is a part of the turns.
+    # If the start token also opens every turn (SmolLM), it belongs to the turns, and `start` is empty.
     starts = ("", tokenizer.bos_token or "")
     for start in reversed(starts) if starts_with_bos(tokenizer) else starts:
         try:
@@ -139,14 +139,14 @@ def stop_words(tokenizer: Any) -> list[str]:
 
 
 def context_of(config: dict[str, Any]) -> int:
-    """Return how many tokens a model can read, from its config; 0 where that does not say."""
+    """Return how many tokens a model can read, from its config; 0 where the config does not say."""
     text = config.get("text_config")
     table = {**config, **(text if isinstance(text, dict) else {})}
     return next((table[name] for name in _CONTEXT if isinstance(table.get(name), int)), 0)
 
 
 def generation_of(folder: Path) -> dict[str, Any]:
-    """Return a model's `generation_config.json`, or nothing where there is none that can be read."""
+    """Return a model's `generation_config.json`; empty where there is none that can be read."""
     try:
         table = json.loads((folder / _GENERATION).read_text("utf-8"))
     except (OSError, ValueError):
@@ -176,13 +176,13 @@ def modelfile(
     """Return the text of a Modelfile.
 
     Args:
-        source: What stands after FROM: a file beside it, or a model that Ollama has.
-        form: The chat template's parts; None leaves the template to what Ollama finds in the file.
+        source: What FROM names: a file beside the Modelfile, or a model that Ollama has.
+        form: The chat template's parts; None for the template that Ollama finds in the file.
         stops: Texts at which an answer ends.
-        context: Tokens that the model can read.
+        context: How many tokens the model can read.
         generation: The model's `generation_config.json`.
         adds_bos: Whether the start token is added when a text is read, so that the template must not write it.
-        adapter: File of a LoRA adapter beside it; empty for none.
+        adapter: A file with a LoRA adapter beside the Modelfile; empty for none.
     """
     lines = [f"FROM {source}"]
     if adapter:
@@ -207,9 +207,9 @@ def modelfile(
 
 
 def _quoted(text: str) -> str:
-    """Return a text as a Modelfile has it, which knows no escapes; nothing where it cannot be written there.
+    """Return a text in quotes as a Modelfile needs it; empty where it cannot be written there.
 
-    Three quotes end a text of several lines, and characters that cannot be printed are not read.
+    A Modelfile has no escapes: three quotes would end the text, and Ollama does not read unprintable characters.
     """
     if not text or _QUOTES in text or not all(letter.isprintable() or letter in "\n\r\t" for letter in text):
         return ""
@@ -218,11 +218,11 @@ def _quoted(text: str) -> str:
 
 
 def _template(form: ChatForm, adds_bos: bool) -> str:
-    """Return the conversation in Go's template language. Nothing may be trimmed: white space is part of the form."""
+    """Return the template in Go's template language, without trimming: white space is part of what was trained."""
     user, answer = ((_go(a), _go(b)) for a, b in (form.user, form.answer))
     if form.system:
         system, folded = f"{_go(form.system[0])}{{{{ .Content }}}}{_go(form.system[1])}", ""
-    else:  # as a training run does it: before the first words of the user
+    else:  # as in training: the system prompt is put before the user's first words
         system, folded = "", "{{ if and (le $i 1) $.System }}{{ $.System }}\n\n{{ end }}"
     start = "" if adds_bos else _go(form.start)
     return (

@@ -1,4 +1,4 @@
-"""An adapter on its own: the PEFT folder, with a card that says what it is and how to use it."""
+"""Writes an adapter as a PEFT folder, with a card that says what it is and how to use it."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ def write_peft_folder(work: Work, made: Path) -> dict[str, Any]:
         made: A new folder.
 
     Returns:
-        Nothing for the report.
+        An empty table: the report needs nothing more.
 
     Raises:
         BadInput: The source is no adapter.

@@ -1,6 +1,7 @@
-"""A merged 16-bit model in 4 or 8 bits through bitsandbytes, loaded again and compared before it counts.
+"""Writes a merged 16-bit model in 4 or 8 bits with bitsandbytes, loads it again and compares the answers.
 
-Always from 16 bits: quantising what went through 4 bits before loses the adapter again (measured: KL 1.99).
+It always begins with 16 bits: a model merged into 4-bit weights would lose the adapter when it is quantised again
+(measured: KL 1.99).
 """
 
 import json
@@ -34,7 +35,7 @@ def write_quantised(work: Work, made: Path) -> dict[str, Any]:
         made: A new folder.
 
     Returns:
-        For the report: what quantising cost, where it can be told.
+        For the report: what quantising cost, if the answers could be compared.
 
     Raises:
         BadInput: The model cannot be loaded, or the memory has no room for it.
@@ -72,7 +73,7 @@ def _quantise(work: Work, folder: Path) -> Closeness | None:
     work.say("saving")
     model.save_pretrained(str(folder))
     for weights in folder.glob("*.safetensors"):
-        # safetensors writes for the owner alone; a model is for whoever may read the rest of its folder.
+        # safetensors makes the file readable for its owner alone; it gets the permissions of the other files.
         shutil.copymode(folder / "config.json", weights)
     del model
     keep_files(merged, folder)
@@ -82,7 +83,7 @@ def _quantise(work: Work, folder: Path) -> Closeness | None:
 
 
 def keep_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and what else lies beside the weights, byte by byte."""
+    """Copy tokenizer, chat template and the other files beside the weights, byte by byte."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _KEPT_SUFFIXES and path.name not in _WRITTEN_ANEW:
             shutil.copyfile(path, folder / path.name)
@@ -100,7 +101,7 @@ def _bits(form: str) -> BitsAndBytesConfig:
 
 
 def _load(folder: Path, bits: BitsAndBytesConfig | None = None) -> Any:
-    """Return the model on the CPU; a folder that is quantised already says so itself."""
+    """Return the model on the CPU. `bits` quantises it; a folder that is quantised already has that in its config."""
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     options = {"quantization_config": bits} if bits else {}
     try:
@@ -112,10 +113,10 @@ def _load(folder: Path, bits: BitsAndBytesConfig | None = None) -> Any:
 
 
 def _require_quantised(model: Any, form: str) -> None:
-    """Raise where bitsandbytes found nothing to quantise.
+    """Refuse a model in which bitsandbytes found nothing to quantise.
 
     Raises:
-        JobFailed: No layer was.
+        JobFailed: No layer was quantised.
     """
     kind = "Linear8bitLt" if form == "int8" else "Linear4bit"
     if not any(type(module).__name__ == kind for module in model.modules()):
@@ -128,5 +129,5 @@ def _require_quantised(model: Any, form: str) -> None:
 
 @torch.no_grad()
 def _answers(model: Any, rows: list[list[int]]) -> Tensor:
-    """Return fp32 logits `[tokens, vocabulary]`."""
+    """Return a model's fp32 logits `[tokens, vocabulary]`, all rows one after another."""
     return torch.cat([model(input_ids=torch.tensor([row])).logits[0].float() for row in rows])

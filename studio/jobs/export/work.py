@@ -1,6 +1,6 @@
-"""What every format's export needs at hand: its run and request, a scratch directory, the merged model, llama.cpp.
+"""What every export needs, whatever its format: run and request, a scratch directory, the merged model, llama.cpp.
 
-Merging is a job of its own, so it is done as one: a run inside this run's folder, followed to its end.
+Merging is a job of its own, so an export starts one, as a run inside its own run's folder, and waits for its end.
 """
 
 import shutil
@@ -39,25 +39,25 @@ TEXTS = (
     "def add(a, b):\n    return a + b\n\n\nassert add(2, 3) == 5\n",
     "Question: What is the capital of France?\nAnswer: The capital of France is Paris.",
 )
-"""On which an export is compared with what it was made from."""
+"""Texts on which an export is compared with its source."""
 GGUF = ".gguf"
 _WORK = 2e11
-"""Parameters times tokens of one pass: a few seconds on two cores."""
+"""Most parameters times tokens of one forward pass: a few seconds on two cores."""
 _MERGE = "studio.jobs.merge"
-"""By name, as jobs do not import each other."""
+"""The merge job's module, by name because jobs do not import each other."""
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An export at work.
+    """An export while it is running.
 
     Attributes:
         worker: Of the export's run.
         request: What was asked for.
-        adapter: What is exported; None where the source is a merged model.
-        scratch: Where it writes; gone at the end.
+        adapter: The adapter that is exported; None where the source is a merged model.
+        scratch: The scratch directory, which is deleted at the end.
         say: Tells what is being done.
     """
 
@@ -69,7 +69,7 @@ class Work:
 
     @property
     def folder(self) -> Path:
-        """For what lies about meanwhile."""
+        """The folder for temporary files."""
         return self.scratch.folder
 
     @property
@@ -79,7 +79,7 @@ class Work:
 
     @property
     def file_name(self) -> str:
-        """The name of a GGUF file: what was asked for, else the folder's, which may end with the format."""
+        """The name of the GGUF file: the one asked for, else made of the folder's name and the format."""
         out, form = Path(self.request.out), self.request.format
         if out.suffix == GGUF:
             return out.name
@@ -87,40 +87,40 @@ class Work:
         return f"{stem}-{form.upper().replace('LORA-GGUF', 'LoRA')}{GGUF}"
 
     def warn(self, message: str) -> None:
-        """Tell something that the user should know."""
+        """Warn the user."""
         self.worker.emit(Warned, topic="export", message=plain(message, one_line=True, limit=400))
 
     def heed(self) -> None:
-        """Do nothing, unless the user asked for an early end.
+        """Raise if the user asked for an early end.
 
         Raises:
-            Cancelled: So it is.
+            Cancelled: The user asked for an early end.
         """
         heed(self.worker, "stopped before the export was published")
 
     def llama(self) -> LlamaTool:
-        """Return llama.cpp's tools, fetched first where that has not been done.
+        """Return llama.cpp's tools; fetch them first where that has not been done.
 
         Raises:
-            BadInput: A folder was named that does not hold them.
-            JobFailed: They could not be fetched.
+            BadInput: The folder that the user named does not hold the tools.
+            JobFailed: The tools could not be fetched.
         """
         return LlamaTool(ensure_tools(self.say, self.heed), self.worker.paths.tool_log, self.heed)
 
     def base(self) -> Path:
-        """Return the folder of the base that an adapter is exported with, fetched or converted first where needed.
+        """Return the folder of the adapter's base; download or convert it first where needed.
 
         Raises:
-            BadInput: It cannot be had.
+            BadInput: The base is not found, or cannot be downloaded.
         """
         word = self.request.base or (self.adapter.base if self.adapter else "")
         return base_folder(find_base(word, self.request.revision), self.say)
 
     def merged(self) -> Path:
-        """Return the merged 16-bit model: the folder that was named, or one merged now from the adapter.
+        """Return the merged 16-bit model: the source if it is one, else one that is merged now from the adapter.
 
         Raises:
-            JobFailed: The merge failed; the reason is its own.
+            JobFailed: The merge failed; the message gives its reason.
         """
         return _merge_first(self) if self.adapter else self.source
 
@@ -131,10 +131,10 @@ def tokens_for(size_bytes: float) -> float:
 
 
 def merged_answers(work: Work, merged: Path, rows: Sequence[Sequence[int]]) -> Tensor | None:
-    """Return the merged model's fp32 logits `[tokens, vocabulary]`, one decoder layer in memory at a time.
+    """Return the merged model's fp32 logits `[tokens, vocabulary]`, with a few rows of its matrices in memory.
 
     Returns:
-        None, said aloud, where this model cannot be run so.
+        None, with a warning, where the model cannot be run layer by layer.
     """
     work.say("checking", detail="answers of the merged model")
     ids, mask = padded(rows)
@@ -146,7 +146,7 @@ def merged_answers(work: Work, merged: Path, rows: Sequence[Sequence[int]]) -> T
 
 
 def loss_of(exported: Tensor, merged: Tensor) -> Closeness:
-    """Return what an export cost, from logits `[tokens, vocabulary]`.
+    """Return how close an export is to the merged model, from the logits of both, `[tokens, vocabulary]`.
 
     Raises:
         JobFailed: A logit of the exported model is not finite.
@@ -157,7 +157,7 @@ def loss_of(exported: Tensor, merged: Tensor) -> Closeness:
 
 
 def _merge_first(work: Work) -> Path:
-    """Merge the adapter into the folder beside the export's output, telling the merge's progress as its own."""
+    """Merge the adapter into a folder beside the export's output; the merge's progress and warnings are passed on."""
     asked = work.request
     paths, out = RunPaths(work.worker.paths.merge), merged_for(Path(asked.out))
     if run_status(paths) is Status.finished:
@@ -171,7 +171,7 @@ def _merge_first(work: Work) -> Path:
         write_job(paths, merge)
         launch(paths, _MERGE)
     elif not run_status(paths).live:
-        resume(paths, module=_MERGE)  # of an export that was killed: whole shards are taken up again
+        resume(paths, module=_MERGE)  # an earlier process of this export was killed; whole shards are used again
     watch = RunWatch(paths)
     try:
         while (events := watch.poll()) or run_status(paths).live:
@@ -184,7 +184,7 @@ def _merge_first(work: Work) -> Path:
             if not events:
                 time.sleep(_POLL_SECONDS)
     except BaseException:
-        stop(paths, grace_seconds=_STOP_SECONDS)  # its model must not appear when nobody is left to delete it
+        stop(paths, grace_seconds=_STOP_SECONDS)  # or its model would appear later, and nobody would delete it
         raise
     watch.catch_up()
     if failed := watch.history.failed:
@@ -195,9 +195,9 @@ def _merge_first(work: Work) -> Path:
 
 
 def _ended_early(paths: RunPaths, history: History) -> JobFailed:
-    """Why the merge's process is gone without an event: what it printed last, where that tells it."""
+    """Return why the merge's process ended without an event, from what it printed last if that tells."""
     if known := crash_of(paths, history):
-        # What goes on is the export, whose name its reader puts in.
+        # The user must resume the export, not the merge: whoever shows the message replaces RUN by the export's name.
         advice = known.advice.replace(f"resume {paths.name}", "resume RUN")
         return JobFailed(known.kind, f"the merge before the export ended early: {known}", advice)
     where = plain(str(paths.output), one_line=True)
