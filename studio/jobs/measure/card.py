@@ -1,8 +1,8 @@
-"""What a CUDA card does otherwise than a CPU, put back by hand while fake tensors that say "cpu" are traced.
+"""Imitates what a CUDA card does differently from a CPU, while fake tensors whose device is "cpu" are traced.
 
-Attention by flash or memory-efficient kernels, fused dropout, autocast's longer list of fp32 operators, optimizer
-state in unified memory, and what kernels take while they run. Not known here: workspaces of cuDNN and cuBLASLt, the
-kernels that a driver chooses at run time, fragmentation.
+It imitates attention by flash or memory-efficient kernels, fused dropout, autocast's longer list of fp32 operators,
+optimizer state in unified memory, and what kernels take while they run. It does not know workspaces of cuDNN and
+cuBLASLt, the kernels that a driver chooses at run time, or fragmentation.
 """
 
 import math
@@ -25,7 +25,7 @@ from studio.jobs.measure.storages import HOST, PAGED, Storages
 _aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 _PAGED_FROM = 100_000
-"""Elements from which bitsandbytes pages a state tensor (optim/optimizer.py get_state_buffer)."""
+"""Smallest number of elements of a state tensor that bitsandbytes pages (optim/optimizer.py get_state_buffer)."""
 
 _IN_FP32 = {
     *("layer_norm", "native_layer_norm", "group_norm", "norm", "pow", "__pow__", "__rpow__", "exp", "expm1", "log"),
@@ -33,32 +33,33 @@ _IN_FP32 = {
     *("cosh", "sinh", "tan", "acos", "asin", "erfinv"),
 }
 _INTO_FP32 = {"softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod"}
-"""Operators that autocast runs in fp32 on CUDA: on inputs cast before, or by their own `dtype`
-(aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE)."""
+"""Operators that autocast runs in fp32 on CUDA. It casts the inputs of `_IN_FP32`, and sets the `dtype` argument of
+`_INTO_FP32` (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE)."""
 
 
 class CudaFunctions(TorchFunctionMode):
-    """Lets functions do on fake tensors what they would do on a card."""
+    """Lets torch's functions do on fake tensors what they would do on a card."""
 
     def __init__(self, storages: Storages, capability: tuple[int, int]) -> None:
-        """Take a card's habits.
+        """Prepare for a card.
 
         Args:
-            storages: Where births are counted.
-            capability: Its compute capability.
+            storages: Counts what is allocated.
+            capability: The card's compute capability.
         """
         super().__init__()
         self._storages = storages
         self._has_flash = capability >= (8, 0)
         self.cublas_bytes = HOPPER_CUBLAS_WORKSPACE_BYTES if capability == (9, 0) else CUBLAS_WORKSPACE_BYTES
-        """Workspaces of the forward's and of the backward's thread."""
+        """Bytes of both cuBLAS workspaces: the forward pass and autograd's backward thread have one each."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function as a card would."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if func is Tensor.backward:
-            # A mode is off inside its own handler, but layers are computed again in there: straight to the engine.
+            # torch switches a mode off inside its own handler. But checkpointed layers are computed again inside this
+            # call and need the mode, so it is switched on and the engine called directly.
             loss = args[0]
             with self:
                 run = torch.autograd.Variable._execution_engine.run_backward
@@ -84,7 +85,7 @@ class CudaFunctions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def has_grouped_kernel(self, key: Tensor) -> bool:
-        """Return what `studio.jobs.base.attention` would find on the card."""
+        """Return what `studio.jobs.base.attention.has_grouped_kernel` would return on the card."""
         return self._has_flash and (key.dtype in _HALF or torch.is_autocast_enabled("cpu"))
 
     def _attention(  # noqa: PLR0917  the order of torch's function
@@ -98,11 +99,11 @@ class CudaFunctions(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Return attention by the kernel that torch would choose.
+        """Return attention `[batch, heads, seq, head_dim]` from the kernel that torch would choose.
 
-        Flash takes 16-bit heads of at most 256 without a mask, also grouped ones where it is told (`enable_gqa`); the
-        memory-efficient kernel takes masks and fp32, but no grouped heads; the plain one takes all, with S x S matrices
-        (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+        Flash takes 16-bit heads of at most 256 numbers without a mask, and grouped ones if `enable_gqa` is set. The
+        memory-efficient kernel takes masks and fp32, but no grouped heads. The plain one takes everything, and makes
+        matrices of seq x seq (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
         """
         if torch.is_autocast_enabled("cpu"):
             lower = torch.get_autocast_dtype("cpu")
@@ -121,13 +122,13 @@ class CudaFunctions(TorchFunctionMode):
                 return cast(Tensor, made[0])
             mask = _additive(attn_mask, query)
             efficient = _aten._scaled_dot_product_efficient_attention
-            # The log-sum-exp is made where a backward may follow.
+            # The kernel allocates the log-sum-exp only if a backward pass may follow.
             wanted = any(t.requires_grad for t in (query, key, value))
             return cast(Tensor, efficient(query, key, value, mask, wanted, dropout_p, is_causal, scale=scale)[0])
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return a mask as numbers of the query's format, broadcast to every head as the kernel wants it."""
+    """Return a mask as numbers in the query's dtype, expanded to every head as the kernel needs it."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -136,7 +137,10 @@ def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _leaves(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a function makes something in the host's memory: `"cpu"` by name is never the card that is traced."""
+    """Return whether a function allocates in the host's memory.
+
+    The traced card's tensors are on device "cpu" without anybody naming it. Code that names "cpu" means the host.
+    """
     to_host = name == "cpu" or (name == "to" and "cpu" in (*args[1:], kwargs.get("device")))
     return to_host or bool(kwargs.get("pin_memory")) or kwargs.get("device") == "cpu"
 
@@ -146,7 +150,7 @@ def _drops(_input: Any = None, p: float = 0.5, training: bool = True, inplace: b
 
 
 def _widens(args: Any, kwargs: Any) -> bool:
-    """Whether softmax reads fp16 and writes fp32 in one kernel (aten/src/ATen/native/SoftMax.cpp: only for Half)."""
+    """Return whether softmax reads fp16 and writes fp32 in one kernel (aten/src/ATen/native/SoftMax.cpp: only Half)."""
     tensor = kwargs.get("input", args[0] if args else None)
     return bool(tensor.dtype == torch.float16 and kwargs.get("dtype") == torch.float32)
 
@@ -160,7 +164,7 @@ def _in_fp32(tensor: Tensor) -> Tensor:
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what CUDA kernels take while they run; entered after `Storages`, so that results are counted first."""
+    """Counts what CUDA kernels take while they run. Entered after `Storages`, so that results are counted first."""
 
     def __init__(self, storages: Storages, cublas_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -178,21 +182,27 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _take_handle(self, in_backward: bool) -> None:
-        """The first product of each thread makes cuBLAS take a workspace for good."""
+        """Count cuBLAS's workspace at the first product of each thread; it is kept for good."""
         if not self._has_handle[in_backward]:
             self._has_handle[in_backward] = True
             self._storages.lasting(self._handle_bytes)
 
 
 def _dequantised(args: Any, out: Tensor) -> int:
-    """The 16-bit weight, and its scales twice in fp32 (bitsandbytes backends/cuda/ops.py _dequant_linear_fallback)."""
+    """Return the bytes of a 16-bit weight, and of its scales twice in fp32.
+
+    See bitsandbytes backends/cuda/ops.py _dequant_linear_fallback.
+    """
     outputs, inputs = args[2]
     scales = -(-outputs * inputs // args[4])
     return cast(int, outputs * inputs * args[0].element_size() + 2 * 4 * scales)
 
 
 def _flash_backward(args: Any, out: Any) -> int:
-    """Sums, the query gradient in fp32, and key and value gradients per head of a group (flash_api.cpp mha_bwd)."""
+    """Return the bytes that flash attention's backward pass takes while it runs (flash_api.cpp mha_bwd).
+
+    These are row sums, the query's gradient in fp32 and, with grouped heads, gradients of key and value for every head.
+    """
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     rows, columns = -(-length // 128) * 128, -(-head_dim // 32) * 32
@@ -202,7 +212,10 @@ def _flash_backward(args: Any, out: Any) -> int:
 
 
 def _efficient_backward(args: Any, out: Any) -> int:
-    """Delta, and the query gradient in fp32 where the inputs are not (attention_backward.cu)."""
+    """Return the bytes that memory-efficient attention's backward pass takes while it runs (attention_backward.cu).
+
+    These are delta, and the query's gradient in fp32 if the inputs are in 16 bit.
+    """
     query = args[1]
     batch, heads, length, _ = query.shape
     return int(4 * batch * heads * length + (4 * query.numel() if query.element_size() < 4 else 0))
@@ -226,7 +239,12 @@ _TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
 
 @contextmanager
 def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[None]:
-    """Let everything inside behave as on a CUDA card, and count what its kernels take."""
+    """Let everything inside the context behave as on a CUDA card, and count what its kernels take.
+
+    Args:
+        storages: Counts what is allocated.
+        capability: The card's compute capability.
+    """
     functions = CudaFunctions(storages, capability)
 
     def state_buffer(self: Any, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -236,7 +254,7 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
             return torch.zeros_like(p, dtype=dtype)
 
     with ExitStack() as stack:
-        # Both go by the device that a tensor says, which is "cpu" here.
+        # Swapped because both ask a tensor for its device, which is "cpu" here.
         stack.enter_context(swapped(Optimizer8bit, "get_state_buffer", state_buffer))
         stack.enter_context(swapped(attention, "has_grouped_kernel", functions.has_grouped_kernel))
         stack.enter_context(Kernels(storages, functions.cublas_bytes))
@@ -245,7 +263,7 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
 
 
 class TracedCopies:
-    """Checkpoints on their way to the host and back, where only their sizes matter (`studio.jobs.train.offload`)."""
+    """`Copies` of `studio.jobs.train.offload` for a trace, in which only sizes matter."""
 
     def __init__(self, storages: Storages) -> None:
         self._storages = storages

@@ -1,7 +1,8 @@
-"""A world of tensors without memory, in which the real training loop runs.
+"""Fake tensors, which have no memory, for running the real training loop.
 
-Sizes are exact, floating-point values do not exist. Whole numbers do: token ids, masks and labels are worked out
-beside their fake tensors, since how many tokens are labelled, or whether anything is masked, decides what is allocated.
+Sizes are exact, and floating-point values do not exist. Whole numbers do: token ids, masks and labels are computed
+beside their fake tensors, because what is allocated depends on how many tokens are labelled and on whether anything is
+masked.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +24,18 @@ from studio.jobs.base.swapped import swapped
 
 _aten = torch.ops.aten
 _MOST_ELEMENTS = 2**27
-"""Whole numbers are worked out up to here: an S x S mask of 11 thousand tokens."""
+"""Largest tensor of whole numbers that is computed: a seq x seq mask of 11 thousand tokens."""
 
 
 class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Works out whole numbers and single constants beside the fake tensors that stand for them."""
+    """Computes whole numbers, and single floating-point numbers, beside the fake tensors that stand for them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._values = WeakTensorKeyDictionary()
 
     def batch(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch as fake tensors; it is made of real ones, outside of all modes."""
+        """Return a batch as fake tensors; `make` makes the real ones, outside of all modes."""
         with _disable_current_modes():
             real = make()
         return {name: self.tensor(value) if isinstance(value, Tensor) else value for name, value in real.items()}
@@ -46,7 +47,7 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator on fake tensors, and on whole numbers for real."""
+        """Run an operator on fake tensors, and also on the real numbers if all of its inputs are known."""
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
@@ -83,11 +84,14 @@ class Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor in self._values:
             with unset_fake_temporarily():
                 return self._values[tensor].item()
-        # A value that nobody knows: true, and no number that a guard would stop at.
+        # Nobody knows this value. It must not stop a guard of the loop, so it is True, or 1.
         return True if tensor.dtype == torch.bool else 1 if not tensor.is_floating_point() else 1.0
 
     def _whole_indices(self, indices: Any) -> Any:
-        """Return indices with masks replaced by as many positions as they have."""
+        """Return indices in which each mask is replaced by the positions where it is True.
+
+        Only then does the result's size follow from the indices' sizes.
+        """
         made: list[Tensor | None] = []
         for index in indices:
             if index is None or index.dtype != torch.bool:
@@ -139,7 +143,7 @@ def _is_countable(tensor: Tensor) -> bool:
 
 
 class _OneMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """The same for every copy of a tensor: peft copies modules that are trained whole."""
+    """A fake mode that is not copied with its tensors: peft copies modules that are trained whole."""
 
     def __deepcopy__(self, memo: Any) -> "_OneMode":
         return self
@@ -147,15 +151,15 @@ class _OneMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def fake_world() -> Iterator[Numbers]:
-    """Let every tensor made inside be fake; yields what makes fake tensors of real whole numbers."""
+    """Make every tensor inside the context fake; yield what turns real whole numbers into fake tensors."""
     numbers = Numbers()
     with ExitStack() as stack:
         stack.enter_context(swapped(nn.Module, "_apply", _apply))  # its docstring says why
-        # transformers would leave out what it looks up in masks; here they can be looked at.
+        # transformers does not look into masks of fake tensors; here their numbers are known.
         stack.enter_context(swapped(import_utils, "is_fake_tensor", lambda tensor: False))
-        # bitsandbytes keeps its tables for good: fake ones must not stay, real ones must not be met.
+        # bitsandbytes caches its tables in a global: fake ones must not stay there, and real ones not be used here.
         stack.enter_context(swapped(bitsandbytes_functional, "name2qmap", {}))
-        # peft knows 4-bit weights by the name of their class, which a fake tensor cannot have.
+        # peft recognises 4-bit weights by the name of their class, which a fake tensor cannot have.
         stack.enter_context(swapped(dora, "dequantize_module_weight", _dequantised))
         stack.enter_context(_OneMode())
         stack.enter_context(numbers)
@@ -169,7 +173,11 @@ def _dequantised(module: nn.Module) -> Any:
 
 
 def _apply(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
-    """Convert parameters and buffers by replacing them: torch swaps fake ones, which weak references forbid."""
+    """Convert parameters and buffers by replacing them.
+
+    torch's own `_apply` swaps fake tensors in place, which fails while there are weak references to them (here
+    `Numbers` and `Storages` hold some).
+    """
     for child in module.children() if recurse else ():
         child._apply(convert)  # type: ignore[no-untyped-call]
     for name, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""One measurement from its request to its report: traced without a card, or run for real on one."""
+"""One measurement of a training step, from its request to its report: traced without a card, or run on a real one."""
 
 import json
 import time
@@ -28,7 +28,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def measure_run(worker: Worker, request: MeasureRequest) -> None:
-    """Measure a training step and leave `report.json`: bytes by stage and component.
+    """Measure a training step and write `report.json`: bytes by stage and component.
 
     Raises:
         BadInput: The model cannot be built or loaded.
@@ -71,7 +71,7 @@ def _traced(worker: Worker, request: MeasureRequest) -> Mapping[str, Any]:
 
 
 def _as_it_lies(recipe: Recipe, base: QuantisedBase | None) -> Recipe:
-    """Return the recipe with the 4-bit form that a base has already: what is loaded keeps it."""
+    """Return the recipe with the 4-bit form of a prequantised base, which is kept when it is loaded."""
     if base is None:
         return recipe
     kept = base.skipped or recipe.model.skip_modules

@@ -1,4 +1,4 @@
-"""A training step on a real card: the job's own model, optimizer and loop, and torch's own counters."""
+"""Measures training steps on a real card, with the training job's model, optimizer and loop, and torch's counters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, cast
@@ -28,20 +28,21 @@ _PROVEN_TOKENS = 64
 
 
 class Counters(Protocol):
-    """What of `torch.cuda` is read."""
+    """The two functions of `torch.cuda` that are used."""
 
     def max_memory_allocated(self) -> int:
         """Bytes of live tensors at their highest since the last reset."""
 
     def reset_peak_memory_stats(self) -> None:
-        """Begin anew."""
+        """Make the highest the present one."""
 
 
 class CardMeter:
     """Reads the allocator's peak at the end of every stage, and keeps the highest of each.
 
-    What weights, gradients and optimizer hold is known by their tensors; the rest of a peak is counted as activations,
-    around the loss as logits. The allocator's peak never held what bitsandbytes pages: that is counted apart.
+    What weights, gradients and optimizer hold is known from their tensors. The rest of a peak is counted as
+    activations, in the loss stage as logits. What bitsandbytes pages is not in the allocator's peak and is counted
+    apart.
     """
 
     def __init__(self, counters: Counters) -> None:
@@ -52,12 +53,15 @@ class CardMeter:
         self._held: dict[str, int] = {}
 
     def stage(self, name: str) -> None:
-        """Say that a stage begins: the one before is over."""
+        """Begin a stage, which ends the one before."""
         self._close()
         self._stage = name
 
     def claim(self, tensors: Iterable[Any], component: str) -> None:
-        """Say what tensors belong to; of the adapter's gradients all are alive at the end of the backward."""
+        """Count tensors as a component's, in place of earlier ones.
+
+        Gradients come one by one and are added up: all are alive at the end of the backward pass.
+        """
         known = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
         paged = [tensor for tensor in known if getattr(tensor, "is_paged", False)]
         size = _bytes_of(known) - _bytes_of(paged)
@@ -66,7 +70,7 @@ class CardMeter:
             self._held[PAGED] = _bytes_of(paged)
 
     def seen(self, peak_bytes: int) -> None:
-        """Take over a peak that somebody else read, and reset, within the stage."""
+        """Take in a peak, in bytes, that someone else has read and reset during the stage."""
         self._fold(peak_bytes)
 
     def peaks(self) -> Peaks:
@@ -97,12 +101,12 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def measure_card(worker: Worker, recipe: Recipe, device: torch.device) -> Mapping[str, Any]:
-    """Train three steps and one held-out batch on the longest rows and return what the card held.
+    """Train three steps and evaluate one batch, all on the longest rows, and return what the card held.
 
     Args:
         worker: Of the measurement.
-        recipe: What is measured.
-        device: The card, with its number; it is torch's current one.
+        recipe: The recipe to measure.
+        device: The card, with its number; it must be torch's current one.
 
     Raises:
         BadInput: The model cannot be loaded.
@@ -144,7 +148,7 @@ def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters
     def emit(kind: type[RunEvent], **fields: Any) -> None:
         nonlocal shown
         if kind is MemorySeen:
-            # The loop's own watch resets the counters.
+            # The loop's own memory watch has read this peak and reset the counters.
             meter.seen(fields.get("peak_bytes") or 0)
             shown = max(shown, fields.get("device_bytes") or 0)
         worker.emit(kind, **fields)

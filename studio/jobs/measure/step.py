@@ -1,4 +1,4 @@
-"""Runs the training job's own loop over full rows, and says which stage it is in: on fake tensors, a CPU or a card."""
+"""Runs the training job's own loop over full rows, on fake tensors, a CPU or a card, and tells a meter the stages."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +15,17 @@ from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.step_model import StepModel, evaluating
 
 STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval")
-"""In the order in which they come; `loss` is head and loss, forward and backward."""
+"""The stages in their order; `loss` is head and loss, both forward and backward."""
 
 
 class Meter(Protocol):
-    """Is told which stage begins, and what belongs to what."""
+    """Measures memory by stage and component."""
 
     def stage(self, name: str) -> None:
-        """Say that a stage begins."""
+        """Begin a stage."""
 
     def claim(self, tensors: Any, component: str) -> None:
-        """Say what tensors belong to."""
+        """Count tensors as a component's."""
 
 
 def run_steps(
@@ -39,18 +39,18 @@ def run_steps(
     steps: int,
     emit: Callable[..., None],
 ) -> None:
-    """Take optimizer steps on the longest rows, then one held-out batch, and tell the meter every stage.
+    """Take optimizer steps on the longest rows, then evaluate one batch, and tell the meter every stage.
 
-    More than two micro-batches per step change nothing in memory, so no more are taken.
+    At most two micro-batches are taken per step, because more of them do not change the memory.
 
     Args:
         step_model: The model and its loss.
-        recipe: Batch, length and learning rate.
-        meter: What measures.
+        recipe: Says batch size, length and learning rate.
+        meter: Measures the memory.
         optimizer: Of the adapter.
-        scaler: For fp16.
-        batcher: Makes the batches, by the step model's objective.
-        steps: Optimizer steps; from the second on the optimizer's state is there from the start.
+        scaler: The fp16 loss scaler.
+        batcher: Makes the batches, with the step model's objective.
+        steps: Number of optimizer steps. Only from the second on is the optimizer's state there from the beginning.
         emit: Gets the events of the loop.
 
     Raises:
@@ -89,7 +89,7 @@ def run_steps(
 
 @contextmanager
 def _staged(step_model: StepModel, meter: Meter) -> Iterator[None]:
-    """Tell the meter when the backbone begins and ends, and when the gradient of its output arrives."""
+    """Tell the meter the stages: forward as the backbone begins, loss as it ends, backward as its gradient arrives."""
     backbone = cast(nn.Module, getattr(step_model.causal, "base_model", step_model.causal))
 
     def begins(*_: Any) -> None:

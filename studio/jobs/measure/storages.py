@@ -1,6 +1,6 @@
-"""The birth and death of every storage that operators make: on a CPU, and of fake tensors, which have no memory.
+"""Logs when every storage that an operator makes is allocated and freed, on a CPU and for fake tensors.
 
-What happens inside one operator is not seen; who knows what a kernel takes there says so with `passing`.
+What is allocated and freed inside one operator is not seen; code that knows it counts it with `passing`.
 """
 
 import weakref
@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 PAGED, HOST = "paged", "host"
-"""Components that are not on the device: optimizer state in unified memory, copies in the computer's own memory."""
+"""Components that are not in the device's memory: optimizer state in unified memory, and copies in main memory."""
 
 _ELSEWHERE = (PAGED, HOST)
 
 Peaks = dict[str, dict[str, int]]
-"""Bytes by stage, at that stage's highest point, and component."""
+"""Bytes by stage and component, at each stage's highest point."""
 
 
 @dataclass(slots=True)
@@ -27,11 +27,11 @@ class StorageLog:
     """What was allocated and freed, in order.
 
     Attributes:
-        sizes: Bytes of each birth.
-        components: What each birth belongs to; may be settled after it died.
-        events: `n` is the birth of storage n, `~n` its death.
+        sizes: Bytes of each storage, by its number.
+        components: The component of each storage, by its number; it may be set after the storage is freed.
+        events: `n` means that storage n is allocated, `~n` that it is freed.
         stages: Where in `events` each stage begins, and its name; a stage may come again.
-        sums: Births that are sums made in a backward, and the birth of the first summand.
+        sums: Storages that are sums of gradients made in a backward pass, and the storage of each one's first summand.
     """
 
     sizes: list[int] = field(default_factory=list)
@@ -41,10 +41,11 @@ class StorageLog:
     sums: dict[int, int] = field(default_factory=dict)
 
     def really(self) -> list[int]:
-        """Return the events as they are without anybody looking.
+        """Return the events as they would be without this log.
 
-        Under a dispatch mode, and for fake tensors, autograd adds gradients up in new storages; otherwise it adds in
-        place where nobody else holds the first one (torch/csrc/autograd/input_buffer.cpp can_accumulate_inplace).
+        Under a dispatch mode, and for fake tensors, autograd adds up gradients in new storages. Otherwise it adds in
+        place if nobody else holds the first one (torch/csrc/autograd/input_buffer.cpp can_accumulate_inplace). So where
+        a first summand is freed right after its sum is allocated, the two events are exchanged.
         """
         events = list(self.events)
         for position, event in enumerate(self.events[:-1]):
@@ -54,7 +55,7 @@ class StorageLog:
         return events
 
     def peaks(self) -> Peaks:
-        """Return the components of every stage at its highest point; what is elsewhere adds no height."""
+        """Return the bytes of every component at each stage's highest point; paged and host bytes add no height."""
         live: dict[str, int] = {}
         peaks: Peaks = {}
         heights: dict[str, int] = {}
@@ -81,19 +82,19 @@ class StorageLog:
 
 
 class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Logs all storages that operators make while the mode is on, and those that it is shown.
+    """Logs all storages that operators make while the mode is on, and those that are claimed.
 
     Attributes:
-        log: What was seen.
-        component: What newborn storages belong to until somebody claims them.
+        log: What was allocated and freed.
+        component: The component of new storages until they are claimed.
     """
 
     def __init__(self, *, block_bytes: int = 1, on_stage: Callable[[], None] = lambda: None) -> None:
         """Begin an empty log.
 
         Args:
-            block_bytes: Sizes are rounded up to this: 512 as CUDA's allocator does, 1 for the tensors themselves.
-            on_stage: Called where a stage begins; what it raises ends the steps.
+            block_bytes: Sizes are rounded up to a multiple of this: 512 as in CUDA's allocator, 1 for exact sizes.
+            on_stage: Called when a stage begins; what it raises ends the run.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.log = StorageLog()
@@ -103,13 +104,13 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def stage(self, name: str) -> None:
-        """Say that a stage begins; what is born around head and loss counts as logits."""
+        """Begin a stage; what is allocated in the loss stage counts as logits, otherwise as activations."""
         self._on_stage()
         self.component = "logits" if name == "loss" else "activations"
         self.log.stages.append((len(self.log.events), name))
 
     def claim(self, tensors: Iterable[Any], component: str) -> None:
-        """Say what the storages of tensors belong to, from their birth on; unknown ones are born now."""
+        """Set the component of tensors' storages, from their allocation on; unknown ones count as allocated now."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 number = self._number(tensor)
@@ -117,18 +118,18 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.log.components[number] = component
 
     def passing(self, size: int, component: str = "workspace") -> None:
-        """Count bytes that an operator takes and gives back before it returns."""
+        """Count bytes that an operator allocates and frees before it returns."""
         if size:
             number = self._born(size, component)
             self.log.events.append(~number)
 
     def lasting(self, size: int, component: str = "workspace") -> None:
-        """Count bytes that are taken now and stay."""
+        """Count bytes that are allocated now and never freed."""
         self._born(size, component)
 
     @contextmanager
     def newborn(self, component: str) -> Iterator[None]:
-        """Let what is made inside belong to a component."""
+        """Let everything allocated inside the context belong to a component."""
         before, self.component = self.component, component
         try:
             yield
@@ -136,7 +137,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.component = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and note what it made."""
+        """Run an operator and log the storages of its results."""
         out = func(*args, **(kwargs or {}))
         if func is not torch.ops.prim.device.default:
             for leaf in tree_iter(out):

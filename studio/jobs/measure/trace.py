@@ -1,7 +1,7 @@
-"""A training step without weights and without a card: the job's own code on fake tensors, every storage counted.
+"""Traces training without weights and without a card: the training job's code on fake tensors, every storage counted.
 
 The model is built from its config, adapted, and trained for two steps by `studio.jobs.train`'s loop. Sizes are exact
-for what operators allocate; `studio.jobs.measure.card` says what of a card is put back and what is not known.
+for what operators allocate; `studio.jobs.measure.card` says what it imitates of a card and what it does not know.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ _CUDA_BLOCK_BYTES = 512
 """The caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
 
 _STEPS = 2
+"""The optimizer makes its state in the first step, so the second is the first that has it from the beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Target:
     """What a step is traced for.
 
     Attributes:
-        device_type: `cuda`, or `cpu` for the tensors of a CPU run.
+        device_type: `cuda` or `cpu`.
         dtype: bf16, fp16 or fp32.
         capability: The card's compute capability.
     """
@@ -62,10 +63,10 @@ def trace(
     """Trace a recipe's training.
 
     Args:
-        recipe: How it is trained.
+        recipe: The recipe of the training.
         values: The base model's config.json.
-        target: For what device.
-        on_stage: Called where a stage begins; what it raises ends the trace.
+        target: The device and the number format.
+        on_stage: Called when a stage begins; what it raises ends the trace.
 
     Raises:
         BadInput: The model cannot be built.
@@ -80,7 +81,7 @@ def trace(
 
 @dataclass(frozen=True, slots=True)
 class _FakeBatcher(Batcher):
-    """Makes batches of real numbers and puts fake tensors in their place."""
+    """Makes batches of fake tensors whose whole numbers are known."""
 
     numbers: Numbers = field(kw_only=True)
 
@@ -98,14 +99,14 @@ def run_engine(
     *,
     objective: Objective = SUPERVISED,
 ) -> int:
-    """Build the model, adapt it and train it for two steps and one held-out batch while storages are counted.
+    """Build the model, adapt it, train it for two steps and evaluate one batch, while storages are logged.
 
     Args:
         config: transformers' config of the base.
-        recipe: How it is trained.
-        target: For what device.
-        storages: Where births and deaths are logged.
-        numbers: Makes fake batches; None runs for real on this CPU, with random weights.
+        recipe: The recipe of the training.
+        target: The device and the number format.
+        storages: Logs what is allocated and freed.
+        numbers: Makes fake batches; None runs with real tensors on this CPU, with random weights.
         objective: What is learnt.
 
     Returns:

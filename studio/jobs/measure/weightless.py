@@ -1,6 +1,6 @@
-"""A base model without its weights: built from its config, in the form that loading would have given it.
+"""Builds a base model from its config, without its weights, in the form that loading would give it.
 
-Must be called where every new tensor is fake, or on a model small enough to be made for real.
+It must be called where every new tensor is fake, or for a model that is small enough for real tensors.
 """
 
 from collections.abc import Iterator
@@ -31,14 +31,14 @@ _UNBUILDABLE = (
     *(ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
     *(ZeroDivisionError, OverflowError, AssertionError, IndexError),
 )
-"""What transformers and torch raise at sizes that do not belong together."""
+"""Exceptions that transformers and torch raise for a config whose sizes do not fit together."""
 
 
 def config_of(values: dict[str, Any]) -> PretrainedConfig:
-    """Return transformers' config of a config.json.
+    """Return transformers' config for the values of a config.json.
 
     Raises:
-        BadInput: transformers does not know this architecture, or the values do not belong together.
+        BadInput: transformers does not know this architecture, or the values do not fit together.
     """
     kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
@@ -61,19 +61,19 @@ def config_of(values: dict[str, Any]) -> PretrainedConfig:
 def weightless_base(
     config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, storages: Storages
 ) -> PreTrainedModel:
-    """Return the frozen base model of a recipe; its parameters are born as `base`, one after another.
+    """Return the frozen base model of a recipe; its tensors are logged as `base`.
 
     Args:
-        config: What it is made of.
-        recipe: Method, attention and 4-bit form.
-        dtype: Format of what is not quantised.
-        storages: Where births are counted.
+        config: The model's config.
+        recipe: Says method, attention and 4-bit form.
+        dtype: dtype of what is not quantised.
+        storages: Logs what is allocated.
 
     Raises:
         BadInput: The model cannot be built, or none of its layers can be quantised.
     """
     from_config: Any = AutoModelForCausalLM.from_config
-    # Two kernels of one kind: flash-attn's own and the one that torch brings hold the same tensors.
+    # flash_attention_2 is traced as sdpa: flash-attn's kernel and torch's own flash kernel hold the same tensors.
     attention = "eager" if recipe.train.attention == "eager" else attention_of(config)
     try:
         model: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation=attention)
@@ -116,7 +116,8 @@ def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storag
     quant = four_bit_of(recipe.model)
     kept = [*get_keys_to_not_convert(model), *quant.skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     with unset_fake_temporarily():
-        # Its layers are made on meta, as their own class, which cannot wrap a fake tensor.
+        # transformers makes bitsandbytes' layers on the meta device, with a parameter class that cannot wrap a fake
+        # tensor.
         replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=four_bit_config(quant, dtype))
     replaced = [(name, module) for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     if not replaced:
@@ -134,7 +135,7 @@ def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> 
     weight = linear.weight.data.T if layer.source_cls is Conv1D else linear.weight.data
     with storages, storages.newborn("workspace"):
         packed, state = quantize_4bit(weight, compress_statistics=quant.double_quant, quant_type=quant.quant_type)
-        # On a card the 16-bit weight lies beside its packed form until that is done.
+        # On a card the 16-bit weight is there, too, until its 4-bit form is complete.
         storages.passing(weight.nbytes)
         storages.claim([packed, *_tensors_of(state)], "base")
     layer.weight = _packed_parameter(packed, state, quant)
@@ -144,7 +145,10 @@ def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> 
 
 
 def _packed_parameter(packed: Tensor, state: QuantState, quant: FourBit) -> nn.Parameter:
-    """Return what bitsandbytes and peft read of a 4-bit weight; its own class cannot wrap a fake tensor."""
+    """Return a 4-bit weight as bitsandbytes and peft read it.
+
+    A fake one becomes a plain parameter with the same attributes, because `Params4bit` cannot wrap a fake tensor.
+    """
     kind, double = quant.quant_type, quant.double_quant
     if not is_fake(packed):
         made = bnb.nn.Params4bit(
