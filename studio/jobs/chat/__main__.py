@@ -18,7 +18,7 @@ from studio.runs.native import native_failure
 
 
 class _Line:
-    """Both ends of the pipe. What libraries print must not get between the events: it goes to stderr."""
+    """Both ends of the pipe to the program. What libraries print goes to stderr, where it cannot mix with events."""
 
     def __init__(self) -> None:
         self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -40,16 +40,17 @@ class _Line:
             if table.get("cancel"):
                 self.cancelled.set()
             else:
-                # Here, in the order of the lines: a question may be cancelled before it is taken up.
+                # Cleared here, in the order of the lines: a question may be cancelled before its answer begins.
                 self.cancelled.clear()
                 self.asked.put(table)
-        # Whoever asked has ended; there is nothing to save, and a model that is being loaded cannot be interrupted.
+        # The program at the other end is gone. There is nothing to save, and loading a model cannot be interrupted in
+        # any other way.
         os._exit(0)
 
 
 def main() -> None:
-    """Load, then answer until the other end is closed."""
-    faulthandler.enable()  # a fault in native code ends a process without a word
+    """Load the model, then answer questions until the other end is closed."""
+    faulthandler.enable()  # otherwise a fault in native code ends the process without any output
     line = _Line()
     request = ChatRequest(**line.asked.get()["load"])
     line.tell(Loading("starting"))

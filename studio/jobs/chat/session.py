@@ -1,6 +1,6 @@
-"""A loaded model that answers: once with its adapter and once without, from one copy of the base.
+"""A loaded model that answers with its adapter and without it, from one copy of the base.
 
-A merged model has no copy of its base in it: where there is room, that is loaded beside it.
+A merged model cannot answer without its adapter, so its base is loaded as well, if there is enough memory.
 """
 
 import time
@@ -34,9 +34,10 @@ from studio.runs.chat import Answered, ChatEvent, ChatRequest, Piece, Sampling, 
 from studio.runs.failure import of_the_machine, ran_out_of_memory
 
 _NF4_SHARE = 0.4
-"""Of the 16-bit size: 4.5 bits a weight, embeddings and head in 16 bits, and one layer in both forms while loading."""
+"""Memory of a model in 4 bits over its 16-bit size: 4.5 bits a weight, embeddings and head in 16 bits, and one layer in
+both forms while loading."""
 _WORK_BYTES = 5e8
-"""Libraries, keys and values, activations of a short conversation."""
+"""Memory for libraries, keys and values, and activations of a short conversation."""
 
 
 class Session:
@@ -44,17 +45,22 @@ class Session:
 
     Attributes:
         sides: `tuned` and `base`; a model alone has only `tuned`.
-        device_name: Where it computes.
-        dtype_name: In which format.
+        tokenizer: The model's tokenizer; it has a chat template.
+        device_name: The device that the model computes on.
+        dtype_name: The number format that it computes in.
         notes: What the user should know.
     """
 
     def __init__(self, request: ChatRequest, tell: Callable[[str, float | None], None]) -> None:
         """Load base, adapter and tokenizer.
 
+        Args:
+            request: Names the model and says how to load it.
+            tell: Told what is being done, and the fraction done or None.
+
         Raises:
-            BadInput: One of them cannot be loaded, the base is not the one that the adapter was trained on, or memory
-                is short.
+            BadInput: One of them cannot be loaded, the base is not the one that the adapter was trained on, or there is
+                not enough memory.
             JobFailed: The card that was chosen or asked for cannot be used.
         """
         self.notes: list[str] = [request.note] if request.note else []
@@ -102,7 +108,14 @@ class Session:
         tell: Callable[[ChatEvent], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        """Answer the last of some messages, piece by piece.
+        """Answer the last message of a conversation, piece by piece.
+
+        Args:
+            side: Which of `sides` answers.
+            messages: The conversation, each message with `role` and `content`.
+            sampling: How the next token is chosen, and how many there may be.
+            tell: Gets the pieces of the answer, and at the end how it ended.
+            cancelled: Asked after every token; True ends the answer there.
 
         Raises:
             BadInput: The template refuses the messages, or the question alone is longer than the model's context.
@@ -144,7 +157,14 @@ class Session:
         return self._adapted.disable_adapter() if self._adapted and side == "base" else nullcontext()
 
     def _fitting(self, messages: list[dict[str, str]], new_tokens: int) -> tuple[list[int], int]:
-        """Drop the oldest turns until question and answer fit the model's context."""
+        """Return the token ids of a conversation that leave room for the answer, and how many turns were dropped.
+
+        The oldest turns, a question with its answer each, are dropped until a quarter of the context, or all tokens of
+        the answer if those are fewer, are free. A system prompt stays.
+
+        Raises:
+            BadInput: The question alone is too long.
+        """
         dropped = 0
         first = 1 if messages[0]["role"] == "system" else 0
         while True:
@@ -162,7 +182,7 @@ class Session:
     def _load_beside(
         self, request: ChatRequest, device: torch.device, dtype: torch.dtype, tell: Callable[[str, float | None], None]
     ) -> Any:
-        """Return the base of a merged model, which reads the same tokens; None, with a note, where that cannot be."""
+        """Return the base of a merged model; None, with a note, if it cannot be loaded or lacks added tokens."""
         try:
             base = find_base(request.beside, request.beside_revision)
             _check_memory(base, "lora", dtype, device)
@@ -186,7 +206,7 @@ class Session:
         return model.eval()
 
     def _attach(self, loaded: Any, adapter: Path, base: Path) -> tuple[Path, PeftModel]:
-        """Put the adapter on the base; return the folder of the tokenizer, and both as one."""
+        """Attach the adapter to the base; return the folder of the tokenizer, and the adapted model."""
         found = find_adapter(adapter)
         vocabulary = adapter_vocabulary(found)
         if vocabulary and vocabulary != loaded.get_input_embeddings().weight.shape[0]:
@@ -202,7 +222,7 @@ class Session:
 
 
 def _knobs(sampling: Sampling) -> dict[str, Any]:
-    """Return the library's names; None takes out what a model's own generation config sets."""
+    """Return the sampling settings under transformers' names; None removes a setting of the model's own config."""
     knobs: dict[str, Any] = {"seed": sampling.seed, "repetition_penalty": sampling.repetition_penalty}
     if sampling.temperature == 0:
         return knobs | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -211,10 +231,10 @@ def _knobs(sampling: Sampling) -> dict[str, Any]:
 
 
 def _check_memory(base: BaseFound, method: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Make sure that a model has room in the computer's memory, or the card's; its size there is an estimate.
+    """Make sure that a model fits into main memory or the card's memory; its size there is an estimate.
 
     Raises:
-        BadInput: It needs more than is free.
+        BadInput: It needs more memory than is free.
     """
     share = _NF4_SHARE if method == "qlora" else dtype.itemsize / 2
     check_memory(
@@ -235,26 +255,26 @@ def _dtype(request: ChatRequest, device: torch.device) -> torch.dtype:
 
 
 class Streamer(TextStreamer):
-    """Gives out text as soon as no later token can change it: whole words, never half a character."""
+    """Passes text on as soon as no later token can change it: whole words, never half a character."""
 
     def __init__(self, tokenizer: Any, give: Callable[[str], None]) -> None:
-        """Give pieces to `give`."""
+        """Pass pieces of text to `give`."""
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._give = give
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by the library."""
+        """Pass a piece of text on; transformers calls this."""
         if text:
             self._give(text)
 
 
 def token_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Return the messages through the chat template, ending where the answer begins: as training wrote them.
+    """Return the token ids of messages as the chat template writes them, up to where the answer begins, as in training.
 
-    A template that knows no system turn gets its text before the first question.
+    If the template refuses a system turn, its text is put before the first question.
 
     Raises:
-        BadInput: The template refuses them.
+        BadInput: The template refuses the messages.
     """
     try:
         text = _render(tokenizer, messages)
