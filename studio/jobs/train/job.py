@@ -87,8 +87,8 @@ def train_run(worker: Worker, recipe: Recipe, objective: Objective = SUPERVISED)
 
     Raises:
         JobFailed: A guard fired, or something of the user's cannot be used, the card included.
-        BadInput: Model or data changed since they were checked, or since the run first began; or no checkpoint is
-            whole and nobody agreed that it starts over.
+        BadInput: Model or data changed since they were checked, or since the run first began; or every checkpoint is
+            damaged and the user has not agreed to start over.
     """
     worker.patient = True  # a full disk makes the run wait: hours of training would be lost otherwise
     going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))

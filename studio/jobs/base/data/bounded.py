@@ -89,7 +89,7 @@ def _characters(chat: Table) -> int:
 
 @contextmanager
 def _limits(seconds: float, more_bytes: int) -> Iterator[None]:
-    with suppress(ValueError, OSError, AttributeError):  # raised where stderr is no real file, as in some tests
+    with suppress(ValueError, OSError, AttributeError):  # raised where stderr has no file descriptor
         faulthandler.dump_traceback_later(seconds * _LAST_RESORT, exit=True)
     try:
         with _memory(more_bytes), _time(seconds):

@@ -1,4 +1,4 @@
-"""Labels of tokens."""
+"""The label of tokens that are not learnt."""
 
 IGNORED = -100
-"""Label of a token that is not trained (transformers' and torch's convention)."""
+"""Label of a token that the loss does not count; torch's cross-entropy and transformers use the same number."""

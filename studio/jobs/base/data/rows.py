@@ -22,7 +22,7 @@ from studio.jobs.base.data.template import Warn, render, why_refused, with_syste
 from studio.probe.data import Conversation, PlainText, Row
 
 _CHUNK_ROWS = 256
-"""Rows that are tokenised in one call: it is faster than one by one, and progress is told after each call."""
+"""Rows that are tokenised in one call; progress is told after each call."""
 _UNFOUND = "its answer is not found in what the chat template writes"
 
 Ids = NDArray[np.int32]

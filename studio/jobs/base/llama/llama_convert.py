@@ -58,7 +58,7 @@ def _look_up_names(tools: Path, model: str, out: str) -> None:
 
 
 def _say_space(*, read: bool) -> None:
-    """Write into the file whether a space is read before a text; few of the converter's classes write that."""
+    """Write into the file whether a space is read before a text; few of the converter's classes ask the tokenizer."""
     import gguf  # noqa: PLC0415  llama.cpp's own, on the path by now
 
     # The field must be there before the header is written, because the header has the number of fields.
