@@ -164,7 +164,7 @@ def test_the_first_interrupt_stops_the_run_and_saves(home: Path, recipe: Path) -
     assert document["status"] == "stopped"
     assert 0 < document["steps"] < 400
     assert Path(document["adapter"]).is_dir()
-    assert "Ctrl-C again leaves it" in err
+    assert "Ctrl-C again returns at once" in err
 
 
 @pytest.mark.parametrize("full", [True, False])
