@@ -1,9 +1,7 @@
-"""Kinds of value that a recipe's fields have: which values are sound, and how they are spelled.
-
-On one line, as a person types them after `--set` or in the form, and in TOML and JSON.
-"""
+"""Kinds of value in a recipe: which are sound, how they are typed on one line, how TOML and JSON hold them."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,23 +20,23 @@ _MOST_WHOLE = 10**300
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-class ValueKind:
-    """A kind of value: which values are sound, and how they are spelled. This one is the base of the others."""
+class ValueKind(ABC):
+    """A kind of value: which values are sound, and how they are spelled."""
 
     __slots__ = ()
 
     @property
+    @abstractmethod
     def allowed(self) -> str:
         """What is allowed, in words for messages and the reference."""
-        raise NotImplementedError
 
     def shaped(self, value: Any) -> Any:
         """Return a value in the recipe's own type where it means the same, else the value as it is."""
         return value
 
+    @abstractmethod
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield what was found and what is allowed, for everything that is wrong with a value."""
-        raise NotImplementedError
 
     def read(self, text: str) -> Any:
         """Return the value that a person typed on one line; a text that means none is returned as it is."""
@@ -84,9 +82,8 @@ class Number(ValueKind):
 
     def wrong(self, value: Any) -> Iterator[tuple[str, str]]:
         """Yield a value that is no number of this type, or is outside the limits."""
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        whole = self.of is float or isinstance(value, int)
-        if not (number and whole and self.low <= value <= self.high):
+        number = isinstance(value, (int, self.of)) and not isinstance(value, bool)
+        if not (number and self.low <= value <= self.high):
             yield found_value(value), self.allowed
 
     def read(self, text: str) -> Any:
@@ -284,10 +281,8 @@ class ByModule(ValueKind):
     @property
     def allowed(self) -> str:
         """The table."""
-        return (
-            'a table of numbers by module name, such as { down_proj = 32, "layers.0.self_attn.q_proj" = 8 }; on one '
-            "line: down_proj=32, v_proj=8"
-        )
+        table = '{ down_proj = 32, "layers.0.self_attn.q_proj" = 8 }'
+        return f"a table of numbers by module name, such as {table}; on one line: down_proj=32, v_proj=8"
 
     def shaped(self, value: Any) -> Any:
         """Return a table as pairs. A dotted name without quotes is tables within the table in TOML: they are joined."""
@@ -369,9 +364,8 @@ def _not_a_list(kind: ValueKind, value: Any) -> tuple[str, str]:
         return found_value(value), kind.allowed
     stored = kind.stored(meant)
     if isinstance(stored, dict):
-        pairs = (
-            f"{key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else repr(key)} = {_brief(n)}" for key, n in stored.items()
-        )
+        bare = re.compile(r"[A-Za-z0-9_-]+")
+        pairs = (f"{key if bare.fullmatch(key) else repr(key)} = {_brief(n)}" for key, n in stored.items())
         return f"the text {found_value(value)}", f"a table: {{ {', '.join(pairs)} }}"
     listed = ", ".join(f'"{item}"' if isinstance(item, str) else str(item) for item in stored)
     return f"the text {found_value(value)}", f"a list: [{listed}]"

@@ -55,9 +55,8 @@ class LayerTraits:
         cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
         repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
         plain_attention: Whether torch has only its plain kernel for this attention, with S x S matrices in fp32.
-        recomputes_whole: Whether a checkpointed layer is computed again to its end before its backward begins, and its
-            output and gradient are held until that backward ends. If not, computing again stops as soon as everything
-            is saved again.
+        recomputes_whole: Whether a checkpointed layer is computed again to its end, and its output and gradient are
+            held until its backward ends. If not, computing again stops as soon as everything is saved again.
     """
 
     arithmetic: Arithmetic
@@ -148,10 +147,7 @@ class Modules:
         return op.frozen_linear(hidden, Polynomial(per_token=layer.outputs), compute)
 
     def _whole(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
-        """Follow peft.utils.ModulesToSaveWrapper around a linear layer.
-
-        Autocast casts the weight to 16 bit, and the gradient back to the weight's format.
-        """
+        """Follow peft.utils.ModulesToSaveWrapper: autocast casts the weight to 16 bit, and its gradient back."""
         arithmetic, elements = self.traits.arithmetic, Polynomial(fixed=layer.inputs * layer.outputs)
         weight = op.whole_weight(self.tape, elements, self.traits.adapter.whole_itemsize, self.gradients)
         weight = op.cast(weight, arithmetic.compute if arithmetic.autocast else weight.itemsize)
@@ -187,11 +183,8 @@ class Modules:
         return out
 
     def adapted_base(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
-        """Return what a quantised layer's adapter adds to.
-
-        peft clones the result of 4-bit weights, in case the backward fails on a view of it (a comment in
-        peft.tuners.lora.bnb.Linear4bit.forward).
-        """
+        """Return what a quantised layer's adapter adds to: peft clones the result of 4-bit weights."""
+        # In case the backward fails on a view of it (a comment in peft.tuners.lora.bnb.Linear4bit.forward).
         return op.clone(self.base_linear(layer, x, visits))
 
     def _adapted_quantised(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
@@ -232,8 +225,8 @@ class Modules:
         Every forward computes the norm of the adapted weight again. For that it makes the adapter's product (an fp32
         identity matrix goes through the pair), the base weight, the scaled product and their sum; the product and the
         dequantised weight live until the forward ends. With dropout the base's product is computed a second time, from
-        the dropped input, and the weight is saved for its backward. The norm is detached, so that no gradient flows
-        through it (DoRA paper, section 4.3). For the magnitude's gradient the base result and the update are saved.
+        the dropped input, and the weight is saved for its backward. No gradient flows through the norm (DoRA paper,
+        section 4.3). For the magnitude's gradient the base result and the update are saved.
         """
         tape, matrix, quantised = self.tape, Polynomial(fixed=layer.inputs * layer.outputs), self.traits.quantised
         given, x = x, self._adapter_input(x)
@@ -312,14 +305,12 @@ class Modules:
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """Return a dense MLP's output."""
         if not layer.gated:
-            inner = self.activation(layer, self.linear(layer.mlp[0], x))
-            return self.linear(layer.mlp[1], inner)
+            return self.linear(layer.mlp[1], self.activation(layer, self.linear(layer.mlp[0], x)))
         if len(layer.mlp) == 3:
             gate, up, down = layer.mlp
             gated = self.activation(layer, self.linear(gate, x))
             return self.linear(down, op.multiply(gated, self.linear(up, x)))
-        joined = self.linear(layer.mlp[0], x)
-        gate_states, up_states = op.split_last(joined, (0.5, 0.5))
+        gate_states, up_states = op.split_last(self.linear(layer.mlp[0], x), (0.5, 0.5))
         up_states = op.multiply(up_states, self.activation(layer, gate_states))
         out = self.linear(layer.mlp[1], up_states)
         self.tape.named(gate_states)
