@@ -70,12 +70,12 @@ def gguf_formats() -> tuple[str, ...]:
 
 
 def formats_help() -> str:
-    """Return what the formats are, in a sentence for the command line, with the share that a whole model takes."""
+    """Return what the formats are, in a sentence for the command line, with the size of a whole model in each."""
     said = []
     for name, form in FORMATS.items():
-        share = "" if form.of_adapter else f", {form.bits / 16:.0%} of the 16-bit model"
+        share = "" if form.of_adapter else f", {form.bits / 16:.0%}"
         said.append(f"{name}: {form.words}{share}")
-    return "; ".join(said)
+    return f"the format, and its size as a share of the 16-bit model; {'; '.join(said)}"
 
 
 def export_checks(result: Mapping[str, Any]) -> list[str]:
