@@ -155,11 +155,10 @@ def _read_as(wanted: Any, value: object, where: str) -> Any:
     Raises:
         BadInput: It is of another type.
     """
-    if get_origin(wanted) is tuple:
+    if get_origin(wanted) is tuple and isinstance(value, list):
         items = get_args(wanted)
-        several = isinstance(value, list) and (items[-1] is ... or len(value) == len(items))
-        if isinstance(value, list) and several:
-            kinds = items[:1] * len(value) if items[-1] is ... else items
+        kinds = items[:1] * len(value) if items[-1] is ... else items
+        if len(value) == len(kinds):
             return tuple(_read_as(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     elif get_origin(wanted) is UnionType:
         return _read_as(get_args(wanted)[0], value, where)
