@@ -15,7 +15,6 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 _OWNER_ONLY = 0o700
 _LONGEST_SLUG = 48
 _MOST_TWINS = 1000
-# What is read of a run to list or show it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ class RunPaths:
 _ANY = RunPaths(Path())
 _READ = {path.name for path in (_ANY.recipe, _ANY.events, _ANY.plan, _ANY.output, _ANY.process, _ANY.launch)}
 _READ |= {path.name for path in (_ANY.report, _ANY.next, _ANY.note, _ANY.identity, _ANY.held_out)}
-"""What a look at a run reads."""
+"""The names of the files that are read of a run to list or show it."""
 
 
 def new_run(runs_root: Path, name: str, now: float) -> RunPaths:
