@@ -1,5 +1,5 @@
-"""Checks what was asked for and starts its job.
+"""Checks what was asked for, makes the run's folder and starts its worker.
 
-No other room starts a run that a person or another run asked for. One exception lies inside a job: an export that must
-merge first runs that merge in its own folder (`studio/jobs/export/work.py`).
+Every run is started here, with one exception: an export that must merge first starts that merge itself, as a run inside
+its own folder (`studio/jobs/export/work.py`).
 """
