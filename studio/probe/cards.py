@@ -12,8 +12,6 @@ from typing import Any
 from studio.core.text import plain
 
 _UNNAMED = "NVIDIA GPU"
-
-
 _UNIFIED_PARTS = ("GB10", "Orin", "Thor", "Tegra", "Xavier")
 """Chips that use the machine's main memory, so that NVML tells no memory of them (nvtop 411, nvitop 195). They are
 known by name: a card may also fail to answer for another reason."""

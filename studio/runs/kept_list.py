@@ -23,8 +23,8 @@ class KeptList(Generic[_Entry]):
     """One such file.
 
     Attributes:
-        name: Of the file, without `.json`.
-        key: Under which the entries stand in it.
+        name: The file's name, without `.json`.
+        key: The key of the list in the file.
         most: How many of the newest entries are read.
         most_bytes: A larger file is not read.
         read_one: Returns the entry of a JSON value; None where the value is not sound.

@@ -92,9 +92,7 @@ class ExportRequest:
 
 
 WHAT = ("base", "run", "race")
-"""A base in several roundings; one adapter on everything it can be put on; two trainings of one recipe."""
-
-
+"""A base in several roundings; one adapter on everything it can be put on; trainings of one recipe that differ."""
 LANES = ("lora", "qlora", "qlora+loftq", "qlora+mixed")
 """What can race: a method, and after the plus how its adapter begins or which of its blocks stay in 16 bit."""
 
