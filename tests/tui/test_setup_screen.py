@@ -2,6 +2,7 @@
 
 import json
 import struct
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -285,8 +286,57 @@ def test_enter_goes_on_though_the_look_that_follows_the_cursor_takes_the_place_o
         assert isinstance(screen, SetupScreen)
         lit = screen.query_one("#step-data", SetupStep).lit
         screen.on_setup_step_chosen(SetupStep.Chosen("data", lit))
-        screen._look("data", lit, screen.answers)  # what its timer does; the look of enter has not begun and never will
+        screen._look("data", screen.answers)  # what its timer does; the look of enter has not begun and never will
         await until(pilot, lambda: step_of(app) == "goal")
+
+    play_setup(story, tmp_path, finding(Told()))
+
+
+def test_enter_goes_on_though_files_are_found_meanwhile_for_the_next_step(tmp_path: Path) -> None:
+    known = threading.Event()
+
+    def shape(base: str, _: str) -> ModelShape:
+        assert base == EMBEDDED or known.wait(60)
+        return shape_from_config(EIGHT_B)
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model")
+        app.screen.query_one("#step-model", SetupStep).offer_first("owner/slow")
+        await pilot.pause()
+        await pilot.press("enter")
+        app.screen.query_one("#step-data", SetupStep).offer([("found.jsonl", Content("found.jsonl"))], "found.jsonl")
+        await pilot.pause()
+        known.set()
+        await until(pilot, lambda: step_of(app) == "data")
+
+    play_setup(story, tmp_path, given(finding(Told()), shape=shape))
+
+
+def test_a_look_from_before_an_earlier_answer_changed_does_not_go_on(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, "model", "data")
+        screen = app.screen
+        assert isinstance(screen, SetupScreen)
+        screen.on_setup_step_chosen(SetupStep.Chosen("data", screen.answers.data))
+        screen._look("data", replace(screen.answers, base="owner/before"))
+        await settle(pilot)
+        assert (step_of(app), screen.answers.base) == ("data", EMBEDDED)
+        await through(pilot, app, "goal")
+        assert screen.answers.base == EMBEDDED
+
+    play_setup(story, tmp_path, finding(Told()))
+
+
+@pytest.mark.parametrize(("steps", "then"), [((), "model"), (("model", "data", "goal"), "recipe")])
+def test_enters_in_a_burst_take_one_step(tmp_path: Path, steps: tuple[str, ...], then: str) -> None:
+    """The last ones reached a step that had been left; after the goal the studio ended with an error."""
+
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        await through(pilot, app, *steps)
+        for _ in range(3):
+            app.post_message(events.Key("enter", None))
+        await settle(pilot)
+        assert step_of(app) == then
 
     play_setup(story, tmp_path, finding(Told()))
 

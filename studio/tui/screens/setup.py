@@ -120,10 +120,10 @@ class SetupScreen(Screen[SetupDone | None]):
     class Looked(Message):
         """A thread has looked at a model or a file."""
 
-        def __init__(self, step: str, value: str, seen: Seen) -> None:
-            """Carry what was looked at, and what was seen."""
+        def __init__(self, step: str, answers: Answers, seen: Seen) -> None:
+            """Carry the step, the answers that were looked at, and what was seen."""
             super().__init__()
-            self.step, self.value, self.seen = step, value, seen
+            self.step, self.answers, self.seen = step, answers, seen
 
     class Models(Message):
         """Models were found."""
@@ -152,9 +152,9 @@ class SetupScreen(Screen[SetupDone | None]):
         self._models: list[Listed] = []
         self._recommendation: Recommendation | None = None
         self._look_timer: Timer | None = None
-        # The option on which the user pressed enter. The next look at it that ends goes on to the next step. That may
-        # be a look that followed the cursor, because a new look cancels the one that enter began.
-        self._wanted: tuple[str, str] | None = None
+        # The option of this step on which the user pressed enter. The next look at it that ends goes on to the next
+        # step. That may be a look that followed the cursor, because a new look cancels the one that enter began.
+        self._wanted: str | None = None
 
     def compose(self) -> ComposeResult:
         """Make the parts: head with the steps, the steps, keys."""
@@ -211,15 +211,17 @@ class SetupScreen(Screen[SetupDone | None]):
 
     def on_setup_step_lit(self, message: SetupStep.Lit) -> None:
         """Show what is known of the option under the cursor."""
-        if self._wanted not in (None, (message.step, message.value)):  # enter was pressed on another option
-            self._wanted = None
         if message.step == "goal":
             self._step("goal").tell(goal_text(goal_of(message.value)))
         elif message.step in ("model", "data") and self.step == message.step:
+            if self._wanted != message.value:  # enter was pressed on another option
+                self._wanted = None
             self._look_soon(message.step, message.value)
 
     def on_setup_step_chosen(self, message: SetupStep.Chosen) -> None:
-        """Take an option."""
+        """Take an option of the step that is shown."""
+        if message.step != self.step:  # of several enters in a burst, the last ones reach a step that was left already
+            return
         match message.step:
             case "machine" if message.value == OTHER:
                 self._choose_card()
@@ -230,8 +232,8 @@ class SetupScreen(Screen[SetupDone | None]):
             case "recipe":
                 self._finish(end_of(message.value))
             case _:
-                self._wanted = (message.step, message.value)
-                self._look(message.step, message.value, self._answers_with(message.step, message.value))
+                self._wanted = message.value
+                self._look(message.step, self._answers_with(message.step, message.value))
 
     def on_setup_step_typed(self, message: SetupStep.Typed) -> None:
         """Take a line: a model, words to search the hub for, or a file."""
@@ -242,12 +244,15 @@ class SetupScreen(Screen[SetupDone | None]):
         self._step(message.step).offer_first(message.text)
 
     def on_setup_screen_looked(self, message: Looked) -> None:
-        """Show what was seen, unless the cursor has moved on; go on where it can be used and the user wants to."""
+        """Show what was seen, and go on where it can be used and the user wants to.
+
+        What was seen is of no use once the cursor has moved on, or an answer of an earlier step has changed.
+        """
         step = self._step(message.step)
-        if step.lit != message.value or self.step != message.step:
+        if self.step != message.step or message.answers != self._answers_with(message.step, step.lit):
             return
         step.tell(message.seen.words)
-        wanted, self._wanted = self._wanted == (message.step, message.value), None
+        wanted, self._wanted = self._wanted == step.lit, None
         if wanted and message.seen.answers is not None:
             self._go_on(message.seen.answers)
 
@@ -302,7 +307,7 @@ class SetupScreen(Screen[SetupDone | None]):
         if self._look_timer is not None:
             self._look_timer.stop()
         self._step(step).tell(Content(_BUSY))
-        look = partial(self._look, step, value, self._answers_with(step, value))
+        look = partial(self._look, step, self._answers_with(step, value))
         self._look_timer = self.set_timer(_LOOK_AFTER_SECONDS, look)
 
     def _finish(self, then: Then) -> None:
@@ -369,9 +374,9 @@ class SetupScreen(Screen[SetupDone | None]):
         self.post_message(self.Models(found, Content(told)))
 
     @work(thread=True, exclusive=True, group="look")
-    def _look(self, step: str, value: str, answers: Answers) -> None:
+    def _look(self, step: str, answers: Answers) -> None:
         seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
-        self.post_message(self.Looked(step, value, seen))
+        self.post_message(self.Looked(step, answers, seen))
 
     @work(thread=True, exclusive=True, group="recommendation")
     def _recommend(self, answers: Answers) -> None:
