@@ -28,6 +28,7 @@ from studio.runs.watch import RunWatch
 
 _DEFAULT = AuditRequest("base")
 _FORMS, _KEPT = ",".join(_DEFAULT.forms), ",".join(map(str, _DEFAULT.kept))
+_LANES = ",".join(_DEFAULT.lanes)
 _SHOWN_PROMPTS = 3
 
 
@@ -95,9 +96,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     race.add_argument("--data", metavar="FILE", help="a .jsonl, .json or .parquet file, or: embedded")
     race.add_argument(
         "--lanes",
-        default=",".join(_DEFAULT.lanes),
+        default=_LANES,
         metavar="NAMES",
-        help="of lora, qlora, qlora+loftq, qlora+mixed (with model.skip_modules in 16 bit)",
+        help="two or more of lora, qlora, qlora+loftq, qlora+mixed (with model.skip_modules in 16 bit); default: "
+        f"{_LANES}",
     )
     add_recipe_flags(race)
     add_set(race)

@@ -58,7 +58,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 (default): no limit")
     parser.add_argument("--repetition-penalty", type=float, default=defaults.repetition_penalty)
-    parser.add_argument("--max-tokens", type=int, default=defaults.max_new_tokens, help="of an answer")
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_new_tokens, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="the same for both sides")
     add_device(parser)
     add_json(parser)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, ask, answer.
 
     Raises:
-        BadInput: Nothing that can answer is named, a knob is out of its range, or the question is empty or not text.
+        BadInput: Nothing that can answer is named, a number is out of its range, or the question is empty or not text.
         StudioError: The process cannot be started.
     """
     sampling = check_sampling(

@@ -78,7 +78,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="then export the merged model to this format, in a run of its own and a folder beside it; may be "
         "repeated; see export --help",
     )
-    parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="of the merged weights")
+    parser.add_argument("--dtype", default="auto", choices=choices_of("model.dtype"), help="type of the merged weights")
     add_json(parser)
     add_runs_dir(parser)
 
