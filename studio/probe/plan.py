@@ -20,13 +20,13 @@ from studio.probe.shape import shape_of_base
 
 @dataclass(frozen=True, slots=True)
 class PlanDevice:
-    """The device that a plan is for: a card of this machine, a card of the catalogue, or the CPU.
+    """The device that a plan is for: a card of this machine, a GPU of the catalogue, or the CPU.
 
     Attributes:
-        gpu: What is known of the card; None for the CPU, and for a card that does not tell its size.
+        gpu: What is known of the card or GPU; None for the CPU, and for a card that does not tell its size.
         free_bytes: What a run can get of it now; None where that is not known.
-        card: The card of this machine as it is now; None for one of the catalogue, and for the CPU.
-        refusal: Why a run could not start on it here; empty where it could, and for a card of the catalogue.
+        card: The card of this machine as it is now; None for a GPU of the catalogue, and for the CPU.
+        refusal: Why a run could not start on it here; empty where it could, and for a GPU of the catalogue.
     """
 
     gpu: Gpu | None = None
@@ -50,7 +50,7 @@ def device_of(place: Place) -> PlanDevice:
 
 
 def device_from_catalogue(gpu: Gpu) -> PlanDevice:
-    """Return a card of the catalogue with nothing else on it."""
+    """Return the device of a plan for a GPU of the catalogue, with nothing else on it."""
     return PlanDevice(gpu, gpu.total_bytes)
 
 
