@@ -519,7 +519,7 @@ _HEADINGS = {
 }
 """Under which heading a table's fields are shown; the headings stand in this order."""
 
-FIELDS: dict[str, Field] = fields_in(Recipe, _HEADINGS)
+FIELDS: dict[str, Field] = fields_in(Recipe(), _HEADINGS)
 """Every field by its dotted path."""
 
 PLACES = tuple(path for path, place in FIELDS.items() if isinstance(place.kind, Text) and place.kind.place)

@@ -84,16 +84,16 @@ def declared(
 
 
 def fields_in(recipe: Any, headings: Mapping[str, str]) -> dict[str, Field]:
-    """Return every declared field of a recipe's type by its dotted path, in the order in which they are declared.
+    """Return every declared field of a recipe by its dotted path, in the order in which they are declared.
 
     Args:
-        recipe: The dataclass; its own fields are declared, or sections whose fields are.
+        recipe: A recipe; its own fields are declared, or are sections whose fields are.
         headings: By section, the heading of fields that name none.
     """
     found: dict[str, Field] = {}
     for place in dataclasses.fields(recipe):
         own = Field in place.metadata
-        for inner in (place,) if own else dataclasses.fields(place.default_factory):  # type: ignore[arg-type]
+        for inner in (place,) if own else dataclasses.fields(getattr(recipe, place.name)):
             said: Field = inner.metadata[Field]
             section, path = ("", inner.name) if own else (place.name, f"{place.name}.{inner.name}")
             found[path] = dataclasses.replace(said, path=path, heading=said.heading or headings[section])

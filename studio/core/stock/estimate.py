@@ -32,8 +32,8 @@ from studio.core.vram.stages import Stages, stages_with, standing
 
 _READERS = (2, 3, 4)
 """Threads in which transformers reads weights: as many as there are cores, up to 4 (core_model_loading.py
-GLOBAL_WORKERS). How far they read ahead of the
-quantisation decides what loading leaves behind. The cores are not known here: the mean of these three is expected."""
+GLOBAL_WORKERS). How far they read ahead of the quantisation decides what loading leaves behind. The cores are not known
+here: the mean of these three is expected."""
 
 _MORE_FROM = (4, 45)
 """From this version of transformers on foak's whole logits took a block more than the replay finds."""

@@ -101,9 +101,8 @@ def _loss(kind: StockSetup) -> Loss:
 def _load_extra(shape: ModelShape, kind: StockSetup) -> int:
     """Return what loading needs beside the weights, in bytes.
 
-    That is the widest weight before it is quantised, or for peft's upcast the embedding a second time.
-
-    Before 5.5 transformers held a second weight meanwhile.
+    That is the widest weight before it is quantised, twice in 16 bits, since transformers before 5.5 held a second one
+    meanwhile; or the embedding a second time for peft's upcast, where that is more.
     """
     if not kind.quantised:
         return 0
