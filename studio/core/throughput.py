@@ -168,7 +168,7 @@ def _sustained(gpu: Gpu) -> Sustained:
 def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: float = _LAUNCH_4BIT[1]) -> float:
     """Return the seconds of a micro-batch: those of products, attention and traffic added, or those of all launches.
 
-    The larger of the two: the host launches kernels while the card computes.
+    The larger of the two: the host launches kernels ahead while the card computes, and the slower sets the pace.
     """
     half, single = gpu.half_tflops * _TERA * gpu.share, gpu.single_tflops * _TERA * gpu.share
     bandwidth = gpu.bandwidth_gb_per_second * _GIGA * gpu.share
@@ -181,5 +181,4 @@ def _seconds(work: StepWork, gpu: Gpu, sustained: Sustained, *, launch_4bit: flo
     moved = work.moved_bytes / (bandwidth * sustained.bandwidth)
     dequantised = work.dequantised_bytes / (bandwidth * sustained.dequantising)
     launch = _LAUNCH_SECONDS * work.layer_passes * (launch_4bit if work.dequantised_bytes else 1.0)
-    # The host launches kernels ahead while the card computes: the slower of the two sets the pace.
     return max(products + attention + moved + dequantised, launch)
