@@ -11,7 +11,7 @@ Other sources: transformers/loss/loss_utils.py ForCausalLMLoss, bitsandbytes/aut
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from studio.core.errors import BadInput
 from studio.core.shape import Layer, Linear, ModelShape
@@ -289,7 +289,7 @@ class TransformersLoss:
     overwrites: bool = False
     by_model: bool = False
     shifted: float = 1.0
-    in_chunks: bool = False
+    in_chunks: ClassVar[bool] = False
 
     def forward(self, run: Modules, hidden: Tensor) -> Tensor:
         """Return the loss."""

@@ -5,7 +5,7 @@ Sources: studio/jobs/train/head.py, liger_kernel fused_linear_cross_entropy.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
@@ -42,7 +42,7 @@ class Loss(Protocol):
 class WholeLoss:
     """Our loop's whole logits."""
 
-    in_chunks: bool = False
+    in_chunks: ClassVar[bool] = False
 
     def forward(self, run: Modules, hidden: Tensor) -> Tensor:
         """Return the loss. The 16-bit logits die once `logits.float()` (studio/jobs/train/head.py) has copied them."""
@@ -62,7 +62,7 @@ class ChunkedLoss:
     """
 
     recomputed: bool = False
-    in_chunks: bool = True
+    in_chunks: ClassVar[bool] = True
 
     def forward(self, run: Modules, hidden: Tensor) -> Tensor:
         """Return the loss."""
@@ -89,7 +89,7 @@ class LigerLoss:
     """
 
     wider: int = 0
-    in_chunks: bool = True
+    in_chunks: ClassVar[bool] = True
 
     def forward(self, run: Modules, hidden: Tensor) -> Tensor:
         """Return the loss."""
