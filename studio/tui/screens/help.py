@@ -38,8 +38,8 @@ _SLIDER_KEYS = (
 )
 _LINE_KEYS = (
     ("enter F2", "edit; a click does, too"),
-    ("enter", "take what was typed; so does leaving the line"),
-    ("esc", "leave it as it was"),
+    ("enter", "accept what was typed; so does leaving the line"),
+    ("esc", "cancel, and leave the text as it was"),
 )
 
 
