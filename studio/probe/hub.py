@@ -1,7 +1,8 @@
 """A model by its hub id: in the local Hugging Face cache, or, with a connection, what the hub says of it.
 
 A look downloads no more than `config.json`, and of safetensors their headers by range requests, which describe the
-weights without one of them. huggingface_hub takes long to import, so functions import it themselves.
+weights without one of them. The upload of an export is here too. huggingface_hub takes long to import, so functions
+import it themselves.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from studio.core.errors import BadInput
+from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
 from studio.probe.model_folder import CONFIG, check_folder, read_config, require_safetensors, require_tokenizer
 from studio.probe.safetensors_file import CorruptSafetensors, SafetensorsHeader, parse_header
@@ -24,6 +25,7 @@ _PATTERNS: dict[str, Any] = {
     "allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"],
     "ignore_patterns": ["*/*", "consolidated*"],
 }
+_LOGIN = "log in with: hf auth login (or set HF_TOKEN) and push again; the export itself is whole"
 
 
 class HubRefusal(BadInput):
@@ -219,6 +221,40 @@ def byte_counter(told: Callable[[int], None]) -> type[Any]:
             return updated
 
     return ByteCounter
+
+
+def push_folder(out: Path, repository: str) -> str:
+    """Upload a folder, or one file, and return the repository's address.
+
+    A new repository is private; the user can make it public on the hub.
+
+    Raises:
+        JobFailed: There is no token, the hub refuses, or it cannot be reached. The message holds no token.
+    """
+    from huggingface_hub import HfApi, errors  # noqa: PLC0415
+
+    hub = HfApi()
+    message = "Upload an export of lora-studio"
+    try:
+        made = hub.create_repo(repository, private=True, exist_ok=True)
+        if out.is_dir():
+            hub.upload_folder(repo_id=made.repo_id, folder_path=out, commit_message=message)
+        else:
+            hub.upload_file(repo_id=made.repo_id, path_or_fileobj=out, path_in_repo=out.name, commit_message=message)
+    except errors.LocalTokenNotFoundError:
+        raise JobFailed("push_refused", "no token of the hub is known on this computer", _LOGIN) from None
+    except errors.HFValidationError as error:
+        why = plain(str(error), one_line=True, limit=200)
+        raise JobFailed("push_refused", why, "name the repository as OWNER/NAME") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise JobFailed("push_refused", f"the hub refused the upload (HTTP {status})", _LOGIN) from None
+    except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
+        why = type(error).__name__  # not its message, which may hold headers with the user's token
+        raise JobFailed(
+            "push_failed", f"the upload did not succeed ({why})", "try again later; the export itself is whole"
+        ) from None
+    return str(made)
 
 
 def hub_headers(repo: str, revision: str) -> list[SafetensorsHeader] | None:

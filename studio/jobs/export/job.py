@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import HfApi, errors
 
 from studio.core.errors import JobFailed
 from studio.core.events import Finished, Phase, Saved, Started
@@ -27,6 +26,7 @@ from studio.jobs.export.quantised import write_quantised
 from studio.jobs.export.work import GGUF, Work
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.export import check_export
+from studio.probe.hub import push_folder
 from studio.runs.atomic import write_whole
 from studio.runs.disk import RESUME, disk_failure
 from studio.runs.layout import ADAPTER_CONFIG
@@ -44,7 +44,6 @@ WRITERS: dict[str, Callable[[Work, Path], dict[str, Any]]] = {
 }
 """The function that writes each format: it fills a new folder, and returns its part of the report."""
 _FULL_BYTES = 10**6
-_LOGIN = "log in with: hf auth login (or set HF_TOKEN) and push again; the export itself is whole"
 
 
 def export_run(worker: Worker, request: ExportRequest) -> None:
@@ -116,35 +115,3 @@ def _refused(error: Exception, out: Path) -> JobFailed | None:
     kept = "nothing of the export was kept"
     advice = f"or export to another --out; to go on with this one: {RESUME}"
     return disk_failure(error, place=out.parent, kept=kept, advice=advice)
-
-
-def push_folder(out: Path, repository: str) -> str:
-    """Upload a folder, or one file, and return the repository's address.
-
-    A new repository is private; the user can make it public on the hub.
-
-    Raises:
-        JobFailed: There is no token, the hub refuses, or it cannot be reached. The message holds no token.
-    """
-    hub = HfApi()
-    message = "Upload an export of lora-studio"
-    try:
-        made = hub.create_repo(repository, private=True, exist_ok=True)
-        if out.is_dir():
-            hub.upload_folder(repo_id=made.repo_id, folder_path=out, commit_message=message)
-        else:
-            hub.upload_file(repo_id=made.repo_id, path_or_fileobj=out, path_in_repo=out.name, commit_message=message)
-    except errors.LocalTokenNotFoundError:
-        raise JobFailed("push_refused", "no token of the hub is known on this computer", _LOGIN) from None
-    except errors.HFValidationError as error:
-        why = plain(str(error), one_line=True, limit=200)
-        raise JobFailed("push_refused", why, "name the repository as OWNER/NAME") from None
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        raise JobFailed("push_refused", f"the hub refused the upload (HTTP {status})", _LOGIN) from None
-    except Exception as error:  # noqa: BLE001  the transport (requests, httpx, httpx2) differs between versions
-        why = type(error).__name__  # not its message, which may hold headers with the user's token
-        raise JobFailed(
-            "push_failed", f"the upload did not succeed ({why})", "try again later; the export itself is whole"
-        ) from None
-    return str(made)
