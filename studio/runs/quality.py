@@ -73,7 +73,7 @@ def _result(item: Any) -> LaneResult | None:
             steps=_whole(item["steps"]),
             tokens_per_second=None if pace is None else _finite(pace),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
