@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import psutil
-
 from studio.core.audit import Plan, advise_base
 from studio.core.errors import BadInput
 from studio.core.events import Phase, Warned
@@ -97,11 +95,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         "plans": [asdict(plan) for plan in plans],
         "recommendation": asdict(advice),
         "proof_gap": gap,
-        "cost": {
-            **asdict(cost),
-            "seconds": time.perf_counter() - began,
-            "resident_bytes": int(psutil.Process().memory_info().rss),
-        },
+        "cost": cost.told(began),
     }
 
 
