@@ -19,6 +19,7 @@ from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.generation import greedy, stop_ids
 from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.progress import heed
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import PlainText
 from studio.runs.failure import ran_out_of_memory
@@ -130,8 +131,7 @@ class _Asking:
 
     def _answer(self, model: Any, prompt: Prompt, stops: Sequence[int]) -> Answer:
         made = greedy(model, prompt.input_ids, stops=stops, new_tokens=self._most, cancelled=self._stopping)
-        if self._stopping():
-            raise Cancelled("stopped; resuming goes on after the last whole answer")
+        heed(self._worker, "stopped; resuming goes on after the last whole answer")
         stopped = bool(made) and made[-1] in stops
         text = str(self._tokenizer.decode(made, skip_special_tokens=True)).strip()
         return Answer(text, len(made) - stopped, stopped)

@@ -9,6 +9,7 @@ import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from studio.core.vram.reserve import CONTEXT_BYTES, LEAST_CONTEXT_BYTES, MOST_CO
 from studio.jobs.audit.answer_models import TUNED, AnswerModels
 from studio.jobs.audit.rows import AuditRows
 from studio.jobs.base.device import wait_for
-from studio.jobs.base.failures import Cancelled
+from studio.jobs.base.progress import heed
 from studio.runs.failure import ran_out_of_memory
 from studio.runs.worker import Worker
 
@@ -136,20 +137,17 @@ def measured_speeds(
     made: dict[tuple[str, bool], Speed] = {}
     names = {TUNED: "16-bit", f"tuned, {four}": four}
 
-    def heed() -> None:
-        if worker.requested("stop"):
-            raise Cancelled("stopped; resuming goes on after the last whole block")
-
-    for form in models.forms(""):
+    go_on = partial(heed, worker, "stopped; resuming goes on after the last whole block")
+    for form in models.forms(()):
         if form.name not in names:
             continue
-        heed()
+        go_on()
         held = names[form.name]
         worker.emit(Phase, name="measuring speed", detail=held)
         why = models.why_not(form)
         try:
             if not why:
-                made |= _both(held, form.open().eval(), prompt, heed)
+                made |= _both(held, form.open().eval(), prompt, go_on)
         except BadInput as error:
             why = str(error)
         except (MemoryError, RuntimeError, OSError) as error:
