@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +111,16 @@ class AnswerModels:
         rounded = self._forms.rounded_weights
         small = rounded * form.bits / 8 + (self._whole - rounded) * self.dtype.itemsize
         made = [
-            AnswerModel(BASE, "the 16-bit base without the adapter", lambda: self._load("lora"), whole),
-            AnswerModel(TUNED, "adapter on the 16-bit base", lambda: self._tuned("lora"), whole),
-            AnswerModel(self.rounded, f"adapter on the {form.name} base", lambda: self._tuned("qlora"), small),
+            AnswerModel(BASE, "the 16-bit base without the adapter", partial(self._load, "lora"), whole),
+            AnswerModel(TUNED, "adapter on the 16-bit base", partial(self._tuned, "lora"), whole),
+            AnswerModel(self.rounded, f"adapter on the {form.name} base", partial(self._tuned, "qlora"), small),
             AnswerModel(MERGED, "merged into the 16-bit base", self._merged, whole),
         ]
         for folder in map(Path, merged):
             found = find_base(str(folder))
             name = plain(folder.name, one_line=True, limit=40)
             title = f"the model in {plain(str(folder), one_line=True)}"
-            made.append(AnswerModel(f"given: {name}", title, lambda found=found: self._load("lora", found), whole))  # type: ignore[misc]
+            made.append(AnswerModel(f"given: {name}", title, partial(self._load, "lora", found), whole))
         return made
 
     def why_not(self, form: AnswerModel) -> str:

@@ -135,10 +135,9 @@ def _by_variant(tensors: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     return hidden
 
 
-def _seen(entry: dict[str, object]) -> BlockSeen:
-    roundings: dict[str, dict[str, dict[str, float]]] = entry.pop("roundings")  # type: ignore[assignment]
-    made = {
+def _seen(entry: dict[str, Any]) -> BlockSeen:
+    roundings = {
         variant: {name: Rounding(**values) for name, values in linears.items()}
-        for variant, linears in roundings.items()
+        for variant, linears in entry["roundings"].items()
     }
-    return BlockSeen(roundings=made, **entry)  # type: ignore[arg-type]
+    return BlockSeen(**entry | {"roundings": roundings})
