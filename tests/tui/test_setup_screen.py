@@ -24,6 +24,7 @@ from studio.probe.machine import Machine
 from studio.probe.setup import Answers, DataChecked, check_data
 from studio.tui.app import StudioApp
 from studio.tui.panels.setup_step import SetupStep
+from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen
 from studio.tui.screens.run import RunScreen
@@ -337,6 +338,18 @@ def test_enters_in_a_burst_take_one_step(tmp_path: Path, steps: tuple[str, ...],
             app.post_message(events.Key("enter", None))
         await settle(pilot)
         assert step_of(app) == then
+
+    play_setup(story, tmp_path, finding(Told()))
+
+
+def test_enters_in_a_burst_open_the_list_of_cards_once(tmp_path: Path) -> None:
+    async def story(pilot: Pilot[None], app: StudioApp) -> None:
+        for key in ("down", "enter", "enter"):
+            app.post_message(events.Key(key, None))
+        await until(pilot, lambda: isinstance(app.screen, CardScreen))
+        await pilot.press("escape")
+        await settle(pilot)
+        assert step_of(app) == "machine"
 
     play_setup(story, tmp_path, finding(Told()))
 

@@ -220,7 +220,8 @@ class SetupScreen(Screen[SetupDone | None]):
 
     def on_setup_step_chosen(self, message: SetupStep.Chosen) -> None:
         """Take an option of the step that is shown."""
-        if message.step != self.step:  # of several enters in a burst, the last ones reach a step that was left already
+        # Of several enters in a burst, the last ones reach a step that was left already, or one below a dialog.
+        if message.step != self.step or not self.is_active:
             return
         match message.step:
             case "machine" if message.value == OTHER:
