@@ -12,7 +12,6 @@ logits; other heads go through the chunked loss.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar, cast
 
@@ -287,8 +286,9 @@ def liger_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadFo
     rows, targets = hidden[wanted], labels[wanted]
     if rows.shape[0] == 0:
         return hidden.sum() * 0.0  # as in the chunked loss
-    kernels: Any = import_module("liger_kernel.transformers")  # optional, and needs triton
-    fused = kernels.LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=form.softcap)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # noqa: PLC0415  optional, needs triton
+
+    fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=form.softcap)
     # The kernel multiplies in the format that it is given; hidden states may come in another than the head's.
     loss: Tensor = fused(linear.weight, rows.to(linear.weight.dtype), targets, linear.bias)
     return loss.float()
