@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from studio.core.recipe import Packing
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
+from studio.jobs.base.device import wait_for
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import TOLERANCE
@@ -182,8 +183,7 @@ def _step_seconds(step_model: StepModel, rows: Sequence[Encoded], batcher: Batch
     began = time.perf_counter()
     for group in batcher.groups(rows):
         step_model(batcher.batch(group)).backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     seconds = time.perf_counter() - began
     step_model.zero_grad(set_to_none=True)
     return seconds
