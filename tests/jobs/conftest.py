@@ -14,7 +14,7 @@ from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from studio.runs.requests import MergeRequest
-from studio.runs.worker import run_job
+from studio.runs.worker import Worker, run_job
 from tests.fakes.tiny_model import make_tiny_model
 
 Train = Callable[..., RunPaths]
@@ -87,15 +87,15 @@ def recipe(tiny: Path, data: Path) -> Recipe:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Train:
-    """Run the job of a recipe, in a new run folder or again in an old one; returns its paths."""
+    """Run a recipe's job, or a body in its place, in a new run folder or again in an old one; returns its paths."""
     from studio.jobs.train.__main__ import _body, _explain
 
-    def run(recipe: Recipe, again: RunPaths | None = None) -> RunPaths:
+    def run(recipe: Recipe, again: RunPaths | None = None, body: Callable[[Worker], None] = _body) -> RunPaths:
         paths = again or RunPaths(tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}")
         if again is None:
             paths.root.mkdir()
             write_job(paths, recipe)
-        run_job(paths.root, _body, explain=_explain)
+        run_job(paths.root, body, explain=_explain)
         return paths
 
     return run

@@ -5,7 +5,7 @@ examples, batches, loss, denominator and metric are its own; what it stands on i
 would touch six files: the recipe's field, the data form, itself, the job that chooses it, the estimator, the guide.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,16 @@ from studio.jobs.base.data.rows import Example, encode_rows
 from studio.jobs.measure.fake import fake_world
 from studio.jobs.measure.storages import Storages
 from studio.jobs.measure.trace import Target, run_engine
-from studio.jobs.train.__main__ import _explain
 from studio.jobs.train.head import TokenLoss
 from studio.jobs.train.job import train_run
 from studio.jobs.train.objectives import Batch, Objective
 from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.probe.data import Conversation, Message, Row, read_data
 from studio.runs.control import request, withdraw_all
-from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
-from studio.runs.worker import run_job
-from tests.jobs.conftest import history_of
+from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_resume import at_step
-
-Run = Callable[..., RunPaths]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,18 +103,9 @@ def _backwards(rows: Sequence[Row]) -> list[Row]:
 
 
 @pytest.fixture
-def learn(tmp_path: Path) -> Run:
+def learn(train: Train) -> Train:
     """Run the training job with the toy."""
-
-    def run(recipe: Recipe, again: RunPaths | None = None) -> RunPaths:
-        paths = again or RunPaths(tmp_path / f"toy-{len(list(tmp_path.glob('toy-*')))}")
-        if again is None:
-            paths.root.mkdir()
-            write_job(paths, recipe)
-        run_job(paths.root, lambda worker: train_run(worker, recipe, TOY), explain=_explain)
-        return paths
-
-    return run
+    return lambda recipe, again=None: train(recipe, again, lambda worker: train_run(worker, recipe, TOY))
 
 
 def losses(paths: RunPaths) -> list[float]:
@@ -146,7 +132,7 @@ def plain_loss(recipe: Recipe, tiny: Path) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("loss", ["chunked", "full"])
-def test_loss_and_denominator_are_the_objectives_own(learn: Run, recipe: Recipe, tiny: Path, loss: str) -> None:
+def test_loss_and_denominator_are_the_objectives_own(learn: Train, recipe: Recipe, tiny: Path, loss: str) -> None:
     paths = learn(recipe.with_("train.micro_batch", 6).with_("train.steps", 12).with_("train.loss", loss))
     seen = losses(paths)
     assert seen[0] == pytest.approx(plain_loss(recipe, tiny)[0], rel=1e-5)
@@ -156,13 +142,13 @@ def test_loss_and_denominator_are_the_objectives_own(learn: Run, recipe: Recipe,
     assert (paths.adapter / "adapter_model.safetensors").is_file()
 
 
-def test_micro_batches_change_nothing(learn: Run, recipe: Recipe) -> None:
+def test_micro_batches_change_nothing(learn: Train, recipe: Recipe) -> None:
     at_once = losses(learn(recipe))
     one_by_one = losses(learn(recipe.with_("train.micro_batch", 1).with_("train.accumulation", 2)))
     assert one_by_one == pytest.approx(at_once, rel=1e-4)
 
 
-def test_held_out_rows_are_measured_by_the_metric(learn: Run, recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
+def test_held_out_rows_are_measured_by_the_metric(learn: Train, recipe: Recipe, tiny: Path, tmp_path: Path) -> None:
     held = tmp_path / "held.jsonl"
     held.write_text(Path(recipe.data.path).read_text().replace('"content": "', '"content": "and ', 1))
     apart = recipe.with_("data.eval_path", str(held)).with_("train.steps", 2)
@@ -175,13 +161,13 @@ def test_held_out_rows_are_measured_by_the_metric(learn: Run, recipe: Recipe, ti
     assert {row.loss for row in rows} <= {0.0, 1.0}
 
 
-def test_rows_that_cannot_be_packed_are_padded(learn: Run, recipe: Recipe) -> None:
+def test_rows_that_cannot_be_packed_are_padded(learn: Train, recipe: Recipe) -> None:
     paths = learn(recipe.with_("train.packing", "on"))
     assert losses(paths) == losses(learn(recipe))
     assert "packing" in [warning.topic for warning in history_of(paths).warnings]
 
 
-def test_resumed_equals_uninterrupted(learn: Run, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_equals_uninterrupted(learn: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe.with_("adapter.dropout", 0.2)
     whole = learn(recipe)
     at_step(monkeypatch, 3, lambda self: request(self.worker.paths, "stop"))
