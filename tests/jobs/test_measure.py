@@ -61,6 +61,7 @@ def measured(values: dict[str, Any], recipe: Recipe, dtype: str) -> Peaks:
 FAST = [
     {"method": "lora"},
     {"method": "lora", "train__grad_checkpointing": False},
+    {"method": "qlora", "train__grad_checkpointing": False, "adapter__targets": ("q_proj", "v_proj")},
 ]
 SLOW = [
     {"method": "qlora", "train__accumulation": 2, "train__optimizer": "adamw_8bit"},
