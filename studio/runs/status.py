@@ -45,7 +45,7 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
     worker, launched = read_mark(paths.process), read_mark(paths.launch)
     # Before the log: on a resume it still ends with the earlier worker's last event until the new one has begun.
     if launched is not None and _nothing_since(launched, paths.events) and is_alive(launched[0]):
-        return Status.starting
+        return _unless_stopping(paths, Status.starting)
     tail = tail or log_tail(paths.events)
     end = tail.last(Failed, Finished, Started)
     if isinstance(end, Finished):
@@ -61,16 +61,19 @@ def run_status(paths: RunPaths, *, now: float | None = None, tail: LogEnd | None
     # `abs`, because a clock may be set back: the folder would count as starting, and could not be removed, until the
     # clock has caught up.
     just_made = abs(moment - _made_at(paths)) < _MOMENT_SECONDS
-    return Status.starting if never_launched and just_made else Status.crashed
+    return _unless_stopping(paths, Status.starting) if never_launched and just_made else Status.crashed
 
 
 def _live_status(paths: RunPaths, tail: LogEnd) -> Status:
-    if requested(paths, "stop"):
-        return Status.stopping
     mark = tail.last(Paused, Started)
     if isinstance(mark, Paused) and mark.paused:
-        return Status.paused
-    return Status.running if tail.data else Status.starting
+        return _unless_stopping(paths, Status.paused)
+    return _unless_stopping(paths, Status.running if tail.data else Status.starting)
+
+
+def _unless_stopping(paths: RunPaths, live: Status) -> Status:
+    """Return the status of a run that lives, but for one that was asked to stop: even its start may take a minute."""
+    return Status.stopping if requested(paths, "stop") else live
 
 
 def _nothing_since(launched: tuple[ProcessMark, dict[str, Any]], events: Path) -> bool:

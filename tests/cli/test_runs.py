@@ -236,6 +236,7 @@ def test_what_cannot_pause_is_not_asked_to(cli: Cli, home: Path) -> None:
 def test_a_run_that_does_not_listen_is_told_and_ended_by_force(cli: Cli, home: Path) -> None:
     paths = make_run(home)
     launch_fake(paths, steps=2000, seconds=0.02, deaf=1)
+    wait_for(lambda: any(isinstance(event, StepDone) for event in read_events(paths.events)))  # it catches signals
     outcome = cli("runs", "stop", "try", "--wait", "0.2")
     assert outcome.code == 1
     assert "--force" in outcome.out

@@ -78,11 +78,15 @@ def test_a_worker_that_waits(paths: RunPaths) -> None:
 def test_a_worker_that_has_said_nothing_yet_is_starting(paths: RunPaths) -> None:
     with _worker(paths):
         assert run_status(paths) is Status.starting
+        request(paths, "stop")
+        assert run_status(paths) is Status.stopping
 
 
 def test_a_run_made_a_moment_ago_is_starting_and_later_crashed(paths: RunPaths) -> None:
     made = paths.root.stat().st_mtime
     assert run_status(paths, now=made + 1) is Status.starting
+    request(paths, "stop")
+    assert run_status(paths, now=made + 1) is Status.stopping
     assert run_status(paths, now=made + 3600) is Status.crashed
 
 
@@ -98,6 +102,8 @@ def test_a_launched_process_that_has_no_lock_yet_is_starting_even_over_an_old_en
     assert mark is not None
     paths.launch.write_text(mark_to_json(mark, events_bytes=file_bytes(paths.events)))
     assert run_status(paths) is Status.starting
+    request(paths, "stop")
+    assert run_status(paths) is Status.stopping, "the screen offers to end it at once, not to stop it again"
     paths.launch.write_text(mark_to_json(replace(mark, started=1.0), events_bytes=file_bytes(paths.events)))
     assert run_status(paths) is Status.finished
 

@@ -156,6 +156,7 @@ def test_pausing_and_going_on(paths: RunPaths) -> None:
 
 def test_stop_without_grace_only_asks(paths: RunPaths) -> None:
     handle = launch_fake(paths, steps=1000, seconds=0.05, deaf=1)
+    wait_for(lambda: _steps(paths))  # so it catches signals by now
     assert stop(paths) is Status.stopping
     assert handle.process.poll() is None
     assert stop(paths, 0.1) is Status.failed
