@@ -38,6 +38,28 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """How the attention of a layer is divided.
+
+    Attributes:
+        queries: Query heads.
+        keys: Key and value heads.
+        width: Width of a query's or a key's head.
+        value_width: Width of a value's head.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    value_width: int
+
+    @property
+    def outputs(self) -> int:
+        """Width of what attention hands to the projection back."""
+        return self.queries * self.value_width
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """The mixture-of-experts part of a layer.
 
@@ -78,6 +100,7 @@ class Layer:
             and back; `centred` is a layer norm written in Python, in fp32 (Cohere). Each keeps other tensors for the
             backward pass.
         norm_parameters: Parameters of all norms of the layer.
+        heads: How its attention is divided.
         input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.
         query_key_norm: The norm of queries and keys: `head` for each head, `whole` over all heads, empty for none.
         qkv: The projections to queries, keys and values: three, or one fused.
@@ -101,6 +124,7 @@ class Layer:
     wiring: Wiring
     norm: Norm
     norm_parameters: int
+    heads: Heads
     qkv: tuple[Linear, ...]
     out: Linear
     mlp: tuple[Linear, ...]
@@ -141,9 +165,6 @@ class ModelShape:
         family: transformers' `model_type`.
         hidden: Width of the residual stream.
         vocabulary: Rows of the embedding and of the head.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Width of one head.
         groups: Its layers, kind by kind.
         tied: Whether the head is the embedding.
         head_bias: Whether the head has a bias.
@@ -168,9 +189,6 @@ class ModelShape:
     family: str
     hidden: int
     vocabulary: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     groups: tuple[LayerGroup, ...]
     tied: bool
     head_bias: bool = False
@@ -202,6 +220,21 @@ class ModelShape:
     def layers(self) -> int:
         """Number of decoder layers."""
         return sum(group.count for group in self.groups)
+
+    @cached_property
+    def heads(self) -> int:
+        """Most query heads of a layer."""
+        return max(group.layer.heads.queries for group in self.groups)
+
+    @cached_property
+    def kv_heads(self) -> int:
+        """Most key and value heads of a layer."""
+        return max(group.layer.heads.keys for group in self.groups)
+
+    @cached_property
+    def head_dim(self) -> int:
+        """Width of the widest head of queries and keys."""
+        return max(group.layer.heads.width for group in self.groups)
 
     @property
     def embedding_parameters(self) -> int:

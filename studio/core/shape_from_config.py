@@ -4,104 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import ALWAYS, FAMILIES, LLAMA, NEVER, Family
 from studio.core.quantised_base import quantised_base
-from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
+from studio.core.shape import Experts, Heads, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
-
-_LARGEST = 1 << 26
-"""No size of a language model comes near this; a config above it is corrupt or hostile."""
-
-
-class ConfigValues:
-    """A config.json's table with typed, checked access."""
-
-    def __init__(self, table: Mapping[str, Any]) -> None:
-        self._table = table
-
-    def __contains__(self, key: str) -> bool:
-        return self._table.get(key) is not None
-
-    def whole(self, *keys: str, default: int | None = None, low: int = 1, high: int = _LARGEST) -> int:
-        """Return the whole number under the first key present.
-
-        Args:
-            keys: Names that families use for the same size.
-            default: The value where no key is there; None requires a key.
-            low: Smallest value that makes sense.
-            high: Largest value that makes sense.
-
-        Raises:
-            BadInput: No key is there, or the value is no whole number between `low` and `high`.
-        """
-        for key in keys:
-            value = self._table.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
-                raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted a whole number")
-            if not low <= value <= high:
-                raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted {low} to {high}")
-            return int(value)
-        if default is None:
-            raise BadInput(
-                f"the model's config has no {' or '.join(keys)}; it does not describe a language model we can size"
-            )
-        return default
-
-    def real(self, key: str, default: float) -> float:
-        """Return the number under a key.
-
-        Raises:
-            BadInput: The value is no finite number.
-        """
-        value = self._table.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e9:
-            raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted a number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Return the truth under a key.
-
-        Raises:
-            BadInput: The value is neither true nor false.
-        """
-        value = self._table.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted true or false")
-        return value
-
-    def word(self, *keys: str, default: str = "") -> str:
-        """Return the text under the first key that holds text."""
-        return next((value for key in keys if isinstance(value := self._table.get(key), str)), default)
-
-    def table(self, key: str) -> "ConfigValues | None":
-        """Return the table under a key, or None where there is none."""
-        value = self._table.get(key)
-        return ConfigValues(value) if isinstance(value, Mapping) else None
-
-    def wholes(self, key: str) -> tuple[int, ...]:
-        """Return the list of whole numbers under a key, empty where there is none.
-
-        Raises:
-            BadInput: The value is no list of whole numbers.
-        """
-        value = self._table.get(key)
-        if value is None:
-            return ()
-        if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted a list of whole numbers")
-        return tuple(value)
-
-
-def _shown(value: Any) -> str:
-    return plain(repr(value), one_line=True, limit=60)
-
 
 _MOST_PARAMETERS = 50 * 10**12
 _MOST_LAYERS = 1000
@@ -171,10 +79,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         family=name,
         hidden=hidden,
         vocabulary=values.whole("padded_vocab_size", "vocab_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        groups=_groups(name, family, values, (hidden, layers, heads, kv_heads, head_dim)),
+        groups=_groups(name, family, values, (hidden, layers, Heads(heads, kv_heads, head_dim, head_dim))),
         tied=values.flag("tie_word_embeddings", family.tied),
         head_bias=family.head_bias,
         other_parameters=other + hidden * learnt,
@@ -201,9 +106,7 @@ def _kv_heads(name: str, values: ConfigValues, heads: int) -> int:
     return values.whole("num_key_value_heads", "num_kv_heads", "multi_query_group_num", default=heads, high=heads)
 
 
-def _groups(
-    name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, int, int, int]
-) -> tuple[LayerGroup, ...]:
+def _groups(name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, Heads]) -> tuple[LayerGroup, ...]:
     layers = sizes[1]
     routed = _experts(name, family, values, sizes[0])
     if routed is None:
@@ -239,16 +142,16 @@ def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Ex
 
 
 def _layer(
-    name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, int, int, int], experts: Experts | None
+    name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, Heads], experts: Experts | None
 ) -> Layer:
-    hidden, _, heads, kv_heads, head_dim = sizes
+    hidden, _, heads = sizes
     wiring, norms = _wiring(name, family, values)
     norm_parameters = norms * hidden * family.norm_terms
     if name == "gpt_oss" and experts:
-        norm_parameters += heads + experts.count  # attention sinks and the router's bias
+        norm_parameters += heads.queries + experts.count  # attention sinks and the router's bias
     rotary = _rotary(family, values)
     # A norm per head has one weight for all query heads, and one for all key heads.
-    per_head = {"head": 2 * head_dim, "whole": (heads + kv_heads) * head_dim, "": 0}
+    per_head = {"head": 2 * heads.width, "whole": (heads.queries + heads.keys) * heads.width, "": 0}
     return Layer(
         wiring=wiring,
         norm=family.norm,
@@ -256,8 +159,9 @@ def _layer(
         input_norms=2 if wiring == "parallel" and norms == 2 else 1,
         qkv_split=family.qkv_split,
         query_key_norm=family.query_key_norm,
-        qkv=_qkv(family, values, hidden, (heads * head_dim, kv_heads * head_dim)),
-        out=Linear(family.out, heads * head_dim, hidden, _bias(values, family.out_bias)),
+        heads=heads,
+        qkv=_qkv(family, values, hidden, heads),
+        out=Linear(family.out, heads.outputs, hidden, _bias(values, family.out_bias)),
         mlp=_mlp(name, family, values, hidden, experts),
         gated=family.gated,
         activation=values.word("hidden_activation", "hidden_act", "activation_function", default=family.activation),
@@ -298,12 +202,11 @@ def _wiring(name: str, family: Family, values: ConfigValues) -> tuple[Any, int]:
     return family.wiring, family.norms
 
 
-def _qkv(family: Family, values: ConfigValues, hidden: int, widths: tuple[int, int]) -> tuple[Linear, ...]:
+def _qkv(family: Family, values: ConfigValues, hidden: int, heads: Heads) -> tuple[Linear, ...]:
     bias = _bias(values, family.qkv_bias)
-    queries, keys = widths
+    outputs = (heads.queries * heads.width, heads.keys * heads.width, heads.keys * heads.value_width)
     if len(family.qkv) == 1:
-        return (Linear(family.qkv[0], hidden, queries + 2 * keys, bias),)
-    outputs = (queries, keys, keys)
+        return (Linear(family.qkv[0], hidden, sum(outputs), bias),)
     return tuple(Linear(name, hidden, width, bias) for name, width in zip(family.qkv, outputs, strict=True))
 
 

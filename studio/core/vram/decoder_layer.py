@@ -189,7 +189,7 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     tape = run.tape
     query, key, value = _projections(run, layer, x)
     if layer.query_key_norm:
-        groups = (run.shape.heads, run.shape.kv_heads) if layer.query_key_norm == "head" else (1, 1)
+        groups = (layer.heads.queries, layer.heads.keys) if layer.query_key_norm == "head" else (1, 1)
         normed = [run.head_norm(layer, t, n) for t, n in zip((query, key), groups, strict=True)]
         tape.named(query, key)
         query, key = normed
@@ -223,8 +223,9 @@ def _projections(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor,
         query, key, value = run.linears(layer.qkv, x)
         return query, key, value
     joined = run.linear(layer.qkv[0], x)
-    queries, keys = run.shape.heads * run.shape.head_dim, run.shape.kv_heads * run.shape.head_dim
-    shares = [part / (queries + 2 * keys) for part in (queries, keys, keys)]
+    heads = layer.heads
+    queries, keys, values = heads.queries * heads.width, heads.keys * heads.width, heads.keys * heads.value_width
+    shares = [part / (queries + keys + values) for part in (queries, keys, values)]
     if layer.qkv_split:
         query, key, value = op.split_last(joined, tuple(shares))
     else:
@@ -240,29 +241,29 @@ def _attend(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tenso
     if run.traits.arithmetic.autocast:
         query, key, value = (op.cast(t, run.traits.arithmetic.compute) for t in (query, key, value))
     if run.traits.plain_attention:
-        out = _plain(run, query, key, value)
+        out = _plain(run, layer, query, key, value)
         run.tape.named(query, key, value)
         return out, None
     masked = kernel == "efficient_masked"
     if masked or kernel == "efficient" or run.traits.repeats_heads:
-        key, value = _both_widened(run, key, value)
+        key, value = _both_widened(layer, key, value)
     flash, on_card = kernel == "flash", kernel != "cpu"
-    out = op.fused_attention(query, key, value, run.shape.heads, flash=flash, workspaces=on_card, masked=masked)
+    out = op.fused_attention(query, key, value, layer.heads.queries, flash=flash, workspaces=on_card, masked=masked)
     return out, None
 
 
 def _eager(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Follow eager_attention_forward."""
     arithmetic, tape = run.traits.arithmetic, run.tape
-    key, value = _both_widened(run, key, value)
+    key, value = _both_widened(layer, key, value)
     if arithmetic.autocast:
         query, key = _both_cast(query, key, arithmetic.compute)
     itemsize = query.itemsize
     # With several rows the heads are strided, and `matmul` copies a strided operand. Keys and values that repeat_kv
     # copied are contiguous: only those that it did not copy, because no head or every head shares them, are strided.
     batched = run.traits.batched
-    strided = batched and run.shape.kv_heads in (1, run.shape.heads)
-    square = Polynomial(per_square=run.shape.heads)
+    strided = batched and layer.heads.keys in (1, layer.heads.queries)
+    square = Polynomial(per_square=layer.heads.queries)
     weights = op.scale(op.matmul(query, key, square, copies_x=batched, copies_y=strided))
     if run.shape.attention_softcap:
         raw, weights = weights, op.scale(op.activate_saving_result(op.scale(weights)))
@@ -282,21 +283,21 @@ def _eager(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor
     return out, weights
 
 
-def _plain(run: Modules, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _plain(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Follow aten/src/ATen/native/transformers/attention.cpp _scaled_dot_product_attention_math, torch 2.5 and newer.
 
     All of it runs in fp32. The softmax makes its result a second time to set rows that see nothing to zero. The kernel
     also returns the weights in the input's format, which nobody uses.
     """
-    tape, itemsize, square = run.tape, query.itemsize, Polynomial(per_square=run.shape.heads)
+    tape, itemsize, square = run.tape, query.itemsize, Polynomial(per_square=layer.heads.queries)
     wide_query, wide_key, value = (op.cast(t, 4) for t in (query, key, value))
     query, key = op.scale(wide_query), op.scale(wide_key)
     tape.named(wide_query, wide_key)
-    scores = _product(run, query, key, square)
+    scores = _product(run, layer, query, key, square)
     weights = op.softmax_in_fp32(scores, fused_backward=run.traits.cpu)
     tape.passing(square.times(4))
     tape.named(scores)
-    out = op.cast(_product(run, weights, value, query.elements), itemsize)
+    out = op.cast(_product(run, layer, weights, value, query.elements), itemsize)
     tape.passing(square.times(itemsize))
     out = op.clone(out)
     tape.named(query, key, value, weights)
@@ -308,37 +309,37 @@ def _broadcast(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Te
 
     The input comes from a layer norm, which CUDA's autocast gives back in fp32.
     """
-    square, autocast = Polynomial(per_square=run.shape.heads), run.traits.arithmetic.autocast
+    square, autocast = Polynomial(per_square=layer.heads.queries), run.traits.arithmetic.autocast
     if autocast:
         query, key, value = (op.cast(t, run.traits.arithmetic.compute) for t in (query, key, value))
     itemsize = query.itemsize
     wide = 4 if autocast and not run.traits.cpu else itemsize
-    scores = op.add_number(_product(run, query, key, square))
+    scores = op.add_number(_product(run, layer, query, key, square))
     if not run.traits.half:
         scores = op.cast(scores, wide)
     weights = op.softmax(scores, wide, fused_backward=run.traits.cpu)
-    out = op.clone(_product(run, op.cast(weights, itemsize), value, query.elements))
+    out = op.clone(_product(run, layer, op.cast(weights, itemsize), value, query.elements))
     run.tape.named(query, key, value, weights)
     return out, weights
 
 
-def _product(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
+def _product(run: Modules, layer: Layer, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
     """Return a batched product. Where heads share y, `matmul` copies it for each of them, except for a single row."""
-    shared = run.shape.kv_heads < run.shape.heads
-    y = op.expanded(y, run.shape.heads / run.shape.kv_heads) if shared else y
+    shared = layer.heads.keys < layer.heads.queries
+    y = op.expanded(y, layer.heads.queries / layer.heads.keys) if shared else y
     return op.matmul(x, y, outputs, copies_x=False, copies_y=shared and run.traits.batched)
 
 
-def _both_widened(run: Modules, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _both_widened(layer: Layer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys and values repeated for every query head (repeat_kv); both old ones live until both are there."""
-    widened = _widened(run, key), _widened(run, value)
-    run.tape.named(key, value)
+    widened = _widened(layer, key), _widened(layer, value)
+    key.tape.named(key, value)
     return widened
 
 
-def _widened(run: Modules, x: Tensor) -> Tensor:
+def _widened(layer: Layer, x: Tensor) -> Tensor:
     """Return keys or values for every query head: x itself where none share it, a view where all do, else a copy."""
-    groups = run.shape.heads / run.shape.kv_heads
+    groups = layer.heads.queries / layer.heads.keys
     if groups == 1:
         return x
-    return op.expanded(x, groups) if run.shape.kv_heads == 1 else op.gather(x, groups)
+    return op.expanded(x, groups) if layer.heads.keys == 1 else op.gather(x, groups)
