@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from studio.core.direct_weights import not_adapted
 from studio.core.errors import BadInput
 from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.text import plain
@@ -23,17 +24,22 @@ EXPERTS = "experts"
 def target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset[str]:
     """Return the names of the adapted linear maps inside the layers.
 
-    `all-linear` is every linear map but the head (peft's own reading). A dotted path counts by its last part.
+    `all-linear` is every linear map but the head (peft's own reading) and those whose weight the model reads past an
+    adapter. A dotted path counts by its last part.
 
     Raises:
-        BadInput: A name is no linear map of this model.
+        BadInput: A name is no linear map of this model, or one that an adapter has no effect on.
     """
-    known = tuple(dict.fromkeys(linear.name for _, linear in shape.all_linears()))
+    dead = not_adapted(shape.family)
+    linears = dict.fromkeys(linear.name for _, linear in shape.all_linears())
+    known = tuple(name for name in linears if name not in dead)
     if targets in (ALL_LINEAR, (ALL_LINEAR,)):
         return frozenset((*known, EXPERTS)) if shape.expert_parameters else frozenset(known)
     names = (targets,) if isinstance(targets, str) else targets
     chosen = {name.rpartition(".")[2] for name in names}
     for name in sorted(chosen - set(known) - {HEAD}):
+        if name in dead:
+            raise BadInput(f"adapter.targets names {name}: {dead[name]}. {_usable(known)}")
         raise BadInput(_unknown(name, shape, known))
     return frozenset(chosen)
 
@@ -42,12 +48,14 @@ def _unknown(name: str, shape: ModelShape, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     shown = plain(name, one_line=True, limit=60)
     hint = f"; perhaps {near[0]}" if near else ""
-    known_here = ", ".join(known)
     return (
         f"adapter.targets names {shown!r}, which a {plain(shape.family, one_line=True, limit=40)} model does not have"
-        f"{hint}. "
-        f'Use "all-linear" or some of: {known_here}'
+        f"{hint}. {_usable(known)}"
     )
+
+
+def _usable(known: Iterable[str]) -> str:
+    return f'Use "{ALL_LINEAR}" or some of: {", ".join(known)}'
 
 
 def adapted(shape: ModelShape, names: frozenset[str]) -> list[tuple[int, Linear]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from studio.core.direct_weights import kept_16bit
 from studio.core.shape import Linear, ModelShape
 from studio.core.trainable import ATTENTION, MLP, AdaptedPart, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
@@ -125,7 +126,8 @@ def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[
 
     A module is skipped by its path's beginning or its end (transformers quantizers_utils.should_convert_module).
     """
-    if not skipped:
+    kept = kept_16bit(shape.family)
+    if not skipped and not kept:
         yield from shape.all_linears()
         return
     first, names = 0, frozenset(skipped)
@@ -134,7 +136,8 @@ def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[
         for linear in group.layer.linears:
             place = f"{ATTENTION if linear in attention else MLP}.{linear.name}"
             layers = range(first, first + group.count)
-            yield sum(not _is_skipped(f"model.layers.{index}.{place}", names) for index in layers), linear
+            if linear.name not in kept:
+                yield sum(not _is_skipped(f"model.layers.{index}.{place}", names) for index in layers), linear
         first += group.count
 
 

@@ -5,8 +5,9 @@ format. Nothing is cast up to fp32 afterwards; peft's `prepare_model_for_kbit_tr
 more on an 8B model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from studio.core.direct_weights import kept_16bit, not_adapted
 from studio.core.errors import BadInput
 from studio.core.quantised_base import BITSANDBYTES
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
@@ -116,7 +118,7 @@ def load_base(
     if progress:
         progress("loading the base model", 0.0)
     options: dict[str, Any] = (
-        {"quantization_config": four_bit_config(quant, dtype, _left_alone(folder, quant))}
+        {"quantization_config": four_bit_config(quant, dtype, _left_alone(base, folder, quant))}
         if method == "qlora" and not own
         else {}
     )
@@ -152,6 +154,7 @@ def load_base(
         if not own:
             _require_four_bit(model)
         _keep_packing(model)
+        _keep_modules_called(model)
     model.requires_grad_(False)
     return model
 
@@ -180,16 +183,34 @@ def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str
     )
 
 
-def _left_alone(folder: Path, quant: FourBit) -> list[str] | None:
-    """Return the modules that are not quantised; None where the recipe names none.
+def left_alone(model: PreTrainedModel, skip: Collection[str]) -> list[str]:
+    """Return the modules that are not quantised: transformers' own choice, weights that are read as numbers, and more.
+
+    Args:
+        model: Its structure.
+        skip: What the recipe leaves in 16 bit (`FourBit.skip`).
+    """
+    return [*get_keys_to_not_convert(model), *sorted(kept_16bit(family_of(model))), *skip]
+
+
+def family_of(model: torch.nn.Module) -> str:
+    """Return transformers' `model_type` of the language model inside a model."""
+    config: Any = model.config
+    return str(config.get_text_config().model_type)
+
+
+def _left_alone(base: BaseFound, folder: Path, quant: FourBit) -> list[str] | None:
+    """Return the modules that are not quantised; None where that is transformers' own choice, such as the head.
 
     Given such a list, transformers does not add its own choice, so that is put into the list here.
     """
-    if not quant.skip:
+    config = base.config or {}
+    family = (config.get("text_config") or config).get("model_type", "")
+    if not quant.skip and not kept_16bit(family):
         return None
     from studio.jobs.base.weights.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
 
-    return [*get_keys_to_not_convert(build_clean(folder)), *quant.skip]
+    return left_alone(build_clean(folder), quant.skip)
 
 
 def _require_four_bit(model: torch.nn.Module) -> None:
@@ -212,6 +233,26 @@ def _keep_packing(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _keep_modules_called(model: torch.nn.Module) -> None:
+    """Keep layers from handing 4-bit weights to a fused kernel that would read them as plain numbers.
+
+    They do so in training mode only (`self.training` in the forward of transformers' Mamba layers), so such a layer
+    itself stays in evaluation mode, in which it calls its modules. It has no dropout of its own.
+    """
+    names = not_adapted(family_of(model))
+    for module in model.modules():
+        held = [child.weight for name, child in module.named_children() if name in names]
+        if any(hasattr(weight, "quant_state") for weight in held):
+            module.training = False
+            module.train = partial(_train_children, module)  # type: ignore[method-assign]
+
+
+def _train_children(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    for child in module.children():
+        child.train(mode)
+    return module
 
 
 def _advice(error: Exception) -> str:

@@ -17,13 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_of
-from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of
+from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of, left_alone
 from studio.jobs.measure.fake import is_fake
 from studio.jobs.measure.storages import Storages
 
@@ -114,7 +113,7 @@ def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storag
     """
     before = dict(model.named_modules())
     quant = four_bit_of(recipe.model)
-    kept = [*get_keys_to_not_convert(model), *quant.skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    kept = [*left_alone(model, quant.skip), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     with unset_fake_temporarily():
         # transformers makes bitsandbytes' layers on the meta device, with a parameter class that cannot wrap a fake
         # tensor.

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from studio.core.direct_weights import not_adapted
 from studio.core.errors import JobFailed
 from studio.core.recipe import AdapterSection
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
+from studio.jobs.base.load import family_of
 from studio.jobs.base.weights.pissa import difference
 from studio.jobs.train.guards import check_adapter
 from studio.runs.atomic import publish_folder
@@ -164,22 +166,36 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
         base: The loaded model.
         wanted: The recipe's targets.
         by_name: Whether `all-linear` becomes a list of names without the head's. peft needs names where only some
-            layers are adapted.
+            layers are adapted. The list is also made where an adapter on some of the linear maps would be dead.
 
     Raises:
-        JobFailed: `unknown_targets` when a name is no module of the model.
+        JobFailed: `unknown_targets` when a name is no module of the model; `dead_targets` when its weight is read past
+            the module, so that an adapter would have no effect.
     """
-    linear = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)})
+    dead = not_adapted(family_of(base))
+    every = {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)}
+    linear = sorted(every - dead.keys())
     if wanted == ALL_LINEAR:
+        by_name = by_name or len(linear) < len(every)
         head = cast(Any, base).get_output_embeddings() if by_name else None
         heads = {
             name.rpartition(".")[2] for name, module in base.named_modules() if head is not None and module is head
         }
         return [name for name in linear if name not in heads] if by_name else ALL_LINEAR
     names = [wanted] if isinstance(wanted, str) else list(wanted)
-    found = {name for name, _ in base.named_modules()}
+    modules = dict(base.named_modules())
     for name in names:
-        if not any(full == name or full.endswith(f".{name}") for full in found):
+        found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
+        why = dead.get(name.rpartition(".")[2])
+        if any(isinstance(module, nn.Conv1d) for module in found):
+            why = "a short convolution's weight is read past the adapter, which would stay untrained"
+        if found and why:
+            raise JobFailed(
+                "dead_targets",
+                f"adapter.targets names {name!r}: {why}",
+                f'use "{ALL_LINEAR}" or some of: {", ".join(linear)}',
+            )
+        if not found:
             near = difflib.get_close_matches(name, linear, n=1)
             raise JobFailed(
                 "unknown_targets",

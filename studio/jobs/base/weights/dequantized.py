@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from studio.jobs.base.load import FourBit
+from studio.jobs.base.load import FourBit, left_alone
 
 Change = Callable[[str, Tensor], Tensor]
 """Changes a parameter of the base, by its name in memory, before the adapter is added."""
@@ -41,11 +40,11 @@ def turned_parameters(clean: PreTrainedModel, skip: Collection[str] = ()) -> fro
 
 
 def _quantised(clean: PreTrainedModel, skip: Collection[str], kind: type[nn.Module]) -> frozenset[str]:
-    left_alone = [*get_keys_to_not_convert(clean), *skip]
+    kept = left_alone(clean, skip)
     return frozenset(
         f"{name}.weight"
         for name, module in clean.named_modules()
-        if isinstance(module, kind) and should_convert_module(name, left_alone)
+        if isinstance(module, kind) and should_convert_module(name, kept)
     )
 
 
