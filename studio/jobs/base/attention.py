@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Attention
+from studio.jobs.base import sinks
 
 _FLASH_CAPABILITY = (8, 0)
 """Compute capability that flash-attn 2 needs (its README: Ampere, Ada or Hopper)."""
@@ -18,11 +19,11 @@ _FLASH_CAPABILITY = (8, 0)
 
 def attention_for(
     folder: Any, wanted: Attention, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
-) -> Attention:
-    """Return the attention to load a model with.
+) -> str:
+    """Return the attention to load a model with, by its name in transformers.
 
-    torch's fused attention cannot compute the scores of some models (Gemma 2 caps them, gpt-oss has sinks).
-    transformers refuses to load those with `sdpa`, so they get `eager`.
+    torch's fused attention cannot compute the scores of some models (Gemma 2 caps them). transformers refuses to load
+    those with `sdpa`, so they get `eager`. Sinks (gpt-oss) are put into it by `studio.jobs.base.sinks`.
 
     Args:
         folder: The model's folder.
@@ -37,13 +38,23 @@ def attention_for(
     """
     if wanted == "flash_attention_2":
         _require_flash(device, dtype)
-    if wanted != "sdpa":
+    if wanted == "eager":
         return wanted
-    return attention_of(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if wanted == "sdpa":
+        return attention_of(config, device)
+    if sinks.serves(config, device):
+        raise BadInput(
+            "train.attention is flash_attention_2: the package flash-attn knows no attention sinks, which this model "
+            "has. With sdpa they are put into torch's own kernels."
+        )
+    return wanted
 
 
-def attention_of(config: PretrainedConfig) -> Attention:
-    """Return `sdpa`, or `eager` for an architecture that torch's fused attention cannot compute."""
+def attention_of(config: PretrainedConfig, device: torch.device) -> str:
+    """Return what computes a model's attention by torch's kernels; `eager` where none does."""
+    if sinks.serves(config, device):
+        return sinks.SINK_ATTENTION
     try:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:

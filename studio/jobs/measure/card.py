@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES
-from studio.jobs.base import attention
+from studio.jobs.base import attention, sinks
 from studio.jobs.base.swapped import swapped
 from studio.jobs.measure.storages import HOST, PAGED, Storages
 
@@ -87,6 +87,10 @@ class CudaFunctions(TorchFunctionMode):
     def has_grouped_kernel(self, key: Tensor) -> bool:
         """Return what `studio.jobs.base.attention.has_grouped_kernel` would return on the card."""
         return self._has_flash and (key.dtype in _HALF or torch.is_autocast_enabled("cpu"))
+
+    def sink_kernel(self, device: torch.device, dtype: torch.dtype) -> sinks.Kernel:
+        """Return what `studio.jobs.base.sinks.kernel_for` would return on the card."""
+        return "flash" if self._has_flash and dtype in _HALF else "efficient"
 
     def _attention(  # noqa: PLR0917  the order of torch's function
         self,
@@ -203,7 +207,16 @@ def _flash_backward(args: Any, out: Any) -> int:
 
     These are row sums, the query's gradient in fp32 and, with grouped heads, gradients of key and value for every head.
     """
-    query, key = args[1], args[2]
+    return _flash_works(args[1], args[2])
+
+
+def _flash_backward_by_token(args: Any, out: Any) -> int:
+    """Return the same where tokens come before heads; of packed rows there is no batch."""
+    query, key = (tensor if tensor.dim() == 4 else tensor[None] for tensor in args[1:3])
+    return _flash_works(query.transpose(1, 2), key.transpose(1, 2))
+
+
+def _flash_works(query: Tensor, key: Tensor) -> int:
     batch, heads, length, head_dim = query.shape
     rows, columns = -(-length // 128) * 128, -(-head_dim // 32) * 32
     sums, accumulator = 4 * batch * heads * rows, 4 * batch * heads * rows * columns
@@ -230,6 +243,7 @@ _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.bad
 _TEMPORARIES: dict[Any, Callable[[Any, Any], int]] = {
     torch.ops.bitsandbytes.gemm_4bit.default: _dequantised,
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _aten._flash_attention_backward.default: _flash_backward_by_token,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     _aten._softmax_backward_data.default: _of_inputs_size,  # SoftMax.cu: grad * output
     _aten._safe_softmax.default: _of_inputs_size,  # attention.cpp: its result, once more with empty rows
@@ -257,6 +271,7 @@ def card_habits(storages: Storages, capability: tuple[int, int]) -> Iterator[Non
         # Swapped because both ask a tensor for its device, which is "cpu" here.
         stack.enter_context(swapped(Optimizer8bit, "get_state_buffer", state_buffer))
         stack.enter_context(swapped(attention, "has_grouped_kernel", functions.has_grouped_kernel))
+        stack.enter_context(swapped(sinks, "kernel_for", functions.sink_kernel))
         stack.enter_context(Kernels(storages, functions.cublas_bytes))
         stack.enter_context(functions)
         yield

@@ -115,7 +115,7 @@ def run_engine(
     assert target.dtype in ITEMSIZES, target.dtype  # noqa: S101  never "auto": who asks knows the device
     precision = Precision(target.dtype, "cpu")
     storages.stage("load")
-    base = weightless_base(config, recipe, precision.dtype, storages)
+    base = weightless_base(config, recipe, precision.dtype, target.device_type, storages)
     with ExitStack() as stack:
         stack.enter_context(storages)
         if target.device_type == "cuda":

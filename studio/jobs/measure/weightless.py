@@ -58,7 +58,7 @@ def config_of(values: dict[str, Any]) -> PretrainedConfig:
 
 
 def weightless_base(
-    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, storages: Storages
+    config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype, device_type: str, storages: Storages
 ) -> PreTrainedModel:
     """Return the frozen base model of a recipe; its tensors are logged as `base`.
 
@@ -66,6 +66,7 @@ def weightless_base(
         config: The model's config.
         recipe: Says method, attention and 4-bit form.
         dtype: dtype of what is not quantised.
+        device_type: Where it would run.
         storages: Logs what is allocated.
 
     Raises:
@@ -73,7 +74,7 @@ def weightless_base(
     """
     from_config: Any = AutoModelForCausalLM.from_config
     # flash_attention_2 is traced as sdpa: flash-attn's kernel and torch's own flash kernel hold the same tensors.
-    attention = "eager" if recipe.train.attention == "eager" else attention_of(config)
+    attention = "eager" if recipe.train.attention == "eager" else attention_of(config, torch.device(device_type))
     try:
         model: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation=attention)
     except _UNBUILDABLE as error:

@@ -22,10 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from studio.core.recipe import Packing
+from studio.jobs.base import sinks
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.device import wait_for
 from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.base.sinks import SINK_ATTENTION, packed_sink_attention, sink_attention, sink_mask, window_mask
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import TOLERANCE
 from studio.jobs.train.objectives import Encoded
@@ -274,7 +276,7 @@ def packed_attentions(implementation: str, device: torch.device) -> tuple[str, .
     """
     if implementation == "flash_attention_2":
         return (implementation,)
-    if implementation != "sdpa":
+    if implementation not in ("sdpa", SINK_ATTENTION):
         return ()
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _VARLEN_CAPABILITY
     return (VARLEN_ATTENTION, ROW_ATTENTION) if able else (ROW_ATTENTION,)
@@ -339,26 +341,31 @@ def varlen_attention(
     if row_lengths is None or options.get("dropout"):
         named: dict[str, Any] = {"row_lengths": row_lengths, "sliding_window": sliding_window}
         return row_attention(module, query, key, value, attention_mask, **named, **options)
-    import torch.nn.attention.varlen as torch_varlen  # noqa: PLC0415  seconds, and only a card has it
-
-    varlen_attn: Any = torch_varlen.varlen_attn
     kind = query.device.type
     # Autocast does not know this function, so its inputs are cast here; the flash kernel takes 16 bits only.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    heads, tokens = query.shape[1], query.shape[2]
+    grouped, tokens = query.shape[1] != key.shape[1], query.shape[2]
     # The kernel's layout: [tokens, heads, head_dim] without a batch; `starts` are the rows' first places and the end.
-    rows = (tensor.to(dtype).transpose(1, 2).reshape(tokens, -1, tensor.shape[-1]) for tensor in (query, key, value))
-    starts, longest = options["cu_seq_lens_q"], options["max_length_q"]
+    query, key, value = (x.to(dtype).transpose(1, 2).reshape(tokens, -1, x.shape[-1]) for x in (query, key, value))
+    starts, longest, scale = options["cu_seq_lens_q"], options["max_length_q"], options.get("scaling")
+    if (own := options.get("s_aux")) is not None:
+        named = {"starts": starts, "longest": longest, "scale": scale, "window": sliding_window}
+        return packed_sink_attention(query, key, value, own, **named)[None], None
+    import torch.nn.attention.varlen as torch_varlen  # noqa: PLC0415  seconds, and only a card has it
+
+    varlen_attn: Any = torch_varlen.varlen_attn
     output: Tensor = varlen_attn(
-        *rows,
+        query,
+        key,
+        value,
         starts,
         starts,
         longest,
         longest,
-        scale=options.get("scaling"),
+        scale=scale,
         # (left, right) of the token itself: -1 is without limit, and a right of 0 makes it causal.
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=heads != key.shape[1],
+        enable_gqa=grouped,
     )
     return output[None], None
 
@@ -366,21 +373,20 @@ def varlen_attention(
 def _attend(  # noqa: PLR0917  the order of transformers' function
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, window: int | None, options: Any
 ) -> tuple[Tensor, None]:
+    if options.get("s_aux") is not None:
+        return sink_attention(module, query, key, value, mask, sliding_window=window, **options)
     if mask is None and window is not None and key.shape[2] > window:
-        mask = _window_mask(query.shape[2], key.shape[2], window, query.device)
+        mask = window_mask(query.shape[2], key.shape[2], window, query.device)
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **options)
     return output
 
 
-def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Return a mask `[1, 1, queries, keys]`, True where a token is seen: itself and the `window - 1` before it."""
-    behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    return ((behind >= 0) & (behind < window))[None, None]
-
-
 def _mask(*, attention_mask: Tensor | None = None, **named: Any) -> Tensor | None:
     """Return transformers' mask for a padded batch, and None for a packed one, whose rows the functions here know."""
-    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **named)
+    if attention_mask is None:
+        return None
+    made = sink_mask if named["config"].model_type in sinks.FAMILIES else sdpa_mask
+    return made(attention_mask=attention_mask, **named)
 
 
 for _name, _function in ((ROW_ATTENTION, row_attention), (VARLEN_ATTENTION, varlen_attention)):
