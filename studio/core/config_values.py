@@ -81,6 +81,29 @@ class ConfigValues:
         value = self._table.get(key)
         return ConfigValues(value) if isinstance(value, Mapping) else None
 
+    def words(self, key: str) -> tuple[str, ...]:
+        """Return the list of texts under a key, empty where there is none.
+
+        Raises:
+            BadInput: The value is no list of texts.
+        """
+        value = self._table.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise BadInput(f"the model's config has {key} = {_shown(value)}; wanted a list of words")
+        return tuple(value)
+
+    def each(self, key: str) -> int:
+        """Return the largest of the whole numbers that a key has, one for all layers or one a layer; 0 without any.
+
+        Raises:
+            BadInput: The value is neither.
+        """
+        return (
+            max(self.wholes(key), default=0) if isinstance(self._table.get(key), list) else self.whole(key, default=0)
+        )
+
     def wholes(self, key: str) -> tuple[int, ...]:
         """Return the list of whole numbers under a key, empty where there is none.
 

@@ -33,8 +33,8 @@ class Family:
             (`key=true` where it is true by default).
         out_bias: The same for the projection back.
         mlp_bias: The same for the MLP.
+        head_bias: The same for the head.
         tied: Whether head and embedding share their weights, if the config does not say.
-        head_bias: Whether the head has a bias.
         rotary: Fraction of a head with rotary positions, if the config does not say; 0 without them.
         rotary_wide: Whether they are applied in fp32.
         rotary_joined: Whether the rotated part of a head is joined with the rest even where no rest is left.
@@ -48,11 +48,17 @@ class Family:
         logit_softcap: Soft cap of the logits, if the config does not say; 0 without one.
         attention_softcap: Soft cap of attention scores, if the config does not say; 0 without one.
         fused_attention: Whether transformers supports sdpa for it.
+        latent: Whether its attention is latent (DeepSeek V2).
+        rotary_form: How numbers of a head are turned against each other (`Layer.rotary_form`).
         grouped: Whether there may be fewer key and value heads than query heads.
         own_attention: Whether its layers call attention themselves, not through transformers' interface.
         repeats_heads: Whether they repeat keys and values for every query head first (modeling_chatglm.py of THUDM).
         expert_inner: Config key of the width inside a routed expert.
         shared_inner: Config key of the width inside the expert that every token visits; empty without one.
+        shared_count: Config key of the number of such experts, each as wide as a routed one; empty without them.
+        shared_default: Their number, if the config does not say.
+        dense_first: Layers at the beginning that are dense, if the config does not say.
+        router_terms: Parameters of the router per expert, beside its weights.
         chooser: Name of the router or shared gate that peft's all-linear adapts; empty where it adapts none.
         experts_adapted_by_all: Whether peft's all-linear adapts the fused experts too.
     """
@@ -72,7 +78,7 @@ class Family:
     out_bias: str = "attention_bias"
     mlp_bias: str = "mlp_bias"
     tied: bool = False
-    head_bias: bool = False
+    head_bias: str = NEVER
     rotary: float = 1.0
     rotary_wide: bool = False
     rotary_joined: bool = False
@@ -86,16 +92,24 @@ class Family:
     logit_softcap: float = 0.0
     attention_softcap: float = 0.0
     fused_attention: bool = True
+    latent: bool = False
+    rotary_form: Literal["halves", "pairs", "complex"] = "halves"
     grouped: bool = True
     own_attention: bool = False
     repeats_heads: bool = False
     expert_inner: str = "intermediate_size"
     shared_inner: str = ""
+    shared_count: str = ""
+    shared_default: int = 0
+    dense_first: int = 0
+    router_terms: int = 0
     chooser: str = ""
     experts_adapted_by_all: bool = False
 
 
 LLAMA = Family()
+UNKNOWN = Family(expert_inner="moe_intermediate_size")
+"""What a family that is not in the table is read as."""
 _NO_BIAS = Family(qkv_bias=NEVER, out_bias=NEVER, mlp_bias=NEVER)
 _GEMMA = Family(norm="rms_wide", tied=True, activation="gelu_pytorch_tanh", mlp_bias=NEVER)
 _GEMMA_SANDWICH = replace(_GEMMA, wiring="sandwich", norms=4)
@@ -118,6 +132,10 @@ _COHERE = Family(
     wiring="parallel", norm="centred", norms=1, mlp_bias=NEVER, tied=True, rotary_wide=True, scaled_logits=True
 )
 _GRANITE = Family(scaled_residual=True, alters_embedding=True, scaled_logits=True)
+_DEEPSEEK_MOE = Family(
+    mlp_bias=NEVER, expert_inner="moe_intermediate_size", shared_count="n_shared_experts", shared_default=1
+)
+_LATENT = replace(_DEEPSEEK_MOE, latent=True, rotary_form="pairs")
 _RELU2 = Family(mlp=("up_proj", "down_proj"), gated=False, activation="relu2")
 
 FAMILIES: Mapping[str, Family] = {
@@ -138,7 +156,7 @@ FAMILIES: Mapping[str, Family] = {
         mlp=("fc1", "fc2"),
         activation="gelu_new",
         rotary=0.5,
-        head_bias=True,
+        head_bias=ALWAYS,
     ),
     "phi3": replace(_NO_BIAS, qkv=("qkv_proj",), mlp=("gate_up_proj", "down_proj"), rotary_joined=True),
     "falcon": replace(
@@ -214,6 +232,7 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),
     "helium": Family(out_bias=NEVER),
     "hunyuan_v1_dense": Family(query_key_norm="head", mlp_bias=NEVER),
+    "apertus": replace(_RELU2, query_key_norm="head", mlp_bias=NEVER, activation="xielu"),
     # Mixtures of experts: the fields describe what lies outside the experts.
     "mixtral": replace(_NO_BIAS, chooser="gate", experts_adapted_by_all=True),
     "qwen2_moe": replace(
@@ -233,8 +252,33 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": Family(query_key_norm="whole", mlp_bias=NEVER, chooser="gate", experts_adapted_by_all=True),
     "granitemoe": _GRANITE,
     "gpt_oss": Family(
-        qkv_bias="attention_bias=true", out_bias="attention_bias=true", mlp_bias=NEVER, fused_attention=False
+        router_terms=1,
+        qkv_bias="attention_bias=true",
+        out_bias="attention_bias=true",
+        mlp_bias=NEVER,
+        fused_attention=False,
     ),
-    "llama4_text": Family(mlp_bias=NEVER, shared_inner="intermediate_size", chooser="router"),
+    "llama4_text": Family(mlp_bias=NEVER, shared_inner="intermediate_size", chooser="router", rotary_form="complex"),
+    "deepseek_v2": replace(_LATENT, mlp_bias="mlp_bias", shared_default=2, rotary_form="complex"),
+    "deepseek_v3": replace(_LATENT, dense_first=3),
+    "glm4_moe_lite": replace(_LATENT, dense_first=1),
+    "mistral4": _LATENT,
+    "glm4_moe": replace(_DEEPSEEK_MOE, out_bias=NEVER, dense_first=1, rotary=0.5),
+    "dots1": replace(_DEEPSEEK_MOE, query_key_norm="head", shared_default=0),
+    "ernie4_5_moe": Family(
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        tied=True,
+        head_bias="use_bias",
+        expert_inner="moe_intermediate_size",
+        shared_count="moe_num_shared_experts",
+        shared_default=2,
+        dense_first=1,
+        router_terms=1,
+    ),
+    "minimax_m2": replace(_NO_BIAS, query_key_norm="whole"),
+    "phimoe": Family(norm="layer", norm_terms=2, mlp_bias=NEVER, head_bias="lm_head_bias"),
+    "hunyuan_v1_moe": Family(query_key_norm="head", mlp_bias=NEVER, shared_inner="intermediate_size", chooser="wg"),
 }
 """Keyed by transformers' `model_type` (of the text model, where a config has several)."""

@@ -60,6 +60,23 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention: queries and keys with values are made from narrow vectors (DeepSeek V2).
+
+    Only a part of each head carries positions, and that part of the key is one for all heads.
+
+    Attributes:
+        queries: Width of what queries are made from; 0 where they are made from the layer's input.
+        keys: Width of what keys and values are made from.
+        rotary: Width of the part of a head that carries positions.
+    """
+
+    queries: int
+    keys: int
+    rotary: int
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """The mixture-of-experts part of a layer.
 
@@ -99,18 +116,22 @@ class Layer:
         norm: Which norm. `rms_wide` multiplies by its weight in fp32, before it casts back; `layer_wide` casts to fp32
             and back; `centred` is a layer norm written in Python, in fp32 (Cohere). Each keeps other tensors for the
             backward pass.
-        norm_parameters: Parameters of all norms of the layer.
+        norm_parameters: Parameters of all norms of the layer, and of other small tensors: sinks, a router's biases.
         heads: How its attention is divided.
         input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.
         query_key_norm: The norm of queries and keys: `head` for each head, `whole` over all heads, empty for none.
-        qkv: The projections to queries, keys and values: three, or one fused.
+        qkv: The projections to queries, keys and values: three, or one fused. With latent attention those to the
+            queries, one or two, then the narrow one of keys and values and the one from it.
         qkv_split: Whether a fused projection is split or chunked, one gradient for all parts; else it is sliced.
         out: The projection back.
         mlp: gate, up, down; or a fused gate_up, down; or up, down without a gate. Empty where experts stand instead.
         gated: Whether the activation gates a second projection.
         activation: Which activation (transformers' name).
+        latent: The narrow vectors of latent attention, where it has that.
         rotary: Fraction of each head that carries rotary positions.
         rotary_wide: Whether queries and keys are rotated in fp32.
+        rotary_form: What is turned against each other: a head's two halves (`halves`), neighbouring numbers (`pairs`),
+            or these as complex numbers in fp32 (`complex`).
         rotary_joined: Whether the rotated and the other part of queries and keys are joined again. They then lie head
             by head in memory, and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
@@ -133,7 +154,9 @@ class Layer:
     input_norms: int = 1
     qkv_split: bool = False
     query_key_norm: Literal["", "head", "whole"] = ""
+    latent: Latent | None = None
     rotary: float = 1.0
+    rotary_form: Literal["halves", "pairs", "complex"] = "halves"
     rotary_wide: bool = False
     rotary_joined: bool = False
     scaled_residual: bool = False

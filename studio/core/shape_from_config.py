@@ -6,9 +6,9 @@ from typing import Any
 
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
-from studio.core.families import ALWAYS, FAMILIES, LLAMA, NEVER, Family
+from studio.core.families import ALWAYS, FAMILIES, NEVER, UNKNOWN, Family
 from studio.core.quantised_base import quantised_base
-from studio.core.shape import Experts, Heads, Layer, LayerGroup, Linear, ModelShape
+from studio.core.shape import Experts, Heads, Latent, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
 
 _MOST_PARAMETERS = 50 * 10**12
@@ -35,7 +35,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     name = values.word("model_type") or "unknown"
     family = FAMILIES.get(name)
     if family is None:
-        name, family = plain(name, one_line=True, limit=40), LLAMA
+        name, family = plain(name, one_line=True, limit=40), UNKNOWN
         doubts.append(f"the architecture {name!r} is not known here: read as a Llama of its sizes")
     shape = _shape(name, family, values, doubts)
     if shape.parameters > _MOST_PARAMETERS:
@@ -58,15 +58,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
     hidden = values.whole("hidden_size", "n_embd", "d_model", high=1 << 20)
     layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=_MOST_LAYERS)
     heads = values.whole("num_attention_heads", "n_head", "n_heads", high=1 << 16)
-    head_dim = values.whole("head_dim", "kv_channels", default=max(1, hidden // heads), high=1 << 16)
-    # Where the config names a head's width, heads times width need not be the hidden size (Gemma).
-    if "head_dim" not in values and "kv_channels" not in values and hidden % heads:
-        raise BadInput(f"the model's config has hidden_size {hidden}, which {heads} attention heads do not divide")
-    kv_heads = _kv_heads(name, values, heads) if family.grouped else heads
-    if heads % kv_heads:
-        raise BadInput(
-            f"the model's config has {heads} attention heads, which {kv_heads} key/value heads do not divide"
-        )
+    divided = _latent_heads(values, heads) if family.latent else _heads(name, family, values, hidden, heads)
     capped = values.real("attn_logit_softcapping", family.attention_softcap) != 0
     # Outside of layers there are the final norm and, in a few families, a norm after the embedding.
     norm_width = hidden * family.norm_terms
@@ -79,9 +71,9 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         family=name,
         hidden=hidden,
         vocabulary=values.whole("padded_vocab_size", "vocab_size"),
-        groups=_groups(name, family, values, (hidden, layers, Heads(heads, kv_heads, head_dim, head_dim))),
+        groups=_groups(name, family, values, (hidden, layers, divided)),
         tied=values.flag("tie_word_embeddings", family.tied),
-        head_bias=family.head_bias,
+        head_bias=_bias(values, family.head_bias),
         other_parameters=other + hidden * learnt,
         alters_embedding=family.alters_embedding or family.embedding_norm or learnt > 0 or embedding_dropout,
         embedding_norm=family.embedding_norm,
@@ -98,6 +90,23 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
     )
 
 
+def _heads(name: str, family: Family, values: ConfigValues, hidden: int, heads: int) -> Heads:
+    width = values.whole("head_dim", "kv_channels", default=max(1, hidden // heads), high=1 << 16)
+    # Where the config names a head's width, heads times width need not be the hidden size (Gemma).
+    if "head_dim" not in values and "kv_channels" not in values and hidden % heads:
+        raise BadInput(f"the model's config has hidden_size {hidden}, which {heads} attention heads do not divide")
+    shared = _kv_heads(name, values, heads) if family.grouped else heads
+    if heads % shared:
+        raise BadInput(f"the model's config has {heads} attention heads, which {shared} key/value heads do not divide")
+    return Heads(heads, shared, width, width)
+
+
+def _latent_heads(values: ConfigValues, heads: int) -> Heads:
+    """Return the heads of latent attention: a part of a query or key without positions, and one with them."""
+    plain_part, rotary = (values.whole(f"qk_{part}_head_dim", high=1 << 16) for part in ("nope", "rope"))
+    return Heads(heads, heads, plain_part + rotary, values.whole("v_head_dim", high=1 << 16))
+
+
 def _kv_heads(name: str, values: ConfigValues, heads: int) -> int:
     if name in ("falcon", "gpt_bigcode"):
         if name == "falcon" and values.flag("new_decoder_architecture", False):
@@ -107,34 +116,54 @@ def _kv_heads(name: str, values: ConfigValues, heads: int) -> int:
 
 
 def _groups(name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, Heads]) -> tuple[LayerGroup, ...]:
+    """Return the layers kind by kind, in the order of the first layer of each kind."""
     layers = sizes[1]
     routed = _experts(name, family, values, sizes[0])
-    if routed is None:
+    sparse = _sparse_layers(name, family, values, layers) if routed else []
+    if not sparse:
         return (LayerGroup(layers, _layer(name, family, values, sizes, None)),)
-    sparse = _sparse_layers(name, values, layers)
-    groups = [LayerGroup(sparse, _layer(name, family, values, sizes, routed))]
-    if sparse < layers:
-        groups.append(LayerGroup(layers - sparse, _layer(name, family, values, sizes, None)))
-    return tuple(group for group in groups if group.count)
+    groups = [LayerGroup(len(sparse), _layer(name, family, values, sizes, routed))]
+    if len(sparse) < layers:
+        dense = LayerGroup(layers - len(sparse), _layer(name, family, values, sizes, None))
+        groups = [dense, *groups] if sparse[0] else [*groups, dense]
+    return tuple(groups)
 
 
-def _sparse_layers(name: str, values: ConfigValues, layers: int) -> int:
-    """Return how many layers hold experts (Qwen2MoeDecoderLayer, Llama4TextConfig)."""
+def _sparse_layers(name: str, family: Family, values: ConfigValues, layers: int) -> list[int]:
+    """Return the numbers of the layers that hold experts, in order.
+
+    See `__init__` of the decoder layers of Qwen2Moe, DeepseekV3, Glm4MoeLite and Ernie4_5_Moe, and Llama4TextConfig.
+    """
+    kinds = values.words("mlp_layer_types")
+    if kinds:
+        return [index for index, kind in enumerate(kinds[:layers]) if kind == "sparse"]
+    if name == "ernie4_5_moe":
+        first = values.whole("moe_layer_start_index", default=family.dense_first, low=0)
+        last = values.whole("moe_layer_end_index", default=-1, low=-1)
+        step = values.whole("moe_layer_interval", default=1)
+        end = layers if last == -1 else min(layers, last + 1)
+        return [index for index in range(first, end) if (index + 1) % step == 0]
     if name == "llama4_text":
-        return layers // values.whole("interleave_moe_layer_step", default=1)
+        step = values.whole("interleave_moe_layer_step", default=1)
+        named = values.wholes("moe_layers") if "moe_layers" in values else range(step - 1, layers, step)
+        return sorted({index for index in named if 0 <= index < layers})
     if name in ("qwen2_moe", "qwen3_moe"):
         step = values.whole("decoder_sparse_step", default=1)
-        return len(set(range(step - 1, layers, step)).difference(values.wholes("mlp_only_layers")))
-    return layers
+        return sorted(set(range(step - 1, layers, step)).difference(values.wholes("mlp_only_layers")))
+    return list(range(values.whole("first_k_dense_replace", default=family.dense_first, low=0), layers))
 
 
 def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:
-    count = values.whole("num_local_experts", "num_experts", "n_routed_experts", default=0, low=0, high=_MOST_EXPERTS)
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    count = values.whole(*keys, default=0, low=0, high=_MOST_EXPERTS)
     if count < 2:  # a "mixture" of one is a plain MLP
         return None
     inner = values.whole(family.expert_inner, "moe_intermediate_size", "intermediate_size")
     shared = values.whole(family.shared_inner, default=0, low=0) if family.shared_inner else 0
-    per_token = values.whole("num_experts_per_tok", "num_experts_per_token", default=2, high=count)
+    if family.shared_count:
+        shared = inner * values.whole(family.shared_count, default=family.shared_default, low=0, high=_MOST_EXPERTS)
+    keys = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
+    per_token = values.each("moe_topk") or values.whole(*keys, default=2, high=count)
     biases = 2 * inner + hidden if name == "gpt_oss" else 0  # of gate and up, and of down
     gated = name == "qwen2_moe"
     chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None
@@ -147,25 +176,37 @@ def _layer(
     hidden, _, heads = sizes
     wiring, norms = _wiring(name, family, values)
     norm_parameters = norms * hidden * family.norm_terms
-    if name == "gpt_oss" and experts:
-        norm_parameters += heads.queries + experts.count  # attention sinks and the router's bias
+    if experts:
+        norm_parameters += family.router_terms * experts.count
+    if name == "gpt_oss":
+        norm_parameters += heads.queries  # attention sinks
+    if family.activation == "xielu":
+        norm_parameters += 2  # its two slopes
+    latent = _latent(values) if family.latent else None
+    if latent:
+        norm_parameters += latent.queries + latent.keys
     rotary = _rotary(family, values)
+    normed: Any = family.query_key_norm
+    if name == "glm4_moe" and values.flag("use_qk_norm", False):
+        normed = "head"
     # A norm per head has one weight for all query heads, and one for all key heads.
     per_head = {"head": 2 * heads.width, "whole": (heads.queries + heads.keys) * heads.width, "": 0}
     return Layer(
         wiring=wiring,
         norm=family.norm,
-        norm_parameters=norm_parameters + per_head[family.query_key_norm],
+        norm_parameters=norm_parameters + per_head[normed],
         input_norms=2 if wiring == "parallel" and norms == 2 else 1,
         qkv_split=family.qkv_split,
-        query_key_norm=family.query_key_norm,
+        query_key_norm=normed,
         heads=heads,
-        qkv=_qkv(family, values, hidden, heads),
+        qkv=_latent_projections(values, hidden, heads, latent) if latent else _qkv(family, values, hidden, heads),
         out=Linear(family.out, heads.outputs, hidden, _bias(values, family.out_bias)),
         mlp=_mlp(name, family, values, hidden, experts),
         gated=family.gated,
         activation=values.word("hidden_activation", "hidden_act", "activation_function", default=family.activation),
+        latent=latent,
         rotary=rotary,
+        rotary_form="halves" if not values.flag("rope_interleave", True) else family.rotary_form,
         rotary_wide=family.rotary_wide,
         rotary_joined=0 < rotary < 1 or family.rotary_joined,
         scaled_residual=family.scaled_residual,
@@ -210,6 +251,25 @@ def _qkv(family: Family, values: ConfigValues, hidden: int, heads: Heads) -> tup
     return tuple(Linear(name, hidden, width, bias) for name, width in zip(family.qkv, outputs, strict=True))
 
 
+def _latent(values: ConfigValues) -> Latent:
+    return Latent(
+        values.whole("q_lora_rank", default=0, low=0), values.whole("kv_lora_rank"), values.whole("qk_rope_head_dim")
+    )
+
+
+def _latent_projections(values: ConfigValues, hidden: int, heads: Heads, latent: Latent) -> tuple[Linear, ...]:
+    """Return the projections of latent attention (DeepseekV3Attention.__init__)."""
+    bias, queries = values.flag("attention_bias", False), heads.queries * heads.width
+    whole = (Linear("q_proj", hidden, queries),)
+    narrow = (Linear("q_a_proj", hidden, latent.queries, bias), Linear("q_b_proj", latent.queries, queries))
+    plain_part = heads.width - latent.rotary
+    return (
+        *(narrow if latent.queries else whole),
+        Linear("kv_a_proj_with_mqa", hidden, latent.keys + latent.rotary, bias),
+        Linear("kv_b_proj", latent.keys, heads.queries * (plain_part + heads.value_width)),
+    )
+
+
 def _mlp(name: str, family: Family, values: ConfigValues, hidden: int, experts: Experts | None) -> tuple[Linear, ...]:
     bias = _bias(values, family.mlp_bias)
     if experts:
@@ -234,6 +294,8 @@ def _rotary(family: Family, values: ConfigValues) -> float:
     default = nested.real("partial_rotary_factor", family.rotary) if nested else family.rotary
     if family.rotary == 0:
         return 0.0
+    if "rotary_dim" in values:  # MiniMax M2 names the numbers that are turned, not their share
+        default = values.real("rotary_dim", 0) / values.whole("head_dim", default=1)
     return min(1.0, max(0.0, values.real("partial_rotary_factor", values.real("rotary_pct", default))))
 
 

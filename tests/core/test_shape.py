@@ -89,7 +89,7 @@ def test_sparse_and_dense_layers_are_two_groups():
         "mlp_only_layers": [1],
     }
     groups = shape_from_config(config).groups
-    assert [(group.count, group.layer.experts is not None) for group in groups] == [(2, True), (4, False)]
+    assert [(group.count, group.layer.experts is not None) for group in groups] == [(4, False), (2, True)]
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])

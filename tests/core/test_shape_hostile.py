@@ -82,7 +82,7 @@ def test_which_layers_hold_experts_takes_no_longer_for_a_hostile_list() -> None:
         counted = sum(group.count for group in shape.groups if group.layer.experts)
         assert (counted, shape.layers) == (sparse, 9)
     llama4 = {**config, "model_type": "llama4_text", "interleave_moe_layer_step": 4, "intermediate_size_mlp": 64}
-    assert [group.count for group in shape_from_config(llama4).groups] == [2, 7]
+    assert [group.count for group in shape_from_config(llama4).groups] == [7, 2]
 
 
 def test_a_width_of_four_times_the_hidden_size_is_some_families_own_default() -> None:

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 
 from studio.core.families import FAMILIES
 from studio.core.shape_from_config import shape_from_config
@@ -28,6 +29,16 @@ OTHER_SIZES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 160, "vocab_size": 320},
 }
 EXPERTS = {"num_experts_per_tok": 2}
+ROUTED = {**EXPERTS, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+LATENT = {
+    **ROUTED,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 MORE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, **EXPERTS},
     "granitemoe": {"num_local_experts": 4, **EXPERTS},
@@ -37,17 +48,32 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, **EXPERTS},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 2, **EXPERTS},
 }
+"""Mixtures for which peft has names of its own for what all-linear adapts."""
+UNMAPPED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**LATENT, "first_k_dense_replace": 1},
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 1},
+    "glm4_moe_lite": LATENT,
+    "mistral4": LATENT,
+    "glm4_moe": {**ROUTED, "head_dim": 16},
+    "dots1": {**ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "minimax_m2": {"num_local_experts": 4, "head_dim": 16, **EXPERTS},
+    "phimoe": {"num_local_experts": 4, **EXPERTS},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+}
 HEAD_DIM = {
     *("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe", "glm", "glm4", "seed_oss", "helium", "ernie4_5"),
     *("cohere2", "nemotron", "mistral", "ministral", "ministral3", "hunyuan_v1_dense"),
 }
 NOT_IN_TRANSFORMERS = {"chatglm"}
-ROUTERS = {"router", "shared_expert_gate"}
+ONLY_INSIDE = {"mistral4": Mistral4ForCausalLM}
+"""Text models that transformers builds inside a model of images alone, so that no Auto class knows them."""
+ROUTERS = {"router", "shared_expert_gate", "wg"}
 """Small linear maps that choose experts: the shape counts their weights with the experts."""
 
 
 def config_of(family: str, **changes: Any) -> Any:
-    sizes = {**OTHER_SIZES.get(family, SIZES), **MORE.get(family, {})}
+    sizes = {**OTHER_SIZES.get(family, SIZES), **MORE.get(family, {}), **UNMAPPED.get(family, {})}
     if family in HEAD_DIM:
         sizes["head_dim"] = 16
     return CONFIG_MAPPING[family](**{**sizes, **changes})
@@ -56,7 +82,8 @@ def config_of(family: str, **changes: Any) -> Any:
 def built(config: Any) -> tuple[int, dict[str, set[tuple[int, int, bool]]]]:
     """Return the parameters and, by name, the linear maps of a real model, its head left out."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        known = ONLY_INSIDE.get(config.model_type)
+        model = known(config) if known else AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     maps: dict[str, set[tuple[int, int, bool]]] = {}
     for name, module in model.named_modules():
@@ -96,11 +123,21 @@ def test_a_family_has_the_modules_that_transformers_builds(family: str):
         ("starcoder2", {"use_bias": False}),
         ("gpt_bigcode", {"multi_query": False}),
         ("glm", {"attention_bias": False}),
+        ("apertus", {"attention_bias": True}),
+        ("deepseek_v2", {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True}),
+        ("deepseek_v3", {"first_k_dense_replace": 0, "n_shared_experts": 3}),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"]}),
+        ("glm4_moe", {"use_qk_norm": True, "attention_bias": True}),
+        ("ernie4_5_moe", {"moe_layer_start_index": 0, "moe_layer_interval": 2, "use_bias": True}),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "tie_word_embeddings": False}),
+        ("llama4_text", {"moe_layers": [0]}),
+        ("phimoe", {"attention_bias": True, "lm_head_bias": True}),
     ],
 )
 def test_what_a_config_switches_is_followed(family: str, changes: dict[str, Any]):
     config = config_of(family, **changes)
-    assert described(config) == built(config)
+    parameters, maps = built(config)
+    assert described(config) == (parameters, {name: sizes for name, sizes in maps.items() if name not in ROUTERS})
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "falcon", *MORE])
