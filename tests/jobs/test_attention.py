@@ -18,6 +18,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.base import attention
 from studio.jobs.base.attention import attention_for
+from studio.jobs.base.model_class import class_in
 from studio.jobs.train import packing
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.packing import ROW_ATTENTION, VARLEN_ATTENTION, can_pack, packed_attentions
@@ -94,7 +95,7 @@ def test_flash_attention_needs_card_format_and_package(
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
 
     def found() -> str:
-        return attention_for(tiny, "flash_attention_2", device=CUDA, dtype=dtype, trust_remote_code=False)
+        return attention_for(class_in(tiny), "flash_attention_2", device=CUDA, dtype=dtype)
 
     if not reason:
         assert found() == "flash_attention_2"

@@ -20,6 +20,7 @@ from studio.core.recipe import FIELDS, Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import Setup, setup_of
+from studio.jobs.base import load as base_load
 from studio.jobs.train import job
 from studio.launch.start import prepare
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
@@ -129,12 +130,16 @@ def test_every_field_has_a_row() -> None:
 def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What the job asks of libraries, and of the card, where nothing else of it is seen on a CPU."""
     asked: dict[str, list[Any]] = {"loaded": [], "checkpointing": [], "compiled": [], "budget": []}
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    load, pick = transformers.LlamaForCausalLM.from_pretrained, base_load.class_in
     checkpoint = torch.utils.checkpoint.checkpoint
 
     def loading(*args: Any, **options: Any) -> Any:
-        asked["loaded"].append((options["trust_remote_code"], options["attn_implementation"]))
+        asked["loaded"].append(options["attn_implementation"])
         return load(*args, **options)
+
+    def picking(*args: Any, **options: Any) -> Any:
+        asked["loaded"].append(options["trust_remote_code"])
+        return pick(*args, **options)
 
     def checkpointing(*args: Any, **options: Any) -> Any:
         asked["checkpointing"].append(True)
@@ -148,7 +153,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         asked["budget"].append(budget_gib)
         return ""
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", loading)
+    monkeypatch.setattr(base_load, "class_in", picking)
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", checkpointing)
     monkeypatch.setattr(torch, "compile", compiling)
     monkeypatch.setattr(job, "limit_memory", limiting)

@@ -12,10 +12,9 @@ import pytest
 import torch
 from bitsandbytes.nn import Params4bit
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from studio.core.errors import BadInput
-from studio.jobs.base import load as module
 from studio.jobs.base.load import FourBit, base_folder, four_bit_parameters, load_base, load_tokenizer
 from studio.jobs.base.weights.dequantized import quantised_parameters
 from studio.jobs.base.weights.skeleton import build_clean
@@ -166,7 +165,7 @@ def test_running_out_of_memory_is_passed_on(tiny: Path, monkeypatch: pytest.Monk
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", full)
     with pytest.raises(torch.OutOfMemoryError):
         load(tiny)
 
@@ -227,6 +226,6 @@ def test_a_card_that_fails_while_a_model_is_loaded_is_not_blamed_on_the_model(
     def fails(*given: object, **named: object) -> None:
         raise RuntimeError(says)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fails)
     with pytest.raises(RuntimeError, match="CUDA error"):
         load(tiny, "lora")

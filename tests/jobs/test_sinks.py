@@ -21,6 +21,7 @@ from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.base import attention, sinks
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
+from studio.jobs.base.model_class import class_in, model_class
 from studio.jobs.base.sinks import FAMILIES, SINK_ATTENTION, packed_sink_attention, sink_attention, sink_mask
 from studio.jobs.train import packing
 from studio.jobs.train.adapter import attach_adapter
@@ -431,13 +432,13 @@ def test_packed_rows_of_gpt_oss_do_not_see_each_other(
 
 
 def test_what_it_cannot_compute_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert attention.attention_of(tiny_config(), CPU) == SINK_ATTENTION
-    assert attention.attention_of(tiny_config(), CUDA) == SINK_ATTENTION
-    assert attention.attention_of(tiny_config(head_dim=12), CUDA) == "eager"
-    assert attention.attention_of(tiny_config(attention_dropout=0.1), CPU) == "eager"
-    assert attention.attention_of(tiny_config(), torch.device("mps")) == "eager"
+    assert attention.attention_of(model_class(tiny_config()), CPU) == SINK_ATTENTION
+    assert attention.attention_of(model_class(tiny_config()), CUDA) == SINK_ATTENTION
+    assert attention.attention_of(model_class(tiny_config(head_dim=12)), CUDA) == "eager"
+    assert attention.attention_of(model_class(tiny_config(attention_dropout=0.1)), CPU) == "eager"
+    assert attention.attention_of(model_class(tiny_config()), torch.device("mps")) == "eager"
     monkeypatch.setattr(sinks, "_aten", SimpleNamespace())
-    assert attention.attention_of(tiny_config(), CPU) == "eager"
+    assert attention.attention_of(model_class(tiny_config()), CPU) == "eager"
 
 
 def test_a_torch_without_the_operator_is_said(
@@ -454,6 +455,4 @@ def test_flash_attention_2_has_no_sinks(tmp_path: Path, monkeypatch: pytest.Monk
     tiny_config().save_pretrained(tmp_path)
     monkeypatch.setattr(attention, "_require_flash", lambda device, dtype: None)
     with pytest.raises(BadInput, match="no attention sinks"):
-        attention.attention_for(
-            tmp_path, "flash_attention_2", device=CUDA, dtype=torch.bfloat16, trust_remote_code=False
-        )
+        attention.attention_for(class_in(tmp_path), "flash_attention_2", device=CUDA, dtype=torch.bfloat16)

@@ -4,46 +4,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.integrations import sdpa_attention
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Attention
 from studio.jobs.base import sinks
+from studio.jobs.base.model_class import ModelClass
 
 _FLASH_CAPABILITY = (8, 0)
 """Compute capability that flash-attn 2 needs (its README: Ampere, Ada or Hopper)."""
 
 
-def attention_for(
-    folder: Any, wanted: Attention, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
-) -> str:
+def attention_for(picked: ModelClass, wanted: Attention, *, device: torch.device, dtype: torch.dtype) -> str:
     """Return the attention to load a model with, by its name in transformers.
 
     torch's fused attention cannot compute the scores of some models (Gemma 2 caps them). transformers refuses to load
     those with `sdpa`, so they get `eager`. Sinks (gpt-oss) are put into it by `studio.jobs.base.sinks`.
 
     Args:
-        folder: The model's folder.
+        picked: The model's class.
         wanted: What the recipe says.
         device: Where the model will run.
         dtype: Format of its matrix products.
-        trust_remote_code: As for loading.
 
     Raises:
         BadInput: flash_attention_2 cannot be used, with the reason.
-        OSError, ValueError, KeyError: The folder's config cannot be read.
     """
     if wanted == "flash_attention_2":
         _require_flash(device, dtype)
     if wanted == "eager":
         return wanted
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if wanted == "sdpa":
-        return attention_of(config, device)
-    if sinks.serves(config, device):
+        return attention_of(picked, device)
+    if sinks.serves(picked.config.get_text_config(), device):
         raise BadInput(
             "train.attention is flash_attention_2: the package flash-attn knows no attention sinks, which this model "
             "has. With sdpa they are put into torch's own kernels."
@@ -51,15 +46,22 @@ def attention_for(
     return wanted
 
 
-def attention_of(config: PretrainedConfig, device: torch.device) -> str:
+def attention_of(picked: ModelClass, device: torch.device) -> str:
     """Return what computes a model's attention by torch's kernels; `eager` where none does."""
-    if sinks.serves(config, device):
+    if sinks.serves(picked.config.get_text_config(), device):
         return sinks.SINK_ATTENTION
-    try:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        return "sdpa"  # the model brings its own code, of which only transformers finds out what it supports
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    return "sdpa" if getattr(picked.attending or picked.kind, "_supports_sdpa", True) else "eager"
+
+
+def only_for_text(config: PretrainedConfig, attention: str) -> Any:
+    """Return the value of transformers' `attn_implementation` that sets the language model's attention.
+
+    The towers beside it keep what they choose for themselves: not each of them can compute every attention.
+    """
+    text = config.get_text_config()
+    if text is config:
+        return attention
+    return {name: attention for name in config.sub_configs if getattr(config, name, None) is text}
 
 
 def _require_flash(device: torch.device, dtype: torch.dtype) -> None:

@@ -100,6 +100,8 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
     import torch  # noqa: PLC0415  two seconds that only the first run pays here
     import transformers  # noqa: PLC0415
 
+    from studio.jobs.base.model_class import from_config, model_class  # noqa: PLC0415  torch and transformers, too
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         tell("converting the embedded model: tokenizer", 0.1)
@@ -111,7 +113,7 @@ def _convert(gguf: Path, folder: Path, context_length: Any, tell: Progress) -> N
         config = transformers.AutoConfig.from_pretrained(**source)
         # Without memory for weights: `load_gguf_weights` puts the file's own in their place.
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+            model = from_config(model_class(config).kind, config, dtype=torch.bfloat16)
         tell("converting the embedded model: list of tensors", 0.65)
         load_gguf_weights(model, gguf, lambda done: tell("converting the embedded model: weights", 0.85 + 0.08 * done))
         tell("converting the embedded model: saving", 0.93)

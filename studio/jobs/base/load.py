@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from studio.core.direct_weights import kept_16bit, not_adapted
@@ -21,8 +21,9 @@ from studio.core.errors import BadInput
 from studio.core.quantised_base import BITSANDBYTES
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
-from studio.jobs.base.attention import attention_for
+from studio.jobs.base.attention import attention_for, only_for_text
 from studio.jobs.base.embedded import ensure_embedded
+from studio.jobs.base.model_class import class_in
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.failure import of_the_machine
@@ -122,19 +123,19 @@ def load_base(
         if method == "qlora" and not own
         else {}
     )
-    # Any, because its type says nothing of the pair that it returns with output_loading_info.
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     model: PreTrainedModel
     try:
+        picked = class_in(folder, trust_remote_code=trust_remote_code)
+        # Any, because its type says nothing of the pair that it returns with output_loading_info.
+        from_pretrained: Any = picked.text_kind().from_pretrained
+        chosen = attention_for(picked, attention, device=device, dtype=dtype)
         model, seen = from_pretrained(
             folder,
+            config=picked.config,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attention_for(
-                folder, attention, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-            ),
+            attn_implementation=only_for_text(picked.config, chosen),
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **options,
         )
@@ -265,8 +266,6 @@ def _advice(error: Exception) -> str:
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         version = transformers.__version__
         return f"transformers {version} does not know this architecture. Update it: pip install -U transformers"
-    if "Unrecognized configuration class" in text:
-        return "it is not a causal language model (a decoder that continues text), which is what is trained here."
     return f"{type(error).__name__}: {plain(text, one_line=True, limit=400)}"
 
 

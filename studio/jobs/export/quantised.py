@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.closeness import Closeness, rows_of
 from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.model_class import class_in
 from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
 from studio.jobs.export.work import TEXTS, Work, loss_of, merged_answers, tokens_for
 from studio.probe.export import check_loading
@@ -43,12 +44,12 @@ def write_quantised(work: Work, made: Path) -> dict[str, Any]:
         OSError: The disk is full or not writable.
     """
     loss = _quantise(work, made)
-    name = Path(work.request.out).name
+    name, kind = Path(work.request.out).name, class_in(made).kind.__name__
     use = [
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
+        f"model = {kind}.from_pretrained({json.dumps(name)})",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
         "```",
     ]
@@ -102,10 +103,13 @@ def _bits(form: str) -> BitsAndBytesConfig:
 
 def _load(folder: Path, bits: BitsAndBytesConfig | None = None) -> Any:
     """Return the model on the CPU. `bits` quantises it; a folder that is quantised already has that in its config."""
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
     options = {"quantization_config": bits} if bits else {}
     try:
-        return from_pretrained(folder, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, **options).eval()
+        picked = class_in(folder)
+        from_pretrained: Any = picked.kind.from_pretrained
+        return from_pretrained(
+            folder, config=picked.config, dtype="auto", device_map={"": "cpu"}, use_safetensors=True, **options
+        ).eval()
     except (ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         if of_the_machine(error):
             raise

@@ -13,7 +13,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.attention import attention_of
+from studio.jobs.base.attention import attention_of, only_for_text
 from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of, left_alone
+from studio.jobs.base.model_class import from_config, model_class
 from studio.jobs.measure.fake import is_fake
 from studio.jobs.measure.storages import Storages
 
@@ -72,11 +73,13 @@ def weightless_base(
     Raises:
         BadInput: The model cannot be built, or none of its layers can be quantised.
     """
-    from_config: Any = AutoModelForCausalLM.from_config
-    # flash_attention_2 is traced as sdpa: flash-attn's kernel and torch's own flash kernel hold the same tensors.
-    attention = "eager" if recipe.train.attention == "eager" else attention_of(config, torch.device(device_type))
     try:
-        model: PreTrainedModel = from_config(config, dtype=dtype, attn_implementation=attention)
+        with unset_fake_temporarily():
+            picked = model_class(config)
+        # flash_attention_2 is traced as sdpa: flash-attn's kernel and torch's own flash kernel hold the same tensors.
+        attention = "eager" if recipe.train.attention == "eager" else attention_of(picked, torch.device(device_type))
+        chosen = only_for_text(picked.config, attention)
+        model = from_config(picked.text_kind(), picked.config, dtype=dtype, attn_implementation=chosen)
     except _UNBUILDABLE as error:
         said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
         raise BadInput(f"this model cannot be built from its config: {said}") from error

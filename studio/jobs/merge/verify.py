@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
@@ -19,6 +19,7 @@ from studio.jobs.base.closeness import FEWEST_TOKENS, MOST_TOKENS, Closeness, co
 from studio.jobs.base.data.template import render
 from studio.jobs.base.device import free_bytes
 from studio.jobs.base.generation import greedy, stop_ids
+from studio.jobs.base.model_class import class_in
 from studio.jobs.base.weights.skeleton import attach
 from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
 from studio.jobs.base.weights.tensor_files import TensorFiles
@@ -198,8 +199,9 @@ def _go_on(tell: Callable[[float, str], None], words: str, tokens: Iterator[int]
 
 
 def _whole(folder: Path) -> PreTrainedModel:
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
-    model: PreTrainedModel = from_pretrained(folder, dtype=torch.float32)
+    picked = class_in(folder)
+    from_pretrained: Any = picked.text_kind().from_pretrained
+    model: PreTrainedModel = from_pretrained(folder, config=picked.config, dtype=torch.float32)
     model.train(False)
     return model
 

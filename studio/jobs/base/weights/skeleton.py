@@ -18,11 +18,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.jobs.base.model_class import class_in, from_config
 from studio.jobs.base.swapped import swapped
 from studio.probe.adapter_folder import AdapterFound
 from studio.runs.layout import ADAPTER_WEIGHTS
@@ -64,13 +65,12 @@ def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
         BadInput: transformers cannot build this model.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        picked = class_in(folder)
         if vocabulary is not None:
-            config.get_text_config().vocab_size = vocabulary
+            picked.config.get_text_config().vocab_size = vocabulary
         # Initial values are never used, and drawing them took half of the time, even on the meta device.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            from_config: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = from_config(config, dtype=torch.float32)
+            model = from_config(picked.text_kind(), picked.config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
         said = plain(str(error), one_line=True, limit=300)
         raise BadInput(f"the model {plain(str(folder), one_line=True)} cannot be built: {said}") from error

@@ -1,0 +1,274 @@
+"""Picks the class that a base is built as, and says where the language model lies in it.
+
+A checkpoint's `config.json` names its class in `architectures`. That class alone has the module names which servers
+know, so an adapter must be trained on it: with the text class of the same family every key of the adapter would have
+another name. A multimodal class holds the language model as a submodule (the decoder), beside towers for images or
+sound and the projectors behind them. What is trained here is the language model.
+
+Nothing is looked up by a family's name: the class is built on the meta device and asked.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.jobs.base.swapped import swapped
+
+
+@dataclass(frozen=True, slots=True)
+class ModelClass:
+    """The class of a base, and what lies where in it.
+
+    A module's name in an adapter file is `base_model.model.` and its name in `kind`.
+
+    Attributes:
+        kind: The class, as transformers or the model's own code has it.
+        config: The config that it is built from.
+        decoder: Name of the submodule that is the language model without its head; empty where the whole model is.
+        head: Name of the module that turns hidden states into logits; empty where there is none.
+        attending: The class of the decoder, which says what attention it can compute; None where that is `kind`.
+        towers: Names of the submodules beside decoder and head, such as a vision tower and its projector.
+        unused: Those of the towers that text never reaches.
+    """
+
+    kind: type[PreTrainedModel]
+    config: PretrainedConfig
+    decoder: str = ""
+    head: str = ""
+    attending: type[Any] | None = None
+    towers: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def speaks(self, name: str) -> bool:
+        """Return whether a module or parameter belongs to the language model: to the decoder or to the head."""
+        return not self.decoder or _inside(name, self.decoder) or bool(self.head and _inside(name, self.head))
+
+    def text_kind(self) -> type[PreTrainedModel]:
+        """Return the class without the towers that text never reaches; all other modules keep their names.
+
+        Loading it ignores the weights of those towers, so that they take no memory.
+        """
+        return _without(self.kind, self.unused) if self.unused else self.kind
+
+
+def model_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelClass:
+    """Return the class that a config's checkpoint is built as.
+
+    That is the class which the config names in `architectures`, where it is one that continues text; else
+    transformers' causal class for the config. A model that brings code of its own gets the class that it names for
+    `AutoModelForCausalLM`.
+
+    Args:
+        config: Of the checkpoint.
+        trust_remote_code: Whether code that the model's folder brings may be run.
+
+    Raises:
+        BadInput: There is no class that continues text.
+        ValueError, ImportError, ...: The class cannot be built from this config, as transformers raises it.
+    """
+    kind = _remote_class(config) if trust_remote_code else None
+    if kind is None:
+        kind, config = _named_class(config) or _causal_class(config)
+    if config.get_text_config() is config:
+        return ModelClass(kind, config)
+    return _look(kind, config)
+
+
+def class_in(folder: Path, *, trust_remote_code: bool = False) -> ModelClass:
+    """Return the class of the checkpoint in a folder; arguments and errors as for `model_class`.
+
+    Raises:
+        OSError, ValueError, KeyError: The folder's config cannot be read.
+    """
+    return model_class(
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+    )
+
+
+def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return a model without a checkpoint, as transformers builds it.
+
+    Args:
+        kind: Its class.
+        config: Its config.
+        **options: What `from_pretrained` takes, too: dtype, attn_implementation.
+    """
+    build: Any = kind._from_config
+    model: PreTrainedModel = build(config, **options)
+    return model
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear map and nothing else, in 16 bits or in bitsandbytes' form of it.
+
+    A subclass may return something else than the product: Llama 4's router returns a pair.
+    """
+    return type(module) in (nn.Linear, Conv1D) or (
+        isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
+    )
+
+
+def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class in the Python code that the checkpoint brings; None where it brings none."""
+    reference = (getattr(config, "auto_map", None) or {}).get(AutoModelForCausalLM.__name__)
+    if reference is None:
+        return None
+    folder, _, name = reference.rpartition("--")
+    complete: Any = add_generation_mixin_to_remote_model
+    kind: type[PreTrainedModel] = complete(get_class_from_dynamic_module(name, folder or str(config.name_or_path)))
+    return kind
+
+
+def _named_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """Return the class that `architectures` names, with the config that it takes; None where it is not usable."""
+    kind = getattr(transformers, str((config.architectures or [""])[0]), None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.can_generate()):
+        return None
+    return _taking(kind, config)
+
+
+def _causal_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return transformers' class for a config whose `architectures` names none that can be used.
+
+    Raises:
+        BadInput: It has no class that continues text.
+    """
+    # A multimodal config's own class before the class of the text model inside it.
+    maps = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    for known in maps if config.get_text_config() is config else reversed(maps):
+        found = known.get(type(config), None)
+        for kind in found if isinstance(found, tuple) else (found,):
+            if kind is not None and (taken := _taking(kind, config)):
+                return taken
+    shown = plain(str(config.name_or_path or ""), one_line=True) or config.model_type
+    raise BadInput(
+        f"The model {shown} is not a causal language model (a decoder that continues text), which is what is trained "
+        "here."
+    )
+
+
+def _taking(
+    kind: type[PreTrainedModel], config: PretrainedConfig
+) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """Return a class with the one of a config and its text config that it takes; None for an encoder-decoder too."""
+    wanted = kind.config_class
+    text = config.get_text_config()
+    for own in (config, text):
+        if wanted is not None and isinstance(own, wanted) and not own.is_encoder_decoder:
+            if own is not config and hasattr(config, "quantization_config"):
+                own.quantization_config = config.quantization_config
+            return kind, own
+    return None
+
+
+def _look(kind: type[PreTrainedModel], config: PretrainedConfig) -> ModelClass:
+    """Build a multimodal class without weights and see where its parts are."""
+    with _built_without_images(), torch.device("meta"), no_init_weights():
+        model: Any = kind(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    place, end = names.get(id(decoder), ""), names.get(id(head), "")
+    if not place:
+        return ModelClass(kind, config)
+    towers = tuple(_beside(model, place, end))
+    return ModelClass(kind, config, place, end, type(decoder), towers, _unused(model, decoder, towers))
+
+
+def _beside(model: nn.Module, decoder: str, head: str) -> Iterator[str]:
+    """Yield the names of the modules that hold neither decoder nor head, without those inside such a module."""
+    parents = ["", *(decoder[:place] for place, letter in enumerate(decoder) if letter == ".")]
+    for parent in parents:
+        for name, _ in model.get_submodule(parent).named_children():
+            full = f"{parent}.{name}" if parent else name
+            if not any(_inside(part, full) for part in (decoder, head) if part):
+                yield full
+
+
+def _unused(model: Any, decoder: nn.Module, towers: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the towers that a text does not pass through on its way to the decoder.
+
+    Gemma 3n sends text through the embeddings of its towers, too; only a forward pass shows that.
+    """
+    called: set[str] = set()
+
+    def reached(*_: Any) -> None:
+        raise _ReachedError
+
+    decoder.register_forward_pre_hook(reached)
+    for name in towers:
+        for inner in model.get_submodule(name).modules():
+            inner.register_forward_pre_hook(_remember(called, name))
+    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    try:
+        model.eval()(input_ids=ids)
+    except _ReachedError:
+        return tuple(name for name in towers if name not in called)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return ()  # not known, so everything stays
+    return ()
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass where the decoder begins."""
+
+
+def _remember(called: set[str], name: str) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        called.add(name)
+
+    return hook
+
+
+@contextmanager
+def _built_without_images() -> Iterator[None]:
+    """Build a tower whose library is not installed as an empty module: text needs neither timm nor pillow."""
+    build = vars(AutoModel)["from_config"].__func__
+
+    def from_config(kind: Any, *given: Any, **named: Any) -> nn.Module:
+        try:
+            made: nn.Module = build(kind, *given, **named)
+        except ImportError:
+            return nn.Module()
+        return made
+
+    # The wrapper's constructor builds its towers through this; nothing of its own can be told to leave one out.
+    with swapped(AutoModel, "from_config", classmethod(from_config)):
+        yield
+
+
+def _without(kind: type[PreTrainedModel], unused: tuple[str, ...]) -> type[PreTrainedModel]:
+    """Return a class whose instances have an empty module in place of each of the named ones."""
+
+    def build(self: Any, *given: Any, **named: Any) -> None:
+        with _built_without_images():
+            kind.__init__(self, *given, **named)
+        for name in unused:
+            self.set_submodule(name, nn.Module())
+
+    ignored = [*(getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    ignored += [rf"^{name.replace('.', chr(92) + '.')}\." for name in unused]
+    members = {
+        "__init__": build,
+        "__module__": kind.__module__,
+        "_keys_to_ignore_on_load_unexpected": ignored,
+    }
+    # The original's name, by which transformers finds the renaming of a checkpoint's weights.
+    return type(kind.__name__, (kind,), members)
+
+
+def _inside(name: str, place: str) -> bool:
+    return name == place or name.startswith(f"{place}.")
