@@ -35,14 +35,10 @@ def real_step(setup: Setup, values: dict[str, Any]) -> int:
 
 
 def predicted_step(setup: Setup, values: dict[str, Any]) -> int:
-    """Return the same as predicted; a lone step has no optimizer state and no guard yet."""
+    """Return the same as predicted; a lone step has no optimizer state yet."""
     estimate = estimate_vram(shape_from_config(values), setup)
     stages = dict(estimate.stages)
-    return (
-        max(stages["forward"], stages["loss"], stages["backward"])
-        - estimate.components.optimizer
-        - estimate.components.workspace
-    )
+    return max(stages["forward"], stages["loss"], stages["backward"]) - estimate.components.optimizer
 
 
 CASES = [

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from studio.core.errors import JobFailed
 from studio.core.events import Failed
 from studio.core.recipe import Recipe
-from studio.jobs.train.guards import check_adapter
+from studio.jobs.train.between import Between
+from studio.jobs.train.guards import MovementGuard, check_adapter, shortened
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Train, history_of
 
@@ -94,6 +98,131 @@ def test_adapter_that_does_not_move(train: Train, recipe: Recipe, tmp_path: Path
     seen = failure(train, recipe.with_("adapter.targets", ("q_proj", "v_proj")))
     assert seen.failure == "adapter_not_moving"
     assert seen.step == 3
+
+
+def warnings_of(train: Train, recipe: Recipe) -> list[str]:
+    history = history_of(train(recipe))
+    assert history.failed is None, history.failed
+    return [warning.message for warning in history.warnings if warning.topic == "adapter"]
+
+
+def second_layer_unread(model: torch.nn.Module) -> None:
+    """The second layer's attention is multiplied by zero: what its queries, keys and values are is never seen."""
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.weight_decay": 0.1},
+        {"adapter.init": "pissa", "train.weight_decay": 0.1},
+        {"adapter.dora": True},
+        {"method": "qlora", "model.dtype": "bf16"},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()) or "plain",
+)
+def test_modules_whose_output_is_never_used_are_named(
+    train: Train, recipe: Recipe, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    recipe = recipe.with_("model.base", broken_model(tmp_path / "dead", second_layer_unread))
+    recipe = recipe.with_("adapter.targets", ("q_proj", "v_proj", "up_proj"))
+    for path, value in changes.items():
+        recipe = recipe.with_(path, value)
+    (said,) = warnings_of(train, recipe)
+    assert said.startswith("2 of 6 adapted modules have not moved in the first 3 steps")
+    assert said.endswith("model.layers.1.self_attn.q_proj, model.layers.1.self_attn.v_proj")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.warmup_fraction": 0.6, "train.schedule": "cosine"},
+        {"adapter.init": "pissa"},
+        {"adapter.dora": True, "adapter.modules_to_save": ("embed_tokens",)},
+        {"model.dtype": "fp16", "train.learning_rate": 1e-4},
+        {"adapter.lora_plus_ratio": 16.0, "adapter.rslora": True, "train.optimizer": "adamw_8bit"},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_of_a_sound_model_nothing_is_named(train: Train, recipe: Recipe, changes: dict[str, object]) -> None:
+    for path, value in changes.items():
+        recipe = recipe.with_(path, value)
+    assert warnings_of(train, recipe) == []
+
+
+def test_a_resumed_run_watches_again(
+    train: Train, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe.with_("model.base", broken_model(tmp_path / "dead", second_layer_unread))
+    recipe = recipe.with_("adapter.targets", ("v_proj", "up_proj"))
+    after_step = Between.after_step
+    monkeypatch.setattr(Between, "after_step", lambda self, state: state.step == 2 or after_step(self, state))
+    paths = train(recipe)
+    monkeypatch.undo()
+    train(recipe, again=paths)
+    history = history_of(paths)
+    assert history.failed is None
+    assert list(history.train.steps) == [1, 2, 3, 4, 5]
+    assert [warning.message.rpartition(": ")[2] for warning in history.warnings if warning.topic == "adapter"] == [
+        "model.layers.1.self_attn.v_proj"
+    ]
+
+
+def test_a_kind_of_module_of_which_none_moves_ends_the_run(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model multiplies with the weight itself, as fused kernels do: the adapter in its place is never called."""
+
+    def past_the_adapter(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * linear(x, self.up_proj.weight))
+
+    monkeypatch.setattr(LlamaMLP, "forward", past_the_adapter)
+    seen = failure(train, recipe)
+    assert (seen.failure, seen.step) == ("dead_modules", 3)
+    assert "none of the adapted up_proj modules has moved in 3 steps" in seen.message
+    assert "model.layers.{0-1}.mlp.up_proj" in seen.message
+    assert seen.advice.endswith("[down_proj, gate_proj, k_proj, o_proj, q_proj, v_proj]")
+    targets = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "v_proj")
+    assert warnings_of(train, recipe.with_("adapter.targets", targets)) == []
+
+
+class Experts(torch.nn.Module):
+    """Two layers of four experts, of which all tokens go to the first and the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = lambda: torch.nn.ModuleDict({"experts": torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))})  # noqa: E731
+        self.layers = torch.nn.ModuleList(layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer["experts"][0](x) + layer["experts"][2](x)
+        return x
+
+
+def test_experts_that_no_token_chose_are_not_called_dead() -> None:
+    model = get_peft_model(Experts(), LoraConfig(r=2, target_modules=r".*experts\.\d"))
+    said: list[str] = []
+    guard = MovementGuard(model, said.append)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(1, 4):
+        model(torch.ones(3, 4)).sum().backward()
+        guard.see_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.after_step(step)
+    assert said == [
+        "4 of 8 adapted modules belong to experts that no token chose in the first 3 steps: "
+        "layers.{0-1}.experts.1, layers.{0-1}.experts.3"
+    ]
+
+
+def test_long_lists_of_modules_are_shortened() -> None:
+    names = [f"model.layers.{layer}.mlp.{name}" for name in ("up", "down") for layer in (0, 1, 2, 3, 7, 9, 10)]
+    assert shortened(names) == "model.layers.{0-3,7,9-10}.mlp.up, model.layers.{0-3,7,9-10}.mlp.down"
+    assert shortened(["lm_head", "model.layers.4.mlp.up"]) == "lm_head, model.layers.4.mlp.up"
+    assert shortened([f"block.{letter}" for letter in "abcdefg"]).endswith("block.e and 2 more")
 
 
 def test_adapter_of_zeros_is_no_success(train: Train, recipe: Recipe, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Guards that stop a useless run: each turns a failure that nobody would notice into a `Failed` event."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from studio.core.errors import JobFailed
 
 MOVED_BY_STEP = 3
-"""After this many optimizer steps some adapter weight must differ (the check of peft's troubleshooting guide)."""
+"""After this many optimizer steps every adapted module must have moved. B is zero at first, so that A gets its first
+gradient in the second step; and a learning rate that is warmed up may be 0 in the first."""
 
 MOST_SKIPPED = 10
 """Overflowing fp16 steps in a row that end a run. The loss scaler skips such a step and halves its scale: ten halvings
@@ -87,33 +90,138 @@ def _lower(steadier: str) -> str:
 
 
 class MovementGuard:
-    """Checks once, after the first steps, that training changes the adapter. Until then a copy waits on the host."""
+    """Names, once the first steps are taken, the adapted modules that training does not change.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._before: list[Tensor] | None = [p.detach().to("cpu", copy=True) for p in self._parameters]
+    A module has moved where a gradient has reached it and, if its matrix B began at zero, that is zero no longer.
+    Weights alone would not tell: AdamW's weight decay changes a matrix A that no gradient reaches. No copy is kept.
+    """
+
+    def __init__(self, model: nn.Module, warn: Callable[[str], None]) -> None:
+        """Begin to watch.
+
+        Args:
+            model: Its trainable parameters are watched.
+            warn: Told which modules have not moved, where others of their kind have.
+        """
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._parameters = [parameter for _, parameter in trained]
+        self._modules = [_module_of(name, model) for name, _ in trained]
+        self._warn = warn
+        self._began_at_zero = ~_nonzero(self._parameters)
+        self._reached = torch.zeros_like(self._began_at_zero)
         self._steps = 0
 
+    def see_gradients(self) -> None:
+        """Note which tensors have a gradient. Called before each optimizer step that is not skipped."""
+        if self._steps < MOVED_BY_STEP:
+            self._reached |= _nonzero([parameter.grad for parameter in self._parameters], like=self._reached)
+
     def after_step(self, step: int) -> None:
-        """Count an optimizer step that was not skipped; at the third, compare the weights and drop the copy.
+        """Count an optimizer step that was not skipped; at the third, look for modules that have not moved.
 
         Raises:
-            JobFailed: `adapter_not_moving`.
+            JobFailed: `adapter_not_moving` where nothing has moved, `dead_modules` where no module of a kind has.
         """
-        if self._before is None:
-            return
         self._steps += 1
-        if self._steps < MOVED_BY_STEP:
+        if self._steps != MOVED_BY_STEP:
             return
-        pairs = zip(self._before, self._parameters, strict=True)
-        moved = any(not torch.equal(before, now.detach().cpu()) for before, now in pairs)
-        self._before = None
-        if not moved:
+        changed = (self._reached & (_nonzero(self._parameters) | ~self._began_at_zero)).tolist()
+        moved = {name for name, change in zip(self._modules, changed, strict=True) if change}
+        every = list(dict.fromkeys(self._modules))
+        if every and not moved:
             raise JobFailed(
                 "adapter_not_moving",
                 f"no adapter weight has changed in {self._steps} steps (up to step {step}): no gradient reaches them",
                 "check adapter.targets, and that the chosen layers take part in the forward pass",
             )
+        still = [name for name in every if name not in moved]
+        # Where other experts of the same layer have moved, this one was not chosen by any token yet: it is not dead.
+        active = {_EXPERT.sub(".experts", name) for name in moved if _EXPERT.search(name)}
+        waiting = [name for name in still if _EXPERT.sub(".experts", name) in active]
+        dead = [name for name in still if name not in waiting]
+        self._refuse_dead_kinds(every, dead)
+        if waiting:
+            self._warn(
+                f"{len(waiting)} of {len(every)} adapted modules belong to experts that no token chose in the first "
+                f"{self._steps} steps: {shortened(waiting)}"
+            )
+        if dead:
+            self._warn(
+                f"{len(dead)} of {len(every)} adapted modules have not moved in the first {self._steps} steps, as no "
+                f"gradient reaches them; they would be saved without effect: {shortened(dead)}"
+            )
+
+    def _refuse_dead_kinds(self, every: Sequence[str], dead: Sequence[str]) -> None:
+        of_kind, dead_of_kind = (Counter(map(_kind, names)) for names in (every, dead))
+        lost = [kind for kind, count in dead_of_kind.items() if count == of_kind[kind]]
+        if not lost:
+            return
+        names = [name for name in dead if _kind(name) in lost]
+        alive = sorted(of_kind.keys() - set(lost))
+        raise JobFailed(
+            "dead_modules",
+            f"none of the adapted {' and '.join(lost)} modules has moved in {self._steps} steps: no gradient reaches "
+            f"them, as the model does not call them or does not use what they return ({shortened(names)})",
+            f"train without them: adapter.targets = [{', '.join(alive)}]",
+        )
+
+
+_EXPERT = re.compile(r"\.experts\.\d+(?=\.|$)")
+_IN_PEFT = re.compile(r"^(?:model\.)?base_model\.model\.")
+_ADDED = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+)\..*$")
+_MOST_PATHS = 5
+
+
+def _module_of(parameter: str, model: nn.Module) -> str:
+    """Return the name in the base of the module, or of the bare parameter, that a trained tensor belongs to."""
+    path = _ADDED.sub("", parameter)
+    name = _IN_PEFT.sub("", path).replace(".base_layer", "")
+    # peft wraps a module once for each of its bare parameters, such as a stack of experts, that is adapted.
+    bare = getattr(model.get_submodule(path), "parameter_name", "") if path != parameter else ""
+    return f"{name}.{bare}" if bare else name
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _nonzero(tensors: Sequence[Tensor | None], like: Tensor | None = None) -> Tensor:
+    """Return which tensors have an entry that is not zero, bool `[tensors]`; a missing one has none."""
+    there = [tensor.detach() for tensor in tensors if tensor is not None]
+    if not there:
+        return torch.zeros(len(tensors), dtype=torch.bool, device=like.device if like is not None else None)
+    largest = torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in there]) > 0
+    if len(there) == len(tensors):
+        return largest
+    places = [place for place, tensor in enumerate(tensors) if tensor is not None]
+    every = torch.zeros(len(tensors), dtype=torch.bool, device=largest.device)
+    every[places] = largest
+    return every
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return module names in a line: those that differ in the layer only are one, such as `layers.{0-3,7}.mlp.up`."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        layer = re.search(r"(?<=\.)\d+(?=\.)", name)
+        place = (name[: layer.start()], name[layer.end() :]) if layer else (name, "")
+        layers.setdefault(place, []).extend([int(layer[0])] if layer else [])
+    paths = []
+    for (before, after), numbers in layers.items():
+        span = _ranges(sorted(numbers))
+        paths.append(before + (f"{{{span}}}" if len(numbers) > 1 else span) + after)
+    more = f" and {len(paths) - _MOST_PATHS} more" if len(paths) > _MOST_PATHS else ""
+    return ", ".join(paths[:_MOST_PATHS]) + more
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def check_adapter(weights: dict[str, Tensor]) -> None:

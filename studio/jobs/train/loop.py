@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from studio.core.events import StepDone
+from studio.core.events import StepDone, Warned
 from studio.core.recipe import TrainSection
 from studio.core.schedule import learning_rate_at
 from studio.jobs.train.batches import StepBatches
@@ -64,7 +64,9 @@ def train(
         JobFailed: A guard fired (see `guards`): going on would be useless.
     """
     trainable = [p for p in parts.step_model.parameters() if p.requires_grad]
-    movement = MovementGuard(trainable)
+    movement = MovementGuard(
+        parts.step_model, warn=lambda message: parts.emit(Warned, topic="adapter", message=message)
+    )
     first, skipped = state.step + 1, 0
     parts.step_model.train()
     for step in range(first, total_steps + 1):
@@ -101,6 +103,8 @@ def train(
         if step == first:
             # A new optimizer makes its state in its first step: only here is the backward pass seen without it.
             parts.memory.see("backward", step)
+        if not skipped:  # the scaler skips a step with a gradient that is not finite: the adapter cannot move in it
+            movement.see_gradients()
         parts.scaler.step(parts.optimizer)
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +121,7 @@ def train(
             seconds=seconds,
             loss_tokens=labelled,
         )
-        if not skipped:  # the scaler has skipped a step with a non-finite gradient: the adapter could not move
+        if not skipped:
             movement.after_step(step)
         parts.memory.see("step", step)
         state = replace(
