@@ -12,10 +12,10 @@ from studio.core.vram.setup import Setup
 ALIGNMENT = 512
 """The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp kMinBlockSize)."""
 
-_BLOCK = 64
+BLOCK = 64
 """Weights that share one scale: bitsandbytes' default block size."""
 
-_SCALE_BLOCK = 256
+SCALE_BLOCK = 256
 """Scales that share one scale of scales with double quantisation (bitsandbytes functional.quantize_4bit)."""
 
 _CODE_BYTES = {False: (64,), True: (64, 1024, 4)}
@@ -96,8 +96,8 @@ def quantised_parts(linear: Linear, form: FrozenForm) -> tuple[int, ...]:
     if form.quant_type == "int8":
         sizes: tuple[int, ...] = (weights, 4 * linear.outputs)
     else:
-        scales = -(-weights // _BLOCK)
-        blocks = -(-scales // _SCALE_BLOCK)
+        scales = -(-weights // BLOCK)
+        blocks = -(-scales // SCALE_BLOCK)
         held = (scales, 4 * blocks) if form.double_quant else (4 * scales,)
         sizes = (-(-weights // 2), *held, *_CODE_BYTES[form.double_quant])
     return tuple(_aligned(size, form.alignment) for size in sizes)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from studio.core.direct_weights import kept_16bit, not_adapted
@@ -23,6 +23,7 @@ from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
 from studio.jobs.base.embedded import ensure_embedded
+from studio.jobs.base.experts.loading import StacksConfig, read_in_parts
 from studio.jobs.base.model_class import class_in
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
@@ -129,16 +130,17 @@ def load_base(
         # Any, because its type says nothing of the pair that it returns with output_loading_info.
         from_pretrained: Any = picked.text_kind().from_pretrained
         chosen = attention_for(picked, attention, device=device, dtype=dtype)
-        model, seen = from_pretrained(
-            folder,
-            config=picked.config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=only_for_text(picked.config, chosen),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with read_in_parts():
+            model, seen = from_pretrained(
+                folder,
+                config=picked.config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=only_for_text(picked.config, chosen),
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
@@ -167,15 +169,15 @@ def four_bit_parameters(model: torch.nn.Module) -> int:
     return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
 
 
-def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str] | None = None) -> BitsAndBytesConfig:
-    """Return what transformers needs to quantise linear layers to 4 bits.
+def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str] | None = None) -> StacksConfig:
+    """Return what transformers needs to quantise linear layers and fused experts to 4 bits.
 
     Args:
         quant: The 4-bit form.
         dtype: Of the arithmetic.
         left_alone: Every module that is not quantised; None for transformers' own choice, such as the head.
     """
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return StacksConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,

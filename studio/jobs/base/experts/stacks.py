@@ -1,0 +1,214 @@
+"""Stacks: the 3-D weights in which transformers 5 holds all experts of a layer, and their 4-bit form.
+
+bitsandbytes' own `replace_parameter_4bit` wants the whole stack in 16 bit and gives back the whole stack at every use.
+Here a stack is quantised and dequantised a few experts at a time. Its bytes are the same as if it had been quantised
+whole: the blocks that share a scale never cross from one expert to the next, as an expert has a multiple of 64 weights.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import (
+    QuantState,
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
+from bitsandbytes.nn import Params4bit
+from torch import Tensor, nn
+
+from studio.core.vram.static import BLOCK, SCALE_BLOCK
+
+_UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+_OF_LLAMA4 = "Llama4TextExperts"
+"""transformers' one class of fused experts that does not follow its own interface of experts (integrations/moe.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsForm:
+    """How a module of fused experts is built.
+
+    Attributes:
+        up: Name of the stack that widens: gate and up joined, or up alone.
+        down: Name of the stack that narrows again.
+        gated: Whether `up` holds a gate too.
+        transposed: Whether a stack is `[experts, in, out]`; else it is `[experts, out, in]`.
+        biased: Whether each expert has biases, `[experts, out]` under the stack's name and `_bias`.
+        routes: Whether the module is told which token visits which expert; else it is given all tokens for each expert.
+    """
+
+    up: str
+    down: str
+    gated: bool
+    transposed: bool
+    biased: bool
+    routes: bool
+
+    @property
+    def stacks(self) -> tuple[str, str]:
+        """Names of both stacks."""
+        return self.up, self.down
+
+
+def form_of(module: nn.Module) -> ExpertsForm | None:
+    """Return how a module of fused experts is built; None for any other module, or one with a form not known here."""
+    held: Any = module
+    up = next((name for name in _UP if _is_stack(module, name)), None)
+    if up is None or not _is_stack(module, _DOWN):
+        return None
+    if type(module).__name__ == _OF_LLAMA4:
+        return ExpertsForm(up, _DOWN, gated=True, transposed=True, biased=False, routes=False)
+    # What `use_experts_implementation` sets on every instance of a class that it decorates.
+    if not all(hasattr(held, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+        return None
+    if held.has_post_expert_norm or held._is_expert_parallel:
+        return None
+    return ExpertsForm(up, _DOWN, held.has_gate, held.is_transposed, held.has_bias, routes=True)
+
+
+def experts_in(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsForm]]:
+    """Yield every module of fused experts with its name and its form."""
+    for name, module in model.named_modules():
+        form = form_of(module)
+        if form is not None:
+            yield name, module, form
+
+
+def shape_of(stack: Tensor) -> torch.Size:
+    """Return the shape of a stack's weights `[experts, .., ..]`, however it is held."""
+    state: QuantState | None = getattr(stack, "quant_state", None)
+    return stack.shape if state is None else state.shape
+
+
+def _is_stack(module: nn.Module, name: str) -> bool:
+    held = module._parameters.get(name)
+    return held is not None and len(shape_of(held)) == 3
+
+
+class FourBitStack(Params4bit):  # type: ignore[misc]
+    """A stack in 4 bits, packed as bitsandbytes does."""
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        """The shape of the weights: where a parameter has this, peft sizes an adapter by it (layer.py ParamWrapper)."""
+        shape: torch.Size = self.quant_state.shape
+        return shape
+
+
+class Packing:
+    """Quantises a stack, a few experts at a time."""
+
+    def __init__(self, shape: torch.Size, *, quant_type: str, double_quant: bool) -> None:
+        """Begin a stack.
+
+        Args:
+            shape: Of its weights, `[experts, .., ..]`.
+            quant_type: The 4-bit code, nf4 or fp4.
+            double_quant: Whether the scales are quantised too.
+        """
+        self._shape, self._quant_type, self._double_quant = shape, quant_type, double_quant
+        self._weights = shape[1] * shape[2]
+        self._packed: Tensor | None = None
+        self._absmax: Tensor | None = None
+        self._dtype = torch.bfloat16
+        self._done = 0
+
+    def add(self, experts: Tensor) -> None:
+        """Quantise the next experts `[some, .., ..]`.
+
+        Raises:
+            ValueError: They are not of the stack's shape.
+        """
+        if experts.shape[1:] != self._shape[1:]:
+            raise ValueError(f"experts of shape {tuple(experts.shape)} do not belong to a stack of {self._shape}")
+        packed, state = quantize_4bit(
+            experts.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type=self._quant_type
+        )
+        if self._packed is None or self._absmax is None:
+            whole = self._shape.numel()
+            self._packed = packed.new_empty((whole // 2, 1))
+            self._absmax = state.absmax.new_empty(whole // BLOCK)
+            self._dtype = experts.dtype
+        first = self._done * self._weights
+        stop = first + experts.numel()
+        self._packed[first // 2 : stop // 2] = packed
+        self._absmax[first // BLOCK : stop // BLOCK] = state.absmax
+        self._done += experts.shape[0]
+
+    def packed(self) -> tuple[Tensor, QuantState]:
+        """Return the stack in 4 bits: its packed weights and its scales.
+
+        Raises:
+            ValueError: Experts are missing.
+        """
+        if self._packed is None or self._absmax is None or self._done != self._shape[0]:
+            raise ValueError(f"{self._done} experts were given for a stack of {self._shape[0]}")
+        state = QuantState(
+            absmax=self._absmax,
+            shape=self._shape,
+            dtype=self._dtype,
+            blocksize=BLOCK,
+            code=get_4bit_type(self._quant_type, device=self._packed.device),
+            quant_type=self._quant_type,
+        )
+        if self._double_quant:  # as bitsandbytes.functional.quantize_4bit does it for a whole tensor
+            state.offset = self._absmax.mean()
+            state.absmax, state.state2 = quantize_blockwise(self._absmax - state.offset, blocksize=SCALE_BLOCK)
+            state.nested = True
+        return self._packed, state
+
+
+def four_bit_stack(packed: Tensor, state: QuantState) -> FourBitStack:
+    """Return the parameter of a packed stack."""
+    return FourBitStack(
+        packed,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        bnb_quantized=True,
+    )
+
+
+def can_be_packed(shape: torch.Size) -> bool:
+    """Whether no block of weights that share a scale would cross from one expert to the next."""
+    return shape[1] * shape[2] % BLOCK == 0
+
+
+def weights_of(stack: Tensor, first: int, stop: int) -> Tensor:
+    """Return experts `[stop - first, .., ..]` of a stack, dequantised where it is in 4 bits."""
+    state: QuantState | None = getattr(stack, "quant_state", None)
+    if state is None:
+        return stack[first:stop]
+    weights = state.shape[1] * state.shape[2]
+    begin, end = first * weights, stop * weights
+    part = QuantState(
+        absmax=_scales(state, begin // BLOCK, end // BLOCK),
+        # A block a row: bitsandbytes 0.50 gives wrong numbers on a CPU where rows are no multiple of a block long.
+        shape=torch.Size(((end - begin) // BLOCK, BLOCK)),
+        dtype=state.dtype,
+        blocksize=BLOCK,
+        code=state.code,
+        quant_type=state.quant_type,
+    )
+    made: Tensor = dequantize_4bit(stack.detach()[begin // 2 : end // 2], part)
+    return made.view(stop - first, *state.shape[1:])
+
+
+def _scales(state: QuantState, first: int, stop: int) -> Tensor:
+    """Return scales in fp32; those quantised again share a scale with neighbours, which are dequantised with them."""
+    held: Tensor = state.absmax
+    if not state.nested:
+        return held[first:stop]
+    block, most = first // SCALE_BLOCK, -(-stop // SCALE_BLOCK)
+    start = block * SCALE_BLOCK
+    near = held[start : min(most * SCALE_BLOCK, held.numel())]
+    wide: Tensor = dequantize_blockwise(
+        near, absmax=state.state2.absmax[block:most], code=state.state2.code, blocksize=SCALE_BLOCK
+    )
+    wide += state.offset
+    return wide[first - start : stop - start]
