@@ -12,6 +12,7 @@ from studio.core.gpu_catalogue import CATALOGUE, GIB, card_of_size, find_gpu
 from studio.core.quantised_base import QuantisedBase
 from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape_from_config import shape_from_config
+from tests.examples import examples
 
 EIGHT_B = shape_from_config(
     {
@@ -113,7 +114,7 @@ def test_facts_are_sent_to_retrieval() -> None:
     assert [goal for goal, words in GOALS.items() if not words.fits] == ["facts"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     goal=st.sampled_from(list(GOALS)),
     shape=st.sampled_from([EIGHT_B, TINY]),

@@ -12,6 +12,7 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.shape_from_config import shape_from_config
 from studio.core.trainable import AdaptedPart, adapted, check_adapted, check_rank, target_names, trainable_parameters
 from tests.core.published_rows import DATA, compared, shapes
+from tests.examples import examples
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((DATA / "model_configs.json").read_text(encoding="utf-8"))
 TINY = {
@@ -126,7 +127,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(
     st.dictionaries(
         st.sampled_from([*TINY, "head_dim", "num_experts", "mlp_only_layers", "text_config", "rope_parameters"]),

@@ -21,6 +21,7 @@ from studio.core.vram.static import FrozenForm, base_bytes, optimizer_bytes, qua
 from tests.bench.trace_settings import config_of
 from tests.core.loops import estimated, kernel_of, staged
 from tests.core.published_rows import shapes
+from tests.examples import examples
 
 LLAMA = shapes()["Llama-3.1-8B"]
 ALL = AdaptedPart("all-linear", 16)
@@ -115,7 +116,7 @@ def test_a_head_trained_alone_leaves_the_layers_without_a_graph(changes: dict[st
     assert (refined(closed, shape, stock) is closed) == (not setup.grad_checkpointing)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(setups)
 def test_components_and_stages_add_up(setup: Setup):
     estimate = estimated(SMALL, setup)
@@ -145,7 +146,7 @@ def assert_no_less(shape: ModelShape, setup: Setup, larger: Setup, gpu: Gpu | No
         assert after.device.expected >= before.device.expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400))
 @given(
     st.sampled_from([SMALL, UNKNOWN, shapes()["gemma-2-2b"], shapes()["Mistral-7B-v0.1"]]),
     setups,
@@ -158,7 +159,7 @@ def test_more_never_takes_less(shape: ModelShape, setup: Setup, field: str, more
     assert_no_less(shape, setup, replace(setup, **{field: getattr(setup, field) + more}), gpu)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(setups, st.sampled_from(CARDS))
 def test_more_targets_never_take_less(setup: Setup, gpu: Gpu | None):
     few, more = (replace(setup, targets=("q_proj", *others)) for others in ((), ("down_proj",)))
@@ -209,7 +210,7 @@ def test_nothing_is_paged_on_a_cpu(optimizer: str):
     assert paged == whole
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(setups)
 def test_full_rows_of_one_length_or_another_hold_the_same_tokens(setup: Setup):
     flat = replace(setup, attention="sdpa", device="cuda", micro_batch=2, seq_len=2048)

@@ -15,6 +15,7 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import sample_prompts
 from studio.probe.data import PlainText, read_data
 from studio.probe.embedded_model import find_embedded
+from tests.examples import examples
 from tests.fakes.tokenizers import (
     ASK,
     CHATML,
@@ -225,7 +226,7 @@ ANYTHING = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_si
 
 
 @pytest.mark.parametrize("make", TEMPLATES)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(40))
 @given(question=ANYTHING, answer=ANYTHING)
 def test_any_answer_is_learnt_exactly_and_asked_for_as_trained(
     make: Callable[[], Any], question: str, answer: str
@@ -265,7 +266,7 @@ def test_prompts_longer_than_the_limit_are_passed_over() -> None:
     assert [prompt.expected for prompt in sample_prompts(rows, tokenizer, 5, seq_len=100)] == ["Because."]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(100))
 @given(question=ANYTHING, answer=ANYTHING)
 def test_any_answer_is_learnt_by_the_embedded_model(smollm: Any, question: str, answer: str) -> None:
     # White space joins the template's new line in one token, which belongs to the question.

@@ -15,6 +15,7 @@ from studio.core.errors import BadInput
 from studio.jobs.merge import shards
 from studio.jobs.merge.shards import StretchWriter
 from studio.probe.safetensors_file import Stored, TensorEntry
+from tests.examples import examples
 
 SIZE = 3 * 2**20 + 5
 DATA = b"".join(place.to_bytes(4, "big") for place in range(SIZE // 4 + 1))[:SIZE]
@@ -33,7 +34,7 @@ def test_a_stretch_is_written_and_nothing_beside_it(tmp_path: Path, at: int, siz
     assert seen == new
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 9000), sizes=st.lists(st.integers(1, 700_000), min_size=1, max_size=9))
 def test_rooms_of_any_size_follow_each_other(tmp_path: Path, at: int, sizes: list[int]) -> None:
     path = tmp_path / "file"

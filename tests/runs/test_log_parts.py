@@ -15,6 +15,7 @@ from studio.runs.layout import RunPaths
 from studio.runs.log import MOST_LINE_BYTES, EventTail, EventWriter, read_events
 from studio.runs.log_parts import log_head, log_tail
 from studio.runs.status import Status, run_status
+from tests.examples import examples
 
 _WORDS = st.text(max_size=30) | st.sampled_from(["\x1b[31m\0", "\ud800", "\n\r\u2028", '"\\', "日本語", "x"])
 _TEXTS = st.builds(lambda word, times: word * times, _WORDS, st.sampled_from([1, 1, 1, 300, 5_000, 60_000]))
@@ -60,7 +61,7 @@ def _write(folder: Path, events: list[RunEvent]) -> RunPaths:
     return paths
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(before=st.lists(_EVENTS, max_size=4), end=_ENDS)
 def test_any_event_is_read_by_every_reader(
     tmp_path_factory: pytest.TempPathFactory, before: list[RunEvent], end: RunEvent

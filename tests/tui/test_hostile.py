@@ -42,7 +42,7 @@ STEERING = [
     "漢字かな" * 40, "👩‍👩‍👧‍👦" * 20, "é" * 50, "x" * 3000, "\r\rprogress\r", "\ud800",
 ]  # fmt: skip
 HOSTILE = st.lists(st.one_of(st.sampled_from(STEERING), st.text(max_size=40)), min_size=1, max_size=4).map("".join)
-SLOWLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+SLOWLY = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 def raw(text: str) -> set[str]:
