@@ -155,9 +155,13 @@ def _is_middle(row: list[Polynomial], at: int, lag: int) -> bool:
 
 
 def _lag(row: list[Polynomial], place: int) -> int:
-    """Return the period with which a list repeats around a place, plus a steady step; 0 where it does not repeat."""
-    for lag in range(1, min(_LONGEST_LAG, place, (len(row) - place) // 2)):
-        if all(_steady(row[at - lag], row[at], row[at + lag]) for at in range(place, place + lag)):
+    """Return the period with which a list repeats before a place, plus a steady step; 0 where it does not repeat.
+
+    One period is too little to know it by: equal polynomials side by side in a long period would pass for a short one.
+    """
+    for lag in range(1, min(_LONGEST_LAG, place // 2, len(row) - place)):
+        begin = max(lag, place - _LONGEST_LAG)
+        if all(_steady(row[at - lag], row[at], row[at + lag]) for at in range(begin, place)):
             return lag
     return 0
 
