@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from studio.core.gpu_catalogue import find_gpu
@@ -18,6 +18,7 @@ from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
 from studio.core.vram.static import optimizer_bytes
 from tests.core.loops import estimated
 from tests.core.published_rows import shapes
+from tests.examples import examples
 
 STOCK = StockSetup(method="lora", loss="full", micro_batch=1, seq_len=1024, transformers="5.24")
 OURS = [
@@ -109,7 +110,44 @@ def test_the_closed_form_of_our_own_loop_holds_a_replay_of_it(model: str, setup:
     assert estimate.reserved.expected == pytest.approx(peak.reserved, rel=0.15)
 
 
-@settings(max_examples=60, deadline=None)
+class _Asked(CachingAllocator):
+    """Counts what was asked for: `allocated` also has what could not be split off a block, 1 MiB of each at most.
+
+    How much that is depends on which freed blocks come to hand: 11 tokens may find better ones than 9.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__(capacity)
+        self.asked = self.most_asked = 0
+        self.sizes: dict[int, int] = {}
+
+    def allocate(self, size: int) -> Block:
+        block = super().allocate(size)
+        self.sizes[id(block)] = size
+        self.asked += size
+        self.most_asked = max(self.most_asked, self.asked)
+        return block
+
+    def release(self, block: Block) -> None:
+        self.asked -= self.sizes.pop(id(block))
+        super().release(block)
+
+
+def most_asked(setup: StockSetup) -> int:
+    """Return the most bytes that a replay has asked for at a time."""
+    made: list[_Asked] = []
+
+    def allocator(capacity: int | None) -> _Asked:
+        made.append(_Asked(capacity))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(replay, "CachingAllocator", allocator)
+        replayed.__wrapped__(SHALLOW, setup, "flash", workspace=CUBLAS_WORKSPACE_BYTES)
+    return made[0].most_asked
+
+
+@settings(max_examples=examples(60))
 @given(
     st.builds(
         StockSetup,
@@ -127,15 +165,13 @@ def test_the_closed_form_of_our_own_loop_holds_a_replay_of_it(model: str, setup:
     st.sampled_from(["rank", "micro_batch", "seq_len"]),
     st.integers(1, 64),
 )
+@example(replace(STOCK, rank=36, seq_len=9, grad_checkpointing=False, transformers=""), "seq_len", 2)
 def test_more_never_takes_less_in_a_plan_of_the_stock_loop(setup: StockSetup, field: str, more: int):
-    """Of live bytes but for what bitsandbytes pages, and a few blocks that lie otherwise in batches of several rows."""
+    """But for what bitsandbytes pages, and by a hundredth of the high end, whose segments come whole."""
     larger = replace(setup, **{field: getattr(setup, field) + more})
     states = [optimizer_bytes(SHALLOW, each.adapted, each.optimizer) for each in (setup, larger)]
-    before, after = (
-        replayed(SHALLOW, each, "flash", workspace=CUBLAS_WORKSPACE_BYTES).allocated for each in (setup, larger)
-    )
     fall = states[1].paged + states[1].spared - states[0].paged - states[0].spared
-    assert after >= 0.999 * before - max(0, fall)
+    assert most_asked(larger) >= most_asked(setup) - max(0, fall)
     highest = [refined(estimated(SHALLOW, each), SHALLOW, each).device.high for each in (setup, larger)]
     assert highest[1] >= 0.99 * highest[0]
 
