@@ -147,7 +147,7 @@ class _Terminal:
 
     def end(self, pressing: str = "") -> int:
         """Wait for the end; press keys until then, as a user does whose first signal came before readline waits."""
-        end, again = time.monotonic() + 30, 0.0
+        end, again = time.monotonic() + 60, 0.0
         while time.monotonic() < end:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:

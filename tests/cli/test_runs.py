@@ -143,7 +143,7 @@ def test_attaching_follows_and_an_interrupt_only_detaches(home: Path) -> None:
     assert process.returncode == 0
     assert "the run lives on" in out
     assert run_status(paths) is Status.running
-    stop(paths, 10)
+    stop(paths, 60)
 
 
 def test_a_run_whose_folder_is_deleted_is_gone_and_its_worker_ends(home: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_live_run_pauses_without_its_recipe_too(cli: Cli, home: Path) -> None:
     paths.recipe.unlink()
     assert cli("runs", "pause", "try").code == 0
     wait_for(lambda: run_status(paths) is Status.paused)
-    stop(paths, 10)
+    stop(paths, 60)
 
 
 def test_what_cannot_pause_is_not_asked_to(cli: Cli, home: Path) -> None:
@@ -293,13 +293,13 @@ def test_starting_over_is_refused_where_nothing_is_lost(cli: Cli, home: Path) ->
 
 def test_resuming_detached_returns_at_once(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = _slow(home)
-    stop(paths, 10)
+    stop(paths, 60)
     monkeypatch.setenv("FAKE_SECONDS", "0.05")
     monkeypatch.setenv("FAKE_STEPS", "5000")
     outcome = cli("runs", "resume", "try", "--detach", "--json")
     assert outcome.code == 0
     assert run_status(paths).live
-    stop(paths, 10)
+    stop(paths, 60)
 
 
 def test_removing_runs(cli: Cli, home: Path) -> None:

@@ -186,7 +186,7 @@ class Served:
 
     def ask(self, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Ask for a path, with the headers of a browser's page where none are given."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         with closing(connection):
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
@@ -322,7 +322,7 @@ def test_no_process_and_no_log_holds_a_secret(served: Served) -> None:
     page, kept = served.enter()
     token = served.address.partition("token=")[2]
     secrets = [token, page.strip("/"), *(cookie.partition("=")[2] for cookie in kept.values())]
-    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as line:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as line:
         lines = [f"GET {page}ws HTTP/1.1", f"Host: 127.0.0.1:{served.port}", f"Cookie: {kept[page]}"]
         lines += [f"{name}: {value}" for name, value in UPGRADE.items()]
         line.sendall("\r\n".join([*lines, "", ""]).encode())

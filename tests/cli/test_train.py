@@ -138,7 +138,7 @@ def test_detached_training_returns_at_once(cli: Cli, home: Path, recipe: Path, m
     paths = find_run(home / "runs", outcome.document["run"])
     assert run_status(paths).live
     assert "runs attach" in outcome.err
-    assert stop(paths, 10) is Status.stopped
+    assert stop(paths, 60) is Status.stopped
 
 
 def _running_cli(recipe: Path, *words: str, **settings: str) -> "subprocess.Popen[str]":

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from studio.jobs.base.embedded import _as_in_transformers, ensure_embedded
 from studio.probe.embedded_model import find_embedded, unpack_embedded
 from studio.probe.models import find_base
 from tests.fakes.model import model_folder
+from tests.fakes.runs import wait_for
 
 
 class _Disk(NamedTuple):
@@ -152,9 +152,7 @@ def test_two_processes_convert_once(tmp_path: Path) -> None:
 def test_a_killed_conversion_is_begun_again(tmp_path: Path, conversions: list[Path]) -> None:
     log = tmp_path / "log"
     process = child(log, 60.0)
-    deadline = time.monotonic() + 30
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(log.exists)
     process.kill()
     process.wait(timeout=60)
     process.communicate()

@@ -37,12 +37,12 @@ def test_a_run_is_started_for_a_job_stopped_and_resumed(recipe: Recipe, tmp_path
     assert worker is not None
     ours = {process.pid for process in psutil.Process().children(recursive=True)}
     assert worker[0].pid not in ours, "the process that started it has ended: it outlives who asked"
-    assert stop(paths, 20) is Status.stopped
+    assert stop(paths, 60) is Status.stopped
     resume_run(paths, module=MODULE)
     assert run_status(paths).live
     with pytest.raises(BadInput, match="cannot be resumed while its worker lives"):
         resume_run(paths, module=MODULE)
-    stop(paths, 20)
+    stop(paths, 60)
 
 
 def test_what_is_wrong_with_a_job_is_told_and_leaves_no_folder(recipe: Recipe, tmp_path: Path) -> None:

@@ -149,5 +149,5 @@ def test_two_runs_that_end_at_once_are_both_kept(tmp_path: Path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(60)
     assert {item.run for item in read_observations(path)} == {f"run-{number}" for number in range(1, 7)}

@@ -52,7 +52,7 @@ def test_launch_returns_when_the_worker_holds_the_run(paths: RunPaths) -> None:
         resume(paths, module=MODULE)
     with pytest.raises(BadInput, match="stop it first"):
         remove_run(paths)
-    assert stop(paths, 10) is Status.stopped
+    assert stop(paths, 60) is Status.stopped
     assert handle.process.wait(60) == 0
 
 
@@ -117,7 +117,7 @@ def test_a_failure_of_the_job_is_told_with_its_advice(paths: RunPaths) -> None:
 def test_a_stopped_run_goes_on_where_it_was(paths: RunPaths) -> None:
     handle = launch_fake(paths, steps=400, seconds=0.02)
     wait_for(lambda: len(_steps(paths)) >= 3)
-    assert stop(paths, 10) is Status.stopped
+    assert stop(paths, 60) is Status.stopped
     handle.process.wait(60)
     before = _steps(paths)[-1]
     resumed = resume(paths, module=MODULE, environment=fake_environment(steps=before + 3))
@@ -150,7 +150,7 @@ def test_pausing_and_going_on(paths: RunPaths) -> None:
     wait_for(lambda: _steps(paths)[-1] > halted)
     assert run_status(paths) is Status.running
     assert [event.paused for event in read_events(paths.events) if isinstance(event, Paused)] == [True, False]
-    assert stop(paths, 10) is Status.stopped
+    assert stop(paths, 60) is Status.stopped
     handle.process.wait(60)
 
 

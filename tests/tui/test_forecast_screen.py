@@ -287,7 +287,7 @@ def test_a_late_answer_about_another_model_is_passed_over(tmp_path: Path) -> Non
 
     def find(recipe: Recipe, planned: str) -> Forecaster:
         if recipe.model.base == "slow/model":
-            gate.wait(10)
+            gate.wait(60)
             return forecaster_on(card_of("Tesla T4"))(recipe, planned)
         return sized(recipe, planned)
 

@@ -411,11 +411,7 @@ def test_what_was_chosen_is_made_after_the_studio_was_left(tmp_path: Path) -> No
             app.screen.query_one("#outputs", PickMany).turn(form)
         app.screen.query_one("#merge-out", Input).value = str(out)
         await pilot.press("r")
-        for _ in range(200):
-            await pilot.pause(0.1)
-            if isinstance(app.screen, MergeProgressScreen):
-                return
-        raise AssertionError(shown(app))
+        await until(pilot, lambda: isinstance(app.screen, MergeProgressScreen))
 
     play(story, tmp_path)
     merge = next((tmp_path / "runs").glob("merge-*"))

@@ -90,13 +90,13 @@ def test_log_stays_where_the_user_scrolled() -> None:
         await pilot.pause()
         view.focus()
         await pilot.press("home")
-        await pilot.pause(0.3)
+        await pilot.wait_for_scheduled_animations()
         top = rows(view)[0]
         view.extend(["newest"])
         await pilot.pause()
         assert rows(view)[0] == top == "line 0"
         await pilot.press("end")
-        await pilot.pause(0.3)
+        await pilot.wait_for_scheduled_animations()
         assert rows(view)[-1] == "newest"
 
     play(story)
