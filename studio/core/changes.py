@@ -141,7 +141,10 @@ def _shorter_rows(recipe: Recipe, _shape: ModelShape) -> Iterator[Change]:
 
 def _fewer_targets(recipe: Recipe, shape: ModelShape) -> Iterator[Change]:
     if recipe.adapter.targets == ALL_LINEAR:
-        projections = shape.groups[0].layer.qkv
+        attention = [group.layer.qkv for group in shape.groups if group.layer.qkv]
+        if not attention:
+            return
+        projections = attention[0]
         names = tuple(dict.fromkeys((projections[0].name, projections[-1].name)))
         words = f"adapters on {' and '.join(names)} alone"
         yield Change(

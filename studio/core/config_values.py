@@ -16,6 +16,10 @@ class ConfigValues:
     def __init__(self, table: Mapping[str, Any]) -> None:
         self._table = table
 
+    def with_(self, settings: Mapping[str, Any]) -> "ConfigValues":
+        """Return the table with other values under some keys."""
+        return ConfigValues({**self._table, **settings})
+
     def __contains__(self, key: str) -> bool:
         return self._table.get(key) is not None
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from studio.core.mixer import Mixer
 from studio.core.quantised_base import QuantisedBase
 
-Wiring = Literal["pre", "post", "sandwich", "parallel"]
+Wiring = Literal["pre", "post", "sandwich", "parallel", "single"]
 Norm = Literal["rms", "rms_wide", "layer", "layer_wide", "centred"]
 
 
@@ -90,6 +91,9 @@ class Experts:
         chooser: The router or the shared gate, where peft's all-linear adapts it: it must be a linear module, or peft
             must treat it as one.
         adapted_by_all: Whether peft's all-linear adapts the fused experts themselves (peft 0.21: it does for some).
+        gated: Whether an expert has a gate beside up and down.
+        width: Width that an expert reads and writes; 0 for the layer's own.
+        around: The linear maps into that width and back, where it is another.
     """
 
     count: int
@@ -100,10 +104,13 @@ class Experts:
     shared_gate: bool = False
     chooser: Linear | None = None
     adapted_by_all: bool = False
+    gated: bool = True
+    width: int = 0
+    around: tuple[Linear, ...] = ()
 
     def weights(self, hidden: int) -> int:
-        """Weights of all routed experts: gate, up and down each."""
-        return 3 * hidden * self.inner * self.count
+        """Weights of all routed experts: gate, up and down each, or up and down alone."""
+        return (2 + self.gated) * (self.width or hidden) * self.inner * self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +118,8 @@ class Layer:
     """One decoder layer.
 
     Attributes:
-        wiring: Where the norms stand: before each block (`pre`), after it (`post`), on both sides (`sandwich`), or one
-            or two before attention and MLP side by side (`parallel`).
+        wiring: Where the norms stand: before each block (`pre`), after it (`post`), on both sides (`sandwich`), one or
+            two before attention and MLP side by side (`parallel`), or one before the layer's only block (`single`).
         norm: Which norm. `rms_wide` multiplies by its weight in fp32, before it casts back; `layer_wide` casts to fp32
             and back; `centred` is a layer norm written in Python, in fp32 (Cohere). Each keeps other tensors for the
             backward pass.
@@ -123,7 +130,7 @@ class Layer:
         qkv: The projections to queries, keys and values: three, or one fused. With latent attention those to the
             queries, one or two, then the narrow one of keys and values and the one from it.
         qkv_split: Whether a fused projection is split or chunked, one gradient for all parts; else it is sliced.
-        out: The projection back.
+        out: The projection back; None in a layer without attention.
         mlp: gate, up, down; or a fused gate_up, down; or up, down without a gate. Empty where experts stand instead.
         gated: Whether the activation gates a second projection.
         activation: Which activation (transformers' name).
@@ -138,6 +145,8 @@ class Layer:
         residual_dropout: Whether block outputs are dropped in training.
         attention_dropout: Whether attention weights are dropped in training.
         expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
+        output_gate: Whether the first projection gives, beside each query, a gate of the attention's output.
+        mixer: What mixes tokens instead of attention; beside it where the layer has both.
         window: Keys that a token attends to at most; 0 for all.
         experts: The mixture of experts, where the layer has one.
     """
@@ -147,7 +156,7 @@ class Layer:
     norm_parameters: int
     heads: Heads
     qkv: tuple[Linear, ...]
-    out: Linear
+    out: Linear | None
     mlp: tuple[Linear, ...]
     gated: bool
     activation: str
@@ -165,11 +174,20 @@ class Layer:
     window: int = 0
     experts: Experts | None = None
     expert_maps: tuple[Linear, ...] = ()
+    output_gate: bool = False
+    mixer: Mixer | None = None
+
+    @property
+    def attention(self) -> tuple[Linear, ...]:
+        """The linear maps of its attention, none in a layer without it."""
+        return (*self.qkv, self.out) if self.out else ()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All linear maps that are modules of their own (fused experts are not)."""
-        return (*self.qkv, self.out, *self.mlp, *self.expert_maps)
+        mixer = self.mixer.linears if self.mixer else ()
+        around = self.experts.around if self.experts else ()
+        return (*self.attention, *mixer, *self.mlp, *around, *self.expert_maps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +207,7 @@ class ModelShape:
         hidden: Width of the residual stream.
         vocabulary: Rows of the embedding and of the head.
         groups: Its layers, kind by kind.
+        order: Of each layer the number of its kind among the groups; empty where the kinds follow each other.
         tied: Whether the head is the embedding.
         head_bias: Whether the head has a bias.
         other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
@@ -214,6 +233,7 @@ class ModelShape:
     vocabulary: int
     groups: tuple[LayerGroup, ...]
     tied: bool
+    order: tuple[int, ...] = ()
     head_bias: bool = False
     other_parameters: int = 0
     alters_embedding: bool = False
@@ -259,6 +279,11 @@ class ModelShape:
         """Width of the widest head of queries and keys."""
         return max(group.layer.heads.width for group in self.groups)
 
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """Of each layer, from the first to the last, the number of its kind among the groups."""
+        return self.order or tuple(kind for kind, group in enumerate(self.groups) for _ in range(group.count))
+
     @property
     def embedding_parameters(self) -> int:
         """Weights of the input embedding."""
@@ -275,6 +300,11 @@ class ModelShape:
         """All parameters."""
         layers = sum(group.count * layer_parameters(group.layer, self.hidden) for group in self.groups)
         return layers + self.embedding_parameters + self.head_parameters + self.other_parameters
+
+    @cached_property
+    def mixes_by_state(self) -> bool:
+        """Whether any layer mixes tokens by a state or a short convolution."""
+        return any(group.layer.mixer for group in self.groups)
 
     @cached_property
     def shortest_window(self) -> int:
@@ -324,4 +354,5 @@ def layer_parameters(layer: Layer, hidden: int) -> int:
     if experts:
         fused = 0 if layer.expert_maps else experts.weights(hidden)
         routed = fused + experts.biases * experts.count + hidden * (experts.count + experts.shared_gate)
-    return linears + routed + layer.norm_parameters
+    mixed = layer.mixer.parameters if layer.mixer else 0
+    return linears + routed + mixed + layer.norm_parameters

@@ -7,6 +7,7 @@ from typing import Any
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import ALWAYS, FAMILIES, NEVER, UNKNOWN, Family
+from studio.core.hybrid_layers import HYBRIDS, doubts_of, hybrid_groups, layer_kinds, ungated
 from studio.core.quantised_base import quantised_base
 from studio.core.shape import Experts, Heads, Latent, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
@@ -33,7 +34,8 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     text = _text_table(config, doubts)
     values = ConfigValues(text)
     name = values.word("model_type") or "unknown"
-    family = FAMILIES.get(name)
+    hybrid = HYBRIDS.get(name)
+    family = hybrid.family if hybrid else FAMILIES.get(name)
     if family is None:
         name, family = plain(name, one_line=True, limit=40), UNKNOWN
         doubts.append(f"the architecture {name!r} is not known here: read as a Llama of its sizes")
@@ -55,6 +57,9 @@ def _text_table(config: Mapping[str, Any], doubts: list[str]) -> Mapping[str, An
 
 
 def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -> ModelShape:
+    said, hybrid = values, HYBRIDS.get(name)
+    if hybrid:
+        values = said.with_(hybrid.settled(said))
     hidden = values.whole("hidden_size", "n_embd", "d_model", high=1 << 20)
     layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=_MOST_LAYERS)
     heads = values.whole("num_attention_heads", "n_head", "n_heads", high=1 << 16)
@@ -67,11 +72,13 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
     if family.learnt_positions:
         learnt = values.whole(family.learnt_positions, "max_position_embeddings", default=2048)
     embedding_dropout = _drops(family, values, "embedding_dropout", "embd_pdrop")
+    groups, order = _groups(name, family, said, values, (hidden, layers, divided))
     return ModelShape(
         family=name,
         hidden=hidden,
         vocabulary=values.whole("padded_vocab_size", "vocab_size"),
-        groups=_groups(name, family, values, (hidden, layers, divided)),
+        groups=groups,
+        order=order,
         tied=values.flag("tie_word_embeddings", family.tied),
         head_bias=_bias(values, family.head_bias),
         other_parameters=other + hidden * learnt,
@@ -85,8 +92,9 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         own_attention=family.own_attention,
         repeats_heads=family.repeats_heads or (name == "falcon" and values.flag("new_decoder_architecture", False)),
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
+        buffers=sum(group.count * group.layer.mixer.buffers for group in groups if group.layer.mixer),
         mask_bytes=learnt * learnt if family.holds_mask else 0,  # booleans, a byte each
-        doubts=tuple(doubts),
+        doubts=(*doubts, *doubts_of(groups)),
     )
 
 
@@ -115,18 +123,25 @@ def _kv_heads(name: str, values: ConfigValues, heads: int) -> int:
     return values.whole("num_key_value_heads", "num_kv_heads", "multi_query_group_num", default=heads, high=heads)
 
 
-def _groups(name: str, family: Family, values: ConfigValues, sizes: tuple[int, int, Heads]) -> tuple[LayerGroup, ...]:
-    """Return the layers kind by kind, in the order of the first layer of each kind."""
+def _groups(
+    name: str, family: Family, said: ConfigValues, values: ConfigValues, sizes: tuple[int, int, Heads]
+) -> tuple[tuple[LayerGroup, ...], tuple[int, ...]]:
+    """Return the layers kind by kind, in the order of the first layer of each kind, and a hybrid's layers in theirs."""
     layers = sizes[1]
     routed = _experts(name, family, values, sizes[0])
+    if hybrid := HYBRIDS.get(name):
+        kinds = layer_kinds(name, hybrid, said)
+        return hybrid_groups(
+            hybrid, said, kinds, lambda sparse: _layer(name, family, values, sizes, routed if sparse else None)
+        )
     sparse = _sparse_layers(name, family, values, layers) if routed else []
     if not sparse:
-        return (LayerGroup(layers, _layer(name, family, values, sizes, None)),)
+        return (LayerGroup(layers, _layer(name, family, values, sizes, None)),), ()
     groups = [LayerGroup(len(sparse), _layer(name, family, values, sizes, routed))]
     if len(sparse) < layers:
         dense = LayerGroup(layers - len(sparse), _layer(name, family, values, sizes, None))
         groups = [dense, *groups] if sparse[0] else [*groups, dense]
-    return tuple(groups)
+    return tuple(groups), ()
 
 
 def _sparse_layers(name: str, family: Family, values: ConfigValues, layers: int) -> list[int]:
@@ -165,9 +180,10 @@ def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Ex
     keys = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
     per_token = values.each("moe_topk") or values.whole(*keys, default=2, high=count)
     biases = 2 * inner + hidden if name == "gpt_oss" else 0  # of gate and up, and of down
-    gated = name == "qwen2_moe"
+    gated = family.chooser == "shared_expert_gate"
     chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None
-    return Experts(count, per_token, inner, shared, biases, gated, chooser, family.experts_adapted_by_all)
+    made = Experts(count, per_token, inner, shared, biases, gated, chooser, family.experts_adapted_by_all)
+    return ungated(made, values, hidden) if name == "nemotron_h" else made
 
 
 def _layer(
@@ -280,7 +296,7 @@ def _mlp(name: str, family: Family, values: ConfigValues, hidden: int, experts: 
         keys = ("intermediate_size_mlp",) if name == "llama4_text" else ()
         # Families without a gate have four times the hidden size where the config names no width. An unknown family may
         # be one of them.
-        usual = None if family.gated and name in FAMILIES else 4 * hidden
+        usual = None if family.gated and (name in FAMILIES or name in HYBRIDS) else 4 * hidden
         inner = values.whole(*keys, "intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=usual)
     if not family.gated or len(family.mlp) == 2:
         wide = 2 * inner if family.gated else inner

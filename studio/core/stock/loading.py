@@ -68,7 +68,8 @@ def _weights_of(layer: Layer, hidden: int) -> Iterator[_Weight]:
     if experts and not layer.expert_maps:
         yield _Weight(experts.weights(hidden) * 2 // 3)
         yield _Weight(experts.weights(hidden) // 3)
-    for maps in ((*layer.mlp, *layer.expert_maps), (*layer.qkv, layer.out)):
+    mixer = layer.mixer.linears if layer.mixer else ()
+    for maps in ((*layer.mlp, *layer.expert_maps), (*layer.attention, *mixer)):
         for linear in sorted(maps, key=lambda linear: linear.name):
             for _ in range(linear.copies):
                 if linear.biases:

@@ -16,7 +16,7 @@ from studio.core.stock.modules import TransformersLoss
 from studio.core.stock.setup import StockSetup
 from studio.core.vram.decoder_layer import LayerPass, layer_pass
 from studio.core.vram.head import Loss, head_pass
-from studio.core.vram.loop import Loop, mask_count, own_loop
+from studio.core.vram.loop import Loop, at_length, mask_count, own_loop
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
 from studio.core.vram.static import resident_state
@@ -82,7 +82,8 @@ class _Training:
         trained: list[int],
         workspace: int,
     ) -> None:
-        loop, rank = _loop_of(shape, setup, kernel), max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
+        loop = at_length(_loop_of(shape, setup, kernel), shape, setup.seq_len)
+        rank = max((setup.rank, *(rank for _, rank in setup.rank_pattern)))
         numbers = setup.tokens, setup.squares, rank
         self._allocator = allocator
         self._setup = setup
@@ -101,7 +102,7 @@ class _Training:
                 layers[passed] = _Layer(passed, [int(size.at(*numbers)) for size in passed.sizes], backward)
             return layers[passed]
 
-        kinds = [kind for kind, group in enumerate(shape.groups) for _ in range(group.count)]
+        kinds = shape.kinds
         wants, again = loop.input_wants_gradient, setup.grad_checkpointing
         self._layers = [
             layer(layer_pass(shape, loop.traits, kind, again, wants or place > 0)) for place, kind in enumerate(kinds)

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from studio.core.shape import Layer, ModelShape
 from studio.core.vram import operators as op
+from studio.core.vram.mixers import mixed
 from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Events, Tape, Tensor, marks, recomputed, run_backward
@@ -127,9 +128,38 @@ def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> 
 
 def decoder_layer(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return the layer's output `[batch, seq, hidden]`; its input lives until then."""
-    out = _parallel(run, layer, x) if layer.wiring == "parallel" else _sequential(run, layer, x)
+    wired = {"parallel": _parallel, "single": _alone}.get(layer.wiring, _sequential)
+    out = wired(run, layer, x)
     run.tape.named(x)
     return out
+
+
+def _alone(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Return the output of a layer with one block, which is attention, another mixer or an MLP."""
+    normed = run.norm(layer, x)
+    block, weights = (_mix if layer.mixer or layer.out else _fed_forward_alone)(run, layer, normed)
+    out = op.add(x, block)
+    run.tape.named(normed, block, weights)
+    return out
+
+
+def _fed_forward_alone(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, None]:
+    return _fed_forward(run, layer, x), None
+
+
+def _mix(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what mixes tokens in a layer: attention, another mixer, or the sum of both."""
+    if layer.mixer is None:
+        return attention(run, layer, x)
+    by_state = mixed(run, layer.mixer, x)
+    if layer.out is None:
+        return by_state, None
+    scaled = op.scale(by_state) if layer.mixer.scales else by_state
+    run.tape.named(by_state)
+    attended, weights = attention(run, layer, op.scale(x) if layer.mixer.scales else x)
+    both = op.add(scaled, op.scale(attended) if layer.mixer.scales else attended)
+    run.tape.named(x, scaled, attended)
+    return both, weights
 
 
 def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
@@ -137,7 +167,7 @@ def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     residual = x
     if layer.wiring != "post":
         x = run.norm(layer, x)
-    x, weights = attention(run, layer, x)
+    x, weights = _mix(run, layer, x)
     if layer.wiring in ("post", "sandwich"):
         x = run.norm(layer, x)
     residual = _added(run, layer, residual, x)
@@ -188,6 +218,10 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     """Return the block's output `[batch, seq, hidden]` and, for eager attention, its weights."""
     tape = run.tape
     query, key, value = _projections(run, layer, x)
+    gate = None
+    if layer.output_gate:
+        query, gate = op.split_last(query, (0.5, 0.5))
+        gate = op.clone(gate)
     if layer.query_key_norm:
         groups = (layer.heads.queries, layer.heads.keys) if layer.query_key_norm == "head" else (1, 1)
         normed = [run.head_norm(layer, t, n) for t, n in zip((query, key), groups, strict=True)]
@@ -205,8 +239,12 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
         # These kernels give their output the layout of the queries. Queries that were joined lie head by head, so that
         # the output is copied to lie token by token.
         attended = op.clone(attended)
-    (out,) = run.linears((layer.out,), attended)
-    tape.named(x, query, key, value, attended)
+    if gate is not None:
+        ungated, attended = attended, op.multiply(attended, op.activate_saving_result(gate))
+        tape.named(ungated)
+    assert layer.out is not None  # noqa: S101  a layer without attention has no heads
+    out = run.linear(layer.out, attended)
+    tape.named(x, query, key, value, gate, attended)
     return out, weights
 
 

@@ -1,6 +1,6 @@
 """How our training loop computes a model: all that prices a step before rank, batch and length are known."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from studio.core.gpu_catalogue import Gpu
@@ -93,6 +93,12 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         caches_copies=kind.autocast and kind.grad_checkpointing,
         shared_per_token=IDS_LABELS_MASK_BYTES - (0 if shape.embedding_norm else widens) * shape.hidden,
     )
+
+
+@lru_cache(maxsize=256)
+def at_length(loop: Loop, shape: ModelShape, length: int) -> Loop:
+    """Return the loop for rows of a length; the same loop for a model whose layers do not depend on it."""
+    return replace(loop, traits=replace(loop.traits, length=length)) if shape.mixes_by_state else loop
 
 
 def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:

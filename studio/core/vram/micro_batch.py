@@ -12,7 +12,7 @@ from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer, layer_pass, recomputed_marks
 from studio.core.vram.head import HeadMarks, head_marks
-from studio.core.vram.loop import Loop, mask_count, trains_layers
+from studio.core.vram.loop import Loop, at_length, mask_count, trains_layers
 from studio.core.vram.modules import LayerTraits
 from studio.core.vram.polynomial import NOTHING, Heights, Polynomial, heights, largest, total, uncovered
 from studio.core.vram.setup import Setup
@@ -57,27 +57,43 @@ def layer_marks(
     """
     passes = [layer_pass(shape, traits, kind, grad_checkpointing, True) for kind in range(len(shape.groups))]
     kept = [one.kept for one in passes]
+    # While a layer works, those after the last of its kind keep nothing yet, or nothing any more.
+    free = [own.plus(later) for own, later in zip(kept, _kept_later(shape, kept), strict=True)]
     ahead = [uncovered(one.forward_marks()) for one in passes]
     back = [uncovered(one.backward_marks()) for one in passes]
-    forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, kept, strict=True) for mark in marks_)
-    spared, first = NOTHING, back[0]
+    forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, free, strict=True) for mark in marks_)
+    number = shape.kinds[0]
+    spared, first = NOTHING, back[number]
     if not input_wants_gradient and grad_checkpointing:
-        first = uncovered(recomputed_marks(shape, traits, 0))
+        first = uncovered(recomputed_marks(shape, traits, number))
     elif not input_wants_gradient:
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
-        lone = layer_pass(shape, traits, 0, grad_checkpointing, input_wants_gradient)
-        spared, first = kept[0].minus(lone.kept), uncovered(lone.backward_marks())
+        lone = layer_pass(shape, traits, number, grad_checkpointing, input_wants_gradient)
+        spared, first = kept[number].minus(lone.kept), uncovered(lone.backward_marks())
     # Where only inputs are kept and nothing is dropped, an evaluation's forward is the training's.
     as_trained = grad_checkpointing and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
     return LayerMarks(
         kept=total(own.times(group.count) for own, group in zip(kept, shape.groups, strict=True)).minus(spared),
-        checkpoint=kept[0],
+        checkpoint=kept[number],
         forward=forward,
         blocks=uncovered(mark.at_least_nothing() for mark in forward),
-        backward=uncovered(mark.minus(own) for marks_, own in zip(back, kept, strict=True) for mark in marks_),
+        backward=uncovered(mark.minus(own) for marks_, own in zip(back, free, strict=True) for mark in marks_),
         first_backward=first,
         evaluation=uncovered(mark for marks_ in ahead for mark in marks_) if as_trained else _evaluated(shape, traits),
     )
+
+
+def _kept_later(shape: ModelShape, kept: list[Polynomial]) -> list[Polynomial]:
+    """Return, kind by kind, what the layers after the last of that kind keep; nothing where the order is not known."""
+    later = [NOTHING] * len(kept)
+    if shape.order:
+        behind, seen = NOTHING, set[int]()
+        for kind in reversed(shape.order):
+            if kind not in seen:
+                seen.add(kind)
+                later[kind] = behind
+            behind = behind.plus(kept[kind])
+    return later
 
 
 def _untouched(shape: ModelShape, traits: LayerTraits) -> LayerMarks:
@@ -173,7 +189,7 @@ def activations_of(shape: ModelShape, setup: Setup, loop: Loop, copies: int) -> 
     # With a rank pattern every linear map counts with the largest rank: activations grow little with the rank.
     rank = max(setup.rank, *(rank for _, rank in setup.rank_pattern)) if setup.rank_pattern else setup.rank
     kind, tokens, squares = loop.kind, setup.tokens, setup.squares
-    batch = micro_batch(shape, loop)
+    batch = micro_batch(shape, at_length(loop, shape, setup.seq_len))
     found = batch.of_rank(rank).at(tokens, squares)
     kept, checkpoint, forward, blocks, backward, first_backward, evaluation = found[:7]
     loss, loss_backward, head_evaluation = found[7:]

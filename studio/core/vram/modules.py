@@ -57,6 +57,7 @@ class LayerTraits:
         plain_attention: Whether torch has only its plain kernel for this attention, with S x S matrices in fp32.
         recomputes_whole: Whether a checkpointed layer is computed again to its end, and its output and gradient are
             held until its backward ends. If not, computing again stops as soon as everything is saved again.
+        length: Tokens per row; 0 where a layer's sizes do not depend on it.
     """
 
     arithmetic: Arithmetic
@@ -69,6 +70,7 @@ class LayerTraits:
     repeats_heads: bool = False
     plain_attention: bool = False
     recomputes_whole: bool = False
+    length: int = 0
 
     def modules(self, tape: Tape, shape: ModelShape, *, checkpointed: bool = False) -> "Modules":
         """Return the modules of one symbolic pass."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.direct_weights import kept_16bit
-from studio.core.shape import Linear, ModelShape
+from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.trainable import ATTENTION, MLP, AdaptedPart, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
 
@@ -132,13 +132,18 @@ def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[
         return
     first, names = 0, frozenset(skipped)
     for group in shape.groups:
-        attention = (*group.layer.qkv, group.layer.out)
         for linear in group.layer.linears:
-            place = f"{ATTENTION if linear in attention else MLP}.{linear.name}"
+            place = f"{_block_of(group.layer, linear)}.{linear.name}"
             layers = range(first, first + group.count)
             if linear.name not in kept:
                 yield sum(not _is_skipped(f"model.layers.{index}.{place}", names) for index in layers), linear
         first += group.count
+
+
+def _block_of(layer: Layer, linear: Linear) -> str:
+    if layer.mixer and linear in layer.mixer.linears:
+        return layer.mixer.place
+    return ATTENTION if linear in layer.attention else MLP
 
 
 def _is_skipped(path: str, skipped: frozenset[str]) -> bool:

@@ -1,0 +1,234 @@
+"""What mixes tokens by a state or a short convolution, forward and backward, as PyTorch's own code computes it.
+
+These are the paths that run where the optional kernels (causal-conv1d, flash-linear-attention, mamba-ssm) are not
+installed; with them the memory is another. They go through a row chunk by chunk, so that the length of the rows must be
+known (`LayerTraits.length`): sizes per row are sizes per token divided by it.
+
+Sources: transformers 5.24 modeling_qwen3_5.py and modeling_qwen3_next.py (`torch_chunk_gated_delta_rule`),
+modeling_lfm2.py, modeling_granitemoehybrid.py (`mamba2_chunk_scan`, the same in Bamba, Falcon-H1, Mamba 2, Nemotron-H).
+"""
+
+from studio.core.mixer import Mixer
+from studio.core.vram import operators as op
+from studio.core.vram.modules import Modules
+from studio.core.vram.operators import gradient_like, result_of
+from studio.core.vram.polynomial import Polynomial
+from studio.core.vram.tape import Tensor
+
+_MOST_CHUNKS = 32
+"""Chunks of a row that are followed one by one. Of a longer row each that is followed stands for several, which counts
+what comes and goes with a chunk several times: well below a hundredth of what a layer holds."""
+
+
+def mixed(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
+    """Return the mixer's output `[batch, seq, hidden]`; its input lives until then."""
+    out = (_gated_delta if mixer.kind == "delta" else _short_convolution)(run, mixer, x)
+    run.tape.named(x)
+    return out
+
+
+def _per_token(elements: float) -> Polynomial:
+    return Polynomial(per_token=elements)
+
+
+# Operators that only mixers use.
+
+
+def _product(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
+    """Return a batched product; autocast takes both operands in 16 bit, whatever they were computed in."""
+    if run.traits.arithmetic.autocast:
+        y, x = op.cast(y, run.traits.arithmetic.compute), op.cast(x, run.traits.arithmetic.compute)
+    saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
+    return result_of((y, x), outputs, x.itemsize, (gradient_like(y), gradient_like(x)), saved)
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x * y` of equal shapes in the wider format; the narrower's gradient is cast back from it."""
+    itemsize = max(x.itemsize, y.itemsize)
+    saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
+    works = () if x.itemsize == y.itemsize else (x.elements.times(itemsize),)
+    return result_of((y, x), x.elements, itemsize, (gradient_like(y), gradient_like(x)), saved, works=works)
+
+
+def _minus(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x - y` of equal shapes: y's gradient is negated, and cast where its format is another."""
+    works = () if x.itemsize == y.itemsize else (x.bytes,)
+    return result_of((x, y), x.elements, max(x.itemsize, y.itemsize), (None, gradient_like(y)), works=works)
+
+
+def _squared(x: Tensor) -> Tensor:
+    return result_of((x, x), x.elements, x.itemsize, (gradient_like(x), gradient_like(x)), (x,))
+
+
+def _padded(x: Tensor, ratio: float) -> Tensor:
+    """Return a row padded to whole chunks: a copy, even where nothing is added."""
+    return result_of((x,), x.elements.times(ratio), x.itemsize, (gradient_like(x),))
+
+
+def _pairwise(x: Tensor, chunk: int) -> Tensor:
+    """Return the differences of all pairs within a chunk; one gradient is summed from a negated copy."""
+    elements = x.elements.times(chunk)
+    sizes = (gradient_like(x), gradient_like(x))
+    return result_of((x, x), elements, x.itemsize, sizes, works=(elements.times(x.itemsize),))
+
+
+def _masked(x: Tensor) -> Tensor:
+    """Return a copy with another number where a mask says so."""
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),))
+
+
+def _solved(triangle: Tensor, right: Tensor) -> Tensor:
+    """Return `linalg.solve_triangular`: triangle and result are saved, the triangle's gradient takes three matrices."""
+    sizes = (gradient_like(triangle), gradient_like(right))
+    out = result_of((triangle, right), right.elements, right.itemsize, sizes, (triangle,), works=(triangle.bytes,))
+    if out.node is not None:
+        out.tape.saves(out.node, out)
+    return out
+
+
+def _copied_into(total: Tensor, part: Tensor) -> Tensor:
+    """Return `total[:, i] = part`: backward every such copy makes the whole gradient anew (CopySlices)."""
+    wide = part.elements.times(total.itemsize)
+    works = (wide, wide) if total.node is not None else (total.bytes, wide)
+    sizes = (gradient_like(total), gradient_like(part))
+    return result_of((total, part), total.elements, total.itemsize, sizes, base=total, works=works)
+
+
+def _exponential(x: Tensor) -> Tensor:
+    """Return `exp(x)`, in fp32 as CUDA's autocast has it."""
+    return op.activate_saving_result(op.cast(x, 4))
+
+
+def _convolved(run: Modules, mixer: Mixer, x: Tensor, *, activated: bool) -> Tensor:
+    """Return a causal convolution of each channel (`causal_conv1d_fn`): it makes `kernel - 1` positions too many."""
+    longer = 1 + (mixer.kernel - 1) / run.traits.length
+    whole = result_of((x,), x.elements.times(longer), x.itemsize, (gradient_like(x),), (x,))
+    cut = op.slice_last(whole, 1 / longer)
+    return op.activate(cut) if activated else cut
+
+
+def _unit(x: Tensor, heads: int) -> Tensor:
+    """Return heads of length one (`l2norm`)."""
+    squares = _squared(x)
+    inverse = op.activate_saving_result(op.add_number(op.mean_last(squares, _per_token(heads))))
+    return op.multiply_rows(x, inverse)
+
+
+# Gated DeltaNet.
+
+
+def _gated_delta(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
+    """Follow Qwen3_5GatedDeltaNet.forward, Qwen3NextGatedDeltaNet.forward."""
+    keys, width = mixer.groups * mixer.state, mixer.heads * mixer.head_dim
+    outputs = run.linears(mixer.inputs, x)
+    before, gate, writes, decays = outputs if len(outputs) == 4 else _taken_apart(mixer, *outputs)
+    after = _convolved(run, mixer, before, activated=True)
+    share = keys / (2 * keys + width)
+    query, key, value = op.split_last(after, (share, share, 1 - 2 * share))
+    write = op.activate_saving_result(writes)
+    steps = op.activate(op.add_number(op.cast(decays, 4)))
+    decay = op.times_constant(steps)
+    out = _chunked_delta(run, mixer, (query, key, value, write, decay))
+    normed = _gated_after(run, mixer, out, gate)
+    projected = run.linear(mixer.out, normed)
+    # The projection's output has no name of its own where it is the convolution's input (Qwen3.5).
+    run.tape.named(*(outputs[1:] if len(outputs) == 4 else outputs), after, gate, writes, decays, decay)
+    return projected
+
+
+def _taken_apart(mixer: Mixer, joined: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
+    """Follow fix_query_key_value_ordering: what is joined head by head is copied to lie kind by kind."""
+    keys, width = mixer.groups * mixer.state, mixer.heads * mixer.head_dim
+    shares = [part / (2 * keys + 2 * width) for part in (keys, keys, width, width)]
+    query, key, value, gate = op.split_last(joined, tuple(shares))
+    writes, decays = op.split_last(ends, (0.5, 0.5))
+    shared = mixer.heads != mixer.groups
+    if shared:
+        value, gate, writes, decays = (op.clone(t) for t in (value, gate, writes, decays))
+    parts = op.clone(query), op.clone(key), value if shared else op.clone(value)
+    before = op.join(parts)
+    joined.tape.named(*parts)
+    return before, gate, writes, decays
+
+
+def _gated_after(run: Modules, mixer: Mixer, x: Tensor, gate: Tensor) -> Tensor:
+    """Follow Qwen3NextRMSNormGated: normed head by head, then multiplied with the gate in fp32."""
+    wide = op.cast(x, 4)
+    inverse = op.activate_saving_result(op.mean_last(op.power(wide), _per_token(mixer.heads)))
+    normed = op.times_constant(op.cast(op.multiply_rows(wide, inverse), x.itemsize))
+    gated = _times(normed, op.activate(op.cast(gate, 4)))
+    out = op.cast(gated, x.itemsize)
+    run.tape.named(x, inverse, gate)
+    return out
+
+
+def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tensor:
+    """Follow torch_chunk_gated_delta_rule."""
+    tape, length, chunk = run.tape, run.traits.length, mixer.chunk
+    query, key, value, write, decay = given
+    itemsize = query.itemsize
+    if mixer.heads != mixer.groups:
+        query, key = (op.gather(t, mixer.heads / mixer.groups) for t in (query, key))
+        tape.named(query)
+    narrow = (query, key)
+    query, key, value, write = (op.cast(t, 4) for t in (query, key, value, write))
+    tape.named(*narrow, query, key, value)
+    query = _unit(query, mixer.heads)
+    key = _unit(key, mixer.heads)
+    query = op.scale(query)
+    ratio = -(-length // chunk) * chunk / length
+    short = query, key, value
+    query, key, value = (_padded(t, ratio) for t in short)
+    tape.named(*short)
+    write, decay = _padded(write, ratio), _padded(decay, ratio)
+    v_beta, k_beta = op.multiply_rows(value, write), op.multiply_rows(key, write)
+    cumulated = result_of((decay,), decay.elements, 4, (gradient_like(decay),))
+    pairs = _exponential(_masked(_pairwise(cumulated, chunk)))
+    square = pairs.elements
+    system = _times(_product(run, k_beta, key, square), pairs)
+    within = _times(_product(run, query, key, square), pairs)
+    decayed = op.multiply_rows(k_beta, _exponential(cumulated))
+    new, read = _solved(system, v_beta), _solved(system, decayed)
+    chunks = -(-length // chunk)
+    several = max(1.0, chunks / _MOST_CHUNKS)
+    row_state = _per_token(several * mixer.heads * mixer.state * mixer.head_dim / length)
+    state = Tensor(tape, row_state, 4)
+    total = Tensor(tape, new.elements, 4)
+    query = op.multiply_rows(query, _exponential(cumulated))
+    key = op.multiply_rows(key, _exponential(_minus(cumulated, cumulated)))
+    tape.named(state, total)
+    part = several / chunks
+    for _ in range(min(chunks, _MOST_CHUNKS)):
+        out_of = op.slice_last(new, part)
+        fresh = _minus(out_of, _product(run, op.slice_last(read, part), state, out_of.elements))
+        before = _product(run, op.slice_last(query, part), state, out_of.elements)
+        inside = op.add(before, _product(run, op.slice_last(within, part), fresh, out_of.elements))
+        total = _copied_into(total, inside)
+        kept = result_of((state, cumulated), row_state, 4, (gradient_like(state), None), (state,))
+        update = _product(run, op.slice_last(key, part), fresh, row_state)
+        old, state = state, op.add(kept, update)
+        tape.named(old, before, fresh)
+    tape.named(state)
+    out = (
+        op.cast(op.clone(total), itemsize)
+        if ratio == 1
+        else op.cast(op.slice_last(op.clone(total), 1 / ratio), itemsize)
+    )
+    tape.named(query, key, value, write, decay, v_beta, k_beta, cumulated, pairs, system, within, decayed, new, read)
+    return out
+
+
+# Short convolutions.
+
+
+def _short_convolution(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
+    """Follow Lfm2ShortConv.forward."""
+    (joined,) = run.linears(mixer.inputs, x)
+    left, gate, right = op.split_last(joined, (1 / 3, 1 / 3, 1 / 3))
+    product = op.multiply(left, right)
+    after = _convolved(run, mixer, product, activated=False)
+    gated = op.multiply(gate, after)
+    out = op.clone(gated)
+    (projected,) = run.linears((mixer.out,), out)
+    run.tape.named(joined, after, out)
+    return projected

@@ -1,0 +1,130 @@
+"""Every hybrid of the table against the modules that transformers itself builds, on the meta device."""
+
+from typing import Any
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from studio.core.hybrid_layers import HYBRIDS
+from studio.core.shape_from_config import shape_from_config
+from tests.core.test_shape_inventory import ROUTERS, SIZES, built
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+DELTA = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 12, "mamba_d_head": 16, "mamba_chunk_size": 32}
+SMALL: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 48},
+    "lfm2": {"full_attn_idxs": [1], "block_multiple_of": 16},
+    "lfm2_moe": {
+        **EXPERTS,
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "nemotron_h": {
+        "head_dim": 16,
+        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],
+        "ssm_state_size": 12,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 48,
+        "num_experts_per_tok": 2,
+    },
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2, "chunk_size": 32},
+    "mamba": {"state_size": 8},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_d_state": 8,
+    },
+}
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    sizes = {**SIZES, **SMALL[family], **changes}
+    if family == "nemotron_h":
+        sizes.pop("num_hidden_layers")
+    return CONFIG_MAPPING[family](**sizes)
+
+
+def described(config: Any) -> tuple[int, dict[str, set[tuple[int, int, bool]]]]:
+    shape = shape_from_config(config.to_dict())
+    maps: dict[str, set[tuple[int, int, bool]]] = {}
+    for _, linear in shape.all_linears():
+        maps.setdefault(linear.name, set()).add((linear.inputs, linear.outputs, linear.bias))
+    return shape.parameters, maps
+
+
+@pytest.mark.parametrize("family", sorted(HYBRIDS))
+def test_a_hybrid_has_the_modules_that_transformers_builds(family: str):
+    config = config_of(family)
+    parameters, maps = built(config)
+    counted, known = described(config)
+    assert known == {name: sizes for name, sizes in maps.items() if name not in ROUTERS}
+    assert counted == parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3_next", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+        ("qwen3_next", {"attention_bias": True, "tie_word_embeddings": True}),
+        ("qwen3_5_text", {"layer_types": ["full_attention"] * 2 + ["linear_attention"] * 2}),
+        ("lfm2", {"block_auto_adjust_ff_dim": False, "conv_bias": True}),
+        ("lfm2", {"layer_types": ["conv", "conv"]}),
+        ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 2, "mamba_proj_bias": True}),
+        ("granitemoehybrid", {"position_embedding_type": "rope", "attention_bias": True, "mamba_conv_bias": False}),
+        ("nemotron_h", {"moe_latent_size": 24, "mlp_bias": True, "use_bias": True}),
+        (
+            "falcon_h1",
+            {"mamba_rms_norm": True, "projectors_bias": True, "mamba_proj_bias": True, "attention_bias": True},
+        ),
+        ("falcon_h1", {"mamba_d_ssm": None, "mamba_d_head": "auto"}),
+        ("bamba", {"attn_layer_indices": None, "mlp_bias": True}),
+        ("mamba2", {"use_bias": True, "use_conv_bias": False}),
+        ("mamba", {"use_bias": True, "time_step_rank": 6}),
+    ],
+)
+def test_what_a_hybrids_config_switches_is_followed(family: str, changes: dict[str, Any]):
+    config = config_of(family, **changes)
+    parameters, maps = built(config)
+    counted, known = described(config)
+    assert known == {name: sizes for name, sizes in maps.items() if name not in ROUTERS}
+    assert counted == parameters
+
+
+def test_the_kinds_of_layers_are_known_in_their_order():
+    shape = shape_from_config(config_of("qwen3_next").to_dict())
+    assert shape.kinds == (0, 0, 0, 1)
+    assert [group.count for group in shape.groups] == [3, 1]
+    mixers = [group.layer.mixer for group in shape.groups]
+    assert mixers[0] is not None
+    assert mixers[0].kind == "delta"
+    assert mixers[1] is None
+    shape = shape_from_config(config_of("nemotron_h").to_dict())
+    assert shape.kinds == (0, 1, 2, 3, 0)
+    assert [bool(group.layer.mixer) for group in shape.groups] == [True, False, False, False]
+    assert [bool(group.layer.attention) for group in shape.groups] == [False, False, True, False]
