@@ -177,8 +177,8 @@ def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Ex
     shared = values.whole(family.shared_inner, default=0, low=0) if family.shared_inner else 0
     if family.shared_count:
         shared = inner * values.whole(family.shared_count, default=family.shared_default, low=0, high=_MOST_EXPERTS)
-    keys = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
-    per_token = values.each("moe_topk") or values.whole(*keys, default=2, high=count)
+    visited = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
+    per_token = values.each("moe_topk") or values.whole(*visited, default=2, high=count)
     biases = 2 * inner + hidden if name == "gpt_oss" else 0  # of gate and up, and of down
     gated = family.chooser == "shared_expert_gate"
     chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None

@@ -262,7 +262,7 @@ class Modules:
         if layer.norm in ("layer", "layer_wide"):
             out = self._layer_norm(x, wide=layer.norm == "layer_wide")
         elif layer.norm == "centred":
-            out = centred_norm(x)
+            out = op.centred_norm(x)
         else:
             out = self.rms_norm(layer, x)
         self.tape.named(x)
@@ -377,19 +377,6 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
         out = op.cast(op.times_constant(normed), x.itemsize)
     else:
         out = op.times_constant(op.cast(normed, x.itemsize))
-    x.tape.named(normed)
-    return out
-
-
-def centred_norm(x: Tensor) -> Tensor:
-    """Return a layer norm composed of plain operators in fp32; both differences from the mean are saved."""
-    wide = op.cast(x, 4)
-    mean = op.mean_last(wide, Polynomial(per_token=1))
-    squares = op.power(op.subtract_rows(wide, mean))
-    inverse = op.activate_saving_result(op.mean_last(squares, Polynomial(per_token=1)))
-    normed = op.multiply_rows(op.subtract_rows(wide, mean), inverse)
-    x.tape.named(wide, mean)
-    out = op.cast(op.times_constant(normed), x.itemsize)
     x.tape.named(normed)
     return out
 
