@@ -19,6 +19,7 @@ from studio.core.errors import BadInput
 from studio.jobs.audit.forms import UNROUNDED, Form, squared_norms
 from studio.jobs.audit.scores import Head, formed
 from studio.jobs.base.head_form import HeadForm, head_form_of
+from studio.jobs.base.model_class import backbone_of, class_of
 from studio.jobs.base.weights.units import Read, put
 
 
@@ -53,22 +54,26 @@ def parts_of(causal: PreTrainedModel) -> Parts:
         BadInput: It is not a stack of decoder blocks between an embedding and a head.
     """
     model = cast(Any, causal)
+    picked = class_of(model)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
+        if isinstance(module, nn.ModuleList) and len(module) == layers and picked.speaks(path)
     ]
-    backbone, head, embedding = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
+    backbone, head, embedding = backbone_of(model), model.get_output_embeddings(), model.get_input_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
-    if not stacks or backbone is causal or type(head) is not nn.Linear or id(embedding) not in names:
+    apart = backbone is not None and backbone is not causal
+    if not stacks or not apart or type(head) is not nn.Linear or id(embedding) not in names:
         kind = type(causal).__name__
         raise BadInput(
             f"{kind} is not a stack of decoder blocks between an embedding and a head: it cannot be audited."
         )
     path, stack = stacks[0]
     blocks = tuple((f"{path}.{place}", block) for place, block in enumerate(stack))
-    return Parts(causal, backbone, blocks, names[id(embedding)], names[id(head)], head_form_of(model.config))
+    return Parts(
+        causal, cast(nn.Module, backbone), blocks, names[id(embedding)], names[id(head)], head_form_of(model.config)
+    )
 
 
 @dataclass(frozen=True, slots=True)

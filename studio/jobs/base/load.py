@@ -24,7 +24,7 @@ from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.experts.loading import StacksConfig, read_in_parts
-from studio.jobs.base.model_class import class_in
+from studio.jobs.base.model_class import class_in, class_of, empty_model, odd_linears
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.failure import of_the_machine
@@ -119,17 +119,16 @@ def load_base(
     folder = base_folder(base, progress)
     if progress:
         progress("loading the base model", 0.0)
-    options: dict[str, Any] = (
-        {"quantization_config": four_bit_config(quant, dtype, _left_alone(base, folder, quant))}
-        if method == "qlora" and not own
-        else {}
-    )
     model: PreTrainedModel
     try:
         picked = class_in(folder, trust_remote_code=trust_remote_code)
         # Any, because its type says nothing of the pair that it returns with output_loading_info.
         from_pretrained: Any = picked.text_kind().from_pretrained
         chosen = attention_for(picked, attention, device=device, dtype=dtype)
+        options: dict[str, Any] = {}
+        if method == "qlora" and not own:
+            kept = left_alone(empty_model(picked), quant.skip)
+            options["quantization_config"] = four_bit_config(quant, dtype, kept)
         with read_in_parts():
             model, seen = from_pretrained(
                 folder,
@@ -189,31 +188,21 @@ def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str
 def left_alone(model: PreTrainedModel, skip: Collection[str]) -> list[str]:
     """Return the modules that are not quantised: transformers' own choice, weights that are read as numbers, and more.
 
+    Given such a list, transformers does not add its own choice, such as the head. Towers for images and sound are left
+    alone, and linear layers that are more than a product.
+
     Args:
         model: Its structure.
         skip: What the recipe leaves in 16 bit (`FourBit.skip`).
     """
-    return [*get_keys_to_not_convert(model), *sorted(kept_16bit(family_of(model))), *skip]
+    read, towers = sorted(kept_16bit(family_of(model))), class_of(model).towers
+    return [*get_keys_to_not_convert(model), *read, *towers, *odd_linears(model), *skip]
 
 
 def family_of(model: torch.nn.Module) -> str:
     """Return transformers' `model_type` of the language model inside a model."""
     config: Any = model.config
     return str(config.get_text_config().model_type)
-
-
-def _left_alone(base: BaseFound, folder: Path, quant: FourBit) -> list[str] | None:
-    """Return the modules that are not quantised; None where that is transformers' own choice, such as the head.
-
-    Given such a list, transformers does not add its own choice, so that is put into the list here.
-    """
-    config = base.config or {}
-    family = (config.get("text_config") or config).get("model_type", "")
-    if not quant.skip and not kept_16bit(family):
-        return None
-    from studio.jobs.base.weights.skeleton import build_clean  # noqa: PLC0415  peft, and a second only where it is needed
-
-    return left_alone(build_clean(folder), quant.skip)
 
 
 def _require_four_bit(model: torch.nn.Module) -> None:

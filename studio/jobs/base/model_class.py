@@ -10,9 +10,10 @@ Nothing is looked up by a family's name: the class is built on the meta device a
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +29,11 @@ from transformers.pytorch_utils import Conv1D
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.jobs.base.swapped import swapped
+
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    # transformers 5.24's Llama4ForConditionalGeneration reads this of its decoder's output, whose class lacks it: every
+    # forward pass of it would fail.
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,11 @@ class ModelClass:
 
         Loading it ignores the weights of those towers, so that they take no memory.
         """
-        return _without(self.kind, self.unused) if self.unused else self.kind
+        return _built_from(self.kind, self.unused) if self.decoder else self.kind
+
+    def whole_kind(self) -> type[PreTrainedModel]:
+        """Return the class with all its towers; those whose library is not installed are empty."""
+        return _built_from(self.kind, ()) if self.decoder else self.kind
 
 
 def model_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> ModelClass:
@@ -112,10 +123,66 @@ def from_config(kind: type[PreTrainedModel], config: PretrainedConfig, **options
     return model
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def class_of(model: nn.Module) -> ModelClass:
+    """Return the class of a model that is there, and what lies where in it; `unused` stays empty.
+
+    Raises:
+        BadInput: It is multimodal and does not say where its language model is.
+    """
+    whole: Any = model
+    kind, config = getattr(type(whole), "studio_original", type(whole)), whole.config
+    if config.get_text_config() is config:
+        return ModelClass(kind, config)
+    names = {id(module): name for name, module in whole.named_modules()}
+    try:
+        decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+    except NotImplementedError:
+        decoder = head = None
+    place, end = names.get(id(decoder), ""), names.get(id(head), "")
+    if not place:
+        raise BadInput(
+            f"A {kind.__name__} does not say which part of it is its language model, which alone is trained here. "
+            "Use a checkpoint of the language model alone."
+        )
+    return ModelClass(kind, config, place, end, type(decoder), tuple(_beside(whole, place, end)))
+
+
+def backbone_of(causal: nn.Module) -> nn.Module | None:
+    """Return the module that makes the hidden states; None, or the model itself, where there is none inside.
+
+    Of a multimodal model it is the decoder alone: a text needs nothing that the wrapper does around it.
+    """
+    picked = class_of(causal)
+    model = causal.get_submodule(picked.decoder)
+    if picked.decoder and not picked.head.startswith(f"{picked.decoder}."):
+        return model
+    backbone: nn.Module | None = getattr(model, "base_model", None)
+    if backbone is not model:
+        return backbone
+    # Llama 4's class names another attribute than its backbone's: the backbone is what holds the embedding.
+    embedding = cast(Any, model).get_input_embeddings()
+    place = next((name for name, module in model.named_modules() if module is embedding), "")
+    return model.get_submodule(place.rpartition(".")[0])
+
+
+def empty_model(picked: ModelClass) -> PreTrainedModel:
+    """Return a model of a class, without the towers that text never reaches; everything is on the meta device."""
+    with torch.device("meta"), no_init_weights():
+        return from_config(picked.text_kind(), deepcopy(picked.config), dtype=torch.float32)
+
+
+def odd_linears(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that are more than a product: such a module is never adapted or quantised.
+
+    Llama 4's and PhiMoE's routers are subclasses of `nn.Linear` that return a pair.
+    """
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not is_plain(module)]
+
+
+def is_plain(module: nn.Module) -> bool:
     """Return whether a module is a linear map and nothing else, in 16 bits or in bitsandbytes' form of it.
 
-    A subclass may return something else than the product: Llama 4's router returns a pair.
+    A subclass may return something else than the product.
     """
     return type(module) in (nn.Linear, Conv1D) or (
         isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
@@ -178,14 +245,9 @@ def _taking(
 def _look(kind: type[PreTrainedModel], config: PretrainedConfig) -> ModelClass:
     """Build a multimodal class without weights and see where its parts are."""
     with _built_without_images(), torch.device("meta"), no_init_weights():
-        model: Any = kind(config)
-    names = {id(module): name for name, module in model.named_modules()}
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    place, end = names.get(id(decoder), ""), names.get(id(head), "")
-    if not place:
-        return ModelClass(kind, config)
-    towers = tuple(_beside(model, place, end))
-    return ModelClass(kind, config, place, end, type(decoder), towers, _unused(model, decoder, towers))
+        model: Any = kind(deepcopy(config))
+    found = replace(class_of(model), config=config)
+    return replace(found, unused=_unused(model, found)) if found.decoder else found
 
 
 def _beside(model: nn.Module, decoder: str, head: str) -> Iterator[str]:
@@ -198,7 +260,7 @@ def _beside(model: nn.Module, decoder: str, head: str) -> Iterator[str]:
                 yield full
 
 
-def _unused(model: Any, decoder: nn.Module, towers: tuple[str, ...]) -> tuple[str, ...]:
+def _unused(model: nn.Module, found: ModelClass) -> tuple[str, ...]:
     """Return the towers that a text does not pass through on its way to the decoder.
 
     Gemma 3n sends text through the embeddings of its towers, too; only a forward pass shows that.
@@ -208,17 +270,16 @@ def _unused(model: Any, decoder: nn.Module, towers: tuple[str, ...]) -> tuple[st
     def reached(*_: Any) -> None:
         raise _ReachedError
 
-    decoder.register_forward_pre_hook(reached)
-    for name in towers:
+    model.get_submodule(found.decoder).register_forward_pre_hook(reached)
+    for name in found.towers:
         for inner in model.get_submodule(name).modules():
             inner.register_forward_pre_hook(_remember(called, name))
-    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
     try:
-        model.eval()(input_ids=ids)
+        model.eval()(input_ids=torch.zeros((1, 2), dtype=torch.long, device="meta"))
     except _ReachedError:
-        return tuple(name for name in towers if name not in called)
+        return tuple(name for name in found.towers if name not in called)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return ()  # not known, so everything stays
+        pass  # not known, so everything stays
     return ()
 
 
@@ -250,8 +311,8 @@ def _built_without_images() -> Iterator[None]:
         yield
 
 
-def _without(kind: type[PreTrainedModel], unused: tuple[str, ...]) -> type[PreTrainedModel]:
-    """Return a class whose instances have an empty module in place of each of the named ones."""
+def _built_from(kind: type[PreTrainedModel], unused: tuple[str, ...]) -> type[PreTrainedModel]:
+    """Return a subclass whose instances have an empty module in place of each of the named ones."""
 
     def build(self: Any, *given: Any, **named: Any) -> None:
         with _built_without_images():
@@ -264,6 +325,7 @@ def _without(kind: type[PreTrainedModel], unused: tuple[str, ...]) -> type[PreTr
     members = {
         "__init__": build,
         "__module__": kind.__module__,
+        "studio_original": kind,
         "_keys_to_ignore_on_load_unexpected": ignored,
     }
     # The original's name, by which transformers finds the renaming of a checkpoint's weights.

@@ -16,16 +16,19 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from studio.core.direct_weights import not_adapted
-from studio.core.errors import JobFailed
+from studio.core.errors import BadInput, JobFailed
 from studio.core.recipe import AdapterSection
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
 from studio.jobs.base.load import family_of
+from studio.jobs.base.model_class import class_of, is_plain, odd_linears
 from studio.jobs.base.weights.pissa import difference
+from studio.jobs.base.weights.skeleton import attach, build_clean
 from studio.jobs.train.guards import check_adapter
+from studio.probe.adapter_folder import find_adapter
+from studio.probe.model_folder import CONFIG
 from studio.runs.atomic import publish_folder
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -60,6 +63,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         rank_pattern=dict(section.rank_pattern),
         alpha_pattern=dict(section.alpha_pattern),
         modules_to_save=whole_modules(base, section.modules_to_save),
+        exclude_modules=kept_out(base),
         task_type=TaskType.CAUSAL_LM,
     )
     model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
@@ -120,7 +124,8 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
         Bytes on disk.
 
     Raises:
-        JobFailed: The adapter holds NaN or changes nothing (see `check_adapter`); nothing is written then.
+        JobFailed: The adapter holds NaN or changes nothing (see `check_adapter`), or a server would not find its
+            tensors in the base; nothing is written then.
         Exception: The disk is full or not writable. peft, safetensors and tokenizers raise different classes for it
             (see `studio.runs.disk.refuses`); nothing half-made is left.
     """
@@ -133,6 +138,7 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
         model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
         if initial:
             _rewrite_as_difference(model, scratch, initial)
+        _check_served(model, scratch)
         # safetensors makes the file readable for its owner alone, and a copy of the folder for others would stay so.
         shutil.copymode(scratch / ADAPTER_CONFIG, scratch / ADAPTER_WEIGHTS)
         tokenizer.save_pretrained(str(scratch))
@@ -140,6 +146,29 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _check_served(model: PeftModel, folder: Path) -> None:
+    """Open a saved adapter as a server does: with plain peft, on the class that the base's config.json names.
+
+    Keys that fit nothing there are only a warning of peft, and the adapter would be served without any effect.
+
+    Raises:
+        JobFailed: `adapter_unmatched` when a tensor fits nothing, or one that is asked for is missing.
+    """
+    causal: Any = model.get_base_model()
+    base = Path(causal.config.name_or_path)
+    if not (base / CONFIG).is_file() or not type(causal).__module__.startswith("transformers."):
+        return  # a model that was not loaded from a folder, or one whose class is in the folder's own code
+    try:
+        attach(build_clean(base, towers=True), [(find_adapter(folder), 1.0)])
+    except BadInput as error:
+        raise JobFailed(
+            "adapter_unmatched",
+            f"with plain peft, the adapter does not fit the class that the base's {CONFIG} names: {error}",
+            "resume from the last checkpoint with another version of lora-studio or of peft; the trained weights are "
+            "in it",
+        ) from error
 
 
 def _rewrite_as_difference(model: PeftModel, folder: Path, initial: AdapterWeights) -> None:
@@ -166,24 +195,25 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
         base: The loaded model.
         wanted: The recipe's targets.
         by_name: Whether `all-linear` becomes a list of names without the head's. peft needs names where only some
-            layers are adapted. The list is also made where an adapter on some of the linear maps would be dead.
+            layers are adapted. The list is also made where an adapter on some of the linear maps would be dead, or
+            where towers have maps of the same names.
 
     Raises:
         JobFailed: `unknown_targets` when a name is no module of the model; `dead_targets` when its weight is read past
             the module, so that an adapter would have no effect.
     """
     dead = not_adapted(family_of(base))
-    every = {name.rpartition(".")[2] for name, module in base.named_modules() if _is_linear(module)}
+    every = {_short(name) for name, module in _language_modules(base).items() if is_plain(module)}
     linear = sorted(every - dead.keys())
     if wanted == ALL_LINEAR:
-        by_name = by_name or len(linear) < len(every)
+        by_name = by_name or len(linear) < len(every) or kept_out(base) is not None
         head = cast(Any, base).get_output_embeddings() if by_name else None
         heads = {
             name.rpartition(".")[2] for name, module in base.named_modules() if head is not None and module is head
         }
         return [name for name in linear if name not in heads] if by_name else ALL_LINEAR
     names = [wanted] if isinstance(wanted, str) else list(wanted)
-    modules = dict(base.named_modules())
+    modules = _language_modules(base)
     for name in names:
         found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
         why = dead.get(name.rpartition(".")[2])
@@ -206,17 +236,43 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
     return names
 
 
+def kept_out(base: nn.Module) -> str | None:
+    """Return a regular expression for the modules that get no adapter whatever their names are; None for none.
+
+    They are the towers beside the language model, whose layers are often named like the decoder's, and linear layers
+    that are more than a product. It is saved with the adapter, which then fits the whole checkpoint.
+    """
+    towers = [re.escape(name) + r"(\..*)?" for name in class_of(base).towers]
+    odd = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in odd_linears(base)}
+    return "|".join([*towers, *sorted(odd)]) or None
+
+
+def _language_modules(base: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the language model by name, without linear layers that are more than a product."""
+    picked, odd = class_of(base), set(odd_linears(base))
+    return {name: module for name, module in base.named_modules() if picked.speaks(name) and name not in odd}
+
+
+def _short(name: str) -> str:
+    """Return the end of a module's name that says what it is: its last part, or with the number before it."""
+    before, _, last = name.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if last.isdigit() else last
+
+
 def whole_modules(base: nn.Module, names: tuple[str, ...]) -> list[str] | None:
     """Return the names of the modules that are trained whole, or None for none.
 
     Raises:
         JobFailed: `unknown_targets` when a name is no module of the model, or its module holds weights in 4 bits.
     """
-    modules = dict(base.named_modules())
+    modules = _language_modules(base)
+    chosen: list[str] = []
     for name in names:
-        found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
-        weights = [parameter for module in found for parameter in module.parameters()]
+        found = {full: module for full, module in modules.items() if full == name or full.endswith(f".{name}")}
+        weights = [parameter for module in found.values() for parameter in module.parameters()]
         if weights and all(parameter.is_floating_point() for parameter in weights):
+            # A tower may have a module of the same name; then only whole paths say which ones are meant.
+            chosen += found if class_of(base).towers else [name]
             continue
         held = "whose weights are held in 4 bits" if weights else "which this model does not have"
         raise JobFailed(
@@ -224,7 +280,7 @@ def whole_modules(base: nn.Module, names: tuple[str, ...]) -> list[str] | None:
             f"adapter.modules_to_save names {name!r}, {held}",
             "use the last part of a module's name, such as lm_head or embed_tokens, or method lora for any layer",
         )
-    return list(names) or None
+    return chosen or None
 
 
 def adapted_layers(base: nn.Module, wanted: tuple[int, ...]) -> list[int] | None:
@@ -281,7 +337,3 @@ def _spell_out_patterns(model: PeftModel) -> None:
 def _fits(name: str, module: str) -> bool:
     """Return whether a pattern's name fits a module's full name, as in peft (utils/other.py get_pattern_key)."""
     return re.match(rf"(.*\.)?({name})$", module) is not None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))

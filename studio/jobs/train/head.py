@@ -13,6 +13,7 @@ logits; other heads go through the chunked loss.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,6 +25,7 @@ from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.recipe import Loss
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.head_form import HeadForm, head_form_of
+from studio.jobs.base.model_class import backbone_of, class_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Relative difference allowed between the two losses: as much as rounding of the logits makes in each dtype, so that
@@ -45,15 +47,24 @@ class WholeModel:
             **inputs: The model's arguments, such as `input_ids` `[batch, seq]`.
         """
         # In fp32, as transformers' own loss does it (loss/loss_utils.py).
-        logits = self.causal(**inputs, use_cache=False).logits.float()
+        logits = self._logits(**inputs)
         return nn.functional.cross_entropy(logits.flatten(0, 1), shifted(labels).flatten(), reduction="sum")
 
     def row_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
         """Return the summed loss of each row of a batch `[rows]`, fp32; arguments as for `loss_sum`."""
-        logits, wanted = self.causal(**inputs, use_cache=False).logits.float(), shifted(labels)
+        logits, wanted = self._logits(**inputs), shifted(labels)
         rows = _rows_of(labels, inputs.get("row_lengths"))
         one_by_one = ((logits[row].flatten(0, 1), wanted[row].flatten()) for row in rows)
         return torch.stack([nn.functional.cross_entropy(*row, reduction="sum") for row in one_by_one])
+
+    def _logits(self, **inputs: Any) -> Tensor:
+        """Return the logits of all tokens in fp32."""
+        kind: Any = self.causal
+        if class_of(kind).decoder and "token_type_ids" in signature(kind.forward).parameters:
+            # Gemma 3 asks in training for what tells image tokens, of which there are none, from text.
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        logits: Tensor = kind(**inputs, use_cache=False).logits
+        return logits.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +124,7 @@ def token_loss(causal: nn.Module, loss: Loss) -> TokenLoss:
         loss: The recipe's word. A model without a separate backbone and head gets `full`; a head that liger cannot take
             gets `chunked`.
     """
-    # transformers' `base_model` is the model itself where there is no backbone inside.
-    backbone = getattr(causal, "base_model", None)
+    backbone = backbone_of(causal)
     head = cast(Any, causal).get_output_embeddings() if loss != "full" else None
     if not isinstance(backbone, nn.Module) or backbone is causal or not isinstance(head, nn.Module):
         return WholeModel(causal)

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from studio.core.recipe import Packing
 from studio.jobs.base import sinks
+from studio.jobs.base.attention import only_for_text
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
 from studio.jobs.base.device import wait_for
@@ -77,14 +78,15 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
         RuntimeError: The memory is full or the card has failed, which says nothing about packing.
     """
     causal: Any = step_model.causal
-    before = causal.config._attn_implementation
+    config = causal.config.get_text_config()
+    before = config._attn_implementation
     if len(rows) < 2:
         return False
     for name in packed_attentions(before, device):
         try:
-            causal.set_attn_implementation(name)
+            causal.set_attn_implementation(only_for_text(causal.config, name))
             # transformers may keep the old attention without raising, so the config is read back.
-            if causal.config._attn_implementation == name and _proven(step_model, rows[0], rows[1], device):
+            if config._attn_implementation == name and _proven(step_model, rows[0], rows[1], device):
                 return True
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
             if leaves_no_other_way(error):
@@ -92,7 +94,7 @@ def can_pack(step_model: StepModel, rows: Sequence[Example], device: torch.devic
             # Otherwise this model's forward does not take packed rows, or this torch has no such kernel.
         finally:
             step_model.zero_grad(set_to_none=True)
-        causal.set_attn_implementation(before)
+        causal.set_attn_implementation(only_for_text(causal.config, before))
     return False
 
 

@@ -89,7 +89,7 @@ def trainable_model(
         device=device,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    if frozen.config._attn_implementation == "eager" != recipe.train.attention:
+    if frozen.config.get_text_config()._attn_implementation == "eager" != recipe.train.attention:
         worker.emit(Warned, topic="attention", message=_EAGER_NOTE)
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
     if recipe.train.offload_checkpoints:

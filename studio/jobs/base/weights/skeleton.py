@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.model_class import class_in, from_config
+from studio.jobs.base.model_class import class_in, class_of, from_config
 from studio.jobs.base.swapped import swapped
 from studio.probe.adapter_folder import AdapterFound
 from studio.runs.layout import ADAPTER_WEIGHTS
@@ -54,12 +54,13 @@ class Skeleton:
     vocabulary: int | None
 
 
-def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
+def build_clean(folder: Path, vocabulary: int | None = None, *, towers: bool = False) -> PreTrainedModel:
     """Return the model of a folder without its weights; buffers are real.
 
     Args:
         folder: Holds `config.json`.
         vocabulary: Number of tokens where it is not the config's.
+        towers: Whether a multimodal model has the towers that text never reaches.
 
     Raises:
         BadInput: transformers cannot build this model.
@@ -70,7 +71,8 @@ def build_clean(folder: Path, vocabulary: int | None = None) -> PreTrainedModel:
             picked.config.get_text_config().vocab_size = vocabulary
         # Initial values are never used, and drawing them took half of the time, even on the meta device.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = from_config(picked.text_kind(), picked.config, dtype=torch.float32)
+            kind = picked.whole_kind() if towers else picked.text_kind()
+            model = from_config(kind, picked.config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
         said = plain(str(error), one_line=True, limit=300)
         raise BadInput(f"the model {plain(str(folder), one_line=True)} cannot be built: {said}") from error
@@ -96,13 +98,19 @@ def build_skeleton(folder: Path, adapter: AdapterFound, weight: float = 1.0, *mo
         refuse_what_cannot_merge(found.config)
     if more or weight != 1:
         refuse_weighted([found.config for found, _ in adapters])
-    adapted = attach(build_clean(folder, adapter_vocabulary(adapter)), adapters)
-    clean = build_clean(folder, adapter_vocabulary(adapter))
+    vocabulary = adapter_vocabulary(adapter)
+    clean = build_clean(folder, vocabulary)
+    # An adapter that was made elsewhere may adapt a vision tower, too.
+    begins = tuple(f"base_model.model.{tower}." for tower in class_of(clean).towers)
+    towers = any(key.startswith(begins) for found, _ in adapters for key in found.header.tensors)
+    if towers:
+        clean = build_clean(folder, vocabulary, towers=True)
+    adapted = attach(build_clean(folder, vocabulary, towers=towers), adapters)
     replaced = {name: p.detach() for name, p in base_parameters(adapted).items() if not p.is_meta}
     if missing := clean.state_dict().keys() - base_parameters(adapted).keys() - dict(clean.named_buffers()).keys():
         raise BadInput(f"the adapter hides {sorted(missing)[0]} of the base in a way that is not understood.")
     tied = {name: of for name, of in (getattr(clean, "all_tied_weights_keys", None) or {}).items() if name != of}
-    return Skeleton(clean, adapted, replaced, tied, adapter_vocabulary(adapter))
+    return Skeleton(clean, adapted, replaced, tied, vocabulary)
 
 
 def base_parameters(adapted: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -1,0 +1,153 @@
+"""Multimodal checkpoints as the hub holds them: their language model is trained, merged and served in its own class."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from studio.core.errors import JobFailed
+from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.train import job
+from studio.jobs.train.adapter import attach_adapter, save_adapter
+from tests.fakes.families import FAMILIES, make_family
+from tests.fakes.tiny_model import tiny_tokenizer
+from tests.jobs.conftest import Merge, Train, history_of
+
+FAST = "gemma3"
+"""Has all of it: a tower and a projector, tied heads, token types that it asks for in training."""
+
+NAMES = ("gemma3", "mistral3", "qwen3_5", "qwen3_vl")
+IDS = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+def each(*slow: str) -> Any:
+    """Run a test for the fast family always, and for the others with the slow tests."""
+    rest = [pytest.param(name, marks=pytest.mark.slow) for name in slow or NAMES if name != FAST]
+    return pytest.mark.parametrize("family", [FAST, *rest], indirect=True)
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    make_family(tmp_path / "base", request.param, dtype=torch.float32)
+    return str(request.param)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[PeftModel]:
+    """The models that training jobs of this process have trained."""
+    kept: list[PeftModel] = []
+    make = job.trainable_model
+
+    def keeping(*given: Any, **named: Any) -> Any:
+        made = make(*given, **named)
+        kept.append(made[0])
+        return made
+
+    monkeypatch.setattr(job, "trainable_model", keeping)
+    return kept
+
+
+def original(name: str, folder: Path, **options: Any) -> Any:
+    """The checkpoint in the class that it names, as anyone loads it."""
+    kind = getattr(transformers, FAMILIES[name].architecture)
+    return kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    made: Tensor = model.eval()(input_ids=IDS).logits
+    return made
+
+
+def in_tower(name: str) -> bool:
+    return any(word in name for word in ("visual", "vision", "projector", "audio"))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@each()
+def test_the_adapter_has_the_trained_effect_on_the_original_class(
+    family: str, method: str, recipe: Recipe, train: Train, trained: list[PeftModel], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    for path, value in {"model.base": str(base), "method": method, "train.packing": "on"}.items():
+        recipe = recipe.with_(path, value)
+    paths = train(recipe.with_("train.grad_checkpointing", True))
+    history = history_of(paths)
+    assert history.failed is None
+    # The loss is the chunked one. Rows are packed, except where a recurrence would run on from row to row.
+    assert [warning.topic for warning in history.warnings] == (["packing"] if family == "qwen3_5" else [])
+    assert history.planned is not None
+    assert history.planned.loss_path == "chunked"
+    assert history.train.losses[-1] < history.train.losses[0]
+    model = trained[0]
+    # Towers are not even there, no adapted module is dead, and every decoder layer is in 4 bits.
+    assert not [name for name, _ in model.named_parameters() if in_tower(name)]
+    assert all(bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name)
+    layers = [name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes")]
+    assert all(".language_model.layers." in name for name in layers)
+    assert bool(layers) == (method == "qlora")
+
+    options = {}
+    if method == "qlora":
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        options = {"quantization_config": four, "device_map": {"": "cpu"}}
+    plain = original(family, base, **options)
+    for module in plain.modules():
+        # On this kind of CPU bitsandbytes would round to bf16 in evaluation mode, which no card does.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    untrained = logits(plain)
+    served = PeftModel.from_pretrained(plain, str(paths.adapter))
+    assert not [name for name, weight in served.named_parameters() if in_tower(name) and "lora" in name]
+    wanted = logits(model.get_base_model())
+    assert torch.allclose(logits(served), wanted, atol=1e-4)
+    assert float((wanted - untrained).abs().max()) > 0.1
+
+
+@each()
+def test_a_merge_keeps_the_whole_checkpoint(
+    family: str, recipe: Recipe, train: Train, merge: Merge, trained: list[PeftModel], tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "merged"
+    paths = train(recipe.with_("model.base", str(base)))
+    history = history_of(merge(paths.adapter, base, out))
+    assert history.failed is None
+    assert torch.allclose(logits(original(family, out)), logits(trained[0].get_base_model()), atol=1e-4)
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if in_tower(name) or "mtp" in name} <= same
+    assert {name for name in before if name.endswith("q_proj.weight") and "language_model" in name}.isdisjoint(same)
+    words = json.loads((out / "config.json").read_text())
+    assert words["architectures"] == [FAMILIES[family].architecture]
+
+
+def test_an_adapter_that_fits_nothing_of_the_original_class_is_refused(tmp_path: Path) -> None:
+    """Trained on the text class of the family, its keys have other names than a server knows."""
+    base = make_family(tmp_path / "base", "qwen3_5", dtype=torch.float32)
+    model = attach_adapter(AutoModelForCausalLM.from_pretrained(base), AdapterSection(), grad_checkpointing=False)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    with pytest.raises(JobFailed, match="does not fit the class that the base's") as failed:
+        save_adapter(model, tiny_tokenizer(), tmp_path / "adapter")
+    assert failed.value.kind == "adapter_unmatched"
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("adapter.targets", ("qkv",)), ("adapter.modules_to_save", ("merger",))])
+def test_what_only_a_tower_has_is_refused(
+    field: str, value: tuple[str, ...], recipe: Recipe, train: Train, tmp_path: Path
+) -> None:
+    base = make_family(tmp_path / "base", "qwen3_vl", dtype=torch.float32)
+    failed = history_of(train(recipe.with_("model.base", str(base)).with_(field, value))).failed
+    assert failed is not None
+    assert "which this model does not have" in failed.message
