@@ -1,6 +1,7 @@
 """Checks a model folder before anything heavy is loaded: config, weights (whole, in safetensors), tokenizer."""
 
 import json
+import math
 from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,20 +19,35 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 _MOST_JSON_BYTES, _MOST_INDEX_BYTES = 8 * 2**20, 50 * 2**20
 """Configs of large mixtures that list every unquantised module have some 3 MB, their indices some 25 MB."""
 
+_FLOAT, _SPECIAL_FLOATS = "__float__", {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""How transformers 5 writes floats that JSON does not have, such as the limit of Mamba 2's time steps."""
+
 _MOST_SHARDS = 10_000
 """Models of a trillion parameters come in 62 to 191 files, and each file that the index names is looked for."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a model's `config.json`.
+    """Return a model's `config.json`; numbers that are not finite are read as transformers writes them.
 
     Raises:
         BadInput: Missing, not JSON, or not an object that names a model type.
     """
-    config = _json(path)
+    config: dict[str, Any] = _with_special_floats(_json(path))
     if not isinstance(config.get("model_type"), str):
         raise BadInput(f"{_shown(path)} names no model_type; wanted the config.json of a transformers model.")
     return config
+
+
+def _with_special_floats(value: Any) -> Any:
+    """Return a JSON value in which `{"__float__": "Infinity"}` is a number (transformers 5, configuration_utils.py)."""
+    if isinstance(value, list):
+        return [_with_special_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    word = value.get(_FLOAT) if len(value) == 1 else None
+    if isinstance(word, str) and word in _SPECIAL_FLOATS:
+        return _SPECIAL_FLOATS[word]
+    return {key: _with_special_floats(item) for key, item in value.items()}
 
 
 def check_folder(folder: Path) -> tuple[dict[str, Any], int]:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_what_the_config_says_of_quantisation(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     base = find_base(str(folder))
     assert base.quantization == "gptq"
+
+
+def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them(folder: Path) -> None:
+    limits = {"__float__": "Infinity"}, {"__float__": "-Infinity"}, {"__float__": "word"}, {"a": {"__float__": "NaN"}}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "time_step_limit": [0.0, *limits]}))
+    config = find_base(str(folder)).config
+    assert config is not None
+    least, most, negative, word, inner = config["time_step_limit"]
+    assert (least, most, negative, word) == (0.0, math.inf, -math.inf, {"__float__": "word"})
+    assert math.isnan(inner["a"])
 
 
 def test_a_revision_belongs_to_hub_models(folder: Path) -> None:

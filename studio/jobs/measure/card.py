@@ -105,14 +105,15 @@ class CudaFunctions(TorchFunctionMode):
     ) -> Tensor:
         """Return attention `[batch, heads, seq, head_dim]` from the kernel that torch would choose.
 
-        Flash takes 16-bit heads of at most 256 numbers without a mask, and grouped ones if `enable_gqa` is set. The
-        memory-efficient kernel takes masks and fp32, but no grouped heads. The plain one takes everything, and makes
+        Flash takes 16-bit heads of at most 256 numbers without a mask, and grouped ones if `enable_gqa` is set; values
+        must be as wide as keys, which those of latent attention (DeepSeek) are not. The memory-efficient kernel takes
+        masks, fp32 and values of their own width, but no grouped heads. The plain one takes everything, and makes
         matrices of seq x seq (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
         """
         if torch.is_autocast_enabled("cpu"):
             lower = torch.get_autocast_dtype("cpu")
             query, key, value = (t.to(lower) if t.is_floating_point() else t for t in (query, key, value))
-        half, fits = query.dtype in _HALF, query.shape[-1] <= 256
+        half, fits = query.dtype in _HALF, query.shape[-1] <= 256 and query.shape[-1] == value.shape[-1]
         with torch.autocast("cpu", enabled=False):
             grouped = key.shape[1] != query.shape[1]
             if self._has_flash and half and fits and attn_mask is None and (enable_gqa or not grouped):

@@ -4,6 +4,7 @@ It must be called where every new tensor is fake, or for a model that is small e
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -79,7 +81,10 @@ def weightless_base(
         # flash_attention_2 is traced as sdpa: flash-attn's kernel and torch's own flash kernel hold the same tensors.
         attention = "eager" if recipe.train.attention == "eager" else attention_of(picked, torch.device(device_type))
         chosen = only_for_text(picked.config, attention)
-        model = from_config(picked.text_kind(), picked.config, dtype=dtype, attn_implementation=chosen)
+        # Fake numbers have no values, and a truncated normal would draw them until all lie inside: for ever.
+        with no_init_weights() if is_fake(torch.empty(0)) else nullcontext():
+            model = from_config(picked.text_kind(), picked.config, dtype=dtype, attn_implementation=chosen)
+        model.tie_weights()
     except _UNBUILDABLE as error:
         said = plain(f"{type(error).__name__}: {error}", one_line=True, limit=300)
         raise BadInput(f"this model cannot be built from its config: {said}") from error
