@@ -8,7 +8,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from studio.core.errors import BadInput
-from studio.jobs.base.model_class import ModelClass, from_config, model_class
+from studio.jobs.base.model_class import ModelClass, empty_model, from_config, model_class, odd_linears
+from tests.fakes.families import FAMILIES, config_of
 
 
 def picked(family: str, architecture: str | None) -> ModelClass:
@@ -79,3 +80,15 @@ def test_other_words_in_architectures(family: str, architecture: str | None, kin
 def test_what_does_not_continue_text_is_refused(family: str, architecture: str) -> None:
     with pytest.raises(BadInput, match="is not a causal language model"):
         picked(family, architecture)
+
+
+@pytest.mark.parametrize(
+    ("family", "odd"), [("falcon", None), ("llama4", "feed_forward.router"), ("phimoe", "mlp.router")]
+)
+def test_linear_layers_that_are_more_than_a_product(family: str, odd: str | None) -> None:
+    """Falcon has a subclass that multiplies as any other; the routers return pairs."""
+    config = config_of(family)
+    config.architectures = [FAMILIES[family].architecture]
+    found = odd_linears(empty_model(model_class(config)))
+    assert bool(found) == bool(odd)
+    assert all(name.endswith(str(odd)) for name in found)

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
@@ -182,11 +183,20 @@ def odd_linears(model: nn.Module) -> list[str]:
 def is_plain(module: nn.Module) -> bool:
     """Return whether a module is a linear map and nothing else, in 16 bits or in bitsandbytes' form of it.
 
-    A subclass may return something else than the product.
+    A subclass may return something else than the product; it is tried without numbers.
     """
-    return type(module) in (nn.Linear, Conv1D) or (
-        isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")
-    )
+    kind = type(module)
+    if kind in (nn.Linear, Conv1D) or (isinstance(module, nn.Linear) and kind.__module__.startswith("bitsandbytes.")):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    parameters = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
+    given = torch.empty(1, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        made = functional_call(module, parameters, given)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return False
+    return isinstance(made, Tensor) and made.shape == (1, module.out_features)
 
 
 def _remote_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
