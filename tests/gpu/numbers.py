@@ -28,7 +28,8 @@ from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import chunked_loss_sum, shifted
 from studio.jobs.train.objectives.supervised import collate, pack
-from studio.jobs.train.packing import VARLEN_ATTENTION, can_pack, packed_attentions
+from studio.jobs.train.packing import can_pack
+from studio.jobs.train.row_isolation import VARLEN_ATTENTION, packed_attentions
 from studio.jobs.train.step_model import StepModel
 from tests.fakes.tiny_model import tiny_config
 from tests.gpu.bench import Bench, Seen, Skip, capability, need_dtype, replaced, table

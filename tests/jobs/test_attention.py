@@ -21,7 +21,8 @@ from studio.jobs.base.attention import attention_for
 from studio.jobs.base.model_class import class_in
 from studio.jobs.train import packing
 from studio.jobs.train.batches import Batcher
-from studio.jobs.train.packing import ROW_ATTENTION, VARLEN_ATTENTION, can_pack, packed_attentions
+from studio.jobs.train.packing import can_pack
+from studio.jobs.train.row_isolation import ROW_ATTENTION, VARLEN_ATTENTION, packed_attentions
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.conftest import Train, history_of
 from tests.jobs.test_packing import PADDED, TIGHT, loss_and_gradients, rows, step_model_of, stir

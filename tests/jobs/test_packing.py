@@ -18,7 +18,8 @@ from studio.jobs.train import packing
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches, best_fit
 from studio.jobs.train.objectives.supervised import pack
-from studio.jobs.train.packing import ROW_ATTENTION, batcher_for, can_pack, row_attention
+from studio.jobs.train.packing import batcher_for, can_pack
+from studio.jobs.train.row_isolation import ROW_ATTENTION, row_attention
 from studio.jobs.train.step_model import StepModel
 from studio.runs.control import request, withdraw_all
 from tests.jobs.conftest import Train, history_of

@@ -26,7 +26,8 @@ from studio.jobs.base.sinks import FAMILIES, SINK_ATTENTION, packed_sink_attenti
 from studio.jobs.train import packing
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.objectives.supervised import pack
-from studio.jobs.train.packing import ROW_ATTENTION, VARLEN_ATTENTION, can_pack
+from studio.jobs.train.packing import can_pack
+from studio.jobs.train.row_isolation import ROW_ATTENTION, VARLEN_ATTENTION
 from studio.jobs.train.step_model import StepModel
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.conftest import Train, history_of

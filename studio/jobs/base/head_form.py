@@ -1,5 +1,6 @@
 """How a family turns its head's output into logits."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ from typing import Any
 class HeadForm:
     """How a family turns the head's output x into logits: `softcap * tanh(scale * x / softcap)`, or `scale * x`.
 
-    Sources: Gemma 2 `final_logit_softcapping`, Granite `logits_scaling` (divides), Cohere `logit_scale` (multiplies).
+    Sources: Gemma 2 `final_logit_softcapping`, Granite `logits_scaling` (divides), Cohere `logit_scale` and Falcon-H1
+    `lm_head_multiplier` (multiply).
     """
 
     softcap: float | None = None
@@ -18,6 +20,8 @@ class HeadForm:
 def head_form_of(config: Any) -> HeadForm:
     """Return the form that a model's config names. A family may do more to its logits: the caller must compare."""
     text = config.get_text_config()
-    divided, multiplied = (float(getattr(text, name, 1.0) or 1.0) for name in ("logits_scaling", "logit_scale"))
+    divided, *multiplied = (
+        float(getattr(text, name, 1.0) or 1.0) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")
+    )
     softcap = getattr(text, "final_logit_softcapping", None)
-    return HeadForm(float(softcap) if softcap else None, 1.0 / divided * multiplied)
+    return HeadForm(float(softcap) if softcap else None, math.prod(multiplied) / divided)

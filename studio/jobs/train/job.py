@@ -34,7 +34,7 @@ from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.objectives import Objective
 from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.jobs.train.optimizer import optimizer_of
-from studio.jobs.train.packing import batcher_for
+from studio.jobs.train.packing import batcher_for, why_padded
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
@@ -49,9 +49,6 @@ from studio.runs.identity import Identity, read_identity, write_identity
 from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
-_CANNOT_PACK = (
-    "rows are padded, not packed: with this model or attention they would see each other, or there is but one row"
-)
 _OTHER_LOSS = {
     "full": "this model's loss is not its head applied to its backbone: the full logits are built, which takes more "
     "memory",
@@ -167,7 +164,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         tell=tell,
     )
     if recipe.train.packing == "on" and not batcher.packed_tokens:
-        worker.emit(Warned, topic="packing", message=_CANNOT_PACK)
+        worker.emit(Warned, topic="packing", message=f"rows are padded, not packed: {why_padded(step_model.causal)}")
     batches = _batches(recipe, rows, batcher)
     _say_padding(tell, recipe, rows, batches, batcher)
     total = total_steps_of(

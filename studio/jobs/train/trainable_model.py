@@ -32,6 +32,7 @@ from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter
 from studio.jobs.train.checkpoint import load_initial
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
+from studio.jobs.train.row_isolation import attends
 from studio.probe.models import BaseFound
 from studio.runs.worker import Worker
 
@@ -89,7 +90,7 @@ def trainable_model(
         device=device,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    if frozen.config.get_text_config()._attn_implementation == "eager" != recipe.train.attention:
+    if frozen.config.get_text_config()._attn_implementation == "eager" != recipe.train.attention and attends(frozen):
         worker.emit(Warned, topic="attention", message=_EAGER_NOTE)
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
     if recipe.train.offload_checkpoints:
