@@ -57,13 +57,13 @@ def call_by_row(causal: nn.Module) -> None:
         if not hasattr(layer.forward, _WHOLE):
             by_row = _by_row(layer.forward)
             setattr(by_row, _WHOLE, layer.forward)
-            layer.forward = by_row  # type: ignore[method-assign]
+            layer.forward = by_row
 
 
 def call_whole(causal: nn.Module) -> None:
     """Undo `call_by_row`."""
     for layer in stateful_layers(causal):
-        layer.forward = getattr(layer.forward, _WHOLE, layer.forward)  # type: ignore[method-assign]
+        layer.forward = getattr(layer.forward, _WHOLE, layer.forward)
 
 
 def _by_row(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -76,7 +76,7 @@ def _by_row(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if row_lengths is None:
             return forward(hidden_states, **named)
         of_row = {name: value for name, value in named.items() if not name.startswith(_OF_THE_PACK)}
-        rows = hidden_states.split(row_lengths.tolist(), dim=1)
+        rows = torch.split(hidden_states, row_lengths.tolist(), dim=1)
         return torch.cat([forward(row, **of_row) for row in rows], dim=1)
 
     # Not compiled: as for the attention functions below.
