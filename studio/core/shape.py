@@ -264,20 +264,25 @@ class ModelShape:
         """Number of decoder layers."""
         return sum(group.count for group in self.groups)
 
+    @property
+    def each_heads(self) -> tuple[Heads, ...]:
+        """How attention is divided in each kind of layer."""
+        return tuple(group.layer.heads for group in self.groups)
+
     @cached_property
     def heads(self) -> int:
         """Most query heads of a layer."""
-        return max(group.layer.heads.queries for group in self.groups)
+        return max(heads.queries for heads in self.each_heads)
 
     @cached_property
     def kv_heads(self) -> int:
         """Most key and value heads of a layer."""
-        return max(group.layer.heads.keys for group in self.groups)
+        return max(heads.keys for heads in self.each_heads)
 
     @cached_property
     def head_dim(self) -> int:
         """Width of the widest head of queries and keys."""
-        return max(group.layer.heads.width for group in self.groups)
+        return max(heads.width for heads in self.each_heads)
 
     @cached_property
     def kinds(self) -> tuple[int, ...]:

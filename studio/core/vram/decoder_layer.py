@@ -216,6 +216,8 @@ def _fed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the block's output `[batch, seq, hidden]` and, for eager attention, its weights."""
+    if layer.latent:
+        return _latent_attention(run, layer, x)
     tape = run.tape
     query, key, value = _projections(run, layer, x)
     gate = None
@@ -245,6 +247,37 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     assert layer.out is not None  # noqa: S101  a layer without attention has no heads
     out = run.linear(layer.out, attended)
     tape.named(x, query, key, value, gate, attended)
+    return out, weights
+
+
+def _latent_attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Follow DeepseekV3Attention.forward: queries, and keys with values, are made from narrow vectors."""
+    tape, heads, latent = run.tape, layer.heads, layer.latent
+    assert latent is not None  # noqa: S101  the caller looked
+    *narrow, into, back = layer.qkv
+    query = run.linear(narrow[0], x)
+    if len(narrow) > 1:
+        normed = run.rms_norm(layer, query)
+        query = run.linear(narrow[1], normed)
+        tape.named(normed)
+    rotary = latent.rotary / heads.width
+    unturned, positions = op.split_last(query, (1 - rotary, rotary))
+    both = run.linear(into, x)
+    share = latent.rotary / (latent.keys + latent.rotary)
+    compressed, key_positions = op.split_last(both, (1 - share, share))
+    compressed = run.rms_norm(layer, compressed)
+    turned, key_turned = run.rotate(layer, positions), run.rotate(layer, key_positions)
+    joined = op.join((unturned, turned))
+    expanded = run.linear(back, compressed)
+    width = heads.width - latent.rotary
+    share = width / (width + heads.value_width)
+    unturned_keys, value = op.split_last(expanded, (share, 1 - share))
+    key = op.filled((unturned_keys, op.expanded(key_turned, heads.queries)))
+    attended, weights = _attend(run, layer, joined, key, value)
+    if run.traits.kernel in ("flash", "cpu"):
+        attended = op.clone(attended)  # joined queries lie head by head, see `attention`
+    (out,) = run.linears((layer.out,), attended)
+    tape.named(x, query, both, compressed, turned, key_turned, joined, key, value, attended)
     return out, weights
 
 
@@ -286,7 +319,10 @@ def _attend(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tenso
     if masked or kernel == "efficient" or run.traits.repeats_heads:
         key, value = _both_widened(layer, key, value)
     flash, on_card = kernel == "flash", kernel != "cpu"
-    out = op.fused_attention(query, key, value, layer.heads.queries, flash=flash, workspaces=on_card, masked=masked)
+    share = layer.heads.value_width / layer.heads.width
+    out = op.fused_attention(
+        query, key, value, layer.heads.queries, flash=flash, workspaces=on_card, masked=masked, value_share=share
+    )
     return out, None
 
 

@@ -135,10 +135,11 @@ def trains_layers(shape: ModelShape, loop: Loop) -> bool:
 def residual_itemsize(shape: ModelShape, kind: Setup) -> int:
     """Return the bytes per element of the residual stream.
 
-    CUDA's autocast gives layer norms back in fp32, and quantised layers give back what they are given.
+    CUDA's autocast gives layer norms and xIELU back in fp32, and quantised layers give back what they are given.
     """
-    widened = kind.quantised and kind.autocast and kind.device == "cuda" and shape.groups[0].layer.norm == "layer"
-    return 4 if widened else kind.residual_itemsize
+    layer = shape.groups[0].layer
+    wide = layer.norm == "layer" or layer.activation == "xielu"
+    return 4 if wide and kind.quantised and kind.autocast and kind.device == "cuda" else kind.residual_itemsize
 
 
 @lru_cache(maxsize=256)
@@ -150,7 +151,8 @@ def widest_linear(shape: ModelShape) -> int:
 def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, *, seq_len: int = 0) -> Kernel:
     """Return which attention runs.
 
-    Flash needs 16-bit inputs, no mask, heads of at most 256 and compute capability 8.0 (check_head_dim_size_flash and
+    Flash needs 16-bit inputs, no mask, heads of at most 256, values as wide as keys, and compute capability 8.0
+    (check_head_dim_size_flash and
     check_flash_attention_hardware_support in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Without it the
     memory-efficient kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or
     ALiBi run eagerly whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows
@@ -170,7 +172,8 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, *, seq_le
     able = gpu is None or gpu.compute_capability >= (8, 0)
     if is_windowed(shape, seq_len or setup.seq_len) and setup.attention != "flash_attention_2":
         return "efficient_masked"
-    return "flash" if half and able and shape.head_dim <= 256 else "efficient"
+    fits = shape.head_dim <= 256 and all(heads.width == heads.value_width for heads in shape.each_heads)
+    return "flash" if half and able and fits else "efficient"
 
 
 def is_windowed(shape: ModelShape, seq_len: int) -> bool:

@@ -290,6 +290,10 @@ class Modules:
         """Return queries or keys turned by their positions."""
         if layer.rotary == 0:
             return x
+        if layer.rotary_form == "complex":
+            return _rotate_complex(x)
+        if layer.rotary_form == "pairs":
+            return _rotate_pairs(x)
         if not layer.rotary_joined:
             return _rotate_whole(x)
         turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
@@ -326,10 +330,27 @@ class Modules:
                 x = op.cast(x, 4)  # CUDA's autocast takes powers in fp32, and all that is added to them is fp32 then
             bent = op.activate_saving_result(op.scale(op.add(x, op.scale(op.power(x)))))
             out = op.multiply(half, op.add_number(bent))
+        elif layer.activation == "xielu":
+            out = self._xielu(x)
         elif layer.activation == "relu2":
             out = op.power(op.activate_saving_result(x))
         else:
             out = op.activate(x)
+        self.tape.named(x)
+        return out
+
+    def _xielu(self, x: Tensor) -> Tensor:
+        """Follow XIELUActivation._xielu_python. CUDA's autocast takes its slopes and its expm1 in fp32."""
+        wide = 4 if self.traits.arithmetic.autocast and not self.traits.cpu else x.itemsize
+        # Gradients of a narrow input are made wide, then cast by the engine (input_metadata.cpp).
+        works = (x.elements.times(wide),) if wide != x.itemsize else ()
+        slope = op.times_constant(x, wide, works=works)
+        right = op.add(op.multiply(slope, x, works=works), op.times_constant(x))
+        self.tape.named(slope)
+        # expm1's backward is `grad * (result + 1)`.
+        low = op.activate_saving_result(op.cast(op.least(x), wide), works=(x.elements.times(wide),))
+        left = op.add(op.times_constant(op.subtract(low, x)), op.times_constant(x))
+        out = op.choose(right, left)
         self.tape.named(x)
         return out
 
@@ -343,7 +364,7 @@ class Modules:
             # up are one tensor, down another, and both live until the layer is done.
             third = Polynomial(fixed=experts.weights(self.shape.hidden) / 3)
             merged = [Tensor(tape, third.times(share), self.traits.arithmetic.compute) for share in (2, 1)]
-        rows = op.gather(x, experts.per_token)
+        rows = op.cast(op.gather(x, experts.per_token), self.traits.arithmetic.compute)
         both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
         self._saves_merged(both, rows, merged[:1])
         gates, ups = op.split_last(both, (0.5, 0.5))
@@ -351,7 +372,7 @@ class Modules:
         down = op.frozen_linear(product, Polynomial(per_token=self.shape.hidden * experts.per_token))
         self._saves_merged(down, product, merged[1:])
         shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
-        out = op.gather(op.multiply_rows(down, shares), 1 / experts.per_token)
+        out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
         tape.named(*merged, rows, both, product, down, shares)
         return out
 
@@ -379,6 +400,23 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
         out = op.times_constant(op.cast(normed, x.itemsize))
     x.tape.named(normed)
     return out
+
+
+def _rotate_pairs(x: Tensor) -> Tensor:
+    """Return neighbouring numbers turned against each other (apply_rotary_pos_emb_interleave of DeepSeek V3)."""
+    even, odd = op.slice_last(x, 0.5), op.slice_last(x, 0.5)
+    first = op.subtract(op.times_constant(even), op.times_constant(odd))
+    second = op.add(op.times_constant(odd), op.times_constant(even))
+    x.tape.named(even, odd)
+    return op.join((first, second))
+
+
+def _rotate_complex(x: Tensor) -> Tensor:
+    """Return neighbouring numbers turned as one complex number in fp32 (apply_rotary_emb of DeepSeek V2, Llama 4)."""
+    wide = op.cast(x, 4)
+    turned = op.times_constant(wide)
+    x.tape.named(wide)
+    return op.cast(turned, x.itemsize)
 
 
 def _rotate_whole(x: Tensor) -> Tensor:

@@ -113,16 +113,16 @@ def gather(x: Tensor, times: float) -> Tensor:
     return result_of((x,), x.elements.times(times), x.itemsize, (gradient_like(x),))
 
 
-def times_constant(x: Tensor, itemsize: float | None = None) -> Tensor:
+def times_constant(x: Tensor, itemsize: float | None = None, *, works: tuple[Polynomial, ...] = ()) -> Tensor:
     """Return `x * weight` for a weight without a gradient, which lives anyway (norm weight, cos, sin)."""
-    return _saving_constant(result_of((x,), x.elements, itemsize or x.itemsize, (gradient_like(x),)))
+    return _saving_constant(result_of((x,), x.elements, itemsize or x.itemsize, (gradient_like(x),), works=works))
 
 
-def multiply(x: Tensor, y: Tensor) -> Tensor:
+def multiply(x: Tensor, y: Tensor, *, works: tuple[Polynomial, ...] = ()) -> Tensor:
     """Return `x * y` of activations: both are saved."""
     saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
     sizes = (gradient_like(x), gradient_like(y))
-    return result_of((x, y), x.elements, max(x.itemsize, y.itemsize), sizes, saved)
+    return result_of((x, y), x.elements, max(x.itemsize, y.itemsize), sizes, saved, works=works)
 
 
 def activate(x: Tensor) -> Tensor:
@@ -144,9 +144,46 @@ def multiply_rows(x: Tensor, factor: Tensor) -> Tensor:
     return result_of((x, factor), x.elements, x.itemsize, sizes, (x, factor), works=(x.bytes,))
 
 
-def activate_saving_result(x: Tensor) -> Tensor:
+def activate_saving_result(x: Tensor, *, works: tuple[Polynomial, ...] = ()) -> Tensor:
     """Return an activation that saves its own result (relu, tanh, exp)."""
-    return _saving_itself(result_of((x,), x.elements, x.itemsize, (gradient_like(x),)))
+    return _saving_itself(result_of((x,), x.elements, x.itemsize, (gradient_like(x),), works=works))
+
+
+def subtract(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x - y` of equal shapes: x's gradient passes on, y's is a negated copy in its own format."""
+    itemsize = max(x.itemsize, y.itemsize)
+    works = (x.elements.times(itemsize),) if y.itemsize != itemsize else ()
+    return result_of((x, y), x.elements, itemsize, (None, gradient_like(y)), works=works)
+
+
+def least(x: Tensor) -> Tensor:
+    """Return `torch.min(x, number in a tensor)`: its backward halves the gradient of ties and masks the rest.
+
+    Source: torch/csrc/autograd derivatives.yaml `minimum`.
+    """
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (x,), works=(x.elements, x.bytes))
+
+
+def choose(x: Tensor, y: Tensor) -> Tensor:
+    """Return `torch.where(mask, x, y)`: the mask is saved, a byte per element."""
+    itemsize = max(x.itemsize, y.itemsize)
+    mask = Tensor(x.tape, x.elements, 1)
+    return result_of((x, y), x.elements, itemsize, (gradient_like(x), gradient_like(y)), (mask,))
+
+
+def filled(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return an empty tensor into which parts are copied side by side.
+
+    Each copy's backward clones the gradient to set the part to zero, and copies that part out of it
+    (torch/csrc/autograd/functions/tensor.cpp CopySlices).
+    """
+    elements = Polynomial(*(sum(values) for values in zip(*(part.elements for part in parts), strict=True)))
+    itemsize = parts[0].itemsize
+    out = Tensor(parts[0].tape, elements, itemsize)
+    for part in parts:
+        copied = (None if out.node is None else (elements, itemsize), gradient_like(part))
+        out = result_of((out, part), elements, itemsize, copied, base=out)
+    return out
 
 
 def dropout(x: Tensor, *, mask_itemsize: float = 1) -> Tensor:
@@ -321,6 +358,7 @@ def fused_attention(
     flash: bool,
     workspaces: bool = True,
     masked: bool = False,
+    value_share: float = 1,
 ) -> Tensor:
     """Return scaled_dot_product_attention by a kernel without S x S matrices.
 
@@ -329,7 +367,7 @@ def fused_attention(
     the backward both kernels keep one fp32 number per row and head; besides, the query gradient is summed in fp32, and
     flash makes key and value gradients for every query head before it sums the heads of a group (in the same folder,
     cuda/flash_attn/flash_api.cpp mha_bwd, cuda/mem_eff_attention/kernel_backward.h). What the CPU's kernel allocates
-    inside itself is not counted (`workspaces`).
+    inside itself is not counted (`workspaces`). `value_share` is the width of a value's head in that of a query's.
     """
     tape = query.tape
     statistics = Polynomial(per_token=heads)
@@ -340,7 +378,8 @@ def fused_attention(
     saved_sums = Tensor(tape, statistics, 4)
     gradients = (gradient_like(query), gradient_like(key), gradient_like(value))
     inputs = (query, key, value)
-    out = result_of(inputs, query.elements, query.itemsize, gradients, (*inputs, saved_sums, *numbers), works=works)
+    outputs = query.elements.times(value_share)
+    out = result_of(inputs, outputs, query.itemsize, gradients, (*inputs, saved_sums, *numbers), works=works)
     if out.node is not None:
         out.node.works_last = True
         tape.saves(out.node, out)
