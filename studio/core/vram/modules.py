@@ -10,6 +10,7 @@ from typing import Literal
 from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.trainable import EXPERTS, HEAD
 from studio.core.vram import operators as op
+from studio.core.vram.elementwise import activated, rotated
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
@@ -288,16 +289,7 @@ class Modules:
 
     def rotate(self, layer: Layer, x: Tensor) -> Tensor:
         """Return queries or keys turned by their positions."""
-        if layer.rotary == 0:
-            return x
-        if layer.rotary_form == "complex":
-            return _rotate_complex(x)
-        if layer.rotary_form == "pairs":
-            return _rotate_pairs(x)
-        if not layer.rotary_joined:
-            return _rotate_whole(x)
-        turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
-        return op.join((_rotate_whole(turned), kept))
+        return rotated(layer, x)
 
     # The feed-forward block.
 
@@ -323,34 +315,9 @@ class Modules:
         return out
 
     def activation(self, layer: Layer, x: Tensor) -> Tensor:
-        """Return the activation's output; those composed in Python save more (transformers/activations.py)."""
-        if layer.activation == "gelu_new":
-            half = op.scale(x)
-            if self.traits.arithmetic.autocast and not self.traits.cpu:
-                x = op.cast(x, 4)  # CUDA's autocast takes powers in fp32, and all that is added to them is fp32 then
-            bent = op.activate_saving_result(op.scale(op.add(x, op.scale(op.power(x)))))
-            out = op.multiply(half, op.add_number(bent))
-        elif layer.activation == "xielu":
-            out = self._xielu(x)
-        elif layer.activation == "relu2":
-            out = op.power(op.activate_saving_result(x))
-        else:
-            out = op.activate(x)
-        self.tape.named(x)
-        return out
-
-    def _xielu(self, x: Tensor) -> Tensor:
-        """Follow XIELUActivation._xielu_python. CUDA's autocast takes its slopes and its expm1 in fp32."""
-        wide = 4 if self.traits.arithmetic.autocast and not self.traits.cpu else x.itemsize
-        # Gradients of a narrow input are made wide, then cast by the engine (input_metadata.cpp).
-        works = (x.elements.times(wide),) if wide != x.itemsize else ()
-        slope = op.times_constant(x, wide, works=works)
-        right = op.add(op.multiply(slope, x, works=works), op.times_constant(x))
-        self.tape.named(slope)
-        # expm1's backward is `grad * (result + 1)`.
-        low = op.activate_saving_result(op.cast(op.least(x), wide), works=(x.elements.times(wide),))
-        left = op.add(op.times_constant(op.subtract(low, x)), op.times_constant(x))
-        out = op.choose(right, left)
+        """Return the activation's output."""
+        widens = self.traits.arithmetic.autocast and not self.traits.cpu
+        out = activated(layer.activation, x, widens=widens)
         self.tape.named(x)
         return out
 
@@ -400,28 +367,3 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
         out = op.times_constant(op.cast(normed, x.itemsize))
     x.tape.named(normed)
     return out
-
-
-def _rotate_pairs(x: Tensor) -> Tensor:
-    """Return neighbouring numbers turned against each other (apply_rotary_pos_emb_interleave of DeepSeek V3)."""
-    even, odd = op.slice_last(x, 0.5), op.slice_last(x, 0.5)
-    first = op.subtract(op.times_constant(even), op.times_constant(odd))
-    second = op.add(op.times_constant(odd), op.times_constant(even))
-    x.tape.named(even, odd)
-    return op.join((first, second))
-
-
-def _rotate_complex(x: Tensor) -> Tensor:
-    """Return neighbouring numbers turned as one complex number in fp32 (apply_rotary_emb of DeepSeek V2, Llama 4)."""
-    wide = op.cast(x, 4)
-    turned = op.times_constant(wide)
-    x.tape.named(wide)
-    return op.cast(turned, x.itemsize)
-
-
-def _rotate_whole(x: Tensor) -> Tensor:
-    """Return `x * cos + rotate_half(x) * sin`."""
-    straight = op.times_constant(x)
-    half = op.slice_last(x, 0.5)
-    turned = op.times_constant(op.join((op.scale(op.slice_last(x, 0.5)), half)))
-    return op.add(straight, turned)
