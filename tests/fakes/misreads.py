@@ -118,5 +118,17 @@ MISREADS: dict[str, tuple[dict[str, Any], str, str]] = {
         "media",
         "messages[0].content[0]",
     ),
+    "pictures with texts of no known form": (
+        {"images": [{"bytes": "x"}], "texts": [{"user": "Why?", "assistant": "Because."}]},
+        "media",
+        "images",
+    ),
+    "a picture to describe": ({"image": "a.png", "caption": "A cat."}, "media", "image"),
+    "the address of a picture": (PAIR | {"image_url": "https://a.test/a.png"}, "media", "image_url"),
+    "a film as a part": (
+        _chat(ASKED | {"content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Why?"}]}, ANSWER),
+        "media",
+        "messages[0].content[0]",
+    ),
     "pictures of a message": (_chat(ASKED | {"images": ["a.png"]}, ANSWER), "media", "messages[0].images"),
 }

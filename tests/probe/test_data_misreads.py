@@ -79,12 +79,27 @@ def test_a_word_for_a_picture_without_pictures_is_a_note(file: Path) -> None:
     assert read_data(lines(file, {"text": svg})).finding_counts == {"media_placeholder": 1}
 
 
-@pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it? <image>", " <image> "])
+@pytest.mark.parametrize(
+    "text",
+    ["<image>\nWhat is it?", "What is it? <image>", " <image> ", "<|image_pad|> What is it?", "<video>\nAnd this?"],
+)
 def test_the_place_of_a_picture_is_refused_where_the_row_has_none(file: Path, text: str) -> None:
     rows = ({"messages": [ASKED | {"content": text}, ANSWER]}, {"prompt": text, "completion": "A cat."}, {"text": text})
     for row in rows:
         (finding,) = inspect_data(lines(file, row)).findings
         assert (finding.kind, finding.row, finding.fatal) == ("media", 1, True)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, kind, _) in MISREADS.items() if kind == "media"])
+def test_that_pictures_are_not_read_is_said_to_be_a_limit_and_counted(file: Path, name: str) -> None:
+    row = MISREADS[name][0]
+    good = dict.fromkeys(("prompt", "completion", "text"), "Why?")
+    first = {"messages": [ASKED, ANSWER]} if "messages" in row else good
+    data = inspect_data(lines(file, *[first] * 2, row, row))
+    assert data.finding_counts == {"media": 2}
+    assert all("pictures, sound and films are not read here" in finding.message for finding in data.findings)
+    assert all("a limit of this program" in finding.message for finding in data.findings)
+    assert data.notes()[0] == "train.jsonl: 2 rows must be corrected: 2 x media."
 
 
 def test_what_is_nested_without_end_is_something(file: Path) -> None:

@@ -515,6 +515,12 @@ def test_what_is_not_used_is_told_as_the_check_tells_it_and_tokens_all_without_t
     path.write_text(json.dumps(rows[0] | {"label": False}))
     text = data_text(check_data(str(path), "no/such-model")).plain
     assert "error  row 1: found false beside an answer" in text
+    path.write_text("".join(json.dumps(rows[0] | {"images": ["a.png"]}) + "\n" for _ in range(3)))
+    text = data_text(check_data(str(path), "no/such-model")).plain
+    assert "3 rows must be corrected: 3 x media" in text
+    assert "error  row 1: found the column images; pictures, sound and films are not read here" in text
+    assert "a limit of this program" in text
+    assert "remove the column\n" in text
 
 
 def test_hostile_answers_of_an_earlier_visit_stay_harmless(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ from studio.probe.data.findings import Findings, json_kind
 
 PAIR_COLUMNS = ("chosen", "rejected")
 LABEL_COLUMNS = ("label", "kto_tag")
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_MEDIA_LINKS = ("image_url", "video_url", "audio_url")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios", *_MEDIA_LINKS)
 PLACEHOLDER = "<image>"
+PLACEHOLDERS = (PLACEHOLDER, "<video>", "<audio>", "<|image_pad|>", "<|video_pad|>", "<start_of_image>")
+"""How rows for models that read pictures mark the place of one: LLaVA's words, then tokens of Qwen and Gemma."""
 
 _LABEL_WORDS = ("true", "false", "desirable", "undesirable")
 """Labels that mark an answer as wanted or not. Any other text is a class, an author or a topic, and is not used."""
@@ -22,7 +25,7 @@ _CALL_FIELDS = ("tool_calls", "tool_call", "function_call")
 _WEIGHT_FIELDS = ("weight", "train", "training")
 """Fields that weigh a message. The values 1 and true ask for what is done anyway."""
 _SHARE_FIELDS = ("train_detail", "training_detail")
-_MEDIA_FIELDS = (*MEDIA_COLUMNS, "image_url", "video_url", "audio_url", "input_audio")
+_MEDIA_FIELDS = (*MEDIA_COLUMNS, "input_audio")
 UNDERSTOOD_FIELDS = frozenset({*_REASONING_FIELDS, *_CALL_FIELDS, *_WEIGHT_FIELDS, *_SHARE_FIELDS, *_MEDIA_FIELDS})
 """Fields of messages that are refused here, unless they are empty."""
 
@@ -41,8 +44,8 @@ _REASONING = (
     "the model is to say it, in the form of its chat template; else remove the"
 )
 _MEDIA = (
-    "pictures, sound and films are not read: the row would be trained as if its text stood alone. Take the row out; "
-    "where the text does stand alone, remove the"
+    "pictures, sound and films are not read here, whatever the model can read: a limit of this program. The row would "
+    "be trained as if its text stood alone. Take the row out; where the text does stand alone, remove the"
 )
 _WEIGHT = (
     "answers cannot be weighted one by one yet: this one would be trained in full. End the row before it or take the "
@@ -88,6 +91,11 @@ def refuse_columns(
                 field=column,
             )
             return True
+    return refuse_media(value, needed, number, findings)
+
+
+def refuse_media(value: Mapping[str, Any], needed: Sequence[str], number: int, findings: Findings) -> bool:
+    """Refuse a row for a column of pictures, sound or films; return whether that was done."""
     for column in MEDIA_COLUMNS:
         if column not in needed and filled(value.get(column)):
             findings.add("media", number, f"found the column {column}; {_MEDIA} column", field=column)
@@ -161,14 +169,18 @@ def check_placeholder(texts: Iterable[str], number: int, findings: Findings) -> 
 
     One that only speaks of it within a sentence, or of an SVG's element, is kept, and said.
     """
-    said = [text.strip() for text in texts if PLACEHOLDER in text]
-    if any(text.startswith(PLACEHOLDER) or text.endswith(PLACEHOLDER) for text in said):
-        found = (
-            f"found {PLACEHOLDER} at the beginning or end of a text: the place of a picture, which is not in the row"
-        )
-        findings.add("media", number, f"{found}; it would be trained as these characters. Leave such rows out")
-    elif said:
-        found = f"found {PLACEHOLDER} in the text, and no column of images; it is trained as these characters"
+    mentioned = ""
+    for text in (text.strip() for text in texts):
+        for place in (place for place in PLACEHOLDERS if place in text):
+            if text.startswith(place) or text.endswith(place):
+                found = (
+                    f"found {place} at the beginning or end of a text: the place of a picture, which is not in the row"
+                )
+                findings.add("media", number, f"{found}; it would be trained as these characters. Leave such rows out")
+                return
+            mentioned = mentioned or place
+    if mentioned:
+        found = f"found {mentioned} in the text, and no column of images; it is trained as these characters"
         findings.add("media_placeholder", number, found, fatal=False)
 
 

@@ -60,7 +60,8 @@ _LEFT_OUT = {
 }
 _KEPT = {
     "last_turn_not_assistant": "what follows the last answer is left out",
-    "media_placeholder": "'<image>' stands in the text and is trained as these characters; no picture is read",
+    "media_placeholder": "'<image>' stands in the text, or another mark of a picture's place, and is trained as these "
+    "characters; no picture is read",
 }
 """Words for the findings that do not keep a file from being used."""
 _NAMED_UNUSED = 20
