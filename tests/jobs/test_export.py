@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForConditionalGeneration
 
 from studio.core.events import Started
 from studio.core.recipe import Recipe
@@ -24,6 +25,7 @@ from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest
 from studio.runs.worker import run_job
+from tests.fakes.families import make_family
 from tests.fakes.small_disk import small_disk
 from tests.fakes.tiny_model import CHAT_TEMPLATE, make_tiny_model
 from tests.jobs.conftest import Train, history_of
@@ -71,6 +73,40 @@ def test_the_folder_loads_quantised_and_answers_alike(
     assert not list(tmp_path.glob(".writing-*"))
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes["model.safetensors"] == modes["config.json"], "who may read the folder may load the model"
+
+
+@pytest.mark.parametrize("form", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_the_towers_of_a_multimodal_model_stay_in_16_bit(export: Export, tmp_path: Path, form: str) -> None:
+    merged = make_family(tmp_path / "merged", "gemma3")
+    paths = export(merged, tmp_path / "out", form)
+    assert history_of(paths).finished is not None, history_of(paths).failed
+    before, after = (load_file(folder / "model.safetensors") for folder in (merged, tmp_path / "out"))
+    towers = [name for name in before if "vision" in name or "projector" in name]
+    assert towers
+    assert all(torch.equal(before[name], after[name]) for name in towers)
+    model = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
+    quantised = [name for name, module in model.named_modules() if "bitsandbytes" in type(module).__module__]
+    assert len(quantised) == 14
+    assert all(name.startswith("model.language_model.layers.") for name in quantised)
+    report = json.loads(paths.report.read_text())
+    assert 0 < report["loss"]["mean_kl"] < {"nf4": 2.0, "int8": 0.2}[form]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'model = Gemma3ForConditionalGeneration.from_pretrained("out")' in card
+
+
+def test_the_card_of_a_multimodal_adapter_names_the_checkpoints_class(
+    recipe: Recipe, train: Train, export: Export, tmp_path: Path
+) -> None:
+    base = make_family(tmp_path / "base", "qwen3_vl", dtype=torch.float32)
+    run = train(recipe.with_("model.base", str(base)))
+    export(run.adapter, tmp_path / "tuned", "peft", str(run.root))
+    code = (tmp_path / "tuned" / "README.md").read_text().split("```python")[1].split("```")[0]
+    code = code.replace('"tuned"', repr(str(tmp_path / "tuned"))).replace('"BASE_MODEL"', repr(str(base)))
+    made: dict[str, Any] = {}
+    exec(code, made)  # noqa: S102  the lines that the card tells its reader to run
+    model = made["model"].get_base_model()
+    assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
+    assert all(bool(weight.any()) for name, weight in model.named_parameters() if "lora_B" in name)
 
 
 def _plain(folder: Path) -> torch.nn.Module:

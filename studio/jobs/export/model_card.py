@@ -175,6 +175,29 @@ def _audit(audit: dict[str, Any] | None) -> list[str]:
     )
 
 
+def _loading(base: str, name: str, config: dict[str, Any]) -> list[str]:
+    """Return the lines of Python that load base and adapter.
+
+    The adapter of a multimodal checkpoint belongs on the checkpoint's own class, which its config names; peft's
+    automatic class would load the base as the text class of the family, where not a single key of the adapter fits.
+    """
+    kind = (config.get("auto_mapping") or {}).get("base_model_class")
+    if not (isinstance(kind, str) and kind.isidentifier()):
+        return [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer",
+            "",
+            f'model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto")',
+        ]
+    return [
+        "from peft import PeftModel",
+        f"from transformers import AutoTokenizer, {kind}",
+        "",
+        f'base = {kind}.from_pretrained({json.dumps(base)}, dtype="auto")',
+        f"model = PeftModel.from_pretrained(base, {json.dumps(name)})",
+    ]
+
+
 def _use_adapter(base: str, name: str, config: dict[str, Any]) -> list[str]:
     most = max([_rank(config), *(int(value) for value in (config.get("rank_pattern") or {}).values())])
     lines = [
@@ -183,10 +206,7 @@ def _use_adapter(base: str, name: str, config: dict[str, Any]) -> list[str]:
         "With transformers and peft:",
         "",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        f'model = AutoPeftModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto")',
+        *_loading(base, name, config),
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
         "```",
         "",

@@ -6,6 +6,7 @@ It always begins with 16 bits: a model merged into 4-bit weights would lose the 
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from transformers import BitsAndBytesConfig
 
 from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.closeness import Closeness, rows_of
-from studio.jobs.base.load import load_tokenizer
-from studio.jobs.base.model_class import class_in
+from studio.jobs.base.load import left_alone, load_tokenizer
+from studio.jobs.base.model_class import class_in, empty_model
 from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
 from studio.jobs.export.work import TEXTS, Work, loss_of, merged_answers, tokens_for
 from studio.probe.export import check_loading
@@ -69,7 +70,7 @@ def _quantise(work: Work, folder: Path) -> Closeness | None:
     wanted = merged_answers(work, merged, rows)
     work.heed()
     work.say("quantising", detail=form)
-    model = _load(merged, _bits(form))
+    model = _load(merged, _bits(form, left_alone(empty_model(class_in(merged)), ())))
     _require_quantised(model, form)
     work.say("saving")
     model.save_pretrained(str(folder))
@@ -90,14 +91,16 @@ def keep_files(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _bits(form: str) -> BitsAndBytesConfig:
+def _bits(form: str, kept: Sequence[str]) -> BitsAndBytesConfig:
+    """Return how to quantise all linear layers but those inside of the modules in `kept`."""
     if form == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[*kept])  # type: ignore[no-untyped-call]
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*kept],
     )
 
 

@@ -65,6 +65,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         modules_to_save=whole_modules(base, section.modules_to_save),
         exclude_modules=kept_out(base),
         task_type=TaskType.CAUSAL_LM,
+        auto_mapping=_base_class(base),
     )
     model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
     check_patterns(model.get_base_model(), section)
@@ -234,6 +235,12 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
                 f'use "{ALL_LINEAR}" or some of: {", ".join(linear)}',
             )
     return names
+
+
+def _base_class(base: nn.Module) -> dict[str, str] | None:
+    """Return the class of a multimodal base as peft notes it in the adapter's config, for the model card; else None."""
+    picked = class_of(base)
+    return {"base_model_class": picked.kind.__name__, "parent_library": "transformers"} if picked.decoder else None
 
 
 def kept_out(base: nn.Module) -> str | None:
