@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from studio.core.direct_weights import kept_16bit, not_adapted
@@ -23,7 +23,6 @@ from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
 from studio.jobs.base.embedded import ensure_embedded
-from studio.jobs.base.experts.loading import StacksConfig, read_in_parts
 from studio.jobs.base.model_class import class_in, class_of, empty_model, odd_linears
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
@@ -113,6 +112,8 @@ def load_base(
         BadInput: The model cannot be loaded as asked; the message says why and what to do.
         Exception: The memory is full or the card has failed, as torch raised it.
     """
+    from studio.jobs.base.experts.loading import read_in_parts  # noqa: PLC0415  bitsandbytes, as below
+
     own = base.quantization == BITSANDBYTES
     if not (own and method == "qlora"):
         refuse_untrainable(base, method)
@@ -168,7 +169,7 @@ def four_bit_parameters(model: torch.nn.Module) -> int:
     return sum(p.quant_state.shape.numel() for p in model.parameters() if isinstance(p, Params4bit) and p.quant_state)
 
 
-def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str] | None = None) -> StacksConfig:
+def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str] | None = None) -> BitsAndBytesConfig:
     """Return what transformers needs to quantise linear layers and fused experts to 4 bits.
 
     Args:
@@ -176,6 +177,9 @@ def four_bit_config(quant: FourBit, dtype: torch.dtype, left_alone: Sequence[str
         dtype: Of the arithmetic.
         left_alone: Every module that is not quantised; None for transformers' own choice, such as the head.
     """
+    # bitsandbytes is 47 MB, which a merge in 16 bit goes without.
+    from studio.jobs.base.experts.loading import StacksConfig  # noqa: PLC0415
+
     return StacksConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant.quant_type,
