@@ -47,7 +47,8 @@ class Family:
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Soft cap of the logits, if the config does not say; 0 without one.
         attention_softcap: Soft cap of attention scores, if the config does not say; 0 without one.
-        fused_attention: Whether transformers supports sdpa for it.
+        fused_attention: Whether transformers supports sdpa for it, or our loop puts its sinks into sdpa's kernels.
+        sinks: Whether each head has a learnt number in its softmax that attends to nothing.
         latent: Whether its attention is latent (DeepSeek V2).
         rotary_form: How numbers of a head are turned against each other (`Layer.rotary_form`).
         grouped: Whether there may be fewer key and value heads than query heads.
@@ -92,8 +93,9 @@ class Family:
     logit_softcap: float = 0.0
     attention_softcap: float = 0.0
     fused_attention: bool = True
+    sinks: bool = False
     latent: bool = False
-    rotary_form: Literal["halves", "pairs", "complex"] = "halves"
+    rotary_form: Literal["halves", "parts", "pairs", "complex"] = "halves"
     grouped: bool = True
     own_attention: bool = False
     repeats_heads: bool = False
@@ -252,11 +254,13 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": Family(query_key_norm="whole", mlp_bias=NEVER, chooser="gate", experts_adapted_by_all=True),
     "granitemoe": _GRANITE,
     "gpt_oss": Family(
+        norm="rms_wide",
         router_terms=1,
         qkv_bias="attention_bias=true",
         out_bias="attention_bias=true",
         mlp_bias=NEVER,
-        fused_attention=False,
+        rotary_form="parts",
+        sinks=True,
     ),
     "llama4_text": Family(mlp_bias=NEVER, shared_inner="intermediate_size", chooser="router", rotary_form="complex"),
     "deepseek_v2": replace(_LATENT, mlp_bias="mlp_bias", shared_default=2, rotary_form="complex"),

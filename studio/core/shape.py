@@ -137,8 +137,9 @@ class Layer:
         latent: The narrow vectors of latent attention, where it has that.
         rotary: Fraction of each head that carries rotary positions.
         rotary_wide: Whether queries and keys are rotated in fp32.
-        rotary_form: What is turned against each other: a head's two halves (`halves`), neighbouring numbers (`pairs`),
-            or these as complex numbers in fp32 (`complex`).
+        rotary_form: What is turned against each other: a head's two halves (`halves`; `parts` where each is computed by
+            itself and both are joined, gpt-oss), neighbouring numbers (`pairs`), or these as complex numbers in fp32
+            (`complex`).
         rotary_joined: Whether the rotated and the other part of queries and keys are joined again. They then lie head
             by head in memory, and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
@@ -165,7 +166,7 @@ class Layer:
     query_key_norm: Literal["", "head", "whole"] = ""
     latent: Latent | None = None
     rotary: float = 1.0
-    rotary_form: Literal["halves", "pairs", "complex"] = "halves"
+    rotary_form: Literal["halves", "parts", "pairs", "complex"] = "halves"
     rotary_wide: bool = False
     rotary_joined: bool = False
     scaled_residual: bool = False
@@ -217,7 +218,8 @@ class ModelShape:
         scaled_logits: Whether it multiplies or divides its logits by a number.
         logit_softcap: Whether logits go through `cap * tanh(logits / cap)`.
         attention_softcap: Whether attention scores go through the same.
-        fused_attention: Whether transformers runs it with fused attention; capped scores, sinks and ALiBi rule it out.
+        fused_attention: Whether our loop runs it with fused attention; capped scores and ALiBi rule it out.
+        sinks: Whether its heads have sinks: transformers alone then runs it eagerly.
         own_attention: Whether its layers call attention themselves and broadcast a key to the heads that share it.
         repeats_heads: Whether they repeat keys and values for every query head, even where the kernel need not have it.
         positions: Positions that its config allows; 0 where it does not say.
@@ -243,6 +245,7 @@ class ModelShape:
     logit_softcap: bool = False
     attention_softcap: bool = False
     fused_attention: bool = True
+    sinks: bool = False
     own_attention: bool = False
     repeats_heads: bool = False
     positions: int = 0

@@ -88,7 +88,8 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         scaled_logits=family.scaled_logits,
         logit_softcap=values.real("final_logit_softcapping", family.logit_softcap) != 0,
         attention_softcap=capped,
-        fused_attention=family.fused_attention and not capped,
+        fused_attention=family.fused_attention and not capped and not (family.sinks and _drops_weights(family, values)),
+        sinks=family.sinks,
         own_attention=family.own_attention,
         repeats_heads=family.repeats_heads or (name == "falcon" and values.flag("new_decoder_architecture", False)),
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
@@ -194,8 +195,8 @@ def _layer(
     norm_parameters = norms * hidden * family.norm_terms
     if experts:
         norm_parameters += family.router_terms * experts.count
-    if name == "gpt_oss":
-        norm_parameters += heads.queries  # attention sinks
+    if family.sinks:
+        norm_parameters += heads.queries
     if family.activation == "xielu":
         norm_parameters += 2  # its two slopes
     latent = _latent(values) if family.latent else None
@@ -227,10 +228,14 @@ def _layer(
         rotary_joined=0 < rotary < 1 or family.rotary_joined,
         scaled_residual=family.scaled_residual,
         residual_dropout=_drops(family, values, "residual_dropout", "resid_pdrop", "hidden_dropout"),
-        attention_dropout=_drops(family, values, "attention_dropout", "attn_pdrop"),
+        attention_dropout=_drops_weights(family, values),
         window=_window(values),
         experts=experts,
     )
+
+
+def _drops_weights(family: Family, values: ConfigValues) -> bool:
+    return _drops(family, values, "attention_dropout", "attn_pdrop")
 
 
 def _drops(family: Family, values: ConfigValues, *keys: str) -> bool:

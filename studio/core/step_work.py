@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from studio.core.shape import LayerGroup, ModelShape
 from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
+from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
 
 _NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
@@ -142,7 +143,7 @@ def _stored(group: LayerGroup, hidden: int) -> float:
 
 def _attention(shape: ModelShape, setup: Setup, again: int) -> float:
     """Return the operations of attention's two products; fused kernels skip what lies above the diagonal."""
-    eager = setup.attention == "eager" or not shape.fused_attention
+    eager = runs_eager(shape, setup)
     forward = 4.0 * setup.squares * shape.heads * shape.head_dim
     if not eager:
         forward /= 2

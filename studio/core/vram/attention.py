@@ -34,7 +34,7 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     tape.named(query, key)
     query, key = _both_cast(*turned, itemsize)
     attended, weights = _attend(run, layer, query, key, value)
-    if layer.rotary_joined and run.traits.kernel in ("flash", "cpu"):
+    if (layer.rotary_joined or layer.rotary_form == "parts") and run.traits.kernel in ("flash", "cpu"):
         # These kernels give their output the layout of the queries. Queries that were joined lie head by head, so that
         # the output is copied to lie token by token.
         attended = op.clone(attended)
@@ -115,10 +115,13 @@ def _attend(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tenso
     masked = kernel == "efficient_masked"
     if masked or kernel == "efficient" or run.traits.repeats_heads:
         key, value = _both_widened(layer, key, value)
-    flash, on_card = kernel == "flash", kernel != "cpu"
-    share = layer.heads.value_width / layer.heads.width
     out = op.fused_attention(
-        query, key, value, layer.heads.queries, flash=flash, workspaces=on_card, masked=masked, value_share=share
+        *(query, key, value, layer.heads.queries),
+        flash=kernel == "flash",
+        workspaces=kernel != "cpu",
+        masked=masked,
+        value_share=layer.heads.value_width / layer.heads.width,
+        sinks=run.traits.sinks,
     )
     return out, None
 

@@ -51,6 +51,8 @@ def rotated(layer: Layer, x: Tensor) -> Tensor:
         return _as_complex(x)
     if layer.rotary_form == "pairs":
         return _pairs(x)
+    if layer.rotary_form == "parts":
+        return _parts(x)
     if not layer.rotary_joined:
         return _halves(x)
     turned, kept = op.slice_last(x, layer.rotary), op.slice_last(x, 1 - layer.rotary)
@@ -64,6 +66,14 @@ def _pairs(x: Tensor) -> Tensor:
     second = op.add(op.times_constant(odd), op.times_constant(even))
     x.tape.named(even, odd)
     return op.join((first, second))
+
+
+def _parts(x: Tensor) -> Tensor:
+    """Return both halves of a head, `first * cos - second * sin` and `second * cos + first * sin`, joined (gpt-oss)."""
+    first, second = op.split_last(x, (0.5, 0.5))
+    one = op.subtract(op.times_constant(first), op.times_constant(second))
+    other = op.add(op.times_constant(second), op.times_constant(first))
+    return op.join((one, other))
 
 
 def _as_complex(x: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def notes_of(
             "in fp32 (seen in traces, not on a card)"
         )
     notes += of_kernel
-    if not shape.fused_attention and setup.attention == "sdpa":
+    if setup.attention == "sdpa" and kernel == "eager":
         notes.append(
             f"{shape.family} runs eager attention in transformers, whatever is asked for: S x S matrices per head"
         )

@@ -55,6 +55,8 @@ class Loop:
     @property
     def mask_itemsize(self) -> int:
         """Bytes per entry of an S x S mask; one where it is boolean, as each layer then makes its own numbers of it."""
+        if self.traits.sinks:
+            return self.kind.compute_itemsize
         return 1 if self.traits.kernel == "efficient_masked" else self.kind.residual_itemsize
 
 
@@ -122,6 +124,7 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
         cpu=kind.device == "cpu",
         repeats_heads=shape.repeats_heads,
         plain_attention=runs_plain(shape, kind, kernel),
+        sinks=shape.sinks,
     )
 
 
@@ -154,9 +157,9 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, *, seq_le
     Flash needs 16-bit inputs, no mask, heads of at most 256, values as wide as keys, and compute capability 8.0
     (check_head_dim_size_flash and
     check_flash_attention_hardware_support in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Without it the
-    memory-efficient kernel runs on keys and values repeated for every query head. Models with capped scores, sinks or
-    ALiBi run eagerly whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows
-    and capped scores.
+    memory-efficient kernel runs on keys and values repeated for every query head. Models with capped scores or ALiBi
+    run eagerly whatever is asked for: transformers refuses sdpa for them. The flash-attn package knows windows and
+    capped scores. Sinks are our loop's own (studio/jobs/base/sinks.py), which tells the flash kernel of windows.
 
     Args:
         shape: The model.
@@ -164,16 +167,22 @@ def attention_kernel(shape: ModelShape, setup: Setup, gpu: Gpu | None, *, seq_le
         gpu: The card, where known.
         seq_len: Tokens per row, where they are not the set-up's.
     """
-    if setup.attention == "eager" or not shape.fused_attention:
+    if runs_eager(shape, setup):
         return "eager"
     if setup.device == "cpu":
         return "cpu"
     half = setup.compute_itemsize == 2 and (setup.autocast or setup.residual_itemsize == 2)
     able = gpu is None or gpu.compute_capability >= (8, 0)
-    if is_windowed(shape, seq_len or setup.seq_len) and setup.attention != "flash_attention_2":
+    own_windows = setup.attention == "flash_attention_2" or shape.sinks
+    if is_windowed(shape, seq_len or setup.seq_len) and not own_windows:
         return "efficient_masked"
     fits = shape.head_dim <= 256 and all(heads.width == heads.value_width for heads in shape.each_heads)
     return "flash" if half and able and fits else "efficient"
+
+
+def runs_eager(shape: ModelShape, setup: Setup) -> bool:
+    """Whether attention makes S x S matrices: because that is asked for, or because nothing else computes it."""
+    return setup.attention == "eager" or not shape.fused_attention or (shape.sinks and setup.engine != "studio")
 
 
 def is_windowed(shape: ModelShape, seq_len: int) -> bool:
@@ -183,8 +192,10 @@ def is_windowed(shape: ModelShape, seq_len: int) -> bool:
 
 def mask_count(shape: ModelShape, setup: Setup, kernel: Kernel) -> int:
     """Return how many S x S masks are made before the first layer and shared by all."""
-    if shape.attention_softcap and shape.shortest_window:
+    if (shape.attention_softcap or (shape.sinks and kernel == "eager")) and shape.shortest_window:
         return 2  # one for layers that see all, one for those with a window
+    if shape.sinks and kernel == "flash":
+        return 0
     return int(kernel == "eager" or (is_windowed(shape, setup.seq_len) and setup.attention != "flash_attention_2"))
 
 

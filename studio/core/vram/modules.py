@@ -56,6 +56,7 @@ class LayerTraits:
         cpu: Whether it runs on a CPU: dropout is not fused, and autocast leaves layer norms alone.
         repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
         plain_attention: Whether torch has only its plain kernel for this attention, with S x S matrices in fp32.
+        sinks: Whether each head has a sink.
         recomputes_whole: Whether a checkpointed layer is computed again to its end, and its output and gradient are
             held until its backward ends. If not, computing again stops as soon as everything is saved again.
         length: Tokens per row; 0 where a layer's sizes do not depend on it.
@@ -70,6 +71,7 @@ class LayerTraits:
     cpu: bool = False
     repeats_heads: bool = False
     plain_attention: bool = False
+    sinks: bool = False
     recomputes_whole: bool = False
     length: int = 0
 

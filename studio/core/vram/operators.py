@@ -359,6 +359,7 @@ def fused_attention(
     workspaces: bool = True,
     masked: bool = False,
     value_share: float = 1,
+    sinks: bool = False,
 ) -> Tensor:
     """Return scaled_dot_product_attention by a kernel without S x S matrices.
 
@@ -368,6 +369,8 @@ def fused_attention(
     flash makes key and value gradients for every query head before it sums the heads of a group (in the same folder,
     cuda/flash_attn/flash_api.cpp mha_bwd, cuda/mem_eff_attention/kernel_backward.h). What the CPU's kernel allocates
     inside itself is not counted (`workspaces`). `value_share` is the width of a value's head in that of a query's.
+    A sink is put into the output in place, by two tensors of one number per row and head (`sinks`,
+    studio/jobs/base/sinks.py).
     """
     tape = query.tape
     statistics = Polynomial(per_token=heads)
@@ -383,6 +386,8 @@ def fused_attention(
     if out.node is not None:
         out.node.works_last = True
         tape.saves(out.node, out)
+    if sinks:
+        tape.passing(statistics.times(4), statistics.times(4))
     return out
 
 
