@@ -73,7 +73,8 @@ def _latent_attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Te
     attended, weights = _attend(run, layer, joined, key, value)
     if run.traits.kernel in ("flash", "cpu"):
         attended = op.clone(attended)  # joined queries lie head by head, see `attention`
-    (out,) = run.linears((layer.out,), attended)
+    assert layer.out is not None  # noqa: S101  see `attention`
+    out = run.linear(layer.out, attended)
     tape.named(x, query, both, compressed, turned, key_turned, joined, key, value, attended)
     return out, weights
 

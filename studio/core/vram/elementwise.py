@@ -1,10 +1,11 @@
-"""What is computed number by number: turning heads by their positions, and activations composed in Python.
+"""What is computed number by number: turning heads by their positions, activations and norms composed in Python.
 
 Sources: transformers/activations.py and modeling_*.py, transformers 5.24.
 """
 
 from studio.core.shape import Layer
 from studio.core.vram import operators as op
+from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
 
 
@@ -90,3 +91,16 @@ def _halves(x: Tensor) -> Tensor:
     half = op.slice_last(x, 0.5)
     turned = op.times_constant(op.join((op.scale(op.slice_last(x, 0.5)), half)))
     return op.add(straight, turned)
+
+
+def centred_norm(x: Tensor) -> Tensor:
+    """Return a layer norm composed of plain operators in fp32; both differences from the mean are saved."""
+    wide = op.cast(x, 4)
+    mean = op.mean_last(wide, Polynomial(per_token=1))
+    squares = op.power(op.subtract_rows(wide, mean))
+    inverse = op.activate_saving_result(op.mean_last(squares, Polynomial(per_token=1)))
+    normed = op.multiply_rows(op.subtract_rows(wide, mean), inverse)
+    x.tape.named(wide, mean)
+    out = op.cast(op.times_constant(normed), x.itemsize)
+    x.tape.named(normed)
+    return out

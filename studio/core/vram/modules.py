@@ -10,7 +10,7 @@ from typing import Literal
 from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.trainable import EXPERTS, HEAD
 from studio.core.vram import operators as op
-from studio.core.vram.elementwise import activated, rotated
+from studio.core.vram.elementwise import activated, centred_norm, rotated
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
@@ -265,7 +265,7 @@ class Modules:
         if layer.norm in ("layer", "layer_wide"):
             out = self._layer_norm(x, wide=layer.norm == "layer_wide")
         elif layer.norm == "centred":
-            out = op.centred_norm(x)
+            out = centred_norm(x)
         else:
             out = self.rms_norm(layer, x)
         self.tape.named(x)

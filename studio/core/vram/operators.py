@@ -389,16 +389,3 @@ def fused_attention(
     if sinks:
         tape.passing(statistics.times(4), statistics.times(4))
     return out
-
-
-def centred_norm(x: Tensor) -> Tensor:
-    """Return a layer norm composed of plain operators in fp32; both differences from the mean are saved."""
-    wide = cast(x, 4)
-    mean = mean_last(wide, Polynomial(per_token=1))
-    squares = power(subtract_rows(wide, mean))
-    inverse = activate_saving_result(mean_last(squares, Polynomial(per_token=1)))
-    normed = multiply_rows(subtract_rows(wide, mean), inverse)
-    x.tape.named(wide, mean)
-    out = cast(times_constant(normed), x.itemsize)
-    x.tape.named(normed)
-    return out
