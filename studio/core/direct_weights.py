@@ -36,6 +36,11 @@ _KEPT_16BIT: Mapping[str, frozenset[str]] = {
     "longcat_flash": frozenset(("classifier",)),
 }
 
+READ_IN_EVALUATION = frozenset(
+    name for names in _NOT_ADAPTED.values() for name, why in names.items() if why is _READ
+).union(*_KEPT_16BIT.values())
+"""Names of the weights that are read without a fused kernel, too; in other families they are linear maps as usual."""
+
 
 def not_adapted(family: str) -> Mapping[str, str]:
     """Return the linear maps that get no adapter, by the last part of their names, each with the reason.

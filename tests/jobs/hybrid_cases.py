@@ -159,10 +159,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(family: str) -> Any:
+    """Return the config of a tiny model of a family."""
+    return AutoConfig.for_model(family, **HYBRIDS[family])
+
+
 def make_hybrid(folder: Path, family: str, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write the model folder of a family, weights, tokenizer and template, and return it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **HYBRIDS[family])).to(dtype)
+    model = AutoModelForCausalLM.from_config(config_of(family)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

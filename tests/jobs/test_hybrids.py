@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from studio.core.direct_weights import not_adapted
 from studio.core.events import Planned
 from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.audit.serving import CONTEXT_TOKENS, serving
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.between import Between
 from studio.jobs.train.objectives.supervised import collate, pack
@@ -23,8 +24,10 @@ from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
 from tests.jobs.audit_cases import examples
 from tests.jobs.conftest import Merge, Train, history_of
-from tests.jobs.hybrid_cases import HYBRIDS, make_hybrid
+from tests.jobs.hybrid_cases import HYBRIDS, config_of, make_hybrid
+from tests.jobs.test_audit_run import assert_figures_of_the_whole_model
 
+SLOW = pytest.mark.slow
 CPU = torch.device("cpu")
 IDS = torch.tensor([[256, 117, 110, 111, 257, 256, 100, 111, 115]])
 
@@ -46,7 +49,7 @@ TARGETS = {
 }
 """What `all-linear` adapts."""
 QUICK = ("qwen3_5_text", "lfm2", "nemotron_h")
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HYBRIDS]
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=SLOW) for name in HYBRIDS]
 
 
 def weights(paths: RunPaths) -> dict[str, torch.Tensor]:
@@ -150,7 +153,7 @@ def test_a_leak_of_the_kernel_that_only_training_takes_is_found_out(
 
 @pytest.mark.parametrize(
     "family",
-    ["lfm2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_5_text", "nemotron_h", "mamba2"))],
+    ["lfm2", *(pytest.param(name, marks=SLOW) for name in ("qwen3_5_text", "nemotron_h", "mamba2"))],
 )
 def test_merge_and_resume(
     train: Train, merge: Merge, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
@@ -176,3 +179,22 @@ def test_merge_and_resume(
         adapted = PeftModel.from_pretrained(plain, str(whole.adapter)).eval()(input_ids=IDS).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-3)
     assert (adapted - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "falcon_h1",
+        *(pytest.param(name, marks=SLOW) for name in ("qwen3_5_text", "lfm2", "mamba2", "jamba")),
+    ],
+)
+def test_an_audit_has_the_figures_of_the_whole_model(train: Train, recipe: Recipe, tmp_path: Path, family: str) -> None:
+    base = make_hybrid(tmp_path / family, family, dtype=torch.bfloat16)
+    recipe = recipe.with_("model.base", str(base)).with_("method", "qlora").with_("model.dtype", "bf16")
+    assert_figures_of_the_whole_model(train(recipe.with_("eval.rows", 2)), base, tmp_path / "audit")
+
+
+def test_only_layers_with_attention_keep_what_grows_with_the_conversation() -> None:
+    cache = {family: serving(config_of(family), 0).cache_bytes for family in ("qwen3_5_text", "falcon_h1", "mamba2")}
+    per_layer = 2 * 2 * 16 * 2 * CONTEXT_TOKENS  # keys and values of 2 heads of 16 numbers, in 16 bit
+    assert cache == {"qwen3_5_text": per_layer, "falcon_h1": 2 * per_layer, "mamba2": 0}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from studio.core.direct_weights import READ_IN_EVALUATION
 from studio.core.errors import BadInput
-from studio.jobs.audit.forms import UNROUNDED, Form, squared_norms
+from studio.jobs.audit.forms import UNROUNDED, Form, Layer, squared_norms
 from studio.jobs.audit.scores import Head, formed
 from studio.jobs.base.head_form import HeadForm, head_form_of
 from studio.jobs.base.model_class import backbone_of, class_of
@@ -113,7 +114,8 @@ def filled(
         layer = form.make(weight, bias)
         if form is not UNROUNDED:
             seen[f"{name}.{path}"] = Rounding(*squared_norms(weight, layer))
-        block.set_submodule(path, layer)
+        read_past = path.rpartition(".")[2] in READ_IN_EVALUATION
+        block.set_submodule(path, _dense(layer, weight.shape, bias) if read_past else layer)
         del weight, layer  # or the stored weight would stay in memory while the next one is read
     for path in others:
         put(block, path, nn.Parameter(read(f"{name}.{path}").to(device).float(), requires_grad=False))
@@ -124,6 +126,15 @@ def filled(
             block.set_submodule(path, module)
         for path, parameter in others.items():
             put(block, path, parameter)
+
+
+def _dense(layer: Layer, shape: torch.Size, bias: Tensor | None) -> nn.Linear:
+    """Return a plain fp32 layer with the weight that is used, for a model that reads it past the layer."""
+    dense = nn.Linear(shape[1], shape[0], bias=bias is not None, device="meta")
+    for name, value in (("weight", layer.rows(0, shape[0])), ("bias", bias)):
+        if value is not None:
+            put(dense, name, nn.Parameter(value, requires_grad=False))
+    return dense
 
 
 def _is_replaced(module: nn.Module, form: Form) -> bool:
@@ -264,6 +275,7 @@ class _WholeHead(nn.Module):
     def __init__(self, head: Head, device: torch.device) -> None:
         super().__init__()
         self._head, self._device = head, device
+        self.weight = torch.empty(0)  # fp32: Mamba casts to the format of its head's weight
 
     def forward(self, x: Tensor) -> Tensor:
         step = max(1, 2**23 // x.shape[-1])
@@ -309,11 +321,17 @@ def _as_the_block(parts: Parts, place: int, hidden: Tensor, call: Call) -> Any:
 
 def _returned_beside(block: nn.Module, hidden: Tensor, call: Call) -> int | None:
     """Return how many things a block returns beside the hidden states; None where it returns these alone."""
+    real = list(_buffers(block))
     try:
+        for owner, key, buffer in real:
+            owner._buffers[key] = buffer.to("meta")
         args, kwargs = _on_meta(call)
         out = type(block).forward(block, hidden.to("meta"), *args, **kwargs)
     except (RuntimeError, NotImplementedError):
         return None  # it cannot run without numbers; nearly all blocks return a tensor alone
+    finally:
+        for owner, key, buffer in real:
+            owner._buffers[key] = buffer
     return len(out) - 1 if isinstance(out, tuple) else None
 
 

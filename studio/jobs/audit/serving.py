@@ -37,6 +37,10 @@ _MOST_SECONDS = 10.0
 """Longest that writing is timed; a slow model writes fewer tokens."""
 
 
+_WITHOUT_KEYS = frozenset(("linear_attention", "conv", "mlp", "moe"))
+"""Kinds of layers, as transformers names them, that keep nothing that grows with the conversation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """Memory on a CUDA card for one conversation; an estimate.
@@ -67,10 +71,12 @@ def serving(config: Any, weight_bytes: int) -> Serving:
         weight_bytes: Bytes of all weights, in the form in which they are held.
     """
     text = config.get_text_config()
-    heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_attention_heads", 0))
     keys = int(getattr(text, "num_key_value_heads", None) or heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    cache = 2 * int(text.num_hidden_layers) * keys * width * _KEY_BYTES * CONTEXT_TOKENS
+    width = int(getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * int(text.num_hidden_layers)
+    attending = sum(kind not in _WITHOUT_KEYS for kind in kinds) if heads else 0
+    cache = 2 * attending * keys * width * _KEY_BYTES * CONTEXT_TOKENS
     held = weight_bytes + cache
     return Serving(
         CONTEXT_TOKENS,

@@ -241,14 +241,13 @@ class AdapterForms:
 
         Args:
             base: Reads the weights of the base that the adapter is merged into.
-            cast: Whether merged weights are cast to the dtype of the base's files, as a merge writes them; else fp32.
+            cast: Whether all weights are cast to the dtype of the base's files, as a merge writes them; else fp32.
         """
         made: dict[str, dict[str, Tensor]] = {}
 
         def read(name: str) -> Tensor:
             value = self._changed(name, base, made)
-            if value is None:
-                return base(name)
+            value = base(name) if value is None else value
             return value.to(self.stored(name).dtype) if cast and name not in self._skeleton.replaced else value
 
         return read
