@@ -12,12 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from studio.core.errors import JobFailed
+from studio.core.errors import BadInput, JobFailed
 from studio.core.recipe import AdapterSection, Recipe
+from studio.jobs.audit.blocks import parts_of
+from studio.jobs.audit.walk import Walk
+from studio.jobs.base.weights.skeleton import build_clean
+from studio.jobs.chat.session import Session
 from studio.jobs.train import job
 from studio.jobs.train.adapter import attach_adapter, save_adapter
-from tests.fakes.families import FAMILIES, make_family
+from studio.runs.chat import ChatRequest, Piece, Sampling
+from tests.fakes.families import FAMILIES, config_of, make_family, without_timm
 from tests.fakes.tiny_model import tiny_tokenizer
+from tests.jobs.audit_cases import examples, plain_figures, rounded, variants_of
 from tests.jobs.conftest import Merge, Train, history_of
 
 FAST = "gemma3"
@@ -58,7 +64,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[PeftModel]:
 def original(name: str, folder: Path, **options: Any) -> Any:
     """The checkpoint in the class that it names, as anyone loads it."""
     kind = getattr(transformers, FAMILIES[name].architecture)
-    return kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    with without_timm():
+        return kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 @torch.no_grad()
@@ -128,6 +135,48 @@ def test_a_merge_keeps_the_whole_checkpoint(
     assert {name for name in before if name.endswith("q_proj.weight") and "language_model" in name}.isdisjoint(same)
     words = json.loads((out / "config.json").read_text())
     assert words["architectures"] == [FAMILIES[family].architecture]
+
+
+@each("mistral3", "qwen3_5", "qwen3_vl", "llama4")
+def test_an_audit_walks_the_decoder_alone(family: str, tmp_path: Path) -> None:
+    base, rows = tmp_path / "base", examples(30, 12, 21)
+    parts, variants = variants_of(base, ["16-bit", "nf4"])
+    walk = Walk(parts, variants, rows, device=torch.device("cpu"))
+    assert walk.run(lambda fraction, detail: None, lambda carried: False)
+    whole, four, change = original(family, base), original(family, base), rounded("nf4")
+    names = {name for block in walk.carried.seen for name in block.roundings["nf4"]}
+    assert names
+    assert not any(in_tower(name) for name in names)
+    for name in names:
+        module = four.get_submodule(name)
+        module.weight.data = change(name, module.weight.data)
+    found, (loss, kl, _) = walk.scores(), plain_figures(four, whole, rows)
+    assert float(found["nf4"].loss.mean()) == pytest.approx(loss, rel=1e-4)
+    assert float(found["nf4"].kl.mean()) == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_an_audit_refuses_token_embeddings_for_every_block(name: str, tmp_path: Path) -> None:
+    config = config_of(name)
+    config.architectures = [FAMILIES[name].architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="has token embeddings for every block"):
+        parts_of(build_clean(tmp_path))
+
+
+@each()
+def test_a_chat_answers_as_the_original_class(family: str, recipe: Recipe, train: Train, tmp_path: Path) -> None:
+    base, asked = tmp_path / "base", [{"role": "user", "content": "one"}]
+    adapter = train(recipe.with_("model.base", str(base))).adapter
+    session = Session(ChatRequest(base=str(base), adapter=str(adapter), dtype="fp32"), lambda name, fraction: None)
+    said: list[Any] = []
+    session.answer("tuned", asked, Sampling(max_new_tokens=12), said.append, lambda: False)
+    model = PeftModel.from_pretrained(original(family, base), str(adapter)).eval()
+    text = session.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    ids = session.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=257)[0, ids.shape[1] :]
+    answer = "".join(event.text for event in said if isinstance(event, Piece))
+    assert answer == session.tokenizer.decode(made, skip_special_tokens=True)
 
 
 def test_an_adapter_that_fits_nothing_of_the_original_class_is_refused(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def parts_of(causal: PreTrainedModel) -> Parts:
         raise BadInput(
             f"{kind} is not a stack of decoder blocks between an embedding and a head: it cannot be audited."
         )
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        # An audit holds the rows of one embedding only, for the tokens that occur.
+        raise BadInput(f"{type(causal).__name__} has token embeddings for every block: it cannot be audited.")
     path, stack = stacks[0]
     blocks = tuple((f"{path}.{place}", block) for place, block in enumerate(stack))
     return Parts(
