@@ -37,7 +37,7 @@ _SAME = {"mamba": STATE, "attention": FULL, "conv": STATE}
 """Names of older configs (transformers configuration_utils.py _LEGACY_LAYER_TYPE_REMAP), and LFM2's own."""
 
 
-_FOLLOWED = ("delta", "conv")
+_FOLLOWED = ("delta", "conv", "mamba2")
 """Mixers whose activations `studio.core.vram.mixers` follows."""
 
 
@@ -52,6 +52,7 @@ class Hybrid:
         settled: Returns what the config says under other keys, or leaves to its defaults, under the keys that are read.
         is_sparse: Whether a layer holds experts, by its number and kind.
         output_gate: Whether queries come with a gate of the attention's output.
+        wide_residual: Whether the residual stream is kept in fp32, if the config does not say.
     """
 
     family: Family
@@ -60,6 +61,7 @@ class Hybrid:
     settled: Callable[[ConfigValues], Settings] = lambda values: {}
     is_sparse: Callable[[ConfigValues, int, str], bool] = lambda values, index, kind: True
     output_gate: bool = False
+    wide_residual: bool = False
 
 
 def layer_kinds(name: str, hybrid: Hybrid, values: ConfigValues) -> tuple[str, ...]:
@@ -104,7 +106,9 @@ def hybrid_groups(
     for index, kind in enumerate(kinds):
         sparse = hybrid.is_sparse(values, index, kind)
         if (kind, sparse) not in made:
-            made[kind, sparse] = _of_kind(hybrid, kind, layer(sparse), mixer)
+            one = _of_kind(hybrid, kind, layer(sparse), mixer)
+            wide = hybrid.wide_residual and values.flag("residual_in_fp32", True)
+            made[kind, sparse] = replace(one, wide_residual=wide)
         order.append(numbers.setdefault(made[kind, sparse], len(numbers)))
     return tuple(LayerGroup(order.count(number), one) for one, number in numbers.items()), tuple(order)
 
@@ -303,8 +307,8 @@ HYBRIDS: Mapping[str, Hybrid] = {
         mamba2(FALCON_KEYS),
     ),
     "bamba": Hybrid(Family(rotary=0.5), _listed, mamba2(GRANITE_KEYS), _bamba_settings),
-    "mamba2": Hybrid(_ALONE, _all_state, mamba2(MAMBA2_KEYS), _no_heads),
-    "mamba": Hybrid(replace(_ALONE, tied=True), _all_state, mamba, _no_heads),
+    "mamba2": Hybrid(_ALONE, _all_state, mamba2(MAMBA2_KEYS), _no_heads, wide_residual=True),
+    "mamba": Hybrid(replace(_ALONE, tied=True), _all_state, mamba, _no_heads, wide_residual=True),
     "jamba": Hybrid(
         Family(rotary=0.0, qkv_bias=NEVER, out_bias=NEVER, mlp_bias=NEVER),
         _periodic,

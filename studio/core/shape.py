@@ -148,6 +148,7 @@ class Layer:
         expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
         output_gate: Whether the first projection gives, beside each query, a gate of the attention's output.
         mixer: What mixes tokens instead of attention; beside it where the layer has both.
+        wide_residual: Whether it keeps the residual stream in fp32 (Mamba).
         window: Keys that a token attends to at most; 0 for all.
         experts: The mixture of experts, where the layer has one.
     """
@@ -177,6 +178,7 @@ class Layer:
     expert_maps: tuple[Linear, ...] = ()
     output_gate: bool = False
     mixer: Mixer | None = None
+    wide_residual: bool = False
 
     @property
     def attention(self) -> tuple[Linear, ...]:

@@ -133,7 +133,7 @@ def decoder_layer(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 def _alone(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return the output of a layer with one block, which is attention, another mixer or an MLP."""
-    normed = run.norm(layer, x)
+    normed = run.norm(layer, op.cast(x, run.traits.arithmetic.compute) if layer.wide_residual else x)
     block, weights = (_mix if layer.mixer or layer.out else _fed_forward_alone)(run, layer, normed)
     out = op.add(x, block)
     run.tape.named(normed, block, weights)

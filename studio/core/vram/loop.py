@@ -138,11 +138,13 @@ def trains_layers(shape: ModelShape, loop: Loop) -> bool:
 def residual_itemsize(shape: ModelShape, kind: Setup) -> int:
     """Return the bytes per element of the residual stream.
 
-    CUDA's autocast gives layer norms and xIELU back in fp32, and quantised layers give back what they are given.
+    CUDA's autocast gives layer norms and xIELU back in fp32, and quantised layers give back what they are given. Mamba
+    widens the stream itself.
     """
     layer = shape.groups[0].layer
     wide = layer.norm == "layer" or layer.activation == "xielu"
-    return 4 if wide and kind.quantised and kind.autocast and kind.device == "cuda" else kind.residual_itemsize
+    widened = wide and kind.quantised and kind.autocast and kind.device == "cuda"
+    return 4 if widened or layer.wide_residual else kind.residual_itemsize
 
 
 @lru_cache(maxsize=256)

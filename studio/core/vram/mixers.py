@@ -22,7 +22,8 @@ what comes and goes with a chunk several times: well below a hundredth of what a
 
 def mixed(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
     """Return the mixer's output `[batch, seq, hidden]`; its input lives until then."""
-    out = (_gated_delta if mixer.kind == "delta" else _short_convolution)(run, mixer, x)
+    ways = {"delta": _gated_delta, "mamba2": _mamba2}
+    out = ways.get(mixer.kind, _short_convolution)(run, mixer, x)
     run.tape.named(x)
     return out
 
@@ -72,9 +73,10 @@ def _pairwise(x: Tensor, chunk: int) -> Tensor:
     return result_of((x, x), elements, x.itemsize, sizes, works=(elements.times(x.itemsize),))
 
 
-def _masked(x: Tensor) -> Tensor:
-    """Return a copy with another number where a mask says so."""
-    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),))
+def _masked(x: Tensor, chunk: int) -> Tensor:
+    """Return a copy with another number where a mask of booleans says so, which is saved."""
+    mask = Tensor(x.tape, Polynomial(fixed=chunk * chunk), 1)
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (mask,))
 
 
 def _solved(triangle: Tensor, right: Tensor) -> Tensor:
@@ -104,7 +106,9 @@ def _convolved(run: Modules, mixer: Mixer, x: Tensor, *, activated: bool) -> Ten
     longer = 1 + (mixer.kernel - 1) / run.traits.length
     whole = result_of((x,), x.elements.times(longer), x.itemsize, (gradient_like(x),), (x,))
     cut = op.slice_last(whole, 1 / longer)
-    return op.activate(cut) if activated else cut
+    out = op.activate(cut) if activated else cut
+    x.tape.named(x)
+    return out
 
 
 def _unit(x: Tensor, heads: int) -> Tensor:
@@ -183,7 +187,7 @@ def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Ten
     write, decay = _padded(write, ratio), _padded(decay, ratio)
     v_beta, k_beta = op.multiply_rows(value, write), op.multiply_rows(key, write)
     cumulated = result_of((decay,), decay.elements, 4, (gradient_like(decay),))
-    pairs = _exponential(_masked(_pairwise(cumulated, chunk)))
+    pairs = _exponential(_masked(_pairwise(cumulated, chunk), chunk))
     square = pairs.elements
     system = _times(_product(run, k_beta, key, square), pairs)
     within = _times(_product(run, query, key, square), pairs)
@@ -215,6 +219,113 @@ def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Ten
         else op.cast(op.slice_last(op.clone(total), 1 / ratio), itemsize)
     )
     tape.named(query, key, value, write, decay, v_beta, k_beta, cumulated, pairs, system, within, decayed, new, read)
+    return out
+
+
+# Mamba 2.
+
+
+def _mamba2(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
+    """Follow forward of GraniteMoeHybridMambaLayer, NemotronHMamba2Mixer, FalconH1Mixer and the like."""
+    tape, width = run.tape, mixer.heads * mixer.head_dim
+    scaled = op.scale(x) if mixer.scales else x
+    projected = run.linear(mixer.inputs[0], scaled)
+    if mixer.scales:
+        projected = op.times_constant(projected)
+    whole = mixer.inputs[0].outputs
+    shares = width / whole, mixer.channels / whole, mixer.heads / whole
+    gate, before, steps = op.split_last(projected, shares)
+    after = _convolved(run, mixer, before, activated=True)
+    keys = mixer.groups * mixer.state / mixer.channels
+    values, into, out_of = op.split_last(after, (1 - 2 * keys, keys, keys))
+    steps = op.activate(op.activate(op.cast(op.add_number(steps), 4)))  # softplus, clamp
+    scanned = _chunked_scan(run, mixer, (values, steps, into, out_of))
+    if mixer.gate_norm == "before":
+        normed = _gated_before(run, mixer, scanned, gate)
+    elif mixer.gate_norm:
+        normed = _gated_after(run, mixer, scanned, gate)
+    else:
+        normed = _times(scanned, op.activate(gate))
+    narrow = op.cast(normed, x.itemsize)
+    out = run.linear(mixer.out, narrow)
+    tape.named(scaled, projected, after, steps, normed, narrow)
+    return out
+
+
+def _gated_before(run: Modules, mixer: Mixer, x: Tensor, gate: Tensor) -> Tensor:
+    """Follow GraniteMoeHybridRMSNormGated: multiplied with the gate in fp32, then normed group by group."""
+    gated = _times(op.cast(x, 4), op.activate(op.cast(gate, 4)))
+    inverse = op.activate_saving_result(op.mean_last(op.power(gated), _per_token(mixer.groups)))
+    out = op.times_constant(op.cast(op.multiply_rows(gated, inverse), x.itemsize))
+    run.tape.named(inverse)
+    return out
+
+
+def _chunked_scan(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tensor:
+    """Follow mamba2_chunk_scan: `[batch, seq, heads, head_dim]` in fp32."""
+    tape, length, chunk = run.tape, run.traits.length, mixer.chunk
+    chunks = -(-length // chunk)
+    ratio = chunks * chunk / length
+    # A single chunk of a single row lies as the products want it.
+    copies = chunks > 1 or run.traits.batched
+    values, steps, into, out_of = given
+    values = op.cast(values, 4)
+    into, out_of = (op.gather(op.cast(t, 4), mixer.heads / mixer.groups) for t in (into, out_of))
+    skipped = op.times_constant(_padded(values, ratio))
+    short = op.multiply_rows(values, steps), op.times_constant(steps), into, out_of
+    values, decay, into, out_of = (op.laid_anew(_padded(t, ratio)) for t in short)
+    tape.named(*short)
+    summed = _cumulated(decay)
+    pairs = _exponential(_segments(run, decay, chunk))
+    square = pairs.elements
+    scores = _contracted(run, out_of, into, square, copies=(copies, copies))
+    weights = _times(scores, pairs)
+    wide = values.elements
+    inside = op.laid_anew(_contracted(run, weights, values, wide, copies=(False, copies)))
+    decayed = op.multiply_rows(into, _exponential(_minus(summed, summed)))
+    per_chunk = mixer.heads * mixer.head_dim * mixer.state / length
+    made = _contracted(run, decayed, values, _per_token(chunks * per_chunk), copies=(copies, copies))
+    first = Tensor(tape, _per_token(per_chunk), made.itemsize)
+    states = op.join((first, op.laid_anew(made)))
+    tape.named(first)
+    states = op.clone(states) if run.traits.batched else states
+    passed = result_of((states,), states.elements, states.itemsize, (gradient_like(states),), (states,))
+    fading = _exponential(summed)
+    state = op.slice_last(passed, chunks / (chunks + 1))
+    outside = op.laid_anew(_contracted(run, out_of, state, wide, copies=(copies, copies)))
+    outside = _times_rows(outside, fading)
+    both = op.clone(op.add(inside, outside))
+    out = op.add(both, skipped)
+    tape.named(values, decay, into, out_of, skipped, summed, pairs, scores, weights, inside, decayed, passed, outside)
+    return out if ratio == 1 else op.slice_last(out, 1 / ratio)
+
+
+def _segments(run: Modules, x: Tensor, chunk: int) -> Tensor:
+    """Return sums over all stretches within a chunk (`segment_sum`)."""
+    mask = Tensor(x.tape, Polynomial(fixed=chunk * chunk), 1)
+    first = result_of((x,), x.elements.times(chunk), x.itemsize, (gradient_like(x),), (mask,))
+    out = _masked(_cumulated(first), chunk)
+    run.tape.named(first)
+    return out
+
+
+def _cumulated(x: Tensor) -> Tensor:
+    """Return `cumsum`: its backward turns the gradient around, sums it up and turns it around again."""
+    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), works=(x.bytes, x.bytes))
+
+
+def _times_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """Return `x * factor` in fp32 with one factor per row, for an x in 16 bit."""
+    wide = x.elements.times(4)
+    works = (wide,) if x.itemsize == 4 else (wide, wide)
+    return result_of((x, factor), x.elements, 4, (gradient_like(x), gradient_like(factor)), (x, factor), works=works)
+
+
+def _contracted(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial, *, copies: tuple[bool, bool]) -> Tensor:
+    """Return `einsum` of two operands, which copies those that do not lie batch by batch before it multiplies them."""
+    x_laid, y_laid = (op.clone(t) if copied else t for t, copied in zip((x, y), copies, strict=True))
+    out = _product(run, x_laid, y_laid, outputs)
+    run.tape.named(x_laid, y_laid)
     return out
 
 
