@@ -51,6 +51,7 @@ def _latent_attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Te
     """Follow DeepseekV3Attention.forward: queries, and keys with values, are made from narrow vectors."""
     tape, heads, latent = run.tape, layer.heads, layer.latent
     assert latent is not None  # noqa: S101  the caller looked
+    assert layer.out is not None  # noqa: S101  a layer without attention has no heads
     *narrow, into, back = layer.qkv
     query = run.linear(narrow[0], x)
     if len(narrow) > 1:
@@ -73,7 +74,6 @@ def _latent_attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Te
     attended, weights = _attend(run, layer, joined, key, value)
     if run.traits.kernel in ("flash", "cpu"):
         attended = op.clone(attended)  # joined queries lie head by head, see `attention`
-    assert layer.out is not None  # noqa: S101  see `attention`
     out = run.linear(layer.out, attended)
     tape.named(x, query, both, compressed, turned, key_turned, joined, key, value, attended)
     return out, weights
