@@ -20,6 +20,10 @@ class ConfigValues:
         """Return the table with other values under some keys."""
         return ConfigValues({**self._table, **settings})
 
+    def raw(self, key: str) -> Any:
+        """Return what lies under a key, unchecked; None where there is nothing."""
+        return self._table.get(key)
+
     def __contains__(self, key: str) -> bool:
         return self._table.get(key) is not None
 

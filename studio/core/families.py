@@ -140,7 +140,7 @@ _DEEPSEEK_MOE = Family(
 _LATENT = replace(_DEEPSEEK_MOE, latent=True, rotary_form="pairs")
 _RELU2 = Family(mlp=("up_proj", "down_proj"), gated=False, activation="relu2")
 
-FAMILIES: Mapping[str, Family] = {
+_BY_NAME: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": _NO_BIAS,
     "ministral": _NO_BIAS,
@@ -285,4 +285,16 @@ FAMILIES: Mapping[str, Family] = {
     "phimoe": Family(norm="layer", norm_terms=2, mlp_bias=NEVER, head_bias="lm_head_bias"),
     "hunyuan_v1_moe": Family(query_key_norm="head", mlp_bias=NEVER, shared_inner="intermediate_size", chooser="wg"),
 }
+_INSIDE = {
+    "qwen2_vl": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+}
+"""Text models of multimodal ones that are built as another family's."""
+FAMILIES: Mapping[str, Family] = {**_BY_NAME, **{name: _BY_NAME[same] for name, same in _INSIDE.items()}}
 """Keyed by transformers' `model_type` (of the text model, where a config has several)."""

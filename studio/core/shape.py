@@ -147,6 +147,7 @@ class Layer:
         attention_dropout: Whether attention weights are dropped in training.
         expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
         output_gate: Whether the first projection gives, beside each query, a gate of the attention's output.
+        beside: Linear maps whose part in the layer is not known.
         mixer: What mixes tokens instead of attention; beside it where the layer has both.
         wide_residual: Whether it keeps the residual stream in fp32 (Mamba).
         window: Keys that a token attends to at most; 0 for all.
@@ -179,6 +180,7 @@ class Layer:
     output_gate: bool = False
     mixer: Mixer | None = None
     wide_residual: bool = False
+    beside: tuple[Linear, ...] = ()
 
     @property
     def attention(self) -> tuple[Linear, ...]:
@@ -190,7 +192,7 @@ class Layer:
         """All linear maps that are modules of their own (fused experts are not)."""
         mixer = self.mixer.linears if self.mixer else ()
         around = self.experts.around if self.experts else ()
-        return (*self.attention, *mixer, *self.mlp, *around, *self.expert_maps)
+        return (*self.attention, *mixer, *self.mlp, *around, *self.beside, *self.expert_maps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,10 @@ class ModelShape:
         buffers: Elements of tables that it holds beside its parameters, in the format in which it computes.
         mask_bytes: Bytes of a causal mask that it holds, a byte per pair of positions; 0 without one.
         doubts: Why the estimate for this model is less certain than usual; empty where it is not.
+        readings: What else its config may mean, the least and the most, where it is not understood.
+        notes: What the user should know of it that makes nothing less certain.
+        tower_parameters: Parameters of its checkpoint that are no language model's: towers for images or sound. They
+            are on disk, and not in the memory of a training on text.
         quantised: How its weights lie on disk, for a prequantised model.
         origin: Where the config comes from, in words, if it is not the model's own file; else empty.
     """
@@ -254,6 +260,9 @@ class ModelShape:
     buffers: int = 0
     mask_bytes: int = 0
     doubts: tuple[str, ...] = ()
+    readings: tuple["ModelShape", ...] = ()
+    notes: tuple[str, ...] = ()
+    tower_parameters: int = 0
     quantised: QuantisedBase | None = None
     origin: str = ""
 

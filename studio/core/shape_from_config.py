@@ -1,9 +1,10 @@
 """Makes a `ModelShape` of a config.json's table. Every number is checked, and every error names its key."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from studio.core.checkpoint_tensors import CheckpointTensors, Tensors, checkpoint_tensors, settled
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import ALWAYS, FAMILIES, NEVER, UNKNOWN, Family
@@ -11,7 +12,12 @@ from studio.core.hybrid_layers import HYBRIDS, doubts_of, hybrid_groups, layer_k
 from studio.core.quantised_base import quantised_base
 from studio.core.shape import Experts, Heads, Latent, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
+from studio.core.unknown_layers import facts_of, layers_of
 
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_TOWERS = ("vision_config", "audio_config")
+_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MOST_PARAMETERS = 50 * 10**12
 _MOST_LAYERS = 1000
 """The deepest published models, merged from several, have some 300. Without a limit a hostile config could keep a
@@ -21,39 +27,100 @@ _MOST_EXPERTS = 2048
 estimate, which takes 10 ms each."""
 
 
-def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
+def shape_from_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> ModelShape:
     """Return the shape that a model's config describes.
 
-    An unknown family is read as a Llama, with a doubt in the shape. A config with a vision or audio part gets a doubt
-    too, since only its text model is counted.
+    A family that is not in the table is sized from its tensors. Without them its config is read as a Llama's, with what
+    else it may mean as `readings`; either way with a doubt. Of a config with a vision or audio part the text model is
+    read.
+
+    Args:
+        config: The table of its config.json.
+        tensors: Shapes of its checkpoint's tensors by name, where they are known.
 
     Raises:
         BadInput: A size is missing, no number, or absurd; the message names the key.
     """
-    doubts: list[str] = []
-    text = _text_table(config, doubts)
+    text = _text_table(config)
     values = ConfigValues(text)
     name = values.word("model_type") or "unknown"
+    several = text is not config or any(key in config for key in _TOWERS)
+    layers = values.whole(*_LAYERS, default=0, low=0, high=_MOST_LAYERS)
+    found = checkpoint_tensors(tensors, layers, multimodal=several) if tensors else None
     hybrid = HYBRIDS.get(name)
     family = hybrid.family if hybrid else FAMILIES.get(name)
     if family is None:
-        name, family = plain(name, one_line=True, limit=40), UNKNOWN
-        doubts.append(f"the architecture {name!r} is not known here: read as a Llama of its sizes")
-    shape = _shape(name, family, values, doubts)
+        shape = _unknown(plain(name, one_line=True, limit=40), values, found)
+    else:
+        shape = _shape(name, family, values, [])
     if shape.parameters > _MOST_PARAMETERS:
         raise BadInput(f"the model's config describes {shape.parameters:.3g} parameters; its sizes cannot be right")
+    if found:
+        shape = settled(shape, found)
+    if several:
+        beside = f", {found.towers / 1e9:.2f} B parameters," if found and found.towers else ""
+        said = f"towers for images or sound{beside} are on disk and not counted: a training on text leaves them out"
+        shape = replace(shape, notes=(said,), tower_parameters=found.towers if found else 0)
     return replace(shape, quantised=quantised_base(config))
 
 
-def _text_table(config: Mapping[str, Any], doubts: list[str]) -> Mapping[str, Any]:
+def _text_table(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the language model's part of a config that may hold several models."""
     for key in ("text_config", "llm_config", "language_config"):
         inner = config.get(key)
         if isinstance(inner, Mapping):
-            if any(other in config for other in ("vision_config", "audio_config")):
-                doubts.append("only the text model is counted, not the vision or audio part")
-            return {**{k: config[k] for k in ("torch_dtype", "dtype") if k in config}, **inner}
+            # The head belongs to the whole model: there the outer config decides.
+            tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+            return {**{k: config[k] for k in ("torch_dtype", "dtype") if k in config}, **inner, **tied}
     return config
+
+
+def _unknown(name: str, values: ConfigValues, found: CheckpointTensors | None) -> ModelShape:
+    """Return the shape of a family that is not in the table; of sizes that differ by layer the largest."""
+    values = values.with_({key: values.each(key) for key in _WIDTHS if isinstance(values.raw(key), list)})
+    if found is None:
+        doubt = (
+            f"the architecture {name!r} is not known here: read as a Llama of its sizes; the range also holds what "
+            "else they may mean"
+        )
+        return replace(_shape(name, UNKNOWN, values, [doubt]), readings=tuple(_readings(name, values)))
+    doubt = (
+        f"the architecture {name!r} is not known here: its sizes are those of its tensors, how its layers compute "
+        "is taken to be as in a Llama"
+    )
+    values = values.with_(facts_of(found, values))
+    shape = _shape(name, UNKNOWN, values, [doubt])
+    groups, order = layers_of(found, values, shape.hidden, shape.groups[0].layer)
+    shape = replace(shape, groups=groups, order=order)
+    return replace(shape, readings=(replace(shape, fused_attention=False),))
+
+
+def _readings(name: str, values: ConfigValues) -> Iterator[ModelShape]:
+    """Yield the least and the most that a config which is not understood may mean.
+
+    Widths of experts and of dense layers may stand under each other's keys, half of the layers may be dense, and fused
+    kernels may not compute its attention.
+    """
+    shape = _shape(name, UNKNOWN, values, [])
+    widths = [values.whole(key, default=0, low=0) for key in _WIDTHS]
+    least, most = min(filter(None, widths), default=1), max(widths, default=1)
+    said = [key for key in _WIDTHS if key in values]
+    narrow = _shape(name, UNKNOWN, values.with_({**dict.fromkeys(said, least), "tie_word_embeddings": True}), [])
+    wide = _shape(name, UNKNOWN, values.with_({**dict.fromkeys(said, most), "tie_word_embeddings": False}), [])
+    if shape.expert_parameters:
+        dense = _shape(name, UNKNOWN, values.with_(dict.fromkeys(_EXPERT_COUNTS, 0)), [])
+        half = max(1, shape.layers // 2)
+        groups = (LayerGroup(half, narrow.groups[0].layer), LayerGroup(shape.layers - half, dense.groups[0].layer))
+        narrow = replace(narrow, groups=tuple(group for group in groups if group.count))
+    yield narrow
+    embeddings = shape.layers * _per_layer_embedding(values)
+    yield replace(wide, other_parameters=wide.other_parameters + embeddings, fused_attention=False)
+
+
+def _per_layer_embedding(values: ConfigValues) -> int:
+    """Return the parameters of an embedding that each layer has for itself (Gemma 3n); 0 without one."""
+    width = values.whole("hidden_size_per_layer_input", default=0, low=0)
+    return width * values.whole("vocab_size_per_layer_input", "vocab_size", default=0, low=0)
 
 
 def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -> ModelShape:
@@ -61,7 +128,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
     if hybrid:
         values = said.with_(hybrid.settled(said))
     hidden = values.whole("hidden_size", "n_embd", "d_model", high=1 << 20)
-    layers = values.whole("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=_MOST_LAYERS)
+    layers = values.whole(*_LAYERS, high=_MOST_LAYERS)
     heads = values.whole("num_attention_heads", "n_head", "n_heads", high=1 << 16)
     divided = _latent_heads(values, heads) if family.latent else _heads(name, family, values, hidden, heads)
     capped = values.real("attn_logit_softcapping", family.attention_softcap) != 0
@@ -170,8 +237,7 @@ def _sparse_layers(name: str, family: Family, values: ConfigValues, layers: int)
 
 
 def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:
-    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    count = values.whole(*keys, default=0, low=0, high=_MOST_EXPERTS)
+    count = values.whole(*_EXPERT_COUNTS, default=0, low=0, high=_MOST_EXPERTS)
     if count < 2:  # a "mixture" of one is a plain MLP
         return None
     inner = values.whole(family.expert_inner, "moe_intermediate_size", "intermediate_size")
@@ -204,10 +270,11 @@ def _layer(
         norm_parameters += latent.queries + latent.keys
     rotary = _rotary(family, values)
     normed: Any = family.query_key_norm
-    if name == "glm4_moe" and values.flag("use_qk_norm", False):
+    if name in ("glm4_moe", "cohere") and values.flag("use_qk_norm", False):
         normed = "head"
-    # A norm per head has one weight for all query heads, and one for all key heads.
-    per_head = {"head": 2 * heads.width, "whole": (heads.queries + heads.keys) * heads.width, "": 0}
+    # A norm per head has one weight for all query heads, and one for all key heads; Cohere's one for each.
+    whole = (heads.queries + heads.keys) * heads.width
+    per_head = {"head": whole if name == "cohere" else 2 * heads.width, "whole": whole, "": 0}
     return Layer(
         wiring=wiring,
         norm=family.norm,

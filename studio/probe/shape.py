@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.quantised_base import GGUF, QuantisedBase
+from studio.core.quantised_base import GGUF, QuantisedBase, quantised_base
 from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
@@ -31,7 +31,6 @@ _GGUF_FAMILIES = {
 }
 """llama.cpp's architecture names that differ from transformers' `model_type` (gguf constants.MODEL_ARCH_NAMES)."""
 
-_SMALL_DIFFERENCE = 0.001
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _WEIGHTS = ("weight", "weight_packed", "_blocks")
 """Ends of the names of a linear map's weights, packed or not (compressed-tensors, gpt-oss)."""
@@ -63,10 +62,9 @@ def find_shape(word: str, revision: str = "") -> ModelShape:
     except (HubRefusal, EmbeddedMissing) as refusal:
         config, origin = config_instead(word, revision, refusal)
         return replace(shape_from_config(config), origin=origin)
-    shape = shape_of_base(base)
-    if base.kind == "hub" and base.path is None:
-        return _settled_by(shape, hub_headers(word, revision) or [])
-    return shape
+    if base.kind == "hub" and base.path is None and base.config is not None:
+        return _with_tensors(base.config, hub_headers(word, revision) or [])
+    return shape_of_base(base)
 
 
 def shape_of_base(base: BaseFound) -> ModelShape:
@@ -99,17 +97,20 @@ def _of_file(path: Path) -> ModelShape:
 def _of_folder(folder: Path) -> ModelShape:
     if not (folder / CONFIG).is_file():
         raise BadInput(f"{_shown(str(folder))} has no config.json; wanted the folder of a transformers model.")
-    return _settled_by(shape_from_config(read_config(folder / CONFIG)), weight_headers(folder))
+    return _with_tensors(read_config(folder / CONFIG), weight_headers(folder))
 
 
-def _settled_by(shape: ModelShape, headers: list[SafetensorsHeader]) -> ModelShape:
-    if shape.quantised:
-        return shape
+def _with_tensors(config: dict[str, Any], headers: list[SafetensorsHeader]) -> ModelShape:
+    """Return the shape of a config and of the tensors in the headers of its weights, where these are not packed."""
+    if quantised_base(config):
+        return shape_from_config(config)
     if packed := _packed(headers):
         doubt = f"{packed}: it is quantised in a way that its config does not name, and planned as if it were not"
+        shape = shape_from_config(config)
         return replace(shape, doubts=(*shape.doubts, doubt))
-    counted = _counted_parameters(headers, shape)
-    return shape if counted is None else settled(shape, counted)
+    entries = {name: entry for header in headers for name, entry in header.tensors.items()}
+    known = all(entry.dtype in _FLOATS for entry in entries.values())
+    return shape_from_config(config, {name: entry.shape for name, entry in entries.items()} if known else None)
 
 
 def _packed(headers: Iterable[SafetensorsHeader]) -> str:
@@ -119,28 +120,6 @@ def _packed(headers: Iterable[SafetensorsHeader]) -> str:
             if name.endswith(_WEIGHTS) and entry.dtype not in _FLOATS:
                 return f"the weight {plain(name, one_line=True, limit=80)} lies in {entry.dtype}"
     return ""
-
-
-def settled(shape: ModelShape, counted: int) -> ModelShape:
-    """Return the shape with as many parameters as there are on disk, and a doubt where the config describes others."""
-    difference = counted - shape.parameters
-    if abs(difference) <= _SMALL_DIFFERENCE * shape.parameters:
-        return replace(shape, other_parameters=max(0, shape.other_parameters + difference))
-    doubt = f"the config describes {shape.parameters:,} parameters, its weights are {counted:,}"
-    extra = shape.other_parameters + max(0, difference)
-    return replace(shape, other_parameters=extra, doubts=(*shape.doubts, doubt))
-
-
-def _counted_parameters(headers: Iterable[SafetensorsHeader], shape: ModelShape) -> int | None:
-    """Return the parameters that the headers describe; None without headers, or where a tensor is no parameter."""
-    total = 0
-    for header in headers:
-        for name, entry in header.tensors.items():
-            if entry.dtype not in _FLOATS:
-                return None
-            if not (shape.tied and name.endswith("lm_head.weight")) and not name.endswith((".inv_freq", ".attn.bias")):
-                total += entry.parameters
-    return total or None
 
 
 def config_of_gguf(header: GgufHeader) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def test_a_config_with_several_models_is_read_for_its_text_and_says_so():
     }
     shape = shape_from_config(config)
     assert (shape.family, shape.hidden) == ("mistral", 64)
-    assert any("vision" in doubt for doubt in shape.doubts)
+    assert not shape.doubts
+    assert any("towers for images" in note for note in shape.notes)
 
 
 def test_an_unknown_family_is_a_doubt_and_not_an_error():

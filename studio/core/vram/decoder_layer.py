@@ -146,6 +146,8 @@ def _fed_forward_alone(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, N
 
 def _mix(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return what mixes tokens in a layer: attention, another mixer, or the sum of both."""
+    if layer.mixer is None and layer.out is None:
+        return _beside(run, layer, x), None
     if layer.mixer is None:
         return attention(run, layer, x)
     by_state = mixed(run, layer.mixer, x)
@@ -157,6 +159,14 @@ def _mix(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     both = op.add(scaled, op.scale(attended) if layer.mixer.scales else attended)
     run.tape.named(x, scaled, attended)
     return both, weights
+
+
+def _beside(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Return the sum of x and of what the maps give whose part in the layer is not known, taken one by one."""
+    for linear in layer.beside:
+        made = run.linear(linear, op.gather(x, linear.inputs / run.shape.hidden))
+        x = op.add(x, op.gather(made, run.shape.hidden / linear.outputs))
+    return x
 
 
 def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
@@ -206,6 +216,8 @@ def _dropped(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _fed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
-    out = run.feed_forward(layer, x)
+    out = run.feed_forward(layer, x) if layer.mlp or layer.experts else x
+    if layer.beside and layer.out is not None:
+        out = _beside(run, layer, out)
     run.tape.named(x)
     return out

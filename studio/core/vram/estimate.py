@@ -44,6 +44,9 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     workspace = 0 if setup.device == "cpu" else workspace_bytes(gpu)
     stages = stages_of(shape, setup, loop, workspace=workspace)
     low, high = widened(shape, stages.peak, stages.steady_peak)
+    for reading in shape.readings:
+        other = estimate_vram(reading, setup, gpu).allocated
+        low, high = min(low, other.low), max(high, other.high)
     if shape.expert_parameters:
         low, high = low - UNCERTAIN * stages.turnover, high + UNCERTAIN * stages.turnover
     of_loop = []
@@ -137,7 +140,7 @@ def notes_of(
         unquantised: How weights that are not quantised are held.
     """
     notes = [] if shape.quantised is None else [note_on(shape.quantised, setup.method, setup.engine)]
-    notes += [*filter(None, (shape.origin,)), *shape.doubts]
+    notes += [*filter(None, (shape.origin,)), *shape.doubts, *shape.notes]
     if 0 < shape.positions < setup.seq_len:
         notes.append(
             f"{setup.seq_len} tokens per row are more than the {shape.positions} positions of the model's config"
@@ -161,8 +164,9 @@ def notes_of(
 
 
 def _doubt(shape: ModelShape) -> float:
-    """Return the relative doubt about allocated bytes of a model."""
-    return UNCERTAIN if shape.doubts else _CERTAIN
+    """Return the relative doubt about allocated bytes of a model; twice as much where parts of layers are guessed."""
+    guessed = any(group.layer.beside for group in shape.groups)
+    return UNCERTAIN * (1 + guessed) if shape.doubts else _CERTAIN
 
 
 def _expert_notes(shape: ModelShape, setup: Setup, held: str) -> list[str]:
