@@ -85,8 +85,8 @@ class _Stacks:
         return max(enough or self.found, key=self.sizes.__getitem__)
 
 
-def checkpoint_tensors(tensors: Tensors, layers: int, *, multimodal: bool) -> CheckpointTensors | None:
-    """Return the tensors of a checkpoint by what they belong to; None where none lies in a layer.
+def checkpoint_tensors(tensors: Tensors, layers: int, *, multimodal: bool) -> CheckpointTensors:
+    """Return the tensors of a checkpoint by what they belong to; where none lies in a layer all are outside.
 
     Args:
         tensors: Shapes by name.
@@ -95,7 +95,7 @@ def checkpoint_tensors(tensors: Tensors, layers: int, *, multimodal: bool) -> Ch
     """
     stacks = _Stacks(tensors)
     if not stacks.found:
-        return None
+        return CheckpointTensors({}, tensors)
     decoder = stacks.largest(layers)
     found = stacks.found[decoder]
     own = {index: found[index] for index in sorted(found) if index < layers}

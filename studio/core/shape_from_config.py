@@ -78,7 +78,7 @@ def _text_table(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _unknown(name: str, values: ConfigValues, found: CheckpointTensors | None) -> ModelShape:
     """Return the shape of a family that is not in the table; of sizes that differ by layer the largest."""
     values = values.with_({key: values.each(key) for key in _WIDTHS if isinstance(values.raw(key), list)})
-    if found is None:
+    if found is None or not found.layers:
         doubt = (
             f"the architecture {name!r} is not known here: read as a Llama of its sizes; the range also holds what "
             "else they may mean"

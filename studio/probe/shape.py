@@ -108,9 +108,14 @@ def _with_tensors(config: dict[str, Any], headers: list[SafetensorsHeader]) -> M
         doubt = f"{packed}: it is quantised in a way that its config does not name, and planned as if it were not"
         shape = shape_from_config(config)
         return replace(shape, doubts=(*shape.doubts, doubt))
-    entries = {name: entry for header in headers for name, entry in header.tensors.items()}
-    known = all(entry.dtype in _FLOATS for entry in entries.values())
-    return shape_from_config(config, {name: entry.shape for name, entry in entries.items()} if known else None)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for header in headers:
+        for name, entry in header.tensors.items():
+            if entry.dtype not in _FLOATS:
+                return shape_from_config(config)
+            # A name that comes in two files is two tensors on disk.
+            shapes[name if name not in shapes else f"{name} {len(shapes)}"] = entry.shape
+    return shape_from_config(config, shapes)
 
 
 def _packed(headers: Iterable[SafetensorsHeader]) -> str:

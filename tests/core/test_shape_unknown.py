@@ -100,9 +100,9 @@ def test_which_stack_of_layers_is_the_language_model() -> None:
         "lm_head.weight": (320, 64),
     }
     found = checkpoint_tensors(tensors, 2, multimodal=True)
-    assert found is not None
     assert list(found.layers) == [0, 1]
     assert sorted(found.outside) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     assert (found.head, found.embedding) == ("lm_head.weight", (320, 64))
     assert (found.towers, found.unread) == (96 * 32 + 32 * 12 + 64 * 32, 2 * 64 * 64)
-    assert checkpoint_tensors({"weight": (2, 2)}, 2, multimodal=False) is None
+    alone = checkpoint_tensors({"weight": (2, 2)}, 2, multimodal=False)
+    assert (alone.layers, alone.outside) == ({}, {"weight": (2, 2)})

@@ -42,7 +42,7 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
         ungated, attended = attended, op.multiply(attended, op.activate_saving_result(gate))
         tape.named(ungated)
     assert layer.out is not None  # noqa: S101  a layer without attention has no heads
-    out = run.linear(layer.out, attended)
+    (out,) = run.linears((layer.out,), attended)
     tape.named(x, query, key, value, gate, attended)
     return out, weights
 
@@ -74,7 +74,7 @@ def _latent_attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Te
     attended, weights = _attend(run, layer, joined, key, value)
     if run.traits.kernel in ("flash", "cpu"):
         attended = op.clone(attended)  # joined queries lie head by head, see `attention`
-    out = run.linear(layer.out, attended)
+    (out,) = run.linears((layer.out,), attended)
     tape.named(x, query, both, compressed, turned, key_turned, joined, key, value, attended)
     return out, weights
 
