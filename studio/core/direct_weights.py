@@ -7,10 +7,10 @@ that exist on a card only, so that the same adapter would train on a CPU and be 
 Source: transformers 5.24 `models/*/modeling_*.py`; tests/jobs/test_direct_weights.py finds the same names in them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-_FUSED = "the fused kernel of this model's Mamba layers reads its weight past the adapter, which would stay untrained"
-_READ = "this model multiplies with its weight itself, past the adapter, which would stay untrained"
+_FUSED = "the fused kernel of this model's Mamba layers reads the weight past the adapter, which would stay untrained"
+_READ = "this model multiplies with the weight itself, past the adapter, which would stay untrained"
 _MAMBA = {"x_proj": _FUSED, "dt_proj": _READ, "out_proj": _FUSED}
 _MAMBA_2 = {"out_proj": _FUSED}
 
@@ -49,6 +49,21 @@ def not_adapted(family: str) -> Mapping[str, str]:
         family: transformers' `model_type` of the language model or, where that has the same with `_text`, of the whole.
     """
     return _NOT_ADAPTED.get(family) or _NOT_ADAPTED.get(f"{family}_text") or {}
+
+
+def left_out(family: str, names: Iterable[str]) -> str:
+    """Return in words which linear maps `all-linear` leaves out for that reason; empty where there are none.
+
+    Args:
+        family: As for `not_adapted`.
+        names: The last parts of the names of the model's linear maps.
+    """
+    dead = not_adapted(family)
+    reasons: dict[str, list[str]] = {}
+    for name in sorted(dead.keys() & set(names)) if dead else ():
+        reasons.setdefault(dead[name], []).append(name)
+    parts = [f"{' and '.join(found)}: {why}" for why, found in reasons.items()]
+    return f"all-linear leaves out {'; and '.join(parts)}" if parts else ""
 
 
 def kept_16bit(family: str) -> frozenset[str]:

@@ -20,11 +20,17 @@ from studio.core.recipe import Recipe
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.trainable import target_names
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import Setup
 from studio.jobs.base.load import FourBit, load_base
 from studio.probe.models import find_base
 from tests.jobs.conftest import Train, history_of
-from tests.jobs.hybrid_cases import make_hybrid
+from tests.jobs.hybrid_cases import config_of, make_hybrid
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 259,
+}  # fmt: skip
 MODELS = Path(transformers.__file__).parent / "models"
 ELSEWHERE = {
     "bloom": "only with `slow_but_exact`, which splits the product over the cards that it was pretrained on",
@@ -98,14 +104,19 @@ def test_a_convolution_as_a_target_is_refused_with_the_reason(train: Train, reci
 
 
 def test_the_plan_refuses_what_the_training_refuses() -> None:
-    shape = shape_from_config({
-        "model_type": "jamba", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 259,
-    })  # fmt: skip
+    shape = shape_from_config(LLAMA | {"model_type": "jamba"})
     assert isinstance(shape, ModelShape)
     with pytest.raises(BadInput, match=r"dt_proj: this model multiplies .* past the adapter"):
         target_names(shape, ("dt_proj",))
     assert "dt_proj" not in target_names(shape, "all-linear")
+
+
+def test_the_plan_says_what_all_linear_leaves_out() -> None:
+    shape = shape_from_config(config_of("granitemoehybrid").to_dict())
+    notes = estimate_vram(shape, Setup(method="lora")).notes
+    assert sum(note.startswith("all-linear leaves out out_proj: the fused kernel") for note in notes) == 1
+    assert not any("leaves out" in note for note in estimate_vram(shape, Setup(targets=("in_proj", "q_proj"))).notes)
+    assert not any("leaves out" in note for note in estimate_vram(shape_from_config(LLAMA), Setup()).notes)
 
 
 def fused(kind: type[nn.Module], seen: list[Any]) -> Any:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from studio.core.direct_weights import not_adapted
-from studio.core.events import Planned
+from studio.core.events import Phase, Planned
 from studio.core.recipe import AdapterSection, Recipe
 from studio.jobs.audit.serving import CONTEXT_TOKENS, serving
 from studio.jobs.train.adapter import attach_adapter
@@ -105,6 +105,9 @@ def test_a_hybrid_trains_and_every_adapted_module_moves(
     if family in TARGETS:
         assert kinds(seen) == set(TARGETS[family].split())
     assert not kinds(seen) & not_adapted(family).keys()
+    details = [event.detail for event in read_events(paths.events) if isinstance(event, Phase)]
+    left_out = {name for name in not_adapted(family) if any(f"leaves out {name}" in detail for detail in details)}
+    assert bool(left_out) is bool(not_adapted(family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

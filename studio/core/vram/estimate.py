@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from studio.core.direct_weights import left_out
 from studio.core.gpu_catalogue import Gpu, emulated
 from studio.core.quantised_base import note_on
 from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
+from studio.core.value_kinds import ALL_LINEAR
 from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain
 from studio.core.vram.modules import Kernel
 from studio.core.vram.report import Components, Range, VramEstimate
@@ -52,6 +54,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     of_loop = []
     if setup.quantised and shape.family == "falcon":
         of_loop.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
+    if setup.targets in (ALL_LINEAR, (ALL_LINEAR,)):
+        of_loop += filter(None, (left_out(shape.family, (linear.name for _, linear in shape.all_linears())),))
     notes = notes_of(shape, setup, gpu, kernel, of_loop=of_loop)
     return estimate_of(shape, stages, loop, gpu, low=max(low, stages.standing.base), high=high, notes=notes)
 

@@ -21,11 +21,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from studio.core.direct_weights import left_out
 from studio.core.errors import JobFailed
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.load import base_folder, four_bit_of, load_base
+from studio.core.value_kinds import ALL_LINEAR
+from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.base.weights.tensor_files import TensorFiles
@@ -92,6 +94,10 @@ def trainable_model(
     )
     if frozen.config.get_text_config()._attn_implementation == "eager" != recipe.train.attention and attends(frozen):
         worker.emit(Warned, topic="attention", message=_EAGER_NOTE)
+    if recipe.adapter.targets == ALL_LINEAR:
+        names = (name.rpartition(".")[2] for name, module in frozen.named_modules() if isinstance(module, nn.Linear))
+        if note := left_out(family_of(frozen), names):
+            tell("attaching the adapter", detail=note)
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)
