@@ -8,6 +8,7 @@ from studio.core.errors import BadInput
 from studio.core.quantised_base import QuantisedBase, quantised_base, refusal
 from studio.core.recipe import EMBEDDED, Method
 from studio.core.text import plain
+from studio.probe.architecture import untrainable_architecture
 from studio.probe.embedded_model import config_from_gguf, embedded_header, find_embedded
 from studio.probe.hub import ask_hub, find_in_cache, is_hub_id
 from studio.probe.model_folder import CONFIG, check_folder, json_word, read_config
@@ -77,12 +78,14 @@ def word_anywhere(base: str) -> str:
 
 
 def refuse_untrainable(base: BaseFound, method: Method) -> None:
-    """Refuse to train on a prequantised model, except on 4-bit bitsandbytes weights under QLoRA.
+    """Refuse to train on an architecture that continues no text, and on a prequantised model.
+
+    4-bit bitsandbytes weights are trained on under QLoRA.
 
     Raises:
-        BadInput: It is one; the message says what to name instead.
+        BadInput: It is one of these; the message says which, and what to name instead.
     """
-    if why := refusal(base.quantised, method):
+    if why := untrainable_architecture(base.config or {}) or refusal(base.quantised, method):
         raise BadInput(f"The base model {plain(base.word, one_line=True, limit=200)} is {why}.")
 
 

@@ -14,6 +14,7 @@ from studio.core.recipe import EMBEDDED
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.text import plain
+from studio.probe.architecture import untrainable_architecture
 from studio.probe.embedded_model import EmbeddedMissing
 from studio.probe.gguf_header import GgufHeader, read_gguf_header
 from studio.probe.hub import HubRefusal, hub_headers
@@ -61,7 +62,7 @@ def find_shape(word: str, revision: str = "") -> ModelShape:
         base = find_base(word, revision)
     except (HubRefusal, EmbeddedMissing) as refusal:
         config, origin = config_instead(word, revision, refusal)
-        return replace(shape_from_config(config), origin=origin)
+        return replace(_described(config), origin=origin)
     if base.kind == "hub" and base.path is None and base.config is not None:
         return _with_tensors(base.config, hub_headers(word, revision) or [])
     return shape_of_base(base)
@@ -79,19 +80,19 @@ def shape_of_base(base: BaseFound) -> ModelShape:
         raise BadInput(
             f"Nothing is known yet of the shape of {_shown(base.word)}: it has no config.json before it is downloaded."
         )
-    return shape_from_config(base.config)
+    return _described(base.config)
 
 
 def _of_file(path: Path) -> ModelShape:
     if path.suffix == ".gguf":
-        return replace(shape_from_config(config_of_gguf(read_gguf_header(path))), quantised=QuantisedBase(GGUF))
+        return replace(_described(config_of_gguf(read_gguf_header(path))), quantised=QuantisedBase(GGUF))
     if path.suffix == ".safetensors":
         if (path.parent / CONFIG).is_file():
             return _of_folder(path.parent)
         raise BadInput(
             f"{_shown(str(path))} holds weights without a config.json beside it: its heads cannot be told from that."
         )
-    return shape_from_config(read_config(path))
+    return _described(read_config(path))
 
 
 def _of_folder(folder: Path) -> ModelShape:
@@ -100,22 +101,30 @@ def _of_folder(folder: Path) -> ModelShape:
     return _with_tensors(read_config(folder / CONFIG), weight_headers(folder))
 
 
+def _described(config: dict[str, Any], tensors: dict[str, tuple[int, ...]] | None = None) -> ModelShape:
+    """Return the shape of a config, with a note where no training can start on its architecture."""
+    shape = shape_from_config(config, tensors)
+    why = untrainable_architecture(config)
+    note = f"this base is {why}. The plan is of its sizes; train refuses it"
+    return replace(shape, notes=(note, *shape.notes)) if why else shape
+
+
 def _with_tensors(config: dict[str, Any], headers: list[SafetensorsHeader]) -> ModelShape:
     """Return the shape of a config and of the tensors in the headers of its weights, where these are not packed."""
     if quantised_base(config):
-        return shape_from_config(config)
+        return _described(config)
     if packed := _packed(headers):
         doubt = f"{packed}: it is quantised in a way that its config does not name, and planned as if it were not"
-        shape = shape_from_config(config)
+        shape = _described(config)
         return replace(shape, doubts=(*shape.doubts, doubt))
     shapes: dict[str, tuple[int, ...]] = {}
     for header in headers:
         for name, entry in header.tensors.items():
             if entry.dtype not in _FLOATS:
-                return shape_from_config(config)
+                return _described(config)
             # A name that comes in two files is two tensors on disk.
             shapes[name if name not in shapes else f"{name} {len(shapes)}"] = entry.shape
-    return shape_from_config(config, shapes)
+    return _described(config, shapes)
 
 
 def _packed(headers: Iterable[SafetensorsHeader]) -> str:
