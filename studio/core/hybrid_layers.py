@@ -179,10 +179,6 @@ def _periodic(values: ConfigValues, layers: int) -> tuple[str, ...]:
     return tuple(FULL if index % period == offset else STATE for index in range(layers))
 
 
-def _every_other(values: ConfigValues, layers: int) -> tuple[str, ...]:
-    return _named(values) or tuple(FULL if (index + 1) % 2 else STATE for index in range(layers))
-
-
 # What a config says under other keys.
 
 

@@ -16,7 +16,7 @@ class Mixer:
     """What mixes tokens by a state or a short convolution, instead of attention or beside it.
 
     Attributes:
-        kind: Gated DeltaNet (`delta`), Mamba 2 and 1, a gated short convolution (`conv`), or lightning attention.
+        kind: Gated DeltaNet (`delta`), Mamba 2 and 1, or a gated short convolution (`conv`).
         place: Name of its module in the layer.
         inputs: Its linear maps but the last, in the order in which they run.
         out: The projection back.
@@ -34,7 +34,7 @@ class Mixer:
         buffers: Elements of tables that it holds beside its parameters.
     """
 
-    kind: Literal["delta", "mamba2", "mamba", "conv", "lightning"]
+    kind: Literal["delta", "mamba2", "mamba", "conv"]
     place: str
     inputs: "tuple[Linear, ...]"
     out: "Linear"

@@ -150,6 +150,7 @@ def _attention(shape: ModelShape, setup: Setup, again: int) -> float:
     windows = sum(
         group.count * (min(1.0, 2 * group.layer.window / setup.seq_len) if group.layer.window and not eager else 1.0)
         for group in shape.groups
+        if group.layer.attention
     )
     return forward * windows * (1 + again + (_EAGER_BACKWARD if eager else _FUSED_BACKWARD))
 

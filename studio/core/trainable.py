@@ -208,30 +208,26 @@ def whole_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]
 
 
 def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart) -> Iterator[tuple[int, Linear, int]]:
-    """Yield every adapted map of every layer with its own rank.
-
-    Layers of one kind are taken to follow each other: a shape does not know their order.
-    """
-    index = 0
-    for group in shape.groups:
-        experts = _of_experts(group.layer, shape.hidden) if EXPERTS in names else []
-        chosen = [linear for linear in group.layer.linears if linear.name in names]
-        for _ in range(group.count):
-            if not part.layers or index in part.layers:
-                for linear in (*chosen, *experts):
-                    yield 1, linear, _rank_of(linear.name, index, part)
-            index += 1
+    """Yield every adapted map of every layer with its own rank."""
+    chosen = [[linear for linear in group.layer.linears if linear.name in names] for group in shape.groups]
+    if EXPERTS in names:
+        chosen = [[*maps, *_of_experts(shape.groups[kind].layer, shape.hidden)] for kind, maps in enumerate(chosen)]
+    for index, kind in enumerate(shape.kinds):
+        if not part.layers or index in part.layers:
+            for linear in chosen[kind]:
+                yield 1, linear, _rank_of(linear_paths(shape.groups[kind].layer, linear, index), part)
     if HEAD in names and not part.layers:
-        yield 1, Linear(HEAD, shape.hidden, shape.vocabulary), _rank_of(HEAD, None, part)
+        yield 1, Linear(HEAD, shape.hidden, shape.vocabulary), _rank_of((HEAD,), part)
 
 
-def linear_paths(name: str, layer: int) -> tuple[str, ...]:
+def linear_paths(layer: Layer, linear: Linear, index: int) -> tuple[str, ...]:
     """Return the paths that a linear map of a layer may have as a module, as most families call them."""
-    return tuple(f"model.layers.{layer}.{block}.{name}" for block in (ATTENTION, MLP))
+    mixes = layer.mixer is not None and linear in layer.mixer.linears
+    blocks = (layer.mixer.place,) if mixes and layer.mixer else (ATTENTION, MLP)
+    return tuple(f"model.layers.{index}.{block}.{linear.name}" for block in blocks)
 
 
-def _rank_of(name: str, layer: int | None, part: AdaptedPart) -> int:
-    paths = linear_paths(name, layer) if layer is not None else (name,)
+def _rank_of(paths: tuple[str, ...], part: AdaptedPart) -> int:
     for pattern, rank in part.rank_pattern:
         if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
             return rank

@@ -63,6 +63,132 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+REAL: dict[str, tuple[str, dict[str, Any], float]] = {
+    "Qwen3-Next-80B-A3B": ("qwen3_next", {}, 79.7),
+    "Qwen3.5-27B": (
+        "qwen3_5_text",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 24,
+            "linear_num_value_heads": 48,
+        },
+        26.9,
+    ),
+    "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", {}, 34.7),
+    "LFM2-1.2B": (
+        "lfm2",
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "block_ff_dim": 12288,
+            "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        },
+        1.17,
+    ),
+    "LFM2-8B-A1B": (
+        "lfm2_moe",
+        {
+            "num_hidden_layers": 24,
+            "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+        },
+        8.34,
+    ),
+    "Granite-4.0-H-Tiny": (
+        "granitemoehybrid",
+        {
+            "hidden_size": 1536,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "intermediate_size": 512,
+            "shared_intermediate_size": 1024,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 6,
+            "vocab_size": 100352,
+            "tie_word_embeddings": True,
+            "mamba_d_state": 128,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "layer_types": ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+        },
+        6.94,
+    ),
+    "Granite-4.0-H-Small": (
+        "granitemoehybrid",
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 768,
+            "shared_intermediate_size": 1536,
+            "num_local_experts": 72,
+            "num_experts_per_tok": 10,
+            "vocab_size": 100352,
+            "tie_word_embeddings": True,
+            "mamba_d_state": 128,
+            "layer_types": ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+        },
+        32.2,
+    ),
+    "Nemotron-H-8B": (
+        "nemotron_h",
+        {"hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"},
+        8.10,
+    ),
+    "Nemotron-3-Nano-30B-A3B": (
+        "nemotron_h",
+        {
+            "hidden_size": 2688,
+            "num_key_value_heads": 2,
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+            "mamba_num_heads": 64,
+        },
+        31.6,
+    ),
+    "Falcon-H1-1.5B": (
+        "falcon_h1",
+        {
+            "num_hidden_layers": 24,
+            "hidden_size": 2048,
+            "intermediate_size": 4608,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "vocab_size": 65537,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "mamba_d_ssm": 3072,
+        },
+        1.55,
+    ),
+    "Falcon-H1-7B": (
+        "falcon_h1",
+        {
+            "num_hidden_layers": 44,
+            "hidden_size": 3072,
+            "intermediate_size": 12288,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "vocab_size": 130048,
+            "mamba_n_heads": 24,
+            "mamba_d_head": 128,
+            "mamba_d_ssm": 3072,
+        },
+        7.59,
+    ),
+}
+"""Sizes of published configs, each with its parameters in billions; what is left out is the default of transformers'
+config class, which is made after that checkpoint."""
+
+
 def config_of(family: str, **changes: Any) -> Any:
     sizes = {**SIZES, **SMALL[family], **changes}
     if family == "nemotron_h":
@@ -128,3 +254,12 @@ def test_the_kinds_of_layers_are_known_in_their_order():
     assert shape.kinds == (0, 1, 2, 3, 0)
     assert [bool(group.layer.mixer) for group in shape.groups] == [True, False, False, False]
     assert [bool(group.layer.attention) for group in shape.groups] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_a_published_hybrid_has_its_published_size(name: str):
+    family, sizes, billions = REAL[name]
+    config = CONFIG_MAPPING[family](**sizes)
+    counted = shape_from_config(config.to_dict()).parameters
+    assert counted == built(config)[0]
+    assert counted / 1e9 == pytest.approx(billions, rel=0.005)

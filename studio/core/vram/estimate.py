@@ -8,7 +8,7 @@ from studio.core.quantised_base import note_on
 from studio.core.shape import ModelShape
 from studio.core.trainable import EXPERTS, target_names
 from studio.core.value_kinds import ALL_LINEAR
-from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain
+from studio.core.vram.loop import Loop, attention_kernel, own_loop, runs_plain, with_mixer_kernels
 from studio.core.vram.modules import Kernel
 from studio.core.vram.report import Components, Range, VramEstimate
 from studio.core.vram.reserve import (
@@ -49,6 +49,9 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     for reading in shape.readings:
         other = estimate_vram(reading, setup, gpu).allocated
         low, high = min(low, other.low), max(high, other.high)
+    if shape.mixes_by_state:
+        least = stages_of(shape, setup, with_mixer_kernels(loop), workspace=workspace)
+        low = min(low, widened(shape, least.peak, least.peak)[0])
     if shape.expert_parameters:
         low, high = low - UNCERTAIN * stages.turnover, high + UNCERTAIN * stages.turnover
     of_loop = []
@@ -149,6 +152,7 @@ def notes_of(
         notes.append(
             f"{setup.seq_len} tokens per row are more than the {shape.positions} positions of the model's config"
         )
+    notes += _mixer_notes(shape)
     notes += of_loop
     if shape.expert_parameters:
         notes += _expert_notes(shape, setup, unquantised or ("fp32" if setup.dtype == "fp32" else "16-bit"))
@@ -165,6 +169,24 @@ def notes_of(
     if gpu and (said := emulated(setup.dtype, gpu.name, gpu.compute_capability)):
         notes.append(said)
     return tuple(notes)
+
+
+_MIXERS = {
+    "delta": ("Gated DeltaNet", "flash-linear-attention and causal-conv1d"),
+    "mamba2": ("Mamba 2", "mamba-ssm and causal-conv1d"),
+    "mamba": ("Mamba", "mamba-ssm and causal-conv1d"),
+    "conv": ("the short convolutions", "causal-conv1d"),
+}
+"""What kinds of mixer are called, and the packages that bring kernels for them."""
+
+
+def _mixer_notes(shape: ModelShape) -> list[str]:
+    kinds = dict.fromkeys(group.layer.mixer.kind for group in shape.groups if group.layer.mixer)
+    return [
+        f"activations of {name} are those of PyTorch's own code (seen in traces, not on a card); with the kernels of "
+        f"{packages} they may be as small as at the low end"
+        for name, packages in (_MIXERS[kind] for kind in kinds)
+    ]
 
 
 def _doubt(shape: ModelShape) -> float:

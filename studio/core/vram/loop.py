@@ -103,6 +103,12 @@ def at_length(loop: Loop, shape: ModelShape, length: int) -> Loop:
     return replace(loop, traits=replace(loop.traits, length=length)) if shape.mixes_by_state else loop
 
 
+@lru_cache(maxsize=256)
+def with_mixer_kernels(loop: Loop) -> Loop:
+    """Return the loop with kernels that mix tokens by state: the least that any of them can hold."""
+    return replace(loop, traits=replace(loop.traits, fused_mixers=True))
+
+
 def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
     """Return how our loop computes a layer."""
     adapter = AdapterTraits(

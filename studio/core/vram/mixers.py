@@ -28,6 +28,14 @@ def mixed(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
     return out
 
 
+def _fused(given: tuple[Tensor, ...], elements: Polynomial, itemsize: float) -> Tensor:
+    """Return what a kernel makes that saves its inputs and its result, and computes all else again."""
+    out = result_of(given, elements, itemsize, tuple(gradient_like(t) for t in given), given)
+    if out.node is not None:
+        out.tape.saves(out.node, out)
+    return out
+
+
 def _per_token(elements: float) -> Polynomial:
     return Polynomial(per_token=elements)
 
@@ -103,6 +111,8 @@ def _exponential(x: Tensor) -> Tensor:
 
 def _convolved(run: Modules, mixer: Mixer, x: Tensor, *, activated: bool) -> Tensor:
     """Return a causal convolution of each channel (`causal_conv1d_fn`): it makes `kernel - 1` positions too many."""
+    if run.traits.fused_mixers:
+        return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (x,))
     longer = 1 + (mixer.kernel - 1) / run.traits.length
     whole = result_of((x,), x.elements.times(longer), x.itemsize, (gradient_like(x),), (x,))
     cut = op.slice_last(whole, 1 / longer)
@@ -170,6 +180,8 @@ def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Ten
     """Follow torch_chunk_gated_delta_rule."""
     tape, length, chunk = run.tape, run.traits.length, mixer.chunk
     query, key, value, write, decay = given
+    if run.traits.fused_mixers:
+        return _fused(given, value.elements, value.itemsize)
     itemsize = query.itemsize
     if mixer.heads != mixer.groups:
         query, key = (op.gather(t, mixer.heads / mixer.groups) for t in (query, key))
@@ -263,6 +275,8 @@ def _gated_before(run: Modules, mixer: Mixer, x: Tensor, gate: Tensor) -> Tensor
 
 def _chunked_scan(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tensor:
     """Follow mamba2_chunk_scan: `[batch, seq, heads, head_dim]` in fp32."""
+    if run.traits.fused_mixers:
+        return _fused(given, given[0].elements, given[0].itemsize)
     tape, length, chunk = run.tape, run.traits.length, mixer.chunk
     chunks = -(-length // chunk)
     ratio = chunks * chunk / length

@@ -60,6 +60,7 @@ class LayerTraits:
         recomputes_whole: Whether a checkpointed layer is computed again to its end, and its output and gradient are
             held until its backward ends. If not, computing again stops as soon as everything is saved again.
         length: Tokens per row; 0 where a layer's sizes do not depend on it.
+        fused_mixers: Whether kernels mix tokens by state and keep nothing but what they are given and what they give.
     """
 
     arithmetic: Arithmetic
@@ -74,6 +75,7 @@ class LayerTraits:
     sinks: bool = False
     recomputes_whole: bool = False
     length: int = 0
+    fused_mixers: bool = False
 
     def modules(self, tape: Tape, shape: ModelShape, *, checkpointed: bool = False) -> "Modules":
         """Return the modules of one symbolic pass."""

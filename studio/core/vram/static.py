@@ -130,14 +130,13 @@ def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[
     if not skipped and not kept:
         yield from shape.all_linears()
         return
-    first, names = 0, frozenset(skipped)
-    for group in shape.groups:
+    names = frozenset(skipped)
+    for kind, group in enumerate(shape.groups):
+        layers = [index for index, each in enumerate(shape.kinds) if each == kind]
         for linear in group.layer.linears:
             place = f"{_block_of(group.layer, linear)}.{linear.name}"
-            layers = range(first, first + group.count)
             if linear.name not in kept:
                 yield sum(not _is_skipped(f"model.layers.{index}.{place}", names) for index in layers), linear
-        first += group.count
 
 
 def _block_of(layer: Layer, linear: Linear) -> str:
