@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from studio.core.direct_weights import READ_IN_EVALUATION
 from studio.core.errors import BadInput
 from studio.jobs.audit.forms import UNROUNDED, Form, Layer, squared_norms
-from studio.jobs.audit.scores import Head, formed
-from studio.jobs.base.head_form import HeadForm, head_form_of
+from studio.jobs.audit.scores import Head
+from studio.jobs.base.head_form import HeadForm, formed, head_form_of
 from studio.jobs.base.model_class import backbone_of, class_of
 from studio.jobs.base.weights.units import Read, put
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from studio.jobs.base.head_form import HeadForm
+from studio.jobs.base.head_form import HeadForm, formed
 
 HeadRows = Callable[[int, int], tuple[Tensor, Tensor | None]]
 """Returns rows `[first, stop)` of a head: weight `[rows, hidden]` and bias `[rows]` or None, both fp32."""
@@ -195,15 +195,6 @@ def _scores(own: _Sums, reference: _Sums) -> TokenScores:
     # sum p (log p - log q) = sum p (x - y) - (log sum exp x - log sum exp y)
     kl = own.apart / reference.total - (reference.normaliser - own.normaliser)
     return TokenScores(loss, kl.clamp(min=0.0), own.top == reference.top)
-
-
-def formed(logits: Tensor, form: HeadForm) -> Tensor:
-    """Return the logits that a head's output means in this family; the output is changed in place."""
-    if form.scale != 1.0:
-        logits *= form.scale
-    if form.softcap:
-        logits = torch.tanh_(logits.div_(form.softcap)).mul_(form.softcap)
-    return logits
 
 
 def _summed(logits: Tensor, highest: Tensor) -> Tensor:

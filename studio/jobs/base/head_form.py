@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class HeadForm:
@@ -25,3 +28,12 @@ def head_form_of(config: Any) -> HeadForm:
     )
     softcap = getattr(text, "final_logit_softcapping", None)
     return HeadForm(float(softcap) if softcap else None, math.prod(multiplied) / divided)
+
+
+def formed(logits: Tensor, form: HeadForm) -> Tensor:
+    """Return the logits that a head's output means in this family; the output is changed in place."""
+    if form.scale != 1.0:
+        logits *= form.scale
+    if form.softcap:
+        logits = torch.tanh_(logits.div_(form.softcap)).mul_(form.softcap)
+    return logits

@@ -28,8 +28,10 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
 from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
+from studio.jobs.base.model_class import class_of
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
+from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.tensor_files import TensorFiles
 from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_adapter
 from studio.jobs.train.checkpoint import load_initial
@@ -189,13 +191,16 @@ def init_loftq(model: PeftModel, folder: Path) -> int:
     # peft's wrappers carry their own names; these are the ones in the base, as the files have them.
     names = {id(module): name for name, module in causal.named_modules()}
     files, prefix = TensorFiles(folder), str(getattr(causal, "base_model_prefix", ""))
+    # The files of a multimodal checkpoint name the decoder's layers in their own way.
+    renamed = FolderWeights.of(folder) if class_of(causal).decoder else None
     count = 0
     for _, layer in _linear_layers(model):
         weight = _weight(layer)
         if not isinstance(weight, Params4bit):
             continue
         held = dequantize_4bit(weight.data, weight.quant_state).float()
-        exact = stored_weight(files, f"{names[id(layer)]}.weight", tuple(held.shape), prefix=prefix)
+        name = f"{names[id(layer)]}.weight"
+        exact = renamed.read(name) if renamed else stored_weight(files, name, tuple(held.shape), prefix=prefix)
         _set_pair(layer, exact.to(held.device, torch.float32) - held)
         count += 1
     return count

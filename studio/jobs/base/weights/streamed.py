@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from studio.jobs.base.head_form import formed, head_form_of
+from studio.jobs.base.model_class import backbone_of, class_of
 from studio.jobs.base.threads import workers
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import Skeleton, clean_name
@@ -67,14 +70,28 @@ def streamed_logits(
     def logits(by_rows: dict[str, tuple[nn.Module, str]]) -> Tensor:
         lending = _lending(_lent(model, prefix, by_rows), weights.read, tell)
         with lending, _computing_by_rows(by_rows, weights.files):
-            made: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return made.float()
+            return _logits_of(model, ids, mask)
 
     # Some models compute with the weight of a linear layer without calling it; then nothing is read by rows, and each
     # decoder layer is lent all its weights.
     with suppress(NotLent):
         return logits(by_rows)
     return logits({})
+
+
+def _logits_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the fp32 logits of a text `[batch, seq, vocabulary]`.
+
+    The head of a multimodal model is given the states of the decoder: the wrapper around both may want weights for what
+    is not there, as Gemma 4 wants the embedding of what images are padded with.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if not class_of(causal).decoder or backbone_of(causal) is not causal.get_decoder():
+        logits: Tensor = model(**named).logits
+        return logits.float()
+    states = cast(Any, backbone_of(causal))(**named).last_hidden_state
+    return formed(causal.get_output_embeddings()(states).float(), head_form_of(causal.config))
 
 
 def folder_logits(
