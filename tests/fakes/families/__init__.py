@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, Gemma3nVisionConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.fakes.families.checkpoint import WRITTEN_BY_TRANSFORMERS_5, Checkpoint, Values
+from tests.fakes.families.checkpoint import WRITTEN_BY_TRANSFORMERS_5, Checkpoint, Values, widened
 from tests.fakes.families.dense import DENSE
 from tests.fakes.families.experts import EXPERT_MODELS
 from tests.fakes.families.hybrids import HYBRIDS
@@ -30,11 +30,13 @@ from tests.fakes.tiny_model import tiny_tokenizer
 FAMILIES: dict[str, Checkpoint] = {**DENSE, **EXPERT_MODELS, **HYBRIDS, **MULTIMODAL}
 
 
-def config_of(name: str) -> Any:
-    """Return transformers' config of a family."""
+def config_of(name: str, *, wide: bool = False) -> Any:
+    """Return transformers' config of a family, tiny or with the widths of a real model."""
     made = FAMILIES[name]
-    values = {key: value for key, value in made.values.items() if value is not None or key == "sliding_window"}
-    return CONFIG_MAPPING[made.model_type](**values)
+    values = widened(made.values) if wide else made.values
+    return CONFIG_MAPPING[made.model_type](
+        **{key: value for key, value in values.items() if value is not None or key == "sliding_window"}
+    )
 
 
 class StandInTower(PreTrainedModel):
@@ -73,15 +75,16 @@ def make_family(folder: Path, name: str, *, dtype: torch.dtype = torch.bfloat16)
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    _name_as_on_the_hub(folder / "model.safetensors", made)
-    _configure_as_on_the_hub(folder / "config.json", made)
+    if made.named or made.unread:
+        path = folder / "model.safetensors"
+        save_file(tensors_on_the_hub(load_file(path), made), path, metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(config_on_the_hub(json.loads(path.read_text()), made, made.hub), indent=2))
     return folder
 
 
-def _name_as_on_the_hub(path: Path, made: Checkpoint) -> None:
-    if not (made.named or made.unread):
-        return
-    tensors = load_file(path)
+def tensors_on_the_hub(tensors: dict[str, Tensor], made: Checkpoint) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with the names that the hub has for them, and those that no class loads."""
     for written, on_hub in made.named.items():
         tensors = {
             on_hub + key.removeprefix(written) if key.startswith(written) else key: value
@@ -91,16 +94,16 @@ def _name_as_on_the_hub(path: Path, made: Checkpoint) -> None:
         found = {key: value for key, value in tensors.items() if key.startswith(source)}
         assert found, source
         tensors |= {begins + key.removeprefix(source): value.clone() for key, value in found.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors
 
 
-def _configure_as_on_the_hub(path: Path, made: Checkpoint) -> None:
-    config = json.loads(path.read_text())
+def config_on_the_hub(config: Values, made: Checkpoint, hub: Mapping[str, Any]) -> Values:
+    """Return a config.json's values, as transformers writes them, in the words of the hub."""
     if made.model_type not in WRITTEN_BY_TRANSFORMERS_5:
         config["torch_dtype"] = config.pop("dtype")
         for table in (config, *(value for value in config.values() if isinstance(value, dict))):
             _as_before_transformers_5(table)
-    path.write_text(json.dumps(_overlaid(config, made.hub), indent=2))
+    return _overlaid(config, hub)
 
 
 def _as_before_transformers_5(table: Values) -> None:

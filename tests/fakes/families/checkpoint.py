@@ -67,6 +67,55 @@ WRITTEN_BY_TRANSFORMERS_5 = {"qwen3_5", "qwen3_5_moe", "gemma4", "ministral3", "
 """Families whose first checkpoints were written by transformers 5, with its words."""
 M_ROPE: Values = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 
+_WIDER: dict[str, int] = {
+    **dict.fromkeys(
+        (
+            *("hidden_size", "intermediate_size", "intermediate_size_mlp", "block_ff_dim", "moe_intermediate_size"),
+            *("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"),
+            *("mamba_d_ssm", "out_hidden_size", "vision_output_dim", "projector_input_dim", "projector_output_dim"),
+        ),
+        16,
+    ),
+    **dict.fromkeys(
+        (
+            *("linear_key_head_dim", "linear_value_head_dim", "mamba_d_state", "ssm_state_size", "state_size"),
+            *("q_lora_rank", "kv_lora_rank"),
+        ),
+        8,
+    ),
+    **dict.fromkeys(
+        (
+            *(
+                "num_attention_heads",
+                "num_key_value_heads",
+                "num_heads",
+                "head_dim",
+                "global_head_dim",
+                "mrope_section",
+            ),
+            *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
+            *("mamba_n_heads", "mamba_d_head", "mamba_num_heads", "mamba_head_dim", "n_groups"),
+            *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "hidden_size_per_layer_input"),
+        ),
+        4,
+    ),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "vocab_offset"), 100),
+}
+"""By how much each size grows: hidden size 1024, 16 heads of 64, 16 experts, 32 thousand tokens."""
+
+
+def widened(values: Mapping[str, Any]) -> Values:
+    """Return a config's values with the widths of a real model; layers, and what each of them is, stay."""
+    return {key: _wider(value, _WIDER.get(key, 1)) for key, value in values.items()}
+
+
+def _wider(value: Any, factor: int) -> Any:
+    if isinstance(value, Mapping):
+        return widened(value)
+    if isinstance(value, list):
+        return [_wider(item, factor) for item in value]
+    return value * factor if isinstance(value, int) and not isinstance(value, bool) else value
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

@@ -45,7 +45,7 @@ MULTIMODAL: dict[str, Checkpoint] = {
             "model_type": "gemma3n_text",
             **HEAD_16,
         },
-        {"hidden_size": 2048, "vocab_size": 8, "vocab_offset": 300, "model_type": "gemma3n_vision"},
+        {"hidden_size": 128, "vocab_size": 8, "vocab_offset": 300, "model_type": "gemma3n_vision"},
         audio_config={
             "hidden_size": 32,
             "vocab_size": 8,
