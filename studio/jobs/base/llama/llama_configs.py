@@ -1,9 +1,12 @@
-"""Corrects what llama.cpp's converter misreads of GPT-2, GPT-NeoX and Falcon, in its process before it begins.
+"""Corrects what llama.cpp's converter misreads of some families, in its process before it begins.
 
 This file is never imported: `llama_convert.py` runs it once the converter is on the import path. The converter reads
 configs through transformers, and version 5 of that has other names for some fields than the converter knows. Writing
 the old names into `config.json` would not help. Models with a setting that llama.cpp does not have are refused here,
 before anything is merged.
+
+Of Qwen3-Next and Qwen3.5 it expects layers that predict further tokens. A checkpoint that transformers has written has
+none, whatever its config says.
 """
 
 import sys
@@ -22,12 +25,14 @@ def mend(*, lora: bool) -> None:
     from conversion.gpt2 import GPT2Model  # type: ignore[import-not-found]  # noqa: PLC0415
     from conversion.gptneox import GPTNeoXModel  # type: ignore[import-not-found]  # noqa: PLC0415
     from conversion.llama import LlamaModel  # type: ignore[import-not-found]  # noqa: PLC0415
-    from conversion.qwen import Qwen2MoeModel  # type: ignore[import-not-found]  # noqa: PLC0415
+    from conversion.qwen import Qwen2MoeModel, _QwenMtpMixin  # type: ignore[import-not-found]  # noqa: PLC0415
 
     ModelBase.load_hparams = staticmethod(_with_older_names(ModelBase.load_hparams))
     for kind in (FalconModel, GPTNeoXModel):
         kind.set_gguf_parameters = _with_rope_base(kind.set_gguf_parameters)
+    _QwenMtpMixin.index_tensors = _with_layers_that_are_there(_QwenMtpMixin.index_tensors)
     if lora:
+        _unwrap_mistral3()
         # GPT2Model's own method transposes weights from Conv1D's orientation to Linear's, which A and B have already.
         GPT2Model.modify_tensors = ModelBase.modify_tensors
         for kind in (LlamaModel, Qwen2MoeModel):
@@ -38,7 +43,7 @@ def _with_older_names(load: Callable[..., dict[str, Any]]) -> Callable[..., dict
     def load_renamed(*where: Any, **how: Any) -> dict[str, Any]:
         table = load(*where, **how)
         if lacking := _lacking(table):
-            sys.exit(f"this model's config has {lacking} = {table[lacking]!r}, which llama.cpp cannot do")
+            sys.exit(f"this model's config has {lacking}, which llama.cpp cannot do")
         match table.get("model_type"):
             case "gpt2":
                 table["n_ctx"] = table["n_positions"]
@@ -51,8 +56,34 @@ def _with_older_names(load: Callable[..., dict[str, Any]]) -> Callable[..., dict
     return load_renamed
 
 
+def _with_layers_that_are_there(index: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a model without tensors for further tokens be one without such layers; the converter would count one."""
+
+    def index_and_look(model: Any, *where: Any, **how: Any) -> Any:
+        found = index(model, *where, **how)
+        model.no_mtp = model.no_mtp or not type(model).opt_num_mtp_layers
+        return found
+
+    return index_and_look
+
+
+def _unwrap_mistral3() -> None:
+    """Let an adapter of Mistral 3 be converted by the class of its text model.
+
+    The converter's class for Mistral 3 hands everything to another object, which knows nothing of adapters: the file
+    would hold no tensor.
+    """
+    from conversion.mistral3 import Mistral3Model  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    for classes in Mistral3Model._model_classes.values():
+        for name, kind in classes.items():
+            if kind is Mistral3Model:
+                classes[name] = Mistral3Model.Ministral3Model
+
+
 def _lacking(table: dict[str, Any]) -> str:
-    """Return the first field of a config whose value llama.cpp does not support; empty where there is none."""
+    """Return the first field of a config that llama.cpp does not support, with its value; empty where there is none."""
+    text = table | (table.get("text_config") or {})
     match table.get("model_type"):
         case "gpt2":
             fits = {
@@ -71,9 +102,14 @@ def _lacking(table: dict[str, Any]) -> str:
                 "activation": table["activation"].startswith("gelu"),
                 "rope_parameters": _plain_rope(table),
             }
+        case "gemma3" | "gemma3_text":
+            # Written into llama.cpp: five layers with a window, then one that sees all (llama-model.cpp, GEMMA3).
+            kinds = text["layer_types"]
+            pattern = ["full_attention" if place % 6 == 5 else "sliding_attention" for place in range(len(kinds))]
+            fits = {"layer_types": kinds == pattern}
         case _:
             fits = {}
-    return next((name for name, does in fits.items() if not does), "")
+    return next((f"{name} = {text[name]!r}" for name, does in fits.items() if not does), "")
 
 
 def _plain_rope(table: dict[str, Any]) -> bool:
