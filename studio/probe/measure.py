@@ -14,7 +14,7 @@ from studio.probe.embedded_model import EmbeddedMissing
 from studio.probe.gguf_header import read_gguf_header
 from studio.probe.hub import HubRefusal
 from studio.probe.known_models import config_instead
-from studio.probe.model_folder import CONFIG, read_config
+from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import find_base
 from studio.probe.setting import setting_of
 from studio.probe.shape import config_of_gguf
@@ -22,6 +22,7 @@ from studio.runs.calibration import remember
 from studio.runs.layout import RunPaths
 
 _MOST_REPORT_BYTES = 2**20
+_TIED, _HEAD = "tie_word_embeddings", "lm_head.weight"
 
 
 def base_config(word: str, revision: str = "") -> dict[str, Any]:
@@ -36,15 +37,31 @@ def base_config(word: str, revision: str = "") -> dict[str, Any]:
             return config_of_gguf(read_gguf_header(path))
         return read_config(path if path.suffix == ".json" else path.with_name(CONFIG))
     if path is not None and path.is_dir():
-        return read_config(path / CONFIG)
+        return _with_head_of(path, read_config(path / CONFIG))
     try:
-        config = find_base(word, revision).config
+        base = find_base(word, revision)
+        config = base.config
+        if config is not None and base.path is not None:
+            config = _with_head_of(base.path, config)
     except (HubRefusal, EmbeddedMissing) as refusal:
         config, _ = config_instead(word, revision, refusal)
     if config is None:
         shown = plain(word, one_line=True, limit=200)
         raise BadInput(f"Nothing is known of {shown} before it is downloaded: it has no config.json.")
     return config
+
+
+def _with_head_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a folder's config, which says that the head is its own where only the weights say so.
+
+    Configs of Mistral Small 3 say nothing. transformers 5 would tie head and embedding, but when it loads the model it
+    finds a head in the files and lets it be (modeling_utils.py tie_weights).
+    """
+    text = config.get("text_config")
+    if _TIED in config or (isinstance(text, dict) and text.get(_TIED)):
+        return config
+    names = (name for header in weight_headers(folder) for name in header.tensors)
+    return {**config, _TIED: False} if any(name.endswith(_HEAD) for name in names) else config
 
 
 def read_measurement(paths: RunPaths) -> dict[str, Any] | None:

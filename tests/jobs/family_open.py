@@ -9,7 +9,6 @@ OPEN: dict[str, dict[str, str]] = {
     "mixtral": {"qlora": _EXPERTS},
     "qwen3_moe": {"qlora": _EXPERTS},
     "olmoe": {"qlora": _EXPERTS},
-    "phimoe": {"measure": "a trace fails: a function of autograd saves a number"},
     "deepseek_v2": {"qlora": _EXPERTS, "measure": _MEASURE.format("-11 %")},
     "deepseek_v3": {"qlora": _EXPERTS, "measure": _MEASURE.format("-11 %")},
     "glm4_moe": {"qlora": _EXPERTS, "measure": _MEASURE.format("-8 %")},

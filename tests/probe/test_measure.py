@@ -14,6 +14,7 @@ from studio.core.vram.setup import Setup
 from studio.probe.measure import base_config, read_measurement, remember_measurement
 from studio.runs.calibration import read_observations
 from studio.runs.layout import RunPaths
+from tests.fakes.model import safetensors_bytes
 
 CONFIG = {
     "model_type": "llama",
@@ -67,6 +68,23 @@ def test_a_word_names_a_config(tmp_path: Path) -> None:
         assert base_config(str(word))["hidden_size"] == 64
     with pytest.raises(BadInput, match="nothing-here"):
         base_config(str(tmp_path / "nothing-here"))
+
+
+@pytest.mark.parametrize(
+    ("said", "tensors", "tied"),
+    [
+        ({}, ("lm_head.weight",), False),
+        ({"tie_word_embeddings": True}, ("lm_head.weight",), True),
+        ({"text_config": {"tie_word_embeddings": True}}, ("lm_head.weight",), None),
+        ({}, ("model.embed_tokens.weight",), None),
+    ],
+)
+def test_a_head_in_the_files_is_the_models_own_where_the_config_says_nothing(
+    tmp_path: Path, said: dict[str, Any], tensors: tuple[str, ...], tied: bool | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **said}))
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(list(tensors)))
+    assert base_config(str(tmp_path)).get("tie_word_embeddings") is tied
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"peaks": 3}', "[" * 10**5])

@@ -143,7 +143,9 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in tree_iter(out):
                 if isinstance(leaf, torch.Tensor):
                     self._number(leaf)
-            if func is torch.ops.aten.add.Tensor and torch._C._current_autograd_node() is not None:
+            # A number may come first, where a checkpointed layer is computed again.
+            sums = func is torch.ops.aten.add.Tensor and isinstance(args[0], torch.Tensor)
+            if sums and torch._C._current_autograd_node() is not None:
                 self.log.sums[self._number(out)] = self._number(args[0])
         return out
 

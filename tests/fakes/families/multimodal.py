@@ -101,6 +101,9 @@ MULTIMODAL: dict[str, Checkpoint] = {
         "Mistral3ForConditionalGeneration",
         {"model_type": "mistral", "sliding_window": None, **HEAD_16},
         {**VISION, "image_size": 16, "patch_size": 4, "head_dim": 16, "model_type": "pixtral"},
+        # The hub's config does not say, and transformers 5 would tie; but the head is there, and another one.
+        tie_word_embeddings=False,
+        hub={"tie_word_embeddings": None},
         image_token_index=300,
     ),
     "ministral3_vision": with_images(
