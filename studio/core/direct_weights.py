@@ -1,4 +1,4 @@
-"""Linear maps whose weight a family's own code reads directly, passing by the module that holds it.
+"""Linear maps that get no adapter: those whose weight a family's own code reads past the module that holds it.
 
 Whatever replaces such a module has no part in the product: an adapter on it would be saved without ever having been
 trained, and 4-bit weights would be read as if they were plain numbers. Most of these weights are read by fused kernels
@@ -14,7 +14,7 @@ _READ = "this model multiplies with the weight itself, past the adapter, which w
 _MAMBA = {"x_proj": _FUSED, "dt_proj": _READ, "out_proj": _FUSED}
 _MAMBA_2 = {"out_proj": _FUSED}
 
-_NOT_ADAPTED: Mapping[str, Mapping[str, str]] = {
+_READ_PAST: Mapping[str, Mapping[str, str]] = {
     "mamba": _MAMBA,
     "falcon_mamba": _MAMBA,
     "jamba": {"dt_proj": _READ},
@@ -37,9 +37,26 @@ _KEPT_16BIT: Mapping[str, frozenset[str]] = {
 }
 
 READ_IN_EVALUATION = frozenset(
-    name for names in _NOT_ADAPTED.values() for name, why in names.items() if why is _READ
+    name for names in _READ_PAST.values() for name, why in names.items() if why is _READ
 ).union(*_KEPT_16BIT.values())
 """Names of the weights that are read without a fused kernel, too; in other families they are linear maps as usual."""
+
+
+_STACKED = (
+    "peft 0.21 takes this name, in this family, for a part of the fused experts: the maps of that name in dense layers "
+    "and shared experts cannot be adapted alone"
+)
+_TAKEN_FOR_EXPERTS = frozenset(
+    (
+        *("qwen3_moe", "qwen3_next", "qwen3_omni_moe_text", "olmoe", "flex_olmo", "deepseek_v2", "deepseek_v3"),
+        *("deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glm4v_moe_text", "ernie4_5_moe", "dots1"),
+        *("afmoe", "beam", "cohere2_moe", "exaone_moe", "hunyuan_v1_moe", "longcat_flash", "mellum"),
+        *("sarvam_mla", "solar_open"),
+    )
+)
+"""Families in which peft renames the MLP's maps to the fused experts, in saved adapters too (peft 0.21
+utils/transformers_weight_conversion.py _MOE_TARGET_MODULE_MAPPING; tests/jobs/test_expert_targets.py looks there)."""
+_OF_EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), _STACKED)
 
 
 def not_adapted(family: str) -> Mapping[str, str]:
@@ -48,7 +65,17 @@ def not_adapted(family: str) -> Mapping[str, str]:
     Args:
         family: transformers' `model_type` of the language model or, where that has the same with `_text`, of the whole.
     """
-    return _NOT_ADAPTED.get(family) or _NOT_ADAPTED.get(f"{family}_text") or {}
+    stacked = family in _TAKEN_FOR_EXPERTS or f"{family}_text" in _TAKEN_FOR_EXPERTS
+    return {**read_past(family), **_OF_EXPERTS} if stacked else read_past(family)
+
+
+def read_past(family: str) -> Mapping[str, str]:
+    """Return the linear maps whose weight is read past the module, by the last part of their names, with the reason.
+
+    Args:
+        family: As for `not_adapted`.
+    """
+    return _READ_PAST.get(family) or _READ_PAST.get(f"{family}_text") or {}
 
 
 def left_out(family: str, names: Iterable[str]) -> str:

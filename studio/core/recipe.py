@@ -10,7 +10,18 @@ from typing import Any, Literal, get_args
 
 from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.text import plain
-from studio.core.value_kinds import ALL_LINEAR, ByModule, Choice, Layers, Modules, Number, Switch, Targets, Text
+from studio.core.value_kinds import (
+    ALL_LINEAR,
+    ByModule,
+    Choice,
+    Layers,
+    Modules,
+    Number,
+    Switch,
+    Targets,
+    Text,
+    is_of_experts,
+)
 
 Method = Literal["lora", "qlora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
@@ -114,7 +125,7 @@ class AdapterSection:
         ALL_LINEAR,
         Targets(),
         "Targets",
-        "all-linear, or module names with commas between: q_proj, v_proj.",
+        "all-linear, or module names with commas between: q_proj, v_proj. experts adapts the routed experts, too.",
         flag="targets",
     )
     dropout: float = declared(
@@ -586,8 +597,17 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _between_adapter(recipe: Recipe) -> Iterator[Problem]:
-    """Yield starts of the adapter that do not go with the method or with DoRA."""
-    init = recipe.adapter.init
+    """Yield what does not go together in an adapter: its start, method, targets, DoRA and dropout."""
+    init, targets = recipe.adapter.init, recipe.adapter.targets
+    if any(is_of_experts(name) for name in ((targets,) if isinstance(targets, str) else targets)):
+        # What peft refuses of pairs beside a parameter (tuners/lora/layer.py ParamWrapper), and what needs a matrix.
+        asked = {
+            "dropout": recipe.adapter.dropout > 0,
+            "dora": recipe.adapter.dora,
+            f"init {init}": init in ("loftq", "pissa"),
+        }
+        for name in (name for name, wanted in asked.items() if wanted):
+            yield Problem("adapter.targets", f"experts with {name}", f"experts without it: peft has no {name} for them")
     if init == "loftq" and recipe.method != "qlora":
         yield Problem("adapter.init", "loftq with method lora", "method qlora: loftq repairs the loss of 4-bit weights")
     if init == "pissa" and recipe.method == "qlora":

@@ -17,6 +17,10 @@ Wiring = Literal["pre", "post", "sandwich", "parallel", "single"]
 Norm = Literal["rms", "rms_wide", "layer", "layer_wide", "centred"]
 
 
+EXPERTS_UP, EXPERTS_DOWN = "experts.gate_up_proj", "experts.down_proj"
+"""The two stacks of routed experts, as most families call them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One linear map of a layer; `copies` is how many of it the layer has (experts held as separate modules)."""
@@ -110,7 +114,13 @@ class Experts:
 
     def weights(self, hidden: int) -> int:
         """Weights of all routed experts: gate, up and down each, or up and down alone."""
-        return (2 + self.gated) * (self.width or hidden) * self.inner * self.count
+        return sum(stack.weights for stack in self.stacks(hidden))
+
+    def stacks(self, hidden: int) -> tuple[Linear, Linear]:
+        """The two tensors that hold all routed experts: gate and up joined, or up alone, and down; a copy an expert."""
+        width = self.width or hidden
+        wide = Linear(EXPERTS_UP, width, (1 + self.gated) * self.inner, copies=self.count)
+        return wide, Linear(EXPERTS_DOWN, self.inner, width, copies=self.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +342,7 @@ class ModelShape:
 
     @cached_property
     def expert_parameters(self) -> int:
-        """Weights of routed experts that are held fused: bitsandbytes quantises linear modules alone, and not these."""
+        """Weights of routed experts that are held fused, not as linear modules of their own."""
         return sum(
             group.count
             * (group.layer.experts.weights(self.hidden) + group.layer.experts.biases * group.layer.experts.count)

@@ -7,7 +7,7 @@ checkpointing computes the layer again. Adapter weights are trained, so they tak
 
 from dataclasses import dataclass
 
-from studio.core.shape import LayerGroup, ModelShape
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, LayerGroup, ModelShape
 from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
 from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
@@ -85,11 +85,11 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     """
     tokens, again = setup.tokens, int(setup.grad_checkpointing)
     passes = 2 + again
-    names = target_names(shape, setup.targets)
+    names = target_names(shape, setup.targets, as_peft=setup.adapted.as_peft)
     weights = sum(group.count * _active(group, shape.hidden) for group in shape.groups)
     head = 4.0 * tokens * shape.embedding_parameters
     frozen = 2.0 * tokens * weights * passes
-    pairs = sum(count * elements for count, elements in trained_tensors(shape, setup.adapted))
+    pairs = _pairs_of_a_token(shape, setup, names)
     trained = 2.0 * tokens * pairs * (3 + again)
     if setup.adapted.trains_head:
         head *= 2  # its own gradient, and its chunks once more
@@ -103,9 +103,8 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         if setup.residual_itemsize == 4:
             half, single, half_scores, single_scores = frozen, trained + head, 0.0, scores
     stored = sum(group.count * _stored(group, shape.hidden) for group in shape.groups)
-    # Fused experts are not quantised.
     plain = sum(count * linear.weights for count, linear in shape.all_linears())
-    quantised = (stored if setup.separate_experts else plain) if setup.quantised else 0
+    quantised = (stored if setup.separate_experts or setup.packs_experts else plain) if setup.quantised else 0
     adapted_weights = sum(count * linear.weights for count, linear in adapted(shape, names))
     moved = tokens * (passes + 1) * _moved_per_token(shape, setup, names)
     moved += tokens * shape.vocabulary * _LOGIT_BYTES[setup.loss]
@@ -126,6 +125,17 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
         host_bytes=float(2 * shape.layers * tokens * shape.hidden * setup.residual_itemsize if offloads else 0),
         layer_passes=shape.layers * passes,
     )
+
+
+def _pairs_of_a_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float:
+    """Return the adapter weights that a token goes through: of those beside routed experts only what it visits."""
+    stacks = names & {EXPERTS_UP, EXPERTS_DOWN}
+    every = sum(count * elements for count, elements in trained_tensors(shape, setup.adapted))
+    if not stacks:
+        return every
+    plain = sum(count * elements for count, elements in trained_tensors(shape, setup.adapted, without=stacks))
+    experts = next(group.layer.experts for group in shape.groups if group.layer.experts)
+    return plain + (every - plain) * experts.per_token / experts.count
 
 
 def _active(group: LayerGroup, hidden: int) -> float:

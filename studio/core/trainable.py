@@ -2,45 +2,70 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.direct_weights import not_adapted
 from studio.core.errors import BadInput
-from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
 from studio.core.text import plain
-from studio.core.value_kinds import ALL_LINEAR
+from studio.core.value_kinds import ALL_LINEAR, EXPERTS
 
 HEAD = "lm_head"
 HEADS = frozenset((HEAD, "embed_out", "output_layer"))
 EMBEDDINGS = frozenset(("embed_tokens", "embed_in", "wte", "word_embeddings"))
 _FINAL_NORMS = frozenset(("norm", "final_layernorm", "final_layer_norm"))
-EXPERTS = "experts"
-"""Stands for what peft's all-linear adapts of a mixture of experts beside its plain linear maps."""
+AS_PEFT = "as peft"
+"""Stands for what peft's own all-linear adapts of a mixture of experts beside its plain linear maps."""
+_STACKS = {
+    EXPERTS: (EXPERTS_UP, EXPERTS_DOWN),
+    EXPERTS_UP: (EXPERTS_UP,),
+    "experts.up_proj": (EXPERTS_UP,),  # where experts have no gate
+    EXPERTS_DOWN: (EXPERTS_DOWN,),
+}
+_ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
 
 
 @lru_cache(maxsize=256)
-def target_names(shape: ModelShape, targets: str | tuple[str, ...]) -> frozenset[str]:
+def target_names(shape: ModelShape, targets: str | tuple[str, ...], *, as_peft: bool = False) -> frozenset[str]:
     """Return the names of the adapted linear maps inside the layers.
 
-    `all-linear` is every linear map but the head (peft's own reading) and those whose weight the model reads past an
-    adapter. A dotted path counts by its last part.
+    `all-linear` is every linear map but the head, routers and shared experts' gates, and those whose weight the model
+    reads past an adapter. A dotted path counts by its last part; `experts` and its stacks are the routed experts.
+
+    Args:
+        shape: The model.
+        targets: What a recipe adapts.
+        as_peft: Whether `all-linear` means what peft itself adapts: of some families also routers and routed experts.
 
     Raises:
         BadInput: A name is no linear map of this model, or one that an adapter has no effect on.
     """
-    dead = not_adapted(shape.family)
+    dead = {} if as_peft else not_adapted(shape.family)
     linears = dict.fromkeys(linear.name for _, linear in shape.all_linears())
     known = tuple(name for name in linears if name not in dead)
-    if targets in (ALL_LINEAR, (ALL_LINEAR,)):
-        return frozenset((*known, EXPERTS)) if shape.expert_parameters else frozenset(known)
     names = (targets,) if isinstance(targets, str) else targets
-    chosen = {name.rpartition(".")[2] for name in names}
-    for name in sorted(chosen - set(known) - {HEAD}):
-        if name in dead:
-            raise BadInput(f"adapter.targets names {name}: {dead[name]}. {_usable(known)}")
-        raise BadInput(_unknown(name, shape, known))
+    if as_peft and names == (ALL_LINEAR,):
+        return frozenset((*known, AS_PEFT)) if shape.expert_parameters else frozenset(known)
+    chosen = set[str]()
+    for name in names:
+        last = name.rpartition(".")[2]
+        if name == ALL_LINEAR:
+            chosen.update(known)
+        elif shape.expert_parameters and name in _STACKS:
+            chosen.update(_STACKS[name])
+        elif last in dead:
+            raise BadInput(f"adapter.targets names {last}: {dead[last]}. {_usable(known, shape)}")
+        elif shape.expert_parameters and last in _ROUTERS:
+            raise BadInput(
+                f"adapter.targets names {last}, which chooses or weighs experts and is not adapted here: training on "
+                f"few rows would unbalance it. {_usable(known, shape)}"
+            )
+        elif last not in known and last != HEAD:
+            raise BadInput(_unknown(last, shape, known))
+        else:
+            chosen.add(last)
     return frozenset(chosen)
 
 
@@ -50,38 +75,38 @@ def _unknown(name: str, shape: ModelShape, known: Iterable[str]) -> str:
     hint = f"; perhaps {near[0]}" if near else ""
     return (
         f"adapter.targets names {shown!r}, which a {plain(shape.family, one_line=True, limit=40)} model does not have"
-        f"{hint}. {_usable(known)}"
+        f"{hint}. {_usable(known, shape)}"
     )
 
 
-def _usable(known: Iterable[str]) -> str:
-    return f'Use "{ALL_LINEAR}" or some of: {", ".join(known)}'
+def _usable(known: Iterable[str], shape: ModelShape) -> str:
+    names = (*known, EXPERTS) if shape.expert_parameters else known
+    return f'Use "{ALL_LINEAR}" or some of: {", ".join(names)}'
 
 
 def adapted(shape: ModelShape, names: frozenset[str]) -> list[tuple[int, Linear]]:
     """Return each adapted linear map with how many there are in the model."""
     chosen = [(count, linear) for count, linear in shape.all_linears() if linear.name in names]
-    if EXPERTS in names:
-        chosen.extend(
-            (group.count, linear) for group in shape.groups for linear in _of_experts(group.layer, shape.hidden)
-        )
+    chosen.extend(
+        (group.count, linear) for group in shape.groups for linear in _of_experts(group.layer, shape.hidden, names)
+    )
     if HEAD in names:
         chosen.append((1, Linear(HEAD, shape.hidden, shape.vocabulary)))
     return chosen
 
 
-def _of_experts(layer: Layer, hidden: int) -> list[Linear]:
-    """Return the maps that peft 0.21 adapts among a layer's experts; a fused gate and up gets twice the rank.
-
-    Twice the rank is written here as twice the copies, which gives the same number of parameters.
-    """
+def _of_experts(layer: Layer, hidden: int, names: frozenset[str]) -> list[Linear]:
+    """Return the adapted maps among a layer's routed experts and beside them."""
     experts = layer.experts
     if experts is None:
         return []
+    if AS_PEFT not in names:
+        return [stack for stack in experts.stacks(hidden) if stack.name in names]
     maps = [experts.chooser] if experts.chooser else []
     if experts.adapted_by_all:
-        maps.append(Linear(EXPERTS, hidden, 2 * experts.inner, copies=2 * experts.count))
-        maps.append(Linear(EXPERTS, experts.inner, hidden, copies=experts.count))
+        # A fused gate and up gets twice the rank, written here as twice the copies: as many parameters.
+        maps.append(Linear(AS_PEFT, hidden, 2 * experts.inner, copies=2 * experts.count))
+        maps.append(Linear(AS_PEFT, experts.inner, hidden, copies=experts.count))
     return maps
 
 
@@ -110,6 +135,7 @@ class AdaptedPart:
         layers: Numbers of the adapted layers, empty for all.
         dora: Whether magnitudes are trained too.
         modules_to_save: Modules trained whole (peft's `modules_to_save`), by the last part of their name.
+        as_peft: Whether `all-linear` means what peft itself adapts (`target_names`).
     """
 
     targets: str | tuple[str, ...]
@@ -118,6 +144,7 @@ class AdaptedPart:
     layers: tuple[int, ...] = ()
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    as_peft: bool = False
 
     @property
     def trains_head(self) -> bool:
@@ -146,7 +173,7 @@ def check_adapted(shape: ModelShape, part: AdaptedPart) -> None:
     Raises:
         BadInput: One of them does not suit the model; the message says which, and what the model has.
     """
-    names = target_names(shape, part.targets)
+    names = target_names(shape, part.targets, as_peft=part.as_peft)
     check_rank(shape, names, part.rank)
     if part.layers and part.layers[-1] >= shape.layers:
         raise BadInput(
@@ -157,23 +184,33 @@ def check_adapted(shape: ModelShape, part: AdaptedPart) -> None:
         if pattern.isidentifier() and pattern not in names:
             raise BadInput(
                 f"adapter.rank_pattern names {plain(pattern, one_line=True, limit=60)!r}, which is no adapted module "
-                f"of this model. Use some of: {', '.join(sorted(names - {EXPERTS}))}"
+                f"of this model. Use some of: {', '.join(sorted(names - {AS_PEFT}))}"
             )
 
 
-def trained_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]:
+def trained_tensors(shape: ModelShape, part: AdaptedPart, *, without: Collection[str] = ()) -> list[tuple[int, int]]:
     """Return the trained tensors as (how many, elements of each): A and B of every adapted map, and its magnitudes.
+
+    Args:
+        shape: The model.
+        part: What is trained of it.
+        without: Names of maps that are left out.
 
     Raises:
         BadInput: A target is no linear map of this model.
     """
-    names = target_names(shape, part.targets) - part.whole_names  # peft adapts nothing that it trains whole
+    # peft adapts nothing that it trains whole.
+    names = target_names(shape, part.targets, as_peft=part.as_peft) - part.whole_names - frozenset(without)
     if part.rank_pattern or part.layers:
         maps = list(_layer_by_layer(shape, names, part))
     else:
         maps = [(count, linear, part.rank) for count, linear in adapted(shape, names)]
     tensors = []
     for count, linear, rank in maps:
+        if linear.name in (EXPERTS_UP, EXPERTS_DOWN):
+            # All experts of a layer share one A and one B (peft's ParamWrapper).
+            tensors += [(count, rank * side * linear.copies) for side in (linear.inputs, linear.outputs)]
+            continue
         number = count * linear.copies
         tensors += [(number, rank * linear.inputs), (number, rank * linear.outputs)]
         if part.dora:
@@ -210,8 +247,8 @@ def whole_tensors(shape: ModelShape, part: AdaptedPart) -> list[tuple[int, int]]
 def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart) -> Iterator[tuple[int, Linear, int]]:
     """Yield every adapted map of every layer with its own rank."""
     chosen = [[linear for linear in group.layer.linears if linear.name in names] for group in shape.groups]
-    if EXPERTS in names:
-        chosen = [[*maps, *_of_experts(shape.groups[kind].layer, shape.hidden)] for kind, maps in enumerate(chosen)]
+    for maps, group in zip(chosen, shape.groups, strict=True):
+        maps.extend(_of_experts(group.layer, shape.hidden, names))
     for index, kind in enumerate(shape.kinds):
         if not part.layers or index in part.layers:
             for linear in chosen[kind]:

@@ -9,6 +9,8 @@ from typing import Any
 from studio.core.text import plain
 
 ALL_LINEAR = "all-linear"
+EXPERTS = "experts"
+"""The target that stands for the routed experts of a mixture."""
 
 MOST_LAYERS = 10_000
 """A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
@@ -18,6 +20,11 @@ _LONGEST_FOUND, _MOST_LISTED = 100, 20
 _MOST_WHOLE = 10**300
 """Larger whole numbers, which TOML and JSON allow, cannot become a float: they are left as they are and refused."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def is_of_experts(target: str) -> bool:
+    """Whether a target names routed experts, all of them or one of their two stacks, and not linear layers."""
+    return target == EXPERTS or target.startswith(f"{EXPERTS}.")
 
 
 class ValueKind(ABC):
@@ -189,7 +196,8 @@ class Targets(ValueKind):
         """Yield a value that is neither the word nor names."""
         names = (value,) if isinstance(value, str) else value
         sound = isinstance(names, tuple) and names and all(isinstance(name, str) and name.strip() for name in names)
-        if not sound or (ALL_LINEAR in names and len(names) > 1):
+        rest = [name for name in names if name != ALL_LINEAR and not is_of_experts(name)] if sound else []
+        if not sound or (ALL_LINEAR in names and rest):
             yield found_value(value), self.allowed
 
     def read(self, text: str) -> Any:

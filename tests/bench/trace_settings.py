@@ -118,7 +118,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 PER_MODEL = 5
 OF_EXPERTS = ("Qwen3-30B-A3B", "Mixtral-8x7B")
 ATTENTION_ONLY = {"targets": ("q_proj", "v_proj")}
-"""For mixtures of experts, whose fused experts peft's all-linear would adapt as well."""
+"""For mixtures of experts."""
 
 SELDOM: tuple[dict[str, Any], ...] = (
     {"method": "qlora", "seq_len": 4096, "offload_checkpoints": True},
@@ -161,7 +161,18 @@ UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 1024, "grad_checkpointing": False}),
     ("Mixtral-8x7B", {"method": "lora", "seq_len": 512, "rank": 8}),
 )
-"""The same on models whose head is their own, or very wide; and fused experts, which all-linear adapts as well."""
+"""The same on models whose head is their own, or very wide, and on mixtures."""
+
+WITH_EXPERTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("Qwen3-30B-A3B", {"method": "qlora", "seq_len": 1024, "targets": ("q_proj", "experts")}),
+    ("Qwen3-30B-A3B", {"method": "lora", "seq_len": 512, "targets": ("experts.down_proj",), "rank": 8}),
+    (
+        "Mixtral-8x7B",
+        {"method": "qlora", "seq_len": 512, "targets": ("q_proj", "experts"), "grad_checkpointing": False},
+    ),
+    ("Mixtral-8x7B", {"method": "qlora", "seq_len": 2048, "skip_modules": "experts.down_proj"}),
+)
+"""Mixtures whose routed experts are adapted too, or held in two formats."""
 
 FULL_DEPTH: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Llama-3.1-8B", {"method": "qlora", "seq_len": 2048, "optimizer": "paged_adamw_8bit"}),
@@ -192,7 +203,7 @@ def rows() -> Iterator[tuple[str, int | None, dict[str, Any]]]:
             yield model, layers, {**settings, **ATTENTION_ONLY} if of_experts else settings
     for settings in SELDOM:
         yield "Llama-3.2-1B", SHALLOW["Llama-3.2-1B"], settings
-    for model, settings in UNTIED:
+    for model, settings in (*UNTIED, *WITH_EXPERTS):
         yield model, SHALLOW[model], settings
     for model, settings in FULL_DEPTH:
         yield model, None, settings

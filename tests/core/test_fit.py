@@ -151,7 +151,8 @@ def test_rows_are_kept_while_anything_gentler_helps():
 def test_no_card_at_all():
     found = fit(recipe(), shapes()["Mixtral-8x7B"], find_gpu("T4"), 1 * GIB)
     assert not found.fix.fits
-    assert all(card.total_bytes > 80 * GIB for card in found.cards)
+    assert found.cards
+    assert all(card.total_bytes > 24 * GIB for card in found.cards), "its experts are in 4 bits"
 
 
 def test_fused_projections_are_named_as_they_are():

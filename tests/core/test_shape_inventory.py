@@ -1,5 +1,6 @@
 """Every family of the table against the modules that transformers itself builds, on the meta device."""
 
+import re
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mistral4.modeling_mistral4 import Mistral4ForCausalLM
 
 from studio.core.families import FAMILIES
+from studio.core.recipe import AdapterSection
 from studio.core.shape_from_config import shape_from_config
 from studio.core.trainable import AdaptedPart, trainable_parameters
+from studio.jobs.train.adapter import attach_adapter
 
 SIZES = {
     "hidden_size": 64,
@@ -148,5 +151,22 @@ def test_all_linear_trains_what_peft_trains(family: str):
         model = AutoModelForCausalLM.from_config(config)
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     shape = shape_from_config(config.to_dict())
-    trained = trainable_parameters(shape, AdaptedPart("all-linear", 4))
+    trained = trainable_parameters(shape, AdaptedPart("all-linear", 4, as_peft=True))
     assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", sorted({*MORE, *UNMAPPED} - set(ONLY_INSIDE)))
+@pytest.mark.parametrize("targets", ["all-linear", ("all-linear", "experts"), ("q_proj", "experts.down_proj")], ids=str)
+def test_a_mixture_trains_what_is_asked(family: str, targets: str | tuple[str, ...]):
+    """Routed experts only where they are named, routers never; as our engine attaches it and plain peft loads it."""
+    config = config_of(family)
+    if "q_proj" in targets and "q_lora_rank" in UNMAPPED.get(family, {}):
+        targets = ("q_b_proj", "experts.down_proj")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = attach_adapter(model, AdapterSection(rank=4, targets=targets), grad_checkpointing=False)
+    shape = shape_from_config(config.to_dict())
+    trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trainable_parameters(shape, AdaptedPart(targets, 4)) == sum(trained.values())
+    assert not [name for name in trained if re.search(r"\.(router|gate|shared_expert_gate)\.", name)]
+    assert any(".experts." in name for name in trained) == (targets != "all-linear")

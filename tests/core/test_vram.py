@@ -326,12 +326,39 @@ def test_grouped_heads_without_flash_widen_the_range():
     assert any("48633" in note for note in wide.notes), "flash takes no fp32"
 
 
-def test_experts_stay_unquantised_and_are_named():
+def test_experts_are_in_four_bits_in_our_loop_alone():
     mixtral = shapes()["Mixtral-8x7B"]
     lora, qlora = (estimated(mixtral, Setup(method=method)) for method in ("lora", "qlora"))
-    assert qlora.components.base > 0.9 * lora.components.base
-    assert any("quantises no fused expert" in note for note in qlora.notes)
+    assert qlora.components.base < 0.28 * lora.components.base
+    assert qlora.precision.four_bit_share == 1
+    assert qlora.precision.kept_16bit_bytes == 2 * (mixtral.parameters - 32 * (8 * 3 * 14336 + 2 * 5120) * 4096)
+    assert lora.precision.four_bit_share == 0
+    stock = estimated(mixtral, stock_setup(Setup(), kbit_prepare=False))
+    assert stock.components.base > 0.9 * lora.components.base
+    assert any("quantises no fused expert" in note for note in stock.notes)
+    assert stock.precision.four_bit_share < 0.05
     assert qlora.allocated.high > 1.02 * qlora.allocated.expected
+
+
+def test_what_is_adapted_of_a_mixture_is_said():
+    mixtral = shapes()["Mixtral-8x7B"]
+    plain, wide = (estimated(mixtral, Setup(targets=targets)) for targets in ("all-linear", ("all-linear", "experts")))
+    assert any("routed experts and routers are not adapted" in note for note in plain.notes)
+    assert any("every routed expert has an adapter of its own" in note for note in wide.notes)
+    # A stack's A is [experts x rank, in] and its B [out, rank x experts].
+    each = 8 * 16 * (4096 + 2 * 14336) + 8 * 16 * (14336 + 4096)
+    assert wide.trainable_parameters - plain.trainable_parameters == 32 * each
+    with pytest.raises(BadInput, match="chooses or weighs experts"):
+        estimated(mixtral, Setup(targets=("q_proj", "gate")))
+
+
+def test_a_skipped_stack_stays_in_sixteen_bits():
+    mixtral = shapes()["Mixtral-8x7B"]
+    all_packed, kept = (estimated(mixtral, Setup(skip_modules=names)) for names in ((), ("experts.down_proj",)))
+    weights = 32 * 8 * 14336 * 4096
+    more = kept.precision.kept_16bit_bytes - all_packed.precision.kept_16bit_bytes
+    assert more == 2 * weights
+    assert kept.components.base - all_packed.components.base == pytest.approx(weights * (2 - 0.515869), rel=1e-4)
 
 
 def test_an_unknown_architecture_gets_a_wide_range_and_says_why():

@@ -27,8 +27,9 @@ from transformers import (
 
 from studio.core import expert_groups
 from studio.jobs.base.experts import product
+from studio.jobs.base.experts.forms import experts_in, shape_of
 from studio.jobs.base.experts.product import GroupedForward, Pair
-from studio.jobs.base.experts.stacks import experts_in, shape_of, weights_of
+from studio.jobs.base.experts.stacks import weights_of
 from studio.jobs.base.experts.visits import groups_of
 from studio.jobs.base.load import FourBit, load_base
 from studio.probe.models import BaseFound

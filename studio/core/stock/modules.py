@@ -15,7 +15,9 @@ from typing import ClassVar, Literal
 
 from studio.core.errors import BadInput
 from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.trainable import AS_PEFT
 from studio.core.vram import operators as op
+from studio.core.vram.experts import whole_experts
 from studio.core.vram.head import cross_entropy, logits_of
 from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import NOTHING, Polynomial, total
@@ -161,7 +163,9 @@ class StockModules(Modules):
     def experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Return what the experts make of the tokens that come to them."""
         if not layer.expert_maps or layer.experts is None:
-            return super().experts(layer, x)
+            experts = layer.experts
+            adapted = experts is not None and experts.adapted_by_all and AS_PEFT in self.traits.adapter.targets
+            return self._merged_experts(layer, x) if adapted else whole_experts(self, layer, x)
         # One after another, each on its share of the tokens (transformers below 5, MixtralSparseMoeBlock).
         gate, up, down = layer.expert_maps
         share = layer.experts.per_token / layer.experts.count
@@ -175,6 +179,33 @@ class StockModules(Modules):
             summed = op.add_rows(summed, op.cast(op.multiply_rows(out, weight), summed.itemsize))
             self.tape.named(rows, inner, out, weight)
         return summed
+
+    def _merged_experts(self, layer: Layer, x: Tensor) -> Tensor:
+        """Follow peft's ParamWrapper, which adds the adapter's whole product to the fused weights before they are used.
+
+        Gate and up are one tensor, down another, and both live until the layer is done.
+        """
+        experts, tape = layer.experts, self.tape
+        assert experts is not None  # noqa: S101  the caller looked
+        third = Polynomial(fixed=experts.weights(self.shape.hidden) / 3)
+        merged = [Tensor(tape, third.times(share), self.traits.arithmetic.compute) for share in (2, 1)]
+        rows = op.cast(op.gather(x, experts.per_token), self.traits.arithmetic.compute)
+        both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
+        self._saves_merged(both, rows, merged[0])
+        gates, ups = op.split_last(both, (0.5, 0.5))
+        product = op.multiply(op.activate(gates), ups)
+        down = op.frozen_linear(product, Polynomial(per_token=self.shape.hidden * experts.per_token))
+        self._saves_merged(down, product, merged[1])
+        shares = op.mean_last(x, Polynomial(per_token=experts.per_token))
+        out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
+        tape.named(*merged, rows, both, product, down, shares)
+        return out
+
+    def _saves_merged(self, product: Tensor, x: Tensor, weight: Tensor) -> None:
+        """Save input and weight of a product; the weight's gradient is as large, and is handed to the adapter."""
+        if product.node is not None:
+            self.tape.saves(product.node, x, weight)
+            product.node.works = (weight.bytes,)
 
 
 def rms_norm(x: Tensor, groups: float, *, over_gradient: bool) -> Tensor:

@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from studio.core.gpu_catalogue import Gpu
-from studio.core.shape import ModelShape
-from studio.core.trainable import EXPERTS, HEAD, target_names
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
+from studio.core.trainable import AS_PEFT, HEAD, target_names
 from studio.core.vram.head import ChunkedLoss, LigerLoss, Loss, WholeLoss
 from studio.core.vram.modules import AdapterTraits, Kernel, LayerTraits
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import FrozenForm, frozen_form
+from studio.core.vram.static import BLOCK, FrozenForm, frozen_form
 
 IDS_LABELS_MASK_BYTES = 3 * 8
 """Bytes per token of ids, labels and mask: all int64."""
@@ -90,7 +90,7 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         input_wants_gradient=kind.adapted.trains_embedding,
         whole_itemsize=4,
         # Our loop needs a transformers that quantises one weight after another (core_model_loading.py, 5.5 and later).
-        load_extra=widest_linear(shape) * kind.compute_itemsize if kind.quantised else 0,
+        load_extra=_load_extra(shape, kind),
         copies_whole=kind.compute_itemsize != 4,
         caches_copies=kind.autocast and kind.grad_checkpointing,
         shared_per_token=IDS_LABELS_MASK_BYTES - (0 if shape.embedding_norm else widens) * shape.hidden,
@@ -109,10 +109,28 @@ def with_mixer_kernels(loop: Loop) -> Loop:
     return replace(loop, traits=replace(loop.traits, fused_mixers=True))
 
 
+def _load_extra(shape: ModelShape, kind: Setup) -> int:
+    """Return what loading needs beside the finished weights: the widest weight in 16 bit, or an expert three times.
+
+    An expert's matrices are read, joined and quantised one expert after another (studio/jobs/base/experts/loading.py),
+    beside the scales of its whole stack in fp32, which are made twice.
+    """
+    if not kind.quantised:
+        return 0
+    of_experts = [0]
+    for group in shape.groups:
+        if group.layer.experts:
+            up, down = group.layer.experts.stacks(shape.hidden)
+            extra = [3 * s.inputs * s.outputs * kind.compute_itemsize + 8 * s.weights // BLOCK for s in (up, down)]
+            # The stack that narrows is read last, when the other one is there.
+            of_experts += [extra[0] - down.weights // 2, extra[1]]
+    return max(widest_linear(shape) * kind.compute_itemsize, *of_experts)
+
+
 def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
     """Return how our loop computes a layer."""
     adapter = AdapterTraits(
-        targets=target_names(shape, kind.targets),
+        targets=target_names(shape, kind.targets, as_peft=kind.adapted.as_peft),
         dropout=kind.dropout > 0,
         dora=kind.dora,
         casts_inputs=not kind.autocast,
@@ -131,13 +149,15 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
         repeats_heads=shape.repeats_heads,
         plain_attention=runs_plain(shape, kind, kernel),
         sinks=shape.sinks,
+        packed_experts=kind.packs_experts,
     )
 
 
 def trains_layers(shape: ModelShape, loop: Loop) -> bool:
     """Whether gradients flow through the layers. Where the head alone is trained, layers keep and make nothing."""
     trained = loop.traits.adapter.targets | loop.traits.adapter.whole
-    inside = EXPERTS in trained or any(linear.name in trained for _, linear in shape.all_linears())
+    of_experts = not trained.isdisjoint((AS_PEFT, EXPERTS_UP, EXPERTS_DOWN))
+    inside = of_experts or any(linear.name in trained for _, linear in shape.all_linears())
     return inside or loop.input_wants_gradient
 
 

@@ -7,10 +7,11 @@ Sources: transformers/models/*/modeling_*.py and activations.py, peft/tuners/lor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from studio.core.shape import Layer, Linear, ModelShape
-from studio.core.trainable import EXPERTS, HEAD
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
+from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.elementwise import activated, centred_norm, rotated
+from studio.core.vram.experts import grouped_experts, whole_experts
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
@@ -57,6 +58,7 @@ class LayerTraits:
         repeats_heads: Whether keys and values are repeated for every query head though the kernel can do without.
         plain_attention: Whether torch has only its plain kernel for this attention, with S x S matrices in fp32.
         sinks: Whether each head has a sink.
+        packed_experts: Whether fused experts are in 4 bits.
         recomputes_whole: Whether a checkpointed layer is computed again to its end, and its output and gradient are
             held until its backward ends. If not, computing again stops as soon as everything is saved again.
         length: Tokens per row; 0 where a layer's sizes do not depend on it.
@@ -73,6 +75,7 @@ class LayerTraits:
     repeats_heads: bool = False
     plain_attention: bool = False
     sinks: bool = False
+    packed_experts: bool = False
     recomputes_whole: bool = False
     length: int = 0
     fused_mixers: bool = False
@@ -326,32 +329,11 @@ class Modules:
         return out
 
     def experts(self, layer: Layer, x: Tensor) -> Tensor:
-        """Routed experts on grouped products: every token's input, gate, up and product once per expert it visits."""
-        experts, tape = layer.experts, self.tape
-        assert experts is not None  # noqa: S101  the caller looked
-        merged: list[Tensor] = []
-        if EXPERTS in self.traits.adapter.targets and experts.adapted_by_all:
-            # peft adds the adapter's whole product to the fused weights before they are used (ParamWrapper): gate and
-            # up are one tensor, down another, and both live until the layer is done.
-            third = Polynomial(fixed=experts.weights(self.shape.hidden) / 3)
-            merged = [Tensor(tape, third.times(share), self.traits.arithmetic.compute) for share in (2, 1)]
-        rows = op.cast(op.gather(x, experts.per_token), self.traits.arithmetic.compute)
-        both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
-        self._saves_merged(both, rows, merged[:1])
-        gates, ups = op.split_last(both, (0.5, 0.5))
-        product = op.multiply(op.activate(gates), ups)
-        down = op.frozen_linear(product, Polynomial(per_token=self.shape.hidden * experts.per_token))
-        self._saves_merged(down, product, merged[1:])
-        shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
-        out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
-        tape.named(*merged, rows, both, product, down, shares)
-        return out
-
-    def _saves_merged(self, product: Tensor, x: Tensor, weights: list[Tensor]) -> None:
-        """Save input and weight of a product; the weight's gradient is as large, and is handed to the adapter."""
-        if product.node is not None and weights:
-            self.tape.saves(product.node, x, *weights)
-            product.node.works = tuple(weight.bytes for weight in weights)
+        """Return what the routed experts make of the tokens that come to them."""
+        targets = self.traits.adapter.targets
+        if self.traits.packed_experts or EXPERTS_UP in targets or EXPERTS_DOWN in targets:
+            return grouped_experts(self, layer, x)
+        return whole_experts(self, layer, x)
 
 
 def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:

@@ -91,7 +91,15 @@ class Setup:
     @cached_property
     def adapted(self) -> AdaptedPart:
         """What is trained."""
-        return AdaptedPart(self.targets, self.rank, self.rank_pattern, self.layers, self.dora, self.modules_to_save)
+        return AdaptedPart(
+            self.targets,
+            self.rank,
+            self.rank_pattern,
+            self.layers,
+            self.dora,
+            self.modules_to_save,
+            as_peft=self.engine == "hf",
+        )
 
     @property
     def tokens(self) -> int:
@@ -132,6 +140,11 @@ class Setup:
     def separate_experts(self) -> bool:
         """Whether the experts of a mixture are linear maps of their own, which bitsandbytes quantises."""
         return False
+
+    @property
+    def packs_experts(self) -> bool:
+        """Whether fused experts are held in 4 bits, too."""
+        return self.quantised and self.engine == "studio"
 
 
 _NUMBERS = ("rank", "micro_batch", "seq_len", "accumulation", "rank_pattern")

@@ -170,7 +170,7 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
     trained = trained_bytes(shape, part, loop.whole_itemsize)
     base = base_bytes(shape, loop.frozen)
     state = optimizer_bytes(shape, part, kind.optimizer, loop.whole_itemsize, pages=kind.device == "cuda")
-    # Autocast leaves an embedding alone, and the head's copy is made at the loss.
+    # Autocast leaves an embedding alone, as our products do with pairs on experts; the head's copy is made at the loss.
     whole = shape.embedding_parameters * (part.trains_embedding + part.trains_head)
     copy = 0
     if part.modules_to_save and loop.copies_whole:
@@ -185,7 +185,7 @@ def standing(shape: ModelShape, loop: Loop, part: AdaptedPart) -> Standing:
         paged=state.paged,
         spared=state.spared,
         temporary=trained.weights if loop.optimizer_copies else 0,
-        copies=kind.compute_itemsize * (trained.parameters - whole) * loop.caches_copies,
+        copies=kind.compute_itemsize * (trained.parameters - whole - trained.of_experts) * loop.caches_copies,
         load=base + max(loop.load_extra, trained.weights + copy),
         parameters=trained.parameters,
     )

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.direct_weights import kept_16bit
-from studio.core.shape import Layer, Linear, ModelShape
-from studio.core.trainable import ATTENTION, MLP, AdaptedPart, trained_tensors, whole_tensors
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
+from studio.core.trainable import ATTENTION, MLP, AdaptedPart, target_names, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
 
 ALIGNMENT = 512
@@ -57,6 +57,7 @@ class FrozenForm:
         compute: Bytes per element of a quantised layer's bias, which bitsandbytes casts to the compute type.
         skipped: Modules that stay in 16 bit though others are quantised.
         alignment: What an allocation is rounded up to, in bytes; 1 on a CPU.
+        packs_experts: Whether fused experts are quantised with the linear maps.
     """
 
     quant_type: str
@@ -66,6 +67,7 @@ class FrozenForm:
     compute: int
     skipped: tuple[str, ...] = ()
     alignment: int = ALIGNMENT
+    packs_experts: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -79,6 +81,7 @@ def frozen_form(setup: Setup) -> FrozenForm:
         setup.compute_itemsize,
         setup.skip_modules,
         1 if setup.device == "cpu" else ALIGNMENT,
+        setup.packs_experts,
     )
 
 
@@ -105,10 +108,7 @@ def quantised_parts(linear: Linear, form: FrozenForm) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
-    """Return the bytes of the frozen weights.
-
-    Fused experts are never quantised: bitsandbytes converts `nn.Linear` only.
-    """
+    """Return the bytes of the frozen weights."""
     tables = shape.buffers * form.compute + shape.mask_bytes
     if not form.quant_type:
         return shape.parameters * form.itemsize + tables
@@ -116,9 +116,71 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
     packed = sum(count * linear.copies * sum(quantised_parts(linear, form)) for count, linear in linears)
     biases = sum(count * linear.biases for count, linear in linears)
     weights = sum(count * linear.weights for count, linear in linears)
+    for count, stack in _packed_stacks(shape, form):
+        packed += count * sum(quantised_parts(_whole(stack), form))
+        weights += count * stack.weights
     embeddings = shape.embedding_parameters + shape.head_parameters
     rest = shape.parameters - weights - biases - embeddings
     return packed + biases * form.compute + rest * form.itemsize + embeddings * form.embedding_itemsize + tables
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How much of the frozen weights is in fewer bits.
+
+    Attributes:
+        kept_16bit_bytes: Bytes of the weights that are not quantised: embedding, head, norms, routers, what is skipped.
+        four_bit_share: Share of the weights of linear maps and routed experts inside the layers that is in 4 bits;
+            head and routers are not among them.
+    """
+
+    kept_16bit_bytes: int
+    four_bit_share: float
+
+
+@lru_cache(maxsize=256)
+def precision_of(shape: ModelShape, form: FrozenForm) -> Precision:
+    """Return how much of the frozen weights is in fewer bits, and how many bytes are not."""
+    stacks = [] if any(group.layer.expert_maps for group in shape.groups) else list(_stacks(shape))
+    every = sum(count * linear.weights for count, linear in (*shape.all_linears(), *stacks))
+    if not form.quant_type:
+        return Precision(shape.parameters * form.itemsize, 0.0)
+    linears = list(_quantised_linears(shape, form.skipped))
+    packed = sum(count * linear.weights for count, linear in (*linears, *_packed_stacks(shape, form)))
+    biases = sum(count * linear.biases for count, linear in linears)
+    embeddings = shape.embedding_parameters + shape.head_parameters
+    kept = (shape.parameters - packed - biases - embeddings) * form.itemsize
+    kept += biases * form.compute + embeddings * form.embedding_itemsize
+    return Precision(kept, 0.0 if form.quant_type == "int8" else packed / max(1, every))
+
+
+def _stacks(shape: ModelShape) -> Iterator[tuple[int, Linear]]:
+    for group in shape.groups:
+        if group.layer.experts and not group.layer.expert_maps:
+            for stack in group.layer.experts.stacks(shape.hidden):
+                yield group.count, stack
+
+
+def _packed_stacks(shape: ModelShape, form: FrozenForm) -> Iterator[tuple[int, Linear]]:
+    """Yield the stacks of routed experts, after the number of layers in which they are quantised.
+
+    A stack stays in 16 bit where weights of two experts would share a scale.
+    """
+    if not form.packs_experts:
+        return
+    names = frozenset(form.skipped)
+    for kind, group in enumerate(shape.groups):
+        if group.layer.experts and not group.layer.expert_maps:
+            layers = [index for index, each in enumerate(shape.kinds) if each == kind]
+            for stack in group.layer.experts.stacks(shape.hidden):
+                if stack.inputs * stack.outputs % BLOCK == 0:
+                    taken = (not _is_skipped(f"model.layers.{index}.{MLP}.{stack.name}", names) for index in layers)
+                    yield sum(taken) if names else group.count, stack
+
+
+def _whole(stack: Linear) -> Linear:
+    """Return a stack as one matrix: all of its experts share their tables."""
+    return Linear(stack.name, stack.inputs * stack.copies, stack.outputs)
 
 
 def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[tuple[int, Linear]]:
@@ -160,12 +222,14 @@ class TrainedBytes:
         weights: Their bytes; gradients take as many.
         head: Bytes of a head that is trained whole, else 0.
         embedding: The same for the input embedding.
+        of_experts: How many of the parameters stand beside routed experts.
     """
 
     parameters: int
     weights: int
     head: int
     embedding: int
+    of_experts: int
 
 
 @lru_cache(maxsize=1024)
@@ -181,7 +245,9 @@ def trained_bytes(shape: ModelShape, part: AdaptedPart, whole_itemsize: int) -> 
     whole = sum(count * elements for count, elements in whole_tensors(shape, part))
     size = whole_itemsize * shape.embedding_parameters
     head, embedding = size * part.trains_head, size * part.trains_embedding
-    return TrainedBytes(adapter + whole, 4 * adapter + whole_itemsize * whole, head, embedding)
+    experts = {EXPERTS_UP, EXPERTS_DOWN} & target_names(shape, part.targets, as_peft=part.as_peft)
+    of_experts = adapter - sum(count * elements for count, elements in trained_tensors(shape, part, without=experts))
+    return TrainedBytes(adapter + whole, 4 * adapter + whole_itemsize * whole, head, embedding, of_experts)
 
 
 @lru_cache(maxsize=1024)

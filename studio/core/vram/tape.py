@@ -218,6 +218,7 @@ class Node:
         saved: Tensors kept alive until this node has run.
         works: Bytes of the tensors that its backward makes beside its gradients and lets go of when those exist.
         works_last: Whether it makes them after the gradients.
+        turns: Bytes of more of them that it makes before the gradients, one set after another.
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
         unpacks: Whether its backward reads anything that the forward saved, even if only a number.
         trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
@@ -231,6 +232,7 @@ class Node:
     saved: list[Tensor] = field(default_factory=list)
     works: tuple[Polynomial, ...] = ()
     works_last: bool = False
+    turns: tuple[tuple[Polynomial, ...], ...] = ()
     apart: bool = False
     unpacks: bool = False
     trained: "tuple[Polynomial, list[Tensor]] | None" = None
@@ -287,6 +289,8 @@ def _waits(root: Node) -> dict[Node, int]:
 def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, Tensor]]:
     """Make the gradients of a node's inputs; what came in and what was saved live until all of them exist."""
     works = [] if node.works_last else [Tensor(tape, size, 1) for size in node.works]
+    for sizes in node.turns:
+        tape.passing(*sizes)
     if node.trained is not None:
         elements, kept = node.trained
         kept.append(Tensor(tape, elements, 4))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Method, Recipe
@@ -153,7 +152,9 @@ class AnswerModels:
         if self._vocabulary is not None:
             base.resize_token_embeddings(self._vocabulary)
         try:
-            return PeftModel.from_pretrained(base, str(self._adapter.folder), torch_device=str(self.device))
+            from studio.jobs.base.experts.pairs import open_adapter  # noqa: PLC0415  bitsandbytes is 47 MB
+
+            return open_adapter(base, str(self._adapter.folder), str(self.device))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             if of_the_machine(error):
                 raise

@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from studio.core.direct_weights import kept_16bit, not_adapted
+from studio.core.direct_weights import kept_16bit, read_past
 from studio.core.errors import BadInput
 from studio.core.quantised_base import BITSANDBYTES
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
@@ -237,7 +237,7 @@ def _keep_modules_called(model: torch.nn.Module) -> None:
     They do so in training mode only (`self.training` in the forward of transformers' Mamba layers), so such a layer
     itself stays in evaluation mode, in which it calls its modules. It has no dropout of its own.
     """
-    names = not_adapted(family_of(model))
+    names = read_past(family_of(model))
     for module in model.modules():
         held = [child.weight for name, child in module.named_children() if name in names]
         if any(hasattr(weight, "quant_state") for weight in held):

@@ -212,7 +212,9 @@ class Session:
         if vocabulary and vocabulary != loaded.get_input_embeddings().weight.shape[0]:
             loaded.resize_token_embeddings(vocabulary)
         try:
-            adapted = PeftModel.from_pretrained(loaded, str(adapter), torch_device=str(loaded.device))
+            from studio.jobs.base.experts.pairs import open_adapter  # noqa: PLC0415  bitsandbytes is 47 MB
+
+            adapted = open_adapter(loaded, str(adapter), str(loaded.device))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             if of_the_machine(error):
                 raise

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import import_utils
 
 from studio.core.errors import JobFailed
+from studio.jobs.base.experts import visits
 from studio.jobs.base.swapped import swapped
 
 _aten = torch.ops.aten
@@ -161,9 +162,21 @@ def fake_world() -> Iterator[Numbers]:
         stack.enter_context(swapped(bitsandbytes_functional, "name2qmap", {}))
         # peft recognises 4-bit weights by the name of their class, which a fake tensor cannot have.
         stack.enter_context(swapped(dora, "dequantize_module_weight", _dequantised))
+        # Which experts are chosen depends on the weights' values: here all of them equally often.
+        stack.enter_context(swapped(visits, "rows_by_expert", _evenly))
+        stack.enter_context(swapped(visits, "visited", _as_many_as_tokens))
         stack.enter_context(_OneMode())
         stack.enter_context(numbers)
         yield numbers
+
+
+def _evenly(experts: Tensor, count: int) -> list[int]:
+    rows = experts.numel()
+    return [rows * (number + 1) // count - rows * number // count for number in range(count)]
+
+
+def _as_many_as_tokens(rows: Tensor, count: int) -> Tensor:
+    return torch.arange(rows.shape[0] // count)
 
 
 def _dequantised(module: nn.Module) -> Any:

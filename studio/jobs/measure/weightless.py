@@ -24,6 +24,10 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_of, only_for_text
+from studio.jobs.base.experts.forms import experts_in
+from studio.jobs.base.experts.loading import packable
+from studio.jobs.base.experts.product import take_over
+from studio.jobs.base.experts.stacks import four_bit_stack
 from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of, left_alone
 from studio.jobs.base.model_class import from_config, model_class
 from studio.jobs.measure.fake import is_fake
@@ -100,8 +104,8 @@ def frozen_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield everything that a base model holds: parameters, buffers, and the scales and tables of 4-bit weights."""
     yield from model.parameters()
     yield from model.buffers()
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
         if isinstance(state, QuantState):
             yield from _tensors_of(state)
 
@@ -135,6 +139,16 @@ def _quantise(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, storag
         )
     for name, layer in replaced:
         _fill(layer, cast(nn.Linear, before.pop(name)), quant, storages)
+    stacks = dict(packable(model, kept))
+    if stacks:
+        # While the last stack is read, everything else is there.
+        with storages:
+            storages.claim([p for name, p in model.named_parameters() if name not in stacks], "base")
+    for name, shape in stacks.items():
+        _fill_stack(model, name, shape, quant, storages)
+    for _, module, form in list(experts_in(model)):
+        if any(hasattr(getattr(module, stack), "quant_state") for stack in form.stacks):
+            take_over(module, form)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
@@ -150,6 +164,23 @@ def _fill(layer: Any, linear: nn.Linear, quant: FourBit, storages: Storages) -> 
     layer.bias = linear.bias
     layer.quant_state = state
     layer.support_avx512bf16_for_cpu = False
+
+
+def _fill_stack(model: nn.Module, name: str, shape: torch.Size, quant: FourBit, storages: Storages) -> None:
+    """Give a module of experts a stack in 4 bits: quantised whole, as sizes are the same for experts one by one."""
+    path, _, stack = name.rpartition(".")
+    module = model.get_submodule(path)
+    weights = getattr(module, stack).data
+    with storages, storages.newborn("workspace"):
+        packed, state = quantize_4bit(weights, compress_statistics=quant.double_quant, quant_type=quant.quant_type)
+        storages.passing(3 * weights.nbytes // shape[0])  # one expert: as it lies in the files, and as it is joined
+        storages.claim([packed, *_tensors_of(state)], "base")
+    if not is_fake(packed):
+        module._parameters[stack] = four_bit_stack(packed, state)
+        return
+    parameter = _packed_parameter(packed, state, quant)
+    parameter.ds_shape = shape  # type: ignore[attr-defined]  # as FourBitStack has it
+    module._parameters[stack] = parameter
 
 
 def _packed_parameter(packed: Tensor, state: QuantState, quant: FourBit) -> nn.Parameter:

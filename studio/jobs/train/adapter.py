@@ -21,7 +21,9 @@ from studio.core.direct_weights import not_adapted
 from studio.core.errors import BadInput, JobFailed
 from studio.core.recipe import AdapterSection
 from studio.core.text import plain
-from studio.core.value_kinds import ALL_LINEAR
+from studio.core.value_kinds import ALL_LINEAR, is_of_experts
+from studio.jobs.base.experts.forms import experts_in
+from studio.jobs.base.experts.pairs import routers, stacks_named, take_over_pairs
 from studio.jobs.base.load import family_of
 from studio.jobs.base.model_class import class_of, is_plain, odd_linears
 from studio.jobs.base.weights.pissa import difference
@@ -51,6 +53,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         JobFailed: `unknown_targets` when a module, layer or pattern that the recipe names is not in the model.
     """
     layers = adapted_layers(base, section.layers)
+    targets = (section.targets,) if isinstance(section.targets, str) else section.targets
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -59,6 +62,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         use_dora=section.dora,
         init_lora_weights="gaussian" if section.init == "gaussian" else True,
         target_modules=target_modules(base, section.targets, by_name=layers is not None),
+        target_parameters=stacks_named(base, targets, layers),
         layers_to_transform=layers,
         rank_pattern=dict(section.rank_pattern),
         alpha_pattern=dict(section.alpha_pattern),
@@ -67,7 +71,7 @@ def attach_adapter(base: nn.Module, section: AdapterSection, *, grad_checkpointi
         task_type=TaskType.CAUSAL_LM,
         auto_mapping=_base_class(base),
     )
-    model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
+    model: PeftModel = take_over_pairs(get_peft_model(base, config, autocast_adapter_dtype=True))
     check_patterns(model.get_base_model(), section)
     _spell_out_patterns(model)
     _widen_whole_modules(model)
@@ -190,7 +194,7 @@ def _doubled_config(config: LoraConfig) -> dict[str, Any]:
 
 
 def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: bool) -> str | list[str]:
-    """Return the value for peft's `target_modules`: `all-linear`, or the last parts of module names.
+    """Return the value for peft's `target_modules`: `all-linear`, or the last parts of module names; not the experts.
 
     Args:
         base: The loaded model.
@@ -206,16 +210,20 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
     dead = not_adapted(family_of(base))
     every = {_short(name) for name, module in _language_modules(base).items() if is_plain(module)}
     linear = sorted(every - dead.keys())
-    if wanted == ALL_LINEAR:
-        by_name = by_name or len(linear) < len(every) or kept_out(base) is not None
+    plain_names = [name for name in ((wanted,) if isinstance(wanted, str) else wanted) if not is_of_experts(name)]
+    if len(plain_names) < 1 or plain_names == [ALL_LINEAR]:
+        if not plain_names:
+            return []
+        # peft's own all-linear would adapt routed experts and routers of some families, too.
+        mixture = next(experts_in(base), None) is not None
+        by_name = by_name or mixture or len(linear) < len(every) or kept_out(base) is not None
         head = cast(Any, base).get_output_embeddings() if by_name else None
         heads = {
             name.rpartition(".")[2] for name, module in base.named_modules() if head is not None and module is head
         }
         return [name for name in linear if name not in heads] if by_name else ALL_LINEAR
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
     modules = _language_modules(base)
-    for name in names:
+    for name in plain_names:
         found = [module for full, module in modules.items() if full == name or full.endswith(f".{name}")]
         why = dead.get(name.rpartition(".")[2])
         if any(isinstance(module, nn.Conv1d) for module in found):
@@ -234,7 +242,7 @@ def target_modules(base: nn.Module, wanted: str | tuple[str, ...], *, by_name: b
                 + (f"; perhaps {near[0]}" if near else ""),
                 f'use "{ALL_LINEAR}" or some of: {", ".join(linear)}',
             )
-    return names
+    return plain_names
 
 
 def _base_class(base: nn.Module) -> dict[str, str] | None:
@@ -246,17 +254,17 @@ def _base_class(base: nn.Module) -> dict[str, str] | None:
 def kept_out(base: nn.Module) -> str | None:
     """Return a regular expression for the modules that get no adapter whatever their names are; None for none.
 
-    They are the towers beside the language model, whose layers are often named like the decoder's, and linear layers
-    that are more than a product. It is saved with the adapter, which then fits the whole checkpoint.
+    They are the towers beside the language model, whose layers are often named like the decoder's, linear layers that
+    are more than a product, and routers. It is saved with the adapter, which then fits the whole checkpoint.
     """
     towers = [re.escape(name) + r"(\..*)?" for name in class_of(base).towers]
-    odd = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in odd_linears(base)}
+    odd = {re.sub(r"\d+", r"\\d+", re.escape(name)) for name in (*odd_linears(base), *routers(base))}
     return "|".join([*towers, *sorted(odd)]) or None
 
 
 def _language_modules(base: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the language model by name, without linear layers that are more than a product."""
-    picked, odd = class_of(base), set(odd_linears(base))
+    picked, odd = class_of(base), {*odd_linears(base), *routers(base)}
     return {name: module for name, module in base.named_modules() if picked.speaks(name) and name not in odd}
 
 

@@ -28,8 +28,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from studio.jobs.base.experts.forms import can_be_packed, experts_in, shape_of
 from studio.jobs.base.experts.product import take_over
-from studio.jobs.base.experts.stacks import Packing, can_be_packed, experts_in, four_bit_stack, shape_of
+from studio.jobs.base.experts.stacks import Packing, four_bit_stack
 from studio.jobs.base.swapped import swapped
 
 _NAME = "lora_studio_4bit"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from studio.core.expert_groups import experts_per_group
-from studio.jobs.base.experts.stacks import ExpertsForm, shape_of, weights_of
+from studio.jobs.base.experts.forms import ExpertsForm, shape_of
+from studio.jobs.base.experts.stacks import weights_of
 from studio.jobs.base.experts.visits import Group, Visits, given, routed
 
 _ALIGNED_BYTES = 16
@@ -53,12 +54,14 @@ class Work:
         form: How they are built.
         visits: Who visits whom.
         scalings: Of the pairs beside the widening and the narrowing stack; None where there is no pair.
+        goes_back: Whether a backward pass may follow.
     """
 
     module: Any
     form: ExpertsForm
     visits: Visits
     scalings: tuple[float | None, float | None]
+    goes_back: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,7 @@ def _run(
     beside = [pairs.get(name) for name in form.stacks]
     factors = [t for pair in beside for t in ((pair.into, pair.back) if pair else (None, None))]
     scalings = [pair.scaling if pair else None for pair in beside]
-    work = Work(module, form, visits, (scalings[0], scalings[1]))
+    work = Work(module, form, visits, (scalings[0], scalings[1]), torch.is_grad_enabled())
     made: Tensor = _Experts.apply(x, weights, work, *factors)  # type: ignore[no-untyped-call]
     return made
 
@@ -134,7 +137,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor | None, work: Work, *factors: Tensor | None) -> Tensor:
         visits, compute = work.visits, _compute_dtype(work)
-        wants = any(ctx.needs_input_grad)
+        wants = work.goes_back and any(ctx.needs_input_grad)
         wide = shape_of(getattr(work.module, work.form.up))[1 if not work.form.transposed else 2]
         kept = x.new_empty((visits.source.numel(), wide), dtype=compute) if wants else None
         shares = None if weights is None else weights.reshape(-1)
@@ -152,11 +155,12 @@ class _Experts(torch.autograd.Function):
                 place = visits.place[group.rows]
                 result[place] = (made if shares is None else made * shares[place].unsqueeze(-1)).to(x.dtype)
                 del inner, made
+            out = visits.summed(result)  # where autocast is on, a sum would be made, and given back, in fp32
         ctx.work = work
         needs_rows = factors[0] is not None  # A of the widening stack has its gradient from them
         ctx.save_for_backward(x if needs_rows else None, weights, kept, *factors)
         ctx.dtype = x.dtype
-        return visits.summed(result)
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -193,7 +197,7 @@ class _Experts(torch.autograd.Function):
                     up.add_gradients(of_factors, x[visits.source[group.rows]].to(compute), of_widened)
                 if of_rows is not None:
                     of_rows[place] = up.times_back(of_widened).to(dtype)
-        of_x = None if of_rows is None else visits.summed(of_rows)
+            of_x = None if of_rows is None else visits.summed(of_rows)
         return of_x, None if of_shares is None else of_shares.view_as(weights), None, *of_factors
 
 
@@ -237,8 +241,8 @@ class _Stack:
         if self._form.biased:
             made += self._biases(rows)
         if self._into is not None:
-            narrow = grouped(rows, self._part(self._into, rows).transpose(-2, -1), self._group)
-            made += grouped(narrow, self._part(self._back, rows).transpose(-2, -1), self._group) * self._scaling
+            narrow = grouped(rows, self._part(self._into, rows).transpose(-2, -1), self._group) * self._scaling
+            made += grouped(narrow, self._part(self._back, rows).transpose(-2, -1), self._group)
         return made
 
     def times_back(self, rows: Tensor) -> Tensor:
@@ -247,8 +251,8 @@ class _Stack:
         made = grouped(rows, weights.transpose(-2, -1) if self._form.transposed else weights, self._group)
         del weights
         if self._into is not None:
-            narrow = grouped(rows, self._part(self._back, rows), self._group)
-            made += grouped(narrow, self._part(self._into, rows), self._group) * self._scaling
+            narrow = grouped(rows, self._part(self._back, rows), self._group) * self._scaling
+            made += grouped(narrow, self._part(self._into, rows), self._group)
         return made
 
     def along_bias(self, rows: Tensor) -> Tensor | float:

@@ -95,13 +95,18 @@ def given(rows: Tensor, count: int, per_group: int) -> Visits:
         count: Experts in the layer.
         per_group: Most experts in a group; 0 for all in one.
     """
-    place = visited(rows)
+    place = visited(rows, count)
     groups = groups_of(rows_by_expert(place // (rows.shape[0] // count), count), per_group)
     return Visits(place, place, rows.shape[0], 1, groups)
 
 
-def visited(rows: Tensor) -> Tensor:
-    """Return the numbers of the rows that are not all zero. The host waits for the card here."""
+def visited(rows: Tensor, count: int) -> Tensor:
+    """Return the numbers of the rows that are not all zero. The host waits for the card here.
+
+    Args:
+        rows: `[experts * tokens, hidden]`.
+        count: Experts in the layer.
+    """
     return rows.any(dim=-1).nonzero().squeeze(-1)
 
 
