@@ -20,6 +20,7 @@ from studio.jobs.base.weights.skeleton import build_clean
 from studio.jobs.chat.session import Session
 from studio.jobs.train import job
 from studio.jobs.train.adapter import attach_adapter, save_adapter
+from studio.jobs.train.served import check_names
 from studio.runs.chat import ChatRequest, Piece, Sampling
 from tests.fakes.families import FAMILIES, config_of, make_family, without_timm
 from tests.fakes.tiny_model import tiny_tokenizer
@@ -190,6 +191,8 @@ def test_an_adapter_that_fits_nothing_of_the_original_class_is_refused(tmp_path:
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.normal_()
+    with pytest.raises(JobFailed, match="does not fit the class that the base's"):
+        check_names(model)
     with pytest.raises(JobFailed, match="does not fit the class that the base's") as failed:
         save_adapter(model, tiny_tokenizer(), tmp_path / "adapter")
     assert failed.value.kind == "adapter_unmatched"

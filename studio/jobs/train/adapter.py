@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from studio.core.direct_weights import not_adapted
-from studio.core.errors import BadInput, JobFailed
+from studio.core.errors import JobFailed
 from studio.core.recipe import AdapterSection
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR, is_of_experts
@@ -27,10 +27,8 @@ from studio.jobs.base.experts.pairs import routers, stacks_named, take_over_pair
 from studio.jobs.base.load import family_of
 from studio.jobs.base.model_class import class_of, is_plain, odd_linears
 from studio.jobs.base.weights.pissa import difference
-from studio.jobs.base.weights.skeleton import attach, build_clean
 from studio.jobs.train.guards import check_adapter
-from studio.probe.adapter_folder import find_adapter
-from studio.probe.model_folder import CONFIG
+from studio.jobs.train.served import check_folder
 from studio.runs.atomic import publish_folder
 from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -143,7 +141,7 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
         model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
         if initial:
             _rewrite_as_difference(model, scratch, initial)
-        _check_served(model, scratch)
+        check_folder(model, scratch)
         # safetensors makes the file readable for its owner alone, and a copy of the folder for others would stay so.
         shutil.copymode(scratch / ADAPTER_CONFIG, scratch / ADAPTER_WEIGHTS)
         tokenizer.save_pretrained(str(scratch))
@@ -151,29 +149,6 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, initial: Adapte
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _check_served(model: PeftModel, folder: Path) -> None:
-    """Open a saved adapter as a server does: with plain peft, on the class that the base's config.json names.
-
-    Keys that fit nothing there are only a warning of peft, and the adapter would be served without any effect.
-
-    Raises:
-        JobFailed: `adapter_unmatched` when a tensor fits nothing, or one that is asked for is missing.
-    """
-    causal: Any = model.get_base_model()
-    base = Path(causal.config.name_or_path)
-    if not (base / CONFIG).is_file() or not type(causal).__module__.startswith("transformers."):
-        return  # a model that was not loaded from a folder, or one whose class is in the folder's own code
-    try:
-        attach(build_clean(base, towers=True), [(find_adapter(folder), 1.0)])
-    except BadInput as error:
-        raise JobFailed(
-            "adapter_unmatched",
-            f"with plain peft, the adapter does not fit the class that the base's {CONFIG} names: {error}",
-            "resume from the last checkpoint with another version of lora-studio or of peft; the trained weights are "
-            "in it",
-        ) from error
 
 
 def _rewrite_as_difference(model: PeftModel, folder: Path, initial: AdapterWeights) -> None:

@@ -37,6 +37,7 @@ from studio.jobs.train.adapter import AdapterWeights, adapter_weights, attach_ad
 from studio.jobs.train.checkpoint import load_initial
 from studio.jobs.train.offload import PinnedCopies, offload_checkpoints
 from studio.jobs.train.row_isolation import attends
+from studio.jobs.train.served import check_names
 from studio.probe.models import BaseFound
 from studio.runs.worker import Worker
 
@@ -101,6 +102,7 @@ def trainable_model(
         if note := left_out(family_of(frozen), names):
             tell("attaching the adapter", detail=note)
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+    check_names(model)
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)
     if recipe.adapter.init == "pissa":

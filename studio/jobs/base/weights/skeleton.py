@@ -154,15 +154,26 @@ def attach(base: PreTrainedModel, adapters: Sequence[Weighted]) -> PeftModel:
     return model.eval()
 
 
+def put_on(base: PreTrainedModel, config: PeftConfig, name: str = ADAPTER) -> PeftModel:
+    """Return a base on the meta device with an adapter of a config, without numbers.
+
+    Raises:
+        ValueError, TypeError, ...: peft does not find what the config names.
+    """
+    config.inference_mode, config.init_lora_weights = True, False
+    with _stays_where_it_is():
+        return PeftModel(base, config, name, low_cpu_mem_usage=True)
+
+
 def _load(model: PreTrainedModel | PeftModel, adapter: AdapterFound, name: str) -> PeftModel:
     with _stays_where_it_is():
         try:
             config = PeftConfig.from_pretrained(str(adapter.folder))
-            config.inference_mode, config.init_lora_weights = True, False
             if isinstance(model, PeftModel):
+                config.inference_mode, config.init_lora_weights = True, False
                 model.add_adapter(name, config, low_cpu_mem_usage=True)
             else:
-                model = PeftModel(model, config, name, low_cpu_mem_usage=True)
+                model = put_on(model, config, name)
             seen = model.load_adapter(str(adapter.folder), name, torch_device="cpu", low_cpu_mem_usage=True)
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
             said = plain(str(error), one_line=True, limit=400)
