@@ -17,6 +17,9 @@ _BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 
 """What the name alone says (transformers 5.24 utils/quantization_config.py QuantizationMethod)."""
 _BITS_KEYS = ("bits", "w_bit", "nbits", "num_bits", "wbits")
 _MOST_NAMES = 1000
+_OWN_LINEARS = frozenset({"falcon"})
+"""Families whose linear layers are a class of their own: transformers hands bitsandbytes nothing but `nn.Linear` itself
+(integrations/bitsandbytes.py replace_with_bnb_linear)."""
 _ORIGINAL = "the original 16-bit model that it was made from, or a copy written out in 16 bit"
 
 
@@ -73,6 +76,13 @@ def refusal(base: QuantisedBase | None, method: Method) -> str:
     if base.in_four_bits:
         return f"{found}, and method lora wants 16-bit weights: name {_ORIGINAL}, or take method qlora"
     return f"{found}, and training starts from 16-bit weights: name {_ORIGINAL}"
+
+
+def four_bit_refusal(family: str, method: Method) -> str:
+    """Return why QLoRA cannot hold a family's 16-bit weights in 4 bits; empty where it can, or for another method."""
+    if method != "qlora" or family not in _OWN_LINEARS:
+        return ""
+    return f"a {family} model, whose linear layers transformers does not hand to bitsandbytes: take method lora"
 
 
 def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]) -> str:

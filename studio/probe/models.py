@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from studio.core.errors import BadInput
-from studio.core.quantised_base import QuantisedBase, quantised_base, refusal
+from studio.core.quantised_base import QuantisedBase, four_bit_refusal, quantised_base, refusal
 from studio.core.recipe import EMBEDDED, Method
 from studio.core.text import plain
 from studio.probe.architecture import untrainable_architecture
@@ -78,14 +78,16 @@ def word_anywhere(base: str) -> str:
 
 
 def refuse_untrainable(base: BaseFound, method: Method) -> None:
-    """Refuse to train on an architecture that continues no text, and on a prequantised model.
+    """Refuse to train on an architecture that continues no text, on a prequantised model, or in 4 bits that cannot be.
 
     4-bit bitsandbytes weights are trained on under QLoRA.
 
     Raises:
         BadInput: It is one of these; the message says which, and what to name instead.
     """
-    if why := untrainable_architecture(base.config or {}) or refusal(base.quantised, method):
+    config = base.config or {}
+    why = untrainable_architecture(config) or refusal(base.quantised, method)
+    if why := why or four_bit_refusal(str(config.get("model_type")), method):
         raise BadInput(f"The base model {plain(base.word, one_line=True, limit=200)} is {why}.")
 
 

@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
+from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.shape import find_shape
 from tests.fakes.families import FAMILIES, make_family
 from tests.fakes.families.dense import DENSE
@@ -30,7 +34,7 @@ from tests.jobs.family_cases import (
     traced,
     traced_recipe,
 )
-from tests.jobs.family_open import OPEN
+from tests.jobs.family_open import OPEN, REFUSED
 from tests.jobs.merge_cases import tensors_of
 
 FAST = ("gemma2", "mixtral", "lfm2", "gemma3", "qwen3_vl")
@@ -96,6 +100,8 @@ def cells(check: str) -> list[Any]:
 
 def _cells(check: str) -> Iterator[Any]:
     for family in FAMILIES:
+        if (family, check) in REFUSED:
+            continue
         marks = [] if family in FAST else [pytest.mark.slow]
         if why := open_cell(family, check):
             marks.append(pytest.mark.xfail(reason=why, strict=True))
@@ -112,7 +118,9 @@ def open_cell(family: str, check: str) -> str:
 
 def method_of(family: str) -> str:
     """Which method is traced: QLoRA, where more differs from family to family; of dense families every other one's."""
-    return "lora" if family in DENSE and list(DENSE).index(family) % 2 else "qlora"
+    if (family, "qlora") in REFUSED or (family in DENSE and list(DENSE).index(family) % 2):
+        return "lora"
+    return "qlora"
 
 
 @pytest.mark.parametrize("family", cells("plan"))
@@ -146,6 +154,20 @@ def test_qlora_trains_every_module(family: str, table: Table, recipe: Recipe, tr
     trained = table.trained(family, "qlora", recipe, train)
     assert trained.losses[-1] < trained.losses[0]
     assert dead_modules(trained.paths.adapter) == []
+
+
+@pytest.mark.parametrize(("family", "method"), REFUSED)
+def test_what_a_library_cannot_do_is_refused_before_a_run_is_made(family: str, method: Any, table: Table) -> None:
+    folder = table.folder(family)
+    with pytest.raises(BadInput) as caught:
+        refuse_untrainable(find_base(str(folder)), method)
+    assert REFUSED[family, method] in str(caught.value)
+    notes = estimate_vram(find_shape(str(folder)), setup_of(traced_recipe(folder, method))).notes
+    assert any(REFUSED[family, method] in note for note in notes)
+
+
+def test_there_are_few_refusals() -> None:
+    assert len(REFUSED) <= 6
 
 
 @pytest.mark.parametrize("family", cells("effect"))

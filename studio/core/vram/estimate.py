@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from studio.core.direct_weights import left_out
 from studio.core.gpu_catalogue import Gpu, emulated
-from studio.core.quantised_base import note_on
+from studio.core.quantised_base import four_bit_refusal, note_on
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
 from studio.core.trainable import AS_PEFT, target_names
 from studio.core.value_kinds import ALL_LINEAR
@@ -56,8 +56,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
     if shape.expert_parameters:
         low, high = low - UNCERTAIN * stages.turnover, high + UNCERTAIN * stages.turnover
     of_loop = []
-    if setup.quantised and shape.family == "falcon":
-        of_loop.append("bitsandbytes converts no linear map of falcon in transformers 5: training on 4 bits refuses it")
+    if why := four_bit_refusal(shape.family, setup.method):
+        of_loop.append(f"train refuses this base: it is {why}")
     if setup.targets in (ALL_LINEAR, (ALL_LINEAR,)):
         of_loop += filter(None, (left_out(shape.family, (linear.name for _, linear in shape.all_linears())),))
     notes = notes_of(shape, setup, gpu, kernel, of_loop=of_loop)
