@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from studio.core.direct_weights import kept_16bit, read_past
 from studio.core.errors import BadInput
@@ -173,3 +174,35 @@ def test_a_4_bit_model_computes_with_its_dequantised_weights(tmp_path: Path) -> 
         evaluated = model.eval()(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(trained, wanted, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(evaluated, wanted, rtol=1e-4, atol=1e-3)
+
+
+def quantised_by_its_author(folder: Path, family: str, **bits: bool) -> Path:
+    """Write a base of which bitsandbytes has quantised all linear layers but the head, as transformers has it do."""
+    whole = make_hybrid(folder / "whole", family, dtype=torch.bfloat16)
+    quantised = BitsAndBytesConfig(**bits)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=quantised, device_map={"": "cpu"})
+    shutil.copytree(whole, folder / "made", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder / "made")
+    return folder / "made"
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_a_base_quantised_by_its_author_goes_without_the_fused_kernel_too(tmp_path: Path, bits: str) -> None:
+    folder = quantised_by_its_author(tmp_path, "mamba2", **{bits: True})
+    model = load_base(
+        find_base(str(folder)), method="qlora", dtype=torch.bfloat16, quant=FourBit(), attention="eager",
+        device=torch.device("cpu"),
+    ).train()  # fmt: skip
+    mixers = [module for module in model.modules() if type(module).__name__ == "Mamba2Mixer"]
+    assert [mixer.training for mixer in mixers] == [False, False]
+    assert all(mixer.in_proj.training for mixer in mixers)
+
+
+def test_a_base_whose_files_hold_a_weight_in_4_bits_that_is_read_as_numbers_is_refused(
+    train: Train, recipe: Recipe, tmp_path: Path
+) -> None:
+    folder = quantised_by_its_author(tmp_path, "mamba", load_in_4bit=True)
+    failed = history_of(train(recipe.with_("model.base", str(folder)).with_("method", "qlora"))).failed
+    assert failed is not None
+    assert "dt_proj are quantised, and a mamba model multiplies" in failed.message
+    assert "original 16-bit model" in failed.message

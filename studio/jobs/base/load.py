@@ -232,15 +232,30 @@ def _keep_packing(model: torch.nn.Module) -> None:
 
 
 def _keep_modules_called(model: torch.nn.Module) -> None:
-    """Keep layers from handing 4-bit weights to a fused kernel that would read them as plain numbers.
+    """Keep layers from handing quantised weights to a fused kernel that would read them as plain numbers.
 
     They do so in training mode only (`self.training` in the forward of transformers' Mamba layers), so such a layer
     itself stays in evaluation mode, in which it calls its modules. It has no dropout of its own.
+
+    Raises:
+        BadInput: A weight that the layer reads in evaluation mode, too, is quantised in the model's files.
     """
-    names = read_past(family_of(model))
+    family = family_of(model)
+    names, numbers = read_past(family), kept_16bit(family)
     for module in model.modules():
-        held = [child.weight for name, child in module.named_children() if name in names]
-        if any(hasattr(weight, "quant_state") for weight in held):
+        # Both kinds of quantised weights; those in 4 bits may be stored as floating-point numbers.
+        held = {
+            name
+            for name, child in module.named_children()
+            if name in (names.keys() | numbers)
+            and (hasattr(child.weight, "quant_state") or not child.weight.is_floating_point())
+        }
+        if broken := sorted(held & numbers):
+            raise BadInput(
+                f"This base's {' and '.join(broken)} are quantised, and a {family} model multiplies with their weights "
+                "as if they were plain numbers. Use the original 16-bit model."
+            )
+        if held:
             module.training = False
             module.train = partial(_train_children, module)  # type: ignore[method-assign]
 
