@@ -106,7 +106,8 @@ def _attend(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tenso
     """Return the attention output and, for eager attention, its weights `[batch, heads, seq, seq]`."""
     kernel = run.traits.kernel
     if kernel == "eager":
-        return (_broadcast if run.shape.own_attention else _eager)(run, layer, query, key, value)
+        eager = _broadcast if run.shape.own_attention else _with_sinks if run.traits.sinks else _eager
+        return eager(run, layer, query, key, value)
     if run.traits.arithmetic.autocast:
         query, key, value = (op.cast(t, run.traits.arithmetic.compute) for t in (query, key, value))
     if run.traits.plain_attention:
@@ -155,6 +156,31 @@ def _eager(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor
     out = op.matmul(weights, value, query.elements, copies_x=False, copies_y=strided)
     out = op.clone(op.laid_anew(out) if batched else out)  # .transpose(1, 2).contiguous()
     tape.named(query, key, value, weights)
+    return out, weights
+
+
+def _with_sinks(run: Modules, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow eager_attention_forward of modeling_gpt_oss.py: a column for the sink is joined, and cut off afterwards.
+
+    The softmax keeps the scores' format. The greatest score of a row is subtracted, and the gradient goes through it.
+    """
+    arithmetic, tape = run.traits.arithmetic, run.tape
+    key, value = _both_widened(layer, key, value)
+    if arithmetic.autocast:
+        query, key = _both_cast(query, key, arithmetic.compute)
+    heads = layer.heads.queries
+    scores = op.add_number(
+        op.scale(op.matmul(query, key, Polynomial(per_square=heads), copies_x=False, copies_y=False))
+    )
+    joined = op.join((scores,))
+    shifted = op.subtract_rows(joined, op.mean_last(joined, Polynomial(per_token=heads)))
+    weights = op.slice_last(op.softmax(shifted, fused_backward=run.traits.cpu), 1)
+    tape.named(scores)
+    if arithmetic.autocast:
+        value = op.cast(value, arithmetic.compute)
+    out = op.matmul(weights, value, query.elements, copies_x=False, copies_y=False)
+    out = op.clone(op.laid_anew(out) if run.traits.batched else out)  # .transpose(1, 2).contiguous()
+    tape.named(query, key, value, shifted, weights)
     return out, weights
 
 
