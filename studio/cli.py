@@ -31,13 +31,20 @@ VERBS = {
     "audit": "measure what 4 bits cost a model, an adapter or a training",
     "doctor": "what this machine has, and how right estimates were",
     "gpus": "the NVIDIA cards of this machine",
-    "models": "the base models that lie on this machine",
+    "models": "the base models on this machine, and what is known of one",
     "recipes": "the recipes that come with the program",
     "setup": "the guided set-up: machine, model, data, goal, recipe",
     "serve": "the studio in a browser of this machine",
 }
 _MODULES = {verb: f"studio.commands.{verb}" for verb in VERBS} | {"": "studio.commands.open_studio"}
-_NAMES = {"recipe": "RECIPE", "recipe_word": "RECIPE", "model": "--model", "gpu": "--gpu", "out": "--out"}
+_NAMES = {
+    "recipe": "RECIPE",
+    "recipe_word": "RECIPE",
+    "model": "--model",
+    "model_word": "MODEL",
+    "gpu": "--gpu",
+    "out": "--out",
+}
 """Arguments that name something: an empty one is a slip (`--gpu "$CARD"` with nothing in CARD), never a default."""
 _DEBUG = "LORA_STUDIO_DEBUG"
 

@@ -32,12 +32,21 @@ class CheckpointTensors:
         outside: Those of the language model outside its layers, by their whole names: embedding, head, final norm.
         towers: Parameters of towers for images or sound, and of what stands between them and the language model.
         unread: Parameters that no class of transformers loads: layers that predict more than the next token.
+        decoder: How the names of its layers begin, such as `model.`.
     """
 
     layers: Mapping[int, Tensors]
     outside: Tensors
     towers: int = 0
     unread: int = 0
+    decoder: str = ""
+
+    def speaks(self, name: str) -> bool:
+        """Return whether a tensor is the language model's, by its whole name."""
+        match = _IN_LAYER.fullmatch(name)
+        if match is None or match["stack"] != self.decoder:
+            return name in self.outside
+        return int(match["index"]) in self.layers
 
     @property
     def head(self) -> str:
@@ -119,7 +128,7 @@ def checkpoint_tensors(tensors: Tensors, layers: int, *, multimodal: bool) -> Ch
             outside[name] = shape
         else:
             towers += parameters_of({name: shape})
-    return CheckpointTensors(own, outside, towers, unread)
+    return CheckpointTensors(own, outside, towers, unread, decoder)
 
 
 def settled(shape: ModelShape, found: CheckpointTensors) -> ModelShape:

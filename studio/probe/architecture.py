@@ -32,12 +32,16 @@ class Architectures:
         speaking: Those of them with a class that continues text, alone or after images and sound.
         masked: Those with a class that fills gaps.
         classes: Names of all classes in its tables.
+        causal: Class that continues text, by `model_type`.
+        multimodal: The same of those that also read images or sound.
     """
 
     kinds: frozenset[str]
     speaking: frozenset[str]
     masked: frozenset[str]
     classes: frozenset[str]
+    causal: Mapping[str, str]
+    multimodal: Mapping[str, str]
 
 
 def untrainable_architecture(config: Mapping[str, Any]) -> str:
@@ -84,6 +88,43 @@ def _silent(config: Mapping[str, Any], shown: str, known: Architectures) -> str:
     return ""
 
 
+@dataclass(frozen=True, slots=True)
+class ClassFound:
+    """The class of a checkpoint.
+
+    Attributes:
+        named: What its config names in `architectures`; empty where it names none.
+        used: What it is built as, code that it brings itself apart; empty where that is not known, or there is none.
+        known: Whether the installed transformers knows its architecture; None where that cannot be read.
+        version: The installed transformers; empty where there is none.
+    """
+
+    named: str
+    used: str
+    known: bool | None
+    version: str
+
+
+def class_of(config: Mapping[str, Any]) -> ClassFound:
+    """Return the class that a config's checkpoint is built as, as `studio.jobs.base.model_class` picks it in a job.
+
+    Args:
+        config: The table of its config.json.
+    """
+    names, kind, known = config.get("architectures"), config.get("model_type"), installed_architectures()
+    first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    named = plain(first, one_line=True, limit=100)
+    if known is None or not isinstance(kind, str):
+        return ClassFound(named, "", None, _version())
+    if kind not in known.kinds or config.get("is_encoder_decoder") is True:
+        return ClassFound(named, "", kind in known.kinds, _version())
+    if first in known.classes and first.endswith(_CONTINUES):
+        return ClassFound(named, first, True, _version())
+    # A multimodal config's own class before the class of the text model inside it.
+    tables = (known.multimodal, known.causal) if "text_config" in config else (known.causal, known.multimodal)
+    return ClassFound(named, tables[0].get(kind) or tables[1].get(kind, ""), True, _version())
+
+
 @lru_cache(maxsize=1)
 def installed_architectures() -> Architectures | None:
     """Return what the installed transformers knows; None where it is not installed, or its tables have another form."""
@@ -103,10 +144,12 @@ def installed_architectures() -> Architectures | None:
     kinds, causal = tables.get("CONFIG_MAPPING_NAMES", {}), tables.get(_CAUSAL, {})
     if not kinds or not causal:
         return None
-    speaking = {*causal, *(key for name in _WITH_IMAGES for key in tables.get(name, {}))}
+    multimodal = {key: held for name in _WITH_IMAGES for key, held in tables.get(name, {}).items()}
     classes = {name for rows in tables.values() for held in rows.values() for name in re.findall(r"\w+", held)}
     masked = frozenset(tables.get("MODEL_FOR_MASKED_LM_MAPPING_NAMES", {}))
-    return Architectures(frozenset(kinds), frozenset(speaking), masked, frozenset(classes))
+    speaking = frozenset((*causal, *multimodal))
+    firsts = ({key: re.findall(r"\w+", held)[0] for key, held in rows.items()} for rows in (causal, multimodal))
+    return Architectures(frozenset(kinds), speaking, masked, frozenset(classes), *firsts)
 
 
 def _version() -> str:

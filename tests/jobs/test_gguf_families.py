@@ -34,7 +34,7 @@ from transformers import (
 
 from studio.core.errors import JobFailed
 from studio.jobs.base.data.template import render, with_system_folded
-from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools, is_whole, tools_folder
+from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export import work as export_work
@@ -42,6 +42,7 @@ from studio.jobs.export.gguf import ask_llama
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.export.golden import CONVERSATIONS, golden_texts
 from studio.probe.data import Message
+from studio.probe.llama_tools import TOOLS_VARIABLE, is_whole, tools_folder
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest

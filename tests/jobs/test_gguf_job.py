@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from studio.jobs.base.llama import tool_process
-from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE
 from studio.jobs.base.weights.streamed import folder_logits
 from studio.jobs.export import gguf, job, work
 from studio.jobs.export.work import Work
+from studio.probe.llama_tools import TOOLS_VARIABLE
 from studio.runs.chain import beside
 from studio.runs.control import request
 from studio.runs.job import write_job

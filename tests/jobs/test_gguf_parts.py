@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.data.template import render, with_system_folded
-from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools
+from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.weights.skeleton import build_skeleton, clean_name
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.lora_gguf import fold
@@ -22,6 +22,7 @@ from studio.jobs.export.modelfile import ChatForm, chat_form, modelfile, stop_wo
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import Message
 from studio.probe.export import refuse_what_gguf_lacks
+from studio.probe.llama_tools import TOOLS_VARIABLE
 from tests.fakes.go_template import HAS_GO, ollama_prompts
 from tests.fakes.modelfile_reader import read_modelfile
 from tests.fakes.tiny_model import CHAT_TEMPLATE, tiny_tokenizer

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
-from studio.jobs.base.llama.gguf_tools import TOOLS_VARIABLE, ensure_tools, is_whole, tools_folder
+from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export.golden import golden_texts
 from studio.probe.embedded_model import find_embedded
 from studio.probe.gguf_header import read_gguf_header
+from studio.probe.llama_tools import TOOLS_VARIABLE, is_whole, tools_folder
 from studio.runs.job import Job, write_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest, MergeRequest

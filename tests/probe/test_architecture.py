@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from studio.core.errors import BadInput
 from studio.jobs.base.model_class import model_class
-from studio.probe.architecture import installed_architectures, untrainable_architecture
+from studio.probe import architecture
+from studio.probe.architecture import class_of, installed_architectures, untrainable_architecture
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.probe.shape import find_shape
 from tests.fakes.families import FAMILIES, config_of
@@ -87,3 +88,35 @@ def test_the_tables_are_read_without_importing_transformers() -> None:
     code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss", "nemotron_h", "mistral3", "gemma3n", "qwen3_5"])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_class_is_the_one_that_a_job_builds(name: str, named: bool) -> None:
+    config = config_of(name)
+    config.architectures = [FAMILIES[name].architecture] if named else None
+    found = class_of(config.to_dict())
+    assert (found.used, found.known) == (model_class(config).kind.__name__, True)
+    assert found.named == (FAMILIES[name].architecture if named else "")
+
+
+@pytest.mark.parametrize("names", [None, "LlamaForCausalLM", [], [3], {"a": 1}])
+def test_odd_names_of_classes_are_passed_over(names: Any) -> None:
+    found = class_of({"architectures": names, "model_type": "llama"})
+    assert (found.named, found.used) == ("", "LlamaForCausalLM")
+
+
+def test_of_what_is_not_known_no_class_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = class_of({"architectures": ["New\x1b[31mForCausalLM"], "model_type": "new"})
+    assert (found.named, found.used, found.known) == ("New\\x1b[31mForCausalLM", "", False)
+    assert class_of({"model_type": "t5", "is_encoder_decoder": True}).used == ""
+
+    class Spec:
+        origin = str(tmp_path / "__init__.py")
+
+    for spec in (None, Spec()):
+        installed_architectures.cache_clear()
+        monkeypatch.setattr(architecture, "find_spec", lambda name, spec=spec: spec)
+        found = class_of({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+        assert (found.named, found.used, found.known) == ("LlamaForCausalLM", "", None)
+    installed_architectures.cache_clear()

