@@ -37,8 +37,8 @@ _SAME = {"mamba": STATE, "attention": FULL, "conv": STATE}
 """Names of older configs (transformers configuration_utils.py _LEGACY_LAYER_TYPE_REMAP), and LFM2's own."""
 
 
-_FOLLOWED = ("delta", "conv", "mamba2")
-"""Mixers whose activations `studio.core.vram.mixers` follows."""
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layer that are attention, in a family that has no other mixer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,10 +315,13 @@ HYBRIDS: Mapping[str, Hybrid] = {
 """Keyed by transformers' `model_type` (of the text model, where a config has several)."""
 
 
-def doubts_of(groups: tuple[LayerGroup, ...]) -> tuple[str, ...]:
-    """Return why the estimate of layers is less certain: mixers whose activations are not followed."""
-    kinds = {group.layer.mixer.kind for group in groups if group.layer.mixer} - set(_FOLLOWED)
-    return tuple(f"the activations of {kind} layers are not followed: counted as a short convolution" for kind in kinds)
+def doubt_about_kinds(name: str, values: ConfigValues) -> str:
+    """Return why layers of a family that mixes no kinds here are counted with doubt; empty where they are not."""
+    kinds = dict.fromkeys(_SAME.get(kind, kind) for kind in _named(values))
+    unknown = [plain(kind, one_line=True, limit=40) for kind in kinds if kind not in _ATTENTION]
+    if not unknown:
+        return ""
+    return f"layers of kind {', '.join(unknown)} are not known of {name}: counted as layers of attention"
 
 
 def ungated(experts: Experts, values: ConfigValues, hidden: int) -> Experts:

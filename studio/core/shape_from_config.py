@@ -8,7 +8,7 @@ from studio.core.checkpoint_tensors import CheckpointTensors, Tensors, checkpoin
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import ALWAYS, FAMILIES, NEVER, UNKNOWN, Family
-from studio.core.hybrid_layers import HYBRIDS, doubts_of, hybrid_groups, layer_kinds, ungated
+from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds, ungated
 from studio.core.quantised_base import quantised_base
 from studio.core.shape import Experts, Heads, Latent, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
@@ -52,7 +52,8 @@ def shape_from_config(config: Mapping[str, Any], tensors: Tensors | None = None)
     if family is None:
         shape = _unknown(plain(name, one_line=True, limit=40), values, found)
     else:
-        shape = _shape(name, family, values, [])
+        doubt = "" if hybrid else doubt_about_kinds(name, values)
+        shape = _shape(name, family, values, [doubt] if doubt else [])
     if shape.parameters > _MOST_PARAMETERS:
         raise BadInput(f"the model's config describes {shape.parameters:.3g} parameters; its sizes cannot be right")
     if found:
@@ -162,7 +163,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
         buffers=sum(group.count * group.layer.mixer.buffers for group in groups if group.layer.mixer),
         mask_bytes=learnt * learnt if family.holds_mask else 0,  # booleans, a byte each
-        doubts=(*doubts, *doubts_of(groups)),
+        doubts=tuple(doubts),
     )
 
 

@@ -84,6 +84,16 @@ SMALL: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "chunk_size": 128,
     },
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 512, "intermediate_size": 128, "state_size": 16},
+    "jamba": {
+        **ATTENTION,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+    },
 }
 
 
@@ -137,6 +147,8 @@ SLOW = [
     ("bamba", rows(2, 300, True)),
     ("mamba2", rows(1, 256, False)),
     ("mamba2", rows(4, 128, True)),
+    ("mamba", rows(2, 48, False)),
+    ("jamba", rows(1, 64, True)),
 ]
 
 
@@ -153,3 +165,23 @@ def test_a_hybrid_holds_what_its_step_holds(family: str, fields: dict[str, Any])
     traced, estimate = both(family, **fields)
     assert estimate.allocated.expected == pytest.approx(traced, rel=0.02)
     assert estimate.allocated.low <= traced <= estimate.allocated.high
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1", "mamba"])
+def test_the_low_end_leaves_room_for_kernels_and_a_note_says_so(family: str) -> None:
+    shape = shape_from_config(values_of(family))
+    estimate = estimate_vram(shape, setup_of(recipe_of(**rows(2, 1024, False))))
+    assert any("with the kernels of" in note for note in estimate.notes)
+    assert estimate.allocated.low < estimate.allocated.expected
+    states = estimate_vram(shape, setup_of(recipe_of(**rows(4, 1024, False))))
+    spared = states.allocated.expected - states.allocated.low
+    assert spared > estimate.allocated.expected - estimate.allocated.low  # more rows, more that a kernel need not keep
+
+
+def test_a_row_twice_as_long_as_its_chunks_is_padded_to_whole_chunks() -> None:
+    shape = shape_from_config(values_of("granitemoehybrid"))  # chunks of 128
+
+    def peak(length: int) -> int:
+        return estimate_vram(shape, setup_of(recipe_of(**rows(1, length, False)))).allocated.expected
+
+    assert peak(257) - peak(256) > 20 * (peak(256) - peak(255))

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from studio.core.errors import BadInput
 from studio.core.hybrid_layers import HYBRIDS
 from studio.core.shape_from_config import shape_from_config
+from studio.core.trainable import AdaptedPart, trainable_parameters
 from tests.core.test_shape_inventory import ROUTERS, SIZES, built
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -263,3 +265,32 @@ def test_a_published_hybrid_has_its_published_size(name: str):
     counted = shape_from_config(config.to_dict()).parameters
     assert counted == built(config)[0]
     assert counted / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_kinds_of_layers_that_a_family_does_not_have_are_counted_with_doubt():
+    sizes = {**SIZES, "model_type": "llama"}
+    assert not shape_from_config({**sizes, "layer_types": ["full_attention", "sliding_attention"]}).doubts
+    (doubt,) = shape_from_config({**sizes, "layer_types": ["full_attention", "linear_attention"]}).doubts
+    assert "linear_attention" in doubt
+
+
+def test_a_kind_that_a_hybrid_does_not_have_is_refused():
+    values = config_of("qwen3_next").to_dict()
+    with pytest.raises(BadInput, match="layer kind 'sliding_attention'"):
+        shape_from_config({**values, "layer_types": ["sliding_attention"] * 4})
+    with pytest.raises(BadInput, match="kinds of 3 layers, but has 4"):
+        shape_from_config({**values, "layer_types": ["full_attention"] * 3})
+
+
+def test_all_linear_and_a_layer_of_a_hybrid_train_what_that_layer_has():
+    shape = shape_from_config(config_of("qwen3_5_text").to_dict())
+    assert trainable_parameters(shape, AdaptedPart("all-linear", 4, layers=(3,))) == 4 * sum(
+        linear.inputs + linear.outputs for linear in shape.groups[1].layer.linears
+    )
+    assert trainable_parameters(shape, AdaptedPart(("in_proj_qkv",), 4, layers=(3,))) == 0
+    ranked = AdaptedPart(("in_proj_qkv", "out_proj"), 4, rank_pattern=(("linear_attn.out_proj", 8),))
+    mixer = shape.groups[0].layer.mixer
+    assert mixer is not None
+    assert trainable_parameters(shape, ranked) == 3 * (
+        4 * (mixer.inputs[0].inputs + mixer.inputs[0].outputs) + 8 * (mixer.out.inputs + mixer.out.outputs)
+    )

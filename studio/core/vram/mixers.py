@@ -9,10 +9,11 @@ modeling_lfm2.py, modeling_granitemoehybrid.py (`mamba2_chunk_scan`, the same in
 """
 
 from studio.core.mixer import Mixer
+from studio.core.vram import mixer_operators as mix
 from studio.core.vram import operators as op
 from studio.core.vram.modules import Modules
 from studio.core.vram.operators import gradient_like, result_of
-from studio.core.vram.polynomial import Polynomial
+from studio.core.vram.state_spaces import mamba, mamba2
 from studio.core.vram.tape import Tensor
 
 _MOST_CHUNKS = 32
@@ -22,109 +23,16 @@ what comes and goes with a chunk several times: well below a hundredth of what a
 
 def mixed(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
     """Return the mixer's output `[batch, seq, hidden]`; its input lives until then."""
-    ways = {"delta": _gated_delta, "mamba2": _mamba2}
-    out = ways.get(mixer.kind, _short_convolution)(run, mixer, x)
+    ways = {"delta": _gated_delta, "mamba2": mamba2, "mamba": mamba, "conv": _short_convolution}
+    out = ways[mixer.kind](run, mixer, x)
     run.tape.named(x)
-    return out
-
-
-def _fused(given: tuple[Tensor, ...], elements: Polynomial, itemsize: float) -> Tensor:
-    """Return what a kernel makes that saves its inputs and its result, and computes all else again."""
-    out = result_of(given, elements, itemsize, tuple(gradient_like(t) for t in given), given)
-    if out.node is not None:
-        out.tape.saves(out.node, out)
-    return out
-
-
-def _per_token(elements: float) -> Polynomial:
-    return Polynomial(per_token=elements)
-
-
-# Operators that only mixers use.
-
-
-def _product(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
-    """Return a batched product; autocast takes both operands in 16 bit, whatever they were computed in."""
-    if run.traits.arithmetic.autocast:
-        y, x = op.cast(y, run.traits.arithmetic.compute), op.cast(x, run.traits.arithmetic.compute)
-    saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
-    return result_of((y, x), outputs, x.itemsize, (gradient_like(y), gradient_like(x)), saved)
-
-
-def _times(x: Tensor, y: Tensor) -> Tensor:
-    """Return `x * y` of equal shapes in the wider format; the narrower's gradient is cast back from it."""
-    itemsize = max(x.itemsize, y.itemsize)
-    saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
-    works = () if x.itemsize == y.itemsize else (x.elements.times(itemsize),)
-    return result_of((y, x), x.elements, itemsize, (gradient_like(y), gradient_like(x)), saved, works=works)
-
-
-def _minus(x: Tensor, y: Tensor) -> Tensor:
-    """Return `x - y` of equal shapes: y's gradient is negated, and cast where its format is another."""
-    works = () if x.itemsize == y.itemsize else (x.bytes,)
-    return result_of((x, y), x.elements, max(x.itemsize, y.itemsize), (None, gradient_like(y)), works=works)
-
-
-def _squared(x: Tensor) -> Tensor:
-    return result_of((x, x), x.elements, x.itemsize, (gradient_like(x), gradient_like(x)), (x,))
-
-
-def _padded(x: Tensor, ratio: float) -> Tensor:
-    """Return a row padded to whole chunks: a copy, even where nothing is added."""
-    return result_of((x,), x.elements.times(ratio), x.itemsize, (gradient_like(x),))
-
-
-def _pairwise(x: Tensor, chunk: int) -> Tensor:
-    """Return the differences of all pairs within a chunk; one gradient is summed from a negated copy."""
-    elements = x.elements.times(chunk)
-    sizes = (gradient_like(x), gradient_like(x))
-    return result_of((x, x), elements, x.itemsize, sizes, works=(elements.times(x.itemsize),))
-
-
-def _masked(x: Tensor, chunk: int) -> Tensor:
-    """Return a copy with another number where a mask of booleans says so, which is saved."""
-    mask = Tensor(x.tape, Polynomial(fixed=chunk * chunk), 1)
-    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (mask,))
-
-
-def _solved(triangle: Tensor, right: Tensor) -> Tensor:
-    """Return `linalg.solve_triangular`: triangle and result are saved, the triangle's gradient takes three matrices."""
-    sizes = (gradient_like(triangle), gradient_like(right))
-    out = result_of((triangle, right), right.elements, right.itemsize, sizes, (triangle,), works=(triangle.bytes,))
-    if out.node is not None:
-        out.tape.saves(out.node, out)
-    return out
-
-
-def _copied_into(total: Tensor, part: Tensor) -> Tensor:
-    """Return `total[:, i] = part`: backward every such copy makes the whole gradient anew (CopySlices)."""
-    wide = part.elements.times(total.itemsize)
-    works = (wide, wide) if total.node is not None else (total.bytes, wide)
-    sizes = (gradient_like(total), gradient_like(part))
-    return result_of((total, part), total.elements, total.itemsize, sizes, base=total, works=works)
-
-
-def _exponential(x: Tensor) -> Tensor:
-    """Return `exp(x)`, in fp32 as CUDA's autocast has it."""
-    return op.activate_saving_result(op.cast(x, 4))
-
-
-def _convolved(run: Modules, mixer: Mixer, x: Tensor, *, activated: bool) -> Tensor:
-    """Return a causal convolution of each channel (`causal_conv1d_fn`): it makes `kernel - 1` positions too many."""
-    if run.traits.fused_mixers:
-        return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (x,))
-    longer = 1 + (mixer.kernel - 1) / run.traits.length
-    whole = result_of((x,), x.elements.times(longer), x.itemsize, (gradient_like(x),), (x,))
-    cut = op.slice_last(whole, 1 / longer)
-    out = op.activate(cut) if activated else cut
-    x.tape.named(x)
     return out
 
 
 def _unit(x: Tensor, heads: int) -> Tensor:
     """Return heads of length one (`l2norm`)."""
-    squares = _squared(x)
-    inverse = op.activate_saving_result(op.add_number(op.mean_last(squares, _per_token(heads))))
+    squares = mix.squared(x)
+    inverse = op.activate_saving_result(op.add_number(op.mean_last(squares, mix.per_token(heads))))
     return op.multiply_rows(x, inverse)
 
 
@@ -136,14 +44,14 @@ def _gated_delta(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
     keys, width = mixer.groups * mixer.state, mixer.heads * mixer.head_dim
     outputs = run.linears(mixer.inputs, x)
     before, gate, writes, decays = outputs if len(outputs) == 4 else _taken_apart(mixer, *outputs)
-    after = _convolved(run, mixer, before, activated=True)
+    after = mix.convolved(run, mixer, before, activated=True)
     share = keys / (2 * keys + width)
     query, key, value = op.split_last(after, (share, share, 1 - 2 * share))
     write = op.activate_saving_result(writes)
     steps = op.activate(op.add_number(op.cast(decays, 4)))
     decay = op.times_constant(steps)
     out = _chunked_delta(run, mixer, (query, key, value, write, decay))
-    normed = _gated_after(run, mixer, out, gate)
+    normed = mix.gated_after(run, mixer, out, gate)
     projected = run.linear(mixer.out, normed)
     # The projection's output has no name of its own where it is the convolution's input (Qwen3.5).
     run.tape.named(*(outputs[1:] if len(outputs) == 4 else outputs), after, gate, writes, decays, decay)
@@ -165,23 +73,12 @@ def _taken_apart(mixer: Mixer, joined: Tensor, ends: Tensor) -> tuple[Tensor, ..
     return before, gate, writes, decays
 
 
-def _gated_after(run: Modules, mixer: Mixer, x: Tensor, gate: Tensor) -> Tensor:
-    """Follow Qwen3NextRMSNormGated: normed head by head, then multiplied with the gate in fp32."""
-    wide = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(wide), _per_token(mixer.heads)))
-    normed = op.times_constant(op.cast(op.multiply_rows(wide, inverse), x.itemsize))
-    gated = _times(normed, op.activate(op.cast(gate, 4)))
-    out = op.cast(gated, x.itemsize)
-    run.tape.named(x, inverse, gate)
-    return out
-
-
 def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tensor:
     """Follow torch_chunk_gated_delta_rule."""
     tape, length, chunk = run.tape, run.traits.length, mixer.chunk
     query, key, value, write, decay = given
     if run.traits.fused_mixers:
-        return _fused(given, value.elements, value.itemsize)
+        return mix.fused(given, value.elements, value.itemsize)
     itemsize = query.itemsize
     if mixer.heads != mixer.groups:
         query, key = (op.gather(t, mixer.heads / mixer.groups) for t in (query, key))
@@ -194,34 +91,34 @@ def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Ten
     query = op.scale(query)
     ratio = -(-length // chunk) * chunk / length
     short = query, key, value
-    query, key, value = (_padded(t, ratio) for t in short)
+    query, key, value = (mix.padded(t, ratio) for t in short)
     tape.named(*short)
-    write, decay = _padded(write, ratio), _padded(decay, ratio)
+    write, decay = mix.padded(write, ratio), mix.padded(decay, ratio)
     v_beta, k_beta = op.multiply_rows(value, write), op.multiply_rows(key, write)
     cumulated = result_of((decay,), decay.elements, 4, (gradient_like(decay),))
-    pairs = _exponential(_masked(_pairwise(cumulated, chunk), chunk))
+    pairs = mix.exponential(mix.masked(mix.pairwise(cumulated, chunk), chunk))
     square = pairs.elements
-    system = _times(_product(run, k_beta, key, square), pairs)
-    within = _times(_product(run, query, key, square), pairs)
-    decayed = op.multiply_rows(k_beta, _exponential(cumulated))
-    new, read = _solved(system, v_beta), _solved(system, decayed)
+    system = mix.times(mix.product(run, k_beta, key, square), pairs)
+    within = mix.times(mix.product(run, query, key, square), pairs)
+    decayed = op.multiply_rows(k_beta, mix.exponential(cumulated))
+    new, read = mix.solved(system, v_beta), mix.solved(system, decayed)
     chunks = -(-length // chunk)
     several = max(1.0, chunks / _MOST_CHUNKS)
-    row_state = _per_token(several * mixer.heads * mixer.state * mixer.head_dim / length)
+    row_state = mix.per_token(several * mixer.heads * mixer.state * mixer.head_dim / length)
     state = Tensor(tape, row_state, 4)
     total = Tensor(tape, new.elements, 4)
-    query = op.multiply_rows(query, _exponential(cumulated))
-    key = op.multiply_rows(key, _exponential(_minus(cumulated, cumulated)))
+    query = op.multiply_rows(query, mix.exponential(cumulated))
+    key = op.multiply_rows(key, mix.exponential(mix.minus(cumulated, cumulated)))
     tape.named(state, total)
     part = several / chunks
     for _ in range(min(chunks, _MOST_CHUNKS)):
         out_of = op.slice_last(new, part)
-        fresh = _minus(out_of, _product(run, op.slice_last(read, part), state, out_of.elements))
-        before = _product(run, op.slice_last(query, part), state, out_of.elements)
-        inside = op.add(before, _product(run, op.slice_last(within, part), fresh, out_of.elements))
-        total = _copied_into(total, inside)
+        fresh = mix.minus(out_of, mix.product(run, op.slice_last(read, part), state, out_of.elements))
+        before = mix.product(run, op.slice_last(query, part), state, out_of.elements)
+        inside = op.add(before, mix.product(run, op.slice_last(within, part), fresh, out_of.elements))
+        total = mix.copied_into(total, inside)
         kept = result_of((state, cumulated), row_state, 4, (gradient_like(state), None), (state,))
-        update = _product(run, op.slice_last(key, part), fresh, row_state)
+        update = mix.product(run, op.slice_last(key, part), fresh, row_state)
         old, state = state, op.add(kept, update)
         tape.named(old, before, fresh)
     tape.named(state)
@@ -234,115 +131,6 @@ def _chunked_delta(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Ten
     return out
 
 
-# Mamba 2.
-
-
-def _mamba2(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
-    """Follow forward of GraniteMoeHybridMambaLayer, NemotronHMamba2Mixer, FalconH1Mixer and the like."""
-    tape, width = run.tape, mixer.heads * mixer.head_dim
-    scaled = op.scale(x) if mixer.scales else x
-    projected = run.linear(mixer.inputs[0], scaled)
-    if mixer.scales:
-        projected = op.times_constant(projected)
-    whole = mixer.inputs[0].outputs
-    shares = width / whole, mixer.channels / whole, mixer.heads / whole
-    gate, before, steps = op.split_last(projected, shares)
-    after = _convolved(run, mixer, before, activated=True)
-    keys = mixer.groups * mixer.state / mixer.channels
-    values, into, out_of = op.split_last(after, (1 - 2 * keys, keys, keys))
-    steps = op.activate(op.activate(op.cast(op.add_number(steps), 4)))  # softplus, clamp
-    scanned = _chunked_scan(run, mixer, (values, steps, into, out_of))
-    if mixer.gate_norm == "before":
-        normed = _gated_before(run, mixer, scanned, gate)
-    elif mixer.gate_norm:
-        normed = _gated_after(run, mixer, scanned, gate)
-    else:
-        normed = _times(scanned, op.activate(gate))
-    narrow = op.cast(normed, x.itemsize)
-    out = run.linear(mixer.out, narrow)
-    tape.named(scaled, projected, after, steps, normed, narrow)
-    return out
-
-
-def _gated_before(run: Modules, mixer: Mixer, x: Tensor, gate: Tensor) -> Tensor:
-    """Follow GraniteMoeHybridRMSNormGated: multiplied with the gate in fp32, then normed group by group."""
-    gated = _times(op.cast(x, 4), op.activate(op.cast(gate, 4)))
-    inverse = op.activate_saving_result(op.mean_last(op.power(gated), _per_token(mixer.groups)))
-    out = op.times_constant(op.cast(op.multiply_rows(gated, inverse), x.itemsize))
-    run.tape.named(inverse)
-    return out
-
-
-def _chunked_scan(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tensor:
-    """Follow mamba2_chunk_scan: `[batch, seq, heads, head_dim]` in fp32."""
-    if run.traits.fused_mixers:
-        return _fused(given, given[0].elements, given[0].itemsize)
-    tape, length, chunk = run.tape, run.traits.length, mixer.chunk
-    chunks = -(-length // chunk)
-    ratio = chunks * chunk / length
-    # A single chunk of a single row lies as the products want it.
-    copies = chunks > 1 or run.traits.batched
-    values, steps, into, out_of = given
-    values = op.cast(values, 4)
-    into, out_of = (op.gather(op.cast(t, 4), mixer.heads / mixer.groups) for t in (into, out_of))
-    skipped = op.times_constant(_padded(values, ratio))
-    short = op.multiply_rows(values, steps), op.times_constant(steps), into, out_of
-    values, decay, into, out_of = (op.laid_anew(_padded(t, ratio)) for t in short)
-    tape.named(*short)
-    summed = _cumulated(decay)
-    pairs = _exponential(_segments(run, decay, chunk))
-    square = pairs.elements
-    scores = _contracted(run, out_of, into, square, copies=(copies, copies))
-    weights = _times(scores, pairs)
-    wide = values.elements
-    inside = op.laid_anew(_contracted(run, weights, values, wide, copies=(False, copies)))
-    decayed = op.multiply_rows(into, _exponential(_minus(summed, summed)))
-    per_chunk = mixer.heads * mixer.head_dim * mixer.state / length
-    made = _contracted(run, decayed, values, _per_token(chunks * per_chunk), copies=(copies, copies))
-    first = Tensor(tape, _per_token(per_chunk), made.itemsize)
-    states = op.join((first, op.laid_anew(made)))
-    tape.named(first)
-    states = op.clone(states) if run.traits.batched else states
-    passed = result_of((states,), states.elements, states.itemsize, (gradient_like(states),), (states,))
-    fading = _exponential(summed)
-    state = op.slice_last(passed, chunks / (chunks + 1))
-    outside = op.laid_anew(_contracted(run, out_of, state, wide, copies=(copies, copies)))
-    outside = _times_rows(outside, fading)
-    both = op.clone(op.add(inside, outside))
-    out = op.add(both, skipped)
-    tape.named(values, decay, into, out_of, skipped, summed, pairs, scores, weights, inside, decayed, passed, outside)
-    return out if ratio == 1 else op.slice_last(out, 1 / ratio)
-
-
-def _segments(run: Modules, x: Tensor, chunk: int) -> Tensor:
-    """Return sums over all stretches within a chunk (`segment_sum`)."""
-    mask = Tensor(x.tape, Polynomial(fixed=chunk * chunk), 1)
-    first = result_of((x,), x.elements.times(chunk), x.itemsize, (gradient_like(x),), (mask,))
-    out = _masked(_cumulated(first), chunk)
-    run.tape.named(first)
-    return out
-
-
-def _cumulated(x: Tensor) -> Tensor:
-    """Return `cumsum`: its backward turns the gradient around, sums it up and turns it around again."""
-    return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), works=(x.bytes, x.bytes))
-
-
-def _times_rows(x: Tensor, factor: Tensor) -> Tensor:
-    """Return `x * factor` in fp32 with one factor per row, for an x in 16 bit."""
-    wide = x.elements.times(4)
-    works = (wide,) if x.itemsize == 4 else (wide, wide)
-    return result_of((x, factor), x.elements, 4, (gradient_like(x), gradient_like(factor)), (x, factor), works=works)
-
-
-def _contracted(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial, *, copies: tuple[bool, bool]) -> Tensor:
-    """Return `einsum` of two operands, which copies those that do not lie batch by batch before it multiplies them."""
-    x_laid, y_laid = (op.clone(t) if copied else t for t, copied in zip((x, y), copies, strict=True))
-    out = _product(run, x_laid, y_laid, outputs)
-    run.tape.named(x_laid, y_laid)
-    return out
-
-
 # Short convolutions.
 
 
@@ -351,7 +139,7 @@ def _short_convolution(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
     (joined,) = run.linears(mixer.inputs, x)
     left, gate, right = op.split_last(joined, (1 / 3, 1 / 3, 1 / 3))
     product = op.multiply(left, right)
-    after = _convolved(run, mixer, product, activated=False)
+    after = mix.convolved(run, mixer, product, activated=False)
     gated = op.multiply(gate, after)
     out = op.clone(gated)
     (projected,) = run.linears((mixer.out,), out)
