@@ -20,7 +20,7 @@ from studio.runs.requests import ExportRequest, MergeRequest
 
 _GGUF = ".gguf"
 _PAIR = ("lora_A.", "lora_B.", "lora_embedding_A", "lora_embedding_B")
-_STACKED = ("mixtral", "qwen2_moe", "qwen3_moe")
+EXPERTS_IN_GGUF = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Models whose adapters on fused experts were tried in llama.cpp: others order gate and up otherwise, or transpose."""
 
 
@@ -150,7 +150,7 @@ def refuse_what_gguf_lacks(adapter: AdapterFound, kind: str) -> None:
     other = next((name for name in names if not any(part in name for part in _PAIR)), "")
     found = "DoRA's magnitudes" if adapter.config.get("use_dora") else plain(other, one_line=True)
     on_experts = any(".experts.lora_" in name or ".experts.base_layer." in name for name in names)
-    if not found and on_experts and kind not in _STACKED:
+    if not found and on_experts and kind not in EXPERTS_IN_GGUF:
         found = f"matrices on all experts of a layer of {plain(kind, one_line=True, limit=40)} at once"
     if found:
         raise BadInput(

@@ -24,6 +24,7 @@ from studio.core.vram.static import base_bytes, frozen_form, precision_of
 from studio.probe.architecture import ClassFound, class_of
 from studio.probe.chat_template import FoundTemplate, find_template, template_traits
 from studio.probe.embedded_model import EmbeddedMissing, embedded_header, find_embedded
+from studio.probe.export import EXPERTS_IN_GGUF
 from studio.probe.hub import HubRefusal, hub_headers
 from studio.probe.known_models import config_instead
 from studio.probe.llama_tools import converts
@@ -34,7 +35,8 @@ from studio.probe.shape import find_shape
 
 _MULTIMODAL = ("vision_config", "audio_config", "speech_config")
 _WHEN_ASKED = f'adapted where adapter.targets names "{EXPERTS}"'
-_ROUTER = "it chooses the experts, and is not adapted: a few rows would unbalance it"
+_ROUTER = "it chooses or weighs experts, and is not adapted: a few rows would unbalance it"
+_GATE = "shared_expert_gate"
 _NOT_USUAL = "left out by default; adapter.targets may name it"
 
 
@@ -113,7 +115,7 @@ def check_model(word: str) -> dict[str, Any]:
         "kept_16bit_bytes": held.get("kept_16bit_bytes"),
         "four_bit_share": held.get("four_bit_share"),
         "template": template_traits(_template(looked)),
-        "exports": _exports(looked.config, base, parts),
+        "exports": _exports(looked.config, base, parts, shape),
         "refused": refused,
         "problems": looked.problems,
         "unknown": [*looked.unknown, *(shape.doubts if shape else ())],
@@ -272,7 +274,8 @@ def _adapters(shape: ModelShape) -> list[dict[str, Any]]:
         made.append(_adapter(name, count, inputs, outputs, why))
     mixtures = [(group.count, group.layer.experts) for group in shape.groups if group.layer.experts]
     routers = [_adapter("router", count, shape.hidden, experts.count, _ROUTER) for count, experts in mixtures]
-    return [*made, *routers, _adapter(HEAD, 1, shape.hidden, shape.vocabulary, _NOT_USUAL)]
+    gates = [_adapter(_GATE, count, shape.hidden, 1, _ROUTER) for count, experts in mixtures if experts.shared_gate]
+    return [*made, *routers, *gates, _adapter(HEAD, 1, shape.hidden, shape.vocabulary, _NOT_USUAL)]
 
 
 def _adapter(name: str, count: int, inputs: int, outputs: int, why: str) -> dict[str, Any]:
@@ -288,8 +291,11 @@ def _template(looked: _Looked) -> FoundTemplate:
     return FoundTemplate(trouble="not known: the tokenizer's files are not here")
 
 
-def _exports(config: Mapping[str, Any], base: BaseFound, parts: _Parts | None) -> dict[str, dict[str, Any]]:
+def _exports(
+    config: Mapping[str, Any], base: BaseFound, parts: _Parts | None, shape: ModelShape | None
+) -> dict[str, dict[str, Any]]:
     """Return each way out of a training, with whether it is there (None where that is not known) and what to know."""
+    mixture = shape is not None and shape.expert_parameters > 0 and config.get("model_type") not in EXPERTS_IN_GGUF
     whole = ", with its parts beside the language model" if parts and parts.beside else ""
     why = f"a checkpoint in 16 bit{whole}"
     if base.quantised is not None:
@@ -298,5 +304,7 @@ def _exports(config: Mapping[str, Any], base: BaseFound, parts: _Parts | None) -
     known, converted = converts(config)
     for name, form in FORMATS.items():
         possible, why = (known, converted) if form.gguf else (True, form.words)
+        if mixture and form.gguf and form.of_adapter and known is not False:
+            why += "; with an adapter on experts, merge and export the merged model"
         ways[name] = {"possible": possible, "why": why}
     return ways

@@ -135,6 +135,25 @@ def test_a_config_alone_says_what_can_be_known(cli: Cli, families: Path) -> None
     assert seen["problems"] == []
 
 
+def test_an_adapter_on_experts_goes_to_llama_cpp_where_that_was_tried(cli: Cli, families: Path) -> None:
+    for name, tried in (("mixtral", True), ("gpt_oss", False)):
+        why = cli("models", "check", str(families / name), "--json").document["exports"]["lora-gguf"]["why"]
+        assert ("with an adapter on experts, merge" in why) is not tried
+
+
+def test_what_chooses_and_weighs_experts_is_left_out_by_name(cli: Cli) -> None:
+    config = {"architectures": ["Qwen2MoeForCausalLM"], **config_of("qwen2_moe").to_dict()}
+    Path("config.json").write_text(json.dumps(config))
+    rows = {row["name"]: row for row in cli("models", "check", "config.json", "--json").document["adapters"]}
+    hidden, experts = config["hidden_size"], config["num_experts"]
+    for name, outputs in (("router", experts), ("shared_expert_gate", 1)):
+        row = rows[name]
+        assert (row["count"], row["inputs"], row["outputs"], row["default"]) == (2, hidden, outputs, False)
+        assert "chooses or weighs experts" in row["why"]
+    assert 'names "experts"' in rows["experts.gate_up_proj"]["why"]
+    assert rows["experts.gate_up_proj"]["count"] == 2 * experts
+
+
 def test_the_embedded_model(cli: Cli) -> None:
     seen = cli("models", "check", "embedded", "--json").document
     assert (seen["class"], seen["trains"]["layers"]) == ("LlamaForCausalLM", 30)
