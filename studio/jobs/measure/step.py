@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.core.recipe import Recipe
+from studio.jobs.base.model_class import backbone_of
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.loop import LoopParts, train
@@ -90,7 +91,7 @@ def run_steps(
 @contextmanager
 def _staged(step_model: StepModel, meter: Meter) -> Iterator[None]:
     """Tell the meter the stages: forward as the backbone begins, loss as it ends, backward as its gradient arrives."""
-    backbone = cast(nn.Module, getattr(step_model.causal, "base_model", step_model.causal))
+    backbone = backbone_of(step_model.causal) or step_model.causal
 
     def begins(*_: Any) -> None:
         meter.stage("forward")
