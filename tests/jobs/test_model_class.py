@@ -92,3 +92,8 @@ def test_linear_layers_that_are_more_than_a_product(family: str, odd: str | None
     found = odd_linears(empty_model(model_class(config)))
     assert bool(found) == bool(odd)
     assert all(name.endswith(str(odd)) for name in found)
+
+
+def test_a_class_that_does_not_say_where_its_language_model_is_is_refused() -> None:
+    with pytest.raises(BadInput, match="does not say which part of it is its language model"):
+        picked("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration")

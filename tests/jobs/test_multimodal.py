@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -22,6 +22,7 @@ from studio.jobs.train import job
 from studio.jobs.train.adapter import attach_adapter, save_adapter
 from studio.jobs.train.served import check_names
 from studio.runs.chat import ChatRequest, Piece, Sampling
+from studio.runs.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.fakes.families import FAMILIES, config_of, make_family, without_timm
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.audit_cases import examples, plain_figures, rounded, variants_of
@@ -102,6 +103,12 @@ def test_the_adapter_has_the_trained_effect_on_the_original_class(
     assert all(".language_model.layers." in name for name in layers)
     assert bool(layers) == (method == "qlora")
 
+    # vLLM maps `model.language_model.` to its own `language_model.model.` (`hf_to_vllm_mapper` of these classes in
+    # vllm/model_executor/models), and reads names of modules better from a list than from a regular expression.
+    keys = load_file(paths.adapter / ADAPTER_WEIGHTS)
+    assert all(key.startswith("base_model.model.model.language_model.layers.") for key in keys)
+    assert isinstance(json.loads((paths.adapter / ADAPTER_CONFIG).read_text())["target_modules"], list)
+
     options = {}
     if method == "qlora":
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -140,6 +147,23 @@ def test_a_merge_keeps_the_whole_checkpoint(
     assert same.isdisjoint(adapted)
     words = json.loads((out / "config.json").read_text())
     assert words["architectures"] == [FAMILIES[family].architecture]
+
+
+@pytest.mark.slow
+@each("qwen3_vl")
+def test_an_adapter_made_elsewhere_may_adapt_the_tower_too(family: str, merge: Merge, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "merged"
+    names = ["q_proj", "qkv"]
+    model = get_peft_model(original(family, base), LoraConfig(target_modules=names, task_type="CAUSAL_LM"))
+    adapted = {name for name, _ in model.named_modules() if name.endswith("lora_B")}
+    assert any(in_tower(name) for name in adapted)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    assert history_of(merge(tmp_path / "adapter", base, out)).failed is None
+    wanted, made = model.merge_and_unload().state_dict(), original(family, out).state_dict()
+    assert all(torch.allclose(made[name], wanted[name], atol=1e-6) for name in wanted)
 
 
 @each("mistral3", "qwen3_5", "qwen3_vl", "llama4")

@@ -177,7 +177,7 @@ def side_by_side(
     written: dict[str, list[str]] = {}
     for half, (side, words) in enumerate(_SIDES.items()):
         tell(half / 2, words)
-        model = _whole(merged) if side == "merged" else _adapted(steps, adapters)
+        model = _whole(steps, merged) if side == "merged" else _adapted(steps, adapters)
         written[side] = []
         for place, ids in enumerate(prompts):
             begun = half / 2 + place / (2 * len(prompts))
@@ -198,17 +198,17 @@ def _go_on(tell: Callable[[float, str], None], words: str, tokens: Iterator[int]
     return False
 
 
-def _whole(folder: Path) -> PreTrainedModel:
-    picked = class_in(folder)
-    from_pretrained: Any = picked.text_kind().from_pretrained
-    model: PreTrainedModel = from_pretrained(folder, config=picked.config, dtype=torch.float32)
+def _whole(steps: MergeSteps, folder: Path) -> PreTrainedModel:
+    # The skeleton's class: it has the towers of a multimodal model only where the adapter changes them.
+    from_pretrained: Any = type(steps.skeleton.clean).from_pretrained
+    model: PreTrainedModel = from_pretrained(folder, config=class_in(folder).config, dtype=torch.float32)
     model.train(False)
     return model
 
 
 @torch.no_grad()
 def _adapted(steps: MergeSteps, adapters: Sequence[tuple[AdapterFound, float]]) -> Any:
-    model = _whole(steps.files.folder)
+    model = _whole(steps, steps.files.folder)
     vocabulary = steps.skeleton.vocabulary
     if vocabulary is not None:
         model.resize_token_embeddings(vocabulary)
