@@ -176,7 +176,15 @@ def _planned(event: Planned) -> str:
     words = [plain(word, one_line=True, limit=80) for word in (event.device, event.dtype, event.loss_path)]
     return (
         f"planned: {event.total_steps} steps over {event.rows} rows ({event.held_out_rows} held out), "
-        f"{event.trainable_parameters:,} trainable parameters, {words[0]} in {words[1]}, {words[2]} loss"
+        f"{event.trainable_parameters:,} trainable parameters, {words[0]} in {words[1]}, {words[2]} loss{_held(event)}"
+    )
+
+
+def _held(event: Planned) -> str:
+    if not event.four_bit_share or event.kept_16bit_bytes is None:
+        return ""
+    return (
+        f"; {event.four_bit_share:.1%} of the layers' weights in 4 bits, {size(event.kept_16bit_bytes)} not quantised"
     )
 
 

@@ -196,6 +196,11 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
         f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {method} rank {setup.rank}: "
         f"{estimate.trainable_parameters / 1e6:.1f} M trained; {setup.micro_batch} x {setup.seq_len} tokens; {engine}"
     )
+    if setup.quantised:
+        held = estimate.held
+        if setup.quant_type != "int8":
+            say(f"{held.four_bit_share:.1%} of the weights in its layers are held in 4 bits, routers aside")
+        say(f"not quantised: {size(held.kept_16bit_bytes)}, embedding and head among them")
     parts = estimate.components
     rows = [["part", "memory"], *([name, size(getattr(parts, name))] for name in parts.__slots__)]
     say(table(rows))

@@ -56,7 +56,8 @@ class Planned(RunEvent):
     """What is known once data and model are loaded. Rows are counted after dropping and splitting.
 
     `batch_tokens` are those of the largest micro-batch of the first step, padding included; the longest row is in it.
-    `card` identifies the card: `name`, `uuid`, `pci`; empty on a CPU.
+    `card` identifies the card: `name`, `uuid`, `pci`; empty on a CPU. `four_bit_share` is the share of the weights of
+    linear maps and routed experts inside the layers that is in 4 bits, `kept_16bit_bytes` what is not quantised.
     """
 
     kind: ClassVar[str] = "Planned"
@@ -69,6 +70,8 @@ class Planned(RunEvent):
     loss_path: str
     batch_tokens: int | None = None
     card: dict[str, str] = field(default_factory=dict)
+    four_bit_share: float | None = None
+    kept_16bit_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

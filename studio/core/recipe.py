@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from studio.core.experts import is_of_experts
 from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.text import plain
 from studio.core.value_kinds import (
@@ -20,7 +21,6 @@ from studio.core.value_kinds import (
     Switch,
     Targets,
     Text,
-    is_of_experts,
 )
 
 Method = Literal["lora", "qlora"]
@@ -599,7 +599,8 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
 def _between_adapter(recipe: Recipe) -> Iterator[Problem]:
     """Yield what does not go together in an adapter: its start, method, targets, DoRA and dropout."""
     init, targets = recipe.adapter.init, recipe.adapter.targets
-    if any(is_of_experts(name) for name in ((targets,) if isinstance(targets, str) else targets)):
+    names = targets if isinstance(targets, tuple) else (targets,)
+    if any(isinstance(name, str) and is_of_experts(name) for name in names):
         # What peft refuses of pairs beside a parameter (tuners/lora/layer.py ParamWrapper), and what needs a matrix.
         asked = {
             "dropout": recipe.adapter.dropout > 0,

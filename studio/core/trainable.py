@@ -8,9 +8,10 @@ from functools import lru_cache
 
 from studio.core.direct_weights import not_adapted
 from studio.core.errors import BadInput
+from studio.core.experts import EXPERTS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
 from studio.core.text import plain
-from studio.core.value_kinds import ALL_LINEAR, EXPERTS
+from studio.core.value_kinds import ALL_LINEAR
 
 HEAD = "lm_head"
 HEADS = frozenset((HEAD, "embed_out", "output_layer"))

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from studio.core.experts import is_of_experts
 from studio.core.text import plain
 
 ALL_LINEAR = "all-linear"
-EXPERTS = "experts"
-"""The target that stands for the routed experts of a mixture."""
 
 MOST_LAYERS = 10_000
 """A layer number above this is a slip of the finger; no decoder is a tenth as deep."""
@@ -20,11 +19,6 @@ _LONGEST_FOUND, _MOST_LISTED = 100, 20
 _MOST_WHOLE = 10**300
 """Larger whole numbers, which TOML and JSON allow, cannot become a float: they are left as they are and refused."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-
-
-def is_of_experts(target: str) -> bool:
-    """Whether a target names routed experts, all of them or one of their two stacks, and not linear layers."""
-    return target == EXPERTS or target.startswith(f"{EXPERTS}.")
 
 
 class ValueKind(ABC):

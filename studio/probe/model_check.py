@@ -13,14 +13,15 @@ from typing import Any, get_args
 from studio.core.checkpoint_tensors import checkpoint_tensors
 from studio.core.direct_weights import not_adapted
 from studio.core.errors import BadInput, StudioError
+from studio.core.experts import EXPERTS
 from studio.core.export_formats import FORMATS
 from studio.core.recipe import EMBEDDED, Method, Recipe
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.core.trainable import HEAD, adapted, target_names
-from studio.core.value_kinds import ALL_LINEAR, EXPERTS
+from studio.core.value_kinds import ALL_LINEAR
 from studio.core.vram.setup import as_it_lies, setup_of
-from studio.core.vram.static import base_bytes, frozen_form, precision_of
+from studio.core.vram.static import base_bytes, frozen_form, held_of
 from studio.probe.architecture import ClassFound, class_of
 from studio.probe.chat_template import FoundTemplate, find_template, template_traits
 from studio.probe.embedded_model import EmbeddedMissing, embedded_header, find_embedded
@@ -253,7 +254,7 @@ def _precision(shape: ModelShape, method: Method) -> dict[str, Any]:
     """Return how the frozen weights lie under a method, with the recipe's other defaults."""
     setup = replace(as_it_lies(setup_of(Recipe().with_("method", method)), shape.quantised), device="cpu")
     form = frozen_form(setup)
-    whole, held = base_bytes(shape, form), precision_of(shape, form)
+    whole, held = base_bytes(shape, form), held_of(shape, form)
     return {"base_bytes": whole, "fewer_bits_bytes": whole - held.kept_16bit_bytes, **asdict(held)}
 
 

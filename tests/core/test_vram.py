@@ -330,13 +330,13 @@ def test_experts_are_in_four_bits_in_our_loop_alone():
     mixtral = shapes()["Mixtral-8x7B"]
     lora, qlora = (estimated(mixtral, Setup(method=method)) for method in ("lora", "qlora"))
     assert qlora.components.base < 0.28 * lora.components.base
-    assert qlora.precision.four_bit_share == 1
-    assert qlora.precision.kept_16bit_bytes == 2 * (mixtral.parameters - 32 * (8 * 3 * 14336 + 2 * 5120) * 4096)
-    assert lora.precision.four_bit_share == 0
+    assert qlora.held.four_bit_share == 1
+    assert qlora.held.kept_16bit_bytes == 2 * (mixtral.parameters - 32 * (8 * 3 * 14336 + 2 * 5120) * 4096)
+    assert lora.held.four_bit_share == 0
     stock = estimated(mixtral, stock_setup(Setup(), kbit_prepare=False))
     assert stock.components.base > 0.9 * lora.components.base
     assert any("quantises no fused expert" in note for note in stock.notes)
-    assert stock.precision.four_bit_share < 0.05
+    assert stock.held.four_bit_share < 0.05
     assert qlora.allocated.high > 1.02 * qlora.allocated.expected
 
 
@@ -356,7 +356,7 @@ def test_a_skipped_stack_stays_in_sixteen_bits():
     mixtral = shapes()["Mixtral-8x7B"]
     all_packed, kept = (estimated(mixtral, Setup(skip_modules=names)) for names in ((), ("experts.down_proj",)))
     weights = 32 * 8 * 14336 * 4096
-    more = kept.precision.kept_16bit_bytes - all_packed.precision.kept_16bit_bytes
+    more = kept.held.kept_16bit_bytes - all_packed.held.kept_16bit_bytes
     assert more == 2 * weights
     assert kept.components.base - all_packed.components.base == pytest.approx(weights * (2 - 0.515869), rel=1e-4)
 

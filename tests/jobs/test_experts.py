@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from studio.core import expert_groups
+from studio.core import experts
 from studio.jobs.base.experts import product
 from studio.jobs.base.experts.forms import experts_in, shape_of
 from studio.jobs.base.experts.product import GroupedForward, Pair
@@ -132,7 +132,7 @@ def test_every_stack_is_packed_as_bitsandbytes_packs_it_whole(tmp_path: Path, fa
 def test_logits_and_gradients_are_those_of_dequantised_experts(
     tmp_path: Path, family: str, bound: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expert_groups, "EXPERT_GROUP_BYTES", bound)
+    monkeypatch.setattr(experts, "EXPERT_GROUP_BYTES", bound)
     folder = folder_of(FAMILIES[family](), tmp_path / "base")
     model = loaded(folder)
     plain = dequantised(folder, model)
@@ -157,7 +157,7 @@ def test_pairs_and_their_gradients_are_those_of_merged_weights(
 ) -> None:
     if not grouped:
         monkeypatch.setattr(product, "has_grouped_product", lambda left, right: False)
-    monkeypatch.setattr(expert_groups, "EXPERT_GROUP_BYTES", 2 * 4 * 2 * 128 * 64)
+    monkeypatch.setattr(experts, "EXPERT_GROUP_BYTES", 2 * 4 * 2 * 128 * 64)
     model = loaded(folder_of(FAMILIES[family](), tmp_path / "base"), method=method)
     _, module, form = next(iter(experts_in(model)))
     torch.manual_seed(2)

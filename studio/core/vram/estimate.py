@@ -21,7 +21,7 @@ from studio.core.vram.reserve import (
 )
 from studio.core.vram.setup import Setup, as_it_lies
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES, HOPPER_CUBLAS_WORKSPACE_BYTES, Stages, stages_of
-from studio.core.vram.static import precision_of, trained_bytes
+from studio.core.vram.static import held_of, trained_bytes
 
 _CERTAIN = 0.02
 """Relative doubt about allocated bytes: 25 rows measured on a T4 are within 1.2 %, 9 rows of an A100 within 1.7 %."""
@@ -122,7 +122,7 @@ def estimate_of(
         trainable_parameters=stages.standing.parameters,
         kernel=loop.traits.kernel,
         host=stages.work.host,
-        precision=precision_of(shape, loop.frozen),
+        held=held_of(shape, loop.frozen),
         notes=notes,
     )
 

@@ -5,7 +5,7 @@ Sources: studio/jobs/base/experts/product.py; transformers 5.24 integrations/moe
 
 from typing import TYPE_CHECKING
 
-from studio.core.expert_groups import experts_per_group
+from studio.core.experts import experts_per_group
 from studio.core.shape import Layer, Linear
 from studio.core.vram import operators as op
 from studio.core.vram.polynomial import Polynomial

@@ -7,7 +7,7 @@ from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import ModelShape
 from studio.core.vram.modules import Kernel
 from studio.core.vram.setup import Setup
-from studio.core.vram.static import Precision
+from studio.core.vram.static import Held
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -60,7 +60,7 @@ class VramEstimate:
             rank, batch, length or targets grow; at the low end all pages are on the host.
         trainable_parameters: Trained parameters.
         kernel: Which attention was assumed.
-        precision: How much of the frozen weights is in 4 bits.
+        held: How much of the frozen weights is in 4 bits.
         host: Bytes of checkpoints that wait in the computer's own memory.
         notes: What makes the range wide, and what the user should know.
     """
@@ -73,7 +73,7 @@ class VramEstimate:
     device: Range
     trainable_parameters: int
     kernel: Kernel
-    precision: Precision
+    held: Held
     host: int = 0
     notes: tuple[str, ...] = ()
 
@@ -124,7 +124,7 @@ def plan_to_dict(
         "trainable_parameters": estimate.trainable_parameters,
         "attention_kernel": estimate.kernel,
         "host_bytes": estimate.host,
-        **asdict(estimate.precision),
+        **asdict(estimate.held),
         "model": {
             "family": shape.family,
             "parameters": shape.parameters,

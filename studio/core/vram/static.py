@@ -125,7 +125,7 @@ def base_bytes(shape: ModelShape, form: FrozenForm) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
+class Held:
     """How much of the frozen weights is in fewer bits.
 
     Attributes:
@@ -139,19 +139,19 @@ class Precision:
 
 
 @lru_cache(maxsize=256)
-def precision_of(shape: ModelShape, form: FrozenForm) -> Precision:
+def held_of(shape: ModelShape, form: FrozenForm) -> Held:
     """Return how much of the frozen weights is in fewer bits, and how many bytes are not."""
     stacks = [] if any(group.layer.expert_maps for group in shape.groups) else list(_stacks(shape))
     every = sum(count * linear.weights for count, linear in (*shape.all_linears(), *stacks))
     if not form.quant_type:
-        return Precision(shape.parameters * form.itemsize, 0.0)
+        return Held(shape.parameters * form.itemsize, 0.0)
     linears = list(_quantised_linears(shape, form.skipped))
     packed = sum(count * linear.weights for count, linear in (*linears, *_packed_stacks(shape, form)))
     biases = sum(count * linear.biases for count, linear in linears)
     embeddings = shape.embedding_parameters + shape.head_parameters
     kept = (shape.parameters - packed - biases - embeddings) * form.itemsize
     kept += biases * form.compute + embeddings * form.embedding_itemsize
-    return Precision(kept, 0.0 if form.quant_type == "int8" else packed / max(1, every))
+    return Held(kept, 0.0 if form.quant_type == "int8" else packed / max(1, every))
 
 
 def _stacks(shape: ModelShape) -> Iterator[tuple[int, Linear]]:

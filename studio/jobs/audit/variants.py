@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.jobs.audit.forms import FORMS, UNROUNDED, Form, FourBits, form_of_quant
+from studio.jobs.audit.forms import BLOCK, FORMS, UNROUNDED, Form, FourBits, form_of_quant
 from studio.jobs.audit.scores import Head
 from studio.jobs.audit.walk import Variant
 from studio.jobs.base.device import job_device
@@ -48,7 +48,12 @@ def rounded_linears(weights: FolderWeights, kept: Collection[str] = ()) -> set[s
         kept: Modules that stay in 16 bit.
     """
     names = quantised_parameters(weights.clean, kept) | turned_parameters(weights.clean, kept)
-    return {name.removesuffix(_WEIGHT) for name in names}
+    return {name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)}
+
+
+def rounded_stacks(weights: FolderWeights, kept: Collection[str] = ()) -> set[str]:
+    """Return the names of the stacks of experts that a 4-bit model holds in 4 bits; arguments as above."""
+    return {name for name in quantised_parameters(weights.clean, kept) if not name.endswith(_WEIGHT)}
 
 
 def stored_variant(weights: FolderWeights, read: Read | None = None) -> Variant:
@@ -185,7 +190,8 @@ class AdapterForms:
         self._rounded = rounded_linears(weights, kept)
         self._units = {name: unit for unit in find_units(skeleton.adapted) for name in unit.parameters}
         self.stored: Read = Remembered(weights.read)
-        names = {f"{name}.weight" for name in self._rounded}
+        self._stacks = rounded_stacks(weights, kept)
+        names = {*(f"{name}.weight" for name in self._rounded), *self._stacks}
         self.dequantized: Read = _through(self.stored, quant, names, turned_parameters(weights.clean))
 
     @property
@@ -197,7 +203,7 @@ class AdapterForms:
     def rounded_weights(self) -> int:
         """How many weights are quantised in the 4-bit form."""
         shapes = self._weights.clean.state_dict()
-        return sum(shapes[f"{name}.weight"].numel() for name in self._rounded)
+        return sum(shapes[name].numel() for name in (*(f"{name}.weight" for name in self._rounded), *self._stacks))
 
     def both(self, prefix: str) -> list[str]:
         """Return the weights under a prefix that are both quantised in the 4-bit form and changed by the adapter."""
@@ -273,11 +279,14 @@ class AdapterForms:
         return replace(variant, name=name)
 
     def _in_form(self, name: str, read: Read, form: Form) -> Variant:
-        return in_form(self._variant(name, read), form, self._rounded, name=name)
+        through = _through(read, self._quant, self._stacks, ())
+        return in_form(self._variant(name, through), form, self._rounded, name=name)
 
     def _base(self, name: str, in_4_bits: bool) -> Variant:
-        plain = replace(stored_variant(self._weights, self.stored), name=name)
-        return in_form(plain, self.form, self._rounded, name=name) if in_4_bits else plain
+        if not in_4_bits:
+            return replace(stored_variant(self._weights, self.stored), name=name)
+        held = stored_variant(self._weights, _through(self.stored, self._quant, self._stacks, ()))
+        return in_form(held, self.form, self._rounded, name=name)
 
 
 def _copies(read: Read) -> Read:
@@ -298,8 +307,12 @@ def _through(read: Read, quant: FourBit, names: Collection[str], turned: Collect
         if name not in names:
             return read(name)
         weight = read(name).to(device)
-        layer = FourBits(weight.t().contiguous() if name in turned else weight, None, quant)
+        # A stack's blocks of scales are neighbours as they lie, whatever its rows.
+        flat = weight.reshape(-1, BLOCK) if weight.dim() == 3 else weight
+        layer = FourBits(flat.t().contiguous() if name in turned else flat, None, quant)
         back = layer.rows(0, layer.shape[0]).cpu()
+        if weight.dim() == 3:
+            return back.view_as(weight)
         return back.t().contiguous() if name in turned else back
 
     return back

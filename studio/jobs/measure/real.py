@@ -159,7 +159,7 @@ def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
     tell = PhaseTeller(worker.emit)
-    model, _ = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=None)
+    model, _, _ = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=None)
     trained = [p for p in model.parameters() if p.requires_grad]
     known = {id(p) for p in trained}
     meter.claim((t for t in frozen_tensors(model) if id(t) not in known), "base")

@@ -24,8 +24,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_of, only_for_text
-from studio.jobs.base.experts.forms import experts_in
-from studio.jobs.base.experts.loading import packable
+from studio.jobs.base.experts.forms import experts_in, packable
 from studio.jobs.base.experts.product import take_over
 from studio.jobs.base.experts.stacks import four_bit_stack
 from studio.jobs.base.load import FourBit, four_bit_config, four_bit_of, left_alone

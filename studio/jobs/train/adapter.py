@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from studio.core.direct_weights import not_adapted
 from studio.core.errors import JobFailed
+from studio.core.experts import is_of_experts
 from studio.core.recipe import AdapterSection
 from studio.core.text import plain
-from studio.core.value_kinds import ALL_LINEAR, is_of_experts
+from studio.core.value_kinds import ALL_LINEAR
 from studio.jobs.base.experts.forms import experts_in
 from studio.jobs.base.experts.pairs import routers, stacks_named, take_over_pairs
 from studio.jobs.base.load import family_of

@@ -137,7 +137,9 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
 
     tell("loading the base model", detail=recipe.method)
     _seed(recipe.train.seed)  # before the adapter is attached, whose A matrices are random
-    model, initial = trainable_model(recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint)
+    model, initial, held = trainable_model(
+        recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint
+    )
     memory.see("load", 0)
     check_fit(worker, model, rows)
     # Without a pad token any id will do: attention mask and labels hide what it fills.
@@ -184,6 +186,8 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         dtype=precision.name,
         loss_path=step_model.loss_path,
         batch_tokens=max(batches.batch(group)["input_ids"].numel() for group in batches.of_step(1)),
+        four_bit_share=held.four_bit_share,
+        kept_16bit_bytes=held.kept_16bit_bytes,
     )
     between = Between(
         worker=worker,

@@ -27,6 +27,8 @@ from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
+from studio.core.vram.static import Held
+from studio.jobs.base.held import precision_held
 from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
 from studio.jobs.base.model_class import class_of
 from studio.jobs.base.precision import Precision
@@ -48,6 +50,8 @@ _POWER_STEPS = 8
 """Subspace iterations of the randomised decomposition: as many as make its error small enough
 (tests/jobs/test_initialisation.py)."""
 
+_MOST_IN_FOUR_BITS = 0.97
+"""A share below this is worth a warning: transformers or bitsandbytes could not quantise some layers."""
 _LOFTQ_NOTE = (
     "the adapter also carries a repair of the base's 4-bit rounding: use it on the 4-bit base; "
     "on the 16-bit base it would repair what is not broken"
@@ -67,7 +71,7 @@ def trainable_model(
     worker: Worker,
     tell: PhaseTeller,
     checkpoint: Path | None,
-) -> tuple[PeftModel, AdapterWeights]:
+) -> tuple[PeftModel, AdapterWeights, Held]:
     """Load the base, attach the adapter and give it its first values; a checkpoint's values are loaded elsewhere.
 
     Args:
@@ -80,7 +84,7 @@ def trainable_model(
         checkpoint: The checkpoint that the run continues after; None at a first start.
 
     Returns:
-        The model, and the adapter that PiSSA subtracted from its base; empty without PiSSA.
+        The model, the adapter that PiSSA subtracted from its base (empty without PiSSA), and how much is in 4 bits.
 
     Raises:
         JobFailed: A name in the recipe is not in the model, or its initialisation needs weights that are not there.
@@ -101,19 +105,24 @@ def trainable_model(
         names = (name.rpartition(".")[2] for name, module in frozen.named_modules() if isinstance(module, nn.Linear))
         if note := left_out(family_of(frozen), names):
             tell("attaching the adapter", detail=note)
+    held = precision_held(frozen)
+    if recipe.method == "qlora" and held.four_bit_share < _MOST_IN_FOUR_BITS:
+        said = f"{held.four_bit_share:.0%} of the weights in this model's layers are in 4 bits"
+        kept = f"{held.kept_16bit_bytes / 2**30:.2f} GiB are not, embedding and head among them"
+        worker.emit(Warned, topic="precision", message=f"{said}; {kept}")
     model = attach_adapter(frozen, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
     check_names(model)
     if recipe.train.offload_checkpoints:
         _offload(model, device, worker)
     if recipe.adapter.init == "pissa":
         tell("starting the adapter", detail="pissa")
-        return model, _pissa(model, checkpoint)
+        return model, _pissa(model, checkpoint), held
     if recipe.adapter.init == "loftq":
         worker.emit(Warned, topic="adapter", message=_LOFTQ_NOTE)
         if checkpoint is None:
             tell("starting the adapter", detail="loftq")
             _loftq(model, base)
-    return model, {}
+    return model, {}, held
 
 
 def _offload(model: PeftModel, device: torch.device, worker: Worker) -> None:

@@ -47,6 +47,9 @@ def notes_text(history: History) -> Content:
             f"{count(planned.trainable_parameters)} trainable parameters, {count(planned.rows)} rows to train on, "
             f"{count(planned.held_out_rows)} held out, {plain(planned.dtype)} on {plain(planned.device)}\n"
         )
+        if planned.four_bit_share and planned.kept_16bit_bytes is not None:
+            kept = f"{gib(planned.kept_16bit_bytes)} GiB not quantised"
+            parts.append(f"{planned.four_bit_share:.1%} of the layers' weights in 4 bits, {kept}\n")
     for warning in history.warnings:
         parts += [("warning  ", "$text-warning bold"), f"{plain(warning.message, limit=_LONGEST)}\n"]
     for saved in history.saved:

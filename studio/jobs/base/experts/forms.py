@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from studio.core.vram.static import BLOCK
 
@@ -79,3 +80,19 @@ def _is_stack(module: nn.Module, name: str) -> bool:
 def can_be_packed(shape: torch.Size) -> bool:
     """Whether no block of weights that share a scale would cross from one expert to the next."""
     return shape[1] * shape[2] % BLOCK == 0
+
+
+def packable(model: nn.Module, left_alone: Any) -> Iterator[tuple[str, torch.Size]]:
+    """Yield the stacks that are held in 4 bits, by parameter name and shape.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        left_alone: Modules that are not quantised, as transformers names them.
+    """
+    for name, module, form in experts_in(model):
+        if should_convert_module(name, left_alone):
+            for stack in form.stacks:
+                shape = shape_of(getattr(module, stack))
+                # Parts of a module are named by paths too, as in `experts.down_proj`.
+                if can_be_packed(shape) and should_convert_module(f"{name}.{stack}", left_alone):
+                    yield f"{name}.{stack}", shape

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BitsAndBytesConfig, core_model_loading
 from transformers.core_model_loading import (
     Concatenate,
@@ -26,9 +26,8 @@ from transformers.core_model_loading import (
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
-from studio.jobs.base.experts.forms import can_be_packed, experts_in, shape_of
+from studio.jobs.base.experts.forms import experts_in, packable
 from studio.jobs.base.experts.product import take_over
 from studio.jobs.base.experts.stacks import Packing, four_bit_stack
 from studio.jobs.base.swapped import swapped
@@ -102,22 +101,6 @@ class StacksQuantizer(Bnb4BitHfQuantizer):
         taken = {pattern for entry in known for pattern in entry.source_patterns}
         ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in self.plan.shapes)
         return [*made, *(_ExpertByExpert([end], [end], [_AsItIs()], self.plan) for end in ends if end not in taken)]
-
-
-def packable(model: nn.Module, left_alone: Any) -> Iterator[tuple[str, torch.Size]]:
-    """Yield the stacks that are held in 4 bits, by parameter name and shape.
-
-    Args:
-        model: The model; its parameters may be on the meta device.
-        left_alone: Modules that are not quantised, as transformers names them.
-    """
-    for name, module, form in experts_in(model):
-        if should_convert_module(name, left_alone):
-            for stack in form.stacks:
-                shape = shape_of(getattr(module, stack))
-                # Parts of a module are named by paths too, as in `experts.down_proj`.
-                if can_be_packed(shape) and should_convert_module(f"{name}.{stack}", left_alone):
-                    yield f"{name}.{stack}", shape
 
 
 class _Quantise(ConversionOps):

@@ -13,8 +13,8 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from studio.core.experts import EXPERTS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP
-from studio.core.value_kinds import EXPERTS
 from studio.jobs.base.experts.forms import experts_in, form_of, shape_of
 from studio.jobs.base.experts.product import GroupedForward, Pair, take_over
 

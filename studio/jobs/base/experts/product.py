@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from studio.core.expert_groups import experts_per_group
+from studio.core.experts import experts_per_group
 from studio.jobs.base.experts.forms import ExpertsForm, shape_of
 from studio.jobs.base.experts.stacks import weights_of
 from studio.jobs.base.experts.visits import Group, Visits, given, routed

@@ -138,3 +138,17 @@ def _scales(state: QuantState, first: int, stop: int) -> Tensor:
     )
     wide += state.offset
     return wide[first - start : stop - start]
+
+
+def packed_and_back(stack: Tensor, *, quant_type: str, double_quant: bool) -> Tensor:
+    """Return a stack as it is after it was quantised and dequantised.
+
+    Args:
+        stack: `[experts, .., ..]`.
+        quant_type: The 4-bit code.
+        double_quant: Whether the scales are quantised too.
+    """
+    packing = Packing(stack.shape, quant_type=quant_type, double_quant=double_quant)
+    for number in range(stack.shape[0]):
+        packing.add(stack[number : number + 1])
+    return weights_of(four_bit_stack(*packing.packed()), 0, stack.shape[0])

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from studio.jobs.base.experts.forms import packable
 from studio.jobs.base.load import FourBit, left_alone
 
 Change = Callable[[str, Tensor], Tensor]
@@ -20,13 +21,14 @@ Change = Callable[[str, Tensor], Tensor]
 
 
 def quantised_parameters(clean: PreTrainedModel, skip: Collection[str] = ()) -> frozenset[str]:
-    """Return the names of the weights that `from_pretrained` would quantise to 4 bits: linear layers but the head.
+    """Return the names of the weights that are quantised to 4 bits when a base is loaded: linear layers and stacks.
 
     Args:
         clean: The model's structure.
         skip: Modules that stay in 16 bit (`FourBit.skip`).
     """
-    return _quantised(clean, skip, nn.Linear)
+    stacks = {name for name, _ in packable(clean, left_alone(clean, skip))}
+    return _quantised(clean, skip, nn.Linear) | stacks
 
 
 def turned_parameters(clean: PreTrainedModel, skip: Collection[str] = ()) -> frozenset[str]:
@@ -57,7 +59,11 @@ def through_four_bits(quant: FourBit, compute: torch.dtype) -> Change:
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: PLC0415  only this merge needs it
 
+    from studio.jobs.base.experts.stacks import packed_and_back  # noqa: PLC0415  the same
+
     def change(name: str, weight: Tensor) -> Tensor:
+        if weight.dim() == 3:
+            return packed_and_back(weight.to(compute), quant_type=quant.quant_type, double_quant=quant.double_quant)
         packed, state = quantize_4bit(
             weight.to(compute).contiguous(), quant_type=quant.quant_type, compress_statistics=quant.double_quant
         )

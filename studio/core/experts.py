@@ -1,4 +1,7 @@
-"""How many experts of a mixture are dequantised at once."""
+"""Mixtures of experts: the words by which a recipe names routed experts, and how many are dequantised at once."""
+
+EXPERTS = "experts"
+"""The target that stands for the routed experts of a mixture."""
 
 EXPERT_GROUP_BYTES = 128 * 2**20
 """Most bytes of dequantised weights that are alive at once, where one expert does not take more by itself. A smaller
@@ -15,3 +18,8 @@ def experts_per_group(count: int, expert_bytes: int) -> int:
     most = max(1, EXPERT_GROUP_BYTES // expert_bytes)
     groups = -(-count // most)
     return -(-count // groups)
+
+
+def is_of_experts(target: str) -> bool:
+    """Whether a target names routed experts, all of them or one of their two stacks, and not linear layers."""
+    return target == EXPERTS or target.startswith(f"{EXPERTS}.")
