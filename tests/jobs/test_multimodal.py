@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -206,6 +206,16 @@ def test_a_chat_answers_as_the_original_class(family: str, recipe: Recipe, train
     made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=257)[0, ids.shape[1] :]
     answer = "".join(event.text for event in said if isinstance(event, Piece))
     assert answer == session.tokenizer.decode(made, skip_special_tokens=True)
+
+
+def test_a_chat_refuses_an_adapter_of_the_text_class(recipe: Recipe, train: Train, tmp_path: Path) -> None:
+    base = make_family(tmp_path / "base", "mistral3", dtype=torch.float32)
+    adapter = train(recipe.with_("model.base", str(base))).adapter
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    renamed = {key.replace(".language_model.", "."): value for key, value in tensors.items()}
+    save_file(renamed, adapter / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="does not fit this base model: 28 tensors are not in it"):
+        Session(ChatRequest(base=str(base), adapter=str(adapter), dtype="fp32"), lambda name, fraction: None)
 
 
 def test_an_adapter_that_fits_nothing_of_the_original_class_is_refused(tmp_path: Path) -> None:
