@@ -228,7 +228,7 @@ _BY_NAME: dict[str, Family] = {
     ),
     "cohere": _COHERE,
     "cohere2": _COHERE,
-    "nemotron": replace(_RELU2, norm="layer", norm_terms=2, rotary=0.5),
+    "nemotron": replace(_RELU2, norm="layer_plain", norm_terms=2, rotary=0.5),
     "arcee": _RELU2,
     "seed_oss": Family(qkv_bias="attention_bias=true", out_bias="attention_out_bias"),
     "ernie4_5": Family(qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", tied=True),

@@ -14,7 +14,7 @@ from studio.core.mixer import Mixer
 from studio.core.quantised_base import QuantisedBase
 
 Wiring = Literal["pre", "post", "sandwich", "parallel", "single"]
-Norm = Literal["rms", "rms_wide", "layer", "layer_wide", "centred"]
+Norm = Literal["rms", "rms_wide", "layer", "layer_plain", "layer_wide", "centred"]
 
 
 EXPERTS_UP, EXPERTS_DOWN = "experts.gate_up_proj", "experts.down_proj"
@@ -130,9 +130,9 @@ class Layer:
     Attributes:
         wiring: Where the norms stand: before each block (`pre`), after it (`post`), on both sides (`sandwich`), one or
             two before attention and MLP side by side (`parallel`), or one before the layer's only block (`single`).
-        norm: Which norm. `rms_wide` multiplies by its weight in fp32, before it casts back; `layer_wide` casts to fp32
-            and back; `centred` is a layer norm written in Python, in fp32 (Cohere). Each keeps other tensors for the
-            backward pass.
+        norm: Which norm. `rms_wide` multiplies by its weight in fp32, before it casts back; `layer_plain` keeps its
+            input's format under autocast (Nemotron); `layer_wide` casts to fp32 and back; `centred` is a layer norm
+            written in Python, in fp32 (Cohere). Each keeps other tensors for the backward pass.
         norm_parameters: Parameters of all norms of the layer, and of other small tensors: sinks, a router's biases.
         heads: How its attention is divided.
         input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.

@@ -8,7 +8,6 @@ REFUSED: dict[tuple[str, str], str] = {
 """Trainings that a library cannot do, at most six: family and method, and the words in which a start is refused."""
 
 OPEN: dict[str, dict[str, str]] = {
-    "nemotron": {"measure": _MEASURE.format("+2.5 %")},
     "gemma3n": {"plan": "the folder's plan is 16 % higher", "measure": _MEASURE.format("-27 %")},
     "gemma4": {"plan": "the folder's plan is 16 % higher"},
     "llama4": {"measure": _MEASURE.format("-27 %")},

@@ -269,6 +269,8 @@ class Modules:
         """Return the layer's kind of norm over the hidden size."""
         if layer.norm in ("layer", "layer_wide"):
             out = self._layer_norm(x, wide=layer.norm == "layer_wide")
+        elif layer.norm == "layer_plain":
+            out = op.activate(x)
         elif layer.norm == "centred":
             out = centred_norm(x)
         else:
