@@ -452,6 +452,49 @@ def test_a_torch_without_the_operator_is_said(
     assert [warning.topic for warning in history.warnings] == ["attention"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_are_tried_before_they_are_used(card: Kernels, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    if dtype != torch.float32:
+        monkeypatch.undo()  # the stand-ins would not keep the format
+    assert attention.sinks_are_right(CPU, dtype)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+@pytest.mark.parametrize("fault", ["forward", "backward", "window", "missing", "memory"])
+def test_a_kernel_that_errs_is_not_used(
+    card: Kernels, monkeypatch: pytest.MonkeyPatch, kernel: Any, fault: str
+) -> None:
+    monkeypatch.setattr(sinks, "kernel_for", lambda device, dtype: kernel)
+    assert attention.sinks_are_right(CPU, torch.float32)
+    name = {"flash": "_flash_attention_forward", "efficient": "_scaled_dot_product_efficient_attention"}[kernel]
+    back = name.replace("_forward", "") + "_backward"
+    right, right_back = getattr(card, name), getattr(card, back)
+
+    def erring(*given: Any, **named: Any) -> Any:
+        if fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if fault == "window" and kernel == "flash":
+            named["window_size_left"] = -1
+            given = (*given[:8], True, *given[9:])
+        out, sums, *rest = right(*given, **named)
+        return (out, sums * (1.44 if fault == "forward" else 1), *rest)  # a logarithm to base 2, say
+
+    def erring_back(*given: Any, **named: Any) -> Any:
+        found = right_back(*given, **named)
+        return (found[1], found[0], *found[2:]) if fault == "backward" else found
+
+    if fault == "missing":
+        monkeypatch.setattr(card, name, None, raising=False)
+    else:
+        monkeypatch.setattr(card, name, erring, raising=False)
+        monkeypatch.setattr(card, back, erring_back, raising=False)
+    if fault == "memory":
+        with pytest.raises(torch.OutOfMemoryError):
+            attention.sinks_are_right(CPU, torch.float32)
+        return
+    assert attention.sinks_are_right(CPU, torch.float32) == (fault == "window" and kernel == "efficient")
+
+
 def test_flash_attention_2_has_no_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_config().save_pretrained(tmp_path)
     monkeypatch.setattr(attention, "_require_flash", lambda device, dtype: None)

@@ -1,5 +1,6 @@
 """Chooses the attention implementation that a model is loaded with: the wanted one where model and device allow it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,16 +13,22 @@ from studio.core.errors import BadInput
 from studio.core.recipe import Attention
 from studio.jobs.base import sinks
 from studio.jobs.base.model_class import ModelClass
+from studio.runs.failure import leaves_no_other_way
 
 _FLASH_CAPABILITY = (8, 0)
 """Compute capability that flash-attn 2 needs (its README: Ampere, Ada or Hopper)."""
+
+_TRIED, _NEAR = 70, 0.05
+"""Tokens that attention with sinks is tried on, and how far it may be off, as a share of a tensor's largest number. A
+mistake in a kernel's use is as large as the numbers; rounding was below .008, in bf16 on a CPU."""
 
 
 def attention_for(picked: ModelClass, wanted: Attention, *, device: torch.device, dtype: torch.dtype) -> str:
     """Return the attention to load a model with, by its name in transformers.
 
     torch's fused attention cannot compute the scores of some models (Gemma 2 caps them). transformers refuses to load
-    those with `sdpa`, so they get `eager`. Sinks (gpt-oss) are put into it by `studio.jobs.base.sinks`.
+    those with `sdpa`, so they get `eager`. Sinks (gpt-oss) are put into it by `studio.jobs.base.sinks`, where that
+    gives the right numbers on the device.
 
     Args:
         picked: The model's class.
@@ -37,7 +44,8 @@ def attention_for(picked: ModelClass, wanted: Attention, *, device: torch.device
     if wanted == "eager":
         return wanted
     if wanted == "sdpa":
-        return attention_of(picked, device)
+        found = attention_of(picked, device)
+        return found if found != sinks.SINK_ATTENTION or sinks_are_right(device, dtype) else "eager"
     if sinks.serves(picked.config.get_text_config(), device):
         raise BadInput(
             "train.attention is flash_attention_2: the package flash-attn knows no attention sinks, which this model "
@@ -51,6 +59,52 @@ def attention_of(picked: ModelClass, device: torch.device) -> str:
     if sinks.serves(picked.config.get_text_config(), device):
         return sinks.SINK_ATTENTION
     return "sdpa" if getattr(picked.attending or picked.kind, "_supports_sdpa", True) else "eager"
+
+
+def sinks_are_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether attention with sinks gives a few random numbers the output and the gradients that it should.
+
+    It hands kernels of a device numbers that they made otherwise, so it is tried on the device before it is used.
+
+    Args:
+        device: Where the model will run.
+        dtype: Of queries, keys and values.
+
+    Raises:
+        RuntimeError: The memory is full or the card has failed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, _TRIED, 64), (2, 2, _TRIED, 64), (2, 2, _TRIED, 64), (4,))
+    tried = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    exact = [tensor.detach().float().requires_grad_() for tensor in tried]
+    nobody: Any = None
+    try:
+        for window in (_TRIED, _TRIED // 3):
+            query, key, value, own = tried
+            found = sinks.sink_attention(nobody, query, key, value, None, s_aux=own, sliding_window=window)[0]
+            wanted = _by_definition(exact, window)
+            made = (found, *torch.autograd.grad(found.float().square().sum(), tried))
+            right = (wanted, *torch.autograd.grad(wanted.square().sum(), exact))
+            pairs = zip(made, right, strict=True)
+            if not all(bool((one.float() - other).abs().max() <= _NEAR * other.abs().max()) for one, other in pairs):
+                return False
+    except (RuntimeError, TypeError, AttributeError) as error:
+        if leaves_no_other_way(error):
+            raise
+        return False  # this torch has no such operator, or another one
+    return True
+
+
+def _by_definition(given: Sequence[Tensor], window: int) -> Tensor:
+    """Return attention `[batch, seq, heads, head_dim]` by a softmax with a column for the sink."""
+    query, key, value, own = given
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    seen = sinks.window_mask(query.shape[2], key.shape[2], window, query.device)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    column = own.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return (torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ value).transpose(1, 2)
 
 
 def only_for_text(config: PretrainedConfig, attention: str) -> Any:
