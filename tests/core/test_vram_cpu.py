@@ -122,6 +122,16 @@ def test_a_whole_run_on_a_cpu(fields: dict[str, Any]) -> None:
     assert predicted == pytest.approx(real, rel=0.02)
 
 
+@pytest.mark.parametrize("grad_checkpointing", [True, False])
+def test_the_backward_ends_at_the_first_layer_with_an_adapter(grad_checkpointing: bool) -> None:
+    """Layers before it keep nothing: here two short convolutions, which have neither queries nor values."""
+    kinds = ["conv", "conv", "full_attention", "conv", "full_attention"]
+    values = {"model_type": "lfm2", **SHAPE, "vocab_size": 512, "num_hidden_layers": 5, "layer_types": kinds}
+    fields = {"adapter__targets": ("q_proj", "v_proj"), "train__grad_checkpointing": grad_checkpointing}
+    predicted, real = whole_run(values, method="lora", model__dtype="bf16", **fields)
+    assert predicted == pytest.approx(real, rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("grad_checkpointing", [True, False])

@@ -92,6 +92,21 @@ def layer_pass(
     )
 
 
+def first_adapted(shape: ModelShape, traits: LayerTraits) -> int:
+    """Return the number of the first layer that has something to train; 0 where layers are alike, or none has."""
+    trained = {}
+    for number, kind in enumerate(shape.kinds if len(shape.groups) > 1 else ()):
+        if kind not in trained:
+            tape = Tape()
+            x = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual)
+            tape.hold(x)
+            out = decoder_layer(traits.modules(tape, shape), shape.groups[kind].layer, x)
+            trained[kind] = out.node is not None
+        if trained[kind]:
+            return number
+    return 0
+
+
 def recomputed_marks(shape: ModelShape, traits: LayerTraits, index: int) -> list[Polynomial]:
     """Return the marks of a checkpointed layer's backward where its input wants no gradient."""
     tape = Tape()

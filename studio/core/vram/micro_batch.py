@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
-from studio.core.vram.decoder_layer import decoder_layer, layer_pass, recomputed_marks
+from studio.core.vram.decoder_layer import decoder_layer, first_adapted, layer_pass, recomputed_marks
 from studio.core.vram.head import HeadMarks, head_marks
 from studio.core.vram.loop import Loop, at_length, mask_count, trains_layers
 from studio.core.vram.modules import LayerTraits
@@ -62,14 +62,16 @@ def layer_marks(
     ahead = [uncovered(one.forward_marks()) for one in passes]
     back = [uncovered(one.backward_marks()) for one in passes]
     forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, free, strict=True) for mark in marks_)
-    number = shape.kinds[0]
-    spared, first = NOTHING, back[number]
+    # The backward ends at the first layer with an adapter; those before it keep nothing.
+    lead = 0 if input_wants_gradient else first_adapted(shape, traits)
+    number = shape.kinds[lead]
+    spared, first = total(kept[kind] for kind in shape.kinds[:lead]), back[number]
     if not input_wants_gradient and grad_checkpointing:
         first = uncovered(recomputed_marks(shape, traits, number))
     elif not input_wants_gradient:
         # Embeddings want no gradient, so that the first layer saves nothing before its first adapter.
         lone = layer_pass(shape, traits, number, grad_checkpointing, input_wants_gradient)
-        spared, first = kept[number].minus(lone.kept), uncovered(lone.backward_marks())
+        spared, first = spared.plus(kept[number].minus(lone.kept)), uncovered(lone.backward_marks())
     # Where only inputs are kept and nothing is dropped, an evaluation's forward is the training's.
     as_trained = grad_checkpointing and not traits.adapter.dropout and kept[0] == passes[0].sizes[passes[0].source]
     return LayerMarks(
