@@ -1,6 +1,7 @@
 """Multimodal checkpoints as the hub holds them: their language model is trained, merged and served in its own class."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,36 @@ def test_the_adapter_has_the_trained_effect_on_the_original_class(
     wanted = logits(model.get_base_model())
     assert torch.allclose(logits(served), wanted, atol=1e-4)
     assert float((wanted - untrained).abs().max()) > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter.layers": (1,), "adapter.rank_pattern": (("q_proj", 2),)},
+        {"adapter.modules_to_save": ("norm",)},
+        {"adapter.targets": ("q_proj", "lm_head"), "adapter.dora": True},
+        {"adapter.init": "pissa"},
+        {"train.loss": "full", "train.attention": "eager"},
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"], indirect=True)
+def test_every_kind_of_adapter_means_the_decoder(
+    family: str, changes: dict[str, Any], recipe: Recipe, train: Train, trained: list[PeftModel], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    for path, value in {"model.base": str(base), **changes}.items():
+        recipe = recipe.with_(path, value)
+    paths = train(recipe)
+    assert history_of(paths).failed is None
+    keys = load_file(paths.adapter / ADAPTER_WEIGHTS)
+    assert not [key for key in keys if in_tower(key)]
+    assert keys
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys")  # peft's word for tensors that are missing
+        served = PeftModel.from_pretrained(original(family, base), str(paths.adapter))
+    assert torch.allclose(logits(served), logits(trained[0].get_base_model()), atol=1e-4)
 
 
 @each(*NAMES, "gemma4", "gemma3n", "llama4", "qwen2_5_vl")
