@@ -97,8 +97,22 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def values_of(family: str) -> dict[str, Any]:
-    values: dict[str, Any] = CONFIG_MAPPING[family](**SMALL[family]).to_dict()
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SPARSE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"mlp_only_layers": [], "shared_expert_intermediate_size": 64, "num_hidden_layers": 4, **EXPERTS},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "n_routed_experts": 8,
+        "moe_shared_expert_intermediate_size": 128,
+        "moe_latent_size": 48,
+        **EXPERTS,
+    },
+}
+
+
+def values_of(family: str, *, sparse: bool = False) -> dict[str, Any]:
+    sizes = {**SMALL[family], **(SPARSE[family] if sparse else {})}
+    values: dict[str, Any] = CONFIG_MAPPING[family](**sizes).to_dict()
     values.pop("time_step_limit", None)  # holds an infinity, which a config.json cannot
     return values
 
@@ -112,9 +126,9 @@ def recipe_of(**fields: Any) -> Recipe:
     return recipe
 
 
-def both(family: str, **fields: Any) -> tuple[int, VramEstimate]:
+def both(family: str, *, sparse: bool = False, **fields: Any) -> tuple[int, VramEstimate]:
     """Return the highest traced bytes, and the estimate."""
-    values, recipe = values_of(family), recipe_of(**fields)
+    values, recipe = values_of(family, sparse=sparse), recipe_of(**fields)
     shape = shape_from_config(values)
     assert not shape.doubts
     peaks = trace(recipe, values, Target("cuda", "bf16")).log.peaks()
@@ -165,6 +179,14 @@ def test_a_hybrid_holds_what_its_step_holds(family: str, fields: dict[str, Any])
     traced, estimate = both(family, **fields)
     assert estimate.allocated.expected == pytest.approx(traced, rel=0.02)
     assert estimate.allocated.low <= traced <= estimate.allocated.high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(SPARSE))
+@pytest.mark.parametrize("fields", [rows(1, 256, False), rows(2, 128, True, "qlora")], ids=["lora", "qlora"])
+def test_a_hybrid_with_experts_holds_what_its_step_holds(family: str, fields: dict[str, Any]) -> None:
+    traced, estimate = both(family, sparse=True, **fields)
+    assert estimate.allocated.expected == pytest.approx(traced, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1", "mamba"])

@@ -21,14 +21,21 @@ _INDEX_BYTES = 8
 
 
 def whole_experts(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
-    """Return the output of grouped products: each token's input, gate, up and product for every expert it visits."""
+    """Return the output of grouped products: each token's input, gate, up and product for every expert it visits.
+
+    Experts without a gate (Nemotron-H) have but their activation between the two products.
+    """
     experts = layer.experts
     assert experts is not None  # noqa: S101  the caller looked
     rows = op.cast(op.gather(x, experts.per_token), run.traits.arithmetic.compute)
-    both = op.frozen_linear(rows, Polynomial(per_token=2 * experts.inner * experts.per_token))
-    gates, ups = op.split_last(both, (0.5, 0.5))
-    product = op.multiply(op.activate(gates), ups)
-    down = op.frozen_linear(product, Polynomial(per_token=run.shape.hidden * experts.per_token))
+    up, back = experts.stacks(run.shape.hidden)
+    both = op.frozen_linear(rows, Polynomial(per_token=up.outputs * experts.per_token))
+    if experts.gated:
+        gates, ups = op.split_last(both, (0.5, 0.5))
+        product = op.multiply(op.activate(gates), ups)
+    else:
+        product = run.activation(layer, both)
+    down = op.frozen_linear(product, Polynomial(per_token=back.outputs * experts.per_token))
     shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
     out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
     run.tape.named(rows, both, product, down, shares)

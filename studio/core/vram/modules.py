@@ -332,10 +332,12 @@ class Modules:
 
     def experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Return what the routed experts make of the tokens that come to them."""
+        around = layer.experts.around if layer.experts else ()
         targets = self.traits.adapter.targets
-        if self.traits.packed_experts or EXPERTS_UP in targets or EXPERTS_DOWN in targets:
-            return grouped_experts(self, layer, x)
-        return whole_experts(self, layer, x)
+        grouped = self.traits.packed_experts or EXPERTS_UP in targets or EXPERTS_DOWN in targets
+        narrow = self.linear(around[0], x) if around else x
+        out = (grouped_experts if grouped else whole_experts)(self, layer, narrow)
+        return self.linear(around[1], out) if around else out
 
 
 def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:
