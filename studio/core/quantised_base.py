@@ -1,6 +1,7 @@
 """What the config of a prequantised model says of its weights, and what that means for training.
 
-Training starts from 16-bit weights, or from 4-bit weights of bitsandbytes under QLoRA. This module knows no files:
+Training starts from 16-bit weights, from MXFP4, which is brought into another form while it is loaded, or from 4-bit
+weights of bitsandbytes under QLoRA. This module knows no files:
 whether the tensors agree with the config is checked where they are read.
 """
 
@@ -12,7 +13,7 @@ from studio.core.recipe import Method, QuantType
 from studio.core.text import plain
 from studio.core.value_kinds import is_module
 
-BITSANDBYTES, GGUF, UNNAMED = "bitsandbytes", "gguf", "unknown"
+BITSANDBYTES, GGUF, MXFP4, UNNAMED = "bitsandbytes", "gguf", "mxfp4", "unknown"
 _BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 8}
 """What the name alone says (transformers 5.24 utils/quantization_config.py QuantizationMethod)."""
 _BITS_KEYS = ("bits", "w_bit", "nbits", "num_bits", "wbits")
@@ -70,7 +71,7 @@ def quantised_base(config: Mapping[str, Any]) -> QuantisedBase | None:
 
 def refusal(base: QuantisedBase | None, method: Method) -> str:
     """Return why a method cannot train on a base, and what to take instead; empty where it can."""
-    if base is None or (base.in_four_bits and method == "qlora"):
+    if base is None or base.method == MXFP4 or (base.in_four_bits and method == "qlora"):
         return ""
     found = "a GGUF file, made to run models with" if base.method == GGUF else f"already quantised ({base.words})"
     if base.in_four_bits:
@@ -91,6 +92,13 @@ def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]
         kept = f", {len(base.skipped)} modules in 16 bit" if base.skipped else ""
         form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
         return f"this base is already quantised ({base.words}): planned as it is, {form}; a merge wants its original"
+    if base.method == MXFP4 and engine == "studio":
+        into = (
+            "its experts are brought from MXFP4 into the 4-bit code"
+            if method == "qlora"
+            else "its experts are written out in 16 bit"
+        )
+        return f"this base is already quantised ({base.words}): while it is loaded, {into}; a merge wants a 16-bit copy"
     if engine == "studio":
         return f"this base is {refusal(base, method)}. The plan is for that; train refuses this one"
     if base.method == BITSANDBYTES and method == "qlora":

@@ -64,7 +64,7 @@ def test_an_index_without_its_shards_leaves_the_config(cli: Cli) -> None:
     ("quantised", "method", "note"),
     [
         ({"quant_method": "gptq", "bits": 4}, "qlora", "already quantised (gptq, 4 bit)"),
-        ({"quant_method": "mxfp4"}, "lora", "already quantised (mxfp4, 4 bit)"),
+        ({"quant_method": "nvfp4"}, "lora", "already quantised (nvfp4, 4 bit)"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "lora", "or take method qlora"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "qlora", "already quantised (bitsandbytes, 8 bit)"),
     ],

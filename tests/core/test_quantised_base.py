@@ -63,10 +63,19 @@ def test_only_four_bits_of_bitsandbytes_can_be_trained_on_and_only_by_qlora() ->
     four = QuantisedBase("bitsandbytes", 4)
     assert refusal(None, "lora") == refusal(None, "qlora") == refusal(four, "qlora") == ""
     assert "take method qlora" in refusal(four, "lora")
-    for other in (QuantisedBase("bitsandbytes", 8), QuantisedBase("gptq", 4), QuantisedBase("mxfp4", 4)):
+    for other in (QuantisedBase("bitsandbytes", 8), QuantisedBase("gptq", 4), QuantisedBase("nvfp4", 4)):
         for method in ("lora", "qlora"):
             assert "the original 16-bit model" in refusal(other, method)
     assert "GGUF" in refusal(QuantisedBase("gguf"), "qlora")
+
+
+def test_mxfp4_is_brought_into_the_form_that_training_wants() -> None:
+    base = QuantisedBase("mxfp4", 4)
+    assert refusal(base, "lora") == refusal(base, "qlora") == ""
+    said = [estimated(replace(LLAMA, quantised=base), Setup(method=method)).notes[0] for method in ("lora", "qlora")]
+    assert "written out in 16 bit while it is loaded" in said[0]
+    assert "another 4-bit code while it is loaded" in said[1]
+    assert all("a merge wants 16 bit" in note for note in said)
 
 
 def test_a_hostile_name_is_shown_harmless() -> None:
@@ -102,7 +111,7 @@ def test_eight_bits_are_planned_in_the_stock_loop_and_refused_in_ours() -> None:
 
 
 def test_other_forms_are_planned_from_their_original_and_said() -> None:
-    for name in ("gptq", "awq", "fp8", "mxfp4", "compressed-tensors"):
+    for name in ("gptq", "awq", "fp8", "nvfp4", "compressed-tensors"):
         shape = replace(LLAMA, quantised=QuantisedBase(name, 4))
         for setup in (Setup(), Setup(method="lora"), StockSetup(loss="full")):
             found, plain = estimated(shape, setup), estimated(LLAMA, setup)

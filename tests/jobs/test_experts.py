@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -301,3 +301,46 @@ def test_modules_that_are_skipped_stay_in_sixteen_bits(tmp_path: Path) -> None:
     names = ("w1", "w3")
     kept = torch.cat([stored[f"model.layers.0.block_sparse_moe.experts.1.{name}.weight"] for name in names])
     assert torch.equal(first.gate_up_proj[1], kept.to(torch.bfloat16))
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def in_mxfp4(folder: Path) -> dict[str, Tensor]:
+    """Rewrite a gpt-oss folder's experts as the hub holds them; return them in numbers, `[experts, in, out]`."""
+    stored = load_file(folder / "model.safetensors")
+    numbers: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(5)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, inputs, outputs = stored.pop(name).shape
+        codes = torch.randint(0, 16, (count, outputs, inputs // 32, 32), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 125, (count, outputs, inputs // 32), generator=generator, dtype=torch.uint8)
+        stored[f"{name}_blocks"] = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        stored[f"{name}_scales"] = scales
+        values = FP4[codes.long()] * torch.exp2(scales.float() - 127).unsqueeze(-1)
+        numbers[name] = values.reshape(count, outputs, inputs).transpose(1, 2)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return numbers
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_a_base_in_mxfp4_is_brought_into_the_form_that_is_asked_for(tmp_path: Path, method: str) -> None:
+    folder = folder_of(FAMILIES["gpt_oss"](), tmp_path / "base", torch.bfloat16)
+    numbers = in_mxfp4(folder)
+    model = loaded(folder, dtype=torch.bfloat16, method=method)
+    for name, module, form in experts_in(model):
+        for stack in form.stacks:
+            wanted = numbers[f"{name}.{stack}"].to(torch.bfloat16)
+            held = getattr(module, stack)
+            if method == "lora":
+                assert torch.equal(held, wanted)
+                continue
+            packed, state = quantize_4bit(wanted.contiguous(), quant_type="nf4", compress_statistics=True)
+            assert torch.equal(held.data, packed)
+            assert torch.equal(held.quant_state.absmax, state.absmax)
+    ids = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(1))
+    assert torch.isfinite(model(ids).logits).all()
+    assert not hasattr(model.config, "quantization_config") or method == "qlora"

@@ -15,10 +15,11 @@ import torch
 import transformers
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils.quantization_config import Mxfp4Config
 
 from studio.core.direct_weights import kept_16bit, read_past
 from studio.core.errors import BadInput
-from studio.core.quantised_base import BITSANDBYTES
+from studio.core.quantised_base import BITSANDBYTES, MXFP4
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
@@ -127,6 +128,10 @@ def load_base(
         from_pretrained: Any = picked.text_kind().from_pretrained
         chosen = attention_for(picked, attention, device=device, dtype=dtype)
         options: dict[str, Any] = {}
+        if base.quantization == MXFP4 and method == "lora":
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
+        elif base.quantization == MXFP4:
+            _take_form_away(picked.config)
         if method == "qlora" and not own:
             kept = left_alone(empty_model(picked), quant.skip)
             options["quantization_config"] = four_bit_config(quant, dtype, kept)
@@ -207,6 +212,13 @@ def family_of(model: torch.nn.Module) -> str:
     """Return transformers' `model_type` of the language model inside a model."""
     config: Any = model.config
     return str(config.get_text_config().model_type)
+
+
+def _take_form_away(config: Any) -> None:
+    """Let a config no longer say how its weights are quantised: transformers would keep that form."""
+    for place in (config, config.get_text_config()):
+        if hasattr(place, "quantization_config"):
+            del place.quantization_config
 
 
 def _require_four_bit(model: torch.nn.Module) -> None:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     log_conversion_errors,
 )
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
@@ -100,7 +101,12 @@ class StacksQuantizer(Bnb4BitHfQuantizer):
         made = [_by_expert(entry, self.plan) if isinstance(entry, WeightConverter) else entry for entry in known]
         taken = {pattern for entry in known for pattern in entry.source_patterns}
         ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in self.plan.shapes)
-        return [*made, *(_ExpertByExpert([end], [end], [_AsItIs()], self.plan) for end in ends if end not in taken)]
+        for end in ends:
+            if end not in taken:
+                made.append(_ExpertByExpert([end], [end], [_AsItIs()], self.plan))
+            # Of a base in MXFP4 (gpt-oss) each stack lies as two tensors.
+            made.append(_ExpertByExpert([f"{end}{part}" for part in _MXFP4_PARTS], [end], [_FromMxfp4()], self.plan))
+        return made
 
 
 class _Quantise(ConversionOps):
@@ -137,6 +143,24 @@ class _AsItIs(ConversionOps):
     def reverse_op(self) -> ConversionOps:
         """Itself."""
         return self
+
+
+_MXFP4_PARTS = ("_blocks", "_scales")
+
+
+class _FromMxfp4(ConversionOps):
+    """Dequantises an expert from MXFP4, as transformers does a whole stack."""
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **more: Any) -> dict[str, Any]:
+        """Return the expert in the format of the arithmetic."""
+        blocks, scales = (input_dict[f"{more['target_patterns'][0]}{part}"][0] for part in _MXFP4_PARTS)
+        made = convert_moe_packed_tensors(blocks, scales, dtype=more["config"].dtype)
+        return {more["target_patterns"][0]: made}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Nothing that could be undone."""
+        return _AsItIs()
 
 
 _PER_EXPERT = (MergeModulelist, Concatenate, Transpose, Interleave)
@@ -247,7 +271,8 @@ class _Waiting:
         return self._moved(self.source[place : place + 1])
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype)
+        # Codes and scales of a quantised base are no numbers to be cast.
+        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
 
 
 @contextmanager
