@@ -150,6 +150,8 @@ _BY_NAME: dict[str, Family] = {
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA_SANDWICH, logit_softcap=30.0, attention_softcap=50.0),
     "gemma3_text": replace(_GEMMA_SANDWICH, query_key_norm="head"),
+    "gemma3n_text": replace(_GEMMA_SANDWICH, query_key_norm="head", logit_softcap=30.0),
+    "gemma4_text": replace(_GEMMA_SANDWICH, query_key_norm="head"),
     "phi": replace(
         _GPT,
         wiring="parallel",
@@ -285,7 +287,7 @@ _BY_NAME: dict[str, Family] = {
     "phimoe": Family(norm="layer", norm_terms=2, mlp_bias=NEVER, head_bias="lm_head_bias"),
     "hunyuan_v1_moe": Family(query_key_norm="head", mlp_bias=NEVER, shared_inner="intermediate_size", chooser="wg"),
 }
-_INSIDE = {
+INSIDE = {
     "qwen2_vl": "qwen2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl": "qwen2",
@@ -296,5 +298,5 @@ _INSIDE = {
     "glm4v_moe_text": "glm4_moe",
 }
 """Text models of multimodal ones that are built as another family's."""
-FAMILIES: Mapping[str, Family] = {**_BY_NAME, **{name: _BY_NAME[same] for name, same in _INSIDE.items()}}
+FAMILIES: Mapping[str, Family] = {**_BY_NAME, **{name: _BY_NAME[same] for name, same in INSIDE.items()}}
 """Keyed by transformers' `model_type` (of the text model, where a config has several)."""

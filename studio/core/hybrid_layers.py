@@ -12,6 +12,7 @@ from typing import Any
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import NEVER, Family
+from studio.core.heads import Heads
 from studio.core.mixer import Mixer
 from studio.core.mixers_from_config import (
     FALCON_KEYS,
@@ -25,7 +26,7 @@ from studio.core.mixers_from_config import (
     separate_delta,
     short_convolution,
 )
-from studio.core.shape import Experts, Heads, Layer, LayerGroup, Linear
+from studio.core.shape import Experts, Layer, LayerGroup, Linear
 from studio.core.text import plain
 
 Settings = Mapping[str, Any]

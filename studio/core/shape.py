@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from studio.core.heads import Heads, Latent
 from studio.core.mixer import Mixer
 from studio.core.quantised_base import QuantisedBase
 
@@ -40,45 +41,6 @@ class Linear:
     def biases(self) -> int:
         """Bias terms."""
         return self.outputs * self.copies if self.bias else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """How the attention of a layer is divided.
-
-    Attributes:
-        queries: Query heads.
-        keys: Key and value heads.
-        width: Width of a query's or a key's head.
-        value_width: Width of a value's head.
-    """
-
-    queries: int
-    keys: int
-    width: int
-    value_width: int
-
-    @property
-    def outputs(self) -> int:
-        """Width of what attention hands to the projection back."""
-        return self.queries * self.value_width
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Multi-head latent attention: queries and keys with values are made from narrow vectors (DeepSeek V2).
-
-    Only a part of each head carries positions, and that part of the key is one for all heads.
-
-    Attributes:
-        queries: Width of what queries are made from; 0 where they are made from the layer's input.
-        keys: Width of what keys and values are made from.
-        rotary: Width of the part of a head that carries positions.
-    """
-
-    queries: int
-    keys: int
-    rotary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +119,12 @@ class Layer:
         attention_dropout: Whether attention weights are dropped in training.
         expert_maps: The routed experts' gate, up and down where they are modules of their own, one set per expert.
         output_gate: Whether the first projection gives, beside each query, a gate of the attention's output.
+        keys_from: Where keys and values come from: each from a projection of its own (empty), values from that of the
+            keys (`values`), or both from a layer before it (`before`). There `qkv` lacks those projections.
+        value_norm: Whether values are normed too, and queries made ready before keys (Gemma 3n).
+        per_layer: The linear maps through which the layer's own part of the input goes: gate and projection (Gemma 3n).
+        sparse_gate: Whether all but the largest numbers of the MLP's gate are set to zero (Gemma 3n).
+        streams: Copies of the residual stream that the layer predicts and corrects (AltUp of Gemma 3n); 1 without.
         beside: Linear maps whose part in the layer is not known.
         mixer: What mixes tokens instead of attention; beside it where the layer has both.
         wide_residual: Whether it keeps the residual stream in fp32 (Mamba).
@@ -190,6 +158,11 @@ class Layer:
     output_gate: bool = False
     mixer: Mixer | None = None
     wide_residual: bool = False
+    keys_from: Literal["", "values", "before"] = ""
+    value_norm: bool = False
+    per_layer: tuple[Linear, ...] = ()
+    sparse_gate: bool = False
+    streams: int = 1
     beside: tuple[Linear, ...] = ()
 
     @property
@@ -202,7 +175,7 @@ class Layer:
         """All linear maps that are modules of their own (fused experts are not)."""
         mixer = self.mixer.linears if self.mixer else ()
         around = self.experts.around if self.experts else ()
-        return (*self.attention, *mixer, *self.mlp, *around, *self.beside, *self.expert_maps)
+        return (*self.attention, *mixer, *self.mlp, *around, *self.per_layer, *self.beside, *self.expert_maps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +198,8 @@ class ModelShape:
         order: Of each layer the number of its kind among the groups; empty where the kinds follow each other.
         tied: Whether the head is the embedding.
         head_bias: Whether the head has a bias.
-        other_parameters: Everything outside layers, embedding and head: final norm, learnt positions.
+        outer: Linear maps outside the layers that are not the head.
+        other_parameters: Everything else outside layers, embedding and head: final norm, learnt positions.
         alters_embedding: Whether the embedding module's output is changed before it enters the first layer.
         embedding_norm: Whether the embedding is normed.
         embedding_dropout: Whether the first layer's input is dropped in training.
@@ -255,6 +229,7 @@ class ModelShape:
     tied: bool
     order: tuple[int, ...] = ()
     head_bias: bool = False
+    outer: tuple[Linear, ...] = ()
     other_parameters: int = 0
     alters_embedding: bool = False
     embedding_norm: bool = False
@@ -287,6 +262,22 @@ class ModelShape:
     def layers(self) -> int:
         """Number of decoder layers."""
         return sum(group.count for group in self.groups)
+
+    @property
+    def stream(self) -> int:
+        """Width of what goes from layer to layer: of all residual streams."""
+        return self.hidden * self.groups[0].layer.streams
+
+    @property
+    def per_layer_width(self) -> int:
+        """Width of what the layers have as inputs of their own, all layers together; 0 without."""
+        return sum(group.count * group.layer.per_layer[0].outputs for group in self.groups if group.layer.per_layer)
+
+    @property
+    def stored_heads_width(self) -> int:
+        """Width of the keys and values that one layer of each kind of attention hands to later ones; 0 without."""
+        handed = {g.layer.heads for g in self.groups if g.layer.value_norm and g.layer.keys_from != "before"}
+        return sum(2 * heads.keys * heads.width for heads in handed)
 
     @property
     def each_heads(self) -> tuple[Heads, ...]:
@@ -328,7 +319,8 @@ class ModelShape:
     def parameters(self) -> int:
         """All parameters."""
         layers = sum(group.count * layer_parameters(group.layer, self.hidden) for group in self.groups)
-        return layers + self.embedding_parameters + self.head_parameters + self.other_parameters
+        outer = sum(linear.weights + linear.biases for linear in self.outer)
+        return layers + outer + self.embedding_parameters + self.head_parameters + self.other_parameters
 
     @cached_property
     def mixes_by_state(self) -> bool:
@@ -351,10 +343,12 @@ class ModelShape:
         )
 
     def all_linears(self) -> Iterator[tuple[int, Linear]]:
-        """Yield every linear map inside the layers, with the number of layers that have it."""
+        """Yield every linear map but the head, with the number of layers that have it; 1 outside of them."""
         for group in self.groups:
             for linear in group.layer.linears:
                 yield group.count, linear
+        for linear in self.outer:
+            yield 1, linear
 
 
 @lru_cache(maxsize=64)

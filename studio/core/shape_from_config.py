@@ -7,24 +7,23 @@ from typing import Any
 from studio.core.checkpoint_tensors import CheckpointTensors, Tensors, checkpoint_tensors, settled
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
-from studio.core.families import ALWAYS, FAMILIES, NEVER, UNKNOWN, Family
-from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds, ungated
+from studio.core.experts_from_config import EXPERT_COUNTS, experts_of, sparse_layers
+from studio.core.families import ALWAYS, FAMILIES, INSIDE, NEVER, UNKNOWN, Family
+from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_groups, gemma_outside
+from studio.core.heads import Heads, Latent
+from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds
 from studio.core.quantised_base import quantised_base
-from studio.core.shape import Experts, Heads, Latent, Layer, LayerGroup, Linear, ModelShape
+from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
 from studio.core.unknown_layers import facts_of, layers_of
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _TOWERS = ("vision_config", "audio_config")
 _WIDTHS = ("moe_intermediate_size", "intermediate_size")
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MOST_PARAMETERS = 50 * 10**12
 _MOST_LAYERS = 1000
 """The deepest published models, merged from several, have some 300. Without a limit a hostile config could keep a
 replay, which goes through every layer, busy for ever."""
-_MOST_EXPERTS = 2048
-"""Published layers have up to 512. For older versions of transformers each expert is a module of its own in the
-estimate, which takes 10 ms each."""
 
 
 def shape_from_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> ModelShape:
@@ -109,7 +108,7 @@ def _readings(name: str, values: ConfigValues) -> Iterator[ModelShape]:
     narrow = _shape(name, UNKNOWN, values.with_({**dict.fromkeys(said, least), "tie_word_embeddings": True}), [])
     wide = _shape(name, UNKNOWN, values.with_({**dict.fromkeys(said, most), "tie_word_embeddings": False}), [])
     if shape.expert_parameters:
-        dense = _shape(name, UNKNOWN, values.with_(dict.fromkeys(_EXPERT_COUNTS, 0)), [])
+        dense = _shape(name, UNKNOWN, values.with_(dict.fromkeys(EXPERT_COUNTS, 0)), [])
         half = max(1, shape.layers // 2)
         groups = (LayerGroup(half, narrow.groups[0].layer), LayerGroup(shape.layers - half, dense.groups[0].layer))
         narrow = replace(narrow, groups=tuple(group for group in groups if group.count))
@@ -125,7 +124,7 @@ def _per_layer_embedding(values: ConfigValues) -> int:
 
 
 def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -> ModelShape:
-    said, hybrid = values, HYBRIDS.get(name)
+    said, hybrid, called, name = values, HYBRIDS.get(name), name, INSIDE.get(name, name)
     if hybrid:
         values = said.with_(hybrid.settled(said))
     hidden = values.whole("hidden_size", "n_embd", "d_model", high=1 << 20)
@@ -141,12 +140,16 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         learnt = values.whole(family.learnt_positions, "max_position_embeddings", default=2048)
     embedding_dropout = _drops(family, values, "embedding_dropout", "embd_pdrop")
     groups, order = _groups(name, family, said, values, (hidden, layers, divided))
+    outer: tuple[Linear, ...] = ()
+    if name in GEMMAS:
+        outer, other = gemma_outside(name, values, hidden)
     return ModelShape(
-        family=name,
+        family=called,
         hidden=hidden,
         vocabulary=values.whole("padded_vocab_size", "vocab_size"),
         groups=groups,
         order=order,
+        outer=outer,
         tied=values.flag("tie_word_embeddings", family.tied),
         head_bias=_bias(values, family.head_bias),
         other_parameters=other + hidden * learnt,
@@ -163,7 +166,7 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
         positions=values.whole("max_position_embeddings", "n_positions", default=0, low=0),
         buffers=sum(group.count * group.layer.mixer.buffers for group in groups if group.layer.mixer),
         mask_bytes=learnt * learnt if family.holds_mask else 0,  # booleans, a byte each
-        doubts=tuple(doubts),
+        doubts=(*doubts, *gemma_doubts(name)),
     )
 
 
@@ -197,13 +200,21 @@ def _groups(
 ) -> tuple[tuple[LayerGroup, ...], tuple[int, ...]]:
     """Return the layers kind by kind, in the order of the first layer of each kind, and a hybrid's layers in theirs."""
     layers = sizes[1]
-    routed = _experts(name, family, values, sizes[0])
+    if name in GEMMAS:
+        plain_values = values.with_({"intermediate_size": values.each("intermediate_size")})
+        return gemma_groups(
+            name,
+            values,
+            sizes[0],
+            lambda heads: _layer(name, family, plain_values, (sizes[0], layers, heads), None),
+        )
+    routed = experts_of(name, family, values, sizes[0])
     if hybrid := HYBRIDS.get(name):
         kinds = layer_kinds(name, hybrid, said)
         return hybrid_groups(
             hybrid, said, kinds, lambda sparse: _layer(name, family, values, sizes, routed if sparse else None)
         )
-    sparse = _sparse_layers(name, family, values, layers) if routed else []
+    sparse = sparse_layers(name, family, values, layers) if routed else []
     if not sparse:
         return (LayerGroup(layers, _layer(name, family, values, sizes, None)),), ()
     groups = [LayerGroup(len(sparse), _layer(name, family, values, sizes, routed))]
@@ -211,47 +222,6 @@ def _groups(
         dense = LayerGroup(layers - len(sparse), _layer(name, family, values, sizes, None))
         groups = [dense, *groups] if sparse[0] else [*groups, dense]
     return tuple(groups), ()
-
-
-def _sparse_layers(name: str, family: Family, values: ConfigValues, layers: int) -> list[int]:
-    """Return the numbers of the layers that hold experts, in order.
-
-    See `__init__` of the decoder layers of Qwen2Moe, DeepseekV3, Glm4MoeLite and Ernie4_5_Moe, and Llama4TextConfig.
-    """
-    kinds = values.words("mlp_layer_types")
-    if kinds:
-        return [index for index, kind in enumerate(kinds[:layers]) if kind == "sparse"]
-    if name == "ernie4_5_moe":
-        first = values.whole("moe_layer_start_index", default=family.dense_first, low=0)
-        last = values.whole("moe_layer_end_index", default=-1, low=-1)
-        step = values.whole("moe_layer_interval", default=1)
-        end = layers if last == -1 else min(layers, last + 1)
-        return [index for index in range(first, end) if (index + 1) % step == 0]
-    if name == "llama4_text":
-        step = values.whole("interleave_moe_layer_step", default=1)
-        named = values.wholes("moe_layers") if "moe_layers" in values else range(step - 1, layers, step)
-        return sorted({index for index in named if 0 <= index < layers})
-    if name in ("qwen2_moe", "qwen3_moe"):
-        step = values.whole("decoder_sparse_step", default=1)
-        return sorted(set(range(step - 1, layers, step)).difference(values.wholes("mlp_only_layers")))
-    return list(range(values.whole("first_k_dense_replace", default=family.dense_first, low=0), layers))
-
-
-def _experts(name: str, family: Family, values: ConfigValues, hidden: int) -> Experts | None:
-    count = values.whole(*_EXPERT_COUNTS, default=0, low=0, high=_MOST_EXPERTS)
-    if count < 2:  # a "mixture" of one is a plain MLP
-        return None
-    inner = values.whole(family.expert_inner, "moe_intermediate_size", "intermediate_size")
-    shared = values.whole(family.shared_inner, default=0, low=0) if family.shared_inner else 0
-    if family.shared_count:
-        shared = inner * values.whole(family.shared_count, default=family.shared_default, low=0, high=_MOST_EXPERTS)
-    visited = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
-    per_token = values.each("moe_topk") or values.whole(*visited, default=2, high=count)
-    biases = 2 * inner + hidden if name == "gpt_oss" else 0  # of gate and up, and of down
-    gated = family.chooser == "shared_expert_gate"
-    chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None
-    made = Experts(count, per_token, inner, shared, biases, gated, chooser, family.experts_adapted_by_all)
-    return ungated(made, values, hidden) if name == "nemotron_h" else made
 
 
 def _layer(

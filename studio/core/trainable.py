@@ -254,6 +254,9 @@ def _layer_by_layer(shape: ModelShape, names: frozenset[str], part: AdaptedPart)
         if not part.layers or index in part.layers:
             for linear in chosen[kind]:
                 yield 1, linear, _rank_of(linear_paths(shape.groups[kind].layer, linear, index), part)
+    for linear in shape.outer if not part.layers else ():
+        if linear.name in names:
+            yield 1, linear, _rank_of((linear.name,), part)
     if HEAD in names and not part.layers:
         yield 1, Linear(HEAD, shape.hidden, shape.vocabulary), _rank_of((HEAD,), part)
 

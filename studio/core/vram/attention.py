@@ -6,6 +6,7 @@ modeling_deepseek_v3.py (`DeepseekV3Attention`), transformers 5.24.
 
 from studio.core.shape import Layer
 from studio.core.vram import operators as op
+from studio.core.vram.gemma import normed_heads
 from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
@@ -15,6 +16,8 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     """Return the block's output `[batch, seq, hidden]` and, for eager attention, its weights."""
     if layer.latent:
         return _latent_attention(run, layer, x)
+    if layer.value_norm:
+        return _of_normed_values(run, layer, x)
     tape = run.tape
     query, key, value = _projections(run, layer, x)
     gate = None
@@ -44,6 +47,16 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     assert layer.out is not None  # noqa: S101  a layer without attention has no heads
     (out,) = run.linears((layer.out,), attended)
     tape.named(x, query, key, value, gate, attended)
+    return out, weights
+
+
+def _of_normed_values(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Follow Gemma4TextAttention.forward."""
+    query, key, value = normed_heads(run, layer, x)
+    attended, weights = _attend(run, layer, query, key, value)
+    assert layer.out is not None  # noqa: S101  every layer of these has attention
+    (out,) = run.linears((layer.out,), attended)
+    run.tape.named(x, query, key, value, attended)
     return out, weights
 
 

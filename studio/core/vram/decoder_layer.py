@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.shape import Layer, ModelShape
+from studio.core.vram import gemma
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
 from studio.core.vram.mixers import mixed
@@ -69,7 +70,7 @@ def layer_pass(
     node = tape.node() if wants_gradient else None
     if node is not None:
         node.keeps = source
-    x = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual, node)
+    x = tape.given(Polynomial(per_token=shape.stream), traits.arithmetic.residual, node)
     if grad_checkpointing:
         tape.hold(x)
     result = decoder_layer(run, shape.groups[index].layer, x)
@@ -110,7 +111,7 @@ def first_adapted(shape: ModelShape, traits: LayerTraits) -> int:
 def recomputed_marks(shape: ModelShape, traits: LayerTraits, index: int) -> list[Polynomial]:
     """Return the marks of a checkpointed layer's backward where its input wants no gradient."""
     tape = Tape()
-    x = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual)
+    x = tape.given(Polynomial(per_token=shape.stream), traits.arithmetic.residual)
     tape.hold(x)
     gradient = tape.given(x.elements, x.itemsize)
     events = _computed_again(traits.modules(tape, shape, checkpointed=True), shape.groups[index].layer, x, gradient)
@@ -141,7 +142,7 @@ def _computed_again(run: Modules, layer: Layer, x: Tensor, gradient: Tensor) -> 
 def decoder_layer(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return the layer's output `[batch, seq, hidden]`; its input lives until then."""
     wired = {"parallel": _parallel, "single": _alone}.get(layer.wiring, _sequential)
-    out = wired(run, layer, x)
+    out = _streamed(run, layer, x) if layer.streams > 1 else wired(run, layer, x)
     run.tape.named(x)
     return out
 
@@ -176,6 +177,24 @@ def _mix(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return both, weights
 
 
+def _streamed(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Follow Gemma3nTextDecoderLayer.forward, whose input is several residual streams."""
+    tape = run.tape
+    predictions = gemma.predicted(run, layer, x)
+    active = op.slice_last(predictions, 1 / layer.streams)
+    normed = run.norm(layer, active)
+    beside = gemma.laurel(run, layer, normed)
+    attended, weights = attention(run, layer, normed)
+    gated = op.add(active, run.norm(layer, attended))
+    both = op.scale(op.add(gated, beside))
+    tape.named(normed, beside, attended, gated)
+    fed = run.mlp(layer, run.norm(layer, both))
+    activated = op.add(both, run.norm(layer, fed))
+    out = gemma.corrected(run, layer, predictions, activated)
+    tape.named(both, fed, activated, predictions, active, weights)
+    return out
+
+
 def _beside(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return the sum of x and of what the maps give whose part in the layer is not known, taken one by one."""
     for linear in layer.beside:
@@ -194,10 +213,15 @@ def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
         x = run.norm(layer, x)
     residual = _added(run, layer, residual, x)
     x = run.norm(layer, residual) if layer.wiring != "post" else residual
-    x = _fed_forward(run, layer, x)
+    if layer.experts and layer.value_norm:
+        x = gemma.fed_by_both(run, layer, residual, x)
+    else:
+        x = _fed_forward(run, layer, x)
     if layer.wiring in ("post", "sandwich"):
         x = run.norm(layer, x)
     x = _added(run, layer, residual, x)
+    if layer.per_layer:
+        x = op.add(x, gemma.own_input(run, layer, x))
     run.tape.named(weights)  # transformers keeps the attention weights under the name `_` until the layer returns
     return x
 
@@ -232,7 +256,7 @@ def _dropped(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 def _fed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     out = run.feed_forward(layer, x) if layer.mlp or layer.experts else x
-    if layer.beside and layer.out is not None:
+    if layer.beside and layer.out is not None and layer.streams == 1:
         out = _beside(run, layer, out)
     run.tape.named(x)
     return out

@@ -31,6 +31,15 @@ def activated(activation: str, x: Tensor, *, widens: bool) -> Tensor:
     return op.activate(x)
 
 
+def sparse(x: Tensor) -> Tensor:
+    """Follow Gemma3nTextMLP._gaussian_topk: what is above a number of standard deviations."""
+    row = Polynomial(per_token=1)
+    mean = op.mean_last(x, row)
+    deviation = op.result_of((x,), row, x.itemsize, (op.gradient_like(x),), (x,), works=(x.bytes,))
+    above = op.subtract_rows(x, op.add(mean, deviation))
+    return op.activate_saving_result(above)
+
+
 def _xielu(x: Tensor, wide: float) -> Tensor:
     """Follow XIELUActivation._xielu_python, whose slopes and expm1 are in another format than x."""
     # Gradients of a narrow input are made wide, then cast by the engine (torch/csrc/autograd/engine.cpp).

@@ -93,7 +93,10 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         load_extra=_load_extra(shape, kind),
         copies_whole=kind.compute_itemsize != 4,
         caches_copies=kind.autocast and kind.grad_checkpointing,
-        shared_per_token=IDS_LABELS_MASK_BYTES - (0 if shape.embedding_norm else widens) * shape.hidden,
+        shared_per_token=IDS_LABELS_MASK_BYTES
+        - (0 if shape.embedding_norm else widens) * shape.hidden
+        + (shape.per_layer_width + shape.stored_heads_width) * kind.residual_itemsize,
+        cache_per_token=_behind_streams(shape) * traits.arithmetic.residual,
     )
 
 
@@ -125,6 +128,15 @@ def _load_extra(shape: ModelShape, kind: Setup) -> int:
             # The stack that narrows is read last, when the other one is there.
             of_experts += [extra[0] - down.weights // 2, extra[1]]
     return max(widest_linear(shape) * kind.compute_itemsize, *of_experts)
+
+
+def _behind_streams(shape: ModelShape) -> int:
+    """Return the numbers per token that are kept where several residual streams become one (Gemma3nTextModel.forward).
+
+    All streams are, and of each but the first two products.
+    """
+    streams = shape.groups[0].layer.streams
+    return shape.hidden * (streams + 2 * (streams - 1)) if streams > 1 else 0
 
 
 def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
@@ -169,7 +181,8 @@ def residual_itemsize(shape: ModelShape, kind: Setup) -> int:
     """
     layer = shape.groups[0].layer
     wide = layer.norm == "layer" or layer.activation == "xielu"
-    widened = wide and kind.quantised and kind.autocast and kind.device == "cuda"
+    # AltUp scales its streams by their magnitudes, whose powers CUDA's autocast takes in fp32.
+    widened = ((wide and kind.quantised) or layer.streams > 1) and kind.autocast and kind.device == "cuda"
     return 4 if widened or layer.wide_residual else kind.residual_itemsize
 
 

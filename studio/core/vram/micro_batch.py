@@ -100,7 +100,7 @@ def _kept_later(shape: ModelShape, kept: list[Polynomial]) -> list[Polynomial]:
 
 def _untouched(shape: ModelShape, traits: LayerTraits) -> LayerMarks:
     """Return the marks of layers through which no gradient flows: where the head alone is trained."""
-    source = Polynomial(per_token=shape.hidden * traits.arithmetic.residual)
+    source = Polynomial(per_token=shape.stream * traits.arithmetic.residual)
     evaluation = uncovered(_evaluation_marks(shape, traits))
     forward = uncovered(mark.minus(source) for mark in evaluation)
     blocks = uncovered(mark.at_least_nothing() for mark in forward)
@@ -115,7 +115,7 @@ def _evaluated(shape: ModelShape, traits: LayerTraits) -> tuple[Polynomial, ...]
 def _evaluation_marks(shape: ModelShape, traits: LayerTraits) -> Iterator[Polynomial]:
     for group in shape.groups:
         tape = Tape(records=False)
-        x = tape.given(Polynomial(per_token=shape.hidden), traits.arithmetic.residual)
+        x = tape.given(Polynomial(per_token=shape.stream), traits.arithmetic.residual)
         tape.hold(x)
         decoder_layer(traits.modules(tape, shape), group.layer, x)
         yield from marks(tape.take(), tape.sizes, x.bytes)

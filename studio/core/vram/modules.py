@@ -10,7 +10,7 @@ from typing import Literal
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
-from studio.core.vram.elementwise import activated, centred_norm, rotated
+from studio.core.vram.elementwise import activated, centred_norm, rotated, sparse
 from studio.core.vram.experts import grouped_experts, whole_experts
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
@@ -315,7 +315,9 @@ class Modules:
             return self.linear(layer.mlp[1], self.activation(layer, self.linear(layer.mlp[0], x)))
         if len(layer.mlp) == 3:
             gate, up, down = layer.mlp
-            gated = self.activation(layer, self.linear(gate, x))
+            gates = self.linear(gate, x)
+            gated = self.activation(layer, sparse(gates) if layer.sparse_gate else gates)
+            self.tape.named(gates if layer.sparse_gate else None)
             return self.linear(down, op.multiply(gated, self.linear(up, x)))
         gate_states, up_states = op.split_last(self.linear(layer.mlp[0], x), (0.5, 0.5))
         up_states = op.multiply(up_states, self.activation(layer, gate_states))

@@ -199,6 +199,9 @@ def _quantised_linears(shape: ModelShape, skipped: tuple[str, ...]) -> Iterator[
             place = f"{_block_of(group.layer, linear)}.{linear.name}"
             if linear.name not in kept:
                 yield sum(not _is_skipped(f"model.layers.{index}.{place}", names) for index in layers), linear
+    for linear in shape.outer:
+        if linear.name not in kept:
+            yield int(not _is_skipped(f"model.{linear.name}", names)), linear
 
 
 def _block_of(layer: Layer, linear: Linear) -> str:
