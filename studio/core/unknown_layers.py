@@ -13,11 +13,14 @@ from typing import Any
 
 from studio.core.checkpoint_tensors import CheckpointTensors, Tensors, parameters_of
 from studio.core.config_values import ConfigValues
+from studio.core.heads import Heads, Latent
 from studio.core.shape import Experts, Layer, LayerGroup, Linear
 
 _EXPERT = re.compile(r"(?:.*\.)?experts\.(?P<number>\d+)\.(?P<rest>.+)")
 _ATTENTION = ("attn", "attention")
 _APART = (("q_proj", "k_proj", "v_proj"), ("wq", "wk", "wv"), ("query", "key", "value"))
+_INTO, _FROM = "kv_a_proj_with_mqa", "kv_b_proj"
+"""Projections of latent attention (DeepSeek V2)."""
 _JOINED = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "W_pack")
 _BACK = ("o_proj", "out_proj", "wo", "dense", "c_proj", "proj")
 
@@ -75,8 +78,12 @@ def _layer(tensors: Tensors, config: ConfigValues, hidden: int, usual: Layer) ->
     counted = sum(one.weights + one.biases for one in (*qkv, *((out,) if out else ()), *mlp, *beside))
     if experts:
         counted += experts.weights(hidden) + hidden * experts.count
+    latent, heads = _latent(attention, usual.heads.queries)
     made = replace(
         usual,
+        latent=latent,
+        heads=heads or usual.heads,
+        rotary_form="pairs" if latent else usual.rotary_form,
         qkv=qkv,
         out=out,
         mlp=mlp,
@@ -118,6 +125,9 @@ def _projections(maps: Tensors, tensors: Tensors) -> tuple[tuple[Linear, ...], L
     if back is None:
         return (), None
     out = _linear(back, maps[back], tensors)
+    if {_INTO, _FROM} <= named.keys():
+        present = [name for name in ("q_proj", "q_a_proj", "q_b_proj", _INTO, _FROM) if name in named]
+        return tuple(_linear(named[name], maps[named[name]], tensors) for name in present), out
     for names in _APART:
         if set(names) <= named.keys():
             return tuple(_linear(named[name], maps[named[name]], tensors) for name in names), out
@@ -141,6 +151,18 @@ def _fed_forward(maps: Tensors, tensors: Tensors, hidden: int) -> tuple[tuple[Li
             made = tuple(_linear(one, maps[one], tensors) for one in (*sorted(chosen), path))
             return made, len(pair) != 1
     return (), True
+
+
+def _latent(maps: Tensors, queries: int) -> tuple[Latent | None, Heads | None]:
+    """Return the widths of latent attention with its heads, where the projections have the names that it has."""
+    named = {_last(path): shape for path, shape in maps.items()}
+    asked = named.get("q_b_proj") or named.get("q_proj")
+    into, back, out = named.get(_INTO), named.get(_FROM), named.get("o_proj")
+    if not (asked and into and back and out) or asked[0] % queries or out[1] % queries:
+        return None, None
+    narrow = named["q_a_proj"][0] if "q_a_proj" in named else 0
+    latent = Latent(narrow, back[1], max(1, into[0] - back[1]))
+    return latent, Heads(queries, queries, asked[0] // queries, out[1] // queries)
 
 
 def _parent(path: str) -> str:

@@ -62,6 +62,9 @@ UNMAPPED: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "minimax_m2": {"num_local_experts": 4, "head_dim": 16, **EXPERTS},
     "phimoe": {"num_local_experts": 4, **EXPERTS},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+}
+GEMMAS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "head_dim": 16,
@@ -82,7 +85,6 @@ UNMAPPED: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 300,
         "hidden_size_per_layer_input": 32,
     },
-    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
 }
 HEAD_DIM = {
     *("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe", "glm", "glm4", "seed_oss", "helium", "ernie4_5"),
@@ -96,7 +98,12 @@ ROUTERS = {"router", "shared_expert_gate", "wg", "proj"}
 
 
 def config_of(family: str, **changes: Any) -> Any:
-    sizes = {**OTHER_SIZES.get(family, SIZES), **MORE.get(family, {}), **UNMAPPED.get(family, {})}
+    sizes = {
+        **OTHER_SIZES.get(family, SIZES),
+        **MORE.get(family, {}),
+        **UNMAPPED.get(family, {}),
+        **GEMMAS.get(family, {}),
+    }
     if family in HEAD_DIM:
         sizes["head_dim"] = 16
     return CONFIG_MAPPING[family](**{**sizes, **changes})

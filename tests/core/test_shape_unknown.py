@@ -19,8 +19,8 @@ SETUPS = (
     Setup(method="lora", seq_len=512, micro_batch=2, grad_checkpointing=False),
 )
 DENSE = ("apertus", "cohere", "gemma2", "glm4", "gpt_neox", "olmo2", "phi3", "stablelm", "starcoder2")
-SPARSE = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "llama4", "minimax_m2", "phimoe", "qwen2_moe")
-GUESSED = ("gpt_oss", "granitemoe", "qwen3_5")
+SPARSE = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "minimax_m2", "phimoe", "qwen2_moe")
+GUESSED = ("gpt_oss", "granitemoe", "llama4", "qwen3_5")
 """Their attention, their experts or what mixes their tokens is in no header: only the range holds."""
 
 
