@@ -93,12 +93,8 @@ def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]
         form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
         return f"this base is already quantised ({base.words}): planned as it is, {form}; a merge wants its original"
     if base.method == MXFP4 and engine == "studio":
-        into = (
-            "its experts are brought from MXFP4 into the 4-bit code"
-            if method == "qlora"
-            else "its experts are written out in 16 bit"
-        )
-        return f"this base is already quantised ({base.words}): while it is loaded, {into}; a merge wants a 16-bit copy"
+        into = "brought into another 4-bit code" if method == "qlora" else "written out in 16 bit"
+        return f"this base is already quantised ({base.words}): it is {into} while it is loaded; a merge wants 16 bit"
     if engine == "studio":
         return f"this base is {refusal(base, method)}. The plan is for that; train refuses this one"
     if base.method == BITSANDBYTES and method == "qlora":
