@@ -95,6 +95,14 @@ def test_the_estimate_is_what_a_traced_step_takes(monkeypatch: pytest.MonkeyPatc
     assert max(stages.values()) == pytest.approx(max(map(height, peaks.values())), rel=0.02)
 
 
+def test_gpt_oss_20b_is_planned_as_it_was_traced() -> None:
+    """24 layers and all of its vocabulary; a trace of that took a minute and gave 12.40 GiB."""
+    shape = shape_from_config({**GPT_OSS, "num_hidden_layers": 24, "layer_types": None, "vocab_size": 201088})
+    setup = Setup(seq_len=2048, rank=16, targets=TARGETS, optimizer="paged_adamw_8bit")
+    assert estimate_vram(shape, setup).allocated.expected == pytest.approx(12.40 * 2**30, rel=0.005)
+    assert estimate_vram(shape, replace(setup, attention="eager")).allocated.expected > 13.9 * 2**30
+
+
 def test_windows_take_no_mask_where_the_flash_kernel_knows_them() -> None:
     shape, setup = dense_shape(), Setup(seq_len=2048)
     assert mask_count(shape, setup, "flash") == 0
