@@ -300,3 +300,14 @@ INSIDE = {
 """Text models of multimodal ones that are built as another family's."""
 FAMILIES: Mapping[str, Family] = {**_BY_NAME, **{name: _BY_NAME[same] for name, same in INSIDE.items()}}
 """Keyed by transformers' `model_type` (of the text model, where a config has several)."""
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_KEYS = (*_SIZES, "num_key_value_heads", "head_dim")
+LEFT_OUT: Mapping[str, Mapping[str, int]] = {
+    "gemma3_text": dict(zip(_KEYS, (262208, 2304, 9216, 26, 8, 4, 256), strict=True)),
+    "gemma3n_text": dict(zip(_KEYS, (262400, 2048, 16384, 35, 8, 2, 256), strict=True)),
+    "gemma4_text": dict(zip(_KEYS, (262144, 2304, 9216, 30, 8, 4, 256), strict=True)),
+    "llama": dict(zip(_SIZES, (32000, 4096, 11008, 32, 32), strict=True)),
+    "mistral": dict(zip(_SIZES, (32000, 4096, 14336, 32, 32), strict=True)),
+}
+"""Sizes that configs of multimodal models leave out for their text model, where they are transformers' own defaults."""

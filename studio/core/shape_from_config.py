@@ -8,7 +8,7 @@ from studio.core.checkpoint_tensors import CheckpointTensors, Tensors, checkpoin
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.experts_from_config import EXPERT_COUNTS, experts_of, sparse_layers
-from studio.core.families import ALWAYS, FAMILIES, INSIDE, NEVER, UNKNOWN, Family
+from studio.core.families import ALWAYS, FAMILIES, INSIDE, LEFT_OUT, NEVER, UNKNOWN, Family
 from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_groups, gemma_outside
 from studio.core.heads import Heads, Latent
 from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds
@@ -43,6 +43,10 @@ def shape_from_config(config: Mapping[str, Any], tensors: Tensors | None = None)
     text = _text_table(config)
     values = ConfigValues(text)
     name = values.word("model_type") or "unknown"
+    if text is not config:
+        values = ConfigValues(
+            {**LEFT_OUT.get(name, {}), **{key: each for key, each in text.items() if each is not None}}
+        )
     several = text is not config or any(key in config for key in _TOWERS)
     layers = values.whole(*_LAYERS, default=0, low=0, high=_MOST_LAYERS)
     found = checkpoint_tensors(tensors, layers, multimodal=several) if tensors else None
@@ -173,7 +177,8 @@ def _shape(name: str, family: Family, values: ConfigValues, doubts: list[str]) -
 def _heads(name: str, family: Family, values: ConfigValues, hidden: int, heads: int) -> Heads:
     width = values.whole("head_dim", "kv_channels", default=max(1, hidden // heads), high=1 << 16)
     # Where the config names a head's width, heads times width need not be the hidden size (Gemma).
-    if "head_dim" not in values and "kv_channels" not in values and hidden % heads:
+    # GLM 4.5 rounds it down.
+    if "head_dim" not in values and "kv_channels" not in values and hidden % heads and name != "glm4_moe":
         raise BadInput(f"the model's config has hidden_size {hidden}, which {heads} attention heads do not divide")
     shared = _kv_heads(name, values, heads) if family.grouped else heads
     if heads % shared:
