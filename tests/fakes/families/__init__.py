@@ -75,7 +75,7 @@ def make_family(folder: Path, name: str, *, dtype: torch.dtype = torch.bfloat16)
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    if made.named or made.unread:
+    if made.named or made.unread or made.mxfp4:
         path = folder / "model.safetensors"
         save_file(tensors_on_the_hub(load_file(path), made), path, metadata={"format": "pt"})
     path = folder / "config.json"
@@ -94,7 +94,24 @@ def tensors_on_the_hub(tensors: dict[str, Tensor], made: Checkpoint) -> dict[str
         found = {key: value for key, value in tensors.items() if key.startswith(source)}
         assert found, source
         tensors |= {begins + key.removeprefix(source): value.clone() for key, value in found.items()}
-    return tensors
+    return _in_mxfp4(tensors) if made.mxfp4 else tensors
+
+
+def _in_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put random numbers in MXFP4 in the place of expert stacks `[experts, in, out]`.
+
+    A block is 32 inputs of one output: 16 bytes of two numbers each, and a byte for their common exponent.
+    """
+    made = {}
+    for key, value in tensors.items():
+        if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            made[key] = value
+            continue
+        experts, inputs, outputs = value.shape
+        shape = (experts, outputs, inputs // 32)
+        made[f"{key}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, device=value.device)
+        made[f"{key}_scales"] = torch.full(shape, 127 - 5, dtype=torch.uint8, device=value.device)
+    return made
 
 
 def config_on_the_hub(config: Values, made: Checkpoint, hub: Mapping[str, Any]) -> Values:

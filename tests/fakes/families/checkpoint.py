@@ -129,6 +129,7 @@ class Checkpoint:
         unread: Tensors that the hub has beside those that the class loads, such as multi-token prediction: how their
             names begin, and how those begin whose values they repeat.
         named: How names of tensors begin on the hub, by how transformers writes them.
+        mxfp4: Whether experts lie in MXFP4, as gpt-oss is published.
     """
 
     model_type: str
@@ -137,9 +138,10 @@ class Checkpoint:
     hub: Mapping[str, Any] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
     named: Mapping[str, str] = field(default_factory=dict)
+    mxfp4: bool = False
 
 
-_OF_THE_HUB = ("hub", "unread", "named")
+_OF_THE_HUB = ("hub", "unread", "named", "mxfp4")
 
 
 def text(model_type: str, architecture: str, **changes: Any) -> Checkpoint:

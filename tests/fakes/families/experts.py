@@ -2,6 +2,8 @@
 
 from tests.fakes.families.checkpoint import DEEPSEEK, DELTA_NET, EXPERTS, HEAD_16, MLA, Checkpoint, next_tokens, text
 
+NOT_IN_MXFP4 = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
 EXPERT_MODELS: dict[str, Checkpoint] = {
     "mixtral": text("mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
     "qwen2_moe": text(
@@ -25,6 +27,17 @@ EXPERT_MODELS: dict[str, Checkpoint] = {
         num_experts_per_tok=2,
         sliding_window=128,
         layer_types=["sliding_attention", "full_attention"],
+        **HEAD_16,
+    ),
+    "gpt_oss_mxfp4": text(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        layer_types=["sliding_attention", "full_attention"],
+        mxfp4=True,
+        hub={"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": NOT_IN_MXFP4}},
         **HEAD_16,
     ),
     "deepseek_v2": text("deepseek_v2", "DeepseekV2ForCausalLM", **{**DEEPSEEK, "topk_method": "greedy"}),

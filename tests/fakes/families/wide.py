@@ -39,7 +39,7 @@ def make_wide(folder: Path, name: str) -> Path:
 def _write_hole(path: Path, tensors: dict[str, Tensor]) -> None:
     header, offset = {}, 0
     for key, tensor in tensors.items():
-        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}[tensor.dtype]
+        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}[tensor.dtype]
         end = offset + tensor.numel() * tensor.element_size()
         header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
