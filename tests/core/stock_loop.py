@@ -38,7 +38,7 @@ def traced_stages(values: dict[str, Any], setup: Setup) -> dict[str, int]:
     storages = Storages(block_bytes=512)
     with fake_world() as numbers, torch.random.fork_rng(devices=[]), _autocast_of_a_card():
         storages.stage("load")
-        base = weightless_base(config_of(values), recipe, DTYPES[setup.dtype], storages)
+        base = weightless_base(config_of(values), recipe, DTYPES[setup.dtype], "cuda", storages)
         with ExitStack() as stack:
             stack.enter_context(storages)
             stack.enter_context(card_habits(storages, (8, 0)))

@@ -55,7 +55,7 @@ def traced(setup: StockSetup) -> StorageLog:
     recipe = recipe.with_("model.double_quant", setup.double_quant)
     storages = Storages()
     with fake_world() as numbers, torch.random.fork_rng(devices=[]), ExitStack() as stack:
-        base: Any = weightless_base(config_of(CONFIG), recipe, torch.float16, storages)
+        base: Any = weightless_base(config_of(CONFIG), recipe, torch.float16, "cuda", storages)
         stack.enter_context(storages)
         stack.enter_context(card_habits(storages, (7, 5)))
         base.config.use_cache = False
