@@ -128,6 +128,7 @@ def plan_to_dict(
         "model": {
             "family": shape.family,
             "parameters": shape.parameters,
+            "tower_parameters": shape.tower_parameters,
             "layers": shape.layers,
             "hidden": shape.hidden,
             "vocabulary": shape.vocabulary,
