@@ -14,7 +14,7 @@ from studio.probe.audit import audit_of_run
 from studio.runs.layout import RunPaths
 from studio.runs.requests import AuditRequest
 from tests.fakes.tiny_model import tiny_tokenizer
-from tests.jobs.audit_cases import rounded, whole_model
+from tests.jobs.audit_cases import changed, rounded, whole_model
 from tests.jobs.conftest import QUESTIONS
 
 FOUR = "nf4+dq"
@@ -53,11 +53,7 @@ def cast(model: nn.Module) -> nn.Module:
 
 
 def rounded_again(model: nn.Module) -> nn.Module:
-    head, change = model.get_output_embeddings(), rounded(FOUR)  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head:
-            module.weight.data = change(name, module.weight.data)
-    return model
+    return changed(model, rounded(FOUR))
 
 
 def plain_forms(base: Path, run: RunPaths) -> dict[str, nn.Module]:

@@ -45,12 +45,20 @@ def variants_of(folder: Path, names: Sequence[str], **more: Any) -> tuple[Parts,
 
 
 def whole_model(folder: Path, change: Change | None = None) -> nn.Module:
-    """All of a model in fp32, every weight of a linear layer but the head changed."""
+    """All of a model in fp32, every weight of a linear layer but the head changed, and every stack of experts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    head = model.get_output_embeddings()
+    return model if change is None else changed(model, change)
+
+
+def changed(model: nn.Module, change: Change) -> nn.Module:
+    """The model itself, its linear layers but the head and its stacks of experts changed."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
-        if change is not None and type(module) is nn.Linear and module is not head:
+        if type(module) is nn.Linear and module is not head:
             module.weight.data = change(name, module.weight.data)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and ".experts." in name:
+            parameter.data = change(name, parameter.data)
     return model
 
 
@@ -59,9 +67,11 @@ def rounded(name: str) -> Change:
     code, _, nested = name.partition("+")
 
     def change(_: str, weight: Tensor) -> Tensor:
-        packed, state = quantize_4bit(weight, quant_type=code, compress_statistics=bool(nested))
+        # A stack of experts as rows of one block each: bitsandbytes is wrong on a CPU where rows are shorter.
+        flat = weight.reshape(-1, 64) if weight.dim() == 3 else weight
+        packed, state = quantize_4bit(flat, quant_type=code, compress_statistics=bool(nested))
         back: Tensor = dequantize_4bit(packed, state)
-        return back
+        return back.view_as(weight)
 
     return change
 

@@ -24,6 +24,7 @@ from studio.runs.log import read_events
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.conftest import Merge, Train, history_of
 from tests.jobs.merge_cases import IDS, make_base, our_merge, our_steps, pefts_merge
+from tests.jobs.test_audit_run import assert_figures_of_the_whole_model
 from tests.jobs.test_experts import FAMILIES, SIZES, dequantised, folder_of, loaded
 
 EXPERTS = ("q_proj", "experts")
@@ -152,3 +153,13 @@ def assert_merged_onto_what_training_held(base: Path, run: RunPaths, merged: Pat
         wanted = trained(input_ids=IDS).logits.float()
         made = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).eval()(input_ids=IDS).logits.float()
     assert (made.log_softmax(-1) - wanted.log_softmax(-1)).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_an_audit_has_the_figures_of_the_whole_mixture(
+    train: Train, recipe: Recipe, tmp_path: Path, family: str
+) -> None:
+    base = base_of(tmp_path / "base", family)
+    recipe = recipe.with_("model.base", str(base)).with_("method", "qlora").with_("model.dtype", "bf16")
+    run = train(recipe.with_("adapter.targets", EXPERTS).with_("eval.rows", 2))
+    assert_figures_of_the_whole_model(run, base, tmp_path / "audit")

@@ -19,6 +19,7 @@ from studio.jobs.audit.variants import (
     held_bytes,
     is_kept,
     rounded_linears,
+    rounded_stacks,
     sixteen_bit_bytes,
     stored_bytes_of,
 )
@@ -83,7 +84,7 @@ def audit_base(worker: Worker, request: AuditRequest) -> dict[str, Any]:
             {
                 "name": name,
                 "bits": FORMS[name].bits or 8.0 * stored_bytes_of(weights),
-                "base_bytes": int(held_bytes(weights, sum(quantised.values()), FORMS[name].bits)),
+                "base_bytes": int(held_bytes(weights, _inside(weights, quantised, name), FORMS[name].bits)),
                 "task": asdict(found.task[name]),
                 "neutral": asdict(found.neutral[name]),
             }
@@ -145,7 +146,7 @@ def _mixed_plans(
 
 
 def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
-    """Return the number of weights of each linear layer that is quantised.
+    """Return the number of weights of each linear layer and stack of experts that is quantised in 4 bits.
 
     Raises:
         BadInput: No layer is.
@@ -154,7 +155,14 @@ def _quantised_sizes(weights: FolderWeights) -> dict[str, int]:
     names = rounded_linears(weights)
     if not names:
         raise BadInput("no layer of this model would be quantised: bitsandbytes converts linear layers only.")
-    return {name: shapes[f"{name}.weight"].numel() for name in names}
+    linears = {name: shapes[f"{name}.weight"].numel() for name in names}
+    return {**linears, **{name: shapes[name].numel() for name in rounded_stacks(weights)}}
+
+
+def _inside(weights: FolderWeights, quantised: Mapping[str, int], form: str) -> int:
+    """Return how many weights a form holds: 8 bits hold no experts."""
+    left = set() if FORMS[form].quant else rounded_stacks(weights)
+    return sum(size for name, size in quantised.items() if name not in left)
 
 
 def _extra_bytes(weights: FolderWeights, quantised: Mapping[str, int], kept: Sequence[str], asked: str) -> int:

@@ -135,12 +135,14 @@ class Form:
         make: Makes the layer from weight `[out, in]` and bias `[out]`.
         bits: Bits of a weight with its share of the scales; 0 for the files' own format.
         by_row: Whether the layer must get one row at a time.
+        quant: The 4-bit code, in which stacks of experts are held as well; None for other forms.
     """
 
     name: str
     make: Callable[[Tensor, Tensor | None], Layer]
     bits: float = 0.0
     by_row: bool = False
+    quant: FourBit | None = None
 
 
 def four_bits(name: str, quant: FourBit) -> Form:
@@ -150,7 +152,7 @@ def four_bits(name: str, quant: FourBit) -> Form:
     256 scales share one of 32.
     """
     scale_bits = 8 / 64 + 32 / (64 * _NESTED_BLOCK) if quant.double_quant else 32 / 64
-    return Form(name, lambda weight, bias: FourBits(weight, bias, quant), 4 + scale_bits)
+    return Form(name, lambda weight, bias: FourBits(weight, bias, quant), 4 + scale_bits, quant=quant)
 
 
 UNROUNDED = Form("16-bit", Unrounded)

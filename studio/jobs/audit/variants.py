@@ -35,9 +35,14 @@ def folder_variants(weights: FolderWeights, names: Sequence[str], *, kept: Colle
         names: Names of `FORMS`; the first one is the reference.
         kept: Modules whose linear layers stay as stored, such as `model.layers.0`.
     """
-    stored = stored_variant(weights)
-    rounded = rounded_linears(weights)
-    return [in_form(stored, FORMS[name], rounded, kept=kept) for name in names]
+    read = Remembered(weights.read)
+    rounded, stacks = rounded_linears(weights), rounded_stacks(weights, kept)
+    made = []
+    for name in names:
+        quant = FORMS[name].quant
+        held = stored_variant(weights, _through(read, quant, stacks, ()) if quant and stacks else read)
+        made.append(in_form(held, FORMS[name], rounded, kept=kept))
+    return made
 
 
 def rounded_linears(weights: FolderWeights, kept: Collection[str] = ()) -> set[str]:
