@@ -52,6 +52,13 @@ def test_the_named_class_and_its_decoder(family: str, architecture: str, decoder
     assert not any(found.speaks(tower) for tower in found.towers)
 
 
+def test_no_text_reaches_the_towers_of_gemma_4() -> None:
+    config = config_of("gemma4")
+    config.architectures = [FAMILIES["gemma4"].architecture]
+    found = model_class(config)
+    assert found.unused == found.towers != ()
+
+
 @pytest.mark.parametrize(
     ("family", "architecture", "kind", "config"),
     [

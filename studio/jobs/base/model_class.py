@@ -284,12 +284,15 @@ def _unused(model: nn.Module, found: ModelClass) -> tuple[str, ...]:
     for name in found.towers:
         for inner in model.get_submodule(name).modules():
             inner.register_forward_pre_hook(_remember(called, name))
-    try:
-        model.eval()(input_ids=torch.zeros((1, 2), dtype=torch.long, device="meta"))
-    except _ReachedError:
-        return tuple(name for name in found.towers if name not in called)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        pass  # not known, so everything stays
+    ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    # Gemma 4 makes its masks before its decoder, from positions, which have no values here; it takes made ones, too.
+    for more in ({}, {"attention_mask": dict.fromkeys(("full_attention", "sliding_attention"))}):
+        try:
+            model.eval()(input_ids=ids, **more)
+        except _ReachedError:
+            return tuple(name for name in found.towers if name not in called)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+            continue  # not known, so everything stays
     return ()
 
 
