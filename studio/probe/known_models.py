@@ -2,7 +2,8 @@
 
 They are for planning only, also where the hub wants its terms accepted first; wherever the hub answers, its config is
 taken. The configs of the models that the recipes name are shipped, and that of the embedded model. Each entry of the
-file holds the published number of parameters, which a test compares with that of the config, and where it was read.
+file says where its facts were read, and holds the parameters of the language model. Tests compare these with the shape
+of the config, with the class that transformers builds of it and, towers included, with the published checkpoint.
 """
 
 import json
@@ -18,7 +19,10 @@ _FILE = Path(__file__).with_suffix(".json")
 
 @lru_cache(maxsize=1)
 def known_models() -> dict[str, dict[str, Any]]:
-    """Return the shipped entries by hub id: `config`, `parameters`, and `sources` with the commit that was read."""
+    """Return the shipped entries by hub id: `config`, `parameters`, and `sources` with the commit that was read.
+
+    `checkpoint` stands in those of which a source tells the parameters of the whole checkpoint, with that source.
+    """
     found: dict[str, dict[str, Any]] = json.loads(_FILE.read_text("utf-8"))
     return found
 
