@@ -8,7 +8,6 @@ REFUSED: dict[tuple[str, str], str] = {
 """Trainings that a library cannot do, at most six: family and method, and the words in which a start is refused."""
 
 OPEN: dict[str, dict[str, str]] = {
-    "gpt_oss_mxfp4": dict.fromkeys(("lora", "qlora"), "bases in MXFP4 are refused still"),
     "gemma3n": {"measure": _MEASURE.format("-11 %")},
     "llama4": {"measure": _MEASURE.format("+76 %")},
 }
