@@ -93,6 +93,34 @@ def test_a_generation_block_at_the_very_end_without_stop_token() -> None:
     assert learnt(example, tokenizer) == ["Because.</s>"]
 
 
+@pytest.mark.parametrize(
+    ("inside", "after", "stop"),
+    [
+        ("'<|im_end|>\n'", "''", "<|im_end|>"),
+        ("''", "''", "</s>"),
+        ("'\n'", "''", "</s>"),
+        ("'\n'", "'<|end|>'", "\n<|end|>"),
+    ],
+)
+def test_a_generation_block_that_ends_in_white_space_teaches_no_header(inside: str, after: str, stop: str) -> None:
+    """Such blocks have Qwen's, Gemma's and LFM's templates for training: the next header follows at once."""
+    tokenizer = byte_tokenizer(MARKED.replace("INSIDE", inside).replace("AFTER", after), eos_token="</s>")
+    (example,), _, _ = encode(TWO, tokenizer)
+    assert learnt(example, tokenizer) == [f"bb{stop}", f"dd{stop}"]
+    assert tokenizer.decode(example.input_ids).count("</s>") == (2 if stop == "</s>" else 0)
+
+
+def test_a_generation_block_that_holds_the_header_teaches_the_answer_alone() -> None:
+    """SmolLM3's template marks the whole turn."""
+    block = "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    other = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    template = f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{block}{{% else %}}{other}{{% endif %}}"
+    tokenizer = byte_tokenizer(template + "{% endfor %}" + ASK)
+    (example,), _, said = encode(chat(*((m.role, m.content) for m in TWO.messages), ("assistant", "ee")), tokenizer)
+    assert learnt(example, tokenizer) == ["bb<|im_end|>", "dd<|im_end|>", "ee<|im_end|>"]
+    assert said == []
+
+
 # Templates that refuse
 
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

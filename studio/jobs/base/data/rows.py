@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from studio.core.errors import JobFailed
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
-from studio.jobs.base.data.spans import Located, Locator, Rendered, marks_answers, masked_rows, stop_tokens
+from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
 from studio.jobs.base.data.template import Warn, render, why_refused, with_system_folded
 from studio.probe.data import Conversation, PlainText, Row
 
@@ -139,8 +139,8 @@ class _Encoder:
         self.tokenizer = tokenizer
         self.report = report
         self.locator = Locator(tokenizer)
-        self.masks = marks_answers(tokenizer)
-        self.special = re.compile("|".join(map(re.escape, self.locator.stops)) or r"(?!)")  # (?!) matches nothing
+        self.marks = Marks(tokenizer)
+        self.special = re.compile("|".join(map(re.escape, self.locator.special)) or r"(?!)")  # (?!) matches nothing
 
     def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Ids, Mask]]:
         """Yield for each example its token ids and whether each token is learnt, `[seq]` each; texts come first."""
@@ -153,7 +153,7 @@ class _Encoder:
                 self.report.special_token = found.group()
         if texts:
             yield from self._texts(texts)
-        if chats and self.masks:
+        if chats and self.marks.usable:
             yield from self._masked(chats)
         elif chats:
             yield from self._located(chats)
@@ -167,7 +167,7 @@ class _Encoder:
 
     def _masked(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
         usable = self._without_refused(rows, [text is not None for text in self._rendered(rows)])
-        return masked_rows([row.messages for row in usable], self.tokenizer, stop_tokens(self.tokenizer))
+        return self.marks.rows([row.messages for row in usable]) if usable else []
 
     def _located(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
         located = self._locate(rows)

@@ -1,6 +1,7 @@
 """Finds where the answers stand in a rendered conversation, stop tokens included.
 
-A template with `{% generation %}` blocks marks them itself. Otherwise three texts are rendered: the whole conversation;
+A template with `{% generation %}` blocks marks them itself, unless its blocks hold the header of the turn too: nobody
+generates that, the generation prompt has written it. Otherwise three texts are rendered: the whole conversation;
 for each answer the turns before it with a generation prompt, at whose end the answer begins; and for each answer the
 turns up to it, at whose end the answer ends. The latter two must be prefixes of the whole. They are not if the template
 rewrites earlier turns: if it drops old reasoning, or writes another end token after the last answer. Then each answer
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.template import Turns, render
+from studio.jobs.base.generation import stop_ids
+from studio.probe.data import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Locator:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.stops = stop_tokens(tokenizer)
+        self.special = special_tokens(tokenizer)
 
     def locate(self, conversations: Sequence[Turns]) -> list[Located]:
         """Return where the answers of each conversation stand; each conversation must end with an assistant turn."""
@@ -107,15 +110,15 @@ class Locator:
             made += text[at:begin]
             first, at = len(made), stop
             made += text[begin:stop]
-            if not text[begin:stop].endswith(self.stops):
+            if not text[begin:stop].endswith(self.special):
                 made, added = made + (self.tokenizer.eos_token or ""), True
             answers.append((first, len(made)))
             moved |= part.place > 0 and begin != len(opened)
         return Located((Rendered(made + text[at:], tuple(answers)),), moved=moved, stop_added=added)
 
 
-def stop_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the tokens that can end a turn: those marked special (`</think>` and similar ones are not)."""
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the tokens that can open or end a turn: those marked special (`</think>` and similar ones are not)."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted(filter(None, special | set(tokenizer.all_special_tokens))))
 
@@ -154,41 +157,76 @@ def _joined(parts: Sequence[Located]) -> Located:
     )
 
 
-_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_SAMPLE = (Message("user", "QUESTION"), Message("assistant", "ANSWER"))
 
 
-def marks_answers(tokenizer: Any) -> bool:
-    """Return whether the tokenizer's chat template has generation blocks."""
-    return isinstance(tokenizer.chat_template, str) and bool(_BLOCK.search(tokenizer.chat_template))
+class Marks:
+    """Takes the answers from the generation blocks of one tokenizer's chat template.
 
-
-def masked_rows(
-    conversations: Sequence[Turns], tokenizer: Any, stops: Sequence[str]
-) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Return token ids and whether each is part of an answer, `[seq]` each.
-
-    A stop token that the template writes after a block belongs to the answer. If it writes none, one is added.
+    Attributes:
+        usable: Whether the template has such blocks and they begin behind the turn's header.
     """
-    tables = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
-    encoded = apply_template(tokenizer, tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in stops}
-    rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    return [_with_stops(ids, mask, stop_ids, tokenizer.eos_token_id) for ids, mask in rows]
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
+        self.usable = isinstance(tokenizer.chat_template, str) and bool(_BLOCK.search(tokenizer.chat_template))
+        text = render(tokenizer, [_SAMPLE])[0] if self.usable else None
+        if text is None:
+            self.usable = False
+            return
+        encoded = self._encoded([_SAMPLE])
+        begin = next((place for place, inside in enumerate(encoded["assistant_masks"][0]) if inside), None)
+        opened = render(tokenizer, [_SAMPLE[:1]], ask=True)[0]
+        if begin is None or (opened and text.startswith(opened) and _begins(encoded, begin) < len(opened)):
+            self.usable = False
+        self.stop_ids = set(stop_ids(tokenizer, None))
+
+    def rows(self, conversations: Sequence[Turns]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """Return token ids and whether each is part of an answer, `[seq]` each.
+
+        The stop token belongs to the answer, in the block or behind it; if the template writes none, one is added.
+        White space that a block holds behind its stop token does not.
+        """
+        encoded = self._encoded(conversations)
+        rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        return [self._with_stops(ids, mask) for ids, mask in rows]
+
+    def _encoded(self, conversations: Sequence[Turns]) -> Any:
+        tables = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
+        return apply_template(
+            self.tokenizer, tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+
+    def _with_stops(self, ids: Sequence[int], mask: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        made: list[int] = []
+        labelled: list[bool] = []
+        at, eos = 0, self.tokenizer.eos_token_id
+        for begin, end in _runs(mask):
+            stop = end
+            while stop > begin and self.tokenizer.decode([ids[stop - 1]]).isspace():
+                stop -= 1
+            stopped = stop > begin and ids[stop - 1] in self.special_ids
+            if not stopped and end < len(ids) and ids[end] in self.stop_ids:
+                stop, stopped = end + 1, True
+            made += ids[at:stop]
+            labelled += [False] * (begin - at) + [True] * (stop - begin)
+            if not stopped and eos is not None:
+                made.append(eos)
+                labelled.append(True)
+            at = stop
+        made += ids[at:]
+        labelled += [False] * (len(ids) - at)
+        return np.array(made, np.int32), np.array(labelled, np.bool_)
 
 
-def _with_stops(
-    ids: Sequence[int], mask: Sequence[int], stop_ids: set[int], eos: int | None
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    made: list[int] = []
-    labelled: list[bool] = []
-    for place, (token, inside) in enumerate(zip(ids, mask, strict=True)):
-        after_answer = bool(place and mask[place - 1] and not inside and ids[place - 1] not in stop_ids)
-        if after_answer and token not in stop_ids and eos is not None:
-            made.append(eos)
-            labelled.append(True)
-        made.append(token)
-        labelled.append(bool(inside) or (after_answer and token in stop_ids))
-    if mask and mask[-1] and ids[-1] not in stop_ids and eos is not None:
-        made.append(eos)
-        labelled.append(True)
-    return np.array(made, np.int32), np.array(labelled, np.bool_)
+def _begins(encoded: Any, place: int) -> int:
+    """Return the character at which a token of the first row begins."""
+    return int(encoded.token_to_chars(0, place).start)
+
+
+def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the ranges `[begin, end)` of tokens inside blocks."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(mask) != 0, [0]))))
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
