@@ -209,6 +209,16 @@ def test_plain_text_is_learnt_from_start_to_end_token(adds_bos: bool) -> None:
     assert said == []
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_rendered_text_that_begins_with_the_start_token_gets_no_second_one(adds_bos: bool) -> None:
+    tokenizer = byte_tokenizer(None, eos_token="</s>", adds_bos=adds_bos)
+    text = PlainText("<s>[INST] Why? [/INST] Because.")
+    (example,), _, _ = encode(text, tokenizer)
+    assert tokenizer.decode(example.input_ids) == text.text + "</s>"
+    (prompt,) = sample_prompts([text], tokenizer, 1, seq_len=100)
+    assert tokenizer.decode(prompt.input_ids) == prompt.text
+
+
 def test_plain_text_prompts_are_the_first_half() -> None:
     tokenizer = byte_tokenizer(None)
     (prompt,) = sample_prompts([PlainText("Once upon a time.")], tokenizer, 3, seq_len=100)

@@ -3,7 +3,8 @@
 The labels are the answers, each with the stop token after it, or every token where `answers_only` is off. The stop
 token is always among them, even if it is also the pad token, and it is added where the template leaves it out. Padding
 is added later. A rendered chat is tokenised without adding special tokens, because the template has written them
-already: it would begin with two start tokens.
+already: it would begin with two start tokens. A plain text may have been rendered before too: if it begins with the
+start token, the tokenizer's own is left out.
 """
 
 import re
@@ -18,7 +19,7 @@ from studio.core.errors import JobFailed
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
-from studio.jobs.base.data.template import Warn, render, why_refused, with_system_folded
+from studio.jobs.base.data.template import Warn, render, starts_with_bos, why_refused, with_system_folded
 from studio.probe.data import Conversation, PlainText, Row
 
 _CHUNK_ROWS = 256
@@ -111,7 +112,8 @@ def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: 
         if asked is None:
             continue
         text, shown, expected = asked
-        ids = tuple(tokenizer(text, add_special_tokens=isinstance(row, PlainText)).input_ids)
+        plain = isinstance(row, PlainText)
+        ids = tuple(_text_ids([text], tokenizer)[0] if plain else tokenizer(text, add_special_tokens=False).input_ids)
         if 0 < len(ids) < seq_len:
             found.append(Prompt(ids, shown, expected))
     return found
@@ -161,7 +163,7 @@ class _Encoder:
     def _texts(self, texts: Sequence[str]) -> Iterator[tuple[Ids, Mask]]:
         eos = self.tokenizer.eos_token_id
         self.report.endless += len(texts) if eos is None else 0
-        for ids in self.tokenizer(list(texts)).input_ids:
+        for ids in _text_ids(texts, self.tokenizer):
             whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
             yield np.array(whole, np.int32), np.ones(len(whole), np.bool_)
 
@@ -204,6 +206,14 @@ class _Encoder:
 
     def _locate(self, rows: Sequence[Conversation]) -> list[Located]:
         return self.locator.locate([row.messages for row in rows])
+
+
+def _text_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of plain texts with the special tokens that the tokenizer adds, but one start token only."""
+    rows: list[list[int]] = tokenizer(list(texts)).input_ids
+    twice = [tokenizer.bos_token_id] * 2
+    # A text without a start token gets one at most, so the second is its own.
+    return [ids[1:] if ids[:2] == twice and starts_with_bos(tokenizer) else ids for ids in rows]
 
 
 def _labelled(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[Ids, Mask]]:
