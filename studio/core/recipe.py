@@ -359,7 +359,7 @@ class EvalSection:
         100,
         Number(int, 0, 1_000_000, "rows", (0, 20, 50, 100, 200, 500)),
         "Held-out rows",
-        "Rows kept out of training to measure on.",
+        "Rows kept out of training to measure on; of a held-out file, 0 means all.",
         cost="Fewer rows to train on; time at every evaluation.",
     )
     every: int = declared(

@@ -12,7 +12,18 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.text import plain
-from studio.probe.data import DataSet, Row, RowKeys, few_answers, read_data, row_keys, shipped_data, split
+from studio.probe.data import (
+    DataSet,
+    Row,
+    RowKeys,
+    TwinKeys,
+    few_answers,
+    read_data,
+    row_keys,
+    shipped_data,
+    split,
+    twin_keys,
+)
 from studio.runs.held_out import HASH_BYTES, HeldOutRecord, TrainedRows
 
 
@@ -57,13 +68,15 @@ class RowsToMeasure:
         return [row_keys(row).content.hex() for row in self.rows]
 
 
-def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None) -> HeldOut:
+def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: HeldOutRecord | None = None) -> HeldOut:
     """Return what a run trains on and what it holds out: rows split off, or the rows of a file of their own.
 
     Args:
-        recipe: Says how many rows are held out, and by which seed.
+        recipe: Says how many rows are held out, and by which seed. Of a file of their own, 0 means all rows.
         data: The rows to train on and, without a file of their own, to hold out.
         eval_data: The rows of `data.eval_path`; those that are trained on too are left out.
+        kept: What the run held out when it began. A resumed run holds out the same rows, even if an earlier version
+            of this program chose them, which would choose others now.
 
     Raises:
         BadInput: Every row of `data.eval_path` is trained on.
@@ -80,23 +93,52 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None) -> HeldOu
                 f"{_name(data)} holds them too, so none is held out. Name a file of other rows, or leave "
                 "data.eval_path empty."
             )
-        held = unseen.rows[: recipe.eval.rows] if recipe.eval.rows else unseen.rows
+        held = _chosen(unseen.rows, recipe.eval.rows or len(unseen.rows), recipe.train.seed)
         notes = (*unseen.notes, *_answers_note(held))
+    if kept is not None and _contents(held) != kept.held_out:
+        again, others = _matching((eval_data or data).rows, kept)
+        if again:
+            held, train = tuple(again), train if eval_data else tuple(others)
+            notes = ("the rows held out are those of the run's first start", *_answers_note(held))
     record = HeldOutRecord(
         data=recipe.data.path,
         held_from=recipe.data.eval_path or recipe.data.path,
         format=recipe.data.format,
-        held_out=tuple(row_keys(row).content.hex() for row in held),
+        held_out=_contents(held),
         trained=trained_on(train),
     )
     return HeldOut(train, held, notes, record)
 
 
+def _contents(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(row_keys(row).content.hex() for row in rows)
+
+
+def _matching(rows: Sequence[Row], record: HeldOutRecord) -> tuple[list[Row], list[Row]]:
+    """Return the rows that a record calls held out, and the others."""
+    # Counted, because a row that stands twice in the file may have been held out once or twice.
+    left = Counter(record.held_out)
+    held: list[Row] = []
+    others: list[Row] = []
+    for row in rows:
+        content = row_keys(row).content.hex()
+        if left.get(content):
+            left[content] -= 1
+            held.append(row)
+        else:
+            others.append(row)
+    return held, others
+
+
 def trained_on(rows: Sequence[Row]) -> TrainedRows:
-    """Return the hashes that a record keeps of rows that are trained on."""
-    keys = [row_keys(row) for row in rows]
+    """Return the hashes that a record keeps of rows that are trained on.
+
+    Among those of prompts are the ones that twins share, so that twins are known too.
+    """
+    keys, twins = [row_keys(row) for row in rows], [twin_keys(row) for row in rows]
     contents, prompts, answers = (frozenset(_short(key[place]) for key in keys if key[place]) for place in range(3))
-    return TrainedRows(len(rows), contents, prompts, answers)
+    alike = (_short(shared) for one in twins for shared in (one.prompt, one.first) if shared)
+    return TrainedRows(len(rows), contents, prompts.union(alike), answers)
 
 
 def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMeasure:  # noqa: A002
@@ -181,14 +223,8 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
 
 def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
     """Return the recorded rows that are still in the file, and a note where some are not."""
-    # Counted, because a row that stands twice in the file may have been held out once or twice.
-    left = Counter(record.held_out)
-    held: list[Row] = []
-    for row in found.rows:
-        content = row_keys(row).content
-        if left[content.hex()] and _short(content) not in record.trained.contents:
-            left[content.hex()] -= 1
-            held.append(row)
+    unseen = [row for row in found.rows if _short(row_keys(row).content) not in record.trained.contents]
+    held, _ = _matching(unseen, record)
     many, shown = len(record.held_out), _name(found)
     if not held:
         raise BadInput(
@@ -212,23 +248,32 @@ class _Unseen:
 def _unseen(data: DataSet, trained: TrainedRows) -> _Unseen:
     """Return the rows of a file that were not trained on, and how many were left out.
 
-    A row is left out if its prompt was trained on, even with another answer, as it would be in a split. Only where that
-    would leave no row (one prompt, many answers), rows stay whose prompt, but not the whole row, was trained on.
+    A row is left out if its prompt was trained on, even with another answer or punctuation, or if it begins as a
+    conversation that was trained on, as it would be in a split. Where that would leave no row (all begin alike, or one
+    prompt has many answers), rows stay that begin so, or whose prompt, but not the whole row, was trained on.
     """
-    shown, keys = _name(data), [row_keys(row) for row in data.rows]
+    shown, keys, twins = _name(data), [row_keys(row) for row in data.rows], [twin_keys(row) for row in data.rows]
     fresh = [place for place, key in enumerate(keys) if _short(key.content) not in trained.contents]
-    apart = [place for place in fresh if not (keys[place].prompt and _short(keys[place].prompt) in trained.prompts)]
-    kept, why = (apart, "they, or their prompts, are trained on") if apart else (fresh, "they are trained on")
+    other_prompts = [place for place in fresh if not _asked(trained, keys[place].prompt, twins[place].prompt)]
+    apart = [place for place in other_prompts if not _asked(trained, twins[place].first)]
+    if apart or other_prompts:
+        kept, why = apart or other_prompts, "they, or their prompts, are trained on"
+    else:
+        kept, why = fresh, "they are trained on"
     left_out = len(keys) - len(kept)
     notes = [f"{left_out} of the {len(keys)} rows of {shown} are left out: {why}"] if kept and left_out else []
-    if known := sum(_known(keys[place], trained) for place in kept):
+    if known := sum(_known(keys[place], twins[place], trained) for place in kept):
         notes.append(f"{known} of {len(kept)} held-out rows have a prompt or an answer that is also trained on")
     return _Unseen(tuple(data.rows[place] for place in kept), tuple(notes))
 
 
-def _known(key: RowKeys, trained: TrainedRows) -> bool:
-    prompt = bool(key.prompt) and _short(key.prompt) in trained.prompts
-    return prompt or _short(key.answer) in trained.answers
+def _known(key: RowKeys, twin: TwinKeys, trained: TrainedRows) -> bool:
+    return _asked(trained, key.prompt, twin.prompt, twin.first) or _short(key.answer) in trained.answers
+
+
+def _asked(trained: TrainedRows, *prompts: bytes) -> bool:
+    """Return whether one of the hashes of prompts is among those that were trained on."""
+    return any(prompt and _short(prompt) in trained.prompts for prompt in prompts)
 
 
 def _answers_note(rows: Sequence[Row], called: str = "held-out rows") -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from studio.probe.data import Conversation, Row, read_data
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
 from studio.probe.held_out import hold_out
 from studio.probe.models import find_base
+from studio.runs.held_out import read_record
 from studio.runs.identity import Identity, read_identity
 from studio.runs.layout import RunPaths
 
@@ -80,7 +81,7 @@ def check_resume(paths: RunPaths, recipe: Recipe) -> None:
         if base.path is not None:
             refuse_other_base(paths, first, base.path, known_fingerprint(base.path))
     if first.rows is not None and _data_bytes(recipe) <= _AT_ONCE_BYTES:
-        refuse_other_rows(paths, first, RowsFound.of(*_rows_of(recipe)))
+        refuse_other_rows(paths, first, RowsFound.of(*_rows_of(paths, recipe)))
 
 
 def refuse_other_recipe(paths: RunPaths, first: Identity, recipe: Recipe) -> list[str]:
@@ -137,11 +138,16 @@ def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]
     return version_changes(first.versions, versions) if first.versions else []
 
 
-def _rows_of(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
+def _rows_of(paths: RunPaths, recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return the rows to train on and the held-out rows, split as the training splits them."""
     own = recipe.data.eval_path
     data = read_data(Path(recipe.data.path), format=recipe.data.format)
-    parts = hold_out(recipe, data, read_data(Path(own), format=recipe.data.format) if own else None)
+    eval_data = read_data(Path(own), format=recipe.data.format) if own else None
+    try:
+        kept = read_record(paths)
+    except BadInput:
+        kept = None
+    parts = hold_out(recipe, data, eval_data, kept)
     return parts.train, parts.held_out
 
 

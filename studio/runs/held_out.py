@@ -31,7 +31,8 @@ class TrainedRows:
     Attributes:
         rows: How many rows there are, copies included.
         contents: Hashes of whole rows.
-        prompts: Hashes of their prompts; plain text has none.
+        prompts: Hashes of their prompts, and those that twins share: of prompts, first turns and plain texts without
+            punctuation. Runs of earlier versions have none of the latter.
         answers: Hashes of their answers.
     """
 

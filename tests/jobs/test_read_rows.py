@@ -1,6 +1,7 @@
 """How the training job reads its rows: it refuses what the check before it refuses, and tells what is left out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.jobs.train.read_rows import read_rows
-from studio.runs.held_out import RowLosses, keep_losses_before, read_record
+from studio.probe.data import read_data, row_keys
+from studio.runs.held_out import RowLosses, keep_losses_before, keep_record, read_record
 from studio.runs.layout import RunPaths
 from tests.fakes.misreads import ANSWER, ASKED, MISREADS
 from tests.fakes.tokenizers import CHATML, byte_tokenizer
@@ -54,6 +56,21 @@ def test_the_run_keeps_what_is_left_out_and_not_used(tmp_path: Path) -> None:
     assert len(rows.train) == 2
     assert "rows.jsonl: 1 row is left out, 2 rows kept: 1 without an answer (the first: row 3)." in worker.warnings
     assert "rows.jsonl: columns not used: id, messages[].name." in worker.warnings
+
+
+def test_a_resumed_run_keeps_the_rows_that_it_held_out_when_it_began(tmp_path: Path) -> None:
+    worker = Listener(tmp_path)
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(20)]
+    read(worker, tmp_path / "rows.jsonl", *rows, eval_rows=2)
+    found = read_data(tmp_path / "rows.jsonl").rows
+    chosen_now = read_record(worker.paths)
+    others = [key for row in found if (key := row_keys(row).content.hex()) not in chosen_now.held_out][:2]
+    keep_record(worker.paths, replace(chosen_now, held_out=tuple(others), before=RowLosses((1.0, 2.0), (3, 4))))
+    read(worker, tmp_path / "rows.jsonl", *rows, eval_rows=2)
+    record = read_record(worker.paths)
+    assert record.held_out == tuple(others) and record.before == RowLosses((1.0, 2.0), (3, 4))
+    assert not {bytes.fromhex(key)[:8] for key in others} & record.trained.contents
+    assert "the rows held out are those of the run's first start" in worker.warnings
 
 
 def test_losses_from_before_the_training_outlive_a_move_of_the_data(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.probe.audit import audit_of_run, check_audit, recipe_of_race, rows_to_measure
-from studio.probe.data import Row, read_data, shipped_data
+from studio.probe.data import Row, read_data, row_keys, shipped_data
 from studio.probe.held_out import HeldOut, RowsToMeasure, hold_out
 from studio.runs.held_out import (
     RowLosses,
@@ -205,6 +205,61 @@ def test_rows_of_an_own_file_are_held_out_where_they_are_not_trained_on(tmp_path
     recipe = Recipe().with_("data.path", str(data)).with_("data.eval_path", str(own))
     with pytest.raises(BadInput, match=r"data\.eval_path: all 10 rows of own\.jsonl are trained on"):
         hold_out(recipe, read_data(data), read_data(own))
+
+
+def test_of_an_own_file_the_seed_draws_rows_and_none_asked_for_means_all(tmp_path: Path, data: Path) -> None:
+    """The first rows used to be taken: of a file in alphabetical order, those with A."""
+    own = read_data(write(tmp_path / "own.jsonl", FRESH))
+    recipe = Recipe().with_("data.path", str(data)).with_("data.eval_path", str(own.path)).with_("eval.samples", 0)
+
+    def held(rows: int, seed: int) -> tuple[Row, ...]:
+        return hold_out(recipe.with_("eval.rows", rows).with_("train.seed", seed), read_data(data), own).held_out
+
+    drawn = [held(10, seed) for seed in (17, 17, 5)]
+    assert [len(rows) for rows in drawn] == [10, 10, 10]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert own.rows[:10] not in drawn
+    assert [row.number for row in drawn[0]] == sorted(row.number for row in drawn[0])
+    for rows in (0, 1000):
+        assert held(rows, 17) == own.rows, "the whole file, not a fifth"
+
+
+def test_twins_of_trained_rows_are_not_held_out_of_another_file(tmp_path: Path, data: Path) -> None:
+    twins = [(f"  {q.upper()} ?!", f"another {a}") for q, a in PAIRS[:10]]
+    own = write(tmp_path / "own.jsonl", [*twins, *FRESH])
+    paths, parts = a_run(tmp_path, data, data__eval_path=str(own), eval__rows=0)
+    assert {(row.prompt, row.answer) for row in parts.held_out} == set(FRESH)
+    assert parts.notes[0] == "10 of the 40 rows of own.jsonl are left out: they, or their prompts, are trained on"
+    other = write(tmp_path / "other.jsonl", [*twins, *FRESH])
+    assert {row.prompt for row in measured(paths, data=str(other)).rows} == {q for q, _ in FRESH}
+    talks = [[("user", PAIRS[0][0]), ("assistant", "a"), ("user", f"and {n}?"), ("assistant", "b")] for n in range(3)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    rows.append({"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "c"}]})
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join(map(json.dumps, rows)))
+    assert [row.prompt for row in measured(paths, data=str(chats)).rows] == ["new"]
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_a_run_that_another_version_began_keeps_the_rows_that_it_held_out(
+    tmp_path: Path, data: Path, own_file: bool
+) -> None:
+    own = read_data(write(tmp_path / "own.jsonl", FRESH)) if own_file else None
+    recipe = Recipe().with_("data.path", str(data)).with_("eval.rows", 5).with_("eval.samples", 0)
+    recipe = recipe.with_("data.eval_path", str(own.path)) if own else recipe
+    found = read_data(data)
+    now = hold_out(recipe, found, own)
+    first = (own or found).rows[:5]
+    assert now.held_out != first
+    kept = replace(now.record, held_out=tuple(row_keys(row).content.hex() for row in first))
+    again = hold_out(recipe, found, own, kept)
+    assert again.held_out == first
+    assert again.train == (found.rows if own else found.rows[5:])
+    assert again.record.held_out == kept.held_out
+    assert again.notes == ("the rows held out are those of the run's first start",)
+    assert hold_out(recipe, found, own, now.record) == now
+    unknown = replace(kept, held_out=("00" * 12,) * 5)
+    assert hold_out(recipe, found, own, unknown) == now, "other data: whoever resumes is refused for it"
 
 
 @pytest.mark.parametrize(("rows", "there"), [(100, 60), (60, 60), (25, 25)])

@@ -79,7 +79,7 @@ def read_rows(
     data = rows_of(recipe.data.path)
     tell("reading the data", detail=data.described())
     eval_data = rows_of(recipe.data.eval_path) if recipe.data.eval_path else None
-    parts = hold_out(recipe, data, eval_data)
+    parts = hold_out(recipe, data, eval_data, _kept(worker))
     train_rows, held = list(parts.train), list(parts.held_out)
     for note in parts.notes:
         warn(note)
@@ -96,13 +96,18 @@ def read_rows(
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:
     """Write the record of held-out rows; keep the rows' losses from the first start where the rows are the same."""
+    kept = _kept(worker)
+    if kept and kept.held_out == record.held_out:  # their file may have been moved
+        record = replace(record, before=kept.before)
+    if kept != record:
+        keep_record(worker.paths, record)
+
+
+def _kept(worker: Worker) -> HeldOutRecord | None:
+    """Return the record from the run's first start, if there is a sound one."""
     with suppress(BadInput):
-        kept = read_record(worker.paths)
-        if kept.held_out == record.held_out:  # their file may have been moved
-            record = replace(record, before=kept.before)
-        if kept == record:
-            return
-    keep_record(worker.paths, record)
+        return read_record(worker.paths)
+    return None
 
 
 def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:

@@ -3,9 +3,9 @@
 from studio.probe.data.read import inspect_data, read_data
 from studio.probe.data.rows import Conversation, DataSet, Finding, Message, PlainText, Row
 from studio.probe.data.shipped import shipped_data
-from studio.probe.data.split import RowKeys, Split, different_answers, few_answers, row_keys, split
+from studio.probe.data.split import RowKeys, Split, TwinKeys, different_answers, few_answers, row_keys, split, twin_keys
 
 __all__ = [
-    "Conversation", "DataSet", "Finding", "Message", "PlainText", "Row", "RowKeys",
-    "Split", "different_answers", "few_answers", "inspect_data", "read_data", "row_keys", "shipped_data", "split",
+    "Conversation", "DataSet", "Finding", "Message", "PlainText", "Row", "RowKeys", "Split", "TwinKeys",
+    "different_answers", "few_answers", "inspect_data", "read_data", "row_keys", "shipped_data", "split", "twin_keys",
 ]  # fmt: skip

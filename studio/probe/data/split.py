@@ -1,13 +1,23 @@
-"""Holds out rows for evaluation, none of which repeats the prompt or the answer of a row that is trained on."""
+"""Holds out rows for evaluation, none of which repeats a row that is trained on, as far as the rows allow it.
 
+Two rows are twins if their prompts, their first questions or their answers are equal but for letter case, white space
+and punctuation. Twins go to the same side, as long as there are not more of them than rows to hold out: a refusal that
+a thousand rows share, a greeting with which every conversation begins. Such rows are told apart by less, step by step
+(`_STEPS`), and a note says so.
+"""
+
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
-from studio.probe.data.rows import Row
+from studio.core.text import plain
+from studio.probe.data.rows import PlainText, Row
 
 LARGEST_SHARE = 5  # at most one row in five is held out, even if more are asked for, so that enough is left to train on
+_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +30,10 @@ class Split:
 
 
 def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
-    """Return a split in which no prompt and no answer is on both sides.
+    """Return a split in which twins are on the same side.
 
-    Which rows are held out depends on their text and the seed, not on their order. Where answers repeat so often that
-    there is no such split (labels, yes and no), only prompts are kept apart, and a note says so.
+    Which rows are held out depends on their text and the seed, not on their order. Where twins are so many that there
+    is no such split (labels, yes and no), at least no prompt is on both sides, and a note says so.
 
     Args:
         rows: All rows.
@@ -38,12 +48,21 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
     )
     held: set[int] = set()
     if wanted:
-        held = _choose(_groups(rows, (_prompt_key, _answer_key)), wanted, seed)
+        twins = [twin_keys(row) for row in rows]
+        names = [b"".join((_prompt_key(row), _answer_key(row))) for row in rows]
+        groups = _groups(range(len(rows)), twins, names, wanted)
+        held = _choose(groups, wanted, seed)
         if len(held) < (wanted + 1) // 2:
-            by_prompt = _choose(_groups(rows, (_prompt_key,)), wanted, seed)
-            if len(by_prompt) > len(held):
-                held = by_prompt
-                notes.append("answers repeat too often to keep them apart: only prompts differ between the two sides")
+            # What is left over are groups of more than half the rows wanted: they are taken apart as well.
+            smaller = _groups(range(len(rows)), twins, names, wanted // 2)
+            held = max(held, _choose(smaller, wanted, seed), key=len)
+        notes += _twins_parted(rows, twins, held)
+        largest = max((places for _, places in groups), key=len)
+        if len(largest) > wanted:
+            row = rows[largest[0]]
+            what = "prompt" if row.prompt else "text"
+            shown = plain(row.prompt or row.answer, one_line=True, limit=_SHOWN)
+            notes.append(f"{len(largest)} rows have one {what} and are all trained on: '{shown}'")
         if len(held) < wanted:
             notes.append(f"{len(held)} rows are held out instead of {wanted}: the others repeat one another")
     train = tuple(row for place, row in enumerate(rows) if place not in held)
@@ -79,6 +98,42 @@ def row_keys(row: Row) -> RowKeys:
     """Return the hashes by which a row is found again."""
     prompt, answer = _prompt_key(row), _answer_key(row)
     return RowKeys(_blake2b(b"\0".join((prompt, answer))), prompt, answer)
+
+
+class TwinKeys(NamedTuple):
+    """Short hashes that two rows share if they are twins, whatever their letter case, white space and punctuation.
+
+    Attributes:
+        prompt: Of all that the user and tools say; of a plain text, of the text.
+        first: Of the user's first turn; empty for plain text.
+        answer: Of all that the assistant says.
+        same_prompt: Of the prompt, punctuation included.
+    """
+
+    prompt: bytes
+    first: bytes
+    answer: bytes
+    same_prompt: bytes
+
+
+def twin_keys(row: Row) -> TwinKeys:
+    """Return the hashes that a row shares with its twins."""
+    answer = _digest("a", _letters(row.answer))
+    if not row.prompt:
+        return TwinKeys(answer, b"", answer, _digest("a", row.answer))
+    prompt, first = _letters(row.prompt), _first_turn(row)
+    return TwinKeys(
+        _digest("p", prompt),
+        _digest("p", prompt if first == row.prompt else _letters(first)) if first else b"",
+        answer,
+        _digest("p", row.prompt),
+    )
+
+
+def _first_turn(row: Row) -> str:
+    """Return what the user says first; empty for plain text."""
+    turns = () if isinstance(row, PlainText) else row.messages
+    return next((turn.content for turn in turns if turn.role == "user"), "")
 
 
 def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:
@@ -119,33 +174,104 @@ def _digest(kind: str, text: str) -> bytes:
     return _blake2b(f"{kind}\0{' '.join(text.casefold().split())}".encode())
 
 
+def _letters(text: str) -> str:
+    """Return a text without white space and punctuation; one that holds nothing else stays as it is."""
+    folded = text.casefold()
+    if folded.isascii():
+        return folded.translate(_ASCII_MARKS) or text
+    folded = unicodedata.normalize("NFKC", folded)
+    for mark in filter(_is_mark, set(folded)):  # a third of the time of one look at each character
+        folded = folded.replace(mark, "")
+    return folded or text
+
+
+@cache
+def _is_mark(character: str) -> bool:
+    """Return whether a character is white space, punctuation, a control or a lone accent; signs such as + stay."""
+    kind = unicodedata.category(character)
+    return kind[0] in "PZ" or kind in ("Cc", "Cf", "Sk")
+
+
+_ASCII_MARKS = {code: None for code in range(128) if _is_mark(chr(code))}
+
+
 def _blake2b(data: bytes, key: bytes = b"") -> bytes:
     import hashlib  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
 
     return hashlib.blake2b(data, key=key, digest_size=12).digest()
 
 
-def _groups(rows: Sequence[Row], keys: Sequence[Callable[[Row], bytes]]) -> list[tuple[bytes, list[int]]]:
-    """Return (name, places) of the sets of rows that share a prompt or an answer, directly or through other rows."""
-    parent = list(range(len(rows)))
+_STEPS: tuple[Callable[[TwinKeys], tuple[bytes, ...]], ...] = (
+    lambda keys: (keys.prompt, keys.first, keys.answer),
+    lambda keys: (keys.prompt, keys.answer),
+    lambda keys: (keys.prompt, keys.first),
+    lambda keys: (keys.prompt,),
+    lambda keys: (keys.same_prompt,),
+)
+"""What keeps rows together: first all that makes twins, then less and less, for groups that are too large."""
 
-    def root(place: int) -> int:
-        while parent[place] != place:
-            parent[place] = parent[parent[place]]
-            place = parent[place]
-        return place
 
-    first: dict[bytes, int] = {}
-    names: list[bytes] = []
-    for place, row in enumerate(rows):
-        digests = [key(row) for key in keys]
-        names.append(b"".join(digests))
-        for digest in filter(None, digests):
-            parent[root(place)] = root(first.setdefault(digest, place))
+def _groups(
+    places: Sequence[int], twins: Sequence[TwinKeys], names: Sequence[bytes], largest: int, step: int = 0
+) -> list[tuple[bytes, list[int]]]:
+    """Return (name, places) of sets of twins; those with more rows than `largest` are taken apart as far as can be."""
+    groups: list[tuple[bytes, list[int]]] = []
+    for members in _joined(places, [_STEPS[step](twins[place]) for place in places]):
+        if len(members) > largest and step + 1 < len(_STEPS):
+            groups += _groups(members, twins, names, largest, step + 1)
+        else:
+            groups.append((min(names[place] for place in members), members))
+    return groups
+
+
+def _joined(places: Sequence[int], keys: Sequence[tuple[bytes, ...]]) -> list[list[int]]:
+    """Return the sets of places that share a key, directly or through other places."""
+    parent = list(range(len(places)))
+
+    def root(at: int) -> int:
+        while parent[at] != at:
+            parent[at] = parent[parent[at]]
+            at = parent[at]
+        return at
+
+    first: dict[tuple[int, bytes], int] = {}
+    for at, shared in enumerate(keys):
+        for kind, key in enumerate(shared):
+            if key:
+                parent[root(at)] = root(first.setdefault((kind, key), at))
     members: defaultdict[int, list[int]] = defaultdict(list)
-    for place in range(len(rows)):
-        members[root(place)].append(place)
-    return [(min(names[place] for place in places), places) for places in members.values()]
+    for at, place in enumerate(places):
+        members[root(at)].append(place)
+    return list(members.values())
+
+
+def _twins_parted(rows: Sequence[Row], twins: Sequence[TwinKeys], held: set[int]) -> list[str]:
+    """Return in words how many held-out rows have a twin that is trained on, for each thing in which they agree."""
+
+    def parted(key: Callable[[TwinKeys], bytes]) -> list[int]:
+        trained = {key(keys) for place, keys in enumerate(twins) if place not in held}
+        return sorted(place for place in held if key(twins[place]) and key(twins[place]) in trained)
+
+    notes = []
+    prompts = parted(lambda keys: keys.prompt)
+    if firsts := sorted(set(parted(lambda keys: keys.first)) - set(prompts)):
+        shown = plain(_first_turn(rows[firsts[0]]), one_line=True, limit=_SHOWN)
+        notes.append(
+            f"too many conversations begin alike to keep them apart: {len(firsts)} of {len(held)} held-out rows begin "
+            f"as rows that are trained on do, such as '{shown}'"
+        )
+    if answers := parted(lambda keys: keys.answer):
+        shown = plain(rows[answers[0]].answer, one_line=True, limit=_SHOWN)
+        notes.append(
+            "answers repeat too often to keep them apart: only prompts differ between the two sides for "
+            f"{len(answers)} of {len(held)} held-out rows, such as those with the answer '{shown}'"
+        )
+    if prompts:
+        notes.append(
+            "too many prompts differ in punctuation alone to keep them apart: "
+            f"{len(prompts)} of {len(held)} held-out rows have such a twin among those that are trained on"
+        )
+    return notes
 
 
 def _choose(groups: list[tuple[bytes, list[int]]], wanted: int, seed: int) -> set[int]:
