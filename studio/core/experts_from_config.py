@@ -48,11 +48,11 @@ def experts_of(name: str, family: Family, values: ConfigValues, hidden: int) -> 
     if family.shared_count:
         shared = inner * values.whole(family.shared_count, default=family.shared_default, low=0, high=_MOST_EXPERTS)
     visited = ("num_experts_per_tok", "num_experts_per_token", "moe_k")
-    per_token = values.each("moe_topk") or values.whole(*visited, default=2, high=count)
-    if name == "llama4_text":
-        per_token = count  # transformers lets every expert compute every token, most of them times zero
+    all_of = name == "llama4_text"
+    per_token = values.each("moe_topk") or values.whole(*visited, default=1 if all_of else 2, high=count)
     biases = 2 * inner + hidden if name == "gpt_oss" else 0  # of gate and up, and of down
     gated = family.chooser == "shared_expert_gate"
     chooser = Linear(family.chooser, hidden, 1 if gated else count) if family.chooser else None
-    made = Experts(count, per_token, inner, shared, biases, gated, chooser, family.experts_adapted_by_all)
+    by_all = family.experts_adapted_by_all
+    made = Experts(count, per_token, inner, shared, biases, gated, chooser, by_all, given_all=all_of)
     return ungated(made, values, hidden) if name == "nemotron_h" else made

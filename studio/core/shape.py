@@ -60,6 +60,7 @@ class Experts:
         gated: Whether an expert has a gate beside up and down.
         width: Width that an expert reads and writes; 0 for the layer's own.
         around: The linear maps into that width and back, where it is another.
+        given_all: Whether each expert is given all tokens, zeros for those that did not choose it (Llama 4).
     """
 
     count: int
@@ -73,6 +74,12 @@ class Experts:
     gated: bool = True
     width: int = 0
     around: tuple[Linear, ...] = ()
+    given_all: bool = False
+
+    @property
+    def products(self) -> int:
+        """Experts whose products transformers makes for each token."""
+        return self.count if self.given_all else self.per_token
 
     def weights(self, hidden: int) -> int:
         """Weights of all routed experts: gate, up and down each, or up and down alone."""
@@ -98,7 +105,8 @@ class Layer:
         norm_parameters: Parameters of all norms of the layer, and of other small tensors: sinks, a router's biases.
         heads: How its attention is divided.
         input_norms: Norms of the layer's input in a parallel layer: 1 shared or 2.
-        query_key_norm: The norm of queries and keys: `head` for each head, `whole` over all heads, empty for none.
+        query_key_norm: The norm of queries and keys: `head` for each head, `whole` over all heads, `plain` for each
+            head without a weight and after it is turned (Llama 4), empty for none.
         qkv: The projections to queries, keys and values: three, or one fused. With latent attention those to the
             queries, one or two, then the narrow one of keys and values and the one from it.
         qkv_split: Whether a fused projection is split or chunked, one gradient for all parts; else it is sliced.
@@ -112,6 +120,7 @@ class Layer:
         rotary_form: What is turned against each other: a head's two halves (`halves`; `parts` where each is computed by
             itself and both are joined, gpt-oss), neighbouring numbers (`pairs`), or these as complex numbers in fp32
             (`complex`).
+        tempered: Whether queries are multiplied by a number for each position (Llama 4's layers without positions).
         rotary_joined: Whether the rotated and the other part of queries and keys are joined again. They then lie head
             by head in memory, and so does what fused attention makes of them.
         scaled_residual: Whether block outputs are multiplied by a number before they are added (Granite).
@@ -143,7 +152,8 @@ class Layer:
     activation: str
     input_norms: int = 1
     qkv_split: bool = False
-    query_key_norm: Literal["", "head", "whole"] = ""
+    query_key_norm: Literal["", "head", "whole", "plain"] = ""
+    tempered: bool = False
     latent: Latent | None = None
     rotary: float = 1.0
     rotary_form: Literal["halves", "parts", "pairs", "complex"] = "halves"

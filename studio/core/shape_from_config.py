@@ -12,6 +12,7 @@ from studio.core.families import ALWAYS, FAMILIES, INSIDE, LEFT_OUT, NEVER, UNKN
 from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_groups, gemma_outside
 from studio.core.heads import Heads, Latent
 from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds
+from studio.core.llama4_layers import LLAMA_4, llama4_groups
 from studio.core.quantised_base import quantised_base
 from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
 from studio.core.text import plain
@@ -214,6 +215,10 @@ def _groups(
             lambda heads: _layer(name, family, plain_values, (sizes[0], layers, heads), None),
         )
     routed = experts_of(name, family, values, sizes[0])
+    if name == LLAMA_4:
+        return llama4_groups(
+            family, values, layers, lambda sparse: _layer(name, family, values, sizes, routed if sparse else None)
+        )
     if hybrid := HYBRIDS.get(name):
         kinds = layer_kinds(name, hybrid, said)
         return hybrid_groups(

@@ -7,7 +7,7 @@ checkpointing computes the layer again. Adapter weights are trained, so they tak
 
 from dataclasses import dataclass
 
-from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, LayerGroup, ModelShape
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Experts, LayerGroup, ModelShape
 from studio.core.trainable import adapted, target_names, trainable_parameters, trained_tensors
 from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
@@ -86,7 +86,7 @@ def step_work(shape: ModelShape, setup: Setup) -> StepWork:
     tokens, again = setup.tokens, int(setup.grad_checkpointing)
     passes = 2 + again
     names = target_names(shape, setup.targets, as_peft=setup.adapted.as_peft)
-    weights = sum(group.count * _active(group, shape.hidden) for group in shape.groups)
+    weights = sum(group.count * _active(group, shape.hidden, setup) for group in shape.groups)
     head = 4.0 * tokens * shape.embedding_parameters
     frozen = 2.0 * tokens * weights * passes
     pairs = _pairs_of_a_token(shape, setup, names)
@@ -138,11 +138,16 @@ def _pairs_of_a_token(shape: ModelShape, setup: Setup, names: frozenset[str]) ->
     return plain + (every - plain) * experts.per_token / experts.count
 
 
-def _active(group: LayerGroup, hidden: int) -> float:
+def _active(group: LayerGroup, hidden: int, setup: Setup) -> float:
     """Return the weights of a layer that one token goes through."""
     plain = sum(linear.weights for linear in group.layer.linears)
     experts = group.layer.experts
-    return plain + (3 * hidden * experts.inner * experts.per_token if experts else 0)
+    return plain + (3 * hidden * experts.inner * _visited(experts, setup) if experts else 0)
+
+
+def _visited(experts: Experts, setup: Setup) -> int:
+    """Return the experts that a token is multiplied by: our groups leave out those that it did not choose."""
+    return experts.per_token if setup.packs_experts else experts.products
 
 
 def _stored(group: LayerGroup, hidden: int) -> float:
@@ -168,7 +173,7 @@ def _attention(shape: ModelShape, setup: Setup, again: int) -> float:
 def _moved_per_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> float:
     """Return the bytes that one pass through all layers moves per token between matrix products."""
     heads = (shape.heads + shape.kv_heads) * shape.head_dim
-    inner = sum(group.count * _inner(group) for group in shape.groups)
+    inner = sum(group.count * _inner(group, setup) for group in shape.groups)
     elements = shape.layers * ((2 * _NORM + 2 * _RESIDUAL) * shape.hidden + _ROTARY * heads) + _ACTIVATION * inner
     adapters = sum(
         count * linear.copies * (_ADAPTER_IN * linear.inputs + _ADAPTER_OUT * linear.outputs)
@@ -178,9 +183,9 @@ def _moved_per_token(shape: ModelShape, setup: Setup, names: frozenset[str]) -> 
     return setup.residual_itemsize * elements + setup.compute_itemsize * adapters
 
 
-def _inner(group: LayerGroup) -> float:
+def _inner(group: LayerGroup, setup: Setup) -> float:
     """Return the width of the block between its two products, of all experts that a token goes through."""
     experts = group.layer.experts
     if experts:
-        return experts.inner * experts.per_token + experts.shared_inner
+        return experts.inner * _visited(experts, setup) + experts.shared_inner
     return group.layer.mlp[-1].inputs if group.layer.mlp else 0

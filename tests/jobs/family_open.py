@@ -9,6 +9,5 @@ REFUSED: dict[tuple[str, str], str] = {
 
 OPEN: dict[str, dict[str, str]] = {
     "gemma3n": {"measure": _MEASURE.format("-11 %")},
-    "llama4": {"measure": _MEASURE.format("+76 %")},
 }
 """Cells that do not hold yet: family, check, reason. Each mark is strict."""

@@ -160,6 +160,11 @@ class StockModules(Modules):
         self.tape.named(gate_states)
         return out
 
+    @property
+    def groups_experts(self) -> bool:
+        """Whether routed experts are multiplied in groups: transformers does not do so."""
+        return False
+
     def experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Return what the experts make of the tokens that come to them."""
         if not layer.expert_maps or layer.experts is None:

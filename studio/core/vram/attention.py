@@ -6,7 +6,7 @@ modeling_deepseek_v3.py (`DeepseekV3Attention`), transformers 5.24.
 
 from studio.core.shape import Layer
 from studio.core.vram import operators as op
-from studio.core.vram.gemma import normed_heads
+from studio.core.vram.gemma import normed_heads, unscaled_norm
 from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
@@ -18,6 +18,8 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
         return _latent_attention(run, layer, x)
     if layer.value_norm:
         return _of_normed_values(run, layer, x)
+    if layer.rotary_form == "complex":
+        return _with_positions_or_tempered(run, layer, x)
     tape = run.tape
     query, key, value = _projections(run, layer, x)
     gate = None
@@ -48,6 +50,37 @@ def attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | N
     (out,) = run.linears((layer.out,), attended)
     tape.named(x, query, key, value, gate, attended)
     return out, weights
+
+
+def _with_positions_or_tempered(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Follow Llama4TextAttention.forward."""
+    query, key, value = run.linears(layer.qkv, x)
+    if layer.rotary:
+        query, key = _turned_as_complex(query, key)
+    if layer.query_key_norm:
+        raw, query = query, unscaled_norm(query, layer.heads.queries)
+        run.tape.named(raw)
+        raw, key = key, unscaled_norm(key, layer.heads.keys)
+        run.tape.named(raw)
+    if layer.tempered:
+        # The numbers are in fp32, and so is the gradient before the engine casts it to the queries' format.
+        raw, tempered = query, op.times_constant(query, 4, works=(query.elements.times(4),))
+        query = op.cast(tempered, raw.itemsize)
+        run.tape.named(raw)
+    attended, weights = _attend(run, layer, query, key, value)
+    assert layer.out is not None  # noqa: S101  every layer of these has attention
+    (out,) = run.linears((layer.out,), attended)
+    run.tape.named(x, query, key, value, attended)
+    return out, weights
+
+
+def _turned_as_complex(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow apply_rotary_emb of modeling_llama4.py: neighbours are turned as one complex number in fp32."""
+    wide = op.cast(query, 4), op.cast(key, 4)
+    turned = op.times_constant(wide[0]), op.times_constant(wide[1])
+    narrow = op.cast(turned[0], query.itemsize), op.cast(turned[1], key.itemsize)
+    query.tape.named(query, key, *wide, *turned)
+    return narrow
 
 
 def _of_normed_values(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -87,7 +87,7 @@ def _parts(x: Tensor) -> Tensor:
 
 
 def _as_complex(x: Tensor) -> Tensor:
-    """Return neighbouring numbers turned as one complex number in fp32 (apply_rotary_emb of DeepSeek V2, Llama 4)."""
+    """Return neighbouring numbers turned as one complex number in fp32 (apply_rotary_emb of DeepSeek V2)."""
     wide = op.cast(x, 4)
     turned = op.times_constant(wide)
     x.tape.named(wide)

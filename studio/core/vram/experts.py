@@ -42,10 +42,42 @@ def whole_experts(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
     return out
 
 
+def given_all(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
+    """Follow Llama4TextMoe.forward: a copy of all tokens for each expert, times what the router gives it."""
+    experts, arithmetic = layer.experts, run.traits.arithmetic
+    assert experts is not None  # noqa: S101  the caller looked
+    scores = op.mean_last(x, Polynomial(per_token=experts.count))
+    rows = op.multiply_rows(op.gather(x, experts.count), scores)
+    routed = (grouped_experts if run.groups_experts else _all_experts)(run, layer, rows)
+    shared = run.mlp(layer, x)
+    # CUDA's autocast sums up in fp32. A sum's gradient is spread over the experts in their format.
+    wide = 4 if arithmetic.autocast and not run.traits.cpu else routed.itemsize
+    summed = op.result_of((routed,), x.elements, wide, (op.gradient_like(routed),))
+    of_sum = None if wide == shared.itemsize else op.gradient_like(summed)
+    out = op.result_of((shared, summed), x.elements, shared.itemsize, (None, of_sum), base=shared)
+    run.tape.named(rows, routed, scores)
+    return out
+
+
+def _all_experts(run: "Modules", layer: Layer, rows: Tensor) -> Tensor:
+    """Follow Llama4TextExperts.forward, whose rows are all tokens for each expert."""
+    experts = layer.experts
+    assert experts is not None  # noqa: S101  the caller looked
+    up, down = experts.stacks(run.shape.hidden)
+    narrow = op.cast(rows, run.traits.arithmetic.compute)
+    both = op.frozen_linear(narrow, Polynomial(per_token=up.outputs * experts.count))
+    gates, ups = op.split_last(both, (0.5, 0.5))
+    out = op.frozen_linear(op.multiply(ups, op.activate(gates)), Polynomial(per_token=down.outputs * experts.count))
+    run.tape.named(rows, both)
+    return out
+
+
 def grouped_experts(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
     """Return the output of our products in groups, of which every group has an equal share of the rows.
 
     Kept for the backward are the widened rows; their inputs, answers and activations are made again, group by group.
+    Where experts are given all tokens, x is a copy of these for each expert, and so is the output; only what is not
+    zero is multiplied, and nothing is weighed by the router.
     """
     experts, tape, compute = layer.experts, run.tape, run.traits.arithmetic.compute
     assert experts is not None  # noqa: S101  the caller looked
@@ -62,27 +94,33 @@ def grouped_experts(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
         """Return the bytes of the rows of one group."""
         return Polynomial(per_token=visits * share * width * compute)
 
-    shares = op.mean_last(x, Polynomial(per_token=visits))
+    weighs = not experts.given_all
+    shares = op.mean_last(x, Polynomial(per_token=visits)) if weighs else None
     order = Tensor(tape, Polynomial(per_token=visits), 2 * _INDEX_BYTES)  # where rows come from and go to
     pairs = [_pair(run, stack) for stack in (up, down)]
     kept = Tensor(tape, Polynomial(per_token=visits * up.outputs), compute)  # also before a checkpoint drops it
-    answers = Tensor(tape, Polynomial(per_token=visits * hidden), x.itemsize)
+    answers = Tensor(tape, Polynomial(per_token=visits * hidden) if weighs else x.elements, x.itemsize)
     tape.passing(rows(hidden), dequantised[0], rows(up.outputs))
     tape.passing(rows(up.outputs), rows(inner), rows(inner))  # the activation, and its product with the other half
     tape.passing(rows(inner), dequantised[1], rows(hidden))
-    tape.passing(rows(inner), rows(hidden), rows(hidden))  # weighed by the router
+    if weighs:
+        tape.passing(rows(inner), rows(hidden), rows(hidden))
     trained = [factor for pair in pairs for factor in pair]
-    inputs = (x, shares, *trained)
+    inputs = (x, shares, *trained) if shares else (x, *trained)
     saved = (kept, order, x) if pairs[0] else (kept, order)
-    out = op.result_of(inputs, x.elements, x.itemsize, tuple(map(op.gradient_like, inputs)), saved)
+    gradients, base = tuple(map(op.gradient_like, inputs)), None if weighs else answers
+    out = op.result_of(inputs, x.elements, x.itemsize, gradients, saved, base=base)
     if out.node is not None:
-        out.node.works = (answers.bytes, Polynomial(per_token=visits * _INDEX_BYTES))
-        of_pairs = [factor.elements.times(4) for factor in trained]  # their gradients fill up group by group
+        index = Polynomial(per_token=visits * _INDEX_BYTES)
+        # Gradients of pairs fill up group by group. Without weighing all gradients are there from the beginning.
+        beside = [factor.elements.times(4) for factor in trained] if weighs else [index]
+        out.node.works = (answers.bytes, index) if weighs else ()
+        out.node.turns_last = not weighs
         out.node.turns = (
-            (*of_pairs, rows(hidden), rows(inner), rows(inner), dequantised[1], rows(inner)),
-            (*of_pairs, rows(hidden), rows(hidden), *[rows(inner)] * 4),
-            (*of_pairs, *[rows(inner)] * 8),
-            (*of_pairs, rows(up.outputs), dequantised[0], rows(hidden)),
+            (*beside, rows(hidden), rows(inner), rows(inner), dequantised[1], rows(inner)),
+            *([(*beside, rows(hidden), rows(hidden), *[rows(inner)] * 4)] if weighs else []),
+            (*beside, *[rows(inner)] * 8),
+            (*beside, rows(up.outputs), dequantised[0], rows(hidden)),
         )
     tape.named(answers, shares, order, kept)
     return out

@@ -23,7 +23,7 @@ def normed_heads(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor,
     raw = run.linear(layer.qkv[1], x)
     value = raw if layer.keys_from == "values" else run.linear(layer.qkv[2], x)
     key = _placed(run, layer, raw, heads.keys)
-    return query, key, _unscaled_norm(value, heads.keys)
+    return query, key, unscaled_norm(value, heads.keys)
 
 
 def _placed(run: Modules, layer: Layer, x: Tensor, heads: int) -> Tensor:
@@ -34,7 +34,7 @@ def _placed(run: Modules, layer: Layer, x: Tensor, heads: int) -> Tensor:
     return turned
 
 
-def _unscaled_norm(x: Tensor, groups: float) -> Tensor:
+def unscaled_norm(x: Tensor, groups: float) -> Tensor:
     """Return an RMS norm without a weight."""
     wide = op.cast(x, 4)
     inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))

@@ -11,7 +11,7 @@ from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShap
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.elementwise import activated, centred_norm, rotated, sparse
-from studio.core.vram.experts import grouped_experts, whole_experts
+from studio.core.vram.experts import given_all, grouped_experts, whole_experts
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
@@ -306,8 +306,16 @@ class Modules:
         """Return the MLP's output."""
         if not layer.experts:
             return self.mlp(layer, x)
+        if layer.experts.given_all:
+            return given_all(self, layer, x)
         routed = self.experts(layer, x)
         return op.add(routed, self.mlp(layer, x)) if layer.mlp else routed
+
+    @property
+    def groups_experts(self) -> bool:
+        """Whether routed experts are multiplied in our groups."""
+        targets = self.traits.adapter.targets
+        return self.traits.packed_experts or EXPERTS_UP in targets or EXPERTS_DOWN in targets
 
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """Return a dense MLP's output."""
@@ -335,10 +343,8 @@ class Modules:
     def experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Return what the routed experts make of the tokens that come to them."""
         around = layer.experts.around if layer.experts else ()
-        targets = self.traits.adapter.targets
-        grouped = self.traits.packed_experts or EXPERTS_UP in targets or EXPERTS_DOWN in targets
         narrow = self.linear(around[0], x) if around else x
-        out = (grouped_experts if grouped else whole_experts)(self, layer, narrow)
+        out = (grouped_experts if self.groups_experts else whole_experts)(self, layer, narrow)
         return self.linear(around[1], out) if around else out
 
 

@@ -219,6 +219,7 @@ class Node:
         works: Bytes of the tensors that its backward makes beside its gradients and lets go of when those exist.
         works_last: Whether it makes them after the gradients.
         turns: Bytes of more of them that it makes before the gradients, one set after another.
+        turns_last: Whether it makes those after the gradients.
         apart: Whether the gradients of several outputs wait side by side (split) and are not added up.
         unpacks: Whether its backward reads anything that the forward saved, even if only a number.
         trained: Elements of a trained fp32 weight whose gradient this node makes, and who keeps that gradient.
@@ -233,6 +234,7 @@ class Node:
     works: tuple[Polynomial, ...] = ()
     works_last: bool = False
     turns: tuple[tuple[Polynomial, ...], ...] = ()
+    turns_last: bool = False
     apart: bool = False
     unpacks: bool = False
     trained: "tuple[Polynomial, list[Tensor]] | None" = None
@@ -289,7 +291,7 @@ def _waits(root: Node) -> dict[Node, int]:
 def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, Tensor]]:
     """Make the gradients of a node's inputs; what came in and what was saved live until all of them exist."""
     works = [] if node.works_last else [Tensor(tape, size, 1) for size in node.works]
-    for sizes in node.turns:
+    for sizes in () if node.turns_last else node.turns:
         tape.passing(*sizes)
     if node.trained is not None:
         elements, kept = node.trained
@@ -309,6 +311,8 @@ def _apply(tape: Tape, node: Node, incoming: list[Tensor]) -> list[tuple[Node, T
             made.append((edge, outgoing))
     if node.works_last:
         tape.passing(*node.works)
+    for sizes in node.turns if node.turns_last else ():
+        tape.passing(*sizes)
     if works:
         tape.named(*works)
     tape.release(*incoming, *node.saved)
