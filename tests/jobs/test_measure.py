@@ -231,6 +231,37 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
     assert "gptq" in failed.message
 
 
+def test_a_base_in_mxfp4_is_traced_as_it_is_held_after_loading(tmp_path: Path) -> None:
+    """In the recipe's own 4-bit form: its scales quantised again, as for a base of 16 bits."""
+    sizes = {
+        "model_type": "gpt_oss",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "vocab_size": 256,
+    }
+    said = []
+    for name, more in (("plain", {}), ("mxfp4", {"quantization_config": {"quant_method": "mxfp4"}})):
+        (tmp_path / name).mkdir()
+        config = tmp_path / name / "config.json"
+        config.write_text(
+            json.dumps({**sizes, "architectures": ["GptOssForCausalLM"], "num_experts_per_tok": 2, **more})
+        )
+        paths = RunPaths(tmp_path / f"run-{name}")
+        paths.root.mkdir()
+        recipe = recipe_of(method="qlora", model__base=str(config), train__seq_len=64)
+        write_job(paths, MeasureRequest(recipe, how="trace"))
+        assert run_job(paths.root, _body, explain=_explain) == 0
+        report = read_measurement(paths)
+        assert report is not None
+        said.append(report["peaks"]["load"]["base"])
+    assert said[0] == said[1]
+
+
 def test_a_trace_that_is_asked_to_stop_does(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = RunPaths(tmp_path / "run")
     paths.root.mkdir()

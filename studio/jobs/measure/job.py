@@ -71,8 +71,11 @@ def _traced(worker: Worker, request: MeasureRequest) -> Mapping[str, Any]:
 
 
 def _as_it_lies(recipe: Recipe, base: QuantisedBase | None) -> Recipe:
-    """Return the recipe with the 4-bit form of a prequantised base, which is kept when it is loaded."""
-    if base is None:
+    """Return the recipe with the 4-bit form of a prequantised base, which is kept when it is loaded.
+
+    A base in another code, such as MXFP4, is brought into the recipe's form while it is loaded.
+    """
+    if base is None or not base.in_four_bits:
         return recipe
     kept = base.skipped or recipe.model.skip_modules
     held = replace(recipe.model, quant_type=base.quant_type, double_quant=base.double_quant, skip_modules=kept)
