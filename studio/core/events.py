@@ -25,7 +25,8 @@ class Started(RunEvent):
 
     `total_steps` is known this early only where the recipe counts steps; `Planned` has it in any case. `recipe` holds
     the tables of a training run's recipe and `versions` those of its libraries: what is known of the run before base
-    and data are read. `Identified` has the rest. A resume compares with the first of each in the log.
+    and data are read. `Identified` has the rest. A resume compares with the first of each in the log. `date` is the
+    local time in ISO 8601 of a training run's first start, which its chat template is told for good.
     """
 
     kind: ClassVar[str] = "Started"
@@ -36,6 +37,7 @@ class Started(RunEvent):
     resumed_from: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

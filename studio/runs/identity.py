@@ -8,6 +8,7 @@ nor data: both come as plain tables.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from studio.core.events import Identified, RunEvent, Started
@@ -58,6 +59,15 @@ def read_identity(paths: RunPaths) -> Identity:
         rows=identified.rows,
         train_hashes=_cut(hashes, identified.rows.get("train")),
     )
+
+
+def first_date(paths: RunPaths) -> datetime | None:
+    """Return the local time of a training run's first start, which its chat template is told; None where unknown."""
+    started = _first(paths, Started)
+    try:
+        return datetime.fromisoformat(started.date) if started else None
+    except ValueError:
+        return None
 
 
 def write_identity(paths: RunPaths, base: Mapping[str, Any], train_hashes: Sequence[str]) -> None:

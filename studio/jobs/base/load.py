@@ -23,11 +23,15 @@ from studio.core.quantised_base import BITSANDBYTES, MXFP4
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
+from studio.jobs.base.data.bounded import freeze_date
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.model_class import class_in, class_of, empty_model, odd_linears
+from studio.probe.adapter_folder import run_of_adapter
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.failure import of_the_machine
+from studio.runs.identity import first_date
+from studio.runs.layout import RunPaths
 
 Progress = Callable[[str, float], None]
 
@@ -73,15 +77,18 @@ def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model folder.
+    """Return the tokenizer of a model folder; that of a run's adapter has the run's date in its chat template.
 
     Raises:
         BadInput: It cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise BadInput(f"The tokenizer of {_shown(folder)} cannot be loaded: {_advice(error)}") from error
+    if run := run_of_adapter(folder):
+        freeze_date(tokenizer, first_date(RunPaths(Path(run))))
+    return tokenizer
 
 
 def load_base(

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +20,7 @@ from studio.core.events import Finished, Identified, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
+from studio.jobs.base.data.bounded import freeze_date, writes_date
 from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder, load_tokenizer
@@ -45,7 +47,7 @@ from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.resume import RowsFound, changed_libraries, refuse_other_base, refuse_other_recipe, refuse_other_rows
 from studio.runs.checkpoints import Resumption, resumption, set_aside
-from studio.runs.identity import Identity, read_identity, write_identity
+from studio.runs.identity import Identity, first_date, read_identity, write_identity
 from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
@@ -110,7 +112,8 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         Cancelled: The user asked for an early end.
     """
     checkpoint, first = going_on.checkpoint, read_identity(worker.paths)
-    _begin(worker, recipe, going_on, first)
+    date = first_date(worker.paths) or datetime.now().replace(microsecond=0)
+    _begin(worker, recipe, going_on, first, date)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     device = _device(worker, recipe)
     precision = _precision(worker, recipe, device)
@@ -124,6 +127,10 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     trained_on = read_fingerprint(worker, folder)
     refuse_other_base(worker.paths, first, folder, trained_on)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    freeze_date(tokenizer, date)
+    if writes_date(tokenizer):
+        message = f"the chat template writes the date: this run keeps that of its first start, {date:%d %b %Y}"
+        worker.emit(Warned, topic="data", message=message)
     rows = read_rows(
         worker,
         tell,
@@ -239,7 +246,7 @@ def run(training: Training) -> None:
     _finish(between, state)
 
 
-def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity) -> None:
+def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity, date: datetime) -> None:
     """Emit that the run starts, which checkpoints a resume passes over, and what has changed since the first start.
 
     Raises:
@@ -261,6 +268,7 @@ def _begin(worker: Worker, recipe: Recipe, going_on: Resumption, first: Identity
         resumed_from=going_on.step,
         versions=versions,
         recipe=recipe.to_dict(),
+        date=date.isoformat(),
     )
     worker.served("from-start")
     if going_on.note:

@@ -4,14 +4,19 @@ A template is a program written by strangers: it may never end, or take all memo
 which Python handles between two of its instructions. If a single instruction takes too long (a power of huge numbers),
 faulthandler's timer, which does not need the interpreter, ends the process and leaves the stack in `output.log`, where
 `studio.runs.last_words` reads it. Memory is limited through the address space that the system grants meanwhile.
+
+Some templates write today's date. What belongs to a training run is rendered with the date of that run's first start,
+or else a resume or an audit on another day would read other tokens.
 """
 
 import faulthandler
+import json
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,7 +45,34 @@ _LONGER = 64
 """How many times as long as its messages a text may be: templates add a few dozen characters a turn, and a prompt."""
 _ANOTHER = "so it cannot be used. Use the tokenizer of another copy of this model."
 
+_DATE = "template_date"
+"""The tokenizer's attribute that holds a run's date; it is not saved with the tokenizer."""
+_DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVDeFRT"
+
 Table = Sequence[dict[str, str]]
+
+
+def freeze_date(tokenizer: Any, date: datetime | None) -> None:
+    """Render this tokenizer's chat template with a date from now on; with today's where it is None."""
+    setattr(tokenizer, _DATE, date)
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Return whether the chat template may write the date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _dated(template: str, date: datetime) -> str:
+    """Return the template with a `strftime_now` of its own, in place of transformers', which asks the clock.
+
+    A template cannot be handed a function: transformers gives it plain data alone.
+    """
+    filled = {f"%{dash}{letter}": date.strftime(f"%{dash}{letter}") for dash in ("-", "") for letter in _DIRECTIVES}
+    words = "".join(f"|replace({json.dumps(key)}, {json.dumps(word)})" for key, word in filled.items())
+    # Jinja takes the new line away, so that the template itself still begins a line.
+    return (
+        f"{{%- macro strftime_now(format) -%}}{{{{ format{words}|replace('%%', '%') }}}}{{%- endmacro %}}\n{template}"
+    )
 
 
 def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> Any:
@@ -56,6 +88,9 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
         ValueError, TypeError, IndexError: The same, as transformers raises it.
         BadInput: The template takes too long or too much memory, or its text is far too long.
     """
+    date, template = getattr(tokenizer, _DATE, None), tokenizer.chat_template
+    if date and isinstance(template, str) and writes_date(tokenizer):
+        options["chat_template"] = _dated(template, date)
     given = sum(map(_characters, chats))
     seconds = _SECONDS + _SECONDS_PER_CHAT * len(chats) + _SECONDS_PER_CHARACTER * given
     more_bytes = _MORE_BYTES + _BYTES_PER_CHARACTER * given
