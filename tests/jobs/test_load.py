@@ -96,7 +96,7 @@ def test_weights_of_another_shape_are_refused(copy: Path) -> None:
 
 def test_an_unknown_architecture_says_to_update(copy: Path) -> None:
     config_with(copy, model_type="llama9", architectures=["Llama9ForCausalLM"])
-    assert "does not know this architecture. Update it" in refusal(copy)
+    assert "does not know: update it (pip install -U transformers)" in refusal(copy)
 
 
 def test_a_model_that_does_not_continue_text_is_refused(copy: Path) -> None:
