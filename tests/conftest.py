@@ -7,8 +7,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
+from studio.runs.calibration import calibration_path
 from studio.runs.home import HOME_VARIABLE, cache_root
 
 # Two test processes share two cores: OpenMP threads that spin for each other would starve both.
@@ -38,6 +40,12 @@ _home_of_its_own()
 settings.register_profile("same", deadline=None, derandomize=True, database=None, max_examples=100, print_blob=True)
 settings.register_profile("explore", deadline=None, derandomize=False, max_examples=1000, print_blob=True)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_learnt() -> None:
+    """Forget what trainings of another file taught: estimates would differ by the order of the files."""
+    calibration_path().unlink(missing_ok=True)
 
 
 def pytest_collection_finish() -> None:
