@@ -65,6 +65,24 @@ def test_a_generation_prompt_that_opens_reasoning() -> None:
     assert learnt(example, tokenizer) == ["x</think>b<|im_end|>"], "what the prompt opens is not learnt"
 
 
+@pytest.mark.parametrize(
+    ("answer", "opener"),
+    [
+        ("<tool_call>f()</tool_call>", "<think>\n"),
+        ("<answer>4</answer>", "<think>\n"),
+        ("<t", "<think>\n"),
+        ("[TOOL_CALLS]f()", "[THINK]"),
+        ("\n  four", "<think>\n"),
+        ("e", "<think>\n"),
+    ],
+)
+def test_an_answer_that_begins_as_the_reasoning_of_the_prompt_does_is_learnt_whole(answer: str, opener: str) -> None:
+    tokenizer = byte_tokenizer(R1.replace("<think>\n", opener))
+    (example,), report, _ = encode(chat(("user", "a"), ("assistant", answer)), tokenizer)
+    assert learnt(example, tokenizer) == [f"{answer}<|im_end|>"]
+    assert report.moved == 1
+
+
 def test_an_answer_that_the_template_does_not_write_is_left_out() -> None:
     template = LOOP.replace("m.content", "(m.content if m.role == 'user' else '')") + R1.removeprefix(LOOP)
     with pytest.raises(JobFailed, match="its answer is not found") as caught:

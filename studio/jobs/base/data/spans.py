@@ -57,6 +57,8 @@ class _Part:
 
 
 _NOWHERE = Located(())
+_LONGEST_TAG = 64
+_UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 
 class Locator:
@@ -102,7 +104,7 @@ class Locator:
         made, at, answers, moved, added = "", 0, [], False, False
         for part in parts:
             opened, closed = part.opened or "", part.closed or text
-            begin = _beginning(turns, part.place, text, opened, closed)
+            begin = self._beginning(turns, part.place, text, opened, closed)
             # White space after the stop token belongs to the template, not to the answer.
             stop = begin + len(text[begin : len(closed)].rstrip())
             if begin == stop:
@@ -116,6 +118,33 @@ class Locator:
             moved |= part.place > 0 and begin != len(opened)
         return Located((Rendered(made + text[at:], tuple(answers)),), moved=moved, stop_added=added)
 
+    def _beginning(self, turns: Turns, place: int, text: str, opened: str, closed: str) -> int:
+        """Return where an answer begins, as an index into the text; the text's length means "not found".
+
+        That is where the generation prompt ends, if the text begins with it. It does not where the prompt opens
+        reasoning that the template leaves out of the whole, or where the answer is the very first turn. Then the
+        answer's own words are searched for behind the part that both texts share.
+        """
+        if place and opened and text.startswith(opened):
+            return len(opened)
+        shared = next(
+            (n for n, (one, other) in enumerate(zip(opened, text, strict=False)) if one != other), len(opened)
+        )
+        # `<think>` of the prompt and `<tool_call>` of an answer share `<t`, which is the answer's all the same.
+        shared = _before_tag(text, shared)
+        asked = turns[place - 1].content.strip() if place else ""
+        if asked not in text[:shared]:
+            return len(text)
+        end = len(text[: len(closed)].rstrip())
+        end -= next((len(token) for token in self.special if text.endswith(token, 0, end)), 0)
+        for words in (turns[place].content.rstrip(), turns[place].content.strip()):
+            if words and text.endswith(words, shared, len(text[:end].rstrip())):
+                return len(text[:end].rstrip()) - len(words)
+        found = text.rfind(turns[place].content.strip(), shared, len(closed))
+        if found < 0 and asked:
+            return shared
+        return found if found >= 0 else len(text)
+
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Return the tokens that can open or end a turn: those marked special (`</think>` and similar ones are not)."""
@@ -123,23 +152,10 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted(filter(None, special | set(tokenizer.all_special_tokens))))
 
 
-def _beginning(turns: Turns, place: int, text: str, opened: str, closed: str) -> int:
-    """Return where an answer begins, as an index into the text; the text's length means "not found".
-
-    That is where the generation prompt ends, if the text begins with it. It does not where the prompt opens reasoning
-    that the template leaves out of the whole, or where the answer is the very first turn. Then the answer's own words
-    are searched for behind the part that both texts share.
-    """
-    if place and opened and text.startswith(opened):
-        return len(opened)
-    shared = next((n for n, (one, other) in enumerate(zip(opened, text, strict=False)) if one != other), len(opened))
-    asked = turns[place - 1].content.strip() if place else ""
-    if asked not in text[:shared]:
-        return len(text)
-    found = text.rfind(turns[place].content.strip(), shared, len(closed))
-    if found < 0 and asked:
-        return shared
-    return found if found >= 0 else len(text)
+def _before_tag(text: str, end: int) -> int:
+    """Return where a tag begins that is not closed before `end`; `end` where there is none."""
+    found = _UNCLOSED.search(text[:end], max(0, end - _LONGEST_TAG))
+    return found.start() if found else end
 
 
 def _rewritten(text: str, parts: Sequence[_Part]) -> bool:
