@@ -90,6 +90,59 @@ def test_an_answer_that_the_template_does_not_write_is_left_out() -> None:
     assert caught.value.kind == "template_refused"
 
 
+# Templates that leave something out
+
+TALK = chat(
+    ("system", "Be brief."),
+    ("user", "How warm?"),
+    ("assistant", "<think>\nLook.\n</think>\n\nw()"),
+    ("tool", '"21\n°C"'),
+    ("system", "Be kind."),
+    ("assistant", "Warm, 21."),
+    number=5,
+)
+ANSWER_ALONE = "m.content.split('</think>')[-1]"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (CHATML, ""),
+        (CHATML.replace("m.content", "(m.content|tojson if m.role == 'tool' else m.content)"), ""),
+        (CHATML.replace("m.content", "m.content|trim|replace('\n\n', '\n')"), ""),
+        (CHATML.replace("m.content", "('' if m.role == 'tool' else m.content)"), "1 x tool"),
+        (CHATML.replace("m.content", "('' if m.role == 'system' and loop.index > 1 else m.content)"), "1 x system"),
+        (CHATML.replace("m.content", ANSWER_ALONE), "1 x reasoning"),
+        (QWEN3, "1 x reasoning"),
+        (
+            MARKED.replace("INSIDE", "'<|im_end|>'").replace("AFTER", "'\n'").replace("m.content", ANSWER_ALONE),
+            "1 x reasoning",
+        ),
+        (CHATML.replace("m.content", "('' if m.role in ('tool', 'system') else m.content)"), "2 x system, 1 x tool"),
+    ],
+)
+def test_what_no_example_shows_is_counted_and_told(template: str, told: str) -> None:
+    _, report, said = encode([ONE, TALK], byte_tokenizer(template))
+    assert str(report.unseen) == told
+    sentence = f"leaves out parts of 1 rows, which the model does not see: {told} (the first: row 5)."
+    assert [sentence in one for one in said].count(True) == bool(told)
+
+
+def test_answers_that_vanish_when_a_row_is_split_are_counted_and_told() -> None:
+    refusing = "{% if messages|length == 3 %}{{ raise_exception('no user query') }}{% endif %}"
+    row = chat(("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"), number=4)
+    late = chat(("system", "s"), ("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "dd"), number=9)
+    tokenizer = byte_tokenizer(refusing + QWEN3)
+    examples, report, said = encode([row, late], tokenizer)
+    learnt_here = [learnt(example, tokenizer)[0].rpartition("\n")[2] for example in examples]
+    assert learnt_here == ["b<|im_end|>", "dd<|im_end|>"]
+    assert (report.split, report.refused, report.examples) == (2, 0, 2)
+    sentence = (
+        "In 2 of them the chat template refuses or leaves out 2 answers, which are not learnt (the first: row 4)."
+    )
+    assert sentence in said
+
+
 # Templates that mark their answers
 
 

@@ -1,10 +1,36 @@
 """What became of the rows on their way to token ids: counts for the run, sentences for the user."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
 from studio.jobs.base.data.template import Warn
+
+
+@dataclass(slots=True)
+class Missing:
+    """What of the rows is missing in what the chat template writes.
+
+    Attributes:
+        rows: Rows of which something is missing.
+        first: The number of the first of them.
+        counts: How much of each kind is missing: of a role, `reasoning` or `answers`.
+    """
+
+    rows: int = 0
+    first: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, number: int, counts: Mapping[str, int]) -> None:
+        """Count one more row."""
+        self.first = self.first if self.rows else number
+        self.rows += 1
+        self.counts.update(counts)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} x {plain(kind, one_line=True)}" for kind, count in sorted(self.counts.items()))
 
 
 @dataclass(slots=True)
@@ -27,6 +53,8 @@ class RowReport:
         folded: Rows whose system prompt was put before the user's first words.
         special: Conversations whose own text contains one of the tokenizer's special tokens.
         special_token: One of those tokens.
+        lost: Answers of split rows that the template refuses or does not write.
+        unseen: Messages and reasoning that stand in none of the examples made of their row.
         reason: Why the first refused row was refused, with its number.
     """
 
@@ -45,6 +73,8 @@ class RowReport:
     folded: int = 0
     special: int = 0
     special_token: str = ""
+    lost: Missing = field(default_factory=Missing)
+    unseen: Missing = field(default_factory=Missing)
     reason: str = ""
 
     def say(self, seq_len: int, end_token: str, warn: Warn) -> None:
@@ -62,6 +92,10 @@ class RowReport:
             "words.": self.folded,
             f"The chat template rewrites earlier turns: in {self.split} rows each answer became an example of its "
             "own.": self.split,
+            f"In {self.lost.rows} of them the chat template refuses or leaves out {self.lost.counts['answers']} "
+            f"answers, which are not learnt (the first: row {self.lost.first}).": self.lost.rows,
+            f"The chat template leaves out parts of {self.unseen.rows} rows, which the model does not see: "
+            f"{self.unseen} (the first: row {self.unseen.first}).": self.unseen.rows,
             f"In {self.moved} rows the chat template leaves out what its generation prompt opens with (reasoning, as a "
             "rule).": self.moved,
             f"The chat template ends answers without a stop token: {end} was added in {self.stop_added} rows, so that "

@@ -19,7 +19,7 @@ from studio.core.errors import JobFailed
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
-from studio.jobs.base.data.template import Warn, render, starts_with_bos, why_refused, with_system_folded
+from studio.jobs.base.data.template import Warn, left_out, render, starts_with_bos, why_refused, with_system_folded
 from studio.probe.data import Conversation, PlainText, Row
 
 _CHUNK_ROWS = 256
@@ -169,6 +169,8 @@ class _Encoder:
 
     def _masked(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
         usable = self._without_refused(rows, [text is not None for text in self._rendered(rows)])
+        for row, text in zip(usable, self._rendered(usable), strict=True):
+            self._compare(row, [text or ""])
         return self.marks.rows([row.messages for row in usable]) if usable else []
 
     def _located(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
@@ -178,12 +180,21 @@ class _Encoder:
             located = self._locate(usable)
         self.report.split += sum(found.split for found in located)
         self.report.moved += sum(found.moved for found in located)
+        for row, found in zip(usable, located, strict=True):
+            if found.lost:
+                self.report.lost.add(row.number, {"answers": found.lost})
+            self._compare(row, [one.text for one in found.rendered])
         added = sum(found.stop_added for found in located)
         if self.tokenizer.eos_token:
             self.report.stop_added += added
         else:
             self.report.endless += added
         return _labelled([one for found in located for one in found.rendered], self.tokenizer)
+
+    def _compare(self, row: Conversation, texts: Sequence[str]) -> None:
+        """Count what of a row's messages stands in none of the texts that were made of it."""
+        if missing := left_out(row.messages, texts):
+            self.report.unseen.add(row.number, missing)
 
     def _without_refused(self, rows: Sequence[Conversation], usable: Sequence[bool]) -> list[Conversation]:
         """Return the usable rows, and of the others those that become usable when their system turn is folded in."""

@@ -39,12 +39,14 @@ class Located:
         split: Whether the template rewrites earlier turns.
         moved: Whether an answer does not begin where the generation prompt ends.
         stop_added: Whether the template left a stop token out and it was added.
+        lost: Answers that became no example where each was to become one: the template refuses or does not write them.
     """
 
     rendered: tuple[Rendered, ...]
     split: bool = False
     moved: bool = False
     stop_added: bool = False
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Locator:
         for turns, answers, located in zip(conversations, places, self._attempt(conversations, places), strict=True):
             if located is None:
                 own = self._attempt([turns[: i + 1] for i in answers], [[i] for i in answers])
-                found.append(_joined([part for part in own if part is not None]))
+                found.append(_joined([part or _NOWHERE for part in own]))
             else:
                 found.append(located)
         return found
@@ -170,6 +172,7 @@ def _joined(parts: Sequence[Located]) -> Located:
         split=True,
         moved=any(part.moved for part in parts),
         stop_added=any(part.stop_added for part in parts),
+        lost=sum(not part.rendered for part in parts),
     )
 
 

@@ -8,7 +8,10 @@ the adapter asks in the form that was trained. `{eos}` is the tokenizer's end to
     prompt_completion   {prompt}\n{completion}{eos}      (no new line where the prompt ends in white space itself)
 """
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -18,6 +21,7 @@ from studio.probe.data import Message
 
 Warn = Callable[[str], None]
 Turns = Sequence[Message]
+_SWITCH = re.compile(r"(?<!<)/(?:no_?)?think\b")
 
 _LOOP = "{%- for message in messages %}{%- set text = message['content'] %}"
 _PLAIN = {
@@ -77,6 +81,41 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
         # One conversation fails the whole call; one by one the others are rendered.
         return [_render_one(tokenizer, table, ask) for table in tables]
     return texts
+
+
+def left_out(messages: Turns, texts: Sequence[str]) -> Counter[str]:
+    """Return how many messages of each role, and how much `reasoning`, stand in none of the texts made of a row.
+
+    Each message takes its own place in a text, the longest first, so that a short one is not found inside another.
+    White space and the words that switch reasoning on or off do not count: templates take them away as they please.
+    """
+    pieces = sorted((piece for turn in messages for piece in _pieces(turn)), key=lambda piece: -len(piece[1]))
+    missing = set(range(len(pieces)))
+    for text in reversed(texts):  # the last one has the most turns
+        if not missing:
+            break
+        rest = _SWITCH.sub("", text)
+        for place, (_, words) in enumerate(pieces):
+            if words in rest:
+                rest = rest.replace(words, "\0", 1)
+                missing.discard(place)
+        if missing:
+            bare = "".join(rest.split())
+            missing = {place for place in missing if not any(form in bare for form in _bare(pieces[place][1]))}
+    return Counter(pieces[place][0] for place in missing)
+
+
+def _pieces(turn: Message) -> Iterator[tuple[str, str]]:
+    """Yield the words of a message under its role; an answer's reasoning under `reasoning`."""
+    thought, _, said = turn.content.rpartition("</think>") if turn.role == "assistant" else ("", "", turn.content)
+    for kind, words in (("reasoning", thought.replace("<think>", "")), (turn.role, said)):
+        if words := _SWITCH.sub("", words).strip():
+            yield kind, words
+
+
+def _bare(words: str) -> tuple[str, str]:
+    """Return the words without white space, as they are and as JSON: some templates write tool results so."""
+    return "".join(words.split()), "".join(json.dumps(words, ensure_ascii=False)[1:-1].split())
 
 
 def with_system_folded(messages: Turns) -> tuple[Message, ...]:
