@@ -87,6 +87,7 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "columns": list(data.columns),
         "ignored_columns": list(data.ignored_columns),
         "rows": len(data.rows),
+        "left_out": data.left_out,
         "size_bytes": data.size_bytes,
         "findings": [asdict(finding) for finding in (*data.findings, *long_rows[:_LISTED_LONG_ROWS])],
         "counts": counts,

@@ -24,6 +24,7 @@ from studio.commands.terminal import (
 )
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Phase, Planned, RunEvent, Saved, Started, StepDone, Warned
+from studio.core.left_out import left_out_in_words
 from studio.core.text import plain
 from studio.runs.control import request
 from studio.runs.failure import BAD_INPUT as FOUND_BAD_INPUT
@@ -174,8 +175,9 @@ def _started(event: Started) -> str:
 
 def _planned(event: Planned) -> str:
     words = [plain(word, one_line=True, limit=80) for word in (event.device, event.dtype, event.loss_path)]
+    left_out = f"{told}, " if (told := plain(left_out_in_words(event.left_out), one_line=True, limit=400)) else ""
     return (
-        f"planned: {event.total_steps} steps over {event.rows} rows ({event.held_out_rows} held out), "
+        f"planned: {event.total_steps} steps over {event.rows} rows ({event.held_out_rows} held out), {left_out}"
         f"{event.trainable_parameters:,} trainable parameters, {words[0]} in {words[1]}, {words[2]} loss{_held(event)}"
     )
 
@@ -263,6 +265,8 @@ def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
     say(f"{summary['status']}{steps} in {duration(summary['seconds'])}{_losses(summary)}", to=to)
     if summary["gain"]:
         say(summary["gain"]["words"], to=to)
+    if told := left_out_in_words(summary["left_out"]):
+        say(f"rows: {plain(told, one_line=True, limit=400)}", to=to)
     if summary["out"]:
         say(
             f"{'exported' if summary['job'] == 'export' else 'merged'} model: {plain(summary['out'], one_line=True)}",

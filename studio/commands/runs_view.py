@@ -11,6 +11,7 @@ from studio.commands.loss_plot import loss_plot
 from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, duration, is_rich, number, say, size, table, width_of_terminal, write_json
 from studio.core.errors import BadInput
+from studio.core.left_out import left_out_in_words
 from studio.core.recipe import FIELDS, Recipe, differing_fields, field_text
 from studio.core.text import plain
 from studio.runs.job import job_table, read_job
@@ -102,6 +103,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "gain": (summary["gain"], (summary["gain"] or {}).get("words", "")),
         "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
         "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
+        "rows": (summary["left_out"] or None, left_out_in_words(summary["left_out"])),
         "adapter": (trains or None, summary["adapter"] or "none"),
         "output": (summary["out"], str(summary["out"])),
     }

@@ -60,6 +60,7 @@ class Planned(RunEvent):
     `batch_tokens` are those of the largest micro-batch of the first step, padding included; the longest row is in it.
     `card` identifies the card: `name`, `uuid`, `pci`; empty on a CPU. `four_bit_share` is the share of the weights of
     linear maps and routed experts inside the layers that is in 4 bits, `kept_16bit_bytes` what is not quantised.
+    `left_out` counts the rows of all files that are neither trained on nor held out, by reason (`core.left_out`).
     """
 
     kind: ClassVar[str] = "Planned"
@@ -74,6 +75,7 @@ class Planned(RunEvent):
     card: dict[str, str] = field(default_factory=dict)
     four_bit_share: float | None = None
     kept_16bit_bytes: int | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

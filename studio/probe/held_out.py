@@ -95,7 +95,7 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
             )
         held = _chosen(unseen.rows, recipe.eval.rows or len(unseen.rows), recipe.train.seed)
         notes = (*unseen.notes, *_answers_note(held))
-    if kept is not None and _contents(held) != kept.held_out:
+    if kept is not None and (recipe.eval.rows or eval_data) and _contents(held) != kept.held_out:
         again, others = _matching((eval_data or data).rows, kept)
         if again:
             held, train = tuple(again), train if eval_data else tuple(others)

@@ -39,6 +39,7 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "gain": gain_of(history),
         "tokens": sum(history.train.tokens),
         "tokens_per_second": _number(history.tokens_per_second),
+        "left_out": history.planned.left_out if history.planned else {},
         "seconds": _number(history.seconds),
         "peak_bytes": peak_bytes(history),
         "warnings": [event.message for event in history.warnings],

@@ -60,7 +60,9 @@ def test_training_says_what_is_left_out_and_not_used_as_the_check_does(cli: Cli)
     ):
         assert f"{said}\n" in checked.out
         assert f"note: {said}\n" in trained.err
-    assert cli("data", "check", "rows.jsonl", "--json").document["ignored_columns"] == ["id", "messages[].name"]
+    document = cli("data", "check", "rows.jsonl", "--json").document
+    assert document["ignored_columns"] == ["id", "messages[].name"]
+    assert document["left_out"] == {"no_answer": 1, "empty_answer": 1}
 
 
 def test_a_prompt_marked_as_untrained_is_refused_only_where_prompts_are_trained(cli: Cli) -> None:

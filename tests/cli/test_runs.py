@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
-from studio.commands.follow import loss_ends
+from studio.commands.follow import event_line, loss_ends
 from studio.commands.runs_list import fitted
-from studio.core.events import Evaluated, Finished, Paused, Saved, Started, StepDone
+from studio.core.events import Evaluated, Finished, Paused, Planned, Saved, Started, StepDone
 from studio.runs.control import requested
 from studio.runs.job import write_job
 from studio.runs.layout import RunPaths
@@ -23,6 +24,8 @@ from studio.runs.requests import MergeRequest
 from studio.runs.status import Status, run_status
 from studio.runs.store import find_run
 from studio.runs.supervise import stop
+from studio.runs.watch import read_history
+from studio.tui.panels.notes import notes_text
 from tests.cli.conftest import Cli
 from tests.fakes.runs import LiveWorker, launch_fake, make_run, wait_for, write_log
 
@@ -412,3 +415,25 @@ def test_a_note_is_written_and_listed(cli: Cli, home: Path) -> None:
     assert cli("runs", "list", "--json").document[0]["note"] == "best so far"
     assert "best so far" in cli("runs", "list").out
     assert cli("runs", "note", paths.name, "x" * 501).code == 2
+
+
+def test_what_a_training_left_out_is_told_by_reason_wherever_its_run_is(cli: Cli, home: Path) -> None:
+    paths = make_run(home)
+    planned = Planned(
+        at=2.0, total_steps=1, trainable_parameters=1, rows=1, held_out_rows=0, device="cpu", dtype="fp32",
+        loss_path="full", left_out={"no_answer": 2000, "refused_by_template": 3, "of_tomorrow": 1},
+    )  # fmt: skip
+    step = StepDone(at=3.0, step=1, loss=3.0, learning_rate=1.0, grad_norm=1.0, tokens=1, seconds=1.0)
+    end = Finished(at=4.0, outcome="done", step=1)
+    write_log(paths, Started(at=1.0, job="train", method="lora", model="m"), planned, step, end)
+    told = (
+        "2,004 left out (2,000 without an answer, 3 that the chat template refuses, or that are not found in what it "
+        "writes, 1 of_tomorrow)"
+    )
+    assert f"rows       {told}\n" in cli("runs", "show", "try").out
+    assert event_line(planned).startswith(f"planned: 1 steps over 1 rows (0 held out), {told}, 1 trainable parameters")
+    assert f"\nrows: {told}\n" in cli("runs", "attach", "try").out, "what a training says at its end"
+    assert cli("runs", "show", "try", "--json").document["left_out"] == planned.left_out
+    assert f"rows     {told}\n" in notes_text(read_history(paths)).plain, "the studio's run screen"
+    write_log(paths, Started(at=1.0, job="train"), replace(planned, left_out={}), step, end)
+    assert "left out" not in cli("runs", "show", "try").out + cli("runs", "attach", "try").out

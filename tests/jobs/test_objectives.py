@@ -53,7 +53,7 @@ class Ranking:
 
     packs = False
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, *, warn: Any, progress: Any = None) -> Any:
+    def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, *, warn: Any, **others: Any) -> Any:
         """Return pairs."""
         seq_len = recipe.train.seq_len
         sides = [encode_rows(some, tokenizer, seq_len=seq_len, warn=warn)[0] for some in (rows, _backwards(rows))]

@@ -17,6 +17,7 @@ from studio.runs.held_out import RowLosses, keep_losses_before, keep_record, rea
 from studio.runs.layout import RunPaths
 from tests.fakes.misreads import ANSWER, ASKED, MISREADS
 from tests.fakes.tokenizers import CHATML, byte_tokenizer
+from tests.jobs.test_templates import ALTERNATING
 
 
 class Listener:
@@ -34,10 +35,10 @@ class Listener:
         return False
 
 
-def read(worker: Any, path: Path, *rows: dict[str, Any], eval_rows: int = 0) -> Any:
+def read(worker: Any, path: Path, *rows: dict[str, Any], eval_rows: int = 0, template: str = CHATML) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = Recipe().with_("data.path", str(path)).with_("eval.rows", eval_rows).with_("eval.samples", 0)
-    tell, tokenizer = PhaseTeller(worker.emit), byte_tokenizer(CHATML)
+    tell, tokenizer = PhaseTeller(worker.emit), byte_tokenizer(template)
     return read_rows(worker, tell, recipe, tokenizer, objective=SUPERVISED, identify=lambda train, held: None)
 
 
@@ -56,6 +57,20 @@ def test_the_run_keeps_what_is_left_out_and_not_used(tmp_path: Path) -> None:
     assert len(rows.train) == 2
     assert "rows.jsonl: 1 row is left out, 2 rows kept: 1 without an answer (the first: row 3)." in worker.warnings
     assert "rows.jsonl: columns not used: id, messages[].name." in worker.warnings
+
+
+def test_rows_are_counted_by_the_reason_for_which_they_are_left_out(tmp_path: Path) -> None:
+    """Of the file and of the encoding, of the rows to train on and of those held out."""
+    worker = Listener(tmp_path)
+    good = [{"messages": [ASKED | {"content": f"Why {n}?"}, ANSWER | {"content": f"Because {n}."}]} for n in range(12)]
+    long = [{"messages": [ASKED | {"content": f"{n} " * 1500}, ANSWER]} for n in range(3)]
+    refused = [{"messages": [ASKED, ASKED, ANSWER | {"content": f"So {n}."}]} for n in range(4)]
+    empty = {"messages": [ASKED, ANSWER | {"content": " "}]}
+    path, rows = tmp_path / "rows.jsonl", [*good, *long, *refused, {"messages": [ASKED]}, empty, empty]
+    found = read(worker, path, *rows, eval_rows=3, template=ALTERNATING + CHATML)
+    assert found.left_out == {"no_answer": 1, "empty_answer": 2, "refused_by_template": 4, "nothing_to_learn": 3}
+    assert len(found.train) + len(found.held_out) == len(good)
+    assert read(worker, path, *good).left_out == {}
 
 
 def test_a_resumed_run_keeps_the_rows_that_it_held_out_when_it_began(tmp_path: Path) -> None:

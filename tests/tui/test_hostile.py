@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from studio.core.events import Failed, Phase, Sampled, Saved, Started, Warned
+from studio.core.events import Failed, Phase, Planned, Sampled, Saved, Started, Warned
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import Recipe
 from studio.probe.data import Conversation, DataSet, Finding, Message
@@ -70,6 +70,17 @@ def test_texts_of_a_run_are_harmless(text: str) -> None:
             Started(at=1.0, job="train", method=text, model=text),
             Warned(at=1.0, message=text, topic=text),
             Saved(at=1.0, what=text, path=text, step=1),
+            Planned(
+                at=1.0,
+                total_steps=9,
+                trainable_parameters=1,
+                rows=9,
+                held_out_rows=1,
+                device=text,
+                dtype=text,
+                loss_path=text,
+                left_out={text: 3, "no_answer": text},  # type: ignore[dict-item]
+            ),
         ]
     )
     assert not raw(notes_text(history).plain)

@@ -188,6 +188,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         rows=len(rows.train),
         held_out_rows=len(rows.held_out),
+        left_out=dict(rows.left_out),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         card=card_used(device),
         dtype=precision.name,

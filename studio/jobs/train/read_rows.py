@@ -3,9 +3,10 @@
 The user is warned of whatever is unusual in it.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ from studio.runs.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Encoded rows to train on and held-out ones, and prompts that the model answers for the user to see."""
+    """Encoded rows to train on and held-out ones, and prompts that the model answers for the user to see.
+
+    `left_out` counts the rows that are in neither, by reason (`studio.core.left_out`).
+    """
 
     train: Sequence[Encoded]
     held_out: Sequence[Encoded]
     prompts: Sequence[Prompt]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_rows(
@@ -73,8 +78,10 @@ def read_rows(
         found = read_data(Path(path), format=recipe.data.format, answers_only=answers_only, progress=file_read)
         for note in found.notes():
             warn(note)
+        left_out.update(found.left_out)
         return found
 
+    left_out: Counter[str] = Counter()
     tell("reading the data")
     data = rows_of(recipe.data.path)
     tell("reading the data", detail=data.described())
@@ -88,10 +95,10 @@ def read_rows(
     ensure_template(tokenizer, data.format, warn)
 
     def encoded(rows: Sequence[Row]) -> Sequence[Encoded]:
-        return objective.encode(rows, tokenizer, recipe, warn=warn, progress=read)
+        return objective.encode(rows, tokenizer, recipe, warn=warn, left_out=left_out, progress=read)
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
-    return Rows(encoded(train_rows), encoded(held) if held else [], prompts)
+    return Rows(encoded(train_rows), encoded(held) if held else [], prompts, +left_out)
 
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:

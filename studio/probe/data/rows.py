@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from studio.core.left_out import LEFT_OUT
 from studio.core.text import plain
 
 
@@ -53,17 +54,12 @@ class PlainText:
 
 Row = Conversation | PlainText
 
-_LEFT_OUT = {
-    "no_answer": "without an answer",
-    "empty_answer": "with an empty answer",
-    "empty_text": "with an empty text",
-}
 _KEPT = {
     "last_turn_not_assistant": "what follows the last answer is left out",
     "media_placeholder": "'<image>' stands in the text, or another mark of a picture's place, and is trained as these "
     "characters; no picture is read",
 }
-"""Words for the findings that do not keep a file from being used."""
+"""Words for the findings that neither keep a file from being used nor leave the row out."""
 _NAMED_UNUSED = 20
 
 
@@ -110,6 +106,11 @@ class DataSet:
     finding_counts: Mapping[str, int]
     size_bytes: int
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many rows are left out, for each reason in `studio.core.left_out`."""
+        return {kind: self.finding_counts[kind] for kind in LEFT_OUT if kind in self.finding_counts}
+
     def described(self) -> str:
         """Return what was recognised, in words: `chat (messages), 591 rows`."""
         return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {_rows(len(self.rows))}"
@@ -122,9 +123,9 @@ class DataSet:
         said = []
         if wrong := {kind: count for kind, count in counts.items() if kind in fatal}:
             said.append(f"{name}: {_rows(sum(wrong.values()))} must be corrected: {counted(wrong)}.")
-        if left := [kind for kind in _LEFT_OUT if kind in counts]:
-            total = sum(counts[kind] for kind in left)
-            reasons = ", ".join(f"{counts[kind]} {_LEFT_OUT[kind]}{self._first(kind)}" for kind in left)
+        if left := self.left_out:
+            total = sum(left.values())
+            reasons = ", ".join(f"{count} {LEFT_OUT[kind]}{self._first(kind)}" for kind, count in left.items())
             are = "is" if total == 1 else "are"
             said.append(f"{name}: {_rows(total)} {are} left out, {_rows(len(self.rows))} kept: {reasons}.")
         said += [

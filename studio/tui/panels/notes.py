@@ -4,6 +4,7 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
+from studio.core.left_out import left_out_in_words
 from studio.core.text import plain
 from studio.runs.history import History
 from studio.tui.readable import count, gib
@@ -47,6 +48,8 @@ def notes_text(history: History) -> Content:
             f"{count(planned.trainable_parameters)} trainable parameters, {count(planned.rows)} rows to train on, "
             f"{count(planned.held_out_rows)} held out, {plain(planned.dtype)} on {plain(planned.device)}\n"
         )
+        if told := left_out_in_words(planned.left_out):
+            parts += [("rows     ", "$text-warning bold"), f"{plain(told, one_line=True, limit=_LONGEST)}\n"]
         if planned.four_bit_share and planned.kept_16bit_bytes is not None:
             kept = f"{gib(planned.kept_16bit_bytes)} GiB not quantised"
             parts.append(f"{planned.four_bit_share:.1%} of the layers' weights in 4 bits, {kept}\n")

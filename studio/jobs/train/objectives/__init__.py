@@ -4,6 +4,7 @@ The loop, evaluation, checkpoints and measurements use an objective only through
 asks the model for one thing only: the summed loss of labelled tokens, of a batch or of each row in it (`TokenLoss`).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -43,6 +44,7 @@ class Objective(Protocol):
         recipe: Recipe,
         *,
         warn: Warn,
+        left_out: Counter[str] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> Sequence[Encoded]:
         """Return the rows as examples of at most `train.seq_len` tokens.
@@ -52,6 +54,7 @@ class Objective(Protocol):
             tokenizer: Of the base model; it has a chat template where the rows are conversations.
             recipe: How they are to be encoded.
             warn: Told what the user should know, each thing once.
+            left_out: Gets the rows of which no example is made, by reason (`studio.core.left_out`).
             progress: Told the fraction done, 0 to 1.
 
         Raises:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the model learns to predict every labelled token from the tokens before it."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,17 +29,21 @@ class Supervised:
         recipe: Recipe,
         *,
         warn: Warn,
+        left_out: Counter[str] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> list[Example]:
         """Return the rows as token ids and labels: of the answers, or with `data.answers_only` off of every token."""
-        return encode_rows(
+        examples, report = encode_rows(
             rows,
             tokenizer,
             seq_len=recipe.train.seq_len,
             answers_only=recipe.data.answers_only,
             warn=warn,
             progress=progress,
-        )[0]
+        )
+        if left_out is not None:
+            left_out.update(refused_by_template=report.refused, nothing_to_learn=report.dropped)
+        return examples
 
     def longest(self, seq_len: int, vocabulary: int) -> Example:
         """Return a row of `seq_len` tokens that all have a label."""
