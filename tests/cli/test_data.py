@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from studio.probe.setup import check_data
+from studio.tui.setup_texts import data_text
 from tests.cli.conftest import Cli
 from tests.fakes.misreads import ANSWER, ASKED, MISREADS, PAIR
 
@@ -63,6 +65,22 @@ def test_training_says_what_is_left_out_and_not_used_as_the_check_does(cli: Cli)
     document = cli("data", "check", "rows.jsonl", "--json").document
     assert document["ignored_columns"] == ["id", "messages[].name"]
     assert document["left_out"] == {"no_answer": 1, "empty_answer": 1}
+
+
+def test_columns_that_answers_rest_on_are_named_by_check_set_up_and_training_alike(cli: Cli) -> None:
+    many = {f"column_{n}": n for n in range(25)}
+    row: dict[str, Any] = {"messages": [ASKED, ANSWER], **many, "tools": [{"name": "look"}], "history": [["a", "b"]]}
+    write(*[row] * 20)
+    told = (
+        "rows.jsonl: in 20 rows a column such as history, context or tools, which is not used, may hold what the "
+        "answer rests on; it is learnt without (the first: row 1)."
+    )
+    assert "row 7 history: found history, tools, not used;" in cli("data", "check", "rows.jsonl").out
+    assert f"{told}\n" in cli("data", "check", "rows.jsonl").out
+    assert f"note: {told}\n" in cli("train", recipe_of()).err
+    assert f"note  {told}\n" in data_text(check_data("rows.jsonl", "no/such-model")).plain
+    write(*[{"messages": [ASKED, ANSWER], "id": 1, "history": [], "tools": None}] * 20)
+    assert cli("data", "check", "rows.jsonl", "--json").document["counts"] == {}
 
 
 def test_a_prompt_marked_as_untrained_is_refused_only_where_prompts_are_trained(cli: Cli) -> None:

@@ -18,6 +18,9 @@ PLACEHOLDER = "<image>"
 PLACEHOLDERS = (PLACEHOLDER, "<video>", "<audio>", "<|image_pad|>", "<|video_pad|>", "<start_of_image>")
 """How rows for models that read pictures mark the place of one: LLaVA's words, then tokens of Qwen and Gemma."""
 
+CONTEXT_COLUMNS = ("history", "context", "contexts", "documents", "tools", "functions", "chat_template_kwargs")
+"""Columns that most files fill with a part of what the answers were given to."""
+
 _LABEL_WORDS = ("true", "false", "desirable", "undesirable")
 """Labels that mark an answer as wanted or not. Any other text is a class, an author or a topic, and is not used."""
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -162,6 +165,13 @@ def refuse_parts(parts: Iterable[object], field: str, number: int, findings: Fin
 def refuse_call(field: str, number: int, findings: Findings) -> None:
     """Refuse a turn that is a call by its role."""
     findings.add("tool_calls", number, f"found a turn that is a call; {_CALLS}", field=field)
+
+
+def check_context(value: Mapping[str, Any], used: Sequence[str], number: int, findings: Findings) -> None:
+    """Say that a row has unused columns that its answer may rest on."""
+    if held := [column for column in CONTEXT_COLUMNS if column not in used and filled(value.get(column))]:
+        found = f"found {', '.join(held)}, not used; what the answer owes to it is learnt without"
+        findings.add("unused_context", number, found, field=held[0], fatal=False)
 
 
 def check_placeholder(texts: Iterable[str], number: int, findings: Findings) -> None:

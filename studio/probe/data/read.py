@@ -12,7 +12,7 @@ from studio.core.text import plain
 from studio.probe.data.findings import Findings, json_kind
 from studio.probe.data.formats import Shape, normalised, recognise, wrong_columns
 from studio.probe.data.json_rows import BOM, Progress, document_rows, line_rows
-from studio.probe.data.misreads import refuse_media, refuse_pair
+from studio.probe.data.misreads import check_context, refuse_media, refuse_pair
 from studio.probe.data.parquet_rows import MAGIC, parquet_rows
 from studio.probe.data.rows import DataSet, Row, counted
 from studio.probe.data.shipped import EMBEDDED, shipped_data
@@ -93,6 +93,7 @@ class _Reading:
             self.findings.leave(key for key in value if key not in self.shape.columns)
         if row := normalised(value, self.shape, number, self.findings, answers_only=self.answers_only):
             self.rows.append(row)
+            check_context(value, self.shape.columns, number, self.findings)
 
     def _misfit(self, number: int, value: dict[str, Any]) -> None:
         if refuse_media(value, (), number, self.findings):

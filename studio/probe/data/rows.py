@@ -55,6 +55,8 @@ class PlainText:
 Row = Conversation | PlainText
 
 _KEPT = {
+    "unused_context": "a column such as history, context or tools, which is not used, may hold what the answer "
+    "rests on; it is learnt without",
     "last_turn_not_assistant": "what follows the last answer is left out",
     "media_placeholder": "'<image>' stands in the text, or another mark of a picture's place, and is trained as these "
     "characters; no picture is read",
