@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.jobs.train import between, checkpoint
+from studio.probe.data import read_data, row_keys
 from studio.probe.resume import check_resume
 from studio.runs.checkpoints import complete_checkpoints, damage_of
 from studio.runs.control import request, requested, withdraw_all
+from studio.runs.held_out import read_record
 from studio.runs.history import History
 from studio.runs.job import read_job, write_job
 from studio.runs.layout import RunPaths
@@ -332,8 +334,11 @@ def test_who_resumes_and_the_job_take_the_same_rows(
     assert isinstance(job, Recipe)
     check_resume(paths, job)
     target = held_out if own_file else data
-    first, _, *rest = target.read_text().splitlines()
-    target.write_text("\n".join([first, *rest]))
+    chosen = read_record(paths).held_out if own_file else ()
+    at = next((row.number - 1 for row in read_data(target).rows if row_keys(row).content.hex() in chosen), 1)
+    kept = target.read_text().splitlines()
+    del kept[at]
+    target.write_text("\n".join(kept))
     with pytest.raises(BadInput, match="rows are not those that it began with"):
         check_resume(paths, job)
 
