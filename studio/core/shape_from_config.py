@@ -9,7 +9,7 @@ from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.experts_from_config import EXPERT_COUNTS, experts_of, sparse_layers
 from studio.core.families import ALWAYS, FAMILIES, INSIDE, LEFT_OUT, NEVER, UNKNOWN, Family
-from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_groups, gemma_outside
+from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_embedders, gemma_groups, gemma_outside
 from studio.core.heads import Heads, Latent
 from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds
 from studio.core.llama4_layers import LLAMA_4, llama4_groups
@@ -63,9 +63,11 @@ def shape_from_config(config: Mapping[str, Any], tensors: Tensors | None = None)
     if found:
         shape = settled(shape, found)
     if several:
-        beside = f", {found.towers / 1e9:.2f} B parameters," if found and found.towers else ""
+        kept = gemma_embedders(name, config, shape.hidden)
+        towers = max(0, found.towers - kept) if found else 0
+        beside = f", {towers / 1e9:.2f} B parameters," if towers else ""
         said = f"towers for images or sound{beside} are on disk and not counted: a training on text leaves them out"
-        shape = replace(shape, notes=(said,), tower_parameters=found.towers if found else 0)
+        shape = replace(shape, notes=(said,), tower_parameters=towers, other_parameters=shape.other_parameters + kept)
     return replace(shape, quantised=quantised_base(config))
 
 

@@ -19,6 +19,7 @@ SIZES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"num_hidden_layers": 8, "layer_types": None, "no_rope_layers": None, "moe_layers": None},
         {"train.seq_len": 192, "train.micro_batch": 2},
     ),
+    "gemma3n-long": ("gemma3n", {"vocab_size": 4096}, {"train.seq_len": 2048}),
     "llama4-heads": ("llama4", {"num_attention_heads": 32, "intermediate_size": 1024}, {"train.seq_len": 512}),
 }
 

@@ -184,14 +184,18 @@ def _streamed(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     active = op.slice_last(predictions, 1 / layer.streams)
     normed = run.norm(layer, active)
     beside = gemma.laurel(run, layer, normed)
-    attended, weights = attention(run, layer, normed)
-    gated = op.add(active, run.norm(layer, attended))
+    raw, weights = attention(run, layer, normed)
+    attended = run.norm(layer, raw)
+    tape.named(raw)
+    gated = op.add(active, attended)
     both = op.scale(op.add(gated, beside))
-    tape.named(normed, beside, attended, gated)
-    fed = run.mlp(layer, run.norm(layer, both))
-    activated = op.add(both, run.norm(layer, fed))
+    into = run.norm(layer, both)
+    fed = run.mlp(layer, into)
+    back = run.norm(layer, fed)
+    activated = op.add(both, back)
     out = gemma.corrected(run, layer, predictions, activated)
-    tape.named(both, fed, activated, predictions, active, weights)
+    # Every one of them has a name of its own until the layer returns.
+    tape.named(normed, beside, attended, gated, into, both, fed, back, activated, predictions, active, weights)
     return out
 
 

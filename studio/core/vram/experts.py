@@ -49,10 +49,13 @@ def given_all(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
     scores = op.mean_last(x, Polynomial(per_token=experts.count))
     rows = op.multiply_rows(op.gather(x, experts.count), scores)
     routed = (grouped_experts if run.groups_experts else _all_experts)(run, layer, rows)
-    shared = run.mlp(layer, x)
+    shared = run.mlp(layer, x) if layer.mlp else None
     # CUDA's autocast sums up in fp32. A sum's gradient is spread over the experts in their format.
     wide = 4 if arithmetic.autocast and not run.traits.cpu else routed.itemsize
     summed = op.result_of((routed,), x.elements, wide, (op.gradient_like(routed),))
+    if shared is None:
+        run.tape.named(rows, routed, scores)
+        return op.cast(summed, x.itemsize)
     of_sum = None if wide == shared.itemsize else op.gradient_like(summed)
     out = op.result_of((shared, summed), x.elements, shared.itemsize, (None, of_sum), base=shared)
     run.tape.named(rows, routed, scores)

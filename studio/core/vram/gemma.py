@@ -6,11 +6,92 @@ Their values are normed, some layers take keys and values of one before, each la
 Sources: modeling_gemma3n.py and modeling_gemma4.py, transformers 5.24.
 """
 
-from studio.core.shape import Layer, Linear
+from dataclasses import dataclass
+
+from studio.core.shape import Layer, Linear, ModelShape
 from studio.core.vram import operators as op
 from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Tensor
+
+_OWN_INPUTS = "per_layer_model_projection"
+
+
+@dataclass(frozen=True, slots=True)
+class AroundStreams:
+    """What Gemma3nTextModel.forward keeps outside its layers, in bytes per token.
+
+    Attributes:
+        before: What is there until the last layer has gone backward.
+        behind: What is kept where all residual streams become one, until that has gone backward.
+    """
+
+    before: int = 0
+    behind: int = 0
+
+
+def around_streams(shape: ModelShape, targets: frozenset[str], narrow: int, wide: int) -> AroundStreams:
+    """Return what is kept before and behind the layers of a model with several residual streams.
+
+    Each stream but the first is a projection, multiplied by one magnitude and divided by its own. The powers below a
+    magnitude are taken of a wide copy, and the product before the division is wide; both are saved.
+
+    Args:
+        shape: The model.
+        targets: Names of the adapted linear maps.
+        narrow: Bytes per element of what projections give.
+        wide: Bytes per element of the streams.
+    """
+    streams, hidden, widths = shape.groups[0].layer.streams, shape.hidden, shape.per_layer_width
+    if streams == 1:
+        return AroundStreams()
+    others = (streams - 1) * hidden
+    into, back, own = (name in targets for name in ("altup_projections", "altup_unembed_projections", _OWN_INPUTS))
+    before = others * 2 * wide if into else 0
+    before += hidden * narrow if into or own else 0  # the adapters' input, which is the embedding
+    before += widths * wide if own else 0  # what their norm reads
+    # Keys turned by wide positions are wide; those and values are there once for each kind of attention.
+    layers = [group.layer for group in shape.groups]
+    if any(layer.keys_from == "before" for layer in layers):
+        handed = {(layer.heads, layer.window) for layer in layers if layer.keys_from != "before"}
+        before += sum(heads.keys * heads.width * (narrow + wide) for heads, _ in handed)
+        before -= shape.stored_heads_width * narrow  # counted for every model that hands them on
+    behind = streams * hidden * wide + others * (2 * wide + narrow + (narrow if back else 0))
+    return AroundStreams(before, behind)
+
+
+def left_behind_keys(shape: ModelShape, targets: frozenset[str], narrow: int, wide: int) -> list[Polynomial]:
+    """Return, kind by kind, what checkpointed layers behind the last of that kind leave there when they go backward.
+
+    A layer that hands its keys and values on does so once more when it is computed again: new ones, behind which
+    everything lies that they were made of, its input and the streams predicted of it. They stay until the step ends.
+
+    Args:
+        shape: The model.
+        targets: Names of the adapted linear maps.
+        narrow: Bytes per element of what products read.
+        wide: Bytes per element of the streams.
+    """
+    left = [NOTHING] * len(shape.groups)
+    layers = [shape.groups[kind].layer for kind in shape.order]
+    if not any(layer.streams > 1 and layer.keys_from == "before" for layer in layers):
+        return left
+    hands_on = {layer.window: index for index, layer in enumerate(layers) if layer.keys_from != "before"}
+    for index in hands_on.values():
+        layer = layers[index]
+        of_streams = layer.streams * shape.hidden * (2 * wide + narrow)
+        inputs = sum(linear.name in targets for linear in (_named(layer, "modality_router"), *layer.qkv[1:]))
+        of_heads = 2 * layer.heads.keys * layer.heads.width * wide  # what the norms of keys and values read
+        # Gradients that later layers gave to the keys and values wait until this one goes backward.
+        waiting = Polynomial(per_token=layer.heads.keys * layer.heads.width * (wide + narrow))
+        size = Polynomial(per_token=of_streams + inputs * shape.hidden * narrow + of_heads)
+        for kind in range(len(left)):
+            last = len(layers) - 1 - shape.order[::-1].index(kind)
+            if index > last:
+                left[kind] = left[kind].plus(size)
+            elif layers[last].keys_from != "before":
+                left[kind] = left[kind].plus(waiting)
+    return left
 
 
 def normed_heads(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +153,11 @@ def predicted(run: Modules, layer: Layer, streams: Tensor) -> Tensor:
     """Follow Gemma3nTextAltUp.predict: every stream is predicted from all of them."""
     active = op.slice_last(streams, 1 / layer.streams)
     coefficients = run.linear(_named(layer, "prediction_coefs"), _modalities(run, layer, active))
-    product = op.matmul(streams, coefficients, streams.elements, copies_x=False, copies_y=False)
-    out = op.clone(op.add_rows(product, streams))
+    arithmetic = run.traits.arithmetic
+    compute = arithmetic.compute if arithmetic.autocast else streams.itemsize
+    narrow, coefficients = op.cast(streams, compute), op.cast(coefficients, compute)
+    product = op.matmul(narrow, coefficients, streams.elements, copies_x=False, copies_y=False)
+    out = op.cast(op.clone(op.add_rows(product, streams)), streams.itemsize)
     run.tape.named(product, coefficients)
     return out
 

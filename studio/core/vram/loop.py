@@ -6,6 +6,7 @@ from functools import lru_cache
 from studio.core.gpu_catalogue import Gpu
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
 from studio.core.trainable import AS_PEFT, HEAD, target_names
+from studio.core.vram.gemma import around_streams
 from studio.core.vram.head import ChunkedLoss, LigerLoss, Loss, WholeLoss
 from studio.core.vram.modules import AdapterTraits, Kernel, LayerTraits
 from studio.core.vram.operators import Arithmetic
@@ -82,6 +83,7 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
     # Where the residual stream widens in the layers, the first layer's input is narrower than all others; a norm of the
     # embedding would have widened it before.
     widens = kind.grad_checkpointing * (traits.arithmetic.residual - kind.residual_itemsize)
+    around = around_streams(shape, traits.adapter.targets, kind.residual_itemsize, traits.arithmetic.residual)
     return Loop(
         kind=kind,
         traits=traits,
@@ -95,8 +97,9 @@ def own_loop(shape: ModelShape, kind: Setup, kernel: Kernel) -> Loop:
         caches_copies=kind.autocast and kind.grad_checkpointing,
         shared_per_token=IDS_LABELS_MASK_BYTES
         - (0 if shape.embedding_norm else widens) * shape.hidden
-        + (shape.per_layer_width + shape.stored_heads_width) * kind.residual_itemsize,
-        cache_per_token=_behind_streams(shape) * traits.arithmetic.residual,
+        + (shape.per_layer_width + shape.stored_heads_width) * kind.residual_itemsize
+        + around.before,
+        cache_per_token=around.behind,
     )
 
 
@@ -128,15 +131,6 @@ def _load_extra(shape: ModelShape, kind: Setup) -> int:
             # The stack that narrows is read last, when the other one is there.
             of_experts += [extra[0] - down.weights // 2, extra[1]]
     return max(widest_linear(shape) * kind.compute_itemsize, *of_experts)
-
-
-def _behind_streams(shape: ModelShape) -> int:
-    """Return the numbers per token that are kept where several residual streams become one (Gemma3nTextModel.forward).
-
-    All streams are, and of each but the first two products.
-    """
-    streams = shape.groups[0].layer.streams
-    return shape.hidden * (streams + 2 * (streams - 1)) if streams > 1 else 0
 
 
 def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:

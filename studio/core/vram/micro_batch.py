@@ -11,6 +11,7 @@ from typing import NamedTuple
 from studio.core.loss_chunk import loss_chunk_tokens
 from studio.core.shape import ModelShape
 from studio.core.vram.decoder_layer import decoder_layer, first_adapted, layer_pass, recomputed_marks
+from studio.core.vram.gemma import left_behind_keys
 from studio.core.vram.head import HeadMarks, head_marks
 from studio.core.vram.loop import Loop, at_length, mask_count, trains_layers
 from studio.core.vram.modules import LayerTraits
@@ -61,6 +62,9 @@ def layer_marks(
     free = [own.plus(later) for own, later in zip(kept, _kept_later(shape, kept), strict=True)]
     ahead = [uncovered(one.forward_marks()) for one in passes]
     back = [uncovered(one.backward_marks()) for one in passes]
+    formats, left = traits.arithmetic, [NOTHING] * len(passes)
+    if grad_checkpointing:
+        left = left_behind_keys(shape, traits.adapter.targets, formats.compute, formats.residual)
     forward = uncovered(mark.minus(own) for marks_, own in zip(ahead, free, strict=True) for mark in marks_)
     # The backward ends at the first layer with an adapter; those before it keep nothing.
     lead = 0 if input_wants_gradient else first_adapted(shape, traits)
@@ -79,7 +83,9 @@ def layer_marks(
         checkpoint=kept[number],
         forward=forward,
         blocks=uncovered(mark.at_least_nothing() for mark in forward),
-        backward=uncovered(mark.minus(own) for marks_, own in zip(back, free, strict=True) for mark in marks_),
+        backward=uncovered(
+            mark.minus(own).plus(more) for marks_, own, more in zip(back, free, left, strict=True) for mark in marks_
+        ),
         first_backward=first,
         evaluation=uncovered(mark for marks_ in ahead for mark in marks_) if as_trained else _evaluated(shape, traits),
     )
