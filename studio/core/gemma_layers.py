@@ -10,7 +10,8 @@ from typing import Any
 
 from studio.core.config_values import ConfigValues
 from studio.core.heads import Heads
-from studio.core.shape import Experts, Layer, LayerGroup, Linear
+from studio.core.linear import Linear
+from studio.core.shape import Experts, Layer, LayerGroup
 
 GEMMAS = ("gemma3n_text", "gemma4_text")
 _STREAMS = "altup_num_inputs"

@@ -13,6 +13,7 @@ from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import NEVER, Family
 from studio.core.heads import Heads
+from studio.core.linear import Linear
 from studio.core.mixer import Mixer
 from studio.core.mixers_from_config import (
     FALCON_KEYS,
@@ -26,7 +27,7 @@ from studio.core.mixers_from_config import (
     separate_delta,
     short_convolution,
 )
-from studio.core.shape import Experts, Layer, LayerGroup, Linear
+from studio.core.shape import Experts, Layer, LayerGroup
 from studio.core.text import plain
 
 Settings = Mapping[str, Any]

@@ -5,10 +5,9 @@ Which families have which is read by `studio.core.mixers_from_config`; what one 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # a layer's shape holds mixers, and these its linear maps
-    from studio.core.shape import Linear
+from studio.core.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +35,8 @@ class Mixer:
 
     kind: Literal["delta", "mamba2", "mamba", "conv"]
     place: str
-    inputs: "tuple[Linear, ...]"
-    out: "Linear"
+    inputs: tuple[Linear, ...]
+    out: Linear
     parameters: int
     channels: int = 0
     kernel: int = 1
@@ -51,6 +50,6 @@ class Mixer:
     buffers: int = 0
 
     @property
-    def linears(self) -> "tuple[Linear, ...]":
+    def linears(self) -> tuple[Linear, ...]:
         """All its linear maps."""
         return (*self.inputs, self.out)

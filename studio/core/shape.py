@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from studio.core.heads import Heads, Latent
+from studio.core.linear import Linear
 from studio.core.mixer import Mixer
 from studio.core.quantised_base import QuantisedBase
 
@@ -20,27 +21,6 @@ Norm = Literal["rms", "rms_wide", "layer", "layer_plain", "layer_wide", "centred
 
 EXPERTS_UP, EXPERTS_DOWN = "experts.gate_up_proj", "experts.down_proj"
 """The two stacks of routed experts, as most families call them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """One linear map of a layer; `copies` is how many of it the layer has (experts held as separate modules)."""
-
-    name: str
-    inputs: int
-    outputs: int
-    bias: bool = False
-    copies: int = 1
-
-    @property
-    def weights(self) -> int:
-        """Weights without biases."""
-        return self.inputs * self.outputs * self.copies
-
-    @property
-    def biases(self) -> int:
-        """Bias terms."""
-        return self.outputs * self.copies if self.bias else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from studio.core.families import ALWAYS, FAMILIES, INSIDE, LEFT_OUT, NEVER, UNKN
 from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_embedders, gemma_groups, gemma_outside
 from studio.core.heads import Heads, Latent
 from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds
+from studio.core.linear import Linear
 from studio.core.llama4_layers import LLAMA_4, llama4_groups
 from studio.core.quantised_base import quantised_base
-from studio.core.shape import Experts, Layer, LayerGroup, Linear, ModelShape
+from studio.core.shape import Experts, Layer, LayerGroup, ModelShape
 from studio.core.text import plain
 from studio.core.unknown_layers import facts_of, layers_of
 

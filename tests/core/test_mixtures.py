@@ -9,9 +9,9 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from studio.core.linear import Linear
 from studio.core.measured import height
 from studio.core.recipe import Recipe
-from studio.core.shape import Linear
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from studio.core.gpu_catalogue import find_gpu
+from studio.core.linear import Linear
 from studio.core.measured import height
-from studio.core.shape import Linear, ModelShape
+from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.estimate import estimate_stock
 from studio.core.stock.setup import StockSetup

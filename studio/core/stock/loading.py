@@ -8,7 +8,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.linear import Linear
+from studio.core.shape import Layer, ModelShape
 from studio.core.stock.allocator import Block, CachingAllocator
 from studio.core.stock.setup import StockSetup, loads_in_threads
 from studio.core.trainable import trained_tensors, whole_tensors

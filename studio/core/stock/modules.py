@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from studio.core.errors import BadInput
-from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.linear import Linear
+from studio.core.shape import Layer, ModelShape
 from studio.core.trainable import AS_PEFT
 from studio.core.vram import operators as op
-from studio.core.vram.experts import whole_experts
 from studio.core.vram.head import cross_entropy, logits_of
 from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import NOTHING, Polynomial, total
@@ -165,12 +165,12 @@ class StockModules(Modules):
         """Whether routed experts are multiplied in groups: transformers does not do so."""
         return False
 
-    def experts(self, layer: Layer, x: Tensor) -> Tensor:
+    def whole_experts(self, layer: Layer, x: Tensor) -> Tensor:
         """Return what the experts make of the tokens that come to them."""
         if not layer.expert_maps or layer.experts is None:
             experts = layer.experts
             adapted = experts is not None and experts.adapted_by_all and AS_PEFT in self.traits.adapter.targets
-            return self._merged_experts(layer, x) if adapted else whole_experts(self, layer, x)
+            return self._merged_experts(layer, x) if adapted else super().whole_experts(layer, x)
         # One after another, each on its share of the tokens (transformers below 5, MixtralSparseMoeBlock).
         gate, up, down = layer.expert_maps
         share = layer.experts.per_token / layer.experts.count

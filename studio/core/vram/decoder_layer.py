@@ -7,6 +7,7 @@ from studio.core.shape import Layer, ModelShape
 from studio.core.vram import gemma
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
+from studio.core.vram.experts import feed_forward
 from studio.core.vram.mixers import mixed
 from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import Polynomial
@@ -259,7 +260,7 @@ def _dropped(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _fed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
-    out = run.feed_forward(layer, x) if layer.mlp or layer.experts else x
+    out = feed_forward(run, layer, x) if layer.mlp or layer.experts else x
     if layer.beside and layer.out is not None and layer.streams == 1:
         out = _beside(run, layer, out)
     run.tape.named(x)

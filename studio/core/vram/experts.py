@@ -3,16 +3,13 @@
 Sources: studio/jobs/base/experts/product.py; transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
 """
 
-from typing import TYPE_CHECKING
-
 from studio.core.experts import experts_per_group
-from studio.core.shape import Layer, Linear
+from studio.core.linear import Linear
+from studio.core.shape import Layer
 from studio.core.vram import operators as op
+from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
-
-if TYPE_CHECKING:
-    from studio.core.vram.modules import Modules
 
 _WEIGHTS_PER_SCALE = 64
 """bitsandbytes' block size: as many weights are dequantised by one fp32 scale."""
@@ -20,49 +17,45 @@ _INDEX_BYTES = 8
 """An int64, as torch's indices are."""
 
 
-def whole_experts(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
-    """Return the output of grouped products: each token's input, gate, up and product for every expert it visits.
-
-    Experts without a gate (Nemotron-H) have but their activation between the two products.
-    """
-    experts = layer.experts
-    assert experts is not None  # noqa: S101  the caller looked
-    rows = op.cast(op.gather(x, experts.per_token), run.traits.arithmetic.compute)
-    up, back = experts.stacks(run.shape.hidden)
-    both = op.frozen_linear(rows, Polynomial(per_token=up.outputs * experts.per_token))
-    if experts.gated:
-        gates, ups = op.split_last(both, (0.5, 0.5))
-        product = op.multiply(op.activate(gates), ups)
-    else:
-        product = run.activation(layer, both)
-    down = op.frozen_linear(product, Polynomial(per_token=back.outputs * experts.per_token))
-    shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
-    out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
-    run.tape.named(rows, both, product, down, shares)
-    return out
+def feed_forward(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Return what a layer's MLP, its experts or both make of x."""
+    if not layer.experts:
+        return run.mlp(layer, x)
+    if layer.experts.given_all:
+        return given_all(run, layer, x)
+    out = routed(run, layer, x)
+    return op.add(out, run.mlp(layer, x)) if layer.mlp else out
 
 
-def given_all(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
+def routed(run: Modules, layer: Layer, x: Tensor) -> Tensor:
+    """Return what the routed experts make of the tokens that come to them."""
+    around = layer.experts.around if layer.experts else ()
+    narrow = run.linear(around[0], x) if around else x
+    out = grouped_experts(run, layer, narrow) if run.groups_experts else run.whole_experts(layer, narrow)
+    return run.linear(around[1], out) if around else out
+
+
+def given_all(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Follow Llama4TextMoe.forward: a copy of all tokens for each expert, times what the router gives it."""
     experts, arithmetic = layer.experts, run.traits.arithmetic
     assert experts is not None  # noqa: S101  the caller looked
     scores = op.mean_last(x, Polynomial(per_token=experts.count))
     rows = op.multiply_rows(op.gather(x, experts.count), scores)
-    routed = (grouped_experts if run.groups_experts else _all_experts)(run, layer, rows)
+    products = (grouped_experts if run.groups_experts else _all_experts)(run, layer, rows)
     shared = run.mlp(layer, x) if layer.mlp else None
     # CUDA's autocast sums up in fp32. A sum's gradient is spread over the experts in their format.
-    wide = 4 if arithmetic.autocast and not run.traits.cpu else routed.itemsize
-    summed = op.result_of((routed,), x.elements, wide, (op.gradient_like(routed),))
+    wide = 4 if arithmetic.autocast and not run.traits.cpu else products.itemsize
+    summed = op.result_of((products,), x.elements, wide, (op.gradient_like(routed),))
     if shared is None:
-        run.tape.named(rows, routed, scores)
+        run.tape.named(rows, products, scores)
         return op.cast(summed, x.itemsize)
     of_sum = None if wide == shared.itemsize else op.gradient_like(summed)
     out = op.result_of((shared, summed), x.elements, shared.itemsize, (None, of_sum), base=shared)
-    run.tape.named(rows, routed, scores)
+    run.tape.named(rows, products, scores)
     return out
 
 
-def _all_experts(run: "Modules", layer: Layer, rows: Tensor) -> Tensor:
+def _all_experts(run: Modules, layer: Layer, rows: Tensor) -> Tensor:
     """Follow Llama4TextExperts.forward, whose rows are all tokens for each expert."""
     experts = layer.experts
     assert experts is not None  # noqa: S101  the caller looked
@@ -75,7 +68,7 @@ def _all_experts(run: "Modules", layer: Layer, rows: Tensor) -> Tensor:
     return out
 
 
-def grouped_experts(run: "Modules", layer: Layer, x: Tensor) -> Tensor:
+def grouped_experts(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return the output of our products in groups, of which every group has an equal share of the rows.
 
     Kept for the backward are the widened rows; their inputs, answers and activations are made again, group by group.
@@ -135,7 +128,7 @@ def _dequantised(stack: Linear, experts: int, compute: int) -> Polynomial:
     return Polynomial(fixed=weights * compute + 4 * weights / _WEIGHTS_PER_SCALE)
 
 
-def _pair(run: "Modules", stack: Linear) -> tuple[Tensor, ...]:
+def _pair(run: Modules, stack: Linear) -> tuple[Tensor, ...]:
     """Return A and B of all experts of a stack, where it is adapted."""
     if stack.name not in run.traits.adapter.targets:
         return ()

@@ -8,8 +8,10 @@ Sources: modeling_gemma3n.py and modeling_gemma4.py, transformers 5.24.
 
 from dataclasses import dataclass
 
-from studio.core.shape import Layer, Linear, ModelShape
+from studio.core.linear import Linear
+from studio.core.shape import Layer, ModelShape
 from studio.core.vram import operators as op
+from studio.core.vram.experts import routed
 from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Tensor
@@ -145,8 +147,8 @@ def own_input(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 def fed_by_both(run: Modules, layer: Layer, residual: Tensor, normed: Tensor) -> Tensor:
     """Return the sum of a dense MLP and of experts, each between norms of its own (Gemma4TextDecoderLayer)."""
     dense = run.norm(layer, run.mlp(layer, normed))
-    routed = run.norm(layer, run.experts(layer, run.norm(layer, residual)))
-    return op.add(dense, routed)
+    sparse = run.norm(layer, routed(run, layer, run.norm(layer, residual)))
+    return op.add(dense, sparse)
 
 
 def predicted(run: Modules, layer: Layer, streams: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ Sources: transformers/models/*/modeling_*.py and activations.py, peft/tuners/lor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
+from studio.core.linear import Linear
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.elementwise import activated, centred_norm, rotated, sparse
-from studio.core.vram.experts import given_all, grouped_experts, whole_experts
 from studio.core.vram.operators import Arithmetic
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tape, Tensor
@@ -300,16 +300,7 @@ class Modules:
         """Return queries or keys turned by their positions."""
         return rotated(layer, x)
 
-    # The feed-forward block.
-
-    def feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
-        """Return the MLP's output."""
-        if not layer.experts:
-            return self.mlp(layer, x)
-        if layer.experts.given_all:
-            return given_all(self, layer, x)
-        routed = self.experts(layer, x)
-        return op.add(routed, self.mlp(layer, x)) if layer.mlp else routed
+    # The feed-forward block, whose experts `studio.core.vram.experts` follows.
 
     @property
     def groups_experts(self) -> bool:
@@ -340,12 +331,26 @@ class Modules:
         self.tape.named(x)
         return out
 
-    def experts(self, layer: Layer, x: Tensor) -> Tensor:
-        """Return what the routed experts make of the tokens that come to them."""
-        around = layer.experts.around if layer.experts else ()
-        narrow = self.linear(around[0], x) if around else x
-        out = (grouped_experts if self.groups_experts else whole_experts)(self, layer, narrow)
-        return self.linear(around[1], out) if around else out
+    def whole_experts(self, layer: Layer, x: Tensor) -> Tensor:
+        """Return the output of products with whole stacks: each token's rows for every expert that it visits.
+
+        Experts without a gate (Nemotron-H) have but their activation between the two products.
+        """
+        experts = layer.experts
+        assert experts is not None  # noqa: S101  the caller looked
+        rows = op.cast(op.gather(x, experts.per_token), self.traits.arithmetic.compute)
+        up, back = experts.stacks(self.shape.hidden)
+        both = op.frozen_linear(rows, Polynomial(per_token=up.outputs * experts.per_token))
+        if experts.gated:
+            gates, ups = op.split_last(both, (0.5, 0.5))
+            product = op.multiply(op.activate(gates), ups)
+        else:
+            product = self.activation(layer, both)
+        down = op.frozen_linear(product, Polynomial(per_token=back.outputs * experts.per_token))
+        shares = op.mean_last(x, Polynomial(per_token=experts.per_token))  # what the router gives each chosen expert
+        out = op.cast(op.gather(op.multiply_rows(down, shares), 1 / experts.per_token), x.itemsize)
+        self.tape.named(rows, both, product, down, shares)
+        return out
 
 
 def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tensor:

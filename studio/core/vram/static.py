@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.direct_weights import kept_16bit
-from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, Linear, ModelShape
+from studio.core.linear import Linear
+from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.trainable import ATTENTION, MLP, AdaptedPart, target_names, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup
 
