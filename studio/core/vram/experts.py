@@ -45,7 +45,7 @@ def given_all(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     shared = run.mlp(layer, x) if layer.mlp else None
     # CUDA's autocast sums up in fp32. A sum's gradient is spread over the experts in their format.
     wide = 4 if arithmetic.autocast and not run.traits.cpu else products.itemsize
-    summed = op.result_of((products,), x.elements, wide, (op.gradient_like(routed),))
+    summed = op.result_of((products,), x.elements, wide, (op.gradient_like(products),))
     if shared is None:
         run.tape.named(rows, products, scores)
         return op.cast(summed, x.itemsize)
