@@ -55,7 +55,7 @@ _TAKEN_FOR_EXPERTS = frozenset(
     )
 )
 """Families in which peft renames the MLP's maps to the fused experts, in saved adapters too (peft 0.21
-utils/transformers_weight_conversion.py _MOE_TARGET_MODULE_MAPPING; tests/jobs/test_expert_targets.py looks there)."""
+utils/transformers_weight_conversion.py _MOE_TARGET_MODULE_MAPPING; tests/jobs/test_expert_runs.py looks there)."""
 _OF_EXPERTS = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), _STACKED)
 
 
