@@ -145,3 +145,16 @@ def test_an_adapter_of_a_run_without_a_log_has_todays_date(recipe: Recipe, train
     paths.events.unlink()
     (text,) = apply_template(load_tokenizer(paths.adapter), [[TURN]], tokenize=False)
     assert text.startswith(datetime.now().strftime("%d %b %Y"))
+
+
+def test_a_system_without_some_directives_writes_the_others() -> None:
+    class Windows(datetime):
+        def strftime(self, format: str) -> str:  # noqa: A002  as in datetime
+            if "-" in format:
+                raise ValueError("Invalid format string")
+            return super().strftime(format)
+
+    tokenizer = byte_tokenizer(DATED + LOOP + ASK)
+    freeze_date(tokenizer, Windows(2026, 11, 29))
+    text = apply_template(tokenizer, [[{"role": "user", "content": "a"}]], tokenize=False)[0]
+    assert text.startswith("29 Nov 2026")

@@ -67,7 +67,10 @@ def _dated(template: str, date: datetime) -> str:
 
     A template cannot be handed a function: transformers gives it plain data alone.
     """
-    filled = {f"%{dash}{letter}": date.strftime(f"%{dash}{letter}") for dash in ("-", "") for letter in _DIRECTIVES}
+    filled: dict[str, str] = {}
+    for directive in (f"%{dash}{letter}" for dash in ("-", "") for letter in _DIRECTIVES):
+        with suppress(ValueError):  # Windows refuses those with a dash, among others
+            filled[directive] = date.strftime(directive)
     words = "".join(f"|replace({json.dumps(key)}, {json.dumps(word)})" for key, word in filled.items())
     # Jinja takes the new line away, so that the template itself still begins a line.
     return (
