@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, PhimoeConfig, PreTrainedConfig
 
 from studio.core.direct_weights import not_adapted
@@ -17,9 +17,11 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
 from studio.jobs.base.experts.pairs import open_adapter
+from studio.jobs.chat.session import Session
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.between import Between
-from studio.runs.layout import RunPaths
+from studio.runs.chat import ChatRequest
+from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from studio.runs.log import read_events
 from tests.fakes.tiny_model import tiny_tokenizer
 from tests.jobs.conftest import Merge, Train, history_of
@@ -163,3 +165,27 @@ def test_an_audit_has_the_figures_of_the_whole_mixture(
     recipe = recipe.with_("model.base", str(base)).with_("method", "qlora").with_("model.dtype", "bf16")
     run = train(recipe.with_("adapter.targets", EXPERTS).with_("eval.rows", 2))
     assert_figures_of_the_whole_model(run, base, tmp_path / "audit")
+
+
+def test_a_chat_opens_an_adapter_from_transformers_4(tmp_path: Path) -> None:
+    """Its experts lie one by one, under names that peft changes while it loads them."""
+    base, adapter = folder_of(FAMILIES["mixtral"](), tmp_path / "base"), tmp_path / "adapter"
+    tiny_tokenizer().save_pretrained(base)
+    LoraConfig(r=4, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM").save_pretrained(str(adapter))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    hidden, inner, count = plain.config.hidden_size, plain.config.intermediate_size, plain.config.num_local_experts
+    tensors = {}
+    for place in (f"{layer}.block_sparse_moe.experts.{expert}" for layer in range(2) for expert in range(count)):
+        for name, (into, out) in {"w1": (hidden, inner), "w3": (hidden, inner), "w2": (inner, hidden)}.items():
+            key = f"base_model.model.model.layers.{place}.{name}"
+            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = torch.randn(4, into), torch.randn(out, 4)
+    save_file(tensors, adapter / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    Session(ChatRequest(base=str(base), adapter=str(adapter), dtype="fp32"), lambda name, fraction: None)
+    ids = torch.randint(0, 256, (2, 16))
+    with torch.no_grad():
+        without = plain(ids).logits
+        made = open_adapter(loaded(base, method="lora"), str(adapter), "cpu")(ids).logits
+        wanted = PeftModel.from_pretrained(plain, str(adapter))(ids).logits
+    assert (made - wanted).abs().max() < 1e-3
+    assert (made - without).abs().max() > 0.1

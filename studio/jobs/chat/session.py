@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor
 from transformers import TextStreamer
 
@@ -218,12 +218,8 @@ class Session:
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             if of_the_machine(error):
                 raise
-            raise BadInput(f"the adapter {adapter.name} does not fit this base model: {error}") from error
-        # Of a key that fits nothing peft only warns, and the tuned side would answer as the base does.
-        named = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        if lost := sorted(named.keys() - found.header.tensors.keys()):
-            why = f"{len(lost)} tensors are not in it, the first is {plain(lost[0], one_line=True, limit=160)}"
-            raise BadInput(f"the adapter {plain(adapter.name, one_line=True)} does not fit this base model: {why}.")
+            name = plain(adapter.name, one_line=True)
+            raise BadInput(f"the adapter {name} does not fit this base model: {error}") from error
         own = (adapter / "tokenizer_config.json").is_file()
         return adapter if own else base, adapted
 

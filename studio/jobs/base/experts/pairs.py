@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from studio.core.experts import EXPERTS
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP
+from studio.core.text import plain
 from studio.jobs.base.experts.forms import experts_in, form_of, shape_of
 from studio.jobs.base.experts.product import GroupedForward, Pair, take_over
+from studio.jobs.base.swapped import swapped
 
 
 class ExpertPairs(ParamWrapper):  # type: ignore[misc]
@@ -73,9 +75,23 @@ def open_adapter(base: nn.Module, folder: str, device: str) -> PeftModel:
         device: Where the adapter goes.
 
     Raises:
-        ValueError, KeyError, RuntimeError, TypeError, AttributeError: The adapter does not fit, as peft raises it.
+        ValueError, KeyError, RuntimeError, TypeError, AttributeError: The adapter does not fit, as peft raises it; or
+            it lacks a tensor that its config asks for, of which peft only warns.
     """
-    return take_over_pairs(PeftModel.from_pretrained(base, folder, torch_device=device))
+    usual, missing = PeftModel.load_adapter, list[str]()
+
+    def load(*given: Any, **named: Any) -> Any:
+        # Its result counts what peft has renamed, such as the experts of an adapter from transformers 4.
+        seen = usual(*given, **named)
+        missing.extend(seen.missing_keys)
+        return seen
+
+    with swapped(PeftModel, "load_adapter", load):
+        model = PeftModel.from_pretrained(base, folder, torch_device=device)
+    if missing:
+        first = plain(min(missing), one_line=True, limit=160)
+        raise ValueError(f"{len(missing)} tensors are not in it, the first is {first}.")
+    return take_over_pairs(model)
 
 
 def stacks_named(base: nn.Module, targets: tuple[str, ...], layers: list[int] | None) -> list[str] | None:
