@@ -281,7 +281,7 @@ def read_in_parts() -> Iterator[None]:
     usual = core_model_loading.spawn_materialize
 
     def waiting(thread_pool: Any, tensor: Any, device: Any = None, dtype: Any = None, **more: Any) -> Any:
-        if thread_pool is not None or any(value is not None for name, value in more.items() if name == "sharding_op"):
+        if thread_pool is not None or more.get("sharding_op") is not None:
             return usual(thread_pool, tensor, device, dtype, **more)
         return _Waiting(tensor, device, dtype)
 
