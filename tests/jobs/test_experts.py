@@ -28,10 +28,12 @@ from transformers import (
 from studio.core import experts
 from studio.jobs.base.experts import product
 from studio.jobs.base.experts.forms import experts_in, shape_of
+from studio.jobs.base.experts.pairs import routers
 from studio.jobs.base.experts.product import GroupedForward, Pair
 from studio.jobs.base.experts.stacks import weights_of
 from studio.jobs.base.experts.visits import groups_of
 from studio.jobs.base.load import FourBit, load_base
+from studio.jobs.train.adapter import target_modules
 from studio.probe.models import BaseFound
 
 SIZES = {
@@ -344,3 +346,15 @@ def test_a_base_in_mxfp4_is_brought_into_the_form_that_is_asked_for(tmp_path: Pa
     ids = torch.randint(0, 256, (1, 12), generator=torch.Generator().manual_seed(1))
     assert torch.isfinite(model(ids).logits).all()
     assert not hasattr(model.config, "quantization_config") or method == "qlora"
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
+    """Qwen3-Next-80B-A3B has 512 experts and a shared one that is 512 wide."""
+    config = Qwen2MoeConfig(
+        **SIZES, **MANY, moe_intermediate_size=32, shared_expert_intermediate_size=MANY["num_experts"]
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = {f"model.layers.{layer}.mlp.shared_expert_gate" for layer in range(2)}
+    assert set(routers(model)) == wanted
+    assert "gate_proj" in target_modules(model, "all-linear", by_name=False)

@@ -126,6 +126,8 @@ def routers(model: nn.Module) -> list[str]:
         parent, count = name.rpartition(".")[0], shape_of(getattr(module, form.up))[0]
         for path, layer in model.get_submodule(parent).named_modules():
             chooses = isinstance(layer, nn.Linear) and layer.out_features in (1, count)
+            # Qwen3-Next's shared expert is as wide as there are experts, so its `gate_proj` has one output for each.
+            chooses = chooses and not path.endswith("gate_proj")
             if chooses and any(word in path for word in ("gate", "router")):
                 found.append(f"{parent}.{path}" if parent else path)
     return found
