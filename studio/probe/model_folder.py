@@ -32,22 +32,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         BadInput: Missing, not JSON, or not an object that names a model type.
     """
-    config: dict[str, Any] = _with_special_floats(_json(path))
+    config = _json(path)
     if not isinstance(config.get("model_type"), str):
         raise BadInput(f"{_shown(path)} names no model_type; wanted the config.json of a transformers model.")
     return config
-
-
-def _with_special_floats(value: Any) -> Any:
-    """Return a JSON value in which `{"__float__": "Infinity"}` is a number (transformers 5, configuration_utils.py)."""
-    if isinstance(value, list):
-        return [_with_special_floats(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    word = value.get(_FLOAT) if len(value) == 1 else None
-    if isinstance(word, str) and word in _SPECIAL_FLOATS:
-        return _SPECIAL_FLOATS[word]
-    return {key: _with_special_floats(item) for key, item in value.items()}
 
 
 def check_folder(folder: Path) -> tuple[dict[str, Any], int]:
@@ -185,7 +173,7 @@ def _json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
         if (values := values_in(raw)) > MOST_VALUES:
             found = f"holds {values} values, and cannot be what its name says; wanted at most {MOST_VALUES}"
             raise BadInput(f"{_shown(path)} {found}.")
-        table = json.loads(raw.decode("utf-8"))
+        table = json.loads(raw.decode("utf-8"), object_hook=_special_float)
     except OSError as error:
         raise BadInput(f"{_shown(path)} cannot be read: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
@@ -193,6 +181,12 @@ def _json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise BadInput(f"{_shown(path)} is not a JSON object.")
     return table
+
+
+def _special_float(table: dict[str, Any]) -> Any:
+    """Return the number that `{"__float__": "Infinity"}` stands for (transformers 5, configuration_utils.py)."""
+    word = table.get(_FLOAT) if len(table) == 1 else None
+    return _SPECIAL_FLOATS.get(word, table) if isinstance(word, str) else table
 
 
 def _no_config(folder: Path, names: set[str]) -> str:

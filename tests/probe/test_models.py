@@ -62,6 +62,16 @@ def test_numbers_that_json_does_not_have_are_read_as_transformers_writes_them(fo
     assert math.isnan(inner["a"])
 
 
+def test_a_config_that_nests_deeply_is_read_or_refused_as_what_it_is(folder: Path) -> None:
+    def nested(depth: int) -> str:
+        return json.dumps(CONFIG)[:-1] + f', "deep": {"[" * depth}{"]" * depth}}}'
+
+    (folder / "config.json").write_text(nested(600))
+    assert find_base(str(folder)).config is not None
+    (folder / "config.json").write_text(nested(100_000))
+    assert "config.json is not JSON" in refusal(folder)
+
+
 def test_a_revision_belongs_to_hub_models(folder: Path) -> None:
     assert "model.revision is 'v1'" in refusal(folder, "v1")
 
