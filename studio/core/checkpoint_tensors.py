@@ -16,7 +16,7 @@ from studio.core.trainable import EMBEDDINGS, HEADS
 Tensors = Mapping[str, tuple[int, ...]]
 _SMALL_DIFFERENCE = 0.001
 
-_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?:layers|h|blocks|block)\.(?P<index>\d+)\.(?P<rest>.+)")
+_IN_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?:layers|h|blocks|block)\.(?P<index>\d{1,9})\.(?P<rest>.+)")
 _NEXT_TOKENS = ("mtp", "nextn")
 """How modules begin that predict more than the next token: transformers leaves them unread."""
 _NO_PARAMETERS = (".inv_freq", ".attn.bias", ".e_score_correction_bias")
@@ -97,11 +97,14 @@ class _Stacks:
 def checkpoint_tensors(tensors: Tensors, layers: int, *, multimodal: bool) -> CheckpointTensors:
     """Return the tensors of a checkpoint by what they belong to; where none lies in a layer all are outside.
 
+    Tensors without an element are left out: they say nothing of a layer.
+
     Args:
         tensors: Shapes by name.
         layers: Layers of the language model.
         multimodal: Whether its config holds a language model among others.
     """
+    tensors = {name: shape for name, shape in tensors.items() if 0 not in shape}
     stacks = _Stacks(tensors)
     if not stacks.found:
         return CheckpointTensors({}, tensors)

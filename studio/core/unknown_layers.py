@@ -17,7 +17,7 @@ from studio.core.heads import Heads, Latent
 from studio.core.linear import Linear
 from studio.core.shape import Experts, Layer, LayerGroup
 
-_EXPERT = re.compile(r"(?:.*\.)?experts\.(?P<number>\d+)\.(?P<rest>.+)")
+_EXPERT = re.compile(r"(?:.*\.)?experts\.(?P<number>\d{1,9})\.(?P<rest>.+)")
 _ATTENTION = ("attn", "attention")
 _APART = (("q_proj", "k_proj", "v_proj"), ("wq", "wk", "wv"), ("query", "key", "value"))
 _INTO, _FROM = "kv_a_proj_with_mqa", "kv_b_proj"

@@ -106,3 +106,24 @@ def test_which_stack_of_layers_is_the_language_model() -> None:
     assert (found.towers, found.unread) == (96 * 32 + 32 * 12 + 64 * 32, 2 * 64 * 64)
     alone = checkpoint_tensors({"weight": (2, 2)}, 2, multimodal=False)
     assert (alone.layers, alone.outside) == ({}, {"weight": (2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"),
+    [
+        ("layers.0.self_attn.q_a_proj.weight", (0, 64)),
+        ("layers.0.mlp.experts.down_proj", (0, 64, 64)),
+        (f"layers.{'1' * 5000}.mlp.up_proj.weight", (64, 64)),
+        (f"layers.0.mlp.experts.{'1' * 5000}.up_proj.weight", (64, 64)),
+    ],
+    ids=["empty map", "empty stack", "layer without end", "expert without end"],
+)
+def test_tensors_that_are_in_no_model(place: str, shape: tuple[int, ...]) -> None:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 64)
+    config = {"model_type": "new", "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 320, **sizes}
+    names = ("q_proj", "q_b_proj", "k_proj", "v_proj", "o_proj", "kv_a_proj_with_mqa")
+    tensors = {f"model.layers.0.self_attn.{name}.weight": (64, 64) for name in names}
+    tensors |= {"model.embed_tokens.weight": (320, 64), f"model.{place}": shape}
+    found = reader.shape_from_config(config, tensors)
+    assert "is not known here" in found.doubts[0]
+    assert peaks(found)[0] > 0
