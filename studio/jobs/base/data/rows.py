@@ -168,8 +168,11 @@ class _Encoder:
             yield np.array(whole, np.int32), np.ones(len(whole), np.bool_)
 
     def _masked(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
-        usable = self._without_refused(rows, [text is not None for text in self._rendered(rows)])
-        for row, text in zip(usable, self._rendered(usable), strict=True):
+        texts = self._rendered(rows)
+        usable = self._without_refused(rows, [text is not None for text in texts])
+        if list(usable) != list(rows):
+            texts = self._rendered(usable)
+        for row, text in zip(usable, texts, strict=True):
             self._compare(row, [text or ""])
         return self.marks.rows([row.messages for row in usable]) if usable else []
 
