@@ -142,7 +142,7 @@ def _active(group: LayerGroup, hidden: int, setup: Setup) -> float:
     """Return the weights of a layer that one token goes through."""
     plain = sum(linear.weights for linear in group.layer.linears)
     experts = group.layer.experts
-    return plain + (3 * hidden * experts.inner * _visited(experts, setup) if experts else 0)
+    return plain + (experts.weights(hidden) // experts.count * _visited(experts, setup) if experts else 0)
 
 
 def _visited(experts: Experts, setup: Setup) -> int:

@@ -125,6 +125,18 @@ def test_experts_cost_what_a_token_goes_through():
     assert 1.5 < per_token[0] / per_token[1] < 2.2, "two experts of eight"
 
 
+def test_experts_without_a_gate_cost_two_products_and_not_three():
+    gated = model("Mixtral-8x7B")
+    (group,) = gated.groups
+    experts = group.layer.experts
+    assert experts
+    ungated = replace(experts, gated=False)
+    plain = replace(gated, groups=(replace(group, layer=replace(group.layer, experts=ungated)),))
+    fewer = step_work(gated, SETUP).operations_per_token - step_work(plain, SETUP).operations_per_token
+    one_product = gated.hidden * experts.inner * experts.per_token
+    assert fewer == pytest.approx(2 * one_product * group.count * 3, rel=0.01), "two passes, and one again"
+
+
 def test_the_price_of_a_change_in_time():
     gpu = find_gpu("4090")
     plain = replace(SETUP, micro_batch=4, seq_len=1024, grad_checkpointing=False)

@@ -67,8 +67,8 @@ def _weights_of(layer: Layer, hidden: int) -> Iterator[_Weight]:
     yield _Weight(layer.norm_parameters)
     experts = layer.experts
     if experts and not layer.expert_maps:
-        yield _Weight(experts.weights(hidden) * 2 // 3)
-        yield _Weight(experts.weights(hidden) // 3)
+        for stack in experts.stacks(hidden):
+            yield _Weight(stack.weights)
     mixer = layer.mixer.linears if layer.mixer else ()
     for maps in ((*layer.mlp, *layer.expert_maps), (*layer.attention, *mixer)):
         for linear in sorted(maps, key=lambda linear: linear.name):
