@@ -97,7 +97,9 @@ def test_a_hybrid_trains_and_every_adapted_module_moves(
     assert history.failed is None, history.failed
     assert history.train.losses[-1] < history.train.losses[0]
     topics = {warning.topic for warning in history.warnings}
-    assert topics - {"calibration"} == ({"packing"} if family in NOT_PACKED else set())
+    # Mamba's dt_proj stays in 16 bit, which is much of a layer as small as this one: the run says so.
+    precision = {"precision"} if (family, method) == ("mamba", "qlora") else set()
+    assert topics - {"calibration"} == precision | ({"packing"} if family in NOT_PACKED else set())
     (planned,) = [event for event in read_events(paths.events) if isinstance(event, Planned)]
     assert planned.loss_path == "chunked"
     seen = weights(paths)

@@ -93,7 +93,8 @@ class MovementGuard:
     """Names, once the first steps are taken, the adapted modules that training does not change.
 
     A module has moved where a gradient has reached it and, if its matrix B began at zero, that is zero no longer.
-    Weights alone would not tell: AdamW's weight decay changes a matrix A that no gradient reaches. No copy is kept.
+    Weights alone would not tell: AdamW's weight decay changes a matrix A that no gradient reaches. Kept are two flags a
+    tensor, on the host.
     """
 
     def __init__(self, model: nn.Module, warn: Callable[[str], None]) -> None:
@@ -107,14 +108,14 @@ class MovementGuard:
         self._parameters = [parameter for _, parameter in trained]
         self._modules = [_module_of(name, model) for name, _ in trained]
         self._warn = warn
-        self._began_at_zero = ~_nonzero(self._parameters)
-        self._reached = torch.zeros_like(self._began_at_zero)
+        self._began_at_zero = _nonzero(self._parameters).logical_not_()
+        self._reached = torch.zeros(len(trained), dtype=torch.bool, device="cpu")
         self._steps = 0
 
     def see_gradients(self) -> None:
         """Note which tensors have a gradient. Called before each optimizer step that is not skipped."""
         if self._steps < MOVED_BY_STEP:
-            self._reached |= _nonzero([parameter.grad for parameter in self._parameters], like=self._reached)
+            self._reached |= _nonzero([parameter.grad for parameter in self._parameters])
 
     def after_step(self, step: int) -> None:
         """Count an optimizer step that was not skipped; at the third, look for modules that have not moved.
@@ -185,17 +186,13 @@ def _kind(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _nonzero(tensors: Sequence[Tensor | None], like: Tensor | None = None) -> Tensor:
-    """Return which tensors have an entry that is not zero, bool `[tensors]`; a missing one has none."""
-    there = [tensor.detach() for tensor in tensors if tensor is not None]
-    if not there:
-        return torch.zeros(len(tensors), dtype=torch.bool, device=like.device if like is not None else None)
-    largest = torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in there]) > 0
-    if len(there) == len(tensors):
-        return largest
+def _nonzero(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Return which tensors have an entry that is not zero, bool `[tensors]` on the host; a missing one has none."""
+    every = torch.zeros(len(tensors), dtype=torch.bool, device="cpu")
     places = [place for place, tensor in enumerate(tensors) if tensor is not None]
-    every = torch.zeros(len(tensors), dtype=torch.bool, device=largest.device)
-    every[places] = largest
+    there = [tensor.detach() for tensor in tensors if tensor is not None]
+    if there:
+        every[places] = (torch.stack([torch.linalg.vector_norm(tensor, math.inf) for tensor in there]) > 0).cpu()
     return every
 
 
