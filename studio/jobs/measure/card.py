@@ -180,7 +180,7 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count its temporaries beside its results."""
         out = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
+        if func in _PRODUCTS and not out.is_meta:
             self._take_handle(torch._C._current_autograd_node() is not None)
         if func in _TEMPORARIES:
             self._storages.passing(_TEMPORARIES[func](args, out))

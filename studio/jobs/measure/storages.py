@@ -141,7 +141,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if func is not torch.ops.prim.device.default:
             for leaf in tree_iter(out):
-                if isinstance(leaf, torch.Tensor):
+                if isinstance(leaf, torch.Tensor) and not leaf.is_meta:  # tensors on meta have no memory anywhere
                     self._number(leaf)
             # A number may come first, where a checkpointed layer is computed again.
             sums = func is torch.ops.aten.add.Tensor and isinstance(args[0], torch.Tensor)
