@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.template import render
+from studio.jobs.base.generation import stop_ids
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
 from studio.jobs.export.gguf import ask_llama
@@ -79,13 +80,16 @@ def logits(model: Any, rows: list[list[int]]) -> Tensor:
 
 
 @torch.no_grad()
-def answered(model: Any, prompts: list[list[int]], end: int) -> list[list[int]]:
-    """Return prompts with what the model says next, greedily, to the end of its answer."""
+def answered(model: Any, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
+    """Return prompts with what the model says next, greedily, to the end of its answer.
+
+    What a model would say behind that was never trained: there two tokens may be as good as equally likely.
+    """
     made = [[*row] for row in prompts]
     for row in made:
         for _ in range(ANSWER_TOKENS):
             row.append(int(model(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
-            if row[-1] == end:
+            if row[-1] in stops:
                 break
     return made
 
@@ -105,16 +109,6 @@ def says(found: Tensor, rows: list[list[int]], prompts: list[list[int]]) -> bool
             return False
         start += len(row)
     return True
-
-
-def share_said(found: Tensor, rows: list[list[int]], prompts: list[list[int]]) -> float:
-    """Return the share of the answers' tokens that are the largest logit before them."""
-    start, same, count = 0, 0, 0
-    for row, prompt in zip(rows, prompts, strict=True):
-        said = found[start : start + len(row)].argmax(-1).tolist()
-        pairs = list(zip(said[len(prompt) - 1 : -1], row[len(prompt) :], strict=True))
-        same, count, start = same + sum(one == other for one, other in pairs), count + len(pairs), start + len(row)
-    return same / count
 
 
 @pytest.fixture
@@ -158,7 +152,7 @@ def test_a_trained_model_says_the_same_tokens_everywhere(
     asked = [render(tokenizer, [[Message("user", question)]], ask=True)[0] for question, _ in QUESTIONS]
     learnt = trained[0].get_base_model().float().eval()
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in asked]
-    rows = answered(learnt, prompts, tokenizer.eos_token_id)
+    rows = answered(learnt, prompts, stop_ids(tokenizer, None))
     wanted = logits(learnt, rows)
 
     plain = getattr(transformers, families.FAMILIES[name].architecture).from_pretrained(base, dtype=torch.float32)
@@ -173,8 +167,7 @@ def test_a_trained_model_says_the_same_tokens_everywhere(
         file, _ = _export(tmp_path, merged, form)
         found = llama_logits(tool, file, rows, tmp_path)
         assert _kl(found, wanted) < far
-        # Eight bits may turn a choice between two tokens that were nearly as likely; 16 bits may not.
-        assert says(found, rows, prompts) or (form == "q8_0" and share_said(found, rows, prompts) >= 0.95), form
+        assert says(found, rows, prompts), form
     lora, _ = _export(tmp_path, paths.adapter, "lora-gguf", base=str(base))
     bare = converted(tool, base, tmp_path)
     found = llama_logits(tool, bare, rows, tmp_path, str(lora))
@@ -191,7 +184,7 @@ def test_qwen3_5_without_the_layer_for_further_tokens(
     tokenizer = make("qwen3_5", tmp_path / "base", monkeypatch, unread={}, hub=hub)
     model = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
     prompts = [tokenizer("What is this?").input_ids]
-    rows = answered(model.eval(), prompts, tokenizer.eos_token_id)
+    rows = answered(model.eval(), prompts, stop_ids(tokenizer, None))
     tool = WarmLlamaTool(tools, tmp_path / "tool.log", lambda: None)
     ask_llama(tool, make_view(tmp_path / "asked", [tmp_path / "base"]), tokenizer, "x", tmp_path / "vocabulary.gguf")
     found = llama_logits(tool, converted(tool, tmp_path / "base", tmp_path), rows, tmp_path)
