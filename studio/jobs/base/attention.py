@@ -12,11 +12,9 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from studio.core.errors import BadInput
 from studio.core.recipe import Attention
 from studio.jobs.base import sinks
+from studio.jobs.base.device import FLASH_CAPABILITY
 from studio.jobs.base.model_class import ModelClass
 from studio.runs.failure import leaves_no_other_way
-
-_FLASH_CAPABILITY = (8, 0)
-"""Compute capability that flash-attn 2 needs (its README: Ampere, Ada or Hopper)."""
 
 _TRIED, _NEAR = 70, 0.05
 """Tokens that attention with sinks is tried on, and how far it may be off, as a share of a tensor's largest number. A
@@ -121,7 +119,7 @@ def only_for_text(config: PretrainedConfig, attention: str) -> Any:
 def _require_flash(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda":
         why = f"it runs on CUDA cards only, and this run is on {device.type}"
-    elif torch.cuda.get_device_capability(device) < _FLASH_CAPABILITY:
+    elif torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(device)
         why = f"it needs compute capability 8.0, and this card has {major}.{minor}"
     elif dtype == torch.float32:
@@ -146,7 +144,7 @@ def has_grouped_kernel(key: Tensor) -> bool:
     if key.device.type != "cuda":
         return True
     half = key.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
-    return half and torch.cuda.get_device_capability(key.device) >= _FLASH_CAPABILITY
+    return half and torch.cuda.get_device_capability(key.device) >= FLASH_CAPABILITY
 
 
 _asks_for_groups = getattr(sdpa_attention, "use_gqa_in_sdpa", None)

@@ -19,6 +19,9 @@ from studio.probe.torch_cards import runs_on, why_unusable
 
 NO_CARD = "no_card"
 """The kind of a failure: the card that a job was to run on cannot be used by torch."""
+FLASH_CAPABILITY = (8, 0)
+"""Compute capability from which flash attention runs: Ampere, Ada, Hopper. Of torch's own kernel (2.13
+aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and flash_attn) and of flash-attn 2 (its README) alike."""
 _SPILL_MARGIN_BYTES = 256 * 2**20
 """Left free where the driver spills, for what torch does not allocate: kernels that are loaded later, bitsandbytes'
 pages. The number was chosen, not measured."""

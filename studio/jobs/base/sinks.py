@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import sdpa_mask
 
+from studio.jobs.base.device import FLASH_CAPABILITY
+
 SINK_ATTENTION = "studio_sinks"
 """Its name among transformers' attention implementations."""
 
@@ -32,9 +34,6 @@ FAMILIES = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "flint"})
 sinks also have values of another width, or layers that choose which tokens they see."""
 
 Kernel = Literal["cpu", "flash", "efficient"]
-
-_FLASH_CAPABILITY = (8, 0)
-"""Compute capability from which torch's flash kernel runs (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 
 _HALF = (torch.bfloat16, torch.float16)
 _BIAS_ALIGNMENT = 16
@@ -71,7 +70,7 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     """
     if device.type != "cuda":
         return "cpu"
-    able = dtype in _HALF and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+    able = dtype in _HALF and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
     return "flash" if able else "efficient"
 
 

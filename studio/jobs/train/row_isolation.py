@@ -19,13 +19,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from studio.jobs.base import sinks
+from studio.jobs.base.device import FLASH_CAPABILITY
 from studio.jobs.base.sinks import SINK_ATTENTION, packed_sink_attention, sink_attention, sink_mask, window_mask
 
 ROW_ATTENTION, VARLEN_ATTENTION = "studio_rows", "studio_varlen"
 """Their names among transformers' attention implementations."""
-
-_VARLEN_CAPABILITY = (8, 0)
-"""Lowest compute capability of torch's flash kernel (aten/src/ATen/native/transformers/cuda/flash_attn)."""
 
 _OF_THE_PACK = ("cu_seq_lens", "max_length", "position_")
 """Beginnings of the names of arguments that describe a whole packed sequence."""
@@ -95,7 +93,7 @@ def packed_attentions(implementation: str, device: torch.device) -> tuple[str, .
         return (implementation,)
     if implementation not in ("sdpa", SINK_ATTENTION):
         return ()
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _VARLEN_CAPABILITY
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
     return (VARLEN_ATTENTION, ROW_ATTENTION) if able else (ROW_ATTENTION,)
 
 

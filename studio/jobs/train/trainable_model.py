@@ -28,9 +28,10 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR
 from studio.core.vram.static import Held
-from studio.jobs.base.held import precision_held
+from studio.jobs.base.experts.forms import experts_in
+from studio.jobs.base.experts.pairs import routers
 from studio.jobs.base.load import base_folder, family_of, four_bit_of, load_base
-from studio.jobs.base.model_class import class_of
+from studio.jobs.base.model_class import class_of, is_plain
 from studio.jobs.base.precision import Precision
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.base.weights.folder_weights import FolderWeights
@@ -123,6 +124,26 @@ def trainable_model(
             tell("starting the adapter", detail="loftq")
             _loftq(model, base)
     return model, {}, held
+
+
+def precision_held(model: Any) -> Held:
+    """Return how much of a base is in 4 bits, and the bytes of the weights that are not, counted as the plan does.
+
+    Args:
+        model: The loaded base, without an adapter.
+    """
+    picked, head, aside = class_of(model), model.get_output_embeddings(), set(routers(model))
+    weights: list[nn.Parameter] = []
+    for name, module in model.named_modules():
+        if is_plain(module) and module is not head and name not in aside and picked.speaks(name):
+            weights.append(module.weight)
+    for name, module, form in experts_in(model):
+        if picked.speaks(name):
+            weights += [getattr(module, stack) for stack in form.stacks]
+    in_four_bits = [weight.quant_state.shape.numel() for weight in weights if hasattr(weight, "quant_state")]
+    others = [weight.numel() for weight in weights if not hasattr(weight, "quant_state")]
+    kept = sum(parameter.nbytes for parameter in model.parameters() if not hasattr(parameter, "quant_state"))
+    return Held(kept, sum(in_four_bits) / max(1, sum(in_four_bits) + sum(others)))
 
 
 def _offload(model: PeftModel, device: torch.device, worker: Worker) -> None:
