@@ -62,7 +62,7 @@ def target_names(shape: ModelShape, targets: str | tuple[str, ...], *, as_peft: 
         elif shape.expert_parameters and last in _ROUTERS:
             raise BadInput(
                 f"adapter.targets names {last}, which chooses or weighs experts and is not adapted here: training on "
-                f"few rows would unbalance it. {_usable(known, shape)}"
+                f"few rows may unbalance it. {_usable(known, shape)}"
             )
         elif last not in known and last != HEAD:
             raise BadInput(_unknown(last, shape, known))

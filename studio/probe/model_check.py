@@ -36,7 +36,7 @@ from studio.probe.shape import find_shape
 
 _MULTIMODAL = ("vision_config", "audio_config", "speech_config")
 _WHEN_ASKED = f'adapted where adapter.targets names "{EXPERTS}"'
-_ROUTER = "it chooses or weighs experts, and is not adapted: a few rows would unbalance it"
+_ROUTER = "it chooses or weighs experts, and is not adapted: training it on few rows may unbalance it"
 _GATE = "shared_expert_gate"
 _NOT_USUAL = "left out by default; adapter.targets may name it"
 
