@@ -11,7 +11,7 @@ from studio.commands.terminal import DONE, NO, say, write_json
 from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
-from studio.probe.data import DataSet, Finding, inspect_data
+from studio.probe.data import DataSet, Finding, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
 from studio.probe.embedded_model import unpack_embedded
 from studio.probe.models import find_base
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.seq and not args.model:
         raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
-    data = inspect_data(Path(args.file).expanduser(), format=args.format)
+    data = inspect_data(Path(args.file).expanduser(), Reading(args.format))
     if args.model:
         _make_loadable(args.model)
     tokens = token_lengths(data.rows, args.model) if args.model else None

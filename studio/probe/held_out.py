@@ -14,6 +14,7 @@ from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.text import plain
 from studio.probe.data import (
     DataSet,
+    Reading,
     Row,
     RowKeys,
     TwinKeys,
@@ -153,7 +154,7 @@ def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMe
     Raises:
         BadInput: The file cannot be used.
     """
-    found = read_data(data, format=format)
+    found = read_data(data, Reading(format))
     rows = _chosen(found.rows, wanted, seed)
     where = _share(rows, found.rows, len(found.rows), f"rows of {_name(found)}", seed)
     return RowsToMeasure(rows, None, where, found.format, (*found.notes(), *_answers_note(rows, "rows")))
@@ -211,7 +212,7 @@ def rows_of_run(
 
 def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A002
     try:
-        return read_data(data, format=format)
+        return read_data(data, Reading(format))
     except BadInput as error:
         if not _same_file(data, Path(record.held_from)) or data.exists():
             raise

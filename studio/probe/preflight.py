@@ -6,7 +6,7 @@ from pathlib import Path
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recipe_parse import refuse
-from studio.probe.data import DataSet, read_data
+from studio.probe.data import DataSet, Reading, read_data
 from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
@@ -66,6 +66,6 @@ def _read(recipe: Recipe, field: str) -> DataSet:
     word = str(recipe.get(field))
     path = Path(word) if word == EMBEDDED else Path(word).expanduser()
     try:
-        return read_data(path, format=recipe.data.format, answers_only=recipe.data.answers_only)
+        return read_data(path, Reading.of(recipe))
     except BadInput as error:
         raise BadInput(f"{field}: {error}") from error

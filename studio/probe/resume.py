@@ -12,7 +12,7 @@ back.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, FIELDS, Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ValueKind, found_value
-from studio.probe.data import Conversation, Row, read_data
+from studio.probe.data import Reading, Row, read_data
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
 from studio.probe.held_out import hold_out
 from studio.probe.models import find_base
@@ -141,8 +141,8 @@ def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]
 def _rows_of(paths: RunPaths, recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return the rows to train on and the held-out rows, split as the training splits them."""
     own = recipe.data.eval_path
-    data = read_data(Path(recipe.data.path), format=recipe.data.format)
-    eval_data = read_data(Path(own), format=recipe.data.format) if own else None
+    data = read_data(Path(recipe.data.path), Reading.of(recipe))
+    eval_data = read_data(Path(own), Reading.of(recipe)) if own else None
     try:
         kept = read_record(paths)
     except BadInput:
@@ -169,9 +169,8 @@ def _hash(row: Row) -> str:
     """Return a hash of all that is trained of a row, to the letter; its place in the file does not matter."""
     import xxhash  # noqa: PLC0415  not needed for the first frame
 
-    turns = [(one.role, one.content) for one in row.messages] if isinstance(row, Conversation) else [("", row.text)]
-    # With the lengths, rows that differ only in where a turn ends do not become the same text.
-    text = "\0".join(f"{len(role)}:{role}{len(content)}:{content}" for role, content in turns)
+    # As Python writes it, with quotes: rows that differ only in where a turn ends do not become the same text.
+    text = repr(replace(row, number=0))
     return xxhash.xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -17,7 +17,6 @@ from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recommendation import Recommendation
 from studio.core.shape import ModelShape
 from studio.core.text import plain, plain_path
-from studio.probe.data import Conversation
 from studio.probe.hub import is_hub_id
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
@@ -141,10 +140,10 @@ def data_text(checked: DataChecked) -> Content:
         parts.append(("Correct the file before training, or choose another.\n", "$text-error"))
     elif data.rows:
         row = data.rows[0]
-        if isinstance(row, Conversation):
+        if row.prompt:
             parts += [("\nasked   ", "dim"), _example(row.prompt), ("\nanswer  ", "dim"), _example(row.answer)]
         else:
-            parts += [("\ntext    ", "dim"), _example(row.text)]
+            parts += [("\ntext    ", "dim"), _example(row.answer)]
     return Content.assemble(*parts)
 
 

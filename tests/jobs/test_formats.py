@@ -18,7 +18,7 @@ from studio.jobs.base.data import template
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.base.data.template import ensure_template
-from studio.probe.data import Conversation, Message, formats, inspect_data, read, read_data
+from studio.probe.data import Conversation, Message, Reading, formats, inspect_data, read, read_data
 from studio.probe.data.formats import RawRow, Shape
 from tests.fakes.tokenizers import byte_tokenizer
 
@@ -58,7 +58,7 @@ def tables(path: Path, *rows: dict[str, str]) -> Path:
 @pytest.mark.parametrize("wanted", ["auto", "dialog"])
 @pytest.mark.parametrize(("write", "name"), [(lines, "rows.jsonl"), (tables, "rows.parquet")])
 def test_its_rows_are_conversations(tmp_path: Path, wanted: str, write: object, name: str) -> None:
-    data = read_data(write(tmp_path / name, *ROWS), format=wanted)  # type: ignore[operator]
+    data = read_data(write(tmp_path / name, *ROWS), Reading(wanted))  # type: ignore[operator]
     assert data.described() == "dialog (dialog), 2 rows"
     assert [row.messages for row in data.rows if isinstance(row, Conversation)] == TURNS
     assert data.ignored_columns == ()
@@ -72,9 +72,9 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path: Path) -> None:
 
 def test_another_format_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"wanted dialog.*The row is chat"):
-        read_data(lines(tmp_path / "rows.jsonl", {"messages": []}), format="dialog")
+        read_data(lines(tmp_path / "rows.jsonl", {"messages": []}), Reading("dialog"))
     with pytest.raises(BadInput, match="wanted one of auto, chat, dialog"):
-        read_data(lines(tmp_path / "rows.jsonl", *ROWS), format="alpaca")
+        read_data(lines(tmp_path / "rows.jsonl", *ROWS), Reading("alpaca"))
 
 
 def test_a_model_without_a_template_learns_its_plain_form(tmp_path: Path) -> None:

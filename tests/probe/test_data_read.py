@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from studio.core.errors import BadInput
-from studio.probe.data import Conversation, Message, PlainText, inspect_data, read_data
+from studio.probe.data import Conversation, Message, PlainText, Reading, inspect_data, read_data
 
 CHAT = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
 TURNS = (Message("user", "Why?"), Message("assistant", "Because."))
@@ -71,7 +71,7 @@ def test_published_alpaca_with_a_text_column_is_alpaca_unless_told(file: Path) -
     lines(file, {"instruction": "a", "input": "", "output": "b", "text": "a b"})
     assert read_data(file).format == "alpaca"
     assert read_data(file).ignored_columns == ("text",)
-    assert read_data(file, format="text").rows == (PlainText("a b", 1),)
+    assert read_data(file, Reading("text")).rows == (PlainText("a b", 1),)
 
 
 def test_text_parts_are_joined_and_roles_have_aliases(file: Path) -> None:
@@ -129,7 +129,7 @@ def test_progress_reaches_the_end(file: Path) -> None:
 
 def refusal(path: Path, **options: Any) -> str:
     with pytest.raises(BadInput) as caught:
-        read_data(path, **options)
+        read_data(path, Reading(**options))
     return str(caught.value)
 
 

@@ -12,7 +12,7 @@ import pytest
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.probe.audit import audit_of_run, check_audit, recipe_of_race, rows_to_measure
-from studio.probe.data import Row, read_data, row_keys, shipped_data
+from studio.probe.data import Reading, Row, read_data, row_keys, shipped_data
 from studio.probe.held_out import HeldOut, RowsToMeasure, hold_out
 from studio.runs.held_out import (
     RowLosses,
@@ -125,7 +125,7 @@ def test_the_runs_own_file_named_again_is_read_as_it_was_for_the_training(tmp_pa
     paths = RunPaths(tmp_path / "a-run")
     paths.adapter.mkdir(parents=True)
     write_job(paths, recipe)
-    parts = hold_out(recipe, read_data(both, format="text"), None)
+    parts = hold_out(recipe, read_data(both, Reading("text")), None)
     keep_record(paths, parts.record)
     assert of(measured(paths, data=str(both), format="auto").rows) == of(parts.held_out)
 

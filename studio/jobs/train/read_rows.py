@@ -19,7 +19,7 @@ from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.objectives import Encoded, Objective
-from studio.probe.data import DataSet, Row, read_data
+from studio.probe.data import DataSet, Reading, Row, read_data
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
 from studio.runs.worker import Worker
@@ -74,8 +74,7 @@ def read_rows(
         worker.emit(Warned, topic="data", message=message)
 
     def rows_of(path: str) -> DataSet:
-        answers_only = recipe.data.answers_only
-        found = read_data(Path(path), format=recipe.data.format, answers_only=answers_only, progress=file_read)
+        found = read_data(Path(path), Reading.of(recipe), progress=file_read)
         for note in found.notes():
             warn(note)
         left_out.update(found.left_out)

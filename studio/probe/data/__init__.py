@@ -1,11 +1,13 @@
 """Data files: JSON Lines, JSON and Parquet with chat messages, prompt/completion, alpaca or plain text."""
 
 from studio.probe.data.read import inspect_data, read_data
-from studio.probe.data.rows import Conversation, DataSet, Finding, Message, PlainText, Row
+from studio.probe.data.reading import Reading
+from studio.probe.data.rows import Conversation, DataSet, Finding, Message, PlainText, Preference, Row, ToolCall
 from studio.probe.data.shipped import shipped_data
 from studio.probe.data.split import RowKeys, Split, TwinKeys, different_answers, few_answers, row_keys, split, twin_keys
 
 __all__ = [
-    "Conversation", "DataSet", "Finding", "Message", "PlainText", "Row", "RowKeys", "Split", "TwinKeys",
+    "Conversation", "DataSet", "Finding", "Message", "PlainText", "Preference", "Reading", "Row", "RowKeys",
+    "Split", "ToolCall", "TwinKeys",
     "different_answers", "few_answers", "inspect_data", "read_data", "row_keys", "shipped_data", "split", "twin_keys",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from statistics import median
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.probe.data.rows import PlainText, Row
+from studio.probe.data.rows import Row
 from studio.probe.models import find_base
 
 _TOKENIZER = "tokenizer.json"
@@ -40,7 +40,7 @@ def token_lengths(rows: Sequence[Row], model: str) -> list[int]:
 
 def texts_of(row: Row) -> list[str]:
     """Return the texts of a row."""
-    return [row.text] if isinstance(row, PlainText) else [message.content for message in row.messages]
+    return [turn.words for turn in row.turns]
 
 
 def spread_of(lengths: list[int]) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ from studio.probe.data.formats import Shape, normalised, recognise, wrong_column
 from studio.probe.data.json_rows import BOM, Progress, document_rows, line_rows
 from studio.probe.data.misreads import check_context, refuse_media, refuse_pair
 from studio.probe.data.parquet_rows import MAGIC, parquet_rows
+from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.rows import DataSet, Row, counted
 from studio.probe.data.shipped import EMBEDDED, shipped_data
 
@@ -28,51 +29,38 @@ _FOREIGN = {
 }
 
 
-def read_data(
-    path: Path,
-    *,
-    format: str = "auto",  # noqa: A002
-    answers_only: bool = True,
-    progress: Progress | None = None,
-) -> DataSet:
+def read_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None = None) -> DataSet:
     """Return the usable rows of a data file, and what was found on the way.
 
     Args:
         path: A JSON Lines, JSON or Parquet file; `embedded` names the data set that ships with us.
-        format: `auto`, or the format that the file must have.
-        answers_only: Whether only the answers will be trained. If not, a message that is marked as untrained is
-            refused.
+        how: How it is read.
         progress: Gets (done, total), in bytes of a JSON file or rows of a Parquet file.
 
     Raises:
         BadInput: The file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
     """
-    data, findings = _inspected(path, format, answers_only=answers_only, progress=progress)
+    data, findings = _inspected(path, how, progress)
     findings.refuse(plain(data.path.name, one_line=True))
     if not data.rows:
         raise BadInput(f"{plain(data.path.name, one_line=True)}: no row can be used. {_summary(data)}")
     return data
 
 
-def inspect_data(
-    path: Path,
-    *,
-    format: str = "auto",  # noqa: A002
-) -> DataSet:
+def inspect_data(path: Path, how: Reading = AS_IT_IS) -> DataSet:
     """Return the same as `read_data`, but with fatal findings in the result instead of an exception.
 
     Raises:
         BadInput: The file cannot be read at all.
     """
-    return _inspected(path, format, answers_only=True, progress=None)[0]
+    return _inspected(path, how, None)[0]
 
 
 @dataclass(slots=True)
-class _Reading:
+class _Taken:
     """What is known so far of a file that is being read."""
 
-    wanted: str
-    answers_only: bool
+    how: Reading
     findings: Findings
     shape: Shape | None = None
     rows: list[Row] = field(default_factory=list)
@@ -83,7 +71,7 @@ class _Reading:
             self.findings.add("not_an_object", number, f"found {json_kind(value)}; wanted an object with columns")
             return
         if self.shape is None:
-            self.shape = recognise(value, self.wanted)
+            self.shape = recognise(value, self.how.format)
         if refuse_pair(value, number, self.findings):
             return
         if self.shape is None or not value.keys() >= set(self.shape.needed):
@@ -91,7 +79,7 @@ class _Reading:
             return
         if len(value) > len(self.shape.needed):
             self.findings.leave(key for key in value if key not in self.shape.columns)
-        if row := normalised(value, self.shape, number, self.findings, answers_only=self.answers_only):
+        if row := normalised(value, self.shape, number, self.findings, answers_only=self.how.answers_only):
             self.rows.append(row)
             check_context(value, self.shape.columns, number, self.findings)
 
@@ -101,34 +89,34 @@ class _Reading:
         other = recognise(value)
         if self.shape is None or other is None:
             self.findings.add(
-                "wrong_columns", number, wrong_columns(value, self.shape.format if self.shape else self.wanted)
+                "wrong_columns", number, wrong_columns(value, self.shape.format if self.shape else self.how.format)
             )
             return
         found = f"found {other}; the rows before are {self.shape}. One file holds one format"
         self.findings.add("mixed_formats", number, found)
 
 
-def _inspected(path: Path, wanted: str, *, answers_only: bool, progress: Progress | None) -> tuple[DataSet, Findings]:
-    if wanted not in get_args(DataFormat):
-        raise BadInput(f"Found the data format '{plain(wanted)}'; wanted one of {', '.join(get_args(DataFormat))}.")
+def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[DataSet, Findings]:
+    if how.format not in get_args(DataFormat):
+        raise BadInput(f"Found the data format '{plain(how.format)}'; wanted one of {', '.join(get_args(DataFormat))}.")
     path = shipped_data() if str(path) == EMBEDDED else path
-    reading = _Reading(wanted, answers_only, Findings())
+    taken = _Taken(how, Findings())
     try:
         size_bytes = _size(path)
-        for number, value in _raw_rows(path, reading.findings, progress):
-            reading.take(number, value)
+        for number, value in _raw_rows(path, taken.findings, progress):
+            taken.take(number, value)
     except OSError as error:
         shown = plain(str(path), one_line=True, limit=300)
         raise BadInput(f"{shown} cannot be read: {error.strerror or error}.") from None
-    if not reading.rows and not reading.findings.counts:
+    if not taken.rows and not taken.findings.counts:
         raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
-    shape, findings = reading.shape, reading.findings
+    shape, findings = taken.shape, taken.findings
     data = DataSet(
         path=path,
         format=shape.format if shape else "unknown",
         columns=tuple(shape.needed) if shape else (),
         ignored_columns=findings.unused,
-        rows=tuple(reading.rows),
+        rows=tuple(taken.rows),
         findings=findings.kept,
         finding_counts=dict(findings.counts),
         size_bytes=size_bytes,

@@ -9,29 +9,124 @@ from studio.core.text import plain
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the assistant makes; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. The role is `system`, `user`, `assistant` or `tool`."""
+    """One turn.
+
+    Attributes:
+        role: `system`, `user`, `assistant` or `tool`.
+        content: What is said; may be empty where an assistant calls tools.
+        reasoning: What an assistant thinks before it answers.
+        calls: The tools that an assistant calls.
+        name: Of the tool whose result this is, or of who speaks.
+        call_id: Of the call whose result this is.
+        learnt: Whether the row lets this answer be learnt; weights and train flags of a file may forbid it.
+        spans: The character ranges `[begin, end)` of `content` that are learnt; None for all of it.
+    """
 
     role: str
     content: str
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
+    learnt: bool = True
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def words(self) -> str:
+        """All that is thought, said and called in this turn."""
+        calls = [f"{call.name} {call.arguments}" for call in self.calls]
+        return (
+            "\n".join(filter(None, (self.reasoning, self.content, *calls))) if calls or self.reasoning else self.content
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in order; `number` is the row's line in a JSONL file, else its place from 1."""
+    """Turns in order, and what their chat template is told besides.
+
+    Attributes:
+        messages: The turns.
+        number: The row's line in a JSONL file, else its place from 1.
+        tools: The tools that may be called, as the text of a JSON list; empty for none.
+        template_kwargs: Other variables for the chat template, as the text of a JSON object; empty for none.
+        desirable: Whether the answer is a wanted one (KTO); None where the row does not say.
+    """
 
     messages: tuple[Message, ...]
     number: int = 0
+    tools: str = ""
+    template_kwargs: str = ""
+    desirable: bool | None = None
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """Every turn of the row."""
+        return self.messages
 
     @property
     def prompt(self) -> str:
         """All that the user and tools say, without the system prompt, which whole files share."""
-        return "\n".join(message.content for message in self.messages if message.role in ("user", "tool"))
+        return _said(self.messages, "user", "tool")
 
     @property
     def answer(self) -> str:
         """All that the assistant says."""
-        return "\n".join(message.content for message in self.messages if message.role == "assistant")
+        return _said(self.messages, "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two ways to go on from the same turns, of which one is preferred.
+
+    Attributes:
+        asked: The turns that both share; ends with the user's or a tool's.
+        chosen: The preferred continuation, which ends with an answer.
+        rejected: The other one.
+        number: The row's line in a JSONL file, else its place from 1.
+        tools: As in `Conversation`.
+        template_kwargs: As in `Conversation`.
+    """
+
+    asked: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    number: int = 0
+    tools: str = ""
+    template_kwargs: str = ""
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """Every turn of the row: those asked, the preferred ones, the others."""
+        return self.asked + self.chosen + self.rejected
+
+    @property
+    def prompt(self) -> str:
+        """All that the user and tools say before the two part."""
+        return _said(self.asked, "user", "tool")
+
+    @property
+    def answer(self) -> str:
+        """All that the assistant says in the preferred continuation."""
+        return _said(self.chosen, "assistant")
+
+    @property
+    def sides(self) -> tuple[Conversation, Conversation]:
+        """The preferred and the rejected conversation, each with the turns that they share."""
+        chosen, rejected = (
+            Conversation(self.asked + side, self.number, self.tools, self.template_kwargs)
+            for side in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +135,11 @@ class PlainText:
 
     text: str
     number: int = 0
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The text as a turn of nobody's."""
+        return (Message("", self.text),)
 
     @property
     def prompt(self) -> str:
@@ -52,7 +152,12 @@ class PlainText:
         return self.text
 
 
-Row = Conversation | PlainText
+Row = Conversation | PlainText | Preference
+
+
+def _said(messages: Sequence[Message], *roles: str) -> str:
+    return "\n".join(message.words for message in messages if message.role in roles)
+
 
 _KEPT = {
     "unused_context": "a column such as history, context or tools, which is not used, may hold what the answer "

@@ -14,7 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 from studio.core.text import plain
-from studio.probe.data.rows import PlainText, Row
+from studio.probe.data.rows import Row
 
 LARGEST_SHARE = 5  # at most one row in five is held out, even if more are asked for, so that enough is left to train on
 _SHOWN = 60
@@ -132,8 +132,7 @@ def twin_keys(row: Row) -> TwinKeys:
 
 def _first_turn(row: Row) -> str:
     """Return what the user says first; empty for plain text."""
-    turns = () if isinstance(row, PlainText) else row.messages
-    return next((turn.content for turn in turns if turn.role == "user"), "")
+    return next((turn.content for turn in row.turns if turn.role == "user"), "")
 
 
 def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:

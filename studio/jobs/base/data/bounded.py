@@ -49,7 +49,7 @@ _DATE = "template_date"
 """The tokenizer's attribute that holds a run's date; it is not saved with the tokenizer."""
 _DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVDeFRT"
 
-Table = Sequence[dict[str, str]]
+Table = Sequence[dict[str, Any]]
 
 
 def freeze_date(tokenizer: Any, date: datetime | None) -> None:

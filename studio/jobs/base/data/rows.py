@@ -20,7 +20,7 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
 from studio.jobs.base.data.template import Warn, left_out, render, starts_with_bos, why_refused, with_system_folded
-from studio.probe.data import Conversation, PlainText, Row
+from studio.probe.data import Conversation, PlainText, Preference, Row
 
 _CHUNK_ROWS = 256
 """Rows that are tokenised in one call; progress is told after each call."""
@@ -124,8 +124,9 @@ def _half(row: PlainText) -> tuple[str, str, str]:
     return row.text[:middle], row.text[:middle], row.text[middle:]
 
 
-def _question(row: Conversation, tokenizer: Any) -> tuple[str, str, str] | None:
-    before, answer = row.messages[:-1], row.messages[-1].content
+def _question(row: Conversation | Preference, tokenizer: Any) -> tuple[str, str, str] | None:
+    turns = row.messages if isinstance(row, Conversation) else row.asked + row.chosen
+    before, answer = turns[:-1], turns[-1].content
     if not before:
         return None
     for turns in (before, with_system_folded(before)):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studio.jobs.base.data.bounded import apply_template
-from studio.jobs.base.data.template import Turns, render
+from studio.jobs.base.data.template import Turns, render, table_of
 from studio.jobs.base.generation import stop_ids
 from studio.probe.data import Message
 
@@ -213,7 +213,7 @@ class Marks:
         return [self._with_stops(ids, mask) for ids, mask in rows]
 
     def _encoded(self, conversations: Sequence[Turns]) -> Any:
-        tables = [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations]
+        tables = [table_of(turns) for turns in conversations]
         return apply_template(
             self.tokenizer, tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )

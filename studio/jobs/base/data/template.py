@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from studio.jobs.base.data.bounded import apply_template
+from studio.jobs.base.data.bounded import Table, apply_template
 from studio.probe.data import Message
 
 Warn = Callable[[str], None]
@@ -72,7 +72,7 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
         turns: Conversations.
         ask: Whether to end with the generation prompt, which opens the assistant's turn.
     """
-    tables = [[{"role": turn.role, "content": turn.content} for turn in messages] for messages in turns]
+    tables = [table_of(messages) for messages in turns]
     if not tables:
         return []
     try:
@@ -81,6 +81,32 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
         # One conversation fails the whole call; one by one the others are rendered.
         return [_render_one(tokenizer, table, ask) for table in tables]
     return texts
+
+
+def table_of(turns: Turns) -> Table:
+    """Return turns as a chat template reads them: role, content, and what else a turn has.
+
+    Calls have OpenAI's form, their arguments as an object, which transformers' guide asks for; reasoning stands in
+    `reasoning_content`, as in the templates of Qwen and DeepSeek.
+    """
+    return [_table_row(turn) for turn in turns]
+
+
+def _table_row(turn: Message) -> dict[str, Any]:
+    row: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.reasoning:
+        row["reasoning_content"] = turn.reasoning
+    if turn.calls:
+        row["tool_calls"] = [
+            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            | ({"id": call.id} if call.id else {})
+            for call in turn.calls
+        ]
+    if turn.name:
+        row["name"] = turn.name
+    if turn.call_id:
+        row["tool_call_id"] = turn.call_id
+    return row
 
 
 def left_out(messages: Turns, texts: Sequence[str]) -> Counter[str]:
@@ -130,15 +156,14 @@ def with_system_folded(messages: Turns) -> tuple[Message, ...]:
 
 def why_refused(tokenizer: Any, messages: Turns) -> str:
     """Return what the template says when it refuses this conversation."""
-    table = [{"role": turn.role, "content": turn.content} for turn in messages]
     try:
-        apply_template(tokenizer, [table], tokenize=False)
+        apply_template(tokenizer, [table_of(messages)], tokenize=False)
     except (TemplateError, ValueError, TypeError, IndexError) as error:
         return str(error)
     return ""
 
 
-def _render_one(tokenizer: Any, table: list[dict[str, str]], ask: bool) -> str | None:
+def _render_one(tokenizer: Any, table: Table, ask: bool) -> str | None:
     try:
         return str(apply_template(tokenizer, [table], tokenize=False, add_generation_prompt=ask)[0])
     except (TemplateError, ValueError, TypeError, IndexError):
