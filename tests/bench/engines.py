@@ -29,8 +29,9 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from studio.core.recipe import AdapterSection, TrainSection
 from studio.jobs.base.data.rows import Example, encode_rows
-from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.load import FourBit, base_folder, load_base
 from studio.jobs.base.precision import choose_precision
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher, StepBatches

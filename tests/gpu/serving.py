@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from studio.jobs.audit.blocks import filled, first_of, noted_calls, parts_of, settled
 from studio.jobs.audit.forms import FORMS
-from studio.jobs.base.generation import greedy, stop_ids
+from studio.jobs.base.generation import greedy
+from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.runs.chat import Answered, ChatFailed, ChatProcess, ChatRequest, Piece, Ready, Sampling, TurnDone
 from tests.gpu.bench import WORDS, Bench, Seen

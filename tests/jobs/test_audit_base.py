@@ -214,7 +214,7 @@ def test_the_time_is_taken_where_the_walk_will_be(
 def test_the_embedded_model_has_the_figures_of_the_whole_model(tmp_path: Path) -> None:
     from studio.jobs.audit.rows import read_audit_rows
     from studio.jobs.base.embedded import ensure_embedded
-    from studio.jobs.base.load import load_tokenizer
+    from studio.jobs.base.tokenizer import load_tokenizer
     from studio.probe.data import shipped_data
 
     folder = ensure_embedded()

@@ -23,7 +23,7 @@ from studio.jobs.base.llama import tool_process
 from studio.jobs.base.llama.gguf_tools import ensure_tools
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
-from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.probe.audit import audit_of_run
 from studio.probe.exported import exported_gguf
 from studio.probe.llama_tools import TOOLS_VARIABLE, is_whole, tools_folder

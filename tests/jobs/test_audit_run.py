@@ -16,7 +16,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.serving import NEW_TOKENS, timed
 from studio.jobs.base.embedded import ensure_embedded
-from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.probe.audit import audit_of_run
 from studio.runs.layout import ADAPTER_WEIGHTS, RunPaths
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
-from studio.jobs.base.generation import stop_ids
+from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.chat.session import Session, token_ids
 from studio.probe.chat import chat_request, request_of_run
 from studio.runs.chat import (

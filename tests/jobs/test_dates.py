@@ -10,7 +10,7 @@ from transformers.utils import chat_template_utils
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.bounded import apply_template, freeze_date
-from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.chat.session import Session
 from studio.jobs.train import job as train_job
 from studio.jobs.train.batches import StepBatches
@@ -109,7 +109,7 @@ def test_a_run_is_audited_and_asked_with_the_date_it_was_trained_with(
         seen.extend(text for text in made if isinstance(text, str))
         return made
 
-    for module in ("data.template", "data.spans", "generation"):
+    for module in ("data.template", "data.spans", "tokenizer"):
         monkeypatch.setattr(f"studio.jobs.base.{module}.apply_template", spied)
     monkeypatch.setattr("studio.jobs.chat.session.apply_template", spied)
     done, report = audit(tmp_path / "audit", audit_of_run(paths))

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from studio.jobs.base.data.rows import Prompt
-from studio.jobs.base.generation import greedy, stop_ids
+from studio.jobs.base.generation import greedy
+from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.train.between import answer
 
 PROMPT = [10, 20, 30]

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.template import render
-from studio.jobs.base.generation import stop_ids
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
+from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.export.gguf import ask_llama
 from studio.jobs.export.gguf_view import make_view
 from studio.jobs.train import job

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from studio.core.errors import BadInput
-from studio.jobs.base.load import FourBit, base_folder, four_bit_parameters, load_base, load_tokenizer
+from studio.jobs.base.load import FourBit, base_folder, four_bit_parameters, load_base
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.dequantized import quantised_parameters
 from studio.jobs.base.weights.skeleton import build_clean
 from studio.probe.models import find_base
@@ -172,7 +173,8 @@ def test_running_out_of_memory_is_passed_on(tiny: Path, monkeypatch: pytest.Monk
 
 HUB_CHILD = """
 import torch
-from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.load import FourBit, base_folder, load_base
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.skeleton import build_clean
 from studio.probe.models import find_base
 for turn in range(2):

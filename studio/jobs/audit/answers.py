@@ -17,9 +17,9 @@ from studio.jobs.audit.kept import KeptPart
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.generation import greedy, stop_ids
-from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.generation import greedy
 from studio.jobs.base.progress import heed
+from studio.jobs.base.tokenizer import load_tokenizer, stop_ids
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import PlainText
 from studio.runs.failure import ran_out_of_memory

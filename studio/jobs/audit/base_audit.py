@@ -24,8 +24,9 @@ from studio.jobs.audit.variants import (
     stored_bytes_of,
 )
 from studio.jobs.audit.walk import BlockSeen
-from studio.jobs.base.load import base_folder, load_tokenizer
+from studio.jobs.base.load import base_folder
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.models import find_base

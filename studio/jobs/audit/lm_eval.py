@@ -24,8 +24,8 @@ from studio.core.errors import BadInput, JobFailed, StudioError
 from studio.core.events import Phase, Warned
 from studio.jobs.audit.answer_models import AnswerModel, AnswerModels
 from studio.jobs.audit.kept import KeptPart
-from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.progress import heed
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.runs.atomic import write_whole
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths

@@ -21,8 +21,9 @@ from studio.jobs.audit.lanes import TRAINING_SHARE, Lane
 from studio.jobs.audit.rows import read_audit_rows
 from studio.jobs.audit.variants import AdapterForms, stored_variant
 from studio.jobs.audit.walk import Variant
-from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
+from studio.jobs.base.load import base_folder, four_bit_of
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter

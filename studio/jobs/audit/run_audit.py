@@ -26,9 +26,10 @@ from studio.jobs.audit.variants import ALONE, TRAINED, AdapterForms, Named, held
 from studio.jobs.audit.walk import Variant
 from studio.jobs.base.device import job_device
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.load import base_folder, four_bit_of, load_tokenizer
+from studio.jobs.base.load import base_folder, four_bit_of
 from studio.jobs.base.precision import half_dtype
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter

@@ -1,17 +1,12 @@
-"""Greedy generation: the tokens that end an answer, and a model's answer up to one of them."""
+"""Greedy generation: a model's answer up to a token that ends it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
-
-from studio.jobs.base.data.bounded import apply_template
-
-_MARK = "ANSWER"
 
 
 class Watch(StoppingCriteria):
@@ -24,18 +19,6 @@ class Watch(StoppingCriteria):
     def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
         """Return for each sequence whether it ends, `[batch]`; transformers calls this after every token."""
         return torch.full((input_ids.shape[0],), self._cancelled(), dtype=torch.bool, device=input_ids.device)
-
-
-def stop_ids(tokenizer: Any, generation: Any) -> list[int]:
-    """Return the ids of all tokens that end an answer, sorted.
-
-    They are the end tokens of the tokenizer and of the generation config, and the special token that the chat template
-    writes after an answer. The last is needed because some models name only the end of the text, not that of a turn.
-    """
-    named = getattr(generation, "eos_token_id", None)
-    stops = set(named) if isinstance(named, (list, tuple)) else {named}
-    stops |= {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
-    return sorted(int(stop) for stop in stops if stop is not None)
 
 
 @torch.no_grad()
@@ -79,15 +62,3 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         causal.generation_config = own
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """Return the special token that the chat template writes after an answer; None where there is none."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
-    try:
-        text = str(apply_template(tokenizer, [turns], tokenize=False)[0])
-    except (TemplateError, ValueError, TypeError, IndexError):
-        return None
-    after = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return after[0] if after and after[0] in special.union(tokenizer.all_special_ids) else None

@@ -1,4 +1,4 @@
-"""Loads a base model and its tokenizer, frozen, in the form that the method asks for.
+"""Loads a base model, frozen, in the form that the method asks for.
 
 LoRA has 16- or 32-bit weights. QLoRA has linear layers in 4 bits (bitsandbytes) and everything else in the compute
 format. Nothing is cast up to fp32 afterwards; peft's `prepare_model_for_kbit_training` would do that, and take 3.4 GiB
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -23,15 +22,12 @@ from studio.core.quantised_base import BITSANDBYTES, MXFP4
 from studio.core.recipe import Attention, Method, ModelSection, QuantType
 from studio.core.text import plain
 from studio.jobs.base.attention import attention_for, only_for_text
-from studio.jobs.base.data.bounded import freeze_date
 from studio.jobs.base.embedded import ensure_embedded
 from studio.jobs.base.model_class import class_in, class_of, empty_model, odd_linears
-from studio.probe.adapter_folder import run_of_adapter
+from studio.jobs.base.tokenizer import why_unloadable
 from studio.probe.hub import download
 from studio.probe.models import BaseFound, refuse_untrainable
 from studio.runs.failure import of_the_machine
-from studio.runs.identity import first_date
-from studio.runs.layout import RunPaths
 
 Progress = Callable[[str, float], None]
 
@@ -74,21 +70,6 @@ def base_folder(base: BaseFound, progress: Progress | None = None) -> Path:
     name = f"downloading {plain(base.word, one_line=True)} ({whole / 1e9:.1f} GB)"
     tell(name, 0.0)
     return download(base.word, base.revision, base.size_bytes, lambda there: tell(name, min(1.0, there / whole)))
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model folder; that of a run's adapter has the run's date in its chat template.
-
-    Raises:
-        BadInput: It cannot be loaded.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise BadInput(f"The tokenizer of {_shown(folder)} cannot be loaded: {_advice(error)}") from error
-    if run := run_of_adapter(folder):
-        freeze_date(tokenizer, first_date(RunPaths(Path(run))))
-    return tokenizer
 
 
 def load_base(
@@ -158,7 +139,7 @@ def load_base(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         if of_the_machine(error):
             raise
-        raise BadInput(f"The base model {_shown(folder)} cannot be loaded: {_advice(error)}") from error
+        raise BadInput(f"The base model {_shown(folder)} cannot be loaded: {why_unloadable(error)}") from error
     if missing := sorted(seen["missing_keys"]):
         lacking = f"{len(missing)} weights, such as {plain(missing[0], one_line=True)}"
         raise BadInput(
@@ -283,19 +264,6 @@ def _train_children(module: torch.nn.Module, mode: bool = True) -> torch.nn.Modu
     for child in module.children():
         child.train(mode)
     return module
-
-
-def _advice(error: Exception) -> str:
-    text = str(error)
-    if "trust_remote_code" in text:
-        return (
-            "it brings Python code of its own, run only where model.trust_remote_code is true. Set it only for "
-            "code that you have read: it can do anything that you can."
-        )
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        version = transformers.__version__
-        return f"transformers {version} does not know this architecture. Update it: pip install -U transformers"
-    return f"{type(error).__name__}: {plain(text, one_line=True, limit=400)}"
 
 
 def _shown(folder: Path) -> str:

@@ -21,10 +21,11 @@ from studio.core.text import plain
 from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.device import free_bytes, job_device
-from studio.jobs.base.generation import Watch, stop_ids
-from studio.jobs.base.load import FourBit, base_folder, load_base, load_tokenizer
+from studio.jobs.base.generation import Watch
+from studio.jobs.base.load import FourBit, base_folder, load_base
 from studio.jobs.base.precision import DTYPES, half_dtype
 from studio.jobs.base.progress import READING
+from studio.jobs.base.tokenizer import load_tokenizer, stop_ids
 from studio.jobs.base.weights.skeleton import adapter_vocabulary
 from studio.probe.adapter_folder import find_adapter, run_of_adapter
 from studio.probe.fingerprint import fingerprint, refuse_another_base

@@ -18,7 +18,7 @@ from studio.core.errors import JobFailed
 from studio.jobs.base.closeness import Closeness, rows_of
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
-from studio.jobs.base.load import load_tokenizer
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.export.gguf_view import make_view, strips_after_tokens
 from studio.jobs.export.golden import Golden, check_golden, golden_texts
 from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of

@@ -24,8 +24,8 @@ from studio.jobs.base.closeness import Closeness, padded, rows_of
 from studio.jobs.base.data.template import starts_with_bos
 from studio.jobs.base.llama.llama_answers import llama_logits
 from studio.jobs.base.llama.tool_process import LlamaTool
-from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.progress import read_fingerprint
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.skeleton import ADAPTER, Skeleton, build_skeleton, clean_name
 from studio.jobs.base.weights.streamed import adapted_logits
 from studio.jobs.export.gguf_view import make_view

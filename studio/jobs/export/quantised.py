@@ -17,8 +17,9 @@ from transformers import BitsAndBytesConfig
 
 from studio.core.errors import BadInput, JobFailed
 from studio.jobs.base.closeness import Closeness, rows_of
-from studio.jobs.base.load import left_alone, load_tokenizer
+from studio.jobs.base.load import left_alone
 from studio.jobs.base.model_class import class_in, empty_model
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.export.model_card import CARD, loss_line, model_card, training_of
 from studio.jobs.export.work import TEXTS, Work, loss_of, merged_answers, tokens_for
 from studio.probe.export import check_loading

@@ -21,9 +21,9 @@ from studio.core.events import Finished, Phase, Saved, Started, Warned
 from studio.core.text import plain
 from studio.jobs.base.closeness import CANNOT_RUN
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.load import load_tokenizer
 from studio.jobs.base.precision import DTYPES
 from studio.jobs.base.progress import PhaseTeller, heed
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.jobs.base.weights.streamed import most_lent
 from studio.jobs.base.weights.tensor_files import TensorFiles

@@ -18,8 +18,9 @@ from studio.core.text import plain
 from studio.jobs.base.closeness import FEWEST_TOKENS, MOST_TOKENS, Closeness, compare, padded, rows_of
 from studio.jobs.base.data.template import render
 from studio.jobs.base.device import free_bytes
-from studio.jobs.base.generation import greedy, stop_ids
+from studio.jobs.base.generation import greedy
 from studio.jobs.base.model_class import class_in
+from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.base.weights.skeleton import attach
 from studio.jobs.base.weights.streamed import folder_logits, streamed_logits
 from studio.jobs.base.weights.tensor_files import TensorFiles

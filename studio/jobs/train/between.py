@@ -18,8 +18,9 @@ from studio.core.intervals import Interval, ratio_interval
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Prompt
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.generation import greedy, stop_ids
+from studio.jobs.base.generation import greedy
 from studio.jobs.base.progress import PhaseTeller, heed
+from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.train.adapter import AdapterWeights, save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import TrainState, save_checkpoint

@@ -23,9 +23,10 @@ from studio.core.text import plain
 from studio.jobs.base.data.bounded import freeze_date, writes_date
 from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.failures import Cancelled
-from studio.jobs.base.load import base_folder, load_tokenizer
+from studio.jobs.base.load import base_folder
 from studio.jobs.base.precision import Precision, choose_precision, steadier_format, without_own_format
 from studio.jobs.base.progress import PhaseTeller, read_fingerprint
+from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.between import Between
 from studio.jobs.train.checkpoint import TrainState, load_checkpoint

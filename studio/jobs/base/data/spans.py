@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from studio.jobs.base.data.bounded import apply_template
 from studio.jobs.base.data.template import Turns, render, table_of
-from studio.jobs.base.generation import stop_ids
+from studio.jobs.base.tokenizer import stop_ids
 from studio.probe.data import Message
 
 
