@@ -1,31 +1,16 @@
 """A chat with a model: what is asked and answered, and the process that answers.
 
-The process (`python -m studio.jobs.chat`) reads a JSON object a line on its stdin and writes one a line on its stdout.
-It has pipes instead of a run directory or a port. A chat leaves nothing to come back to, so it must end when the
-process that asks has ended, in whatever way: a pipe tells it. And nobody else on the machine can use a pipe.
+The process (`python -m studio.jobs.chat`) is asked and answers over pipes, see `studio.runs.piped`.
 """
 
-import json
-import queue
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from studio.core.errors import BadInput, StudioError
-from studio.core.text import plain
-from studio.runs.failure import Doing
-from studio.runs.last_words import reason_in
-from studio.runs.supervise import child_environment
+from studio.core.errors import BadInput
+from studio.runs.piped import PipedProcess
 
 MODULE = "studio.jobs.chat"
 Side = Literal["tuned", "base"]
-_LEAVE_SECONDS = 2.0
-_LAST_CHARACTERS = 16_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,29 +131,7 @@ class ChatFailed:
 
 
 ChatEvent = Loading | Ready | Piece | Answered | TurnDone | ChatFailed
-_EVENTS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Loading, Ready, Piece, Answered, TurnDone, ChatFailed)
-}
-
-
-def event_line(event: ChatEvent) -> str:
-    """Return an event as one line of JSON."""
-    return json.dumps({"kind": type(event).__name__, **asdict(event)})
-
-
-def read_event(line: str) -> ChatEvent | None:
-    """Return the event of a line; None for any other line."""
-    try:
-        table = json.loads(line)
-        kind = _EVENTS[table.pop("kind")]
-        known = {item.name for item in fields(kind)}
-        values = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in table.items() if key in known
-        }
-        event: ChatEvent = kind(**values)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return event
+EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Loading, Ready, Piece, Answered, TurnDone, ChatFailed)}
 
 
 @dataclass(slots=True)
@@ -197,7 +160,7 @@ class Conversation:
         self.turns.clear()
 
 
-class ChatProcess:
+class ChatProcess(PipedProcess[ChatEvent]):
     """The parent's end of a chat. Use as a context: leaving it ends the process."""
 
     def __init__(self, request: ChatRequest, *, module: str = MODULE) -> None:
@@ -206,33 +169,14 @@ class ChatProcess:
         Raises:
             StudioError: It cannot be started.
         """
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
-        self._events: queue.Queue[ChatEvent | None] = queue.Queue()
-        try:
-            self._process: Any = subprocess.Popen(
-                [sys.executable, "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                encoding="utf-8",
-                env=child_environment(request.environment),
-                cwd=Path.home(),
-                # Ctrl-C is for the parent alone: it stops an answer, not the process that holds the model.
-                start_new_session=sys.platform != "win32",
-            )
-        except OSError as error:
-            raise StudioError(f"the chat's process cannot be started: {error.strerror or error}.") from error
-        threading.Thread(target=self._listen, daemon=True).start()
-        self._send({"load": asdict(request)})
-
-    def __enter__(self) -> Self:
-        """Use it."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the process."""
-        self.close()
+        super().__init__(
+            module,
+            {"load": asdict(request)},
+            name="chat",
+            kinds=EVENTS,
+            failed=ChatFailed,
+            environment=request.environment,
+        )
 
     def ask(self, messages: dict[str, list[dict[str, str]]], sampling: Sampling) -> None:
         """Ask every side its own messages; the answers come as events.
@@ -246,77 +190,6 @@ class ChatProcess:
     def cancel(self) -> None:
         """End the answers that are being given."""
         self._send({"cancel": True})
-
-    def next_event(self, seconds: float) -> ChatEvent | None:
-        """Return the next event, None if none came in time; after the process has ended, the reason why."""
-        try:
-            event = self._events.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        if event is None:
-            self._events.put(None)
-            return self._ended()
-        return event
-
-    def events(self, *, until: type[Any], poll: Callable[[], None] = lambda: None) -> Iterator[ChatEvent]:
-        """Yield events up to the first of a kind, or a fatal failure; `poll` is called in between."""
-        while True:
-            event = self.next_event(0.1)
-            poll()
-            if event is None:
-                continue
-            yield event
-            if isinstance(event, until) or (isinstance(event, ChatFailed) and event.fatal):
-                return
-
-    def close(self) -> None:
-        """End the process at once: it has nothing to save."""
-        if self._process.poll() is None:
-            self._process.kill()
-        try:
-            self._process.wait(_LEAVE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return
-        finally:
-            for stream in (self._process.stdin, self._errors):
-                try:
-                    stream.close()
-                except (OSError, ValueError):  # ValueError: another thread has closed it meanwhile
-                    continue
-
-    def _send(self, table: dict[str, Any]) -> None:
-        try:
-            self._process.stdin.write(json.dumps(table) + "\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError):
-            return  # it has ended: the events say so
-
-    def _listen(self) -> None:
-        try:
-            for line in self._process.stdout:
-                event = read_event(line)
-                if event is not None:
-                    self._events.put(event)
-        except (OSError, ValueError):
-            pass
-        self._process.wait()
-        self._events.put(None)
-
-    def _ended(self) -> ChatFailed:
-        """Return why the process is gone, as far as its last lines tell: native code ends it without an event."""
-        code = self._process.poll()
-        killed = " (the system does that when its memory is full)" if code == -9 else ""
-        try:
-            self._errors.seek(0, 2)
-            self._errors.seek(max(0, self._errors.tell() - _LAST_CHARACTERS))
-            said = self._errors.read().decode("utf-8", "replace").strip()
-        except (OSError, ValueError):
-            said = ""
-        if reason := reason_in(said.splitlines(), Doing("chat"), then="then start the chat again"):
-            return ChatFailed(f"the chat's process has ended: {reason}", reason.advice)
-        last = plain(said.splitlines()[-1], one_line=True, limit=300) if said else ""
-        words = f", exit code {code}{killed}{': ' + last if last else ''}"
-        return ChatFailed(f"the chat's process has ended{words}", "start the chat again")
 
 
 def check_sampling(sampling: Sampling) -> Sampling:

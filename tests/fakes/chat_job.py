@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from studio.runs.chat import Answered, ChatFailed, Loading, Piece, Ready, TurnDone, event_line
+from studio.runs.chat import Answered, ChatFailed, Loading, Piece, Ready, TurnDone
+from studio.runs.piped import event_line
 
 
 def tell(event: object) -> None:

@@ -15,6 +15,7 @@ from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.chat.session import Session, token_ids
 from studio.probe.chat import chat_request, request_of_run
 from studio.runs.chat import (
+    EVENTS,
     Answered,
     ChatEvent,
     ChatFailed,
@@ -26,9 +27,8 @@ from studio.runs.chat import (
     Ready,
     Sampling,
     TurnDone,
-    event_line,
-    read_event,
 )
+from studio.runs.piped import event_in, event_line
 from tests.fakes.tiny_model import make_tiny_model, tiny_tokenizer
 from tests.jobs.conftest import Merge, Train
 from tests.jobs.merge_cases import ATTENTION, make_adapter, make_base
@@ -219,9 +219,9 @@ def test_every_event_survives_its_line() -> None:
         Loading("x", 0.5), Ready(("tuned",), "cpu", "bf16", ("a",)), Piece("base", "\u2028\x1b"), TurnDone(),
         Answered("base", 3, 0.5, "stop", 1), ChatFailed("no", "do", False, True),
     ]  # fmt: skip
-    assert [read_event(event_line(event)) for event in events] == events
-    assert read_event("a library says something") is None
-    assert read_event('{"kind": "Piece"}') is None
+    assert [event_in(event_line(event), EVENTS) for event in events] == events
+    assert event_in("a library says something", EVENTS) is None
+    assert event_in('{"kind": "Piece"}', EVENTS) is None
 
 
 @pytest.mark.slow

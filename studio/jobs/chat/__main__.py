@@ -1,57 +1,21 @@
 """The chat's process: `python -m studio.jobs.chat`, started by `studio.runs.chat`; JSON lines in and out."""
 
 import faulthandler
-import json
-import os
-import queue
-import sys
-import threading
 import traceback
-from typing import Any, TextIO
 
 from studio.core.errors import JobFailed, StudioError
 from studio.jobs.base.failures import explain
-from studio.runs.chat import ChatEvent, ChatFailed, ChatRequest, Loading, Ready, Sampling, TurnDone, event_line
+from studio.jobs.base.line import Line
+from studio.runs.chat import ChatFailed, ChatRequest, Loading, Ready, Sampling, TurnDone
 from studio.runs.disk import disk_failure
 from studio.runs.failure import Doing, memory_failure, ran_out_of_memory
 from studio.runs.native import native_failure
 
 
-class _Line:
-    """Both ends of the pipe to the program. What libraries print goes to stderr, where it cannot mix with events."""
-
-    def __init__(self) -> None:
-        self._out: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        self.asked: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.cancelled = threading.Event()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def tell(self, event: ChatEvent) -> None:
-        try:
-            self._out.write(event_line(event) + "\n")
-            self._out.flush()
-        except OSError:
-            os._exit(0)
-
-    def _listen(self) -> None:
-        for line in sys.stdin:
-            table = json.loads(line)
-            if table.get("cancel"):
-                self.cancelled.set()
-            else:
-                # Cleared here, in the order of the lines: a question may be cancelled before its answer begins.
-                self.cancelled.clear()
-                self.asked.put(table)
-        # The program at the other end is gone. There is nothing to save, and loading a model cannot be interrupted in
-        # any other way.
-        os._exit(0)
-
-
 def main() -> None:
     """Load the model, then answer questions until the other end is closed."""
     faulthandler.enable()  # otherwise a fault in native code ends the process without any output
-    line = _Line()
+    line = Line()
     request = ChatRequest(**line.asked.get()["load"])
     line.tell(Loading("starting"))
     try:
