@@ -1,5 +1,6 @@
 """Rows made into ids and labels: what is learnt is each answer and the stop token after it."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from transformers import AutoTokenizer
 
 from studio.core.errors import JobFailed
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import sample_prompts
-from studio.probe.data import PlainText, read_data
+from studio.jobs.base.data.rows import Encoder, Encoding, sample_prompts
+from studio.probe.data import Message, PlainText, Preference, read_data
 from studio.probe.embedded_model import find_embedded
 from tests.examples import examples
 from tests.fakes.tokenizers import (
@@ -301,3 +302,26 @@ def test_a_token_that_reaches_from_the_question_into_the_answer_is_not_learnt(sm
     (example,), _, _ = encode(chat(("user", "Why?"), ("assistant", "  Because.")), smollm)
     assert "\n " in [smollm.decode([int(token)]) for token in example.input_ids]
     assert learnt(example, smollm) == [" Because.<|im_end|>"]
+
+
+def test_chunks_are_encoded_one_by_one_and_their_reports_added_up() -> None:
+    tokenizer = byte_tokenizer()
+    rows = [ONE, chat(("user", "x" * 500), ("assistant", "b"), number=2), PlainText("Once."), TWO]
+    whole, report, _ = encode(rows, tokenizer, seq_len=100)
+    encoder = pickle.loads(pickle.dumps(Encoder(tokenizer, Encoding(100))))  # noqa: S301  our own
+    (first, one), (second, two) = encoder.encode(rows[:2]), encoder.encode(rows[2:])
+    assert [len(of_row) for of_row in first + second] == [1, 0, 1, 1]
+    made = [example for of_row in first + second for example in of_row]
+    for example, same in zip(whole, made, strict=True):
+        assert example.input_ids.tolist() == same.input_ids.tolist()
+        assert example.labels.tolist() == same.labels.tolist()
+    one.add(two)
+    assert one == report and report.dropped == 1
+
+
+def test_sides_of_a_preference_are_encoded_as_conversations() -> None:
+    tokenizer = byte_tokenizer()
+    row = Preference((Message("user", "a"),), (Message("assistant", "good"),), (Message("assistant", "bad"),))
+    (((chosen,), (rejected,)),), report = Encoder(tokenizer, Encoding(100)).sides([row])
+    assert [learnt(side, tokenizer) for side in (chosen, rejected)] == [["good<|im_end|>"], ["bad<|im_end|>"]]
+    assert report.examples == 2

@@ -1,7 +1,7 @@
 """The rows of a data file: conversations or plain text, in one form for all formats of files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio.core.left_out import LEFT_OUT
@@ -121,9 +121,10 @@ class Preference:
 
     @property
     def sides(self) -> tuple[Conversation, Conversation]:
-        """The preferred and the rejected conversation, each with the turns that they share."""
+        """The preferred and the rejected conversation, each with the turns that they share, which are not learnt."""
+        asked = tuple(replace(message, learnt=False) for message in self.asked)
         chosen, rejected = (
-            Conversation(self.asked + side, self.number, self.tools, self.template_kwargs)
+            Conversation(asked + side, self.number, self.tools, self.template_kwargs)
             for side in (self.chosen, self.rejected)
         )
         return chosen, rejected

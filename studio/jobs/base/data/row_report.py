@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
@@ -28,6 +28,12 @@ class Missing:
         self.first = self.first if self.rows else number
         self.rows += 1
         self.counts.update(counts)
+
+    def join(self, other: "Missing") -> None:
+        """Add what is missing in rows that come after these."""
+        self.first = self.first if self.rows else other.first
+        self.rows += other.rows
+        self.counts.update(other.counts)
 
     def __str__(self) -> str:
         return ", ".join(f"{count} x {plain(kind, one_line=True)}" for kind, count in sorted(self.counts.items()))
@@ -76,6 +82,17 @@ class RowReport:
     lost: Missing = field(default_factory=Missing)
     unseen: Missing = field(default_factory=Missing)
     reason: str = ""
+
+    def add(self, other: "RowReport") -> None:
+        """Add the report of rows that come after these."""
+        for place in fields(self):
+            mine, theirs = getattr(self, place.name), getattr(other, place.name)
+            if isinstance(mine, Missing):
+                mine.join(theirs)
+            elif isinstance(mine, str):
+                setattr(self, place.name, mine or theirs)
+            else:
+                setattr(self, place.name, max(mine, theirs) if place.name == "longest" else mine + theirs)
 
     def say(self, seq_len: int, end_token: str, warn: Warn) -> None:
         """Warn of everything that the user should know, in one sentence each.

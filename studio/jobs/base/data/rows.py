@@ -10,19 +10,20 @@ start token, the tokenizer's own is left out.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from studio.core.errors import JobFailed
+from studio.core.recipe import Recipe
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
 from studio.jobs.base.data.template import Warn, left_out, render, starts_with_bos, why_refused, with_system_folded
 from studio.probe.data import Conversation, PlainText, Preference, Row
 
-_CHUNK_ROWS = 256
+CHUNK_ROWS = 256
 """Rows that are tokenised in one call; progress is told after each call."""
 _UNFOUND = "its answer is not found in what the chat template writes"
 
@@ -53,14 +54,31 @@ class Prompt:
     expected: str
 
 
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How rows are encoded.
+
+    Attributes:
+        seq_len: Longest example in tokens; what is longer loses its end.
+        answers_only: Label only the answers.
+    """
+
+    seq_len: int
+    answers_only: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """Return how a recipe's rows are encoded."""
+        return cls(recipe.train.seq_len, recipe.data.answers_only)
+
+
 def encode_rows(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
-    seq_len: int,
-    answers_only: bool = True,
     warn: Warn,
     progress: Callable[[float], None] | None = None,
+    **how: Any,
 ) -> tuple[list[Example], RowReport]:
     """Return the rows as examples of at most `seq_len` tokens, and a report of what happened to them.
 
@@ -69,33 +87,24 @@ def encode_rows(
     Args:
         rows: Conversations that end with an answer, or plain texts.
         tokenizer: A fast tokenizer.
-        seq_len: Longest example in tokens; what is longer loses its end.
-        answers_only: Label only the answers.
         warn: Told what the user should know, each thing once.
         progress: Told the fraction done, 0 to 1.
+        how: The fields of `Encoding`.
 
     Raises:
         JobFailed: No row is left with anything to learn, or the tokenizer cannot say where its tokens stand.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise JobFailed(
-            "slow_tokenizer",
-            f"The tokenizer ({type(tokenizer).__name__}) cannot say where its tokens stand in the text.",
-            "Use a model folder that has a tokenizer.json.",
-        )
-    report = RowReport(rows=len(rows))
-    encoder = _Encoder(tokenizer, report)
+    encoder, report = Encoder(tokenizer, Encoding(**how)), RowReport()
     examples: list[Example] = []
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        for ids, labelled in encoder.encode(rows[start : start + _CHUNK_ROWS]):
-            labels = np.where(labelled, ids, np.int32(IGNORED)) if answers_only else ids
-            if example := _kept(ids, labels, seq_len, report):
-                examples.append(example)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        made, became = encoder.encode(rows[start : start + CHUNK_ROWS])
+        examples += [example for of_row in made for example in of_row]
+        report.add(became)
         if progress:
-            progress(min(start + _CHUNK_ROWS, len(rows)) / len(rows))
-    report.say(seq_len, tokenizer.eos_token or "", warn)
+            progress(min(start + CHUNK_ROWS, len(rows)) / len(rows))
+    report.say(encoder.how.seq_len, tokenizer.eos_token or "", warn)
     if rows and not examples:
-        raise report.nothing_left(seq_len)
+        raise report.nothing_left(encoder.how.seq_len)
     return examples, report
 
 
@@ -135,56 +144,84 @@ def _question(row: Conversation | Preference, tokenizer: Any) -> tuple[str, str,
     return None
 
 
-class _Encoder:
-    """Tokenises chunks of rows, and counts in the report what templates do to them."""
+class Encoder:
+    """Turns chunks of rows into examples. It can be pickled; what it makes of a row depends on that row alone.
 
-    def __init__(self, tokenizer: Any, report: RowReport) -> None:
+    Raises:
+        JobFailed: The tokenizer cannot say where its tokens stand.
+    """
+
+    def __init__(self, tokenizer: Any, how: Encoding) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise JobFailed(
+                "slow_tokenizer",
+                f"The tokenizer ({type(tokenizer).__name__}) cannot say where its tokens stand in the text.",
+                "Use a model folder that has a tokenizer.json.",
+            )
         self.tokenizer = tokenizer
-        self.report = report
+        self.how = how
+        self.report = RowReport()
         self.locator = Locator(tokenizer)
         self.marks = Marks(tokenizer)
         self.special = re.compile("|".join(map(re.escape, self.locator.special)) or r"(?!)")  # (?!) matches nothing
 
-    def encode(self, rows: Sequence[Row]) -> Iterator[tuple[Ids, Mask]]:
-        """Yield for each example its token ids and whether each token is learnt, `[seq]` each; texts come first."""
-        texts = [row.text for row in rows if isinstance(row, PlainText)]
-        chats = [row for row in rows if isinstance(row, Conversation)]
-        for row in chats:
+    def encode(self, rows: Sequence[Row]) -> tuple[list[tuple[Example, ...]], RowReport]:
+        """Return the examples of each row, none where the row is left out, and what happened to these rows.
+
+        Of a preference it is the preferred conversation; `sides` returns both.
+        Reports of several chunks are added up by `RowReport.add`; `RowReport.say` tells the user.
+        """
+        self.report = RowReport(rows=len(rows))
+        texts = self._texts([row for row in rows if isinstance(row, PlainText)])
+        chats = iter(self._chats([_chat(row) for row in rows if not isinstance(row, PlainText)]))
+        found = [next(texts if isinstance(row, PlainText) else chats) for row in rows]
+        made = [tuple(filter(None, (self._kept(ids, labelled) for ids, labelled in parts))) for parts in found]
+        return made, self.report
+
+    def sides(
+        self, rows: Sequence[Preference]
+    ) -> tuple[list[tuple[tuple[Example, ...], tuple[Example, ...]]], RowReport]:
+        """Return the examples of the preferred and of the rejected side of each row, and what happened to the sides.
+
+        Each side is encoded as a conversation of its own, in which nothing is learnt that the other side shares. It has
+        several examples where the template splits it, and none where it is left out.
+        """
+        sides = [side for row in rows for side in row.sides]
+        made, report = self.encode(sides)
+        return list(zip(made[::2], made[1::2], strict=True)), report
+
+    def _texts(self, rows: Sequence[PlainText]) -> Iterator[list[tuple[Ids, Mask]]]:
+        eos = self.tokenizer.eos_token_id
+        self.report.endless += len(rows) if eos is None else 0
+        for ids in _text_ids([row.text for row in rows], self.tokenizer) if rows else ():
+            whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+            yield [(np.array(whole, np.int32), np.ones(len(whole), np.bool_))]
+
+    def _chats(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
+        for row in rows:
             found = next(filter(None, (self.special.search(message.content) for message in row.messages)), None)
             if found:
                 self.report.special += 1
-                self.report.special_token = found.group()
-        if texts:
-            yield from self._texts(texts)
-        if chats and self.marks.usable:
-            yield from self._masked(chats)
-        elif chats:
-            yield from self._located(chats)
+                self.report.special_token = self.report.special_token or found.group()
+        return (self._masked if self.marks.usable else self._located)(rows) if rows else []
 
-    def _texts(self, texts: Sequence[str]) -> Iterator[tuple[Ids, Mask]]:
-        eos = self.tokenizer.eos_token_id
-        self.report.endless += len(texts) if eos is None else 0
-        for ids in _text_ids(texts, self.tokenizer):
-            whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-            yield np.array(whole, np.int32), np.ones(len(whole), np.bool_)
-
-    def _masked(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
-        texts = self._rendered(rows)
-        usable = self._without_refused(rows, [text is not None for text in texts])
-        if list(usable) != list(rows):
-            texts = self._rendered(usable)
-        for row, text in zip(usable, texts, strict=True):
+    def _masked(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
+        usable = self._without_refused(rows, [text is not None for text in self._rendered(rows)])
+        kept = [row for row in usable if row]
+        for row, text in zip(kept, self._rendered(kept), strict=True):
             self._compare(row, [text or ""])
-        return self.marks.rows([row.messages for row in usable]) if usable else []
+        made = iter(self.marks.rows([row.messages for row in kept]) if kept else [])
+        return [[next(made)] if row else [] for row in usable]
 
-    def _located(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
+    def _located(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
         located = self._locate(rows)
         usable = self._without_refused(rows, [bool(found.rendered) for found in located])
-        if list(usable) != list(rows):
-            located = self._locate(usable)
+        kept = [row for row in usable if row]
+        if kept != list(rows):
+            located = self._locate(kept)
         self.report.split += sum(found.split for found in located)
         self.report.moved += sum(found.moved for found in located)
-        for row, found in zip(usable, located, strict=True):
+        for row, found in zip(kept, located, strict=True):
             if found.lost:
                 self.report.lost.add(row.number, {"answers": found.lost})
             self._compare(row, [one.text for one in found.rendered])
@@ -193,15 +230,17 @@ class _Encoder:
             self.report.stop_added += added
         else:
             self.report.endless += added
-        return _labelled([one for found in located for one in found.rendered], self.tokenizer)
+        labelled = iter(_labelled([one for found in located for one in found.rendered], self.tokenizer))
+        of_kept = iter([[next(labelled) for _ in found.rendered] for found in located])
+        return [next(of_kept) if row else [] for row in usable]
 
     def _compare(self, row: Conversation, texts: Sequence[str]) -> None:
         """Count what of a row's messages stands in none of the texts that were made of it."""
         if missing := left_out(row.messages, texts):
             self.report.unseen.add(row.number, missing)
 
-    def _without_refused(self, rows: Sequence[Conversation], usable: Sequence[bool]) -> list[Conversation]:
-        """Return the usable rows, and of the others those that become usable when their system turn is folded in."""
+    def _without_refused(self, rows: Sequence[Conversation], usable: Sequence[bool]) -> list[Conversation | None]:
+        """Return each row, with its system turn folded in where only that makes it usable; None for those refused."""
         if all(usable):
             return list(rows)
         folded = [
@@ -214,13 +253,34 @@ class _Encoder:
         if not all(good_now) and not self.report.reason:
             row = rows[good_now.index(False)]
             self.report.reason = f"row {row.number}: {why_refused(self.tokenizer, row.messages) or _UNFOUND}"
-        return [row for row, good in zip(folded, good_now, strict=True) if good]
+        return [row if good else None for row, good in zip(folded, good_now, strict=True)]
+
+    def _kept(self, ids: Ids, labelled: Mask) -> Example | None:
+        """Return the example cut to its length, or None where nothing can be learnt from it; count it either way."""
+        report, seq_len = self.report, self.how.seq_len
+        labels = np.where(labelled, ids, np.int32(IGNORED)) if self.how.answers_only else ids
+        report.longest = max(report.longest, len(ids))
+        report.cut += len(ids) > seq_len
+        # Nothing precedes the first token, so it is never predicted: a label there teaches nothing.
+        loss_tokens = int(np.count_nonzero(labels[1:seq_len] != IGNORED))
+        if not loss_tokens:
+            report.dropped += 1
+            return None
+        report.examples += 1
+        report.tokens += min(len(ids), seq_len)
+        report.loss_tokens += loss_tokens
+        # Copies: a slice would keep the whole long row in memory.
+        return Example(ids[:seq_len].copy(), labels[:seq_len].copy())
 
     def _rendered(self, rows: Sequence[Conversation]) -> list[str | None]:
         return render(self.tokenizer, [row.messages for row in rows])
 
     def _locate(self, rows: Sequence[Conversation]) -> list[Located]:
         return self.locator.locate([row.messages for row in rows])
+
+
+def _chat(row: Conversation | Preference) -> Conversation:
+    return row.sides[0] if isinstance(row, Preference) else row
 
 
 def _text_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -257,19 +317,3 @@ def _token_from(encoded: Any, row: int, begin: int, stop: int) -> int | None:
         if token is not None and encoded.token_to_chars(row, token).start >= begin:
             return int(token)
     return None
-
-
-def _kept(ids: Ids, labels: Ids, seq_len: int, report: RowReport) -> Example | None:
-    """Return the example cut to `seq_len`, or None where nothing can be learnt from it; count it either way."""
-    report.longest = max(report.longest, len(ids))
-    report.cut += len(ids) > seq_len
-    # Nothing precedes the first token, so it is never predicted: a label there teaches nothing.
-    loss_tokens = int(np.count_nonzero(labels[1:seq_len] != IGNORED))
-    if not loss_tokens:
-        report.dropped += 1
-        return None
-    report.examples += 1
-    report.tokens += min(len(ids), seq_len)
-    report.loss_tokens += loss_tokens
-    # Copies: a slice would keep the whole long row in memory.
-    return Example(ids[:seq_len].copy(), labels[:seq_len].copy())
