@@ -47,6 +47,8 @@ _NAMES = {
 }
 """Arguments that name something: an empty one is a slip (`--gpu "$CARD"` with nothing in CARD), never a default."""
 _DEBUG = "LORA_STUDIO_DEBUG"
+_READER_GONE = 141
+"""The exit code that a shell gives a program which SIGPIPE (13) has ended."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,13 +85,11 @@ def main(argv: Sequence[str] | None = None, *, modules: Mapping[str, str] | None
             # An encoding without our characters shows them as escapes instead of ending the program.
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(words, modules)
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 0
+        return _run_and_flush(words, modules)
     except BrokenPipeError:
-        # Who read our output has gone (`| head`): nothing to tell, and the interpreter must not try again at its end.
+        # Whoever read our output has gone (`| head`): nothing to tell, and Python must not try again as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _READER_GONE
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001  the last stop: a message instead of a traceback
@@ -127,6 +127,16 @@ def _has_current_folder() -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _run_and_flush(words: list[str], modules: Mapping[str, str] | None) -> int:
+    """Run one verb and write out what is still buffered, so that a reader that has gone is noticed here."""
+    try:
+        code = _run(words, modules)
+    except SystemExit as leaving:  # argparse, after a help text or a complaint
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    sys.stdout.flush()
+    return code
 
 
 def _run(words: list[str], modules: Mapping[str, str] | None) -> int:

@@ -1,6 +1,7 @@
 """`lora-studio chat`: questions to a tuned model and, beside it, to its base."""
 
 import argparse
+import signal
 import sys
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
@@ -80,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
         request = replace(request, beside="")
     to = sys.stderr if args.json else sys.stdout
     prompt = _prompt(args)
+    if prompt is None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # What started us had Ctrl-C ignored, and children inherit that; in a conversation it is a key like others.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with ChatProcess(request, module=args.modules.get("chat", MODULE)) as process:
         chat = Talk(process, Conversation(args.system), sampling, to)
         failed = chat.load()

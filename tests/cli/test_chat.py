@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,10 +127,10 @@ def test_a_question_is_no_command() -> None:
 class _Terminal:
     """The command in a terminal of its own."""
 
-    def __init__(self, *words: str, **environment: str) -> None:
+    def __init__(self, *words: str, ctrl_c: Any = signal.SIG_DFL, **environment: str) -> None:
         self.pid, self.fd = pty.fork()
         if not self.pid:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a script ignores it
+            signal.signal(signal.SIGINT, ctrl_c)  # a test run in the background of a script ignores it
             os.environ.update(environment)
             os.execv(sys.executable, [sys.executable, "-m", "tests.fakes.cli", *words])  # noqa: S606
         self.seen = ""
@@ -184,8 +185,9 @@ def test_a_conversation(run: str, home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_not_the_chat(run: str, home: Path) -> None:
-    terminal = _Terminal("chat", run, FAKE_CHAT="slow")
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN])
+def test_ctrl_c_stops_an_answer_and_not_the_chat(run: str, home: Path, inherited: signal.Handlers) -> None:
+    terminal = _Terminal("chat", run, ctrl_c=inherited, FAKE_CHAT="slow")
     terminal.until("you: ")
     terminal.type("one\n")
     terminal.until("wait")
