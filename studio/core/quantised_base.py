@@ -1,15 +1,13 @@
-"""What the config of a prequantised model says of its weights, and what that means for training.
+"""What the config of a prequantised model says of its weights.
 
-Training starts from 16-bit weights, from MXFP4, which is brought into another form while it is loaded, or from 4-bit
-weights of bitsandbytes under QLoRA. This module knows no files:
-whether the tensors agree with the config is checked where they are read.
+What that means for training is said by `studio.core.base_form`. This module knows no files: whether the tensors agree
+with the config is checked where they are read.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from studio.core.recipe import Method, QuantType
 from studio.core.text import plain
 from studio.core.value_kinds import is_module
 
@@ -18,10 +16,6 @@ _BITS = {"mxfp4": 4, "nvfp4": 4, "fp8": 8, "fbgemm_fp8": 8, "mxfp8": 8, "eetq": 
 """What the name alone says (transformers 5.24 utils/quantization_config.py QuantizationMethod)."""
 _BITS_KEYS = ("bits", "w_bit", "nbits", "num_bits", "wbits")
 _MOST_NAMES = 1000
-_OWN_LINEARS = frozenset({"falcon"})
-"""Families whose linear layers are a class of their own: transformers hands bitsandbytes nothing but `nn.Linear` itself
-(integrations/bitsandbytes.py replace_with_bnb_linear)."""
-_ORIGINAL = "the original 16-bit model that it was made from, or a copy written out in 16 bit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +32,7 @@ class QuantisedBase:
 
     method: str
     bits: int = 0
-    quant_type: QuantType = "nf4"
+    quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = False
     skipped: tuple[str, ...] = ()
 
@@ -69,39 +63,6 @@ def quantised_base(config: Mapping[str, Any]) -> QuantisedBase | None:
     return None
 
 
-def refusal(base: QuantisedBase | None, method: Method) -> str:
-    """Return why a method cannot train on a base, and what to take instead; empty where it can."""
-    if base is None or base.method == MXFP4 or (base.in_four_bits and method == "qlora"):
-        return ""
-    found = "a GGUF file, made to run models with" if base.method == GGUF else f"already quantised ({base.words})"
-    if base.in_four_bits:
-        return f"{found}, and method lora wants 16-bit weights: name {_ORIGINAL}, or take method qlora"
-    return f"{found}, and training starts from 16-bit weights: name {_ORIGINAL}"
-
-
-def four_bit_refusal(family: str, method: Method) -> str:
-    """Return why QLoRA cannot hold a family's 16-bit weights in 4 bits; empty where it can, or for another method."""
-    if method != "qlora" or family not in _OWN_LINEARS:
-        return ""
-    return f"a {family} model, whose linear layers transformers does not hand to bitsandbytes: take method lora"
-
-
-def note_on(base: QuantisedBase, method: Method, engine: Literal["studio", "hf"]) -> str:
-    """Return what an estimate for a prequantised base stands for, as a note to it."""
-    if base.in_four_bits and method == "qlora":
-        kept = f", {len(base.skipped)} modules in 16 bit" if base.skipped else ""
-        form = f"{base.quant_type}{' with double quantisation' if base.double_quant else ''}{kept}"
-        return f"this base is already quantised ({base.words}): planned as it is, {form}; a merge wants its original"
-    if base.method == MXFP4 and engine == "studio":
-        into = "brought into another 4-bit code" if method == "qlora" else "written out in 16 bit"
-        return f"this base is already quantised ({base.words}): it is {into} while it is loaded; a merge wants 16 bit"
-    if engine == "studio":
-        return f"this base is {refusal(base, method)}. The plan is for that; train refuses this one"
-    if base.method == BITSANDBYTES and method == "qlora":
-        return f"this base is already quantised ({base.words}): planned as it is"
-    return f"this base is already quantised ({base.words}): the plan is for its 16-bit original, without these kernels"
-
-
 def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     """Return a config's own table, or its text model's (transformers looks in both)."""
     inner = config.get("text_config")
@@ -122,7 +83,7 @@ def _from_table(said: Mapping[str, Any]) -> QuantisedBase:
         return QuantisedBase(method, bits)
     names = said.get("llm_int8_skip_modules")
     skipped = _modules(names[:_MOST_NAMES]) if isinstance(names, list) else ()
-    code: QuantType = "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+    code: Literal["nf4", "fp4"] = "nf4" if said.get("bnb_4bit_quant_type") == "nf4" else "fp4"
     return QuantisedBase(method, 4, code, said.get("bnb_4bit_use_double_quant") is True, skipped)
 
 

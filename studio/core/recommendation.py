@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from studio.core.base_form import refusal
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
-from studio.core.quantised_base import refusal
 from studio.core.recipe import Method, Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.text import plain

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from studio.core.base_form import four_bit_refusal, refusal
 from studio.core.errors import BadInput
-from studio.core.quantised_base import QuantisedBase, four_bit_refusal, quantised_base, refusal
+from studio.core.quantised_base import QuantisedBase, quantised_base
 from studio.core.recipe import EMBEDDED, Method
 from studio.core.text import plain
 from studio.probe.architecture import untrainable_architecture

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from studio.core.base_form import refusal
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.quantised_base import refusal
 from studio.core.recipe import EMBEDDED
 from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape import ModelShape

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from studio.core.quantised_base import QuantisedBase, quantised_base, refusal
+from studio.core.base_form import refusal
+from studio.core.quantised_base import QuantisedBase, quantised_base
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.setup import StockSetup
 from studio.core.vram.report import plan_to_dict

@@ -14,8 +14,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.allocator import Block, CachingAllocator
-from studio.core.stock.loading import load
-from studio.core.stock.replay import replayed
+from studio.core.stock.replay import load, replayed
 from studio.core.stock.setup import StockSetup
 from studio.core.vram.stages import CUBLAS_WORKSPACE_BYTES
 from studio.jobs.measure.card import card_habits

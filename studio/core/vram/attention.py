@@ -6,8 +6,7 @@ modeling_deepseek_v3.py (`DeepseekV3Attention`), transformers 5.24.
 
 from studio.core.shape import Layer
 from studio.core.vram import operators as op
-from studio.core.vram.gemma import normed_heads, unscaled_norm
-from studio.core.vram.modules import Modules
+from studio.core.vram.modules import Modules, unscaled_norm
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
 
@@ -85,12 +84,33 @@ def _turned_as_complex(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_normed_values(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Follow Gemma4TextAttention.forward."""
-    query, key, value = normed_heads(run, layer, x)
+    query, key, value = _normed_heads(run, layer, x)
     attended, weights = _attend(run, layer, query, key, value)
     assert layer.out is not None  # noqa: S101  every layer of these has attention
     (out,) = run.linears((layer.out,), attended)
     run.tape.named(x, query, key, value, attended)
     return out, weights
+
+
+def _normed_heads(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values as attention takes them: queries are ready before keys are made."""
+    heads = layer.heads
+    query = _placed(run, layer, run.linear(layer.qkv[0], x), heads.queries)
+    if layer.keys_from == "before":
+        size = Polynomial(per_token=heads.keys * heads.width)
+        return query, run.of_others(size, query.itemsize), run.of_others(size, query.itemsize)
+    raw = run.linear(layer.qkv[1], x)
+    value = raw if layer.keys_from == "values" else run.linear(layer.qkv[2], x)
+    key = _placed(run, layer, raw, heads.keys)
+    return query, key, unscaled_norm(value, heads.keys)
+
+
+def _placed(run: Modules, layer: Layer, x: Tensor, heads: int) -> Tensor:
+    normed = run.head_norm(layer, x, heads)
+    run.tape.named(x)
+    turned = run.rotate(layer, normed)
+    run.tape.named(normed)
+    return turned
 
 
 def _latent_attention(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None]:

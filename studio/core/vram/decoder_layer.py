@@ -7,7 +7,7 @@ from studio.core.shape import Layer, ModelShape
 from studio.core.vram import gemma
 from studio.core.vram import operators as op
 from studio.core.vram.attention import attention
-from studio.core.vram.experts import feed_forward
+from studio.core.vram.experts import feed_forward, routed
 from studio.core.vram.mixers import mixed
 from studio.core.vram.modules import LayerTraits, Modules
 from studio.core.vram.polynomial import Polynomial
@@ -218,10 +218,8 @@ def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
         x = run.norm(layer, x)
     residual = _added(run, layer, residual, x)
     x = run.norm(layer, residual) if layer.wiring != "post" else residual
-    if layer.experts and layer.value_norm:
-        x = gemma.fed_by_both(run, layer, residual, x)
-    else:
-        x = _fed_forward(run, layer, x)
+    feeds_both = layer.experts and layer.value_norm
+    x = _fed_by_both(run, layer, residual, x) if feeds_both else _fed_forward(run, layer, x)
     if layer.wiring in ("post", "sandwich"):
         x = run.norm(layer, x)
     x = _added(run, layer, residual, x)
@@ -229,6 +227,13 @@ def _sequential(run: Modules, layer: Layer, x: Tensor) -> Tensor:
         x = op.add(x, gemma.own_input(run, layer, x))
     run.tape.named(weights)  # transformers keeps the attention weights under the name `_` until the layer returns
     return x
+
+
+def _fed_by_both(run: Modules, layer: Layer, residual: Tensor, normed: Tensor) -> Tensor:
+    """Return the sum of a dense MLP and of experts, each between norms of its own (Gemma4TextDecoderLayer)."""
+    dense = run.norm(layer, run.mlp(layer, normed))
+    sparse = run.norm(layer, routed(run, layer, run.norm(layer, residual)))
+    return op.add(dense, sparse)
 
 
 def _parallel(run: Modules, layer: Layer, x: Tensor) -> Tensor:

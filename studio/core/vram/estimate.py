@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from studio.core.base_form import four_bit_refusal, note_on
 from studio.core.direct_weights import left_out
 from studio.core.gpu_catalogue import Gpu, emulated
-from studio.core.quantised_base import four_bit_refusal, note_on
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, ModelShape
 from studio.core.trainable import AS_PEFT, target_names
 from studio.core.value_kinds import ALL_LINEAR

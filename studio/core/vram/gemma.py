@@ -1,7 +1,6 @@
 """What only layers of Gemma 3n and Gemma 4 do, forward and backward.
 
-Their values are normed, some layers take keys and values of one before, each layer has an input of its own, and Gemma
-3n predicts and corrects several residual streams (AltUp).
+Each layer has an input of its own, and Gemma 3n predicts and corrects several residual streams (AltUp).
 
 Sources: modeling_gemma3n.py and modeling_gemma4.py, transformers 5.24.
 """
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from studio.core.linear import Linear
 from studio.core.shape import Layer, ModelShape
 from studio.core.vram import operators as op
-from studio.core.vram.experts import routed
 from studio.core.vram.modules import Modules
 from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Tensor
@@ -96,59 +94,15 @@ def left_behind_keys(shape: ModelShape, targets: frozenset[str], narrow: int, wi
     return left
 
 
-def normed_heads(run: Modules, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values as attention takes them: queries are ready before keys are made."""
-    heads = layer.heads
-    query = _placed(run, layer, run.linear(layer.qkv[0], x), heads.queries)
-    if layer.keys_from == "before":
-        size = Polynomial(per_token=heads.keys * heads.width)
-        return query, _of_others(run, size, query.itemsize), _of_others(run, size, query.itemsize)
-    raw = run.linear(layer.qkv[1], x)
-    value = raw if layer.keys_from == "values" else run.linear(layer.qkv[2], x)
-    key = _placed(run, layer, raw, heads.keys)
-    return query, key, unscaled_norm(value, heads.keys)
-
-
-def _placed(run: Modules, layer: Layer, x: Tensor, heads: int) -> Tensor:
-    normed = run.head_norm(layer, x, heads)
-    run.tape.named(x)
-    turned = run.rotate(layer, normed)
-    run.tape.named(normed)
-    return turned
-
-
-def unscaled_norm(x: Tensor, groups: float) -> Tensor:
-    """Return an RMS norm without a weight."""
-    wide = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
-    return op.cast(op.multiply_rows(wide, inverse), x.itemsize)
-
-
-def _of_others(run: Modules, elements: Polynomial, itemsize: float) -> Tensor:
-    """Return a tensor that another layer, or the model, holds: its bytes are not this layer's, its gradient is."""
-    tape = run.tape
-    node = tape.node() if tape.records else None
-    if node is not None:
-        node.keeps = []
-    return Tensor(tape, elements, itemsize, node, base=Tensor(tape, NOTHING, 1))
-
-
 def own_input(run: Modules, layer: Layer, x: Tensor) -> Tensor:
     """Return what the layer's own part of the input adds, made with a gate of x."""
     into, back = layer.per_layer
     gate = run.activation(layer, run.linear(into, x))
-    part = _of_others(run, Polynomial(per_token=into.outputs), gate.itemsize)
+    part = run.of_others(Polynomial(per_token=into.outputs), gate.itemsize)
     made = run.linear(back, op.multiply(gate, part))
     normed = run.norm(layer, made)
     run.tape.named(gate, made)
     return normed
-
-
-def fed_by_both(run: Modules, layer: Layer, residual: Tensor, normed: Tensor) -> Tensor:
-    """Return the sum of a dense MLP and of experts, each between norms of its own (Gemma4TextDecoderLayer)."""
-    dense = run.norm(layer, run.mlp(layer, normed))
-    sparse = run.norm(layer, routed(run, layer, run.norm(layer, residual)))
-    return op.add(dense, sparse)
 
 
 def predicted(run: Modules, layer: Layer, streams: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
 """The operators that only mixers use, as sizes (`studio.core.vram.operators` has all others)."""
 
-from studio.core.mixer import Mixer
 from studio.core.vram import operators as op
-from studio.core.vram.modules import Modules
 from studio.core.vram.operators import gradient_like, result_of
 from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
@@ -19,14 +17,6 @@ def fused(given: tuple[Tensor, ...], elements: Polynomial, itemsize: float) -> T
     if out.node is not None:
         out.tape.saves(out.node, out)
     return out
-
-
-def product(run: Modules, x: Tensor, y: Tensor, outputs: Polynomial) -> Tensor:
-    """Return a batched product; autocast takes both operands in 16 bit, whatever they were computed in."""
-    if run.traits.arithmetic.autocast:
-        y, x = op.cast(y, run.traits.arithmetic.compute), op.cast(x, run.traits.arithmetic.compute)
-    saved = tuple(t for t, other in ((x, y), (y, x)) if other.node is not None)
-    return result_of((y, x), outputs, x.itemsize, (gradient_like(y), gradient_like(x)), saved)
 
 
 def times(x: Tensor, y: Tensor) -> Tensor:
@@ -86,26 +76,3 @@ def copied_into(total: Tensor, part: Tensor) -> Tensor:
 def exponential(x: Tensor) -> Tensor:
     """Return `exp(x)`, in fp32 as CUDA's autocast has it."""
     return op.activate_saving_result(op.cast(x, 4))
-
-
-def convolved(run: Modules, mixer: Mixer, x: Tensor, *, activated: bool) -> Tensor:
-    """Return a causal convolution of each channel (`causal_conv1d_fn`): it makes `kernel - 1` positions too many."""
-    if run.traits.fused_mixers:
-        return result_of((x,), x.elements, x.itemsize, (gradient_like(x),), (x,))
-    longer = 1 + (mixer.kernel - 1) / run.traits.length
-    whole = result_of((x,), x.elements.times(longer), x.itemsize, (gradient_like(x),), (x,))
-    cut = op.slice_last(whole, 1 / longer)
-    out = op.activate(cut) if activated else cut
-    x.tape.named(x)
-    return out
-
-
-def gated_after(run: Modules, mixer: Mixer, x: Tensor, gate: Tensor) -> Tensor:
-    """Follow Qwen3NextRMSNormGated: normed head by head, then multiplied with the gate in fp32."""
-    wide = op.cast(x, 4)
-    inverse = op.activate_saving_result(op.mean_last(op.power(wide), per_token(mixer.heads)))
-    normed = op.times_constant(op.cast(op.multiply_rows(wide, inverse), x.itemsize))
-    gated = times(normed, op.activate(op.cast(gate, 4)))
-    out = op.cast(gated, x.itemsize)
-    run.tape.named(x, inverse, gate)
-    return out

@@ -13,7 +13,7 @@ from studio.core.trainable import HEAD
 from studio.core.vram import operators as op
 from studio.core.vram.elementwise import activated, centred_norm, rotated, sparse
 from studio.core.vram.operators import Arithmetic
-from studio.core.vram.polynomial import Polynomial
+from studio.core.vram.polynomial import NOTHING, Polynomial
 from studio.core.vram.tape import Tape, Tensor
 
 Kernel = Literal["flash", "efficient", "efficient_masked", "eager", "cpu"]
@@ -122,6 +122,13 @@ class Modules:
         for x in self.beside:
             self.tape.release(x)
         self.beside.clear()
+
+    def of_others(self, elements: Polynomial, itemsize: float) -> Tensor:
+        """Return a tensor that another layer, or the model, holds: its bytes are not this layer's, its gradient is."""
+        node = self.tape.node() if self.tape.records else None
+        if node is not None:
+            node.keeps = []
+        return Tensor(self.tape, elements, itemsize, node, base=Tensor(self.tape, NOTHING, 1))
 
     # Linear layers.
 
@@ -370,3 +377,10 @@ def rms_norm(x: Tensor, groups: float, *, weight_in_fp32: bool = False) -> Tenso
         out = op.times_constant(op.cast(normed, x.itemsize))
     x.tape.named(normed)
     return out
+
+
+def unscaled_norm(x: Tensor, groups: float) -> Tensor:
+    """Return an RMS norm without a weight."""
+    wide = op.cast(x, 4)
+    inverse = op.activate_saving_result(op.mean_last(op.power(wide), Polynomial(per_token=groups)))
+    return op.cast(op.multiply_rows(wide, inverse), x.itemsize)
