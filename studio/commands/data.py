@@ -13,8 +13,10 @@ from studio.core.recipe import choices_of
 from studio.core.text import plain
 from studio.probe.data import DataSet, Finding, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
+from studio.probe.data.mixture import data_of
 from studio.probe.embedded_model import unpack_embedded
 from studio.probe.models import find_base
+from studio.runs.recipe_file import load_recipe
 
 _LISTED_LONG_ROWS = 20
 
@@ -29,7 +31,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Recognise a data file, list what is wrong with it, and measure its rows. Exit 0: it can be "
         "trained on; 1: it must be corrected; 2: it cannot be read.",
     )
-    parser.add_argument("file", metavar="FILE", help="JSON Lines, JSON or Parquet; or: embedded")
+    parser.add_argument(
+        "file", metavar="FILE", help="JSON Lines, JSON or Parquet; a recipe (.toml), for all its sources; or: embedded"
+    )
     parser.add_argument("--format", default="auto", choices=choices_of("data.format"), help="what the file must be")
     parser.add_argument("--model", help="measure tokens with the tokenizer of this model")
     parser.add_argument(
@@ -47,9 +51,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.seq and not args.model:
         raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
-    data = inspect_data(Path(args.file).expanduser(), Reading(args.format))
     if args.model:
         _make_loadable(args.model)
+    if args.file.endswith(".toml"):
+        recipe = load_recipe(Path(args.file).expanduser())
+        data = data_of(recipe.with_("model.base", args.model) if args.model else recipe, read=inspect_data)
+    else:
+        data = inspect_data(Path(args.file).expanduser(), Reading(args.format))
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
     report = _report(data, tokens, long_rows)
@@ -89,6 +97,16 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "rows": len(data.rows),
         "left_out": data.left_out,
         "size_bytes": data.size_bytes,
+        "sources": [
+            {
+                "file": str(part.data.path),
+                "format": part.data.format,
+                "rows": len(part.data.rows),
+                "drawn": part.drawn,
+                "tokens": part.tokens or None,
+            }
+            for part in data.parts
+        ],
         "findings": [asdict(finding) for finding in (*data.findings, *long_rows[:_LISTED_LONG_ROWS])],
         "counts": counts,
         "lengths": {

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     device = device_for(args, recipe)
     setup = setup_of(recipe, device.gpu)
-    data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
+    data_known = bool(args.recipe_word) or recipe.data.words != Recipe().data.words
     plan = _plan(recipe, setup, device, data_known=data_known)
     request = _request(args, recipe, setup, device.gpu)
     paths = start(request, root_of(args), module=args.modules.get("measure"), plan=plan)

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         estimate = replace(estimate, notes=(*estimate.notes, _EIGHT_BIT))
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
-    data_known = bool(args.recipe_word) or recipe.data.path != Recipe().data.path
+    data_known = bool(args.recipe_word) or recipe.data.words != Recipe().data.words
     pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)
     if args.json:
         plan = plan_to_dict(estimate, shape, setup, gpu=device.gpu, budget_bytes=budget)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from studio.core.experts import is_of_experts
 from studio.core.recipe_field import Field, Problem, declared, fields_in
+from studio.core.sources import Source, Sources
 from studio.core.text import plain
 from studio.core.value_kinds import (
     ALL_LINEAR,
@@ -32,6 +33,7 @@ Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adam
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Loss = Literal["chunked", "full", "liger"]
 Packing = Literal["auto", "on", "off"]
+WeighBy = Literal["rows", "tokens"]
 AdapterInit = Literal["default", "gaussian", "pissa", "loftq"]
 
 EMBEDDED = "embedded"
@@ -408,6 +410,20 @@ class DataSection:
         "How rows are read; auto recognises it and says so.",
         resume="by content",
     )
+    sources: tuple[Source, ...] = declared(
+        (),
+        Sources(get_args(DataFormat)),
+        "Mixture",
+        "Several files in place of one, each with a weight or a number of rows: a.jsonl=2, b.jsonl=1.",
+        resume="by content",
+    )
+    weigh_by: WeighBy = declared(
+        "rows",
+        Choice(get_args(WeighBy)),
+        "Weights by",
+        "Whether a mixture's weights are shares of its rows or of its tokens.",
+        resume="by content",
+    )
     eval_path: str = declared(
         "",
         Text(place=True),
@@ -422,6 +438,11 @@ class DataSection:
         "Answers only",
         "Loss on the answers alone, not on the prompts.",
     )
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The files that are trained on, as the recipe names them: those of the mixture, or the one."""
+        return tuple(source.path for source in self.sources) or (self.path,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -593,6 +614,9 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         )
     if train.offload_checkpoints and not train.grad_checkpointing:
         yield Problem("train.offload_checkpoints", "true without checkpoints", "train.grad_checkpointing true")
+    if recipe.data.sources and recipe.data.path != EMBEDDED:
+        found = f"{field_text('data.path', recipe.data.path)} beside data.sources"
+        yield Problem("data.path", found, "one of the two: name this file in data.sources too, or leave it out")
     yield from _between_adapter(recipe)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.sources import Source
 from studio.core.text import plain
 from studio.probe.data import (
     DataSet,
@@ -25,7 +26,8 @@ from studio.probe.data import (
     split,
     twin_keys,
 )
-from studio.runs.held_out import HASH_BYTES, HeldOutRecord, TrainedRows
+from studio.probe.data.mixture import mixed, part_of
+from studio.runs.held_out import HASH_BYTES, MIXTURE, DrawnFrom, HeldOutRecord, TrainedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,9 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
     """
     if eval_data is None:
         parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
-        train, held, notes = parts.train, parts.held_out, parts.notes
+        train, held, notes, places = parts.train, parts.held_out, parts.notes, parts.places
     else:
-        train, trained = tuple(data.rows), trained_on(data.rows)
+        train, trained, places = tuple(data.rows), trained_on(data.rows), ()
         unseen = _unseen(eval_data, trained)
         if not unseen.rows:
             raise BadInput(
@@ -97,38 +99,55 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
         held = _chosen(unseen.rows, recipe.eval.rows or len(unseen.rows), recipe.train.seed)
         notes = (*unseen.notes, *_answers_note(held))
     if kept is not None and (recipe.eval.rows or eval_data) and _contents(held) != kept.held_out:
-        again, others = _matching((eval_data or data).rows, kept)
+        again, others, where = _matching((eval_data or data).rows, kept)
         if again:
             held, train = tuple(again), train if eval_data else tuple(others)
+            places = () if eval_data else where
             notes = ("the rows held out are those of the run's first start", *_answers_note(held))
+    word = MIXTURE if data.parts else recipe.data.path
+    drawn = _drawn_from(recipe, data, places)
+    if held and drawn and eval_data is None:
+        notes += (f"held out of {', '.join(f'{Path(one.path).name} {one.held_out} rows' for one in drawn)}",)
     record = HeldOutRecord(
-        data=recipe.data.path,
-        held_from=recipe.data.eval_path or recipe.data.path,
+        data=word,
+        held_from=recipe.data.eval_path or word,
         format=recipe.data.format,
         held_out=_contents(held),
         trained=trained_on(train),
+        sources=drawn,
     )
     return HeldOut(train, held, notes, record)
+
+
+def _drawn_from(recipe: Recipe, data: DataSet, held_out: Sequence[int]) -> tuple[DrawnFrom, ...]:
+    """Return the sources of a mixture, with how many rows are drawn from each and held out; nothing for one file."""
+    held = Counter(part_of(data, place) for place in held_out)
+    return tuple(
+        DrawnFrom(source.path, source.format or recipe.data.format, part.drawn, held[place])
+        for place, (source, part) in enumerate(zip(recipe.data.sources, data.parts, strict=True))
+    )
 
 
 def _contents(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(row_keys(row).content.hex() for row in rows)
 
 
-def _matching(rows: Sequence[Row], record: HeldOutRecord) -> tuple[list[Row], list[Row]]:
-    """Return the rows that a record calls held out, and the others."""
+def _matching(rows: Sequence[Row], record: HeldOutRecord) -> tuple[list[Row], list[Row], tuple[int, ...]]:
+    """Return the rows that a record calls held out, the others, and the places of the former."""
     # Counted, because a row that stands twice in the file may have been held out once or twice.
     left = Counter(record.held_out)
     held: list[Row] = []
     others: list[Row] = []
-    for row in rows:
+    places: list[int] = []
+    for place, row in enumerate(rows):
         content = row_keys(row).content.hex()
         if left.get(content):
             left[content] -= 1
             held.append(row)
+            places.append(place)
         else:
             others.append(row)
-    return held, others
+    return held, others, tuple(places)
 
 
 def trained_on(rows: Sequence[Row]) -> TrainedRows:
@@ -182,10 +201,12 @@ def rows_of_run(
     Raises:
         BadInput: The file cannot be used, or no row of it may be called held out.
     """
-    own = _same_file(data, Path(record.held_from))
+    run = plain(name, one_line=True)
+    mixture = data.name == MIXTURE == record.held_from
+    own = mixture or _same_file(data, Path(record.held_from))
     # Read in another format, the same lines would give other rows, and none would be found in the record.
-    found = _read(data, record.format if own else format, record)
-    shown, run = _name(found), plain(name, one_line=True)
+    found = _mixture(record, run) if mixture else _read(data, record.format if own else format, record)
+    shown = _name(found)
     if own:
         if not record.held_out:
             raise BadInput(
@@ -210,6 +231,15 @@ def rows_of_run(
     return RowsToMeasure(rows, len(unseen.rows), where, found.format, notes)
 
 
+def _mixture(record: HeldOutRecord, run: str) -> DataSet:
+    """Return all rows of the sources of a run's mixture, each as often as it lies in its file or was drawn."""
+    sources = [Source(one.path, rows=one.drawn, format=one.format) for one in record.sources]
+    try:
+        return mixed(sources, Reading(), seed=0, whole=True)
+    except BadInput as error:
+        raise BadInput(f"{error} {run} held out rows of it: put it back where it was.") from error
+
+
 def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A002
     try:
         return read_data(data, Reading(format))
@@ -225,7 +255,7 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
 def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
     """Return the recorded rows that are still in the file, and a note where some are not."""
     unseen = [row for row in found.rows if _short(row_keys(row).content) not in record.trained.contents]
-    held, _ = _matching(unseen, record)
+    held = _matching(unseen, record)[0]
     many, shown = len(record.held_out), _name(found)
     if not held:
         raise BadInput(

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.errors import BadInput
-from studio.core.recipe import EMBEDDED, Recipe
+from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
-from studio.probe.data import DataSet, Reading, read_data
+from studio.probe.data import DataSet
+from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
@@ -48,9 +49,10 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     notes: tuple[str, ...] = (place.note,) if place.note else ()
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
-    data = _read(recipe, "data.path")
-    eval_data = _read(recipe, "data.eval_path") if recipe.data.eval_path else None
+    data, eval_data = data_of(recipe), eval_data_of(recipe)
     notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
+    if data.parts:
+        notes += (f"{data.described()}.",)
     if eval_data is not None or recipe.eval.rows:
         parts = hold_out(recipe, data, eval_data)
         if not parts.train or not parts.held_out:
@@ -60,12 +62,3 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
             )
         notes += parts.notes
     return PreflightReport(recipe, base, data, notes, place)
-
-
-def _read(recipe: Recipe, field: str) -> DataSet:
-    word = str(recipe.get(field))
-    path = Path(word) if word == EMBEDDED else Path(word).expanduser()
-    try:
-        return read_data(path, Reading.of(recipe))
-    except BadInput as error:
-        raise BadInput(f"{field}: {error}") from error

@@ -26,9 +26,8 @@ def audited(recipe: Recipe) -> dict[str, LaneResult]:
         base = find_base(recipe.model.base, recipe.model.revision)
         if base.path is None:
             return {}
-        word = recipe.data.path
         model = _short(known_fingerprint(base.path))
-        data = data_fingerprint(shipped_data() if word == EMBEDDED else Path(word).expanduser())
+        data = data_fingerprint(recipe)
     except (StudioError, OSError, ValueError, RuntimeError):
         return {}
     return {one.lane: one for one in known if (one.model, one.data) == (model, data)}
@@ -44,14 +43,24 @@ def model_fingerprint(folder: Path) -> str:
     return _short(fingerprint(folder))
 
 
-def data_fingerprint(path: Path) -> str:
-    """Return what tells these data from others.
+def data_fingerprint(recipe: Recipe) -> str:
+    """Return what tells a recipe's data from others.
 
     Raises:
-        OSError: The file cannot be read.
+        BadInput: The shipped data are missing from this installation.
+        OSError: A file cannot be read.
     """
-    seen = path.stat()
-    return _data(path, seen.st_size, seen.st_mtime_ns)
+    found = []
+    for word in recipe.data.words:
+        path = shipped_data() if word == EMBEDDED else Path(word).expanduser()
+        seen = path.stat()
+        found.append(_data(path, seen.st_size, seen.st_mtime_ns))
+    if not recipe.data.sources:
+        return found[0]
+    import hashlib  # noqa: PLC0415  as below
+
+    drawn = [(one.weight, one.rows, one.format) for one in recipe.data.sources]
+    return hashlib.sha256(repr((found, drawn, recipe.data.weigh_by)).encode()).hexdigest()[:32]
 
 
 def _short(found: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, FIELDS, Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ValueKind, found_value
-from studio.probe.data import Reading, Row, read_data
+from studio.probe.data import Row
+from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
 from studio.probe.held_out import hold_out
 from studio.probe.models import find_base
@@ -140,9 +141,7 @@ def changed_libraries(first: Identity, versions: Mapping[str, str]) -> list[str]
 
 def _rows_of(paths: RunPaths, recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row]]:
     """Return the rows to train on and the held-out rows, split as the training splits them."""
-    own = recipe.data.eval_path
-    data = read_data(Path(recipe.data.path), Reading.of(recipe))
-    eval_data = read_data(Path(own), Reading.of(recipe)) if own else None
+    data, eval_data = data_of(recipe), eval_data_of(recipe)
     try:
         kept = read_record(paths)
     except BadInput:
@@ -153,7 +152,7 @@ def _rows_of(paths: RunPaths, recipe: Recipe) -> tuple[Sequence[Row], Sequence[R
 
 def _data_bytes(recipe: Recipe) -> int:
     """Return the size of the data in bytes; a missing file counts as empty, and reading it will say what is wrong."""
-    words = [word for word in (recipe.data.path, recipe.data.eval_path) if word and word != EMBEDDED]
+    words = [word for word in (*recipe.data.words, recipe.data.eval_path) if word and word != EMBEDDED]
     return sum(path.stat().st_size for path in map(Path, words) if path.is_file())
 
 

@@ -9,7 +9,7 @@ import json
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,38 @@ class RowLosses:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnFrom:
+    """A source of the mixture that a run was trained on.
+
+    Attributes:
+        path: Absolute path of the file, or `embedded`.
+        format: The format as which it was read.
+        drawn: How many rows were drawn from it.
+        held_out: How many of them were held out.
+    """
+
+    path: str
+    format: str
+    drawn: int
+    held_out: int
+
+
+MIXTURE = "mixture:"
+"""In place of a path: the sources of the run's mixture."""
+
+
+@dataclass(frozen=True, slots=True)
 class HeldOutRecord:
     """What a run held out.
 
     Attributes:
-        data: Absolute path of the file that was trained on, or `embedded`.
+        data: Absolute path of the file that was trained on, `embedded`, or `MIXTURE`.
         held_from: Path of the file that holds the held-out rows: the same, or a file of their own.
         format: The format as which both were read.
         held_out: Hash of each held-out row, in the file's order; a row that was held out twice stands here twice.
         trained: The rows that were trained on.
         before: Losses of the held-out rows before the first step; None until they are measured.
+        sources: The files of a mixture.
     """
 
     data: str
@@ -83,6 +105,7 @@ class HeldOutRecord:
     held_out: tuple[str, ...]
     trained: TrainedRows = field(default_factory=TrainedRows)
     before: RowLosses | None = None
+    sources: tuple[DrawnFrom, ...] = ()
 
 
 def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
@@ -98,6 +121,7 @@ def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
         "held_from": record.held_from,
         "format": record.format,
         "held_out": list(record.held_out),
+        "sources": [asdict(source) for source in record.sources],
         "trained": {
             "rows": trained.rows,
             **{name: _packed(getattr(trained, name)) for name in ("contents", "prompts", "answers")},
@@ -167,6 +191,10 @@ def _record(table: Mapping[str, Any]) -> HeldOutRecord:
         held_out=tuple(bytes.fromhex(content).hex() for content in table["held_out"]),
         trained=TrainedRows(int(trained["rows"]), **sets),
         before=RowLosses(tuple(map(float, before["sums"])), tuple(map(int, before["tokens"]))) if before else None,
+        sources=tuple(
+            DrawnFrom(str(one["path"]), str(one["format"]), int(one["drawn"]), int(one["held_out"]))
+            for one in table.get("sources", ())
+        ),
     )
 
 

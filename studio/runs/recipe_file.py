@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, PLACES, Recipe
 from studio.core.recipe_parse import apply_settings, read_table
+from studio.core.sources import Source
 from studio.core.text import plain
 
 _MOST_BYTES = 2**20
@@ -47,15 +50,19 @@ def resolve_paths(recipe: Recipe, folders: Iterable[Path]) -> Recipe:
     """Make relative data and model paths absolute, by the first folder that has them; a path that none has stays."""
     folders = tuple(folders)
     for field in PLACES:
-        word = recipe.get(field)
-        if not isinstance(word, str) or not word or word == EMBEDDED or "\0" in word:
-            continue
-        given = Path(word).expanduser() if word.startswith("~") else Path(word)
-        for folder in folders:
-            if _exists(folder / given):
-                recipe = recipe.with_(field, str((folder / given).resolve()))
-                break
+        recipe = recipe.with_(field, _resolved(recipe.get(field), folders))
+    sources = recipe.data.sources
+    if isinstance(sources, tuple) and all(isinstance(source, Source) for source in sources):
+        placed = (replace(source, path=_resolved(source.path, folders)) for source in sources)
+        recipe = recipe.with_("data.sources", tuple(placed))
     return recipe
+
+
+def _resolved(word: Any, folders: Iterable[Path]) -> Any:
+    if not isinstance(word, str) or not word or word == EMBEDDED or "\0" in word:
+        return word
+    given = Path(word).expanduser() if word.startswith("~") else Path(word)
+    return next((str((folder / given).resolve()) for folder in folders if _exists(folder / given)), word)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -66,9 +73,20 @@ def dump_recipe(recipe: Recipe) -> str:
     for fields in tables.values():
         for name, value in fields.items() if isinstance(fields, dict) else ():
             if isinstance(value, dict):
-                fields[name] = tomlkit.inline_table()
-                fields[name].update(value)
+                fields[name] = _inline(value)
+            elif isinstance(value, list) and value and isinstance(value[0], dict):
+                # Not as [[tables]]: the fields behind them would be taken for theirs.
+                fields[name] = tomlkit.array().multiline(True)
+                fields[name].extend(map(_inline, value))
     return tomlkit.dumps(tables)
+
+
+def _inline(table: dict[str, Any]) -> Any:
+    import tomlkit  # noqa: PLC0415  as above
+
+    made = tomlkit.inline_table()
+    made.update(table)
+    return made
 
 
 def shipped_recipes() -> dict[str, Path]:

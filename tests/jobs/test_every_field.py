@@ -45,7 +45,7 @@ class Row:
     Attributes:
         value: What it is changed to; a function is given a folder to make it in.
         shows: Key of `seen`.
-        others: Settings before and after, without which the field means nothing.
+        others: Settings before and after, without which the field means nothing; a function as above.
     """
 
     value: Any
@@ -64,6 +64,18 @@ def other_rows(folder: Path) -> str:
     ]
     (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(folder / "other.jsonl")
+
+
+def mixture(folder: Path) -> list[dict[str, Any]]:
+    return [{"path": other_rows(folder)}, {"path": "embedded", "rows": 3}]
+
+
+def weighed(folder: Path) -> list[dict[str, Any]]:
+    paths = [folder / name for name in ("short.jsonl", "long.jsonl")]
+    for path, words in zip(paths, (1, 9), strict=True):
+        rows = [{"prompt": f"{path.stem} {row}", "completion": "uno " * words} for row in range(8)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return [{"path": str(path), "weight": 1.0} for path in paths]
 
 
 ROWS: dict[str, Row] = {
@@ -115,6 +127,8 @@ ROWS: dict[str, Row] = {
     "eval.sample_tokens": Row(20, "answers"),
     "data.path": Row(other_rows, "losses"),
     "data.format": Row("alpaca", "failure"),
+    "data.sources": Row(mixture, "losses", {"data.path": "embedded"}),
+    "data.weigh_by": Row("tokens", "losses", {"data.path": "embedded", "data.sources": weighed, "data.format": "auto"}),
     "data.eval_path": Row(other_rows, "held out"),
     "data.answers_only": Row(False, "losses"),
     "device.device": Row("cuda:7", "failure"),
@@ -223,7 +237,7 @@ def test_a_change_of_the_field_shows(
         changed = made(recipe, settings)
         return seen_of(train(changed), spied, changed)
 
-    others = BASE | row.others
+    others = BASE | {name: value(tmp_path) if callable(value) else value for name, value in row.others.items()}
     key = json.dumps(others)
     if key not in _BEFORE:
         _BEFORE[key] = run(others)

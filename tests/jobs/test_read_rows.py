@@ -47,7 +47,7 @@ def test_the_job_itself_refuses(tmp_path: Path, name: str) -> None:
     row, _, field = MISREADS[name]
     with pytest.raises(BadInput) as caught:
         read(Listener(tmp_path), tmp_path / "rows.jsonl", row)
-    assert str(caught.value).startswith(f"rows.jsonl, line 1, {field}: found ")
+    assert str(caught.value).startswith(f"data.path: rows.jsonl, line 1, {field}: found ")
 
 
 def test_the_run_keeps_what_is_left_out_and_not_used(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.base.weights.folder_weights import FolderWeights
 from studio.jobs.base.weights.skeleton import build_skeleton
 from studio.probe.adapter_folder import find_adapter
-from studio.probe.audit import audit_of_run, data_path, recipe_of_race
+from studio.probe.audit import audit_of_run, recipe_of_race
 from studio.probe.fingerprint import short_fingerprint
 from studio.probe.held_out import rows_of_run
 from studio.probe.models import find_base
@@ -79,7 +79,7 @@ def audit_race(worker: Worker, request: AuditRequest, lanes: Sequence[Lane], beg
         }
         for lane in lanes
     ]
-    _remember(worker, rows, folder, Path(data_path(recipe.data.path)))
+    _remember(worker, rows, folder, recipe)
     advice = advise_race(
         {lane.name: found.task[lane.name] for lane in lanes},
         {name: plan.get("peak_bytes") for name, plan in plans.items()},
@@ -90,7 +90,7 @@ def audit_race(worker: Worker, request: AuditRequest, lanes: Sequence[Lane], beg
         "what": "race",
         "recipe": recipe.name,
         "model": recipe.model.base,
-        "data": recipe.data.path,
+        "data": " + ".join(recipe.data.words),
         "reference": lanes[0].name,
         **told,
         "lanes": rows,
@@ -169,10 +169,10 @@ def _thinned(steps: Sequence[int], losses: Sequence[float]) -> list[list[float]]
     return [[step, loss] for step, loss in list(zip(steps, losses, strict=True))[::apart]]
 
 
-def _remember(worker: Worker, rows: Sequence[dict[str, Any]], folder: Path, data: Path) -> None:
+def _remember(worker: Worker, rows: Sequence[dict[str, Any]], folder: Path, recipe: Recipe) -> None:
     """Keep the results for later recommendations; if they cannot be written, warn, and report all the same."""
     try:
-        model, rested = model_fingerprint(folder), data_fingerprint(data)
+        model, rested = model_fingerprint(folder), data_fingerprint(recipe)
         remember_results(
             tuple(
                 LaneResult(

@@ -144,7 +144,8 @@ def _figures(training: Training) -> list[str]:
     rows = [f"- optimizer steps: {history.last_step}"]
     if recipe:
         learnt = "answers only" if recipe.data.answers_only else "all words"
-        rows.append(f"- data: {plain(Path(recipe.data.path).name, one_line=True)}, {learnt} learnt")
+        names = ", ".join(Path(word).name for word in recipe.data.words)
+        rows.append(f"- data: {plain(names, one_line=True)}, {learnt} learnt")
     if history.planned:
         rows.append(f"- rows: {history.planned.rows} trained on, {history.planned.held_out_rows} held out")
     if tokens := sum(history.train.tokens):

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -19,7 +18,8 @@ from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.objectives import Encoded, Objective
-from studio.probe.data import DataSet, Reading, Row, read_data
+from studio.probe.data import Row
+from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.held_out import hold_out
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
 from studio.runs.worker import Worker
@@ -73,18 +73,15 @@ def read_rows(
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
 
-    def rows_of(path: str) -> DataSet:
-        found = read_data(Path(path), Reading.of(recipe), progress=file_read)
+    left_out: Counter[str] = Counter()
+    tell("reading the data")
+    data = data_of(recipe, progress=file_read)
+    tell("reading the data", detail=data.described())
+    eval_data = eval_data_of(recipe, progress=file_read)
+    for found in filter(None, (data, eval_data)):
         for note in found.notes():
             warn(note)
         left_out.update(found.left_out)
-        return found
-
-    left_out: Counter[str] = Counter()
-    tell("reading the data")
-    data = rows_of(recipe.data.path)
-    tell("reading the data", detail=data.described())
-    eval_data = rows_of(recipe.data.eval_path) if recipe.data.eval_path else None
     parts = hold_out(recipe, data, eval_data, _kept(worker))
     train_rows, held = list(parts.train), list(parts.held_out)
     for note in parts.notes:

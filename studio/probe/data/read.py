@@ -47,13 +47,13 @@ def read_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None 
     return data
 
 
-def inspect_data(path: Path, how: Reading = AS_IT_IS) -> DataSet:
+def inspect_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None = None) -> DataSet:
     """Return the same as `read_data`, but with fatal findings in the result instead of an exception.
 
     Raises:
         BadInput: The file cannot be read at all.
     """
-    return _inspected(path, how, None)[0]
+    return _inspected(path, how, progress)[0]
 
 
 @dataclass(slots=True)

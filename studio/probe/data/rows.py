@@ -191,8 +191,28 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a mixture draws of one of its sources.
+
+    Attributes:
+        data: The source, with all its rows.
+        drawn: How many rows are drawn.
+        row_tokens: Mean tokens of its rows' texts, by a sample; 0 where they cannot be counted.
+    """
+
+    data: "DataSet"
+    drawn: int
+    row_tokens: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens of text are drawn; 0 where they cannot be counted."""
+        return round(self.drawn * self.row_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class DataSet:
-    """A whole data file, normalised.
+    """A whole data file, or a mixture of several, normalised.
 
     Attributes:
         path: The file that was read.
@@ -203,6 +223,7 @@ class DataSet:
         findings: The first findings of each kind, in the file's order.
         finding_counts: How often each kind was found, in all.
         size_bytes: Size of the file.
+        parts: Of a mixture, what is drawn of each source; rows and findings are then those of all of them.
     """
 
     path: Path
@@ -213,6 +234,7 @@ class DataSet:
     findings: tuple[Finding, ...]
     finding_counts: Mapping[str, int]
     size_bytes: int
+    parts: tuple[Part, ...] = ()
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -221,10 +243,28 @@ class DataSet:
 
     def described(self) -> str:
         """Return what was recognised, in words: `chat (messages), 591 rows`."""
-        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {_rows(len(self.rows))}"
+        rows = _rows(len(self.rows))
+        if self.parts:
+            return f"a mixture of {len(self.parts)} files, {rows}: {'; '.join(self.shares())}"
+        return f"{self.format.replace('_', '/')} ({', '.join(self.columns)}), {rows}"
+
+    def shares(self) -> tuple[str, ...]:
+        """Return in words how much of a mixture each source is: in rows and, where they can be counted, in tokens."""
+        rows, tokens = (max(1, sum(counts)) for counts in zip(*((p.drawn, p.tokens) for p in self.parts), strict=True))
+        counted_all = all(part.tokens for part in self.parts)
+        said = []
+        for part in self.parts:
+            name, there = plain(part.data.path.name, one_line=True, limit=40), len(part.data.rows)
+            times = f", each about {part.drawn / there:.1f} times" if part.drawn > there else ""
+            share = f"{part.drawn:,} of {there:,} rows{times} ({part.drawn / rows:.0%} of the rows"
+            share += f", about {part.tokens / tokens:.0%} of the tokens)" if counted_all else ")"
+            said.append(f"{name} {share}")
+        return tuple(said)
 
     def notes(self) -> tuple[str, ...]:
         """Return what must be corrected, what is left out, and what is not used of the file, in a sentence each."""
+        if self.parts:
+            return tuple(note for part in self.parts for note in part.data.notes())
         name = plain(self.path.name, one_line=True)
         fatal = {finding.kind for finding in self.findings if finding.fatal}
         counts = self.finding_counts

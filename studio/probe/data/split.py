@@ -22,11 +22,15 @@ _SHOWN = 60
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Rows to train on and held-out rows, both in the file's order, with notes where fewer are held out than asked."""
+    """Rows to train on and held-out rows, both in the file's order, with notes where fewer are held out than asked.
+
+    `places` are those of the held-out rows among all rows.
+    """
 
     train: tuple[Row, ...]
     held_out: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
 
 
 def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
@@ -69,7 +73,7 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
     held_out = tuple(rows[place] for place in sorted(held))
     if note := few_answers(held_out):
         notes.append(note)
-    return Split(train, held_out, tuple(notes))
+    return Split(train, held_out, tuple(notes), tuple(sorted(held)))
 
 
 def most_held_out(rows: int, wanted: int) -> int:

@@ -87,7 +87,7 @@ def base_request(recipe: Recipe, said: Mapping[str, str]) -> AuditRequest:
         "base",
         model=recipe.model.base,
         revision=recipe.model.revision,
-        data=data_path(recipe.data.path),
+        data=data_path(recipe.data.words[0]),
         format=recipe.data.format,
         **{"seed": recipe.train.seed, "seq_len": recipe.train.seq_len, **audit_fields(said)},
     )
