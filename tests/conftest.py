@@ -23,12 +23,14 @@ gc.disable()
 def _home_of_its_own() -> None:
     """Keep what this user's runs taught the program out of the tests, and the tests out of it.
 
-    The cache is shared: the embedded model in it takes long to convert.
+    Of the cache, what takes long to make is shared, such as the embedded model.
     """
     cache = cache_root()
-    cache.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="lora-studio-tests-"))
-    (home / "cache").symlink_to(cache, target_is_directory=True)
+    (home / "cache").mkdir()
+    for name in ("models", "tools", "weight-sums"):
+        (cache / name).mkdir(parents=True, exist_ok=True)
+        (home / "cache" / name).symlink_to(cache / name, target_is_directory=True)
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ[HOME_VARIABLE] = str(home)
 

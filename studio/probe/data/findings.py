@@ -1,7 +1,8 @@
 """Counts all findings in a file and keeps the first of each kind, since a file may have a million bad rows."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
@@ -27,6 +28,26 @@ class Findings:
         self.fatal_counts: Counter[str] = Counter()
         self._kept: list[Finding] = []
         self._unused: dict[str, None] = {}
+
+    @classmethod
+    def restored(cls, table: Mapping[str, Any], kept: Iterable[Finding]) -> Self:
+        """Return the findings that `table` was made of; `kept` are those that were kept."""
+        found = cls()
+        found.row_word = table["row_word"]
+        found.counts.update(table["counts"])
+        found.fatal_counts.update(table["fatal_counts"])
+        found._unused = dict.fromkeys(table["unused"])
+        found._kept = list(kept)
+        return found
+
+    def table(self) -> dict[str, Any]:
+        """Return all but the findings that are kept, ready for JSON."""
+        return {
+            "row_word": self.row_word,
+            "counts": dict(self.counts),
+            "fatal_counts": dict(self.fatal_counts),
+            "unused": list(self._unused),
+        }
 
     def add(self, kind: str, row: int, message: str, *, field: str = "", fatal: bool = True) -> None:
         """Count a finding and keep it if few of its kind are kept yet; foreign text in it is made harmless."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,8 +15,10 @@ from studio.probe.data.json_rows import BOM, Progress, document_rows, line_rows
 from studio.probe.data.misreads import check_context, refuse_media, refuse_pair
 from studio.probe.data.parquet_rows import MAGIC, parquet_rows
 from studio.probe.data.reading import AS_IT_IS, Reading
-from studio.probe.data.rows import DataSet, Row, counted
+from studio.probe.data.row_cache import RowCache
+from studio.probe.data.rows import DataSet, counted
 from studio.probe.data.shipped import EMBEDDED, shipped_data
+from studio.probe.data.stored_rows import RowWriter
 
 # Things that people point at instead of rows, by their first bytes.
 _FOREIGN = {
@@ -62,8 +64,8 @@ class _Taken:
 
     how: Reading
     findings: Findings
+    rows: RowWriter
     shape: Shape | None = None
-    rows: list[Row] = field(default_factory=list)
 
     def take(self, number: int, value: Any) -> None:
         """Normalise one raw row."""
@@ -80,7 +82,7 @@ class _Taken:
         if len(value) > len(self.shape.needed):
             self.findings.leave(key for key in value if key not in self.shape.columns)
         if row := normalised(value, self.shape, number, self.findings, answers_only=self.how.answers_only):
-            self.rows.append(row)
+            self.rows.add(row)
             check_context(value, self.shape.columns, number, self.findings)
 
     def _misfit(self, number: int, value: dict[str, Any]) -> None:
@@ -100,28 +102,40 @@ def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[Dat
     if how.format not in get_args(DataFormat):
         raise BadInput(f"Found the data format '{plain(how.format)}'; wanted one of {', '.join(get_args(DataFormat))}.")
     path = shipped_data() if str(path) == EMBEDDED else path
-    taken = _Taken(how, Findings())
     try:
         size_bytes = _size(path)
-        for number, value in _raw_rows(path, taken.findings, progress):
-            taken.take(number, value)
+        cache = RowCache(path, how, size_bytes, progress)
+        if known := cache.recall():
+            return known
+        return _read(path, how, size_bytes, cache, progress)
     except OSError as error:
         shown = plain(str(path), one_line=True, limit=300)
         raise BadInput(f"{shown} cannot be read: {error.strerror or error}.") from None
-    if not taken.rows and not taken.findings.counts:
-        raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
-    shape, findings = taken.shape, taken.findings
-    data = DataSet(
-        path=path,
-        format=shape.format if shape else "unknown",
-        columns=tuple(shape.needed) if shape else (),
-        ignored_columns=findings.unused,
-        rows=tuple(taken.rows),
-        findings=findings.kept,
-        finding_counts=dict(findings.counts),
-        size_bytes=size_bytes,
-    )
-    return data, findings
+
+
+def _read(
+    path: Path, how: Reading, size_bytes: int, cache: RowCache, progress: Progress | None
+) -> tuple[DataSet, Findings]:
+    taken = _Taken(how, Findings(), RowWriter(cache.scratch))
+    try:
+        for number, value in _raw_rows(path, taken.findings, progress):
+            taken.take(number, value)
+        if not len(taken.rows) and not taken.findings.counts:
+            raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
+        shape, findings = taken.shape, taken.findings
+        data = DataSet(
+            path=path,
+            format=shape.format if shape else "unknown",
+            columns=tuple(shape.needed) if shape else (),
+            ignored_columns=findings.unused,
+            rows=(),
+            findings=findings.kept,
+            finding_counts=dict(findings.counts),
+            size_bytes=size_bytes,
+        )
+        return replace(data, rows=taken.rows.done(lambda folder: cache.keep(folder, data, findings))), findings
+    finally:
+        taken.rows.drop()
 
 
 def _size(path: Path) -> int:

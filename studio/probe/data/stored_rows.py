@@ -1,0 +1,299 @@
+"""Rows that lie on disk, one after another, and are made when they are asked for.
+
+A million rows as objects take four times the room of their texts. Files of some megabytes stay in memory; of larger
+ones the rows are written to a file while they are read (`RowWriter`), and `StoredRows` is the sequence of them.
+Each row is a line of JSON. The file is read at the places that are wanted, not mapped: pages of a mapping that were
+read count as memory of the process.
+"""
+
+import io
+import json
+import os
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, astuple, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Self, cast, overload
+
+from studio.probe.data.rows import Conversation, Message, PlainText, Preference, Row, ToolCall
+from studio.runs.data_cache import remove_folder
+
+IN_MEMORY_CHARACTERS = 8 * 2**20
+"""Rows with at most so many characters, all together, stay in memory as they are."""
+ROWS_FILE, STARTS_FILE = "rows.jsonl", "starts.bin"
+_BLOCK_BYTES = 2**20
+
+
+class FileBytes:
+    """A file that is read at any place; stays readable after it was removed, except on Windows."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        weakref.finalize(self, os.close, self._file)
+
+    def read(self, begin: int, stop: int) -> bytes:
+        """Return the bytes `[begin, stop)`.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+        if hasattr(os, "pread"):
+            return os.pread(self._file, stop - begin, begin)
+        with self._lock:
+            os.lseek(self._file, begin, os.SEEK_SET)
+            return os.read(self._file, stop - begin)
+
+
+class HeldBytes:
+    """Bytes in memory, read as a file is."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def read(self, begin: int, stop: int) -> bytes:
+        """Return the bytes `[begin, stop)`."""
+        return self._content[begin:stop]
+
+
+class StoredRows(Sequence[Row]):
+    """All rows of a store, or some of them, in order.
+
+    Attributes:
+        store: Name of the entry in the data cache that holds them; empty where they are in none.
+        places: Which rows of the store these are.
+    """
+
+    def __init__(
+        self, source: FileBytes | HeldBytes, starts: "array[int]", store: str = "", places: Sequence[int] | None = None
+    ) -> None:
+        """Take the bytes of the rows, and where each begins; the last number is where the last one ends."""
+        self._source, self._starts, self.store = source, starts, store
+        self.places: Sequence[int] = range(len(starts) - 1) if places is None else places
+
+    @classmethod
+    def opened(cls, folder: Path, store: str = "") -> Self:
+        """Return the rows that a `RowWriter` has written into a folder.
+
+        Raises:
+            OSError: The files cannot be read.
+        """
+        starts: array[int] = array("Q")
+        starts.frombytes((folder / STARTS_FILE).read_bytes())
+        return cls(FileBytes(folder / ROWS_FILE), starts, store)
+
+    def at(self, places: Iterable[int]) -> "StoredRows":
+        """Return those of these rows that stand at some places, in the order of the places."""
+        kept = array("Q", (self.places[place] for place in places))
+        return StoredRows(self._source, self._starts, self.store, kept)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
+        if isinstance(place, slice):
+            return StoredRows(self._source, self._starts, self.store, self.places[place])
+        stored = self.places[place]
+        return unpacked(self._source.read(self._starts[stored], self._starts[stored + 1]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(unpacked, self.packed())
+
+    def packed(self) -> Iterator[bytes]:
+        """Yield each row as it is stored, see `packed`; reads neighbours together."""
+        starts, begin, block = self._starts, 0, b""
+        for place in self.places:
+            first, stop = starts[place], starts[place + 1]
+            if first < begin or stop > begin + len(block):
+                begin = first
+                block = self._source.read(first, max(stop, min(first + _BLOCK_BYTES, starts[-1])))
+            yield block[first - begin : stop - begin]
+
+
+class RowWriter:
+    """Collects rows while a file is read: in memory as long as they are few, then on disk, if there is room."""
+
+    def __init__(self, scratch: Callable[[], Path]) -> None:
+        """Begin with no rows.
+
+        Args:
+            scratch: Makes the folder in which rows are written; may raise OSError.
+        """
+        self.folder: Path | None = None
+        self._scratch = scratch
+        self._rows: list[Row] = []
+        self._characters = 0
+        self._starts: array[int] = array("Q", [0])
+        self._file: io.FileIO | None = None
+        self._written = 0
+        self._pending = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._rows) if self.few else len(self._starts) - 1
+
+    @property
+    def few(self) -> bool:
+        """Whether the rows so far stay in memory as they are."""
+        return self._characters <= IN_MEMORY_CHARACTERS
+
+    def add(self, row: Row) -> None:
+        """Take one more row."""
+        if not self.few:
+            self._pack(row)
+            return
+        self._rows.append(row)
+        self._characters += sum(len(turn.words) for turn in row.turns)
+        if not self.few:
+            with suppress(OSError):
+                self.folder = self._scratch()
+                self._file = (self.folder / ROWS_FILE).open("w+b", buffering=0)
+            for one in self._rows:
+                self._pack(one)
+            self._rows.clear()
+
+    def done(self, publish: Callable[[Path], Path]) -> Sequence[Row]:
+        """Return the rows.
+
+        Args:
+            publish: Gives the folder that they were written into its final place and returns that; the same folder
+                where it has none. May raise OSError. Not called for rows in memory.
+        """
+        if self.few:
+            return tuple(self._rows)
+        self._flush()
+        if self._file is not None and self.folder is not None:
+            scratch = self.folder
+            with suppress(OSError):
+                (scratch / STARTS_FILE).write_bytes(self._starts.tobytes())
+                self._file.close()
+                folder = publish(scratch)
+                rows = StoredRows.opened(folder, "" if folder == scratch else folder.name)
+                if folder != scratch:
+                    self.folder = None
+                return rows
+            self._file = (scratch / ROWS_FILE).open("rb", buffering=0)
+            self._hold()
+        return StoredRows(HeldBytes(bytes(self._pending)), self._starts)
+
+    def drop(self) -> None:
+        """Remove what was written."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        if self.folder is not None:
+            remove_folder(self.folder)
+        self.folder = self._file = None
+
+    def _pack(self, row: Row) -> None:
+        data = packed(row)
+        self._starts.append(self._starts[-1] + len(data))
+        self._pending += data
+        if len(self._pending) >= _BLOCK_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._file is None:
+            return
+        try:
+            while self._pending:
+                done = self._file.write(self._pending)
+                self._written += done
+                del self._pending[:done]
+        except OSError:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Go on in memory, because the disk takes no more; what it has taken is read back."""
+        if self._file is not None:
+            self._file.seek(0)
+            self._pending[:0] = self._file.read(self._written)
+        self.drop()
+
+
+def packed(row: Row) -> bytes:
+    """Return a row as a line of JSON. Fields that have their default are left out: new ones change no old row."""
+    kind = _KINDS.index(type(row))
+    parts = [_written(part) for part in _MAIN[kind](row)]
+    text = json.dumps([kind, row.number, *parts, _others(row)], ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass") + b"\n"
+
+
+def unpacked(data: bytes) -> Row:
+    """Return the row that `packed` has written."""
+    kind, number, *parts, others = json.loads(data.decode("utf-8", "surrogatepass"))
+    return cast(Row, _KINDS[kind](*map(_read, parts), number=number, **_restored(others)))
+
+
+def without_number(line: bytes) -> bytes:
+    """Return a packed row without the row's number."""
+    first = line.index(b",")
+    return line[:first] + line[line.index(b",", first + 1) :]
+
+
+def _written(part: str | tuple[Message, ...]) -> Any:
+    if isinstance(part, str):
+        return part
+    return [[turn.role, turn.content, *((others,) if (others := _others(turn)) else ())] for turn in part]
+
+
+def _read(part: Any) -> str | tuple[Message, ...]:
+    if isinstance(part, str):
+        return part
+    return tuple(
+        Message(turn[0], turn[1]) if len(turn) == 2 else Message(turn[0], turn[1], **_restored(turn[2]))
+        for turn in part
+    )
+
+
+def _others(thing: Row | Message) -> dict[str, Any]:
+    """Return the fields that do not have their default, ready for JSON."""
+    get, names, defaults = _OPTIONAL[type(thing)]
+    found = get(thing)
+    if found == defaults:
+        return {}
+    given = {name: value for name, value, usual in zip(names, found, defaults, strict=True) if value != usual}
+    if "calls" in given:
+        given["calls"] = [astuple(call) for call in given["calls"]]
+    return given
+
+
+def _restored(others: dict[str, Any]) -> dict[str, Any]:
+    made = {name: _as_tuple(value) for name, value in others.items()}
+    if "calls" in made:
+        made["calls"] = tuple(ToolCall(*call) for call in made["calls"])
+    return made
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def _optional(kind: type[Any]) -> tuple[Callable[[Any], tuple[Any, ...]], tuple[str, ...], tuple[Any, ...]]:
+    """Return what gets all fields with a default, their names, and the defaults; a row's number is none of them."""
+    found = [field for field in fields(kind) if field.default is not MISSING and field.name != "number"]
+    names = tuple(field.name for field in found)
+    if len(names) < 2:
+        return (lambda thing: tuple(getattr(thing, name) for name in names)), names, tuple(f.default for f in found)
+    return attrgetter(*names), names, tuple(field.default for field in found)
+
+
+_KINDS: tuple[type[Any], ...] = (Conversation, PlainText, Preference)
+_MAIN: tuple[Callable[[Any], tuple[Any, ...]], ...] = (
+    lambda row: (row.messages,),
+    lambda row: (row.text,),
+    attrgetter("asked", "chosen", "rejected"),
+)
+_OPTIONAL = {kind: _optional(kind) for kind in (*_KINDS, Message)}
