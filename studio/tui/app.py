@@ -27,7 +27,7 @@ from textual.screen import ModalScreen, Screen
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenRun, ShowAudits
+from studio.tui.asks import OpenChat, OpenRun, ShowAudits, ShowMerge
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.services import Services
 from studio.tui.themes import OURS, SIXTEEN
@@ -198,6 +198,18 @@ class StudioApp(App[None]):
     def on_open_run(self, message: OpenRun) -> None:
         """Watch a run."""
         self._open(message.paths)
+
+    def on_open_chat(self, message: OpenChat) -> None:
+        """Chat with what a run made."""
+        from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  not needed for the first frame
+
+        self.push_screen(ChatScreen(message.paths, services=self._services))
+
+    def on_show_merge(self, message: ShowMerge) -> None:
+        """Merge a run's adapter, or show a merge."""
+        from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  as above
+
+        self.push_screen(merge_screen_for(message.paths, services=self._services, poll_seconds=self._poll_seconds))
 
     def on_show_runs(self) -> None:
         """List the runs."""

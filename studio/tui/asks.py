@@ -14,6 +14,24 @@ class OpenRun(Message):
         self.paths = paths
 
 
+class OpenChat(Message):
+    """The user wants to chat with what a run made."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        """Carry the run."""
+        super().__init__()
+        self.paths = paths
+
+
+class ShowMerge(Message):
+    """The user wants to merge a run's adapter or, where the run is a merge, to see what came of it."""
+
+    def __init__(self, paths: RunPaths) -> None:
+        """Carry the run."""
+        super().__init__()
+        self.paths = paths
+
+
 class ShowRuns(Message):
     """The user wants the list of runs."""
 

@@ -18,6 +18,7 @@ from studio.probe.adapter_folder import Checkpoint, best_of
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ONTO, MergeRequest
+from studio.tui.asks import OpenChat
 from studio.tui.merging import (
     MERGED,
     MergeFacts,
@@ -38,6 +39,7 @@ from studio.tui.panels.merge_text import (
     totals_text,
 )
 from studio.tui.panels.outcome import has_adapter, no_adapter_words
+from studio.tui.screens.merge_progress import MergeProgressScreen
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
@@ -161,8 +163,6 @@ class MergeScreen(OfferingScreen[None]):
 
     def on_merge_screen_started(self, message: Started) -> None:
         """Watch the merge that was started."""
-        from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only then
-
         self._starting = False
         pace = self._poll_seconds
         self.app.switch_screen(MergeProgressScreen(message.paths, services=self._services, poll_seconds=pace))
@@ -204,9 +204,7 @@ class MergeScreen(OfferingScreen[None]):
 
     def action_try_it(self) -> None:
         """Chat with the run before it is merged."""
-        from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
-
-        self.app.push_screen(ChatScreen(self._paths, services=self._services))
+        self.post_message(OpenChat(self._paths))
 
     def action_leave(self) -> None:
         """Go back."""
@@ -263,8 +261,6 @@ def _first_choice(facts: MergeFacts) -> int:
 
 def merge_screen_for(paths: RunPaths, *, services: Services, poll_seconds: float) -> Screen[None]:
     """Return the screen that a run is merged on; for a merge, the one that shows how far it is and what came of it."""
-    from studio.tui.screens.merge_progress import MergeProgressScreen  # noqa: PLC0415  needed only for a merge
-
     try:
         is_merge = read_job(paths, MergeRequest) is not None
     except StudioError:

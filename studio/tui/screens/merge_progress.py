@@ -24,6 +24,7 @@ from studio.runs.requests import MergeRequest
 from studio.runs.status import Status, run_status
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch
+from studio.tui.asks import OpenChat
 from studio.tui.merging import MERGED
 from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
 from studio.tui.screens.dialogs import Confirm
@@ -190,9 +191,7 @@ class MergeProgressScreen(OfferingScreen[None]):
 
     def action_try_it(self) -> None:
         """Chat with the merged model."""
-        from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
-
-        self.app.push_screen(ChatScreen(self._merge, services=self._services))
+        self.post_message(OpenChat(self._merge))
 
     def action_leave(self) -> None:
         """Go back; what runs goes on."""

@@ -18,6 +18,7 @@ from studio.runs.control import request, requested, withdraw
 from studio.runs.layout import RunPaths
 from studio.runs.log_parts import sample_steps
 from studio.runs.status import Status
+from studio.tui.asks import OpenChat, ShowMerge
 from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
@@ -235,15 +236,11 @@ class RunScreen(OfferingScreen[None]):
 
     def action_merge(self) -> None:
         """Merge the adapter; of a merge, show what came of it."""
-        from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  needed only then
-
-        self.app.push_screen(merge_screen_for(self.paths, services=self._services, poll_seconds=self._poll_seconds))
+        self.post_message(ShowMerge(self.paths))
 
     def action_try_it(self) -> None:
         """Chat with what the run made."""
-        from studio.tui.screens.chat import ChatScreen  # noqa: PLC0415  needed only then
-
-        self.app.push_screen(ChatScreen(self.paths, services=self._services))
+        self.post_message(OpenChat(self.paths))
 
     @work(thread=True)
     def _resume(self, *, over: bool = False) -> None:

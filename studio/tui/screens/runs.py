@@ -17,7 +17,7 @@ from studio.runs.checkpoints import NoWholeCheckpoint
 from studio.runs.note import check_note, write_note
 from studio.runs.status import Status
 from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
-from studio.tui.asks import OpenRun, ShowAudits
+from studio.tui.asks import OpenRun, ShowAudits, ShowMerge
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
 from studio.tui.screens.dialogs import Confirm, start_over_question
@@ -178,11 +178,8 @@ class RunsScreen(OfferingScreen[None]):
 
     def action_merge(self) -> None:
         """Merge the chosen run's adapter; of a merge, show what came of it."""
-        from studio.tui.screens.merge import merge_screen_for  # noqa: PLC0415  needed only then
-
         if self._chosen is not None:
-            paths, pace = self._chosen.paths, self._poll_seconds
-            self.app.push_screen(merge_screen_for(paths, services=self._services, poll_seconds=pace))
+            self.post_message(ShowMerge(self._chosen.paths))
 
     def action_remove(self) -> None:
         """Ask, then delete the chosen run with its checkpoints and adapter."""
