@@ -32,9 +32,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "trained on; 1: it must be corrected; 2: it cannot be read.",
     )
     parser.add_argument(
-        "file", metavar="FILE", help="JSON Lines, JSON or Parquet; a recipe (.toml), for all its sources; or: embedded"
+        "file",
+        metavar="FILE",
+        help="rows or text (JSONL, JSON, CSV, Parquet, Arrow, .txt; packed or not); a recipe (.toml), for all its "
+        "sources; or: embedded",
     )
     parser.add_argument("--format", default="auto", choices=choices_of("data.format"), help="what the file must be")
+    parser.add_argument(
+        "--on-bad-row", default="stop", choices=choices_of("data.on_bad_row"), help="whether bad rows are left out"
+    )
     parser.add_argument("--model", help="measure tokens with the tokenizer of this model")
     parser.add_argument(
         "--seq", type=_positive, metavar="N", help="name the rows whose texts are longer than N tokens (with --model)"
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(Path(args.file).expanduser())
         data = data_of(recipe.with_("model.base", args.model) if args.model else recipe, read=inspect_data)
     else:
-        data = inspect_data(Path(args.file).expanduser(), Reading(args.format))
+        data = inspect_data(Path(args.file).expanduser(), Reading(args.format, on_bad_row=args.on_bad_row))
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
     report = _report(data, tokens, long_rows)
@@ -97,6 +103,7 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "rows": len(data.rows),
         "left_out": data.left_out,
         "size_bytes": data.size_bytes,
+        "files": data.files,
         "sources": [
             {
                 "file": str(part.data.path),
@@ -127,7 +134,8 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
             say(f"{told} per row: {', '.join(parts)}".replace("total", "in all"))
     for finding in report["findings"]:
         place = f" {finding['field']}" if finding["field"] else ""
-        say(f"{'error' if finding['fatal'] else 'note'}: row {finding['row']}{place}: {finding['message']}")
+        file = f"{finding['file']}, " if finding["file"] else ""
+        say(f"{'error' if finding['fatal'] else 'note'}: {file}row {finding['row']}{place}: {finding['message']}")
     shown = len(report["findings"])
     found = sum(report["counts"].values())
     if found > shown:

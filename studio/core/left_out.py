@@ -11,6 +11,25 @@ LEFT_OUT = {
 }
 """Words for each reason. The first three are found in the file, the others when a row becomes tokens."""
 
+BAD_ROWS = {
+    "bad_json": "that are not JSON",
+    "bad_csv": "that are not CSV",
+    "not_utf8": "that are not UTF-8",
+    "too_long": "that are too long",
+    "not_an_object": "that are no objects",
+    "wrong_columns": "with columns that make no row",
+    "mixed_formats": "of another format than the first",
+    "wrong_type": "with a value of the wrong type",
+    "not_text": "without text where text must be",
+    "unknown_role": "with an unknown role",
+}
+"""Words for rows that are wrong and left out by choice (`data.on_bad_row`); other kinds are named as they are."""
+
+
+def reason(kind: str) -> str:
+    """Return in words why rows are left out, such as `without an answer`; one without words is named as it is."""
+    return LEFT_OUT.get(kind) or BAD_ROWS.get(kind, kind)
+
 
 def left_out_in_words(counts: Mapping[str, object]) -> str:
     """Return how many rows are left out, and how many for each reason; empty where none is.
@@ -19,6 +38,6 @@ def left_out_in_words(counts: Mapping[str, object]) -> str:
         counts: Rows for each reason, by the names in `LEFT_OUT`, as a log has them: a reason of another version is
             named as it is, and what is no number is passed over.
     """
-    known = {reason: count for reason, count in counts.items() if type(count) is int and count > 0}
-    reasons = ", ".join(f"{count:,} {LEFT_OUT.get(reason, reason)}" for reason, count in known.items())
+    known = {kind: count for kind, count in counts.items() if type(count) is int and count > 0}
+    reasons = ", ".join(f"{count:,} {reason(kind)}" for kind, count in known.items())
     return f"{sum(known.values()):,} left out ({reasons})" if known else ""

@@ -28,6 +28,7 @@ Method = Literal["lora", "qlora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 QuantType = Literal["nf4", "fp4"]
 DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "text"]
+OnBadRow = Literal["stop", "skip"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -398,7 +399,7 @@ class DataSection:
         EMBEDDED,
         Text(needed=True, place=True),
         "Data",
-        "A JSONL, JSON or Parquet file of rows, or embedded.",
+        "A file of rows (JSONL, JSON, CSV, Parquet, Arrow, packed or not), a text, or embedded.",
         flag="data",
         heading="The run",
         resume="by content",
@@ -437,6 +438,13 @@ class DataSection:
         Switch(),
         "Answers only",
         "Loss on the answers alone, not on the prompts.",
+    )
+    on_bad_row: OnBadRow = declared(
+        "stop",
+        Choice(get_args(OnBadRow)),
+        "Bad rows",
+        "stop: a row that cannot be read keeps the run from starting. skip: it is left out, counted and listed.",
+        resume="by content",
     )
 
     @property

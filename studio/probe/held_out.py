@@ -235,16 +235,18 @@ def _mixture(record: HeldOutRecord, run: str) -> DataSet:
     """Return all rows of the sources of a run's mixture, each as often as it lies in its file or was drawn."""
     sources = [Source(one.path, rows=one.drawn, format=one.format) for one in record.sources]
     try:
-        return mixed(sources, Reading(), seed=0, whole=True)
+        return mixed(sources, Reading(on_bad_row="skip"), seed=0, whole=True)
     except BadInput as error:
         raise BadInput(f"{error} {run} held out rows of it: put it back where it was.") from error
 
 
 def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A002
+    own = _same_file(data, Path(record.held_from))
     try:
-        return read_data(data, Reading(format))
+        # A run may have left out bad rows, and its own rows are known again by their content.
+        return read_data(data, Reading(format, on_bad_row="skip" if own else "stop"))
     except BadInput as error:
-        if not _same_file(data, Path(record.held_from)) or data.exists():
+        if not own or data.exists():
             raise
         raise BadInput(
             f"{error} The run's held-out rows were in it: put it back, or name where it lies now with --data; its rows "

@@ -191,7 +191,7 @@ def test_every_room_is_under_a_contract() -> None:
 
 
 LONGER = {
-    "studio/core/recipe.py": 650,  # declares some fifty fields, about eight lines each: a table, read by its rows
+    "studio/core/recipe.py": 800,  # declares some seventy fields, about eight lines each: a table, read by its rows
 }
 
 

@@ -78,6 +78,12 @@ def weighed(folder: Path) -> list[dict[str, Any]]:
     return [{"path": str(path), "weight": 1.0} for path in paths]
 
 
+def rows_with_a_bad_one(folder: Path) -> str:
+    path = Path(other_rows(folder))
+    path.write_text(path.read_text() + "\nno row")
+    return str(path)
+
+
 ROWS: dict[str, Row] = {
     "name": Row("Other name", "folder"),
     "method": Row("qlora", "losses"),
@@ -131,6 +137,7 @@ ROWS: dict[str, Row] = {
     "data.weigh_by": Row("tokens", "losses", {"data.path": "embedded", "data.sources": weighed, "data.format": "auto"}),
     "data.eval_path": Row(other_rows, "held out"),
     "data.answers_only": Row(False, "losses"),
+    "data.on_bad_row": Row("stop", "failure", {"data.path": rows_with_a_bad_one, "data.on_bad_row": "skip"}),
     "device.device": Row("cuda:7", "failure"),
     "device.budget_gib": Row(2.0, "budget"),
 }

@@ -138,7 +138,7 @@ def test_an_endless_line_is_not_read_to_its_end(file: Path, monkeypatch: pytest.
     [
         ("a.jsonl.gz", b"\x1f\x8b\x08rest", "gzip"),
         ("a.xlsx", b"PK\x03\x04rest", "spreadsheet"),
-        ("a.csv", b"prompt,completion\na,b\n", "convert it first"),
+        ("a.csv", b"prompt,completion\na,b,c\n", "line 2: found 3 fields with comma between them; wanted 2"),
         ("a.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
         ("a.parquet", b"not parquet at all", "not a whole Parquet file"),
         ("a.json", b'{"a": [1], "b": [2]}', "an object with the keys a, b"),

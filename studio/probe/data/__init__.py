@@ -1,4 +1,4 @@
-"""Data files: JSON Lines, JSON and Parquet with chat messages, prompt/completion, alpaca or plain text."""
+"""Data: files of rows or text of every common kind, with chat messages, prompt/completion, alpaca or plain text."""
 
 from studio.probe.data.read import inspect_data, read_data
 from studio.probe.data.reading import Reading

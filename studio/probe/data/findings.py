@@ -20,10 +20,18 @@ class Findings:
         row_word: What the numbers of rows count, for messages: `row` or `line`.
         counts: How many findings there are of each kind.
         fatal_counts: How many of these keep the file from being used.
+        skips: Whether rows that would keep the file from being used are left out instead.
+        skipped: How many rows are left out for that, by the kind of the first finding in each.
+        rows_before: The rows, or lines, of the files before this one, which numbers of rows include.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, skips: bool = False) -> None:
         self.row_word = "row"
+        self.skips = skips
+        self.skipped: Counter[str] = Counter()
+        self.rows_before = 0
+        self._file = ""
+        self._last_skipped = 0
         self.counts: Counter[str] = Counter()
         self.fatal_counts: Counter[str] = Counter()
         self._kept: list[Finding] = []
@@ -49,13 +57,28 @@ class Findings:
             "unused": list(self._unused),
         }
 
+    def enter(self, file: str, rows_before: int) -> None:
+        """Note that the next rows are of another file.
+
+        Args:
+            file: Its name; empty where there is one file only.
+            rows_before: The number of the last row in the file before.
+        """
+        self._file, self.rows_before, self.row_word = file, rows_before, "row"
+
     def add(self, kind: str, row: int, message: str, *, field: str = "", fatal: bool = True) -> None:
         """Count a finding and keep it if few of its kind are kept yet; foreign text in it is made harmless."""
         self.counts[kind] += 1
+        if fatal and self.skips:
+            fatal = False
+            if row != self._last_skipped:
+                self.skipped[kind] += 1
+                self._last_skipped = row
         if fatal:
             self.fatal_counts[kind] += 1
         if self.counts[kind] <= KEPT_PER_KIND:
-            self._kept.append(Finding(kind, row, plain(field, one_line=True), plain(message, one_line=True), fatal))
+            where, said = plain(field, one_line=True), plain(message, one_line=True)
+            self._kept.append(Finding(kind, row - self.rows_before, where, said, fatal, self._file))
 
     def leave(self, columns: Iterable[str]) -> None:
         """Note columns, and fields of messages, that are not used; the first fifty are kept."""
@@ -69,8 +92,9 @@ class Findings:
 
     @property
     def kept(self) -> tuple[Finding, ...]:
-        """The first findings of each kind, by row."""
-        return tuple(sorted(self._kept, key=lambda finding: finding.row))
+        """The first findings of each kind, by row; files in the order in which they are read."""
+        files = {finding.file: place for place, finding in reversed(list(enumerate(self._kept)))}
+        return tuple(sorted(self._kept, key=lambda finding: (files[finding.file], finding.row)))
 
     def refuse(self, name: str) -> None:
         """Raise if anything fatal was found.
@@ -84,13 +108,14 @@ class Findings:
         fatal = [finding for finding in self.kept if finding.fatal]
         lines = [self._line(finding) for finding in fatal[:SHOWN]]
         if total == 1:
-            raise BadInput(f"{name}, {lines[0]}")
+            raise BadInput(f"{lines[0]}" if fatal[0].file else f"{name}, {lines[0]}")
         kinds = f" ({counted(self.fatal_counts)})" if len(self.fatal_counts) > 1 else ""
         more = f" The first {SHOWN}:" if total > SHOWN else ""
         raise BadInput(f"{name}: {total} problems{kinds}.{more}\n" + "\n".join(f"  {line}" for line in lines))
 
     def _line(self, finding: Finding) -> str:
         where = f"{self.row_word} {finding.row}" + (f", {finding.field}" if finding.field else "")
+        where = f"{finding.file}, {where}" if finding.file else where
         return f"{where}: {finding.message}"
 
 

@@ -20,8 +20,8 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.sources import Source, drawn_rows
 from studio.core.text import plain
-from studio.probe.data.json_rows import Progress
 from studio.probe.data.lengths import token_lengths
+from studio.probe.data.opened import Progress
 from studio.probe.data.read import read_data
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import DataSet, Part, Row
@@ -130,6 +130,8 @@ def mixed(
         finding_counts=dict(sum((Counter(data.finding_counts) for data in found), Counter())),
         size_bytes=sum(data.size_bytes for data in found),
         parts=parts,
+        files=sum(data.files for data in found),
+        skipped=dict(sum((Counter(data.skipped) for data in found), Counter())),
     )
 
 

@@ -1,20 +1,25 @@
-"""Raw rows of Parquet files, in batches, only the columns that some format knows, within limits.
+"""Raw rows of Parquet and Arrow files, in batches, only the columns that some format knows, within limits.
 
 A Parquet file of a few hundred bytes may hold a million rows of a megabyte each, as one text in a dictionary and a
 count. So texts are read as dictionaries, which are no larger than what was compressed, and their size is computed
-before rows are made of them.
+before rows are made of them. A compressed Arrow file says beforehand what each of its parts unpacks to
+(`studio.probe.data.arrow_parts`).
 """
 
+import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.data.arrow_parts import ARROW_MAGIC, part_sizes
 from studio.probe.data.formats import known_columns, wrong_columns
-from studio.probe.data.json_rows import MAX_LINE_BYTES, Progress
 from studio.probe.data.misreads import LABEL_COLUMNS, MEDIA_COLUMNS, PAIR_COLUMNS
+from studio.probe.data.opened import MAX_LINE_BYTES, Progress
+from studio.probe.data.opened import free_bytes as _free_bytes
 
 MAGIC = b"PAR1"
 MAX_ROWS = 20_000_000
@@ -46,22 +51,21 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
     name = plain(path.name, one_line=True)
     try:
         with pq.ParquetFile(path) as file:
-            columns = list(file.schema_arrow.names)
-            flat = {field.name for field in file.schema_arrow if not pa.types.is_nested(field.type)}
-            read = known_columns()
-            known = [c for c in columns if c in read or (c in LABEL_COLUMNS and c in flat)]
-            seen = [column for column in columns if column in _PRESENCE]
-            if not read.intersection(known) and not set(PAIR_COLUMNS) <= set(columns):
-                raise BadInput(f"{name}: {wrong_columns(columns)}")
-            unread = dict.fromkeys(columns)
-            leaves = {column: _smallest_leaf(file, column) for column in seen}
+            chosen = _Columns.of(file.schema_arrow, name)
+            leaves = {column: _smallest_leaf(file, column) for column in chosen.seen}
             limits = _Limits(name, _free_bytes())
-            limits.check_sizes(file, known, leaves)
-            wanted = pa.schema([file.schema_arrow.field(column) for column in known])
+            limits.check_sizes(file, chosen.known, leaves)
             texts = [leaf.path for leaf in _leaves(file) if leaf.physical_type == "BYTE_ARRAY"]
         with pq.ParquetFile(path, read_dictionary=texts) as file:
-            for number, row in _rows(file, wanted, leaves, limits, progress):
-                yield number, unread | row
+            total, done = file.metadata.num_rows, 0
+            for group in range(file.metadata.num_row_groups):
+                # A whole group at once: if batches were read one by one, each would hold the dictionary of all before.
+                read = file.read_row_group(group, columns=[*chosen.known, *leaves.values()])
+                for made in _rows(read.to_batches(max_chunksize=_BATCH_ROWS), chosen, limits, done):
+                    for done, row in made:
+                        yield done, row
+                    if progress:
+                        progress(done, total)
     except pa.ArrowNotImplementedError as error:
         said = plain(str(error), one_line=True, limit=200)
         raise BadInput(
@@ -69,6 +73,75 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{name} is not a whole Parquet file: {plain(str(error), one_line=True, limit=200)}") from None
+
+
+def arrow_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of an Arrow file (also called Feather) or stream, as `parquet_rows` does.
+
+    `datasets` saves streams. `progress` gets (bytes read, bytes in all).
+
+    Raises:
+        BadInput: pyarrow is not installed, the file is no whole Arrow file, it has no known column, or it holds too
+            much, see `parquet_rows`.
+    """
+    try:
+        import pyarrow as pa  # noqa: PLC0415  as above
+    except ImportError:
+        raise BadInput(f"{path.name} is an Arrow file, which needs pyarrow: pip install pyarrow") from None
+    name = plain(path.name, one_line=True)
+    try:
+        with pa.memory_map(str(path)) as source:
+            total = source.size()
+            limits = _Limits(name, _free_bytes())
+            limits.check_parts(part_sizes(source))
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if source.read(6) == ARROW_MAGIC else _open_stream(source)
+            chosen = _Columns.of(reader.schema, name)
+            done = 0
+            for batch in _batches_of(reader):
+                limits.check_count(done + batch.num_rows)
+                batch.validate(full=True)  # what a hostile file says of its texts may point anywhere
+                cut = [batch.slice(at, _BATCH_ROWS) for at in range(0, batch.num_rows, _BATCH_ROWS)]
+                for made in _rows(cut, chosen, limits, done):
+                    for done, row in made:
+                        yield done, row
+                    if progress:
+                        progress(min(source.tell(), total), total)
+            if progress:
+                progress(total, total)
+    except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:
+        raise BadInput(f"{name} is not a whole Arrow file: {plain(str(error), one_line=True, limit=200)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of a file: those read whole, those of which only is looked whether they hold something, all."""
+
+    known: tuple[str, ...]
+    seen: tuple[str, ...]
+    unread: Mapping[str, None]
+    schema: Any
+
+    @classmethod
+    def of(cls, schema: Any, name: str) -> Self:
+        """Choose among a file's columns.
+
+        Raises:
+            BadInput: None of them is known.
+        """
+        import pyarrow as pa  # noqa: PLC0415  as above
+
+        columns = list(schema.names)
+        flat = {field.name for field in schema if not pa.types.is_nested(field.type)}
+        read = known_columns()
+        known = tuple(c for c in columns if c in read or (c in LABEL_COLUMNS and c in flat))
+        if not read.intersection(known) and not set(PAIR_COLUMNS) <= set(columns):
+            raise BadInput(f"{name}: {wrong_columns(columns)}")
+        if len(set(columns)) < len(columns):
+            twice = next(column for place, column in enumerate(columns) if column in columns[:place])
+            raise BadInput(f"{name}: the column '{plain(twice, one_line=True, limit=40)}' stands twice.")
+        wanted = pa.schema([schema.field(column) for column in known])
+        return cls(known, tuple(c for c in columns if c in _PRESENCE), dict.fromkeys(columns), wanted)
 
 
 class _Limits:
@@ -79,7 +152,7 @@ class _Limits:
         self._most_bytes = free_bytes * _MEMORY_SHARE
         self._read_bytes = 0
 
-    def check_sizes(self, file: Any, known: list[str], leaves: Mapping[str, str]) -> None:
+    def check_sizes(self, file: Any, known: Sequence[str], leaves: Mapping[str, str]) -> None:
         """Compare the sizes in the file's metadata with the limits.
 
         Args:
@@ -90,11 +163,7 @@ class _Limits:
         Raises:
             BadInput: It is too much.
         """
-        if file.metadata.num_rows > MAX_ROWS:
-            raise BadInput(
-                f"{self._name} says that it holds {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read. Take "
-                "a part of them."
-            )
+        self.check_count(file.metadata.num_rows)
         for group in range(file.metadata.num_row_groups):
             row_group = file.metadata.row_group(group)
             for place in range(row_group.num_columns):
@@ -104,6 +173,27 @@ class _Limits:
                     continue
                 if column.num_values > MAX_VALUES or column.total_uncompressed_size > self._most_bytes:
                     self._refuse(max(8 * column.num_values, column.total_uncompressed_size), "one of its columns")
+
+    def check_parts(self, sizes: Iterator[int]) -> None:
+        """Compare what the parts of an Arrow file say that they unpack to with the limits.
+
+        Raises:
+            BadInput: One of them is too large.
+        """
+        for size_bytes in sizes:
+            if size_bytes > self._most_bytes:
+                self._refuse(size_bytes, "one of its batches")
+
+    def check_count(self, rows: int) -> None:
+        """Compare a number of rows with the limit.
+
+        Raises:
+            BadInput: There are too many.
+        """
+        if rows > MAX_ROWS:
+            raise BadInput(
+                f"{self._name} says that it holds {rows:,} rows; at most {MAX_ROWS:,} are read. Take a part of them."
+            )
 
     def take(self, size_bytes: int, number: int) -> None:
         """Add the size of a group's rows before they are made; the last of them has this number.
@@ -135,28 +225,41 @@ class _Limits:
 
 
 def _rows(
-    file: Any, wanted: Any, leaves: Mapping[str, str], limits: _Limits, progress: Progress | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    total, done = file.metadata.num_rows, 0
-    for group in range(file.metadata.num_row_groups):
-        # A whole group at once: if batches were read one by one, each would hold the dictionary of all before it.
-        read = file.read_row_group(group, columns=[*wanted.names, *leaves.values()])
-        batches = read.to_batches(max_chunksize=_BATCH_ROWS)
-        sizes = [_unpacked_bytes(batch.select(wanted.names)) for batch in batches]
-        limits.take(sum(sizes), done + sum(map(len, batches)))
-        for batch, size_bytes in zip(batches, sizes, strict=True):
-            # Ordinary rows are made together, which is fast; long ones one by one, after a look at each one's size.
-            together = size_bytes <= _MOST_BATCH_BYTES
-            for some in [batch] if together else (batch.slice(place, 1) for place in range(len(batch))):
-                if not together:
-                    limits.check_row(_unpacked_bytes(some.select(wanted.names)), done + 1)
-                there = {column: _says_something(some.column(column)) for column in leaves}
-                rows = some.select(wanted.names).cast(wanted).to_pylist() if wanted.names else [{}] * len(some)
-                for place, row in enumerate(rows):
-                    done += 1
-                    yield done, row | {column: says[place] or None for column, says in there.items()}
-                if progress:
-                    progress(done, total)
+    batches: Sequence[Any], chosen: _Columns, limits: "_Limits", done: int
+) -> Iterator[Iterator[tuple[int, dict[str, Any]]]]:
+    """Yield the rows of each batch in turn, numbered on from `done`; their size is looked at before they are made."""
+    sizes = [_unpacked_bytes(batch.select(chosen.known)) for batch in batches]
+    limits.take(sum(sizes), done + sum(map(len, batches)))
+    for batch, size_bytes in zip(batches, sizes, strict=True):
+        # Ordinary rows are made together, which is fast; long ones one by one, after a look at each one's size.
+        together = size_bytes <= _MOST_BATCH_BYTES
+        for some in [batch] if together else (batch.slice(place, 1) for place in range(len(batch))):
+            if not together:
+                limits.check_row(_unpacked_bytes(some.select(chosen.known)), done + 1)
+            yield _made(some, chosen, done)
+            done += len(some)
+
+
+def _made(batch: Any, chosen: _Columns, done: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    there = {column: _says_something(batch.column(column)) for column in chosen.seen}
+    named = chosen.known
+    rows = batch.select(named).cast(chosen.schema).to_pylist() if named else [{}] * len(batch)
+    for place, row in enumerate(rows):
+        says = {column: known[place] or None for column, known in there.items()}
+        yield done + place + 1, chosen.unread | row | says
+
+
+def _open_stream(source: Any) -> Any:
+    import pyarrow as pa  # noqa: PLC0415  as above
+
+    source.seek(0)
+    return pa.ipc.open_stream(source)
+
+
+def _batches_of(reader: Any) -> Iterator[Any]:
+    if hasattr(reader, "num_record_batches"):
+        return (reader.get_batch(place) for place in range(reader.num_record_batches))
+    return iter(reader)
 
 
 def _smallest_leaf(file: Any, column: str) -> str:
@@ -212,9 +315,3 @@ def _column_bytes(array: Any) -> int:
 
 def _leaves(file: Any) -> Iterator[Any]:
     return (file.schema.column(place) for place in range(len(file.schema)))
-
-
-def _free_bytes() -> float:
-    import psutil  # noqa: PLC0415  20 ms that only readers of Parquet pay
-
-    return float(psutil.virtual_memory().available)

@@ -11,33 +11,28 @@ from studio.core.recipe import DataFormat
 from studio.core.text import plain
 from studio.probe.data.findings import Findings, json_kind
 from studio.probe.data.formats import Shape, normalised, recognise, wrong_columns
-from studio.probe.data.json_rows import BOM, Progress, document_rows, line_rows
+from studio.probe.data.json_rows import json_rows
 from studio.probe.data.misreads import check_context, refuse_media, refuse_pair
-from studio.probe.data.parquet_rows import MAGIC, parquet_rows
+from studio.probe.data.opened import WANTED, Progress, kind_of, opened
+from studio.probe.data.parquet_rows import arrow_rows, parquet_rows
 from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.row_cache import RowCache
 from studio.probe.data.rows import DataSet, counted
 from studio.probe.data.shipped import EMBEDDED, shipped_data
 from studio.probe.data.stored_rows import RowWriter
+from studio.probe.data.table_rows import table_rows, text_row
 
-# Things that people point at instead of rows, by their first bytes.
-_FOREIGN = {
-    b"\x1f\x8b": "compressed with gzip; unpack it first: gunzip -k",
-    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it or save the sheet as JSON Lines",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first: zstd -d",
-    b"ARROW1": "an Arrow file; save it as Parquet",
-    b"%PDF": "a PDF document",
-    b"\x89HDF": "an HDF5 file",
-}
+_BY_BYTES = {"json": json_rows, "table": table_rows, "text": text_row}
+_COLUMNAR = {"parquet": parquet_rows, "arrow": arrow_rows}
 
 
 def read_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None = None) -> DataSet:
     """Return the usable rows of a data file, and what was found on the way.
 
     Args:
-        path: A JSON Lines, JSON or Parquet file; `embedded` names the data set that ships with us.
+        path: A data file; `embedded` names the data set that ships with us.
         how: How it is read.
-        progress: Gets (done, total), in bytes of a JSON file or rows of a Parquet file.
+        progress: Gets (done, total), in bytes, or rows of a Parquet file; may raise to end it.
 
     Raises:
         BadInput: The file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
@@ -116,7 +111,7 @@ def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[Dat
 def _read(
     path: Path, how: Reading, size_bytes: int, cache: RowCache, progress: Progress | None
 ) -> tuple[DataSet, Findings]:
-    taken = _Taken(how, Findings(), RowWriter(cache.scratch))
+    taken = _Taken(how, Findings(skips=how.on_bad_row == "skip"), RowWriter(cache.scratch))
     try:
         for number, value in _raw_rows(path, taken.findings, progress):
             taken.take(number, value)
@@ -132,6 +127,7 @@ def _read(
             findings=findings.kept,
             finding_counts=dict(findings.counts),
             size_bytes=size_bytes,
+            skipped=dict(findings.skipped),
         )
         return replace(data, rows=taken.rows.done(lambda folder: cache.keep(folder, data, findings))), findings
     finally:
@@ -151,9 +147,7 @@ def _size(path: Path) -> int:
             if not path.parent.exists()
             else ""
         )
-        raise BadInput(
-            f"The data file {shown} does not exist.{near} Give a .jsonl, .json or .parquet file, or 'embedded'."
-        )
+        raise BadInput(f"The data file {shown} does not exist.{near} {WANTED}")
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))[:5]
         hint = f" It holds {', '.join(plain(name, one_line=True) for name in inside)}." if inside else ""
@@ -169,21 +163,16 @@ def _size(path: Path) -> int:
 
 
 def _raw_rows(path: Path, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        head = file.read(4096)
-    name = plain(path.name, one_line=True)
-    if head.startswith(MAGIC) or path.suffix == ".parquet":
-        return parquet_rows(path, progress)
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            raise BadInput(f"{name} is {what}. Wanted JSON Lines, JSON or Parquet.")
-    first = head.removeprefix(BOM).lstrip()[:1]
-    if path.suffix in (".csv", ".tsv", ".txt", ".md", ".xlsx") and first not in (b"{", b"["):
-        raise BadInput(f"{name} is not JSON. Wanted JSON Lines (one object a line), JSON or Parquet; convert it first.")
-    if first == b"[" or path.suffix == ".json":
-        return document_rows(path, findings, progress)
-    findings.row_word = "line"
-    return line_rows(path, findings, progress)
+    """Yield (number, value) for each row of a file, whatever its kind."""
+    with opened(path) as file:
+        kind = kind_of(file)
+        if kind in _BY_BYTES:
+            yield from _BY_BYTES[kind](file, findings, progress)
+            return
+        if file.packed:
+            raise BadInput(f"{file.name} is {kind.capitalize()} packed once more; unpack it first.")
+    for number, row in _COLUMNAR[kind](path, progress):
+        yield findings.rows_before + number, row
 
 
 def _summary(data: DataSet) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from studio.core.recipe import Recipe
+from studio.core.recipe import OnBadRow, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,15 +14,18 @@ class Reading:
         format: `auto`, or the format that the file must have.
         answers_only: Whether only the answers will be trained. If not, a message that is marked as untrained is
             refused.
+        on_bad_row: `stop`: a wrong row keeps the file from being used; `skip`: it is left out, and counted.
     """
 
     format: str = "auto"
     answers_only: bool = True
+    on_bad_row: OnBadRow = "stop"
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """Return how a recipe's data is read."""
-        return cls(recipe.data.format, recipe.data.answers_only)
+        data = recipe.data
+        return cls(data.format, data.answers_only, data.on_bad_row)
 
 
 AS_IT_IS = Reading()

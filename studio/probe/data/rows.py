@@ -1,10 +1,10 @@
 """The rows of a data file: conversations or plain text, in one form for all formats of files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from studio.core.left_out import LEFT_OUT
+from studio.core.left_out import LEFT_OUT, reason
 from studio.core.text import plain
 
 
@@ -181,6 +181,7 @@ class Finding:
         field: Column, or a place in it such as `messages[2].content`; empty for the whole row.
         message: What was found and what was wanted, safe to print.
         fatal: Whether `read_data` refuses the file for it.
+        file: The file where there are several; then `row` counts within it.
     """
 
     kind: str
@@ -188,6 +189,7 @@ class Finding:
     field: str
     message: str
     fatal: bool
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,10 @@ class DataSet:
         rows: The usable rows, in the file's order.
         findings: The first findings of each kind, in the file's order.
         finding_counts: How often each kind was found, in all.
-        size_bytes: Size of the file.
+        size_bytes: Size of the file, or of all files.
+        files: How many files were read.
+        skipped: How many rows are left out because they are wrong, by what is wrong (`data.on_bad_row`).
+        place_notes: What the user should know of which files were read, in a sentence each.
         parts: Of a mixture, what is drawn of each source; rows and findings are then those of all of them.
     """
 
@@ -235,11 +240,15 @@ class DataSet:
     finding_counts: Mapping[str, int]
     size_bytes: int
     parts: tuple[Part, ...] = ()
+    files: int = 1
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    place_notes: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many rows are left out, for each reason in `studio.core.left_out`."""
-        return {kind: self.finding_counts[kind] for kind in LEFT_OUT if kind in self.finding_counts}
+        """How many rows are left out, for each reason in `studio.core.left_out`, then for each kind of bad row."""
+        known = {kind: self.finding_counts[kind] for kind in LEFT_OUT if kind in self.finding_counts}
+        return known | dict(self.skipped)
 
     def described(self) -> str:
         """Return what was recognised, in words: `chat (messages), 591 rows`."""
@@ -268,12 +277,12 @@ class DataSet:
         name = plain(self.path.name, one_line=True)
         fatal = {finding.kind for finding in self.findings if finding.fatal}
         counts = self.finding_counts
-        said = []
+        said = [f"{name}: {note}." for note in self.place_notes]
         if wrong := {kind: count for kind, count in counts.items() if kind in fatal}:
             said.append(f"{name}: {_rows(sum(wrong.values()))} must be corrected: {counted(wrong)}.")
         if left := self.left_out:
             total = sum(left.values())
-            reasons = ", ".join(f"{count} {LEFT_OUT[kind]}{self._first(kind)}" for kind, count in left.items())
+            reasons = ", ".join(f"{count} {reason(kind)}{self._first(kind)}" for kind, count in left.items())
             are = "is" if total == 1 else "are"
             said.append(f"{name}: {_rows(total)} {are} left out, {_rows(len(self.rows))} kept: {reasons}.")
         said += [
@@ -288,7 +297,10 @@ class DataSet:
         return tuple(said)
 
     def _first(self, kind: str) -> str:
-        return next((f" (the first: row {finding.row})" for finding in self.findings if finding.kind == kind), "")
+        first = next((finding for finding in self.findings if finding.kind == kind), None)
+        if first is None:
+            return ""
+        return f" (the first: {f'{first.file}, ' if first.file else ''}row {first.row})"
 
 
 def counted(kinds: Mapping[str, int]) -> str:
