@@ -6,7 +6,7 @@ Sources: transformers 5.24 `models/*/configuration_*.py` and `modeling_*.py`.
 from studio.core.config_values import ConfigValues
 from studio.core.families import Family
 from studio.core.hybrid_layers import ungated
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import Experts
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -12,9 +12,7 @@ from typing import Any
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.families import NEVER, Family
-from studio.core.heads import Heads
-from studio.core.linear import Linear
-from studio.core.mixer import Mixer
+from studio.core.layer_parts import Heads, Linear, Mixer
 from studio.core.mixers_from_config import (
     FALCON_KEYS,
     GRANITE_KEYS,

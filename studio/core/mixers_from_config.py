@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
-from studio.core.linear import Linear
-from studio.core.mixer import Mixer
+from studio.core.layer_parts import Linear, Mixer
 
 
 def separate_delta(values: ConfigValues, hidden: int) -> Mixer:

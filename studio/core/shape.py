@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from studio.core.heads import Heads, Latent
-from studio.core.linear import Linear
-from studio.core.mixer import Mixer
+from studio.core.layer_parts import Heads, Latent, Linear, Mixer
 from studio.core.quantised_base import QuantisedBase
 
 Wiring = Literal["pre", "post", "sandwich", "parallel", "single"]

@@ -9,14 +9,20 @@ from studio.core.config_values import ConfigValues
 from studio.core.errors import BadInput
 from studio.core.experts_from_config import EXPERT_COUNTS, experts_of, sparse_layers
 from studio.core.families import ALWAYS, FAMILIES, INSIDE, LEFT_OUT, NEVER, UNKNOWN, Family
-from studio.core.gemma_layers import GEMMAS, gemma_doubts, gemma_embedders, gemma_groups, gemma_outside
-from studio.core.heads import Heads, Latent
 from studio.core.hybrid_layers import HYBRIDS, doubt_about_kinds, hybrid_groups, layer_kinds
-from studio.core.linear import Linear
-from studio.core.llama4_layers import LLAMA_4, llama4_groups
+from studio.core.layer_parts import Heads, Latent, Linear
 from studio.core.quantised_base import quantised_base
 from studio.core.shape import Experts, Layer, LayerGroup, ModelShape
 from studio.core.text import plain
+from studio.core.uneven_layers import (
+    GEMMAS,
+    LLAMA_4,
+    gemma_doubts,
+    gemma_embedders,
+    gemma_groups,
+    gemma_outside,
+    llama4_groups,
+)
 from studio.core.unknown_layers import facts_of, layers_of
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -9,7 +9,7 @@ from functools import lru_cache
 from studio.core.direct_weights import not_adapted
 from studio.core.errors import BadInput
 from studio.core.experts import EXPERTS
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.text import plain
 from studio.core.value_kinds import ALL_LINEAR

@@ -13,8 +13,7 @@ from typing import Any
 
 from studio.core.checkpoint_tensors import CheckpointTensors, Tensors, parameters_of
 from studio.core.config_values import ConfigValues
-from studio.core.heads import Heads, Latent
-from studio.core.linear import Linear
+from studio.core.layer_parts import Heads, Latent, Linear
 from studio.core.shape import Experts, Layer, LayerGroup
 
 _EXPERT = re.compile(r"(?:.*\.)?experts\.(?P<number>\d{1,9})\.(?P<rest>.+)")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.measured import height
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config

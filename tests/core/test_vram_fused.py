@@ -14,7 +14,7 @@ from torch import Tensor as Real
 from torch.autograd import Function
 
 from studio.core.errors import BadInput
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.measured import height
 from studio.core.stock import modules as fused
 from studio.core.stock.setup import StockSetup

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.measured import height
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from studio.core.errors import BadInput
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import Layer, ModelShape
 from studio.core.trainable import AS_PEFT
 from studio.core.vram import operators as op

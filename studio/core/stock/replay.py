@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import Layer, ModelShape
 from studio.core.stock.allocator import Block, CachingAllocator
 from studio.core.stock.loop import stock_loop

@@ -4,7 +4,7 @@ Sources: studio/jobs/base/experts/product.py; transformers 5.24 integrations/moe
 """
 
 from studio.core.experts import experts_per_group
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import Layer
 from studio.core.vram import operators as op
 from studio.core.vram.modules import Modules

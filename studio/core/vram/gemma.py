@@ -7,7 +7,7 @@ Sources: modeling_gemma3n.py and modeling_gemma4.py, transformers 5.24.
 
 from dataclasses import dataclass
 
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import Layer, ModelShape
 from studio.core.vram import operators as op
 from studio.core.vram.modules import Modules

@@ -8,7 +8,7 @@ Sources: transformers 5.24 modeling_qwen3_5.py and modeling_qwen3_next.py (`torc
 modeling_lfm2.py, modeling_granitemoehybrid.py (`mamba2_chunk_scan`, the same in Bamba, Falcon-H1, Mamba 2, Nemotron-H).
 """
 
-from studio.core.mixer import Mixer
+from studio.core.layer_parts import Mixer
 from studio.core.vram import mixer_operators as mix
 from studio.core.vram import operators as op
 from studio.core.vram.modules import Modules

@@ -7,7 +7,7 @@ Sources: transformers/models/*/modeling_*.py and activations.py, peft/tuners/lor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.trainable import HEAD
 from studio.core.vram import operators as op

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from studio.core.direct_weights import kept_16bit
-from studio.core.linear import Linear
+from studio.core.layer_parts import Linear
 from studio.core.shape import EXPERTS_DOWN, EXPERTS_UP, Layer, ModelShape
 from studio.core.trainable import ATTENTION, MLP, AdaptedPart, target_names, trained_tensors, whole_tensors
 from studio.core.vram.setup import Setup

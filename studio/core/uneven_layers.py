@@ -1,7 +1,11 @@
-"""Layers of Gemma 3n and Gemma 4: of two widths of head, sharing keys and values, and with an input of their own.
+"""Families whose layers differ from each other: Gemma 3n, Gemma 4 and Llama 4.
 
-Sources: transformers 5.24 configuration_gemma3n.py, configuration_gemma4.py and their modeling files; checked against
-the modules that transformers builds (tests/core/test_shape_inventory.py).
+Gemma's have heads of two widths, share keys and values, and have an input of their own. Llama 4's are dense or have
+experts, and have positions or, in their place, tempered queries.
+
+Sources: transformers 5.24 configuration_gemma3n.py, configuration_gemma4.py, configuration_llama4.py
+(`Llama4TextConfig.__post_init__`) and their modeling files; checked against the modules that transformers builds
+(tests/core/test_shape_inventory.py).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -9,10 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 from studio.core.config_values import ConfigValues
-from studio.core.heads import Heads
-from studio.core.linear import Linear
+from studio.core.experts_from_config import sparse_layers
+from studio.core.families import Family
+from studio.core.layer_parts import Heads, Linear
 from studio.core.shape import Experts, Layer, LayerGroup
 
+LLAMA_4 = "llama4_text"
 GEMMAS = ("gemma3n_text", "gemma4_text")
 _STREAMS = "altup_num_inputs"
 _FULL = "full_attention"
@@ -212,3 +218,36 @@ def _experts(values: ConfigValues, hidden: int) -> Experts:
     count = values.whole("num_experts", high=2048)
     visited = values.whole("top_k_experts", "num_experts_per_tok", default=8, high=count)
     return Experts(count, visited, values.whole("moe_intermediate_size"), chooser=Linear("proj", hidden, count))
+
+
+def llama4_groups(
+    family: Family, values: ConfigValues, layers: int, layer: Callable[[bool], Layer]
+) -> tuple[tuple[LayerGroup, ...], tuple[int, ...]]:
+    """Return the layers kind by kind, and of each layer the number of its kind.
+
+    Args:
+        family: How Llama 4 is built.
+        values: The config.
+        layers: Number of layers.
+        layer: Returns a layer, with experts or dense, with everything that all layers have.
+    """
+    sparse = sparse_layers(LLAMA_4, family, values, layers)
+    every = values.whole("no_rope_layer_interval", default=4)
+    said = values.wholes("no_rope_layers")  # of each layer 1 where it has positions
+    kinds = values.words("layer_types")
+    chunk = values.whole("attention_chunk_size", default=8192, low=0)
+    numbers: dict[Layer, int] = {}
+    order = []
+    for index in range(layers):
+        turned = bool(said[index]) if index < len(said) else (index + 1) % every != 0
+        chunked = kinds[index] == "chunked_attention" if index < len(kinds) else turned
+        one = replace(
+            layer(index in sparse),
+            query_key_norm="plain" if turned and values.flag("use_qk_norm", True) else "",
+            rotary=1.0 if turned else 0.0,
+            tempered=not turned and values.flag("attn_temperature_tuning", True),
+            window=chunk if chunked else 0,
+        )
+        order.append(numbers.setdefault(one, len(numbers)))
+    groups = tuple(LayerGroup(order.count(number), one) for one, number in numbers.items())
+    return groups, tuple(order) if len(groups) > 1 else ()

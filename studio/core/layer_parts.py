@@ -1,13 +1,71 @@
-"""What mixes the tokens of a layer without attention, as numbers: part of a layer's shape (`studio.core.shape`).
+"""Parts of a layer as numbers: linear maps, the heads of attention, and what mixes tokens in their place.
 
-Which families have which is read by `studio.core.mixers_from_config`; what one holds while it runs is said by
-`studio.core.vram.mixers`.
+`studio.core.shape` builds layers of them. Which families have which mixer is read by `studio.core.mixers_from_config`;
+what one holds while it runs is said by `studio.core.vram.mixers`.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from studio.core.linear import Linear
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear map of a layer; `copies` is how many of it the layer has (experts held as separate modules)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+    copies: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Weights without biases."""
+        return self.inputs * self.outputs * self.copies
+
+    @property
+    def biases(self) -> int:
+        """Bias terms."""
+        return self.outputs * self.copies if self.bias else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How the attention of a layer is divided.
+
+    Attributes:
+        queries: Query heads.
+        keys: Key and value heads.
+        width: Width of a query's or a key's head.
+        value_width: Width of a value's head.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    value_width: int
+
+    @property
+    def outputs(self) -> int:
+        """Width of what attention hands to the projection back."""
+        return self.queries * self.value_width
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention: queries and keys with values are made from narrow vectors (DeepSeek V2).
+
+    Only a part of each head carries positions, and that part of the key is one for all heads.
+
+    Attributes:
+        queries: Width of what queries are made from; 0 where they are made from the layer's input.
+        keys: Width of what keys and values are made from.
+        rotary: Width of the part of a head that carries positions.
+    """
+
+    queries: int
+    keys: int
+    rotary: int
 
 
 @dataclass(frozen=True, slots=True)
