@@ -11,7 +11,7 @@ from studio.commands.terminal import DONE, NO, say, write_json
 from studio.core.errors import BadInput
 from studio.core.recipe import choices_of
 from studio.core.text import plain
-from studio.probe.data import DataSet, Finding, Reading, inspect_data
+from studio.probe.data import Conversation, DataSet, Finding, Preference, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
 from studio.probe.data.mixture import data_of
 from studio.probe.embedded_model import unpack_embedded
@@ -19,6 +19,11 @@ from studio.probe.models import find_base
 from studio.runs.recipe_file import load_recipe
 
 _LISTED_LONG_ROWS = 20
+_LEARNT_OTHERWISE = {
+    "preferences": 'hold two answers of which one is preferred; train.objective = "dpo" learns from them',
+    "labels": "say whether their answer is desirable (KTO); a training that learns every answer alike refuses them",
+}
+"""What an objective of its own learns, which a check of a file alone does not know."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(Path(args.file).expanduser())
         data = data_of(recipe.with_("model.base", args.model) if args.model else recipe, read=inspect_data)
     else:
-        data = inspect_data(Path(args.file).expanduser(), Reading(args.format, on_bad_row=args.on_bad_row))
+        data = inspect_data(Path(args.file).expanduser(), Reading(args.format, on_bad_row=args.on_bad_row, wants="any"))
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
     report = _report(data, tokens, long_rows)
@@ -101,6 +106,8 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
         "columns": list(data.columns),
         "ignored_columns": list(data.ignored_columns),
         "rows": len(data.rows),
+        "preferences": sum(isinstance(row, Preference) for row in data.rows),
+        "labels": sum(isinstance(row, Conversation) and row.desirable is not None for row in data.rows),
         "left_out": data.left_out,
         "size_bytes": data.size_bytes,
         "files": data.files,
@@ -125,6 +132,9 @@ def _report(data: DataSet, tokens: list[int] | None, long_rows: list[Finding]) -
 
 def _tell(data: DataSet, report: dict[str, Any]) -> None:
     say(f"{plain(str(data.path), one_line=True)}: {data.described() if data.rows else 'no usable row'}")
+    for what, learnt in _LEARNT_OTHERWISE.items():
+        if count := report[what]:
+            say(f"{what}: {count:,} of {report['rows']:,} rows {learnt}")
     for note in data.notes():
         say(note)
     for unit, spread in report["lengths"].items():

@@ -6,10 +6,12 @@ LEFT_OUT = {
     "no_answer": "without an answer",
     "empty_answer": "with an empty answer",
     "empty_text": "with an empty text",
+    "nothing_learnt": "whose answers are all marked as not to be learnt",
+    "same_answers": "whose preferred and rejected answers are the same",
     "refused_by_template": "that the chat template refuses, or that are not found in what it writes",
     "nothing_to_learn": "without a token to learn within train.seq_len",
 }
-"""Words for each reason. The first three are found in the file, the others when a row becomes tokens."""
+"""Words for each reason. The first five are found in the file, the others when a row becomes tokens."""
 
 BAD_ROWS = {
     "bad_json": "that are not JSON",

@@ -25,7 +25,11 @@ def recipe_of(**data: Any) -> str:
     return "mine.toml"
 
 
-@pytest.mark.parametrize("name", MISREADS)
+OF_AN_OBJECTIVE = ("preference_pair", "desirable_label")
+"""What another objective learns: a check without a recipe finds nothing wrong with it."""
+
+
+@pytest.mark.parametrize("name", [name for name, (_, kind, _) in MISREADS.items() if kind not in OF_AN_OBJECTIVE])
 def test_what_would_be_trained_wrongly_is_refused_by_name(cli: Cli, name: str) -> None:
     row, kind, field = MISREADS[name]
     outcome = cli("data", "check", write(row), "--json")
@@ -39,18 +43,29 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(cli: Cli, name: str) -
     assert f"1 x {kind}" in cli("data", "check", "rows.jsonl").out
 
 
+@pytest.mark.parametrize("name", [name for name, (_, kind, _) in MISREADS.items() if kind in OF_AN_OBJECTIVE])
+def test_what_another_objective_learns_is_told_by_the_check_and_refused_by_training(cli: Cli, name: str) -> None:
+    row, kind, field = MISREADS[name]
+    checked = cli("data", "check", write(row))
+    assert checked.code == 0
+    assert ("preferences" if kind == "preference_pair" else "labels") in checked.out
+    trained = cli("train", recipe_of())
+    assert trained.code == 2
+    assert f"line 1, {field}: found " in trained.err
+
+
 def test_training_refuses_as_the_check_does_and_counts_by_reason(cli: Cli, home: Path) -> None:
-    bad = [{"messages": [ASKED, ANSWER | {"weight": 0}]}] * 6 + [{"messages": [ASKED, ANSWER | {"thinking": "Hm."}]}]
+    bad = [{"messages": [ASKED, ANSWER | {"weight": 0.5}]}] * 6 + [{"messages": [ASKED, ANSWER | {"thinking": 7}]}]
     write(*[{"messages": [ASKED, ANSWER]}] * 20, *bad)
     outcome = cli("train", recipe_of())
     assert outcome.code == 2
-    assert "7 problems (6 x untrained_message, 1 x reasoning). The first 5:" in outcome.err
-    assert "line 21, messages[1].weight: found 0;" in outcome.err
+    assert "7 problems (6 x fractional_weight, 1 x not_text). The first 5:" in outcome.err
+    assert "line 21, messages[1].weight: found 0.5;" in outcome.err
     assert not list((home / "runs").glob("*"))
 
 
 def test_training_says_what_is_left_out_and_not_used_as_the_check_does(cli: Cli) -> None:
-    rows: list[dict[str, Any]] = [{"messages": [ASKED | {"name": "Ann"}, ANSWER], "id": n} for n in range(20)]
+    rows: list[dict[str, Any]] = [{"messages": [ASKED | {"mood": "calm"}, ANSWER], "id": n} for n in range(20)]
     write(*rows, {"messages": [ASKED]}, {"messages": [ASKED, ANSWER | {"content": ""}]})
     checked = cli("data", "check", "rows.jsonl")
     trained = cli("train", recipe_of())
@@ -58,24 +73,24 @@ def test_training_says_what_is_left_out_and_not_used_as_the_check_does(cli: Cli)
     for said in (
         "rows.jsonl: 2 rows are left out, 20 rows kept: 1 without an answer (the first: row 21), 1 with an empty "
         "answer (the first: row 22).",
-        "rows.jsonl: columns not used: id, messages[].name.",
+        "rows.jsonl: columns not used: id, messages[].mood.",
     ):
         assert f"{said}\n" in checked.out
         assert f"note: {said}\n" in trained.err
     document = cli("data", "check", "rows.jsonl", "--json").document
-    assert document["ignored_columns"] == ["id", "messages[].name"]
+    assert document["ignored_columns"] == ["id", "messages[].mood"]
     assert document["left_out"] == {"no_answer": 1, "empty_answer": 1}
 
 
 def test_columns_that_answers_rest_on_are_named_by_check_set_up_and_training_alike(cli: Cli) -> None:
     many = {f"column_{n}": n for n in range(25)}
-    row: dict[str, Any] = {"messages": [ASKED, ANSWER], **many, "tools": [{"name": "look"}], "history": [["a", "b"]]}
+    row: dict[str, Any] = {"messages": [ASKED, ANSWER], **many, "context": "It is.", "contexts": ["So."]}
     write(*[row] * 20)
     told = (
-        "rows.jsonl: in 20 rows a column such as history, context or tools, which is not used, may hold what the "
-        "answer rests on; it is learnt without (the first: row 1)."
+        "rows.jsonl: in 20 rows a column such as context, which is not used, may hold what the answer rests on; it is "
+        "learnt without (the first: row 1)."
     )
-    assert "row 7 history: found history, tools, not used;" in cli("data", "check", "rows.jsonl").out
+    assert "row 7 context: found context, contexts, not used;" in cli("data", "check", "rows.jsonl").out
     assert f"{told}\n" in cli("data", "check", "rows.jsonl").out
     assert f"note: {told}\n" in cli("train", recipe_of()).err
     assert f"note  {told}\n" in data_text(check_data("rows.jsonl", "no/such-model")).plain

@@ -20,26 +20,19 @@ def _answer(**fields: Any) -> dict[str, Any]:
 
 # name: (row, kind of the finding, its field)
 MISREADS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "weight 0": (_answer(weight=0), "untrained_message", "messages[1].weight"),
-    "weight a half": (_answer(weight=0.5), "untrained_message", "messages[1].weight"),
-    "train false": (_answer(train=False), "untrained_message", "messages[1].train"),
-    "train 0": (_answer(train=0), "untrained_message", "messages[1].train"),
-    "loss false": (_answer(loss=False), "untrained_message", "messages[1].loss"),
-    "a share of the answer": (
-        _answer(train_detail=[{"begin_offset": 0, "end_offset": 2, "train": False}]),
-        "untrained_message",
-        "messages[1].train_detail",
-    ),
+    "weight a half": (_answer(weight=0.5), "fractional_weight", "messages[1].weight"),
     "weight in ShareGPT": (
-        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because.", "weight": 0}]},
-        "untrained_message",
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because.", "weight": 0.3}]},
+        "fractional_weight",
         "conversations[1].weight",
     ),
-    "reasoning_content": (_answer(reasoning_content="Hm."), "reasoning", "messages[1].reasoning_content"),
-    "reasoning": (_answer(reasoning="Hm."), "reasoning", "messages[1].reasoning"),
-    "thinking": (_answer(thinking="Hm."), "reasoning", "messages[1].thinking"),
-    "a part of thinking": (
-        _answer(content=[{"type": "thinking", "thinking": "Hm.", "text": ""}, _TEXT]),
+    "a range beyond the answer": (
+        _answer(train_detail=[{"begin_offset": 0, "end_offset": 8, "train": False}]),
+        "bad_span",
+        "messages[1].train_detail[0]",
+    ),
+    "encrypted thinking": (
+        _answer(content=[{"type": "redacted_thinking", "data": "x"}, _TEXT]),
         "reasoning",
         "messages[1].content[0]",
     ),
@@ -53,40 +46,25 @@ MISREADS: dict[str, tuple[dict[str, Any], str, str]] = {
         "kto_tag",
     ),
     "preferences on a history": (
-        _chat(ASKED, ANSWER, ASKED, chosen=ANSWER, rejected=ANSWER),
+        _chat(ASKED, ANSWER, ASKED, chosen=ANSWER, rejected=ANSWER | {"content": "No."}),
         "preference_pair",
         "chosen, rejected",
     ),
     "preferences": ({"prompt": "Why?", "chosen": "Because.", "rejected": "No."}, "preference_pair", "chosen, rejected"),
     "preferences without a prompt": (
-        {"chosen": [ASKED, ANSWER], "rejected": [ASKED, ANSWER]},
+        {"chosen": [ASKED, ANSWER], "rejected": [ASKED, ANSWER | {"content": "No."}]},
         "preference_pair",
         "chosen, rejected",
     ),
-    "tool_calls alone": (_answer(content=None, tool_calls=[_CALL]), "tool_calls", "messages[1].tool_calls"),
-    "tool_calls beside text": (_answer(tool_calls=[_CALL]), "tool_calls", "messages[1].tool_calls"),
-    "tool_calls beside parts": (_answer(content=[_TEXT], tool_calls=[_CALL]), "tool_calls", "messages[1].tool_calls"),
-    "function_call beside text": (
-        _answer(function_call={"name": "look", "arguments": "{}"}),
-        "tool_calls",
-        "messages[1].function_call",
+    "a call without a name": (
+        _answer(content=None, tool_calls=[_CALL | {"function": {"arguments": "{}"}}]),
+        "bad_call",
+        "messages[1].tool_calls[0].function.name",
     ),
-    "a call as a part": (
-        _answer(content=[_TEXT, {"type": "tool_use", "name": "look", "input": {}}]),
-        "tool_calls",
-        "messages[1].content[1]",
-    ),
-    "a call as a turn": (
-        {
-            "conversations": [
-                {"from": "human", "value": "Why?"},
-                {"from": "function_call", "value": "{}"},
-                {"from": "observation", "value": "so"},
-                {"from": "gpt", "value": "Because."},
-            ]
-        },
-        "tool_calls",
-        "conversations[1].from",
+    "a call that is no JSON": (
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "function_call", "value": "look()"}]},
+        "bad_call",
+        "conversations[1].value",
     ),
     "a column of pictures": (
         _chat(ASKED | {"content": "<image>Why?"}, ANSWER, images=["a.png"]),

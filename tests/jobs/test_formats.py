@@ -19,30 +19,30 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.base.data.template import ensure_template
 from studio.probe.data import Conversation, Message, Reading, formats, inspect_data, read, read_data
-from studio.probe.data.formats import RawRow, Shape
+from studio.probe.data.raw_row import RawRow, Shape
 from tests.fakes.tokenizers import byte_tokenizer
 
-ROWS = [{"dialog": "Q: one\nA: uno"}, {"dialog": "Q: two\nA: dos", "system": "Be brief."}]
+ROWS = [{"toy": "Q: one\nA: uno"}, {"toy": "Q: two\nA: dos", "system": "Be brief."}]
 TURNS = [
     (Message("user", "one"), Message("assistant", "uno")),
     (Message("system", "Be brief."), Message("user", "two"), Message("assistant", "dos")),
 ]
 
 
-def dialog(row: RawRow) -> list[Message]:
+def toy(row: RawRow) -> list[Message]:
     """Read a question and its answer, a line each."""
-    question, _, answer = row.text("dialog").partition("\n")
+    question, _, answer = row.text("toy").partition("\n")
     return row.asked(question.removeprefix("Q: "), answer.removeprefix("A: "))
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "DataFormat", Literal["auto", "chat", "dialog"])
-    monkeypatch.setattr(formats, "SHAPES", (*formats.SHAPES, Shape("dialog", dialog, ("dialog",), ("system",))))
+    monkeypatch.setattr(read, "DataFormat", Literal["auto", "chat", "toy"])
+    monkeypatch.setattr(formats, "SHAPES", (*formats.SHAPES, Shape("toy", toy, ("toy",), ("system",))))
     turn = (
         "{%- if message['role'] == 'assistant' %}{{ 'A: ' + text + eos_token }}{% else %}{{ text + '\n' }}{% endif %}"
     )
-    monkeypatch.setitem(template._PLAIN, "dialog", (turn, "{{ 'A: ' }}"))
+    monkeypatch.setitem(template._PLAIN, "toy", (turn, "{{ 'A: ' }}"))
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -51,29 +51,29 @@ def lines(path: Path, *rows: object) -> Path:
 
 
 def tables(path: Path, *rows: dict[str, str]) -> Path:
-    pq.write_table(pa.Table.from_pylist([{"dialog": "", "system": None} | row for row in rows]), path)
+    pq.write_table(pa.Table.from_pylist([{"toy": "", "system": None} | row for row in rows]), path)
     return path
 
 
-@pytest.mark.parametrize("wanted", ["auto", "dialog"])
+@pytest.mark.parametrize("wanted", ["auto", "toy"])
 @pytest.mark.parametrize(("write", "name"), [(lines, "rows.jsonl"), (tables, "rows.parquet")])
 def test_its_rows_are_conversations(tmp_path: Path, wanted: str, write: object, name: str) -> None:
     data = read_data(write(tmp_path / name, *ROWS), Reading(wanted))  # type: ignore[operator]
-    assert data.described() == "dialog (dialog), 2 rows"
+    assert data.described() == "toy (toy), 2 rows"
     assert [row.messages for row in data.rows if isinstance(row, Conversation)] == TURNS
     assert data.ignored_columns == ()
 
 
 def test_what_is_wrong_with_a_row_is_said(tmp_path: Path) -> None:
-    path = lines(tmp_path / "rows.jsonl", *ROWS, {"dialog": 3}, {"dialog": "Q: three"}, {"text": "other"})
+    path = lines(tmp_path / "rows.jsonl", *ROWS, {"toy": 3}, {"toy": "Q: three"}, {"text": "other"})
     found = [(finding.row, finding.kind) for finding in inspect_data(path).findings]
     assert found == [(3, "not_text"), (4, "empty_answer"), (5, "mixed_formats")]
 
 
 def test_another_format_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"wanted dialog.*The row is chat"):
-        read_data(lines(tmp_path / "rows.jsonl", {"messages": []}), Reading("dialog"))
-    with pytest.raises(BadInput, match="wanted one of auto, chat, dialog"):
+    with pytest.raises(BadInput, match=r"wanted toy.*The row is chat"):
+        read_data(lines(tmp_path / "rows.jsonl", {"messages": []}), Reading("toy"))
+    with pytest.raises(BadInput, match="wanted one of auto, chat, toy"):
         read_data(lines(tmp_path / "rows.jsonl", *ROWS), Reading("alpaca"))
 
 

@@ -52,11 +52,11 @@ def test_the_job_itself_refuses(tmp_path: Path, name: str) -> None:
 
 def test_the_run_keeps_what_is_left_out_and_not_used(tmp_path: Path) -> None:
     worker = Listener(tmp_path)
-    good = {"messages": [ASKED | {"name": "Ann"}, ANSWER], "id": 7}
+    good = {"messages": [ASKED | {"mood": "calm"}, ANSWER], "id": 7}
     rows = read(worker, tmp_path / "rows.jsonl", good, good, {"messages": [ASKED]})
     assert len(rows.train) == 2
     assert "rows.jsonl: 1 row is left out, 2 rows kept: 1 without an answer (the first: row 3)." in worker.warnings
-    assert "rows.jsonl: columns not used: id, messages[].name." in worker.warnings
+    assert "rows.jsonl: columns not used: id, messages[].mood." in worker.warnings
 
 
 def test_rows_are_counted_by_the_reason_for_which_they_are_left_out(tmp_path: Path) -> None:

@@ -34,11 +34,12 @@ def test_the_check_before_a_start_refuses(file: Path, name: str) -> None:
 
 
 def test_rows_refused_by_name_count_by_reason_among_good_ones(file: Path) -> None:
-    rows = [MISREADS[name][0] for name in ("weight 0", "train false", "thinking", "tool_calls beside parts")]
+    names = ("weight a half", "a range beyond the answer", "encrypted thinking", "a call without a name")
+    rows = [MISREADS[name][0] for name in (*names, "weight a half")]
     data = inspect_data(lines(file, {"messages": [ASKED, ANSWER]}, *rows))
     assert len(data.rows) == 1
     assert data.notes() == (
-        "train.jsonl: 4 rows must be corrected: 2 x untrained_message, 1 x reasoning, 1 x tool_calls.",
+        "train.jsonl: 5 rows must be corrected: 2 x fractional_weight, 1 x bad_span, 1 x reasoning, 1 x bad_call.",
     )
 
 
@@ -129,7 +130,8 @@ def test_parquet_says_the_same_without_reading_the_pictures(tmp_path: Path) -> N
     chat = {"messages": [ASKED | {"weight": None}, ANSWER | {"weight": 1.0}]}
     untrained = {"messages": [ASKED | {"weight": None}, ANSWER | {"weight": 0.0}]}
     picture = {"bytes": b"1" * 5000, "path": None}
-    assert found(chat, untrained) == {2: "untrained_message"}
+    assert found(chat, untrained) == {2: "nothing_learnt"}
+    assert found(chat, {"messages": [untrained["messages"][0], ANSWER | {"weight": 0.5}]}) == {2: "fractional_weight"}
     assert found(chat | {"images": []}, chat | {"images": [picture]}, chat | {"images": None}) == {2: "media"}
     assert found(TEXT | {"image": None}, TEXT | {"image": picture}) == {2: "media"}
     assert found(TEXT | {"audio": ""}, TEXT | {"audio": "a.wav"}) == {2: "media"}

@@ -128,3 +128,18 @@ def json_kind(value: object) -> str:
         return "NaN, which is not JSON (write null or leave it out)"
     kinds = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", type(None): "null"}
     return kinds.get(type(value), type(value).__name__)
+
+
+def filled(value: object, depth: int = 8) -> bool:
+    """Return whether a value says anything: null, blank texts, and lists and objects of nothing else do not.
+
+    Args:
+        value: As JSON has it.
+        depth: What is nested deeper says something, whatever it is.
+    """
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return any(not depth or filled(one, depth - 1) for one in inner)
+    return bool(value)

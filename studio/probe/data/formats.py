@@ -1,93 +1,42 @@
-"""The formats of data: which columns make which, and how a row of each becomes a conversation or a plain text.
+"""The formats of data: which columns make which, and how a row of each becomes a conversation, a preference or a text.
 
 A format is a function here that reads one of its rows, and a line of `SHAPES` for each way to name its columns; its
 name stands among the choices of `data.format` (`studio.core.recipe`), and what a model without a chat template is asked
-in for it in `studio.jobs.base.data.template`.
+in for it in `studio.jobs.base.data.template`. What stands beside the texts of a row is read for all formats alike
+(`beside`).
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from studio.core.text import plain
-from studio.probe.data.findings import Findings, json_kind
-from studio.probe.data.misreads import (
-    CALL_ROLES,
-    UNDERSTOOD_FIELDS,
-    check_placeholder,
-    refuse_call,
-    refuse_columns,
-    refuse_message,
-    refuse_parts,
+from studio.probe.data.beside import (
+    BESIDE_COLUMNS,
+    CONTEXT_COLUMNS,
+    LABEL_COLUMNS,
+    REASONING_COLUMNS,
+    TOOL_COLUMNS,
+    check_context,
+    context_of,
+    history_of,
+    label_of,
+    reasoning_of,
+    system_of,
+    template_kwargs_of,
 )
-from studio.probe.data.rows import Conversation, Message, PlainText, Row
+from studio.probe.data.call_texts import glaive, taken_apart
+from studio.probe.data.calls import calls_of, tools_of
+from studio.probe.data.findings import Findings, filled
+from studio.probe.data.misreads import check_placeholder, refuse_media
+from studio.probe.data.preferences import PAIR_COLUMNS, PAIRS, PROMPT_COLUMNS, TURN_COLUMNS
+from studio.probe.data.raw_row import RawRow, Shape, Unusable, json_of
+from studio.probe.data.reading import Reading
+from studio.probe.data.rows import Conversation, Message, PlainText, Preference, Row
+from studio.probe.data.turns import turns_of
 
-# ShareGPT says human and gpt; OpenAI's newer models say developer; some exports say model, function or observation.
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
-
-
-class _Unusable(Exception):
-    """A row that cannot be used; the finding is already recorded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One way to write a row: the format it belongs to, how it is read, the columns it needs and those it may have."""
-
-    format: str
-    read: Callable[["RawRow"], "list[Message] | str"]
-    needed: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Every column that is read."""
-        return self.needed + self.optional
-
-    def __str__(self) -> str:
-        return f"{self.format.replace('_', '/')} ({', '.join(self.needed)})"
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """A row as the file has it, and where findings about it go.
-
-    Attributes:
-        value: Its columns.
-        shape: How it is written.
-        number: Its line or place, from 1.
-        findings: Gets what is wrong with it.
-        answers_only: Whether only the answers will be trained.
-    """
-
-    value: Mapping[str, Any]
-    shape: Shape
-    number: int
-    findings: Findings
-    answers_only: bool
-
-    def text(self, column: str) -> str:
-        """Return the text of a column; a row without it cannot be used."""
-        return _text(self.value, column, self.number, self.findings)
-
-    def optional(self, column: str) -> str:
-        """Return the text of a column, empty where it is missing or null."""
-        return "" if self.value.get(column) is None else self.text(column)
-
-    def asked(self, prompt: str, answer: str) -> list[Message]:
-        """Return the turns of a prompt and its answer, after the row's system prompt where it has one."""
-        return [*self.system(), Message("user", prompt), Message("assistant", answer)]
-
-    def system(self) -> list[Message]:
-        """Return the system turn that a column holds, if any."""
-        text = self.optional("system")
-        return [Message("system", text)] if text.strip() else []
+_NAMED_SHAPES = 9
 
 
 def _plain_text(row: RawRow) -> str:
@@ -95,40 +44,102 @@ def _plain_text(row: RawRow) -> str:
 
 
 def _pair(row: RawRow) -> list[Message]:
-    prompt, answer = map(row.text, row.shape.needed)
-    return row.asked(prompt, answer)
+    prompt, answer = row.shape.needed
+    asked = _asked(row, prompt)
+    return [*asked, *_answered(row, answer, asked)]
 
 
 def _alpaca(row: RawRow) -> list[Message]:
-    instruction, answer = map(row.text, row.shape.needed)
-    extra = row.optional(row.shape.optional[0])
-    return row.asked(f"{instruction}\n\n{extra}" if extra.strip() else instruction, answer)
+    instruction, answer = row.shape.needed
+    asked = _asked(row, instruction, row.optional("input"))
+    return [*asked, *_answered(row, answer, asked)]
+
+
+def _asked(row: RawRow, column: str, extra: str = "") -> list[Message]:
+    """Return the turns of a prompt. Answers in a prompt of several turns are not learnt (TRL)."""
+    value = row.value[column]
+    if not isinstance(value, list | dict):
+        texts = (row.text(column), extra, context_of(row))
+        return [Message("user", "\n\n".join((texts[0], *(text for text in texts[1:] if text.strip()))))]
+    turns = turns_of(value, column, row)
+    return [replace(turn, learnt=False) if turn.role == "assistant" else turn for turn in turns]
+
+
+def _answered(row: RawRow, column: str, asked: list[Message]) -> list[Message]:
+    value = row.value[column]
+    turns = (
+        turns_of(value, column, row, after=asked)
+        if isinstance(value, list | dict)
+        else [Message("assistant", row.text(column))]
+    )
+    if (reasoning := reasoning_of(row)) and turns and turns[-1].role == "assistant" and not turns[-1].reasoning:
+        turns[-1] = replace(turns[-1], reasoning=reasoning)
+    return turns
+
+
+def _answers(row: RawRow) -> list[Message]:
+    """Return a question and the calls that answer it (xLAM), or the first of its answers in a text (SQuAD)."""
+    question, column = row.shape.needed
+    asked, value = _asked(row, question), row.value[column]
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = json_of(value)
+        except ValueError:
+            row.refuse(
+                "bad_call", column, "found text that is not JSON; wanted a list of calls, each with name and arguments"
+            )
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        return [*asked, Message("assistant", row.checked_text(next(iter(value["text"]), ""), f"{column}.text[0]"))]
+    if isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str)):
+        text = value if isinstance(value, str) else value[0]
+        return [*asked, Message("assistant", row.checked_text(text, column))]
+    return [*asked, Message("assistant", "", calls=calls_of(value, column, row) if filled(value) else ())]
 
 
 def _chat(row: RawRow) -> list[Message]:
-    column, number, findings = row.shape.needed[0], row.number, row.findings
-    turns = row.value[column]
-    if not isinstance(turns, list):
-        findings.add("wrong_type", number, f"found {json_kind(turns)}; wanted a list of messages", field=column)
-        raise _Unusable
-    messages = [
-        _turn(turn, f"{column}[{place}]", number, findings, answers_only=row.answers_only)
-        for place, turn in enumerate(turns)
-    ]
-    system_above = "system" in row.shape.optional and not (messages and messages[0].role == "system")
-    return [*(row.system() if system_above else ()), *messages]
+    column = row.shape.needed[0]
+    return turns_of(row.value[column], column, row)
 
 
-# In the order of preference: the published Alpaca files have a `text` column beside instruction and output.
+def _dialogue(row: RawRow) -> list[Message] | Conversation:
+    column = row.shape.needed[0]
+    return (
+        glaive(row)
+        if isinstance(row.value[column], str) and not row.value[column].lstrip().startswith("[")
+        else _chat(row)
+    )
+
+
+_BESIDE_TURNS = tuple(column for column in BESIDE_COLUMNS if column not in CONTEXT_COLUMNS)
+_BESIDE_PAIR = (*BESIDE_COLUMNS, *REASONING_COLUMNS)
+_ANSWER_COLUMNS = ("completion", "response", "output", "solution", "answer")
+PROMPTS = tuple(column for column in PROMPT_COLUMNS if column != "instruction")
+
+# In the order of preference: the published Alpaca files have a `text` column beside instruction and output, ultrachat a
+# `prompt` beside messages, NuminaMath a problem and a solution.
 SHAPES = (
-    Shape("chat", _chat, ("messages",)),
-    Shape("chat", _chat, ("conversations",), ("system",)),
-    Shape("alpaca", _alpaca, ("instruction", "output"), ("input", "system")),
-    Shape("alpaca", _alpaca, ("instruction", "response"), ("context", "system")),
-    Shape("prompt_completion", _pair, ("prompt", "completion"), ("system",)),
-    Shape("prompt_completion", _pair, ("prompt", "response"), ("system",)),
-    Shape("prompt_completion", _pair, ("question", "answer"), ("system",)),
+    Shape("chat", _chat, ("messages",), _BESIDE_TURNS),
+    Shape("chat", _chat, ("conversations",), _BESIDE_TURNS),
+    Shape("alpaca", _alpaca, ("instruction", "output"), ("input", *_BESIDE_PAIR)),
+    Shape("alpaca", _alpaca, ("instruction", "response"), ("input", *_BESIDE_PAIR)),
+    *(Shape("prompt_completion", _pair, ("prompt", answer), _BESIDE_PAIR) for answer in _ANSWER_COLUMNS),
+    Shape("chat", _chat, ("conversation",), _BESIDE_TURNS),
+    *(
+        Shape("alpaca", _alpaca, ("instruction", answer), ("input", *_BESIDE_PAIR))
+        for answer in ("completion", "answer")
+    ),
+    *(
+        Shape("prompt_completion", _pair, (prompt, answer), _BESIDE_PAIR)
+        for prompt in PROMPTS[1:]
+        for answer in _ANSWER_COLUMNS
+    ),
+    Shape("prompt_completion", _pair, ("inputs", "targets"), _BESIDE_PAIR),
+    Shape("prompt_completion", _answers, ("query", "answers"), _BESIDE_PAIR),
+    Shape("prompt_completion", _answers, ("question", "answers"), _BESIDE_PAIR),
+    Shape("chat", _dialogue, ("chat",), _BESIDE_TURNS),
+    *(Shape("chat", _chat, (column,), _BESIDE_TURNS) for column in ("dialog", "dialogue", "turns")),
     Shape("text", _plain_text, ("text",)),
+    Shape("chat", _chat, ("data",), _BESIDE_TURNS),
 )
 
 
@@ -144,13 +155,17 @@ def wrong_columns(columns: Iterable[str], wanted: str = "auto") -> str:
     listed = ", ".join(plain(name, one_line=True, limit=40) for name in found[:12]) + (
         ", ..." if len(found) > 12 else ""
     )
-    allowed = "; ".join(" + ".join(shape.needed) for shape in SHAPES if wanted in ("auto", shape.format))
+    shapes = [shape for shape in SHAPES if wanted in ("auto", shape.format)]
+    named = [" + ".join(shape.needed) for shape in shapes[:_NAMED_SHAPES]]
+    if len(shapes) > _NAMED_SHAPES:
+        named.append("or others that docs/data.md lists; data.columns gives the file's columns our names")
+    allowed = "; ".join(named)
     message = f"found the columns {listed}; wanted {allowed}" if found else f"found no columns; wanted {allowed}"
     if wanted != "auto" and (other := recognise(found)):
         return (
             f"{message} (data.format = {wanted!r}). The row is {other}: set data.format to 'auto' or {other.format!r}"
         )
-    needed = {column for shape in SHAPES if wanted in ("auto", shape.format) for column in shape.needed}
+    needed = {column for shape in shapes for column in shape.needed}
     near = {name: close for name in found if name not in needed and (close := _nearest(name, sorted(needed)))}
     hints = [f"'{plain(name, one_line=True, limit=40)}' for {close!r}" for name, close in near.items()]
     return f"{message}. Did you mean {', '.join(hints)}?" if hints else message
@@ -163,110 +178,111 @@ def _nearest(name: str, allowed: list[str]) -> str | None:
 
 def known_columns() -> frozenset[str]:
     """Return every column that some format reads."""
-    return frozenset(column for shape in SHAPES for column in shape.columns)
+    read = {column for shape in SHAPES for column in shape.columns}
+    return frozenset(read | {column for pair in PAIRS for column in pair} | set(PROMPT_COLUMNS) | set(TURN_COLUMNS))
 
 
-def normalised(
-    value: Mapping[str, Any], shape: Shape, number: int, findings: Findings, *, answers_only: bool
-) -> Row | None:
+def unused_columns(value: Mapping[str, Any], shape: Shape) -> Iterable[str]:
+    """Return the columns of a row that its shape does not use."""
+    if len(value) == len(shape.needed):
+        return ()
+    if shape.format == "text":
+        return (key for key in value if key not in shape.columns)
+    paired = PAIR_COLUMNS if any(column in PAIR_COLUMNS for column in shape.needed) else ()
+    used = {*shape.columns, *(BESIDE_COLUMNS if paired else ())}
+    return (key for key in value if key not in used and not (key in LABEL_COLUMNS and isinstance(value[key], bool)))
+
+
+def normalised(value: Mapping[str, Any], shape: Shape, number: int, findings: Findings, how: Reading) -> Row | None:
     """Return the row in the one form of all rows, or None where it cannot be used, with a finding that says why.
 
-    Fatal: wrong types, unknown roles, and what would be trained otherwise than the row says (see `misreads`). Not
-    fatal, row left out: no answer in it. Not fatal, row kept: turns after the last answer, which teach nothing.
+    Fatal: wrong types, unknown roles, and what would be trained otherwise than the row says. Not fatal, row left out:
+    no answer in it. Not fatal, row kept: turns after the last answer, which teach nothing.
     """
-    if refuse_columns(value, shape.needed, number, findings, answered=shape.format != "text"):
+    if refuse_media(value, shape.needed, number, findings):
         return None
+    row = RawRow(value, shape, number, findings, how)
     try:
-        made = shape.read(RawRow(value, shape, number, findings, answers_only))
-    except _Unusable:
+        made = shape.read(row)
+        if isinstance(made, str):
+            return _continued(made, row)
+        if isinstance(made, Preference):
+            return _told(made, row)
+        return _conversation(made, row)
+    except Unusable:
         return None
-    if isinstance(made, str):
-        return _continued(made, shape.needed[0], number, findings)
-    return _checked(made, number, findings)
 
 
-def _continued(text: str, column: str, number: int, findings: Findings) -> PlainText | None:
+def _continued(text: str, row: RawRow) -> PlainText:
     """Return the plain text unless it is empty."""
+    column = row.shape.needed[0]
+    if row.how.wants == "labels":
+        row.refuse("no_label", column, "found a plain text; wanted a prompt, its answer, and a label true or false")
     if not text.strip():
-        findings.add("empty_text", number, "empty; the row is left out", field=column, fatal=False)
-        return None
-    check_placeholder([text], number, findings)
-    return PlainText(text, number)
+        row.leave_out("empty_text", "empty; the row is left out", column)
+    check_placeholder([text], row)
+    return PlainText(text, row.number)
 
 
-def _turn(turn: object, field: str, number: int, findings: Findings, *, answers_only: bool) -> Message:
-    if not isinstance(turn, dict) or not ("role" in turn or "from" in turn):
-        found = f"found {json_kind(turn)}; wanted role and content, or from and value"
-        findings.add("wrong_type", number, found, field=field)
-        raise _Unusable
-    speaker, text = ("role", "content") if "role" in turn else ("from", "value")
-    role = _role(turn[speaker], f"{field}.{speaker}", number, findings)
-    if refuse_message(turn, role, field, number, findings, answers_only=answers_only):
-        raise _Unusable
-    if len(turn) > len((speaker, text)):
-        used = {speaker, text, *UNDERSTOOD_FIELDS}
-        column = field.partition("[")[0]
-        findings.leave(f"{column}[].{key}" for key, said in turn.items() if key not in used and said is not None)
-    return Message(role, _content(turn, text, field, number, findings))
-
-
-def _role(role: object, field: str, number: int, findings: Findings) -> str:
-    if isinstance(role, str) and role in ROLES:
-        return ROLES[role]
-    if role in CALL_ROLES:
-        refuse_call(field, number, findings)
-        raise _Unusable
-    found = f"'{plain(role, one_line=True, limit=40)}'" if isinstance(role, str) else json_kind(role)
-    close = difflib.get_close_matches(role.strip().lower(), ROLES, n=1) if isinstance(role, str) else []
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    findings.add(
-        "unknown_role", number, f"found the role {found}; wanted one of {', '.join(ROLES)}.{hint}", field=field
+def _told(made: Preference, row: RawRow) -> Preference:
+    """Return a preference with what its template is told besides the turns."""
+    asked = row.value.get("input")
+    inner = asked.get("tools") if isinstance(asked, dict) else None  # OpenAI's form
+    check_placeholder((turn.content for turn in made.turns), row)
+    return replace(
+        made, tools=_tools(row) or tools_of(inner, "input.tools", row), template_kwargs=template_kwargs_of(row)
     )
-    raise _Unusable
 
 
-def _content(turn: Mapping[str, Any], column: str, field: str, number: int, findings: Findings) -> str:
-    """Return a message's text; content in parts (as vision chats have it) is joined when every part is text."""
-    parts = turn.get(column)
-    if isinstance(parts, list):
-        if refuse_parts(parts, f"{field}.{column}", number, findings):
-            raise _Unusable
-        if parts and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-            turn = {column: "".join(part["text"] for part in parts)}
-    return _text(turn, column, number, findings, prefix=f"{field}.")
+def _tools(row: RawRow) -> str:
+    column = next((name for name in TOOL_COLUMNS if filled(row.value.get(name))), None)
+    return tools_of(row.value[column], column, row) if column else ""
 
 
-def _text(value: Mapping[str, Any], column: str, number: int, findings: Findings, *, prefix: str = "") -> str:
-    text = value.get(column)
-    field = prefix + column
-    if not isinstance(text, str):
-        found = json_kind(text) if column in value else "nothing"
-        findings.add("not_text", number, f"found {found}; wanted text", field=field)
-        raise _Unusable
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            found = f"found half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start}"
-            findings.add("lone_surrogate", number, f"{found}; no tokenizer can read it", field=field)
-            raise _Unusable from None
-    return text
+def _conversation(made: list[Message] | Conversation, row: RawRow) -> Conversation:
+    """Return the conversation of a row's turns and of what stands beside them."""
+    label = label_of(row)
+    if label and row.how.wants == "answers":
+        row.refuse(
+            "desirable_label",
+            label[0],
+            f"found {str(label[1]).lower()} beside an answer: whether it is desirable (KTO); undesired ones would be "
+            "learnt like the others. Keep the rows with desirable answers and remove the column; where it means "
+            "something else, rename it",
+        )
+    if isinstance(made, Conversation):
+        turns, tools = list(made.messages), made.tools
+    else:
+        turns = [*history_of(row), *made]
+        if turns and made and made[0].role == "system":
+            turns = [made[0], *history_of(row), *made[1:]]
+        elif not (turns and turns[0].role == "system"):
+            turns = [*system_of(row), *turns]
+        turns, tools = taken_apart(turns, _tools(row), row)
+        check_context(row, row.shape.columns)
+    turns = _checked(turns, row)
+    return Conversation(tuple(turns), row.number, tools, template_kwargs_of(row), label[1] if label else None)
 
 
-def _checked(messages: list[Message], number: int, findings: Findings) -> Conversation | None:
-    """Return the conversation, or None if it has no answer to learn from."""
-    answers = [message for message in messages if message.role == "assistant"]
+def _checked(turns: list[Message], row: RawRow) -> list[Message]:
+    """Return the turns up to the last answer.
+
+    Raises:
+        Unusable: There is no answer to learn from; the row is left out.
+    """
+    answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
-        found = ", ".join(message.role for message in messages[:8]) or "no messages"
-        findings.add("no_answer", number, f"found {found}; no assistant turn, the row is left out", fatal=False)
-        return None
-    if not all(answer.content.strip() for answer in answers):
-        findings.add("empty_answer", number, "an assistant turn is empty; the row is left out", fatal=False)
-        return None
-    if messages[-1].role != "assistant":
-        last = f"the last turn is {messages[-1].role}'s; what follows the last answer is left out"
-        findings.add("last_turn_not_assistant", number, last, fatal=False)
-        while messages[-1].role != "assistant":
-            messages.pop()
-    check_placeholder((message.content for message in messages), number, findings)
-    return Conversation(tuple(messages), number)
+        found = ", ".join(turn.role for turn in turns[:8]) or "no messages"
+        row.leave_out("no_answer", f"found {found}; no assistant turn, the row is left out")
+    learnt = [answer for answer in answers if answer.learnt]
+    if not learnt:
+        row.leave_out("nothing_learnt", "every answer is marked as one that is not to be learnt; the row is left out")
+    if not all(answer.content.strip() or answer.calls for answer in learnt):
+        row.leave_out("empty_answer", "an assistant turn is empty; the row is left out")
+    if turns[-1].role != "assistant":
+        last = f"the last turn is {turns[-1].role}'s; what follows the last answer is left out"
+        row.note("last_turn_not_assistant", "", last)
+        while turns[-1].role != "assistant":
+            turns.pop()
+    check_placeholder((turn.content for turn in turns), row)
+    return turns

@@ -16,8 +16,9 @@ from typing import Any, Self
 from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.data.arrow_parts import ARROW_MAGIC, part_sizes
+from studio.probe.data.beside import LABEL_COLUMNS
 from studio.probe.data.formats import known_columns, wrong_columns
-from studio.probe.data.misreads import LABEL_COLUMNS, MEDIA_COLUMNS, PAIR_COLUMNS
+from studio.probe.data.misreads import MEDIA_COLUMNS
 from studio.probe.data.opened import MAX_LINE_BYTES, Progress
 from studio.probe.data.opened import free_bytes as _free_bytes
 
@@ -26,7 +27,7 @@ MAX_ROWS = 20_000_000
 """More than any fine-tuning set has. An empty row takes no room in the file, but time and memory when it is read."""
 MAX_VALUES = 200_000_000
 """Most values of one column in one row group, which is decoded at once if it is no text: 1.6 GB of 64-bit numbers."""
-_PRESENCE = (*MEDIA_COLUMNS, *PAIR_COLUMNS)
+_PRESENCE = MEDIA_COLUMNS
 _BATCH_ROWS = 1024
 _MOST_BATCH_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.5
@@ -135,7 +136,7 @@ class _Columns:
         flat = {field.name for field in schema if not pa.types.is_nested(field.type)}
         read = known_columns()
         known = tuple(c for c in columns if c in read or (c in LABEL_COLUMNS and c in flat))
-        if not read.intersection(known) and not set(PAIR_COLUMNS) <= set(columns):
+        if not read.intersection(known):
             raise BadInput(f"{name}: {wrong_columns(columns)}")
         if len(set(columns)) < len(columns):
             twice = next(column for place, column in enumerate(columns) if column in columns[:place])

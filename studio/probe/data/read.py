@@ -10,11 +10,13 @@ from studio.core.errors import BadInput
 from studio.core.recipe import DataFormat
 from studio.core.text import plain
 from studio.probe.data.findings import Findings, json_kind
-from studio.probe.data.formats import Shape, normalised, recognise, wrong_columns
+from studio.probe.data.formats import normalised, recognise, unused_columns, wrong_columns
 from studio.probe.data.json_rows import json_rows
-from studio.probe.data.misreads import check_context, refuse_media, refuse_pair
+from studio.probe.data.misreads import refuse_media
 from studio.probe.data.opened import WANTED, Progress, kind_of, opened
 from studio.probe.data.parquet_rows import arrow_rows, parquet_rows
+from studio.probe.data.preferences import PAIR_COLUMNS, pair_shape, refuse_pair
+from studio.probe.data.raw_row import Shape
 from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.row_cache import RowCache
 from studio.probe.data.rows import DataSet, counted
@@ -67,23 +69,43 @@ class _Taken:
         if not isinstance(value, dict):
             self.findings.add("not_an_object", number, f"found {json_kind(value)}; wanted an object with columns")
             return
+        pair = pair_shape(value)
+        if pair and self.how.wants in ("answers", "labels"):
+            refuse_pair(number, self.findings, pair)
+            return
         if self.shape is None:
-            self.shape = recognise(value, self.how.format)
-        if refuse_pair(value, number, self.findings):
+            self.shape = (
+                pair if pair and self.how.format in ("auto", pair.format) else recognise(value, self.how.format)
+            )
+        if self.how.wants == "pairs" and not pair:
+            self._without_pair(number, value)
             return
-        if self.shape is None or not value.keys() >= set(self.shape.needed):
-            self._misfit(number, value)
+        shape = self.shape
+        if (
+            shape is None
+            or (pair and pair != shape)
+            or (not pair and _is_pair(shape))
+            or not value.keys() >= set(shape.needed)
+        ):
+            self._misfit(number, value, pair)
             return
-        if len(value) > len(self.shape.needed):
-            self.findings.leave(key for key in value if key not in self.shape.columns)
-        if row := normalised(value, self.shape, number, self.findings, answers_only=self.how.answers_only):
+        self.findings.leave(unused_columns(value, shape))
+        if row := normalised(value, shape, number, self.findings, self.how):
             self.rows.add(row)
-            check_context(value, self.shape.columns, number, self.findings)
 
-    def _misfit(self, number: int, value: dict[str, Any]) -> None:
+    def _without_pair(self, number: int, value: dict[str, Any]) -> None:
+        columns = ", ".join(plain(str(name), one_line=True, limit=40) for name in list(value)[:12])
+        self.findings.add(
+            "no_pair",
+            number,
+            f"found the columns {columns}, and no two answers; wanted prompt, chosen and rejected, or the other names "
+            "that docs/data.md lists. To learn from single answers, leave train.objective at its default",
+        )
+
+    def _misfit(self, number: int, value: dict[str, Any], pair: Shape | None) -> None:
         if refuse_media(value, (), number, self.findings):
             return
-        other = recognise(value)
+        other = pair or recognise(value)
         if self.shape is None or other is None:
             self.findings.add(
                 "wrong_columns", number, wrong_columns(value, self.shape.format if self.shape else self.how.format)
@@ -91,6 +113,10 @@ class _Taken:
             return
         found = f"found {other}; the rows before are {self.shape}. One file holds one format"
         self.findings.add("mixed_formats", number, found)
+
+
+def _is_pair(shape: Shape) -> bool:
+    return any(column in PAIR_COLUMNS for column in shape.needed)
 
 
 def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[DataSet, Findings]:

@@ -161,8 +161,10 @@ def _said(messages: Sequence[Message], *roles: str) -> str:
 
 
 _KEPT = {
-    "unused_context": "a column such as history, context or tools, which is not used, may hold what the answer "
-    "rests on; it is learnt without",
+    "unused_context": "a column such as context, which is not used, may hold what the answer rests on; it is learnt "
+    "without",
+    "calls_as_text": "calls of tools stand in the texts and are trained as these characters, because they cannot be "
+    "taken apart or no tools are named",
     "last_turn_not_assistant": "what follows the last answer is left out",
     "media_placeholder": "'<image>' stands in the text, or another mark of a picture's place, and is trained as these "
     "characters; no picture is read",
