@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from studio.core.text import plain
 
 _TABLE = re.compile(r"^(?P<name>\w+_MAPPING_NAMES)\b[^=\n]*= OrderedDict\(\n(?P<rows>.*?)^\)", re.MULTILINE | re.DOTALL)
 _ROW = re.compile(r'\(\s*"(?P<key>[^"]+)",\s*(?P<classes>[^()]*|\([^()]*\))')
+_NAME = re.compile(r"\w+")
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _WITH_IMAGES = ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
 _CONTINUES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -145,14 +145,16 @@ def installed_architectures() -> Architectures | None:
     if not kinds or not causal:
         return None
     multimodal = {key: held for name in _WITH_IMAGES for key, held in tables.get(name, {}).items()}
-    classes = {name for rows in tables.values() for held in rows.values() for name in re.findall(r"\w+", held)}
+    classes = {name for rows in tables.values() for held in rows.values() for name in _NAME.findall(held)}
     masked = frozenset(tables.get("MODEL_FOR_MASKED_LM_MAPPING_NAMES", {}))
     speaking = frozenset((*causal, *multimodal))
-    firsts = ({key: re.findall(r"\w+", held)[0] for key, held in rows.items()} for rows in (causal, multimodal))
+    firsts = ({key: _NAME.findall(held)[0] for key, held in rows.items()} for rows in (causal, multimodal))
     return Architectures(frozenset(kinds), speaking, masked, frozenset(classes), *firsts)
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  10 ms that a plan does not pay
+
     try:
         return version("transformers")
     except PackageNotFoundError:
