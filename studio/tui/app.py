@@ -29,6 +29,7 @@ from studio.core.text import plain
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenChat, OpenRun, ShowAudits, ShowMerge
 from studio.tui.screens.configure import ConfigureScreen
+from studio.tui.screens.help import HelpScreen
 from studio.tui.services import Services
 from studio.tui.themes import OURS, SIXTEEN
 from widgets.output_filter import SafeOutput, drawable
@@ -264,8 +265,6 @@ class StudioApp(App[None]):
 
     def action_help(self) -> None:
         """Explain the keys of the screen; on the configure screen explain the fields of the recipe, too."""
-        from studio.tui.screens.help import HelpScreen  # noqa: PLC0415  not needed for the first frame
-
         screen = self.screen
         if isinstance(screen, ModalScreen):
             return

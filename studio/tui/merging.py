@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from studio.core.errors import BadInput, StudioError
 from studio.core.export_formats import FORMATS, whole_formats
 from studio.core.recipe import Recipe
 from studio.probe.adapter_folder import Checkpoint, list_checkpoints
+from studio.probe.export import export_estimate
+from studio.probe.models import find_base
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import MergeRequest
@@ -62,10 +66,6 @@ def read_facts(paths: RunPaths) -> MergeFacts:
     Raises:
         StudioError: It is no training run.
     """
-    import psutil  # noqa: PLC0415  not needed for the first frame
-
-    from studio.probe.models import find_base  # noqa: PLC0415
-
     job = read_job(paths, Recipe)
     if job is None:
         raise BadInput("this run is no training run: there is no adapter to merge. Choose one that is.")
@@ -102,8 +102,6 @@ def _changed_at(folder: Path) -> int | None:
 
 def estimates_of(size_bytes: int | None) -> list[OutputEstimate]:
     """Return what each output takes, for a base of this size in 16 bit; the merged model first."""
-    from studio.probe.export import export_estimate  # noqa: PLC0415
-
     rows = [_merged_estimate(size_bytes)]
     for form in whole_formats():
         taken = export_estimate(form, size_bytes) if size_bytes else None

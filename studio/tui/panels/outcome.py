@@ -10,6 +10,7 @@ from studio.runs.last_words import crash_of
 from studio.runs.layout import ADAPTER_CONFIG, RunPaths
 from studio.runs.status import Status
 from studio.runs.summary import gain_of
+from studio.runs.supervise import how_it_ended
 from studio.runs.watch import last_output
 from studio.tui.feed import harmless
 from studio.tui.readable import duration, number
@@ -79,8 +80,6 @@ def outcome_text(paths: RunPaths, history: History, status: Status) -> Content:
 
 
 def _crashed(paths: RunPaths, history: History) -> Content:
-    from studio.runs.supervise import how_it_ended  # noqa: PLC0415  0.1 s, needed only then
-
     if known := crash_of(paths, history):
         return _with_advice(f"crashed: {plain(known.kind, one_line=True)}", str(known), known.advice, paths)
     head = (f"crashed: {how_it_ended(paths) or 'the process ended without saying why'}. ", "bold")

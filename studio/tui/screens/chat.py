@@ -14,6 +14,7 @@ from textual.widgets import Input, Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.probe.chat import request_of_run
 from studio.runs.chat import (
     Answered,
     ChatEvent,
@@ -291,8 +292,6 @@ class ChatScreen(Screen[None]):
     @work(thread=True)
     def _talk(self) -> None:
         """Start the process and pass on what it says, until the screen is left."""
-        from studio.probe.chat import request_of_run  # noqa: PLC0415
-
         try:
             process = self._services.chat(request_of_run(self._paths))
         except StudioError as error:

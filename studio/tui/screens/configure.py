@@ -15,13 +15,16 @@ from textual.screen import Screen
 from studio.core.errors import StudioError
 from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
+from studio.runs.last_recipe import LastRecipe, RecipeSource, sound_part
 from studio.runs.layout import RunPaths
 from studio.tui.asks import OpenRun, ShowAudits, ShowRuns, ShowSetup
 from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
 from studio.tui.panels.top_bar import TopBar
+from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.dialogs import Confirm
+from studio.tui.screens.recipe_dialogs import ask_to_open, ask_to_save
 from studio.tui.services import Services
 from widgets.gauge import Gauge
 from widgets.key_footer import KeyFooter
@@ -29,7 +32,6 @@ from widgets.key_footer import KeyFooter
 if TYPE_CHECKING:
     from textual.timer import Timer
 
-    from studio.runs.last_recipe import LastRecipe, RecipeSource
 
 _CHECKING = "Checking recipe, model and data, then starting ..."
 _FIRST_FIELD = "adapter.rank"
@@ -103,7 +105,7 @@ class ConfigureScreen(Screen[None]):
             self.question = question
 
     def __init__(
-        self, recipe: Recipe, *, runs_root: Path, services: Services, source: "RecipeSource | None" = None
+        self, recipe: Recipe, *, runs_root: Path, services: Services, source: RecipeSource | None = None
     ) -> None:
         """Open on a recipe; `source` is the user's file that it came from."""
         super().__init__()
@@ -243,7 +245,6 @@ class ConfigureScreen(Screen[None]):
 
     def action_choose_card(self) -> None:
         """Choose the card to plan for."""
-        from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame
 
         def take(name: str | None) -> None:
             if name is not None:
@@ -253,9 +254,8 @@ class ConfigureScreen(Screen[None]):
 
     def action_save(self) -> None:
         """Save the recipe."""
-        from studio.tui.screens.recipe_dialogs import ask_to_save  # noqa: PLC0415  not needed for the first frame
 
-        def saved(source: "RecipeSource") -> None:
+        def saved(source: RecipeSource) -> None:
             self._source = source
             self._keep_soon()
 
@@ -263,11 +263,9 @@ class ConfigureScreen(Screen[None]):
 
     def action_open(self) -> None:
         """Show another recipe; `u` brings back the recipe of before."""
-        from studio.tui.screens.recipe_dialogs import ask_to_open  # noqa: PLC0415  not needed for the first frame
-
         ask_to_open(self.app, self._open)
 
-    def _open(self, recipe: Recipe, source: "RecipeSource | None" = None) -> None:
+    def _open(self, recipe: Recipe, source: RecipeSource | None = None) -> None:
         self._undo = tuple((path, self.recipe.get(path)) for path in FIELDS)
         self._source = source
         self._change(recipe)
@@ -319,7 +317,7 @@ class ConfigureScreen(Screen[None]):
         self._keep(self._left())
 
     @work(thread=True, group="keep")
-    def _keep(self, last: "LastRecipe") -> None:
+    def _keep(self, last: LastRecipe) -> None:
         try:
             self._services.keep_recipe(last)
         except (OSError, StudioError) as error:
@@ -327,10 +325,8 @@ class ConfigureScreen(Screen[None]):
             told = f"The recipe is not kept for the next visit: {plain(reason)} s saves it to a file."
             self.app.call_from_thread(self.app.notify, told, severity="warning", markup=False)
 
-    def _left(self) -> "LastRecipe":
+    def _left(self) -> LastRecipe:
         """Return the recipe as it would be found on the next visit."""
-        from studio.runs.last_recipe import LastRecipe, sound_part  # noqa: PLC0415  not needed for the first frame
-
         self._sound = sound_part(self.recipe, self._sound)
         return LastRecipe(self._sound, self._source)
 

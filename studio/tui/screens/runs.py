@@ -20,7 +20,8 @@ from studio.runs.store import RunInfo, contents_of, list_runs, remove_run
 from studio.tui.asks import OpenRun, ShowAudits, ShowMerge
 from studio.tui.panels.outcome import TRAIN, has_adapter, no_adapter_words
 from studio.tui.panels.runs_table import LONGEST, RunsTable
-from studio.tui.screens.dialogs import Confirm, start_over_question
+from studio.tui.screens.compare import MOST, CompareScreen
+from studio.tui.screens.dialogs import AskLine, Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
 from widgets.key_footer import KeyFooter
@@ -163,8 +164,6 @@ class RunsScreen(OfferingScreen[None]):
 
     def action_compare(self) -> None:
         """Put the marked runs beside each other."""
-        from studio.tui.screens.compare import MOST, CompareScreen  # noqa: PLC0415  needed only for this
-
         marked = [info.paths for name, info in self._infos.items() if name in self._marked]
         if 2 <= len(marked) <= MOST:
             self.app.push_screen(CompareScreen(marked))
@@ -201,8 +200,6 @@ class RunsScreen(OfferingScreen[None]):
 
     def action_note(self) -> None:
         """Write a few words on the chosen run."""
-        from studio.tui.screens.dialogs import AskLine  # noqa: PLC0415  needed only for this
-
         info = self._chosen
         if info is None:
             return

@@ -16,8 +16,10 @@ from textual.timer import Timer
 from textual.widgets import Static
 
 from studio.core.errors import StudioError
+from studio.probe.local_models import Listed
 from studio.probe.setup import Answers
 from studio.tui.panels.setup_step import SetupStep
+from studio.tui.screens.cards import CardScreen
 from studio.tui.services import Services
 from studio.tui.setup_texts import (
     HERE,
@@ -46,7 +48,6 @@ from widgets.tab_row import TabRow
 
 if TYPE_CHECKING:
     from studio.core.recommendation import Recommendation
-    from studio.probe.local_models import Listed
 
 STEPS = ("machine", "model", "data", "goal", "recipe")
 _BUSY = "Working ..."
@@ -128,7 +129,7 @@ class SetupScreen(Screen[SetupDone | None]):
     class Models(Message):
         """Models were found."""
 
-        def __init__(self, models: "list[Listed]", words: Content | None = None) -> None:
+        def __init__(self, models: list[Listed], words: Content | None = None) -> None:
             """Carry them, and what is to be said of the search."""
             super().__init__()
             self.models, self.words = models, words
@@ -326,8 +327,6 @@ class SetupScreen(Screen[SetupDone | None]):
             )
 
     def _choose_card(self) -> None:
-        from studio.tui.screens.cards import CardScreen  # noqa: PLC0415  not needed for the first frame
-
         def take(name: str | None) -> None:
             if name is not None:
                 self.answers = replace(self.answers, card=name)
@@ -364,8 +363,6 @@ class SetupScreen(Screen[SetupDone | None]):
 
     @work(thread=True, exclusive=True, group="hub")
     def _ask_hub(self, words: str) -> None:
-        from studio.probe.local_models import Listed  # noqa: PLC0415  with the thread
-
         try:
             found = [Listed(word, "hub") for word in self._services.search_hub(words)]
         except StudioError as error:
