@@ -446,6 +446,25 @@ class DataSection:
         "stop: a row that cannot be read keeps the run from starting. skip: it is left out, counted and listed.",
         resume="by content",
     )
+    blocks: bool = declared(
+        True,
+        Switch(),
+        "Blocks",
+        "A plain text longer than a row becomes several rows, each token learnt once; off: it is cut.",
+    )
+    stride: int = declared(
+        0,
+        Number(int, 0, 524_288, "tokens", (0, 16, 32, 64, 128, 256, 512)),
+        "Stride",
+        "Tokens that a block of a text repeats from the block before it, as context that is not learnt again.",
+        cost="Time: so many tokens of each block teach nothing.",
+    )
+    document_ends: bool = declared(
+        True,
+        Switch(),
+        "Document ends",
+        "The end token is learnt after each plain text; off where they are pieces of something longer.",
+    )
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -622,6 +641,9 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         )
     if train.offload_checkpoints and not train.grad_checkpointing:
         yield Problem("train.offload_checkpoints", "true without checkpoints", "train.grad_checkpointing true")
+    if recipe.data.stride > train.seq_len // 2:
+        most = f"{train.seq_len // 2} at most, half of train.seq_len"
+        yield Problem("data.stride", f"{recipe.data.stride} tokens in rows of {train.seq_len}", most)
     if recipe.data.sources and recipe.data.path != EMBEDDED:
         found = f"{field_text('data.path', recipe.data.path)} beside data.sources"
         yield Problem("data.path", found, "one of the two: name this file in data.sources too, or leave it out")

@@ -26,6 +26,7 @@ from studio.probe.data import (
     split,
     twin_keys,
 )
+from studio.probe.data.documents import last_part, split_documents
 from studio.probe.data.mixture import mixed, part_of
 from studio.runs.held_out import HASH_BYTES, MIXTURE, DrawnFrom, HeldOutRecord, TrainedRows
 
@@ -41,8 +42,8 @@ class HeldOut:
         record: The record that the run keeps of both.
     """
 
-    train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
     notes: tuple[str, ...]
     record: HeldOutRecord
 
@@ -85,10 +86,13 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
         BadInput: Every row of `data.eval_path` is trained on.
     """
     if eval_data is None:
-        parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
-        train, held, notes, places = parts.train, parts.held_out, parts.notes, parts.places
+        if data.format == "text":
+            parts = split_documents(data.rows, recipe)
+        else:
+            parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
+        train, held, notes, places, last = parts.train, parts.held_out, parts.notes, parts.places, parts.last
     else:
-        train, trained, places = tuple(data.rows), trained_on(data.rows), ()
+        train, trained, places, last = tuple(data.rows), trained_on(data.rows), (), 0
         unseen = _unseen(eval_data, trained)
         if not unseen.rows:
             raise BadInput(
@@ -101,7 +105,7 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
     if kept is not None and (recipe.eval.rows or eval_data) and _contents(held) != kept.held_out:
         again, others, where = _matching((eval_data or data).rows, kept)
         if again:
-            held, train = tuple(again), train if eval_data else tuple(others)
+            held, train, last = tuple(again), train if eval_data else tuple(others), 0
             places = () if eval_data else where
             notes = ("the rows held out are those of the run's first start", *_answers_note(held))
     word = MIXTURE if data.parts else recipe.data.path
@@ -115,6 +119,7 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
         held_out=_contents(held),
         trained=trained_on(train),
         sources=drawn,
+        last_part=last,
     )
     return HeldOut(train, held, notes, record)
 
@@ -256,7 +261,8 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
 
 def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
     """Return the recorded rows that are still in the file, and a note where some are not."""
-    unseen = [row for row in found.rows if _short(row_keys(row).content) not in record.trained.contents]
+    rows = last_part(found.rows, record.last_part).held_out if record.last_part else found.rows
+    unseen = [row for row in rows if _short(row_keys(row).content) not in record.trained.contents]
     held = _matching(unseen, record)[0]
     many, shown = len(record.held_out), _name(found)
     if not held:

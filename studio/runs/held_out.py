@@ -97,6 +97,7 @@ class HeldOutRecord:
         trained: The rows that were trained on.
         before: Losses of the held-out rows before the first step; None until they are measured.
         sources: The files of a mixture.
+        last_part: How many characters of the one document's end were held out; 0 where whole rows were.
     """
 
     data: str
@@ -106,6 +107,7 @@ class HeldOutRecord:
     trained: TrainedRows = field(default_factory=TrainedRows)
     before: RowLosses | None = None
     sources: tuple[DrawnFrom, ...] = ()
+    last_part: int = 0
 
 
 def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
@@ -121,6 +123,7 @@ def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
         "held_from": record.held_from,
         "format": record.format,
         "held_out": list(record.held_out),
+        "last_part": record.last_part,
         "sources": [asdict(source) for source in record.sources],
         "trained": {
             "rows": trained.rows,
@@ -191,6 +194,7 @@ def _record(table: Mapping[str, Any]) -> HeldOutRecord:
         held_out=tuple(bytes.fromhex(content).hex() for content in table["held_out"]),
         trained=TrainedRows(int(trained["rows"]), **sets),
         before=RowLosses(tuple(map(float, before["sums"])), tuple(map(int, before["tokens"]))) if before else None,
+        last_part=int(table.get("last_part", 0)),
         sources=tuple(
             DrawnFrom(str(one["path"]), str(one["format"]), int(one["drawn"]), int(one["held_out"]))
             for one in table.get("sources", ())

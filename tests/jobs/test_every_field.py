@@ -70,6 +70,16 @@ def mixture(folder: Path) -> list[dict[str, Any]]:
     return [{"path": other_rows(folder)}, {"path": "embedded", "rows": 3}]
 
 
+def long_texts(folder: Path) -> str:
+    return texts(folder, words=90)
+
+
+def texts(folder: Path, words: int = 1) -> str:
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{question} " * words}) for question, _ in QUESTIONS))
+    return str(path)
+
+
 def weighed(folder: Path) -> list[dict[str, Any]]:
     paths = [folder / name for name in ("short.jsonl", "long.jsonl")]
     for path, words in zip(paths, (1, 9), strict=True):
@@ -138,6 +148,9 @@ ROWS: dict[str, Row] = {
     "data.eval_path": Row(other_rows, "held out"),
     "data.answers_only": Row(False, "losses"),
     "data.on_bad_row": Row("stop", "failure", {"data.path": rows_with_a_bad_one, "data.on_bad_row": "skip"}),
+    "data.blocks": Row(False, "held out", {"data.path": long_texts, "data.format": "text"}),
+    "data.stride": Row(9, "held out", {"data.path": long_texts, "data.format": "text"}),
+    "data.document_ends": Row(False, "tokens", {"data.path": texts, "data.format": "text"}),
     "device.device": Row("cuda:7", "failure"),
     "device.budget_gib": Row(2.0, "budget"),
 }

@@ -127,7 +127,7 @@ def measure_lanes(
             wanted=int(of_first.rows),
             seed=int(of_first.seed),
         ),
-        answers_only=first.recipe.data.answers_only,
+        recipe=first.recipe,
     )
     weights = FolderWeights.of(folder)
     found = short_fingerprint(read_fingerprint(worker, folder))

@@ -1,15 +1,16 @@
 """Reads the rows that an audit measures: rows of the user's data, and a neutral text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from studio.core.errors import BadInput
+from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.data.rows import Example, encode_rows
+from studio.jobs.base.data.rows import Encoding, Example, encode_rows
 from studio.jobs.base.data.template import Warn, ensure_template
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import different_answers
@@ -64,7 +65,7 @@ def read_audit_rows(
     warn: Warn,
     *,
     found: RowsToMeasure | None = None,
-    answers_only: bool = True,
+    recipe: Recipe | None = None,
 ) -> AuditRows:
     """Return the rows to measure and the neutral text, encoded.
 
@@ -73,7 +74,7 @@ def read_audit_rows(
         tokenizer: Of the model.
         warn: Told what the user should know.
         found: The rows; None for those that the request names.
-        answers_only: Whether only the answers are measured.
+        recipe: Says how the rows were encoded in training; None for a base, of whose rows the answers are measured.
 
     Raises:
         BadInput: A file cannot be used, or no row of it may be measured.
@@ -84,7 +85,8 @@ def read_audit_rows(
     for note in found.notes:
         warn(note)
     ensure_template(tokenizer, found.format, warn)
-    task, _ = encode_rows(found.rows, tokenizer, seq_len=seq_len, answers_only=answers_only, warn=warn)
+    how = Encoding.of(recipe) if recipe else Encoding(seq_len)
+    task, _ = encode_rows(found.rows, tokenizer, warn=warn, **asdict(replace(how, seq_len=seq_len)))
     neutral = _passages(Path(request.text) if request.text else NEUTRAL, tokenizer, seq_len)
     return AuditRows(task, neutral, found)
 

@@ -100,7 +100,7 @@ def audit_forms(worker: Worker, request: AuditRequest) -> dict[str, Any]:
         request,
         load_tokenizer(trained.adapter),
         lambda text: worker.emit(Warned, topic="data", message=text),
-        answers_only=recipe.data.answers_only,
+        recipe=recipe,
     )
     skeleton = build_skeleton(folder, adapter)
     weights = FolderWeights.of(folder, skeleton.vocabulary)

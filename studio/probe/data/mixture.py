@@ -9,12 +9,11 @@ together, so that twins from two sources are on one side.
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import overload
 
 from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
@@ -25,6 +24,7 @@ from studio.probe.data.opened import Progress
 from studio.probe.data.read import read_data
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import DataSet, Part, Row
+from studio.probe.data.views import Chain, drawn
 
 Read = Callable[..., DataSet]
 """`read_data`, or `inspect_data`, which reports in place of refusing."""
@@ -114,7 +114,7 @@ def mixed(
         counts = [
             len(data.rows) * -(-count // max(1, len(data.rows))) for data, count in zip(found, counts, strict=True)
         ]
-    drawn = [
+    chosen = [
         _draw(data.rows, count, Random(f"{seed}:{place}"))  # noqa: S311  no secret
         for place, (data, count) in enumerate(zip(found, counts, strict=True))
     ]
@@ -125,7 +125,7 @@ def mixed(
         format=formats.pop() if len(formats) == 1 else "chat",
         columns=tuple(dict.fromkeys(column for data in found for column in data.columns)),
         ignored_columns=tuple(dict.fromkeys(column for data in found for column in data.ignored_columns)),
-        rows=_Chain(drawn),
+        rows=Chain(chosen),
         findings=tuple(finding for data in found for finding in data.findings),
         finding_counts=dict(sum((Counter(data.finding_counts) for data in found), Counter())),
         size_bytes=sum(data.size_bytes for data in found),
@@ -140,53 +140,6 @@ def part_of(data: DataSet, place: int) -> int:
     return bisect_right(list(accumulate(part.drawn for part in data.parts)), place)
 
 
-class _Drawn(Sequence[Row]):
-    """Some rows of a source, in its order."""
-
-    def __init__(self, rows: Sequence[Row], places: Sequence[int]) -> None:
-        self._rows, self._places = rows, places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __iter__(self) -> Iterator[Row]:
-        return (self._rows[place] for place in self._places)
-
-    @overload
-    def __getitem__(self, at: int) -> Row: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Row]: ...
-    def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
-        if isinstance(at, slice):
-            return _Drawn(self._rows, self._places[at])
-        return self._rows[self._places[at]]
-
-
-class _Chain(Sequence[Row]):
-    """Several sequences of rows as one."""
-
-    def __init__(self, parts: Sequence[Sequence[Row]]) -> None:
-        self._parts = parts
-        self._ends = list(accumulate(map(len, parts)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __iter__(self) -> Iterator[Row]:
-        return (row for part in self._parts for row in part)
-
-    @overload
-    def __getitem__(self, at: int) -> Row: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Row]: ...
-    def __getitem__(self, at: int | slice) -> Row | Sequence[Row]:
-        if isinstance(at, slice):
-            return [self[place] for place in range(*at.indices(len(self)))]
-        place = range(len(self))[at]
-        part = bisect_right(self._ends, place)
-        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
-
-
 def _draw(rows: Sequence[Row], count: int, random: Random) -> Sequence[Row]:
     """Return so many of the rows, in their order: each as often as it goes, then a choice of them."""
     if not rows:
@@ -197,7 +150,7 @@ def _draw(rows: Sequence[Row], count: int, random: Random) -> Sequence[Row]:
     # `random()` alone draws the same with every version of Python, by its documentation.
     order = sorted(range(len(rows)), key=[random.random() for _ in rows].__getitem__) if rest else []
     more = set(order[:rest])
-    return _Drawn(rows, array("q", (at for at in range(len(rows)) for _ in range(whole + (at in more)))))
+    return drawn(rows, array("q", (at for at in range(len(rows)) for _ in range(whole + (at in more)))))
 
 
 def _read(field: str, word: str, how: Reading, progress: Progress | None, read: Read = read_data) -> DataSet:

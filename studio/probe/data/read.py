@@ -9,6 +9,7 @@ from typing import Any, get_args
 from studio.core.errors import BadInput
 from studio.core.recipe import DataFormat
 from studio.core.text import plain
+from studio.probe.data.documents import SECTION, sections
 from studio.probe.data.findings import Findings, json_kind
 from studio.probe.data.formats import normalised, recognise, unused_columns, wrong_columns
 from studio.probe.data.json_rows import json_rows
@@ -19,7 +20,7 @@ from studio.probe.data.preferences import PAIR_COLUMNS, pair_shape, refuse_pair
 from studio.probe.data.raw_row import Shape
 from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.row_cache import RowCache
-from studio.probe.data.rows import DataSet, counted
+from studio.probe.data.rows import DataSet, PlainText, Row, counted
 from studio.probe.data.shipped import EMBEDDED, shipped_data
 from studio.probe.data.stored_rows import RowWriter
 from studio.probe.data.table_rows import table_rows, text_row
@@ -91,7 +92,17 @@ class _Taken:
             return
         self.findings.leave(unused_columns(value, shape))
         if row := normalised(value, shape, number, self.findings, self.how):
+            self._add(row)
+
+    def _add(self, row: Row) -> None:
+        """Keep a row, or the sections of a long text."""
+        if not isinstance(row, PlainText) or len(row.text) <= SECTION:
             self.rows.add(row)
+            return
+        found = f"{len(row.text):,} characters, read in sections of {SECTION:,} at most"
+        self.findings.add("long_document", row.number, found, fatal=False)
+        for section in sections(row):
+            self.rows.add(section)
 
     def _without_pair(self, number: int, value: dict[str, Any]) -> None:
         columns = ", ".join(plain(str(name), one_line=True, limit=40) for name in list(value)[:12])

@@ -132,10 +132,20 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text to continue, trained from its first token to its end."""
+    """Text to continue, trained from its first token to its end.
+
+    Attributes:
+        text: A document, or a section of a long one.
+        number: The row's line in a JSONL file, else its place from 1; sections of a document share it.
+        before: The end of the text before this section, which gives it context and is not trained; empty where the
+            document begins.
+        after: The beginning of the text after it, as above; empty where the document ends.
+    """
 
     text: str
     number: int = 0
+    before: str = ""
+    after: str = ""
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -165,6 +175,8 @@ _KEPT = {
     "without",
     "calls_as_text": "calls of tools stand in the texts and are trained as these characters, because they cannot be "
     "taken apart or no tools are named",
+    "long_document": "the text is longer than a million characters: it is read in sections, which count as rows here "
+    "and follow one another without a gap in what is learnt",
     "last_turn_not_assistant": "what follows the last answer is left out",
     "media_placeholder": "'<image>' stands in the text, or another mark of a picture's place, and is trained as these "
     "characters; no picture is read",

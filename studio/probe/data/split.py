@@ -24,13 +24,15 @@ _SHOWN = 60
 class Split:
     """Rows to train on and held-out rows, both in the file's order, with notes where fewer are held out than asked.
 
-    `places` are those of the held-out rows among all rows.
+    `places` are those of the held-out rows among all rows. `last` counts the characters of the last part of a document
+    that was cut in two; 0 where none was.
     """
 
-    train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    train: Sequence[Row]
+    held_out: Sequence[Row]
     notes: tuple[str, ...] = ()
     places: tuple[int, ...] = ()
+    last: int = 0
 
 
 def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:

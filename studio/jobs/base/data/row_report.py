@@ -61,6 +61,9 @@ class RowReport:
         special_token: One of those tokens.
         lost: Answers of split rows that the template refuses or does not write.
         unseen: Messages and reasoning that stand in none of the examples made of their row.
+        long_texts: Plain texts that are longer than a row.
+        blocks: Examples that were made of them.
+        seams: Sections of long texts whose first tokens depend on how much is known of the text before them.
         reason: Why the first refused row was refused, with its number.
     """
 
@@ -81,6 +84,9 @@ class RowReport:
     special_token: str = ""
     lost: Missing = field(default_factory=Missing)
     unseen: Missing = field(default_factory=Missing)
+    long_texts: int = 0
+    blocks: int = 0
+    seams: int = 0
     reason: str = ""
 
     def add(self, other: "RowReport") -> None:
@@ -121,6 +127,10 @@ class RowReport:
             "data was rendered with a chat template already, give it as plain text.": self.special,
             f"The tokenizer has no end token: {self.endless} rows do not teach the model to stop.": self.endless,
             f"{self.refused} of {self.rows} rows are left out: {reason}.": self.refused,
+            f"Texts longer than train.seq_len = {seq_len} tokens: {self.long_texts}, which became {self.blocks} "
+            "blocks; no token is lost.": self.long_texts,
+            f"At {self.seams} places where a long text is read in sections, the tokenizer makes a few tokens other "
+            "than those of the whole text.": self.seams,
             f"{self.cut} rows are longer than train.seq_len = {seq_len} tokens and lose their end; the longest has "
             f"{self.longest}.": self.cut,
             f"{self.dropped} rows are left out: no token of an answer is left in them to learn from.": self.dropped,

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
+from studio.jobs.base.data.blocks import Ids, Mask, blocks, start_of, text_ids
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
@@ -26,9 +26,6 @@ from studio.probe.data import Conversation, PlainText, Preference, Row
 CHUNK_ROWS = 256
 """Rows that are tokenised in one call; progress is told after each call."""
 _UNFOUND = "its answer is not found in what the chat template writes"
-
-Ids = NDArray[np.int32]
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,17 +56,24 @@ class Encoding:
     """How rows are encoded.
 
     Attributes:
-        seq_len: Longest example in tokens; what is longer loses its end.
+        seq_len: Longest example in tokens; what is longer loses its end, except plain texts in blocks.
         answers_only: Label only the answers.
+        blocks: Make several examples of a plain text that is longer.
+        stride: Tokens that such a block repeats from before it.
+        document_ends: End every plain text with the end token.
     """
 
     seq_len: int
     answers_only: bool = True
+    blocks: bool = True
+    stride: int = 0
+    document_ends: bool = True
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """Return how a recipe's rows are encoded."""
-        return cls(recipe.train.seq_len, recipe.data.answers_only)
+        data = recipe.data
+        return cls(recipe.train.seq_len, data.answers_only, data.blocks, data.stride, data.document_ends)
 
 
 def encode_rows(
@@ -117,7 +121,7 @@ def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: 
     for row in rows:
         if len(found) >= count:
             break
-        asked = _half(row) if isinstance(row, PlainText) else _question(row, tokenizer)
+        asked = _half(row, seq_len) if isinstance(row, PlainText) else _question(row, tokenizer)
         if asked is None:
             continue
         text, shown, expected = asked
@@ -128,9 +132,10 @@ def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: 
     return found
 
 
-def _half(row: PlainText) -> tuple[str, str, str]:
-    middle = len(row.text) // 2
-    return row.text[:middle], row.text[:middle], row.text[middle:]
+def _half(row: PlainText, seq_len: int) -> tuple[str, str, str]:
+    """Return the first half of a text, or of its beginning where it is longer than a row, and the other half."""
+    middle = min(len(row.text) // 2, 2 * seq_len)  # a token has about four characters
+    return row.text[:middle], row.text[:middle], row.text[middle : 4 * seq_len]
 
 
 def _question(row: Conversation | Preference, tokenizer: Any) -> tuple[str, str, str] | None:
@@ -163,6 +168,7 @@ class Encoder:
         self.report = RowReport()
         self.locator = Locator(tokenizer)
         self.marks = Marks(tokenizer)
+        self.start = start_of(tokenizer)
         self.special = re.compile("|".join(map(re.escape, self.locator.special)) or r"(?!)")  # (?!) matches nothing
 
     def encode(self, rows: Sequence[Row]) -> tuple[list[tuple[Example, ...]], RowReport]:
@@ -175,7 +181,10 @@ class Encoder:
         texts = self._texts([row for row in rows if isinstance(row, PlainText)])
         chats = iter(self._chats([_chat(row) for row in rows if not isinstance(row, PlainText)]))
         found = [next(texts if isinstance(row, PlainText) else chats) for row in rows]
-        made = [tuple(filter(None, (self._kept(ids, labelled) for ids, labelled in parts))) for parts in found]
+        made = [
+            tuple(filter(None, (self._kept(row, ids, labelled) for ids, labelled in parts)))
+            for row, parts in zip(rows, found, strict=True)
+        ]
         return made, self.report
 
     def sides(
@@ -191,11 +200,21 @@ class Encoder:
         return list(zip(made[::2], made[1::2], strict=True)), report
 
     def _texts(self, rows: Sequence[PlainText]) -> Iterator[list[tuple[Ids, Mask]]]:
-        eos = self.tokenizer.eos_token_id
-        self.report.endless += len(rows) if eos is None else 0
-        for ids in _text_ids([row.text for row in rows], self.tokenizer) if rows else ():
-            whole = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-            yield [(np.array(whole, np.int32), np.ones(len(whole), np.bool_))]
+        how, report = self.how, self.report
+        if how.document_ends and self.tokenizer.eos_token_id is None:
+            report.endless += sum(not row.after for row in rows)
+        for row, text in zip(
+            rows, text_ids(rows, self.tokenizer, start=self.start, ends=how.document_ends), strict=True
+        ):
+            report.seams += not text.agrees
+            if how.blocks:
+                made = list(blocks(text, start=self.start, seq_len=how.seq_len, stride=how.stride))
+                report.long_texts += len(made) > 1 and not row.before
+                report.blocks += len(made) if len(made) > 1 or row.before else 0
+            else:  # of a document in sections, the first has more than is kept
+                whole = np.concatenate([np.array(self.start, np.int32), text.ids])
+                made = [] if row.before else [(whole, np.ones(len(whole), np.bool_))]
+            yield made
 
     def _chats(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
         for row in rows:
@@ -255,10 +274,12 @@ class Encoder:
             self.report.reason = f"row {row.number}: {why_refused(self.tokenizer, row.messages) or _UNFOUND}"
         return [row if good else None for row, good in zip(folded, good_now, strict=True)]
 
-    def _kept(self, ids: Ids, labelled: Mask) -> Example | None:
+    def _kept(self, row: Row, ids: Ids, labelled: Mask) -> Example | None:
         """Return the example cut to its length, or None where nothing can be learnt from it; count it either way."""
         report, seq_len = self.report, self.how.seq_len
-        labels = np.where(labelled, ids, np.int32(IGNORED)) if self.how.answers_only else ids
+        # What a block of a text repeats is never learnt again.
+        masked = self.how.answers_only or isinstance(row, PlainText)
+        labels = np.where(labelled, ids, np.int32(IGNORED)) if masked else ids
         report.longest = max(report.longest, len(ids))
         report.cut += len(ids) > seq_len
         # Nothing precedes the first token, so it is never predicted: a label there teaches nothing.

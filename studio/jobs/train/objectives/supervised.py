@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Example, encode_rows
+from studio.jobs.base.data.rows import Encoding, Example, encode_rows
 from studio.jobs.base.data.template import Warn
 from studio.jobs.train.head import TokenLoss
 from studio.jobs.train.objectives import Batch
@@ -33,14 +34,7 @@ class Supervised:
         progress: Callable[[float], None] | None = None,
     ) -> list[Example]:
         """Return the rows as token ids and labels: of the answers, or with `data.answers_only` off of every token."""
-        examples, report = encode_rows(
-            rows,
-            tokenizer,
-            seq_len=recipe.train.seq_len,
-            answers_only=recipe.data.answers_only,
-            warn=warn,
-            progress=progress,
-        )
+        examples, report = encode_rows(rows, tokenizer, warn=warn, progress=progress, **asdict(Encoding.of(recipe)))
         if left_out is not None:
             left_out.update(refused_by_template=report.refused, nothing_to_learn=report.dropped)
         return examples

@@ -1,0 +1,117 @@
+"""Long plain texts: read as sections of bounded length, and held out as whole documents.
+
+A section knows a little of the text before and after it, so that the tokenizer sees what it would see in the whole text
+and its tokens are those of the whole. What is learnt follows on from section to section without a gap.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from studio.core.recipe import Recipe
+from studio.probe.data.rows import PlainText, Row
+from studio.probe.data.split import Split, split
+from studio.probe.data.views import Chain, drawn
+
+SECTION = 2**20
+"""Most characters of a section: a few megabytes while they become tokens."""
+CONTEXT = 4096
+"""Characters that a section knows of the text on either side, for the tokenizer and for the first block's context."""
+_CHARACTERS_PER_TOKEN = 4
+"""About; it decides only how much is held out."""
+_LAST_PART = 10
+"""One document alone holds out its last part, at most one in so many characters."""
+
+
+def sections(row: PlainText, *, most: int = SECTION, context: int = CONTEXT) -> Iterator[PlainText]:
+    """Yield a text as sections that follow one another, cut where a paragraph, line or word ends; a short one whole.
+
+    Args:
+        row: A whole text.
+        most: Characters of a section at most.
+        context: Characters that a section knows of the text on either side at most.
+    """
+    text, begin = row.text, 0
+    while begin < len(text):
+        stop = _cut(text, begin, begin + most)
+        before, after = text[max(0, begin - context) : begin], text[stop : stop + context]
+        whole = begin == 0 and stop == len(text)
+        yield row if whole else replace(row, text=text[begin:stop], before=before, after=after)
+        begin = stop
+
+
+def split_documents(rows: Sequence[Row], recipe: Recipe) -> Split:
+    """Return a split in which whole documents are held out: so many as make about `eval.rows` blocks.
+
+    One document alone is cut, and its last part held out.
+
+    Args:
+        rows: Plain texts; the sections of a document follow one another.
+        recipe: Says how many rows are held out, how long they are, and the seed.
+    """
+    starts: list[int] = []
+    sizes: list[int] = []
+    for place, row in enumerate(rows):
+        if isinstance(row, PlainText) and row.before and sizes:
+            sizes[-1] += len(row.text)
+        else:
+            starts.append(place)
+            sizes.append(sum(len(turn.content) for turn in row.turns))
+    wanted = recipe.eval.rows * recipe.train.seq_len * _CHARACTERS_PER_TOKEN
+    if not recipe.eval.rows:
+        return Split(rows, ())
+    if len(starts) == 1:
+        return last_part(rows, min(sizes[0] // _LAST_PART, wanted))
+    documents = min(recipe.eval.rows, max(1, math.ceil(wanted * len(sizes) / max(1, sum(sizes)))))
+    parts = split(drawn(rows, starts), documents, recipe.train.seed)
+    ends = [*starts[1:], len(rows)]
+    held = {place for document in parts.places for place in range(starts[document], ends[document])}
+    if len(held) == len(parts.places) and documents == recipe.eval.rows:
+        return parts if len(starts) == len(rows) else _parted(rows, held, parts.notes)
+    note = (
+        f"{len(parts.places)} of {len(starts)} documents are held out, whole: as near to eval.rows = "
+        f"{recipe.eval.rows} blocks of {recipe.train.seq_len} tokens as whole documents come"
+    )
+    return _parted(rows, held, (*parts.notes, note))
+
+
+def _parted(rows: Sequence[Row], held: set[int], notes: tuple[str, ...]) -> Split:
+    others = [place for place in range(len(rows)) if place not in held]
+    places = tuple(sorted(held))
+    return Split(drawn(rows, others), drawn(rows, places), notes, places)
+
+
+def last_part(rows: Sequence[Row], characters: int) -> Split:
+    """Return one document without its last part, and that part; nothing is held out of a text of a few words.
+
+    Args:
+        rows: The sections of the document.
+        characters: How long the last part is at least; it begins with a paragraph, line or word.
+    """
+    left, place = characters, len(rows) - 1
+    while place > 0 and left >= len(rows[place].answer):
+        left -= len(rows[place].answer)
+        place -= 1
+    row = rows[place]
+    cut = _cut(row.answer, 0, len(row.answer) - left)
+    if not isinstance(row, PlainText) or not characters or not cut:
+        return Split(rows, ())
+    head, tail = row.text[:cut], row.text[cut:]
+    parts = (replace(row, text=head, after=tail[:CONTEXT]), replace(row, text=tail, before=head[-CONTEXT:]))
+    train = Chain([drawn(rows, range(place)), [parts[0] if tail else row]])
+    held = Chain([[parts[1]] if tail else [], drawn(rows, range(place + 1, len(rows)))])
+    size = sum(len(part.answer) for part in held)
+    note = f"there is one document: its last part is held out, {size:,} characters"
+    return Split(train, held, (note,), last=size)
+
+
+def _cut(text: str, begin: int, most: int) -> int:
+    """Return where to cut a text after `begin` and not after `most`: in the last tenth before white space, if any."""
+    if most >= len(text) or text[most].isspace():
+        return min(most, len(text))
+    least = most - (most - begin) // 10
+    for mark in ("\n\n", "\n", " "):
+        place = text.rfind(mark, max(least, begin + 1), most)
+        if place > begin:
+            return place
+    return most
