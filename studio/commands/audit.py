@@ -88,7 +88,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for kind in (base, run):
         kind.add_argument("--seq", metavar="N", help="longest row, tokens")
         kind.add_argument("--text", metavar="FILE", help="a neutral text (default: a built-in one)")
-    add_device(base, "the")  # no run of which it could take the card
+    add_device(base, "the")  # it is about no run whose card it could take
     add_device(run)
     race = kinds.add_parser("race", help="LoRA and QLoRA trained from one recipe, seed and data")
     race.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")

@@ -256,7 +256,7 @@ def exit_code(summary: dict[str, Any], end: End) -> int:
 
 
 def tell_success(watch: RunWatch, summary: dict[str, Any], to: TextIO) -> None:
-    """Say how a run went that finished, or that was stopped on request."""
+    """Say how a run went that finished or was stopped on request."""
     plot = loss_plot(watch.history, width=width_of_terminal(), rich=is_rich(to))
     if plot:
         # Not through `say`, which would make the escapes of its colours visible. Nothing in a plot is foreign text.

@@ -227,7 +227,7 @@ def end_options() -> Options:
 
 
 def likely_end(recommendation: Recommendation, card: str) -> Then:
-    """Return the option that the cursor stands on: to start, where the recipe is for this machine and fits."""
+    """Return the option that the cursor begins on: to start, where the recipe is for this machine and fits."""
     return "launch" if recommendation.verdict in (None, "fits") and not card else "configure"
 
 

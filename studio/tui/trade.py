@@ -20,7 +20,7 @@ QUALITY = (
     "Quality is not measured here. Published: QLoRA +0.009 to +0.10 validation loss against LoRA (LitGPT's table: 12 "
     "models of 1 to 8 B on one A10G; one seed, 100 rows)."
 )
-"""Extremes of LitGPT's finetuning tables; its +0.10 row also differs in rank, so its users read it as a ceiling."""
+"""Extremes of LitGPT's finetuning tables; its row of +0.10 also differs in rank, so it is read as an upper bound."""
 
 MERGE = (
     "Both merge into the 16-bit base. LoRA was trained on it; QLoRA on 4-bit weights, so its merged model differs from "

@@ -54,8 +54,8 @@ class CachingAllocator:
         """Begin without segments.
 
         Args:
-            capacity: Bytes that the driver can give. Beyond them cached segments are given back first; what is still
-                too much is counted all the same.
+            capacity: Bytes that the driver can give. When they are used up, cached segments are given back first; what
+                still does not fit is counted nevertheless.
         """
         self.allocated = self.reserved = self.most_allocated = self.most_reserved = 0
         self._capacity = capacity
@@ -82,8 +82,8 @@ class CachingAllocator:
             block.size, block.after = size, rest
             rest.free = True
             entry = (remaining, rest.address, rest)
-            # Most often the rest stays in the block's place among the free ones (five times in six), as do most blocks
-            # that grow (`release`): then nothing must be moved.
+            # Five times in six the rest keeps the block's place in the list of free blocks, and so do most blocks that
+            # grow (`release`): then nothing in the list moves.
             if not index or free[index - 1] < entry:
                 free[index] = entry
             else:
@@ -93,7 +93,7 @@ class CachingAllocator:
             del free[index]
         block.free = False
         self.allocated += block.size
-        if self.allocated > self.most_allocated:  # noqa: PLR1730  max takes thrice as long, 50 000 times a plan
+        if self.allocated > self.most_allocated:  # noqa: PLR1730  max takes three times as long, and a plan comes here 50 000 times
             self.most_allocated = self.allocated
         return block
 

@@ -1,7 +1,7 @@
-"""The estimate of a stock loop: what is expected, and what the other loops that a set-up may mean would need.
+"""The estimate of a stock loop: what is expected, and what other loops would need that the set-up may also mean.
 
-`estimate_stock` is the closed form; a plan may take longer, and has reserved and device bytes `refined` by a replay of
-the allocator.
+`estimate_stock` computes it in closed form. A plan has more time: it lets `refined` replace reserved and device bytes
+by those of a replay of the allocator.
 """
 
 from dataclasses import replace
@@ -36,7 +36,7 @@ GLOBAL_WORKERS). How far they read ahead of the quantisation decides what loadin
 here: the mean of these three is expected."""
 
 _MORE_FROM = (4, 45)
-"""From this version of transformers on foak's whole logits took a block more than the replay finds."""
+"""From this version of transformers on, foak with whole logits took one block more than the replay finds."""
 
 
 def estimate_stock(shape: ModelShape, setup: StockSetup, gpu: Gpu | None = None) -> VramEstimate:
@@ -139,8 +139,9 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: G
     cards (their buckets hold the gradients once more) and experts (their rows differ from layer to layer). Estimates
     of these come back unchanged.
 
-    As the allocator itself, a replay may take less for more: 14 % between neighbouring lengths at worst in 2000 setups.
-    The high end is never below the closed form's, and fell by 0.5 % in two of them.
+    A replay may find less where more is trained, as the allocator itself does: 14 % less between neighbouring lengths
+    at worst, in 2000 set-ups. The high end is never below that of the closed form; in two of these set-ups it fell by
+    0.5 %.
 
     Args:
         estimate: The estimate of the same model, set-up and card.
@@ -157,7 +158,7 @@ def refined(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, gpu: G
     capacity = gpu.total_bytes - context if gpu else None
     found = [_found(estimate, shape, loop, capacity) for loop in _loops(setup)]
     before, expected = estimate.reserved, int(mean(mean(each) for each in found))
-    # Cards showed up to 1.4 of the unexplained block, which `found` holds once: the high end holds it twice.
+    # Cards showed up to 1.4 times the unexplained block. `found` counts it once, so the high end counts it twice.
     highest = max(before.high, *(max(each) for each in found)) + _not_explained(shape, setup)
     reserved = Range(min(before.low, expected), expected, highest)
     device = estimate.device
@@ -193,10 +194,11 @@ def _found(estimate: VramEstimate, shape: ModelShape, setup: StockSetup, capacit
 
 
 def _not_explained(shape: ModelShape, setup: StockSetup) -> int:
-    """Return bytes that cards showed and the replay does not find: one more block of fp32 logits.
+    """Return the bytes that cards showed and the replay does not find: one more block of fp32 logits.
 
-    Seen in all 14 rows of foak's kernels with whole logits of Llama and Mistral from transformers 4.45 on, to 0.0 to
-    1.4 blocks; in none of Granite's, and in none of 4.43. It holds no tensor: live bytes of these rows are exact.
+    It was seen in all 14 rows of foak's kernels with whole logits of Llama and Mistral from transformers 4.45 on, which
+    showed 0.0 to 1.4 such blocks; in no row of Granite, and in none of transformers 4.43. No tensor lies in it: the
+    live bytes of these rows are exact.
     """
     seen = setup.fused_kernels == "foak" and setup.loss == "full" and not shape.scaled_logits
     return 4 * setup.tokens * shape.vocabulary if seen and setup.version >= _MORE_FROM else 0

@@ -69,7 +69,7 @@ def stock_loop(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> Loop:
 
 
 def _traits(shape: ModelShape, kind: StockSetup, kernel: Kernel) -> StockTraits:
-    """Return how a layer is computed: as ours, but for what version and kernels change."""
+    """Return how a layer is computed: as in our loop, except for what the version and the kernels change."""
     check_kernels(shape, kind.fused_kernels, fused_loss=kind.loss != "full")
     ours = layer_traits(shape, kind, kernel)
     adapter = replace(ours.adapter, casts_inputs=True, whole_itemsize=ours.arithmetic.residual)
@@ -101,8 +101,8 @@ def _loss(kind: StockSetup) -> Loss:
 def _load_extra(shape: ModelShape, kind: StockSetup) -> int:
     """Return what loading needs beside the weights, in bytes.
 
-    That is the widest weight before it is quantised, twice in 16 bits, since transformers before 5.5 held a second one
-    meanwhile; or the embedding a second time for peft's upcast, where that is more.
+    That is the larger of two things: the widest weight in 16 bits before it is quantised, twice, since transformers
+    before 5.5 held a second one meanwhile; or a second copy of the embedding for peft's upcast.
     """
     if not kind.quantised:
         return 0
@@ -110,7 +110,7 @@ def _load_extra(shape: ModelShape, kind: StockSetup) -> int:
 
 
 def _shared_per_token(shape: ModelShape, kind: StockSetup, traits: StockTraits) -> int:
-    """Return what all layers share for every token, in bytes: ids, labels and mask, and odd embeddings."""
+    """Return what all layers share for every token, in bytes: ids, labels, mask, embeddings that no layer keeps."""
     # Embeddings that went back to 16 bit make the first layer's input narrower than all others, and so does a stream
     # that widens on its way through the layers, where no norm of the embedding has widened it before.
     narrower = kind.residual_itemsize - kind.embedding_itemsize

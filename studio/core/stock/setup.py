@@ -38,9 +38,10 @@ TRUTHS_FROM = (4, 53)
 """From this version on sdpa's masks are boolean; before, they were numbers (masking_utils.py, which 4.52.4 lacks)."""
 
 THREADED_FROM = (5, 0)
-"""From this version on weights are read in threads, ahead of their quantisation (core_model_loading.py). 5.5 and later
-quantise one after another there; but seven rows that say 5.17 reserved what threads leave behind, so that those count
-as threaded too: a few percent too much for models with a large embedding, where the archive's version is wrong."""
+"""From this version on weights are read in threads, ahead of their quantisation (core_model_loading.py). From 5.5 on
+weights are quantised one after another there. But seven published rows that name 5.17 reserved what threads leave
+behind, so these versions count as threaded too. If the archive names the wrong version, that is a few per cent too much
+for models with a large embedding."""
 
 UPCASTS_LOGITS, COPIES_LOGITS, NEWEST = "4.45", "4.48", "5.24"
 """An unstated version counts as the newest; where its loss matters, the others are tried as well."""

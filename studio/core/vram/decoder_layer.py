@@ -201,7 +201,7 @@ def _streamed(run: Modules, layer: Layer, x: Tensor) -> Tensor:
 
 
 def _beside(run: Modules, layer: Layer, x: Tensor) -> Tensor:
-    """Return the sum of x and of what the maps give whose part in the layer is not known, taken one by one."""
+    """Return x plus the outputs of the linear maps whose part in the layer is not known, taken one by one."""
     for linear in layer.beside:
         made = run.linear(linear, op.gather(x, linear.inputs / run.shape.hidden))
         x = op.add(x, op.gather(made, run.shape.hidden / linear.outputs))

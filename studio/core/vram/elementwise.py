@@ -15,7 +15,7 @@ def activated(activation: str, x: Tensor, *, widens: bool) -> Tensor:
     Args:
         activation: transformers' name of it.
         x: Its input.
-        widens: Whether autocast takes powers, expm1 and softplus in fp32, as CUDA's does, and with them what they are
+        widens: Whether autocast computes powers, expm1 and softplus in fp32, as CUDA's does, and so also what they are
             added to.
     """
     if activation == "gelu_new":

@@ -33,8 +33,9 @@ class AroundStreams:
 def around_streams(shape: ModelShape, targets: frozenset[str], narrow: int, wide: int) -> AroundStreams:
     """Return what is kept before and behind the layers of a model with several residual streams.
 
-    Each stream but the first is a projection, multiplied by one magnitude and divided by its own. The powers below a
-    magnitude are taken of a wide copy, and the product before the division is wide; both are saved.
+    Each stream but the first is a projection, scaled to the magnitude of the first: multiplied by that magnitude and
+    divided by its own. A magnitude's powers are taken from a wide copy, and the product before the division is wide;
+    both are saved.
 
     Args:
         shape: The model.
@@ -55,16 +56,16 @@ def around_streams(shape: ModelShape, targets: frozenset[str], narrow: int, wide
     if any(layer.keys_from == "before" for layer in layers):
         handed = {(layer.heads, layer.window) for layer in layers if layer.keys_from != "before"}
         before += sum(heads.keys * heads.width * (narrow + wide) for heads, _ in handed)
-        before -= shape.stored_heads_width * narrow  # counted for every model that hands them on
+        before -= shape.stored_heads_width * narrow  # counted already, as in every model that hands them on
     behind = streams * hidden * wide + others * (2 * wide + narrow + (narrow if back else 0))
     return AroundStreams(before, behind)
 
 
 def left_behind_keys(shape: ModelShape, targets: frozenset[str], narrow: int, wide: int) -> list[Polynomial]:
-    """Return, kind by kind, what checkpointed layers behind the last of that kind leave there when they go backward.
+    """Return, for the last layer of each kind, what checkpointed layers that went backward before it left behind.
 
-    A layer that hands its keys and values on does so once more when it is computed again: new ones, behind which
-    everything lies that they were made of, its input and the streams predicted of it. They stay until the step ends.
+    A layer that hands on its keys and values makes new ones when it is computed again. These keep alive what they were
+    made of: the layer's input and the streams predicted from it. All of it stays until the step ends.
 
     Args:
         shape: The model.

@@ -1,4 +1,4 @@
-"""How our training loop computes a model: all that prices a step before rank, batch and length are known."""
+"""How our training loop computes a model: everything that decides the bytes of a step except rank, batch and length."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache

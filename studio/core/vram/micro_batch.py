@@ -30,8 +30,8 @@ class LayerMarks:
         forward: Marks of any layer's forward, beside what it and others keep.
         blocks: The same without negative terms, so that it never falls when a batch, a length or a rank grows.
         backward: Marks of any layer's backward (computing again included), beside what it and others keep.
-        first_backward: Marks of the layer that goes backward last, beside nothing but itself: where its input wants no
-            gradient it saves and makes less.
+        first_backward: Marks of the layer that goes backward last, with nothing beside it. Where its input wants no
+            gradient, it saves and makes less.
         evaluation: Marks of any layer's forward without a graph and without dropout, beside nothing.
     """
 
@@ -92,7 +92,7 @@ def layer_marks(
 
 
 def _kept_later(shape: ModelShape, kept: list[Polynomial]) -> list[Polynomial]:
-    """Return, kind by kind, what the layers after the last of that kind keep; nothing where the order is not known."""
+    """Return what the layers after the last one of each kind keep; nothing where the order is not known."""
     later = [NOTHING] * len(kept)
     if shape.order:
         behind, seen = NOTHING, set[int]()

@@ -1,8 +1,8 @@
 """What mixes tokens by a state or a short convolution, forward and backward, as PyTorch's own code computes it.
 
-These are the paths that run where the optional kernels (causal-conv1d, flash-linear-attention, mamba-ssm) are not
-installed; with them the memory is another. They go through a row chunk by chunk, so that the length of the rows must be
-known (`LayerTraits.length`): sizes per row are sizes per token divided by it.
+These paths run where the optional kernels (causal-conv1d, flash-linear-attention, mamba-ssm) are not installed; with
+the kernels a step needs other amounts. They go through a row chunk by chunk, so the length of the rows must be known
+(`LayerTraits.length`): what there is once a row is written as a size per token, divided by that length.
 
 Sources: transformers 5.24 modeling_qwen3_5.py and modeling_qwen3_next.py (`torch_chunk_gated_delta_rule`),
 modeling_lfm2.py, modeling_granitemoehybrid.py (`mamba2_chunk_scan`, the same in Bamba, Falcon-H1, Mamba 2, Nemotron-H).
@@ -17,11 +17,11 @@ from studio.core.vram.polynomial import Polynomial
 from studio.core.vram.tape import Tensor
 
 _MOST_CHUNKS = 32
-"""Chunks of a row that are followed one by one. Of a longer row each that is followed stands for several, which counts
-what comes and goes with a chunk several times: well below a hundredth of what a layer holds."""
+"""At most so many chunks of a row are followed one by one. In a longer row each of them stands for several chunks, so
+what comes and goes with a chunk is counted several times. That is well below a hundredth of what a layer holds."""
 
 _MOST_POSITIONS = 128
-"""Positions of a row that Mamba's scan follows one by one; of a longer row each stands for several."""
+"""At most so many positions are followed one by one in Mamba's scan; in a longer row each stands for several."""
 
 
 def mixed(run: Modules, mixer: Mixer, x: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def _chunked_scan(run: Modules, mixer: Mixer, given: tuple[Tensor, ...]) -> Tens
     tape, length, chunk = run.tape, run.traits.length, mixer.chunk
     chunks = -(-length // chunk)
     ratio = chunks * chunk / length
-    # A single chunk of a single row lies as the products want it.
+    # A single chunk of a single row already lies in memory as the products want it, so nothing is copied.
     copies = chunks > 1 or run.traits.batched
     values, steps, into, out_of = given
     values = op.cast(values, 4)

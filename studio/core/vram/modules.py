@@ -201,7 +201,7 @@ class Modules:
 
     def adapted_base(self, layer: Linear, x: Tensor, visits: float) -> Tensor:
         """Return what a quantised layer's adapter adds to: peft clones the result of 4-bit weights."""
-        # In case the backward fails on a view of it (a comment in peft.tuners.lora.bnb.Linear4bit.forward).
+        # peft does so in case the backward fails on a view (its comment in peft.tuners.lora.bnb.Linear4bit.forward).
         return op.clone(self.base_linear(layer, x, visits))
 
     def _adapted_quantised(self, layer: Linear, x: Tensor, visits: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _new = tuple.__new__
 _MANY, _LONGEST_LAG = 1000, 200
-"""Lists longer than the first number are searched for steady rows, with a period shorter than the second."""
+"""Only lists longer than the first number are searched for steady rows, with periods shorter than the second."""
 
 
 class Polynomial(NamedTuple):
@@ -24,7 +24,8 @@ class Polynomial(NamedTuple):
     per_rank: float = 0
     fixed: float = 0
 
-    # A new set-up makes a thousand of them: these take half the time of `Polynomial(...)`, which checks its arguments.
+    # A new set-up makes a thousand of them. Made this way they take half the time of `Polynomial(...)`, which checks
+    # its arguments.
     def plus(self, other: "Polynomial") -> "Polynomial":
         """Return the sum of two polynomials."""
         a, b, c, d, e = self
@@ -157,7 +158,7 @@ def _is_middle(row: list[Polynomial], at: int, lag: int) -> bool:
 def _lag(row: list[Polynomial], place: int) -> int:
     """Return the period with which a list repeats before a place, plus a steady step; 0 where it does not repeat.
 
-    One period is too little to know it by: equal polynomials side by side in a long period would pass for a short one.
+    One period is not enough to tell: equal polynomials side by side in a long period would look like a short one.
     """
     for lag in range(1, min(_LONGEST_LAG, place // 2, len(row) - place)):
         begin = max(lag, place - _LONGEST_LAG)

@@ -19,9 +19,9 @@ _SMALL, _SEGMENT, _WHOLE, _ROUND = MIB, 20 * MIB, 10 * MIB, 2 * MIB
 FRAGMENTATION = 0.10
 """Share of what is allocated and freed within a step that lies in blocks too small for what comes next.
 
-One number in place of a replay of the allocator, which sliders have no time for: of 81 set-ups of this program's loop
-the replay reserves as much to 2.7 % in the median and 8.7 % at the 90th percentile. Chosen on two of three sources of
-measurements, it is right on the third to 2.5 and 8 % (`python -m tests.bench.bench_estimate`), 12 % at worst.
+One number in place of a replay of the allocator, which sliders have no time for: for 81 set-ups of this program's loop
+the two differ by 2.7 % in the median and by 8.7 % at the 90th percentile. The number was chosen on two of three sources
+of measurements; on the third it is off by 2.5 and 8 %, 12 % at worst (`python -m tests.bench.bench_estimate`).
 """
 
 MOST_FRAGMENTATION = 0.30
@@ -29,8 +29,8 @@ MOST_FRAGMENTATION = 0.30
 
 MOST_KEPT_FRAGMENTATION = 0.15
 """At the high end, what lies unused beside activations that are kept without checkpointing, as a share of them. It is
-10 % in a replay of a model of 135 M parameters, whose blocks are small, 3 to 7 % in replays of eleven larger ones, and
-more where rows of odd lengths leave blocks that nothing else fits."""
+10 % in a replay of a model of 135 M parameters, whose blocks are small, and 3 to 7 % in replays of eleven larger
+models. It is more where rows of odd lengths leave blocks that nothing else fits into."""
 
 MOST_TRAINED_FRAGMENTATION = 0.15
 MOST_HALF_EMPTY_BYTES = 2 * _SEGMENT
@@ -41,7 +41,7 @@ lack.
 Chosen so that the high end covers replays (`python -m tests.bench.bench_estimate` repeats it): of 3558 random set-ups
 of this program's own loop (25 models, ranks 1 to 256, 1 to 8 rows of 64 to 4096 tokens) three reserved more, by 36 MiB
 at worst, which the doubt about the context covers on a card; of 616 of the stock loop one, by 1.2 %. Without these two
-it was 40 set-ups, by 12 % at worst, and 8.
+margins, 40 and 8 set-ups reserved more, by 12 % at worst.
 """
 
 CONTEXT_BYTES = 450 * MIB

@@ -87,8 +87,8 @@ class Stages(NamedTuple):
         at_work: The highest of these peaks once the model is loaded.
         workspace: cuBLAS workspaces.
         lasting_gradients: Bytes of gradients that are alive all the time (accumulation, several GPUs).
-        turnover: What is allocated and freed again within a step, at its highest: all that is not fixed, but for
-            activations kept whole without checkpointing, which are allocated once and fragment nothing.
+        turnover: What is allocated and freed again within a step, at its highest. That is everything that is not fixed,
+            except activations kept whole without checkpointing: those are allocated once and fragment nothing.
     """
 
     standing: Standing

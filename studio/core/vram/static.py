@@ -37,8 +37,9 @@ class OptimizerBytes:
     Attributes:
         resident: What stays on the device.
         paged: What lies in unified memory and may be paged to the host.
-        spared: How much less the tensors with 8-bit state take than if each were the largest tensor that still has
-            32-bit state: a smaller rank may need as much more. At most 24 504 bytes per tensor.
+        spared: A tensor just below bitsandbytes' threshold has its state in 32 bits, which takes more than a slightly
+            larger tensor's in 8 bits. This is that difference, summed over the tensors with 8-bit state: a smaller rank
+            may need so much more. At most 24 504 bytes per tensor.
     """
 
     resident: int

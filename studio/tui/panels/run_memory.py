@@ -51,7 +51,7 @@ class StageRow:
 
     @property
     def off(self) -> float | None:
-        """By which share of the highest predicted peak the measured one lies above it, or below where negative."""
+        """By how much the measured peak exceeds the highest predicted one, as a share of it; negative if lower."""
         highest = max(self.predicted, default=0)
         return None if self.measured is None or not highest else self.measured / highest - 1
 
