@@ -24,7 +24,7 @@ VERBS = {
     "measure": "memory of a real training step, traced or run",
     "fit": "the best recipe that fits a card, and why",
     "runs": "list, follow, stop, continue and compare runs",
-    "data": "check a data file",
+    "data": "check a data file, or show its rows as tokens",
     "merge": "merge an adapter into its base model",
     "export": "write an adapter, or a merged model in fewer bits",
     "chat": "ask the tuned model and its base, side by side",

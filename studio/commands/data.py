@@ -1,4 +1,4 @@
-"""`lora-studio data check`: what a data file is, what is wrong with it, how long its rows are."""
+"""`lora-studio data check`: what a data file is, what is wrong with it, how long its rows are. And `data show`."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from studio.commands import data_show
 from studio.commands.options import add_json
 from studio.commands.terminal import DONE, NO, say, write_json
 from studio.core.errors import BadInput
@@ -28,8 +29,8 @@ _LEARNT_OTHERWISE = {
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the verb."""
-    data = subparsers.add_parser("data", help="check a data file")
-    verbs = data.add_subparsers(dest="data_verb", metavar="check", required=True)
+    data = subparsers.add_parser("data", help="check a data file, or show its rows as tokens")
+    verbs = data.add_subparsers(dest="data_verb", metavar="check|show", required=True)
     parser = verbs.add_parser(
         "check",
         help="check a data file",
@@ -51,15 +52,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--seq", type=_positive, metavar="N", help="name the rows whose texts are longer than N tokens (with --model)"
     )
     add_json(parser)
+    data_show.add_parser(verbs)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check a file.
+    """Check a file, or show its rows.
 
     Raises:
         BadInput: The file cannot be read at all, or the model has no tokenizer to measure with.
         StudioError: The embedded model could not be unpacked.
     """
+    if args.data_verb == "show":
+        return data_show.run(args)
     if args.seq and not args.model:
         raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
     if args.model:

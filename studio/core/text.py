@@ -25,6 +25,26 @@ def plain(text: str, *, one_line: bool = False, limit: int | None = None) -> str
     return "".join(_visible(character, one_line) for character in text)
 
 
+def every_character(text: str) -> str:
+    r"""Return a text of data so that each of its characters is seen: those without a width or a shape as escapes.
+
+    As `plain` in one line, but marks that join, hide or reorder letters (U+200B, U+FEFF, U+00AD ...) and odd spaces are
+    escapes too, `\uNNNN`. A new line is `⏎`, so that `\n` in a text is what the text holds.
+    """
+    if text.isprintable():  # of the spaces only the usual one is
+        return text
+    return "".join("⏎" if character == "\n" else _told(character) for character in text)
+
+
+def _told(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    if code < 0x100 and unicodedata.category(character) == "Cc":
+        return repr(character)[1:-1]
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
 def plain_path(path: str, cells: int) -> str:
     """Return a path made harmless, in one line of at most `cells` cells of a terminal, with its end in sight.
 

@@ -142,6 +142,27 @@ def download(repo: str, revision: str, size_bytes: int = 0, told: Callable[[int]
     return folder
 
 
+def download_tokenizer(repo: str, revision: str) -> Path:
+    """Download a model's tokenizer, config and chat template into the cache and return their folder; no weights.
+
+    Args:
+        repo: The hub id.
+        revision: Branch, tag or commit; empty for the newest.
+
+    Raises:
+        BadInput: The download failed.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    # Everything of `_PATTERNS` but the weights.
+    wanted = {**_PATTERNS, "ignore_patterns": [*_PATTERNS["ignore_patterns"], "*.safetensors", "*.index.json"]}
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, **wanted))
+    except Exception as error:
+        why = f"{type(error).__name__}: {plain(str(error), one_line=True, limit=300)}"
+        raise BadInput(f"The tokenizer of {repo} could not be downloaded ({why}). Try again.") from error
+
+
 def _require_room(repo: str, size_bytes: int) -> None:
     from huggingface_hub import constants  # noqa: PLC0415
 

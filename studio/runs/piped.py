@@ -48,6 +48,8 @@ def event_in(line: str, kinds: Mapping[str, type[Any]]) -> Any:
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _frozen(inner) for key, inner in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 

@@ -1,0 +1,201 @@
+"""Adds up encoded rows: lengths, what is learnt, what is cut at any row length, rows that repeat others.
+
+Of each example a few numbers are kept and no token, so that another row length needs no second encoding.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from studio.core.left_out import LEFT_OUT
+from studio.core.schedule import total_steps_of
+from studio.jobs.base.data.row_report import RowReport
+from studio.jobs.base.data.rows import Example
+from studio.jobs.show.near import NearRows
+from studio.jobs.show.pieces import trained_ranges
+from studio.probe.data import Row, row_keys
+from studio.probe.data.lengths import spread_of
+from studio.runs.show import Filter, Summary
+
+BARS = 40
+_MOST_COMPARED = 50_000
+"""Rows that are compared for near duplicates: each takes some 2 kB."""
+_LONGEST_COMPARED = 50_000
+_PAIRS = 100
+_REFUSED, _NOTHING = "refused_by_template", "nothing_to_learn"
+
+
+class Tally:
+    """What is known of the rows that were encoded so far, in their order.
+
+    Attributes:
+        done: How many they are.
+        report: What happened to them on their way to tokens.
+    """
+
+    def __init__(
+        self,
+        row_at: Callable[[int], Row],
+        held_out: Callable[[int], bool],
+        left_out: Mapping[str, int],
+        *,
+        rows: int,
+        rows_per_step: int,
+        both_sides: bool,
+    ) -> None:
+        """Begin without a row.
+
+        Args:
+            row_at: Returns the row at a place.
+            held_out: Returns whether the row at a place is held out.
+            left_out: Rows that the reading left out, by reason.
+            rows: How many rows there will be.
+            rows_per_step: Rows of an optimizer step.
+            both_sides: Whether two examples, the chosen and the rejected one, count as one row of a step.
+        """
+        self._row_at, self._held_out, self._left_out = row_at, held_out, left_out
+        self._rows, self._rows_per_step, self._both_sides = rows, rows_per_step, both_sides
+        self.done = 0
+        self.report = RowReport()
+        self._first = array("Q", [0])  # of each row the place of its first example, and at the end their number
+        self._length = array("Q")
+        self._held = array("B")
+        self._begin, self._end, self._of = array("Q"), array("Q"), array("Q")  # learnt ranges, and of which example
+        self._contents: dict[bytes, int] = {}
+        self._near = NearRows(lambda place: said_in(row_at(place)))
+        self._twin_of: dict[int, tuple[int, float]] = {}
+        self._last_learnt: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+
+    def add(self, rows: Sequence[Row], made: Sequence[Sequence[Example]], report: RowReport) -> None:
+        """Take the next rows with their examples, which are not cut yet."""
+        self.report.add(report)
+        for row, examples in zip(rows, made, strict=True):
+            held = self._held_out(self.done)
+            for example in examples:
+                ranges = trained_ranges(example)
+                self._begin.extend(begin for begin, _ in ranges)
+                self._end.extend(end for _, end in ranges)
+                self._of.extend([len(self._length)] * len(ranges))
+                self._length.append(len(example.input_ids))
+                self._held.append(held)
+            self._first.append(len(self._length))
+            self._compare(row)
+            self.done += 1
+
+    def _compare(self, row: Row) -> None:
+        earlier = self._contents.setdefault(row_keys(row).content, self.done)
+        if earlier != self.done:
+            self._twin_of[self.done] = earlier, 1.0
+        elif self.done < _MOST_COMPARED and (near := self._near.add(self.done)):
+            self._twin_of[self.done] = near
+
+    def twin_of(self, place: int) -> int | None:
+        """Return the place of the first row that says the same as this one or nearly so; None for none."""
+        return self._twin_of[place][0] if place in self._twin_of else None
+
+    def matches(self, place: int, only: Filter, seq_len: int) -> bool:
+        """Return whether a row that was added is `cut`, `left out`, or one of the `twins`."""
+        first, last = self._first[place], self._first[place + 1]
+        if only == "cut":
+            return any(length > seq_len for length in self._length[first:last])
+        return place in self._twin_of if only == "twins" else not self._learnt_at(seq_len)[first:last].any()
+
+    def _learnt_at(self, seq_len: int) -> NDArray[np.int64]:
+        """Return the same as `_learnt`, kept until there are more rows or another row length."""
+        asked = seq_len, self.done
+        if self._last_learnt is None or self._last_learnt[0] != asked:
+            self._last_learnt = asked, self._learnt(seq_len)
+        return self._last_learnt[1]
+
+    def _learnt(self, seq_len: int | None) -> NDArray[np.int64]:
+        """Return how many tokens of each example are learnt within a row length; None cuts nothing."""
+        most = np.iinfo(np.int64).max if seq_len is None else seq_len
+        begin, end = (np.frombuffer(one, np.uint64).astype(np.int64) for one in (self._begin, self._end))
+        # Nothing precedes the first token, so it is never predicted.
+        tokens = np.clip(np.minimum(end, most) - np.maximum(begin, 1), 0, None)
+        of = np.frombuffer(self._of, np.uint64).astype(np.int64)
+        return np.bincount(of, weights=tokens, minlength=len(self._length)).astype(np.int64)
+
+    def summary(self, seq_len: int, end_token: str) -> Summary:
+        """Return all that was added up, for a row length in tokens."""
+        length = np.frombuffer(self._length, np.uint64).astype(np.int64)
+        held = np.frombuffer(self._held, np.uint8).astype(bool)
+        learnt, whole = self._learnt_at(seq_len), self._learnt(None)
+        good = learnt > 0
+        kept, first = np.minimum(length, seq_len), np.frombuffer(self._first, np.uint64).astype(np.int64)
+        row_of = np.repeat(np.arange(self.done), np.diff(first))
+        left = Counter(self._left_out)
+        left[_REFUSED] += self.report.refused
+        left[_NOTHING] += int(np.count_nonzero(~good)) + self.report.dropped
+        edges, counts = _bars(length, seq_len)
+        train = good & ~held
+        units = len(np.unique(row_of[train])) if self._both_sides else int(np.count_nonzero(train))
+        twins = {place: found for place, found in self._twin_of.items() if found[1] == 1.0}
+        number = self._number
+        return Summary(
+            done=self.done,
+            rows=self._rows,
+            seq_len=seq_len,
+            made=len(length),
+            examples=int(np.count_nonzero(good)),
+            held_out_examples=int(np.count_nonzero(good & held)),
+            lengths=spread_of(length.tolist()),
+            learnt=spread_of(learnt[good].tolist()),
+            edges=edges,
+            counts=counts,
+            cut=int(np.count_nonzero(length > seq_len)),
+            cut_tokens=int((length - kept).sum()),
+            cut_learnt=int((whole - learnt).sum()),
+            tokens=int(kept[good].sum()),
+            loss_tokens=int(learnt[good].sum()),
+            left_out={reason: left[reason] for reason in LEFT_OUT if left[reason]},
+            train_tokens=int(kept[train].sum()),
+            steps=total_steps_of(steps=0, epochs=1, rows=units, rows_per_step=self._rows_per_step) if units else 0,
+            twins=len(twins),
+            near=len(self._twin_of) - len(twins),
+            pairs=tuple(
+                (number(place), number(other), round(share, 3))
+                for place, (other, share) in sorted(self._twin_of.items())[:_PAIRS]
+            ),
+            compared=min(self.done, _MOST_COMPARED),
+            said=self._said(length, good, seq_len, end_token),
+        )
+
+    def _number(self, place: int) -> int:
+        return self._row_at(place).number
+
+    def _said(
+        self, length: NDArray[np.int64], good: NDArray[np.bool_], seq_len: int, end_token: str
+    ) -> tuple[str, ...]:
+        """Return what a training would warn of: its own sentences, with the counts at this row length."""
+        report, said = RowReport(), list[str]()
+        report.add(self.report)
+        report.cut = int(np.count_nonzero(length > seq_len))
+        report.dropped += int(np.count_nonzero(~good))
+        report.longest = int(length.max(initial=0))
+        report.say(seq_len, end_token, said.append)
+        return tuple(said)
+
+
+def said_in(row: Row) -> str:
+    """Return what a row is compared by: what was asked and answered, without system prompts, which files share."""
+    return f"{row.prompt}\n{row.answer}"[:_LONGEST_COMPARED]
+
+
+def _bars(length: NDArray[np.int64], seq_len: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return edges and counts of a histogram in which the row length is an edge, so that no bar is half cut."""
+    if not len(length):
+        return (), ()
+    longest = int(length.max()) + 1
+    width = max(1, -(-longest // BARS))
+    if width < seq_len < longest:
+        width = max(1, -(-seq_len // max(1, seq_len // width)))
+        before = list(range(0, seq_len, width))
+        edges = [*before, *range(seq_len, longest + width, width)]
+    else:
+        edges = list(range(0, longest + width, width))
+    counts = np.histogram(length, edges)[0]
+    return tuple(edges), tuple(int(count) for count in counts)
