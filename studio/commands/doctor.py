@@ -78,7 +78,7 @@ def _print(checks: list[Check], errors: list[Errors]) -> None:
     head = ["device", "engine", "method", "runs", "tensors", "allocator", "card", "process", "speed"]
     say(table([head, *(_row(item) for item in errors[:_SHOWN_SETTINGS])]))
     if any(item.setting.device.startswith("cpu") for item in errors):
-        say("on a CPU speed and process are predicted by earlier runs, so the first of a kind has no error")
+        say("on a CPU, speed and process memory are predicted from earlier runs, so the first of a kind has no error")
 
 
 def _row(item: Errors) -> list[str]:

@@ -65,7 +65,7 @@ def _print(seen: dict[str, Any]) -> None:
     _entry("trains", _trained_text(seen["trains"]))
     if seen["trains"]["left_out"]:
         parts = (f"{part['name']} ({size(part['bytes'])})" for part in seen["trains"]["left_out"])
-        _entry("left alone", f"{', '.join(parts)}: not trained; what text never goes through is not loaded")
+        _entry("left alone", f"{', '.join(parts)}: not trained; parts that text never goes through are not loaded")
     for method, held in seen["precision"].items():
         if held or (seen["refused"][method] and seen["refused"][method] not in seen["problems"]):
             _entry(method, _precision_text(held) if held else seen["refused"][method])

@@ -21,8 +21,8 @@ _ANSWER_CHARACTERS = 20_000
 """A longer answer is cut before a user's pattern is applied, since a pattern's time may grow fast with the text."""
 
 _LEAST_APART = 6
-"""On fewer prompts than these, two models that differ on all in one direction may still do so by chance: of five coins
-all fall on one side once in sixteen times."""
+"""With fewer prompts than these, one of two equal models may win on every prompt by chance: five coins all fall on the
+same side once in sixteen times."""
 
 
 @dataclass(frozen=True, slots=True)

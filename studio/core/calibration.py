@@ -181,7 +181,7 @@ def process_range(observations: Sequence[Observation]) -> Range | None:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """How far the estimate was off in the runs of one setting; relative, predicted over measured less 1.
+    """How far the estimate was off in the runs of one setting; relative: predicted over measured, minus 1.
 
     Attributes:
         setting: Which runs.

@@ -103,7 +103,7 @@ class ConfigValues:
         return tuple(value)
 
     def each(self, key: str) -> int:
-        """Return the largest of the whole numbers that a key has, one for all layers or one a layer; 0 without any.
+        """Return the whole number under a key or, where it has one for each layer, the largest; 0 without any.
 
         Raises:
             BadInput: The value is neither.

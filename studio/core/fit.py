@@ -19,10 +19,10 @@ from studio.core.vram.setup import Setup, setup_of
 Estimator = Callable[[Recipe], VramEstimate]
 
 _WORTH_BYTES, _WORTH_SHARE = 2**24, 0.05
-"""A change is offered only if it takes off so many bytes, and such a share of what the recipe takes too much."""
+"""A change is offered only if it saves at least so many bytes, and at least this share of what is too much."""
 
 _SAME_TIME = 0.02
-"""What the time of a step may change by without being worth a word."""
+"""How far a change may move the time of a step without the time being mentioned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,9 @@ replay, which goes through every layer, busy for ever."""
 def shape_from_config(config: Mapping[str, Any], tensors: Tensors | None = None) -> ModelShape:
     """Return the shape that a model's config describes.
 
-    A family that is not in the table is sized from its tensors. Without them its config is read as a Llama's, with what
-    else it may mean as `readings`; either way with a doubt. Of a config with a vision or audio part the text model is
-    read.
+    A family that is not in the table is sized from its tensors. Without them its config is read as a Llama's, and
+    `readings` hold what else it may mean. Both ways the shape carries a doubt. Of a config with a vision or audio part
+    the text model is read.
 
     Args:
         config: The table of its config.json.
@@ -90,7 +90,7 @@ def _text_table(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _unknown(name: str, values: ConfigValues, found: CheckpointTensors | None) -> ModelShape:
-    """Return the shape of a family that is not in the table; of sizes that differ by layer the largest."""
+    """Return the shape of a family that is not in the table; where sizes differ by layer, the largest count."""
     values = values.with_({key: values.each(key) for key in _WIDTHS if isinstance(values.raw(key), list)})
     if found is None or not found.layers:
         doubt = (

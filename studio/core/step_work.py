@@ -13,8 +13,9 @@ from studio.core.vram.loop import runs_eager
 from studio.core.vram.setup import Setup
 
 _NORM, _RESIDUAL, _ACTIVATION, _ROTARY = 14, 3, 5, 10
-"""How often transformers' unfused layers read or write each 16-bit element: a norm, two of whose steps run in fp32; a
-sum, which reads two and writes one; an activation with its gate; rotary positions (models/llama/modeling_llama.py)."""
+"""How often transformers' unfused layers read or write each 16-bit element: in a norm, two of whose steps run in fp32;
+in a sum, which reads two and writes one; in an activation with its gate; for rotary positions
+(models/llama/modeling_llama.py)."""
 
 _ADAPTER_IN, _ADAPTER_OUT = 5, 7
 """The same for peft's linear layer: for its own copy of the input, and for scaling and adding its output."""

@@ -45,8 +45,9 @@ _OTHER = Sustained(
 )
 
 _LOW_POWER_BANDWIDTH, _SERVER_BANDWIDTH = 320.0, 800.0
-"""GB/s. Data-centre cards up to the first have 60 to 75 W (T4, L4, A2) and cannot hold their peak; those from the
-second on are built and cooled like the A100 and the L40S. The rest (A10, A40 ...) lies between."""
+"""Memory bandwidths, GB/s, that divide data-centre cards. Those up to the first have 60 to 75 W (T4, L4, A2) and cannot
+hold their peak; those from the second on are built and cooled like the A100 and the L40S. The rest (A10, A40 ...) lies
+between."""
 
 _SINGLE, _SINGLE_ATTENTION = 0.7, 0.5
 """Share of the fp32 peak that products and attention reach (from the T4 rows without autocast)."""
@@ -65,7 +66,7 @@ T4 rows of SmolLM2-135M at 2 x 512, 1.4 in Qwen's README (1.8 B at 256 tokens, G
 
 _HOST_BYTES_PER_SECOND = 12e9
 """What a PCIe 3.0 x16 slot moves: 16 GB/s by its specification, less its protocol. Copies run beside the computation
-(jobs/train/offload.py), so that between none and all of their time is added."""
+(jobs/train/offload.py), so that their time adds something between nothing and all of it."""
 
 
 @dataclass(frozen=True, slots=True)

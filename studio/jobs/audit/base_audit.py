@@ -126,7 +126,7 @@ def _mixed_plans(
     quantised: Mapping[str, int],
     share: tuple[float, float],
 ) -> list[Plan]:
-    """Measure what is won if the worst blocks stay in 16 bit, for several numbers of blocks."""
+    """Measure what keeping the worst blocks in 16 bit wins, for several numbers of blocks."""
     weights = ground.weights
     sizes = sorted({min(size, len(ranked)) for size in sizes if size > 0})
     kept = [tuple(block.name for block in ranked[:size]) for size in sizes]

@@ -49,7 +49,7 @@ _PROBE_TOKENS, _PROBE_WIDTH, _PROBE_ROUNDS = 512, 1024, 4
 _PROBE_COPY_NUMBERS = 2**22
 _SLOWER = (1.0, 2.0)
 """A walk's time over that of its products and copies alone, low and high: casting, quantising, attention and reading
-come on top. Chosen, not measured."""
+come on top. This range is chosen, not measured."""
 
 Beside = Callable[[Tensor, Tensor], Mapping[str, TokenScores]]
 """Returns figures of further models, by name, from the reference's final hidden states `[tokens, hidden]` and the

@@ -1,4 +1,4 @@
-"""Keeps on disk what an audit has done so far, so that one that was stopped or killed need not do it again.
+"""Keeps on disk what an audit has done so far, so that it need not be done again after a stop or a kill.
 
 A finished part is kept as JSON, a walk as the hidden states after its last finished block.
 """

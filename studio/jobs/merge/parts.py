@@ -124,7 +124,7 @@ def change_of(request: MergeRequest, parts: Parts, skeleton: Skeleton) -> dict[s
 
 
 def plan_of(request: MergeRequest, parts: Parts) -> str:
-    """Return a text of everything that the merged bytes depend on; shards of another plan are not used again."""
+    """Return everything that the merged bytes depend on, as a text; shards of another plan are not used again."""
     files = sorted(path for path in parts.folder.iterdir() if path.suffix in {".safetensors", ".json"})
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     sums = [

@@ -157,7 +157,7 @@ def _compare(whole: Tensor, b: Tensor, a: Tensor, rows: int) -> Way:
 def scales_exactly(b: Tensor, a: Tensor, scaling: float) -> bool:
     """Return whether `(b * scaling) @ a` has the bits of `(b @ a) * scaling`.
 
-    It has if the scaling is a power of two, and no product or sum leaves the range of fp32.
+    It does if the scaling is a power of two and no product or sum leaves the range of fp32.
     """
     if math.frexp(scaling)[0] != 0.5:  # the mantissa of every power of two
         return False

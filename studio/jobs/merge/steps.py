@@ -17,7 +17,8 @@ from studio.jobs.base.weights.units import Unit, find_units, merge_unit
 from studio.jobs.merge.row_sums import Room, RowSum, RowSums, is_plain, parts_of
 
 SMALLEST_ROW_SUM_BYTES = 2**20
-"""Smaller layers are merged whole: they fit the processor's caches, and short products are added up in other orders."""
+"""Smaller layers are merged whole: they fit the processor's caches, and libraries add up short products in another
+order."""
 
 
 @dataclass(frozen=True, slots=True)

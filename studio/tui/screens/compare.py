@@ -173,6 +173,6 @@ def _smoothed(run: Compared) -> tuple[list[int], list[float]]:
 
 
 def _short(name: str, runs: int) -> str:
-    """Return the end of a name, made harmless. It holds the time, which tells runs of one recipe apart."""
+    """Return the end of a name, made harmless. The end holds the time, which tells runs of one recipe apart."""
     name, room = plain(name, one_line=True), 60 // max(1, runs)
     return name if len(name) <= room else f"...{name[3 - room :]}"
