@@ -7,6 +7,14 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+PAIR_FIGURES = ("margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_reward", "rejected_reward")
+"""What steps and evaluations of pairs of answers tell besides their loss: means over the pairs.
+
+A log-probability is that of an answer, with orpo of one of its tokens. A reward is beta times a log-probability, with
+dpo less that under the base; the margin is the chosen reward less the rejected one, and the accuracy the share of pairs
+whose margin is above 0.
+"""
+
 SCHEMA = 1
 """Number at the start of every line, to be raised when an older reader would misread the lines of a newer writer."""
 
@@ -90,7 +98,10 @@ class Phase(RunEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone(RunEvent):
-    """One optimizer step. `tokens` counts real (not padding) input tokens, `loss_tokens` those with a label."""
+    """One optimizer step. `tokens` counts real (not padding) input tokens, `loss_tokens` those with a label.
+
+    Of pairs of answers, `loss_tokens` counts the pairs; they alone have the last fields (`PAIR_FIGURES`).
+    """
 
     kind: ClassVar[str] = "StepDone"
     step: int
@@ -100,6 +111,12 @@ class StepDone(RunEvent):
     tokens: int
     seconds: float
     loss_tokens: int | None = None
+    margin: float | None = None
+    accuracy: float | None = None
+    chosen_logp: float | None = None
+    rejected_logp: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +140,9 @@ class Evaluated(RunEvent):
 
     `gain` is the loss minus that before the first step, paired row by row, with the `low` and `high` end of its 95 %
     interval. Below zero the run is better than its base.
+
+    Of pairs of answers, loss and gain are per pair, `loss_tokens` counts the pairs, and the last fields are there
+    (`PAIR_FIGURES`).
     """
 
     kind: ClassVar[str] = "Evaluated"
@@ -132,6 +152,12 @@ class Evaluated(RunEvent):
     rows: int
     seconds: float
     gain: dict[str, float | None] | None = None
+    margin: float | None = None
+    accuracy: float | None = None
+    chosen_logp: float | None = None
+    rejected_logp: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,9 @@ LEFT_OUT = {
     "same_answers": "whose preferred and rejected answers are the same",
     "refused_by_template": "that the chat template refuses, or that are not found in what it writes",
     "nothing_to_learn": "without a token to learn within train.seq_len",
+    "side_left_out": "of which the chosen or the rejected answer is left out",
+    "side_split": "whose answers the chat template renders one by one",
+    "prompts_differ": "whose prompt the chat template does not write the same for both answers",
 }
 """Words for each reason. The first five are found in the file, the others when a row becomes tokens."""
 

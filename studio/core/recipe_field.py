@@ -48,6 +48,7 @@ class Field:
         heading: Under which heading screens and reference show it; empty for that of its table.
         resume: What a resumed run may do with it.
         four_bit: Whether it matters only with QLoRA, so that the form shows it only then.
+        pairs: The same for objectives that learn from pairs.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Field:
     heading: str = ""
     resume: Resume = "same"
     four_bit: bool = False
+    pairs: bool = False
 
     def problems(self, value: Any) -> Iterator[Problem]:
         """Yield everything that is wrong with a value of this field."""
@@ -77,9 +79,10 @@ def declared(
     heading: str = "",
     resume: Resume = "same",
     four_bit: bool = False,
+    pairs: bool = False,
 ) -> T:
     """Declare a field of a section, as `Field` describes it; typed as the value that the field has."""
-    said = Field("", default, kind, label, words, cost, flag, heading, resume, four_bit)
+    said = Field("", default, kind, label, words, cost, flag, heading, resume, four_bit, pairs)
     return dataclasses.field(default=default, metadata={Field: said})
 
 

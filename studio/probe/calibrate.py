@@ -117,7 +117,8 @@ def _card(name: str) -> Gpu | None:
 def _as_it_ran(setup: Setup, tokens: int) -> Setup:
     """Return the set-up with micro-batches of so many tokens in all."""
     rows = min(setup.micro_batch, tokens)
-    return replace(setup, micro_batch=rows, seq_len=max(1, -(-tokens // rows)))
+    sequences = rows * setup.sequences // setup.micro_batch
+    return replace(setup, micro_batch=rows, seq_len=max(1, -(-tokens // sequences)))
 
 
 def _highest(series: Iterable[float]) -> int | None:

@@ -39,6 +39,11 @@ class RunPaths:
         return self.root / "plan.json"
 
     @property
+    def reference(self) -> Path:
+        """What the base says of each pair of answers that the run sees, with which DPO compares."""
+        return self.root / "reference.safetensors"
+
+    @property
     def events(self) -> Path:
         """The append-only log of the worker."""
         return self.root / "events.jsonl"

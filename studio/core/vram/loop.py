@@ -149,7 +149,7 @@ def layer_traits(shape: ModelShape, kind: Setup, kernel: Kernel) -> LayerTraits:
         adapter,
         kind.quant_type if kind.quantised else "",
         kernel,
-        kind.micro_batch > 1,
+        kind.sequences > 1,
         half=kind.dtype == "fp16",
         cpu=kind.device == "cpu",
         repeats_heads=shape.repeats_heads,

@@ -6,8 +6,9 @@ from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from studio.core.gpu_catalogue import Gpu, sixteen_bit
+from studio.core.preferences import takes_pairs
 from studio.core.quantised_base import QuantisedBase
-from studio.core.recipe import FIELDS, Attention, Loss, Method, Optimizer, Recipe
+from studio.core.recipe import FIELDS, Attention, Loss, Method, Objective, Optimizer, Recipe
 from studio.core.trainable import AdaptedPart
 from studio.core.value_kinds import ALL_LINEAR
 
@@ -28,8 +29,9 @@ class Setup:
         layers: Numbers of the adapted layers, empty for all.
         dropout: Adapter dropout probability.
         dora: Whether the adapter learns magnitudes.
-        micro_batch: Rows at once.
-        seq_len: Tokens per row; every row is taken to be full.
+        objective: What is learnt: answers, or from pairs of them, of which each holds two sequences.
+        micro_batch: Rows at once; a pair of answers is one.
+        seq_len: Tokens per sequence; every one is taken to be full.
         accumulation: Micro-batches per optimizer step; above 1 gradients are alive while the next one runs.
         optimizer: Which AdamW.
         grad_checkpointing: Whether layers are computed again in the backward.
@@ -54,6 +56,7 @@ class Setup:
     layers: tuple[int, ...] = ()
     dropout: float = 0.0
     dora: bool = False
+    objective: Objective = "sft"
     micro_batch: int = 1
     seq_len: int = 1024
     accumulation: int = 1
@@ -102,14 +105,24 @@ class Setup:
         )
 
     @property
+    def paired(self) -> bool:
+        """Whether a row is a pair of answers."""
+        return takes_pairs(self.objective)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a micro-batch: its rows, or both of every pair."""
+        return self.micro_batch * (1 + self.paired)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
-        return self.micro_batch * self.seq_len
+        return self.sequences * self.seq_len
 
     @property
     def squares(self) -> int:
         """Entries of one head's attention matrices in a micro-batch."""
-        return self.micro_batch * self.seq_len * self.seq_len
+        return self.sequences * self.seq_len * self.seq_len
 
     @cached_property
     def quantised(self) -> bool:

@@ -16,6 +16,7 @@ from studio.jobs.measure.storages import PAGED, Peaks
 from studio.jobs.measure.weightless import frozen_tensors
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.memory import limit_memory
+from studio.jobs.train.objectives.of_recipe import objective_of
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
@@ -164,7 +165,7 @@ def train_longest(worker: Worker, recipe: Recipe, device: torch.device, counters
     known = {id(p) for p in trained}
     meter.claim((t for t in frozen_tensors(model) if id(t) not in known), "base")
     meter.claim(trained, "adapter")
-    step_model = StepModel(model, recipe.train.loss, precision.autocast)
+    step_model = StepModel(model, recipe.train.loss, precision.autocast, objective_of(recipe))
     vocabulary = cast(Any, step_model.causal).get_input_embeddings().weight.shape[0]
     batcher = Batcher(recipe.train.micro_batch, 0, device, objective=step_model.objective)
     step_model.prove(batcher.batch([batcher.objective.longest(_PROVEN_TOKENS, vocabulary)]))

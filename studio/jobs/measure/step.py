@@ -13,6 +13,7 @@ from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.objectives.preference import needs_reference
 from studio.jobs.train.step_model import StepModel, evaluating
 
 STAGES = ("load", "forward", "loss", "backward", "optimizer", "eval")
@@ -85,6 +86,8 @@ def run_steps(
     meter.stage("eval")
     with evaluating(step_model):
         for group in batcher.groups([row] * recipe.train.micro_batch):
+            if needs_reference(step_model.objective):
+                step_model.reference(batcher.batch(group))  # before a run's first step, with the adapter switched off
             float(step_model(batcher.batch(group)))
 
 

@@ -22,6 +22,7 @@ from studio.jobs.measure.weightless import config_of, weightless_base
 from studio.jobs.train.adapter import attach_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.objectives import Batch, Encoded, Objective
+from studio.jobs.train.objectives.of_recipe import objective_of
 from studio.jobs.train.objectives.supervised import SUPERVISED
 from studio.jobs.train.offload import offload_checkpoints
 from studio.jobs.train.optimizer import optimizer_of
@@ -75,7 +76,7 @@ def trace(
     config = config_of(values)
     storages = Storages(block_bytes=_CUDA_BLOCK_BYTES if target.device_type == "cuda" else 1, on_stage=on_stage)
     with fake_world() as numbers, torch.random.fork_rng(devices=[]):
-        parameters = run_engine(config, recipe, target, storages, numbers)
+        parameters = run_engine(config, recipe, target, storages, numbers, objective=objective_of(recipe))
     return Traced(storages.log, parameters)
 
 

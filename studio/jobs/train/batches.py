@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from studio.jobs.train.objectives import Batch, Encoded, Objective
+from studio.jobs.train.objectives import Batch, Encoded, Objective, sequences
 from studio.jobs.train.objectives.supervised import SUPERVISED
 
 _EARLY_STEPS = 20
@@ -47,9 +47,9 @@ class Batcher:
 
         That pads least, and the micro-batch that needs most memory comes first.
         """
-        ordered = sorted(rows, key=lambda example: -len(example.input_ids))
         if self.packed_tokens:
-            return best_fit(ordered, self.packed_tokens)
+            return best_fit(sorted(rows, key=lambda example: -len(example.input_ids)), self.packed_tokens)
+        ordered = sorted(rows, key=lambda example: -_padded(example))
         return [ordered[start : start + self.micro_batch] for start in range(0, len(ordered), self.micro_batch)]
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
@@ -83,7 +83,8 @@ class StepBatches:
             by_length: Whether micro-batches are made of rows of similar length.
         """
         self._examples = examples
-        self._lengths = np.array([len(example.input_ids) for example in examples])
+        self._lengths = np.array([_padded(example) for example in examples])
+        self._tokens = np.array([len(example.input_ids) for example in examples])
         self._batcher = batcher
         self._per_step = min(rows_per_step, len(examples))
         self._seed = seed
@@ -115,12 +116,22 @@ class StepBatches:
         mean = sum(tokens.values()) / len(tokens)
         return self.rows_of(min(tokens, key=lambda step: abs(tokens[step] - mean)))
 
+    def seen_by(self, step: int) -> list[int]:
+        """Return the places of all rows that the steps up to this one train on, in the order of the rows."""
+        positions = step * self._per_step
+        if positions >= len(self._examples):
+            return list(range(len(self._examples)))
+        return sorted(self._at(position) for position in range(positions))
+
     def padding_share(self) -> float:
         """Return which share of the first epoch's tokens is padding, 0 to 1; packed rows have none."""
         if self._batcher.packed_tokens:
             return 0.0
         lengths = self._lengths[self._order(0)]
-        return padding_share(lengths, micro_batch=self._batcher.micro_batch, rows_per_step=self._per_step)
+        between = padding_share(lengths, micro_batch=self._batcher.micro_batch, rows_per_step=self._per_step)
+        # The shorter side of a pair is padded to the longer one.
+        within = float(self._tokens.sum()) / float(self._lengths.sum())
+        return between if within == 1.0 else 1 - (1 - between) * within
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._examples))
@@ -144,6 +155,12 @@ class StepBatches:
             place = int(np.argmax(self._lengths[order])) // size * size
             order = order[place : place + size] + order[:place] + order[place + size :]
         return order
+
+
+def _padded(example: Encoded) -> int:
+    """Return the tokens of an example whose sequences, of which pairs have two, are padded to the longest."""
+    sides = sequences(example)
+    return len(sides) * max(len(side.input_ids) for side in sides)
 
 
 def best_fit(rows: Sequence[Encoded], most_tokens: int) -> list[list[Encoded]]:

@@ -24,8 +24,9 @@ from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.train.adapter import AdapterWeights, save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import TrainState, save_checkpoint
+from studio.jobs.train.loop import mean_figures
 from studio.jobs.train.memory import MemoryWatch
-from studio.jobs.train.objectives import Encoded
+from studio.jobs.train.objectives import FIGURES, Encoded
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.disk import disk_words, refuses
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
@@ -106,7 +107,7 @@ class Between:
         self.tell("evaluating", 0.0)
         began = time.perf_counter()
         try:
-            seen = held_out_losses(
+            seen, figures = held_out_losses(
                 self.step_model,
                 self.held_out,
                 batcher=self.batcher,
@@ -125,6 +126,7 @@ class Between:
             rows=len(self.held_out),
             seconds=time.perf_counter() - began,
             gain=asdict(gain) if gain else None,
+            **figures,
         )
         self.memory.see("eval", step)
         self.tell("training")
@@ -239,8 +241,8 @@ def held_out_losses(
     *,
     batcher: Batcher,
     progress: Callable[[float], None],
-) -> RowLosses:
-    """Return the summed loss of each held-out row and its labelled tokens, in the order of the rows.
+) -> tuple[RowLosses, dict[str, float]]:
+    """Return the loss of each held-out row and its denominator, in the order of the rows, and the figures of pairs.
 
     Args:
         step_model: Measures a batch.
@@ -248,17 +250,21 @@ def held_out_losses(
         batcher: Training's, so that evaluation never needs more memory than training.
         progress: Told the fraction done.
     """
-    sums, done = [math.nan] * len(examples), 0
+    sums, figures, done = [math.nan] * len(examples), list[torch.Tensor](), 0
     # The batcher sorts rows by length, and two rows may be equal: a row's place is found again by its identity.
     places = {id(example): place for place, example in enumerate(examples)}
     with evaluating(step_model):
         for rows in batcher.groups(examples):
-            losses = step_model.metric(batcher.batch(rows)).tolist()
+            batch = batcher.batch(rows)
+            losses = step_model.metric(batch).tolist()
+            if FIGURES in batch:
+                figures.append(batch[FIGURES])
             for example, loss in zip(rows, losses, strict=True):
                 sums[places[id(example)]] = loss
             done += len(rows)
             progress(done / len(examples))
-    return RowLosses(tuple(sums), tuple(batcher.objective.denominator([example]) for example in examples))
+    divided_by = tuple(batcher.objective.denominator([example]) for example in examples)
+    return RowLosses(tuple(sums), divided_by), mean_figures(figures)
 
 
 def gain_since(before: RowLosses | None, after: RowLosses) -> Interval | None:

@@ -57,6 +57,11 @@ class WholeModel:
         one_by_one = ((logits[row].flatten(0, 1), wanted[row].flatten()) for row in rows)
         return torch.stack([nn.functional.cross_entropy(*row, reduction="sum") for row in one_by_one])
 
+    def token_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the loss of each labelled token `[labelled]`, fp32, row after row; arguments as for `loss_sum`."""
+        logits, wanted = self._logits(**inputs).flatten(0, 1), shifted(labels).flatten()
+        return nn.functional.cross_entropy(logits, wanted, reduction="none")[wanted != IGNORED]
+
     def _logits(self, **inputs: Any) -> Tensor:
         """Return the logits of all tokens in fp32."""
         kind: Any = self.causal
@@ -98,9 +103,17 @@ class SplitModel:
         wanted, rows = shifted(labels), _rows_of(labels, inputs.get("row_lengths"))
         return torch.stack([loss_sum(hidden[row], self.head, wanted[row], self.form).float() for row in rows])
 
+    def token_losses(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the loss of each labelled token `[labelled]`, fp32, row after row; arguments as for `loss_sum`.
+
+        It is taken in chunks on either path: liger's kernel knows one gradient for all tokens.
+        """
+        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state
+        return chunked_token_losses(hidden, self.head, shifted(labels), self.form)
+
 
 TokenLoss = WholeModel | SplitModel
-"""Computes the summed loss of a causal model's labelled tokens, of a batch or of each of its rows, with gradients."""
+"""Computes the loss of a causal model's labelled tokens with gradients: of each, or summed over a batch or its rows."""
 
 
 def _rows_of(labels: Tensor, row_lengths: Tensor | None) -> list[tuple[slice, slice]]:
@@ -174,48 +187,72 @@ def chunked_loss_sum(hidden: Tensor, head: nn.Module, labels: Tensor, form: Head
         labels: Already shifted, `[batch, seq]`, `IGNORED` where nothing is to be learnt.
         form: How the head's output becomes logits.
     """
+    return _chunked(hidden, head, labels, form, each=False)
+
+
+def chunked_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadForm) -> Tensor:
+    """Return the negative log-likelihood of each labelled token `[labelled]`, fp32; arguments as `chunked_loss_sum`."""
+    return _chunked(hidden, head, labels, form, each=True)
+
+
+def _chunked(hidden: Tensor, head: nn.Module, labels: Tensor, form: HeadForm, *, each: bool) -> Tensor:
     wanted = labels != IGNORED
     rows, targets = hidden[wanted], labels[wanted]  # [labelled, hidden] and [labelled]
     if rows.shape[0] == 0:
-        return hidden.sum() * 0.0  # not a plain zero: the caller goes backward through it
+        # Not a plain zero, or an empty tensor of no graph: the caller goes backward through it.
+        return rows.float().sum(-1) if each else hidden.sum() * 0.0
     # A quantised head's weight has another shape than [vocabulary, hidden], so `out_features` is asked first.
     vocabulary = int(getattr(head, "out_features", 0)) or cast(Tensor, head.weight).shape[0]
     chunk = loss_chunk_tokens(vocabulary, rows.shape[0])
     # Not isinstance: a subclass, such as bitsandbytes' 4-bit layer, multiplies differently.
     frozen = type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters())
     if frozen:
-        linear = cast(nn.Linear, head)
-        return cast(Tensor, cast(Any, _FrozenHeadLoss).apply(rows, linear.weight, linear.bias, targets, form, chunk))
+        linear, how = cast(nn.Linear, head), (form, chunk, each)
+        return cast(Tensor, cast(Any, _FrozenHeadLoss).apply(rows, linear.weight, linear.bias, targets, how))
+    parts = []
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, rows.shape[0], chunk):
         part, answers = rows[start : start + chunk], targets[start : start + chunk]
-        total = total + cast(Tensor, checkpoint(_head_loss, part, answers, head, form, use_reentrant=False))
-    return total
+        loss = cast(Tensor, checkpoint(_head_loss, part, answers, head, form, each, use_reentrant=False))
+        if each:
+            parts.append(loss)
+        else:
+            total = total + loss
+    return torch.cat(parts) if each else total
 
 
-def _head_loss(rows: Tensor, targets: Tensor, head: nn.Module, form: HeadForm) -> Tensor:
+def _head_loss(rows: Tensor, targets: Tensor, head: nn.Module, form: HeadForm, each: bool) -> Tensor:
     logits = head(rows).float() * form.scale
     if form.softcap:
         logits = form.softcap * torch.tanh(logits / form.softcap)
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return nn.functional.cross_entropy(logits, targets, reduction="none" if each else "sum")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Loss and hidden-state gradient in one pass over chunks of rows `[chunk, hidden]`."""
+    """Loss and hidden-state gradient in one pass over chunks of rows `[chunk, hidden]`.
+
+    The loss is one sum, or that of each token, whose gradients are then weighted one by one.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917  autograd passes arguments by position
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, chunk: int
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: tuple[HeadForm, int, bool]
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        form, chunk, each = how
+        shape = rows.shape[:1] if each else ()
+        total = torch.zeros(shape, dtype=torch.float32, device=rows.device)
         wanted = ctx.needs_input_grad[0]  # false in evaluation, where no gradient is computed
         grads = torch.empty_like(rows) if wanted else None
         # Each product's format is chosen in `_chunk` itself: the head's for the products, fp32 for the softmax.
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[0], chunk):
                 part = slice(start, start + chunk)
-                loss, grad = _chunk(rows[part].to(weight.dtype), weight, bias, targets[part], form=form, wanted=wanted)
-                total += loss
+                one = rows[part].to(weight.dtype)
+                loss, grad = _chunk(one, weight, bias, targets[part], form=form, wanted=wanted, each=each)
+                if each:
+                    total[part] = loss
+                else:
+                    total += loss
                 if grads is not None and grad is not None:
                     grads[part] = grad
         if grads is not None:
@@ -226,13 +263,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
         # In place, which saves a second [labelled, hidden] tensor; backward runs once per forward.
-        return grads.mul_(grad_outputs[0].to(grads.dtype)), None, None, None, None, None
+        factor = grad_outputs[0].to(grads.dtype)
+        return grads.mul_(factor[:, None] if factor.dim() else factor), None, None, None, None
 
 
 def _chunk(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, form: HeadForm, wanted: bool
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, form: HeadForm, wanted: bool, each: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the chunk's summed loss and, where wanted, its gradient `[chunk, hidden]` in the head's dtype.
+    """Return the chunk's loss and, where wanted, its gradient `[chunk, hidden]` in the head's dtype.
+
+    The loss is a sum, or that of `each` token `[chunk]`.
 
     The logits `[chunk, vocabulary]` are by far the largest tensor here, so almost every line changes them in place.
     """
@@ -247,7 +287,8 @@ def _chunk(
         logits *= form.softcap
     normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     index = targets.unsqueeze(-1)
-    loss = (normaliser - logits.gather(-1, index)).sum()  # -log softmax at the target
+    loss = normaliser - logits.gather(-1, index)  # -log softmax at the target
+    loss = loss.squeeze(-1) if each else loss.sum()
     if not wanted:
         return loss, None
     # The loss's derivative by the logits: softmax, less 1 at the target. Then the chain rule back through softcap,

@@ -35,10 +35,12 @@ from studio.jobs.train.head import require_liger
 from studio.jobs.train.loop import LoopParts, train
 from studio.jobs.train.memory import MemoryWatch, limit_memory
 from studio.jobs.train.objectives import Objective
-from studio.jobs.train.objectives.supervised import SUPERVISED
+from studio.jobs.train.objectives.of_recipe import objective_of
+from studio.jobs.train.objectives.preference import needs_reference
 from studio.jobs.train.optimizer import optimizer_of
 from studio.jobs.train.packing import batcher_for, why_padded
 from studio.jobs.train.read_rows import Rows, check_fit, read_rows
+from studio.jobs.train.reference import with_reference
 from studio.jobs.train.step_model import StepModel
 from studio.jobs.train.trainable_model import trainable_model
 from studio.probe.calibrate import remember_run
@@ -77,13 +79,13 @@ class Training:
     resumed: bool
 
 
-def train_run(worker: Worker, recipe: Recipe, objective: Objective = SUPERVISED) -> None:
+def train_run(worker: Worker, recipe: Recipe, objective: Objective | None = None) -> None:
     """Train as the recipe says and write `adapter/`; continue after the newest whole checkpoint if there is one.
 
     Args:
         worker: Of the run: its folder, its events, the user's requests.
         recipe: All settings of the training.
-        objective: What is learnt from the rows.
+        objective: What is learnt from the rows; None takes the recipe's.
 
     Raises:
         JobFailed: A guard fired, or something of the user's cannot be used, the card included.
@@ -93,7 +95,7 @@ def train_run(worker: Worker, recipe: Recipe, objective: Objective = SUPERVISED)
     worker.patient = True  # a full disk makes the run wait: hours of training would be lost otherwise
     going_on = resumption(worker.paths, read_history(worker.paths), from_start=worker.requested("from-start"))
     try:
-        run(prepare(worker, recipe, objective, going_on))
+        run(prepare(worker, recipe, objective or objective_of(recipe), going_on))
     except Cancelled:  # before the first step; once training, a stop ends the loop instead
         worker.emit(Finished, outcome="stopped", step=going_on.step, seconds=0.0)
 
@@ -173,16 +175,17 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         before=state.packed if state else None,
         tell=tell,
     )
-    if recipe.train.packing == "on" and not batcher.packed_tokens:
-        worker.emit(Warned, topic="packing", message=f"rows are padded, not packed: {why_padded(step_model.causal)}")
     batches = _batches(recipe, rows, batcher)
-    _say_padding(tell, recipe, rows, batches, batcher)
+    _say_padding(worker, tell, recipe, rows, (batches, batcher, step_model))
     total = total_steps_of(
         steps=recipe.train.steps,
         epochs=recipe.train.epochs,
         rows=len(rows.train),
         rows_per_step=recipe.rows_per_step,
     )
+    if needs_reference(objective):
+        rows = with_reference(worker, tell, step_model, rows, seen=batches.seen_by(total), batcher=batcher)
+        batches = _batches(recipe, rows, batcher)
     worker.emit(
         Planned,
         total_steps=total,
@@ -329,7 +332,16 @@ def _by_length(recipe: Recipe, batcher: Batcher) -> bool:
     return recipe.train.group_by_length and recipe.train.packing == "off" and batcher.groups_rows
 
 
-def _say_padding(tell: PhaseTeller, recipe: Recipe, rows: Rows, batches: StepBatches, batcher: Batcher) -> None:
+def _say_padding(
+    worker: Worker,
+    tell: PhaseTeller,
+    recipe: Recipe,
+    rows: Rows,
+    made: tuple[StepBatches, Batcher, StepModel],
+) -> None:
+    batches, batcher, step_model = made
+    if recipe.train.packing == "on" and not batcher.packed_tokens:
+        worker.emit(Warned, topic="packing", message=f"rows are padded, not packed: {why_padded(step_model.causal)}")
     if _by_length(recipe, batcher):
         plain = StepBatches(rows.train, batcher, rows_per_step=recipe.rows_per_step, seed=recipe.train.seed)
         detail = f"{batches.padding_share():.1%} of the tokens are padding, {plain.padding_share():.1%} without"

@@ -5,19 +5,20 @@ It knows nothing of data formats, of model families or of where checkpoints lie.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from studio.core.events import StepDone, Warned
+from studio.core.events import PAIR_FIGURES, StepDone, Warned
 from studio.core.recipe import TrainSection
 from studio.core.schedule import learning_rate_at
 from studio.jobs.train.batches import StepBatches
 from studio.jobs.train.checkpoint import TrainState
 from studio.jobs.train.guards import MovementGuard, check_gradient, check_labels, check_loss
 from studio.jobs.train.memory import MemoryWatch
+from studio.jobs.train.objectives import FIGURES, Encoded
 from studio.jobs.train.optimizer import set_learning_rate
 
 
@@ -84,10 +85,11 @@ def train(
         set_learning_rate(parts.optimizer, rate)
 
         loss = torch.zeros((), device=parts.device)
+        of_pairs = list[torch.Tensor]()
         for rows in micro_batches:
             # Divided by the labels of the whole step, not of the micro-batch: the parts then add up to one mean over
             # the step, however its rows are cut into micro-batches.
-            part = parts.step_model(parts.batches.batch(rows)) / labelled
+            part = _loss_of(parts, rows, of_pairs) / labelled
             parts.backward(parts.scaler.scale(part))
             loss += part.detach()
         loss_value = float(loss)
@@ -120,6 +122,7 @@ def train(
             tokens=seen,
             seconds=seconds,
             loss_tokens=labelled,
+            **mean_figures(of_pairs),
         )
         if not skipped:
             movement.after_step(step)
@@ -134,3 +137,23 @@ def train(
         if between(state):
             break
     return state
+
+
+def _loss_of(parts: LoopParts, rows: Sequence[Encoded], figures: list[torch.Tensor]) -> torch.Tensor:
+    """Return the summed loss of a micro-batch, whose tensors are let go; pairs add their figures to the list."""
+    batch = parts.batches.batch(rows)
+    loss: torch.Tensor = parts.step_model(batch)
+    if FIGURES in batch:
+        figures.append(batch[FIGURES])
+    return loss
+
+
+def mean_figures(of_batches: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Return the means of the figures of pairs by name; nothing where there are none.
+
+    Args:
+        of_batches: `[pairs, figures]` of each micro-batch.
+    """
+    if not of_batches:
+        return {}
+    return dict(zip(PAIR_FIGURES, torch.cat(list(of_batches)).double().mean(0).tolist(), strict=True))

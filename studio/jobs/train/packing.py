@@ -24,7 +24,7 @@ from studio.jobs.base.device import wait_for
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.head import TOLERANCE
-from studio.jobs.train.objectives import Encoded
+from studio.jobs.train.objectives import Encoded, sequences
 from studio.jobs.train.objectives.supervised import collate, pack
 from studio.jobs.train.row_isolation import attends, call_by_row, call_whole, packed_attentions, stateful_layers
 from studio.jobs.train.step_model import StepModel
@@ -162,7 +162,8 @@ def batcher_for(
         step_model: The model as the loop calls it; its attention is switched where rows are packed.
         rows_of: The rows to measure with; the two ways may have different ones.
         padded: The way without packing.
-        seq_len: The recipe's; a packed batch holds at most `micro_batch * seq_len` tokens, as the estimate counts.
+        seq_len: The recipe's; a packed batch holds at most `micro_batch * seq_len` tokens, of pairs twice as
+            many, as the estimate counts.
         before: Whether a resumed run packed; it goes on in the same way. None at a first start.
         tell: Told what is being done.
 
@@ -172,11 +173,15 @@ def batcher_for(
     if wanted == "off" or before is False or not padded.objective.packs:
         return padded
     tell(_PHASE)
-    rows = cast(Sequence[Example], rows_of(padded))  # an objective that packs has `Example`s, see Objective.packs
-    if not can_pack(step_model, rows, padded.device):
+    rows = rows_of(padded)
+    # An objective that packs has `Example`s, see Objective.packs.
+    sides = cast(Sequence[Example], [side for row in rows[:2] for side in sequences(row)])
+    with step_model.supervised():
+        packs = can_pack(step_model, sides, padded.device)
+    if not packs:
         tell(_PHASE, 1.0, detail=f"padded: {why_padded(step_model.causal)}")
         return padded
-    tight = replace(padded, packed_tokens=padded.micro_batch * seq_len)
+    tight = replace(padded, packed_tokens=padded.micro_batch * len(sequences(rows[0])) * seq_len)
     if wanted == "auto" and before is None:
         return choose(step_model, rows_of, padded, tight, tell)
     return tight

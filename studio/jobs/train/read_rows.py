@@ -17,7 +17,7 @@ from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
-from studio.jobs.train.objectives import Encoded, Objective
+from studio.jobs.train.objectives import Encoded, Objective, sequences
 from studio.probe.data import Row
 from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.held_out import hold_out
@@ -130,7 +130,7 @@ def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
             "use the tokenizer that belongs to this model",
         )
     limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for example in everything)
+    longest = max(len(side.input_ids) for example in everything for side in sequences(example))
     if isinstance(limit, int) and longest > limit:
         message = f"the longest row has {longest} tokens; the model was made for {limit} (max_position_embeddings)"
         worker.emit(Warned, topic="data", message=message)

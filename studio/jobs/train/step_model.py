@@ -1,6 +1,6 @@
 """The model as the loop sees it: a module that takes a batch and returns the summed loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from studio.core.recipe import Loss
 from studio.jobs.train.head import SplitModel, TokenLoss, WholeModel, agrees, token_loss
 from studio.jobs.train.objectives import Batch, Objective
+from studio.jobs.train.objectives.preference import Preferences
 from studio.jobs.train.objectives.supervised import SUPERVISED
 
 _PROBE_TOKENS = 48
@@ -78,6 +79,21 @@ class StepModel(nn.Module):
         """Return what the objective measures of each row of a batch, fp32 `[rows]`, without gradients."""
         with self._autocast():
             return self.objective.metric(self._tokens, batch)
+
+    @torch.no_grad()
+    def reference(self, batch: Batch) -> Tensor:
+        """Return the log-probabilities of the answers of pairs with the adapter switched off, fp32 `[pairs, 2]`."""
+        with self.model.disable_adapter(), self._autocast():
+            return cast(Preferences, self.objective).log_probabilities(self._tokens, batch)
+
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """Let the model compute the loss of labelled tokens meanwhile, whatever is learnt."""
+        learnt, self.objective = self.objective, SUPERVISED
+        try:
+            yield
+        finally:
+            self.objective = learnt
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The interface of an objective: what a training learns from its rows. Each objective has a file of its own here.
 
 The loop, evaluation, checkpoints and measurements use an objective only through this interface. An objective in turn
-asks the model for one thing only: the summed loss of labelled tokens, of a batch or of each row in it (`TokenLoss`).
+asks the model for one thing only: the loss of labelled tokens, of each, of a row or of a batch (`TokenLoss`).
 """
 
 from collections import Counter
@@ -21,6 +21,10 @@ from studio.probe.data import Row
 Batch = dict[str, Any]
 """What a loss is computed from: `input_ids` `[batch, seq]`, and whatever else an objective needs."""
 
+FIGURES = "figures"
+"""Under this name an objective of pairs leaves in a batch what else its loss tells, detached `[pairs, figures]`: in the
+order of `studio.core.events.PAIR_FIGURES`."""
+
 
 class Encoded(Protocol):
     """A row as an objective encodes it."""
@@ -35,7 +39,7 @@ class Objective(Protocol):
 
     @property
     def packs(self) -> bool:
-        """Whether several examples may share one sequence; they are then `data.rows.Example`s."""
+        """Whether several sequences may share one; they are then `data.rows.Example`s (see `sequences`)."""
 
     def encode(
         self,
@@ -78,3 +82,9 @@ class Objective(Protocol):
 
         A run's figure is the sum over all rows, divided by their denominator.
         """
+
+
+def sequences(example: Any) -> Sequence[Any]:
+    """Return the sequences that go through the model for an example: itself, or both sides of a pair."""
+    sides: Sequence[Any] = getattr(example, "sides", ()) or (example,)
+    return sides

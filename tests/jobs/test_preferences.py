@@ -1,0 +1,212 @@
+"""Pairs of answers: losses and gradients from the papers' equations, whole runs, and what is refused."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from studio.core.measured import height
+from studio.core.recipe import Recipe
+from studio.core.shape_from_config import shape_from_config
+from studio.core.vram.estimate import estimate_vram
+from studio.core.vram.setup import setup_of
+from studio.jobs.base.data.labels import IGNORED
+from studio.jobs.base.data.rows import Encoding
+from studio.jobs.measure.storages import Storages
+from studio.jobs.measure.trace import Target, run_engine, trace
+from studio.jobs.train.adapter import attach_adapter
+from studio.jobs.train.objectives.of_recipe import objective_of
+from studio.jobs.train.objectives.pairs import Pair, encode_pairs
+from studio.jobs.train.packing import can_pack
+from studio.jobs.train.step_model import StepModel, evaluating
+from studio.probe.data import Message, Preference
+
+CPU = torch.device("cpu")
+PAIRS = [
+    ("one", "uno", "eins"),
+    ("two and a half", "dos y medio, por favor", "zwei"),
+    ("three", "tres", "drei, wenn es sein muss, und keins mehr"),
+    ("four", "cuatro", "vier"),
+    ("five times", "cinco veces", "fuenfmal"),
+]
+
+
+def preference(question: str, chosen: str, rejected: str, number: int = 1) -> Preference:
+    asked = (Message("system", "Translate."), Message("user", question))
+    return Preference(asked, (Message("assistant", chosen),), (Message("assistant", rejected),), number)
+
+
+ROWS = [preference(*words, number) for number, words in enumerate(PAIRS, 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A tiny model with an adapter that says something, its pairs, and their reference."""
+
+    model: Any
+    pairs: list[Pair]
+
+    def step_model(self, recipe: Recipe) -> StepModel:
+        return StepModel(self.model, recipe.train.loss, nullcontext, objective_of(recipe))
+
+    def referenced(self, step_model: StepModel) -> list[Pair]:
+        batch = step_model.objective.batch(self.pairs, pad_id=0, device=CPU)
+        with evaluating(step_model):
+            values = step_model.reference(batch).tolist()
+        return [replace(pair, reference=tuple(both)) for pair, both in zip(self.pairs, values, strict=True)]
+
+
+@pytest.fixture
+def stage(tiny: Path, recipe: Recipe) -> Stage:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    torch.manual_seed(3)
+    model = attach_adapter(base, recipe.adapter, grad_checkpointing=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return Stage(model, encode_pairs(ROWS, tokenizer, Encoding(64), warn=print))
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the papers' equations are written in, for one pair: log-probabilities of every token after the first."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_is_answer: Tensor
+    rejected_is_answer: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, pair: Pair) -> "Answers":
+        found: list[Tensor] = []
+        for side in pair.sides:
+            ids = torch.from_numpy(side.input_ids).long()
+            scores = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
+            found.append(scores.gather(1, ids[1:, None]).squeeze(1))
+        masks = [torch.from_numpy(side.labels[1:] != IGNORED) for side in pair.sides]
+        return cls(*found, *masks)
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        return self.chosen[self.chosen_is_answer].sum(), self.rejected[self.rejected_is_answer].sum()
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        return self.chosen[self.chosen_is_answer].mean(), self.rejected[self.rejected_is_answer].mean()
+
+
+def written_out(model: Any, pair: Pair, recipe: Recipe) -> Tensor:
+    """Return a pair's loss as the papers write it, with whole logits and one sequence at a time."""
+    beta, flipped = recipe.train.beta, recipe.train.label_smoothing
+    policy = Answers.of(model, pair)
+    if recipe.train.objective == "orpo":
+        chosen, rejected = policy.means
+        odds_chosen, odds_rejected = (x.exp() / (1 - x.exp()) for x in (chosen, rejected))
+        nll = -chosen if recipe.data.answers_only else -policy.chosen.mean()
+        return nll - beta * torch.sigmoid(torch.log(odds_chosen / odds_rejected)).log()
+    with torch.no_grad(), model.disable_adapter():
+        base = Answers.of(model, pair)
+    (chosen, rejected), (base_chosen, base_rejected) = policy.sums, base.sums
+    margin = beta * (chosen - base_chosen) - beta * (rejected - base_rejected)
+    clean, wrong = -torch.sigmoid(margin).log(), -torch.sigmoid(-margin).log()
+    return ((1 - flipped) * clean - flipped * wrong) / (1 - 2 * flipped)
+
+
+SETTINGS = [
+    {"train.objective": "dpo"},
+    {"train.objective": "dpo", "train.beta": 0.5, "train.label_smoothing": 0.1, "train.loss": "full"},
+    {"train.objective": "orpo"},
+    {"train.objective": "orpo", "train.beta": 1.0, "data.answers_only": False},
+    {"train.objective": "orpo", "data.answers_only": False, "train.loss": "full"},
+]
+
+
+def with_settings(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    for path, value in settings.items():
+        recipe = recipe.with_(path, value)
+    assert recipe.problems() == ()
+    return recipe
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(map(str, s.values())))
+def test_losses_and_gradients_are_the_papers(
+    stage: Stage, recipe: Recipe, settings: dict[str, Any], packed: bool
+) -> None:
+    """However the pairs are cut into micro-batches, whose rows differ in length."""
+    recipe = with_settings(recipe, settings)
+    step_model = stage.step_model(recipe)
+    assert step_model.loss_path == recipe.train.loss
+    stage.model.eval()
+    if packed:
+        with step_model.supervised():
+            assert can_pack(step_model, [side for pair in stage.pairs for side in pair.sides], CPU)
+    pairs = stage.referenced(step_model)
+    wanted = torch.stack([written_out(stage.model, pair, recipe) for pair in pairs]).mean()
+    wanted.backward()
+    expected = gradients(stage.model)
+    assert len(expected) > 20
+    for cut in ([pairs], [pairs[:1], pairs[1:]], [[pair] for pair in pairs]):
+        total = torch.zeros(())
+        for part in cut:
+            batch = step_model.objective.batch(part, pad_id=0, device=CPU, packed=packed)
+            loss = step_model(batch) / step_model.objective.denominator(pairs)
+            loss.backward()
+            total += loss.detach()
+        assert float(total) == pytest.approx(float(wanted.detach()), rel=1e-5)
+        seen = gradients(stage.model)
+        assert seen.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert torch.allclose(seen[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max())), name
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "tie_word_embeddings": False,
+}
+TRACED = [
+    {"train.objective": "dpo", "method": "qlora"},
+    {"train.objective": "orpo", "method": "lora", "train.grad_checkpointing": False},
+    {"train.objective": "dpo", "method": "lora", "train.loss": "full", "train.accumulation": 2},
+    {"train.objective": "dpo", "method": "lora", "adapter.modules_to_save": ("lm_head",)},
+]
+
+
+@pytest.mark.parametrize("settings", TRACED, ids=lambda s: " ".join(map(str, s.values())))
+def test_the_plan_is_the_trace_of_a_pair(settings: dict[str, Any]) -> None:
+    """A trace has every byte of a real step, and the plan is within 2 % of it in every stage."""
+    small = {"adapter.rank": 4, "train.micro_batch": 1, "train.seq_len": 96, "train.accumulation": 1}
+    recipe = with_settings(Recipe(), {**small, **settings, "device.device": "cpu"})
+    seen = trace(recipe, LLAMA, Target("cpu", "bf16")).log.peaks()
+    torch.manual_seed(0)
+    storages = Storages()
+    bnb.functional.name2qmap.clear()
+    objective = objective_of(recipe)
+    run_engine(AutoConfig.for_model(**LLAMA), recipe, Target("cpu", "bf16"), storages, objective=objective)
+    assert seen == storages.log.peaks()
+    planned = dict(estimate_vram(shape_from_config(LLAMA), setup_of(recipe.with_("model.dtype", "bf16"))).stages)
+    traced = {stage: height(parts) for stage, parts in seen.items()}
+    assert max(planned[stage] for stage in traced) == pytest.approx(max(traced.values()), rel=0.02)
+    # A pair is two sequences: no second base, and nothing but a few numbers for each token besides.
+    alone = recipe.with_("train.objective", "sft").with_("train.micro_batch", 2)
+    two_rows = {stage: height(parts) for stage, parts in trace(alone, LLAMA, Target("cpu", "bf16")).log.peaks().items()}
+    assert traced == {stage: pytest.approx(size, rel=0.001) for stage, size in two_rows.items()}
