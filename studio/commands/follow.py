@@ -25,13 +25,14 @@ from studio.commands.terminal import (
 from studio.core.errors import StudioError
 from studio.core.events import Evaluated, Paused, Phase, Planned, RunEvent, Saved, Started, StepDone, Warned
 from studio.core.left_out import left_out_in_words
+from studio.core.preferences import preferred_in_words
 from studio.core.text import plain
 from studio.runs.control import request
 from studio.runs.failure import BAD_INPUT as FOUND_BAD_INPUT
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.runs.status import Status, run_status
-from studio.runs.summary import summary_of
+from studio.runs.summary import figures_of, summary_of
 from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch, last_output
 
@@ -155,8 +156,10 @@ def step_line(event: StepDone, history: History) -> str:
     rate = history.tokens_per_second
     speed = f"  {rate:,.0f} tok/s" if rate is not None and math.isfinite(rate) else ""
     left = "" if total is None or history.eta_seconds is None else f"  ETA {duration(history.eta_seconds)}"
+    figures = figures_of(event)
+    pairs = f"  margin {figures['margin'] or 0:+.3f}  preferred {figures['accuracy'] or 0:.0%}" if figures else ""
     return (
-        f"step {event.step}{of}  loss {event.loss:.4f}  lr {event.learning_rate:.2e}  "
+        f"step {event.step}{of}  loss {event.loss:.4f}{pairs}  lr {event.learning_rate:.2e}  "
         f"grad {event.grad_norm:.3g}{speed}{left}"
     )
 
@@ -191,7 +194,8 @@ def _held(event: Planned) -> str:
 
 
 def _evaluated(event: Evaluated) -> str:
-    return f"held-out loss {event.loss:.4f} at step {event.step} ({event.rows} rows, {duration(event.seconds)})"
+    pairs = f"; {said}" if (said := preferred_in_words(figures_of(event))) else ""
+    return f"held-out loss {event.loss:.4f} at step {event.step} ({event.rows} rows, {duration(event.seconds)}){pairs}"
 
 
 def _saved(event: Saved) -> str:

@@ -12,13 +12,14 @@ from studio.commands.options import root_of, run_of
 from studio.commands.terminal import DONE, duration, is_rich, number, say, size, table, width_of_terminal, write_json
 from studio.core.errors import BadInput
 from studio.core.left_out import left_out_in_words
+from studio.core.preferences import preferred_in_words
 from studio.core.recipe import FIELDS, Recipe, differing_fields, field_text
 from studio.core.text import plain
 from studio.runs.job import job_table, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.status import run_status
 from studio.runs.store import find_run
-from studio.runs.summary import folder_bytes, summary_of
+from studio.runs.summary import figures_of, folder_bytes, summary_of
 from studio.runs.watch import read_history
 
 
@@ -33,7 +34,7 @@ def show(args: argparse.Namespace) -> int:
     summary = summary_of(paths, history, run_status(paths))
     recipe = _recipe_table(paths)
     if args.json:
-        evals = [{"step": event.step, "loss": _finite(event.loss)} for event in history.evals]
+        evals = [{"step": event.step, "loss": _finite(event.loss), **figures_of(event)} for event in history.evals]
         samples = [asdict(event) for event in history.samples]
         write_json(summary | {"recipe": recipe, "evals": evals, "samples": samples, "files": _files(paths)})
         return DONE
@@ -85,13 +86,28 @@ def _outcome_rows(outcomes: list[dict[str, Any]]) -> list[list[str]]:
     return [
         row("status", lambda found: found["status"]),
         row("steps", lambda found: f"{found['steps']}/{found['total_steps'] or '?'}"),
-        row("training loss", lambda found: loss_ends(found["train_loss"])),
-        row("held-out loss", lambda found: loss_ends(found["eval_loss"])),
+        *_loss_rows(outcomes),
         row("tokens/s", lambda found: number(found["tokens_per_second"], ",.0f")),
         row("peak memory", lambda found: size(found["peak_bytes"])),
         row("time", lambda found: duration(found["seconds"])),
         row("adapter", lambda found: size(found["adapter_bytes"])),
     ]
+
+
+def _loss_rows(outcomes: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the losses, those of each objective in rows of their own: they are different quantities."""
+    objectives = dict.fromkeys(found["objective"] for found in outcomes if found["objective"])
+    rows = []
+    for objective in objectives or (None,):
+        of_it = f" ({objective})" if len(objectives) > 1 else ""
+        same = [found if objective in (None, found["objective"]) else None for found in outcomes]
+        for label, key in (("training loss", "train_loss"), ("held-out loss", "eval_loss")):
+            rows.append([label + of_it, *(loss_ends(found[key]) if found else "-" for found in same)])
+    if any(found["pairs"] for found in outcomes):
+        last = [((found["pairs"] or {}).get("last_evaluation") or {}) for found in outcomes]
+        for label, key in (("held-out accuracy", "accuracy"), ("held-out margin", "margin")):
+            rows.append([label, *(number(figures.get(key), ".3f") for figures in last)])
+    return rows
 
 
 def _facts(summary: dict[str, Any]) -> dict[str, str]:
@@ -101,6 +117,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
         "training": (summary["train_loss"]["last"], f"loss {loss_ends(summary['train_loss'])}"),
         "held out": (summary["eval_loss"]["last"], f"loss {loss_ends(summary['eval_loss'])}"),
         "gain": (summary["gain"], (summary["gain"] or {}).get("words", "")),
+        **_pair_facts(summary["pairs"]),
         "speed": (summary["tokens_per_second"], f"{number(summary['tokens_per_second'], ',.0f')} tokens/s"),
         "memory": (summary["peak_bytes"], f"peak {size(summary['peak_bytes'])}"),
         "rows": (summary["left_out"] or None, left_out_in_words(summary["left_out"])),
@@ -119,8 +136,16 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     return {key: plain(text, one_line=True, limit=400) for key, text in facts.items()}
 
 
+def _pair_facts(pairs: dict[str, Any] | None) -> dict[str, tuple[Any, str]]:
+    """Return the figures of pairs of answers, in words: the last step's, the first and the last evaluation's."""
+    named = {"pairs": "last_step", "before": "first_evaluation", "after": "last_evaluation"}
+    told = {label: preferred_in_words((pairs or {}).get(key) or {}) for label, key in named.items()}
+    where = {"pairs": "at the last step", "before": "held out, at first", "after": "held out, at last"}
+    return {label: (words or None, f"{where[label]}: {words}") for label, words in told.items()}
+
+
 def _files(paths: RunPaths) -> dict[str, int]:
-    read = (paths.recipe, paths.plan, paths.identity, paths.held_out)
+    read = (paths.recipe, paths.plan, paths.identity, paths.held_out, paths.reference)
     places = (*read, paths.events, paths.output, paths.report, paths.checkpoints, paths.adapter)
     return {
         place.name: folder_bytes(place) if place.is_dir() else place.stat().st_size

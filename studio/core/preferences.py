@@ -42,7 +42,9 @@ def preferred_in_words(figures: Mapping[str, Any]) -> str:
     """
     known = {name: value for name, value in figures.items() if isinstance(value, int | float)}
     said = []
-    if "accuracy" in known:
+    if known.get("accuracy") == 0 and known.get("margin") == 0:
+        said.append("neither answer is preferred yet")
+    elif "accuracy" in known:
         said.append(f"the chosen answer is preferred in {known['accuracy']:.0%} of the pairs")
     if "margin" in known:
         said.append(f"margin {known['margin']:+.3f}")

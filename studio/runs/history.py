@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from studio.core.events import (
+    PAIR_FIGURES,
     Evaluated,
     Failed,
     Finished,
@@ -55,6 +56,8 @@ class TrainSeries:
     tokens: "array[int]" = field(default_factory=_integers)
     seconds: "array[float]" = field(default_factory=_floats)
     at: "array[float]" = field(default_factory=_floats)
+    pairs: "dict[str, array[float]]" = field(default_factory=dict)
+    """By the names of `PAIR_FIGURES`, where steps learn from pairs of answers; else empty. An unknown one is NaN."""
 
     def append(self, event: StepDone) -> None:
         """Add a step in place of the same and any later one."""
@@ -66,6 +69,11 @@ class TrainSeries:
         self.tokens.append(event.tokens)
         self.seconds.append(event.seconds)
         self.at.append(event.at)
+        if event.margin is not None and not self.pairs:
+            self.pairs = {name: array("d", [math.nan] * (len(self.steps) - 1)) for name in PAIR_FIGURES}
+        for name, figures in self.pairs.items():
+            value = getattr(event, name)
+            figures.append(math.nan if value is None else value)
 
     def cut_from(self, step: int) -> None:
         """Drop this step and all after it."""
@@ -73,6 +81,8 @@ class TrainSeries:
         if keep < len(self.steps):
             for series in (self.steps, self.losses, self.lrs, self.grad_norms, self.tokens, self.seconds, self.at):
                 del series[keep:]
+            for figures in self.pairs.values():
+                del figures[keep:]
 
 
 @dataclass(slots=True)
@@ -169,6 +179,13 @@ class History:
         if self.planned:
             return self.planned.total_steps
         return self.started.total_steps if self.started else None
+
+    @property
+    def objective(self) -> str:
+        """What the run learns, in the recipe's word; runs of versions that knew one objective are supervised ones."""
+        train = self.started.recipe.get("train") if self.started else None
+        word = train.get("objective") if isinstance(train, dict) else None
+        return word if isinstance(word, str) else "sft"
 
     @property
     def last_step(self) -> int:

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from studio.core.evidence import gain_in_words
+from studio.core.events import PAIR_FIGURES, Evaluated, StepDone
+from studio.core.evidence import LEAST_TOKENS, gain_in_words
 from studio.core.intervals import Interval
 from studio.runs.history import History
 from studio.runs.last_words import CRASHED, crash_of, printed_since_launch
@@ -37,6 +38,8 @@ def summary_of(paths: RunPaths, history: History, status: Status) -> dict[str, A
         "train_loss": _ends(list(history.train.losses[:1]) + list(history.train.losses[-1:])),
         "eval_loss": _eval_ends(history),
         "gain": gain_of(history),
+        "objective": history.objective if started and started.job == "train" else None,
+        "pairs": pairs_of(history),
         "tokens": sum(history.train.tokens),
         "tokens_per_second": _number(history.tokens_per_second),
         "left_out": history.planned.left_out if history.planned else {},
@@ -103,8 +106,29 @@ def gain_of(history: History) -> dict[str, Any] | None:
     if more is None:
         why = "the losses of its rows before training are not known"
         return told | {"words": f"whether the held-out loss improved beyond noise is not known: {why}"}
-    improved, words = gain_in_words(more, last.rows, last.loss_tokens)
+    # Of pairs `loss_tokens` counts the pairs; a pair's loss rests on all tokens of its answers.
+    tokens = last.loss_tokens if last.margin is None else max(last.loss_tokens, LEAST_TOKENS)
+    improved, words = gain_in_words(more, last.rows, tokens)
     return {"improved": improved, "value": more.value, "low": more.low, "high": more.high, "words": words}
+
+
+def pairs_of(history: History) -> dict[str, dict[str, float | None]] | None:
+    """Return the figures of pairs of answers (`PAIR_FIGURES`), ready for JSON; None for other runs.
+
+    They are those of the last step, of the first evaluation and of the last one; unknown ones are null.
+    """
+    if not history.train.pairs and not any(event.margin is not None for event in history.evals):
+        return None
+    first, last = (figures_of(history.evals[place]) if history.evals else {} for place in (0, -1))
+    steps = {name: _number(values[-1]) if values else None for name, values in history.train.pairs.items()}
+    return {"last_step": steps, "first_evaluation": first, "last_evaluation": last}
+
+
+def figures_of(event: StepDone | Evaluated) -> dict[str, float | None]:
+    """Return what an event tells of pairs of answers; nothing where it learns from or measures none."""
+    if event.margin is None:
+        return {}
+    return {name: _number(getattr(event, name)) for name in PAIR_FIGURES}
 
 
 def _interval(table: object) -> Interval | None:

@@ -4,8 +4,9 @@ Held-out rows go through the same loss path and micro-batch as training, so eval
 """
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,12 +25,15 @@ from studio.jobs.base.tokenizer import stop_ids
 from studio.jobs.train.adapter import AdapterWeights, save_adapter
 from studio.jobs.train.batches import Batcher
 from studio.jobs.train.checkpoint import TrainState, save_checkpoint
+from studio.jobs.train.guards import doubts_about_pairs
 from studio.jobs.train.loop import mean_figures
 from studio.jobs.train.memory import MemoryWatch
 from studio.jobs.train.objectives import FIGURES, Encoded
+from studio.jobs.train.objectives.preference import log_probability_tokens
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.runs.disk import disk_words, refuses
 from studio.runs.held_out import RowLosses, keep_losses_before, read_record
+from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
@@ -56,6 +60,7 @@ class Between:
         last_eval: The newest held-out loss per token, in nats; None before the first evaluation.
         before: Each held-out row's loss before the first step; None where it is not known.
         initial: The adapter that PiSSA subtracted from the base; empty without PiSSA.
+        doubted: Topics of what has been said to be wrong with held-out pairs.
     """
 
     worker: Worker
@@ -74,6 +79,7 @@ class Between:
     last_eval: float | None = None
     before: RowLosses | None = None
     initial: AdapterWeights = field(default_factory=dict)
+    doubted: set[str] = field(default_factory=set)
 
     def after_step(self, state: TrainState) -> bool:
         """Evaluate and save where that is due, and serve the user's requests.
@@ -128,6 +134,7 @@ class Between:
             gain=asdict(gain) if gain else None,
             **figures,
         )
+        self._doubt(step, figures)
         self.memory.see("eval", step)
         self.tell("training")
 
@@ -148,6 +155,19 @@ class Between:
                 message = f"held-out losses from before training are not kept for a resumed run: {error}"
                 self.worker.emit(Warned, topic="disk", message=message)
         return None
+
+    def _doubt(self, step: int, figures: Mapping[str, float]) -> None:
+        """Warn once of each thing that is wrong with what held-out pairs show; nothing happens for other rows."""
+        if not figures or not step:
+            return
+        first = next(iter(read_history(self.worker.paths).evals))  # this evaluation is in the log already
+        tokens = statistics.fmean(log_probability_tokens(self.step_model.objective, pair) for pair in self.held_out)
+        before = {"chosen_logp": figures["chosen_logp"] if first.chosen_logp is None else first.chosen_logp}
+        found = doubts_about_pairs(figures, before, pairs=len(self.held_out), tokens=tokens)
+        for topic, message in found.items():
+            if topic not in self.doubted:
+                self.worker.emit(Warned, topic=topic, message=message)
+        self.doubted |= found.keys()
 
     def sample(self, step: int) -> None:
         """Answer the sample prompts greedily and emit the answers; a stop ends it, and drops an unfinished answer."""

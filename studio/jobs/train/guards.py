@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from studio.core.errors import JobFailed
+from studio.core.intervals import share_interval
 
 MOVED_BY_STEP = 3
 """After this many optimizer steps every adapted module must have moved. B is zero at first, so that A gets its first
@@ -87,6 +88,41 @@ def check_gradient(grad_norm: float, step: int, skipped: int, *, scaled: bool, s
 
 def _lower(steadier: str) -> str:
     return "lower the learning rate" + (f", or {steadier}" if steadier else "")
+
+
+COLLAPSE_NATS = 0.5
+"""How far the log-probability of a token of held-out chosen answers may fall before it is said: each is then 0.6 times
+as likely as before. That both answers grow unlikely while their margin grows is known of these losses (Pal et al. 2024,
+arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847); where it is too much is this program's choice."""
+
+
+def doubts_about_pairs(
+    figures: Mapping[str, float], before: Mapping[str, float], *, pairs: int, tokens: float
+) -> dict[str, str]:
+    """Return what is wrong with what held-out pairs show, by topic: a sentence each.
+
+    Args:
+        figures: Of the last evaluation, by the names of `PAIR_FIGURES`.
+        before: The same before the first step.
+        pairs: How many pairs were measured.
+        tokens: Tokens that a chosen log-probability is of, in the mean.
+    """
+    found = {}
+    right = round(figures["accuracy"] * pairs)
+    most = share_interval([place < right for place in range(pairs)]).high
+    if most is not None and most < 0.5:  # of two answers, chance prefers each as often
+        found["accuracy"] = (
+            f"the chosen answer is preferred in {figures['accuracy']:.0%} of {pairs} held-out pairs, less than chance: "
+            "what is learnt does not carry over, or chosen and rejected answers are the wrong way round in some rows"
+        )
+    fall = (before["chosen_logp"] - figures["chosen_logp"]) / max(1.0, tokens)
+    if fall > COLLAPSE_NATS:
+        found["chosen"] = (
+            f"the chosen answers of held-out pairs have become unlikely, too: {math.exp(-fall):.2f} times as likely a "
+            "token as before the first step (a known failure of such losses, Razin et al. 2024). Lower the learning "
+            "rate or train for fewer steps; dpo: raise train.beta"
+        )
+    return found
 
 
 class MovementGuard:

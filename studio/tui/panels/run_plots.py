@@ -1,5 +1,6 @@
-"""Loss and memory of a run over its steps."""
+"""Loss and memory of a run over its steps, and the figures of pairs of answers."""
 
+import math
 from collections.abc import Sequence
 
 from textual import events
@@ -25,6 +26,19 @@ _MEMORY = (
     Curve("resident_bytes", "resident"),
     Curve("resident_peak_bytes", "peak", "faint", 3),
 )
+_REWARDS = (
+    Curve("margin", "margin"),
+    Curve("accuracy", "accuracy", hue=3),
+    Curve("held_out_margin", "held-out margin", "dots"),
+    Curve("held_out_accuracy", "held-out accuracy", "dots", 3),
+)
+_ANSWERS = (
+    Curve("chosen_logp", "chosen", hue=3),
+    Curve("rejected_logp", "rejected", hue=4),
+    Curve("held_out_chosen_logp", "held-out", "dots", 3),
+    Curve("held_out_rejected_logp", "held-out", "dots", 4),
+)
+"""Figures of pairs by their names in a history, those of evaluations after `held_out_`."""
 _ROOM_FOR_BOTH = 98
 """Columns from which on the plots stand beside each other."""
 
@@ -78,7 +92,7 @@ class RunPlots(Container):
         begin = self._memory_cursor.start(readings.steps, history.started)
         for curve in _MEMORY:
             values = [to_gib(value) for value in getattr(readings, curve.key)[begin:]]
-            self._hand_on(self._memory, curve.key, begin, readings.steps[begin:], values)
+            _hand_on(self._memory, curve.key, begin, readings.steps[begin:], values)
 
     def show_sample(self, steps: Sequence[int], losses: Sequence[float], total: int | None) -> None:
         """Draw a few steps of a long log at once, until the log is read."""
@@ -109,18 +123,70 @@ class RunPlots(Container):
         if begin == 0:
             self._smoother = Smoother(_kept_share(history.total_steps))
         losses = train.losses[begin:]
-        self._hand_on(self._loss, "train", begin, train.steps[begin:], losses)
-        self._hand_on(self._loss, "mean", begin, train.steps[begin:], self._smoother.feed(losses))
+        _hand_on(self._loss, "train", begin, train.steps[begin:], losses)
+        _hand_on(self._loss, "mean", begin, train.steps[begin:], self._smoother.feed(losses))
         steps = [event.step for event in history.evals]
         begin = self._held_out_cursor.start(steps, history.started)
-        self._hand_on(self._loss, "held_out", begin, steps[begin:], [event.loss for event in history.evals[begin:]])
+        _hand_on(self._loss, "held_out", begin, steps[begin:], [event.loss for event in history.evals[begin:]])
 
-    @staticmethod
-    def _hand_on(plot: LinePlot, key: str, begin: int, steps: Sequence[int], values: Sequence[float]) -> None:
+
+class PairPlots(Container):
+    """What a run that learns from pairs of answers tells besides its loss: margin and accuracy, and both answers."""
+
+    DEFAULT_CSS = """
+    PairPlots {
+        layout: vertical;
+        height: 1fr;
+        & LinePlot { height: 1fr; padding: 0 1; }
+        &.-beside { layout: horizontal; & LinePlot { width: 1fr; } }
+    }
+    """
+
+    def __init__(self, id: str | None = None) -> None:  # noqa: A002  Textual's own name
+        """Start empty."""
+        super().__init__(id=id)
+        self._plots = {
+            LinePlot(_REWARDS, title="rewards", x_label="step", id="rewards-plot"): _REWARDS,
+            LinePlot(_ANSWERS, title="log-probability", x_label="step", id="answers-plot"): _ANSWERS,
+        }
+        self._train_cursor, self._held_out_cursor = Cursor(), Cursor()
+        self._smoothers: dict[str, Smoother] = {}
+
+    def compose(self) -> ComposeResult:
+        """Make the parts: margin and accuracy, then the log-probabilities."""
+        yield from self._plots
+
+    def on_resize(self, event: events.Resize) -> None:
+        """Put the plots beside each other where there is room."""
+        self.set_class(event.size.width >= _ROOM_FOR_BOTH, "-beside")
+
+    def show(self, history: History) -> None:
+        """Draw what is new in the history, steps smoothed as the loss is."""
+        train, evals = history.train, history.evals
+        if not train.pairs:
+            return
+        begin = self._train_cursor.start(train.steps, history.started)
         if begin == 0:
-            plot.replace(key, steps, values)
-        elif steps:
-            plot.extend(key, steps, values)
+            self._smoothers = {name: Smoother(_kept_share(history.total_steps)) for name in train.pairs}
+        measured = [event.step for event in evals]
+        first = self._held_out_cursor.start(measured, history.started)
+        for plot, curves in self._plots.items():
+            plot.x_total = float(history.total_steps or 0)
+            for key in (curve.key for curve in curves):
+                name = key.removeprefix("held_out_")
+                if name == key:
+                    values = self._smoothers[name].feed(train.pairs[name][begin:])
+                    _hand_on(plot, key, begin, train.steps[begin:], values)
+                else:
+                    seen = [getattr(event, name) for event in evals[first:]]
+                    _hand_on(plot, key, first, measured[first:], [math.nan if v is None else v for v in seen])
+
+
+def _hand_on(plot: LinePlot, key: str, begin: int, steps: Sequence[int], values: Sequence[float]) -> None:
+    if begin == 0:
+        plot.replace(key, steps, values)
+    elif steps:
+        plot.extend(key, steps, values)
 
 
 def _kept_share(total_steps: int | None) -> float:

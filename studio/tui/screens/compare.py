@@ -63,12 +63,31 @@ def outcome_rows(runs: Sequence[Compared]) -> list[tuple[str, ...]]:
     histories = [run.history for run in runs]
     return [
         ("steps", *(f"{history.last_step}/{history.total_steps or '?'}" for history in histories)),
-        ("held-out loss", *(number(h.evals[-1].loss) if h.evals else UNKNOWN for h in histories)),
-        ("training loss", *(number(h.train.losses[-1]) if h.train.losses else UNKNOWN for h in histories)),
+        *_loss_rows(histories),
         ("tokens/s", *(number(h.tokens_per_second) for h in histories)),
         ("peak, GiB", *(gib(peak_bytes(history)) for history in histories)),
         ("time", *(duration(history.seconds) for history in histories)),
     ]
+
+
+def _loss_rows(histories: Sequence[History]) -> list[tuple[str, ...]]:
+    """Return the losses, those of each objective in rows of their own: they are different quantities."""
+    objectives = dict.fromkeys(history.objective for history in histories)
+    rows = []
+    for objective in objectives:
+        of_it, same = f" ({objective})" if len(objectives) > 1 else "", [h.objective == objective for h in histories]
+        told = list(zip(histories, same, strict=True))
+        rows += [
+            (f"held-out loss{of_it}", *(number(h.evals[-1].loss) if own and h.evals else UNKNOWN for h, own in told)),
+            (
+                f"training loss{of_it}",
+                *(number(h.train.losses[-1]) if own and h.train.losses else UNKNOWN for h, own in told),
+            ),
+        ]
+    if any(history.train.pairs for history in histories):
+        accuracies = [h.evals[-1].accuracy if h.evals else None for h in histories]
+        rows.append(("held-out accuracy", *(UNKNOWN if known is None else number(known) for known in accuracies)))
+    return rows
 
 
 class CompareScreen(Screen[None]):
@@ -146,8 +165,12 @@ class CompareScreen(Screen[None]):
     def _show_curves(self) -> None:
         plot = self.query_one(LinePlot)
         plot.x_total = float(max((run.history.total_steps or 0 for run in self._runs), default=0))
+        drawn = self._runs[0].history.objective if self._runs else ""
         for index, run in enumerate(self._runs, start=1):
-            plot.replace(str(index), *_held_out(run) if self._held_out else _smoothed(run))
+            alike = run.history.objective == drawn
+            curve = _held_out(run) if self._held_out else _smoothed(run)
+            plot.replace(str(index), *curve if alike else ([], []))
+        others = sum(run.history.objective != drawn for run in self._runs)
         what = "Held-out loss" if self._held_out else "Training loss (smoothed)"
         count = len(difference_rows(self._runs))
         differ = (
@@ -155,7 +178,8 @@ class CompareScreen(Screen[None]):
             if count
             else "no field of their recipes differs"
         )
-        self.query_one("#compare-head", Static).update(f"{what} of {len(self._runs)} runs; {differ}")
+        unlike = f" ({others} of another objective, whose loss is another quantity, not drawn)" if others else ""
+        self.query_one("#compare-head", Static).update(f"{what} of {len(self._runs) - others} runs{unlike}; {differ}")
 
     @work(thread=True)
     def _read(self) -> None:

@@ -24,7 +24,7 @@ from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
 from studio.tui.panels.run_header import RunHeader
 from studio.tui.panels.run_memory import MemoryTable, PeakGauge, planned_peak_bytes
-from studio.tui.panels.run_plots import RunPlots
+from studio.tui.panels.run_plots import PairPlots, RunPlots
 from studio.tui.panels.samples import Samples
 from studio.tui.screens.dialogs import Confirm, start_over_question
 from studio.tui.screens.offers import OfferingScreen, offered
@@ -33,9 +33,10 @@ from widgets.key_footer import KeyFooter
 from widgets.log_search import LogSearch
 from widgets.tab_row import TabRow
 
-_VIEWS = ("plots", "samples", "log", "notes", "memory")
-_VIEWS_OF = {TRAIN: _VIEWS, "measure": ("log", "notes", "memory")}
-"""Views that each kind of job fills. Kinds that are not named here fill the log and the notes."""
+_VIEWS = ("plots", "samples", "log", "notes", "memory", "pairs")
+_VIEWS_OF = {TRAIN: _VIEWS[:-1], "measure": ("log", "notes", "memory")}
+"""Views that each kind of job fills. Kinds that are not named here fill the log and the notes, and a training that
+learns from pairs of answers also the last view of all."""
 _FILLED_BY_ALL = ("log", "notes")
 _JOBS_OF = {
     "pause": ((TRAIN,), "Only a training can be paused."),
@@ -81,7 +82,7 @@ class RunScreen(OfferingScreen[None]):
     RunScreen.-wide.-tall {
         & #plots { display: block; height: 3fr; }
         & #plots.-unfilled { display: none; }
-        & #samples, & #log, & #notes, & #memory { height: 2fr; border-top: solid $foreground 20%; }
+        & #samples, & #log, & #notes, & #memory, & #pairs { height: 2fr; border-top: solid $foreground 20%; }
     }
     """
 
@@ -111,6 +112,7 @@ class RunScreen(OfferingScreen[None]):
             yield LogSearch(empty="The process has printed nothing so far.", id="log")
             yield Notes(id="notes")
             yield MemoryTable(self.paths, id="memory")
+            yield PairPlots(id="pairs")
         yield KeyFooter()
 
     def on_mount(self) -> None:
@@ -135,7 +137,8 @@ class RunScreen(OfferingScreen[None]):
         if key in self._views:
             self.view = key
         else:
-            told = f"This run is no training: it fills no {key}. It has {' and '.join(self._views)}."
+            why = "This run learns from no pairs" if self._job == TRAIN else "This run is no training"
+            told = f"{why}: it fills no {key}. It has {' and '.join(self._views)}."
             self.app.notify(told, markup=False)
 
     def action_next_view(self, direction: int) -> None:
@@ -262,7 +265,8 @@ class RunScreen(OfferingScreen[None]):
     @property
     def _views(self) -> tuple[str, ...]:
         """The views that this kind of job fills."""
-        return _VIEWS_OF.get(self._job, _FILLED_BY_ALL)
+        paired = self._glance is not None and bool(self._glance.history.train.pairs)
+        return _VIEWS if paired else _VIEWS_OF.get(self._job, _FILLED_BY_ALL)
 
     @property
     def _job(self) -> str:
@@ -293,7 +297,7 @@ class RunScreen(OfferingScreen[None]):
 
     def _show_glance(self) -> None:
         glance = self._feed.look()
-        job, before, self._glance = self._job, self._glance, glance
+        job, views, before, self._glance = self._job, self._views, self._glance, glance
         if before is None or before.status is not glance.status or job != self._job:
             self.refresh_bindings()
         self._see_pause()
@@ -306,9 +310,10 @@ class RunScreen(OfferingScreen[None]):
             if self.query_one(PeakGauge).show(glance.history, self.query_one(MemoryTable).highest_bytes):
                 self.query_one(RunPlots).show_predicted(planned_peak_bytes(self.paths))
             self.query_one(RunPlots).show(glance.history)
+            self.query_one(PairPlots).show(glance.history)
             self.query_one(Samples).show(glance.history, glance.status)
             self.query_one(Notes).show(glance.history)
-        if job != self._job:
+        if views != self._views:
             self._offer_views()
         if glance.behind or self._slices_left is not None:
             self._catch_up(glance)

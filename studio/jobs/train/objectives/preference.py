@@ -84,7 +84,7 @@ class Preferences:
         if not self.odds:
             reference = [pair.reference for pair in examples]
             extra[_REFERENCE] = torch.tensor(reference, dtype=torch.float32, device=device)
-        extra[_COUNTS] = [int(np.count_nonzero(side.labels[1:] != IGNORED)) for side in sides]
+        extra[_COUNTS] = [_learnt(side) for side in sides]
         return (pack(sides, device) if packed else collate(sides, pad_id, device)) | extra
 
     def loss(self, tokens: TokenLoss, batch: Batch) -> Tensor:
@@ -118,6 +118,11 @@ class Preferences:
 def needs_reference(objective: Objective) -> bool:
     """Return whether pairs must know their answers' log-probabilities under the reference."""
     return isinstance(objective, Preferences) and not objective.odds
+
+
+def log_probability_tokens(objective: Objective, example: Any) -> int:
+    """Return of how many tokens a chosen answer's log-probability is: all that it has, or one where it is a mean."""
+    return _learnt(example.sides[0]) if needs_reference(objective) else 1
 
 
 def dpo_losses(gained: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -158,6 +163,11 @@ def _by_sequence(tokens: TokenLoss, batch: Batch) -> Sequence[Tensor]:
     # A trained head gives its losses under autocast's rules; sums of many tokens are taken in fp32.
     losses = tokens.token_losses(**inputs).float()
     return torch.split(losses, batch[_COUNTS])
+
+
+def _learnt(side: Example) -> int:
+    """Return how many labelled tokens are predicted: all but the first, which nothing precedes."""
+    return int(np.count_nonzero(side.labels[1:] != IGNORED))
 
 
 def _figures(log_probabilities: Tensor, rewards: Tensor) -> Tensor:
