@@ -11,6 +11,7 @@ from studio.commands.recipe_flags import add_recipe_flags, settings_of
 from studio.commands.terminal import DONE, NO, say, size, table, write_json
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import Gpu, card_of_size, find_gpu
+from studio.core.preferences import rate_note
 from studio.core.recipe import Loss, Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.shape import ModelShape
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         estimate = replace(estimate, notes=(*estimate.notes, _EIGHT_BIT))
     if shape.doubts:
         estimate = replace(estimate, notes=(*estimate.notes, _MEASURE))
+    if note := rate_note(recipe):
+        estimate = replace(estimate, notes=(*estimate.notes, note))
     data_known = bool(args.recipe_word) or recipe.data.words != Recipe().data.words
     pace = pace_of(recipe, shape, setup, device.gpu, data_known=data_known)
     if args.json:
@@ -192,9 +195,10 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
     method = f"{setup.method} on {setup.quant_type}" if setup.quant_type == "int8" and setup.quantised else setup.method
     if isinstance(setup, StockSetup) and setup.fused_kernels != "none":
         engine += f" and the kernels of {setup.fused_kernels}"
+    rows = f"{setup.micro_batch} x 2" if setup.paired else setup.micro_batch
     say(
         f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {method} rank {setup.rank}: "
-        f"{estimate.trainable_parameters / 1e6:.1f} M trained; {setup.micro_batch} x {setup.seq_len} tokens; {engine}"
+        f"{estimate.trainable_parameters / 1e6:.1f} M trained; {rows} x {setup.seq_len} tokens; {engine}"
     )
     if setup.quantised:
         held = estimate.held

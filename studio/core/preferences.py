@@ -20,6 +20,11 @@ def takes_pairs(objective: str) -> bool:
     return objective in ADVISED_RATES
 
 
+def advised_rate(recipe: Recipe) -> float:
+    """Return the learning rate that is advised for a recipe's objective; its own for objectives without advice."""
+    return ADVISED_RATES.get(recipe.train.objective, (recipe.train.learning_rate,))[0]
+
+
 def rate_note(recipe: Recipe) -> str:
     """Return what to know of a learning rate far above its objective's; empty where there is nothing to say."""
     if not takes_pairs(recipe.train.objective):

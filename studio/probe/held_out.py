@@ -14,7 +14,9 @@ from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.sources import Source
 from studio.core.text import plain
 from studio.probe.data import (
+    Conversation,
     DataSet,
+    Preference,
     Reading,
     Row,
     RowKeys,
@@ -178,10 +180,11 @@ def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMe
     Raises:
         BadInput: The file cannot be used.
     """
-    found = read_data(data, Reading(format))
+    found = read_data(data, Reading(format, wants="any"))
     rows = _chosen(found.rows, wanted, seed)
     where = _share(rows, found.rows, len(found.rows), f"rows of {_name(found)}", seed)
-    return RowsToMeasure(rows, None, where, found.format, (*found.notes(), *_answers_note(rows, "rows")))
+    notes = (*found.notes(), *_pairs_note(rows), *_answers_note(rows, "rows"))
+    return RowsToMeasure(rows, None, where, found.format, notes)
 
 
 def rows_of_run(
@@ -223,7 +226,8 @@ def rows_of_run(
         many = len(record.held_out)
         rows = _chosen(held, wanted, seed)
         where = _share(rows, held, many, f"rows that {run} held out of {shown}", seed)
-        return RowsToMeasure(rows, many, where, found.format, (*found.notes(), *notes, *_answers_note(rows)))
+        notes = (*found.notes(), *notes, *_pairs_note(rows), *_answers_note(rows))
+        return RowsToMeasure(rows, many, where, found.format, notes)
     unseen = _unseen(found, record.trained)
     if not unseen.rows:
         raise BadInput(
@@ -232,7 +236,7 @@ def rows_of_run(
         )
     rows = _chosen(unseen.rows, wanted, seed)
     where = _share(rows, unseen.rows, len(unseen.rows), f"rows of {shown} that {run} was not trained on", seed)
-    notes = (*found.notes(), *unseen.notes, *_answers_note(rows))
+    notes = (*found.notes(), *unseen.notes, *_pairs_note(rows), *_answers_note(rows))
     return RowsToMeasure(rows, len(unseen.rows), where, found.format, notes)
 
 
@@ -240,7 +244,7 @@ def _mixture(record: HeldOutRecord, run: str) -> DataSet:
     """Return all rows of the sources of a run's mixture, each as often as it lies in its file or was drawn."""
     sources = [Source(one.path, rows=one.drawn, format=one.format) for one in record.sources]
     try:
-        return mixed(sources, Reading(on_bad_row="skip"), seed=0, whole=True)
+        return mixed(sources, Reading(on_bad_row="skip", wants="any"), seed=0, whole=True)
     except BadInput as error:
         raise BadInput(f"{error} {run} held out rows of it: put it back where it was.") from error
 
@@ -249,7 +253,7 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
     own = _same_file(data, Path(record.held_from))
     try:
         # A run may have left out bad rows, and its own rows are known again by their content.
-        return read_data(data, Reading(format, on_bad_row="skip" if own else "stop"))
+        return read_data(data, Reading(format, on_bad_row="skip" if own else "stop", wants="any"))
     except BadInput as error:
         if not own or data.exists():
             raise
@@ -313,6 +317,16 @@ def _known(key: RowKeys, twin: TwinKeys, trained: TrainedRows) -> bool:
 def _asked(trained: TrainedRows, *prompts: bytes) -> bool:
     """Return whether one of the hashes of prompts is among those that were trained on."""
     return any(prompt and _short(prompt) in trained.prompts for prompt in prompts)
+
+
+def _pairs_note(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return what is measured of rows that are pairs of answers, or are marked as undesired."""
+    notes = []
+    if any(isinstance(row, Preference) for row in rows):
+        notes.append("of each pair of answers the chosen one is measured, as a supervised row; the other is not")
+    if undesired := sum(isinstance(row, Conversation) and row.desirable is False for row in rows):
+        notes.append(f"{undesired} of the {len(rows)} rows are marked as undesired, and are measured like the others")
+    return tuple(notes)
 
 
 def _answers_note(rows: Sequence[Row], called: str = "held-out rows") -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.core.errors import BadInput
+from studio.core.preferences import rate_note
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
 from studio.probe.data import DataSet
@@ -51,6 +52,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     refuse_untrainable(base, recipe.method)
     data, eval_data = data_of(recipe), eval_data_of(recipe)
     notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
+    notes += tuple(filter(None, (rate_note(recipe),)))
     if data.parts:
         notes += (f"{data.described()}.",)
     if eval_data is not None or recipe.eval.rows:

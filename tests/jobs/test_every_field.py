@@ -94,6 +94,15 @@ def rows_with_a_bad_one(folder: Path) -> str:
     return str(path)
 
 
+def pairs(folder: Path) -> str:
+    rows = [{"prompt": question, "chosen": answer, "rejected": question} for question, answer in QUESTIONS]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "pairs.jsonl")
+
+
+PAIRS = {"train.objective": "dpo", "data.path": pairs, "data.format": "auto"}
+
+
 ROWS: dict[str, Row] = {
     "name": Row("Other name", "folder"),
     "method": Row("qlora", "losses"),
@@ -121,6 +130,9 @@ ROWS: dict[str, Row] = {
     "train.seq_len": Row(28, "tokens"),
     "train.steps": Row(2, "steps"),
     "train.epochs": Row(2.0, "steps", {"train.steps": 0}),
+    "train.objective": Row("orpo", "losses", PAIRS),
+    "train.beta": Row(0.5, "losses", PAIRS),
+    "train.label_smoothing": Row(0.1, "losses", PAIRS),
     "train.learning_rate": Row(1e-3, "losses"),
     "train.schedule": Row("linear", "rates"),
     "train.warmup_fraction": Row(1.0, "rates"),
@@ -288,6 +300,7 @@ PLANNED = {
     "adapter.dropout": 0.1,
     "adapter.dora": True,
     "adapter.modules_to_save": ["lm_head"],
+    "train.objective": "dpo",
     "train.micro_batch": 2,
     "train.seq_len": 2048,
     "train.accumulation": 1,

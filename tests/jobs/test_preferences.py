@@ -1,5 +1,7 @@
 """Pairs of answers: losses and gradients from the papers' equations, whole runs, and what is refused."""
 
+import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +10,12 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from studio.core.errors import BadInput
+from studio.core.events import PAIR_FIGURES, Evaluated, StepDone
 from studio.core.measured import height
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
@@ -26,6 +31,12 @@ from studio.jobs.train.objectives.pairs import Pair, encode_pairs
 from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.probe.data import Message, Preference
+from studio.probe.preflight import check_training
+from studio.runs.control import request, withdraw_all
+from studio.runs.layout import RunPaths
+from studio.runs.log import read_events
+from tests.jobs.conftest import Train, history_of
+from tests.jobs.test_resume import at_step
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -210,3 +221,124 @@ def test_the_plan_is_the_trace_of_a_pair(settings: dict[str, Any]) -> None:
     alone = recipe.with_("train.objective", "sft").with_("train.micro_batch", 2)
     two_rows = {stage: height(parts) for stage, parts in trace(alone, LLAMA, Target("cpu", "bf16")).log.peaks().items()}
     assert traced == {stage: pytest.approx(size, rel=0.001) for stage, size in two_rows.items()}
+
+
+@pytest.fixture
+def pairs(recipe: Recipe, tmp_path: Path) -> Recipe:
+    """The tiny recipe, which learns from pairs of answers by DPO and holds one out."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": question, "chosen": chosen, "rejected": rejected} for question, chosen, rejected in PAIRS]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"data.path": str(path), "train.objective": "dpo", "eval.rows": 1, "eval.samples": 1}
+    return with_settings(recipe, settings)
+
+
+def steps_of(paths: RunPaths) -> list[StepDone]:
+    return [event for event in read_events(paths.events) if isinstance(event, StepDone)]
+
+
+def evaluations_of(paths: RunPaths) -> list[Evaluated]:
+    return [event for event in read_events(paths.events) if isinstance(event, Evaluated)]
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_a_run_learns_to_prefer(train: Train, pairs: Recipe, objective: str, packing: str) -> None:
+    recipe = with_settings(pairs, {"train.objective": objective, "train.packing": packing, "train.steps": 25})
+    paths = train(recipe.with_("train.micro_batch", 4).with_("eval.every", 10))
+    assert history_of(paths).failed is None, history_of(paths).failed
+    steps, evaluations = steps_of(paths), evaluations_of(paths)
+    first, last = steps[0], steps[-1]
+    assert first.loss_tokens == 4
+    assert last.loss < first.loss / 2
+    assert None not in (last.margin, first.margin, last.accuracy)
+    assert last.margin > first.margin  # type: ignore[operator]
+    assert last.accuracy == 1
+    assert [event.step for event in evaluations] == [0, 10, 20, 25]
+    for event in (first, last, *evaluations):
+        figures = {name: getattr(event, name) for name in PAIR_FIGURES}
+        assert None not in figures.values()
+        assert figures["margin"] == pytest.approx(figures["chosen_reward"] - figures["rejected_reward"], abs=1e-5)
+    if objective == "dpo":
+        assert first.loss == pytest.approx(math.log(2), abs=1e-4)  # the adapter says nothing yet
+        assert evaluations[0].chosen_reward == pytest.approx(0, abs=1e-4)
+        assert paths.reference.is_file()
+    assert [event.rows for event in evaluations] == [1] * 4
+    assert history_of(paths).samples[0].expected in {chosen for _, chosen, _ in PAIRS}
+    assert (paths.adapter / "adapter_model.safetensors").is_file()
+    planned = history_of(paths).planned
+    assert planned is not None
+    if packing == "on":  # the four pairs of a step share one sequence, so that nothing is padded
+        assert planned.batch_tokens == first.tokens
+
+
+@pytest.mark.parametrize("settings", [{}, {"train.objective": "orpo"}, {"train.packing": "on"}], ids=str)
+def test_resumed_equals_uninterrupted(
+    train: Train, pairs: Recipe, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """To the bit: what the base says of the pairs is read from the run's folder, not measured in other batches."""
+    recipe = with_settings(pairs, {"adapter.dropout": 0.2, "train.steps": 6, "train.micro_batch": 2, **settings})
+    whole = train(recipe)
+    at_step(monkeypatch, 3, lambda self: request(self.worker.paths, "stop"))
+    parts = train(recipe)
+    assert [step.step for step in steps_of(parts)] == [1, 2, 3]
+    withdraw_all(parts)
+    monkeypatch.setattr("studio.jobs.train.step_model.StepModel.reference", None)
+    train(recipe, again=parts)
+    assert history_of(parts).failed is None, history_of(parts).failed
+    told = [[(s.step, s.loss, s.margin, s.chosen_logp) for s in steps_of(paths)] for paths in (whole, parts)]
+    assert told[0] == told[1]
+    assert evaluations_of(whole)[-1].loss == evaluations_of(parts)[-1].loss
+    one, other = (load_file(paths.adapter / "adapter_model.safetensors") for paths in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_base_is_measured_once(train: Train, pairs: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only on pairs that the run will see, however often, and on those that are held out."""
+    seen: list[int] = []
+    measure = StepModel.reference
+
+    def counted(self: StepModel, batch: Any) -> Tensor:
+        seen.append(batch["input_ids"].shape[0] // 2)
+        return measure(self, batch)
+
+    monkeypatch.setattr(StepModel, "reference", counted)
+    train(with_settings(pairs, {"train.steps": 8, "eval.every": 2}))
+    assert sum(seen) == 4 + 1
+    seen.clear()
+    train(with_settings(pairs, {"train.steps": 1, "train.micro_batch": 2}))
+    assert sum(seen) == 2 + 1
+
+
+def test_micro_batches_change_nothing(train: Train, pairs: Recipe) -> None:
+    for objective in ("dpo", "orpo"):
+        recipe = with_settings(pairs, {"train.objective": objective, "train.micro_batch": 4, "train.steps": 4})
+        at_once = [step.loss for step in steps_of(train(recipe))]
+        cut = with_settings(recipe, {"train.micro_batch": 1, "train.accumulation": 4})
+        assert [step.loss for step in steps_of(train(cut))] == pytest.approx(at_once, rel=1e-4)
+
+
+def test_rows_and_objective_must_go_together(pairs: Recipe, recipe: Recipe) -> None:
+    with pytest.raises(BadInput, match=r'rejected answer; wanted one answer.* train.objective = "dpo"'):
+        check_training(pairs.with_("train.objective", "sft"))
+    with pytest.raises(BadInput, match=r"no two answers; wanted prompt, chosen and rejected.*leave train.objective"):
+        check_training(with_settings(recipe, {"train.objective": "orpo"}))
+    assert check_training(pairs).data.described().endswith("5 rows")
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"train.objective": "dpo", "train.loss": "liger"}, "train.loss"),
+        ({"train.objective": "orpo", "train.label_smoothing": 0.1}, "train.label_smoothing"),
+        ({"train.objective": "dpo", "adapter.init": "pissa"}, "adapter.init"),
+        ({"train.objective": "dpo", "data.answers_only": False}, "data.answers_only"),
+        ({"train.objective": "dpo", "train.beta": 0.0}, "train.beta"),
+        ({"train.objective": "dpo", "train.label_smoothing": 0.5}, "train.label_smoothing"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_an_objective_is_refused(recipe: Recipe, settings: dict[str, Any], field: str) -> None:
+    for path, value in settings.items():
+        recipe = recipe.with_(path, value)
+    assert [problem.path for problem in recipe.problems()] == [field]

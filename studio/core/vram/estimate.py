@@ -30,6 +30,13 @@ UNCERTAIN = 0.25
 """The same for an architecture that is only guessed from its sizes, and for the activations of mixtures of experts."""
 
 
+_OF_PAIRS = {
+    "dpo": "each pair of answers is two full sequences; what the base says of them is computed once, before the first "
+    "step, with the adapter switched off: no second base, and no more memory than an evaluation",
+    "orpo": "each pair of answers is two full sequences; orpo needs no reference model",
+}
+
+
 def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> VramEstimate:
     """Return what a model and a set-up of our loop need on one GPU.
 
@@ -60,6 +67,8 @@ def estimate_vram(shape: ModelShape, setup: Setup, gpu: Gpu | None = None) -> Vr
         of_loop.append(f"train refuses this base: it is {why}")
     if setup.targets in (ALL_LINEAR, (ALL_LINEAR,)):
         of_loop += filter(None, (left_out(shape.family, (linear.name for _, linear in shape.all_linears())),))
+    if setup.paired:
+        of_loop.append(_OF_PAIRS[setup.objective])
     notes = notes_of(shape, setup, gpu, kernel, of_loop=of_loop)
     return estimate_of(shape, stages, loop, gpu, low=max(low, stages.standing.base), high=high, notes=notes)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from studio.core.preferences import takes_pairs
 from studio.core.recipe import OnBadRow, Recipe
 
 Wants = Literal["any", "answers", "pairs", "labels"]
@@ -35,7 +36,8 @@ class Reading:
     def of(cls, recipe: Recipe) -> Self:
         """Return how a recipe's data is read."""
         data = recipe.data
-        return cls(data.format, data.answers_only, data.on_bad_row)
+        wants: Wants = "pairs" if takes_pairs(recipe.train.objective) else "answers"
+        return cls(data.format, data.answers_only, data.on_bad_row, wants)
 
 
 AS_IT_IS = Reading()

@@ -11,6 +11,7 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
+from studio.core.preferences import advised_rate, rate_note, takes_pairs
 from studio.core.recipe import FIELDS, SECTIONS, Recipe, choices_of
 from studio.core.text import plain
 from studio.core.value_kinds import Number, Switch
@@ -101,6 +102,8 @@ class RecipeForm(VerticalScroll):
         for path, field in self._fields.items():
             if FIELDS[path].four_bit:
                 field.display = recipe.method == "qlora"
+            elif FIELDS[path].pairs:
+                field.display = takes_pairs(recipe.train.objective)
 
     def turn_method(self) -> None:
         """Turn the method as if the user had done it in its row."""
@@ -150,6 +153,7 @@ def notes_of(recipe: Recipe) -> dict[str, str]:
     by_steps, rank = recipe.train.steps > 0, recipe.adapter.rank
     return {
         "adapter.alpha": f"{setting(round(recipe.adapter.alpha / rank, 4))} x rank" if rank else "",
+        "train.learning_rate": f"{recipe.train.objective}: {advised_rate(recipe):g}" if rate_note(recipe) else "",
         "train.accumulation": f"{recipe.rows_per_step} per step",
         "train.steps": "" if by_steps else "by epochs",
         "train.epochs": "by steps" if by_steps else "",
