@@ -195,10 +195,10 @@ def _print(estimate: VramEstimate, shape: ModelShape, setup: Setup, device: Plan
     method = f"{setup.method} on {setup.quant_type}" if setup.quant_type == "int8" and setup.quantised else setup.method
     if isinstance(setup, StockSetup) and setup.fused_kernels != "none":
         engine += f" and the kernels of {setup.fused_kernels}"
-    rows = f"{setup.micro_batch} x 2" if setup.paired else setup.micro_batch
+    at_once = f"{setup.micro_batch} x 2" if setup.paired else setup.micro_batch
     say(
         f"{shape.family}, {shape.parameters / 1e9:.2f} B parameters, {method} rank {setup.rank}: "
-        f"{estimate.trainable_parameters / 1e6:.1f} M trained; {rows} x {setup.seq_len} tokens; {engine}"
+        f"{estimate.trainable_parameters / 1e6:.1f} M trained; {at_once} x {setup.seq_len} tokens; {engine}"
     )
     if setup.quantised:
         held = estimate.held
