@@ -15,7 +15,7 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.stock.estimate import refined
 from studio.core.stock.setup import StockSetup, stock_setup
 from studio.core.trainable import AdaptedPart
-from studio.core.vram.report import VramEstimate, plan_to_dict
+from studio.core.vram.report import plan_to_dict
 from studio.core.vram.setup import Setup, setup_of
 from studio.core.vram.static import FrozenForm, base_bytes, optimizer_bytes, quantised_parts
 from tests.bench.trace_settings import config_of
@@ -381,43 +381,6 @@ def test_a_recipe_becomes_a_set_up():
     assert (setup.engine, setup.rank, setup.optimizer, setup.dtype) == ("studio", 8, "paged_adamw_8bit", "bf16")
     assert setup.autocast
     assert setup_of(recipe, find_gpu("t4")).dtype == "fp16"
-
-
-def test_an_unsaid_stock_loop_is_taken_as_those_that_were_measured():
-    def habits(setup: Setup, gpu: str = "") -> tuple[bool, bool, bool]:
-        stock = stock_setup(setup, gpu=find_gpu(gpu) if gpu else None)
-        assert stock.engine == "hf"
-        return stock.kbit_prepare, stock.autocast, stock.outputs_kept
-
-    quantised, half = Setup(), Setup(dtype="fp16")
-    assert habits(quantised) == (True, True, False), "the Trainer"
-    assert habits(half, "A100") == (True, True, False)
-    assert habits(half) == habits(half, "T4") == (True, False, True), "a plain loop in fp16"
-    assert habits(replace(quantised, method="lora")) == (False, False, False)
-    assert not habits(replace(quantised, dtype="fp32"))[1]
-
-
-def test_versions_of_transformers_hold_other_logits():
-    def stock(version: str, micro_batch: int = 4, *, kept: bool = False) -> VramEstimate:
-        setup = Setup(method="lora", micro_batch=micro_batch, seq_len=2048, loss="full")
-        return estimated(LLAMA, stock_setup(setup, transformers=version, outputs_kept=kept))
-
-    entry = 4 * 2048 * LLAMA.vocabulary
-    copying, newest, unsaid = stock("4.48.1"), stock("5.24.0"), stock("")
-    # The copy makes the forward the peak, where the head's input and autocast's copies are alive too.
-    assert copying.allocated.expected - newest.allocated.expected == pytest.approx(2 * entry, rel=0.04)
-    mean = (copying.allocated.expected + newest.allocated.expected) / 2
-    assert unsaid.allocated.expected == pytest.approx(mean, abs=8)
-    assert unsaid.allocated.low <= newest.allocated.expected < copying.allocated.expected <= unsaid.allocated.high
-    assert stock("4.48.1", 1).allocated.expected == stock("5.24", 1).allocated.expected, "one row needs no copy"
-    held = [stock(v, kept=True).allocated.expected - stock(v).allocated.expected for v in ("4.44", "5.24")]
-    assert held[0] > 1.8 * held[1] > 0, "up to 4.45 the outputs are fp32"
-
-
-@pytest.mark.parametrize("word", ["5", "x.y", "4.48b", "-1.2", "99999.1", "\x1b[31m"])
-def test_a_version_that_is_none_is_refused(word: str):
-    with pytest.raises(BadInput, match="transformers"):
-        stock_setup(Setup(), transformers=word)
 
 
 def test_the_document_has_the_contract_s_fields():
