@@ -4,9 +4,12 @@ This one place decides it for training, audits, answers and races. A run's recor
 it was trained on (`studio.runs.held_out`); here they are found again in a data file.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
+from itertools import chain
 from pathlib import Path
 
 from studio.core.errors import BadInput
@@ -19,18 +22,18 @@ from studio.probe.data import (
     Preference,
     Reading,
     Row,
-    RowKeys,
-    TwinKeys,
     few_answers,
+    keys_of,
     read_data,
-    row_keys,
     shipped_data,
     split,
-    twin_keys,
 )
 from studio.probe.data.documents import last_part, split_documents
 from studio.probe.data.mixture import mixed, part_of
-from studio.runs.held_out import HASH_BYTES, MIXTURE, DrawnFrom, HeldOutRecord, TrainedRows
+from studio.probe.data.opened import Progress
+from studio.probe.data.row_keys import Column
+from studio.probe.data.views import chosen
+from studio.runs.held_out import MIXTURE, DrawnFrom, Hashes, HeldOutRecord, TrainedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class RowsToMeasure:
         notes: What was left out, and what the user should know of the rows.
     """
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     held_out_rows: int | None
     where: str
     format: str
@@ -71,10 +74,16 @@ class RowsToMeasure:
     @property
     def hashes(self) -> list[str]:
         """The hash of each row, as a run's record has it."""
-        return [row_keys(row).content.hex() for row in self.rows]
+        return list(_contents(self.rows))
 
 
-def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: HeldOutRecord | None = None) -> HeldOut:
+def hold_out(
+    recipe: Recipe,
+    data: DataSet,
+    eval_data: DataSet | None,
+    kept: HeldOutRecord | None = None,
+    progress: Progress | None = None,
+) -> HeldOut:
     """Return what a run trains on and what it holds out: rows split off, or the rows of a file of their own.
 
     Args:
@@ -83,10 +92,13 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
         eval_data: The rows of `data.eval_path`; those that are trained on too are left out.
         kept: What the run held out when it began. A resumed run holds out the same rows, even if an earlier version
             of this program chose them, which would choose others now.
+        progress: Gets (rows looked at, rows in all); may raise to end it.
 
     Raises:
         BadInput: Every row of `data.eval_path` is trained on.
     """
+    if not isinstance(data.rows, tuple):
+        keys_of(data.rows, progress)  # of stored rows they are kept from here on
     if eval_data is None:
         if data.format == "text":
             parts = split_documents(data.rows, recipe)
@@ -94,7 +106,7 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
             parts = split(data.rows, recipe.eval.rows, recipe.train.seed)
         train, held, notes, places, last = parts.train, parts.held_out, parts.notes, parts.places, parts.last
     else:
-        train, trained, places, last = tuple(data.rows), trained_on(data.rows), (), 0
+        train, trained, places, last = data.rows, trained_on(data.rows), (), 0
         unseen = _unseen(eval_data, trained)
         if not unseen.rows:
             raise BadInput(
@@ -107,7 +119,7 @@ def hold_out(recipe: Recipe, data: DataSet, eval_data: DataSet | None, kept: Hel
     if kept is not None and (recipe.eval.rows or eval_data) and _contents(held) != kept.held_out:
         again, others, where = _matching((eval_data or data).rows, kept)
         if again:
-            held, train, last = tuple(again), train if eval_data else tuple(others), 0
+            held, train, last = again, train if eval_data else others, 0
             places = () if eval_data else where
             notes = ("the rows held out are those of the run's first start", *_answers_note(held))
     word = MIXTURE if data.parts else recipe.data.path
@@ -136,25 +148,21 @@ def _drawn_from(recipe: Recipe, data: DataSet, held_out: Sequence[int]) -> tuple
 
 
 def _contents(rows: Sequence[Row]) -> tuple[str, ...]:
-    return tuple(row_keys(row).content.hex() for row in rows)
+    return tuple(content.hex() for content in keys_of(rows).column("content"))
 
 
-def _matching(rows: Sequence[Row], record: HeldOutRecord) -> tuple[list[Row], list[Row], tuple[int, ...]]:
+def _matching(rows: Sequence[Row], record: HeldOutRecord) -> tuple[Sequence[Row], Sequence[Row], tuple[int, ...]]:
     """Return the rows that a record calls held out, the others, and the places of the former."""
     # Counted, because a row that stands twice in the file may have been held out once or twice.
-    left = Counter(record.held_out)
-    held: list[Row] = []
-    others: list[Row] = []
-    places: list[int] = []
-    for place, row in enumerate(rows):
-        content = row_keys(row).content.hex()
+    left = Counter(map(bytes.fromhex, record.held_out))
+    held = []
+    for place, content in enumerate(keys_of(rows).column("content")):
         if left.get(content):
             left[content] -= 1
-            held.append(row)
-            places.append(place)
-        else:
-            others.append(row)
-    return held, others, tuple(places)
+            held.append(place)
+    among = set(held)
+    others = chosen(rows, (place for place in range(len(rows)) if place not in among))
+    return chosen(rows, held), others, tuple(held)
 
 
 def trained_on(rows: Sequence[Row]) -> TrainedRows:
@@ -162,10 +170,12 @@ def trained_on(rows: Sequence[Row]) -> TrainedRows:
 
     Among those of prompts are the ones that twins share, so that twins are known too.
     """
-    keys, twins = [row_keys(row) for row in rows], [twin_keys(row) for row in rows]
-    contents, prompts, answers = (frozenset(_short(key[place]) for key in keys if key[place]) for place in range(3))
-    alike = (_short(shared) for one in twins for shared in (one.prompt, one.first) if shared)
-    return TrainedRows(len(rows), contents, prompts.union(alike), answers)
+    keys = keys_of(rows)
+
+    def hashes(*names: Column) -> Hashes:
+        return Hashes(filter(None, chain.from_iterable(keys.column(name).short() for name in names)))
+
+    return TrainedRows(len(rows), hashes("content"), hashes("prompt", "twin_prompt", "first"), hashes("answer"))
 
 
 def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMeasure:  # noqa: A002
@@ -263,10 +273,11 @@ def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A
         ) from error
 
 
-def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[Row], tuple[str, ...]]:
+def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[Sequence[Row], tuple[str, ...]]:
     """Return the recorded rows that are still in the file, and a note where some are not."""
     rows = last_part(found.rows, record.last_part).held_out if record.last_part else found.rows
-    unseen = [row for row in rows if _short(row_keys(row).content) not in record.trained.contents]
+    contents, known = keys_of(rows).column("content"), record.trained.contents
+    unseen = chosen(rows, (place for place, short in enumerate(contents.short()) if not known.holds(short)))
     held = _matching(unseen, record)[0]
     many, shown = len(record.held_out), _name(found)
     if not held:
@@ -284,7 +295,7 @@ def _held_again(found: DataSet, record: HeldOutRecord, run: str) -> tuple[list[R
 
 @dataclass(frozen=True, slots=True)
 class _Unseen:
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     notes: tuple[str, ...]
 
 
@@ -295,28 +306,32 @@ def _unseen(data: DataSet, trained: TrainedRows) -> _Unseen:
     conversation that was trained on, as it would be in a split. Where that would leave no row (all begin alike, or one
     prompt has many answers), rows stay that begin so, or whose prompt, but not the whole row, was trained on.
     """
-    shown, keys, twins = _name(data), [row_keys(row) for row in data.rows], [twin_keys(row) for row in data.rows]
-    fresh = [place for place, key in enumerate(keys) if _short(key.content) not in trained.contents]
-    other_prompts = [place for place in fresh if not _asked(trained, keys[place].prompt, twins[place].prompt)]
-    apart = [place for place in other_prompts if not _asked(trained, twins[place].first)]
+    shown, keys = _name(data), keys_of(data.rows)
+
+    def there(known: Hashes, *names: Column) -> bytearray:
+        """Return for each row 1 if one of these hashes is known."""
+        found = bytearray(len(keys))
+        for name in names:
+            for place, short in enumerate(keys.column(name).short()):
+                found[place] |= bool(short) and known.holds(short)
+        return found
+
+    same, first, answer = (
+        there(trained.contents, "content"), there(trained.prompts, "first"), there(trained.answers, "answer")
+    )  # fmt: skip
+    asked = there(trained.prompts, "prompt", "twin_prompt")
+    fresh = array("q", (place for place in range(len(keys)) if not same[place]))
+    other_prompts = array("q", (place for place in fresh if not asked[place]))
+    apart = array("q", (place for place in other_prompts if not first[place]))
     if apart or other_prompts:
         kept, why = apart or other_prompts, "they, or their prompts, are trained on"
     else:
         kept, why = fresh, "they are trained on"
     left_out = len(keys) - len(kept)
     notes = [f"{left_out} of the {len(keys)} rows of {shown} are left out: {why}"] if kept and left_out else []
-    if known := sum(_known(keys[place], twins[place], trained) for place in kept):
-        notes.append(f"{known} of {len(kept)} held-out rows have a prompt or an answer that is also trained on")
-    return _Unseen(tuple(data.rows[place] for place in kept), tuple(notes))
-
-
-def _known(key: RowKeys, twin: TwinKeys, trained: TrainedRows) -> bool:
-    return _asked(trained, key.prompt, twin.prompt, twin.first) or _short(key.answer) in trained.answers
-
-
-def _asked(trained: TrainedRows, *prompts: bytes) -> bool:
-    """Return whether one of the hashes of prompts is among those that were trained on."""
-    return any(prompt and _short(prompt) in trained.prompts for prompt in prompts)
+    if alike := sum(asked[place] or first[place] or answer[place] for place in kept):
+        notes.append(f"{alike} of {len(kept)} held-out rows have a prompt or an answer that is also trained on")
+    return _Unseen(chosen(data.rows, kept), tuple(notes))
 
 
 def _pairs_note(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -333,15 +348,15 @@ def _answers_note(rows: Sequence[Row], called: str = "held-out rows") -> tuple[s
     return tuple(filter(None, [few_answers(rows, called)]))
 
 
-def _chosen(rows: Sequence[Row], wanted: int, seed: int) -> tuple[Row, ...]:
+def _chosen(rows: Sequence[Row], wanted: int, seed: int) -> Sequence[Row]:
     """Return at most `wanted` rows, which ones following from their text and the seed, in the file's order."""
     if len(rows) <= wanted:
-        return tuple(rows)
+        return tuple(rows) if isinstance(rows, list) else rows
     from hashlib import blake2b  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
 
-    salt = str(seed).encode()
-    order = sorted(range(len(rows)), key=lambda place: blake2b(row_keys(rows[place]).content, key=salt).digest())
-    return tuple(rows[place] for place in sorted(order[:wanted]))
+    salt, column = str(seed).encode(), keys_of(rows).column("content")
+    order = nsmallest(wanted, ((blake2b(key, key=salt).digest(), place) for place, key in enumerate(column)))
+    return chosen(rows, sorted(place for _, place in order))
 
 
 def _share(rows: Sequence[Row], among: Sequence[Row], there: int, what: str, seed: int) -> str:
@@ -360,7 +375,3 @@ def _same_file(one: Path, other: Path) -> bool:
 
 def _name(data: DataSet) -> str:
     return plain(data.path.name, one_line=True)
-
-
-def _short(key: bytes) -> bytes:
-    return key[:HASH_BYTES]

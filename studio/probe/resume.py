@@ -12,7 +12,7 @@ back.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, FIELDS, Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ValueKind, found_value
-from studio.probe.data import Row
+from studio.probe.data import Row, keys_of
 from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
 from studio.probe.held_out import hold_out
 from studio.probe.models import find_base
+from studio.runs.data_cache import sum_of_bytes
 from studio.runs.held_out import read_record
-from studio.runs.identity import Identity, read_identity
+from studio.runs.identity import Identity, RowHashes, read_identity
 from studio.runs.layout import RunPaths
 
 _BEGAN = "that it began with"
@@ -47,15 +48,15 @@ class RowsFound:
         held_out_sum: A checksum of the held-out rows, in order.
     """
 
-    hashes: Sequence[str]
+    hashes: RowHashes
     held_out: int
     held_out_sum: str
 
     @classmethod
     def of(cls, train: Sequence[Row], held_out: Sequence[Row]) -> "RowsFound":
         """Return the rows as they were read."""
-        held = [_hash(row) for row in held_out]
-        return cls([_hash(row) for row in train], len(held), _sum(held))
+        held = _hashes(held_out)
+        return cls(_hashes(train), len(held), _sum(held))
 
     def table(self) -> dict[str, Any]:
         """Return counts and checksums, ready for JSON."""
@@ -164,19 +165,13 @@ def _other(paths: RunPaths, what: str, way_back: str) -> BadInput:
     )
 
 
-def _hash(row: Row) -> str:
-    """Return a hash of all that is trained of a row, to the letter; its place in the file does not matter."""
-    import xxhash  # noqa: PLC0415  not needed for the first frame
-
-    # As Python writes it, with quotes: rows that differ only in where a turn ends do not become the same text.
-    text = repr(replace(row, number=0))
-    return xxhash.xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _hashes(rows: Sequence[Row]) -> RowHashes:
+    """Return a hash of all that is trained of each row, to the letter; its place in the file does not matter."""
+    return RowHashes(keys_of(rows).column("row").content.hex())
 
 
-def _sum(hashes: Sequence[str]) -> str:
-    import xxhash  # noqa: PLC0415  as above
-
-    return xxhash.xxh3_128("".join(hashes).encode()).hexdigest()
+def _sum(hashes: RowHashes) -> str:
+    return sum_of_bytes(hashes.text.encode())
 
 
 def recipe_changes(before: Mapping[str, Any], now: Recipe) -> tuple[list[str], list[str]]:

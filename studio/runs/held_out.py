@@ -6,10 +6,15 @@ and another number of rows would give another split. The file holds hashes, no t
 """
 
 import json
+import sys
+from array import array
 from base64 import b64decode, b64encode
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,59 @@ SCHEMA = 1
 HASH_BYTES = 8
 """Length of a trained row's hash. Among 10 million of them one look in 10^12 takes another row for a trained one."""
 _LARGEST_BYTES = 512 * 2**20
+
+
+class Hashes(Set[bytes]):
+    """A set of hashes of `HASH_BYTES` each, without an object for each: a million of them take 8 MB.
+
+    Attributes:
+        numbers: The hashes as numbers, in order.
+    """
+
+    def __init__(self, numbers: Iterable[int] = ()) -> None:
+        """Take hashes as numbers, in any order."""
+        ordered = array("Q", sorted(array("Q", numbers)))
+        self.numbers = array("Q", map(itemgetter(0), groupby(ordered)))
+
+    @classmethod
+    def _from_iterable(cls, it: Iterable[Any]) -> "Hashes":  # type: ignore[override]  # what is in it are hashes
+        return cls(int.from_bytes(one, "big") for one in it)
+
+    @classmethod
+    def of(cls, content: bytes) -> "Hashes":
+        """Return the set of hashes that stand one after another."""
+        return cls(_swapped(array("Q", content)))
+
+    @property
+    def content(self) -> bytes:
+        """The hashes, one after another, in order."""
+        return _swapped(self.numbers[:]).tobytes()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (number.to_bytes(HASH_BYTES, "big") for number in self.numbers)
+
+    def __contains__(self, one: object) -> bool:
+        return isinstance(one, bytes) and self.holds(int.from_bytes(one, "big"))
+
+    def __or__(self, other: Set[Any]) -> "Hashes":
+        return Hashes(chain(self.numbers, other.numbers)) if isinstance(other, Hashes) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def holds(self, number: int) -> bool:
+        """Return whether a hash is among them, given as a number."""
+        place = bisect_left(self.numbers, number)
+        return place < len(self.numbers) and self.numbers[place] == number
+
+
+def _swapped(numbers: "array[int]") -> "array[int]":
+    """Return numbers of this machine as those whose first byte is the highest, or the other way round."""
+    if sys.byteorder == "little":
+        numbers.byteswap()
+    return numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +95,9 @@ class TrainedRows:
     """
 
     rows: int = 0
-    contents: frozenset[bytes] = frozenset()
-    prompts: frozenset[bytes] = frozenset()
-    answers: frozenset[bytes] = frozenset()
+    contents: Hashes = field(default_factory=Hashes)
+    prompts: Hashes = field(default_factory=Hashes)
+    answers: Hashes = field(default_factory=Hashes)
 
     def __or__(self, other: "TrainedRows") -> "TrainedRows":
         """Return the rows of both."""
@@ -208,12 +266,12 @@ def _content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _packed(hashes: frozenset[bytes]) -> str:
-    return b64encode(b"".join(sorted(hashes))).decode("ascii")
+def _packed(hashes: Hashes) -> str:
+    return b64encode(hashes.content).decode("ascii")
 
 
-def _unpacked(text: str) -> frozenset[bytes]:
+def _unpacked(text: str) -> Hashes:
     data = b64decode(text, validate=True)
     if len(data) % HASH_BYTES:
         raise ValueError(f"found {len(data)} bytes of hashes; wanted a multiple of {HASH_BYTES}")
-    return frozenset(data[place : place + HASH_BYTES] for place in range(0, len(data), HASH_BYTES))
+    return Hashes.of(data)

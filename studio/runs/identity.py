@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from studio.core.events import Identified, RunEvent, Started
 from studio.runs.atomic import write_whole
@@ -22,6 +22,30 @@ _HASH_CHARACTERS = 16
 _MOST_ROWS = 1_000_000
 
 _Kind = TypeVar("_Kind", bound=RunEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class RowHashes(Sequence[str]):
+    """A hash of each row, in order, without an object for each.
+
+    Attributes:
+        text: The hashes of 16 characters, one after another.
+    """
+
+    text: str
+
+    def __len__(self) -> int:
+        return len(self.text) // _HASH_CHARACTERS
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> "RowHashes": ...
+    def __getitem__(self, place: int | slice) -> "str | RowHashes":
+        if isinstance(place, slice):
+            return RowHashes("".join(self[one] for one in range(*place.indices(len(self)))))
+        begin = range(len(self))[place] * _HASH_CHARACTERS
+        return self.text[begin : begin + _HASH_CHARACTERS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +64,7 @@ class Identity:
     versions: Mapping[str, str]
     base: Mapping[str, Any] | None
     rows: Mapping[str, Any] | None
-    train_hashes: Sequence[str] | None
+    train_hashes: RowHashes | None
 
 
 def read_identity(paths: RunPaths) -> Identity:
@@ -70,18 +94,18 @@ def first_date(paths: RunPaths) -> datetime | None:
         return None
 
 
-def write_identity(paths: RunPaths, base: Mapping[str, Any], train_hashes: Sequence[str]) -> None:
+def write_identity(paths: RunPaths, base: Mapping[str, Any], train_hashes: RowHashes) -> None:
     """Write `identity.json`. More than a million rows are not kept one by one.
 
     Args:
         paths: The run.
         base: The whole fingerprint of its base.
-        train_hashes: The hash of every training row, 16 characters each.
+        train_hashes: The hash of every training row.
 
     Raises:
         OSError: The disk refuses.
     """
-    rows = "".join(train_hashes) if len(train_hashes) <= _MOST_ROWS else None
+    rows = train_hashes.text if len(train_hashes) <= _MOST_ROWS else None
     write_whole(paths.identity, json.dumps({"schema": _SCHEMA, "base": base, "train_rows": rows}))
 
 
@@ -107,7 +131,7 @@ def _read(paths: RunPaths) -> dict[str, Any]:
     return table if isinstance(table, dict) and table.get("schema") == _SCHEMA else {}
 
 
-def _cut(hashes: object, count: object) -> list[str] | None:
+def _cut(hashes: object, count: object) -> "RowHashes | None":
     if not isinstance(hashes, str) or not isinstance(count, int) or len(hashes) != count * _HASH_CHARACTERS:
         return None
-    return [hashes[place : place + _HASH_CHARACTERS] for place in range(0, len(hashes), _HASH_CHARACTERS)]
+    return RowHashes(hashes)

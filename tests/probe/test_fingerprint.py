@@ -15,7 +15,7 @@ from studio.probe.fingerprint import (
     refuse_another_base,
     short_fingerprint,
 )
-from studio.runs.identity import write_identity
+from studio.runs.identity import RowHashes, write_identity
 from studio.runs.layout import RunPaths
 
 NAMES = ("embed.weight", "layer.0.weight", "layer.1.weight", "norm.weight")
@@ -67,7 +67,7 @@ def test_versions_and_paths_in_the_config_do_not_count_and_sizes_do(tmp_path: Pa
 def _run(folder: Path, base: Path) -> str:
     folder.mkdir()
     found = fingerprint(base)
-    write_identity(RunPaths(folder), found, [])
+    write_identity(RunPaths(folder), found, RowHashes(""))
     event = Identified(at=1.0, base=short_fingerprint(found), rows={"train": 0})
     (folder / "events.jsonl").write_text(json.dumps(event_to_dict(event)) + "\n")
     return str(folder)

@@ -70,6 +70,10 @@ def read_rows(
     def file_read(done: int, total: int) -> None:
         read(done / max(1, total))
 
+    def compared(done: int, total: int) -> None:
+        tell("comparing the rows", done / max(1, total))
+        heed(worker, "stopped while the data were read")
+
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
 
@@ -82,8 +86,8 @@ def read_rows(
         for note in found.notes():
             warn(note)
         left_out.update(found.left_out)
-    parts = hold_out(recipe, data, eval_data, _kept(worker))
-    train_rows, held = list(parts.train), list(parts.held_out)
+    parts = hold_out(recipe, data, eval_data, _kept(worker), progress=compared)
+    train_rows, held = parts.train, parts.held_out
     for note in parts.notes:
         warn(note)
     identify(train_rows, held)

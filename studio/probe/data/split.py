@@ -6,15 +6,15 @@ a thousand rows share, a greeting with which every conversation begins. Such row
 (`_STEPS`), and a note says so.
 """
 
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 from studio.core.text import plain
+from studio.probe.data.opened import Progress
+from studio.probe.data.row_keys import Column, Keys, answer_key, blake2b, first_turn, keys_of
 from studio.probe.data.rows import Row
+from studio.probe.data.views import chosen
 
 LARGEST_SHARE = 5  # at most one row in five is held out, even if more are asked for, so that enough is left to train on
 _SHOWN = 60
@@ -35,7 +35,7 @@ class Split:
     last: int = 0
 
 
-def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
+def split(rows: Sequence[Row], held_out_rows: int, seed: int, progress: Progress | None = None) -> Split:
     """Return a split in which twins are on the same side.
 
     Which rows are held out depends on their text and the seed, not on their order. Where twins are so many that there
@@ -45,6 +45,7 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
         rows: All rows.
         held_out_rows: How many to hold out; fewer where the rows are too few or too alike.
         seed: Another seed gives another choice.
+        progress: Gets (rows looked at, rows in all); may raise to end it.
     """
     wanted = most_held_out(len(rows), held_out_rows)
     notes = (
@@ -52,30 +53,29 @@ def split(rows: Sequence[Row], held_out_rows: int, seed: int) -> Split:
         if wanted < held_out_rows
         else []
     )
-    held: set[int] = set()
-    if wanted:
-        twins = [twin_keys(row) for row in rows]
-        names = [b"".join((_prompt_key(row), _answer_key(row))) for row in rows]
-        groups = _groups(range(len(rows)), twins, names, wanted)
-        held = _choose(groups, wanted, seed)
-        if len(held) < (wanted + 1) // 2:
-            # What is left over are groups of more than half the rows wanted: they are taken apart as well.
-            smaller = _groups(range(len(rows)), twins, names, wanted // 2)
-            held = max(held, _choose(smaller, wanted, seed), key=len)
-        notes += _twins_parted(rows, twins, held)
-        largest = max((places for _, places in groups), key=len)
-        if len(largest) > wanted:
-            row = rows[largest[0]]
-            what = "prompt" if row.prompt else "text"
-            shown = plain(row.prompt or row.answer, one_line=True, limit=_SHOWN)
-            notes.append(f"{len(largest)} rows have one {what} and are all trained on: '{shown}'")
-        if len(held) < wanted:
-            notes.append(f"{len(held)} rows are held out instead of {wanted}: the others repeat one another")
-    train = tuple(row for place, row in enumerate(rows) if place not in held)
-    held_out = tuple(rows[place] for place in sorted(held))
+    if not wanted:
+        return Split(rows if not isinstance(rows, list) else tuple(rows), (), tuple(notes))
+    twins, places = _Twins(keys_of(rows, progress)), range(len(rows))
+    groups = _groups(twins, places, wanted)
+    held = _choose(twins, groups, wanted, seed)
+    if len(held) < (wanted + 1) // 2:
+        # What is left over are groups of more than half the rows wanted: they are taken apart as well.
+        held = max(held, _choose(twins, _groups(twins, places, wanted // 2), wanted, seed), key=len)
+    notes += _twins_parted(rows, twins, held)
+    largest = max(range(len(groups)), key=groups.size)
+    if groups.size(largest) > wanted:
+        row = rows[groups.of(largest)[0]]
+        what = "prompt" if row.prompt else "text"
+        shown = plain(row.prompt or row.answer, one_line=True, limit=_SHOWN)
+        notes.append(f"{groups.size(largest)} rows have one {what} and are all trained on: '{shown}'")
+    if len(held) < wanted:
+        notes.append(f"{len(held)} rows are held out instead of {wanted}: the others repeat one another")
+    held_out = chosen(rows, held)
     if note := few_answers(held_out):
         notes.append(note)
-    return Split(train, held_out, tuple(notes), tuple(sorted(held)))
+    among = set(held)
+    train = chosen(rows, (place for place in places if place not in among))
+    return Split(train, held_out, tuple(notes), tuple(held))
 
 
 def most_held_out(rows: int, wanted: int) -> int:
@@ -86,59 +86,6 @@ def most_held_out(rows: int, wanted: int) -> int:
         wanted: How many were asked for.
     """
     return min(wanted, rows // LARGEST_SHARE or int(rows > 1))
-
-
-class RowKeys(NamedTuple):
-    """Short hashes by which a row is found again, whatever its letter case and white space.
-
-    A prompt is what the user and tools say, an answer what the assistant says. System prompts, which whole files share,
-    are in neither. `content` is both together; `prompt` is empty for plain text.
-    """
-
-    content: bytes
-    prompt: bytes
-    answer: bytes
-
-
-def row_keys(row: Row) -> RowKeys:
-    """Return the hashes by which a row is found again."""
-    prompt, answer = _prompt_key(row), _answer_key(row)
-    return RowKeys(_blake2b(b"\0".join((prompt, answer))), prompt, answer)
-
-
-class TwinKeys(NamedTuple):
-    """Short hashes that two rows share if they are twins, whatever their letter case, white space and punctuation.
-
-    Attributes:
-        prompt: Of all that the user and tools say; of a plain text, of the text.
-        first: Of the user's first turn; empty for plain text.
-        answer: Of all that the assistant says.
-        same_prompt: Of the prompt, punctuation included.
-    """
-
-    prompt: bytes
-    first: bytes
-    answer: bytes
-    same_prompt: bytes
-
-
-def twin_keys(row: Row) -> TwinKeys:
-    """Return the hashes that a row shares with its twins."""
-    answer = _digest("a", _letters(row.answer))
-    if not row.prompt:
-        return TwinKeys(answer, b"", answer, _digest("a", row.answer))
-    prompt, first = _letters(row.prompt), _first_turn(row)
-    return TwinKeys(
-        _digest("p", prompt),
-        _digest("p", prompt if first == row.prompt else _letters(first)) if first else b"",
-        answer,
-        _digest("p", row.prompt),
-    )
-
-
-def _first_turn(row: Row) -> str:
-    """Return what the user says first; empty for plain text."""
-    return next((turn.content for turn in row.turns if turn.role == "user"), "")
 
 
 def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:
@@ -163,75 +110,82 @@ def few_answers(rows: Sequence[Row], called: str = "held-out rows") -> str:
 
 def different_answers(rows: Sequence[Row]) -> int:
     """Return how many different answers rows have."""
-    return len({_answer_key(row) for row in rows})
+    return len({answer_key(row.answer) for row in rows})
 
 
-def _prompt_key(row: Row) -> bytes:
-    return _digest("p", row.prompt) if row.prompt else b""
-
-
-def _answer_key(row: Row) -> bytes:
-    return _digest("a", row.answer)
-
-
-def _digest(kind: str, text: str) -> bytes:
-    """Return a short hash of a text, equal for texts that differ in letter case and white space alone."""
-    return _blake2b(f"{kind}\0{' '.join(text.casefold().split())}".encode())
-
-
-def _letters(text: str) -> str:
-    """Return a text without white space and punctuation; one that holds nothing else stays as it is."""
-    folded = text.casefold()
-    if folded.isascii():
-        return folded.translate(_ASCII_MARKS) or text
-    folded = unicodedata.normalize("NFKC", folded)
-    for mark in filter(_is_mark, set(folded)):  # a third of the time of one look at each character
-        folded = folded.replace(mark, "")
-    return folded or text
-
-
-@cache
-def _is_mark(character: str) -> bool:
-    """Return whether a character is white space, punctuation, a control or a lone accent; signs such as + stay."""
-    kind = unicodedata.category(character)
-    return kind[0] in "PZ" or kind in ("Cc", "Cf", "Sk")
-
-
-_ASCII_MARKS = {code: None for code in range(128) if _is_mark(chr(code))}
-
-
-def _blake2b(data: bytes, key: bytes = b"") -> bytes:
-    import hashlib  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
-
-    return hashlib.blake2b(data, key=key, digest_size=12).digest()
-
-
-_STEPS: tuple[Callable[[TwinKeys], tuple[bytes, ...]], ...] = (
-    lambda keys: (keys.prompt, keys.first, keys.answer),
-    lambda keys: (keys.prompt, keys.answer),
-    lambda keys: (keys.prompt, keys.first),
-    lambda keys: (keys.prompt,),
-    lambda keys: (keys.same_prompt,),
+_STEPS: tuple[tuple[Column, ...], ...] = (
+    ("twin_prompt", "first", "twin_answer"),
+    ("twin_prompt", "twin_answer"),
+    ("twin_prompt", "first"),
+    ("twin_prompt",),
+    ("prompt",),
 )
-"""What keeps rows together: first all that makes twins, then less and less, for groups that are too large."""
+"""What keeps rows together: first all that makes twins, then less and less, for groups that are too large.
+
+The last is the prompt with its punctuation; a plain text counts as its own prompt.
+"""
 
 
-def _groups(
-    places: Sequence[int], twins: Sequence[TwinKeys], names: Sequence[bytes], largest: int, step: int = 0
-) -> list[tuple[bytes, list[int]]]:
-    """Return (name, places) of sets of twins; those with more rows than `largest` are taken apart as far as can be."""
-    groups: list[tuple[bytes, list[int]]] = []
-    for members in _joined(places, [_STEPS[step](twins[place]) for place in places]):
-        if len(members) > largest and step + 1 < len(_STEPS):
-            groups += _groups(members, twins, names, largest, step + 1)
-        else:
-            groups.append((min(names[place] for place in members), members))
-    return groups
+class _Twins:
+    """Rows by number; for each thing in which they may agree another number, equal where they do."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.rows = len(keys)
+        self._prompts, self._answers = keys.column("prompt"), keys.column("answer")
+        self.alike: dict[Column, array[int]] = {
+            name: keys.column(name).numbered() for name in ("twin_prompt", "first", "twin_answer", "prompt")
+        }
+        if -1 in self.alike["prompt"]:
+            texts = self._answers.numbered()
+            for row, number in enumerate(self.alike["prompt"]):
+                if number < 0:
+                    self.alike["prompt"][row] = self.rows + texts[row]
+
+    def name(self, row: int) -> bytes:
+        """Return the name of a row: its prompt and its answer. Of a group it is the least of its rows' names."""
+        return self._prompts[row] + self._answers[row]
 
 
-def _joined(places: Sequence[int], keys: Sequence[tuple[bytes, ...]]) -> list[list[int]]:
-    """Return the sets of places that share a key, directly or through other places."""
-    parent = list(range(len(places)))
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Sets of rows, `members[starts[n]:starts[n + 1]]` is one: a million of them as lists would take ten times that."""
+
+    members: "array[int]"
+    starts: "array[int]"
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def size(self, group: int) -> int:
+        return self.starts[group + 1] - self.starts[group]
+
+    def of(self, group: int) -> "array[int]":
+        return self.members[self.starts[group] : self.starts[group + 1]]
+
+    def add(self, members: "array[int]") -> None:
+        self.members.extend(members)
+        self.starts.append(len(self.members))
+
+
+def _groups(twins: _Twins, places: Sequence[int], largest: int, step: int = 0) -> _Groups:
+    """Return the sets of twins; those with more rows than `largest` are taken apart as far as can be."""
+    groups = _joined(places, [twins.alike[name] for name in _STEPS[step]])
+    if step + 1 == len(_STEPS) or all(groups.size(group) <= largest for group in range(len(groups))):
+        return groups
+    made = _Groups(array("q"), array("q", [0]))
+    for group in range(len(groups)):
+        if groups.size(group) <= largest:
+            made.add(groups.of(group))
+            continue
+        smaller = _groups(twins, groups.of(group), largest, step + 1)
+        for part in range(len(smaller)):
+            made.add(smaller.of(part))
+    return made
+
+
+def _joined(places: Sequence[int], alike: "Sequence[array[int]]") -> _Groups:
+    """Return the sets of places that share a number, directly or through other places; by their first places."""
+    parent = array("q", range(len(places)))
 
     def root(at: int) -> int:
         while parent[at] != at:
@@ -239,33 +193,49 @@ def _joined(places: Sequence[int], keys: Sequence[tuple[bytes, ...]]) -> list[li
             at = parent[at]
         return at
 
-    first: dict[tuple[int, bytes], int] = {}
-    for at, shared in enumerate(keys):
-        for kind, key in enumerate(shared):
-            if key:
-                parent[root(at)] = root(first.setdefault((kind, key), at))
-    members: defaultdict[int, list[int]] = defaultdict(list)
+    for numbers in alike:
+        first: dict[int, int] = {}
+        for at, place in enumerate(places):
+            number = numbers[place]
+            if number >= 0 and (before := first.setdefault(number, at)) != at:
+                one, other = root(before), root(at)
+                parent[max(one, other)] = min(one, other)
+    # The root of a set is its first place.
+    sizes = array("q", bytes(8 * len(places)))
+    for at in range(len(places)):
+        parent[at] = root(at)
+        sizes[parent[at]] += 1
+    starts, begins = array("q", [0]), array("q", bytes(8 * len(places)))
+    for at, size in enumerate(sizes):
+        if size:
+            begins[at] = starts[-1]
+            starts.append(starts[-1] + size)
+    members = array("q", bytes(8 * len(places)))
     for at, place in enumerate(places):
-        members[root(at)].append(place)
-    return list(members.values())
+        members[begins[parent[at]]] = place
+        begins[parent[at]] += 1
+    return _Groups(members, starts)
 
 
-def _twins_parted(rows: Sequence[Row], twins: Sequence[TwinKeys], held: set[int]) -> list[str]:
+def _twins_parted(rows: Sequence[Row], twins: _Twins, held: Sequence[int]) -> list[str]:
     """Return in words how many held-out rows have a twin that is trained on, for each thing in which they agree."""
+    among = set(held)
 
-    def parted(key: Callable[[TwinKeys], bytes]) -> list[int]:
-        trained = {key(keys) for place, keys in enumerate(twins) if place not in held}
-        return sorted(place for place in held if key(twins[place]) and key(twins[place]) in trained)
+    def parted(name: Column) -> list[int]:
+        numbers = twins.alike[name]
+        wanted = {numbers[row] for row in held} - {-1}
+        trained = {number for row, number in enumerate(numbers) if number in wanted and row not in among}
+        return [row for row in held if numbers[row] in trained]
 
     notes = []
-    prompts = parted(lambda keys: keys.prompt)
-    if firsts := sorted(set(parted(lambda keys: keys.first)) - set(prompts)):
-        shown = plain(_first_turn(rows[firsts[0]]), one_line=True, limit=_SHOWN)
+    prompts = parted("twin_prompt")
+    if firsts := sorted(set(parted("first")) - set(prompts)):
+        shown = plain(first_turn(rows[firsts[0]]), one_line=True, limit=_SHOWN)
         notes.append(
             f"too many conversations begin alike to keep them apart: {len(firsts)} of {len(held)} held-out rows begin "
             f"as rows that are trained on do, such as '{shown}'"
         )
-    if answers := parted(lambda keys: keys.answer):
+    if answers := parted("twin_answer"):
         shown = plain(rows[answers[0]].answer, one_line=True, limit=_SHOWN)
         notes.append(
             "answers repeat too often to keep them apart: only prompts differ between the two sides for "
@@ -279,11 +249,14 @@ def _twins_parted(rows: Sequence[Row], twins: Sequence[TwinKeys], held: set[int]
     return notes
 
 
-def _choose(groups: list[tuple[bytes, list[int]]], wanted: int, seed: int) -> set[int]:
+def _choose(twins: _Twins, groups: _Groups, wanted: int, seed: int) -> list[int]:
+    """Return the rows of as many groups as hold at most `wanted` rows together, in order."""
     salt = str(seed).encode()
-    order = sorted(groups, key=lambda group: _blake2b(group[0], key=salt))
-    held: set[int] = set()
-    for _, places in order:
-        if len(held) + len(places) <= wanted:
-            held.update(places)
-    return held
+    shuffled = [blake2b(min(map(twins.name, groups.of(group))), key=salt) for group in range(len(groups))]
+    held: list[int] = []
+    for group in sorted(range(len(groups)), key=shuffled.__getitem__):
+        if len(held) == wanted:
+            break
+        if len(held) + groups.size(group) <= wanted:
+            held += groups.of(group)
+    return sorted(held)

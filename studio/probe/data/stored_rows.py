@@ -65,23 +65,36 @@ class HeldBytes:
         return self._content[begin:stop]
 
 
+class Store:
+    """The rows of a file, one after another.
+
+    Attributes:
+        source: Their bytes.
+        starts: Where each begins, and where the last one ends.
+        name: Of the entry in the data cache that holds them; empty where none does.
+        keys: Their hashes, once these are computed (`row_keys.KeyTable`).
+    """
+
+    def __init__(self, source: FileBytes | HeldBytes, starts: "array[int]", name: str = "") -> None:
+        self.source, self.starts, self.name = source, starts, name
+        self.keys: Any = None
+
+
 class StoredRows(Sequence[Row]):
     """All rows of a store, or some of them, in order.
 
     Attributes:
-        store: Name of the entry in the data cache that holds them; empty where they are in none.
+        store: What they are read from.
         places: Which rows of the store these are.
     """
 
-    def __init__(
-        self, source: FileBytes | HeldBytes, starts: "array[int]", store: str = "", places: Sequence[int] | None = None
-    ) -> None:
-        """Take the bytes of the rows, and where each begins; the last number is where the last one ends."""
-        self._source, self._starts, self.store = source, starts, store
-        self.places: Sequence[int] = range(len(starts) - 1) if places is None else places
+    def __init__(self, store: Store, places: Sequence[int] | None = None) -> None:
+        """Take the rows at some places of a store; None for all."""
+        self.store = store
+        self.places: Sequence[int] = range(len(store.starts) - 1) if places is None else places
 
     @classmethod
-    def opened(cls, folder: Path, store: str = "") -> Self:
+    def opened(cls, folder: Path, name: str = "") -> Self:
         """Return the rows that a `RowWriter` has written into a folder.
 
         Raises:
@@ -89,12 +102,15 @@ class StoredRows(Sequence[Row]):
         """
         starts: array[int] = array("Q")
         starts.frombytes((folder / STARTS_FILE).read_bytes())
-        return cls(FileBytes(folder / ROWS_FILE), starts, store)
+        return cls(Store(FileBytes(folder / ROWS_FILE), starts, name))
 
     def at(self, places: Iterable[int]) -> "StoredRows":
         """Return those of these rows that stand at some places, in the order of the places."""
-        kept = array("Q", (self.places[place] for place in places))
-        return StoredRows(self._source, self._starts, self.store, kept)
+        return StoredRows(self.store, array("Q", (self.places[place] for place in places)))
+
+    def whole(self) -> "StoredRows":
+        """Return all rows of the store."""
+        return StoredRows(self.store)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -105,21 +121,21 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, place: slice) -> Sequence[Row]: ...
     def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
         if isinstance(place, slice):
-            return StoredRows(self._source, self._starts, self.store, self.places[place])
+            return StoredRows(self.store, self.places[place])
         stored = self.places[place]
-        return unpacked(self._source.read(self._starts[stored], self._starts[stored + 1]))
+        return unpacked(self.store.source.read(self.store.starts[stored], self.store.starts[stored + 1]))
 
     def __iter__(self) -> Iterator[Row]:
         return map(unpacked, self.packed())
 
     def packed(self) -> Iterator[bytes]:
         """Yield each row as it is stored, see `packed`; reads neighbours together."""
-        starts, begin, block = self._starts, 0, b""
+        starts, begin, block = self.store.starts, 0, b""
         for place in self.places:
             first, stop = starts[place], starts[place + 1]
             if first < begin or stop > begin + len(block):
                 begin = first
-                block = self._source.read(first, max(stop, min(first + _BLOCK_BYTES, starts[-1])))
+                block = self.store.source.read(first, max(stop, min(first + _BLOCK_BYTES, starts[-1])))
             yield block[first - begin : stop - begin]
 
 
@@ -186,7 +202,7 @@ class RowWriter:
                 return rows
             self._file = (scratch / ROWS_FILE).open("rb", buffering=0)
             self._hold()
-        return StoredRows(HeldBytes(bytes(self._pending)), self._starts)
+        return StoredRows(Store(HeldBytes(bytes(self._pending)), self._starts))
 
     def drop(self) -> None:
         """Remove what was written."""
