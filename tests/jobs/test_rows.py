@@ -118,11 +118,13 @@ NO_STOP = (
 def test_a_template_without_stop_tokens_gets_them_and_it_is_said_once() -> None:
     tokenizer = byte_tokenizer(NO_STOP, eos_token="</s>")
     examples, report, said = encode([TWO, ONE], tokenizer)
-    assert learnt(examples[0], tokenizer) == ["bb</s>", "dd</s>"]
-    assert tokenizer.decode(examples[0].input_ids).endswith("### assistant: dd</s>\n\n")
+    assert [learnt(example, tokenizer) for example in examples] == [["bb</s>"], ["dd</s>"], ["Because.</s>"]]
+    served = "### system: Be brief.\n\n### user: a\n\n### assistant: bb\n\n### user: c\n\n### assistant: "
+    assert tokenizer.decode(examples[1].input_ids).rstrip() == f"{served}dd</s>", "no stop where the template has none"
     assert report.stop_added == 2
-    assert len(said) == 1
-    assert "without a stop token: </s> was added in 2 rows" in said[0]
+    assert len(said) == 2
+    assert "in 1 rows" in said[0]
+    assert "without a stop token: </s> was added in 2 rows" in said[1]
 
 
 def test_without_any_end_token_the_rows_are_learnt_and_it_is_said() -> None:
@@ -297,11 +299,18 @@ def test_special_tokens_in_what_people_write_move_no_boundary() -> None:
     assert "the text itself holds special tokens such as <|im_end|>" in said[0]
 
 
-def test_a_token_that_reaches_from_the_question_into_the_answer_is_not_learnt(smollm: Any) -> None:
-    """A model that is asked never starts inside that token, so it must not be taught to write it."""
-    (example,), _, _ = encode(chat(("user", "Why?"), ("assistant", "  Because.")), smollm)
-    assert "\n " in [smollm.decode([int(token)]) for token in example.input_ids]
-    assert learnt(example, smollm) == [" Because.<|im_end|>"]
+def test_no_token_reaches_from_the_question_into_the_answer(smollm: Any) -> None:
+    """A model that is asked never starts inside a token, so what it is asked with is tokenised by itself."""
+    row = chat(("user", "Why?"), ("assistant", "  Because."), ("user", "So?"), ("assistant", "\n\nYes."))
+    examples, report, _ = encode(row, smollm)
+    assert "\n " in [smollm.decode([token]) for token in smollm("assistant\n  Because.").input_ids], "they would join"
+    assert [learnt(example, smollm) for example in examples] == [["  Because.<|im_end|>"], ["\n\nYes.<|im_end|>"]]
+    for example, place in zip(examples, (1, 3), strict=True):
+        asked = [{"role": turn.role, "content": turn.content} for turn in row.messages[:place]]
+        served = smollm.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        first = int(np.flatnonzero(example.labels != IGNORED)[0])
+        assert example.input_ids[:first].tolist() == served
+    assert report.joined == 0
 
 
 def test_chunks_are_encoded_one_by_one_and_their_reports_added_up() -> None:

@@ -59,6 +59,11 @@ class RowReport:
         folded: Rows whose system prompt was put before the user's first words.
         special: Conversations whose own text contains one of the tokenizer's special tokens.
         special_token: One of those tokens.
+        once: Tokens of the longest example of each split row, added up: what one pass over the rows would take.
+        apart: Tokens of all examples of split rows.
+        apart_learnt: Those that are learnt.
+        mixed: Answers of which only some parts are to be learnt, and the parts cannot be told apart.
+        joined: Answers whose first token holds characters of the prompt.
         lost: Answers of split rows that the template refuses or does not write.
         unseen: Messages and reasoning that stand in none of the examples made of their row.
         long_texts: Plain texts that are longer than a row.
@@ -82,6 +87,11 @@ class RowReport:
     folded: int = 0
     special: int = 0
     special_token: str = ""
+    once: int = 0
+    apart: int = 0
+    apart_learnt: int = 0
+    mixed: int = 0
+    joined: int = 0
     lost: Missing = field(default_factory=Missing)
     unseen: Missing = field(default_factory=Missing)
     long_texts: int = 0
@@ -114,7 +124,7 @@ class RowReport:
             f"The chat template knows no system prompt: in {self.folded} rows it was put before the user's first "
             "words.": self.folded,
             f"The chat template rewrites earlier turns: in {self.split} rows each answer became an example of its "
-            "own.": self.split,
+            f"own{self._cost()}.": self.split,
             f"In {self.lost.rows} of them the chat template refuses or leaves out {self.lost.counts['answers']} "
             f"answers, which are not learnt (the first: row {self.lost.first}).": self.lost.rows,
             f"The chat template leaves out parts of {self.unseen.rows} rows, which the model does not see: "
@@ -125,6 +135,9 @@ class RowReport:
             "the model learns to stop.": self.stop_added,
             f"In {self.special} rows the text itself holds special tokens such as {plain(self.special_token)}. If the "
             "data was rendered with a chat template already, give it as plain text.": self.special,
+            f"{self.joined} answers share their first token with what is asked; it is not learnt.": self.joined,
+            f"In {self.mixed} answers the parts that data.learn names cannot be told apart from the others; nothing of "
+            "these answers is learnt.": self.mixed,
             f"The tokenizer has no end token: {self.endless} rows do not teach the model to stop.": self.endless,
             f"{self.refused} of {self.rows} rows are left out: {reason}.": self.refused,
             f"Texts longer than train.seq_len = {seq_len} tokens: {self.long_texts}, which became {self.blocks} "
@@ -138,6 +151,13 @@ class RowReport:
         for sentence, count in said.items():
             if count:
                 warn(sentence)
+
+    def _cost(self) -> str:
+        """Return what splitting multiplies: the tokens that go through the model in place of one pass over the rows."""
+        if self.apart <= self.once:
+            return ""
+        times = f"{self.apart / self.once:.1f} times as many"
+        return f": {self.apart} tokens in place of {self.once} ({times}) for {self.apart_learnt} that are learnt"
 
     def nothing_left(self, seq_len: int) -> JobFailed:
         """Return the error for data of which no row can be trained on."""

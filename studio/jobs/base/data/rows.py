@@ -17,14 +17,18 @@ import numpy as np
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.blocks import Ids, Mask, blocks, start_of, text_ids
+from studio.jobs.base.data.forms import Renderer, Wanted
+from studio.jobs.base.data.labelled import Labeller
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
-from studio.jobs.base.data.spans import Located, Locator, Marks, Rendered
-from studio.jobs.base.data.template import Warn, left_out, render, starts_with_bos, why_refused, with_system_folded
+from studio.jobs.base.data.seen import missing
+from studio.jobs.base.data.spans import Located, Locator
+from studio.jobs.base.data.template import Warn, starts_with_bos, with_system_folded
 from studio.probe.data import Conversation, PlainText, Preference, Row
 
 CHUNK_ROWS = 256
 """Rows that are tokenised in one call; progress is told after each call."""
+LEARN = ("reasoning", "answer", "calls")
 _UNFOUND = "its answer is not found in what the chat template writes"
 
 
@@ -118,14 +122,15 @@ def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: 
     The prompt of a conversation is everything before its last answer; that of a plain text is its first half.
     """
     found: list[Prompt] = []
+    renderer = Renderer(tokenizer)
     for row in rows:
         if len(found) >= count:
             break
-        asked = _half(row, seq_len) if isinstance(row, PlainText) else _question(row, tokenizer)
+        plain = isinstance(row, PlainText)
+        asked = _half(row, seq_len) if isinstance(row, PlainText) else _question(_chat(row), renderer)
         if asked is None:
             continue
         text, shown, expected = asked
-        plain = isinstance(row, PlainText)
         ids = tuple(_text_ids([text], tokenizer)[0] if plain else tokenizer(text, add_special_tokens=False).input_ids)
         if 0 < len(ids) < seq_len:
             found.append(Prompt(ids, shown, expected))
@@ -138,14 +143,13 @@ def _half(row: PlainText, seq_len: int) -> tuple[str, str, str]:
     return row.text[:middle], row.text[:middle], row.text[middle : 4 * seq_len]
 
 
-def _question(row: Conversation | Preference, tokenizer: Any) -> tuple[str, str, str] | None:
-    turns = row.messages if isinstance(row, Conversation) else row.asked + row.chosen
-    before, answer = turns[:-1], turns[-1].content
-    if not before:
-        return None
-    for turns in (before, with_system_folded(before)):
-        if (text := render(tokenizer, [turns], ask=True)[0]) is not None:
-            return text, before[-1].content, answer
+def _question(row: Conversation, renderer: Renderer) -> tuple[str, str, str] | None:
+    before, answer = row.messages[:-1], row.messages[-1]
+    for turns in (row.messages, with_system_folded(row.messages)) if before else ():
+        wanted = Wanted(replace(row, messages=turns), len(turns) - 1, ask=True)
+        for form in (None, renderer.best(wanted.row)):
+            if (text := renderer.texts([wanted], form)[0]) is not None:
+                return text, before[-1].content, answer.content or answer.words
     return None
 
 
@@ -166,8 +170,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.how = how
         self.report = RowReport()
-        self.locator = Locator(tokenizer)
-        self.marks = Marks(tokenizer)
+        self.locator = Locator(tokenizer, LEARN)
+        self.labeller = Labeller(tokenizer, self.locator.special)
         self.start = start_of(tokenizer)
         self.special = re.compile("|".join(map(re.escape, self.locator.special)) or r"(?!)")  # (?!) matches nothing
 
@@ -218,61 +222,63 @@ class Encoder:
 
     def _chats(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
         for row in rows:
-            found = next(filter(None, (self.special.search(message.content) for message in row.messages)), None)
-            if found:
+            if match := next(filter(None, (self.special.search(message.content) for message in row.messages)), None):
                 self.report.special += 1
-                self.report.special_token = self.report.special_token or found.group()
-        return (self._masked if self.marks.usable else self._located)(rows) if rows else []
+                self.report.special_token = self.report.special_token or match.group()
+        located = self._located(rows)
+        before = self.labeller.joined
+        flat = iter(self.labeller.label([one for found in located for one in found.rendered]))
+        made = []
+        for found in located:
+            examples = [example for _ in found.rendered for example in next(flat)]
+            self.report.split += len(examples) + found.lost > 1
+            if len(examples) > 1:
+                self.report.once += max(len(ids) for ids, _ in examples)
+                self.report.apart += sum(len(ids) for ids, _ in examples)
+                self.report.apart_learnt += sum(int(learnt.sum()) for _, learnt in examples)
+            made.append(examples)
+        self.report.joined += self.labeller.joined - before
+        return made
 
-    def _masked(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
-        usable = self._without_refused(rows, [text is not None for text in self._rendered(rows)])
-        kept = [row for row in usable if row]
-        for row, text in zip(kept, self._rendered(kept), strict=True):
-            self._compare(row, [text or ""])
-        made = iter(self.marks.rows([row.messages for row in kept]) if kept else [])
-        return [[next(made)] if row else [] for row in usable]
+    def _located(self, rows: Sequence[Conversation]) -> list[Located]:
+        """Return where the answers of each row stand, in another form of the row where only that makes it usable."""
+        report = self.report
+        rows, located = list(rows), self.locator.locate(rows)
+        for place, row in enumerate(rows):
+            wanted = self.locator.places(row)
+            if wanted and not located[place].rendered:
+                rows[place], located[place] = self._mended(row)
+            found = located[place]
+            report.moved += found.moved
+            if self.tokenizer.eos_token:
+                report.stop_added += found.stop_added
+            else:
+                report.endless += found.stop_added
+            report.mixed += found.mixed
+            if not wanted:
+                report.dropped += 1
+            elif found.rendered:
+                if found.lost:
+                    report.lost.add(row.number, {"answers": found.lost})
+                if absent := missing(rows[place], [one.text for one in found.rendered], found.said):
+                    report.unseen.add(row.number, absent)
+        return located
 
-    def _located(self, rows: Sequence[Conversation]) -> list[list[tuple[Ids, Mask]]]:
-        located = self._locate(rows)
-        usable = self._without_refused(rows, [bool(found.rendered) for found in located])
-        kept = [row for row in usable if row]
-        if kept != list(rows):
-            located = self._locate(kept)
-        self.report.split += sum(found.split for found in located)
-        self.report.moved += sum(found.moved for found in located)
-        for row, found in zip(kept, located, strict=True):
-            if found.lost:
-                self.report.lost.add(row.number, {"answers": found.lost})
-            self._compare(row, [one.text for one in found.rendered])
-        added = sum(found.stop_added for found in located)
-        if self.tokenizer.eos_token:
-            self.report.stop_added += added
-        else:
-            self.report.endless += added
-        labelled = iter(_labelled([one for found in located for one in found.rendered], self.tokenizer))
-        of_kept = iter([[next(labelled) for _ in found.rendered] for found in located])
-        return [next(of_kept) if row else [] for row in usable]
-
-    def _compare(self, row: Conversation, texts: Sequence[str]) -> None:
-        """Count what of a row's messages stands in none of the texts that were made of it."""
-        if missing := left_out(row.messages, texts):
-            self.report.unseen.add(row.number, missing)
-
-    def _without_refused(self, rows: Sequence[Conversation], usable: Sequence[bool]) -> list[Conversation | None]:
-        """Return each row, with its system turn folded in where only that makes it usable; None for those refused."""
-        if all(usable):
-            return list(rows)
-        folded = [
-            row if good else replace(row, messages=with_system_folded(row.messages))
-            for row, good in zip(rows, usable, strict=True)
-        ]
-        good_now = [bool(found.rendered) for found in self._locate(folded)]
-        self.report.folded += sum(now and not before for now, before in zip(good_now, usable, strict=True))
-        self.report.refused += good_now.count(False)
-        if not all(good_now) and not self.report.reason:
-            row = rows[good_now.index(False)]
-            self.report.reason = f"row {row.number}: {why_refused(self.tokenizer, row.messages) or _UNFOUND}"
-        return [row if good else None for row, good in zip(folded, good_now, strict=True)]
+    def _mended(self, row: Conversation) -> tuple[Conversation, Located]:
+        """Return a row that the template refuses in another form, or with its system turn folded in; count it."""
+        found = self.locator.locate([row], self.locator.renderer.best(row))[0]
+        if found.rendered:
+            return row, found
+        folded = replace(row, messages=with_system_folded(row.messages))
+        if folded != row:
+            found = self.locator.locate([folded])[0]
+            if found.rendered:
+                self.report.folded += 1
+                return folded, found
+        self.report.refused += 1
+        if not self.report.reason:
+            self.report.reason = f"row {row.number}: {self.locator.renderer.why_refused(row) or _UNFOUND}"
+        return row, found
 
     def _kept(self, row: Row, ids: Ids, labelled: Mask) -> Example | None:
         """Return the example cut to its length, or None where nothing can be learnt from it; count it either way."""
@@ -293,12 +299,6 @@ class Encoder:
         # Copies: a slice would keep the whole long row in memory.
         return Example(ids[:seq_len].copy(), labels[:seq_len].copy())
 
-    def _rendered(self, rows: Sequence[Conversation]) -> list[str | None]:
-        return render(self.tokenizer, [row.messages for row in rows])
-
-    def _locate(self, rows: Sequence[Conversation]) -> list[Located]:
-        return self.locator.locate([row.messages for row in rows])
-
 
 def _chat(row: Conversation | Preference) -> Conversation:
     return row.sides[0] if isinstance(row, Preference) else row
@@ -310,31 +310,3 @@ def _text_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     twice = [tokenizer.bos_token_id] * 2
     # A text without a start token gets one at most, so the second is its own.
     return [ids[1:] if ids[:2] == twice and starts_with_bos(tokenizer) else ids for ids in rows]
-
-
-def _labelled(rendered: Sequence[Rendered], tokenizer: Any) -> list[tuple[Ids, Mask]]:
-    """Return token ids of rendered chats, and which tokens begin inside an answer, `[seq]` each."""
-    if not rendered:
-        return []
-    encoded = tokenizer([one.text for one in rendered], add_special_tokens=False)
-    made = []
-    for row, one in enumerate(rendered):
-        ids = np.array(encoded["input_ids"][row], np.int32)
-        labelled = np.zeros(len(ids), np.bool_)
-        for begin, stop in one.answers:
-            first, last = _token_from(encoded, row, begin, stop), _token_from(encoded, row, stop, len(one.text))
-            labelled[len(ids) if first is None else first : len(ids) if last is None else last] = True
-        made.append((ids, labelled))
-    return made
-
-
-def _token_from(encoded: Any, row: int, begin: int, stop: int) -> int | None:
-    """Return the index of the first token that begins in the characters `[begin, stop)`, or None.
-
-    Characters are tried one by one, because some tokenizers have no token for white space.
-    """
-    for character in range(begin, stop):
-        token = encoded.char_to_token(row, character)
-        if token is not None and encoded.token_to_chars(row, token).start >= begin:
-            return int(token)
-    return None

@@ -1,33 +1,48 @@
 """Finds where the answers stand in a rendered conversation, stop tokens included.
 
-A template with `{% generation %}` blocks marks them itself, unless its blocks hold the header of the turn too: nobody
-generates that, the generation prompt has written it. Otherwise three texts are rendered: the whole conversation;
-for each answer the turns before it with a generation prompt, at whose end the answer begins; and for each answer the
-turns up to it, at whose end the answer ends. The latter two must be prefixes of the whole. They are not if the template
-rewrites earlier turns: if it drops old reasoning, or writes another end token after the last answer. Then each answer
-becomes an example of its own, a conversation that ends with that answer, as the model will see it in use.
+For each answer two texts are rendered: the turns before it with the generation prompt, which is what the model is
+served with, and the turns up to it. Where the second begins with the first, the rest of it is the answer. Where it does
+not, the template leaves out of a finished conversation what its prompt opens with, such as `<think>`: the answer is
+then found in the second text and put behind the prompt.
+
+An answer shares a text with those before it if its prompt begins with all of that text. It does not if the template
+rewrites earlier turns: if it drops old reasoning, or writes another end after the last answer. Then it becomes an
+example of its own, a conversation that ends with that answer, as the model will see it in use.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from studio.jobs.base.data.forms import Form, Renderer, Wanted
+from studio.jobs.base.data.parts import Range, learnt_ranges, reasoning_of, says_something
+from studio.probe.data import Conversation, Message
 
-from studio.jobs.base.data.bounded import apply_template
-from studio.jobs.base.data.template import Turns, render, table_of
-from studio.jobs.base.tokenizer import stop_ids
-from studio.probe.data import Message
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer in a text.
+
+    Attributes:
+        begin: Its first character.
+        end: The character behind its stop token, if it has one.
+        learnt: The ranges of the text that are learnt.
+        served: Whether the text before it is the prompt that the model is served with, to the letter.
+    """
+
+    begin: int
+    end: int
+    learnt: tuple[Range, ...]
+    served: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as text, and its answers as character ranges `[begin, end)`, each with its stop token if any."""
+    """A conversation as text, and its answers."""
 
     text: str
-    answers: tuple[tuple[int, int], ...]
+    answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,117 +50,200 @@ class Located:
     """Where the answers of one conversation were found.
 
     Attributes:
-        rendered: One text, or one per answer where the template rewrites earlier turns; empty where no answer is found.
-        split: Whether the template rewrites earlier turns.
+        rendered: One text, or several where the template rewrites earlier turns; empty where no answer is found.
+        said: The answers by the places of their turns.
         moved: Whether an answer does not begin where the generation prompt ends.
         stop_added: Whether the template left a stop token out and it was added.
-        lost: Answers that became no example where each was to become one: the template refuses or does not write them.
+        lost: Answers that are in no text though they are to be learnt: the template refuses or does not write them.
+        mixed: Answers of which only some parts are to be learnt, and these cannot be told apart.
     """
 
     rendered: tuple[Rendered, ...]
-    split: bool = False
+    said: Mapping[int, str] = field(default_factory=dict)
     moved: bool = False
     stop_added: bool = False
     lost: int = 0
+    mixed: int = 0
+
+    @property
+    def split(self) -> bool:
+        """Whether the answers do not all stand in one text."""
+        return len(self.rendered) + self.lost > 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """One answer: its place among the turns, and the rendered text up to its beginning and up to its end."""
+class _Found:
+    """An answer behind its prompt: `said` ends with the stop token, `tail` is what the template writes after it."""
 
-    place: int
-    opened: str | None
-    closed: str | None
+    prompt: str
+    said: str
+    tail: str
+    served: bool
+    moved: bool
+    added: bool
 
 
-_NOWHERE = Located(())
 _LONGEST_TAG = 64
 _UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+_OPENS = re.compile(r"(<[^<>|/\s]+>|\[[A-Z_]+\]|<\|?[^<>|/]*(?:think|thought|reason|inner|analysis)[^<>]*>)\s*\Z", re.I)
+"""What opens reasoning at the end of a prompt: `<think>`, `[THINK]`, `<|inner_prefix|>`."""
+_CLOSES = re.compile(r"\s*(</[^<>\s]+>|\[/[^\[\]\s]+\])")
 
 
 class Locator:
     """Finds answers with one tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, learn: Sequence[str], *, last_only: bool = False) -> None:
+        self.renderer = Renderer(tokenizer)
+        self.learn = tuple(learn)
+        self.last_only = last_only
+        self.eos = tokenizer.eos_token or ""
         self.special = special_tokens(tokenizer)
+        ends = [token for token in self.special if not _CLOSES.fullmatch(token) or token == self.eos]
+        self._ends = tuple(ends)
+        self._header, stop = self._header_and_stop()
+        stops = filter(None, {self.eos, stop})
+        self._stop = re.compile("|".join(map(re.escape, stops)) or r"(?!)")  # (?!) matches nothing
 
-    def locate(self, conversations: Sequence[Turns]) -> list[Located]:
+    def places(self, row: Conversation) -> list[int]:
+        """Return the places of the turns that are to be learnt."""
+        found = [place for place, turn in enumerate(row.messages) if turn.role == "assistant"]
+        return [place for place in (found[-1:] if self.last_only else found) if row.messages[place].learnt]
+
+    def locate(self, rows: Sequence[Conversation], form: Form | None = None) -> list[Located]:
         """Return where the answers of each conversation stand; each conversation must end with an assistant turn."""
-        places = [[i for i, turn in enumerate(turns) if turn.role == "assistant"] for turns in conversations]
-        found: list[Located] = []
-        for turns, answers, located in zip(conversations, places, self._attempt(conversations, places), strict=True):
-            if located is None:
-                own = self._attempt([turns[: i + 1] for i in answers], [[i] for i in answers])
-                found.append(_joined([part or _NOWHERE for part in own]))
-            else:
-                found.append(located)
-        return found
+        wanted: list[Wanted] = []
+        for row in rows:
+            wanted.append(Wanted(row, len(row.messages), ask=False))
+            for place in self.places(row):
+                wanted.append(Wanted(row, place, ask=True))
+                if place + 1 < len(row.messages):
+                    wanted.append(Wanted(row, place + 1, ask=False))
+        texts = iter(self.renderer.texts(wanted, form))
+        return [self._of_row(row, texts) for row in rows]
 
-    def _attempt(self, conversations: Sequence[Turns], places: Sequence[Sequence[int]]) -> list[Located | None]:
-        """Locate the answers that are the given turns; None for conversations whose earlier turns are rewritten."""
-        pairs = [(row, i) for row, answers in enumerate(places) for i in answers]
-        # The last answer ends where the whole text ends, which is rendered anyway.
-        inner = [(row, i) for row, i in pairs if i + 1 < len(conversations[row])]
-        whole = render(self.tokenizer, conversations)
-        opened = render(self.tokenizer, [conversations[row][:i] for row, i in pairs], ask=True)
-        closed = render(self.tokenizer, [conversations[row][: i + 1] for row, i in inner])
-        begins, ends = dict(zip(pairs, opened, strict=True)), dict(zip(inner, closed, strict=True))
-        found: list[Located | None] = []
-        for row, text in enumerate(whole):
-            parts = [_Part(i, begins[row, i], ends.get((row, i), text)) for i in places[row]]
-            if text is None:
-                found.append(_NOWHERE)
-            elif len(parts) > 1 and _rewritten(text, parts):
-                found.append(None)
-            else:
-                found.append(self._spans(conversations[row], text, parts))
-        return found
-
-    def _spans(self, turns: Turns, text: str, parts: Sequence[_Part]) -> Located:
-        made, at, answers, moved, added = "", 0, [], False, False
-        for part in parts:
-            opened, closed = part.opened or "", part.closed or text
-            begin = self._beginning(turns, part.place, text, opened, closed)
-            # White space after the stop token belongs to the template, not to the answer.
-            stop = begin + len(text[begin : len(closed)].rstrip())
-            if begin == stop:
-                return _NOWHERE
-            made += text[at:begin]
-            first, at = len(made), stop
-            made += text[begin:stop]
-            if not text[begin:stop].endswith(self.special):
-                made, added = made + (self.tokenizer.eos_token or ""), True
-            answers.append((first, len(made)))
-            moved |= part.place > 0 and begin != len(opened)
-        return Located((Rendered(made + text[at:], tuple(answers)),), moved=moved, stop_added=added)
-
-    def _beginning(self, turns: Turns, place: int, text: str, opened: str, closed: str) -> int:
-        """Return where an answer begins, as an index into the text; the text's length means "not found".
-
-        That is where the generation prompt ends, if the text begins with it. It does not where the prompt opens
-        reasoning that the template leaves out of the whole, or where the answer is the very first turn. Then the
-        answer's own words are searched for behind the part that both texts share.
-        """
-        if place and opened and text.startswith(opened):
-            return len(opened)
-        shared = next(
-            (n for n, (one, other) in enumerate(zip(opened, text, strict=False)) if one != other), len(opened)
+    def _of_row(self, row: Conversation, texts: Iterator[str | None]) -> Located:
+        whole = next(texts)
+        found: list[tuple[int, _Found | None]] = []
+        for place in self.places(row):
+            opened = next(texts)
+            closed = next(texts) if place + 1 < len(row.messages) else whole
+            found.append((place, self._answer(row, place, opened, closed)))
+        if whole is None:
+            return Located(())
+        groups: list[tuple[str, str, list[Answer]]] = []
+        mixed = 0
+        for place, one in found:
+            if one is None:
+                continue
+            ranges = learnt_ranges(row.messages[place], one.said, self.learn)
+            mixed += ranges is None
+            begin = len(one.prompt)
+            learnt = tuple((begin + first, begin + last) for first, last in ranges or ())
+            answer = Answer(begin, begin + len(one.said), learnt, one.served)
+            before: list[Answer] = []
+            if groups and one.prompt.startswith(groups[-1][0]):
+                before = groups.pop()[2]
+            groups.append((one.prompt + one.said, one.tail, [*before, answer]))
+        there = [one for _, one in found if one]
+        return Located(
+            tuple(Rendered(text + tail, tuple(answers)) for text, tail, answers in groups),
+            {place: one.said for place, one in found if one},
+            moved=any(one.moved for one in there),
+            stop_added=any(one.added for one in there),
+            lost=len(found) - len(there),
+            mixed=mixed,
         )
-        # `<think>` of the prompt and `<tool_call>` of an answer share `<t`, which is the answer's all the same.
-        shared = _before_tag(text, shared)
-        asked = turns[place - 1].content.strip() if place else ""
-        if asked not in text[:shared]:
+
+    def _answer(self, row: Conversation, place: int, opened: str | None, text: str | None) -> _Found | None:
+        if text is None or (place and opened is None):
+            return None
+        turn, moved, served, lead = row.messages[place], False, True, ""
+        if opened and text.startswith(opened):
+            prompt, begin = opened, len(opened)
+        else:
+            begin = self._beginning(row, place, opened or "", text)
+            prompt, served = opened or text[:begin], bool(opened)
+            opens = _OPENS.search(opened or "")
+            if opens and not text[:begin].endswith(opens[0]) and not _CLOSES.match(text, begin):
+                thought = reasoning_of(turn)[0].strip()
+                if thought and thought not in text[begin:]:
+                    lead = _thought_behind(opens, turn, text[begin:])
+                elif not thought:
+                    prompt, served, moved = text[:begin], False, True
+        end, added = self._end(turn, text, begin)
+        said = lead + text[begin:end]
+        if not says_something(turn, said):
+            return None
+        return _Found(prompt, said + (self.eos if added else ""), text[end:], served, moved, added)
+
+    def _beginning(self, row: Conversation, place: int, opened: str, text: str) -> int:
+        """Return where an answer begins in a text that its prompt is no beginning of; the text's length: not found.
+
+        That is behind the last header of an assistant's turn that has the answer's words behind it. Without a header
+        it is where prompt and text part, or where the answer's words are found.
+        """
+        turn = row.messages[place]
+        thought, words = (one.strip() for one in reasoning_of(turn))
+        names = (call.name for call in turn.calls[:1])
+        pieces = [piece for piece in (thought, words, *names) if piece and piece in text]
+        shared = _before_tag(text, _shared(opened, text))
+        at = text.rfind(self._header) if pieces and place and self._header else -1
+        # A header before the place where both part is that of an earlier answer: the prompt holds it too.
+        while at >= 0 and at + len(self._header) >= len(text[:shared].rstrip()):
+            if text.find(pieces[0], at + len(self._header)) >= 0:
+                return at + len(self._header)
+            at = text.rfind(self._header, 0, at)
+        if place and row.messages[place - 1].content.strip() not in text[:shared]:
             return len(text)
-        end = len(text[: len(closed)].rstrip())
-        end -= next((len(token) for token in self.special if text.endswith(token, 0, end)), 0)
-        for words in (turns[place].content.rstrip(), turns[place].content.strip()):
-            if words and text.endswith(words, shared, len(text[:end].rstrip())):
-                return len(text[:end].rstrip()) - len(words)
-        found = text.rfind(turns[place].content.strip(), shared, len(closed))
-        if found < 0 and asked:
+        if place and (_CLOSES.match(text, shared) or text[shared:].lstrip().startswith(tuple(pieces) or ("\0",))):
             return shared
-        return found if found >= 0 else len(text)
+        for one in (turn.content, turn.content.rstrip(), words):
+            found = text.rfind(one, shared) if one else -1
+            if found >= 0:
+                return found
+        return shared if place else len(text)
+
+    def _end(self, turn: Message, text: str, begin: int) -> tuple[int, bool]:
+        """Return where an answer ends, its stop token included, and whether it has none and one must be added."""
+        at = begin
+        for one in (part.strip() for part in reasoning_of(turn)):
+            place = text.find(one, at) if one else -1
+            at = place + len(one) if place >= 0 else at
+        if stop := self._stop.search(text, at):
+            return stop.end(), False
+        end = begin + len(text[begin:].rstrip())
+        if text.endswith(self._ends, begin, end):
+            return end, False
+        if not turn.calls and turn.content and end == at:  # white space at the end is the answer's own
+            own = turn.content[len(turn.content.rstrip()) :]
+            end += len(own) if text.startswith(own, end) else 0
+        return end, end > begin
+
+    def _header_and_stop(self) -> tuple[str, str]:
+        """Return what opens an assistant's turn in a whole conversation, and the special token that ends the turn."""
+        row = Conversation((Message("user", "QUESTION"), Message("assistant", "ANSWER")))
+        asked, opened, whole = (
+            text or ""
+            for text in self.renderer.texts([Wanted(row, 1, False), Wanted(row, 1, True), Wanted(row, 2, False)])
+        )
+        shared = opened[: _before_tag(opened, _shared(opened, whole))]
+        header = shared[len(asked) :] if shared.startswith(asked) else shared.rpartition("QUESTION")[2]
+        tail = whole.rpartition("ANSWER")[2].rstrip()
+        stop = self.eos if self.eos in tail else next((token for token in self._ends if tail.endswith(token)), "")
+        return header.removeprefix(self.eos) if "QUESTION" not in header else "", stop
+
+
+def _thought_behind(opens: re.Match[str], turn: Message, rest: str) -> str:
+    """Return reasoning as it follows what the prompt opens, closed as that is opened, up to what the answer says."""
+    tag, space = opens[1], opens[0][len(opens[1]) :]
+    close = f"{tag[0]}/{tag[1:]}"
+    thought, said = reasoning_of(turn)
+    if turn.reasoning:
+        gap = "\n\n" if space else ""
+        return f"{thought}{space}{close}" + ("" if rest[:1].isspace() else gap)
+    gap = said[: len(said) - len(said.lstrip())]
+    return f"{thought.lstrip() if space else thought}{close}" + ("" if rest[:1].isspace() else gap)
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -160,92 +258,9 @@ def _before_tag(text: str, end: int) -> int:
     return found.start() if found else end
 
 
-def _rewritten(text: str, parts: Sequence[_Part]) -> bool:
-    """Return whether the text rendered for the first turns is not how the text of the whole conversation begins."""
-    beginnings = [part.opened for part in parts if part.place] + [part.closed for part in parts]
-    return not all(beginning is not None and text.startswith(beginning) for beginning in beginnings)
-
-
-def _joined(parts: Sequence[Located]) -> Located:
-    return Located(
-        tuple(one for part in parts for one in part.rendered),
-        split=True,
-        moved=any(part.moved for part in parts),
-        stop_added=any(part.stop_added for part in parts),
-        lost=sum(not part.rendered for part in parts),
+def _shared(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return next(
+        (place for place, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its),
+        min(len(one), len(other)),
     )
-
-
-_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_SAMPLE = (Message("user", "QUESTION"), Message("assistant", "ANSWER"))
-
-
-class Marks:
-    """Takes the answers from the generation blocks of one tokenizer's chat template.
-
-    Attributes:
-        usable: Whether the template has such blocks and they begin behind the turn's header.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.special_ids = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
-        self.usable = isinstance(tokenizer.chat_template, str) and bool(_BLOCK.search(tokenizer.chat_template))
-        text = render(tokenizer, [_SAMPLE])[0] if self.usable else None
-        if text is None:
-            self.usable = False
-            return
-        encoded = self._encoded([_SAMPLE])
-        begin = next((place for place, inside in enumerate(encoded["assistant_masks"][0]) if inside), None)
-        opened = render(tokenizer, [_SAMPLE[:1]], ask=True)[0]
-        if begin is None or (opened and text.startswith(opened) and _begins(encoded, begin) < len(opened)):
-            self.usable = False
-        self.stop_ids = set(stop_ids(tokenizer, None))
-
-    def rows(self, conversations: Sequence[Turns]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Return token ids and whether each is part of an answer, `[seq]` each.
-
-        The stop token belongs to the answer, in the block or behind it; if the template writes none, one is added.
-        White space that a block holds behind its stop token does not.
-        """
-        encoded = self._encoded(conversations)
-        rows = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        return [self._with_stops(ids, mask) for ids, mask in rows]
-
-    def _encoded(self, conversations: Sequence[Turns]) -> Any:
-        tables = [table_of(turns) for turns in conversations]
-        return apply_template(
-            self.tokenizer, tables, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-
-    def _with_stops(self, ids: Sequence[int], mask: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        made: list[int] = []
-        labelled: list[bool] = []
-        at, eos = 0, self.tokenizer.eos_token_id
-        for begin, end in _runs(mask):
-            stop = end
-            while stop > begin and self.tokenizer.decode([ids[stop - 1]]).isspace():
-                stop -= 1
-            stopped = stop > begin and ids[stop - 1] in self.special_ids
-            if not stopped and end < len(ids) and ids[end] in self.stop_ids:
-                stop, stopped = end + 1, True
-            made += ids[at:stop]
-            labelled += [False] * (begin - at) + [True] * (stop - begin)
-            if not stopped and eos is not None:
-                made.append(eos)
-                labelled.append(True)
-            at = stop
-        made += ids[at:]
-        labelled += [False] * (len(ids) - at)
-        return np.array(made, np.int32), np.array(labelled, np.bool_)
-
-
-def _begins(encoded: Any, place: int) -> int:
-    """Return the character at which a token of the first row begins."""
-    return int(encoded.token_to_chars(0, place).start)
-
-
-def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the ranges `[begin, end)` of tokens inside blocks."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(mask) != 0, [0]))))
-    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]

@@ -8,20 +8,13 @@ the adapter asks in the form that was trained. `{eos}` is the tokenizer's end to
     prompt_completion   {prompt}\n{completion}{eos}      (no new line where the prompt ends in white space itself)
 """
 
-import json
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
-from studio.jobs.base.data.bounded import Table, apply_template
-from studio.probe.data import Message
+from studio.jobs.base.data.forms import Renderer, Turns, Wanted
+from studio.probe.data import Conversation, Message
 
 Warn = Callable[[str], None]
-Turns = Sequence[Message]
-_SWITCH = re.compile(r"(?<!<)/(?:no_?)?think\b")
 
 _LOOP = "{%- for message in messages %}{%- set text = message['content'] %}"
 _PLAIN = {
@@ -72,76 +65,7 @@ def render(tokenizer: Any, turns: Sequence[Turns], *, ask: bool = False) -> list
         turns: Conversations.
         ask: Whether to end with the generation prompt, which opens the assistant's turn.
     """
-    tables = [table_of(messages) for messages in turns]
-    if not tables:
-        return []
-    try:
-        texts: list[str | None] = apply_template(tokenizer, tables, tokenize=False, add_generation_prompt=ask)
-    except (TemplateError, ValueError, TypeError, IndexError):
-        # One conversation fails the whole call; one by one the others are rendered.
-        return [_render_one(tokenizer, table, ask) for table in tables]
-    return texts
-
-
-def table_of(turns: Turns) -> Table:
-    """Return turns as a chat template reads them: role, content, and what else a turn has.
-
-    Calls have OpenAI's form, their arguments as an object, which transformers' guide asks for; reasoning stands in
-    `reasoning_content`, as in the templates of Qwen and DeepSeek.
-    """
-    return [_table_row(turn) for turn in turns]
-
-
-def _table_row(turn: Message) -> dict[str, Any]:
-    row: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    if turn.reasoning:
-        row["reasoning_content"] = turn.reasoning
-    if turn.calls:
-        row["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
-            | ({"id": call.id} if call.id else {})
-            for call in turn.calls
-        ]
-    if turn.name:
-        row["name"] = turn.name
-    if turn.call_id:
-        row["tool_call_id"] = turn.call_id
-    return row
-
-
-def left_out(messages: Turns, texts: Sequence[str]) -> Counter[str]:
-    """Return how many messages of each role, and how much `reasoning`, stand in none of the texts made of a row.
-
-    Each message takes its own place in a text, the longest first, so that a short one is not found inside another.
-    White space and the words that switch reasoning on or off do not count: templates take them away as they please.
-    """
-    pieces = sorted((piece for turn in messages for piece in _pieces(turn)), key=lambda piece: -len(piece[1]))
-    missing = set(range(len(pieces)))
-    for text in reversed(texts):  # the last one has the most turns
-        if not missing:
-            break
-        rest = _SWITCH.sub("", text)
-        for place, (_, words) in enumerate(pieces):
-            if words in rest:
-                rest = rest.replace(words, "\0", 1)
-                missing.discard(place)
-        if missing:
-            bare = "".join(rest.split())
-            missing = {place for place in missing if not any(form in bare for form in _bare(pieces[place][1]))}
-    return Counter(pieces[place][0] for place in missing)
-
-
-def _pieces(turn: Message) -> Iterator[tuple[str, str]]:
-    """Yield the words of a message under its role; an answer's reasoning under `reasoning`."""
-    thought, _, said = turn.content.rpartition("</think>") if turn.role == "assistant" else ("", "", turn.content)
-    for kind, words in (("reasoning", thought.replace("<think>", "")), (turn.role, said)):
-        if words := _SWITCH.sub("", words).strip():
-            yield kind, words
-
-
-def _bare(words: str) -> tuple[str, str]:
-    """Return the words without white space, as they are and as JSON: some templates write tool results so."""
-    return "".join(words.split()), "".join(json.dumps(words, ensure_ascii=False)[1:-1].split())
+    return Renderer(tokenizer).texts([Wanted(Conversation(tuple(one)), len(one), ask) for one in turns])
 
 
 def with_system_folded(messages: Turns) -> tuple[Message, ...]:
@@ -152,22 +76,6 @@ def with_system_folded(messages: Turns) -> tuple[Message, ...]:
     if len(messages) > 1 and messages[0].role == "system" and messages[1].role == "user":
         return (Message("user", f"{messages[0].content}\n\n{messages[1].content}"), *messages[2:])
     return tuple(messages)
-
-
-def why_refused(tokenizer: Any, messages: Turns) -> str:
-    """Return what the template says when it refuses this conversation."""
-    try:
-        apply_template(tokenizer, [table_of(messages)], tokenize=False)
-    except (TemplateError, ValueError, TypeError, IndexError) as error:
-        return str(error)
-    return ""
-
-
-def _render_one(tokenizer: Any, table: Table, ask: bool) -> str | None:
-    try:
-        return str(apply_template(tokenizer, [table], tokenize=False, add_generation_prompt=ask)[0])
-    except (TemplateError, ValueError, TypeError, IndexError):
-        return None
 
 
 def _example(tokenizer: Any) -> str:

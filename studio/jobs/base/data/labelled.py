@@ -1,0 +1,116 @@
+"""Turns rendered conversations into token ids, and says which tokens are learnt.
+
+What stands before an answer must be the very tokens that the model is served with: those of its prompt, tokenised by
+itself. Tokenised with the answer behind it, its last characters may join the answer's first ones in one token. Then the
+answer is tokenised by itself from there on, in an example of its own.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from studio.jobs.base.data.blocks import Ids, Mask
+from studio.jobs.base.data.spans import Answer, Rendered
+
+_MOST_KEPT = 256
+"""Characters of a prompt's end that is kept with its token ids: nearly all rows have the same."""
+
+
+class Labeller:
+    """Tokenises rendered conversations with one tokenizer.
+
+    Attributes:
+        joined: Answers whose first token holds characters of the prompt, as no other way to write it was found.
+    """
+
+    def __init__(self, tokenizer: Any, special: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.joined = 0
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._kept: dict[str, list[int]] = {}
+
+    def label(self, rendered: Sequence[Rendered]) -> list[list[tuple[Ids, Mask]]]:
+        """Return for each text its examples: token ids and whether each token is learnt, `[seq]` each."""
+        if not rendered:
+            return []
+        encoded = self.tokenizer([one.text for one in rendered], add_special_tokens=False)
+        return [list(self._examples(encoded, row, one)) for row, one in enumerate(rendered)]
+
+    def _examples(self, encoded: Any, row: int, one: Rendered) -> Iterator[tuple[Ids, Mask]]:
+        ids = encoded["input_ids"][row]
+        learnt = np.zeros(len(ids), np.bool_)
+        own: list[tuple[Ids, Mask]] = []
+        for answer in one.answers:
+            first = self._first(encoded, row, one.text, answer)
+            if first is None:
+                made = self._by_itself(encoded, row, one.text, answer)
+                if made:
+                    own.append(made)
+                    continue
+                self.joined += 1
+            for begin, end in answer.learnt:
+                low = _token_from(encoded, row, begin, len(one.text))
+                high = _token_from(encoded, row, end, len(one.text))
+                low = len(ids) if low is None else low
+                low = first if begin == answer.begin and first is not None else max(low, first or 0)
+                learnt[low : len(ids) if high is None else high] = True
+        yield from own
+        if learnt.any() or not own:
+            yield np.array(ids, np.int32), learnt
+
+    def _first(self, encoded: Any, row: int, text: str, answer: Answer) -> int | None:
+        """Return the index of an answer's first token; None where the tokens before it are not those of the prompt.
+
+        Special tokens cut a text: what follows the last of them is tokenised by itself. So only that is compared.
+        """
+        begin = answer.begin
+        if not answer.served:
+            found = _token_from(encoded, row, begin, len(text))
+            return len(encoded["input_ids"][row]) if found is None else found
+        start = 0
+        for match in self._special.finditer(text, max(0, begin - _MOST_KEPT), begin):
+            start = match.start()
+        if not start:
+            start = max((match.start() for match in self._special.finditer(text, 0, begin)), default=0)
+        at = encoded.char_to_token(row, start) if start else 0
+        ids = self._ids(text[start:begin])
+        if at is None or encoded["input_ids"][row][at : at + len(ids)] != ids:
+            return None
+        return int(at) + len(ids)
+
+    def _by_itself(self, encoded: Any, row: int, text: str, answer: Answer) -> tuple[Ids, Mask] | None:
+        """Return an example of one answer whose tokens begin where its prompt ends; None if they cannot."""
+        prompt = self._ids(text[: answer.begin])
+        said: list[int] = self.tokenizer(text[answer.begin : answer.end], add_special_tokens=False).input_ids
+        if self.tokenizer.decode([*prompt, *said]) != text[: answer.end]:
+            return None
+        learnt = np.zeros(len(prompt) + len(said), np.bool_)
+        pieces = self.tokenizer(text[answer.begin : answer.end], add_special_tokens=False)
+        for begin, end in answer.learnt:
+            first = _token_from(pieces, 0, begin - answer.begin, answer.end - answer.begin)
+            last = _token_from(pieces, 0, end - answer.begin, answer.end - answer.begin)
+            if first is not None:
+                learnt[len(prompt) + first : len(prompt) + (len(said) if last is None else last)] = True
+        return np.array([*prompt, *said], np.int32), learnt
+
+    def _ids(self, text: str) -> list[int]:
+        if text in self._kept:
+            return self._kept[text]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        if len(text) <= _MOST_KEPT and len(self._kept) < _MOST_KEPT:
+            self._kept[text] = ids
+        return ids
+
+
+def _token_from(encoded: Any, row: int, begin: int, stop: int) -> int | None:
+    """Return the index of the first token that begins in the characters `[begin, stop)`, or None.
+
+    Characters are tried one by one, because some tokenizers have no token for white space.
+    """
+    for character in range(begin, stop):
+        token = encoded.char_to_token(row, character)
+        if token is not None and encoded.token_to_chars(row, token).start >= begin:
+            return int(token)
+    return None
