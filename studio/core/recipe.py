@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from studio.core.experts import is_of_experts
+from studio.core.named_templates import NAMED
 from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.sources import Source, Sources
 from studio.core.text import plain
@@ -471,6 +472,12 @@ class DataSection:
         "Bad rows",
         "stop: a row that cannot be read keeps the run from starting. skip: it is left out, counted and listed.",
         resume="by content",
+    )
+    template: str = declared(
+        "",
+        Text(place=True),
+        "Chat template",
+        f"{', '.join(NAMED)}, or a jinja file; empty for the model's own. Saved with the adapter's tokenizer.",
     )
     blocks: bool = declared(
         True,

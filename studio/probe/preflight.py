@@ -12,6 +12,7 @@ from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
+from studio.probe.named_template import check_template
 from studio.runs.recipe_file import resolve_paths
 
 
@@ -50,9 +51,12 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     notes: tuple[str, ...] = (place.note,) if place.note else ()
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
+    check_template(recipe, base)
     data, eval_data = data_of(recipe), eval_data_of(recipe)
     notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
     notes += tuple(filter(None, (rate_note(recipe),)))
+    if recipe.data.template and data.format == "text":
+        notes += ("data.template is not used: plain text has no turns to write.",)
     if data.parts:
         notes += (f"{data.described()}.",)
     if eval_data is not None or recipe.eval.rows:

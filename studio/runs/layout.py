@@ -94,6 +94,11 @@ class RunPaths:
         return self.root / "held_out.json"
 
     @property
+    def template(self) -> Path:
+        """The chat template that the recipe named at the run's first start; written by the training job."""
+        return self.root / "chat_template.jinja"
+
+    @property
     def report(self) -> Path:
         """The summary that a job leaves at its end."""
         return self.root / "report.json"

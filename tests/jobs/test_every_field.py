@@ -160,6 +160,7 @@ ROWS: dict[str, Row] = {
     "data.eval_path": Row(other_rows, "held out"),
     "data.answers_only": Row(False, "losses"),
     "data.on_bad_row": Row("stop", "failure", {"data.path": rows_with_a_bad_one, "data.on_bad_row": "skip"}),
+    "data.template": Row("vicuna", "tokens"),
     "data.blocks": Row(False, "held out", {"data.path": long_texts, "data.format": "text"}),
     "data.stride": Row(9, "held out", {"data.path": long_texts, "data.format": "text"}),
     "data.document_ends": Row(False, "tokens", {"data.path": texts, "data.format": "text"}),

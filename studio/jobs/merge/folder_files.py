@@ -17,6 +17,7 @@ _TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "chat_template.jinja", "chat_template.json",
 }  # fmt: skip
+_GENERATION = "generation_config.json"
 _TEMPLATES = "additional_chat_templates"
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"}
 _MODEL = "tokenizer.model"
@@ -58,7 +59,34 @@ def write_folder_files(
             _copy(base / _MODEL, out)
     table = _config(base / CONFIG)
     _change(table, dtype=dtype, untied=untied, vocabulary=vocabulary)
+    end = _other_end(adapter, base) if own else None
+    if end is not None and not (out / _GENERATION).is_file():
+        _stop_at(table, end)
     (out / CONFIG).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if end is not None and (out / _GENERATION).is_file():
+        generation = _config(out / _GENERATION)
+        _stop_at(generation, end)
+        (out / _GENERATION).write_text(json.dumps(generation, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _other_end(adapter: Path, base: Path) -> int | None:
+    """Return the id of the adapter's end token where it is another than the base's, as a chosen template may want."""
+    words = []
+    for folder in (adapter, base):
+        path = folder / "tokenizer_config.json"
+        word = _config(path).get("eos_token") if path.is_file() else None
+        words.append(word.get("content") if isinstance(word, dict) else word)
+    if words[0] == words[1] or not (adapter / "tokenizer.json").is_file():
+        return None
+    added = _config(adapter / "tokenizer.json").get("added_tokens", ())
+    return next((int(token["id"]) for token in added if token.get("content") == words[0]), None)
+
+
+def _stop_at(table: dict[str, Any], end: int) -> None:
+    """Add an end token to those of a config; whoever generates with the model stops at each of them."""
+    found = table.get("eos_token_id")
+    known = found if isinstance(found, list) else [] if found is None else [found]
+    table["eos_token_id"] = [*known, end] if end not in known else found
 
 
 def tokenizer_folder(adapter: Path, base: Path) -> Path:

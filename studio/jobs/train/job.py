@@ -151,7 +151,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
         recipe, base, device, precision, worker=worker, tell=tell, checkpoint=checkpoint
     )
     memory.see("load", 0)
-    check_fit(worker, model, rows)
+    check_fit(worker, recipe, model, rows, tokenizer)
     # Without a pad token any id will do: attention mask and labels hide what it fills.
     padded = Batcher(recipe.train.micro_batch, tokenizer.pad_token_id or 0, device, objective=objective)
     step_model = StepModel(model, recipe.train.loss, precision.autocast, objective)

@@ -13,7 +13,10 @@ from peft import PeftModel
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Warned
+from studio.core.named_templates import NAMED, NamedTemplate
 from studio.core.recipe import Recipe
+from studio.core.text import plain
+from studio.jobs.base.data.chosen_template import untrained_tokens, use_template
 from studio.jobs.base.data.rows import Prompt, sample_prompts
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
@@ -21,6 +24,8 @@ from studio.jobs.train.objectives import Encoded, Objective, sequences
 from studio.probe.data import Row
 from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.held_out import hold_out
+from studio.probe.named_template import template_of
+from studio.runs.atomic import write_whole
 from studio.runs.held_out import HeldOutRecord, keep_record, read_record
 from studio.runs.worker import Worker
 
@@ -78,6 +83,7 @@ def read_rows(
         worker.emit(Warned, topic="data", message=message)
 
     left_out: Counter[str] = Counter()
+    chosen = _template(worker, recipe)
     tell("reading the data")
     data = data_of(recipe, progress=file_read)
     tell("reading the data", detail=data.described())
@@ -92,13 +98,31 @@ def read_rows(
         warn(note)
     identify(train_rows, held)
     _keep(worker, parts.record)
-    ensure_template(tokenizer, data.format, warn)
+    if data.format != "text":
+        use_template(tokenizer, chosen, warn)
+        ensure_template(tokenizer, data.format, warn)
 
     def encoded(rows: Sequence[Row]) -> Sequence[Encoded]:
         return objective.encode(rows, tokenizer, recipe, warn=warn, left_out=left_out, progress=read)
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
     return Rows(encoded(train_rows), encoded(held) if held else [], prompts, +left_out)
+
+
+def _template(worker: Worker, recipe: Recipe) -> NamedTemplate | None:
+    """Return the chat template that the recipe names, as it was when the run began; None for the model's own.
+
+    Raises:
+        BadInput: It cannot be read.
+    """
+    word, path = recipe.data.template, worker.paths.template
+    if not word:
+        return None
+    if path.is_file():
+        return replace(NAMED.get(word, NamedTemplate(word, "")), text=path.read_text("utf-8"))
+    chosen = template_of(word)
+    write_whole(path, chosen.text if chosen else "")
+    return chosen
 
 
 def _keep(worker: Worker, record: HeldOutRecord) -> None:
@@ -117,8 +141,8 @@ def _kept(worker: Worker) -> HeldOutRecord | None:
     return None
 
 
-def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
-    """Refuse token ids for which the model has no embedding, and warn of rows longer than it was made for.
+def check_fit(worker: Worker, recipe: Recipe, model: PeftModel, rows: Rows, tokenizer: Any) -> None:
+    """Refuse token ids for which the model has no embedding; warn of rows longer, and tokens other, than it has seen.
 
     Raises:
         JobFailed: The tokenizer makes ids beyond the model's embeddings.
@@ -137,4 +161,20 @@ def check_fit(worker: Worker, model: PeftModel, rows: Rows) -> None:
     longest = max(len(side.input_ids) for example in everything for side in sequences(example))
     if isinstance(limit, int) and longest > limit:
         message = f"the longest row has {longest} tokens; the model was made for {limit} (max_position_embeddings)"
+        worker.emit(Warned, topic="data", message=message)
+    if recipe.data.template:
+        _warn_of_untrained(worker, recipe, model, tokenizer)
+
+
+def _warn_of_untrained(worker: Worker, recipe: Recipe, model: PeftModel, tokenizer: Any) -> None:
+    """Warn where the base has never seen the special tokens of the chat template that the recipe names."""
+    whole = {name.rpartition(".")[2] for name in recipe.adapter.modules_to_save}
+    embeddings = model.get_base_model().get_input_embeddings()
+    unseen = untrained_tokens(tokenizer, tokenizer.chat_template, embeddings.weight.detach())
+    if unseen and "embed_tokens" not in whole:
+        named = ", ".join(plain(token, one_line=True) for token in unseen)
+        message = (
+            f"the base has never seen {named}: their embeddings are zero. Train embeddings and head whole "
+            '(adapter.modules_to_save = ["embed_tokens", "lm_head"]), or choose a template without special tokens'
+        )
         worker.emit(Warned, topic="data", message=message)
