@@ -1,6 +1,5 @@
 """Checks an audit's request, finds the rows that it measures, and reads the report that it left."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -16,12 +15,12 @@ from studio.probe.data import shipped_data
 from studio.probe.fingerprint import known_fingerprint, refuse_another_base
 from studio.probe.held_out import RowsToMeasure, rows_of_base, rows_of_run
 from studio.probe.models import find_base
+from studio.runs.atomic import read_object
 from studio.runs.held_out import read_record
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import WHAT, AuditRequest
 
-_MOST_REPORT_BYTES = 50 * 2**20
 _LEAST_ROWS = 2
 _LEAST = {"rows": _LEAST_ROWS, "seq_len": 2, "seed": 0, "answers": 0, "answer_tokens": 0, "lm_eval_limit": 0}
 """The fields that are numbers, with the smallest value of each."""
@@ -179,13 +178,8 @@ def check_audit(request: AuditRequest) -> None:
 
 def read_report(paths: RunPaths) -> dict[str, Any] | None:
     """Return the report of a finished audit; None where there is none, or it cannot be read."""
-    try:
-        if paths.report.stat().st_size > _MOST_REPORT_BYTES:
-            return None
-        report = json.loads(paths.report.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return report if isinstance(report, dict) and report.get("what") in WHAT else None
+    report = read_object(paths.report)
+    return report if report.get("what") in WHAT else None
 
 
 def copy_report(paths: RunPaths, folder: Path) -> list[Path]:

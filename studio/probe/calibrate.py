@@ -19,7 +19,7 @@ from studio.core.vram.setup import Setup, setup_of
 from studio.probe.models import find_base
 from studio.probe.setting import CARD_USED, CPU, setting_of
 from studio.probe.shape import shape_of_base
-from studio.runs.atomic import write_whole
+from studio.runs.atomic import read_object, write_whole
 from studio.runs.calibration import observation_to_dict, remember
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
@@ -100,10 +100,7 @@ def observe(
 
 def _others_bytes(paths: RunPaths) -> int | None:
     """Return what was in use on the card before the run's process existed, from its plan; None where it is unknown."""
-    try:
-        used = json.loads(paths.plan.read_bytes())[CARD_USED]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
+    used = read_object(paths.plan).get(CARD_USED)
     return used if isinstance(used, int) and not isinstance(used, bool) and used >= 0 else None
 
 

@@ -1,6 +1,5 @@
 """The GGUF files that were exported from a training run, found by the reports of export and merge runs."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from studio.core.errors import BadInput, StudioError
 from studio.core.export_formats import gguf_formats
 from studio.core.text import plain
 from studio.probe.gguf_header import read_gguf_header
+from studio.runs.atomic import read_object
 from studio.runs.job import R, read_job
 from studio.runs.layout import RunPaths
 from studio.runs.requests import ExportRequest, MergeRequest
@@ -82,10 +82,7 @@ def _job(paths: RunPaths, wanted: type[R]) -> R | None:
 
 def _exported(paths: RunPaths) -> Path | None:
     """Return the file or folder that an export run made, by its report; None where it made none."""
-    try:
-        made = json.loads(paths.report.read_bytes())["exported"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    made = read_object(paths.report).get("exported")
     return Path(made) if isinstance(made, str) else None
 
 

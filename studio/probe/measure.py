@@ -18,10 +18,10 @@ from studio.probe.model_folder import CONFIG, read_config, weight_headers
 from studio.probe.models import find_base
 from studio.probe.setting import setting_of
 from studio.probe.shape import config_of_gguf
+from studio.runs.atomic import read_object
 from studio.runs.calibration import remember
 from studio.runs.layout import RunPaths
 
-_MOST_REPORT_BYTES = 2**20
 _TIED, _HEAD = "tie_word_embeddings", "lm_head.weight"
 
 
@@ -66,13 +66,8 @@ def _with_head_of(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def read_measurement(paths: RunPaths) -> dict[str, Any] | None:
     """Return the report of a measurement; None where there is none, or it cannot be read."""
-    try:
-        if paths.report.stat().st_size > _MOST_REPORT_BYTES:
-            return None
-        report = json.loads(paths.report.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return report if isinstance(report, dict) and isinstance(report.get("peaks"), dict) else None
+    report = read_object(paths.report)
+    return report if isinstance(report.get("peaks"), dict) else None
 
 
 def remember_measurement(paths: RunPaths, report: Mapping[str, Any], now: float) -> str:

@@ -1,17 +1,20 @@
-"""Files and folders that appear whole or not at all, whatever is killed in between.
+"""Files and folders that appear whole or not at all, whatever is killed in between; and what reads their JSON.
 
 The order (write a scratch file, fsync, rename, fsync the folder) is what makes a rename durable on POSIX file systems.
 """
 
 import errno
+import json
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _OWNER_ONLY = 0o600
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 _REPLACED = ".{name}.replaced"
+_MOST_BYTES = 50 * 2**20
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -35,6 +38,15 @@ def write_whole(path: Path, data: bytes | str) -> None:
             scratch.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def read_object(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file; empty where the file is missing, too large, damaged or holds something else."""
+    try:
+        found = {} if path.stat().st_size > most_bytes else json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def publish_folder(scratch: Path, final: Path) -> None:

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any, TypeVar, overload
 
 from studio.core.events import Identified, RunEvent, Started
-from studio.runs.atomic import write_whole
+from studio.runs.atomic import read_object, write_whole
 from studio.runs.layout import RunPaths
 from studio.runs.log import EventTail
 
@@ -122,13 +122,8 @@ def _first(paths: RunPaths, kind: type[_Kind]) -> _Kind | None:
 
 
 def _read(paths: RunPaths) -> dict[str, Any]:
-    try:
-        if paths.identity.stat().st_size > _MOST_BYTES:
-            return {}
-        table = json.loads(paths.identity.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return table if isinstance(table, dict) and table.get("schema") == _SCHEMA else {}
+    table = read_object(paths.identity, _MOST_BYTES)
+    return table if table.get("schema") == _SCHEMA else {}
 
 
 def _cut(hashes: object, count: object) -> "RowHashes | None":

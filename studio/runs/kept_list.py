@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from studio.runs.atomic import write_whole
+from studio.runs.atomic import read_object, write_whole
 from studio.runs.home import studio_home
 
 SCHEMA = 1
@@ -46,13 +46,8 @@ class KeptList(Generic[_Entry]):
     def read(self, path: Path | None = None) -> tuple[_Entry, ...]:
         """Return every sound entry, the oldest first; none where the file is missing, unreadable or something else."""
         path = path or self.path
-        try:
-            if not path.is_file() or path.stat().st_size > self.most_bytes:
-                return ()
-            document = json.loads(path.read_bytes())
-            items = document[self.key] if document["schema"] == SCHEMA else ()
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return ()
+        document = read_object(path, self.most_bytes) if path.is_file() else {}
+        items = document.get(self.key) if document.get("schema") == SCHEMA else None
         if not isinstance(items, list):
             return ()
         found = (self.read_one(item) for item in items[-self.most :])

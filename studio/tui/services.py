@@ -261,12 +261,10 @@ def _hub_shape(base: str, revision: str) -> "ModelShape":
 
 
 def _recall(name: str, key: str) -> str:
+    from studio.runs.atomic import read_object
     from studio.runs.home import studio_home
 
-    try:
-        word = json.loads((studio_home() / f"{name}.json").read_bytes())[key]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ""
+    word = read_object(studio_home() / f"{name}.json").get(key)
     return plain(word, one_line=True, limit=_LONGEST_NAME) if isinstance(word, str) else ""
 
 

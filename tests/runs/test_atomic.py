@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from studio.runs.atomic import mend_folder, publish_folder, publish_new, write_whole
+from studio.runs.atomic import mend_folder, publish_folder, publish_new, read_object, write_whole
 
 
 def _folder(path: Path, word: str) -> Path:
@@ -130,3 +130,20 @@ def test_a_file_system_without_second_names_replaces_nothing_either(
     publish_new(tmp_path / "made", tmp_path / "free")
     assert (tmp_path / "taken").read_text() == "the user's"
     assert (tmp_path / "free").read_text() == "ours"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "3", '{"a": 1', "[" * 100_000, '"\ud800'.encode("utf-8", "surrogatepass")]
+)
+def test_what_is_no_json_object_reads_as_an_empty_one(tmp_path: Path, text: str | bytes) -> None:
+    file = tmp_path / "report.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert read_object(file) == {}
+
+
+def test_an_object_is_read_unless_it_is_too_large_or_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    assert read_object(file) == read_object(tmp_path) == {}
+    file.write_text('{"a": [1, 2.5, null]}')
+    assert read_object(file) == {"a": [1, 2.5, None]}
+    assert read_object(file, most_bytes=10) == {}

@@ -1,6 +1,5 @@
 """What the merge screens say: choices, estimates, progress, the result. Foreign text is made harmless here."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ from studio.core.export_formats import export_checks
 from studio.core.text import plain
 from studio.probe.adapter_folder import Checkpoint
 from studio.runs.history import History
-from studio.runs.layout import RunPaths
 from studio.runs.status import Status
 from studio.tui.merging import MERGED, OutputEstimate
 from studio.tui.readable import duration
@@ -112,15 +110,6 @@ def waits_line(statuses: Mapping[str, Status]) -> str:
     if last in (Status.crashed, Status.stopped):
         return f"is not made: the one before {'was stopped' if last is Status.stopped else 'crashed; resume it (R)'}"
     return "waits"
-
-
-def read_report(paths: RunPaths) -> dict[str, Any]:
-    """Return a merge's report; empty where there is none yet."""
-    try:
-        table = json.loads(paths.report.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
 
 
 def result_rows(report: dict[str, Any]) -> list[tuple[str, str]]:

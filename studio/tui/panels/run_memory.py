@@ -1,6 +1,5 @@
 """The memory of a run, as a gauge and as a table by stage: the plan at launch beside what torch's counters saw."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +8,7 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
+from studio.runs.atomic import read_object
 from studio.runs.history import History
 from studio.runs.layout import RunPaths
 from studio.tui.readable import UNKNOWN, gib, to_gib
@@ -58,12 +58,12 @@ class StageRow:
 
 def planned_peak_bytes(paths: RunPaths) -> int | None:
     """Return the peak that was estimated at launch, or None where `plan.json` does not tell."""
-    return _size(_plan_of(paths).get("peak_bytes")) or None
+    return _size(read_object(paths.plan).get("peak_bytes")) or None
 
 
 def planned_reading(paths: RunPaths) -> Reading | None:
     """Return the estimated peak of live tensors by component, in GiB; None where `plan.json` does not tell."""
-    plan = _plan_of(paths)
+    plan = read_object(paths.plan)
     components = _sizes(plan.get("components"))
     try:
         # A component that is no size would make the sum of the parts wrong: then nothing is shown.
@@ -83,15 +83,7 @@ def planned_reading(paths: RunPaths) -> Reading | None:
 
 def planned_stages(paths: RunPaths) -> dict[str, int]:
     """Return the predicted peak of live tensors by stage; empty where `plan.json` does not tell."""
-    return _sizes(_plan_of(paths).get("stages"))
-
-
-def _plan_of(paths: RunPaths) -> dict[str, Any]:
-    try:
-        plan = json.loads(paths.plan.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return plan if isinstance(plan, dict) else {}
+    return _sizes(read_object(paths.plan).get("stages"))
 
 
 def _sizes(named: Any) -> dict[str, int]:

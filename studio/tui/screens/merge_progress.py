@@ -14,6 +14,7 @@ from textual.widgets import Static
 
 from studio.core.errors import StudioError
 from studio.core.text import plain
+from studio.runs.atomic import read_object
 from studio.runs.chain import next_run
 from studio.runs.control import request
 from studio.runs.history import History
@@ -26,7 +27,7 @@ from studio.runs.supervise import how_it_ended
 from studio.runs.watch import RunWatch
 from studio.tui.asks import OpenChat
 from studio.tui.merging import MERGED
-from studio.tui.panels.merge_text import progress_line, read_report, result_rows, said_text, waits_line
+from studio.tui.panels.merge_text import progress_line, result_rows, said_text, waits_line
 from studio.tui.screens.dialogs import Confirm
 from studio.tui.screens.offers import OfferingScreen, offered
 from studio.tui.services import Services
@@ -122,7 +123,7 @@ class MergeProgressScreen(OfferingScreen[None]):
             self.refresh_bindings()
         if statuses[MERGED] is Status.finished and not self._has_result:
             self._has_result = True
-            self.query_one(VerticalScroll).mount_all(_result_widgets(read_report(self._merge)))
+            self.query_one(VerticalScroll).mount_all(_result_widgets(read_object(self._merge.report)))
 
     @staticmethod
     def _why_crashed(watch: RunWatch) -> str:
