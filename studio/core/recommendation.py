@@ -13,6 +13,7 @@ from studio.core.base_form import refusal
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
+from studio.core.preferences import ADVISED_RATES
 from studio.core.recipe import Method, Recipe, number_of
 from studio.core.shape import ModelShape
 from studio.core.text import plain
@@ -53,6 +54,8 @@ class DataFacts:
         tokens: Tokens of all rows.
         longest_tokens: Tokens of the longest row.
         counted: Whether the model's own tokenizer counted them; else they are estimated from the characters.
+        pairs: Whether each row is a pair of answers of which one is preferred; tokens are then those of both sides, and
+            the longest row is the longest side.
     """
 
     path: str
@@ -60,6 +63,7 @@ class DataFacts:
     tokens: int
     longest_tokens: int
     counted: bool = True
+    pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +153,12 @@ def recommend(
     ground = _Ground(shape, gpu, budget)
     draft = _Draft(Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path))
     _length(draft, data)
-    _epochs(draft, data)
+    if data.pairs:
+        _preferences(draft)
+    else:
+        _epochs(draft, data)
+        _learning_rate(draft, shape, data)
     _rank(draft, goal, ground, data)
-    _learning_rate(draft, shape, data)
     _method(draft, ground)
     _batch(draft, ground)
     _held_out(draft, data)
@@ -161,7 +168,10 @@ def recommend(
     return Recommendation(draft.recipe, tuple(draft.choices), GOALS[goal].instead, estimate, verdict, budget)
 
 
-_ORDER = ("Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows a step", "Epochs", "Held out")
+_ORDER = (
+    *("Objective", "Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows a step", "Epochs"),
+    "Held out",
+)
 
 
 def _length(draft: _Draft, data: DataFacts) -> None:
@@ -177,6 +187,17 @@ def _length(draft: _Draft, data: DataFacts) -> None:
     if needed > length:
         longest += "; what is longer is cut there"
     draft.choose({"train.seq_len": length}, "Length", f"{length} tokens", longest, YOUR_DATA)
+
+
+def _preferences(draft: _Draft) -> None:
+    """Choose DPO, its rate and one pass: the rows say which of two answers is preferred."""
+    rate, source = ADVISED_RATES["dpo"]
+    why = "each row has a preferred answer and another one: DPO makes the first likelier, held to the base by beta"
+    draft.choose({"train.objective": "dpo"}, "Objective", "dpo", why, "Rafailov et al. 2023, DPO")
+    why = "far below that of supervised training: higher rates make both answers unlikely"
+    draft.choose({"train.learning_rate": rate}, "Learning rate", f"{rate:.0e}".replace("e-0", "e-"), why, source)
+    why = "one pass: see margin and accuracy on held-out pairs before you take another"
+    draft.choose({"train.epochs": 1.0}, "Epochs", "1", why, source)
 
 
 def _epochs(draft: _Draft, data: DataFacts) -> None:

@@ -14,6 +14,7 @@ from studio.core.calibration import (
     process_range,
 )
 from studio.core.gpu_catalogue import Gpu
+from studio.core.preferences import takes_pairs
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.shape import ModelShape
@@ -78,15 +79,17 @@ def pace_of(recipe: Recipe, shape: ModelShape, setup: Setup, gpu: Gpu | None, *,
     if guess is None:
         return Pace(speed, why_not, slowdown, runs=len(seen))
     steps, tokens = _run_tokens(recipe, guess)
+    once = reference_share(setup, guess.rows, steps * recipe.rows_per_step)
     duration = None
     if speed is not None:
         # Rows may be packed to the full length or go through as they are. Short rows make small batches, which are
         # slower: the slow end takes every row as it is.
-        row = max(1, round(guess.tokens_per_row(recipe.train.seq_len)[1]))
+        row = max(1, round(guess.tokens_per_row(recipe.train.seq_len, paired=setup.paired)[1]) // (1 + setup.paired))
         slowest = _speed(shape, replace(setup, seq_len=row), gpu, seen) or speed
         fast, slow = duration_of(speed, tokens[0]).low, duration_of(slowest, tokens[2]).high
         usual = duration_of(speed if recipe.train.packing == "on" else slowest, tokens[1]).expected
-        duration = Duration(fast, min(max(usual, fast), slow), slow)
+        usual = min(max(usual, fast), slow)
+        duration = Duration(fast * (1 + once), usual * (1 + once), slow * (1 + once))
     return Pace(speed, why_not, slowdown, steps, tokens, duration, len(seen))
 
 
@@ -143,6 +146,21 @@ def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Obse
     return measured_speed(step_work(shape, setup).operations_per_token, seen)
 
 
+def reference_share(setup: Setup, rows: int, seen: int) -> float:
+    """Return the time that DPO's pass over the base takes, as a share of that of all steps.
+
+    Each pair goes forward once through what a step takes it through twice, or three times with checkpoints.
+
+    Args:
+        setup: How it is trained.
+        rows: Rows that there are.
+        seen: Rows that all steps see, one as often as it comes.
+    """
+    if setup.objective != "dpo" or not seen:
+        return 0.0
+    return min(1.0, rows / seen) / (2 + setup.grad_checkpointing)
+
+
 def _run_tokens(recipe: Recipe, guess: "RowsGuess") -> tuple[int, tuple[float, float, float]]:
     """Return the steps of a run and its tokens; all rows are taken to be as long as those at the file's beginning."""
     from studio.probe.data.split import most_held_out  # noqa: PLC0415  as above
@@ -152,7 +170,7 @@ def _run_tokens(recipe: Recipe, guess: "RowsGuess") -> tuple[int, tuple[float, f
     train = recipe.train
     steps = total_steps_of(steps=train.steps, epochs=train.epochs, rows=rows, rows_per_step=recipe.rows_per_step)
     seen_rows = steps * min(recipe.rows_per_step, rows)
-    least, usual, most = guess.tokens_per_row(train.seq_len)
+    least, usual, most = guess.tokens_per_row(train.seq_len, paired=takes_pairs(train.objective))
     return steps, (seen_rows * least, seen_rows * usual, seen_rows * most)
 
 

@@ -1,7 +1,7 @@
 """The guided set-up without its screens: the answers, what follows from them on this machine, where they are kept."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from studio.core.recipe import EMBEDDED
 from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape import ModelShape
 from studio.core.text import plain
-from studio.probe.data import DataSet, inspect_data
+from studio.probe.data import DataSet, Preference, Reading, Row, inspect_data
 from studio.probe.data.lengths import texts_of, token_lengths
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
@@ -115,6 +115,8 @@ def check_data(word: str, base: str) -> DataChecked:
         except RuntimeError:
             raise BadInput(f"There is no home folder for {plain(word, one_line=True, limit=200)}.") from None
     data = inspect_data(path)
+    if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
+        data = inspect_data(path, Reading(wants="pairs"))
     return DataChecked(data, _facts(word if word == EMBEDDED else str(path.absolute()), data, base))
 
 
@@ -159,20 +161,27 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
 
     The model's chat template is not applied: it is a program by strangers, and runs only in jobs, within limits.
     """
-    characters = [sum(map(len, texts_of(row))) for row in data.rows]
+    rows, pairs = list(_sequences(data.rows)), bool(data.rows) and isinstance(data.rows[0], Preference)
+    characters = [sum(map(len, texts_of(row))) for row in rows]
     if not characters:
         return DataFacts(path, 0, 0, 0)
     every = max(1, len(characters) // _COUNTED_ROWS)
     longest = sorted(range(len(characters)), key=characters.__getitem__)[-_LONGEST_COUNTED:]
     chosen = list(range(0, len(characters), every))
     try:
-        counted = token_lengths([data.rows[place] for place in (*chosen, *longest)], base)
+        counted = token_lengths([rows[place] for place in (*chosen, *longest)], base)
     except BadInput:
         most = int(max(characters) / _CHARACTERS_PER_TOKEN)
         total = int(sum(characters) / _CHARACTERS_PER_TOKEN)
-        return DataFacts(path, len(characters), total, most, counted=False)
+        return DataFacts(path, len(data.rows), total, most, counted=False, pairs=pairs)
     share = sum(counted[: len(chosen)]) / max(1, sum(characters[place] for place in chosen))
-    return DataFacts(path, len(characters), int(share * sum(characters)), max(counted))
+    return DataFacts(path, len(data.rows), int(share * sum(characters)), max(counted), pairs=pairs)
+
+
+def _sequences(rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield each row that goes through a model: of a pair of answers both sides."""
+    for row in rows:
+        yield from row.sides if isinstance(row, Preference) else (row,)
 
 
 def _sound_answers(table: Mapping[str, Any]) -> Answers:

@@ -17,6 +17,7 @@ from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recommendation import Recommendation
 from studio.core.shape import ModelShape
 from studio.core.text import plain, plain_path
+from studio.probe.data import Preference
 from studio.probe.hub import is_hub_id
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
@@ -142,6 +143,8 @@ def data_text(checked: DataChecked) -> Content:
         row = data.rows[0]
         if row.prompt:
             parts += [("\nasked   ", "dim"), _example(row.prompt), ("\nanswer  ", "dim"), _example(row.answer)]
+            if isinstance(row, Preference):
+                parts += [("\nnot     ", "dim"), _example(row.sides[1].messages[-1].content)]
         else:
             parts += [("\ntext    ", "dim"), _example(row.answer)]
     return Content.assemble(*parts)

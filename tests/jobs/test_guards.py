@@ -15,7 +15,7 @@ from studio.core.errors import JobFailed
 from studio.core.events import Failed
 from studio.core.recipe import Recipe
 from studio.jobs.train.between import Between
-from studio.jobs.train.guards import MovementGuard, check_adapter, shortened
+from studio.jobs.train.guards import MovementGuard, check_adapter, doubts_about_pairs, shortened
 from tests.fakes.tiny_model import make_tiny_model
 from tests.jobs.conftest import Train, history_of
 
@@ -236,3 +236,21 @@ def test_adapter_with_nan_is_no_success() -> None:
         check_adapter(weights)
     assert caught.value.kind == "adapter_nonfinite"
     check_adapter({name: weight.nan_to_num() for name, weight in weights.items()})
+
+
+def test_held_out_pairs_below_chance_are_told_beyond_noise_alone() -> None:
+    before = {"chosen_logp": -10.0}
+    found = doubts_about_pairs({"accuracy": 0.3, "chosen_logp": -10.0}, before, pairs=100, tokens=20)
+    assert found.keys() == {"accuracy"}
+    assert "preferred in 30% of 100 held-out pairs, less than chance" in found["accuracy"]
+    for accuracy, pairs in ((0.45, 100), (0.0, 3), (1.0, 100), (0.5, 10_000)):
+        assert doubts_about_pairs({"accuracy": accuracy, "chosen_logp": -10.0}, before, pairs=pairs, tokens=20) == {}
+
+
+def test_chosen_answers_that_become_unlikely_are_told_by_token() -> None:
+    before = {"chosen_logp": -20.0}
+    found = doubts_about_pairs({"accuracy": 1.0, "chosen_logp": -40.0}, before, pairs=9, tokens=20)
+    assert found.keys() == {"chosen"}
+    assert "0.37 times as likely a token as before the first step" in found["chosen"]
+    for now, tokens in ((-29.0, 20.0), (-20.4, 1.0), (-5.0, 20.0)):
+        assert doubts_about_pairs({"accuracy": 1.0, "chosen_logp": now}, before, pairs=9, tokens=tokens) == {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.errors import BadInput
 from studio.core.events import PAIR_FIGURES, Evaluated, StepDone
+from studio.core.left_out import left_out_in_words
 from studio.core.measured import height
 from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Encoding
+from studio.jobs.base.data.rows import Encoding, encode_rows
 from studio.jobs.measure.storages import Storages
 from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.jobs.train.adapter import attach_adapter
@@ -31,11 +33,13 @@ from studio.jobs.train.objectives.pairs import Pair, encode_pairs
 from studio.jobs.train.packing import can_pack
 from studio.jobs.train.step_model import StepModel, evaluating
 from studio.probe.data import Message, Preference
+from studio.probe.held_out import rows_of_run
 from studio.probe.preflight import check_training
 from studio.runs.control import request, withdraw_all
+from studio.runs.held_out import read_record
 from studio.runs.layout import RunPaths
 from studio.runs.log import read_events
-from tests.jobs.conftest import Train, history_of
+from tests.jobs.conftest import Merge, Train, history_of
 from tests.jobs.test_resume import at_step
 
 CPU = torch.device("cpu")
@@ -342,3 +346,91 @@ def test_what_does_not_go_with_an_objective_is_refused(recipe: Recipe, settings:
     for path, value in settings.items():
         recipe = recipe.with_(path, value)
     assert [problem.path for problem in recipe.problems()] == [field]
+
+
+def test_a_collapse_is_told_in_the_run_once(train: Train, pairs: Recipe) -> None:
+    """At a rate far too high both answers of held-out pairs become unlikely."""
+    recipe = with_settings(pairs, {"train.learning_rate": 0.2, "train.steps": 12, "eval.every": 3, "train.beta": 0.001})
+    told = [warning.topic for warning in history_of(train(recipe)).warnings]
+    assert told.count("chosen") == 1
+
+
+def test_a_damaged_reference_is_measured_again(train: Train, pairs: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = with_settings(pairs, {"train.steps": 4})
+    at_step(monkeypatch, 2, lambda self: request(self.worker.paths, "stop"))
+    paths = train(recipe)
+    withdraw_all(paths)
+    kept = {name: values.clone() for name, values in load_file(paths.reference).items()}
+    assert {name: tuple(values.shape) for name, values in kept.items()} == {"train": (4, 2), "held_out": (1, 2)}
+    paths.reference.write_bytes(b"damaged")
+    train(recipe, again=paths)
+    assert history_of(paths).failed is None
+    again = load_file(paths.reference)
+    assert all(torch.allclose(kept[name], again[name], rtol=1e-5) for name in kept)
+
+
+def encoded(
+    tiny: Path, rows: list[Preference], seq_len: int = 64, template: str = ""
+) -> tuple[list[Pair], Counter[str]]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    left_out: Counter[str] = Counter()
+    return encode_pairs(rows, tokenizer, Encoding(seq_len), warn=lambda message: None, left_out=left_out), left_out
+
+
+def test_both_sides_begin_with_the_prompt_and_only_their_answers_have_labels(tiny: Path) -> None:
+    """Earlier answers are part of the prompt."""
+    turns = (Message("user", "a"), Message("assistant", "earlier"), Message("user", "b"))
+    row = Preference(turns, (Message("assistant", "same start"),), (Message("assistant", "same end"),), 7)
+    (pair,), left_out = encoded(tiny, [row], 200)
+    assert not left_out
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": turn.role, "content": turn.content} for turn in turns], add_generation_prompt=True
+    )["input_ids"]
+    for side, answer in zip(pair.sides, ("same start", "same end"), strict=True):
+        assert side.input_ids[: len(prompt)].tolist() == prompt
+        assert set(side.labels[: len(prompt)]) == {IGNORED}
+        assert tokenizer.decode(side.labels[side.labels != IGNORED]) == f"{answer}<|im_end|>"
+
+
+def test_a_cut_keeps_the_prompt_and_drops_pairs_of_which_an_answer_is_gone(tiny: Path) -> None:
+    rows = [preference("q", "c" * 200, "r", 1), preference("q" * 200, "c", "r", 2)]
+    (pair,), left_out = encoded(tiny, rows, 100)
+    chosen, rejected = pair.sides
+    assert len(chosen.input_ids) == 100
+    assert chosen.labels[-1] == ord("c") - ord("!")
+    assert len(rejected.input_ids) < 100
+    assert left_out == {"side_left_out": 1}
+    assert "chosen or the rejected" in left_out_in_words(left_out)
+
+
+def test_a_prompt_that_depends_on_its_answer_is_left_out(tiny: Path) -> None:
+    template = (
+        "{{ messages[-1]['content'] | length }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [preference("q", "one", "two", 1), preference("q", "one", "three", 2)]
+    found, left_out = encoded(tiny, rows, 200, template)
+    assert len(found) == 1
+    assert left_out == {"prompts_differ": 1}
+
+
+def test_the_adapter_is_merged_exported_and_measured_as_any(
+    train: Train, pairs: Recipe, merge: Merge, tmp_path: Path
+) -> None:
+    paths = train(with_settings(pairs, {"train.steps": 5}))
+    base = Path(pairs.model.base)
+    merged = merge(paths.adapter, base, tmp_path / "merged")
+    assert history_of(merged).failed is None, history_of(merged).failed
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    rows = rows_of_run(read_record(paths), "the run", Path(pairs.data.path), format="auto", wanted=9, seed=1)
+    assert rows.held_out_rows == len(rows.rows) == 1
+    assert any("the chosen one is measured, as a supervised row" in note for note in rows.notes)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (example,), _ = encode_rows(rows.rows, tokenizer, seq_len=64, warn=print)
+    row = rows.rows[0]
+    assert isinstance(row, Preference)
+    assert row.chosen[0].content in tokenizer.decode(example.labels[example.labels != IGNORED])

@@ -193,3 +193,23 @@ def test_a_run_keeps_its_speed_and_what_others_held(rows: Path) -> None:
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
     here = plan_for(recipe, find_base("embedded"), place=Place())
     assert (here["tokens_per_second"], here["card_used_bytes"], here["setup"]["device"]) == (None, None, "cpu")
+
+
+def test_a_pair_of_answers_goes_through_the_model_twice_with_its_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "p" * 400, "chosen": "c" * 800, "rejected": "r" * 200}
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(100)))
+    guess = guess_rows(str(path))
+    assert guess is not None
+    assert guess.tokens_per_row(2048, paired=True)[1] == (400 + 800 + 400 + 200) / 4.0 + 2 * 15
+    assert guess.tokens_per_row(64, paired=True) == (128, 128, 128), "each side is cut"
+    recipe = Recipe().with_("data.path", str(path)).with_("eval.rows", 0).with_("train.objective", "orpo")
+    hours = []
+    for objective, epochs in (("orpo", 1.0), ("dpo", 1.0), ("dpo", 3.0)):
+        wanted = recipe.with_("train.objective", objective).with_("train.epochs", epochs)
+        pace = pace_of(wanted, LLAMA, setup_of(wanted), CARD)
+        assert pace.duration is not None
+        hours.append(pace.duration.expected / pace.steps)
+    # With checkpoints a step takes a row through the model three times; the base's pass comes once, not every epoch.
+    assert hours[1] / hours[0] == pytest.approx(1 + 1 / 3, rel=0.01)
+    assert hours[2] / hours[0] == pytest.approx(1 + 1 / 9, rel=0.05)

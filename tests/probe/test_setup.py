@@ -124,3 +124,17 @@ def test_a_folder_with_its_config_alone_is_enough_to_plan_for_another_card(tmp_p
         for card in ("", "RTX 4090"):
             with pytest.raises(BadInput):
                 shape_for(odd, card)
+
+
+def test_pairs_of_answers_are_recognised_and_dpo_is_recommended(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"ask {n}", "chosen": "yes " * 50, "rejected": "no " * 150} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    checked = check_data(str(path), "no/such-model")
+    assert checked.sound
+    assert checked.facts.pairs
+    assert checked.facts.rows == 40
+    assert checked.facts.longest_tokens == pytest.approx((5 + 450) / 3, abs=5), "the longest side, not both"
+    assert checked.facts.tokens == pytest.approx(40 * (5 + 200 + 5 + 450) / 3, rel=0.05), "of both sides"
+    found = recommendation_for(Answers(data=str(path)), find_shape(EMBEDDED), checked.facts)
+    assert found.recipe.train.objective == "dpo"

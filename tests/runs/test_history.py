@@ -1,6 +1,9 @@
 import math
 
+import pytest
+
 from studio.core.events import (
+    PAIR_FIGURES,
     Evaluated,
     Failed,
     Finished,
@@ -165,3 +168,34 @@ def test_what_a_run_was_made_from_is_no_unknown_line() -> None:
     history = History()
     history.fold([Started(at=1.0, job="train"), Identified(at=2.0, base={}, rows={})])
     assert history.unknown == 0
+
+
+def test_figures_of_pairs_are_kept_step_by_step_and_dropped_with_their_steps() -> None:
+    def step(number: int, margin: float | None) -> StepDone:
+        accuracy = None if margin is None else 1.0
+        return StepDone(
+            at=1.0, step=number, loss=1.0, learning_rate=1.0, grad_norm=1.0, tokens=1, seconds=1.0, margin=margin,
+            accuracy=accuracy,
+        )  # fmt: skip
+
+    history = History()
+    history.fold([step(1, None), step(2, 0.5), step(3, 0.7)])
+    assert history.train.pairs.keys() == set(PAIR_FIGURES)
+    assert math.isnan(history.train.pairs["margin"][0])
+    assert list(history.train.pairs["margin"])[1:] == [0.5, 0.7]
+    assert list(map(math.isnan, history.train.pairs["chosen_logp"])) == [True] * 3
+    history.fold([Started(at=2.0, job="train", resumed_from=2, recipe={"train": {"objective": "dpo"}}), step(3, 0.9)])
+    assert list(history.train.pairs["margin"])[1:] == [0.5, 0.9]
+    assert len(history.train.pairs["accuracy"]) == len(history.train.steps)
+    assert history.objective == "dpo"
+    plain = History()
+    plain.fold([step(1, None)])
+    assert plain.train.pairs == {}
+    assert plain.objective == "sft"
+
+
+@pytest.mark.parametrize("recipe", [{}, {"train": 5}, {"train": {"objective": ["dpo"]}}])
+def test_a_start_without_an_objective_is_a_supervised_one(recipe: dict[str, object]) -> None:
+    history = History()
+    history.fold([Started(at=2.0, job="train", recipe=recipe)])
+    assert history.objective == "sft"

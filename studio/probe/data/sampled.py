@@ -1,6 +1,7 @@
 """How many rows a JSON Lines file has and how much text is in them, from its first half megabyte; no tokenizer."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,10 @@ TEMPLATE_TOKENS = (5, 15, 40)
 """Tokens that a chat template adds to a row, least, usual and most; SmolLM2's: 11 without its system turn, 32 with."""
 
 
+ANSWER_COLUMNS = frozenset({"chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output"})
+"""Columns of one of two answers, whatever else a row has."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowsGuess:
     """What is known of a file from its beginning.
@@ -27,20 +32,31 @@ class RowsGuess:
     Attributes:
         rows: Rows in the file: counted if all of it was read, else estimated from the length of lines.
         text_bytes: UTF-8 bytes of text in each row that was read.
+        asked_bytes: Those of them that are not in the columns of two answers, in rows that have these; else 0.
     """
 
     rows: int
     text_bytes: tuple[int, ...]
+    asked_bytes: tuple[int, ...] = ()
 
-    def tokens_per_row(self, longest: int) -> tuple[float, float, float]:
-        """Return the mean tokens of a row that is cut at `longest`: least, usual and most."""
+    def tokens_per_row(self, longest: int, *, paired: bool = False) -> tuple[float, float, float]:
+        """Return the mean tokens of a row that is cut at `longest`: least, usual and most.
+
+        Args:
+            longest: Most tokens of a sequence.
+            paired: Whether a row is a pair of answers, which goes through the model twice, each time with its prompt.
+        """
         pairs = zip(BYTES_PER_TOKEN, TEMPLATE_TOKENS, strict=True)
-        least, usual, most = (self._mean(longest, ratio, more) for ratio, more in pairs)
+        sizes = self.text_bytes
+        if paired and self.asked_bytes:
+            sizes = tuple(text + asked for text, asked in zip(sizes, self.asked_bytes, strict=True))
+        times = 1 + paired
+        least, usual, most = (_mean(sizes, times * longest, ratio, times * more) for ratio, more in pairs)
         return least, usual, most
 
-    def _mean(self, longest: int, bytes_per_token: float, more: int) -> float:
-        cut = (min(longest, size / bytes_per_token + more) for size in self.text_bytes)
-        return sum(cut) / len(self.text_bytes)
+
+def _mean(sizes: Sequence[int], longest: int, bytes_per_token: float, more: int) -> float:
+    return sum(min(longest, size / bytes_per_token + more) for size in sizes) / len(sizes)
 
 
 def guess_rows(word: str) -> RowsGuess | None:
@@ -63,7 +79,7 @@ def _guess(path: Path, size: int, _changed: int) -> RowsGuess | None:
         start = file.read(_LOOK_BYTES)
     if size > len(start):
         start = start[: start.rfind(b"\n") + 1]
-    texts = []
+    texts, asked = [], []
     for line in start.splitlines():
         if not line.strip():
             continue
@@ -74,10 +90,12 @@ def _guess(path: Path, size: int, _changed: int) -> RowsGuess | None:
         if not isinstance(row, dict):
             return None
         texts.append(_text_bytes(row))
+        paired = not ANSWER_COLUMNS.isdisjoint(row)
+        asked.append(sum(_text_bytes(row[name], name) for name in row.keys() - ANSWER_COLUMNS) if paired else 0)
     if not texts:
         return None
     rows = len(texts) if size <= len(start) else round(size * len(texts) / len(start))
-    return RowsGuess(rows, tuple(texts))
+    return RowsGuess(rows, tuple(texts), tuple(asked))
 
 
 def _text_bytes(value: Any, key: str = "") -> int:
