@@ -24,7 +24,7 @@ from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Encoding, encode_rows
+from studio.jobs.base.data.rows import Encoder, Encoding, Example, encode_rows
 from studio.jobs.measure.storages import Storages
 from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.jobs.train.adapter import attach_adapter
@@ -405,16 +405,19 @@ def test_a_cut_keeps_the_prompt_and_drops_pairs_of_which_an_answer_is_gone(tiny:
     assert "chosen or the rejected" in left_out_in_words(left_out)
 
 
-def test_a_prompt_that_depends_on_its_answer_is_left_out(tiny: Path) -> None:
-    template = (
-        "{{ messages[-1]['content'] | length }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    rows = [preference("q", "one", "two", 1), preference("q", "one", "three", 2)]
-    found, left_out = encoded(tiny, rows, 200, template)
-    assert len(found) == 1
+def test_sides_must_begin_with_one_prompt_in_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = Encoder.sides
+
+    def other_prompt(self: Encoder, rows: Any) -> Any:
+        made, report = sides(self, rows)
+        (chosen,), (rejected,) = made[0]
+        ids = rejected.input_ids.copy()
+        ids[3] += 1
+        return [((chosen,), (Example(ids, rejected.labels),)), *made[1:]], report
+
+    monkeypatch.setattr(Encoder, "sides", other_prompt)
+    found, left_out = encoded(tiny, ROWS)
+    assert len(found) == len(ROWS) - 1
     assert left_out == {"prompts_differ": 1}
 
 
