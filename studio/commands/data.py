@@ -9,8 +9,9 @@ from typing import Any
 from studio.commands import data_show
 from studio.commands.options import add_json
 from studio.commands.terminal import DONE, NO, say, write_json
+from studio.core.columns import Pairs
 from studio.core.errors import BadInput
-from studio.core.recipe import choices_of
+from studio.core.recipe import FIELDS, choices_of
 from studio.core.text import plain
 from studio.probe.data import Conversation, DataSet, Finding, Preference, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
@@ -47,6 +48,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--on-bad-row", default="stop", choices=choices_of("data.on_bad_row"), help="whether bad rows are left out"
     )
+    parser.add_argument(
+        "--columns",
+        type=_columns,
+        default=(),
+        metavar="OURS=THEIRS,...",
+        help="what the file calls our columns: prompt=Frage,completion=Antwort",
+    )
+    parser.add_argument(
+        "--prompt",
+        default="",
+        metavar="JINJA",
+        help="a line that writes the prompt from columns: '{{ title }}: {{ body }}'",
+    )
     parser.add_argument("--model", help="measure tokens with the tokenizer of this model")
     parser.add_argument(
         "--seq", type=_positive, metavar="N", help="name the rows whose texts are longer than N tokens (with --model)"
@@ -72,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(Path(args.file).expanduser())
         data = data_of(recipe.with_("model.base", args.model) if args.model else recipe, read=inspect_data)
     else:
-        data = inspect_data(Path(args.file).expanduser(), Reading(args.format, on_bad_row=args.on_bad_row, wants="any"))
+        how = Reading(args.format, on_bad_row=args.on_bad_row, wants="any", columns=args.columns, prompt=args.prompt)
+        data = inspect_data(Path(args.file).expanduser(), how)
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
     report = _report(data, tokens, long_rows)
@@ -166,3 +181,12 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number above 0")
     return int(text)
+
+
+def _columns(text: str) -> Pairs:
+    kind = FIELDS["data.columns"].kind
+    value = kind.shaped(kind.read(text))
+    if wrong := next(iter(kind.wrong(value)), None):
+        raise argparse.ArgumentTypeError(f"found {wrong[0]}; wanted {wrong[1]}")
+    pairs: Pairs = value
+    return pairs

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from studio.core.columns import Columns, Pairs
 from studio.core.experts import is_of_experts
 from studio.core.named_templates import NAMED
 from studio.core.recipe_field import Field, Problem, declared, fields_in
@@ -438,6 +439,20 @@ class DataSection:
         "How rows are read; auto recognises it and says so.",
         resume="by content",
     )
+    columns: Pairs = declared(
+        (),
+        Columns(),
+        "Columns",
+        "What the file calls our columns: prompt=Frage, completion=Antwort; empty where it has names that are known.",
+        resume="by content",
+    )
+    prompt: str = declared(
+        "",
+        Text(),
+        "Prompt from columns",
+        "A jinja line that writes the prompt from the file's columns: {{ title }}: {{ body }}; empty for none.",
+        resume="by content",
+    )
     sources: tuple[Source, ...] = declared(
         (),
         Sources(get_args(DataFormat)),
@@ -677,6 +692,9 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
     if recipe.data.stride > train.seq_len // 2:
         most = f"{train.seq_len // 2} at most, half of train.seq_len"
         yield Problem("data.stride", f"{recipe.data.stride} tokens in rows of {train.seq_len}", most)
+    if recipe.data.prompt and (named := dict(recipe.data.columns).get("prompt")):
+        found = f"prompt = {field_text('data.prompt', named)} beside data.prompt"
+        yield Problem("data.columns", found, "one of the two: data.prompt writes the prompt from the file's columns")
     if recipe.data.sources and recipe.data.path != EMBEDDED:
         found = f"{field_text('data.path', recipe.data.path)} beside data.sources"
         yield Problem("data.path", found, "one of the two: name this file in data.sources too, or leave it out")

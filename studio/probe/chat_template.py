@@ -188,12 +188,15 @@ def _environment(marks: list[str]) -> Any:
     return made
 
 
-def _limit(memory_bytes: int, seconds: int) -> None:
+def limit_process(memory_bytes: int, cpu_seconds: int = 0) -> None:
+    """Limit this process's address space, and the processor time that it may take; 0 leaves time unlimited."""
     try:
         import resource  # noqa: PLC0415  not on Windows
     except ImportError:
         return
-    for kind, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CPU, seconds)):
+    for kind, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CPU, cpu_seconds)):
+        if not most:
+            continue
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
@@ -224,7 +227,7 @@ def _short(error: Exception) -> str:
 
 def _main(read: Callable[[], str]) -> None:
     given = json.loads(read())
-    _limit(_MOST_MEMORY, _CPU_SECONDS)
+    limit_process(_MOST_MEMORY, _CPU_SECONDS)
     sys.stdout.write(json.dumps(_look(given["template"], given["tokens"])))
 
 

@@ -7,7 +7,8 @@ it was trained on (`studio.runs.held_out`); here they are found again in a data 
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from heapq import nsmallest
 from itertools import chain
 from pathlib import Path
@@ -134,6 +135,7 @@ def hold_out(
         trained=trained_on(train),
         sources=drawn,
         last_part=last,
+        reading=Reading.of(recipe).table(),
     )
     return HeldOut(train, held, notes, record)
 
@@ -190,7 +192,7 @@ def rows_of_base(data: Path, *, format: str, wanted: int, seed: int) -> RowsToMe
     Raises:
         BadInput: The file cannot be used.
     """
-    found = read_data(data, Reading(format, wants="any"))
+    found = read_data(data, Reading(format, wants="measured"))
     rows = _chosen(found.rows, wanted, seed)
     where = _share(rows, found.rows, len(found.rows), f"rows of {_name(found)}", seed)
     notes = (*found.notes(), *_pairs_note(rows), *_answers_note(rows, "rows"))
@@ -254,16 +256,26 @@ def _mixture(record: HeldOutRecord, run: str) -> DataSet:
     """Return all rows of the sources of a run's mixture, each as often as it lies in its file or was drawn."""
     sources = [Source(one.path, rows=one.drawn, format=one.format) for one in record.sources]
     try:
-        return mixed(sources, Reading(on_bad_row="skip", wants="any"), seed=0, whole=True)
+        how = Reading.of_table(record.reading, format="auto", on_bad_row="skip", wants="measured")
+        return mixed(sources, how, seed=0, whole=True)
     except BadInput as error:
         raise BadInput(f"{error} {run} held out rows of it: put it back where it was.") from error
 
 
 def _read(data: Path, format: str, record: HeldOutRecord) -> DataSet:  # noqa: A002
     own = _same_file(data, Path(record.held_from))
+    # A run may have left out bad rows, and its own rows are known again by their content.
+    how = Reading.of_table(record.reading, format=format, on_bad_row="skip" if own else "stop", wants="measured")
     try:
-        # A run may have left out bad rows, and its own rows are known again by their content.
-        return read_data(data, Reading(format, on_bad_row="skip" if own else "stop", wants="any"))
+        if own or not how.prompt:
+            return read_data(data, how)
+        try:
+            return read_data(data, how)
+        except BadInput as error:
+            # Another file need not have the columns that the run's prompts were written from.
+            with suppress(BadInput):
+                return read_data(data, replace(how, prompt=""))
+            raise error from None
     except BadInput as error:
         if not own or data.exists():
             raise

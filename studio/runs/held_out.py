@@ -156,6 +156,7 @@ class HeldOutRecord:
         before: Losses of the held-out rows before the first step; None until they are measured.
         sources: The files of a mixture.
         last_part: How many characters of the one document's end were held out; 0 where whole rows were.
+        reading: How both were read besides: names of columns, the line that writes prompts (`Reading.table`).
     """
 
     data: str
@@ -166,6 +167,7 @@ class HeldOutRecord:
     before: RowLosses | None = None
     sources: tuple[DrawnFrom, ...] = ()
     last_part: int = 0
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
@@ -183,6 +185,7 @@ def keep_record(paths: RunPaths, record: HeldOutRecord) -> None:
         "held_out": list(record.held_out),
         "last_part": record.last_part,
         "sources": [asdict(source) for source in record.sources],
+        "reading": dict(record.reading),
         "trained": {
             "rows": trained.rows,
             **{name: _packed(getattr(trained, name)) for name in ("contents", "prompts", "answers")},
@@ -257,6 +260,7 @@ def _record(table: Mapping[str, Any]) -> HeldOutRecord:
             DrawnFrom(str(one["path"]), str(one["format"]), int(one["drawn"]), int(one["held_out"]))
             for one in table.get("sources", ())
         ),
+        reading=dict(table.get("reading", {})),
     )
 
 

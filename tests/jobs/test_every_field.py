@@ -103,6 +103,19 @@ def pairs(folder: Path) -> str:
 PAIRS = {"train.objective": "dpo", "data.path": pairs, "data.format": "auto"}
 
 
+def named_otherwise(folder: Path) -> str:
+    rows = [{"Frage": q, "Antwort": a, "Thema": f"about {len(q)}", "Zusatz": a[::-1]} for q, a in QUESTIONS]
+    (folder / "named.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "named.jsonl")
+
+
+NAMED = {
+    "data.path": named_otherwise,
+    "data.format": "auto",
+    "data.columns": {"prompt": "Frage", "completion": "Antwort"},
+}
+WRITTEN = NAMED | {"data.columns": {"completion": "Antwort"}, "data.prompt": "{{ Frage }}"}
+
 ROWS: dict[str, Row] = {
     "name": Row("Other name", "folder"),
     "method": Row("qlora", "losses"),
@@ -155,6 +168,8 @@ ROWS: dict[str, Row] = {
     "eval.sample_tokens": Row(20, "answers"),
     "data.path": Row(other_rows, "losses"),
     "data.format": Row("alpaca", "failure"),
+    "data.columns": Row({"prompt": "Frage", "completion": "Zusatz"}, "losses", NAMED),
+    "data.prompt": Row("{{ Thema }}: {{ Frage }}", "losses", WRITTEN),
     "data.sources": Row(mixture, "losses", {"data.path": "embedded"}),
     "data.weigh_by": Row("tokens", "losses", {"data.path": "embedded", "data.sources": weighed, "data.format": "auto"}),
     "data.eval_path": Row(other_rows, "held out"),

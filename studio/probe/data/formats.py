@@ -112,7 +112,7 @@ def _dialogue(row: RawRow) -> list[Message] | Conversation:
 
 _BESIDE_TURNS = tuple(column for column in BESIDE_COLUMNS if column not in CONTEXT_COLUMNS)
 _BESIDE_PAIR = (*BESIDE_COLUMNS, *REASONING_COLUMNS)
-_ANSWER_COLUMNS = ("completion", "response", "output", "solution", "answer")
+ANSWER_COLUMNS = ("completion", "response", "output", "solution", "answer")
 PROMPTS = tuple(column for column in PROMPT_COLUMNS if column != "instruction")
 
 # In the order of preference: the published Alpaca files have a `text` column beside instruction and output, ultrachat a
@@ -122,7 +122,7 @@ SHAPES = (
     Shape("chat", _chat, ("conversations",), _BESIDE_TURNS),
     Shape("alpaca", _alpaca, ("instruction", "output"), ("input", *_BESIDE_PAIR)),
     Shape("alpaca", _alpaca, ("instruction", "response"), ("input", *_BESIDE_PAIR)),
-    *(Shape("prompt_completion", _pair, ("prompt", answer), _BESIDE_PAIR) for answer in _ANSWER_COLUMNS),
+    *(Shape("prompt_completion", _pair, ("prompt", answer), _BESIDE_PAIR) for answer in ANSWER_COLUMNS),
     Shape("chat", _chat, ("conversation",), _BESIDE_TURNS),
     *(
         Shape("alpaca", _alpaca, ("instruction", answer), ("input", *_BESIDE_PAIR))
@@ -131,7 +131,7 @@ SHAPES = (
     *(
         Shape("prompt_completion", _pair, (prompt, answer), _BESIDE_PAIR)
         for prompt in PROMPTS[1:]
-        for answer in _ANSWER_COLUMNS
+        for answer in ANSWER_COLUMNS
     ),
     Shape("prompt_completion", _pair, ("inputs", "targets"), _BESIDE_PAIR),
     Shape("prompt_completion", _answers, ("query", "answers"), _BESIDE_PAIR),
@@ -242,7 +242,7 @@ def _tools(row: RawRow) -> str:
 def _conversation(made: list[Message] | Conversation, row: RawRow) -> Conversation:
     """Return the conversation of a row's turns and of what stands beside them."""
     label = label_of(row)
-    if label and row.how.wants == "answers":
+    if label and row.how.wants in ("answers", "measured"):
         row.refuse(
             "desirable_label",
             label[0],

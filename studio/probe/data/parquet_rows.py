@@ -17,10 +17,12 @@ from studio.core.errors import BadInput
 from studio.core.text import plain
 from studio.probe.data.arrow_parts import ARROW_MAGIC, part_sizes
 from studio.probe.data.beside import LABEL_COLUMNS
-from studio.probe.data.formats import known_columns, wrong_columns
+from studio.probe.data.formats import wrong_columns
 from studio.probe.data.misreads import MEDIA_COLUMNS
+from studio.probe.data.named import read_columns
 from studio.probe.data.opened import MAX_LINE_BYTES, Progress
 from studio.probe.data.opened import free_bytes as _free_bytes
+from studio.probe.data.reading import AS_IT_IS, Reading
 
 MAGIC = b"PAR1"
 MAX_ROWS = 20_000_000
@@ -34,7 +36,7 @@ _MEMORY_SHARE = 0.5
 """Most of the free memory that the texts may take: they stay in memory, and so do their tokens later."""
 
 
-def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+def parquet_rows(path: Path, progress: Progress | None, how: Reading = AS_IT_IS) -> Iterator[tuple[int, Any]]:
     """Yield (row from 1, columns as a dict); `progress` gets (rows read, rows in all) and may raise to end it.
 
     Columns that no format knows are there as keys with the value None, so that they can be named; those that change
@@ -52,7 +54,7 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
     name = plain(path.name, one_line=True)
     try:
         with pq.ParquetFile(path) as file:
-            chosen = _Columns.of(file.schema_arrow, name)
+            chosen = _Columns.of(file.schema_arrow, name, how)
             leaves = {column: _smallest_leaf(file, column) for column in chosen.seen}
             limits = _Limits(name, _free_bytes())
             limits.check_sizes(file, chosen.known, leaves)
@@ -76,7 +78,7 @@ def parquet_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, A
         raise BadInput(f"{name} is not a whole Parquet file: {plain(str(error), one_line=True, limit=200)}") from None
 
 
-def arrow_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+def arrow_rows(path: Path, progress: Progress | None, how: Reading = AS_IT_IS) -> Iterator[tuple[int, Any]]:
     """Yield the rows of an Arrow file (also called Feather) or stream, as `parquet_rows` does.
 
     `datasets` saves streams. `progress` gets (bytes read, bytes in all).
@@ -97,7 +99,7 @@ def arrow_rows(path: Path, progress: Progress | None) -> Iterator[tuple[int, Any
             limits.check_parts(part_sizes(source))
             source.seek(0)
             reader = pa.ipc.open_file(source) if source.read(6) == ARROW_MAGIC else _open_stream(source)
-            chosen = _Columns.of(reader.schema, name)
+            chosen = _Columns.of(reader.schema, name, how)
             done = 0
             for batch in _batches_of(reader):
                 limits.check_count(done + batch.num_rows)
@@ -124,7 +126,7 @@ class _Columns:
     schema: Any
 
     @classmethod
-    def of(cls, schema: Any, name: str) -> Self:
+    def of(cls, schema: Any, name: str, how: Reading) -> Self:
         """Choose among a file's columns.
 
         Raises:
@@ -134,9 +136,8 @@ class _Columns:
 
         columns = list(schema.names)
         flat = {field.name for field in schema if not pa.types.is_nested(field.type)}
-        read = known_columns()
-        known = tuple(c for c in columns if c in read or (c in LABEL_COLUMNS and c in flat))
-        if not read.intersection(known):
+        known = read_columns(columns, how, flat)
+        if not set(known).difference(LABEL_COLUMNS):
             raise BadInput(f"{name}: {wrong_columns(columns)}")
         if len(set(columns)) < len(columns):
             twice = next(column for place, column in enumerate(columns) if column in columns[:place])

@@ -17,6 +17,7 @@ from typing import Any
 from studio.probe.data.beside import context_of, history_of, system_of
 from studio.probe.data.findings import Findings, filled, json_kind
 from studio.probe.data.raw_row import RawRow, Shape
+from studio.probe.data.reading import Reading
 from studio.probe.data.rows import Message, Preference
 from studio.probe.data.turns import turns_of
 
@@ -54,14 +55,14 @@ def pair_shape(value: Mapping[str, Any]) -> Shape | None:
     return Shape(made_of, read_pair, pair, (*PROMPT_COLUMNS, *TURN_COLUMNS))
 
 
-def refuse_pair(number: int, findings: Findings, shape: Shape) -> None:
+def refuse_pair(number: int, findings: Findings, shape: Shape, how: Reading) -> None:
     """Refuse a row of two answers where answers alone are learnt."""
     findings.add(
         "preference_pair",
         number,
         "found a preferred and a rejected answer; wanted one answer. Learn the preference with train.objective = "
         '"dpo", or, to learn the preferred answers alone, write prompt and chosen as prompt and completion',
-        field=", ".join(shape.needed),
+        field=how.in_file(", ".join(shape.needed)),
     )
 
 

@@ -56,7 +56,7 @@ class RawRow:
         Raises:
             Unusable: Always.
         """
-        self.findings.add(kind, self.number, message, field=field)
+        self.findings.add(kind, self.number, message, field=self.how.in_file(field))
         raise Unusable
 
     def leave_out(self, kind: str, message: str, field: str = "") -> NoReturn:
@@ -65,12 +65,12 @@ class RawRow:
         Raises:
             Unusable: Always.
         """
-        self.findings.add(kind, self.number, message, field=field, fatal=False)
+        self.findings.add(kind, self.number, message, field=self.how.in_file(field), fatal=False)
         raise Unusable
 
     def note(self, kind: str, field: str, message: str) -> None:
         """Record what should be known of the row, which is kept."""
-        self.findings.add(kind, self.number, message, field=field, fatal=False)
+        self.findings.add(kind, self.number, message, field=self.how.in_file(field), fatal=False)
 
     def text(self, column: str) -> str:
         """Return the text of a column; a row without it cannot be used."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,9 +12,10 @@ from studio.core.recipe import DataFormat
 from studio.core.text import plain
 from studio.probe.data.documents import SECTION, sections
 from studio.probe.data.findings import Findings, json_kind
-from studio.probe.data.formats import normalised, recognise, unused_columns, wrong_columns
+from studio.probe.data.formats import normalised, recognise, unused_columns
 from studio.probe.data.json_rows import json_rows
 from studio.probe.data.misreads import refuse_media
+from studio.probe.data.named import folded_names, misfit, with_prompt
 from studio.probe.data.opened import WANTED, Progress, kind_of, opened
 from studio.probe.data.parquet_rows import arrow_rows, parquet_rows
 from studio.probe.data.preferences import PAIR_COLUMNS, pair_shape, refuse_pair
@@ -24,6 +26,7 @@ from studio.probe.data.rows import DataSet, PlainText, Row, counted
 from studio.probe.data.shipped import EMBEDDED, shipped_data
 from studio.probe.data.stored_rows import RowWriter
 from studio.probe.data.table_rows import table_rows, text_row
+from studio.probe.data.written_prompt import PromptWriter
 
 _BY_BYTES = {"json": json_rows, "table": table_rows, "text": text_row}
 _COLUMNAR = {"parquet": parquet_rows, "arrow": arrow_rows}
@@ -63,6 +66,7 @@ class _Taken:
     how: Reading
     findings: Findings
     rows: RowWriter
+    prompt: PromptWriter | None = None
     shape: Shape | None = None
 
     def take(self, number: int, value: Any) -> None:
@@ -70,9 +74,13 @@ class _Taken:
         if not isinstance(value, dict):
             self.findings.add("not_an_object", number, f"found {json_kind(value)}; wanted an object with columns")
             return
+        named = self._named(number, value)
+        if named is None:
+            return
+        value = named
         pair = pair_shape(value)
         if pair and self.how.wants in ("answers", "labels"):
-            refuse_pair(number, self.findings, pair)
+            refuse_pair(number, self.findings, pair, self.how)
             return
         if self.shape is None:
             self.shape = (
@@ -90,7 +98,7 @@ class _Taken:
         ):
             self._misfit(number, value, pair)
             return
-        self.findings.leave(unused_columns(value, shape))
+        self.findings.leave(map(self.how.key, unused_columns(value, shape)))
         if row := normalised(value, shape, number, self.findings, self.how):
             self._add(row)
 
@@ -103,6 +111,19 @@ class _Taken:
         self.findings.add("long_document", row.number, found, fatal=False)
         for section in sections(row):
             self.rows.add(section)
+
+    def _named(self, number: int, value: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a row with our names for its columns; None where its prompt cannot be written."""
+        if self.prompt:
+            prompt, wrong = self.prompt.write(value)
+            if wrong:
+                wanted = "wanted every column that it names, or a default: {{ title | default('') }}"
+                self.findings.add("bad_prompt", number, f"found that {wrong}; {wanted}", field="data.prompt")
+                return None
+            value = with_prompt(value, prompt, self.prompt.columns, self.how)
+        elif self.shape is None and not self.how.columns:
+            self.how = replace(self.how, columns=folded_names(value))
+        return self.how.renamed(value)
 
     def _without_pair(self, number: int, value: dict[str, Any]) -> None:
         columns = ", ".join(plain(str(name), one_line=True, limit=40) for name in list(value)[:12])
@@ -119,7 +140,7 @@ class _Taken:
         other = pair or recognise(value)
         if self.shape is None or other is None:
             self.findings.add(
-                "wrong_columns", number, wrong_columns(value, self.shape.format if self.shape else self.how.format)
+                "wrong_columns", number, misfit(value, self.shape.format if self.shape else self.how.format, self.how)
             )
             return
         found = f"found {other}; the rows before are {self.shape}. One file holds one format"
@@ -148,9 +169,11 @@ def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[Dat
 def _read(
     path: Path, how: Reading, size_bytes: int, cache: RowCache, progress: Progress | None
 ) -> tuple[DataSet, Findings]:
-    taken = _Taken(how, Findings(skips=how.on_bad_row == "skip"), RowWriter(cache.scratch))
-    try:
-        for number, value in _raw_rows(path, taken.findings, progress):
+    with ExitStack() as stack:
+        prompt = stack.enter_context(PromptWriter(how.prompt)) if how.prompt else None
+        taken = _Taken(how, Findings(skips=how.on_bad_row == "skip"), RowWriter(cache.scratch), prompt)
+        stack.callback(taken.rows.drop)
+        for number, value in _raw_rows(path, how, taken.findings, progress):
             taken.take(number, value)
         if not len(taken.rows) and not taken.findings.counts:
             raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
@@ -158,7 +181,7 @@ def _read(
         data = DataSet(
             path=path,
             format=shape.format if shape else "unknown",
-            columns=tuple(shape.needed) if shape else (),
+            columns=tuple(map(taken.how.key, shape.needed)) if shape else (),
             ignored_columns=findings.unused,
             rows=(),
             findings=findings.kept,
@@ -167,8 +190,6 @@ def _read(
             skipped=dict(findings.skipped),
         )
         return replace(data, rows=taken.rows.done(lambda folder: cache.keep(folder, data, findings))), findings
-    finally:
-        taken.rows.drop()
 
 
 def _size(path: Path) -> int:
@@ -199,7 +220,7 @@ def _size(path: Path) -> int:
     return size_bytes
 
 
-def _raw_rows(path: Path, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:
+def _raw_rows(path: Path, how: Reading, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:
     """Yield (number, value) for each row of a file, whatever its kind."""
     with opened(path) as file:
         kind = kind_of(file)
@@ -208,7 +229,7 @@ def _raw_rows(path: Path, findings: Findings, progress: Progress | None) -> Iter
             return
         if file.packed:
             raise BadInput(f"{file.name} is {kind.capitalize()} packed once more; unpack it first.")
-    for number, row in _COLUMNAR[kind](path, progress):
+    for number, row in _COLUMNAR[kind](path, progress, how):
         yield findings.rows_before + number, row
 
 

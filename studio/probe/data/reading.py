@@ -1,12 +1,15 @@
 """How a data file is to be read: what a recipe says of it, and checks without a recipe ask for."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+from studio.core.columns import FIELD_NAMES, Pairs
 from studio.core.preferences import takes_pairs
 from studio.core.recipe import OnBadRow, Recipe
 
-Wants = Literal["any", "answers", "pairs", "labels"]
+Wants = Literal["any", "answers", "measured", "pairs", "labels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +23,61 @@ class Reading:
         on_bad_row: `stop`: a wrong row keeps the file from being used; `skip`: it is left out, and counted.
         wants: What the rows must be. `answers`: conversations and texts to learn, so that two answers of which one is
             preferred are refused. `pairs`: such preferences and nothing else (DPO, ORPO). `labels`: answers that say
-            whether they are desirable (KTO). `any`: whatever the file has, for a check without an objective.
+            whether they are desirable (KTO). `measured`: answers or pairs, for audits. `any`: whatever the file has,
+            for a check without an objective.
+        columns: Our names of columns and fields of messages, and what the file calls them.
+        prompt: A jinja line that writes the prompt from the file's columns; empty for none.
     """
 
     format: str = "auto"
     answers_only: bool = True
     on_bad_row: OnBadRow = "stop"
     wants: Wants = "answers"
-
-    def key(self, ours: str) -> str:
-        """Return what the file calls a column, a field of messages or a role that we call by this name."""
-        return ours
+    columns: Pairs = ()
+    prompt: str = ""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """Return how a recipe's data is read."""
         data = recipe.data
         wants: Wants = "pairs" if takes_pairs(recipe.train.objective) else "answers"
-        return cls(data.format, data.answers_only, data.on_bad_row, wants)
+        return cls(data.format, data.answers_only, data.on_bad_row, wants, data.columns, data.prompt)
+
+    @classmethod
+    def of_table(cls, table: Mapping[str, Any], **others: Any) -> Self:
+        """Return how a file was read, from what `table` returned; what is unknown in it is passed over.
+
+        Args:
+            table: What was kept.
+            **others: Values in place of those that were kept.
+        """
+        known = {name: table[name] for name in ("format", "prompt") if isinstance(table.get(name), str)}
+        columns = table.get("columns")
+        pairs = tuple((str(ours), str(column)) for ours, column in columns) if isinstance(columns, list) else ()
+        return cls(**known | {"columns": pairs} | others)
+
+    def table(self) -> dict[str, Any]:
+        """Return what decides how the rows of a file are made, ready for JSON."""
+        return {"format": self.format, "columns": [list(pair) for pair in self.columns], "prompt": self.prompt}
+
+    def key(self, ours: str) -> str:
+        """Return what the file calls a column, a field of messages or a role that we call by this name."""
+        return next((column for name, column in self.columns if name == ours), ours) if self.columns else ours
+
+    def in_file(self, field: str) -> str:
+        """Return the place of a finding in the file's own words."""
+        if not self.columns:
+            return field
+        return re.sub(r"(?:^|(?<=, ))\w+", lambda word: self.key(word[0]), field)
+
+    def renamed(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with our names for its columns; a column that has one of our names by chance gives way."""
+        ours = {column: name for name, column in self.columns if name not in FIELD_NAMES and column in value}
+        if not ours:
+            return value
+        taken = set(ours.values())
+        kept = {name: part for name, part in value.items() if name not in ours and name not in taken}
+        return {name: value[column] for column, name in ours.items()} | kept
 
 
 AS_IT_IS = Reading()
