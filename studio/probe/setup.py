@@ -20,7 +20,7 @@ from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import device_from_catalogue, device_of
 from studio.probe.shape import find_shape, shape_of_base
-from studio.runs.atomic import write_whole
+from studio.runs.atomic import read_object, write_whole
 from studio.runs.home import SETUP_FILE, studio_home
 
 _MOST_BYTES = 64 * 1024
@@ -71,12 +71,7 @@ class DataChecked:
 
 def recall_answers(home: Path | None = None) -> Answers:
     """Return the answers of the last visit; a missing or damaged one has its value of the first visit."""
-    try:
-        with ((home or studio_home()) / SETUP_FILE).open("rb") as file:
-            table = json.loads(file.read(_MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return Answers()
-    return _sound_answers(table) if isinstance(table, dict) else Answers()
+    return _sound_answers(read_object((home or studio_home()) / SETUP_FILE, _MOST_BYTES))
 
 
 def keep_answers(answers: Answers, home: Path | None = None) -> None:

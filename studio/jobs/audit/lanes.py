@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from studio.core.errors import BadInput, JobFailed
 from studio.core.events import Phase
@@ -14,7 +13,7 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.failures import Cancelled
 from studio.probe.audit import recipe_of_race
-from studio.runs.atomic import write_whole
+from studio.runs.atomic import read_object, write_whole
 from studio.runs.control import request
 from studio.runs.launched import resume_run, start_run
 from studio.runs.layout import RunPaths
@@ -137,8 +136,5 @@ def _tell(worker: Worker, watch: RunWatch, name: str, place: tuple[int, int]) ->
 
 
 def _known(worker: Worker) -> dict[str, str]:
-    try:
-        table: Any = json.loads(worker.paths.lanes.read_text("utf-8"))
-        return {name: path for name, path in table.items() if name in LANES and isinstance(path, str)}
-    except (OSError, ValueError, AttributeError):
-        return {}
+    table = read_object(worker.paths.lanes)
+    return {name: path for name, path in table.items() if name in LANES and isinstance(path, str)}

@@ -1,9 +1,7 @@
 """Compares LoRA and QLoRA, trained with the same recipe, seed and data, on the same held-out rows."""
 
-import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from studio.probe.fingerprint import short_fingerprint
 from studio.probe.held_out import rows_of_run
 from studio.probe.models import find_base
 from studio.probe.quality import data_fingerprint, model_fingerprint
+from studio.runs.atomic import read_object
 from studio.runs.held_out import read_record, shared_record
 from studio.runs.quality import LaneResult, remember_results
 from studio.runs.requests import AuditRequest
@@ -58,7 +57,7 @@ def audit_race(worker: Worker, request: AuditRequest, lanes: Sequence[Lane], beg
     """
     recipe = recipe_of_race(request)
     found, told, folder = measure_lanes(worker, request, lanes, share=(TRAINING_SHARE, 1.0))
-    plans = {lane.name: _plan(lane) for lane in lanes}
+    plans = {lane.name: read_object(lane.paths.plan) for lane in lanes}
     summaries = {lane.name: summary_of(lane.paths, lane.watch.history, Status.finished) for lane in lanes}
     rows = [
         {
@@ -154,14 +153,6 @@ def _variant(weights: FolderWeights, folder: Path, lane: Lane) -> Variant:
 def _held_in(recipe: Recipe) -> str:
     kept = kept_modules(recipe)
     return f"{base_form(recipe)}, {', '.join(kept)} in 16 bit" if kept else base_form(recipe)
-
-
-def _plan(lane: Lane) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        plan = json.loads(lane.paths.plan.read_bytes())
-        if isinstance(plan, dict):
-            return plan
-    return {}
 
 
 def _thinned(steps: Sequence[int], losses: Sequence[float]) -> list[list[float]]:

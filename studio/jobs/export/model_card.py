@@ -12,6 +12,7 @@ from studio.core.recipe import PLACES, Recipe
 from studio.core.text import plain
 from studio.jobs.base.closeness import Closeness
 from studio.probe.adapter_folder import AdapterFound
+from studio.runs.atomic import read_object
 from studio.runs.history import History
 from studio.runs.job import read_job
 from studio.runs.layout import RunPaths
@@ -44,15 +45,7 @@ def training_of(run: str) -> Training:
         history.fold(read_events(paths.events))
     except (StudioError, OSError):
         return Training()
-    return Training(recipe, history, _audit_of(paths.audit))
-
-
-def _audit_of(path: Path) -> dict[str, Any] | None:
-    try:
-        table = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return table if isinstance(table, dict) else None
+    return Training(recipe, history, read_object(paths.audit) or None)
 
 
 def adapter_card(adapter: AdapterFound, name: str, training: Training) -> str:

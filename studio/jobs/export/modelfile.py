@@ -6,7 +6,6 @@ own text: a template that cuts, counts or reorders is not taken apart. A templat
 3's) is taken apart, although white space at the ends of a message, which few people send, is then not trimmed.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from studio.jobs.base.data.template import render, starts_with_bos
 from studio.probe.data import Message
+from studio.runs.atomic import read_object
 
 MODELFILE = "Modelfile"
 _GENERATION = "generation_config.json"
@@ -147,11 +147,7 @@ def context_of(config: dict[str, Any]) -> int:
 
 def generation_of(folder: Path) -> dict[str, Any]:
     """Return a model's `generation_config.json`; empty where there is none that can be read."""
-    try:
-        table = json.loads((folder / _GENERATION).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return table if isinstance(table, dict) else {}
+    return read_object(folder / _GENERATION)
 
 
 _QUOTES = '"""'
