@@ -1,7 +1,7 @@
 """Writes an adapter or a merged model in the format that was asked for, completely or not at all.
 
-Each format, and how it is checked, is in a module of its own. Here is what they share: the scratch directory, an early
-end, a full disk, the upload.
+Each format, and how it is checked, is in a module of its own; only the plainest, an adapter as it is, is here. The rest
+is what all formats share: the scratch directory, an early end, a full disk, the upload.
 """
 
 import errno
@@ -21,7 +21,7 @@ from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.progress import PhaseTeller
 from studio.jobs.export.gguf import write_gguf
 from studio.jobs.export.lora_gguf import write_lora_gguf
-from studio.jobs.export.peft_folder import write_peft_folder
+from studio.jobs.export.model_card import CARD, adapter_card, training_of
 from studio.jobs.export.quantised import write_quantised
 from studio.jobs.export.work import GGUF, Work
 from studio.probe.adapter_folder import find_adapter
@@ -34,6 +34,33 @@ from studio.runs.requests import ExportRequest
 from studio.runs.scratch import export_scratch, only_writer, publish_result
 from studio.runs.store import left_over
 from studio.runs.worker import Worker
+
+
+def write_peft_folder(work: Work, made: Path) -> dict[str, Any]:
+    """Copy an adapter's files byte by byte and write its card.
+
+    Args:
+        work: The export.
+        made: A new folder.
+
+    Returns:
+        An empty table: the report needs nothing more.
+
+    Raises:
+        BadInput: The source is no adapter.
+        OSError: The disk is full or not writable.
+    """
+    adapter = work.adapter or find_adapter(work.source)
+    made.mkdir()
+    for path in sorted(adapter.folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and path.name != CARD:
+            shutil.copyfile(path, made / path.name)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, made / path.name)
+    card = adapter_card(adapter, Path(work.request.out).name, training_of(work.request.run))
+    (made / CARD).write_text(card, encoding="utf-8")
+    return {}
+
 
 WRITERS: dict[str, Callable[[Work, Path], dict[str, Any]]] = {
     "peft": write_peft_folder,
