@@ -87,7 +87,9 @@ def _print(seen: dict[str, Any]) -> None:
 
 def _class_text(seen: dict[str, Any]) -> str:
     named, used, version = seen["class"] or "none is named", seen["class_used"], seen["transformers"]
-    known = {True: "knows it", False: "does not know it", None: "is not readable here"}[seen["class_known"]]
+    if seen["class_known"] is False:
+        return str(named)  # that transformers does not know it is a problem, and said among the problems
+    known = "knows it" if seen["class_known"] else "is not readable here"
     built = f"; it is built as {used}" if used and used != seen["class"] else ""
     return f"{named}; transformers {version or ''} {known}{built}".replace("  ", " ")
 

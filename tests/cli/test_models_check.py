@@ -238,6 +238,13 @@ def test_classes_that_do_not_train_are_a_problem(cli: Cli, llama: Path, values: 
     assert "\u202e" not in text.out
 
 
+def test_that_an_architecture_is_not_known_is_said_once(cli: Cli, llama: Path) -> None:
+    text = cli("models", "check", str(changed(llama, model_type="newer", architectures=["NewerForCausalLM"]))).out
+    assert "\nclass      NewerForCausalLM\n" in text
+    assert " ".join(text.split()).count("does not know: update it") == 1
+    assert "does not know it" not in text
+
+
 def test_a_hostile_template_and_hostile_names_stay_harmless(cli: Cli, llama: Path) -> None:
     (llama / "chat_template.jinja").write_text("{{ raise_exception('\x1b[2J\u202e' * 99) }}")
     moved = llama.rename(llama.with_name(f"{HOSTILE}\nsecond line"))
