@@ -44,7 +44,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     base = kinds.add_parser("base", help="a base in 16 bit against its roundings, before any training")
     base.add_argument("--model", required=True, metavar="MODEL", help="a hub id, a folder, or: embedded")
-    base.add_argument("--data", required=True, metavar="FILE", help="a file of rows or text, or: embedded")
+    base.add_argument(
+        "--data", required=True, metavar="FILE", help="a file or folder of rows, owner/name of the hub, or: embedded"
+    )
     base.add_argument("--forms", default=_FORMS, metavar="NAMES", help=f"roundings (default: {_FORMS})")
     base.add_argument(
         "--keep",
@@ -93,7 +95,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     race = kinds.add_parser("race", help="LoRA and QLoRA trained from one recipe, seed and data")
     race.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     race.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")
-    race.add_argument("--data", metavar="FILE", help="a file of rows or text, or: embedded")
+    race.add_argument("--data", metavar="FILE", help="a file or folder of rows, owner/name of the hub, or: embedded")
     race.add_argument(
         "--lanes",
         default=_LANES,

@@ -8,7 +8,7 @@ from typing import Any
 
 from studio.commands import data_show
 from studio.commands.options import add_json
-from studio.commands.terminal import DONE, NO, say, write_json
+from studio.commands.terminal import DONE, NO, WaitLine, say, write_json
 from studio.core.columns import Pairs
 from studio.core.errors import BadInput
 from studio.core.recipe import FIELDS, choices_of
@@ -41,8 +41,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="rows or text (JSONL, JSON, CSV, Parquet, Arrow, .txt; packed or not); a recipe (.toml), for all its "
-        "sources; or: embedded",
+        help="rows or text (JSONL, JSON, CSV, Parquet, Arrow, .txt; packed or not), a folder of such files, a hub data "
+        "set (owner/name), a recipe (.toml), for all its sources; or: embedded",
     )
     parser.add_argument("--format", default="auto", choices=choices_of("data.format"), help="what the file must be")
     parser.add_argument(
@@ -61,6 +61,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="JINJA",
         help="a line that writes the prompt from columns: '{{ title }}: {{ body }}'",
     )
+    parser.add_argument("--config", default="", help="configuration of a hub data set")
+    parser.add_argument("--split", default="", help="split of a folder or hub data set, or: all")
+    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub data set")
     parser.add_argument("--model", help="measure tokens with the tokenizer of this model")
     parser.add_argument(
         "--seq", type=_positive, metavar="N", help="name the rows whose texts are longer than N tokens (with --model)"
@@ -82,12 +85,23 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("--seq counts tokens: name the model whose tokens are meant with --model.")
     if args.model:
         _make_loadable(args.model)
-    if args.file.endswith(".toml"):
-        recipe = load_recipe(Path(args.file).expanduser())
-        data = data_of(recipe.with_("model.base", args.model) if args.model else recipe, read=inspect_data)
-    else:
-        how = Reading(args.format, on_bad_row=args.on_bad_row, wants="any", columns=args.columns, prompt=args.prompt)
-        data = inspect_data(Path(args.file).expanduser(), how)
+    with WaitLine("reading the data", sys.stderr) as told:
+        if args.file.endswith(".toml"):
+            recipe = load_recipe(Path(args.file).expanduser())
+            recipe = recipe.with_("model.base", args.model) if args.model else recipe
+            data = data_of(recipe, read=inspect_data, progress=told)
+        else:
+            how = Reading(
+                args.format,
+                on_bad_row=args.on_bad_row,
+                wants="any",
+                columns=args.columns,
+                prompt=args.prompt,
+                config=args.config,
+                split=args.split,
+                revision=args.revision,
+            )
+            data = inspect_data(Path(args.file).expanduser(), how, progress=told)
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
     report = _report(data, tokens, long_rows)

@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
@@ -121,6 +122,43 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in safe
     )
+
+
+class WaitLine:
+    """A line about work that takes longer than a second: `reading the data: 42 %`, rewritten in a terminal.
+
+    Where no terminal is, a line is written each ten seconds. It is removed when the work ends.
+    """
+
+    def __init__(self, what: str, to: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._to, self._clock = what, to, clock
+        self._next = clock() + 1.0
+        self._written = False
+
+    def __enter__(self) -> Self:
+        """Begin to wait."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the line."""
+        if self._written and self._to.isatty():
+            self._to.write("\r\x1b[K")
+            self._to.flush()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how much is done."""
+        if (now := self._clock()) < self._next:
+            return
+        rewritten = self._to.isatty()
+        self._next, self._written = now + (0.2 if rewritten else 10.0), True
+        line = f"{self._what}: {100 * done / max(1, total):.0f} %"
+        if rewritten:
+            self._to.write(f"\r{line}\x1b[K")
+            self._to.flush()
+        else:
+            say(line, to=self._to)
 
 
 class Interrupts:

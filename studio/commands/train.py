@@ -28,7 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     parser.add_argument("--model", metavar="MODEL", help="a hub id, a folder, or: embedded")
-    parser.add_argument("--data", metavar="FILE", help="a file of rows or text, or: embedded")
+    parser.add_argument("--data", metavar="FILE", help="a file or folder of rows, owner/name of the hub, or: embedded")
     add_recipe_flags(parser)
     parser.add_argument("--detach", action="store_true", help="return as soon as the worker runs")
     add_set(parser)

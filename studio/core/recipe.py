@@ -427,7 +427,8 @@ class DataSection:
         EMBEDDED,
         Text(needed=True, place=True),
         "Data",
-        "A file of rows (JSONL, JSON, CSV, Parquet, Arrow, packed or not), a text, or embedded.",
+        "A file of rows (JSONL, JSON, CSV, Parquet, Arrow, packed or not) or text, a folder of such files, a hub data "
+        "set as owner/name, or embedded.",
         flag="data",
         heading="The run",
         resume="by content",
@@ -480,6 +481,27 @@ class DataSection:
         Switch(),
         "Answers only",
         "Loss on the answers alone, not on the prompts.",
+    )
+    config: str = declared(
+        "",
+        Text(),
+        "Configuration",
+        "Of a hub data set with several: which one (also called subset).",
+        resume="by content",
+    )
+    split: str = declared(
+        "",
+        Text(),
+        "Split",
+        "Of a folder or hub data set with several: which one, or all; empty takes train.",
+        resume="by content",
+    )
+    revision: str = declared(
+        "",
+        Text(),
+        "Data revision",
+        "Branch, tag or commit of a hub data set; empty for its newest, which the run then notes here.",
+        resume="by content",
     )
     on_bad_row: OnBadRow = declared(
         "stop",
@@ -695,6 +717,10 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
     if recipe.data.prompt and (named := dict(recipe.data.columns).get("prompt")):
         found = f"prompt = {field_text('data.prompt', named)} beside data.prompt"
         yield Problem("data.columns", found, "one of the two: data.prompt writes the prompt from the file's columns")
+    for name in ("config", "split", "revision") if recipe.data.sources else ():
+        if getattr(recipe.data, name):
+            found = f"{field_text(f'data.{name}', getattr(recipe.data, name))} beside data.sources"
+            yield Problem(f"data.{name}", found, "it in the source's path: owner/name#configuration@revision:split")
     if recipe.data.sources and recipe.data.path != EMBEDDED:
         found = f"{field_text('data.path', recipe.data.path)} beside data.sources"
         yield Problem("data.path", found, "one of the two: name this file in data.sources too, or leave it out")

@@ -96,15 +96,18 @@ def _unknown_key(path: str, *, told: bool = True) -> Problem:
 
 def _nearest(path: str) -> str:
     """Return in words which known key an unknown one may mean."""
-    by_last = {known.rpartition(".")[2]: known for known in FIELDS}
+    by_last = {known.rpartition(".")[2]: known for known in reversed(FIELDS)}
     section, _, last = path.rpartition(".")
-    fields = [name for name, known in by_last.items() if section and known == f"{section}.{name}"]
+    fields = [known.rpartition(".")[2] for known in FIELDS if section and known.rpartition(".")[0] == section]
     close = [] if fields else difflib.get_close_matches(path, [*FIELDS, *_SECTIONS], n=1)
-    close_last = difflib.get_close_matches(last, fields, n=1) or difflib.get_close_matches(last, by_last, n=1)
+    close_own = difflib.get_close_matches(last, fields, n=1)
+    close_last = difflib.get_close_matches(last, by_last, n=1)
     if last in by_last:
         return f"perhaps {by_last[last]}"
     if close:
         return f"perhaps {close[0]}"
+    if close_own:
+        return f"perhaps {section}.{close_own[0]}"
     if close_last:
         return f"perhaps {by_last[close_last[0]]}"
     if fields:

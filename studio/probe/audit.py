@@ -12,6 +12,7 @@ from studio.core.recipe import EMBEDDED, Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.adapter_folder import find_adapter
 from studio.probe.data import shipped_data
+from studio.probe.data.places import absolute_word
 from studio.probe.fingerprint import known_fingerprint, refuse_another_base
 from studio.probe.held_out import RowsToMeasure, rows_of_base, rows_of_run
 from studio.probe.models import find_base
@@ -134,12 +135,12 @@ def recipe_of_race(request: AuditRequest) -> Recipe:
 
 
 def data_path(word: str) -> str:
-    """Return the absolute path that a word for data means.
+    """Return a word for data that means the same in any folder.
 
     Raises:
         BadInput: The shipped data are missing from this installation.
     """
-    return str(shipped_data() if word == EMBEDDED else Path(word).expanduser().absolute())
+    return str(shipped_data()) if word == EMBEDDED else absolute_word(word)
 
 
 def check_audit(request: AuditRequest) -> None:

@@ -123,13 +123,13 @@ def hold_out(
             held, train, last = again, train if eval_data else others, 0
             places = () if eval_data else where
             notes = ("the rows held out are those of the run's first start", *_answers_note(held))
-    word = MIXTURE if data.parts else recipe.data.path
+    word = MIXTURE if data.parts else data.word or recipe.data.path
     drawn = _drawn_from(recipe, data, places)
     if held and drawn and eval_data is None:
         notes += (f"held out of {', '.join(f'{Path(one.path).name} {one.held_out} rows' for one in drawn)}",)
     record = HeldOutRecord(
         data=word,
-        held_from=recipe.data.eval_path or word,
+        held_from=(eval_data.word or recipe.data.eval_path) if eval_data else word,
         format=recipe.data.format,
         held_out=_contents(held),
         trained=trained_on(train),

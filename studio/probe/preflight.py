@@ -7,13 +7,18 @@ from studio.core.errors import BadInput
 from studio.core.preferences import rate_note
 from studio.core.recipe import Recipe
 from studio.core.recipe_parse import refuse
+from studio.core.text import plain
 from studio.probe.data import DataSet
-from studio.probe.data.mixture import data_of, eval_data_of
+from studio.probe.data.mixture import data_of, eval_data_of, missing_data
 from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.probe.named_template import check_template
 from studio.runs.recipe_file import resolve_paths
+
+_AT_ONCE_BYTES = 2**26
+"""Data of the hub up to this size are downloaded before the run is made. The job downloads larger ones, and shows how
+far it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +28,14 @@ class PreflightReport:
     Attributes:
         recipe: The recipe with absolute paths, as it is written into the run.
         base: The base model.
-        data: The rows to train on and, without a file for it, to hold out.
+        data: The rows to train on and, without a file for it, to hold out; None where they are downloaded by the run.
         notes: What the user should know, though it stops nothing.
         place: Where it will run.
     """
 
     recipe: Recipe
     base: BaseFound
-    data: DataSet
+    data: DataSet | None
     notes: tuple[str, ...]
     place: Place
 
@@ -52,7 +57,15 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     base = find_base(recipe.model.base, recipe.model.revision)
     refuse_untrainable(base, recipe.method)
     check_template(recipe, base)
+    if missing := missing_data(recipe):
+        size_bytes = sum(missing.values())
+        if size_bytes > _AT_ONCE_BYTES:
+            listed = ", ".join(plain(word, one_line=True) for word in missing)
+            notes += (f"{listed}: {size_bytes / 1e9:.1f} GB are downloaded by the run; it checks the rows then.",)
+            return PreflightReport(recipe, base, None, notes, place)
     data, eval_data = data_of(recipe), eval_data_of(recipe)
+    if data.commit and not recipe.data.revision:
+        recipe = recipe.with_("data.revision", data.commit)  # so that a resume reads the same rows
     notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
     notes += tuple(filter(None, (rate_note(recipe),)))
     if recipe.data.template and data.format == "text":

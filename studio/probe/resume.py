@@ -10,6 +10,7 @@ is often the reason to resume (a bug fixed, a security fix, another machine). Wh
 back.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
-from studio.core.recipe import EMBEDDED, FIELDS, Recipe
+from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
 from studio.core.value_kinds import ValueKind, found_value
 from studio.probe.data import Row, keys_of
-from studio.probe.data.mixture import data_of, eval_data_of
+from studio.probe.data.mixture import data_of, eval_data_of, words_of
+from studio.probe.data.places import known_bytes
 from studio.probe.fingerprint import difference, known_fingerprint, other_files
 from studio.probe.held_out import hold_out
 from studio.probe.models import find_base
@@ -151,10 +153,10 @@ def _rows_of(paths: RunPaths, recipe: Recipe) -> tuple[Sequence[Row], Sequence[R
     return parts.train, parts.held_out
 
 
-def _data_bytes(recipe: Recipe) -> int:
-    """Return the size of the data in bytes; a missing file counts as empty, and reading it will say what is wrong."""
-    words = [word for word in (*recipe.data.words, recipe.data.eval_path) if word and word != EMBEDDED]
-    return sum(path.stat().st_size for path in map(Path, words) if path.is_file())
+def _data_bytes(recipe: Recipe) -> float:
+    """Return the size of the data in bytes, without end where it must be downloaded first; a missing file has none."""
+    sizes = [known_bytes(word, how) for _, word, how in words_of(recipe)]
+    return math.inf if None in sizes else sum(size for size in sizes if size)
 
 
 def _other(paths: RunPaths, what: str, way_back: str) -> BadInput:

@@ -15,7 +15,9 @@ from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.probe.data import DataSet, Preference, Reading, Row, inspect_data
+from studio.probe.data.chosen_files import holds_rows
 from studio.probe.data.lengths import texts_of, token_lengths
+from studio.probe.data.places import absolute_word
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import device_from_catalogue, device_of
@@ -93,7 +95,7 @@ def data_files(folder: Path, most: int = 20) -> list[Path]:
             entries = sorted(place.iterdir())
         except OSError:
             continue
-        found += [path for path in entries if path.suffix in (".jsonl", ".parquet") and path.is_file()]
+        found += [path for path in entries if holds_rows(path.name) and path.is_file()]
     return found[:most]
 
 
@@ -112,7 +114,7 @@ def check_data(word: str, base: str) -> DataChecked:
     data = inspect_data(path)
     if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
         data = inspect_data(path, Reading(wants="pairs"))
-    return DataChecked(data, _facts(word if word == EMBEDDED else str(path.absolute()), data, base))
+    return DataChecked(data, _facts(absolute_word(str(path)), data, base))
 
 
 def shape_for(base: str, card: str) -> ModelShape:

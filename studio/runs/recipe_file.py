@@ -62,7 +62,11 @@ def _resolved(word: Any, folders: Iterable[Path]) -> Any:
     if not isinstance(word, str) or not word or word == EMBEDDED or "\0" in word:
         return word
     given = Path(word).expanduser() if word.startswith("~") else Path(word)
-    return next((str((folder / given).resolve()) for folder in folders if _exists(folder / given)), word)
+    found = next((str((folder / given).resolve()) for folder in folders if _exists(folder / given)), word)
+    head, colon, split = word.rpartition(":")
+    if found == word and colon and (inside := _resolved(head, folders)) != head:
+        return f"{inside}:{split}"  # a folder of data, and which split of it
+    return found
 
 
 def dump_recipe(recipe: Recipe) -> str:

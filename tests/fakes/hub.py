@@ -4,21 +4,45 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def hub(repo: str, folder: Path, *, status: int = 200, error_code: str = "") -> Iterator[tuple[str, list[str]]]:
+def hub(
+    repo: str,
+    folder: Path,
+    *,
+    status: int = 200,
+    error_code: str = "",
+    kind: str = "models",
+    branches: Mapping[str, Path] | None = None,
+    breaks_after: int = 0,
+) -> Iterator[tuple[str, list[str]]]:
     """Serve the folder as a repository; yields the endpoint and the list of requests, which grows.
 
     With another status, every request is refused with it and with the hub's own error code header.
+
+    Args:
+        repo: Its name.
+        folder: Its files.
+        status: Of every answer.
+        error_code: The hub's word for what is wrong.
+        kind: `models` or `datasets`.
+        branches: Other revisions, and the folder of each; their commits are made of their places here.
+        breaks_after: Bytes of a file after which the connection is lost, once for each file; 0 for never.
     """
     asked: list[str] = []
+    commits = {branch: f"{place:040x}" for place, branch in enumerate(branches or {}, 1)}
+    folders = {COMMIT: folder, "main": folder}
+    for branch, inside in (branches or {}).items():
+        folders |= {branch: inside, commits[branch]: inside}
+    broken: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -28,38 +52,57 @@ def hub(repo: str, folder: Path, *, status: int = 200, error_code: str = "") -> 
             self._serve(body=True)
 
         def _serve(self, *, body: bool) -> None:
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             asked.append(f"{self.command} {self.path}{f' {wanted[0]}' if wanted else ''}")
-            path = self.path.split("?")[0]
+            path = unquote(self.path.split("?")[0])
             if status != 200:
                 return self._send(status, b"{}", {"X-Error-Code": error_code}, body)
-            if path.startswith(f"/api/models/{repo}/tree/"):
-                return self._send(200, json.dumps(self._tree()).encode(), {}, body)
-            if path == f"/api/models/{repo}" or path.startswith(f"/api/models/{repo}/revision/"):
-                siblings = [{"rfilename": item["path"], "size": item["size"]} for item in self._tree()]
+            api = f"/api/{kind}/{repo}"
+            if path.startswith(f"{api}/tree/"):
+                return self._send(200, json.dumps(self._tree(folder)).encode(), {}, body)
+            if path == api or path.startswith(f"{api}/revision/"):
+                revision = path.removeprefix(f"{api}/revision/") if path != api else "main"
+                if revision not in folders:
+                    return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                siblings = [{"rfilename": item["path"], "size": item["size"]} for item in self._tree(folders[revision])]
                 info = {
                     "id": repo,
                     "modelId": repo,
-                    "sha": COMMIT,
+                    "sha": commits.get(revision, revision if revision in commits.values() else COMMIT),
                     "siblings": siblings,
                     "private": False,
                     "gated": False,
                 }
                 return self._send(200, json.dumps(info).encode(), {}, body)
-            marker = f"/{repo}/resolve/"
-            file = folder / path.removeprefix(marker).partition("/")[2]
+            marker = f"{'' if kind == 'models' else f'/{kind}'}/{repo}/resolve/"
+            revision, _, name = path.removeprefix(marker).partition("/")
+            file = folders.get(revision, folder) / name
             if path.startswith(marker) and file.is_file():
                 content = file.read_bytes()
                 etag = hashlib.sha256(content).hexdigest()
+                headers = {"ETag": f'"{etag}"', "X-Repo-Commit": revision}
+                begin, end = (int(wanted[1]), int(wanted[2] or len(content) - 1)) if wanted else (0, len(content) - 1)
+                part = content[begin : end + 1]
                 if wanted:
-                    return self._send(206, content[int(wanted[1]) : int(wanted[2]) + 1], {}, body)
-                return self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
+                    headers["Content-Range"] = f"bytes {begin}-{end}/{len(content)}"
+                if body and breaks_after and name not in broken and len(part) > breaks_after:
+                    broken.add(name)
+                    self._send(206 if wanted else 200, part, headers, body=False)
+                    self.wfile.write(part[:breaks_after])
+                    return self.connection.close()
+                return self._send(206 if wanted else 200, part, headers, body)
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
 
-        def _tree(self) -> list[dict[str, object]]:
+        def _tree(self, inside: Path) -> list[dict[str, object]]:
             return [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
-                for file in sorted(folder.iterdir())
+                {
+                    "type": "file",
+                    "path": file.relative_to(inside).as_posix(),
+                    "size": file.stat().st_size,
+                    "oid": "0" * 40,
+                }
+                for file in sorted(inside.rglob("*"))
+                if file.is_file()
             ]
 
         def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool) -> None:

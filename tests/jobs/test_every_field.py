@@ -88,6 +88,17 @@ def weighed(folder: Path) -> list[dict[str, Any]]:
     return [{"path": str(path), "weight": 1.0} for path in paths]
 
 
+def two_splits(above: Path) -> str:
+    folder = above / "splits"
+    folder.mkdir(exist_ok=True)
+    swapped = Path(other_rows(above)).read_text()
+    turned = swapped.replace("assistant", "us").replace("user", "assistant").replace('"us"', '"user"')
+    rows = [{"messages": json.loads(line)["messages"][::-1]} for line in turned.splitlines()]
+    (folder / "train.jsonl").write_text(swapped)
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
 def rows_with_a_bad_one(folder: Path) -> str:
     path = Path(other_rows(folder))
     path.write_text(path.read_text() + "\nno row")
@@ -174,6 +185,9 @@ ROWS: dict[str, Row] = {
     "data.weigh_by": Row("tokens", "losses", {"data.path": "embedded", "data.sources": weighed, "data.format": "auto"}),
     "data.eval_path": Row(other_rows, "held out"),
     "data.answers_only": Row(False, "losses"),
+    "data.config": Row("long", "failure"),
+    "data.split": Row("test", "losses", {"data.path": two_splits}),
+    "data.revision": Row("v1", "failure"),
     "data.on_bad_row": Row("stop", "failure", {"data.path": rows_with_a_bad_one, "data.on_bad_row": "skip"}),
     "data.template": Row("vicuna", "tokens"),
     "data.blocks": Row(False, "held out", {"data.path": long_texts, "data.format": "text"}),

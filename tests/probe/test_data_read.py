@@ -136,9 +136,8 @@ def refusal(path: Path, **options: Any) -> str:
 def test_missing_folder_and_empty(tmp_path: Path, file: Path) -> None:
     assert "does not exist" in refusal(file)
     assert "The folder" in refusal(tmp_path / "no" / "such.jsonl")
-    (tmp_path / "a.jsonl").write_text("x")
-    assert "is a folder" in refusal(tmp_path)
-    assert "a.jsonl" in refusal(tmp_path)
+    (tmp_path / "a.png").write_text("x")
+    assert "holds no file of rows or text (found 1 x .png)" in refusal(tmp_path)
     file.write_bytes(b"")
     assert "is empty" in refusal(file)
     file.write_bytes(b"\n \r\n\n")

@@ -22,7 +22,7 @@ from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.objectives import Encoded, Objective, sequences
 from studio.probe.data import Row
-from studio.probe.data.mixture import data_of, eval_data_of
+from studio.probe.data.mixture import data_of, eval_data_of, fetch_data
 from studio.probe.held_out import hold_out
 from studio.probe.named_template import template_of
 from studio.runs.atomic import write_whole
@@ -82,8 +82,13 @@ def read_rows(
     def warn(message: str) -> None:
         worker.emit(Warned, topic="data", message=message)
 
+    def downloaded(done: int, total: int) -> None:
+        tell("downloading the data", done / max(1, total), f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+        heed(worker, "stopped while the data were downloaded; what is there is kept")
+
     left_out: Counter[str] = Counter()
     chosen = _template(worker, recipe)
+    fetch_data(recipe, progress=downloaded)
     tell("reading the data")
     data = data_of(recipe, progress=file_read)
     tell("reading the data", detail=data.described())

@@ -23,6 +23,7 @@ class Findings:
         skips: Whether rows that would keep the file from being used are left out instead.
         skipped: How many rows are left out for that, by the kind of the first finding in each.
         rows_before: The rows, or lines, of the files before this one, which numbers of rows include.
+        furthest: The highest number of a row in which something was found.
     """
 
     def __init__(self, *, skips: bool = False) -> None:
@@ -32,6 +33,7 @@ class Findings:
         self.rows_before = 0
         self._file = ""
         self._last_skipped = 0
+        self.furthest = 0
         self.counts: Counter[str] = Counter()
         self.fatal_counts: Counter[str] = Counter()
         self._kept: list[Finding] = []
@@ -69,6 +71,7 @@ class Findings:
     def add(self, kind: str, row: int, message: str, *, field: str = "", fatal: bool = True) -> None:
         """Count a finding and keep it if few of its kind are kept yet; foreign text in it is made harmless."""
         self.counts[kind] += 1
+        self.furthest = max(self.furthest, row)
         if fatal and self.skips:
             fatal = False
             if row != self._last_skipped:

@@ -9,8 +9,7 @@ together, so that twins from two sources are on one side.
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from random import Random
@@ -21,6 +20,7 @@ from studio.core.sources import Source, drawn_rows
 from studio.core.text import plain
 from studio.probe.data.lengths import token_lengths
 from studio.probe.data.opened import Progress
+from studio.probe.data.places import find_files, hub_word, known_bytes, same_place
 from studio.probe.data.read import read_data
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import DataSet, Part, Row
@@ -65,8 +65,60 @@ def eval_data_of(recipe: Recipe, *, progress: Progress | None = None) -> DataSet
     Raises:
         BadInput: It cannot be used.
     """
+    return _read("data.eval_path", *_eval_word(recipe), progress) if recipe.data.eval_path else None
+
+
+def words_of(recipe: Recipe) -> Iterator[tuple[str, str, Reading]]:
+    """Yield each file, folder or data set of the hub that a recipe reads: its field, its word, how it is read."""
+    how, data = Reading.of(recipe), recipe.data
+    for place, source in enumerate(data.sources, 1):
+        yield f"data.sources, source {place}", source.path, how.of_source(source.format)
+    if not data.sources:
+        yield "data.path", data.path, how
+    if data.eval_path:
+        yield "data.eval_path", *_eval_word(recipe)
+
+
+def fetch_data(recipe: Recipe, *, progress: Progress) -> None:
+    """Download what a recipe reads of the hub and the cache does not have.
+
+    Args:
+        recipe: Names the data.
+        progress: Told (done, total) in bytes of one data set after another; may raise to end it.
+
+    Raises:
+        BadInput: It cannot be had; the message names the field.
+    """
+    for field, word, how in words_of(recipe):
+        if hub_word(word, how):
+            try:
+                find_files(Path(word), how, progress=progress)
+            except BadInput as error:
+                raise BadInput(f"{field}: {error}") from error
+
+
+def missing_data(recipe: Recipe) -> dict[str, int]:
+    """Return the data sets of the hub that are still to be downloaded, with their bytes; asks the hub.
+
+    Raises:
+        BadInput: One cannot be had; the message names the field.
+    """
+    missing = {}
+    for field, word, how in words_of(recipe):
+        if there := hub_word(word, how):
+            from studio.probe.data.hub_data import find  # noqa: PLC0415  only data of the hub need it
+
+            try:
+                if size_bytes := find(there).missing_bytes:
+                    missing[word] = size_bytes
+            except BadInput as error:
+                raise BadInput(f"{field}: {error}") from error
+    return missing
+
+
+def _eval_word(recipe: Recipe) -> tuple[str, Reading]:
     word = recipe.data.eval_path
-    return _read("data.eval_path", word, Reading.of(recipe), progress) if word else None
+    return word, Reading.of(recipe).held_out(same_place=same_place(word, recipe.data.path))
 
 
 def mixed(
@@ -96,15 +148,14 @@ def mixed(
         BadInput: One of the files cannot be used.
     """
     found = []
-    sizes = [_file_bytes(source.path) for source in sources]
+    sizes = [max(1, known_bytes(source.path, how.of_source(source.format)) or 1) for source in sources]
     for place, source in enumerate(sources):
 
         def told(done: int, total: int, before: int = sum(sizes[:place]), here: int = sizes[place]) -> None:
             if progress:
                 progress(before + here * done // max(1, total), sum(sizes))
 
-        form = replace(how, format=source.format or how.format)
-        found.append(_read(f"data.sources, source {place + 1}", source.path, form, told, read))
+        found.append(_read(f"data.sources, source {place + 1}", source.path, how.of_source(source.format), told, read))
     tokens = [_mean_tokens(data.rows, base) for data in found]
     means = None
     if by_tokens:
@@ -180,13 +231,6 @@ def _mean_tokens(rows: Sequence[Row], base: str) -> float:
 def _mean_bytes(rows: Sequence[Row]) -> float:
     sizes = [sum(len(turn.words.encode("utf-8", "replace")) for turn in row.turns) for row in _sample(rows)]
     return max(1.0, sum(sizes) / max(1, len(sizes)))
-
-
-def _file_bytes(word: str) -> int:
-    try:
-        return max(1, Path(word).expanduser().stat().st_size)
-    except (OSError, RuntimeError, ValueError):
-        return 1
 
 
 def _names(found: Sequence[DataSet]) -> str:

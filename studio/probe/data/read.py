@@ -1,6 +1,5 @@
 """Reads a data file: recognises its format, normalises every row, and reports everything that is wrong with it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,14 +15,14 @@ from studio.probe.data.formats import normalised, recognise, unused_columns
 from studio.probe.data.json_rows import json_rows
 from studio.probe.data.misreads import refuse_media
 from studio.probe.data.named import folded_names, misfit, with_prompt
-from studio.probe.data.opened import WANTED, Progress, kind_of, opened
+from studio.probe.data.opened import Progress, kind_of, opened
 from studio.probe.data.parquet_rows import arrow_rows, parquet_rows
+from studio.probe.data.places import DataFiles, find_files
 from studio.probe.data.preferences import PAIR_COLUMNS, pair_shape, refuse_pair
 from studio.probe.data.raw_row import Shape
 from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.row_cache import RowCache
 from studio.probe.data.rows import DataSet, PlainText, Row, counted
-from studio.probe.data.shipped import EMBEDDED, shipped_data
 from studio.probe.data.stored_rows import RowWriter
 from studio.probe.data.table_rows import table_rows, text_row
 from studio.probe.data.written_prompt import PromptWriter
@@ -36,12 +35,12 @@ def read_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None 
     """Return the usable rows of a data file, and what was found on the way.
 
     Args:
-        path: A data file; `embedded` names the data set that ships with us.
+        path: A file, a folder of files, or a data set of the hub, see `studio.probe.data.places`.
         how: How it is read.
         progress: Gets (done, total), in bytes, or rows of a Parquet file; may raise to end it.
 
     Raises:
-        BadInput: The file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
+        BadInput: A file is missing or unreadable, or rows in it must be corrected; says where, and what is wanted.
     """
     data, findings = _inspected(path, how, progress)
     findings.refuse(plain(data.path.name, one_line=True))
@@ -154,75 +153,68 @@ def _is_pair(shape: Shape) -> bool:
 def _inspected(path: Path, how: Reading, progress: Progress | None) -> tuple[DataSet, Findings]:
     if how.format not in get_args(DataFormat):
         raise BadInput(f"Found the data format '{plain(how.format)}'; wanted one of {', '.join(get_args(DataFormat))}.")
-    path = shipped_data() if str(path) == EMBEDDED else path
     try:
-        size_bytes = _size(path)
-        cache = RowCache(path, how, size_bytes, progress)
-        if known := cache.recall():
-            return known
-        return _read(path, how, size_bytes, cache, progress)
+        place = find_files(path, how, progress=progress)
+        cache = RowCache(place, how, progress)
+        data, findings = cache.recall() or _read(place, how, cache, progress)
+        return replace(data, path=place.path, word=place.word, place_notes=place.notes, commit=place.commit), findings
     except OSError as error:
         shown = plain(str(path), one_line=True, limit=300)
         raise BadInput(f"{shown} cannot be read: {error.strerror or error}.") from None
 
 
-def _read(
-    path: Path, how: Reading, size_bytes: int, cache: RowCache, progress: Progress | None
-) -> tuple[DataSet, Findings]:
+def _read(place: DataFiles, how: Reading, cache: RowCache, progress: Progress | None) -> tuple[DataSet, Findings]:
     with ExitStack() as stack:
         prompt = stack.enter_context(PromptWriter(how.prompt)) if how.prompt else None
         taken = _Taken(how, Findings(skips=how.on_bad_row == "skip"), RowWriter(cache.scratch), prompt)
         stack.callback(taken.rows.drop)
-        for number, value in _raw_rows(path, how, taken.findings, progress):
+        for number, value in _raw_rows(place, how, taken.findings, progress):
             taken.take(number, value)
         if not len(taken.rows) and not taken.findings.counts:
-            raise BadInput(f"{plain(str(path), one_line=True)} holds no rows. Wanted one JSON object a line.")
+            raise BadInput(f"{plain(str(place.path), one_line=True)} holds no rows. Wanted one JSON object a line.")
         shape, findings = taken.shape, taken.findings
         data = DataSet(
-            path=path,
+            path=place.path,
             format=shape.format if shape else "unknown",
             columns=tuple(map(taken.how.key, shape.needed)) if shape else (),
             ignored_columns=findings.unused,
             rows=(),
             findings=findings.kept,
             finding_counts=dict(findings.counts),
-            size_bytes=size_bytes,
+            size_bytes=place.size_bytes,
+            files=len(place.files),
             skipped=dict(findings.skipped),
         )
         return replace(data, rows=taken.rows.done(lambda folder: cache.keep(folder, data, findings))), findings
 
 
-def _size(path: Path) -> int:
-    """Return the size in bytes of a file that can be opened.
+def _raw_rows(
+    place: DataFiles, how: Reading, findings: Findings, progress: Progress | None
+) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) for each row of all files, one after another; numbers go on from file to file."""
+    if not place.names:
+        yield from _rows_of_file(place.path, "", how, findings, progress)
+        return
+    total, before, number = max(1, place.size_bytes), 0, 0
+    for path, name in zip(place.files, place.names, strict=True):
+        size_bytes = path.stat().st_size
 
-    Raises:
-        BadInput: There is no such file, it is a folder or a device, it is empty, or it may not be read.
-    """
-    shown = plain(str(path), one_line=True)
-    if not path.exists():
-        near = (
-            f" The folder {plain(str(path.parent), one_line=True)} does not exist either."
-            if not path.parent.exists()
-            else ""
-        )
-        raise BadInput(f"The data file {shown} does not exist.{near} {WANTED}")
-    if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))[:5]
-        hint = f" It holds {', '.join(plain(name, one_line=True) for name in inside)}." if inside else ""
-        raise BadInput(f"{shown} is a folder; wanted a .jsonl, .json or .parquet file.{hint}")
-    if not path.is_file():
-        raise BadInput(f"{shown} is not a regular file; wanted a .jsonl, .json or .parquet file.")
-    if not os.access(path, os.R_OK):
-        raise BadInput(f"{shown} may not be read: permission denied.")
-    size_bytes = path.stat().st_size
-    if not size_bytes:
-        raise BadInput(f"The data file {shown} is empty. Wanted one JSON object a line.")
-    return size_bytes
+        def told(done: int, of: int, before: int = before, size_bytes: int = size_bytes) -> None:
+            if progress:
+                progress(min(total, before + size_bytes * done // max(1, of)), total)
+
+        findings.enter(plain(name, one_line=True), number)
+        if size_bytes:
+            for number, value in _rows_of_file(path, name, how, findings, told):
+                yield number, value
+        before += size_bytes
+        number = max(number, findings.furthest)
 
 
-def _raw_rows(path: Path, how: Reading, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) for each row of a file, whatever its kind."""
-    with opened(path) as file:
+def _rows_of_file(
+    path: Path, name: str, how: Reading, findings: Findings, progress: Progress | None
+) -> Iterator[tuple[int, Any]]:
+    with opened(path, name) as file:
         kind = kind_of(file)
         if kind in _BY_BYTES:
             yield from _BY_BYTES[kind](file, findings, progress)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from studio.core.columns import FIELD_NAMES, Pairs
@@ -27,6 +27,10 @@ class Reading:
             for a check without an objective.
         columns: Our names of columns and fields of messages, and what the file calls them.
         prompt: A jinja line that writes the prompt from the file's columns; empty for none.
+        config: The configuration of a data set of the hub; empty for the one that it has, or its default.
+        split: The split of a folder or a data set of the hub; `all` for all; empty for the first of `prefer` there.
+        revision: Branch, tag or commit of a data set of the hub; empty for its newest.
+        prefer: Splits in the order in which they are taken unasked.
     """
 
     format: str = "auto"
@@ -35,13 +39,27 @@ class Reading:
     wants: Wants = "answers"
     columns: Pairs = ()
     prompt: str = ""
+    config: str = ""
+    split: str = ""
+    revision: str = ""
+    prefer: tuple[str, ...] = ("train",)
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """Return how a recipe's data is read."""
         data = recipe.data
         wants: Wants = "pairs" if takes_pairs(recipe.train.objective) else "answers"
-        return cls(data.format, data.answers_only, data.on_bad_row, wants, data.columns, data.prompt)
+        return cls(
+            data.format,
+            data.answers_only,
+            data.on_bad_row,
+            wants,
+            data.columns,
+            data.prompt,
+            config=data.config,
+            split=data.split,
+            revision=data.revision,
+        )
 
     @classmethod
     def of_table(cls, table: Mapping[str, Any], **others: Any) -> Self:
@@ -78,6 +96,19 @@ class Reading:
         taken = set(ours.values())
         kept = {name: part for name, part in value.items() if name not in ours and name not in taken}
         return {name: value[column] for column, name in ours.items()} | kept
+
+    def held_out(self, *, same_place: bool) -> Self:
+        """Return how held-out data is read: of its splits one to measure on, where its word does not say another.
+
+        Args:
+            same_place: Whether it is the data set that is trained on, so that configuration and revision are its too.
+        """
+        own = self if same_place else replace(self, config="", revision="")
+        return replace(own, split="", prefer=("validation", "test", "train"))
+
+    def of_source(self, format: str) -> Self:  # noqa: A002
+        """Return how one source of a mixture is read, of which the word says configuration, split and revision."""
+        return replace(self, format=format or self.format, config="", split="", revision="")
 
 
 AS_IT_IS = Reading()

@@ -13,6 +13,7 @@ from typing import Any
 
 from studio.probe.data.findings import Findings
 from studio.probe.data.opened import Progress
+from studio.probe.data.places import DataFiles
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import DataSet, Finding
 from studio.probe.data.stored_rows import StoredRows
@@ -25,22 +26,21 @@ LEAST_BYTES = 2**20
 class RowCache:
     """What is kept of one file, read in one way."""
 
-    def __init__(self, path: Path, how: Reading, size_bytes: int, progress: Progress | None) -> None:
-        """Look at the file, and read it through if it is large.
+    def __init__(self, place: DataFiles, how: Reading, progress: Progress | None) -> None:
+        """Look at the files, and read them through if they are large.
 
         Args:
-            path: The file, or a folder of files.
-            how: How it is read.
-            size_bytes: Its size.
+            place: The files.
+            how: How they are read.
             progress: May raise to end the reading.
 
         Raises:
             OSError: It cannot be read.
         """
-        self._path, self._size_bytes = path, size_bytes
+        self._place = place
         self._tell = (lambda done, total: progress(0, max(1, total))) if progress else None
         self._key = ""
-        if size_bytes >= LEAST_BYTES:
+        if place.size_bytes >= LEAST_BYTES:
             self._seen = self._look()
             self._key = self._made_key(how)
 
@@ -55,7 +55,7 @@ class RowCache:
             return None
         table = {name: _as_tuple(value) for name, value in entry.facts["data"].items()}
         table["findings"] = tuple(Finding(**finding) for finding in entry.facts["data"]["findings"])
-        data = DataSet(path=self._path, rows=rows, **table)
+        data = DataSet(path=self._place.path, rows=rows, **table)
         return data, Findings.restored(entry.facts["findings"], data.findings)
 
     def scratch(self) -> Path:
@@ -64,7 +64,7 @@ class RowCache:
         Raises:
             OSError: The disk refuses.
         """
-        return scratch_entry(self._key or "rows", self._size_bytes)
+        return scratch_entry(self._key or "rows", self._place.size_bytes)
 
     def keep(self, folder: Path, data: DataSet, findings: Findings) -> Path:
         """Return where the rows lie from now on: in an entry, or where they are if the file was changed meanwhile.
@@ -88,12 +88,12 @@ class RowCache:
         return [(str(path), seen.st_size, seen.st_mtime_ns, seen.st_ino) for path, seen in self._files()]
 
     def _made_key(self, how: Reading) -> str:
-        sums = [(str(path.relative_to(self._path)), sum_of(path, self._tell)) for path, _ in self._files()]
-        return f"rows-{sum_of_bytes(repr((self._path.name, sums, how, code_sum())).encode())}"
+        names = self._place.names or [path.name for path in self._place.files]
+        sums = [(name, sum_of(path, self._tell)) for name, path in zip(names, self._place.files, strict=True)]
+        return f"rows-{sum_of_bytes(repr((self._place.path.name, sums, how, code_sum())).encode())}"
 
     def _files(self) -> Sequence[tuple[Path, Any]]:
-        inside = sorted(self._path.rglob("*")) if self._path.is_dir() else [self._path]
-        return [(path, path.stat()) for path in inside if path.is_file()]
+        return [(path, path.stat()) for path in self._place.files]
 
 
 @cache

@@ -242,6 +242,8 @@ class DataSet:
         files: How many files were read.
         skipped: How many rows are left out because they are wrong, by what is wrong (`data.on_bad_row`).
         place_notes: What the user should know of which files were read, in a sentence each.
+        word: The word that means exactly these files, see `studio.probe.data.places`.
+        commit: Of a data set of the hub, the commit that was read.
         parts: Of a mixture, what is drawn of each source; rows and findings are then those of all of them.
     """
 
@@ -257,6 +259,8 @@ class DataSet:
     files: int = 1
     skipped: Mapping[str, int] = field(default_factory=dict)
     place_notes: tuple[str, ...] = ()
+    word: str = ""
+    commit: str = ""
 
     @property
     def left_out(self) -> dict[str, int]:

@@ -1,0 +1,293 @@
+"""From the word in `data.path` to the files that are read: a file, a folder of files, or a data set of the hub.
+
+A word is a path, `embedded`, or `owner/name` of the hub. A folder or a data set of the hub may have its split behind it
+(`folder:test`), and the latter its configuration and revision too (`owner/name#small@v2:test`); what the word does not
+say, the recipe may.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from studio.core.errors import BadInput
+from studio.core.text import plain
+from studio.probe.data.chosen_files import (
+    CARD,
+    DEFAULT,
+    NOTHING_SAID,
+    Layout,
+    Wanted,
+    choose,
+    kind_of_name,
+    layout_of_card,
+)
+from studio.probe.data.opened import WANTED, Progress
+from studio.probe.data.reading import AS_IT_IS, Reading
+from studio.probe.data.shipped import EMBEDDED, shipped_data
+
+MOST_FILES = 200_000
+"""Most files and folders that are looked at in a folder: some seconds, and less than 100 MB of names."""
+_MOST_STATE_BYTES = 2**24
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_HUB = re.compile(
+    r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:#([\w.-]{1,200}))?(?:@([\w./-]{1,200}))?(?::([\w.-]{1,200}))?",
+    re.ASCII,
+)
+_SPLIT = re.compile(r"(.+):([\w.-]{1,200})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """The files that a word means.
+
+    Attributes:
+        path: What was asked for.
+        word: The word that means these files and no others: with its split and commit, where there are several.
+        files: The files, in the order in which they are read.
+        names: What messages call each; empty for a file that is read alone.
+        size_bytes: Their size on the disk.
+        notes: What the user should know of which files are read.
+        commit: Of a data set of the hub, the commit that they are of.
+    """
+
+    path: Path
+    word: str
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+    commit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HubWord:
+    """A data set of the hub, as a word and a recipe name it."""
+
+    repo: str
+    revision: str
+    wanted: Wanted
+
+    def exact(self, config: str, split: str, commit: str) -> str:
+        """Return the word for one configuration, split and commit of it; empty where there is only one."""
+        parts = zip("#@:", (config, commit, split), strict=True)
+        return self.repo + "".join(f"{mark}{part}" for mark, part in parts if part)
+
+
+def hub_word(word: str, how: Reading = AS_IT_IS) -> HubWord | None:
+    """Return what a word names on the hub; None where it means something on this computer.
+
+    A word that ends as files of rows do is a path, whether or not there is such a file.
+    """
+    found = _HUB.fullmatch(word)
+    if not found or "--" in word or ".." in word or kind_of_name(found[1]) or _exists(Path(word)) or _folder_of(word):
+        return None
+    wanted = Wanted(found[2] or how.config, found[4] or how.split, how.prefer)
+    return HubWord(found[1], found[3] or how.revision, wanted)
+
+
+def find_files(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None = None, ask: bool = True) -> DataFiles:
+    """Return the files that a word means; those of the hub are downloaded, or taken from its cache.
+
+    Args:
+        path: The word.
+        how: Which configuration, split and revision are read.
+        ask: Whether the hub may be asked; if not, what lies in the cache must do.
+        progress: Told (done, total) in bytes while files are downloaded; may raise to end it.
+
+    Raises:
+        BadInput: There is nothing that could be read; says what was found, and what is wanted.
+    """
+    word = str(path)
+    if word == EMBEDDED:
+        path = shipped_data()
+    elif there := hub_word(str(path), how):
+        from studio.probe.data.hub_data import fetched  # noqa: PLC0415  only data of the hub need it
+
+        return fetched(path, there, progress, ask=ask)
+    elif (found := _folder_of(str(path))) and not _exists(path):
+        return replace(_in_folder(found[0], replace(how, split=found[1])), path=path, word=word)
+    if path.is_dir():
+        return _in_folder(path, how)
+    _require_file(path)
+    for field, value in (("config", how.config), ("split", how.split), ("revision", how.revision)):
+        if value:
+            raise BadInput(
+                f"{plain(str(path), one_line=True)} is one file, which has no {field}; leave data.{field} empty."
+            )
+    return DataFiles(path, word, (path,), (), path.stat().st_size)
+
+
+def known_bytes(word: str, how: Reading = AS_IT_IS) -> int | None:
+    """Return how many bytes a word's files have on the disk, without asking the hub; None where they are not all here.
+
+    What cannot be read has none: reading it will say what is wrong.
+    """
+    try:
+        return find_files(Path(word) if word == EMBEDDED else Path(word).expanduser(), how, ask=False).size_bytes
+    except (BadInput, OSError, RuntimeError, ValueError):
+        return None if hub_word(word, how) else 0
+
+
+def same_place(one: str, other: str) -> bool:
+    """Return whether two words mean one data set of the hub, or one folder or file, whatever their splits."""
+    first, second = (hub_word(word) for word in (one, other))
+    if first or second:
+        return first is not None and second is not None and first.repo == second.repo
+    paths = [
+        found[0] if (found := _folder_of(word)) and not _exists(Path(word)) else Path(word) for word in (one, other)
+    ]
+    return paths[0].expanduser().absolute() == paths[1].expanduser().absolute()
+
+
+def absolute_word(word: str) -> str:
+    """Return a word that means the same in any folder: a path made absolute, anything else as it is."""
+    if word == EMBEDDED or hub_word(word):
+        return word
+    return str(Path(word).expanduser().absolute())
+
+
+def _folder_of(word: str) -> tuple[Path, str] | None:
+    """Return the folder and the split of a word such as `folder:test`."""
+    found = _SPLIT.fullmatch(word)
+    if not found:
+        return None
+    folder = Path(found[1])
+    try:
+        return (folder, found[2]) if folder.is_dir() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _in_folder(folder: Path, how: Reading) -> DataFiles:
+    shown = plain(str(folder), one_line=True)
+    if how.revision:
+        raise BadInput(f"{shown} is a folder, which has no revisions; leave data.revision empty.")
+    there = dict(_inside(folder, shown))
+    chosen = choose(
+        _listed_by_state(there, shown),
+        _layout(there),
+        Wanted(how.config, how.split, how.prefer),
+        f"The folder {shown}",
+        strict=True,
+    )
+    files = tuple(there[name] for name in chosen.names)
+    for path in files:
+        if not os.access(path, os.R_OK):
+            raise BadInput(f"{plain(str(path), one_line=True)} may not be read: permission denied.")
+    sizes = [path.stat().st_size for path in files]
+    if not sum(sizes):
+        raise BadInput(f"The folder {shown} holds only empty files. {WANTED}")
+    word = str(folder) + (f":{chosen.split}" if chosen.split else "")
+    return DataFiles(folder, word, files, chosen.names, sum(sizes), chosen.notes)
+
+
+def _inside(folder: Path, shown: str) -> Iterator[tuple[str, Path]]:
+    """Yield every file in a folder and in the folders in it, with its path from there; links are followed once."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [(folder, "")]
+    looked_at = 0
+    while waiting:
+        place, before = waiting.pop()
+        here = place.stat()
+        if (here.st_dev, here.st_ino) in seen:
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        with os.scandir(place) as entries:
+            for entry in entries:
+                looked_at += 1
+                if looked_at > MOST_FILES:
+                    raise BadInput(
+                        f"The folder {shown} holds more than {MOST_FILES:,} files and folders. Write its rows into a "
+                        "few JSON Lines files, and name a folder of these."
+                    )
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    if entry.is_dir():
+                        waiting.append((Path(entry.path), f"{before}{entry.name}/"))
+                    elif entry.is_file():
+                        yield f"{before}{entry.name}", Path(entry.path)
+                except OSError:  # a link that leads nowhere or in a circle
+                    continue
+
+
+def _listed_by_state(there: dict[str, Path], shown: str) -> list[str]:
+    """Return the files without those of a `save_to_disk` folder that are no part of it, such as `cache-*.arrow`.
+
+    Raises:
+        BadInput: One of its parts is missing.
+    """
+    listed: dict[str, set[str]] = {}
+    for name, path in there.items():
+        folder, slash, file = name.rpartition("/")
+        if file == _STATE and (names := _names_in_state(path)) is not None:
+            listed[folder + slash] = names
+    for folder, names in listed.items():
+        if missing := next((folder + name for name in sorted(names) if folder + name not in there), None):
+            lacks = plain(missing, one_line=True, limit=120)
+            raise BadInput(f"The folder {shown} was saved by datasets, and {lacks} of it is missing.")
+    kept = []
+    for name in there:
+        folder, slash, file = name.rpartition("/")
+        if not file.endswith(".arrow") or file in listed.get(folder + slash, {file}):
+            kept.append(name)
+    return kept
+
+
+def _names_in_state(path: Path) -> set[str] | None:
+    """Return the files that a `state.json` of `datasets` names; None where it is another one."""
+    try:
+        return {str(entry["filename"]) for entry in json.loads(_start(path))["_data_files"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _layout(there: Mapping[str, Path]) -> Layout:
+    """Return what a folder says of its files: as `datasets` saves several splits, or in a card."""
+    if saved := there.get(_SPLITS):
+        try:
+            names = json.loads(_start(saved))["splits"]
+            return Layout({DEFAULT: {str(name): [f"{name}/*.arrow"] for name in names}})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return NOTHING_SAID
+    return layout_of_card(_start(there[CARD])) if CARD in there else NOTHING_SAID
+
+
+def _start(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_STATE_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _require_file(path: Path) -> None:
+    """Require a file that can be opened and holds something.
+
+    Raises:
+        BadInput: There is no such file, it is a device, it is empty, or it may not be read.
+    """
+    shown = plain(str(path), one_line=True)
+    if not path.exists():
+        near = (
+            f" The folder {plain(str(path.parent), one_line=True)} does not exist either."
+            if not path.parent.exists()
+            else ""
+        )
+        raise BadInput(f"The data file {shown} does not exist.{near} {WANTED}")
+    if not path.is_file():
+        raise BadInput(f"{shown} is not a regular file. {WANTED}")
+    if not os.access(path, os.R_OK):
+        raise BadInput(f"{shown} may not be read: permission denied.")
+    if not path.stat().st_size:
+        raise BadInput(f"The data file {shown} is empty. {WANTED}")
