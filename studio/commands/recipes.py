@@ -108,4 +108,6 @@ def _default_text(value: Any) -> str:
         return str(value).lower()
     if value in ("", [], {}):
         return "empty"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

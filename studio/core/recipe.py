@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from studio.core.chat_options import PARTS, Several, TemplateVariables, Variables
 from studio.core.columns import Columns, Pairs
 from studio.core.experts import is_of_experts
 from studio.core.named_templates import NAMED
@@ -482,6 +483,24 @@ class DataSection:
         "Answers only",
         "Loss on the answers alone, not on the prompts.",
     )
+    learn: tuple[str, ...] = declared(
+        PARTS,
+        Several(PARTS),
+        "Learn",
+        "Parts of an answer that are learnt: reasoning, answer, calls. The others are read, not learnt.",
+    )
+    last_answer_only: bool = declared(
+        False,
+        Switch(),
+        "Last answer",
+        "Learn only the last answer of each conversation; off: every one that the data does not exclude.",
+    )
+    template_kwargs: Variables = declared(
+        (),
+        TemplateVariables(),
+        "Template's words",
+        "Variables for the chat template, in training, audits and chats of the run: enable_thinking=false.",
+    )
     config: str = declared(
         "",
         Text(),
@@ -711,6 +730,12 @@ def _between(recipe: Recipe) -> Iterator[Problem]:
         )
     if train.offload_checkpoints and not train.grad_checkpointing:
         yield Problem("train.offload_checkpoints", "true without checkpoints", "train.grad_checkpointing true")
+    if not recipe.data.answers_only:
+        with_all = "with data.answers_only false, which learns every token"
+        if recipe.data.learn != PARTS:
+            yield Problem("data.learn", f"{', '.join(recipe.data.learn)} {with_all}", "all parts, or answers_only true")
+        if recipe.data.last_answer_only:
+            yield Problem("data.last_answer_only", f"true {with_all}", "false, or data.answers_only true")
     if recipe.data.stride > train.seq_len // 2:
         most = f"{train.seq_len // 2} at most, half of train.seq_len"
         yield Problem("data.stride", f"{recipe.data.stride} tokens in rows of {train.seq_len}", most)

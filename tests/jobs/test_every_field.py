@@ -66,6 +66,31 @@ def other_rows(folder: Path) -> str:
     return str(folder / "other.jsonl")
 
 
+def thinking(folder: Path) -> str:
+    return chats(folder, lambda question, answer: [question, f"<think>\n{question}\n</think>\n\n{answer}"])
+
+
+def two_answers(folder: Path) -> str:
+    return chats(folder, lambda question, answer: [question, answer, answer, question])
+
+
+def chats(folder: Path, turns: Callable[[str, str], list[str]]) -> str:
+    roles = ("user", "assistant") * 2
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(roles, turns(*row), strict=False)]}
+        for row in QUESTIONS
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "chats.jsonl")
+
+
+def shouting(folder: Path) -> str:
+    base = make_tiny_model(folder / "shouting")
+    template = base / "chat_template.jinja"
+    template.write_text("{% if shout %}Shout! {% endif %}" + template.read_text())
+    return str(base)
+
+
 def mixture(folder: Path) -> list[dict[str, Any]]:
     return [{"path": other_rows(folder)}, {"path": "embedded", "rows": 3}]
 
@@ -188,6 +213,9 @@ ROWS: dict[str, Row] = {
     "data.config": Row("long", "failure"),
     "data.split": Row("test", "losses", {"data.path": two_splits}),
     "data.revision": Row("v1", "failure"),
+    "data.learn": Row(["answer"], "losses", {"data.path": thinking}),
+    "data.last_answer_only": Row(True, "losses", {"data.path": two_answers}),
+    "data.template_kwargs": Row({"shout": True}, "losses", {"model.base": shouting}),
     "data.on_bad_row": Row("stop", "failure", {"data.path": rows_with_a_bad_one, "data.on_bad_row": "skip"}),
     "data.template": Row("vicuna", "tokens"),
     "data.blocks": Row(False, "held out", {"data.path": long_texts, "data.format": "text"}),

@@ -1,5 +1,6 @@
 """Loads a model's tokenizer and finds the tokens that end an answer; without torch, which only models need."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ from transformers import AutoTokenizer
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
-from studio.jobs.base.data.bounded import apply_template, freeze_date
+from studio.jobs.base.data.bounded import apply_template, freeze_date, set_variables
 from studio.probe.adapter_folder import run_of_adapter
 from studio.runs.identity import first_date
 from studio.runs.layout import RunPaths
+from studio.runs.recipe_file import load_recipe
 
 _MARK = "ANSWER"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model folder; that of a run's adapter has the run's date in its chat template.
+    """Return the tokenizer of a model folder.
+
+    The chat template of a run's adapter is told what the run told it: its date and the recipe's variables.
 
     Raises:
         BadInput: It cannot be loaded.
@@ -30,7 +34,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"The tokenizer of {plain(str(folder), one_line=True)} cannot be loaded: {why_unloadable(error)}"
         ) from error
     if run := run_of_adapter(folder):
-        freeze_date(tokenizer, first_date(RunPaths(Path(run))))
+        paths = RunPaths(Path(run))
+        freeze_date(tokenizer, first_date(paths))
+        with suppress(BadInput):  # a folder that is no run's any more, or that of a merge
+            set_variables(tokenizer, dict(load_recipe(paths.recipe).data.template_kwargs))
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from studio.core.errors import BadInput
 from studio.core.left_out import LEFT_OUT
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.data.bounded import freeze_date
+from studio.jobs.base.data.bounded import freeze_date, set_variables
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.rows import CHUNK_ROWS, Encoder, Encoding, Example
 from studio.jobs.base.data.template import ensure_template
@@ -76,6 +76,7 @@ class Session:
         self.tokenizer = _tokenizer(recipe, tell)
         if self._run is not None:
             freeze_date(self.tokenizer, first_date(self._run))
+        set_variables(self.tokenizer, dict(recipe.data.template_kwargs))
         tell("reading the data", None)
         data = inspect_data(Path(recipe.data.path), Reading.of(recipe))
         notes = list(data.notes())

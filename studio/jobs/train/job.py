@@ -20,7 +20,7 @@ from studio.core.events import Finished, Identified, Planned, Started, Warned
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.text import plain
-from studio.jobs.base.data.bounded import freeze_date, writes_date
+from studio.jobs.base.data.bounded import freeze_date, set_variables, writes_date
 from studio.jobs.base.device import card_used, job_device
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.load import base_folder
@@ -131,6 +131,7 @@ def prepare(worker: Worker, recipe: Recipe, objective: Objective, going_on: Resu
     refuse_other_base(worker.paths, first, folder, trained_on)
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     freeze_date(tokenizer, date)
+    set_variables(tokenizer, dict(recipe.data.template_kwargs))
     if writes_date(tokenizer):
         message = f"the chat template writes the date: this run keeps that of its first start, {date:%d %b %Y}"
         worker.emit(Warned, topic="data", message=message)

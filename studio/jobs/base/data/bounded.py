@@ -14,7 +14,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +47,8 @@ _ANOTHER = "so it cannot be used. Use the tokenizer of another copy of this mode
 
 _DATE = "template_date"
 """The tokenizer's attribute that holds a run's date; it is not saved with the tokenizer."""
+_VARIABLES = "template_variables"
+"""That which holds the variables that a run tells its chat template."""
 _DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVDeFRT"
 
 Table = Sequence[dict[str, Any]]
@@ -55,6 +57,20 @@ Table = Sequence[dict[str, Any]]
 def freeze_date(tokenizer: Any, date: datetime | None) -> None:
     """Render this tokenizer's chat template with a date from now on; with today's where it is None."""
     setattr(tokenizer, _DATE, date)
+
+
+def set_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Tell this tokenizer's chat template these variables from now on, where a call does not say otherwise."""
+    setattr(tokenizer, _VARIABLES, dict(variables))
+
+
+def told_template(tokenizer: Any) -> dict[str, Any]:
+    """Return what this tokenizer's chat template is told besides the rows: a run's date and variables.
+
+    Whoever keeps what was rendered must keep this with it.
+    """
+    date = getattr(tokenizer, _DATE, None)
+    return {"date": date.isoformat() if date else "", "variables": getattr(tokenizer, _VARIABLES, {})}
 
 
 def writes_date(tokenizer: Any) -> bool:
@@ -92,6 +108,7 @@ def apply_template(tokenizer: Any, chats: Sequence[Table], **options: Any) -> An
         BadInput: The template takes too long or too much memory, or its text is far too long.
     """
     date, template = getattr(tokenizer, _DATE, None), tokenizer.chat_template
+    options = getattr(tokenizer, _VARIABLES, {}) | options
     if date and isinstance(template, str) and writes_date(tokenizer):
         options["chat_template"] = _dated(template, date)
     given = sum(map(_characters, chats))

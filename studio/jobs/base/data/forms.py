@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from jinja2 import TemplateError
 
+from studio.core.chat_options import NOT_VARIABLES
 from studio.jobs.base.data.bounded import Table, apply_template
 from studio.jobs.base.data.seen import missing
 from studio.probe.data import Conversation, Message, ToolCall
@@ -35,7 +36,8 @@ class Form:
         arguments: Whether a call's arguments are an `object`, as transformers' guide asks for, or JSON `text`.
         reasoning: The field that holds it; `content`: between `<think>` tags before the content; `parts`: Mistral's
             parts of the content; `blocks`: those of Apertus.
-        empty_is_none: Whether a turn that only calls tools has None for its content.
+        empty_is_none: Whether a turn that only calls tools has None for its content; transformers from 5.24 on leaves
+            such a field out.
         own_ids: Whether calls have the ids of the file. If not, they are counted in nine letters, and the results have
             the names of their tools.
         in_parts: Whether every content is a list of one part, as the templates of models that see want it.
@@ -90,7 +92,10 @@ class Renderer:
             together.setdefault((row.tools, row.template_kwargs, ask), []).append(place)
         for (tools, more, ask), places in together.items():
             tables = [self._table(wanted[place], form) for place in places]
-            texts = _rendered(self.tokenizer, tables, ask, options(tools, more))
+            try:
+                texts = _rendered(self.tokenizer, tables, ask, options(tools, more))
+            except ValueError:  # its variables
+                continue
             for place, text in zip(places, texts, strict=True):
                 made[place] = text
         return made
@@ -118,9 +123,8 @@ class Renderer:
         """Return what the template says when it refuses a conversation."""
         wanted = Wanted(row, len(row.messages), ask=False)
         try:
-            apply_template(
-                self.tokenizer, [self._table(wanted, None)], tokenize=False, **options(row.tools, row.template_kwargs)
-            )
+            more = options(row.tools, row.template_kwargs)
+            apply_template(self.tokenizer, [self._table(wanted, None)], tokenize=False, **more)
         except _REFUSALS as error:
             return str(error)
         return ""
@@ -144,8 +148,14 @@ class Renderer:
 
 
 def options(tools: str, template_kwargs: str) -> dict[str, Any]:
-    """Return a row's tools and variables as `apply_template` takes them."""
+    """Return a row's tools and variables as `apply_template` takes them.
+
+    Raises:
+        ValueError: A variable has a name that is not the row's to give.
+    """
     found: dict[str, Any] = json.loads(template_kwargs) if template_kwargs else {}
+    if taken := sorted(NOT_VARIABLES.intersection(found)):
+        raise ValueError(f"the row's variables for the template may not be called {', '.join(taken)}")
     if tools:
         found["tools"] = [
             {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool

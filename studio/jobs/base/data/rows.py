@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from studio.core.chat_options import PARTS
 from studio.core.errors import JobFailed
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.blocks import Ids, Mask, blocks, start_of, text_ids
@@ -28,7 +29,6 @@ from studio.probe.data import Conversation, PlainText, Preference, Row
 
 CHUNK_ROWS = 256
 """Rows that are tokenised in one call; progress is told after each call."""
-LEARN = ("reasoning", "answer", "calls")
 _UNFOUND = "its answer is not found in what the chat template writes"
 
 
@@ -65,6 +65,8 @@ class Encoding:
         blocks: Make several examples of a plain text that is longer.
         stride: Tokens that such a block repeats from before it.
         document_ends: End every plain text with the end token.
+        learn: The parts of an answer that are learnt.
+        last_answer_only: Label only the last answer of a conversation.
     """
 
     seq_len: int
@@ -72,12 +74,22 @@ class Encoding:
     blocks: bool = True
     stride: int = 0
     document_ends: bool = True
+    learn: tuple[str, ...] = PARTS
+    last_answer_only: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """Return how a recipe's rows are encoded."""
         data = recipe.data
-        return cls(recipe.train.seq_len, data.answers_only, data.blocks, data.stride, data.document_ends)
+        return cls(
+            recipe.train.seq_len,
+            data.answers_only,
+            data.blocks,
+            data.stride,
+            data.document_ends,
+            data.learn,
+            data.last_answer_only,
+        )
 
 
 def encode_rows(
@@ -170,7 +182,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.how = how
         self.report = RowReport()
-        self.locator = Locator(tokenizer, LEARN)
+        # The last answer's example holds the whole conversation: with every token learnt there is no other.
+        self.locator = Locator(tokenizer, how.learn, last_only=how.last_answer_only or not how.answers_only)
         self.labeller = Labeller(tokenizer, self.locator.special)
         self.start = start_of(tokenizer)
         self.special = re.compile("|".join(map(re.escape, self.locator.special)) or r"(?!)")  # (?!) matches nothing
