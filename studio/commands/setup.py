@@ -16,7 +16,7 @@ from studio.core.recommendation import Recommendation
 from studio.core.text import plain
 from studio.probe.checkup import trouble_of
 from studio.probe.machine import Machine, read_machine
-from studio.probe.setup import Answers, check_data, recall_answers, recommendation_for, shape_for
+from studio.probe.setup import Answers, check_data, goal_for, recall_answers, recommendation_for, shape_for
 from studio.runs.atomic import write_whole
 from studio.runs.recipe_file import dump_recipe
 
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
             f"{plain(str(checked.data.path), one_line=True)} must be corrected before training: lora-studio data check "
             "names the rows."
         )
+    if not args.goal:
+        answers = replace(answers, goal=goal_for(answers.goal, checked.facts))
     shape = shape_for(answers.base, answers.card)
     recommendation = recommendation_for(answers, shape, checked.facts)
     if args.out:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Goal = Literal["style", "task", "domain", "facts"]
+Goal = Literal["style", "task", "domain", "facts", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,16 @@ GOALS: dict[Goal, GoalWords] = {
         "on facts that are new to a model makes it invent more (Gekhman et al. 2024). Fine-tune to make it use the "
         "passages well, not to make it remember them.",
         fits=False,
+    ),
+    "text": GoalWords(
+        "Continue pre-training",
+        "take in raw text: a language, a field's papers, our code",
+        128,
+        "raw text is much to take in: a wide adapter",
+        "This changes what a model knows of a language or a field, not how it answers: train answers after it. LoRA "
+        "takes in less than full fine-tuning and forgets less (Biderman et al. 2024, LoRA Learns Less and Forgets "
+        "Less). Some general text mixed in (data.sources) keeps more of what it knew (Ibrahim et al. 2024, Simple and "
+        "Scalable Strategies to Continually Pre-train Large Language Models).",
     ),
 }
 """Every goal, in the order in which screens offer it."""

@@ -192,6 +192,13 @@ class AdapterSection:
         "Whole modules",
         "Modules trained whole beside the adapter, such as lm_head; empty for none. 16 bytes a weight.",
     )
+    whole_rate_ratio: float = declared(
+        1.0,
+        Number(float, 0.001, 10, stops=(0.05, 0.1, 0.2, 0.5, 1)),
+        "Whole rate",
+        "Learning rate of whole modules over that of the adapter; Unsloth advises 0.1 to 0.5 for embeddings and head.",
+        cost="Costs nothing.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ more than any of them.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studio.core.base_form import refusal
@@ -29,6 +29,9 @@ REGRET = "Schulman et al. 2025, LoRA Without Regret"
 QLORA = "Dettmers et al. 2023, QLoRA"
 RASCHKA = "Raschka 2023, Practical Tips for LoRA: one 7B model"
 LITGPT = "LitGPT's fine-tuning tables: 12 models on one A10G"
+BIDERMAN = "Biderman et al. 2024, LoRA Learns Less and Forgets Less"
+MUENNIGHOFF = "Muennighoff et al. 2023, Scaling Data-Constrained Language Models"
+UNSLOTH = "Unsloth 2024, unsloth.ai/blog/contpretraining"
 HABIT = "a habit of the field: try half and twice of it"
 ESTIMATE = "this program's memory estimate"
 YOUR_DATA = "your data"
@@ -39,6 +42,9 @@ _LONGEST_ADVISED = 2048
 _TOKENS_PER_PARAMETER = 2
 """Trained tokens that one adapter parameter can hold: it holds 2 bits, and a token has 1 at most (Schulman et al.)."""
 _WORTHWHILE_SHARE = 0.9
+_MUCH_TEXT_TOKENS = 5_000_000
+_WHOLE_RATE = 0.2
+"""Unsloth advises a rate 2 to 10 times smaller for embeddings and head: the middle of it."""
 _TEMPLATE_TOKENS = 32
 """Tokens that a chat template adds to a row at most: the roles of a few turns, and a system line."""
 _MICRO_BATCHES = (16, 8, 4, 2, 1)
@@ -56,6 +62,7 @@ class DataFacts:
         counted: Whether the model's own tokenizer counted them; else they are estimated from the characters.
         pairs: Whether each row is a pair of answers of which one is preferred; tokens are then those of both sides, and
             the longest row is the longest side.
+        text: Whether the rows are plain texts, of which those that are longer than a row become blocks.
     """
 
     path: str
@@ -64,6 +71,7 @@ class DataFacts:
     longest_tokens: int
     counted: bool = True
     pairs: bool = False
+    text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +161,16 @@ def recommend(
     ground = _Ground(shape, gpu, budget)
     draft = _Draft(Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path))
     _length(draft, data)
+    if data.text:  # from here on a row is a block
+        data = replace(data, rows=max(data.rows, math.ceil(data.tokens / draft.recipe.train.seq_len)))
     if data.pairs:
         _preferences(draft)
     else:
         _epochs(draft, data)
         _learning_rate(draft, shape, data)
     _rank(draft, goal, ground, data)
+    if data.text:
+        _whole_modules(draft, ground)
     _method(draft, ground)
     _batch(draft, ground)
     _held_out(draft, data)
@@ -169,14 +181,14 @@ def recommend(
 
 
 _ORDER = (
-    *("Objective", "Method", "Rank", "Alpha", "Learning rate", "Targets", "Length", "Rows a step", "Epochs"),
-    "Held out",
+    *("Objective", "Method", "Rank", "Alpha", "Learning rate", "Targets", "Embeddings"),
+    *("Length", "Rows a step", "Epochs", "Held out"),
 )
 
 
 def _length(draft: _Draft, data: DataFacts) -> None:
     stops = number_of("train.seq_len").stops
-    needed = data.longest_tokens + _TEMPLATE_TOKENS
+    needed = data.longest_tokens + (1 if data.text else _TEMPLATE_TOKENS)  # a text gets an end token
     fitting = next((int(stop) for stop in stops if stop >= needed), int(stops[-1]))
     length = min(fitting, _LONGEST_ADVISED)
     about = "" if data.counted else "about "
@@ -184,7 +196,10 @@ def _length(draft: _Draft, data: DataFacts) -> None:
         f"the longest row has {about}{data.longest_tokens} tokens of text, and {_TEMPLATE_TOKENS} more are for what a "
         "chat template adds"
     )
-    if needed > length:
+    if data.text:
+        longest = f"the longest text has {about}{data.longest_tokens} tokens"
+        longest += ", and becomes blocks of this length: nothing is cut" if needed > length else ""
+    elif needed > length:
         longest += "; what is longer is cut there"
     draft.choose({"train.seq_len": length}, "Length", f"{length} tokens", longest, YOUR_DATA)
 
@@ -201,13 +216,20 @@ def _preferences(draft: _Draft) -> None:
 
 
 def _epochs(draft: _Draft, data: DataFacts) -> None:
+    if data.text:
+        epochs = 1.0 if data.tokens >= _MUCH_TEXT_TOKENS else 3.0
+        why = f"{data.tokens / 1e6:.1f} M tokens; text read up to four times is worth nearly as much as new text"
+        draft.choose({"train.epochs": epochs}, "Epochs", f"{epochs:g}", why, MUENNIGHOFF)
+        return
     epochs = 3.0 if data.rows < 2000 else 2.0 if data.rows < 10_000 else 1.0
     why = f"{data.rows} rows; more passes memorise them: stop where the held-out loss turns up"
     draft.choose({"train.epochs": epochs}, "Epochs", f"{epochs:g}", why, RASCHKA)
 
 
 def _rank(draft: _Draft, goal: Goal, ground: _Ground, data: DataFacts) -> None:
-    ranks = [int(stop) for stop in number_of("adapter.rank").stops if stop >= GOALS[goal].rank]
+    stops = [int(stop) for stop in number_of("adapter.rank").stops]
+    least = max(stop for stop in stops if stop <= max(stops[0], min(GOALS[goal].rank, _most_rank(ground.shape))))
+    ranks = [stop for stop in stops if stop >= least]
     wanted = data.tokens * draft.recipe.train.epochs / _TOKENS_PER_PARAMETER
     rank, why, source = ranks[0], GOALS[goal].rank_reason, HABIT
     trained = ground.estimate(draft.recipe.with_("adapter.rank", rank)).trainable_parameters
@@ -233,8 +255,22 @@ def _rank(draft: _Draft, goal: Goal, ground: _Ground, data: DataFacts) -> None:
         "Targets",
         "all linear",
         "attention alone learns less than the MLPs alone, at equal size",
-        f"{REGRET}; {QLORA}",
+        f"{REGRET}; {BIDERMAN if data.text else QLORA}",
     )
+
+
+def _whole_modules(draft: _Draft, ground: _Ground) -> None:
+    """Say what it takes to train embeddings and head too; set how fast they would learn."""
+    names = ("embed_tokens",) if ground.shape.tied else ("embed_tokens", "lm_head")
+    before, after = (ground.estimate(recipe).device.expected for recipe in (
+        _leanest(draft.recipe), _leanest(draft.recipe.with_("adapter.modules_to_save", names))
+    ))  # fmt: skip
+    why = (
+        f"another language or script wants {' and '.join(names)} trained whole (adapter.modules_to_save), at a rate "
+        f"2 to 10 times smaller: {(after - before) / GIB:.1f} GiB more"
+    )
+    settings = {"adapter.whole_rate_ratio": _WHOLE_RATE}
+    draft.choose(settings, "Embeddings", "frozen", why, f"{UNSLOTH}; {ESTIMATE}")
 
 
 def _most_rank(shape: ModelShape) -> int:

@@ -18,6 +18,7 @@ from studio.core.preferences import takes_pairs
 from studio.core.recipe import Recipe
 from studio.core.schedule import total_steps_of
 from studio.core.shape import ModelShape
+from studio.core.sources import drawn_rows
 from studio.core.step_work import step_work
 from studio.core.throughput import Duration, Speed, duration_of, qlora_slowdown, speed_of
 from studio.core.vram.report import Range, VramEstimate
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from studio.probe.data.sampled import RowsGuess
 
 _UNKNOWN_CARD = "only the size of the card is known: name it with --gpu"
+_LOOKED_AT = 1000
+"""Sizes of rows that stand for a mixture."""
 _UNKNOWN_INT8 = "no published speed of training on LLM.int8 weights was found to compare with"
 _UNKNOWN_CPU = "nothing has been trained on this processor with these libraries yet: the first run will tell"
 
@@ -136,7 +139,37 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
 def _guess(recipe: Recipe) -> "RowsGuess | None":
     from studio.probe.data.sampled import guess_rows  # noqa: PLC0415  10 ms that a plan without data does not pay
 
-    return guess_rows(recipe.data.path)
+    if not recipe.data.sources:
+        guess = guess_rows(recipe.data.path)
+        in_blocks = guess and guess.plain and recipe.data.blocks
+        return guess.in_blocks(recipe.train.seq_len, recipe.data.stride) if guess and in_blocks else guess
+    return _mixture(recipe)
+
+
+def _mixture(recipe: Recipe) -> "RowsGuess | None":
+    """Return what the beginnings of a mixture's files tell, as one; None where one of them tells nothing."""
+    from studio.probe.data.sampled import RowsGuess, guess_rows  # noqa: PLC0415  as above
+
+    found = [guess_rows(source.path) for source in recipe.data.sources]
+    known = [guess for guess in found if guess]
+    if len(known) < len(found):
+        return None
+    sizes = [guess.tokens_per_row(2**31)[1] for guess in known] if recipe.data.weigh_by == "tokens" else None
+    drawn = drawn_rows(recipe.data.sources, [guess.rows for guess in known], sizes)
+    blocks = []
+    for guess, rows in zip(known, drawn, strict=True):
+        one = replace(guess, rows=rows)
+        cut = guess.plain and recipe.data.blocks
+        blocks.append(one.in_blocks(recipe.train.seq_len, recipe.data.stride) if cut else one)
+    whole = sum(guess.rows for guess in blocks)
+    # As many sizes of each as its share of the rows, so that the mean is that of the mixture.
+    sizes_of = (
+        guess.text_bytes[place * len(guess.text_bytes) // count]
+        for guess in blocks
+        for count in [max(1, round(_LOOKED_AT * guess.rows / whole))]
+        for place in range(count)
+    )
+    return RowsGuess(whole, tuple(sizes_of))
 
 
 def _speed(shape: ModelShape, setup: Setup, gpu: Gpu | None, seen: Sequence[Observation]) -> Speed | None:

@@ -16,7 +16,7 @@ from studio.core.shape import ModelShape
 from studio.core.text import plain
 from studio.probe.data import DataSet, Preference, Reading, Row, inspect_data
 from studio.probe.data.chosen_files import holds_rows
-from studio.probe.data.lengths import texts_of, token_lengths
+from studio.probe.data.lengths import estimated_tokens, texts_of
 from studio.probe.data.places import absolute_word
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
@@ -117,6 +117,12 @@ def check_data(word: str, base: str) -> DataChecked:
     return DataChecked(data, _facts(absolute_word(str(path)), data, base))
 
 
+def goal_for(goal: Goal, facts: DataFacts) -> Goal:
+    """Return the goal that fits the data: raw text is to continue pre-training with, unless another was chosen."""
+    usual = Answers().goal
+    return "text" if facts.text and goal == usual else usual if goal == "text" and not facts.text else goal
+
+
 def shape_for(base: str, card: str) -> ModelShape:
     """Return the shape of a model that can be trained on.
 
@@ -162,17 +168,18 @@ def _facts(path: str, data: DataSet, base: str) -> DataFacts:
     characters = [sum(map(len, texts_of(row))) for row in rows]
     if not characters:
         return DataFacts(path, 0, 0, 0)
+    text = data.format == "text"
     every = max(1, len(characters) // _COUNTED_ROWS)
     longest = sorted(range(len(characters)), key=characters.__getitem__)[-_LONGEST_COUNTED:]
     chosen = list(range(0, len(characters), every))
     try:
-        counted = token_lengths([rows[place] for place in (*chosen, *longest)], base)
+        counted = estimated_tokens([rows[place] for place in (*chosen, *longest)], base)
     except BadInput:
         most = int(max(characters) / _CHARACTERS_PER_TOKEN)
         total = int(sum(characters) / _CHARACTERS_PER_TOKEN)
-        return DataFacts(path, len(data.rows), total, most, counted=False, pairs=pairs)
+        return DataFacts(path, len(data.rows), total, most, counted=False, pairs=pairs, text=text)
     share = sum(counted[: len(chosen)]) / max(1, sum(characters[place] for place in chosen))
-    return DataFacts(path, len(data.rows), int(share * sum(characters)), max(counted), pairs=pairs)
+    return DataFacts(path, len(data.rows), int(share * sum(characters)), max(counted), pairs=pairs, text=text)
 
 
 def _sequences(rows: Sequence[Row]) -> Iterator[Row]:

@@ -126,7 +126,7 @@ def test_facts_are_sent_to_retrieval() -> None:
 def test_every_advice_is_a_sound_recipe_with_a_reason_for_each_choice(
     goal: Goal, shape: object, card: str | None, rows: int, tokens: int, longest: int
 ) -> None:
-    data = DataFacts("rows.jsonl", rows, tokens, longest)
+    data = DataFacts("rows.jsonl", rows, tokens, longest, text=goal == "text")
     recommendation = recommend(goal, "base", shape, data, gpu=find_gpu(card) if card else None)  # type: ignore[arg-type]
     assert recommendation.recipe.problems() == ()
     assert recommendation.recipe.rows_per_step == 16
@@ -135,3 +135,31 @@ def test_every_advice_is_a_sound_recipe_with_a_reason_for_each_choice(
         assert all(recommendation.recipe.get(path) == value for path, value in choice.settings)
     if recommendation.budget_bytes is not None and recommendation.verdict == "fits":
         assert recommendation.estimate.device.high <= recommendation.budget_bytes
+
+
+BOOK = DataFacts("book.txt", rows=1, tokens=2_000_000, longest_tokens=2_000_000, text=True)
+
+
+def test_raw_text_becomes_blocks_that_lose_nothing() -> None:
+    made = recommend("text", "base", EIGHT_B, BOOK, gpu=find_gpu("4090"))
+    assert (made.recipe.train.seq_len, made.recipe.adapter.rank >= 128) == (2048, True)
+    length = next(choice for choice in made.choices if choice.label == "Length")
+    assert "becomes blocks of this length: nothing is cut" in length.why
+    assert made.recipe.train.epochs == 3.0 and made.recipe.eval.rows == 97  # a tenth of 977 blocks
+    much = recommend("text", "base", EIGHT_B, replace(BOOK, tokens=50_000_000), gpu=find_gpu("4090"))
+    assert much.recipe.train.epochs == 1.0 and much.recipe.eval.rows == 100
+    assert made.recipe.problems() == much.recipe.problems() == ()
+    short = recommend("text", "base", TINY, replace(BOOK, longest_tokens=500, tokens=900))
+    assert short.recipe.train.seq_len == 512
+
+
+def test_what_embeddings_and_head_would_cost_is_estimated() -> None:
+    made = recommend("text", "base", EIGHT_B, BOOK, gpu=find_gpu("4090"))
+    (choice,) = (choice for choice in made.choices if choice.label == "Embeddings")
+    # Embeddings and head have 128256 x 4096 weights each, 16 bytes a weight, and what their step holds besides.
+    assert "embed_tokens and lm_head trained whole" in choice.why and "unsloth.ai" in choice.source
+    assert 15.6 < float(choice.why.split(": ")[1].split(" GiB")[0]) < 20
+    assert made.recipe.adapter.modules_to_save == () and made.recipe.adapter.whole_rate_ratio == 0.2
+    tied = recommend("text", "base", replace(EIGHT_B, tied=True), BOOK, gpu=find_gpu("4090"))
+    assert any("wants embed_tokens trained whole" in choice.why for choice in tied.choices)
+    assert not any(choice.label == "Embeddings" for choice in recommend("domain", "base", EIGHT_B, ROWS).choices)

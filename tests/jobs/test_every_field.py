@@ -174,6 +174,7 @@ ROWS: dict[str, Row] = {
     "adapter.alpha_pattern": Row({"q_proj": 64.0}, "losses"),
     "adapter.layers": Row([1], "tensors"),
     "adapter.modules_to_save": Row(["norm"], "tensors"),
+    "adapter.whole_rate_ratio": Row(0.1, "losses", {"adapter.modules_to_save": ["lm_head"]}),
     "train.micro_batch": Row(1, "batch tokens"),
     "train.accumulation": Row(2, "tokens"),
     "train.seq_len": Row(28, "tokens"),

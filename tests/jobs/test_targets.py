@@ -100,6 +100,30 @@ def test_lora_plus_moves_b_faster(kind: str) -> None:
     assert second.abs().mean().item() == pytest.approx(3.2e-2, rel=0.02)
 
 
+def test_whole_modules_have_a_rate_of_their_own() -> None:
+    whole, first, second = (nn.Parameter(torch.zeros(64, 64)) for _ in range(3))
+    named = [
+        ("base.lm_head.modules_to_save.default.weight", whole),
+        ("x.lora_A.default.weight", first),
+        ("x.lora_B.default.weight", second),
+    ]
+    optimizer = build_optimizer(
+        named,
+        kind="adamw_torch",
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        lora_plus_ratio=4.0,
+        whole_rate_ratio=0.1,
+        device=torch.device("cpu"),
+        warn=print,
+    )
+    set_learning_rate(optimizer, 2e-3)
+    sum((parameter.sum() for parameter in (whole, first, second)), start=torch.zeros(())).backward()
+    optimizer.step()
+    moved = [parameter.abs().mean().item() for parameter in (whole, first, second)]
+    assert moved == pytest.approx([2e-4, 2e-3, 8e-3], rel=0.02)
+
+
 def test_lora_plus_overfits_sooner_than_plain(train: Train, recipe: Recipe) -> None:
     recipe = recipe.with_("train.micro_batch", 6).with_("train.steps", 20).with_("train.learning_rate", 1e-3)
     last = {}

@@ -213,3 +213,51 @@ def test_a_pair_of_answers_goes_through_the_model_twice_with_its_prompt(tmp_path
     # With checkpoints a step takes a row through the model three times; the base's pass comes once, not every epoch.
     assert hours[1] / hours[0] == pytest.approx(1 + 1 / 3, rel=0.01)
     assert hours[2] / hours[0] == pytest.approx(1 + 1 / 9, rel=0.05)
+
+
+def test_long_texts_are_guessed_as_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "books.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "word " * words}) for words in (100, 4000, 8000)))
+    guess = guess_rows(str(path))
+    assert guess is not None and guess.plain
+    blocks = guess.in_blocks(512, 0)
+    exact = [max(1, -(-words * 5 // (511 * 4))) for words in (100, 4000, 8000)]
+    assert blocks.rows == pytest.approx(sum(exact), abs=2)
+    usual = blocks.tokens_per_row(512)[1]
+    assert blocks.rows * usual == pytest.approx(12_100 * 5 / 4, rel=0.1), "no token is lost, and few are repeated"
+    assert guess.in_blocks(512, 256).rows > 1.8 * blocks.rows
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+def test_a_book_that_is_one_line_is_guessed_from_its_size(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = "word " * 200_000
+    path.write_text(text if name.endswith("txt") else json.dumps({"text": text}))
+    guess = guess_rows(str(path))
+    assert guess is not None and (guess.rows, guess.plain) == (1, True)
+    assert guess.in_blocks(1024, 0).rows == pytest.approx(1_000_000 / 4 / 1023, rel=0.02)
+
+
+def test_the_hours_of_a_text_are_those_of_all_its_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "book.jsonl"
+    path.write_text(json.dumps({"text": "word " * 80_000}))
+    recipe = Recipe().with_("data.path", str(path)).with_("train.seq_len", 1024).with_("eval.rows", 0)
+    recipe = recipe.with_("eval.samples", 0)
+    shape, gpu = LLAMA, CARD
+    whole = pace_of(recipe, shape, setup_of(recipe, gpu), gpu, data_known=True)
+    assert whole.tokens is not None and whole.tokens[1] == pytest.approx(100_000, rel=0.1)
+    cut = pace_of(recipe.with_("data.blocks", False), shape, setup_of(recipe, gpu), gpu, data_known=True)
+    assert cut.tokens is not None and cut.tokens[1] == 1024
+
+
+def test_a_mixture_is_guessed_from_the_beginnings_of_its_files(tmp_path: Path, rows: Path) -> None:
+    book = tmp_path / "book.jsonl"
+    book.write_text("\n".join(json.dumps({"text": "word " * 800}) for _ in range(100)))
+    recipe = Recipe().with_("eval.rows", 0).with_("eval.samples", 0).with_("train.seq_len", 512)
+    recipe = recipe.with_("data.sources", [{"path": str(rows), "rows": 400}, {"path": str(book)}])
+    shape, gpu = LLAMA, CARD
+    found = pace_of(recipe, shape, setup_of(recipe, gpu), gpu, data_known=True)
+    assert found.tokens is not None
+    assert found.tokens[1] == pytest.approx(400 * 110 + 100 * 1000, rel=0.15)
+    gone = recipe.with_("data.sources", [{"path": str(rows)}, {"path": str(tmp_path / "none.jsonl")}])
+    assert pace_of(gone, shape, setup_of(gone, gpu), gpu, data_known=True).tokens is None

@@ -15,6 +15,7 @@ from studio.probe.setup import (
     Answers,
     check_data,
     data_files,
+    goal_for,
     keep_answers,
     recall_answers,
     recommendation_for,
@@ -71,7 +72,7 @@ def test_the_whole_file_is_read_and_measured(tmp_path: Path) -> None:
 
 
 def test_tokens_are_counted_where_the_tokenizer_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "token_lengths", lambda rows, base: [10] * len(rows))
+    monkeypatch.setattr(module, "estimated_tokens", lambda rows, base: [10] * len(rows))
     checked = check_data(str(rows_file(tmp_path / "rows.jsonl")), "base")
     assert checked.facts.counted
     assert (checked.facts.tokens, checked.facts.longest_tokens) == (400, 10), "both without the chat template"
@@ -138,3 +139,16 @@ def test_pairs_of_answers_are_recognised_and_dpo_is_recommended(tmp_path: Path) 
     assert checked.facts.tokens == pytest.approx(40 * (5 + 200 + 5 + 450) / 3, rel=0.05), "of both sides"
     found = recommendation_for(Answers(data=str(path)), find_shape(EMBEDDED), checked.facts)
     assert found.recipe.train.objective == "dpo"
+
+
+def test_raw_text_is_offered_to_continue_pre_training_with(tmp_path: Path) -> None:
+    path = tmp_path / "book.jsonl"
+    path.write_text(json.dumps({"text": "It was a dark and stormy night. " * 5000}))
+    checked = check_data(str(path), EMBEDDED)
+    assert checked.facts.text and 30_000 < checked.facts.tokens < 60_000
+    assert (goal_for("task", checked.facts), goal_for("domain", checked.facts)) == ("text", "domain")
+    answers = Answers(data=str(path), goal="text")
+    made = recommendation_for(answers, shape_for(EMBEDDED, ""), checked.facts)
+    assert "becomes blocks" in " ".join(choice.why for choice in made.choices)
+    chats = check_data(str(rows_file(tmp_path / "rows.jsonl")), EMBEDDED)
+    assert (goal_for("task", chats.facts), goal_for("text", chats.facts)) == ("task", "task")

@@ -13,6 +13,8 @@ _WITHOUT_PAGES = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_
 
 _RATIO = "learning_rate_ratio"
 _SECOND = ("lora_B", "lora_embedding_B")
+_WHOLE = ".modules_to_save."
+"""In the names that peft gives to the parameters of modules that are trained whole."""
 _MOMENTS = ("state1", "state2")
 """State that bitsandbytes allocates with `get_state_buffer` and so may page; its scales and tables stay on the card."""
 
@@ -55,13 +57,14 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     lora_plus_ratio: float = 1.0,
+    whole_rate_ratio: float = 1.0,
     device: torch.device,
     warn: Callable[[str], None],
 ) -> torch.optim.Optimizer:
     """Return an AdamW over those of the named parameters that are trainable.
 
     With a LoRA+ ratio the B matrices are a group of their own, whose learning rate is the ratio times the others'
-    (Hayou et al. 2024); `set_learning_rate` sees to that.
+    (Hayou et al. 2024). So are modules that are trained whole, with their own ratio. `set_learning_rate` sees to it.
 
     Paging moves optimizer state between card and host through CUDA's unified memory. On a CPU there is nothing to page,
     so the same optimizer without pages is taken and `warn` is told.
@@ -72,12 +75,12 @@ def build_optimizer(
         learning_rate: Of the first step.
         weight_decay: AdamW's decoupled weight decay.
         lora_plus_ratio: The B matrices' learning rate over the others'; 1 for plain LoRA.
+        whole_rate_ratio: The learning rate of modules that are trained whole over the A matrices'.
         device: Where the parameters are.
         warn: Told where another optimizer is taken than was asked for.
     """
-    trainable = _groups(
-        [(name, parameter) for name, parameter in parameters if parameter.requires_grad], lora_plus_ratio
-    )
+    named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    trainable = _groups(named, lora_plus_ratio, whole_rate_ratio)
     name: str = kind
     if device.type != "cuda" and kind in _WITHOUT_PAGES:
         name = _WITHOUT_PAGES[kind]
@@ -104,6 +107,7 @@ def optimizer_of(
         learning_rate=recipe.train.learning_rate,
         weight_decay=recipe.train.weight_decay,
         lora_plus_ratio=recipe.adapter.lora_plus_ratio,
+        whole_rate_ratio=recipe.adapter.whole_rate_ratio,
         device=device,
         warn=warn,
     )
@@ -138,14 +142,16 @@ def restore_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group, times the group's LoRA+ ratio where it has one."""
+    """Set the learning rate of every parameter group, times the group's ratio where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get(_RATIO, 1.0)
 
 
-def _groups(named: list[tuple[str, nn.Parameter]], ratio: float) -> list[dict[str, Any]]:
-    if ratio == 1.0:
-        return [{"params": [parameter for _, parameter in named]}]
-    second = [parameter for name, parameter in named if any(word in name for word in _SECOND)]
-    others = [parameter for name, parameter in named if not any(word in name for word in _SECOND)]
-    return [{"params": others}, {"params": second, _RATIO: ratio}]
+def _groups(named: list[tuple[str, nn.Parameter]], second: float, whole: float) -> list[dict[str, Any]]:
+    """Return the parameters by the ratio of their learning rate, those without one first."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in named:
+        ratio = whole if _WHOLE in name else second if any(word in name for word in _SECOND) else 1.0
+        groups.setdefault(ratio, []).append(parameter)
+    made = [{"params": parameters} | ({_RATIO: ratio} if ratio != 1.0 else {}) for ratio, parameters in groups.items()]
+    return [group for group in made if group["params"]]

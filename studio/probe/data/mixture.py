@@ -18,7 +18,7 @@ from studio.core.errors import BadInput
 from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.sources import Source, drawn_rows
 from studio.core.text import plain
-from studio.probe.data.lengths import token_lengths
+from studio.probe.data.lengths import estimated_tokens
 from studio.probe.data.opened import Progress
 from studio.probe.data.places import find_files, hub_word, known_bytes, same_place
 from studio.probe.data.read import read_data
@@ -222,7 +222,7 @@ def _mean_tokens(rows: Sequence[Row], base: str) -> float:
     if not base or not rows:
         return 0.0
     try:
-        counts = token_lengths(_sample(rows), base)
+        counts = estimated_tokens(_sample(rows), base)
     except BadInput:
         return 0.0
     return max(1.0, sum(counts) / len(counts))

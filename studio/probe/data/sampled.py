@@ -1,8 +1,9 @@
 """How many rows a JSON Lines file has and how much text is in them, from its first half megabyte; no tokenizer."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from studio.probe.data.shipped import EMBEDDED, shipped_data
 
 _LOOK_BYTES = 2**19
 _ROLE = "role"
+_TURNS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "output", "question", "answer"})
+"""Columns of conversations: a row that has one is no plain text."""
+_KEY_BYTES = 64
+_MOST_BLOCKS = 1000
+"""Blocks of a text that are looked at one by one; the others are as long."""
 
 BYTES_PER_TOKEN = (4.8, 4.0, 2.5)
 """UTF-8 bytes of text per token, for least, usual and most tokens. On the embedded rows 4.2 were measured with
@@ -32,12 +38,14 @@ class RowsGuess:
     Attributes:
         rows: Rows in the file: counted if all of it was read, else estimated from the length of lines.
         text_bytes: UTF-8 bytes of text in each row that was read.
+        plain: Whether the rows are plain texts, which become blocks where they are longer than a row.
         asked_bytes: Those of them that are not in the columns of two answers, in rows that have these; else 0.
     """
 
     rows: int
     text_bytes: tuple[int, ...]
     asked_bytes: tuple[int, ...] = ()
+    plain: bool = False
 
     def tokens_per_row(self, longest: int, *, paired: bool = False) -> tuple[float, float, float]:
         """Return the mean tokens of a row that is cut at `longest`: least, usual and most.
@@ -46,13 +54,32 @@ class RowsGuess:
             longest: Most tokens of a sequence.
             paired: Whether a row is a pair of answers, which goes through the model twice, each time with its prompt.
         """
-        pairs = zip(BYTES_PER_TOKEN, TEMPLATE_TOKENS, strict=True)
+        added = (1, 1, 1) if self.plain else TEMPLATE_TOKENS  # no template writes a text; an end token is added
+        pairs = zip(BYTES_PER_TOKEN, added, strict=True)
         sizes = self.text_bytes
         if paired and self.asked_bytes:
             sizes = tuple(text + asked for text, asked in zip(sizes, self.asked_bytes, strict=True))
         times = 1 + paired
         least, usual, most = (_mean(sizes, times * longest, ratio, times * more) for ratio, more in pairs)
         return least, usual, most
+
+    def in_blocks(self, longest: int, stride: int) -> "RowsGuess":
+        """Return the same texts as blocks: so many rows, each with its share of the text.
+
+        Args:
+            longest: Most tokens of a block.
+            stride: Tokens that a block repeats from the one before it.
+        """
+        new = max(1, longest - max(1, stride)) * BYTES_PER_TOKEN[1]
+        blocks = [max(1, math.ceil(size / new)) for size in self.text_bytes]
+        rows = max(1, round(self.rows * sum(blocks) / len(blocks)))
+        repeated = max(1, stride) * BYTES_PER_TOKEN[1]
+        sizes = (
+            round(size / count + repeated * (count - 1) / count)
+            for size, count in zip(self.text_bytes, blocks, strict=True)
+            for _ in range(min(count, _MOST_BLOCKS))
+        )
+        return replace(self, rows=rows, text_bytes=tuple(sizes), asked_bytes=())
 
 
 def _mean(sizes: Sequence[int], longest: int, bytes_per_token: float, more: int) -> float:
@@ -78,8 +105,12 @@ def _guess(path: Path, size: int, _changed: int) -> RowsGuess | None:
     with path.open("rb") as file:
         start = file.read(_LOOK_BYTES)
     if size > len(start):
+        if b"\n" not in start and b'"text"' in start[:_KEY_BYTES]:  # a long text, and perhaps others like it
+            return RowsGuess(1, (size,), plain=True)
         start = start[: start.rfind(b"\n") + 1]
-    texts, asked = [], []
+    if path.suffix in (".txt", ".md"):
+        return RowsGuess(1, (size,), plain=True)
+    texts, asked, plain = [], [], []
     for line in start.splitlines():
         if not line.strip():
             continue
@@ -90,12 +121,13 @@ def _guess(path: Path, size: int, _changed: int) -> RowsGuess | None:
         if not isinstance(row, dict):
             return None
         texts.append(_text_bytes(row))
+        plain.append(isinstance(row.get("text"), str) and _TURNS.isdisjoint(row))
         paired = not ANSWER_COLUMNS.isdisjoint(row)
         asked.append(sum(_text_bytes(row[name], name) for name in row.keys() - ANSWER_COLUMNS) if paired else 0)
     if not texts:
         return None
     rows = len(texts) if size <= len(start) else round(size * len(texts) / len(start))
-    return RowsGuess(rows, tuple(texts), tuple(asked))
+    return RowsGuess(rows, tuple(texts), tuple(asked), plain=all(plain))
 
 
 def _text_bytes(value: Any, key: str = "") -> int:

@@ -17,7 +17,7 @@ from textual.widgets import Static
 
 from studio.core.errors import StudioError
 from studio.probe.local_models import Listed
-from studio.probe.setup import Answers
+from studio.probe.setup import Answers, goal_for
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
 from studio.tui.services import Services
@@ -85,7 +85,9 @@ class Lookup:
             checked = self._checked(answers.data, answers.base)
         except StudioError as error:
             return Seen(refused_text(str(error)))
-        return Seen(data_text(checked), replace(answers, data=checked.facts.path) if checked.sound else None)
+        goal = goal_for(answers.goal, checked.facts)
+        fitting = replace(answers, data=checked.facts.path, goal=goal)
+        return Seen(data_text(checked), fitting if checked.sound else None)
 
     def recommendation(self, answers: Answers) -> "Recommendation":
         """Return the recommendation.
@@ -202,6 +204,8 @@ class SetupScreen(Screen[SetupDone | None]):
             self._recommendation = None
             self._step("recipe").tell(Content(_BUSY))
             self._recommend(self.answers)
+        elif key == "goal":
+            self._step("goal").offer(goal_options(), self.answers.goal)
         elif key in ("model", "data"):
             self._look_soon(key, self._step(key).lit)
 
