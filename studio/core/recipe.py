@@ -660,7 +660,11 @@ class Recipe:
         """Return everything that is wrong with this recipe: field by field, then between fields that are sound."""
         found = [problem for path, place in FIELDS.items() for problem in place.problems(self.get(path))]
         wrong = {problem.path for problem in found}
-        return (*found, *(problem for problem in _between(self) if problem.path not in wrong))
+        # What stands between fields is looked at with defaults for the wrong ones: those may be of any type.
+        sound = self
+        for path in wrong:
+            sound = sound.with_(path, FIELDS[path].default)
+        return (*found, *(problem for problem in _between(sound) if problem.path not in wrong))
 
 
 _HEADINGS = {
