@@ -11,13 +11,14 @@ from studio.commands.options import add_json
 from studio.commands.terminal import DONE, NO, WaitLine, say, write_json
 from studio.core.columns import Pairs
 from studio.core.errors import BadInput
-from studio.core.recipe import FIELDS, choices_of
+from studio.core.recipe import FIELDS, Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.data import Conversation, DataSet, Finding, Preference, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
 from studio.probe.data.mixture import data_of
 from studio.probe.embedded_model import unpack_embedded
 from studio.probe.models import find_base
+from studio.probe.reasoning_advice import advice_of
 from studio.runs.recipe_file import load_recipe
 
 _LISTED_LONG_ROWS = 20
@@ -102,14 +103,26 @@ def run(args: argparse.Namespace) -> int:
                 revision=args.revision,
             )
             data = inspect_data(Path(args.file).expanduser(), how, progress=told)
+            recipe = None
+    base = args.model or (recipe.model.base if recipe else "")
+    advice = _advice(recipe, base, data) if base else ""
     tokens = token_lengths(data.rows, args.model) if args.model else None
     long_rows = _longer(data.rows, tokens, args.seq) if tokens is not None and args.seq else []
-    report = _report(data, tokens, long_rows)
+    report = {**_report(data, tokens, long_rows), "advice": advice or None}
     if args.json:
         write_json(report)
     else:
         _tell(data, report)
     return DONE if report["ok"] else NO
+
+
+def _advice(recipe: Recipe | None, base: str, data: DataSet) -> str:
+    """Return what to consider of these rows for a model; empty where it is not known on this machine."""
+    try:
+        folder = find_base(base).path
+    except BadInput:
+        return ""
+    return advice_of(recipe or Recipe(), folder, data.rows)
 
 
 def _make_loadable(model: str) -> None:
@@ -170,6 +183,8 @@ def _tell(data: DataSet, report: dict[str, Any]) -> None:
             say(f"{what}: {count:,} of {report['rows']:,} rows {learnt}")
     for note in data.notes():
         say(note)
+    if report["advice"]:
+        say(report["advice"])
     for unit, spread in report["lengths"].items():
         if spread:
             parts = (f"{key} {_count(value)}" for key, value in spread.items())

@@ -14,6 +14,7 @@ from studio.probe.device import Place, Sight, place_of
 from studio.probe.held_out import hold_out
 from studio.probe.models import BaseFound, find_base, refuse_untrainable
 from studio.probe.named_template import check_template
+from studio.probe.reasoning_advice import advice_of
 from studio.runs.recipe_file import resolve_paths
 
 _AT_ONCE_BYTES = 2**26
@@ -67,7 +68,7 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     if data.commit and not recipe.data.revision:
         recipe = recipe.with_("data.revision", data.commit)  # so that a resume reads the same rows
     notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
-    notes += tuple(filter(None, (rate_note(recipe),)))
+    notes += tuple(filter(None, (rate_note(recipe), advice_of(recipe, base.path, data.rows))))
     if recipe.data.template and data.format == "text":
         notes += ("data.template is not used: plain text has no turns to write.",)
     if data.parts:

@@ -21,6 +21,7 @@ from studio.probe.data.places import absolute_word
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import device_from_catalogue, device_of
+from studio.probe.reasoning_advice import reasoning_advice
 from studio.probe.shape import find_shape, shape_of_base
 from studio.runs.atomic import read_object, write_whole
 from studio.runs.home import SETUP_FILE, studio_home
@@ -60,10 +61,12 @@ class DataChecked:
     Attributes:
         data: Its rows, and what was found on the way.
         facts: What a recommendation needs to know of it.
+        advice: What to consider of these rows for this model; empty where there is nothing.
     """
 
     data: DataSet
     facts: DataFacts
+    advice: str = ""
 
     @property
     def sound(self) -> bool:
@@ -114,7 +117,14 @@ def check_data(word: str, base: str) -> DataChecked:
     data = inspect_data(path)
     if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
         data = inspect_data(path, Reading(wants="pairs"))
-    return DataChecked(data, _facts(absolute_word(str(path)), data, base))
+    return DataChecked(data, _facts(absolute_word(str(path)), data, base), _advice(base, data))
+
+
+def _advice(base: str, data: DataSet) -> str:
+    try:
+        return reasoning_advice(find_base(base).path, data.rows)
+    except (BadInput, OSError, RuntimeError, ValueError):  # not found, a name too long, a NUL
+        return ""
 
 
 def goal_for(goal: Goal, facts: DataFacts) -> Goal:

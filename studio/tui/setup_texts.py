@@ -127,7 +127,7 @@ def data_text(checked: DataChecked) -> Content:
             f"{about}{count(facts.tokens)} tokens of text, the longest row {about}{count(facts.longest_tokens)}{how}; "
             f"what a chat template adds to each is not counted\n"
         )
-    for note in data.notes():
+    for note in (*data.notes(), *filter(None, (checked.advice,))):
         parts += [("note  ", "$text-warning"), f"{plain(note, one_line=True, limit=400)}\n"]
     fatal = [finding for finding in data.findings if finding.fatal][:_MOST_FINDINGS]
     for finding in fatal:
