@@ -28,7 +28,8 @@ from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from studio.core.recipe import AdapterSection, TrainSection
-from studio.jobs.base.data.rows import Example, encode_rows
+from studio.jobs.base.data.encode import encode_rows
+from studio.jobs.base.data.rows import Example
 from studio.jobs.base.load import FourBit, base_folder, load_base
 from studio.jobs.base.precision import choose_precision
 from studio.jobs.base.tokenizer import load_tokenizer

@@ -8,8 +8,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Example, RowReport, encode_rows
+from studio.jobs.base.data.row_report import RowReport
+from studio.jobs.base.data.rows import Example
 from studio.probe.data import Conversation, Message
 from tests.fakes.runs import CHECKOUT
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from studio.core.events import Warned
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.blocks import start_of
+from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Encoder, Encoding, Example, encode_rows
+from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.tokenizer import load_tokenizer
 from studio.probe.audit import audit_of_run, rows_to_measure
 from studio.probe.data import PlainText

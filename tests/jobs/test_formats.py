@@ -15,8 +15,8 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.jobs.base.data import template
+from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import encode_rows
 from studio.jobs.base.data.template import ensure_template
 from studio.probe.data import Conversation, Message, Reading, formats, inspect_data, read, read_data
 from studio.probe.data.raw_row import RawRow, Shape

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.events import Evaluated, StepDone
 from studio.core.recipe import Recipe
-from studio.jobs.base.data.rows import Example, encode_rows
+from studio.jobs.base.data.encode import encode_rows
+from studio.jobs.base.data.rows import Example
 from studio.jobs.measure.fake import fake_world
 from studio.jobs.measure.storages import Storages
 from studio.jobs.measure.trace import Target, run_engine

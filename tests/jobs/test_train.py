@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.data.rows import encode_rows
+from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.train import adapter, between, trainable_model
 from studio.jobs.train.batches import Batcher, StepBatches
 from studio.jobs.train.between import held_out_losses

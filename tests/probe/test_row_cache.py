@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from studio.core.errors import BadInput
 from studio.probe.data import DataSet, Reading, inspect_data, read, read_data, row_cache, stored_rows
+from studio.probe.data.places import DataFiles
 from studio.probe.data.stored_rows import StoredRows
 from studio.runs import data_cache
 from studio.runs.home import HOME_VARIABLE
@@ -35,9 +37,9 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     raw_rows = read._raw_rows
 
-    def spied(path: Path, *rest: object) -> object:
-        seen.append(path)
-        return raw_rows(path, *rest)  # type: ignore[arg-type]
+    def spied(place: DataFiles, *rest: Any) -> object:
+        seen.append(place.path)
+        return raw_rows(place, *rest)
 
     monkeypatch.setattr(read, "_raw_rows", spied)
     return seen

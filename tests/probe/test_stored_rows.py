@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from studio.probe.data import Conversation, Message, PlainText, Preference, Row, ToolCall, stored_rows
 from studio.probe.data.stored_rows import RowWriter, StoredRows, packed, unpacked, without_number
+from studio.runs import spool
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # lone surrogates too: JSON can hold them
 CALLS = st.lists(st.builds(ToolCall, TEXT, TEXT, TEXT), max_size=2).map(tuple)
@@ -102,10 +103,9 @@ def test_a_full_disk_leaves_the_rows_in_memory(
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data[:room])
 
-    monkeypatch.setattr(stored_rows, "_BLOCK_BYTES", 500)
+    monkeypatch.setattr(spool, "_BLOCK_BYTES", 500)
     monkeypatch.setattr(Path, "open", lambda self, mode, buffering: Full(self, mode))
-    writer, rows = written(tmp_path / "rows", ROWS)
-    assert writer.folder is None
+    _, rows = written(tmp_path / "rows", ROWS)
     assert not (tmp_path / "rows").exists()
     assert list(rows) == ROWS
     assert rows[500] == ROWS[500]

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from studio.core.recipe import Recipe
-from studio.jobs.base.data.rows import encode_rows
+from studio.jobs.base.data.encode import encode_rows
 from studio.probe.data import read_data, split
 from studio.runs.history import History
 from studio.runs.job import read_job

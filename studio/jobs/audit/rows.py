@@ -10,7 +10,8 @@ import numpy as np
 from studio.core.errors import BadInput
 from studio.core.recipe import Recipe
 from studio.core.text import plain
-from studio.jobs.base.data.rows import Encoding, Example, encode_rows
+from studio.jobs.base.data.encode import encode_rows
+from studio.jobs.base.data.rows import Encoding, Example
 from studio.jobs.base.data.template import Warn, ensure_template
 from studio.probe.audit import rows_to_measure
 from studio.probe.data import different_answers

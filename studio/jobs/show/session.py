@@ -11,8 +11,9 @@ from studio.core.left_out import LEFT_OUT
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.data.bounded import freeze_date, set_variables
+from studio.jobs.base.data.encode_pool import CHUNK_ROWS
 from studio.jobs.base.data.row_report import RowReport
-from studio.jobs.base.data.rows import CHUNK_ROWS, Encoder, Encoding, Example
+from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.show.pieces import shown_example

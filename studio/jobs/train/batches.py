@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.train.objectives import Batch, Encoded, Objective, sequences
 from studio.jobs.train.objectives.supervised import SUPERVISED
 
@@ -83,8 +84,11 @@ class StepBatches:
             by_length: Whether micro-batches are made of rows of similar length.
         """
         self._examples = examples
-        self._lengths = np.array([_padded(example) for example in examples])
-        self._tokens = np.array([len(example.input_ids) for example in examples])
+        if isinstance(examples, StoredExamples):
+            self._lengths = self._tokens = examples.lengths.astype(np.int64)
+        else:
+            self._lengths = np.array([_padded(example) for example in examples])
+            self._tokens = np.array([len(example.input_ids) for example in examples])
         self._batcher = batcher
         self._per_step = min(rows_per_step, len(examples))
         self._seed = seed

@@ -6,7 +6,7 @@ Held-out rows go through the same loss path and micro-batch as training, so eval
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from studio.core.events import Evaluated, Paused, Sampled, Saved, Warned
 from studio.core.intervals import Interval, ratio_interval
 from studio.core.recipe import Recipe
 from studio.jobs.base.data.rows import Prompt
+from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.base.failures import Cancelled
 from studio.jobs.base.generation import greedy
 from studio.jobs.base.progress import PhaseTeller, heed
@@ -37,6 +38,8 @@ from studio.runs.watch import read_history
 from studio.runs.worker import Worker
 
 _PAUSE_POLL_SECONDS = 0.2
+_PART = 4096
+"""Held-out rows that are in memory together, where they lie on disk."""
 
 
 @dataclass(slots=True)
@@ -270,21 +273,33 @@ def held_out_losses(
         batcher: Training's, so that evaluation never needs more memory than training.
         progress: Told the fraction done.
     """
-    sums, figures, done = [math.nan] * len(examples), list[torch.Tensor](), 0
-    # The batcher sorts rows by length, and two rows may be equal: a row's place is found again by its identity.
-    places = {id(example): place for place, example in enumerate(examples)}
+    sums, divided_by, figures = list[float](), list[int](), list[torch.Tensor]()
     with evaluating(step_model):
-        for rows in batcher.groups(examples):
-            batch = batcher.batch(rows)
-            losses = step_model.metric(batch).tolist()
-            if FIGURES in batch:
-                figures.append(batch[FIGURES])
-            for example, loss in zip(rows, losses, strict=True):
-                sums[places[id(example)]] = loss
-            done += len(rows)
-            progress(done / len(examples))
-    divided_by = tuple(batcher.objective.denominator([example]) for example in examples)
-    return RowLosses(tuple(sums), divided_by), mean_figures(figures)
+        for some in _parts(examples):
+            seen = [math.nan] * len(some)
+            # The batcher sorts rows by length, and two may be equal: a row's place is found again by its identity.
+            places = {id(example): place for place, example in enumerate(some)}
+            done = len(sums)
+            for rows in batcher.groups(some):
+                batch = batcher.batch(rows)
+                losses = step_model.metric(batch).tolist()
+                if FIGURES in batch:
+                    figures.append(batch[FIGURES])
+                for example, loss in zip(rows, losses, strict=True):
+                    seen[places[id(example)]] = loss
+                done += len(rows)
+                progress(done / len(examples))
+            sums += seen
+            divided_by += [batcher.objective.denominator([example]) for example in some]
+    return RowLosses(tuple(sums), tuple(divided_by)), mean_figures(figures)
+
+
+def _parts(examples: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+    """Yield all examples in memory; those on disk a part at a time."""
+    if isinstance(examples, StoredExamples):
+        yield from (examples[start : start + _PART] for start in range(0, len(examples), _PART))
+    else:
+        yield examples
 
 
 def gain_since(before: RowLosses | None, after: RowLosses) -> Interval | None:

@@ -18,6 +18,7 @@ from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.jobs.base.data.chosen_template import untrained_tokens, use_template
 from studio.jobs.base.data.rows import Prompt, sample_prompts
+from studio.jobs.base.data.stored_examples import StoredExamples
 from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.progress import PhaseTeller, heed
 from studio.jobs.train.objectives import Encoded, Objective, sequences
@@ -75,6 +76,10 @@ def read_rows(
     def file_read(done: int, total: int) -> None:
         read(done / max(1, total))
 
+    def tokenised(fraction: float) -> None:
+        tell("tokenising the rows", fraction)
+        heed(worker, "stopped while the rows were tokenised")
+
     def compared(done: int, total: int) -> None:
         tell("comparing the rows", done / max(1, total))
         heed(worker, "stopped while the data were read")
@@ -108,7 +113,10 @@ def read_rows(
         ensure_template(tokenizer, data.format, warn)
 
     def encoded(rows: Sequence[Row]) -> Sequence[Encoded]:
-        return objective.encode(rows, tokenizer, recipe, warn=warn, left_out=left_out, progress=read)
+        examples = objective.encode(rows, tokenizer, recipe, warn=warn, left_out=left_out, progress=tokenised)
+        if isinstance(examples, StoredExamples) and examples.recalled:
+            tell("tokenising the rows", 1.0, "the tokens that an earlier run made of these rows are used")
+        return examples
 
     prompts = sample_prompts(held, tokenizer, recipe.eval.samples, seq_len=recipe.train.seq_len)
     return Rows(encoded(train_rows), encoded(held) if held else [], prompts, +left_out)
@@ -154,8 +162,8 @@ def check_fit(worker: Worker, recipe: Recipe, model: PeftModel, rows: Rows, toke
     """
     causal = model.get_base_model()
     known = causal.get_input_embeddings().weight.shape[0]
-    everything = [*rows.train, *rows.held_out]
-    largest = max(int(example.input_ids.max()) for example in everything)
+    parts = [part for part in (rows.train, rows.held_out) if part]
+    largest = max(map(_largest_id, parts))
     if largest >= known:
         raise JobFailed(
             "tokenizer_mismatch",
@@ -163,7 +171,7 @@ def check_fit(worker: Worker, recipe: Recipe, model: PeftModel, rows: Rows, toke
             "use the tokenizer that belongs to this model",
         )
     limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(side.input_ids) for example in everything for side in sequences(example))
+    longest = max(map(_most_tokens, parts))
     if isinstance(limit, int) and longest > limit:
         message = f"the longest row has {longest} tokens; the model was made for {limit} (max_position_embeddings)"
         worker.emit(Warned, topic="data", message=message)
@@ -183,3 +191,15 @@ def _warn_of_untrained(worker: Worker, recipe: Recipe, model: PeftModel, tokeniz
             '(adapter.modules_to_save = ["embed_tokens", "lm_head"]), or choose a template without special tokens'
         )
         worker.emit(Warned, topic="data", message=message)
+
+
+def _largest_id(examples: Sequence[Encoded]) -> int:
+    if isinstance(examples, StoredExamples):
+        return examples.largest
+    return max(int(example.input_ids.max()) for example in examples)
+
+
+def _most_tokens(examples: Sequence[Encoded]) -> int:
+    if isinstance(examples, StoredExamples):
+        return int(examples.lengths.max())
+    return max(len(side.input_ids) for example in examples for side in sequences(example))

@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple, get_args, overload
 from studio.probe.data.opened import Progress
 from studio.probe.data.row_cache import code_sum
 from studio.probe.data.rows import Row
-from studio.probe.data.stored_rows import FileBytes, HeldBytes, StoredRows, packed, unpacked, without_number
+from studio.probe.data.stored_rows import StoredRows, packed, unpacked, without_number
 from studio.probe.data.views import Chain, Drawn
 from studio.runs.data_cache import find_entry, keep_entry, remove_folder, scratch_entry, sum_of_bytes
+from studio.runs.spool import FileBytes, HeldBytes
 
 _FILE = "keys.bin"
 _TOLD_ROWS = 512

@@ -2,67 +2,24 @@
 
 A million rows as objects take four times the room of their texts. Files of some megabytes stay in memory; of larger
 ones the rows are written to a file while they are read (`RowWriter`), and `StoredRows` is the sequence of them.
-Each row is a line of JSON. The file is read at the places that are wanted, not mapped: pages of a mapping that were
-read count as memory of the process.
+Each row is a line of JSON.
 """
 
-import io
 import json
-import os
-import threading
-import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, astuple, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self, cast, overload
 
 from studio.probe.data.rows import Conversation, Message, PlainText, Preference, Row, ToolCall
-from studio.runs.data_cache import remove_folder
+from studio.runs.spool import FileBytes, HeldBytes, Spool
 
 IN_MEMORY_CHARACTERS = 8 * 2**20
 """Rows with at most so many characters, all together, stay in memory as they are."""
 ROWS_FILE, STARTS_FILE = "rows.jsonl", "starts.bin"
 _BLOCK_BYTES = 2**20
-
-
-class FileBytes:
-    """A file that is read at any place; stays readable after it was removed, except on Windows."""
-
-    def __init__(self, path: Path) -> None:
-        """Open it.
-
-        Raises:
-            OSError: It cannot be opened.
-        """
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._lock = threading.Lock()
-        weakref.finalize(self, os.close, self._file)
-
-    def read(self, begin: int, stop: int) -> bytes:
-        """Return the bytes `[begin, stop)`.
-
-        Raises:
-            OSError: They cannot be read.
-        """
-        if hasattr(os, "pread"):
-            return os.pread(self._file, stop - begin, begin)
-        with self._lock:
-            os.lseek(self._file, begin, os.SEEK_SET)
-            return os.read(self._file, stop - begin)
-
-
-class HeldBytes:
-    """Bytes in memory, read as a file is."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def read(self, begin: int, stop: int) -> bytes:
-        """Return the bytes `[begin, stop)`."""
-        return self._content[begin:stop]
 
 
 class Store:
@@ -112,6 +69,12 @@ class StoredRows(Sequence[Row]):
         """Return all rows of the store."""
         return StoredRows(self.store)
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes they take on disk."""
+        starts = self.store.starts
+        return sum(starts[place + 1] - starts[place] for place in self.places)
+
     def __len__(self) -> int:
         return len(self.places)
 
@@ -148,95 +111,49 @@ class RowWriter:
         Args:
             scratch: Makes the folder in which rows are written; may raise OSError.
         """
-        self.folder: Path | None = None
         self._scratch = scratch
         self._rows: list[Row] = []
         self._characters = 0
         self._starts: array[int] = array("Q", [0])
-        self._file: io.FileIO | None = None
-        self._written = 0
-        self._pending = bytearray()
+        self._spool: Spool | None = None
 
     def __len__(self) -> int:
-        return len(self._rows) if self.few else len(self._starts) - 1
-
-    @property
-    def few(self) -> bool:
-        """Whether the rows so far stay in memory as they are."""
-        return self._characters <= IN_MEMORY_CHARACTERS
+        return len(self._starts) - 1 if self._spool else len(self._rows)
 
     def add(self, row: Row) -> None:
         """Take one more row."""
-        if not self.few:
-            self._pack(row)
+        if self._spool:
+            self._pack(row, self._spool)
             return
         self._rows.append(row)
         self._characters += sum(len(turn.words) for turn in row.turns)
-        if not self.few:
-            with suppress(OSError):
-                self.folder = self._scratch()
-                self._file = (self.folder / ROWS_FILE).open("w+b", buffering=0)
+        if self._characters > IN_MEMORY_CHARACTERS:
+            self._spool = Spool(self._scratch, ROWS_FILE)
             for one in self._rows:
-                self._pack(one)
+                self._pack(one, self._spool)
             self._rows.clear()
 
     def done(self, publish: Callable[[Path], Path]) -> Sequence[Row]:
-        """Return the rows.
+        """Return the rows; those on disk are read from there.
 
         Args:
-            publish: Gives the folder that they were written into its final place and returns that; the same folder
-                where it has none. May raise OSError. Not called for rows in memory.
+            publish: As for `Spool.done`; not called for rows in memory.
         """
-        if self.few:
+        if self._spool is None:
             return tuple(self._rows)
-        self._flush()
-        if self._file is not None and self.folder is not None:
-            scratch = self.folder
-            with suppress(OSError):
-                (scratch / STARTS_FILE).write_bytes(self._starts.tobytes())
-                self._file.close()
-                folder = publish(scratch)
-                rows = StoredRows.opened(folder, "" if folder == scratch else folder.name)
-                if folder != scratch:
-                    self.folder = None
-                return rows
-            self._file = (scratch / ROWS_FILE).open("rb", buffering=0)
-            self._hold()
-        return StoredRows(Store(HeldBytes(bytes(self._pending)), self._starts))
+        source, folder = self._spool.done({STARTS_FILE: self._starts.tobytes()}, publish)
+        name = folder.name if folder and not folder.name.startswith(".") else ""
+        return StoredRows(Store(source, self._starts, name))
 
     def drop(self) -> None:
-        """Remove what was written."""
-        if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
-        if self.folder is not None:
-            remove_folder(self.folder)
-        self.folder = self._file = None
+        """Remove what was written and not published."""
+        if self._spool:
+            self._spool.drop()
 
-    def _pack(self, row: Row) -> None:
+    def _pack(self, row: Row, spool: Spool) -> None:
         data = packed(row)
         self._starts.append(self._starts[-1] + len(data))
-        self._pending += data
-        if len(self._pending) >= _BLOCK_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._file is None:
-            return
-        try:
-            while self._pending:
-                done = self._file.write(self._pending)
-                self._written += done
-                del self._pending[:done]
-        except OSError:
-            self._hold()
-
-    def _hold(self) -> None:
-        """Go on in memory, because the disk takes no more; what it has taken is read back."""
-        if self._file is not None:
-            self._file.seek(0)
-            self._pending[:0] = self._file.read(self._written)
-        self.drop()
+        spool.add(data)
 
 
 def packed(row: Row) -> bytes:

@@ -11,6 +11,7 @@ or else a resume or an audit on another day would read other tokens.
 
 import faulthandler
 import json
+import re
 import signal
 import threading
 import time
@@ -51,6 +52,9 @@ _VARIABLES = "template_variables"
 """That which holds the variables that a run tells its chat template."""
 _DIRECTIVES = "aAwdbBmyYHIMpSfzZjUWcxXGuVDeFRT"
 
+_ASKED = re.compile(r"strftime_now\s+is\s+(?:not\s+)?defined")
+_DATE_CALL = re.compile(r"strftime_now\b(?:\s*\(\s*(?:'([^'\\]+)'|\"([^\"\\]+)\")\s*\))?")
+
 Table = Sequence[dict[str, Any]]
 
 
@@ -76,6 +80,17 @@ def told_template(tokenizer: Any) -> dict[str, Any]:
 def writes_date(tokenizer: Any) -> bool:
     """Return whether the chat template may write the date."""
     return "strftime_now" in str(tokenizer.chat_template)
+
+
+def written_date(tokenizer: Any) -> str:
+    """Return what the chat template writes of its date, as far as that can be told; empty where it writes none."""
+    if not writes_date(tokenizer):
+        return ""
+    date = getattr(tokenizer, _DATE, None) or datetime.now()
+    calls = [one or other for one, other in _DATE_CALL.findall(_ASKED.sub("", str(tokenizer.chat_template)))]
+    if "" in calls:  # what it asks for is not written in the call
+        return str(date)
+    return "\n".join(date.strftime(words) for words in calls)
 
 
 def _dated(template: str, date: datetime) -> str:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 from studio.core.errors import JobFailed
 from studio.core.text import plain
@@ -98,6 +99,15 @@ class RowReport:
     blocks: int = 0
     seams: int = 0
     reason: str = ""
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> Self:
+        """Return the report that `dataclasses.asdict` made a table of, and JSON a text of that."""
+        made = cls(**table)
+        for place in fields(cls):
+            if isinstance(value := getattr(made, place.name), dict):
+                setattr(made, place.name, Missing(value["rows"], value["first"], Counter(value["counts"])))
+        return made
 
     def add(self, other: "RowReport") -> None:
         """Add the report of rows that come after these."""

@@ -8,7 +8,7 @@ start token, the tokenizer's own is left out.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -24,11 +24,9 @@ from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
 from studio.jobs.base.data.seen import missing
 from studio.jobs.base.data.spans import Located, Locator
-from studio.jobs.base.data.template import Warn, starts_with_bos, with_system_folded
+from studio.jobs.base.data.template import starts_with_bos, with_system_folded
 from studio.probe.data import Conversation, PlainText, Preference, Row
 
-CHUNK_ROWS = 256
-"""Rows that are tokenised in one call; progress is told after each call."""
 _UNFOUND = "its answer is not found in what the chat template writes"
 
 
@@ -90,42 +88,6 @@ class Encoding:
             data.learn,
             data.last_answer_only,
         )
-
-
-def encode_rows(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    *,
-    warn: Warn,
-    progress: Callable[[float], None] | None = None,
-    **how: Any,
-) -> tuple[list[Example], RowReport]:
-    """Return the rows as examples of at most `seq_len` tokens, and a report of what happened to them.
-
-    The tokenizer must have a chat template where the rows are conversations (see `template.ensure_template`).
-
-    Args:
-        rows: Conversations that end with an answer, or plain texts.
-        tokenizer: A fast tokenizer.
-        warn: Told what the user should know, each thing once.
-        progress: Told the fraction done, 0 to 1.
-        how: The fields of `Encoding`.
-
-    Raises:
-        JobFailed: No row is left with anything to learn, or the tokenizer cannot say where its tokens stand.
-    """
-    encoder, report = Encoder(tokenizer, Encoding(**how)), RowReport()
-    examples: list[Example] = []
-    for start in range(0, len(rows), CHUNK_ROWS):
-        made, became = encoder.encode(rows[start : start + CHUNK_ROWS])
-        examples += [example for of_row in made for example in of_row]
-        report.add(became)
-        if progress:
-            progress(min(start + CHUNK_ROWS, len(rows)) / len(rows))
-    report.say(encoder.how.seq_len, tokenizer.eos_token or "", warn)
-    if rows and not examples:
-        raise report.nothing_left(encoder.how.seq_len)
-    return examples, report
 
 
 def sample_prompts(rows: Iterable[Row], tokenizer: Any, count: int, *, seq_len: int) -> list[Prompt]:

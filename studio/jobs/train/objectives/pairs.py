@@ -14,9 +14,10 @@ import numpy as np
 
 from studio.core.left_out import LEFT_OUT
 from studio.jobs.base.data.blocks import Ids
+from studio.jobs.base.data.encode_pool import CHUNK_ROWS
 from studio.jobs.base.data.labels import IGNORED
 from studio.jobs.base.data.row_report import RowReport
-from studio.jobs.base.data.rows import CHUNK_ROWS, Encoder, Encoding, Example
+from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.base.data.template import Warn
 from studio.probe.data import Preference, Row
 

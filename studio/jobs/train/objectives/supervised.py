@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from studio.core.recipe import Recipe
+from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Encoding, Example, encode_rows
+from studio.jobs.base.data.rows import Encoding, Example
 from studio.jobs.base.data.template import Warn
 from studio.jobs.train.head import TokenLoss
 from studio.jobs.train.objectives import Batch
@@ -32,7 +33,7 @@ class Supervised:
         warn: Warn,
         left_out: Counter[str] | None = None,
         progress: Callable[[float], None] | None = None,
-    ) -> list[Example]:
+    ) -> Sequence[Example]:
         """Return the rows as token ids and labels: of the answers, or with `data.answers_only` off of every token."""
         examples, report = encode_rows(rows, tokenizer, warn=warn, progress=progress, **asdict(Encoding.of(recipe)))
         if left_out is not None:

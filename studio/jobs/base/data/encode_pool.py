@@ -1,0 +1,199 @@
+"""Rows encoded chunk by chunk: in this process where they are few, else by a process for each core.
+
+Most of the time goes into rendering templates and looking for answers, which is Python: threads would not help. The
+processes import no torch and are not forked, since this one may have threads and a card already.
+"""
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+from studio.core.errors import BadInput, JobFailed
+from studio.jobs.base.data.encode_worker import read_frame, write_frame
+from studio.probe.data import Row
+from studio.probe.data.stored_rows import unpacked
+from studio.probe.data.views import lines_of
+
+CHUNK_ROWS = 256
+"""Rows that are tokenised in one call; progress is told after each call."""
+CHUNK_BYTES = 2**20
+"""Rows of so many bytes are a chunk, however few they are: their tokens are in memory together."""
+ALONE_BYTES = 8 * 2**20
+"""Fewer bytes of rows are encoded in this process, in about ten seconds: others take some to start."""
+_MOST_PROCESSES = 16
+_AHEAD = 3
+"""Chunks that are given to each process before the first one is taken back."""
+_WORKER = "studio.jobs.base.data.encode_worker"
+_POLL_SECONDS = 0.3
+
+Made = tuple[list[Any], Any]
+"""What an encoder returns of a chunk: something for each row, and a report."""
+
+
+def encoded_chunks(
+    rows: Sequence[Row],
+    size_bytes: int,
+    encoder: Any,
+    method: str = "encode",
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[Made]:
+    """Yield what a method of an encoder makes of all rows, a chunk at a time, in order.
+
+    Args:
+        rows: Any rows.
+        size_bytes: How large they are, about.
+        encoder: Has the method, which takes a list of rows; can be pickled.
+        method: Its name.
+        progress: Told the fraction done, 0 to 1, about three times a second; may raise to end it.
+
+    Raises:
+        JobFailed: The encoder says so, or a process has died.
+        BadInput: The encoder says so.
+    """
+    processes = min(_MOST_PROCESSES, cores(), size_bytes // ALONE_BYTES + 1)
+    with_own_code = type(encoder.tokenizer).__module__.startswith("transformers_modules")
+    if size_bytes < ALONE_BYTES or processes < 2 or with_own_code:
+        made = _alone(rows, encoder, method)
+    else:
+        made = _Pool(encoder, method, processes).made(rows, progress)
+    done = 0
+    for count, answer in made:
+        done += count
+        yield answer
+        if progress:
+            progress(done / max(1, len(rows)))
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    with suppress(AttributeError):  # only Linux has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
+    """Yield (number of rows, rows as they are stored)."""
+    lines, size = list[bytes](), 0
+    for line in lines_of(rows):
+        lines.append(line)
+        size += len(line)
+        if len(lines) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield len(lines), b"".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield len(lines), b"".join(lines)
+
+
+def _alone(rows: Sequence[Row], encoder: Any, method: str) -> Iterator[tuple[int, Made]]:
+    if isinstance(rows, tuple | list):
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = list(rows[start : start + CHUNK_ROWS])
+            yield len(chunk), getattr(encoder, method)(chunk)
+        return
+    for count, lines in _chunks(rows):
+        yield count, getattr(encoder, method)([unpacked(line) for line in lines.split(b"\n")[:-1]])
+
+
+class _Pool:
+    """Processes that encode; a thread for each talks to it."""
+
+    def __init__(self, encoder: Any, method: str, processes: int) -> None:
+        self._begin = pickle.dumps((encoder, method), pickle.HIGHEST_PROTOCOL)
+        self._count = processes
+        self._processes: list[_Process] = []
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+
+    def made(self, rows: Sequence[Row], progress: Callable[[float], None] | None) -> Iterator[tuple[int, Made]]:
+        """Yield (number of rows, what was made of them) in order."""
+        threads = ThreadPoolExecutor(self._count, "encode")
+        chunks, done = _chunks(rows), 0
+        waiting: deque[tuple[int, Future[Made]]] = deque()
+        try:
+            for _ in range(self._count):
+                self._processes.append(_Process(self._begin))
+                self._idle.put(self._processes[-1])
+            while True:
+                room = _AHEAD * self._count - len(waiting)
+                waiting.extend((count, threads.submit(self._ask, lines)) for count, lines in islice(chunks, room))
+                if not waiting:
+                    return
+                count, first = waiting.popleft()
+                while not wait((first,), _POLL_SECONDS).done:
+                    if progress:
+                        progress(done / len(rows))
+                done += count
+                yield count, first.result()
+        finally:
+            for process in self._processes:
+                process.end()  # a thread that waits for its answer is freed by that
+            threads.shutdown(cancel_futures=True)
+            for process in self._processes:
+                process.close()
+
+    def _ask(self, lines: bytes) -> Made:
+        process = self._idle.get()
+        try:
+            return process.ask(lines)
+        finally:
+            self._idle.put(process)
+
+
+class _Process:
+    """One process that encodes, as seen by the thread that talks to it."""
+
+    def __init__(self, begin: bytes) -> None:
+        # One thread each: there is a process for each core.
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", "-m", _WORKER]
+        self._begin = begin
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def ask(self, lines: bytes) -> Made:
+        """Return what is made of a chunk.
+
+        Raises:
+            JobFailed: The encoder says so, or the process has died.
+            BadInput: The encoder says so.
+        """
+        into, out = self._process.stdin, self._process.stdout
+        if into is None or out is None:
+            raise AssertionError("it is started with both pipes")
+        data = None
+        with suppress(OSError, ValueError):  # it has died, or is ended and closed
+            if self._begin:
+                write_frame(into, self._begin)
+                self._begin = b""
+            write_frame(into, lines)
+            data = read_frame(out)
+        if data is None:
+            raise JobFailed(
+                "encoder_died",
+                f"A process that turns rows into tokens has ended (exit code {self._process.wait()}).",
+                "Look at the end of output.log. If memory was short, close other programs and resume the run.",
+            )
+        word, found = pickle.loads(data)  # noqa: S301  from a process that was started here
+        if word == "made":
+            made: Made = found
+            return made
+        kind, words = found
+        raise JobFailed(*words) if kind == "JobFailed" else BadInput(*words)
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """Collect what is left of it."""
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # what was not sent any more
+                if pipe:
+                    pipe.close()
