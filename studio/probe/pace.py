@@ -137,10 +137,11 @@ def pace_to_dict(pace: Pace) -> dict[str, Any]:
 
 
 def _guess(recipe: Recipe) -> "RowsGuess | None":
+    from studio.probe.data.reading import Reading  # noqa: PLC0415  as below
     from studio.probe.data.sampled import guess_rows  # noqa: PLC0415  10 ms that a plan without data does not pay
 
     if not recipe.data.sources:
-        guess = guess_rows(recipe.data.path)
+        guess = guess_rows(recipe.data.path, Reading.of(recipe))
         in_blocks = guess and guess.plain and recipe.data.blocks
         return guess.in_blocks(recipe.train.seq_len, recipe.data.stride) if guess and in_blocks else guess
     return _mixture(recipe)
@@ -148,9 +149,11 @@ def _guess(recipe: Recipe) -> "RowsGuess | None":
 
 def _mixture(recipe: Recipe) -> "RowsGuess | None":
     """Return what the beginnings of a mixture's files tell, as one; None where one of them tells nothing."""
+    from studio.probe.data.reading import Reading  # noqa: PLC0415  as above
     from studio.probe.data.sampled import RowsGuess, guess_rows  # noqa: PLC0415  as above
 
-    found = [guess_rows(source.path) for source in recipe.data.sources]
+    how = Reading.of(recipe)
+    found = [guess_rows(source.path, how.of_source(source.format)) for source in recipe.data.sources]
     known = [guess for guess in found if guess]
     if len(known) < len(found):
         return None

@@ -7,7 +7,8 @@ from typing import Any
 
 from studio.core.errors import StudioError
 from studio.core.recipe import EMBEDDED, Recipe
-from studio.probe.data import shipped_data
+from studio.probe.data.mixture import words_of
+from studio.probe.data.places import find_files
 from studio.probe.fingerprint import fingerprint, known_fingerprint
 from studio.probe.models import find_base
 from studio.runs.quality import LaneResult, read_results
@@ -47,15 +48,20 @@ def data_fingerprint(recipe: Recipe) -> str:
     """Return what tells a recipe's data from others.
 
     Raises:
-        BadInput: The shipped data are missing from this installation.
+        BadInput: They are not here.
         OSError: A file cannot be read.
     """
     found = []
-    for word in recipe.data.words:
-        path = shipped_data() if word == EMBEDDED else Path(word).expanduser()
-        seen = path.stat()
-        found.append(_data(path, seen.st_size, seen.st_mtime_ns))
-    if not recipe.data.sources:
+    for field, word, how in words_of(recipe):
+        if field == "data.eval_path":
+            continue
+        place = find_files(Path(word) if word == EMBEDDED else Path(word).expanduser(), how, ask=False)
+        sums = []
+        for path in place.files:
+            seen = path.stat()
+            sums.append(_data(path, seen.st_size, seen.st_mtime_ns))
+        found.append(sums[0] if len(sums) == 1 else " ".join(sums))
+    if len(found) == 1 and " " not in found[0]:
         return found[0]
     import hashlib  # noqa: PLC0415  as below
 
@@ -68,7 +74,7 @@ def _short(found: Mapping[str, Any]) -> str:
     return f"{found['config'][:12]}-{(found['weights'] or '')[:20]}"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=512)
 def _data(path: Path, size_bytes: int, changed_at: int) -> str:
     import hashlib  # noqa: PLC0415  OpenSSL: 3 ms and 5 MiB that a plan has no use for
 

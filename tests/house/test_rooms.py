@@ -191,7 +191,7 @@ def test_every_room_is_under_a_contract() -> None:
 
 
 LONGER = {
-    "studio/core/recipe.py": 800,  # declares some seventy fields, about eight lines each: a table, read by its rows
+    "studio/core/recipe.py": 900,  # declares some eighty fields, about eight lines each: a table, read by its rows
 }
 
 

@@ -1,9 +1,14 @@
 """Speed and hours of a recipe: from a card, from this machine's own runs, or honestly not at all."""
 
+import gzip
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 
 from studio.core.calibration import Observation
@@ -68,6 +73,39 @@ def test_a_large_file_is_guessed_from_its_beginning(tmp_path: Path) -> None:
     assert guess is not None
     assert guess.rows == pytest.approx(5000, rel=0.01)
     assert len(guess.text_bytes) < 600
+
+
+def test_every_kind_of_file_is_guessed_from_its_beginning(tmp_path: Path) -> None:
+    chance = random.Random(5)  # noqa: S311
+    texts = [
+        {"prompt": "".join(chance.choices("abcdefgh ", k=200)), "completion": "".join(chance.choices("xyz ", k=300))}
+        for _ in range(4000)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json").write_text(json.dumps(texts, indent=1))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "a.csv").write_text(
+        "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in texts)
+    )
+    pq.write_table(pa.Table.from_pylist(texts), tmp_path / "a.parquet")
+    feather.write_feather(pa.Table.from_pylist(texts), tmp_path / "a.arrow", compression="uncompressed")
+    (tmp_path / "parts").mkdir()
+    for part in range(4):
+        pq.write_table(pa.Table.from_pylist(texts[part::4]), tmp_path / "parts" / f"train-0000{part}-of-00004.parquet")
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow", "parts", "parts:train"):
+        guess = guess_rows(str(tmp_path / name))
+        assert guess is not None, name
+        assert guess.rows == pytest.approx(4000, rel=0.03), name
+        assert set(guess.text_bytes) == {500}, name
+
+
+def test_texts_of_a_folder_are_rows(tmp_path: Path) -> None:
+    for place in range(3):
+        (tmp_path / f"{place}.md").write_text("a" * (100 + place))
+    guess = guess_rows(str(tmp_path))
+    assert guess is not None
+    assert (guess.rows, guess.text_bytes) == (3, (100, 101, 102))
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]\n", "not json\n", '"text"\n', "\x00\xff", "[" * 100_000])

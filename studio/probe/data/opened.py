@@ -62,7 +62,7 @@ class Opened:
     """
 
     name: str
-    stream: BinaryIO
+    stream: "io.BufferedReader[Any]"
     total: int
     head: bytes
     packed: bool

@@ -27,8 +27,8 @@ from studio.probe.data.stored_rows import RowWriter
 from studio.probe.data.table_rows import table_rows, text_row
 from studio.probe.data.written_prompt import PromptWriter
 
-_BY_BYTES = {"json": json_rows, "table": table_rows, "text": text_row}
-_COLUMNAR = {"parquet": parquet_rows, "arrow": arrow_rows}
+BY_BYTES = {"json": json_rows, "table": table_rows, "text": text_row}
+COLUMNAR = {"parquet": parquet_rows, "arrow": arrow_rows}
 
 
 def read_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | None = None) -> DataSet:
@@ -216,12 +216,12 @@ def _rows_of_file(
 ) -> Iterator[tuple[int, Any]]:
     with opened(path, name) as file:
         kind = kind_of(file)
-        if kind in _BY_BYTES:
-            yield from _BY_BYTES[kind](file, findings, progress)
+        if kind in BY_BYTES:
+            yield from BY_BYTES[kind](file, findings, progress)
             return
         if file.packed:
             raise BadInput(f"{file.name} is {kind.capitalize()} packed once more; unpack it first.")
-    for number, row in _COLUMNAR[kind](path, progress, how):
+    for number, row in COLUMNAR[kind](path, progress, how):
         yield findings.rows_before + number, row
 
 

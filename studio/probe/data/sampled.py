@@ -1,17 +1,27 @@
-"""How many rows a JSON Lines file has and how much text is in them, from its first half megabyte; no tokenizer."""
+"""How many rows some data have and how much text is in them, from the first half megabyte; no tokenizer, no network."""
 
-import json
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from studio.core.errors import BadInput
-from studio.probe.data.shipped import EMBEDDED, shipped_data
+from studio.probe.data.findings import Findings
+from studio.probe.data.opened import BOM, Opened, kind_of, opened
+from studio.probe.data.places import DataFiles, find_files
+from studio.probe.data.read import BY_BYTES, COLUMNAR
+from studio.probe.data.reading import AS_IT_IS, Reading
+from studio.probe.data.shipped import EMBEDDED
 
 _LOOK_BYTES = 2**19
+_LOOKED_AT = 1000
+"""Files whose size and time are compared to see whether a guess is still good; rows and texts that stand for all."""
+_TEXT_PACKED = 3
+"""How much larger a packed text is than its file: gzip takes English to about a third."""
 _ROLE = "role"
 _TURNS = frozenset({"messages", "conversations", "prompt", "completion", "instruction", "output", "question", "answer"})
 """Columns of conversations: a row that has one is no plain text."""
@@ -86,48 +96,84 @@ def _mean(sizes: Sequence[int], longest: int, bytes_per_token: float, more: int)
     return sum(min(longest, size / bytes_per_token + more) for size in sizes) / len(sizes)
 
 
-def guess_rows(word: str) -> RowsGuess | None:
-    """Return what the beginning of a data file tells; None for other formats, and where it cannot be read.
+def guess_rows(word: str, how: Reading = AS_IT_IS) -> RowsGuess | None:
+    """Return what the beginning of some data tells; None where they are not here, or cannot be read.
 
     Args:
-        word: A path, or `embedded`.
+        word: A file, a folder, a data set of the hub that lies in the cache, or `embedded`.
+        how: Which part of it is read.
     """
     try:
-        path = shipped_data() if word == EMBEDDED else Path(word).expanduser()
-        status = path.stat()
-        return _guess(path, status.st_size, status.st_mtime_ns) if path.is_file() else None
+        place = find_files(Path(word) if word == EMBEDDED else Path(word).expanduser(), how, ask=False)
+        seen = [path.stat() for path in place.files[:_LOOKED_AT]]
+        changed = tuple((file.st_size, file.st_mtime_ns) for file in seen)
+        return _guess(place, how, changed) if word else None
     except (OSError, RuntimeError, ValueError, BadInput):
         return None
 
 
 @lru_cache(maxsize=16)
-def _guess(path: Path, size: int, _changed: int) -> RowsGuess | None:
-    with path.open("rb") as file:
-        start = file.read(_LOOK_BYTES)
-    if size > len(start):
-        if b"\n" not in start and b'"text"' in start[:_KEY_BYTES]:  # a long text, and perhaps others like it
-            return RowsGuess(1, (size,), plain=True)
-        start = start[: start.rfind(b"\n") + 1]
-    if path.suffix in (".txt", ".md"):
-        return RowsGuess(1, (size,), plain=True)
-    texts, asked, plain = [], [], []
-    for line in start.splitlines():
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(row, dict):
-            return None
-        texts.append(_text_bytes(row))
-        plain.append(isinstance(row.get("text"), str) and _TURNS.isdisjoint(row))
-        paired = not ANSWER_COLUMNS.isdisjoint(row)
-        asked.append(sum(_text_bytes(row[name], name) for name in row.keys() - ANSWER_COLUMNS) if paired else 0)
-    if not texts:
+def _guess(place: DataFiles, how: Reading, _changed: tuple[tuple[int, int], ...]) -> RowsGuess | None:
+    first = next((path for path in place.files if path.stat().st_size), place.files[0])
+    with opened(first) as file:
+        kind = kind_of(file)
+        if kind == "text":
+            times = _TEXT_PACKED if file.packed else 1
+            sizes = [times * path.stat().st_size for path in place.files]
+            return RowsGuess(len(sizes), tuple(sizes[:_LOOKED_AT]), plain=True)
+        if kind in BY_BYTES:
+            start = file.stream.read(_LOOK_BYTES)
+            ahead = file.stream.read(1)
+            if ahead and b"\n" not in start and b'"text"' in start[:_KEY_BYTES]:  # a long text, perhaps others like it
+                return RowsGuess(1, (place.size_bytes,), plain=True)
+            consumed = file.total
+            if ahead:
+                # What was unpacked lies ahead of what was read by the stream's buffer.
+                unpacked = len(start) + 1 + len(file.stream.peek())
+                consumed = max(1, file.done * len(start) // unpacked) if file.packed else len(start)
+            begun = Opened(file.name, io.BufferedReader(io.BytesIO(start)), len(start), file.head, False, io.BytesIO())
+            rows = _beginning(BY_BYTES[kind](begun, Findings(skips=True), None), whole=not ahead)
+            if kind == "json" and ahead and not file.packed and start.removeprefix(BOM).lstrip()[:1] != b"[":
+                consumed -= len(start) - start.rfind(b"\n") - 1
+            counted = not ahead and len(place.files) == 1
+            return _guess_of(len(rows) if counted else round(place.size_bytes * len(rows) / consumed), rows)
+    rows = _beginning(islice(COLUMNAR[kind](first, None, how), _LOOKED_AT), whole=True)
+    if kind == "parquet":
+        import pyarrow.parquet as pq  # noqa: PLC0415  0.2 s that only readers of its files pay
+
+        return _guess_of(round(pq.read_metadata(first).num_rows * place.size_bytes / first.stat().st_size), rows)
+    # An Arrow file does not say how many rows it has; its texts are not packed, as a rule.
+    texts = sum(map(_text_bytes, rows))
+    return _guess_of(max(len(rows), round(place.size_bytes * len(rows) / max(1, texts))), rows)
+
+
+def _guess_of(count: int, rows: list[dict[str, Any]]) -> RowsGuess | None:
+    """Return what some rows tell of all of them."""
+    if not rows or not all(isinstance(row, dict) for row in rows):
         return None
-    rows = len(texts) if size <= len(start) else round(size * len(texts) / len(start))
-    return RowsGuess(rows, tuple(texts), tuple(asked), plain=all(plain))
+    asked = [
+        0
+        if ANSWER_COLUMNS.isdisjoint(row)
+        else sum(_text_bytes(row[name], name) for name in row.keys() - ANSWER_COLUMNS)
+        for row in rows
+    ]
+    plain = all(isinstance(row.get("text"), str) and _TURNS.isdisjoint(row) for row in rows)
+    return RowsGuess(count, tuple(map(_text_bytes, rows)), tuple(asked), plain=plain)
+
+
+def _beginning(rows: Iterator[tuple[int, Any]], *, whole: bool) -> list[Any]:
+    """Return the rows of the beginning of a file, which may end within a row.
+
+    Raises:
+        BadInput: It cannot be read.
+    """
+    found: list[Any] = []
+    try:
+        found.extend(row for _, row in rows)
+    except BadInput:
+        if whole or not found:
+            raise
+    return found
 
 
 def _text_bytes(value: Any, key: str = "") -> int:
