@@ -95,7 +95,7 @@ class Columns(ValueKind):
             return found_value(value) if isinstance(value, tuple) else str(value)
         if all(column == column.strip() and not set(column) & set(",={") for _, column in value):
             return ", ".join(f"{ours}={column}" for ours, column in value)
-        quoted = (f'{ours} = "{_escaped(column)}"' for ours, column in value)
+        quoted = (f'{ours} = "{escaped(column)}"' for ours, column in value)
         return f"{{ {', '.join(quoted)} }}"
 
     def stored(self, value: Any) -> Any:
@@ -103,7 +103,7 @@ class Columns(ValueKind):
         return dict(value) if isinstance(value, tuple) else value
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return a text as it stands between the quotes of TOML."""
     named = text.replace("\\", "\\\\").replace('"', '\\"')
     return "".join(char if char.isprintable() else f"\\U{ord(char):08X}" for char in named)

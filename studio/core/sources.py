@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from studio.core.columns import Columns, Pairs, escaped
 from studio.core.text import plain
 from studio.core.value_kinds import Choice, Number, Text, ValueKind, found_value
 
 _WEIGHT = Number(float, 0.000_001, 1_000_000)
 _ROWS = Number(int, 1, 1_000_000_000, "rows")
 _PATH = Text(needed=True, place=True)
+_COLUMNS = Columns()
 _MOST = 100
 
 
@@ -27,16 +29,21 @@ class Source:
         weight: Its share among the sources with a weight; 0 for none.
         rows: So many rows are drawn; more than it has repeats them. 0 for no number.
         format: How its rows are read; empty for `data.format`.
+        columns: Our names of columns and what the file calls them; empty for `data.columns`.
+        prompt: The line that writes its prompts; empty for `data.prompt`.
     """
 
     path: str
     weight: float = 0.0
     rows: int = 0
     format: str = ""
+    columns: Pairs = ()
+    prompt: str = ""
 
     def table(self) -> dict[str, Any]:
         """Return what is set, as TOML and JSON hold it."""
-        return {name: value for name, value in asdict(self).items() if value or name == "path"}
+        table = {**asdict(self), "columns": dict(self.columns)}
+        return {name: value for name, value in table.items() if value or name == "path"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Sources(ValueKind):
         """Write paths with their weights, or a list as TOML has it where there is more to say."""
         if not isinstance(value, tuple) or not all(isinstance(source, Source) for source in value):
             return found_value(value) if isinstance(value, (tuple, list)) else str(value)
-        if all(not source.rows and not source.format and not set(source.path) & set(",=[") for source in value):
+        if all(source == Source(source.path, source.weight) and not set(source.path) & set(",=[") for source in value):
             return ", ".join(f"{one.path}={one.weight:g}" if one.weight else one.path for one in value)
         return f"[{', '.join(_inline(source) for source in value)}]"
 
@@ -107,7 +114,8 @@ class Sources(ValueKind):
         if not isinstance(value, Mapping) or any(self._wrong_table(value)):
             return value
         weight, rows = _WEIGHT.shaped(value.get("weight", 0.0)), _ROWS.shaped(value.get("rows", 0))
-        return Source(value["path"], weight, rows, value.get("format", ""))
+        columns = _COLUMNS.shaped(value.get("columns", ()))
+        return Source(value["path"], weight, rows, value.get("format", ""), columns, value.get("prompt", ""))
 
     def _wrong_source(self, source: Any) -> Iterator[tuple[str, str]]:
         if isinstance(source, Source):
@@ -123,6 +131,8 @@ class Sources(ValueKind):
             "weight": _WEIGHT,
             "rows": _ROWS,
             "format": Choice(self.formats),
+            "columns": _COLUMNS,
+            "prompt": Text(),
         }
         for key in (key for key in table if key not in kinds):
             yield f"the key {plain(str(key), one_line=True, limit=40)}", f"one of {', '.join(kinds)}"
@@ -160,7 +170,13 @@ def drawn_rows(sources: Sequence[Source], there: Sequence[int], sizes: Sequence[
 
 def _inline(source: Source) -> str:
     """Return a source as an inline table of TOML."""
-    import json  # noqa: PLC0415  a JSON string is one of TOML, too
+    return _table(source.table())
 
-    pairs = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in source.table().items())
+
+def _table(table: Mapping[str, Any]) -> str:
+    pairs = (f"{key} = {_table(value) if isinstance(value, dict) else _spelled(value)}" for key, value in table.items())
     return f"{{ {', '.join(pairs)} }}"
+
+
+def _spelled(value: str | float) -> str:
+    return f'"{escaped(value)}"' if isinstance(value, str) else repr(value)

@@ -144,7 +144,11 @@ def _drawn_from(recipe: Recipe, data: DataSet, held_out: Sequence[int]) -> tuple
     """Return the sources of a mixture, with how many rows are drawn from each and held out; nothing for one file."""
     held = Counter(part_of(data, place) for place in held_out)
     return tuple(
-        DrawnFrom(source.path, source.format or recipe.data.format, part.drawn, held[place])
+        DrawnFrom(
+            *(part.data.word or source.path, source.format or recipe.data.format, part.drawn, held[place]),
+            columns=source.columns,
+            prompt=source.prompt,
+        )
         for place, (source, part) in enumerate(zip(recipe.data.sources, data.parts, strict=True))
     )
 
@@ -254,7 +258,7 @@ def rows_of_run(
 
 def _mixture(record: HeldOutRecord, run: str) -> DataSet:
     """Return all rows of the sources of a run's mixture, each as often as it lies in its file or was drawn."""
-    sources = [Source(one.path, rows=one.drawn, format=one.format) for one in record.sources]
+    sources = [Source(one.path, 0.0, one.drawn, one.format, one.columns, one.prompt) for one in record.sources]
     try:
         how = Reading.of_table(record.reading, format="auto", on_bad_row="skip", wants="measured")
         return mixed(sources, how, seed=0, whole=True)

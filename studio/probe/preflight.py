@@ -1,6 +1,6 @@
 """Checks a training run for everything that can be found wrong before a process starts or a folder is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from studio.core.errors import BadInput
@@ -67,6 +67,10 @@ def check_training(recipe: Recipe, *, sight: Sight | None = None) -> PreflightRe
     data, eval_data = data_of(recipe), eval_data_of(recipe)
     if data.commit and not recipe.data.revision:
         recipe = recipe.with_("data.revision", data.commit)  # so that a resume reads the same rows
+    if any(part.data.commit for part in data.parts):
+        pinned = zip(recipe.data.sources, data.parts, strict=True)
+        sources = (replace(one, path=part.data.word if part.data.commit else one.path) for one, part in pinned)
+        recipe = recipe.with_("data.sources", tuple(sources))
     notes += (*data.notes(), *(eval_data.notes() if eval_data else ()))
     notes += tuple(filter(None, (rate_note(recipe), advice_of(recipe, base.path, data.rows))))
     if recipe.data.template and data.format == "text":

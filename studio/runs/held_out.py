@@ -131,12 +131,16 @@ class DrawnFrom:
         format: The format as which it was read.
         drawn: How many rows were drawn from it.
         held_out: How many of them were held out.
+        columns: What it was told of the file's names of columns, as `Source.columns`.
+        prompt: The line that writes its prompts, as `Source.prompt`.
     """
 
     path: str
     format: str
     drawn: int
     held_out: int
+    columns: tuple[tuple[str, str], ...] = ()
+    prompt: str = ""
 
 
 MIXTURE = "mixture:"
@@ -257,7 +261,11 @@ def _record(table: Mapping[str, Any]) -> HeldOutRecord:
         before=RowLosses(tuple(map(float, before["sums"])), tuple(map(int, before["tokens"]))) if before else None,
         last_part=int(table.get("last_part", 0)),
         sources=tuple(
-            DrawnFrom(str(one["path"]), str(one["format"]), int(one["drawn"]), int(one["held_out"]))
+            DrawnFrom(
+                *(str(one["path"]), str(one["format"]), int(one["drawn"]), int(one["held_out"])),
+                columns=tuple((str(ours), str(column)) for ours, column in one["columns"]),
+                prompt=str(one["prompt"]),
+            )
             for one in table.get("sources", ())
         ),
         reading=dict(table.get("reading", {})),

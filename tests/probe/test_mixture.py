@@ -70,6 +70,19 @@ def test_a_source_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         data_of(made(Source(file_of(tmp_path, "one", 4)), Source(str(tmp_path / "none.jsonl"))))
 
 
+def test_sources_have_columns_and_prompts_of_their_own(tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    rows = [{"Frage": f"was {n}", "Antwort": f"das {n}", "Fach": "Mathe"} for n in range(20)]
+    other.write_text("\n".join(map(json.dumps, rows)))
+    asked = Source(str(other), columns=(("completion", "Antwort"),), prompt="{{ Fach }}: {{ Frage }}?")
+    recipe = made(Source(file_of(tmp_path, "one", 30)), asked)
+    data = data_of(recipe)
+    assert len(data.rows) == 50 and data.rows[30].prompt == "Mathe: was 0?"
+    record = hold_out(recipe, data, None).record
+    again = rows_of_run(record, "the run", Path(MIXTURE), format="auto", wanted=100, seed=1)
+    assert sorted(again.hashes) == sorted(record.held_out) and record.sources[1].held_out
+
+
 def test_twins_in_two_sources_are_on_one_side(tmp_path: Path) -> None:
     one = file_of(tmp_path, "one", 40)
     (tmp_path / "copy.jsonl").write_text(Path(one).read_text().upper().replace("PROMPT", "prompt").replace(

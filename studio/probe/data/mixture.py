@@ -72,7 +72,7 @@ def words_of(recipe: Recipe) -> Iterator[tuple[str, str, Reading]]:
     """Yield each file, folder or data set of the hub that a recipe reads: its field, its word, how it is read."""
     how, data = Reading.of(recipe), recipe.data
     for place, source in enumerate(data.sources, 1):
-        yield f"data.sources, source {place}", source.path, how.of_source(source.format)
+        yield f"data.sources, source {place}", source.path, how.of_source(source)
     if not data.sources:
         yield "data.path", data.path, how
     if data.eval_path:
@@ -148,14 +148,14 @@ def mixed(
         BadInput: One of the files cannot be used.
     """
     found = []
-    sizes = [max(1, known_bytes(source.path, how.of_source(source.format)) or 1) for source in sources]
+    sizes = [max(1, known_bytes(source.path, how.of_source(source)) or 1) for source in sources]
     for place, source in enumerate(sources):
 
         def told(done: int, total: int, before: int = sum(sizes[:place]), here: int = sizes[place]) -> None:
             if progress:
                 progress(before + here * done // max(1, total), sum(sizes))
 
-        found.append(_read(f"data.sources, source {place + 1}", source.path, how.of_source(source.format), told, read))
+        found.append(_read(f"data.sources, source {place + 1}", source.path, how.of_source(source), told, read))
     tokens = [_mean_tokens(data.rows, base) for data in found]
     means = None
     if by_tokens:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from studio.core.columns import FIELD_NAMES, Pairs
 from studio.core.preferences import takes_pairs
 from studio.core.recipe import OnBadRow, Recipe
+from studio.core.sources import Source
 
 Wants = Literal["any", "answers", "measured", "pairs", "labels"]
 
@@ -106,9 +107,17 @@ class Reading:
         own = self if same_place else replace(self, config="", revision="")
         return replace(own, split="", prefer=("validation", "test", "train"))
 
-    def of_source(self, format: str) -> Self:  # noqa: A002
+    def of_source(self, source: Source) -> Self:
         """Return how one source of a mixture is read, of which the word says configuration, split and revision."""
-        return replace(self, format=format or self.format, config="", split="", revision="")
+        return replace(
+            self,
+            format=source.format or self.format,
+            columns=source.columns or self.columns,
+            prompt=source.prompt or self.prompt,
+            config="",
+            split="",
+            revision="",
+        )
 
 
 AS_IT_IS = Reading()
