@@ -153,7 +153,7 @@ def _mixture(recipe: Recipe) -> "RowsGuess | None":
     from studio.probe.data.sampled import RowsGuess, guess_rows  # noqa: PLC0415  as above
 
     how = Reading.of(recipe)
-    found = [guess_rows(source.path, how.of_source(source.format)) for source in recipe.data.sources]
+    found = [guess_rows(source.path, how.of_source(source)) for source in recipe.data.sources]
     known = [guess for guess in found if guess]
     if len(known) < len(found):
         return None
