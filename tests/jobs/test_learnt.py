@@ -244,6 +244,17 @@ def test_reasoning_is_learnt_behind_the_prompt_that_opens_it(answer: Message) ->
     assert len(said) == 1 and "rewrites earlier turns" in said[0]
 
 
+def test_an_end_token_inside_of_an_answer_is_told() -> None:
+    """Generation stops there: a server gives the reasoning alone."""
+    template = WHOLE.replace("'\n</think>\n\n'", "'<|im_end|>\n<|im_start|>assistant\n'")
+    row = Conversation((Message("user", "a"), Message("assistant", "c", reasoning="b")))
+    _, report, said = encode(row, byte_tokenizer(template))
+    assert report.ended_within == 1
+    assert any("In 1 answers the chat template writes <|im_end|> before their end" in sentence for sentence in said)
+    _, report, _ = encode(chat(("user", "a"), ("assistant", "say <|im_end|>")), byte_tokenizer())
+    assert report.ended_within == 0
+
+
 # What splitting costs
 
 

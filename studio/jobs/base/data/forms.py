@@ -111,7 +111,7 @@ class Renderer:
         """Return the first form in which least of the row is missing; the usual one where the template refuses all."""
         features = features_of(row)
         found, least = USUAL, float("inf")
-        for form in _forms(features):
+        for form in forms(features):
             amiss = self._amiss(row, form)
             if amiss < least:
                 found, least = form, amiss
@@ -177,7 +177,7 @@ def features_of(row: Conversation) -> Features:
     )
 
 
-def _forms(features: Features) -> Iterator[Form]:
+def forms(features: Features) -> Iterator[Form]:
     """Yield the forms that differ for a row with these features, the usual one first."""
     linked = features.calls or features.results
     arguments: tuple[Arguments, ...] = ("object", "text") if features.calls else ("object",)

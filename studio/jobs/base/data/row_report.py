@@ -63,6 +63,7 @@ class RowReport:
         once: Tokens of the longest example of each split row, added up: what one pass over the rows would take.
         apart: Tokens of all examples of split rows.
         apart_learnt: Those that are learnt.
+        ended_within: Answers that the template interrupts with the end token.
         mixed: Answers of which only some parts are to be learnt, and the parts cannot be told apart.
         joined: Answers whose first token holds characters of the prompt.
         lost: Answers of split rows that the template refuses or does not write.
@@ -91,6 +92,7 @@ class RowReport:
     once: int = 0
     apart: int = 0
     apart_learnt: int = 0
+    ended_within: int = 0
     mixed: int = 0
     joined: int = 0
     lost: Missing = field(default_factory=Missing)
@@ -145,6 +147,8 @@ class RowReport:
             "the model learns to stop.": self.stop_added,
             f"In {self.special} rows the text itself holds special tokens such as {plain(self.special_token)}. If the "
             "data was rendered with a chat template already, give it as plain text.": self.special,
+            f"In {self.ended_within} answers the chat template writes {end} before their end, where generation stops: "
+            "what follows it is learnt, and seldom reached.": self.ended_within,
             f"{self.joined} answers share their first token with what is asked; it is not learnt.": self.joined,
             f"In {self.mixed} answers the parts that data.learn names cannot be told apart from the others; nothing of "
             "these answers is learnt.": self.mixed,

@@ -230,6 +230,7 @@ class Encoder:
             else:
                 report.endless += found.stop_added
             report.mixed += found.mixed
+            report.ended_within += found.ended_within
             if not wanted:
                 report.dropped += 1
             elif found.rendered:

@@ -54,6 +54,7 @@ class Located:
         said: The answers by the places of their turns.
         moved: Whether an answer does not begin where the generation prompt ends.
         stop_added: Whether the template left a stop token out and it was added.
+        ended_within: Answers that the template interrupts with the end token, where generation stops already.
         lost: Answers that are in no text though they are to be learnt: the template refuses or does not write them.
         mixed: Answers of which only some parts are to be learnt, and these cannot be told apart.
     """
@@ -62,6 +63,7 @@ class Located:
     said: Mapping[int, str] = field(default_factory=dict)
     moved: bool = False
     stop_added: bool = False
+    ended_within: int = 0
     lost: int = 0
     mixed: int = 0
 
@@ -85,8 +87,12 @@ class _Found:
 
 _LONGEST_TAG = 64
 _UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*\Z")
-_OPENS = re.compile(r"(<[^<>|/\s]+>|\[[A-Z_]+\]|<\|?[^<>|/]*(?:think|thought|reason|inner|analysis)[^<>]*>)\s*\Z", re.I)
-"""What opens reasoning at the end of a prompt: `<think>`, `[THINK]`, `<|inner_prefix|>`."""
+_OPENS = re.compile(
+    r"(<[^<>|/\s]+>|\[[A-Z_]+\]|<\|?(?!/|end)(?:(?!_end)[^<>|])*(?:think|thought|reason|inner|analysis)(?:(?!_end)[^<>])*>"
+    r"|<\|[a-z]+\|?>(?:thought|analysis))\s*\Z",
+    re.IGNORECASE,
+)
+"""What opens reasoning at the end of a prompt: `<think>`, `[THINK]`, `<|inner_prefix|>`, `<|channel>thought`."""
 _CLOSES = re.compile(r"\s*(</[^<>\s]+>|\[/[^\[\]\s]+\])")
 
 
@@ -151,6 +157,7 @@ class Locator:
             {place: one.said for place, one in found if one},
             moved=any(one.moved for one in there),
             stop_added=any(one.added for one in there),
+            ended_within=sum(self._ended_within(row.messages[place], one.said) for place, one in found if one),
             lost=len(found) - len(there),
             mixed=mixed,
         )
@@ -219,6 +226,10 @@ class Locator:
             own = turn.content[len(turn.content.rstrip()) :]
             end += len(own) if text.startswith(own, end) else 0
         return end, end > begin
+
+    def _ended_within(self, turn: Message, said: str) -> bool:
+        """Return whether the end token stands in an answer before its end, where the data has none."""
+        return bool(self.eos) and said.removesuffix(self.eos).count(self.eos) > turn.words.count(self.eos)
 
     def _header_and_stop(self) -> tuple[str, str]:
         """Return what opens an assistant's turn in a whole conversation, and the special token that ends the turn."""

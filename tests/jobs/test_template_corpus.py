@@ -1,0 +1,78 @@
+"""Published chat templates: every answer is trained as the model is served, or it is said that it is not."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.template_cases import FOLDER, KINDS, judge, judged, summary, tokenizer_for
+
+CORE = (
+    "Qwen-Qwen3-0.6B",
+    "openai-gpt-oss-120b",
+    "GLM-4.6",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+    "own-always-asks",
+    "own-no-system",
+    "own-marks-answers",
+)
+"""Of each temper one: reasoning that history drops, other ends in history, no ends, refusals, a prompt that opens
+reasoning, one that is always written, no system turns, blocks with headers."""
+
+
+def text_of(name: str) -> str:
+    return (FOLDER / f"{name}.jinja").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_core_of_templates(name: str) -> None:
+    tokenizer = tokenizer_for(text_of(name), name)
+    verdicts = {kind: judge(tokenizer, kind) for kind in KINDS}
+    assert not {kind: verdict.why for kind, verdict in verdicts.items() if verdict.word == "wrong"}
+    assert Counter(verdict.word for verdict in verdicts.values())["exact"] >= len(KINDS) // 3
+
+
+EXACT = {
+    "Qwen-Qwen3-0.6B": 15,
+    "Qwen-Qwen2.5-7B-Instruct": 15,
+    "HuggingFaceTB-SmolLM3-3B": 9,
+    "openai-gpt-oss-120b": 12,
+    "GLM-4.6": 15,
+    "Apertus-8B-Instruct": 9,
+}
+"""How many kinds at least are exact with some templates, so that none is told or refused which need not be."""
+
+
+@pytest.mark.slow
+def test_every_template(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = list(judged(FOLDER))
+    with capsys.disabled():
+        print(f"\n{len({name for name, _, _ in cases})} templates, {len(cases)} cases\n{summary(cases)}")
+    assert len({name for name, _, _ in cases}) >= 45
+    assert not [f"{name}, {kind}: {verdict.why}" for name, kind, verdict in cases if verdict.word == "wrong"]
+    exact = Counter(name for name, _, verdict in cases if verdict.word == "exact")
+    assert {name: exact[name] for name, least in EXACT.items() if exact[name] < least} == {}
+    # Without tools and reasoning hardly a template needs a deviation.
+    plain = [verdict.word for _, kind, verdict in cases if kind in ("single", "multi")]
+    assert plain.count("exact") >= 0.8 * len(plain)
+
+
+def test_the_judge_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that could not fail would show nothing."""
+    from studio.jobs.base.data.labelled import Labeller
+
+    whole = Labeller.label
+
+    def shifted(self: Labeller, rendered):  # type: ignore[no-untyped-def]
+        made = whole(self, rendered)
+        for examples in made:
+            for _, learnt in examples:
+                learnt[1:] = learnt[:-1].copy()
+        return made
+
+    monkeypatch.setattr(Labeller, "label", shifted)
+    tokenizer = tokenizer_for(text_of("own-marks-answers"), "own-marks-answers")
+    assert judge(tokenizer, "single").word == "wrong"
+    monkeypatch.undo()
+    assert judge(tokenizer, "single").word == "exact"
