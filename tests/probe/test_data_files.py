@@ -1,10 +1,14 @@
 """Every kind of file that becomes rows, and files of each kind that do not, with what is said of them."""
 
 import bz2
+import functools
 import gzip
 import json
 import lzma
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from studio.core.errors import BadInput
-from studio.probe.data import DataSet, PlainText, Reading, inspect_data, json_rows, opened, read_data, table_rows
+from studio.probe.data import (
+    DataSet,
+    PlainText,
+    Reading,
+    documents,
+    inspect_data,
+    json_rows,
+    opened,
+    read_data,
+    table_rows,
+)
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}, Zoë says; “quoted” 日本語."} for n in range(1, 4)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -205,7 +219,6 @@ BAD: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "nul.csv": (second("a\0,b"), "line 5 holds a NUL character"),
     "latin1.md": (b"caf\xe9", "is not UTF-8: byte 0xe9 at offset 3"),
     "binary.txt": (b"ab\0cd", "holds NUL bytes: it is no text"),
-    "long.txt": (b"a" * 5000, "a text of more than 0 MiB, and one file is one document"),
     "cut.json": (PRETTY[:-2], "cut.json, line 13: not JSON: expecting ',' delimiter"),
     "rest.json": (PRETTY + b"{}", "not JSON: extra data at column 2, found '{}'"),
     "comma.json": (PRETTY.replace(b"\n  }\n]", b"\n  },\n]"), "line 14: not JSON: expecting value at column 1"),
@@ -235,7 +248,7 @@ def test_files_that_cannot_be_read_say_what_they_are(
     content, said = BAD[name]
     path = put(tmp_path / name, content)
     monkeypatch.setattr(opened, "free_bytes", lambda: 2e6)
-    if name in ("long.txt", "endless_row.json"):
+    if name == "endless_row.json":
         for module in (json_rows, table_rows):
             monkeypatch.setattr(module, "MAX_LINE_BYTES", 4000)
             monkeypatch.setattr(json_rows, "_BLOCK_BYTES", 1000)
@@ -314,3 +327,52 @@ def test_bad_rows_are_left_out_by_choice(
 def test_where_every_row_is_bad_nothing_is_trained(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no row can be used"):
         read_data(put(tmp_path / "a.jsonl", b"no\nrow\n"), SKIP)
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n", b" "])
+def test_a_large_text_file_is_read_in_the_sections_of_the_whole_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: bytes
+) -> None:
+    text = ending.join(f"Zeile {number}: größer, 日本語 🙂".encode() for number in range(3000))
+    path = put(tmp_path / "book.txt", b"\xef\xbb\xbf" + text)
+    (whole,) = read_data(path).rows
+    assert isinstance(whole, PlainText)
+    monkeypatch.setattr(table_rows, "MAX_LINE_BYTES", 4000)
+    monkeypatch.setattr(table_rows, "_PIECE_BYTES", 1000)
+    kept = functools.partial(documents.streamed, most=5000, context=300)
+    monkeypatch.setattr(table_rows, "streamed", kept)
+    data = read_data(path)
+    assert list(data.rows) == list(documents.sections(whole, most=5000, context=300)) and len(data.rows) > 10
+    assert data.format == "text" and data.finding_counts == {"long_document": 1}
+    assert "".join(row.text for row in data.rows) == text.decode().replace("\r\n", "\n")
+    path.write_bytes(text + b"\xff")
+    with pytest.raises(BadInput, match=r"book\.txt is not UTF-8: byte 0xff at offset \d+ \(line \d+\)"):
+        read_data(path)
+    path.write_bytes(text + b"\0")
+    with pytest.raises(BadInput, match="holds NUL bytes"):
+        read_data(path)
+    path.write_bytes(text)
+    with pytest.raises(BadInput):
+        read_data(path, Reading("chat"))
+
+
+@pytest.mark.slow
+def test_a_text_file_of_half_a_gigabyte_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    paragraph = b"It is a truth universally acknowledged, that a model in possession of data must want memory.\n"
+    with path.open("wb") as file:
+        for _ in range(500):
+            file.write(paragraph * (2**20 // len(paragraph)))
+    script = (
+        "import resource, sys\nfrom pathlib import Path\nfrom studio.probe.data import read_data\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "data = read_data(Path(sys.argv[1]))\n"
+        "assert sum(len(row.text) for row in data.rows) == Path(sys.argv[1]).stat().st_size\n"
+        "print(len(data.rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    home = {**os.environ, "LORA_STUDIO_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, env=home, check=True
+    )
+    rows, kilobytes = map(int, done.stdout.split())
+    assert rows >= 500 and kilobytes < 300 * 1024

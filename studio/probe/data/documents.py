@@ -5,7 +5,7 @@ and its tokens are those of the whole. What is learnt follows on from section to
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from studio.core.recipe import Recipe
@@ -38,6 +38,33 @@ def sections(row: PlainText, *, most: int = SECTION, context: int = CONTEXT) -> 
         whole = begin == 0 and stop == len(text)
         yield row if whole else replace(row, text=text[begin:stop], before=before, after=after)
         begin = stop
+
+
+def streamed(pieces: Iterable[str], number: int, *, most: int = SECTION, context: int = CONTEXT) -> Iterator[PlainText]:
+    """Yield the same sections of a text that comes in pieces, which is never held whole.
+
+    Args:
+        pieces: The text.
+        number: Of its row.
+        most: As above.
+        context: As above.
+    """
+    before, held = "", ""
+    for piece in pieces:
+        held += piece
+        while len(held) > most + context:
+            section = _first_section(held, before, number, most, context)
+            before, held = (before + section.text)[-context:], held[len(section.text) :]
+            yield section
+    while held:
+        section = _first_section(held, before, number, most, context)
+        before, held = (before + section.text)[-context:], held[len(section.text) :]
+        yield section
+
+
+def _first_section(text: str, before: str, number: int, most: int, context: int) -> PlainText:
+    stop = _cut(text, 0, most)
+    return PlainText(text[:stop], number, before, text[stop : stop + context])
 
 
 def split_documents(rows: Sequence[Row], recipe: Recipe) -> Split:

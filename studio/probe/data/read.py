@@ -69,7 +69,14 @@ class _Taken:
     shape: Shape | None = None
 
     def take(self, number: int, value: Any) -> None:
-        """Normalise one raw row."""
+        """Normalise one raw row; a section of a long text file is one already."""
+        if isinstance(value, PlainText):
+            shape = self.shape or recognise({"text": value.text}, self.how.format)
+            if shape and shape.format == "text" and self.how.wants not in ("pairs", "labels") and not self.prompt:
+                self.shape = shape
+                self._add_section(value)
+                return
+            value = {"text": value.text}
         if not isinstance(value, dict):
             self.findings.add("not_an_object", number, f"found {json_kind(value)}; wanted an object with columns")
             return
@@ -100,6 +107,12 @@ class _Taken:
         self.findings.leave(map(self.how.key, unused_columns(value, shape)))
         if row := normalised(value, shape, number, self.findings, self.how):
             self._add(row)
+
+    def _add_section(self, section: PlainText) -> None:
+        if not section.before:
+            found = f"a text file of many megabytes, read in sections of {SECTION:,} characters at most"
+            self.findings.add("long_document", section.number, found, fatal=False)
+        self.rows.add(section)
 
     def _add(self, row: Row) -> None:
         """Keep a row, or the sections of a long text."""

@@ -3,14 +3,19 @@
 import csv
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from studio.core.errors import BadInput
 from studio.core.text import plain
+from studio.probe.data.documents import streamed
 from studio.probe.data.findings import Findings
 from studio.probe.data.opened import MAX_LINE_BYTES, NotUtf8, Opened, Progress, decoded
 
 _PROGRESS_BYTES = 2**20
+_PIECE_BYTES = 2**20
+_LONGEST_CHARACTER = 4
+"""Bytes of a character in UTF-8 at most."""
 _SAMPLE_LINES = 200
 _DELIMITERS = ",\t;|"
 _MOST_COLUMNS = 10_000
@@ -79,17 +84,17 @@ def table_rows(file: Opened, findings: Findings, progress: Progress | None) -> I
 def text_row(file: Opened, findings: Findings, progress: Progress | None) -> Iterator[tuple[int, Any]]:
     """Yield the one row of a file that is a document: its whole text, without line ends of other systems.
 
+    Of a text of more than `MAX_LINE_BYTES` its sections are yielded, as rows that are made already.
+
     Raises:
-        BadInput: It is not UTF-8, or larger than `MAX_LINE_BYTES`.
+        BadInput: It is not UTF-8, or holds NUL bytes.
         OSError: The file cannot be read.
     """
     raw = file.stream.read(MAX_LINE_BYTES + 1)
     number = findings.rows_before + 1
     if len(raw) > MAX_LINE_BYTES:
-        raise BadInput(
-            f"{file.name} is a text of more than {MAX_LINE_BYTES / 2**20:.0f} MiB, and one file is one document. "
-            "Divide it into several files in a folder, or write its documents as JSON Lines."
-        )
+        yield from ((number, section) for section in streamed(_pieces(raw, file, progress), number))
+        return
     if b"\0" in raw and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         raise BadInput(f"{file.name} holds NUL bytes: it is no text. Save it as UTF-8 text.")
     try:
@@ -102,6 +107,39 @@ def text_row(file: Opened, findings: Findings, progress: Progress | None) -> Ite
         yield number, {"text": text.replace("\r\n", "\n")}
     if progress:
         progress(file.done, file.total)
+
+
+def _pieces(raw: bytes, file: Opened, progress: Progress | None) -> Iterator[str]:
+    """Yield the text of a large file: first the bytes that were read of it, then the rest.
+
+    Raises:
+        BadInput: It is not UTF-8, or holds NUL bytes.
+        OSError: The file cannot be read.
+    """
+    offset, line, left = 0, 1, b""
+    parts = chain((raw[at : at + _PIECE_BYTES] for at in range(0, len(raw), _PIECE_BYTES)), _rest(file))
+    for part in parts:
+        block = left + part
+        # Cut behind a line end, or behind a whole character, and not between the two of a line end.
+        cut = block.rfind(b"\n") + 1 or max(0, len(block) - _LONGEST_CHARACTER)
+        while cut and cut < len(block) and block[cut] & 0xC0 == 0x80:
+            cut -= 1
+        yield _text_of(block[:cut], file.name, offset, line)
+        offset, line, left = offset + cut, line + block.count(b"\n", 0, cut), block[cut:]
+        if progress:
+            progress(file.done, file.total)
+    yield _text_of(left, file.name, offset, line)
+
+
+def _rest(file: Opened) -> Iterator[bytes]:
+    while part := file.stream.read(_PIECE_BYTES):
+        yield part
+
+
+def _text_of(raw: bytes, name: str, offset: int, line: int) -> str:
+    if b"\0" in raw:
+        raise BadInput(f"{name} holds NUL bytes: it is no text. Save it as UTF-8 text.")
+    return decoded(raw, name, offset=offset, line=line).replace("\r\n", "\n")
 
 
 class _Lines:
