@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from studio.commands import data_show
-from studio.commands.options import add_json
+from studio.commands.options import COLUMNS_FORM, add_json, columns_given
 from studio.commands.terminal import DONE, NO, WaitLine, say, write_json
-from studio.core.columns import Pairs
 from studio.core.errors import BadInput
-from studio.core.recipe import FIELDS, Recipe, choices_of
+from studio.core.recipe import Recipe, choices_of
 from studio.core.text import plain
 from studio.probe.data import Conversation, DataSet, Finding, Preference, Reading, inspect_data
 from studio.probe.data.lengths import spread_of, texts_of, token_lengths
@@ -51,9 +50,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--columns",
-        type=_columns,
+        type=columns_given,
         default=(),
-        metavar="OURS=THEIRS,...",
+        metavar=COLUMNS_FORM,
         help="what the file calls our columns: prompt=Frage,completion=Antwort",
     )
     parser.add_argument(
@@ -210,12 +209,3 @@ def _positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; wanted a whole number above 0")
     return int(text)
-
-
-def _columns(text: str) -> Pairs:
-    kind = FIELDS["data.columns"].kind
-    value = kind.shaped(kind.read(text))
-    if wrong := next(iter(kind.wrong(value)), None):
-        raise argparse.ArgumentTypeError(f"found {wrong[0]}; wanted {wrong[1]}")
-    pairs: Pairs = value
-    return pairs

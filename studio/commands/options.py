@@ -2,10 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from studio.core.text import plain
 from studio.runs.home import runs_root
 from studio.runs.layout import RunPaths
+
+if TYPE_CHECKING:
+    from studio.core.columns import Pairs
 
 
 def add_runs_dir(parser: argparse.ArgumentParser) -> None:
@@ -74,3 +78,21 @@ def run_of(args: argparse.Namespace) -> RunPaths:
     from studio.runs.store import find_run  # noqa: PLC0415  10 ms that a plan should not pay
 
     return find_run(root_of(args), args.run)
+
+
+COLUMNS_FORM = "OURS=THEIRS,..."
+
+
+def columns_given(text: str) -> "Pairs":
+    """Return what a file calls our columns, from a word such as `prompt=Frage,completion=Antwort`.
+
+    Raises:
+        ArgumentTypeError: It says something else.
+    """
+    from studio.core.columns import Columns  # noqa: PLC0415  as above
+
+    kind = Columns()
+    value: Pairs = kind.shaped(kind.read(text))
+    if wrong := next(kind.wrong(value), None):
+        raise argparse.ArgumentTypeError(f"found {wrong[0]}; wanted {wrong[1]}")
+    return value

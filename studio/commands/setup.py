@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from studio.commands.options import add_json, add_runs_dir, root_of
+from studio.commands.options import COLUMNS_FORM, add_json, add_runs_dir, columns_given, root_of
 from studio.commands.terminal import DONE, NO, say, size, table, why_no_studio, width_of_terminal, write_json
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS
@@ -33,6 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--goal", choices=tuple(GOALS), help="what it is for")
     parser.add_argument("--model", metavar="MODEL", help="a folder, a hub id, or: embedded")
     parser.add_argument("--data", metavar="FILE", help="the rows to learn from, or: embedded")
+    parser.add_argument("--columns", type=columns_given, metavar=COLUMNS_FORM, help="what the file calls our columns")
     parser.add_argument("--gpu", metavar="NAME", help="plan for this card instead of this machine's")
     parser.add_argument("--out", metavar="FILE", help="write the recipe there")
     add_json(parser)
@@ -45,14 +46,20 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BadInput: Model, data or card cannot be used, or the recipe cannot be written.
     """
-    told = any((args.goal, args.model, args.data, args.gpu, args.out, args.json))
+    told = any((args.goal, args.model, args.data, args.columns, args.gpu, args.out, args.json))
     if not told and not why_no_studio():
         from studio.commands.open_studio import open_on_last  # noqa: PLC0415  0.3 s of screens
 
         return open_on_last(root_of(args), setup=True)
     answers = _answers(args)
     machine = read_machine(root_of(args))
-    checked = check_data(answers.data, answers.base)
+    checked = check_data(answers.data, answers.base, answers.columns)
+    if checked.unknown:
+        names = ", ".join(plain(name, one_line=True, limit=40) for name, _ in checked.unknown[:12])
+        raise BadInput(
+            f"The columns of {plain(str(checked.data.path), one_line=True)} are not known: {names}. Name them with "
+            "--columns prompt=...,completion=..."
+        )
     if not checked.sound:
         raise BadInput(
             f"{plain(str(checked.data.path), one_line=True)} must be corrected before training: lora-studio data check "
@@ -77,7 +84,11 @@ def _answers(args: argparse.Namespace) -> Answers:
     """Return the answers of the flags; where a flag is missing, the answer that was given on the screen last."""
     given = {"goal": args.goal, "base": args.model, "data": args.data}
     card = find_gpu(args.gpu).name if args.gpu else None
-    said = {name: value for name, value in (*given.items(), ("card", card)) if value is not None}
+    said: dict[str, Any] = {name: value for name, value in (*given.items(), ("card", card)) if value is not None}
+    if args.data is not None:
+        said["columns"] = ()
+    if args.columns is not None:
+        said["columns"] = args.columns
     return replace(recall_answers(), **said)
 
 

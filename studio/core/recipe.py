@@ -452,14 +452,14 @@ class DataSection:
         (),
         Columns(),
         "Columns",
-        "What the file calls our columns: prompt=Frage, completion=Antwort; empty where it has names that are known.",
+        "What the file calls our columns: prompt=Frage, completion=Antwort.",
         resume="by content",
     )
     prompt: str = declared(
         "",
         Text(),
-        "Prompt from columns",
-        "A jinja line that writes the prompt from the file's columns: {{ title }}: {{ body }}; empty for none.",
+        "Prompt line",
+        "Writes the prompt from columns, in jinja: {{ title }}: {{ body }}.",
         resume="by content",
     )
     sources: tuple[Source, ...] = declared(

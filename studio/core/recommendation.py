@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from studio.core.base_form import refusal
+from studio.core.columns import Pairs
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB, Gpu
@@ -63,6 +64,7 @@ class DataFacts:
         pairs: Whether each row is a pair of answers of which one is preferred; tokens are then those of both sides, and
             the longest row is the longest side.
         text: Whether the rows are plain texts, of which those that are longer than a row become blocks.
+        columns: What the file calls our columns.
     """
 
     path: str
@@ -72,6 +74,7 @@ class DataFacts:
     counted: bool = True
     pairs: bool = False
     text: bool = False
+    columns: Pairs = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,8 @@ def recommend(
     # Without a card there is no budget, so that nothing "fits" or "does not fit" on a CPU.
     budget = None if gpu is None else gpu.total_bytes if budget_bytes is None else budget_bytes
     ground = _Ground(shape, gpu, budget)
-    draft = _Draft(Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path))
+    named = Recipe(name=goal, method="lora").with_("model.base", base).with_("data.path", data.path)
+    draft = _Draft(named.with_("data.columns", data.columns))
     _length(draft, data)
     if data.text:  # from here on a row is a block
         data = replace(data, rows=max(data.rows, math.ceil(data.tokens / draft.recipe.train.seq_len)))

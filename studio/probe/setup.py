@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from studio.core.base_form import refusal
+from studio.core.columns import Columns, Pairs
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import find_gpu
@@ -14,7 +15,7 @@ from studio.core.recipe import EMBEDDED
 from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape import ModelShape
 from studio.core.text import plain
-from studio.probe.data import DataSet, Preference, Reading, Row, inspect_data
+from studio.probe.data import DataSet, Finding, Preference, Reading, Row, first_row, inspect_data
 from studio.probe.data.chosen_files import holds_rows
 from studio.probe.data.lengths import estimated_tokens, texts_of
 from studio.probe.data.places import absolute_word
@@ -29,6 +30,7 @@ from studio.runs.home import SETUP_FILE, studio_home
 _MOST_BYTES = 64 * 1024
 _COUNTED_ROWS = 2000
 _LONGEST_COUNTED = 50
+_SHOWN = 100
 _CHARACTERS_PER_TOKEN = 3.0
 """Low on purpose (English has about four, code about three): it is better to estimate a row too long than to cut it."""
 
@@ -44,6 +46,7 @@ class Answers:
         card: A card of the catalogue to plan for; empty for this machine's.
         step: The step that the set-up was left at.
         done: Whether the user has gone through it once.
+        columns: What the file calls our columns, where the user has said so.
     """
 
     base: str = EMBEDDED
@@ -52,6 +55,7 @@ class Answers:
     card: str = ""
     step: str = ""
     done: bool = False
+    columns: Pairs = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,13 @@ class DataChecked:
         data: Its rows, and what was found on the way.
         facts: What a recommendation needs to know of it.
         advice: What to consider of these rows for this model; empty where there is nothing.
+        unknown: Where its columns make no known row, their names, each with what the first row has there.
     """
 
     data: DataSet
     facts: DataFacts
     advice: str = ""
+    unknown: tuple[tuple[str, str], ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -102,8 +108,13 @@ def data_files(folder: Path, most: int = 20) -> list[Path]:
     return found[:most]
 
 
-def check_data(word: str, base: str) -> DataChecked:
+def check_data(word: str, base: str, columns: Pairs = ()) -> DataChecked:
     """Read a data file whole and measure it, in the model's tokens where they can be counted here.
+
+    Args:
+        word: The file, or `embedded`.
+        base: The model.
+        columns: What the file calls our columns; empty where its names are known.
 
     Raises:
         BadInput: It cannot be read at all.
@@ -114,10 +125,28 @@ def check_data(word: str, base: str) -> DataChecked:
             path = path.expanduser()
         except RuntimeError:
             raise BadInput(f"There is no home folder for {plain(word, one_line=True, limit=200)}.") from None
-    data = inspect_data(path)
-    if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
-        data = inspect_data(path, Reading(wants="pairs"))
-    return DataChecked(data, _facts(absolute_word(str(path)), data, base), _advice(base, data))
+    try:
+        data = inspect_data(path, Reading(columns=columns))
+        if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
+            data = inspect_data(path, Reading(columns=columns, wants="pairs"))
+        unknown = _unknown_columns(path) if not data.rows and "wrong_columns" in data.finding_counts else ()
+    except BadInput as error:
+        unknown = _unknown_columns(path)
+        if not unknown:
+            raise
+        finding = Finding("wrong_columns", 1, "", str(error), fatal=True)
+        data = DataSet(path, "unknown", (), (), (), (finding,), {finding.kind: 1}, 0)
+    facts = _facts(absolute_word(str(path)), data, base)
+    return DataChecked(data, replace(facts, columns=columns), _advice(base, data), unknown)
+
+
+def _unknown_columns(path: Path) -> tuple[tuple[str, str], ...]:
+    """Return the columns of a file and what its first row has there; nothing where they are known or cannot be read."""
+    try:
+        row = first_row(path)
+    except (BadInput, OSError):
+        return ()
+    return tuple((str(name), plain(str(value), one_line=True, limit=_SHOWN)) for name, value in row.items())
 
 
 def _advice(base: str, data: DataSet) -> str:
@@ -201,6 +230,11 @@ def _sequences(rows: Sequence[Row]) -> Iterator[Row]:
 def _sound_answers(table: Mapping[str, Any]) -> Answers:
     kinds = {item.name: type(getattr(Answers(), item.name)) for item in fields(Answers)}
     given = {name: table[name] for name, kind in kinds.items() if type(table.get(name)) is kind}
+    columns = table.get("columns")
+    if isinstance(columns, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in columns):
+        pairs = tuple((pair[0], pair[1]) for pair in columns)
+        if not any(Columns().wrong(pairs)):
+            given["columns"] = pairs
     if given.get("goal") not in GOALS:
         given.pop("goal", None)
     if any(isinstance(value, str) and "\0" in value for value in given.values()):

@@ -15,6 +15,7 @@ from studio.core.text import plain
 from studio.runs.layout import RunPaths
 
 if TYPE_CHECKING:
+    from studio.core.columns import Pairs
     from studio.core.recommendation import DataFacts, Recommendation
     from studio.core.shape import ModelShape
     from studio.probe.local_models import Listed
@@ -170,7 +171,7 @@ class Services:
 
         return data_files(Path.cwd())
 
-    def check_data(self, word: str, base: str) -> "DataChecked":
+    def check_data(self, word: str, base: str, columns: "Pairs") -> "DataChecked":
         """Read and measure a data file.
 
         Raises:
@@ -178,7 +179,7 @@ class Services:
         """
         from studio.probe.setup import check_data
 
-        return check_data(word, base)
+        return check_data(word, base, columns)
 
     def recommend(self, answers: "Answers", shape: "ModelShape", data: "DataFacts") -> "Recommendation":
         """Recommend a recipe.

@@ -1,16 +1,18 @@
-"""The texts and options of the guided set-up: what was found, what follows from it, what each step offers.
+"""The looks, texts and options of the guided set-up: what was found, what follows from it, what each step offers.
 
 Text from files and from the machine is never read as markup.
 """
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from textual.content import Content
 
+from studio.core.errors import StudioError
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import GIB
 from studio.core.recipe import EMBEDDED, Recipe
@@ -21,10 +23,11 @@ from studio.probe.data import Preference
 from studio.probe.hub import is_hub_id
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
-from studio.probe.setup import DataChecked
+from studio.probe.setup import Answers, DataChecked, goal_for
 from studio.tui.panels.setup_step import Shown, path_line
 from studio.tui.readable import UNKNOWN, count, gib
 from studio.tui.reading import STAGES, process_words
+from studio.tui.services import Services
 
 HERE, OTHER = "here", "other"
 """The machine step's answers beside the name of a card."""
@@ -35,6 +38,7 @@ Options = list[tuple[str, Shown]]
 
 _LABEL = 10
 _WORD = 15
+_MOST_NAMED = 12
 _MOST_FINDINGS = 8
 _EXAMPLE = 160
 _TWO_COLUMNS = 60
@@ -119,6 +123,12 @@ def data_text(checked: DataChecked) -> Content:
     """Return what a data file is, what is wrong with it, and one row."""
     data, facts = checked.data, checked.facts
     parts: Parts = [(plain_path(data.path.name, _NAME_ABOVE), "bold")]
+    if checked.unknown:
+        names = ", ".join(plain(name, one_line=True, limit=40) for name, _ in checked.unknown[:_MOST_NAMED])
+        more = len(checked.unknown) - _MOST_NAMED
+        parts.append(f"\nIts columns are not known: {names}{f' and {more} more' if more > 0 else ''}.\n")
+        parts.append(("Enter asks which of them is the prompt and which the answer.", "bold"))
+        return Content.assemble(*parts)
     parts.append(f"\n{plain(data.described(), one_line=True) if data.rows else 'no row can be used'}\n")
     if facts.rows:
         about = "" if facts.counted else "about "
@@ -267,3 +277,49 @@ def _row(label: str, words: str) -> Parts:
 
 def _example(text: str) -> str:
     return plain(text, one_line=True, limit=_EXAMPLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a look has found: what to say of it, the answers with it where it can be used, columns that nobody knows."""
+
+    words: Content
+    answers: Answers | None = None
+    unknown: tuple[tuple[str, str], ...] = ()
+
+
+class Lookup:
+    """Looks at the model and the data that answers name, and remembers what it found."""
+
+    def __init__(self, services: Services) -> None:
+        """Look through the services."""
+        self._recommend = services.recommend
+        # The cursor comes by the same options again and again.
+        self._shape = lru_cache(maxsize=32)(services.shape)
+        self._checked = lru_cache(maxsize=8)(services.check_data)
+
+    def model(self, answers: Answers) -> Seen:
+        """Look at the model of some answers."""
+        try:
+            return Seen(model_text(answers.base, self._shape(answers.base, answers.card)), answers)
+        except StudioError as error:
+            return Seen(refused_text(str(error)))
+
+    def data(self, answers: Answers) -> Seen:
+        """Read the data of some answers."""
+        try:
+            checked = self._checked(answers.data, answers.base, answers.columns)
+        except StudioError as error:
+            return Seen(refused_text(str(error)))
+        goal = goal_for(answers.goal, checked.facts)
+        fitting = replace(answers, data=checked.facts.path, goal=goal)
+        return Seen(data_text(checked), fitting if checked.sound else None, checked.unknown)
+
+    def recommendation(self, answers: Answers) -> Recommendation:
+        """Return the recommendation.
+
+        Raises:
+            StudioError: Model, data or card cannot be used.
+        """
+        checked = self._checked(answers.data, answers.base, answers.columns)
+        return self._recommend(answers, self._shape(answers.base, answers.card), checked.facts)

@@ -118,3 +118,22 @@ def test_another_cards_recipe_follows_offline_from_a_model_that_the_program_know
     here = cli(*asked)
     assert (here.code, here.out) == (2, "")
     assert "cannot be found" in here.err
+
+
+def test_columns_of_any_name_are_told_by_a_flag(cli: Cli) -> None:
+    Path("rows.jsonl").write_text('{"Frage": "Why?", "Antwort": "Because."}\n' * 30)
+    refused = cli("setup", "--data", "rows.jsonl", "--gpu", "RTX 4090", "--json")
+    assert (refused.code, "are not known: Frage, Antwort. Name them with --columns" in refused.err) == (2, True)
+    words = ("--data", "rows.jsonl", "--columns", "prompt=Frage,completion=Antwort", "--gpu", "RTX 4090", "--json")
+    assert cli("setup", *words).document["recipe"]["data"]["columns"] == {"prompt": "Frage", "completion": "Antwort"}
+    wrong = cli("setup", "--data", "rows.jsonl", "--columns", "promt=Frage")
+    assert (wrong.code, "perhaps prompt" in wrong.err) == (2, True)
+
+
+def test_the_check_takes_columns_and_a_line_for_the_prompt(cli: Cli) -> None:
+    Path("rows.jsonl").write_text('{"Frage": "Why?", "Antwort": "Because."}\n' * 30)
+    assert cli("data", "check", "rows.jsonl").code == 1
+    named = cli("data", "check", "rows.jsonl", "--columns", "prompt=Frage,completion=Antwort", "--json")
+    assert (named.code, named.document["columns"]) == (0, ["Frage", "Antwort"])
+    words = ("--prompt", "Say: {{ Frage }}", "--columns", "completion=Antwort")
+    assert "prompt/completion (prompt, Antwort), 30 rows" in cli("data", "check", "rows.jsonl", *words).out

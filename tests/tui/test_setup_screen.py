@@ -9,6 +9,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import OptionList
 
+from studio.core.columns import Pairs
 from studio.core.errors import BadInput
 from studio.core.gpu_catalogue import find_gpu
 from studio.core.recipe import EMBEDDED
@@ -75,8 +76,8 @@ def finding(
             raise BadInput(hub)
         return list(hub)
 
-    def check(word: str, base: str) -> DataChecked:
-        return check_data(word, "no tokenizer here")
+    def check(word: str, base: str, columns: Pairs) -> DataChecked:
+        return check_data(word, "no tokenizer here", columns)
 
     def recommended(answers: Answers, model: ModelShape, data: DataFacts) -> object:
         gpu = find_gpu(answers.card) if answers.card else None

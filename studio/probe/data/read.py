@@ -25,7 +25,7 @@ from studio.probe.data.row_cache import RowCache
 from studio.probe.data.rows import DataSet, PlainText, Row, counted
 from studio.probe.data.stored_rows import RowWriter
 from studio.probe.data.table_rows import table_rows, text_row
-from studio.probe.data.written_prompt import PromptWriter
+from studio.probe.data.written_prompt import WHOLE_ROW, PromptWriter
 
 BY_BYTES = {"json": json_rows, "table": table_rows, "text": text_row}
 COLUMNAR = {"parquet": parquet_rows, "arrow": arrow_rows}
@@ -56,6 +56,18 @@ def inspect_data(path: Path, how: Reading = AS_IT_IS, *, progress: Progress | No
         BadInput: The file cannot be read at all.
     """
     return _inspected(path, how, progress)[0]
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """Return the first row of a file as it is, with all its columns; empty where it has none.
+
+    Raises:
+        BadInput: The file cannot be read.
+        OSError: The same, as the system says it.
+    """
+    whole = Reading(prompt=f"{{{{ {WHOLE_ROW} }}}}")  # every column of a table is read for it
+    rows = _raw_rows(find_files(path, whole), whole, Findings(), None)
+    return next((value for _, value in rows if isinstance(value, dict)), {})
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """The guided set-up: machine, model, data, goal, recipe. Every step goes back, and no answer is lost on the way."""
 
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,20 +15,23 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Static
 
+from studio.core.columns import Pairs
 from studio.core.errors import StudioError
 from studio.probe.local_models import Listed
-from studio.probe.setup import Answers, goal_for
+from studio.probe.setup import Answers
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
+from studio.tui.screens.columns import ColumnsScreen
 from studio.tui.services import Services
 from studio.tui.setup_texts import (
     HERE,
     OTHER,
+    Lookup,
+    Seen,
     SetupDone,
     Then,
     card_options,
     data_options,
-    data_text,
     end_of,
     end_options,
     goal_of,
@@ -38,7 +41,6 @@ from studio.tui.setup_texts import (
     likely_end,
     machine_text,
     model_line,
-    model_text,
     recommendation_text,
     refused_text,
     verdict_text,
@@ -52,51 +54,6 @@ if TYPE_CHECKING:
 STEPS = ("machine", "model", "data", "goal", "recipe")
 _BUSY = "Working ..."
 _LOOK_AFTER_SECONDS = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a look at a model or a file has found: what to say of it, and the answers with it where it can be used."""
-
-    words: Content
-    answers: Answers | None = None
-
-
-class Lookup:
-    """Looks at the model and the data that answers name, and remembers what it found."""
-
-    def __init__(self, services: Services) -> None:
-        """Look through the services."""
-        self._recommend = services.recommend
-        # The cursor comes by the same options again and again.
-        self._shape = lru_cache(maxsize=32)(services.shape)
-        self._checked = lru_cache(maxsize=8)(services.check_data)
-
-    def model(self, answers: Answers) -> Seen:
-        """Look at the model of some answers."""
-        try:
-            return Seen(model_text(answers.base, self._shape(answers.base, answers.card)), answers)
-        except StudioError as error:
-            return Seen(refused_text(str(error)))
-
-    def data(self, answers: Answers) -> Seen:
-        """Read the data of some answers."""
-        try:
-            checked = self._checked(answers.data, answers.base)
-        except StudioError as error:
-            return Seen(refused_text(str(error)))
-        goal = goal_for(answers.goal, checked.facts)
-        fitting = replace(answers, data=checked.facts.path, goal=goal)
-        return Seen(data_text(checked), fitting if checked.sound else None)
-
-    def recommendation(self, answers: Answers) -> "Recommendation":
-        """Return the recommendation.
-
-        Raises:
-            StudioError: Model, data or card cannot be used.
-        """
-        checked = self._checked(answers.data, answers.base)
-        return self._recommend(answers, self._shape(answers.base, answers.card), checked.facts)
 
 
 class SetupScreen(Screen[SetupDone | None]):
@@ -261,6 +218,8 @@ class SetupScreen(Screen[SetupDone | None]):
         wanted, self._wanted = self._wanted == step.lit, None
         if wanted and message.seen.answers is not None:
             self._go_on(message.seen.answers)
+        elif wanted and message.seen.unknown:
+            self._choose_columns(message.answers, message.seen.unknown)
 
     def on_setup_screen_models(self, message: Models) -> None:
         """Offer the models that were found; those of a search come first, with the cursor on the first of them."""
@@ -306,7 +265,10 @@ class SetupScreen(Screen[SetupDone | None]):
         self.show_step(STEPS[STEPS.index(self.step) + 1])
 
     def _answers_with(self, step: str, value: str) -> Answers:
-        return replace(self.answers, base=value) if step == "model" else replace(self.answers, data=value)
+        if step == "model":
+            return replace(self.answers, base=value)
+        same = self.answers.data in (value, str(Path(value).absolute()))
+        return replace(self.answers, data=value, columns=self.answers.columns if same else ())
 
     def _look_soon(self, step: str, value: str) -> None:
         """Look at an option once the cursor has stood on it for a moment."""
@@ -338,6 +300,15 @@ class SetupScreen(Screen[SetupDone | None]):
                 self._go_on(self.answers)
 
         self.app.push_screen(CardScreen(self.answers.card), take)
+
+    def _choose_columns(self, answers: Answers, columns: tuple[tuple[str, str], ...]) -> None:
+        def take(chosen: Pairs | None) -> None:
+            if chosen is not None and self.step == "data":
+                self._keep(replace(answers, columns=chosen))
+                self._wanted = answers.data
+                self._look("data", self.answers)
+
+        self.app.push_screen(ColumnsScreen(columns), take)
 
     def _offer_cards(self) -> None:
         self._step("machine").offer(card_options(self.answers.card), self.answers.card or HERE)
