@@ -11,7 +11,7 @@ from studio.core.columns import Columns, Pairs
 from studio.core.errors import BadInput
 from studio.core.goals import GOALS, Goal
 from studio.core.gpu_catalogue import find_gpu
-from studio.core.recipe import EMBEDDED
+from studio.core.recipe import EMBEDDED, Recipe
 from studio.core.recommendation import DataFacts, Recommendation, recommend
 from studio.core.shape import ModelShape
 from studio.core.text import plain
@@ -160,6 +160,12 @@ def goal_for(goal: Goal, facts: DataFacts) -> Goal:
     """Return the goal that fits the data: raw text is to continue pre-training with, unless another was chosen."""
     usual = Answers().goal
     return "text" if facts.text and goal == usual else usual if goal == "text" and not facts.text else goal
+
+
+def recipe_to_show(answers: Answers) -> Recipe:
+    """Return a recipe of the model and the data of some answers, with defaults besides, to look at the rows."""
+    path = answers.data if answers.data == EMBEDDED else str(Path(answers.data).expanduser().absolute())
+    return Recipe().with_("model.base", answers.base).with_("data.path", path)
 
 
 def shape_for(base: str, card: str) -> ModelShape:

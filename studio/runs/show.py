@@ -256,7 +256,7 @@ class ShowProcess(PipedProcess[ShowEvent]):
         """Ask for a row by its number in the file."""
         self._send({"number": number})
 
-    def ask_next(self, place: int, step: int, only: Filter = "all", words: str = "") -> None:
+    def ask_next(self, place: int, step: int, only: Filter = "all", words: str = "", *, around: bool = False) -> None:
         """Ask for the next row of a kind.
 
         Args:
@@ -264,8 +264,9 @@ class ShowProcess(PipedProcess[ShowEvent]):
             step: 1 for a later row, -1 for an earlier one.
             only: Which rows count.
             words: What the row must say, whatever its letter case; empty for anything.
+            around: Whether to go on at the other end.
         """
-        self._send({"next": {"place": place, "step": step, "only": only, "words": words}})
+        self._send({"next": {"place": place, "step": step, "only": only, "words": words, "around": around}})
 
     def cut_at(self, seq_len: int) -> None:
         """Cut at another row length from now on; a new summary follows."""

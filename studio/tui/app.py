@@ -27,7 +27,7 @@ from textual.screen import ModalScreen, Screen
 from studio.core.recipe import Recipe
 from studio.core.text import plain
 from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenChat, OpenRun, ShowAudits, ShowMerge
+from studio.tui.asks import OpenChat, OpenRun, ShowAudits, ShowData, ShowMerge
 from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.help import HelpScreen
 from studio.tui.services import Services
@@ -136,8 +136,13 @@ class StudioApp(App[None]):
         """Offer our own commands in the palette beside Textual's."""
         yield from super().get_system_commands(screen)
         yield SystemCommand("Guided set-up", "Machine, model, data, goal, recipe", self.on_show_setup)
+        yield SystemCommand("Data", "The rows token by token, and what they add up to", self._show_data)
         yield SystemCommand("Runs", "All runs, newest first; chat, merge and audit start there", self.on_show_runs)
         yield SystemCommand("Audits", "What 4 bits cost", partial(self.on_show_audits, ShowAudits()))
+
+    def _show_data(self) -> None:
+        """Show the data of the recipe that is being made."""
+        self.on_show_data(ShowData(self._configure.recipe))
 
     def watch_theme(self, theme: str) -> None:
         """Keep a theme that the user chose."""
@@ -230,6 +235,14 @@ class StudioApp(App[None]):
             run=message.run,
         )
         self.push_screen(screen)
+
+    def on_show_data(self, message: ShowData) -> None:
+        """Show the data of a recipe as the model reads it."""
+        from studio.runs.show import ShowRequest  # noqa: PLC0415  as above
+        from studio.tui.screens.data import DataScreen  # noqa: PLC0415  as above
+
+        request = ShowRequest(message.recipe, str(message.run.root) if message.run else "")
+        self.push_screen(DataScreen(request, services=self._services))
 
     def on_show_setup(self) -> None:
         """Ask the questions of the guided set-up."""

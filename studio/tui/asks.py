@@ -2,6 +2,7 @@
 
 from textual.message import Message
 
+from studio.core.recipe import Recipe
 from studio.runs.layout import RunPaths
 
 
@@ -47,3 +48,12 @@ class ShowAudits(Message):
 
 class ShowSetup(Message):
     """The user wants the guided set-up."""
+
+
+class ShowData(Message):
+    """The user wants to see the data of a recipe as the model reads it."""
+
+    def __init__(self, recipe: Recipe, run: RunPaths | None = None) -> None:
+        """Carry the recipe, and the run that it belongs to, if any."""
+        super().__init__()
+        self.recipe, self.run = recipe, run

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from studio.runs.chat import ChatProcess, ChatRequest
     from studio.runs.job import Job
     from studio.runs.last_recipe import LastRecipe
+    from studio.runs.show import ShowProcess, ShowRequest
     from studio.tui.forecast import Forecaster
     from studio.tui.merging import MergeFacts
 
@@ -74,6 +75,27 @@ class Services:
         from studio.runs.chat import ChatProcess
 
         return ChatProcess(request)
+
+    def show_data(self, request: "ShowRequest") -> "ShowProcess":
+        """Start a process that reads data with a model's tokenizer.
+
+        Raises:
+            StudioError: It cannot be started.
+        """
+        from studio.runs.show import ShowProcess
+
+        return ShowProcess(request)
+
+    def glance_at_data(self, recipe: Recipe) -> "ShowProcess | None":
+        """Start a process that looks at data without being asked; None where that would take long, or need the network.
+
+        Raises:
+            StudioError: It cannot be started.
+        """
+        from studio.probe.glance import can_glance
+        from studio.runs.show import ShowProcess, ShowRequest
+
+        return ShowProcess(ShowRequest(recipe, gentle=True)) if can_glance(recipe) else None
 
     def merge_facts(self, paths: RunPaths) -> "MergeFacts":
         """Look at a run that is to be merged.

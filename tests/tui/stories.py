@@ -129,6 +129,7 @@ def services_that(
         recall_planned=lambda: planned,
         keep_planned=asked.planned.append,
         keep_recipe=asked.kept.append,
+        glance_at_data=lambda recipe: None,
     )
 
 

@@ -89,10 +89,7 @@ def _answer(asked: dict[str, Any], session: Any, line: Line) -> Any:
     if "number" in asked:
         return session.numbered(int(asked["number"]))
     if "next" in asked:
-        wanted = asked["next"]
-        return session.next_row(
-            wanted["place"], wanted["step"], wanted["only"], wanted["words"], lambda: not line.asked.empty()
-        )
+        return session.next_row(**asked["next"], interrupted=lambda: not line.asked.empty())
     return session.row(int(asked["place"]))
 
 

@@ -205,7 +205,7 @@ class Session:
         yield from range(len(self._rows))
 
     def next_row(
-        self, place: int, step: int, only: Filter, words: str, interrupted: Callable[[], bool]
+        self, place: int, step: int, *, only: Filter, words: str, around: bool, interrupted: Callable[[], bool]
     ) -> RowShown | NoRow:
         """Return the next row of a kind that says some words.
 
@@ -214,23 +214,25 @@ class Session:
             step: 1 or -1.
             only: Which rows count; only those that were added up are known to be cut, left out or twins.
             words: What is looked for, in any letter case; empty for anything.
+            around: Whether to go on at the other end.
             interrupted: Asked now and then; True gives up.
         """
         wanted, end = words.casefold(), len(self._rows)
         known = end if only in ("all", "held out") else min(end, self.tally.done)
-        at = min(place + step, known) if step < 0 else place + step
-        looked = 0
-        while 0 <= at < known:
+        places = [*(range(min(place, known) - 1, -1, -1) if step < 0 else range(max(place, -1) + 1, known))]
+        if around:
+            others = range(known - 1, -1, -1) if step < 0 else range(known)
+            places += others[: known - len(places)]
+        for looked, at in enumerate(places, start=1):
             if self._is(at, only) and (not wanted or wanted in self._words(at)):
                 return self.row(at)
-            looked += 1
             if looked % _SEARCHED_AT_ONCE == 0 and interrupted():
                 break
-            at += step
         which = "" if only == "all" else f" that is {'a twin' if only == 'twins' else only}"
         says = f" that says '{plain(words, one_line=True, limit=60)}'" if words else ""
         more = "" if known == end else f" among the {known} added up so far"
-        return NoRow(f"No {'later' if step > 0 else 'earlier'} row{which}{says}{more}.")
+        nearer = "" if around else "later " if step > 0 else "earlier "
+        return NoRow(f"No {nearer}row{which}{says}{more}.")
 
     def _is(self, place: int, only: Filter) -> bool:
         if only in ("all", "held out"):

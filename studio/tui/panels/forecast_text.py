@@ -4,14 +4,16 @@ from collections.abc import Sequence
 
 from textual.content import Content
 
+from studio.core.errors import StudioError
 from studio.core.fit import Fix
-from studio.core.recipe import Method
+from studio.core.recipe import Method, Recipe
 from studio.core.text import plain
 from studio.probe.plan import PlanDevice
 from studio.tui.forecast import Outlook
 from studio.tui.panels.recipe_form import SHOWN
 from studio.tui.readable import gib
 from studio.tui.reading import STAGES, others_words
+from studio.tui.services import Services
 from studio.tui.trade import METHODS, Side, rows_of
 
 _LABEL, _COLUMN = 15, 16
@@ -103,6 +105,31 @@ def cpu_text(outlook: Outlook, planned: str, free_bytes: int | None) -> Content:
         short = f"It takes {gib(device.low)} GiB of main memory at least, and {gib(free_bytes)} are free.\n"
         parts += [(short, "$text-error"), "The system would probably end it, or something else with it.\n"]
     return Content.assemble(*parts, "\nLaunch it here all the same?")
+
+
+def question_before_launch(recipe: Recipe, services: Services, planned: str = "") -> Content | None:
+    """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
+
+    The recipe is held against this machine's own card, whatever card is planned for. On a machine without a card, a
+    recipe that was planned for one is asked about as well. Where the model cannot be sized yet, nothing is asked: the
+    start says what is wrong with it.
+
+    Raises:
+        BadInput: The recipe's targets or rank do not suit the model.
+    """
+    try:
+        forecaster = services.forecaster(recipe, "")
+    except StudioError:
+        return None
+    outlook = forecaster.outlook(recipe)
+    if forecaster.device.gpu is None:
+        free_bytes = services.free_ram_bytes()
+        too_large = free_bytes is not None and outlook.estimate.device.low > free_bytes
+        return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
+    if outlook.verdict != "does not fit":
+        return None
+    first = forecaster.fix_that_fits(recipe)
+    return over_budget_text(outlook, forecaster.device, first, spills=services.spills())
 
 
 def _first_line(first: Fix | None) -> tuple[str, str]:

@@ -17,7 +17,8 @@ from studio.core.recipe import FIELDS, Recipe
 from studio.core.text import plain
 from studio.runs.last_recipe import LastRecipe, RecipeSource, sound_part
 from studio.runs.layout import RunPaths
-from studio.tui.asks import OpenRun, ShowAudits, ShowRuns, ShowSetup
+from studio.tui.asks import OpenRun, ShowAudits, ShowData, ShowRuns, ShowSetup
+from studio.tui.panels.data_note import DataNote
 from studio.tui.panels.field_help import FieldHelp
 from studio.tui.panels.forecast import Forecast
 from studio.tui.panels.recipe_form import RecipeForm
@@ -48,6 +49,7 @@ class ConfigureScreen(Screen[None]):
         Binding("u", "undo_fit", "Undo"),
         Binding("g", "choose_card", "Card"),
         Binding("v", "turn_view", "Memory"),
+        Binding("d", "show_data", "Data"),
         Binding("o", "show_runs", "Runs"),
         Binding("a", "show_audits", "Audit"),
         Binding("s", "save", "Save", show=False),
@@ -127,6 +129,7 @@ class ConfigureScreen(Screen[None]):
             with Container(id="side"):
                 yield Forecast(self.recipe, services=self._services)
                 yield FieldHelp()
+        yield DataNote(self.recipe, services=self._services)
         yield KeyFooter()
 
     def on_mount(self) -> None:
@@ -203,6 +206,14 @@ class ConfigureScreen(Screen[None]):
     def action_show_runs(self) -> None:
         """Show the list of runs."""
         self.post_message(ShowRuns())
+
+    def on_data_note_wanted(self) -> None:
+        """Show the data."""
+        self.action_show_data()
+
+    def action_show_data(self) -> None:
+        """Show the data as the model reads it."""
+        self.post_message(ShowData(self.recipe))
 
     def action_show_audits(self) -> None:
         """Show what was measured of 4 bits, and measure more."""
@@ -297,6 +308,7 @@ class ConfigureScreen(Screen[None]):
             self._form.show(recipe)
             self.refresh_bindings()
         self._forecast.follow(recipe)
+        self.query_one(DataNote).follow(recipe)
         self._show_problems()
         self._keep_soon()
 
@@ -338,6 +350,8 @@ class ConfigureScreen(Screen[None]):
     @work(thread=True)
     def _launch(self, recipe: Recipe, sure: bool, planned: str) -> None:
         try:
+            from studio.tui.panels.forecast_text import question_before_launch  # noqa: PLC0415  with the estimator
+
             question = None if sure else question_before_launch(recipe, self._services, planned)
             if question is not None:
                 self.post_message(self.OverBudget(recipe, question))
@@ -365,30 +379,3 @@ class ConfigureScreen(Screen[None]):
     @property
     def _forecast(self) -> Forecast:
         return self.query_one(Forecast)
-
-
-def question_before_launch(recipe: Recipe, services: Services, planned: str = "") -> Content | None:
-    """Return the question to ask when a recipe is expected not to fit; None where it fits or nobody can tell.
-
-    The recipe is held against this machine's own card, whatever card is planned for. On a machine without a card, a
-    recipe that was planned for one is asked about as well. Where the model cannot be sized yet, nothing is asked: the
-    start says what is wrong with it.
-
-    Raises:
-        BadInput: The recipe's targets or rank do not suit the model.
-    """
-    from studio.tui.panels.forecast_text import cpu_text, over_budget_text  # noqa: PLC0415  with the estimator
-
-    try:
-        forecaster = services.forecaster(recipe, "")
-    except StudioError:
-        return None
-    outlook = forecaster.outlook(recipe)
-    if forecaster.device.gpu is None:
-        free_bytes = services.free_ram_bytes()
-        too_large = free_bytes is not None and outlook.estimate.device.low > free_bytes
-        return cpu_text(outlook, planned, free_bytes if too_large else None) if planned or too_large else None
-    if outlook.verdict != "does not fit":
-        return None
-    first = forecaster.fix_that_fits(recipe)
-    return over_budget_text(outlook, forecaster.device, first, spills=services.spills())

@@ -18,7 +18,7 @@ from studio.runs.control import request, requested, withdraw
 from studio.runs.layout import RunPaths
 from studio.runs.log_parts import sample_steps
 from studio.runs.status import Status
-from studio.tui.asks import OpenChat, ShowMerge
+from studio.tui.asks import OpenChat, ShowData, ShowMerge
 from studio.tui.feed import Glance, RunFeed, waits_for
 from studio.tui.panels.notes import Notes
 from studio.tui.panels.outcome import TRAIN, Outcome, has_adapter, no_adapter_words
@@ -42,6 +42,7 @@ _JOBS_OF = {
     "pause": ((TRAIN,), "Only a training can be paused."),
     "checkpoint": ((TRAIN,), "Only a training writes checkpoints."),
     "merge": ((TRAIN, "merge"), "Only a training run has an adapter to merge."),
+    "show_data": ((TRAIN,), "Only a training has rows to show."),
     "try_it": ((TRAIN, "merge", "export"), "This run makes no model to chat with."),
 }
 """For each action that not every kind of job has: the kinds that have it, and what is said for the others."""
@@ -62,6 +63,7 @@ class RunScreen(OfferingScreen[None]):
         *offered("R", "resume", "Resume"),
         *offered("m", "merge", "Merge"),
         *offered("t", "try_it", "Try it"),
+        *offered("d", "show_data", "Data"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("escape", "leave", "Back"),
         Binding("tab", "next_view(1)", "View", priority=True),
@@ -244,6 +246,15 @@ class RunScreen(OfferingScreen[None]):
     def action_try_it(self) -> None:
         """Chat with what the run made."""
         self.post_message(OpenChat(self.paths))
+
+    def action_show_data(self) -> None:
+        """Show the rows of the run as its model reads them."""
+        from studio.runs.recipe_file import load_recipe  # noqa: PLC0415  not needed to watch a run
+
+        try:
+            self.post_message(ShowData(load_recipe(self.paths.recipe), self.paths))
+        except StudioError as error:
+            self._say(str(error), bad=True)
 
     @work(thread=True)
     def _resume(self, *, over: bool = False) -> None:

@@ -18,7 +18,8 @@ from textual.widgets import Static
 from studio.core.columns import Pairs
 from studio.core.errors import StudioError
 from studio.probe.local_models import Listed
-from studio.probe.setup import Answers
+from studio.probe.setup import Answers, recipe_to_show
+from studio.tui.asks import ShowData
 from studio.tui.panels.setup_step import SetupStep
 from studio.tui.screens.cards import CardScreen
 from studio.tui.screens.columns import ColumnsScreen
@@ -62,6 +63,7 @@ class SetupScreen(Screen[SetupDone | None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Back"),
         Binding("tab", "app.focus_next", "List/text", show=True),
+        Binding("d", "show_data", "Rows"),
         Binding("ctrl+l", "leave", "Leave the set-up"),
         Binding("question_mark", "app.help", "Help", key_display="?"),
         Binding("q", "app.quit", "Quit"),
@@ -156,6 +158,7 @@ class SetupScreen(Screen[SetupDone | None]):
             self._step(other).set_class(other == key, "-shown")
         self.query_one(TabRow).current = key
         self._step(key).focus_options()
+        self.refresh_bindings()
         self._keep(replace(self.answers, step=key))
         if key == "recipe":
             self._recommendation = None
@@ -246,6 +249,14 @@ class SetupScreen(Screen[SetupDone | None]):
     def on_resize(self) -> None:
         """Wrap the reasons anew: their lines are made for the width."""
         self._tell_recommendation()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer to show rows only where a file is chosen."""
+        return self.step == "data" if action == "show_data" else True
+
+    def action_show_data(self) -> None:
+        """Show the rows of the file under the cursor as the chosen model reads them."""
+        self.post_message(ShowData(recipe_to_show(self._answers_with("data", self._step("data").lit))))
 
     def action_back(self) -> None:
         """Go one step back, from the first to the configure screen; nothing is forgotten."""
