@@ -20,9 +20,10 @@ from studio.commands.terminal import (
 )
 from studio.core.errors import BadInput
 from studio.core.left_out import left_out_in_words
-from studio.core.recipe import EMBEDDED, Recipe, choices_of
+from studio.core.recipe import Recipe, choices_of
 from studio.core.recipe_parse import apply_settings
 from studio.core.text import every_character, plain
+from studio.probe.data.places import absolute_word
 from studio.probe.models import word_anywhere
 from studio.runs.recipe_file import load_recipe
 from studio.runs.show import (
@@ -87,8 +88,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if args.file.endswith(".toml"):
         recipe = load_recipe(Path(args.file).expanduser())
     else:
-        path = args.file if args.file == EMBEDDED else str(Path(args.file).expanduser().absolute())
-        recipe = Recipe().with_("data.path", path).with_("eval.rows", 0).with_("eval.samples", 0)
+        recipe = Recipe().with_("data.path", absolute_word(args.file)).with_("eval.rows", 0).with_("eval.samples", 0)
         if not args.model:
             raise BadInput("no model is named: tokens and chat template are a model's. Name it with --model.")
     for field, value in (("model.base", args.model), ("data.format", args.format), ("train.seq_len", args.seq)):

@@ -18,7 +18,7 @@ from studio.core.text import plain
 from studio.probe.data import DataSet, Finding, Preference, Reading, Row, first_row, inspect_data
 from studio.probe.data.chosen_files import holds_rows
 from studio.probe.data.lengths import estimated_tokens, texts_of
-from studio.probe.data.places import absolute_word
+from studio.probe.data.places import absolute_word, is_saved
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
 from studio.probe.plan import device_from_catalogue, device_of
@@ -97,14 +97,14 @@ def keep_answers(answers: Answers, home: Path | None = None) -> None:
 
 
 def data_files(folder: Path, most: int = 20) -> list[Path]:
-    """Return the data files in a folder and in its `data`, by name."""
+    """Return the data files, and folders that `datasets` saved, in a folder and in its `data`, by name."""
     found: list[Path] = []
     for place in (folder, folder / "data"):
         try:
             entries = sorted(place.iterdir())
         except OSError:
             continue
-        found += [path for path in entries if holds_rows(path.name) and path.is_file()]
+        found += [path for path in entries if (holds_rows(path.name) and path.is_file()) or is_saved(path)]
     return found[:most]
 
 

@@ -113,3 +113,23 @@ def test_an_audit_refuses_such_rows_before_it_starts(cli: Cli, home: Path) -> No
     assert outcome.code == 2
     assert "found false beside an answer" in outcome.err
     assert not list((home / "runs").glob("*"))
+
+
+def test_a_folder_is_checked_by_split(cli: Cli) -> None:
+    Path("chats").mkdir()
+    for split, bad in (("train", ""), ("test", "no row\n")):
+        write(PAIR, PAIR)
+        Path("chats", f"{split}.jsonl").write_text(Path("rows.jsonl").read_text() + bad)
+    told = cli("data", "check", "chats", "--json").document
+    assert (told["rows"], told["files"], told["ok"]) == (2, 1, True)
+    everything = cli("data", "check", "chats", "--split", "all", "--json")
+    assert everything.code == 1
+    (finding,) = everything.document["findings"]
+    assert (finding["file"], finding["row"], finding["kind"]) == ("test.jsonl", 3, "bad_json")
+    skipped = cli("data", "check", "chats:test", "--on-bad-row", "skip")
+    assert skipped.code == 0
+    assert "1 row is left out, 2 rows kept: 1 that are not JSON (the first: test.jsonl, row 3)" in skipped.out
+    assert "note: test.jsonl, row 3: not JSON" in skipped.out
+    refused = cli("data", "check", "chats", "--split", "dev")
+    assert refused.code == 2
+    assert "has no split dev; it has train, test" in refused.err

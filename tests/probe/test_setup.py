@@ -87,11 +87,23 @@ def test_a_file_with_bad_rows_is_read_but_not_sound(tmp_path: Path) -> None:
         check_data(str(tmp_path / "missing.jsonl"), EMBEDDED)
 
 
+def test_a_folder_and_its_split_are_data(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rows_file(tmp_path / f"{split}.jsonl")
+    checked = check_data(f"{tmp_path}:test", EMBEDDED)
+    assert checked.sound
+    assert checked.facts.path == f"{tmp_path}:test"
+
+
 def test_data_files_nearby_are_offered(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     near, below = rows_file(tmp_path / "b.jsonl"), rows_file(tmp_path / "data" / "a.parquet")
-    (tmp_path / "notes.txt").write_text("no")
-    assert data_files(tmp_path) == [near, below]
+    packed = rows_file(tmp_path / "c.csv.gz")
+    for name in ("notes.txt", "package.json", "README.md"):
+        (tmp_path / name).write_text("no")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    assert data_files(tmp_path) == [near, packed, tmp_path / "saved", below]
     assert data_files(tmp_path / "missing") == []
 
 

@@ -12,6 +12,7 @@ from studio.core.recipe import PLACES, Recipe
 from studio.core.text import plain
 from studio.jobs.base.closeness import Closeness
 from studio.probe.adapter_folder import AdapterFound
+from studio.probe.data.places import hub_word
 from studio.runs.atomic import read_object
 from studio.runs.history import History
 from studio.runs.job import read_job
@@ -137,7 +138,7 @@ def _figures(training: Training) -> list[str]:
     rows = [f"- optimizer steps: {history.last_step}"]
     if recipe:
         learnt = "answers only" if recipe.data.answers_only else "all words"
-        names = ", ".join(Path(word).name for word in recipe.data.words)
+        names = ", ".join(word if hub_word(word) else Path(word).name for word in recipe.data.words)
         rows.append(f"- data: {plain(names, one_line=True)}, {learnt} learnt")
     if history.planned:
         rows.append(f"- rows: {history.planned.rows} trained on, {history.planned.held_out_rows} held out")

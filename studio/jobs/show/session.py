@@ -18,7 +18,8 @@ from studio.jobs.base.data.template import ensure_template
 from studio.jobs.base.tokenizer import load_tokenizer
 from studio.jobs.show.pieces import shown_example
 from studio.jobs.show.tally import Tally
-from studio.probe.data import DataSet, Preference, Reading, Row, inspect_data, read_data
+from studio.probe.data import DataSet, Preference, Row, inspect_data
+from studio.probe.data.mixture import data_of, eval_data_of
 from studio.probe.embedded_model import unpack_embedded
 from studio.probe.held_out import hold_out
 from studio.probe.hub import download_tokenizer
@@ -79,7 +80,9 @@ class Session:
             freeze_date(self.tokenizer, first_date(self._run))
         set_variables(self.tokenizer, dict(recipe.data.template_kwargs))
         tell("reading the data", None)
-        data = inspect_data(Path(recipe.data.path), Reading.of(recipe))
+        data = data_of(
+            recipe, read=inspect_data, progress=lambda done, total: tell("reading the data", done / max(1, total))
+        )
         notes = list(data.notes())
         self._rows, self._held, more = _held_out(recipe, data, self._run)
         notes += more
@@ -268,7 +271,7 @@ def _tokenizer(recipe: Recipe, tell: Tell) -> Any:
 
 def _held_out(recipe: Recipe, data: DataSet, run: RunPaths | None) -> tuple[_Rows, set[int], list[str]]:
     """Return all rows that are shown, the places of those held out, and notes on the split."""
-    eval_data = read_data(Path(recipe.data.eval_path), Reading.of(recipe)) if recipe.data.eval_path else None
+    eval_data = eval_data_of(recipe)
     if not data.rows:
         return _Rows(data.rows, ()), set(), []
     kept: HeldOutRecord | None = None

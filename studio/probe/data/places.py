@@ -221,6 +221,14 @@ def _inside(folder: Path, shown: str) -> Iterator[tuple[str, Path]]:
                     continue
 
 
+def is_saved(folder: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk` of `datasets`."""
+    try:
+        return (folder / _SPLITS).is_file() or (folder / _STATE).is_file()
+    except OSError:
+        return False
+
+
 def _listed_by_state(there: dict[str, Path], shown: str) -> list[str]:
     """Return the files without those of a `save_to_disk` folder that are no part of it, such as `cache-*.arrow`.
 

@@ -131,7 +131,7 @@ class SetupScreen(Screen[SetupDone | None]):
                 placeholder="enter here to type: a folder, a hub id, or words to search the hub",
             )
             yield SetupStep(
-                "data", "What is it to learn from?", placeholder="enter here to type the path of a data file"
+                "data", "What is it to learn from?", placeholder="enter here to type a file, a folder or owner/name"
             )
             yield SetupStep("goal", "What is it for?")
             yield SetupStep("recipe", "This is what we would do, and why")
