@@ -15,17 +15,7 @@ from studio.core.named_templates import NAMED
 from studio.core.recipe_field import Field, Problem, declared, fields_in
 from studio.core.sources import Source, Sources
 from studio.core.text import plain
-from studio.core.value_kinds import (
-    ALL_LINEAR,
-    ByModule,
-    Choice,
-    Layers,
-    Modules,
-    Number,
-    Switch,
-    Targets,
-    Text,
-)
+from studio.core.value_kinds import ALL_LINEAR, ByModule, Choice, Layers, Modules, Number, Switch, Targets, Text
 
 Method = Literal["lora", "qlora"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
