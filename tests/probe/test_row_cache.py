@@ -16,7 +16,7 @@ import pytest
 
 from studio.core.errors import BadInput
 from studio.probe.data import DataSet, Reading, inspect_data, read, read_data, row_cache, stored_rows
-from studio.probe.data.places import DataFiles
+from studio.probe.data.meant import DataFiles
 from studio.probe.data.stored_rows import StoredRows
 from studio.runs import data_cache
 from studio.runs.home import HOME_VARIABLE

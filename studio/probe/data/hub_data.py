@@ -27,8 +27,8 @@ from studio.probe.data.chosen_files import (
     kind_of_name,
     layout_of_card,
 )
+from studio.probe.data.meant import DataFiles, HubWord
 from studio.probe.data.opened import Progress
-from studio.probe.data.places import DataFiles, HubWord
 from studio.probe.hub import byte_counter
 from studio.runs.atomic import write_whole
 from studio.runs.home import cache_root

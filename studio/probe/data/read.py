@@ -13,11 +13,12 @@ from studio.probe.data.documents import SECTION, sections
 from studio.probe.data.findings import Findings, json_kind
 from studio.probe.data.formats import normalised, recognise, unused_columns
 from studio.probe.data.json_rows import json_rows
+from studio.probe.data.meant import DataFiles
 from studio.probe.data.misreads import refuse_media
 from studio.probe.data.named import folded_names, misfit, with_prompt
 from studio.probe.data.opened import Progress, kind_of, opened
 from studio.probe.data.parquet_rows import arrow_rows, parquet_rows
-from studio.probe.data.places import DataFiles, find_files
+from studio.probe.data.places import find_files
 from studio.probe.data.preferences import PAIR_COLUMNS, pair_shape, refuse_pair
 from studio.probe.data.raw_row import Shape
 from studio.probe.data.reading import AS_IT_IS, Reading

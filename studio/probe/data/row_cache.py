@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from studio.probe.data.findings import Findings
+from studio.probe.data.meant import DataFiles
 from studio.probe.data.opened import Progress
-from studio.probe.data.places import DataFiles
 from studio.probe.data.reading import Reading
 from studio.probe.data.rows import DataSet, Finding
 from studio.probe.data.stored_rows import StoredRows

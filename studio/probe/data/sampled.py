@@ -11,8 +11,9 @@ from typing import Any
 
 from studio.core.errors import BadInput
 from studio.probe.data.findings import Findings
+from studio.probe.data.meant import DataFiles
 from studio.probe.data.opened import BOM, Opened, kind_of, opened
-from studio.probe.data.places import DataFiles, find_files
+from studio.probe.data.places import find_files
 from studio.probe.data.read import BY_BYTES, COLUMNAR
 from studio.probe.data.reading import AS_IT_IS, Reading
 from studio.probe.data.shipped import EMBEDDED
