@@ -45,6 +45,7 @@ BAD_ROWS = {
     "no_pair": "without two answers",
     "no_prompt": "with two answers and no prompt",
     "no_label": "without a label",
+    "message_tree": "that are one message of a tree",
     "bad_prompt": "that lack a column of data.prompt",
 }
 """Words for rows that are wrong and left out by choice (`data.on_bad_row`); other kinds are named as they are."""

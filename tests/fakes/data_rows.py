@@ -517,6 +517,14 @@ BAD: dict[str, Bad] = {
         _PAIR, "wrong_columns", "", "prompt", "set data.format to", {"format": "chat"}
     ),
     "a prompt alone": Bad({"prompt": "Why?"}, "wrong_columns", "", "the columns prompt", "prompt + completion"),
+    "a message a row": Bad(ASKED, "wrong_columns", "", "the columns role, content", "all messages of its conversation"),
+    "a message of a tree": Bad(
+        {"text": "Why?", "role": "prompter", "message_id": "a", "parent_id": None},
+        "message_tree",
+        "text",
+        "one message of a tree",
+        "a whole conversation",
+    ),
     "a text that is none": Bad({"text": 3}, "not_text", "text", "found a number", _NOT_TEXT),
     "a null prompt": Bad({"prompt": None, "completion": "b"}, "not_text", "prompt", "found null", _NOT_TEXT),
     "an answer that is a number": Bad(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from studio.core.errors import BadInput
-from studio.probe.data import Reading, inspect_data, read_data
-from tests.fakes.data_rows import BAD, GOOD
+from studio.probe.data import Reading, inspect_data, read_data, row_keys, twin_keys
+from tests.fakes.data_rows import ASKED, BAD, GOOD, chat
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -54,3 +54,29 @@ def test_a_row_that_cannot_be_used_is_refused_with_what_to_do(tmp_path: Path, na
     with pytest.raises(BadInput) as caught:
         read_data(file, Reading(**how))
     assert str(caught.value).startswith("rows.jsonl, line 1")
+
+
+def test_the_keys_that_a_table_gives_to_every_call_are_no_arguments(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    turns = [{"tool_calls": [{"function": {"name": "look", "arguments": {name: "x"}}}]} for name in ("at", "for")]
+    rows = [{"messages": [ASKED, {"role": "assistant", "content": ""} | turn]} for turn in turns]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [row.turns[-1].calls[0].arguments for row in read_data(path).rows] == ['{"at": "x"}', '{"for": "x"}']
+    rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"at": None}
+    kept = read_data(lines(tmp_path / "rows.jsonl", rows[0])).rows[0]
+    assert kept.turns[-1].calls[0].arguments == '{"at": null}'
+
+
+def test_pairs_that_differ_in_the_rejected_answer_alone_are_two_rows(tmp_path: Path) -> None:
+    pairs = [{"prompt": "Why?", "chosen": "Because.", "rejected": said} for said in ("No.", "Yes.")]
+    first, second = read_data(lines(tmp_path / "rows.jsonl", *pairs), Reading(wants="pairs")).rows
+    assert row_keys(first).content != row_keys(second).content
+    assert row_keys(first).prompt == row_keys(second).prompt and twin_keys(first) == twin_keys(second)
+
+
+def test_a_call_is_part_of_what_rows_are_known_by(tmp_path: Path) -> None:
+    calls = [{"name": "look", "arguments": {"at": place}} for place in ("sky", "sea")]
+    rows = [chat(ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}) for call in calls]
+    first, second = read_data(lines(tmp_path / "rows.jsonl", *rows)).rows
+    assert row_keys(first).answer != row_keys(second).answer

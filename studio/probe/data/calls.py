@@ -65,6 +65,7 @@ def _call(value: object, field: str, row: RawRow) -> ToolCall:
 def _parsed_arguments(value: object, field: str, row: RawRow) -> dict[str, Any]:
     if value is None or value == "":
         return {}
+    as_text = isinstance(value, str)
     if isinstance(value, str):
         try:
             value = json_of(value)
@@ -72,7 +73,7 @@ def _parsed_arguments(value: object, field: str, row: RawRow) -> dict[str, Any]:
             row.refuse("bad_call", field, f"found text that is not JSON ({_short(error)}); wanted an object")
     if not isinstance(value, dict):
         row.refuse("bad_call", field, f"found {json_kind(value)}; wanted an object of arguments by name")
-    return value
+    return _without_nulls(value) if row.findings.from_table and not as_text else value
 
 
 def check_results(messages: Sequence[Message], places: Sequence[str], row: RawRow) -> None:
@@ -173,7 +174,7 @@ def _schema(parameters: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Return a tool without the keys that are null: tables give each tool the keys of all. A default may be null."""
+    """Return an object without the keys that are null: tables give each object the keys of all. A default may be."""
     if isinstance(value, dict):
         kept = {key: part for key, part in value.items() if part is not None or key == "default"}
         return {key: _without_nulls(part) for key, part in kept.items()}

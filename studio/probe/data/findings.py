@@ -22,12 +22,14 @@ class Findings:
         fatal_counts: How many of these keep the file from being used.
         skips: Whether rows that would keep the file from being used are left out instead.
         skipped: How many rows are left out for that, by the kind of the first finding in each.
+        from_table: Whether the file is a table, which gives each object the keys of all, null where it has none itself.
         rows_before: The rows, or lines, of the files before this one, which numbers of rows include.
         furthest: The highest number of a row in which something was found.
     """
 
     def __init__(self, *, skips: bool = False) -> None:
         self.row_word = "row"
+        self.from_table = False
         self.skips = skips
         self.skipped: Counter[str] = Counter()
         self.rows_before = 0

@@ -37,6 +37,9 @@ from studio.probe.data.rows import Conversation, Message, PlainText, Preference,
 from studio.probe.data.turns import turns_of
 
 _NAMED_SHAPES = 9
+_TREE = {"message_id", "parent_id"}
+"""Columns of data sets that hold a message a row, each with the one that it answers (oasst1)."""
+_MESSAGE = ({"role", "content"}, {"from", "value"})
 
 
 def _plain_text(row: RawRow) -> str:
@@ -165,6 +168,8 @@ def wrong_columns(columns: Iterable[str], wanted: str = "auto") -> str:
         return (
             f"{message} (data.format = {wanted!r}). The row is {other}: set data.format to 'auto' or {other.format!r}"
         )
+    if any(fields <= set(found) for fields in _MESSAGE):
+        return f"{message}. The row is one message: a row wants all messages of its conversation, in a list"
     needed = {column for shape in shapes for column in shape.needed}
     near = {name: close for name in found if name not in needed and (close := _nearest(name, sorted(needed)))}
     hints = [f"'{plain(name, one_line=True, limit=40)}' for {close!r}" for name, close in near.items()]
@@ -218,6 +223,9 @@ def _continued(text: str, row: RawRow) -> PlainText:
     column = row.shape.needed[0]
     if row.how.wants == "labels":
         row.refuse("no_label", column, "found a plain text; wanted a prompt, its answer, and a label true or false")
+    if row.value.keys() >= _TREE:
+        found = "found one message of a tree (message_id, parent_id); wanted a whole conversation"
+        row.refuse("message_tree", column, f"{found}. Take a version of the data set with conversations, or build them")
     if not text.strip():
         row.leave_out("empty_text", "empty; the row is left out", column)
     check_placeholder([text], row)

@@ -242,6 +242,7 @@ def _rows_of_file(
 ) -> Iterator[tuple[int, Any]]:
     with opened(path, name) as file:
         kind = kind_of(file)
+        findings.from_table = kind in COLUMNAR
         if kind in BY_BYTES:
             yield from BY_BYTES[kind](file, findings, progress)
             return

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args, overload
 
 from studio.probe.data.opened import Progress
 from studio.probe.data.row_cache import code_sum
-from studio.probe.data.rows import Row
+from studio.probe.data.rows import Preference, Row
 from studio.probe.data.stored_rows import StoredRows, packed, unpacked, without_number
 from studio.probe.data.views import Chain, Drawn
 from studio.runs.data_cache import find_entry, keep_entry, remove_folder, scratch_entry, sum_of_bytes
@@ -33,7 +33,8 @@ class RowKeys(NamedTuple):
     """Short hashes by which a row is found again, whatever its letter case and white space.
 
     A prompt is what the user and tools say, an answer what the assistant says. System prompts, which whole files share,
-    are in neither. `content` is both together; `prompt` is empty for plain text.
+    are in neither. `content` is both together, of a pair of answers with the rejected one; `prompt` is empty for plain
+    text.
     """
 
     content: bytes
@@ -43,12 +44,13 @@ class RowKeys(NamedTuple):
 
 def row_keys(row: Row) -> RowKeys:
     """Return the hashes by which a row is found again."""
-    return _row_keys(row.prompt, row.answer)
+    return _row_keys(row, row.prompt, row.answer)
 
 
-def _row_keys(asked: str, said: str) -> RowKeys:
+def _row_keys(row: Row, asked: str, said: str) -> RowKeys:
     prompt, answer = _digest("p", asked) if asked else b"", answer_key(said)
-    return RowKeys(blake2b(b"\0".join((prompt, answer))), prompt, answer)
+    other = (answer_key(row.other_answer),) if isinstance(row, Preference) else ()
+    return RowKeys(blake2b(b"\0".join((prompt, answer, *other))), prompt, answer)
 
 
 def answer_key(answer: str) -> bytes:
@@ -257,7 +259,7 @@ def _computed(count: int, rows: Iterable[tuple[Row, bytes]], progress: Progress 
     columns = {name: bytearray() for name in sorted(_BYTES)}
     for done, (row, line) in enumerate(rows, start=1):
         asked, said = row.prompt, row.answer
-        keys, twins = _row_keys(asked, said), _twin_keys(asked, first_turn(row), said)
+        keys, twins = _row_keys(row, asked, said), _twin_keys(asked, first_turn(row), said)
         columns["content"] += keys.content
         columns["prompt"] += keys.prompt or _NONE
         columns["answer"] += keys.answer

@@ -120,6 +120,11 @@ class Preference:
         return _said(self.chosen, "assistant")
 
     @property
+    def other_answer(self) -> str:
+        """All that the assistant says in the rejected continuation."""
+        return _said(self.rejected, "assistant")
+
+    @property
     def sides(self) -> tuple[Conversation, Conversation]:
         """The preferred and the rejected conversation, each with the turns that they share, which are not learnt."""
         asked = tuple(replace(message, learnt=False) for message in self.asked)
