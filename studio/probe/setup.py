@@ -18,6 +18,7 @@ from studio.core.text import plain
 from studio.probe.data import DataSet, Finding, Preference, Reading, Row, first_row, inspect_data
 from studio.probe.data.chosen_files import holds_rows
 from studio.probe.data.lengths import estimated_tokens, texts_of
+from studio.probe.data.opened import Progress
 from studio.probe.data.places import absolute_word, is_saved
 from studio.probe.device import place_of
 from studio.probe.models import find_base, refuse_untrainable
@@ -108,13 +109,14 @@ def data_files(folder: Path, most: int = 20) -> list[Path]:
     return found[:most]
 
 
-def check_data(word: str, base: str, columns: Pairs = ()) -> DataChecked:
+def check_data(word: str, base: str, columns: Pairs = (), progress: Progress | None = None) -> DataChecked:
     """Read a data file whole and measure it, in the model's tokens where they can be counted here.
 
     Args:
-        word: The file, or `embedded`.
+        word: What names the data.
         base: The model.
         columns: What the file calls our columns; empty where its names are known.
+        progress: Told (done, total) while data are downloaded and read; may raise to end it.
 
     Raises:
         BadInput: It cannot be read at all.
@@ -126,9 +128,9 @@ def check_data(word: str, base: str, columns: Pairs = ()) -> DataChecked:
         except RuntimeError:
             raise BadInput(f"There is no home folder for {plain(word, one_line=True, limit=200)}.") from None
     try:
-        data = inspect_data(path, Reading(columns=columns))
+        data = inspect_data(path, Reading(columns=columns), progress=progress)
         if "preference_pair" in data.finding_counts:  # two answers, of which one is preferred: these can be learnt, too
-            data = inspect_data(path, Reading(columns=columns, wants="pairs"))
+            data = inspect_data(path, Reading(columns=columns, wants="pairs"), progress=progress)
         unknown = _unknown_columns(path) if not data.rows and "wrong_columns" in data.finding_counts else ()
     except BadInput as error:
         unknown = _unknown_columns(path)
@@ -164,8 +166,7 @@ def goal_for(goal: Goal, facts: DataFacts) -> Goal:
 
 def recipe_to_show(answers: Answers) -> Recipe:
     """Return a recipe of the model and the data of some answers, with defaults besides, to look at the rows."""
-    path = answers.data if answers.data == EMBEDDED else str(Path(answers.data).expanduser().absolute())
-    return Recipe().with_("model.base", answers.base).with_("data.path", path)
+    return Recipe().with_("model.base", answers.base).with_("data.path", absolute_word(answers.data))
 
 
 def shape_for(base: str, card: str) -> ModelShape:

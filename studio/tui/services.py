@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from studio.core.columns import Pairs
     from studio.core.recommendation import DataFacts, Recommendation
     from studio.core.shape import ModelShape
+    from studio.probe.data.opened import Progress
     from studio.probe.local_models import Listed
     from studio.probe.machine import Machine
     from studio.probe.setup import Answers, DataChecked
@@ -193,7 +194,7 @@ class Services:
 
         return data_files(Path.cwd())
 
-    def check_data(self, word: str, base: str, columns: "Pairs") -> "DataChecked":
+    def check_data(self, word: str, base: str, columns: "Pairs", progress: "Progress | None" = None) -> "DataChecked":
         """Read and measure a data file.
 
         Raises:
@@ -201,7 +202,7 @@ class Services:
         """
         from studio.probe.setup import check_data
 
-        return check_data(word, base, columns)
+        return check_data(word, base, columns, progress)
 
     def recommend(self, answers: "Answers", shape: "ModelShape", data: "DataFacts") -> "Recommendation":
         """Recommend a recipe.

@@ -4,7 +4,8 @@ Text from files and from the machine is never read as markup.
 """
 
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from studio.core.recommendation import Recommendation
 from studio.core.shape import ModelShape
 from studio.core.text import plain, plain_path
 from studio.probe.data import Preference
+from studio.probe.data.opened import Progress
 from studio.probe.hub import is_hub_id
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
@@ -288,6 +290,42 @@ class Seen:
     unknown: tuple[tuple[str, str], ...] = ()
 
 
+class Abandoned(Exception):
+    """The data that are read are no longer those under the cursor."""
+
+
+class ReadingTold:
+    """Shows how much of some data was read, once that takes longer than a second, and ends what nobody waits for."""
+
+    def __init__(
+        self,
+        show: Callable[[Content], object],
+        is_over: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin now.
+
+        Args:
+            show: Shows words.
+            is_over: Whether nobody waits any more.
+            clock: Seconds.
+        """
+        self._show, self._is_over, self._clock = show, is_over, clock
+        self._next = clock() + 1.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Tell how much is done.
+
+        Raises:
+            Abandoned: Nobody waits any more.
+        """
+        if self._is_over():
+            raise Abandoned
+        if (now := self._clock()) >= self._next:
+            self._next = now + 0.5
+            self._show(Content(f"Reading the data: {100 * done / max(1, total):.0f} %"))
+
+
 class Lookup:
     """Looks at the model and the data that answers name, and remembers what it found."""
 
@@ -296,7 +334,10 @@ class Lookup:
         self._recommend = services.recommend
         # The cursor comes by the same options again and again.
         self._shape = lru_cache(maxsize=32)(services.shape)
-        self._checked = lru_cache(maxsize=8)(services.check_data)
+        self._told: Progress | None = None
+        self._checked = lru_cache(maxsize=8)(
+            lambda word, base, columns: services.check_data(word, base, columns, self._told)
+        )
 
     def model(self, answers: Answers) -> Seen:
         """Look at the model of some answers."""
@@ -305,8 +346,9 @@ class Lookup:
         except StudioError as error:
             return Seen(refused_text(str(error)))
 
-    def data(self, answers: Answers) -> Seen:
-        """Read the data of some answers."""
+    def data(self, answers: Answers, told: Progress | None = None) -> Seen:
+        """Read the data of some answers; `told` is told (done, total) and may raise to end it."""
+        self._told = told
         try:
             checked = self._checked(answers.data, answers.base, answers.columns)
         except StudioError as error:

@@ -17,6 +17,7 @@ from studio.core.recommendation import DataFacts, recommend
 from studio.core.shape import ModelShape
 from studio.core.shape_from_config import shape_from_config
 from studio.probe.cards import Card
+from studio.probe.data.opened import Progress
 from studio.probe.local_models import Listed
 from studio.probe.machine import Machine
 from studio.probe.setup import Answers, DataChecked, check_data
@@ -25,7 +26,7 @@ from studio.tui.screens.configure import ConfigureScreen
 from studio.tui.screens.run import RunScreen
 from studio.tui.screens.setup import SetupScreen
 from studio.tui.services import Services
-from studio.tui.setup_texts import data_text
+from studio.tui.setup_texts import Abandoned, ReadingTold, data_text
 from tests.tui.stories import (
     EIGHT_B,
     HOSTILE,
@@ -76,8 +77,8 @@ def finding(
             raise BadInput(hub)
         return list(hub)
 
-    def check(word: str, base: str, columns: Pairs) -> DataChecked:
-        return check_data(word, "no tokenizer here", columns)
+    def check(word: str, base: str, columns: Pairs, progress: Progress | None) -> DataChecked:
+        return check_data(word, "no tokenizer here", columns, progress)
 
     def recommended(answers: Answers, model: ModelShape, data: DataFacts) -> object:
         gpu = find_gpu(answers.card) if answers.card else None
@@ -409,3 +410,15 @@ def test_a_base_that_is_quantised_already_holds_the_models_step(tmp_path: Path) 
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(BadInput, match="already quantised"):
         Services().shape(str(tmp_path), "")
+
+
+def test_reading_tells_how_far_it_is_and_ends_when_nobody_waits() -> None:
+    now, over, shown = [0.0], [False], list[str]()
+    told = ReadingTold(lambda words: shown.append(words.plain), lambda: over[0], lambda: now[0])
+    for seconds, done in ((0.5, 10), (1.1, 20), (1.2, 30), (1.7, 40)):
+        now[0] = seconds
+        told(done, 80)
+    assert shown == ["Reading the data: 25 %", "Reading the data: 50 %"]
+    over[0] = True
+    with pytest.raises(Abandoned):
+        told(50, 80)

@@ -1,5 +1,6 @@
 """The guided set-up: machine, model, data, goal, recipe. Every step goes back, and no answer is lost on the way."""
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Static
+from textual.worker import get_current_worker
 
 from studio.core.columns import Pairs
 from studio.core.errors import StudioError
@@ -27,7 +29,9 @@ from studio.tui.services import Services
 from studio.tui.setup_texts import (
     HERE,
     OTHER,
+    Abandoned,
     Lookup,
+    ReadingTold,
     Seen,
     SetupDone,
     Then,
@@ -359,8 +363,11 @@ class SetupScreen(Screen[SetupDone | None]):
 
     @work(thread=True, exclusive=True, group="look")
     def _look(self, step: str, answers: Answers) -> None:
-        seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers)
-        self.post_message(self.Looked(step, answers, seen))
+        worker, tell = get_current_worker(), self._step(step).tell
+        told = ReadingTold(lambda words: self.app.call_from_thread(tell, words), lambda: worker.is_cancelled)
+        with suppress(Abandoned):
+            seen = self._lookup.model(answers) if step == "model" else self._lookup.data(answers, told)
+            self.post_message(self.Looked(step, answers, seen))
 
     @work(thread=True, exclusive=True, group="recommendation")
     def _recommend(self, answers: Answers) -> None:
