@@ -437,3 +437,47 @@ def test_the_adapter_is_merged_exported_and_measured_as_any(
     row = rows.rows[0]
     assert isinstance(row, Preference)
     assert row.chosen[0].content in tokenizer.decode(example.labels[example.labels != IGNORED])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adapter.dora": True},
+        {"adapter.modules_to_save": ("lm_head", "embed_tokens")},
+        {"adapter.targets": ("q_proj", "lm_head"), "train.loss": "full"},
+        {"adapter.init": "gaussian", "adapter.dropout": 0.3, "train.grad_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_the_reference_is_the_base_whatever_is_trained(tiny: Path, recipe: Recipe, settings: dict[str, Any]) -> None:
+    """And measuring it leaves no trace: what is trained stays so, and the loss is the same afterwards."""
+    recipe = with_settings(recipe, {"train.objective": "dpo", **settings})
+    pairs = encode_pairs(ROWS, AutoTokenizer.from_pretrained(tiny), Encoding(64), warn=print)
+    plain, base = (AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32) for _ in range(2))
+    model = attach_adapter(base, recipe.adapter, grad_checkpointing=recipe.train.grad_checkpointing)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    step_model = StepModel(model, recipe.train.loss, nullcontext, objective_of(recipe))
+    batch = step_model.objective.batch(pairs, pad_id=0, device=CPU)
+    before = step_model.metric(batch) if not recipe.adapter.dropout else None
+    with evaluating(step_model):
+        seen = step_model.reference(batch)
+    with torch.no_grad():
+        wanted = torch.tensor([[float(x) for x in Answers.of(plain.eval(), pair).sums] for pair in pairs])
+    assert torch.allclose(seen, wanted, rtol=1e-5)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    if before is not None:
+        assert torch.equal(step_model.metric(batch), before)
+        assert not torch.allclose(batch["figures"][:, 2:4], wanted, rtol=1e-3)
+
+
+def test_four_bits_and_16_bit_arithmetic(train: Train, pairs: Recipe) -> None:
+    """The base of the reference is the quantised one."""
+    recipe = with_settings(pairs, {"method": "qlora", "model.dtype": "bf16", "train.steps": 12})
+    paths = train(recipe.with_("train.micro_batch", 4))
+    assert history_of(paths).failed is None, history_of(paths).failed
+    steps = steps_of(paths)
+    assert steps[0].loss == pytest.approx(math.log(2), abs=0.02)
+    assert steps[-1].loss < 0.5

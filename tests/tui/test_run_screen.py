@@ -145,6 +145,49 @@ def test_views(tmp_path: Path, size: tuple[int, int], alone: bool) -> None:
         play(story, tmp_path, size=size, open_run=paths)
 
 
+def pair_plots(app: StudioApp) -> str:
+    return "\n".join(text_of(plot) for plot in app.screen.query("#pairs LinePlot"))
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE])
+def test_pairs_of_answers_have_plots_of_their_own(tmp_path: Path, size: tuple[int, int]) -> None:
+    paths = make_run(tmp_path)
+
+    def step(worker: LiveWorker, number: int) -> None:
+        worker.emit(
+            StepDone, step=number, loss=0.6, learning_rate=5e-6, grad_norm=1.0, tokens=100, seconds=1.0, loss_tokens=4,
+            margin=number / 20, accuracy=0.75, chosen_logp=-40.0 - number, rejected_logp=-50.0 - 2 * number,
+            chosen_reward=0.1, rejected_reward=0.0,
+        )  # fmt: skip
+
+    with LiveWorker(paths) as worker:
+        worker.emit(Started, job="train", method="lora", model="embedded", recipe={"train": {"objective": "dpo"}})
+
+        async def story(pilot: Pilot[None], app: StudioApp) -> None:
+            await pilot.press("6")
+            await settle(pilot)
+            assert "learns from no pairs" in said(app)
+            for number in range(1, 31):
+                step(worker, number)
+            worker.emit(
+                Evaluated, step=30, loss=0.65, loss_tokens=9, rows=9, seconds=1.0, margin=0.2, accuracy=0.6,
+                chosen_logp=-45.0, rejected_logp=-60.0,
+            )  # fmt: skip
+            await settle(pilot)
+            await pilot.press("6")
+            await settle(pilot)
+            before = pair_plots(app)
+            for name in ("rewards", "margin", "accuracy", "log-probability", "chosen", "rejected", "held-out"):
+                assert name in before, name
+            for number in range(31, 61):
+                step(worker, number)
+            await settle(pilot)
+            assert pair_plots(app) != before
+            worker.emit(Finished, outcome="done", step=60, seconds=60.0)
+
+        play(story, tmp_path, size=size, open_run=paths)
+
+
 @pytest.mark.parametrize("size", [NARROW, WIDE])
 def test_foreign_text_is_never_markup_nor_control(tmp_path: Path, size: tuple[int, int]) -> None:
     paths = make_run(tmp_path)

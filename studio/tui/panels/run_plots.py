@@ -29,8 +29,8 @@ _MEMORY = (
 _REWARDS = (
     Curve("margin", "margin"),
     Curve("accuracy", "accuracy", hue=3),
-    Curve("held_out_margin", "held-out margin", "dots"),
-    Curve("held_out_accuracy", "held-out accuracy", "dots", 3),
+    Curve("held_out_margin", "held-out", "dots"),
+    Curve("held_out_accuracy", "held-out", "dots", 3),
 )
 _ANSWERS = (
     Curve("chosen_logp", "chosen", hue=3),
