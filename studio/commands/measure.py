@@ -140,10 +140,11 @@ def tell_measurement(document: Mapping[str, Any], to: TextIO) -> None:
     traced = document["source"] == "trace"
     seen = "traced" if traced else f"measured on {plain(str((document['card'] or {}).get('name')), one_line=True)}"
     setup = document.get("setup") or {}
+    pair = "" if setup.get("objective", "sft") == "sft" else "2 x "
     say(
         f"{seen} in {duration(document['seconds'])}: {setup.get('method', '')} rank {setup.get('rank', '?')}, "
         f"{document['trainable_parameters'] / 1e6:.1f} M trained; "
-        f"{setup.get('micro_batch', '?')} x {setup.get('seq_len', '?')} tokens",
+        f"{setup.get('micro_batch', '?')} x {pair}{setup.get('seq_len', '?')} tokens",
         to=to,
     )
     say(table(stage_rows(document)), to=to)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.core.errors import StudioError
+from studio.core.preferences import takes_pairs
 from studio.core.recipe import PLACES, Recipe
 from studio.core.text import plain
 from studio.jobs.base.closeness import Closeness
@@ -138,6 +139,8 @@ def _figures(training: Training) -> list[str]:
     rows = [f"- optimizer steps: {history.last_step}"]
     if recipe:
         learnt = "answers only" if recipe.data.answers_only else "all words"
+        if takes_pairs(recipe.train.objective):
+            learnt = f"pairs of answers: which one is preferred ({recipe.train.objective}, beta {recipe.train.beta:g})"
         names = ", ".join(word if hub_word(word) else Path(word).name for word in recipe.data.words)
         rows.append(f"- data: {plain(names, one_line=True)}, {learnt} learnt")
     if history.planned:
@@ -151,7 +154,7 @@ def _figures(training: Training) -> list[str]:
         first_eval, last_eval = history.evals[0], history.evals[-1]
         rows.append(
             f"- held-out loss: {first_eval.loss:.3f} at step {first_eval.step}, {last_eval.loss:.3f} at step "
-            f"{last_eval.step}, on {last_eval.loss_tokens:,} tokens"
+            f"{last_eval.step}, on {last_eval.loss_tokens:,} {'tokens' if last_eval.margin is None else 'pairs'}"
         )
         if gain := gain_of(history):
             rows.append(f"- {gain['words']}")
