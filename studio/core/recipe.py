@@ -249,7 +249,7 @@ class TrainSection:
         Number(float, 0.001, 10, stops=(0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)),
         "Beta",
         "dpo: how closely the model is held to its base. orpo: weight of the odds ratio (lambda in its paper).",
-        cost="Costs nothing. TRL's default for both; the DPO paper took 0.1 to 0.5, Zephyr 0.01 with QLoRA.",
+        cost="Costs nothing. 0.1 is TRL's default for both; Zephyr's QLoRA recipe for dpo takes 0.01.",
         flag="beta",
         pairs=True,
     )
@@ -258,7 +258,7 @@ class TrainSection:
         Number(float, 0, 0.49, stops=(0, 0.05, 0.1, 0.2, 0.3, 0.4)),
         "Wrong labels",
         "dpo: share of the pairs that are taken to be the wrong way round (robust DPO); 0 trusts all.",
-        cost="Costs nothing. Robust DPO's paper takes 0.1 (Chowdhury et al. 2024).",
+        cost="Costs nothing. 0.1 is typical of robust DPO (TRL, after Chowdhury et al. 2024).",
         pairs=True,
     )
     learning_rate: float = declared(
