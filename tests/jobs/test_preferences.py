@@ -23,8 +23,9 @@ from studio.core.recipe import Recipe
 from studio.core.shape_from_config import shape_from_config
 from studio.core.vram.estimate import estimate_vram
 from studio.core.vram.setup import setup_of
+from studio.jobs.base.data.encode import encode_rows
 from studio.jobs.base.data.labels import IGNORED
-from studio.jobs.base.data.rows import Encoder, Encoding, Example, encode_rows
+from studio.jobs.base.data.rows import Encoder, Encoding, Example
 from studio.jobs.measure.storages import Storages
 from studio.jobs.measure.trace import Target, run_engine, trace
 from studio.jobs.train.adapter import attach_adapter

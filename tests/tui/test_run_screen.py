@@ -7,6 +7,7 @@ import pytest
 from textual.pilot import Pilot
 
 from studio.core.events import (
+    Evaluated,
     Failed,
     Finished,
     Phase,
